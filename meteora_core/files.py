@@ -1,0 +1,173 @@
+"""Files: atomic writes, hashes, JSON and JSON lines, and the places where things are kept."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from meteora_core.errors import DataError, MeteoraError, StorageError
+
+
+def cache_dir() -> Path:
+    """Where downloads and converted models are kept: ``$METEORA_CACHE``, else ``$XDG_CACHE_HOME/meteora``, else ``~/.cache/meteora``."""
+    explicit = os.environ.get("METEORA_CACHE")
+    if explicit:
+        return Path(explicit).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "meteora"
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of a write to ``path`` into a :class:`StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"no space left on the disk while writing {path}", hint="free some space, or choose another folder") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}", hint="check that the folder exists and is writable") from error
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path`` and rename it over ``path`` when the block ends without an error.
+
+    A reader sees the old file or the new one, never a half. Text is UTF-8 with ``\\n`` line ends.
+
+    Args:
+        path: The file to write; its folder is made when missing.
+        mode: ``"w"`` for text or ``"wb"`` for bytes.
+
+    Raises:
+        StorageError: The disk is full or the folder is not writable.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with storage_errors(path):
+            text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+            with os.fdopen(descriptor, mode, **text) as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``path`` when the block ends without an error, and is removed otherwise.
+
+    Raises:
+        StorageError: The disk is full or the parent is not writable.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        with storage_errors(path):
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+                os.rename(path, old / "x")
+                os.rename(temporary, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. Raises StorageError."""
+    with atomic_write(path) as handle:
+        json.dump(value, handle, ensure_ascii=False, indent=2)
+        handle.write("\n")
+
+
+def read_json(path: Path, *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        MeteoraError: (of the type ``error``) the file is missing, or is not JSON; the line and column are named.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as missing:
+        raise error(f"no such file: {path}", hint=hint) from missing
+    except UnicodeDecodeError as broken:
+        raise error(f"{path} is not UTF-8 text (byte {broken.start})", hint=hint) from broken
+    except json.JSONDecodeError as broken:
+        raise error(f"{path}:{broken.lineno}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object a line, atomically; return how many. Raises StorageError."""
+    count = 0
+    with atomic_write(path) as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file; blank lines are passed over.
+
+    Args:
+        path: The file.
+        required: Keys that every row must have.
+        hint: Shown with an error.
+
+    Raises:
+        DataError: The file is missing, or a line is not a JSON object or lacks a key; file, line and column are named.
+    """
+    path = Path(path)
+    try:
+        handle = open(path, "rb")
+    except FileNotFoundError as missing:
+        raise DataError(f"no such file: {path}", hint=hint) from missing
+    with handle:
+        for number, raw in enumerate(handle, start=1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as broken:
+                raise DataError(f"{path}:{number}:{broken.start + 1} is not UTF-8 text", hint=hint) from broken
+            except json.JSONDecodeError as broken:
+                raise DataError(f"{path}:{number}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} is not a JSON object", hint=hint)
+            for key in required:
+                if key not in row:
+                    raise DataError(f"{path}:{number} has no field {key!r}", hint=hint)
+            yield row
