@@ -1,0 +1,127 @@
+"""The reference: plain PyTorch, any floating dtype (float64 included), any device, differentiable, no loop over adapters.
+
+For a token ``x`` (h,), adapters ``A_i`` (r_i, h) and ``B_i`` (o, r_i) with scaling ``s_i``, and gate ``G`` (N, h)::
+
+    logits  = G x
+    i_1..i_k = top-k of logits                    chosen before the temperature; the lower index wins a tie
+    w       = softmax(logits[i_1..i_k] / T)       in float32 (float64 for float64 logits)
+    y       = W x + sum_j w_j * s_{i_j} * B_{i_j} A_{i_j} x
+
+(MeteoRA, arXiv 2405.13053, section 3.) The sum is one LoRA of rank ``R = sum(r_i)`` whose middle is scaled per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SORT_FROM = 9
+"""From this top_k on, one stable sort is cheaper than repeated argmax."""
+
+
+def top_indices(logits: Tensor, top_k: int) -> Tensor:
+    """The indices of the ``top_k`` largest logits, largest first; the lower index wins a tie; NaN counts as largest.
+
+    Args:
+        logits: (..., N).
+        top_k: 1 <= top_k <= N.
+
+    Returns:
+        int64 (..., top_k). (``torch.topk`` promises no order among equal values, hence this.)
+    """
+    logits = logits.detach()
+    if top_k >= _SORT_FROM:
+        return torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    picks = []
+    for left in reversed(range(top_k)):
+        pick = logits.argmax(dim=-1, keepdim=True)
+        picks.append(pick)
+        if left:
+            logits = logits.scatter(-1, pick, float("-inf"))
+    return picks[0] if top_k == 1 else torch.cat(picks, dim=-1)
+
+
+def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Choose adapters and their weights for every token.
+
+    Args:
+        logits: (..., N) gate logits.
+        top_k: How many adapters a token gets.
+        temperature: T > 0; mixes the chosen ones, never changes which are chosen.
+        allowed: bool (N,); adapters that are False are never given weight. At least one must be True.
+
+    Returns:
+        ``indices`` int64 (..., k) and ``weights`` (..., k), float32 (float64 for float64 logits), which sum to 1 over k and are
+        differentiable in ``logits``. NaN logits give NaN weights.
+    """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    indices = top_indices(logits, top_k)
+    chosen = logits.gather(-1, indices)
+    if chosen.dtype != torch.float64:
+        chosen = chosen.float()
+    return indices, torch.softmax(chosen / temperature, dim=-1)
+
+
+def spread(indices: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:
+    """Per-token coefficient of every adapter: ``w_j * s_{i_j}`` at the chosen ones, 0 elsewhere.
+
+    Args:
+        indices: int64 (..., k).
+        weights: (..., k).
+        scaling: (N,).
+
+    Returns:
+        (..., N), the dtype of ``weights``.
+    """
+    scaled = weights * scaling.to(weights.dtype)[indices]
+    return scaled.new_zeros(*indices.shape[:-1], scaling.shape[0]).scatter_add(-1, indices, scaled)
+
+
+def rank_owner(offsets: Tensor, total_rank: int) -> Tensor:
+    """The adapter that owns each row of the stacked ``A``: int64 (R,), from ``offsets`` (N + 1,)."""
+    return torch.bucketize(torch.arange(total_rank, device=offsets.device), offsets, right=True) - 1
+
+
+def mixture(x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, coefficients: Tensor, offsets: Tensor) -> Tensor:
+    """``base_output + ((x A^T) * coefficients per rank) B``.
+
+    Args:
+        x: (..., h).
+        base_output: (..., o).
+        lora_A: (R, h).
+        lora_B: (R, o): row ``j`` is column ``j`` of the usual (o, R) matrix.
+        coefficients: (..., N).
+        offsets: int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i+1]``.
+
+    Returns:
+        (..., o), the dtype of ``base_output``.
+    """
+    down = F.linear(x, lora_A)
+    per_rank = coefficients[..., rank_owner(offsets, lora_A.shape[0])].to(down.dtype)
+    return base_output + (down * per_rank) @ lora_B.to(down.dtype)
+
+
+def lora_mixture(
+    x: Tensor,
+    base_output: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    *,
+    top_k: int,
+    temperature: float,
+    lora_x: Tensor | None,
+    routes: tuple[Tensor, Tensor] | None,
+    allowed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The whole layer; arguments as in :func:`meteora_kernels.lora_mixture`. Returns the output and the gate logits (None with ``routes``)."""
+    logits = None
+    if routes is None:
+        logits = F.linear(x, gate)
+        routes = route(logits, top_k, temperature, allowed)
+    coefficients = spread(*routes, scaling)
+    return mixture(x if lora_x is None else lora_x, base_output, lora_A, lora_B, coefficients, offsets), logits
