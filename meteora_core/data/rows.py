@@ -1,0 +1,82 @@
+"""Reading built datasets: ``DIR/<task>/{train,test}.jsonl``, one ``{"prompt", "response"}`` object a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from meteora_core.errors import DataError
+from meteora_core.files import read_jsonl
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, Split] = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: what the model reads and what it should answer."""
+
+    prompt: str
+    response: str
+
+
+def build_command(task: str) -> str:
+    """The command that builds ``task``."""
+    kind, _, number = task.partition("_")
+    if kind == "composite" and number.isdigit():
+        return f"meteora data composite --n {number}"
+    return f"meteora data build --task {task}"
+
+
+def split_path(data_dir: Path | str, task: str, split: str) -> Path:
+    """Where the rows of a task's split are kept."""
+    return Path(data_dir) / task / f"{split}.jsonl"
+
+
+def iter_rows(path: Path, *, hint: str | None = None) -> Iterator[Row]:
+    """Yield the rows of one file.
+
+    Raises:
+        DataError: The file is missing or a line is broken; file, line and column are named.
+    """
+    for number, row in enumerate(read_jsonl(path, required=("prompt", "response"), hint=hint), start=1):
+        for key in ("prompt", "response"):
+            if not isinstance(row[key], str):
+                raise DataError(f"{path}: row {number}: {key!r} is not a text", hint=hint)
+        yield Row(row["prompt"], row["response"])
+
+
+def read_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> list[Row]:
+    """Read a task's rows.
+
+    Args:
+        data_dir: The folder of all datasets.
+        task: The task's name.
+        split: ``"train"`` or ``"test"``.
+        limit: At most so many rows, the first ones.
+
+    Raises:
+        DataError: The dataset is not built (the hint is the command that builds it), a line is broken, or there is no row.
+    """
+    path = split_path(data_dir, task, split)
+    if not path.is_file():
+        raise DataError(f"no {split} rows of {task} in {data_dir}", hint=f"run `{build_command(task)}`")
+    rows: list[Row] = []
+    if limit is None or limit > 0:
+        for row in iter_rows(path, hint=f"run `{build_command(task)}` to build it anew"):
+            rows.append(row)
+            if limit is not None and len(rows) >= limit:
+                break
+        if not rows:
+            raise DataError(f"{path} has no rows", hint=f"run `{build_command(task)}` to build it anew")
+    return rows
+
+
+def available_tasks(data_dir: Path | str) -> list[str]:
+    """The names of the datasets that lie in ``data_dir`` (those with a test file or a train file), sorted."""
+    root = Path(data_dir)
+    if not root.is_dir():
+        return []
+    return sorted(entry.name for entry in root.iterdir() if not entry.name.startswith(".") and any((entry / f"{split}.jsonl").is_file() for split in SPLITS))

@@ -1,0 +1,260 @@
+"""The tasks: one declarative table. Adding a task is one row.
+
+The order of the 28 tasks is the adapter order of the authors' checkpoints and must not change.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from meteora_core.errors import UsageError, did_you_mean
+
+Metric = Literal["exact", "contains", "final_number", "yes_no_text", "text", "bleu", "composite"]
+"""How a task is scored: accuracy (exact, reference contained, final number), BLEU + ROUGE + yes/no accuracy, BLEU + ROUGE, BLEU, or per sub-task."""
+
+METRICS: tuple[str, ...] = ("exact", "contains", "final_number", "yes_no_text", "text", "bleu")
+"""The metrics that a user's own task may name."""
+
+PROMPT_TEMPLATE = "[INST] {inputs} [/INST]\n"
+"""Every prompt's frame; a task's own template fills ``{inputs}``."""
+
+
+@dataclass(frozen=True)
+class BigBench:
+    """A BIG-bench JSON task.
+
+    Args:
+        folder: The task's folder in BIG-bench's repository, and its configuration name on the hub.
+    """
+
+    folder: str
+    label: str = "BIG-bench"
+
+
+@dataclass(frozen=True)
+class Records:
+    """A dataset of plain records on the hub.
+
+    Args:
+        repository: The hub dataset.
+        config: Its configuration.
+        splits: The source's split names that become train and test. Without a test split, 20 % of train are set aside.
+        nested: The field that holds the record (``translation`` of the news sets), or None.
+        optional_suffix: A field that is added to the input after a line break when it is not empty.
+        train_cap, test_cap: At most so many rows are read, as the authors did.
+    """
+
+    repository: str
+    config: str
+    splits: tuple[str, ...] = ("train", "test")
+    nested: str | None = None
+    optional_suffix: str | None = None
+    train_cap: int = 100_000
+    test_cap: int = 50_000
+    label: str = "hub"
+
+
+@dataclass(frozen=True)
+class Files:
+    """A user's own task: files of ``{"prompt", "response"}`` rows."""
+
+    train: Path | None
+    test: Path | None
+    label: str = "own files"
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A composite: several tasks in one prompt."""
+
+    label: str = "composite"
+
+
+Source = BigBench | Records | Files | Combined
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        name: The task's name, and its folder's.
+        index: Its position among the authors' 28, which is its adapter index in their checkpoints; None for all others.
+        metric: How it is scored.
+        source: Where its rows come from.
+        template: The input, with the source's field names in braces.
+        target: The response, with the source's field names in braces.
+        choices: For the tasks whose choices MeteoRA appends itself: the text between the input and the first ``choice: ...`` line; else None.
+        eval_cap: At most so many test rows are evaluated, or None for all.
+        max_new_tokens: How many tokens an answer may have.
+        temperature: The routing temperature of an evaluation when none is given.
+        members: A composite's tasks, in the order of its prompts; empty otherwise.
+    """
+
+    name: str
+    index: int | None
+    metric: Metric
+    source: Source
+    template: str = "{inputs}"
+    target: str = "{targets}"
+    choices: str | None = None
+    eval_cap: int | None = None
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    members: tuple[str, ...] = field(default=())
+
+    @property
+    def is_composite(self) -> bool:
+        """Whether the task is made of other tasks."""
+        return bool(self.members)
+
+
+def _bb(name: str, metric: Metric, tokens: int = 64, *, choices: str | None = None, cap: int | None = None) -> Task:
+    return Task(name, None, metric, BigBench(name), choices=choices, eval_cap=cap, max_new_tokens=tokens)
+
+
+def _news(language: str, config: str, request: str) -> Task:
+    source = Records("Helsinki-NLP/news_commentary", config, splits=("train",), nested="translation")
+    return Task(f"news_commentary_{language}", None, "bleu", source, template=f"{request}\n{{{language}}}", target="{en}", eval_cap=1000, max_new_tokens=256)
+
+
+_ALPACA = Records("tatsu-lab/alpaca", "default", splits=("train",), optional_suffix="input")
+
+_TABLE: tuple[Task, ...] = (
+    _bb("abstract_narrative_understanding", "contains", choices="\n"),
+    Task("alpaca", None, "text", _ALPACA, template="{instruction}", target="{output}", eval_cap=1000, max_new_tokens=512),
+    Task(
+        "cnn_dailymail",
+        None,
+        "text",
+        Records("abisee/cnn_dailymail", "3.0.0"),
+        template="Generate a summarization of the news article.\n{article}",
+        target="{highlights}",
+        eval_cap=1000,
+        max_new_tokens=256,
+    ),
+    _bb("contextual_parametric_knowledge_conflicts", "contains"),
+    _bb("cs_algorithms", "exact", 16),
+    _bb("disfl_qa", "contains"),
+    _bb("elementary_math_qa", "exact", 32),
+    _bb("epistemic_reasoning", "exact", 16),
+    _bb("formal_fallacies_syllogisms_negation", "exact", 16),
+    _bb("goal_step_wikihow", "contains"),
+    Task("gsm8k", None, "final_number", Records("openai/gsm8k", "main"), template="{question}", target="{answer}", max_new_tokens=384),
+    _bb("language_identification", "contains", 32),
+    _bb("linguistics_puzzles", "text", 128),
+    _bb("logical_deduction", "contains", choices=" Which choice is correct?\n"),
+    _news("de", "de-en", "Den folgenden Text ins Englische übersetzen."),
+    _news("es", "en-es", "Traducir las siguientes frases al inglés."),
+    _news("it", "en-it", "Tradurre le seguenti frasi in inglese."),
+    _bb("object_counting", "contains", 16),
+    _bb("paragraph_segmentation", "exact", 128),
+    _bb("play_dialog_same_or_different", "contains", 16),
+    _bb("question_selection", "contains", 96),
+    _bb("reasoning_about_colored_objects", "contains", 16),
+    _bb("strategyqa", "yes_no_text", 192),
+    _bb("topical_chat", "text", 128, cap=1000),
+    _bb("tracking_shuffled_objects", "exact", choices="\n"),
+    _bb("unit_conversion", "exact", choices="\n"),
+    _bb("vitaminc_fact_verification", "contains", 16),
+    _bb("winowhy", "exact", 16),
+)
+
+TASK_ORDER: tuple[str, ...] = tuple(task.name for task in _TABLE)
+"""The 28 tasks in adapter order."""
+
+COMPOSITES: dict[str, tuple[str, ...]] = {
+    "composite_3": ("logical_deduction", "question_selection", "strategyqa"),
+    "composite_5": ("logical_deduction", "question_selection", "abstract_narrative_understanding", "goal_step_wikihow", "strategyqa"),
+    "composite_10": (
+        "logical_deduction",
+        "question_selection",
+        "abstract_narrative_understanding",
+        "goal_step_wikihow",
+        "winowhy",
+        "strategyqa",
+        "disfl_qa",
+        "news_commentary_de",
+        "alpaca",
+        "linguistics_puzzles",
+    ),
+}
+"""The authors' composites: name to members, in the order of the prompts."""
+
+_COMPOSITE_TEMPERATURES = {3: 15.0, 5: 20.0, 10: 30.0}
+_COMPOSITE_NAME = re.compile(r"composite_([1-9][0-9]*)")
+
+
+def composite_temperature(n: int) -> float:
+    """The routing temperature for a composite of ``n`` tasks: the authors' 15, 20 and 30 for 3, 5 and 10; the nearest of them for any other ``n``."""
+    return _COMPOSITE_TEMPERATURES[min(_COMPOSITE_TEMPERATURES, key=lambda known: (abs(known - n), known))]
+
+
+def default_members(n: int) -> tuple[str, ...]:
+    """The tasks of ``composite_n``: the authors' list for 3, 5 and 10; for any other ``n`` the first ``n`` of composite_10 and then of the 28.
+
+    Raises:
+        UsageError: ``n`` is smaller than 2 or larger than 28.
+    """
+    named = COMPOSITES.get(f"composite_{n}")
+    if named is not None:
+        return named
+    if not 2 <= n <= len(TASK_ORDER):
+        raise UsageError(f"a composite has 2 to {len(TASK_ORDER)} tasks, not {n}", hint="name the tasks with --tasks a,b,...")
+    ten = COMPOSITES["composite_10"]
+    return (*ten, *(name for name in TASK_ORDER if name not in ten))[:n]
+
+
+def composite_task(members: tuple[str, ...], name: str | None = None) -> Task:
+    """Make the task of a composite of ``members``; its answers may be as long as all members' together."""
+    tokens = sum(get_task(member).max_new_tokens + 8 for member in members)
+    temperature = composite_temperature(len(members))
+    name = name or f"composite_{len(members)}"
+    return Task(name, None, "composite", Combined(), max_new_tokens=tokens, temperature=temperature, members=members)
+
+
+def _numbered() -> dict[str, Task]:
+    from dataclasses import replace
+
+    return {task.name: replace(task, index=index) for index, task in enumerate(_TABLE)}
+
+
+TASKS: dict[str, Task] = _numbered()
+"""Every task by name: the 28, the authors' composites, and what :func:`register_task` adds."""
+
+_RESERVED: frozenset[str] = frozenset(TASK_ORDER)
+
+
+def get_task(name: str) -> Task:
+    """Look a task up; ``composite_N`` is known for every N from 2 to 28.
+
+    Raises:
+        UsageError: There is no such task; the closest name is offered.
+    """
+    task = TASKS.get(name)
+    if task is not None:
+        return task
+    numbered = _COMPOSITE_NAME.fullmatch(name)
+    if numbered:
+        return composite_task(default_members(int(numbered.group(1))), name)
+    raise UsageError(f"unknown task {name!r}", hint=did_you_mean(name, TASKS) or "`meteora data list` shows all tasks")
+
+
+def register_task(task: Task) -> None:
+    """Add a task to :data:`TASKS`, or replace one that was added before.
+
+    Raises:
+        UsageError: The name is one of the 28 tasks, or cannot be a folder's name.
+    """
+    if task.name in _RESERVED:
+        raise UsageError(f"{task.name!r} is one of the 28 built-in tasks", hint="choose another name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", task.name):
+        raise UsageError(f"{task.name!r} cannot name a task", hint="use letters, digits, '.', '_' and '-'")
+    TASKS[task.name] = task
+
+
+for _name, _members in COMPOSITES.items():
+    TASKS[_name] = composite_task(_members, _name)
