@@ -1,0 +1,309 @@
+"""Downloads: find a file on the Python package index that pip is configured for, and fetch it with progress, resume and a hash check."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import url2pathname
+
+from meteora_core.errors import DownloadError, StorageError
+from meteora_core.files import cache_dir, storage_errors
+from meteora_core.progress import SILENT, Progress, Task
+
+if TYPE_CHECKING:
+    import httpx
+
+CHUNK = 1 << 20
+ATTEMPTS = 6
+"""How many attempts in a row may bring nothing before a download is given up."""
+
+NETWORK_HINT = "check the network connection and proxy; the download goes on where it stopped when the command is run again"
+
+
+@dataclass(frozen=True)
+class PypiFile:
+    """A file of a release on the package index.
+
+    Args:
+        url: Where it lies (http, https or file).
+        sha256: Its SHA-256, or None when the index does not say.
+        size: Its length in bytes, or None when the index does not say.
+    """
+
+    url: str
+    sha256: str | None
+    size: int | None
+
+    @property
+    def filename(self) -> str:
+        """The file's name."""
+        return unquote(urlsplit(self.url).path).rsplit("/", 1)[-1]
+
+
+def downloads_dir() -> Path:
+    """Where downloaded files are kept."""
+    return cache_dir() / "downloads"
+
+
+def without_credentials(url: str) -> str:
+    """``url`` without a user name, password or query, for messages and manifests."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def find_pypi_file(project: str, version: str, filename_suffix: str) -> PypiFile:
+    """Find a release's file on the index that pip is configured for.
+
+    pip's own configuration counts: ``index-url``, ``extra-index-url``, ``find-links``, ``no-index``, ``cert`` and ``proxy`` from its files and from ``PIP_*``.
+
+    Args:
+        project: The project's name; spelling variants (case, ``-`` and ``_``) are the same.
+        version: The release.
+        filename_suffix: The end of the file's name: ``".tar.gz"`` or ``"-py3-none-any.whl"``.
+
+    Returns:
+        The first match; one with a hash is preferred.
+
+    Raises:
+        DownloadError: No index can be reached, or none has the file.
+    """
+    from meteora_core.package_index import find_file
+
+    url, digest, size = find_file(project, version, filename_suffix)
+    return PypiFile(url, digest, size)
+
+
+def download(url: str, dest: Path, *, sha256: str | None = None, size: int | None = None, progress: Progress = SILENT, title: str | None = None) -> Path:
+    """Fetch ``url`` into ``dest``; what is there already and fits is not fetched again.
+
+    Bytes go to ``dest`` + ``.part``; a cut connection, or a later call, resumes there. Only a complete file whose hash fits gets the name ``dest``.
+    Two processes that want the same file wait for each other.
+
+    Args:
+        url: http, https or file.
+        dest: The file to make.
+        sha256: The expected SHA-256. Without it, the length that the server states is all that is checked, and an existing ``dest`` is taken as it is.
+        size: The expected length in bytes, where it is known.
+        progress: Told the bytes.
+        title: What progress calls the download; the file's name by default.
+
+    Returns:
+        ``dest``.
+
+    Raises:
+        DownloadError: The network failed too often, the server refused, or the hash does not fit.
+        StorageError: The disk is full or the folder is not writable.
+    """
+    from filelock import FileLock
+
+    dest = Path(dest)
+    with storage_errors(dest):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(dest.with_name(f".{dest.name}.lock"))
+        lock.acquire()
+    try:
+        if dest.is_file() and (sha256 is None or _hash_of(dest) == sha256):
+            return dest
+        part = dest.with_name(dest.name + ".part")
+        with progress.task(title or dest.name, total=size, unit="B") as task:
+            fetch = _Fetch(url, part, sha256, size, task)
+            if urlsplit(url).scheme == "file":
+                fetch.copy()
+            else:
+                fetch.run()
+        with storage_errors(dest):
+            os.replace(part, dest)
+        return dest
+    finally:
+        lock.release()
+
+
+@contextmanager
+def http_client() -> Iterator[httpx.Client]:
+    """A client that trusts pip's certificate bundle and uses pip's proxy where those are set."""
+    import httpx
+
+    from meteora_core.package_index import pip_settings
+
+    settings = pip_settings()
+    verify: ssl.SSLContext | bool = True
+    if settings.cert and Path(settings.cert).is_dir():
+        verify = ssl.create_default_context(capath=settings.cert)
+    elif settings.cert and Path(settings.cert).is_file():
+        verify = ssl.create_default_context(cafile=settings.cert)
+    timeout = httpx.Timeout(60.0, connect=20.0)
+    with httpx.Client(verify=verify, proxy=settings.proxy, timeout=timeout, follow_redirects=True, headers={"User-Agent": "meteora"}) as client:
+        yield client
+
+
+def local_path(url: str) -> Path:
+    """The path of a file:// URL."""
+    return Path(url2pathname(unquote(urlsplit(url).path)))
+
+
+def _hash_of(path: Path) -> str:
+    from meteora_core.files import sha256
+
+    return sha256(path)
+
+
+class _Cut(Exception):
+    """The connection failed in a way that another attempt may cure."""
+
+
+class _Fetch:
+    """One download: the state that survives its attempts."""
+
+    def __init__(self, url: str, part: Path, sha256: str | None, size: int | None, task: Task) -> None:
+        self.url = url
+        self.name = without_credentials(url)
+        self.part = part
+        self.sha256 = sha256
+        self.size = size
+        self.task = task
+        self.done = 0
+        self.shown = 0
+        self.digest: Any = hashlib.sha256()
+
+    def run(self) -> None:
+        """Fetch over HTTP until the part file is complete and its hash fits."""
+        with http_client() as client:
+            resumed = self._load_part()
+            failures = 0
+            while True:
+                if self.done and self.sha256 is not None and self.done == self.size and self.digest.hexdigest() == self.sha256:
+                    return
+                before = self.done
+                try:
+                    self._attempt(client)
+                except _Cut as cut:
+                    failures = 1 if self.done > before else failures + 1
+                    if failures >= ATTEMPTS:
+                        raise DownloadError(f"cannot download {self.name}: {cut}", hint=NETWORK_HINT) from cut
+                    resumed = True
+                    time.sleep(min(0.2 * 2**failures, 10.0))
+                    continue
+                if self.sha256 is None or self.digest.hexdigest() == self.sha256:
+                    return
+                found = self.digest.hexdigest()
+                self._restart()
+                if not resumed:
+                    raise DownloadError(
+                        f"{self.name} is not the expected file: its SHA-256 is {found}, not {self.sha256}",
+                        hint="the index or a proxy may serve a changed file; try again later or from another index",
+                    )
+                resumed = False
+
+    def copy(self) -> None:
+        """Take a file:// URL."""
+        source = local_path(self.url)
+        try:
+            with open(source, "rb") as reader, self._open("wb") as writer:
+                self._start(source.stat().st_size)
+                while block := reader.read(CHUNK):
+                    self._take(writer, block)
+        except FileNotFoundError as missing:
+            raise DownloadError(f"no such file: {source}", hint="the package index names a file that is not there") from missing
+        if self.sha256 is not None and self.digest.hexdigest() != self.sha256:
+            self._restart()
+            raise DownloadError(f"{source} is not the expected file: its SHA-256 is {self.digest.hexdigest()}, not {self.sha256}")
+
+    def _load_part(self) -> bool:
+        """Take up an earlier part file; return whether there is one."""
+        if not self.part.is_file():
+            return False
+        with open(self.part, "rb") as reader:
+            while block := reader.read(CHUNK):
+                self.digest.update(block)
+                self.done += len(block)
+        self._show()
+        return self.done > 0
+
+    def _restart(self) -> None:
+        self.done = 0
+        self.digest = hashlib.sha256()
+        with self._open("wb"):
+            pass
+        self._show()
+
+    def _attempt(self, client: httpx.Client) -> None:
+        import httpx
+
+        headers = {"Accept-Encoding": "identity"}
+        if self.done:
+            headers["Range"] = f"bytes={self.done}-"
+        try:
+            with client.stream("GET", self.url, headers=headers) as response:
+                if response.status_code == 416 and self.done:
+                    if self.sha256 is not None and self.digest.hexdigest() == self.sha256:
+                        return
+                    self._restart()
+                    raise _Cut("the server does not have the rest of the file")
+                self._check_status(response)
+                mode = "ab"
+                if self.done and not self._continues(response):
+                    self._restart()
+                    mode = "wb"
+                length = response.headers.get("Content-Length", "")
+                expected = self.done + int(length) if length.isdigit() else None
+                self._start(expected if expected is not None else self.size)
+                with self._open(mode) as writer:
+                    for block in response.iter_raw():
+                        self._take(writer, block)
+                if expected is not None and self.done < expected:
+                    raise _Cut(f"the connection was closed after {self.done} of {expected} bytes")
+        except httpx.UnsupportedProtocol as wrong:
+            raise DownloadError(f"cannot download {self.name}: {wrong}") from wrong
+        except (httpx.TransportError, httpx.StreamError) as error:
+            raise _Cut(str(error) or type(error).__name__) from error
+        except httpx.HTTPError as error:
+            raise DownloadError(f"cannot download {self.name}: {error}") from error
+
+    def _check_status(self, response: httpx.Response) -> None:
+        status = response.status_code
+        if status in (408, 425, 429) or status >= 500:
+            raise _Cut(f"the server answered {status}")
+        if status >= 400:
+            hint = "this address needs a login" if status in (401, 403) else None
+            raise DownloadError(f"cannot download {self.name}: the server answered {status}", hint=hint)
+
+    def _continues(self, response: httpx.Response) -> bool:
+        """Whether the response is the rest of the file from where the part ends."""
+        return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {self.done}-")
+
+    def _start(self, total: int | None) -> None:
+        if total is None:
+            return
+        self.task.update(0, total=total)
+        with storage_errors(self.part):
+            free = shutil.disk_usage(self.part.parent).free
+        if free < total - self.done:
+            raise StorageError(
+                f"{self.part.parent} has {free / 1e6:.0f} MB free, and {self.part.name.removesuffix('.part')} needs {(total - self.done) / 1e6:.0f} MB",
+                hint="free some space, or set METEORA_CACHE to a folder on a larger disk",
+            )
+
+    def _take(self, writer: IO[bytes], block: bytes) -> None:
+        with storage_errors(self.part):
+            writer.write(block)
+        self.digest.update(block)
+        self.done += len(block)
+        self._show()
+
+    def _show(self) -> None:
+        self.task.update(self.done - self.shown)
+        self.shown = self.done
+
+    @contextmanager
+    def _open(self, mode: str) -> Iterator[IO[bytes]]:
+        with storage_errors(self.part), open(self.part, mode) as handle:
+            yield handle
