@@ -1,0 +1,36 @@
+"""Meteora: many LoRA adapters in one language model, chosen per token by a trained gate in every linear layer (MeteoRA).
+
+The names below are loaded when first used, so that ``import meteora_core`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meteora_core.adapters.bank import AdapterBank
+    from meteora_core.checkpoints.native import load_checkpoint, save_checkpoint
+    from meteora_core.model.attach import attach, detach
+    from meteora_core.routing import record_routes
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "AdapterBank": "meteora_core.adapters.bank",
+    "attach": "meteora_core.model.attach",
+    "detach": "meteora_core.model.attach",
+    "load_checkpoint": "meteora_core.checkpoints.native",
+    "save_checkpoint": "meteora_core.checkpoints.native",
+    "load_authors_checkpoint": "meteora_core.checkpoints.authors",
+    "record_routes": "meteora_core.routing",
+}
+
+__all__ = ["AdapterBank", "__version__", "attach", "detach", "load_checkpoint", "record_routes", "save_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'meteora_core' has no attribute {name!r}")

@@ -152,7 +152,7 @@ def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None =
     """
     path = Path(path)
     try:
-        handle = open(path, "rb")
+        handle = path.open("rb")
     except FileNotFoundError as missing:
         raise DataError(f"no such file: {path}", hint=hint) from missing
     with handle:

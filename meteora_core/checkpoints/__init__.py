@@ -1,0 +1,1 @@
+"""Base models, native checkpoints, and other layouts."""

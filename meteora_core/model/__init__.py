@@ -1,0 +1,1 @@
+"""MeteoRA layers, and putting them into a model and taking them out."""

@@ -1,0 +1,5 @@
+"""``python -m meteora_cli``."""
+
+from meteora_cli.app import main
+
+main()

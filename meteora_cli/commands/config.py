@@ -1,0 +1,40 @@
+"""``meteora config``: look at the settings in force."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from meteora_cli.console import emit_json, out, settings_from
+
+app = typer.Typer(help="Look at the settings in force.", no_args_is_help=True)
+
+
+@app.command("show")
+def show(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    defaults: Annotated[bool, typer.Option("--defaults", help="Print a meteora.toml with every setting commented at its default.")] = False,
+) -> None:
+    """Print the settings in force (flags > METEORA_* environment > meteora.toml > defaults)."""
+    from meteora_core.settings import default_file_text
+
+    if defaults:
+        typer.echo(default_file_text(), nl=False)
+        return
+    settings = settings_from(ctx)
+    values = settings.model_dump(mode="json")
+    if as_json:
+        emit_json(values)
+        return
+    from rich.table import Table
+
+    standard = type(settings).model_construct().model_dump(mode="json")
+    table = Table("setting", "value", "default")
+    for section, entries in values.items():
+        for name, value in entries.items():
+            default = standard.get(section, {}).get(name)
+            same = value == default
+            table.add_row(f"{section}.{name}", str(value), "" if same else str(default), style="" if same else "bold")
+    out.print(table)

@@ -1,0 +1,158 @@
+"""What the commands share: two consoles, JSON on stdout, progress bars, settings from the flags.
+
+Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import ProgressColumn, TaskID
+
+    from meteora_core.progress import Progress, Task
+    from meteora_core.settings import Settings
+
+console = Console(stderr=True, highlight=False)
+"""For people: notes, progress, errors. Goes to stderr."""
+
+out = Console(highlight=False)
+"""For results: tables and text. Goes to stdout."""
+
+
+@dataclass
+class Globals:
+    """The options that stand before the command."""
+
+    config: Path | None = None
+    verbose: int = 0
+    quiet: bool = False
+
+
+def globals_of(ctx: typer.Context) -> Globals:
+    """The options that stood before the command."""
+    return ctx.obj if isinstance(ctx.obj, Globals) else Globals()
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def settings_from(ctx: typer.Context, **flags: Any) -> Settings:
+    """The settings in force; ``flags`` are ``section__name=value``, and None means that the flag was not given.
+
+    Raises:
+        UsageError: The configuration is broken or a value is out of range.
+    """
+    from meteora_core.settings import load_settings
+
+    overrides: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            section, _, name = key.partition("__")
+            overrides.setdefault(section, {})[name] = value
+    return load_settings(globals_of(ctx).config, overrides)
+
+
+def _columns() -> list[ProgressColumn]:
+    from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Task as RichTask
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        """Done, total and unit; bytes as MB."""
+
+        def render(self, task: RichTask) -> Text:
+            unit = task.fields.get("unit", "it")
+            if unit == "B":
+                done, total, unit = task.completed / 1e6, None if task.total is None else task.total / 1e6, "MB"
+                return Text(f"{done:.1f}{'' if total is None else f'/{total:.1f}'} {unit}")
+            return Text(f"{task.completed:.0f}{'' if task.total is None else f'/{task.total:.0f}'} {unit}")
+
+    return [
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        Amount(),
+        TextColumn("{task.fields[extra]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+
+
+class _RichTask:
+    def __init__(self, bars: RichProgress, identity: TaskID) -> None:
+        self._bars, self._id, self._fields = bars, identity, dict[str, str]()
+
+    def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:
+        self._fields.update(fields)
+        extra = "  ".join(f"{key} {value}" for key, value in self._fields.items())
+        self._bars.update(self._id, advance=advance, extra=extra, **({} if total is None else {"total": total}))  # type: ignore[arg-type]
+
+
+class _RichProgress:
+    def __init__(self, bars: RichProgress, *, plain: bool) -> None:
+        self._bars, self._plain = bars, plain
+
+    @contextmanager
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        if self._plain:
+            console.print(f"{title} …", markup=False)
+        identity = self._bars.add_task(title, total=total, unit=unit, extra="")
+        try:
+            yield _RichTask(self._bars, identity)
+            task = next(task for task in self._bars.tasks if task.id == identity)
+            self._bars.update(identity, total=task.completed if task.total is None else task.total, completed=task.total or task.completed)
+        finally:
+            self._bars.stop_task(identity)
+
+    def note(self, message: str) -> None:
+        self._bars.console.print(message, markup=False)
+
+
+class _Quiet:
+    @contextmanager
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        from meteora_core.progress import SILENT
+
+        with SILENT.task(title, total=total, unit=unit) as task:
+            yield task
+
+    def note(self, message: str) -> None:
+        return None
+
+
+@contextmanager
+def progress(ctx: typer.Context | None = None) -> Iterator[Progress]:
+    """Yield a Progress that draws bars on stderr; without a terminal it prints one line a stage; with --quiet nothing."""
+    if ctx is not None and globals_of(ctx).quiet:
+        yield _Quiet()
+        return
+    from rich.progress import Progress as Bars
+
+    bars = Bars(*_columns(), console=console, transient=False, disable=not console.is_terminal, refresh_per_second=4)
+    with bars:
+        yield _RichProgress(bars, plain=not console.is_terminal)
+
+
+def report_error(error: BaseException) -> None:
+    """One line on stderr, and the hint below it."""
+    from rich.text import Text
+
+    message, hint = getattr(error, "message", str(error)), getattr(error, "hint", None)
+    console.print(Text.assemble(("error: ", "bold red"), str(message)), soft_wrap=True)
+    if hint:
+        console.print(Text.assemble(("hint: ", "bold yellow"), str(hint)), soft_wrap=True)

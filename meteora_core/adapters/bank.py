@@ -1,0 +1,123 @@
+"""Many adapters stacked into contiguous tensors, one stack per linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, read_adapter
+from meteora_core.errors import AdapterError, UsageError
+from meteora_core.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Stack:
+    """All adapters on one linear layer.
+
+    Attributes:
+        A: (R, in), the adapters' A by rows, R = sum of ``ranks``.
+        B: (R, out), row ``j`` is column ``j`` of the usual (out, R) matrix.
+        ranks: One rank per adapter of the bank; 0 where an adapter does not target this layer.
+        scaling: float32 (N,); 0 where the rank is 0.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    scaling: Tensor
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[1]
+
+
+@dataclass(frozen=True)
+class AdapterBank:
+    """N adapters in a fixed order, stacked per linear layer.
+
+    Attributes:
+        adapters: What each adapter is; the position is the adapter's index in gates and labels.
+        modules: A stack for every linear that at least one adapter targets, by module path.
+    """
+
+    adapters: tuple[AdapterInfo, ...]
+    modules: dict[str, Stack]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in order."""
+        return tuple(adapter.name for adapter in self.adapters)
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def __iter__(self) -> Iterator[AdapterInfo]:
+        return iter(self.adapters)
+
+    def index(self, name: str) -> int:
+        """The position of adapter ``name``. Raises UsageError (with the nearest name) when there is none."""
+        from meteora_core.errors import did_you_mean
+
+        if name not in self.names:
+            raise UsageError(f"no adapter named {name!r} in the bank", hint=did_you_mean(name, self.names) or f"there are: {', '.join(self.names)}")
+        return self.names.index(name)
+
+    @classmethod
+    def from_peft(cls, folders: Mapping[str, str | Path], *, dtype: torch.dtype | None = None, progress: Progress = SILENT) -> AdapterBank:
+        """Read PEFT LoRA folders and stack them; ranks, alphas and target sets may differ.
+
+        Args:
+            folders: Adapter name -> folder; the order is kept.
+            dtype: Of the stacked tensors; None keeps the files' (float32 when they differ).
+            progress: Where to report.
+
+        Raises:
+            AdapterError: A folder cannot be used, or two adapters disagree about a layer's shape; adapter, layer and shapes are named.
+        """
+        if not folders:
+            raise AdapterError("no adapters given", hint="train some with `meteora train --stage adapters --task NAME`")
+        adapters = []
+        with progress.task("reading adapters", total=len(folders), unit="adapters") as task:
+            for name, folder in folders.items():
+                adapters.append(read_adapter(name, folder))
+                task.update(1)
+        return cls.stack(adapters, dtype=dtype)
+
+    @classmethod
+    def stack(cls, adapters: list[Adapter], *, dtype: torch.dtype | None = None) -> AdapterBank:
+        """Stack adapters that were read before. Raises AdapterError when two of them disagree about a layer's shape."""
+        paths = sorted({path for adapter in adapters for path in adapter.modules}, key=_natural)
+        return cls(tuple(adapter.info for adapter in adapters), {path: _stack_layer(path, adapters, dtype) for path in paths})
+
+
+def _natural(path: str) -> tuple[tuple[int, int | str], ...]:
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in path.split("."))
+
+
+def _stack_layer(path: str, adapters: list[Adapter], dtype: torch.dtype | None) -> Stack:
+    present = [adapter for adapter in adapters if path in adapter.modules]
+    first = present[0].modules[path]
+    for adapter in present:
+        weights = adapter.modules[path]
+        if (weights.A.shape[1], weights.B.shape[0]) != (first.A.shape[1], first.B.shape[0]):
+            raise AdapterError(
+                f"{path}: adapter {present[0].info.name!r} maps {first.A.shape[1]} to {first.B.shape[0]} features, "
+                f"adapter {adapter.info.name!r} maps {weights.A.shape[1]} to {weights.B.shape[0]}",
+                hint="all adapters of a bank must be trained on the same base model",
+            )
+    dtypes = {tensor.dtype for adapter in present for tensor in (adapter.modules[path].A, adapter.modules[path].B)}
+    dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    return Stack(
+        A=torch.cat([adapter.modules[path].A.to(dtype) for adapter in present]),
+        B=torch.cat([adapter.modules[path].B.t().to(dtype) for adapter in present]).contiguous(),
+        ranks=tuple(adapter.modules[path].A.shape[0] if path in adapter.modules else 0 for adapter in adapters),
+        scaling=torch.tensor([adapter.modules[path].scaling if path in adapter.modules else 0.0 for adapter in adapters], dtype=torch.float32),
+    )

