@@ -1,10 +1,285 @@
-"""Dense backend: one GEMM for the gate and all A, a scaled middle, one GEMM for all B."""
+"""Dense backend: vectorised PyTorch on any device, with a backward of its own.
+
+Two products make up the work, and each can be done in two ways that give the same numbers:
+
+- *dots*: the ``k * r`` inner products of a token with the rows of its chosen adapters (``A x`` forward, ``B dy`` backward), either one
+  GEMM over all R rows of which the chosen ones are picked, or only the chosen ones (on a CPU, in float32 or float64 or for few tokens);
+- *sums*: the weighted sum of the chosen rows (``B`` forward, ``A`` backward), either a GEMM with a middle that is zero elsewhere, or a
+  gather of the chosen rows only (on a CPU).
+
+A GEMM runs several times faster per multiplication, a gather does ``R / (k * r)`` times fewer of them; :func:`ways` weighs the two by
+rates measured on a CPU with AVX-512 (docs/performance.md).
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any, Literal, NamedTuple
 
-from meteora_kernels import reference
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from meteora_kernels.layout import Layout, layout_of
+from meteora_kernels.reference import top_indices
+
+DOTS_GAIN = 5.0
+"""A GEMM's multiplications per time over those of gathered dots, float32 on a CPU."""
+SUMS_GAIN = {torch.float32: 2.0, torch.float64: 4.0, torch.bfloat16: 4.0, torch.float16: 8.0}
+"""The same for gathered sums."""
+FEW_TOKENS = 16
+"""Up to here a GEMM is bound by reading its weights, so that fewer rows always win."""
+
+
+class Ways(NamedTuple):
+    """How a pass does its dots and its sums."""
+
+    dots: Literal["gemm", "rows", "copies"]
+    sums: Literal["gemm", "rows", "copies"]
+
+
+def ways(tokens: int, layout: Layout, top_k: int, dtype: torch.dtype, device: str) -> Ways:
+    """How to do dots and sums: ``gemm`` over all rows, by the chosen ``rows``, or by ``copies`` of the chosen rows (few tokens)."""
+    if device != "cpu" or dtype not in SUMS_GAIN:
+        return Ways("gemm", "gemm")
+    saving = layout.total_rank / max(top_k * layout.max_rank, 1)
+    if tokens <= FEW_TOKENS and saving >= 2:
+        return Ways("copies", "copies")
+    exact = dtype in (torch.float32, torch.float64)
+    return Ways("rows" if exact and saving > DOTS_GAIN else "gemm", "rows" if saving > SUMS_GAIN[dtype] else "gemm")
+
+
+def dots(tokens: Tensor, matrix: Tensor, rows: Tensor, way: str) -> Tensor:
+    """Inner products of every token with its own rows of a matrix.
+
+    Args:
+        tokens: (M, d).
+        matrix: (R, d).
+        rows: int64 (M, c).
+        way: A field of :class:`Ways`.
+
+    Returns:
+        (M, c).
+    """
+    count, width = rows.shape
+    if way == "gemm":
+        return torch.mm(tokens, matrix.t()).gather(1, rows)
+    if way == "copies":
+        copies = matrix.index_select(0, rows.view(-1))
+        if count == 1:
+            return torch.mv(copies, tokens.view(-1)).view(1, width)
+        return torch.bmm(copies.view(count, width, -1), tokens.unsqueeze(2)).squeeze(2)
+    starts = torch.arange(0, count * width, width, device=rows.device)
+    owner = torch.arange(count, device=rows.device).repeat_interleave(width)
+    # This derivative of an embedding bag is exactly the wanted set of inner products, threaded over tokens.
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(tokens.contiguous(), matrix, rows.view(-1), starts, owner, 0)
+    return found.view(count, width)
+
+
+def sums(matrix: Tensor, rows: Tensor, weights: Tensor, way: str, add: Tensor | None = None) -> Tensor:
+    """Weighted sum of every token's own rows of a matrix, on top of ``add``.
+
+    Args:
+        matrix: (R, d).
+        rows: int64 (M, c).
+        weights: (M, c), the dtype of ``matrix``.
+        way: A field of :class:`Ways`.
+        add: (M, d) or None.
+
+    Returns:
+        (M, d).
+    """
+    if way == "rows":
+        total = F.embedding_bag(rows, matrix, mode="sum", per_sample_weights=weights)
+        return total if add is None else (total.add_(add) if total.dtype == add.dtype else total + add)
+    if way == "copies":
+        count = rows.shape[0]
+        copies = matrix.index_select(0, rows.view(-1))
+        if count > 1:
+            total = torch.bmm(weights.unsqueeze(1), copies.view(count, rows.shape[1], -1)).squeeze(1)
+        elif add is not None and add.dtype == matrix.dtype:
+            return torch.addmv(add.view(-1), copies.t(), weights.view(-1)).view(1, -1)
+        else:
+            total = torch.mv(copies.t(), weights.view(-1)).view(1, -1)
+        return total if add is None else add + total
+    middle = spread_rows(rows, weights, matrix.shape[0])
+    if add is None:
+        return torch.mm(middle, matrix)
+    return torch.addmm(add, middle, matrix) if add.dtype == matrix.dtype else add + torch.mm(middle, matrix)
+
+
+def spread_rows(rows: Tensor, weights: Tensor, total: int) -> Tensor:
+    """(M, R) with ``weights`` at ``rows`` and 0 elsewhere."""
+    return weights.new_zeros(rows.shape[0], total).scatter_add_(1, rows, weights)
+
+
+def choose(logits: Tensor, top_k: int, temperature: float, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`meteora_kernels.reference.route` without a graph, with fewer passes for small k.
+
+    Args:
+        logits: (M, N).
+        top_k: 1 <= top_k <= N.
+        temperature: T > 0.
+        allowed: bool (N,) or None.
+
+    Returns:
+        indices int64 (M, k) and weights (M, k), float32 (float64 for float64 logits).
+    """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    if top_k == 2:
+        # max(dim) takes the first of equal values and NaN before all, as argmax does, in fewer passes over the row.
+        first = logits.max(dim=1, keepdim=True).indices
+        second = logits.scatter(1, first, float("-inf")).max(dim=1, keepdim=True).indices
+        indices = torch.cat((first, second), dim=1)
+    else:
+        indices = top_indices(logits, top_k)
+    chosen = logits.gather(1, indices)
+    if chosen.dtype != torch.float64:
+        chosen = chosen.float()
+    return indices, torch.softmax(chosen if temperature == 1.0 else chosen / temperature, dim=1)
+
+
+class Forward(NamedTuple):
+    """What the forward pass leaves for the backward."""
+
+    output: Tensor
+    logits: Tensor | None
+    indices: Tensor
+    weights: Tensor
+    down: Tensor
+
+
+def forward(
+    x: Tensor,
+    lora_x: Tensor,
+    base_output: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    layout: Layout,
+    routes: tuple[Tensor, Tensor] | None,
+    allowed: Tensor | None,
+    top_k: int,
+    temperature: float,
+) -> Forward:
+    """The layer on flat tokens: x (M, h), base_output (M, o), routes (M, k) each or None.
+
+    Returns:
+        output (M, o); logits (M, N) or None; indices int64 (M, k); weights (M, k); down (M, k * max_rank), the chosen rows of ``A x``.
+    """
+    logits = None
+    if routes is None:
+        logits = torch.mm(x, gate.t())
+        indices, weights = choose(logits, top_k, temperature, allowed)
+    else:
+        indices, weights = routes
+    how = ways(x.shape[0], layout, indices.shape[1], lora_A.dtype, x.device.type)
+    rows, coefficients = expand(indices, weights, scaling, layout)
+    down = dots(lora_x, lora_A, rows, how.dots)
+    output = sums(lora_B, rows, scaled(down, coefficients), how.sums, base_output)
+    return Forward(output, logits, indices, weights, down)
+
+
+def expand(indices: Tensor, weights: Tensor, scaling: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The chosen rows int64 (M, k * r) and ``w_j * s_j`` (M, k, 1), or (M, k, r) where ranks differ, so that places past a rank get 0."""
+    count = indices.shape[0]
+    flat = indices.reshape(-1)
+    rows = layout.rows.index_select(0, flat).view(count, -1)
+    coefficients = (weights * scaling.index_select(0, flat).view_as(weights)).unsqueeze(-1)
+    if layout.valid is not None:
+        coefficients = coefficients * layout.valid.index_select(0, flat).view(*indices.shape, -1)
+    return rows, coefficients
+
+
+def scaled(values: Tensor, coefficients: Tensor) -> Tensor:
+    """(M, k * r) values times (M, k, 1 or r) coefficients, in the dtype of the values."""
+    return (values.view(*coefficients.shape[:2], -1) * coefficients).view_as(values).to(values.dtype)
+
+
+class _Mixture(torch.autograd.Function):
+    """The differentiable form of :func:`forward`; the derivative of the route is that of the softmax over the chosen logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_x: Tensor | None,
+        base_output: Tensor,
+        gate: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        given_indices: Tensor | None,
+        given_weights: Tensor | None,
+        scaling: Tensor,
+        layout: Layout,
+        allowed: Tensor | None,
+        top_k: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        routes = None if given_indices is None or given_weights is None else (given_indices, given_weights)
+        seen = x if lora_x is None else lora_x
+        done = forward(x, seen, base_output, gate, lora_A, lora_B, scaling, layout, routes, allowed, top_k, temperature)
+        ctx.save_for_backward(x, lora_x, gate, lora_A, lora_B, scaling, done.indices, done.weights, done.down)
+        ctx.layout, ctx.temperature, ctx.routed = layout, temperature, routes is None
+        ctx.base_dtype = base_output.dtype
+        ctx.set_materialize_grads(False)
+        return done.output, done.logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, lora_x, gate, lora_A, lora_B, scaling, indices, weights, down = ctx.saved_tensors
+        need_x, need_lora_x, need_base, need_gate, need_A, need_B, _, need_weights = ctx.needs_input_grad[:8]
+        layout: Layout = ctx.layout
+        seen = x if lora_x is None else lora_x
+        need_seen = need_x if lora_x is None else need_lora_x
+        grad_x = grad_seen = grad_A = grad_B = grad_weights = None
+        if grad is not None:
+            how = ways(x.shape[0], layout, indices.shape[1], lora_A.dtype, x.device.type)
+            rows, coefficients = expand(indices, weights, scaling, layout)
+            narrow = grad.to(lora_B.dtype)
+            up = dots(narrow, lora_B, rows, how.dots)
+            if need_seen or need_A:
+                grad_down = scaled(up, coefficients)
+            if need_A:
+                grad_A = torch.mm(spread_rows(rows, grad_down, layout.total_rank).t(), seen)
+            if need_B:
+                grad_B = torch.mm(spread_rows(rows, scaled(down, coefficients), layout.total_rank).t(), narrow)
+            if need_seen:
+                grad_seen = sums(lora_A, rows, grad_down, how.sums)
+            if need_weights or (ctx.routed and (need_x or need_gate)):
+                product = up.to(weights.dtype) * down
+                product = product.view(*indices.shape, -1)
+                if layout.valid is not None:
+                    product = product * layout.valid[indices]
+                grad_weights = product.sum(dim=-1) * scaling.to(weights.dtype)[indices]
+                if ctx.routed:
+                    chosen = torch._softmax_backward_data(grad_weights, weights, 1, weights.dtype).div_(ctx.temperature)
+                    dense = chosen.new_zeros(x.shape[0], layout.adapters).scatter_add_(1, indices, chosen)
+                    grad_logits = dense.to(gate.dtype) if grad_logits is None else grad_logits + dense.to(grad_logits.dtype)
+        grad_gate = None
+        if ctx.routed and grad_logits is not None:
+            if need_gate:
+                grad_gate = torch.mm(grad_logits.t(), x)
+            if need_x:
+                join = grad_seen if lora_x is None else None
+                grad_x = torch.mm(grad_logits, gate) if join is None else join.addmm_(grad_logits, gate)
+        elif lora_x is None:
+            grad_x = grad_seen
+        grad_base = grad if need_base else None
+        return (
+            grad_x,
+            grad_seen if lora_x is not None else None,
+            grad_base,
+            grad_gate,
+            grad_A,
+            grad_B,
+            None,
+            grad_weights if need_weights else None,
+            *(None,) * 5,
+        )
 
 
 def lora_mixture(
@@ -23,17 +298,50 @@ def lora_mixture(
     allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and result as in :func:`meteora_kernels.reference.lora_mixture`."""
-    return reference.lora_mixture(
-        x,
-        base_output,
-        gate,
-        lora_A,
-        lora_B,
-        scaling,
-        offsets,
-        top_k=top_k,
-        temperature=temperature,
-        lora_x=lora_x,
-        routes=routes,
-        allowed=allowed,
-    )
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, gate, lora_A, lora_B = x.to(dtype), gate.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+        lora_x = None if lora_x is None else lora_x.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed)
+    return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed)
+
+
+def _flat(
+    x: Tensor,
+    base_output: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    temperature: float,
+    lora_x: Tensor | None,
+    routes: tuple[Tensor, Tensor] | None,
+    allowed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Flatten the tokens, run, and give the leading dimensions back."""
+    layout = layout_of(offsets)
+    lead = x.shape[:-1]
+    adapters, hidden = gate.shape
+    tokens = x.reshape(-1, hidden)
+    flat_base = base_output.reshape(-1, base_output.shape[-1])
+    if layout.max_rank == 0 or tokens.shape[0] == 0:
+        logits = F.linear(x, gate) if routes is None else None
+        return base_output.clone(), logits
+    flat_lora_x = None if lora_x is None or lora_x is x else lora_x.reshape(-1, hidden)
+    indices = weights = None
+    if routes is not None:
+        top_k = routes[0].shape[-1]
+        indices, weights = routes[0].reshape(-1, top_k), routes[1].reshape(-1, top_k)
+    if torch.is_grad_enabled():
+        arguments = (tokens, flat_lora_x, flat_base, gate, lora_A, lora_B, indices, weights, scaling, layout, allowed, top_k, temperature)
+        output, logits = _Mixture.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        given = None if indices is None or weights is None else (indices, weights)
+        seen = tokens if flat_lora_x is None else flat_lora_x
+        done = forward(tokens, seen, flat_base, gate, lora_A, lora_B, scaling, layout, given, allowed, top_k, temperature)
+        output, logits = done.output, done.logits
+    return output.view(base_output.shape), None if logits is None else logits.view(*lead, adapters)
