@@ -1,0 +1,176 @@
+"""Building datasets: raw rows in, ``DIR/<task>/{train,test}.jsonl`` and a manifest out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+from meteora_core.data.extract import Extract
+from meteora_core.data.manifest import Manifest, intact, read_manifest, write_manifest
+from meteora_core.data.rows import Row, Split
+from meteora_core.data.sources import extract
+from meteora_core.data.tasks import BigBench, Files, Task, get_task
+from meteora_core.data.writer import check_target, dataset_folder, prompt_key, write_rows
+from meteora_core.errors import DataError, UsageError
+from meteora_core.progress import SILENT, Progress
+
+
+def build_task(
+    name: str | Task,
+    out_dir: Path | str,
+    *,
+    source: str = "auto",
+    raw_dir: Path | str | None = None,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Build one dataset into ``out_dir/<task>``; an earlier build that fits the request is left as it is.
+
+    Args:
+        name: The task, or its name.
+        out_dir: The folder of all datasets.
+        source: Where the raw rows come from; see :data:`meteora_core.data.sources.SOURCES`.
+        raw_dir: For the local source.
+        max_train: Keep only the first so many train rows (they are shuffled already).
+        max_test: The same for test rows.
+        force: Build anew even if the dataset is there and intact.
+        progress: Told bytes and rows.
+
+    Returns:
+        The dataset's manifest.
+
+    Raises:
+        UsageError: An argument is wrong or the task is unknown.
+        DataError: The raw rows are broken or missing, a split is empty, or the folder holds another dataset.
+        DownloadError: A source cannot be reached.
+        StorageError: The dataset cannot be written.
+    """
+    task = get_task(name) if isinstance(name, str) else name
+    for option, value in (("max_train", max_train), ("max_test", max_test)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} must be at least 1, not {value}")
+    folder = Path(out_dir) / task.name
+    check_target(folder, task.name)
+    if not force:
+        built = existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test)
+        if built is not None:
+            return built
+    raw = extract(task, source, None if raw_dir is None else Path(raw_dir), progress)
+    return _write(task, folder, raw, {"train": max_train, "test": max_test}, progress)
+
+
+def existing(
+    task: Task, out_dir: Path | str, *, source: str = "auto", raw_dir: Path | str | None = None, max_train: int | None = None, max_test: int | None = None
+) -> Manifest | None:
+    """The manifest of an earlier, intact build that answers the same request; None when there is none, or when local files may have changed since."""
+    if raw_dir is not None or source == "local" or isinstance(task.source, Files):
+        return None
+    folder = Path(out_dir) / task.name
+    manifest = read_manifest(folder)
+    if manifest is None or (manifest.max_train, manifest.max_test) != (max_train, max_test) or source not in ("auto", manifest.source.get("kind")):
+        return None
+    return manifest if intact(folder, manifest) else None
+
+
+def build_tasks(
+    names: Sequence[str],
+    out_dir: Path | str,
+    *,
+    source: str = "auto",
+    raw_dir: Path | str | None = None,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    force: bool = False,
+    jobs: int = 1,
+    progress: Progress = SILENT,
+) -> list[Manifest]:
+    """Build several datasets; see :func:`build_task`.
+
+    Args:
+        names: The tasks.
+        out_dir: The folder of all datasets.
+        source, raw_dir, max_train, max_test, force: As for :func:`build_task`.
+        jobs: How many processes build at once. Archives are fetched and unpacked once, before they start.
+        progress: Told bytes, and rows (one process) or finished tasks (several).
+
+    Returns:
+        The manifests in the order of ``names``.
+
+    Raises:
+        MeteoraError: As for :func:`build_task`; datasets that were finished before stay.
+    """
+    if jobs < 1:
+        raise UsageError(f"jobs must be at least 1, not {jobs}")
+    tasks = [get_task(name) for name in dict.fromkeys(names)]
+    options = {"source": source, "raw_dir": raw_dir, "max_train": max_train, "max_test": max_test, "force": force}
+    jobs = min(jobs, len(tasks))
+    if jobs <= 1:
+        return [build_task(task, out_dir, progress=progress, **options) for task in tasks]  # type: ignore[arg-type]
+    waiting = [task for task in tasks if force or existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test) is None]
+    _prepare(waiting, source, raw_dir, progress)
+    done: dict[str, Manifest] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, progress.task("building", total=len(tasks), unit="tasks") as bar:
+        running: dict[Future[Manifest], str] = {pool.submit(build_task, task, out_dir, **options): task.name for task in tasks}  # type: ignore[arg-type]
+        try:
+            while running:
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    name = running.pop(future)
+                    done[name] = future.result()
+                    bar.update(1, task=name)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [done[task.name] for task in tasks]
+
+
+def _prepare(tasks: Sequence[Task], source: str, raw_dir: Path | str | None, progress: Progress) -> None:
+    """Fetch and unpack the shared archive before several processes want it."""
+    shared = next((task for task in tasks if isinstance(task.source, BigBench)), None)
+    if shared is not None and (source == "pypi" or (source == "auto" and raw_dir is None)):
+        extract(shared, source, None, progress)
+
+
+def _write(task: Task, folder: Path, raw: Extract, limits: dict[str, int | None], progress: Progress) -> Manifest:
+    total = _total(raw, limits)
+    entries = {}
+    trained: set[bytes] = set()
+    repeated = 0
+    with dataset_folder(folder, task.name) as work, progress.task(f"building {task.name}", total=total, unit="rows") as bar:
+        for split in raw.splits:
+
+            def rows(split: Split = split) -> Iterator[Row]:
+                nonlocal repeated
+                for row in islice(raw.rows(split), limits[split]):
+                    key = prompt_key(row)
+                    if split == "train":
+                        trained.add(key)
+                    elif key in trained:
+                        repeated += 1
+                    yield row
+
+            entry = write_rows(work / f"{split}.jsonl", rows(), bar)
+            if entry.rows == 0:
+                raise DataError(f"the {split} split of {task.name} is empty in this source")
+            asked = limits[split]
+            if asked is not None and entry.rows < asked:
+                progress.note(f"{task.name}: the source has {entry.rows} {split} rows, fewer than the {asked} that were asked for")
+            entries[f"{split}.jsonl"] = entry
+        duplicates = {"dropped": raw.duplicates_dropped, "test_prompts_in_train": repeated}
+        own = task.max_new_tokens if isinstance(task.source, Files) else None
+        manifest = Manifest(
+            task.name, task.metric, raw.origin, raw.rule, raw.seed, entries, duplicates, limits["train"], limits["test"], task.members, max_new_tokens=own
+        )
+        write_manifest(work, manifest)
+    return manifest
+
+
+def _total(raw: Extract, limits: dict[str, int | None]) -> int | None:
+    if not raw.counts:
+        return None
+    return sum(count if limits[split] is None else min(count, limits[split] or 0) for split, count in raw.counts.items())

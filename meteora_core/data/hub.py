@@ -1,0 +1,161 @@
+"""The hub source: Hugging Face datasets, and the authors' ready-made rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from meteora_core.data.bigbench import SEED
+from meteora_core.data.extract import Extract, NotHere
+from meteora_core.data.local import from_files
+from meteora_core.data.records import SOURCE_SPLIT, SPLIT_RULE, VALIDATION_SPLIT, divide, record_to_row
+from meteora_core.data.rows import Row, Split
+from meteora_core.data.tasks import BigBench, Records, Task
+from meteora_core.errors import DataError, DownloadError, UsageError
+
+BIGBENCH = "tasksource/bigbench"
+AUTHORS = "NJUDeepEngine/meteora_dataset"
+PARQUET = "refs/convert/parquet"
+"""The branch on which the hub keeps its own conversion of a dataset that is only a script."""
+
+Locate = Callable[[str], str]
+"""Turns a dataset's name into what ``datasets`` shall load: the name itself, or a folder that stands in for it."""
+
+
+def itself(repository: str) -> str:
+    """The dataset as it is called on the hub."""
+    return repository
+
+
+def extract_hub(task: Task, locate: Locate = itself) -> Extract:
+    """Read a task from its dataset on the hub.
+
+    Args:
+        task: The task.
+        locate: Where a dataset is looked for.
+
+    Raises:
+        NotHere: The task is not on the hub.
+        DownloadError: The hub cannot be reached, or the dataset is missing or gated.
+        DataError: A record lacks a field.
+        UsageError: The ``datasets`` library is not installed.
+    """
+    if isinstance(task.source, BigBench):
+        repository, config, wanted = BIGBENCH, task.source.folder, {"train": "train", "test": "validation"}
+        train_cap = test_cap = None
+        rule = VALIDATION_SPLIT
+    elif isinstance(task.source, Records):
+        repository, config = task.source.repository, task.source.config
+        wanted = {"train": "train", "test": "test"} if "test" in task.source.splits else {"train": "train"}
+        train_cap, test_cap = task.source.train_cap, task.source.test_cap
+        rule = SOURCE_SPLIT
+    else:
+        raise NotHere(f"{task.name} is not on the hub")
+    loaded = _load(locate(repository), config)
+    for name in wanted.values():
+        if name not in loaded:
+            raise DataError(f"{repository} ({config}) has no split {name!r}; there are: {', '.join(loaded)}")
+    caps = {"train": train_cap, "test": test_cap}
+    origin = {"kind": "hub", "name": repository, "config": config, "fingerprints": {name: _fingerprint(loaded[name]) for name in wanted.values()}}
+
+    def rows(split: Split) -> Iterator[Row]:
+        name = wanted[split]
+        for number, record in enumerate(islice(loaded[name], caps[split]), start=1):
+            try:
+                yield record_to_row(task, record)
+            except ValueError as broken:
+                raise DataError(f"{repository} ({config}), split {name}, row {number}: {broken}") from broken
+
+    if "test" in wanted:
+        counts = {split: min(len(loaded[name]), caps[split] or len(loaded[name])) for split, name in wanted.items()}
+        return Extract(origin, rule, None, rows, counts=counts)
+    parts = divide(list(rows("train")))
+    divided = {"train": parts[0], "test": parts[1]}
+    return Extract(origin, SPLIT_RULE, SEED, lambda split: iter(divided[split]), counts={name: len(part) for name, part in divided.items()})
+
+
+def extract_authors(task: Task, repository: str = AUTHORS) -> Extract:
+    """Read a task's finished rows from the authors' dataset: ``<task>/{train,test}.jsonl``; composites have test rows only.
+
+    Raises:
+        DownloadError: The hub cannot be reached, or does not have the files.
+        DataError: A row is broken.
+    """
+    paths: dict[str, Path | None] = {"train": None, "test": None}
+    revision = None
+    for split in ("test",) if task.is_composite else ("train", "test"):
+        path = _authors_file(repository, f"{task.name}/{split}.jsonl")
+        revision = path.parent.parent.name
+        paths[split] = path
+    return from_files(task, paths["train"], paths["test"], {"kind": "authors", "name": repository, "revision": revision})
+
+
+def _authors_file(repository: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(repository):
+        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+
+
+def _load(repository: str, config: str) -> dict[str, Any]:
+    try:
+        import datasets
+    except ImportError as missing:
+        raise UsageError("the hub source needs the 'datasets' library", hint="pip install 'meteora[hub]'") from missing
+    datasets.disable_progress_bars()
+    with _hub_errors(repository):
+        try:
+            return dict(datasets.load_dataset(repository, config))
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return dict(datasets.load_dataset(repository, config, revision=PARQUET))
+
+
+def _fingerprint(split: Any) -> dict[str, Any]:
+    """What identifies a split's content: its row count and the checksums of the files it was read from."""
+    checksums = getattr(split.info, "download_checksums", None) or {}
+    return {"rows": len(split), "files": sorted(url.split("://", 1)[-1].rpartition("@")[2] for url in checksums if "://" in url)}
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Say what helps when the hub refuses or cannot be reached."""
+    import httpx
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    login = "accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN"
+    network = "check the network connection, HF_ENDPOINT and HF_HUB_OFFLINE; or use --source local --raw-dir DIR"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise DownloadError(f"the hub dataset {repository} is gated", hint=login) from error
+    except LocalEntryNotFoundError as error:
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=network) from error
+    except RepositoryNotFoundError as error:
+        raise DownloadError(f"the hub has no dataset {repository}, or it is private", hint=login) from error
+    except EntryNotFoundError as error:
+        raise DownloadError(f"{repository} does not have that file: {_first_line(error)}") from error
+    except (OfflineModeIsEnabled, ConnectionError, httpx.TransportError) as error:
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=network) from error
+    except HfHubHTTPError as error:
+        raise DownloadError(f"the hub refused {repository}: {_first_line(error)}", hint=login) from error
+    except FileNotFoundError as error:
+        hint = login if "gated" in str(error) else network
+        raise DownloadError(f"the hub dataset {repository} was not found or cannot be reached: {_first_line(error)}", hint=hint) from error
+    except ValueError as error:
+        raise DataError(f"cannot read {repository}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

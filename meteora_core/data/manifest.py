@@ -1,0 +1,195 @@
+"""The manifest beside every dataset: what it was made from, by which rules, and the hashes of its files."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from meteora_core.data.rows import SPLITS, available_tasks, build_command, iter_rows
+from meteora_core.errors import DataError
+from meteora_core.files import read_json, write_json
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a dataset.
+
+    Args:
+        rows: Its row count.
+        bytes: Its length.
+        sha256: Its hash.
+    """
+
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset's manifest. It holds no time and no path of a machine, so that two builds are equal byte for byte.
+
+    Args:
+        task: The task's name.
+        metric: How it is scored.
+        source: Where the rows come from: ``kind``, ``name`` and what identifies the version.
+        split_rule: How train and test were told apart.
+        seed: The seed of that rule, or of a composite; None where nothing is drawn.
+        files: File name to entry.
+        duplicates: How many duplicate examples were dropped, and how many test rows have a prompt that also stands in train.
+        max_train, max_test: The limits that were asked for.
+        members: A composite's tasks, in the order of the prompts.
+        examples: A composite's solved examples: for each, its members' train row numbers (counted from 0).
+        max_new_tokens: How long an answer may be, where a user's task says so.
+        format: The format of this file.
+    """
+
+    task: str
+    metric: str
+    source: dict[str, Any]
+    split_rule: str
+    seed: int | None
+    files: dict[str, FileEntry]
+    duplicates: dict[str, int] = field(default_factory=dict)
+    max_train: int | None = None
+    max_test: int | None = None
+    members: tuple[str, ...] = ()
+    examples: tuple[tuple[int, ...], ...] = ()
+    max_new_tokens: int | None = None
+    format: int = FORMAT
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Split to row count."""
+        return {name.removesuffix(".jsonl"): entry.rows for name, entry in self.files.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return asdict(self)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest`` into a dataset's folder. Raises StorageError."""
+    write_json(folder / NAME, manifest.to_json())
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read a dataset's manifest; None when there is none.
+
+    Raises:
+        DataError: It is broken, or of a newer format.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    raw = read_json(path, hint="build the dataset anew")
+    try:
+        if raw["format"] != FORMAT:
+            raise DataError(f"{path} has format {raw['format']!r}, and this version reads format {FORMAT}", hint="build the dataset anew")
+        known = {item.name for item in fields(Manifest)}
+        values = {key: value for key, value in raw.items() if key in known}
+        values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
+        values["members"] = tuple(values.get("members", ()))
+        values["examples"] = tuple(tuple(example) for example in values.get("examples", ()))
+        return Manifest(**values)
+    except (KeyError, TypeError, AttributeError) as broken:
+        raise DataError(f"{path} is not a dataset's manifest: {broken}", hint="build the dataset anew") from broken
+
+
+def intact(folder: Path, manifest: Manifest) -> bool:
+    """Whether the files that the manifest names are there with the same length and hash."""
+    return not problems_of(folder, manifest, rows=False)
+
+
+def problems_of(folder: Path, manifest: Manifest, *, rows: bool = True) -> list[str]:
+    """What is wrong with a dataset's files; an empty list when nothing is.
+
+    Args:
+        folder: The dataset.
+        manifest: Its manifest.
+        rows: Parse every row too, and count them.
+    """
+    problems = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+            continue
+        size = path.stat().st_size
+        if size != entry.bytes:
+            problems.append(f"{path} has {size} bytes, and the manifest says {entry.bytes}")
+        elif _hash(path) != entry.sha256:
+            problems.append(f"{path} was changed: its SHA-256 is not the manifest's")
+        if rows:
+            try:
+                count = sum(1 for _ in iter_rows(path))
+            except DataError as broken:
+                problems.append(broken.message)
+            else:
+                if count != entry.rows:
+                    problems.append(f"{path} has {count} rows, and the manifest says {entry.rows}")
+    for split in SPLITS:
+        name = f"{split}.jsonl"
+        if name not in manifest.files and (folder / name).is_file():
+            problems.append(f"{folder / name} is not in the manifest")
+    if folder.name != manifest.task:
+        problems.append(f"{folder} holds the dataset of {manifest.task}")
+    return problems
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found about one dataset.
+
+    Args:
+        task: The dataset's folder name.
+        ok: Whether everything fits.
+        problems: What does not fit.
+        rows: Split to row count, as the manifest says.
+    """
+
+    task: str
+    ok: bool
+    problems: tuple[str, ...]
+    rows: dict[str, int]
+
+
+def verify(data_dir: Path | str, tasks: list[str] | None = None) -> list[Report]:
+    """Check built datasets against their manifests: files, hashes, row counts, and that every row is a row.
+
+    Args:
+        data_dir: The folder of all datasets.
+        tasks: Which ones; all that lie there by default.
+
+    Raises:
+        DataError: There is no dataset at all.
+    """
+    root = Path(data_dir)
+    names = available_tasks(root) if tasks is None else tasks
+    if not names:
+        raise DataError(f"no datasets in {root}", hint="build one: meteora data build --task NAME")
+    return [_report(root, name) for name in names]
+
+
+def _report(root: Path, name: str) -> Report:
+    folder = root / name
+    if not folder.is_dir():
+        return Report(name, False, (f"{folder} is not built; run `{build_command(name)}`",), {})
+    try:
+        manifest = read_manifest(folder)
+    except DataError as broken:
+        return Report(name, False, (broken.message,), {})
+    if manifest is None:
+        return Report(name, False, (f"{folder} has no {NAME}, so nothing says where it comes from",), {})
+    problems = tuple(problems_of(folder, manifest))
+    return Report(name, not problems, problems, manifest.rows)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

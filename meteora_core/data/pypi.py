@@ -1,0 +1,157 @@
+"""The pypi source: the source distribution of ``bigbench`` 1.0.0, which holds the JSON file of every BIG-bench task.
+
+The archive is read as a stream. Only the members that are wanted are written, into the cache, and a task that was once unpacked is taken from there.
+Nothing in the archive is run or imported.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from meteora_core.data.extract import Extract
+from meteora_core.data.local import from_bigbench
+from meteora_core.data.tasks import TASKS, BigBench, Task
+from meteora_core.downloads import CHUNK, download, downloads_dir, find_pypi_file
+from meteora_core.errors import DataError
+from meteora_core.files import cache_dir, sha256, storage_errors
+from meteora_core.progress import SILENT, Progress
+
+PROJECT, VERSION = "bigbench", "1.0.0"
+SDIST = f"{PROJECT}-{VERSION}.tar.gz"
+SDIST_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+MAX_MEMBER = 1 << 30
+"""A task file larger than this (1 GiB) is not believed."""
+
+_MEMBER = re.compile(r"[^/]+/bigbench/benchmark_tasks/(?P<folder>[^/]+)/(?:(?P<part>[^/]+)/)?task\.json")
+
+
+def extract_pypi(task: Task, progress: Progress = SILENT) -> Extract:
+    """Read a BIG-bench task from the source distribution, downloading it once.
+
+    Raises:
+        DataError: The task is not of BIG-bench, or the archive does not hold it or is broken.
+        DownloadError: The archive cannot be fetched.
+    """
+    if not isinstance(task.source, BigBench):
+        raise DataError(f"{task.name} is not a BIG-bench task, so it is not on the package index", hint="use --source hub, or --source local --raw-dir DIR")
+    folder = unpacked(task.source.folder, progress)
+    return from_bigbench(task, folder, {"kind": "pypi", "name": f"{PROJECT} {VERSION} sdist", "sha256": SDIST_SHA256})
+
+
+def unpacked_dir() -> Path:
+    """Where unpacked tasks are kept."""
+    return cache_dir() / f"{PROJECT}-{VERSION}"
+
+
+def fetch_sdist(progress: Progress = SILENT) -> Path:
+    """Download the source distribution, or take it from the cache. Raises DownloadError."""
+    target = downloads_dir() / SDIST
+    if target.is_file() and sha256(target) == SDIST_SHA256:
+        return target
+    found = find_pypi_file(PROJECT, VERSION, ".tar.gz")
+    return download(found.url, target, sha256=SDIST_SHA256, size=found.size, progress=progress, title=SDIST)
+
+
+def unpacked(folder: str, progress: Progress = SILENT) -> Path:
+    """The folder of a task in BIG-bench's repository layout, unpacked when it is not in the cache yet.
+
+    All tasks of the table are unpacked in the same pass over the archive, since the pass is what takes the time.
+
+    Raises:
+        DataError: The archive is broken, unsafe, or does not hold the task.
+        DownloadError: It cannot be fetched.
+    """
+    from filelock import FileLock
+
+    root = unpacked_dir()
+    if (root / folder).is_dir():
+        return root / folder
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".lock"):
+        if not (root / folder).is_dir():
+            table = {task.source.folder for task in TASKS.values() if isinstance(task.source, BigBench)}
+            wanted = {name for name in table | {folder} if not (root / name).is_dir()}
+            unpack(fetch_sdist(progress), wanted, root, progress)
+    if not (root / folder).is_dir():
+        raise DataError(f"{SDIST} has no task {folder!r}")
+    return root / folder
+
+
+def unpack(archive: Path, folders: Iterable[str], root: Path, progress: Progress = SILENT) -> list[str]:
+    """Write the JSON files of some tasks from a BIG-bench source distribution, as a stream.
+
+    Args:
+        archive: The ``.tar.gz`` file.
+        folders: The tasks' folders.
+        root: Where to write: ``root/<folder>/[<sub-task>/]task.json``. A task appears there whole or not at all.
+        progress: Told the compressed bytes that were read.
+
+    Returns:
+        The folders that were found.
+
+    Raises:
+        DataError: The archive is broken, or it holds a member with an absolute path, with ``..``, or that is a link or a device: then nothing is written.
+    """
+    wanted = set(folders)
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=root, prefix=".unpack.", suffix=".tmp"))
+    try:
+        with progress.task(f"reading {archive.name}", total=archive.stat().st_size, unit="B") as task, open(archive, "rb") as raw:
+            done = 0
+            try:
+                with tarfile.open(fileobj=raw, mode="r|gz", bufsize=CHUNK) as tar:
+                    for member in tar:
+                        _check(archive, member)
+                        match = _MEMBER.fullmatch(member.name)
+                        if match and member.isfile() and match["folder"] in wanted:
+                            _write(tar, member, work / match["folder"] / (match["part"] or ""))
+                        task.update(raw.tell() - done)
+                        done = raw.tell()
+            except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as broken:
+                raise DataError(f"{archive} is not a complete tar.gz file: {broken}", hint="delete it and run the command again") from broken
+        found = sorted(entry.name for entry in work.iterdir())
+        with storage_errors(root):
+            for name in found:
+                if not (root / name).exists():
+                    (work / name).rename(root / name)
+        return found
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check(archive: Path, member: tarfile.TarInfo) -> None:
+    path = PurePosixPath(member.name.replace("\\", "/"))
+    reason = None
+    if path.is_absolute() or re.match(r"[A-Za-z]:", member.name):
+        reason = "an absolute path"
+    elif ".." in path.parts:
+        reason = "a path with '..'"
+    elif member.issym() or member.islnk():
+        reason = "a link"
+    elif not (member.isfile() or member.isdir()):
+        reason = "neither a file nor a folder"
+    if reason:
+        raise DataError(
+            f"{archive} is refused: its member {member.name!r} is {reason}", hint="nothing was extracted; get the archive from a source that you trust"
+        )
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    if member.size > MAX_MEMBER:
+        raise DataError(f"{member.name} claims to be {member.size / 1e9:.1f} GB, which no BIG-bench task is", hint="nothing was extracted")
+    source: IO[bytes] | None = tar.extractfile(member)
+    assert source is not None
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "task.json", "wb") as target:
+            shutil.copyfileobj(source, target, CHUNK)

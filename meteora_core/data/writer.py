@@ -1,0 +1,100 @@
+"""Writing a dataset: rows to files with hashes, all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from meteora_core.data.manifest import NAME, FileEntry, read_manifest
+from meteora_core.data.rows import Row
+from meteora_core.errors import DataError
+from meteora_core.files import atomic_folder, storage_errors
+from meteora_core.progress import Task as ProgressTask
+
+_BATCH = 512
+_STALE_SECONDS = 3600
+
+
+def row_line(row: Row) -> bytes:
+    """A row as one UTF-8 line. Half of a surrogate pair, which UTF-8 cannot hold, is written as an escape."""
+    value = {"prompt": row.prompt, "response": row.response}
+    try:
+        return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(value) + "\n").encode()
+
+
+def prompt_key(row: Row) -> bytes:
+    """What tells prompts apart, in 16 bytes."""
+    return hashlib.blake2b(row.prompt.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
+
+
+def write_rows(path: Path, rows: Iterable[Row], task: ProgressTask) -> FileEntry:
+    """Write rows into a new file inside an unfinished dataset folder.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    digest = hashlib.sha256()
+    count = size = pending = 0
+    with storage_errors(path), open(path, "wb") as handle:
+        for row in rows:
+            line = row_line(row)
+            handle.write(line)
+            digest.update(line)
+            size += len(line)
+            count += 1
+            pending += 1
+            if pending == _BATCH:
+                task.update(pending)
+                pending = 0
+    task.update(pending)
+    return FileEntry(count, size, digest.hexdigest())
+
+
+@contextmanager
+def dataset_folder(folder: Path, task: str) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``folder`` when the block ends well.
+
+    Raises:
+        DataError: ``folder`` is there and is not an earlier build of ``task``.
+        StorageError: It cannot be written.
+    """
+    check_target(folder, task)
+    _remove_stale(folder)
+    with atomic_folder(folder) as work:
+        yield work
+
+
+def check_target(folder: Path, task: str) -> None:
+    """Refuse to replace what is not an earlier build of the same task.
+
+    Raises:
+        DataError: The folder holds another dataset, or files without a manifest.
+    """
+    if not folder.exists():
+        return
+    hint = "choose another folder with --out, or move this one away"
+    if not folder.is_dir():
+        raise DataError(f"{folder} is a file, not a folder", hint=hint)
+    if not any(folder.iterdir()):
+        return
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"{folder} holds files that were not built here (it has no {NAME})", hint=hint)
+    if manifest.task != task:
+        raise DataError(f"{folder} holds the dataset of {manifest.task}, not of {task}", hint=hint)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what builds that were killed more than an hour ago left beside ``folder``."""
+    if not folder.parent.is_dir():
+        return
+    for entry in folder.parent.glob(f".{folder.name}.*"):
+        if entry.suffix in (".tmp", ".old") and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(entry, ignore_errors=True)
