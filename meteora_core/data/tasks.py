@@ -6,6 +6,7 @@ The order of the 28 tasks is the adapter order of the authors' checkpoints and m
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -208,9 +209,15 @@ def default_members(n: int) -> tuple[str, ...]:
     return (*ten, *(name for name in TASK_ORDER if name not in ten))[:n]
 
 
-def composite_task(members: tuple[str, ...], name: str | None = None) -> Task:
-    """Make the task of a composite of ``members``; its answers may be as long as all members' together."""
-    tokens = sum(get_task(member).max_new_tokens + 8 for member in members)
+def composite_task(members: tuple[str, ...], name: str | None = None, resolve: Callable[[str], Task] | None = None) -> Task:
+    """Make the task of a composite of ``members``; its answers may be as long as all members' together.
+
+    Args:
+        members: The tasks, in the order of the prompts.
+        name: The composite's name; ``composite_N`` by default.
+        resolve: Looks a member up; :func:`get_task` by default.
+    """
+    tokens = sum((resolve or get_task)(member).max_new_tokens + 8 for member in members)
     temperature = composite_temperature(len(members))
     name = name or f"composite_{len(members)}"
     return Task(name, None, "composite", Combined(), max_new_tokens=tokens, temperature=temperature, members=members)
@@ -225,7 +232,8 @@ def _numbered() -> dict[str, Task]:
 TASKS: dict[str, Task] = _numbered()
 """Every task by name: the 28, the authors' composites, and what :func:`register_task` adds."""
 
-_RESERVED: frozenset[str] = frozenset(TASK_ORDER)
+RESERVED: frozenset[str] = frozenset(TASK_ORDER)
+"""The names that a user's own task cannot have."""
 
 
 def get_task(name: str) -> Task:
@@ -249,7 +257,7 @@ def register_task(task: Task) -> None:
     Raises:
         UsageError: The name is one of the 28 tasks, or cannot be a folder's name.
     """
-    if task.name in _RESERVED:
+    if task.name in RESERVED:
         raise UsageError(f"{task.name!r} is one of the 28 built-in tasks", hint="choose another name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", task.name):
         raise UsageError(f"{task.name!r} cannot name a task", hint="use letters, digits, '.', '_' and '-'")

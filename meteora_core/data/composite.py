@@ -1,0 +1,245 @@
+"""Composites: several tasks in one prompt.
+
+Row i holds solved examples, then every member's i-th test prompt; its response joins the members' responses by ``@@@@`` and a line break.
+The members' test rows are paired as the authors pair theirs: one generator with seed 47 shuffles each member's rows once, in the order of the members.
+The solved examples are drawn from train rows, never from test rows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meteora_core.data.manifest import Manifest, read_manifest, write_manifest
+from meteora_core.data.rows import Row, read_rows, split_path
+from meteora_core.data.tasks import Task, composite_task, default_members
+from meteora_core.data.userdata import task_in
+from meteora_core.data.writer import dataset_folder, prompt_key, write_rows
+from meteora_core.errors import DataError, UsageError
+from meteora_core.files import sha256
+from meteora_core.progress import SILENT, Progress
+
+SEED = 47
+NUM_SAMPLES = 200
+EXAMPLES = 2
+SEPARATOR = "@@@@\n"
+"""Stands between two members' responses."""
+
+SHORT_SHARE = 0.25
+"""Solved examples are drawn from the shortest train rows: this share of them."""
+
+FEWEST_CANDIDATES = 50
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Solved examples: what stands before the questions.
+
+    Args:
+        text: The examples and the sentence that leads to the questions.
+        numbers: For each example, its members' train row numbers, counted from 0.
+    """
+
+    text: str
+    numbers: tuple[tuple[int, ...], ...]
+
+
+def compose(rows: Sequence[Row], lead: str = "") -> Row:
+    """Put one row of each member into one composite row.
+
+    Args:
+        rows: The members' rows, in order.
+        lead: What stands before them.
+    """
+    prompt = lead + "".join(row.prompt + "\n\n" for row in rows)
+    return Row(prompt[:-1], SEPARATOR.join(row.response for row in rows))
+
+
+def split_response(response: str) -> list[str]:
+    """The members' responses out of a composite row's response."""
+    return response.split(SEPARATOR)
+
+
+def numbered(answers: Sequence[str]) -> str:
+    """Answers as "1. ..." to "n. ...", one a line."""
+    return "".join(f"{number}. {answer}\n" for number, answer in enumerate(answers, start=1))
+
+
+def lead_text(examples: Sequence[Sequence[Row]]) -> str:
+    """The text before the questions.
+
+    Args:
+        examples: For each solved example, one row of each member.
+    """
+    if not examples:
+        return "\nAnswer each of the questions below, each answer on a numbered line of its own:\n\n"
+    blocks = []
+    for number, rows in enumerate(examples, start=1):
+        questions = "".join(row.prompt + "\n" for row in rows)
+        blocks.append(f"\nExample {number}:\n\n{questions}{numbered([row.response.strip() for row in rows])}\n")
+    return "".join(blocks) + "\nIn the same way as in the examples, answer the questions below:\n\n"
+
+
+def draw_examples(train: Sequence[Sequence[Row]], tested: Sequence[set[bytes]], count: int, seed: int) -> Solved:
+    """Draw solved examples from the members' train rows.
+
+    A row can be drawn when its response is one line, its prompt is not a test prompt too, and it is among the shortest quarter of such rows.
+
+    Args:
+        train: The members' train rows.
+        tested: The members' test prompts, as :func:`meteora_core.data.writer.prompt_key` gives them.
+        count: How many examples.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: A member has too few rows that can be drawn; the message starts with its number.
+    """
+    rng = random.Random(f"solved examples {seed}")
+    drawn: list[list[int]] = []
+    for member, (rows, taken) in enumerate(zip(train, tested, strict=True)):
+        able = [number for number, row in enumerate(rows) if row.response.strip() and "\n" not in row.response.strip() and prompt_key(row) not in taken]
+        able.sort(key=lambda number, rows=rows: (len(rows[number].prompt) + len(rows[number].response), number))  # type: ignore[misc]
+        able = able[: max(int(SHORT_SHARE * len(able)), FEWEST_CANDIDATES)]
+        if len(able) < count:
+            raise ValueError(f"{member}:only {len(able)} train rows can serve as solved examples")
+        drawn.append(rng.sample(able, count))
+    numbers = tuple(tuple(member[example] for member in drawn) for example in range(count))
+    return Solved(lead_text([[rows[number] for rows, number in zip(train, example, strict=True)] for example in numbers]), numbers)
+
+
+def choose_members(n: int | None, tasks: Sequence[str] | None) -> tuple[str, ...]:
+    """The members that ``--n`` and ``--tasks`` ask for: the first ``n`` of the list, or the default list of ``n``.
+
+    Raises:
+        UsageError: Neither is given, ``n`` is larger than the list, there are fewer than two, or one is named twice.
+    """
+    if tasks is None:
+        if n is None:
+            raise UsageError("a composite needs its size or its tasks", hint="for example --n 3, or --tasks logical_deduction,strategyqa")
+        return default_members(n)
+    members = tuple(tasks if n is None else tasks[:n])
+    if n is not None and n > len(tasks):
+        raise UsageError(f"a composite of {n} was asked for, and only {len(tasks)} tasks are named", hint="name more tasks, or leave out --n")
+    if len(members) < 2:
+        raise UsageError(f"a composite has at least 2 tasks, not {len(members)}")
+    twice = sorted({name for name in members if members.count(name) > 1})
+    if twice:
+        raise UsageError(f"task {twice[0]!r} is named twice")
+    return members
+
+
+def composite_name(members: tuple[str, ...], name: str | None = None) -> str:
+    """The dataset's name: ``composite_N`` for the default list of N, ``composite_N_custom`` for any other, unless ``name`` is given."""
+    if name is not None:
+        return name
+    size = len(members)
+    try:
+        usual = default_members(size)
+    except UsageError:
+        usual = ()
+    return f"composite_{size}" if members == usual else f"composite_{size}_custom"
+
+
+def build_composite(
+    data_dir: Path | str,
+    *,
+    n: int | None = None,
+    tasks: Sequence[str] | None = None,
+    name: str | None = None,
+    num_samples: int | None = None,
+    seed: int = SEED,
+    examples: int = EXAMPLES,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """Build a composite of built datasets into ``data_dir/<name>/test.jsonl``.
+
+    Args:
+        data_dir: The folder of all datasets; the members are read from it.
+        n: How many tasks; see :func:`choose_members`.
+        tasks: The members, in the order of the prompts.
+        name: The dataset's name; see :func:`composite_name`.
+        num_samples: How many rows; 200, or as many as the smallest member has, by default.
+        seed: Of the row order; 47 gives the authors' pairing.
+        examples: How many solved examples stand before the questions.
+        progress: Told the rows.
+
+    Returns:
+        The manifest, which names the members in order, their test files' hashes and the rows that serve as solved examples.
+
+    Raises:
+        UsageError: The request is wrong.
+        DataError: A member is not built, has fewer rows than asked, or the folder holds another dataset.
+    """
+    members = choose_members(n, tasks)
+    if examples < 0 or (num_samples is not None and num_samples < 1):
+        raise UsageError("a composite needs at least one row, and no fewer than 0 solved examples")
+    for member in members:
+        if task_in(data_dir, member).is_composite:
+            raise UsageError(f"{member} is a composite itself", hint="name its tasks instead")
+    task = composite_task(members, composite_name(members, name), resolve=lambda member: task_in(data_dir, member))
+    test = [read_rows(data_dir, member, "test") for member in members]
+    count = _count(members, test, num_samples)
+    solved = _solve(data_dir, members, test, examples, seed)
+    rng = random.Random(seed)
+    order = []
+    for rows in test:
+        numbers = list(range(len(rows)))
+        rng.shuffle(numbers)
+        order.append(numbers[:count])
+
+    def composed() -> Iterator[Row]:
+        for i in range(count):
+            yield compose([rows[numbers[i]] for rows, numbers in zip(test, order, strict=True)], solved.text)
+
+    with dataset_folder(Path(data_dir) / task.name, task.name) as work, progress.task(f"building {task.name}", total=count, unit="rows") as bar:
+        entry = write_rows(work / "test.jsonl", composed(), bar)
+        manifest = _manifest(task, data_dir, seed, entry, solved)
+        write_manifest(work, manifest)
+    return manifest
+
+
+def stale_members(data_dir: Path | str, manifest: Manifest) -> list[str]:
+    """The members of a composite whose test files are not the ones that it was made from."""
+    recorded = {part["task"]: part["sha256"] for part in manifest.source.get("members", ())}
+    stale = []
+    for member, digest in recorded.items():
+        path = split_path(data_dir, member, "test")
+        if not path.is_file() or sha256(path) != digest:
+            stale.append(member)
+    return stale
+
+
+def _count(members: Sequence[str], test: Sequence[Sequence[Row]], asked: int | None) -> int:
+    smallest = min(range(len(test)), key=lambda i: len(test[i]))
+    available = len(test[smallest])
+    if asked is not None and asked > available:
+        raise DataError(f"{asked} rows were asked for, and {members[smallest]} has only {available} test rows", hint=f"ask for at most {available}")
+    for member, rows in zip(members, test, strict=True):
+        if any(SEPARATOR.strip() in row.response for row in rows):
+            raise DataError(f"a response of {member} holds {SEPARATOR.strip()!r}, which separates the answers of a composite")
+    return min(NUM_SAMPLES, available) if asked is None else asked
+
+
+def _solve(data_dir: Path | str, members: Sequence[str], test: Sequence[Sequence[Row]], count: int, seed: int) -> Solved:
+    if count == 0:
+        return Solved(lead_text([]), ())
+    train = [read_rows(data_dir, member, "train") for member in members]
+    tested = [{prompt_key(row) for row in rows} for rows in test]
+    try:
+        return draw_examples(train, tested, count, seed)
+    except ValueError as few:
+        number, _, reason = str(few).partition(":")
+        raise DataError(f"{members[int(number)]}: {reason}, and {count} are needed", hint="ask for fewer with --examples") from few
+
+
+def _manifest(task: Task, data_dir: Path | str, seed: int, entry: Any, solved: Solved) -> Manifest:
+    parts = []
+    for member in task.members:
+        manifest = read_manifest(Path(data_dir) / member)
+        parts.append({"task": member, "sha256": sha256(split_path(data_dir, member, "test")), "source": manifest.source.get("kind") if manifest else None})
+    rule = f"the members' test rows, each shuffled in turn by one generator with seed {seed}; solved examples from their train rows"
+    source = {"kind": "composite", "name": f"{len(task.members)} tasks", "members": parts}
+    return Manifest(task.name, task.metric, source, rule, seed, {"test.jsonl": entry}, members=task.members, examples=solved.numbers)

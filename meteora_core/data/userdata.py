@@ -1,0 +1,132 @@
+"""A user's own tasks: added by ``data add``, declared in the settings, or found as built datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from meteora_core.data.build import build_task
+from meteora_core.data.manifest import Manifest, read_manifest
+from meteora_core.data.records import template_fields
+from meteora_core.data.rows import available_tasks, split_path
+from meteora_core.data.tasks import METRICS, RESERVED, TASKS, Files, Metric, Task, composite_task, get_task, register_task
+from meteora_core.errors import DataError, UsageError, did_you_mean
+from meteora_core.progress import SILENT, Progress
+
+DEFAULT_TOKENS = 128
+
+
+def own_task(
+    name: str,
+    *,
+    train: Path | str,
+    test: Path | str | None = None,
+    metric: str = "exact",
+    template: str = "{prompt}",
+    target: str = "{response}",
+    max_new_tokens: int | None = None,
+) -> Task:
+    """Describe a task of one's own.
+
+    Args:
+        name: Its name, which is its folder's too.
+        train: JSON lines. A row with ``prompt`` and ``response`` is taken as it is; any other is put together by the templates.
+        test: The same; without it, 20 % of train are set aside with seed 42.
+        metric: One of :data:`meteora_core.data.tasks.METRICS`.
+        template: The input, with field names in braces; it is put between ``[INST]`` and ``[/INST]``.
+        target: The response, with field names in braces.
+        max_new_tokens: How long an answer may be.
+
+    Raises:
+        UsageError: The metric is unknown, a template is broken, or the name is taken or not a name.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric {metric!r}", hint=did_you_mean(metric, METRICS) or f"one of {', '.join(METRICS)}")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    for text in (template, target):
+        try:
+            template_fields(text)
+        except ValueError as broken:
+            raise UsageError(f"the template {text!r} is broken: {broken}", hint="write field names in braces, and {{ for a brace") from broken
+    source = Files(Path(train), None if test is None else Path(test))
+    task = Task(name, None, cast(Metric, metric), source, template=template, target=target, max_new_tokens=max_new_tokens or DEFAULT_TOKENS)
+    register_task(task)
+    return task
+
+
+def add_task(task: Task, data_dir: Path | str, progress: Progress = SILENT) -> Manifest:
+    """Build a task of one's own. Raises as :func:`meteora_core.data.build.build_task` does."""
+    return build_task(task, data_dir, progress=progress)
+
+
+def register_settings(tasks: Mapping[str, Any]) -> list[Task]:
+    """Register the tasks that the settings declare.
+
+    Args:
+        tasks: Name to an object with ``train``, ``test``, ``metric`` and ``max_new_tokens`` (``Settings.tasks``), or to a dictionary of those.
+
+    Raises:
+        UsageError: A declaration is wrong.
+    """
+    registered = []
+    for name, declared in tasks.items():
+        values = declared if isinstance(declared, Mapping) else {key: getattr(declared, key, None) for key in ("train", "test", "metric", "max_new_tokens")}
+        train = values.get("train")
+        if train is None:
+            raise UsageError(f"task {name!r} in the settings has no train file")
+        registered.append(
+            own_task(name, train=train, test=values.get("test"), metric=values.get("metric") or "exact", max_new_tokens=values.get("max_new_tokens"))
+        )
+    return registered
+
+
+def register_built(data_dir: Path | str) -> list[Task]:
+    """Register the datasets in ``data_dir`` that are not in the table: tasks of one's own, and composites of other lists of tasks.
+
+    Datasets whose manifest is missing or broken are passed over; ``data verify`` names them.
+    """
+    registered = []
+    for name in available_tasks(data_dir):
+        if name in TASKS:
+            continue
+        try:
+            task = _built(Path(data_dir), name)
+        except (DataError, UsageError):
+            continue
+        if task is not None:
+            register_task(task)
+            registered.append(task)
+    return registered
+
+
+def task_in(data_dir: Path | str, name: str) -> Task:
+    """Look a task up by name, in the table first and then among the built datasets.
+
+    A composite that was built from another list of tasks than the usual one has the members that its manifest names.
+
+    Raises:
+        UsageError: There is no such task; the closest name is offered.
+    """
+    if name not in RESERVED:
+        try:
+            task = _built(Path(data_dir), name)
+        except DataError:
+            task = None
+        if task is not None and (name not in TASKS or task.is_composite):
+            return task
+    return get_task(name)
+
+
+def _built(data_dir: Path, name: str) -> Task | None:
+    manifest = read_manifest(data_dir / name)
+    if manifest is None or manifest.task != name:
+        return None
+    if manifest.members:
+        return composite_task(manifest.members, name, resolve=lambda member: task_in(data_dir, member))
+    if manifest.metric not in get_args(Metric):
+        return None
+    task = Task(name, None, cast(Metric, manifest.metric), Files(split_path(data_dir, name, "train"), split_path(data_dir, name, "test")))
+    return replace(task, max_new_tokens=manifest.max_new_tokens or DEFAULT_TOKENS)
