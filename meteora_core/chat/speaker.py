@@ -1,0 +1,142 @@
+"""Who answers: a MeteoRA checkpoint, one adapter, or a bare base model, loaded with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from meteora_core.errors import UsageError
+from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
+from meteora_core.progress import SILENT, Progress
+from meteora_core.routing import RoutingState, routing_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora_core.settings import Settings
+
+Kind = Literal["meteora", "adapter", "base"]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model and how it is called.
+
+    Attributes:
+        kind: Whether gates choose, one adapter speaks alone, or there is no adapter at all.
+        title: One line for people.
+        model: In evaluation mode; has ``model.meteora`` unless ``kind`` is "base".
+        tokenizer: The base model's.
+        base: The base model's name.
+        adapter: The adapter that is forced from the start, or None.
+    """
+
+    kind: Kind
+    title: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseReference
+    adapter: str | None = None
+
+    @property
+    def routing(self) -> RoutingState | None:
+        """The state of the gates; None for a bare base model."""
+        return None if self.kind == "base" else routing_state(self.model)
+
+
+def default_checkpoint(settings: Settings) -> Path:
+    """The checkpoint of the quickstart if there is one, else where `meteora train` leaves its own."""
+    runs = settings.paths.runs
+    for place in (runs / "quickstart" / "meteora", Path("runs/quickstart/meteora")):
+        if place.is_dir():
+            return place
+    return runs / "meteora"
+
+
+def load_speaker(
+    settings: Settings,
+    *,
+    checkpoint: Path | None = None,
+    base: str | None = None,
+    adapter: str | None = None,
+    adapters_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> Speaker:
+    """Load what the flags name.
+
+    ``base`` alone is the bare base model; ``adapter`` is a PEFT folder, or a name under ``settings.paths.adapters``, or one of the
+    checkpoint's bank; anything else is the checkpoint (by default :func:`default_checkpoint`).
+
+    Args:
+        settings: For the device, the dtype, paths, and the base model where none is named.
+        checkpoint: A native checkpoint.
+        base: A base model by name, folder or hub id; with a checkpoint or an adapter, the one to load it onto.
+        adapter: The adapter that answers alone.
+        adapters_dir: Where a checkpoint's adapter folders lie now, if they were moved.
+        progress: Where to report.
+
+    Raises:
+        CheckpointError: The checkpoint or the base model cannot be loaded.
+        AdapterError: The adapter's folder cannot be used.
+        UsageError: No such adapter, device or dtype.
+    """
+    if adapter is not None and checkpoint is None:
+        folder = next((place for place in (Path(adapter), settings.paths.adapters / adapter) if (place / "adapter_config.json").is_file()), None)
+        if folder is not None:
+            return _single_adapter(settings, folder, base, progress)
+    if base is not None and checkpoint is None and adapter is None:
+        return _bare_base(settings, base, progress)
+    return _checkpoint(settings, checkpoint or default_checkpoint(settings), base, adapter, adapters_dir, progress)
+
+
+def _reference(settings: Settings, name: str | None, revision: str | None = None) -> BaseReference:
+    own = name is None or name == settings.model.base
+    return BaseReference(name or settings.model.base, revision or (settings.model.revision if own else None), settings.model.trust_remote_code)
+
+
+def _bare_base(settings: Settings, name: str, progress: Progress) -> Speaker:
+    reference = _reference(settings, name)
+    device = pick_device(settings.model.device)
+    model = load_base(reference, dtype=pick_dtype(settings.model.dtype, device), device=device, progress=progress)
+    return Speaker("base", f"{reference.name} (base model, no adapters)", model, load_tokenizer(reference, progress=progress), reference)
+
+
+def _single_adapter(settings: Settings, folder: Path, base: str | None, progress: Progress) -> Speaker:
+    from meteora_core.adapters.bank import AdapterBank
+    from meteora_core.model.attach import attach
+
+    name = folder.resolve().name
+    bank = AdapterBank.from_peft({name: folder}, progress=progress)
+    reference = _reference(settings, base or bank.adapters[0].base)
+    device = pick_device(settings.model.device)
+    model = load_base(reference, dtype=pick_dtype(settings.model.dtype, device), device=device, progress=progress)
+    attach(model, bank, top_k=1, backend=settings.model.backend, init="zeros")
+    tokenizer = load_tokenizer(reference, progress=progress)
+    return Speaker("adapter", f"{name} on {reference.name} (one adapter)", model.eval(), tokenizer, reference, name)
+
+
+def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str | None, adapters_dir: Path | None, progress: Progress) -> Speaker:
+    from meteora_core.checkpoints.native import load_checkpoint, read_config
+    from meteora_core.errors import did_you_mean
+
+    config = read_config(folder)
+    names = [entry["name"] for entry in config["adapters"]]
+    if adapter is not None and adapter not in names:
+        hint = did_you_mean(adapter, names) or f"the bank of {folder} has: {', '.join(names)}; a PEFT folder can be given by its path"
+        raise UsageError(f"no adapter {adapter!r}: it is no folder, and it is not in the bank of {folder}", hint=hint)
+    own_base = config["base"]
+    reference = _reference(settings, base) if base else BaseReference(own_base["name"], own_base.get("revision"), settings.model.trust_remote_code)
+    model = load_checkpoint(
+        folder,
+        base,
+        settings.model.dtype,
+        settings.model.device,
+        backend=settings.model.backend,
+        adapters_dir=adapters_dir,
+        trust_remote_code=settings.model.trust_remote_code,
+        progress=progress,
+    )
+    tokenizer = load_tokenizer(reference, progress=progress)
+    title = f"{folder}: {len(names)} adapters on {reference.name}"
+    return Speaker("meteora", title, model, tokenizer, reference, adapter)
