@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +15,7 @@ from meteora_core.data.rows import Row, Split
 from meteora_core.data.sources import extract
 from meteora_core.data.tasks import BigBench, Files, Task, get_task
 from meteora_core.data.writer import check_target, dataset_folder, prompt_key, write_rows
-from meteora_core.errors import DataError, UsageError
+from meteora_core.errors import DataError, MeteoraError, UsageError
 from meteora_core.progress import SILENT, Progress
 
 
@@ -87,6 +88,7 @@ def build_tasks(
     max_test: int | None = None,
     force: bool = False,
     jobs: int = 1,
+    failures: dict[str, MeteoraError] | None = None,
     progress: Progress = SILENT,
 ) -> list[Manifest]:
     """Build several datasets; see :func:`build_task`.
@@ -96,10 +98,11 @@ def build_tasks(
         out_dir: The folder of all datasets.
         source, raw_dir, max_train, max_test, force: As for :func:`build_task`.
         jobs: How many processes build at once. Archives are fetched and unpacked once, before they start.
+        failures: Takes what went wrong, by task, while the others go on; without it the first failure ends the work.
         progress: Told bytes, and rows (one process) or finished tasks (several).
 
     Returns:
-        The manifests in the order of ``names``.
+        The manifests in the order of ``names``, without those that failed.
 
     Raises:
         MeteoraError: As for :func:`build_task`; datasets that were finished before stay.
@@ -107,26 +110,39 @@ def build_tasks(
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, not {jobs}")
     tasks = [get_task(name) for name in dict.fromkeys(names)]
-    options = {"source": source, "raw_dir": raw_dir, "max_train": max_train, "max_test": max_test, "force": force}
+    build = partial(build_task, out_dir=out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test, force=force)
     jobs = min(jobs, len(tasks))
+    done: dict[str, Manifest] = {}
+
+    def collect(name: str, finish: Callable[[], Manifest]) -> None:
+        try:
+            done[name] = finish()
+        except UsageError:
+            raise
+        except MeteoraError as error:
+            if failures is None:
+                raise
+            failures[name] = error
+
     if jobs <= 1:
-        return [build_task(task, out_dir, progress=progress, **options) for task in tasks]  # type: ignore[arg-type]
+        for task in tasks:
+            collect(task.name, partial(build, task, progress=progress))
+        return list(done.values())
     waiting = [task for task in tasks if force or existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test) is None]
     _prepare(waiting, source, raw_dir, progress)
-    done: dict[str, Manifest] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, progress.task("building", total=len(tasks), unit="tasks") as bar:
-        running: dict[Future[Manifest], str] = {pool.submit(build_task, task, out_dir, **options): task.name for task in tasks}  # type: ignore[arg-type]
+        running: dict[Future[Manifest], str] = {pool.submit(build, task): task.name for task in tasks}
         try:
             while running:
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     name = running.pop(future)
-                    done[name] = future.result()
+                    collect(name, future.result)
                     bar.update(1, task=name)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [done[task.name] for task in tasks]
+    return [done[task.name] for task in tasks if task.name in done]
 
 
 def _prepare(tasks: Sequence[Task], source: str, raw_dir: Path | str | None, progress: Progress) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from meteora_core.data.manifest import Manifest, read_manifest, write_manifest
 from meteora_core.data.rows import Row, read_rows, split_path
-from meteora_core.data.tasks import Task, composite_task, default_members
+from meteora_core.data.tasks import RESERVED, Task, check_name, composite_task, default_members
 from meteora_core.data.userdata import task_in
-from meteora_core.data.writer import dataset_folder, prompt_key, write_rows
+from meteora_core.data.writer import check_target, dataset_folder, prompt_key, write_rows
 from meteora_core.errors import DataError, UsageError
 from meteora_core.files import sha256
 from meteora_core.progress import SILENT, Progress
@@ -143,6 +143,67 @@ def composite_name(members: tuple[str, ...], name: str | None = None) -> str:
     return f"composite_{size}" if members == usual else f"composite_{size}_custom"
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A composite that can be written.
+
+    Args:
+        task: The composite.
+        count: How many rows it will have.
+        seed: Of the row order.
+        test: The members' test rows.
+        order: For each member, which of its rows stand in composite row 0, 1, and so on.
+        solved: The solved examples.
+    """
+
+    task: Task
+    count: int
+    seed: int
+    test: list[list[Row]]
+    order: list[list[int]]
+    solved: Solved
+
+    def rows(self) -> Iterator[Row]:
+        """The composite's rows."""
+        for i in range(self.count):
+            yield compose([rows[numbers[i]] for rows, numbers in zip(self.test, self.order, strict=True)], self.solved.text)
+
+
+def plan_composite(
+    data_dir: Path | str,
+    *,
+    n: int | None = None,
+    tasks: Sequence[str] | None = None,
+    name: str | None = None,
+    num_samples: int | None = None,
+    seed: int = SEED,
+    examples: int = EXAMPLES,
+) -> Plan:
+    """Do all of :func:`build_composite` but the writing; the arguments and errors are the same."""
+    members = choose_members(n, tasks)
+    if examples < 0 or (num_samples is not None and num_samples < 1):
+        raise UsageError("a composite needs at least one row, and no fewer than 0 solved examples")
+    for member in members:
+        if task_in(data_dir, member).is_composite:
+            raise UsageError(f"{member} is a composite itself", hint="name its tasks instead")
+    chosen = composite_name(members, name)
+    check_name(chosen)
+    if chosen in RESERVED:
+        raise UsageError(f"{chosen!r} is one of the 28 built-in tasks", hint="choose another --name")
+    task = composite_task(members, chosen, resolve=lambda member: task_in(data_dir, member))
+    test = [read_rows(data_dir, member, "test") for member in members]
+    count = _count(members, test, num_samples)
+    solved = _solve(data_dir, members, test, examples, seed)
+    rng = random.Random(seed)
+    order = []
+    for rows in test:
+        numbers = list(range(len(rows)))
+        rng.shuffle(numbers)
+        order.append(numbers[:count])
+    check_target(Path(data_dir) / chosen, chosen)
+    return Plan(task, count, seed, test, order, solved)
+
+
 def build_composite(
     data_dir: Path | str,
     *,
@@ -173,30 +234,11 @@ def build_composite(
         UsageError: The request is wrong.
         DataError: A member is not built, has fewer rows than asked, or the folder holds another dataset.
     """
-    members = choose_members(n, tasks)
-    if examples < 0 or (num_samples is not None and num_samples < 1):
-        raise UsageError("a composite needs at least one row, and no fewer than 0 solved examples")
-    for member in members:
-        if task_in(data_dir, member).is_composite:
-            raise UsageError(f"{member} is a composite itself", hint="name its tasks instead")
-    task = composite_task(members, composite_name(members, name), resolve=lambda member: task_in(data_dir, member))
-    test = [read_rows(data_dir, member, "test") for member in members]
-    count = _count(members, test, num_samples)
-    solved = _solve(data_dir, members, test, examples, seed)
-    rng = random.Random(seed)
-    order = []
-    for rows in test:
-        numbers = list(range(len(rows)))
-        rng.shuffle(numbers)
-        order.append(numbers[:count])
-
-    def composed() -> Iterator[Row]:
-        for i in range(count):
-            yield compose([rows[numbers[i]] for rows, numbers in zip(test, order, strict=True)], solved.text)
-
-    with dataset_folder(Path(data_dir) / task.name, task.name) as work, progress.task(f"building {task.name}", total=count, unit="rows") as bar:
-        entry = write_rows(work / "test.jsonl", composed(), bar)
-        manifest = _manifest(task, data_dir, seed, entry, solved)
+    plan = plan_composite(data_dir, n=n, tasks=tasks, name=name, num_samples=num_samples, seed=seed, examples=examples)
+    task = plan.task
+    with dataset_folder(Path(data_dir) / task.name, task.name) as work, progress.task(f"building {task.name}", total=plan.count, unit="rows") as bar:
+        entry = write_rows(work / "test.jsonl", plan.rows(), bar)
+        manifest = _manifest(task, data_dir, seed, entry, plan.solved)
         write_manifest(work, manifest)
     return manifest
 

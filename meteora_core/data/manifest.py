@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from meteora_core.data.rows import SPLITS, available_tasks, build_command, iter_rows
+from meteora_core.data.rows import SPLITS, iter_rows
 from meteora_core.errors import DataError
 from meteora_core.files import read_json, write_json
 
@@ -140,54 +140,6 @@ def problems_of(folder: Path, manifest: Manifest, *, rows: bool = True) -> list[
     if folder.name != manifest.task:
         problems.append(f"{folder} holds the dataset of {manifest.task}")
     return problems
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`verify` found about one dataset.
-
-    Args:
-        task: The dataset's folder name.
-        ok: Whether everything fits.
-        problems: What does not fit.
-        rows: Split to row count, as the manifest says.
-    """
-
-    task: str
-    ok: bool
-    problems: tuple[str, ...]
-    rows: dict[str, int]
-
-
-def verify(data_dir: Path | str, tasks: list[str] | None = None) -> list[Report]:
-    """Check built datasets against their manifests: files, hashes, row counts, and that every row is a row.
-
-    Args:
-        data_dir: The folder of all datasets.
-        tasks: Which ones; all that lie there by default.
-
-    Raises:
-        DataError: There is no dataset at all.
-    """
-    root = Path(data_dir)
-    names = available_tasks(root) if tasks is None else tasks
-    if not names:
-        raise DataError(f"no datasets in {root}", hint="build one: meteora data build --task NAME")
-    return [_report(root, name) for name in names]
-
-
-def _report(root: Path, name: str) -> Report:
-    folder = root / name
-    if not folder.is_dir():
-        return Report(name, False, (f"{folder} is not built; run `{build_command(name)}`",), {})
-    try:
-        manifest = read_manifest(folder)
-    except DataError as broken:
-        return Report(name, False, (broken.message,), {})
-    if manifest is None:
-        return Report(name, False, (f"{folder} has no {NAME}, so nothing says where it comes from",), {})
-    problems = tuple(problems_of(folder, manifest))
-    return Report(name, not problems, problems, manifest.rows)
 
 
 def _hash(path: Path) -> str:

@@ -31,18 +31,13 @@ def extract(task: Task, source: str = "auto", raw_dir: Path | None = None, progr
         DataError: No source has the task, or its files are broken.
         DownloadError: The one source that was asked for cannot be reached.
     """
-    if source not in SOURCES:
-        raise UsageError(f"unknown source {source!r}", hint=did_you_mean(source, SOURCES) or f"one of {', '.join(SOURCES)}")
+    tried = candidates(task, source, raw_dir)
     if isinstance(task.source, Files):
         return from_files(task, task.source.train, task.source.test, {"kind": "local", "name": "own files"})
-    if isinstance(task.source, Combined) and source not in ("local", "authors"):
-        raise UsageError(f"{task.name} is made of other tasks", hint=f"run `meteora data composite --n {len(task.members)}`")
-    if source == "local" and raw_dir is None:
-        raise UsageError("the local source needs a folder of raw tasks", hint="name it with --raw-dir DIR")
-    if source != "auto":
-        return _open(task, source, raw_dir, progress)
+    if len(tried) == 1:
+        return _open(task, tried[0], raw_dir, progress)
     failures: list[str] = []
-    for candidate in _candidates(task, raw_dir):
+    for candidate in tried:
         try:
             return _open(task, candidate, raw_dir, progress)
         except (NotHere, DownloadError) as missing:
@@ -50,7 +45,24 @@ def extract(task: Task, source: str = "auto", raw_dir: Path | None = None, progr
     raise DataError(f"no source has {task.name} ({'; '.join(failures)})", hint="name a folder of raw rows with --raw-dir DIR, or check the network connection")
 
 
-def _candidates(task: Task, raw_dir: Path | None) -> list[str]:
+def candidates(task: Task, source: str = "auto", raw_dir: Path | None = None) -> list[str]:
+    """The sources that will be tried for a task, in order.
+
+    Raises:
+        UsageError: The source is unknown or does not fit the task, or ``local`` lacks ``raw_dir``.
+    """
+    if source not in SOURCES:
+        raise UsageError(f"unknown source {source!r}", hint=did_you_mean(source, SOURCES) or f"one of {', '.join(SOURCES)}")
+    if isinstance(task.source, Files):
+        return ["local"]
+    if isinstance(task.source, Combined) and source not in ("local", "authors"):
+        raise UsageError(f"{task.name} is made of other tasks", hint=f"run `meteora data composite --n {len(task.members)}`")
+    if source == "local" and raw_dir is None:
+        raise UsageError("the local source needs a folder of raw tasks", hint="name it with --raw-dir DIR")
+    if source == "pypi" and not isinstance(task.source, BigBench):
+        raise UsageError(f"{task.name} is not a BIG-bench task, so it is not on the package index", hint="use --source hub, or --source local --raw-dir DIR")
+    if source != "auto":
+        return [source]
     names = ["local"] if raw_dir is not None else []
     if isinstance(task.source, BigBench):
         names.append("pypi")

@@ -6,7 +6,7 @@ The order of the 28 tasks is the adapter order of the authors' checkpoints and m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -251,18 +251,48 @@ def get_task(name: str) -> Task:
     raise UsageError(f"unknown task {name!r}", hint=did_you_mean(name, TASKS) or "`meteora data list` shows all tasks")
 
 
+def check_name(name: str) -> None:
+    """Raise UsageError when ``name`` cannot be a task's and its folder's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"{name!r} cannot name a task", hint="use letters, digits, '.', '_' and '-'")
+
+
 def register_task(task: Task) -> None:
     """Add a task to :data:`TASKS`, or replace one that was added before.
 
     Raises:
-        UsageError: The name is one of the 28 tasks, or cannot be a folder's name.
+        UsageError: The name is one of the 28 tasks or a composite's, or cannot be a folder's name.
     """
+    check_name(task.name)
     if task.name in RESERVED:
         raise UsageError(f"{task.name!r} is one of the 28 built-in tasks", hint="choose another name")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", task.name):
-        raise UsageError(f"{task.name!r} cannot name a task", hint="use letters, digits, '.', '_' and '-'")
+    if _COMPOSITE_NAME.fullmatch(task.name) and not task.is_composite:
+        raise UsageError(f"{task.name!r} names a composite", hint="choose another name")
     TASKS[task.name] = task
 
 
 for _name, _members in COMPOSITES.items():
     TASKS[_name] = composite_task(_members, _name)
+
+BIGBENCH_TASKS: tuple[str, ...] = tuple(name for name in TASK_ORDER if isinstance(TASKS[name].source, BigBench))
+"""The 22 tasks of BIG-bench."""
+
+
+def expand_names(names: Iterable[str], source: str = "auto") -> list[str]:
+    """Take lists of tasks apart: commas separate, ``all`` means the 28, ``bigbench`` the 22 of BIG-bench; each name stands once.
+
+    Args:
+        names: The lists.
+        source: With ``pypi``, ``all`` means the 22 that are there.
+
+    Raises:
+        UsageError: No name is given, or one is unknown.
+    """
+    groups = {"all": BIGBENCH_TASKS if source == "pypi" else TASK_ORDER, "bigbench": BIGBENCH_TASKS}
+    found: dict[str, None] = {}
+    for name in (part.strip() for text in names for part in text.split(",")):
+        if name:
+            found.update(dict.fromkeys(groups.get(name) or (get_task(name).name,)))
+    if not found:
+        raise UsageError("no task is named", hint="for example --task logical_deduction,strategyqa or --task all")
+    return list(found)

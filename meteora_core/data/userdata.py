@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from meteora_core.data.build import build_task
 from meteora_core.data.manifest import Manifest, read_manifest
 from meteora_core.data.records import template_fields
 from meteora_core.data.rows import available_tasks, split_path
+from meteora_core.data.sources import extract
 from meteora_core.data.tasks import METRICS, RESERVED, TASKS, Files, Metric, Task, composite_task, get_task, register_task
+from meteora_core.data.writer import check_target
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from meteora_core.settings import Settings
 
 DEFAULT_TOKENS = 128
 
@@ -62,6 +67,24 @@ def add_task(task: Task, data_dir: Path | str, progress: Progress = SILENT) -> M
     return build_task(task, data_dir, progress=progress)
 
 
+def preview(task: Task, data_dir: Path | str) -> dict[str, int]:
+    """Read a task of one's own without writing it.
+
+    Returns:
+        Split to row count.
+
+    Raises:
+        DataError: A file is missing, broken or empty, or the target folder holds another dataset.
+    """
+    check_target(Path(data_dir) / task.name, task.name)
+    raw = extract(task)
+    counts = {str(split): sum(1 for _ in raw.rows(split)) for split in raw.splits}
+    for split, count in counts.items():
+        if count == 0:
+            raise DataError(f"the {split} split of {task.name} is empty")
+    return counts
+
+
 def register_settings(tasks: Mapping[str, Any]) -> list[Task]:
     """Register the tasks that the settings declare.
 
@@ -100,6 +123,12 @@ def register_built(data_dir: Path | str) -> list[Task]:
             register_task(task)
             registered.append(task)
     return registered
+
+
+def register_all(settings: Settings) -> None:
+    """Make every task known that the settings declare or that lies built in their data folder. Raises UsageError for a wrong declaration."""
+    register_settings(settings.tasks)
+    register_built(settings.paths.data)
 
 
 def task_in(data_dir: Path | str, name: str) -> Task:

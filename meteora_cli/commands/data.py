@@ -1,0 +1,249 @@
+"""``meteora data``: build datasets, look at them, check them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meteora_cli.console import console, emit_json, out, progress, settings_from
+
+if TYPE_CHECKING:
+    from meteora_core.data.manifest import Manifest
+    from meteora_core.settings import Settings
+
+app = typer.Typer(help="Build datasets, look at them, check them.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of all datasets; default: the setting paths.data.", show_default=False)]
+SOURCE_HELP = "auto, local, pypi, hub or authors (their ready-made rows); auto tries them in this order."
+METRIC_HELP = "exact, contains, final_number, yes_no_text, text or bleu."
+
+
+def _prepare(ctx: typer.Context, folder: Path | None) -> tuple[Settings, Path]:
+    """The settings and the folder of all datasets, with every declared and built task known."""
+    from meteora_core.data.userdata import register_all
+
+    settings = settings_from(ctx, paths__data=folder)
+    register_all(settings)
+    return settings, settings.paths.data
+
+
+@app.command("build")
+def build(
+    ctx: typer.Context,
+    task: Annotated[list[str], typer.Option("--task", help="Tasks, separated by commas; all: the 28; bigbench: the 22 of BIG-bench.", show_default=False)],
+    source: Annotated[str | None, typer.Option("--source", help=SOURCE_HELP, show_default=False)] = None,
+    raw_dir: Annotated[Path | None, typer.Option("--raw-dir", help="Folder of raw tasks, or the bigbench sdist as a file.", show_default=False)] = None,
+    folder: Out = None,
+    max_train: Annotated[int | None, typer.Option("--max-train", help="Keep at most so many train rows a task.", show_default=False)] = None,
+    max_test: Annotated[int | None, typer.Option("--max-test", help="Keep at most so many test rows a task.", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes that build at once.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is there and intact.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Turn raw tasks into DIR/TASK/{train,test}.jsonl, with a manifest beside them."""
+    from meteora_core.data.build import build_tasks
+    from meteora_core.data.tasks import expand_names
+    from meteora_core.errors import DataError, MeteoraError
+
+    settings, data_dir = _prepare(ctx, folder)
+    source = source or settings.data.source
+    raw_dir = raw_dir or settings.data.raw_dir
+    max_train = settings.data.max_train if max_train is None else max_train
+    max_test = settings.data.max_test if max_test is None else max_test
+    names = expand_names(task, source)
+    if dry_run:
+        from meteora_core.data.catalog import plan_build
+
+        plans = plan_build(names, data_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test, force=force)
+        rows = [(plan.task, plan.action, plan.folder, ", ".join(plan.sources), plan.download or "") for plan in plans]
+        _show([asdict(plan) for plan in plans], ("task", "would", "folder", "sources", "download"), rows, as_json)
+        return
+    failures: dict[str, MeteoraError] = {}
+    several = len(names) > 1
+    with progress(ctx) as bars:
+        manifests = build_tasks(
+            names,
+            data_dir,
+            source=source,
+            raw_dir=raw_dir,
+            max_train=max_train,
+            max_test=max_test,
+            force=force,
+            jobs=jobs,
+            failures=failures if several else None,
+            progress=bars,
+        )
+    if as_json:
+        emit_json({"built": [manifest.to_json() for manifest in manifests], "failed": {name: error.message for name, error in failures.items()}})
+    else:
+        _table(manifests)
+    if failures:
+        for name, error in failures.items():
+            console.print(f"{name}: {error.message}", markup=False, soft_wrap=True)
+        hint = next((error.hint for error in failures.values() if error.hint), None)
+        raise DataError(f"{len(failures)} of {len(names)} tasks could not be built: {', '.join(failures)}", hint=hint)
+
+
+@app.command("composite")
+def composite(
+    ctx: typer.Context,
+    n: Annotated[int | None, typer.Option("--n", help="How many tasks; 3, 5 and 10 are the authors' lists.", show_default=False)] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="The tasks, separated by commas, in the order of the prompts.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the dataset; default: composite_N.", show_default=False)] = None,
+    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Rows; default: 200 or as many as there are.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the row order and the solved examples; 47 pairs rows as the authors do.")] = 47,
+    examples: Annotated[int, typer.Option("--examples", help="Solved examples before the questions.")] = 2,
+    folder: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Combine the test rows of built datasets: several tasks in one prompt."""
+    from meteora_core.data.composite import build_composite, plan_composite
+
+    _, data_dir = _prepare(ctx, folder)
+    members = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
+    if dry_run:
+        plan = plan_composite(data_dir, n=n, tasks=members, name=name, num_samples=num_samples, seed=seed, examples=examples)
+        value = {"task": plan.task.name, "members": plan.task.members, "rows": plan.count, "seed": seed, "folder": str(data_dir / plan.task.name)}
+        _show(value, ("task", "members", "rows", "folder"), [(plan.task.name, ", ".join(plan.task.members), str(plan.count), str(value["folder"]))], as_json)
+        return
+    with progress(ctx) as bars:
+        manifest = build_composite(data_dir, n=n, tasks=members, name=name, num_samples=num_samples, seed=seed, examples=examples, progress=bars)
+    if as_json:
+        emit_json(manifest.to_json())
+    else:
+        _table([manifest])
+
+
+@app.command("add")
+def add(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name of the task.", show_default=False)],
+    train: Annotated[Path, typer.Option("--train", help="JSON lines with prompt and response, or with the templates' fields.", show_default=False)],
+    test: Annotated[Path | None, typer.Option("--test", help="The same; without it 20 % of train are set aside.", show_default=False)] = None,
+    metric: Annotated[str, typer.Option("--metric", help=METRIC_HELP)] = "exact",
+    template: Annotated[str, typer.Option("--template", help="The input, with field names in braces.")] = "{prompt}",
+    target: Annotated[str, typer.Option("--target", help="The response, with field names in braces.")] = "{response}",
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer in tokens.", show_default=False)] = None,
+    folder: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Add a task of your own from JSON-lines files."""
+    from meteora_core.data.userdata import add_task, own_task, preview
+
+    _, data_dir = _prepare(ctx, folder)
+    task = own_task(name, train=train, test=test, metric=metric, template=template, target=target, max_new_tokens=max_new_tokens)
+    if dry_run:
+        rows = preview(task, data_dir)
+        value = {"task": name, "metric": metric, "rows": rows, "folder": str(data_dir / name)}
+        _show(value, ("task", "metric", "train", "test", "folder"), [(name, metric, str(rows["train"]), str(rows["test"]), str(value["folder"]))], as_json)
+        return
+    with progress(ctx) as bars:
+        manifest = add_task(task, data_dir, bars)
+    if as_json:
+        emit_json(manifest.to_json())
+    else:
+        _table([manifest])
+
+
+@app.command("list")
+def list_(ctx: typer.Context, folder: Out = None, as_json: Json = False) -> None:
+    """List all tasks: source, metric, rows, built or not."""
+    from meteora_core.data.catalog import list_tasks
+
+    _, data_dir = _prepare(ctx, folder)
+    found = list_tasks(data_dir)
+    rows = []
+    for status in found:
+        counts = [str(status.rows.get(split, "")) for split in ("train", "test")]
+        rows.append(
+            ("" if status.index is None else str(status.index), status.name, status.source, status.metric, *counts, _state(status.built, status.built_from))
+        )
+    _show([asdict(status) for status in found], ("#", "task", "source", "metric", "train", "test", "built"), rows, as_json)
+
+
+@app.command("show")
+def show(
+    ctx: typer.Context,
+    task: Annotated[str, typer.Argument(help="The task.", show_default=False)],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many rows.")] = 1,
+    split: Annotated[str, typer.Option("--split", help="train or test.")] = "test",
+    folder: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Show rows of a built dataset."""
+    from meteora_core.data.rows import SPLITS, read_rows
+    from meteora_core.data.userdata import task_in
+    from meteora_core.errors import UsageError
+
+    _, data_dir = _prepare(ctx, folder)
+    known = task_in(data_dir, task)
+    if split not in SPLITS:
+        raise UsageError(f"unknown split {split!r}", hint="train or test")
+    rows = read_rows(data_dir, known.name, split, limit=n)
+    if as_json:
+        emit_json({"task": known.name, "split": split, "metric": known.metric, "rows": [asdict(row) for row in rows]})
+        return
+    from rich.panel import Panel
+    from rich.text import Text
+
+    for number, row in enumerate(rows):
+        out.print(Panel(Text(row.prompt.rstrip("\n")), title=f"{known.name} · {split} · row {number}", title_align="left"))
+        out.print(Panel(Text(row.response), title="response", title_align="left", border_style="green"))
+
+
+@app.command("verify")
+def verify(
+    ctx: typer.Context,
+    tasks: Annotated[list[str] | None, typer.Argument(help="Which datasets; default: all that are built.", show_default=False)] = None,
+    folder: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Check built datasets against their manifests."""
+    from meteora_core.data import catalog
+    from meteora_core.errors import DataError
+
+    _, data_dir = _prepare(ctx, folder)
+    reports = catalog.verify(data_dir, tasks)
+    rows = [(report.task, "ok" if report.ok else "broken", "; ".join((*report.problems, *report.notes))) for report in reports]
+    _show([asdict(report) for report in reports], ("dataset", "state", "what"), rows, as_json)
+    broken = [report.task for report in reports if not report.ok]
+    if broken:
+        raise DataError(f"{len(broken)} of {len(reports)} datasets do not fit their manifests: {', '.join(broken)}", hint="build them again with --force")
+
+
+def _state(built: bool, built_from: str | None) -> str:
+    if not built:
+        return "no"
+    return built_from or "yes, without a manifest"
+
+
+def _table(manifests: list[Manifest]) -> None:
+    rows = []
+    for manifest in manifests:
+        counts = [str(manifest.rows.get(split, "")) for split in ("train", "test")]
+        rows.append((manifest.task, str(manifest.source.get("kind")), *counts, str(manifest.duplicates.get("test_prompts_in_train", ""))))
+    _show(None, ("task", "source", "train", "test", "test prompts also in train"), rows, False)
+
+
+def _show(value: Any, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], as_json: bool) -> None:
+    """Print ``value`` as JSON, or ``rows`` as a table."""
+    if as_json:
+        emit_json(value)
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    out.print(table)

@@ -1,0 +1,176 @@
+"""What there is: the list of tasks with what is built of them, the check of what is built, and what a build would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from meteora_core.data.build import existing
+from meteora_core.data.composite import stale_members
+from meteora_core.data.manifest import NAME, problems_of, read_manifest
+from meteora_core.data.pypi import SDIST, unpacked_dir
+from meteora_core.data.rows import SPLITS, available_tasks, build_command, split_path
+from meteora_core.data.sources import SOURCES, candidates
+from meteora_core.data.tasks import TASKS, BigBench, Task, get_task
+from meteora_core.data.userdata import task_in
+from meteora_core.data.writer import check_target
+from meteora_core.downloads import downloads_dir
+from meteora_core.errors import DataError, UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class TaskStatus:
+    """A line of ``data list``.
+
+    Args:
+        name: The task.
+        index: Its adapter index among the authors' 28, or None.
+        source: What kind of source it has.
+        metric: How it is scored.
+        members: A composite's tasks.
+        built: Whether a dataset lies in the data folder.
+        built_from: The source that it was built from, or None when nothing says.
+        rows: Split to row count.
+    """
+
+    name: str
+    index: int | None
+    source: str
+    metric: str
+    members: tuple[str, ...]
+    built: bool
+    built_from: str | None
+    rows: dict[str, int]
+
+
+def list_tasks(data_dir: Path | str) -> list[TaskStatus]:
+    """Every task that is known or built: the 28 in their order, then composites and one's own."""
+    names = list(dict.fromkeys([*TASKS, *available_tasks(data_dir)]))
+    return [_status(Path(data_dir), name) for name in names]
+
+
+def _status(root: Path, name: str) -> TaskStatus:
+    try:
+        task: Task | None = task_in(root, name)
+    except UsageError:
+        task = None
+    folder = root / name
+    try:
+        manifest = read_manifest(folder)
+    except DataError:
+        manifest = None
+    rows: dict[str, int] = manifest.rows if manifest else {}
+    if manifest is None:
+        rows.update({split: _lines(split_path(root, name, split)) for split in SPLITS if split_path(root, name, split).is_file()})
+    origin = str(manifest.source.get("kind")) if manifest else None
+    if task is None:
+        return TaskStatus(name, None, "unknown", "unknown", (), bool(rows), origin, rows)
+    return TaskStatus(name, task.index, task.source.label, task.metric, task.members, bool(rows), origin, rows)
+
+
+def _lines(path: Path) -> int:
+    with open(path, "rb") as handle:
+        return sum(1 for line in handle if line.strip())
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`verify` found about one dataset.
+
+    Args:
+        task: The dataset's folder name.
+        ok: Whether everything fits.
+        problems: What does not fit.
+        notes: What is worth knowing: members of a composite that were built anew since.
+        rows: Split to row count, as the manifest says.
+    """
+
+    task: str
+    ok: bool
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    rows: dict[str, int]
+
+
+def verify(data_dir: Path | str, tasks: Sequence[str] | None = None) -> list[Report]:
+    """Check built datasets against their manifests: files, hashes, row counts, and that every row is a row.
+
+    Args:
+        data_dir: The folder of all datasets.
+        tasks: Which ones; all that lie there by default.
+
+    Raises:
+        DataError: There is no dataset at all.
+    """
+    root = Path(data_dir)
+    names = list(tasks) if tasks else available_tasks(root)
+    if not names:
+        raise DataError(f"no datasets in {root}", hint="build one: meteora data build --task NAME")
+    return [_report(root, name) for name in names]
+
+
+def _report(root: Path, name: str) -> Report:
+    folder = root / name
+    if not folder.is_dir():
+        return Report(name, False, (f"{folder} is not built; run `{build_command(name)}`",), (), {})
+    try:
+        manifest = read_manifest(folder)
+    except DataError as broken:
+        return Report(name, False, (broken.message,), (), {})
+    if manifest is None:
+        return Report(name, False, (f"{folder} has no {NAME}, so nothing says where it comes from",), (), {})
+    problems = tuple(problems_of(folder, manifest))
+    notes = tuple(f"{member} was built anew since, or is gone" for member in stale_members(root, manifest))
+    return Report(name, not problems, problems, notes, manifest.rows)
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do.
+
+    Args:
+        task: The task.
+        folder: Where it would lie.
+        action: ``keep`` (intact already), ``build`` or ``replace``.
+        sources: The sources that would be tried, in order.
+        download: What would be fetched from the package index first, or None.
+    """
+
+    task: str
+    folder: str
+    action: str
+    sources: tuple[str, ...]
+    download: str | None
+
+
+def plan_build(
+    names: Sequence[str],
+    out_dir: Path | str,
+    *,
+    source: str = "auto",
+    raw_dir: Path | str | None = None,
+    max_train: int | None = None,
+    max_test: int | None = None,
+    force: bool = False,
+) -> list[BuildPlan]:
+    """Say what :func:`meteora_core.data.build.build_tasks` would do, without writing or fetching anything.
+
+    Raises:
+        UsageError: A task or the source is unknown, or ``local`` lacks ``raw_dir``.
+        DataError: A target folder holds another dataset.
+    """
+    if source not in SOURCES:
+        raise UsageError(f"unknown source {source!r}", hint=did_you_mean(source, SOURCES) or f"one of {', '.join(SOURCES)}")
+    plans = []
+    for name in names:
+        task = get_task(name)
+        folder = Path(out_dir) / task.name
+        check_target(folder, task.name)
+        kept = not force and existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test) is not None
+        tried = candidates(task, source, None if raw_dir is None else Path(raw_dir))
+        action = "keep" if kept else "replace" if (folder / NAME).is_file() else "build"
+        fetches = not kept and tried[0] == "pypi" and isinstance(task.source, BigBench)
+        cached = isinstance(task.source, BigBench) and ((unpacked_dir() / task.source.folder).is_dir() or (downloads_dir() / SDIST).is_file())
+        plans.append(BuildPlan(task.name, str(folder), action, tuple(tried), f"{SDIST} (358 MB)" if fetches and not cached else None))
+    return plans
