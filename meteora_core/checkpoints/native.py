@@ -1,11 +1,13 @@
 """Meteora's own checkpoint: ``meteora_config.json`` and ``meteora.safetensors`` in one folder.
 
-Gates always; adapters where they were trained or are embedded on request. The configuration names the base model and a few of its
-weights, and each adapter's source and hash, so that what is loaded is what was trained, or an error.
+Gates always; adapters where they were trained or are embedded on request; tensors of the base model where they are not the base's own any more
+(a converted checkpoint can hold such). The configuration names the base model and a few of its weights, and each adapter's source and hash, so
+that what is loaded is what was trained, or an error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.adapters.bank import AdapterBank, Stack, _natural
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.errors import CheckpointError, MeteoraError
 from meteora_core.files import atomic_folder, read_json, sha256, write_json
-from meteora_core.model.attach import attach, meteora_layers, same_base
+from meteora_core.model.attach import attach, detach, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
@@ -28,6 +30,30 @@ if TYPE_CHECKING:
 CONFIG_FILE = "meteora_config.json"
 WEIGHT_FILE = "meteora.safetensors"
 FORMAT = 1
+BASE = "base."
+"""Before the names of base tensors in the weight file."""
+
+_CHANGES = "meteora_base_changes"
+
+
+def note_base_changes(model: nn.Module, names: Iterable[str]) -> None:
+    """Note on the model which tensors of its base are not the base's own any more, so that :func:`save_checkpoint` stores them.
+
+    The names are those in the base model (``model.norm.weight``, without ``base_layer``).
+    """
+    setattr(model, _CHANGES, tuple(sorted(names)))
+
+
+def base_changes(model: nn.Module) -> tuple[str, ...]:
+    """What :func:`note_base_changes` noted."""
+    return tuple(getattr(model, _CHANGES, ()))
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of an attached model's base, by their names in the base model."""
+    own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets")}
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in named.items() if name not in own}
 
 
 def save_checkpoint(
@@ -46,7 +72,7 @@ def save_checkpoint(
         folder: Written anew; an old one is replaced when all is on disk.
         base: The base model's name; None takes ``model.name_or_path``.
         adapters: Store the adapters' weights too. Needed when they were trained together with the gates; else they are read from
-            their folders again when the checkpoint is loaded.
+            their folders again when the checkpoint is loaded. Adapters that came out of a checkpoint are stored in any case.
         dtype: Of the stored tensors; None keeps each tensor's own, so that a loaded model gives the same logits bit for bit.
         training: What to note of how it was made (settings, steps, losses).
 
@@ -58,6 +84,7 @@ def save_checkpoint(
         StorageError: The disk is full or not writable.
     """
     state = routing_state(model)
+    adapters = adapters or getattr(state, "embedded", False) or not all(adapter.sha256 for adapter in state.adapters)
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for path, layer in meteora_layers(model):
@@ -71,6 +98,10 @@ def save_checkpoint(
             "ranks": list(layer.ranks),
             "scaling": [float(value) for value in layer.scaling.cpu()],
         }
+    changed = base_changes(model)
+    known = _base_tensors(model) if changed else {}
+    for name in changed:
+        tensors[BASE + name] = known[name].detach().to("cpu", dtype or known[name].dtype).contiguous()
     reference = base or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
     config = {
         "format": FORMAT,
@@ -78,7 +109,8 @@ def save_checkpoint(
         "top_k": state.top_k,
         "temperature": state.temperature,
         "adapters": [asdict(adapter) for adapter in state.adapters],
-        "contains": ["gates", "adapters"] if adapters else ["gates"],
+        "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
+        "base_tensors": list(changed),
         "modules": modules,
         "training": training or {},
     }
@@ -162,11 +194,11 @@ def load_checkpoint(
     try:
         attach(model, bank, top_k=config["top_k"], temperature=config["temperature"], backend=backend, init="zeros")
     except MeteoraError as error:
-        raise CheckpointError(f"the checkpoint {folder} does not fit this base model: {error.message}", hint=f"it was trained on {config['base']['name']}") from error
+        raise CheckpointError(
+            f"the checkpoint {folder} does not fit this base model: {error.message}", hint=f"it was trained on {config['base']['name']}"
+        ) from error
     state = routing_state(model)
     if not same_base(state.base_probe, config["base"].get("probe")):
-        from meteora_core.model.attach import detach
-
         detach(model)
         raise CheckpointError(
             f"the base model's weights are not those that {folder} was trained on",
@@ -175,7 +207,31 @@ def load_checkpoint(
     with torch.no_grad():
         for path, layer in meteora_layers(model):
             layer.gate.copy_(tensors[f"{path}.gate"])
+    if "adapters" in config["contains"]:
+        state.embedded = True  # type: ignore[attr-defined]
+    _restore_base(model, folder, config, tensors)
     return model.eval()
+
+
+def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Copy the base tensors that the checkpoint carries into the model; on an error nothing is copied and the adapters are out again."""
+    names = config.get("base_tensors", [])
+    if not names:
+        return
+    known = _base_tensors(model)
+    for name in names:
+        target, stored = known.get(name), tensors[BASE + name]
+        if target is None or not target.is_floating_point() or target.shape != stored.shape:
+            detach(model)
+            mine = "it has no such tensor" if target is None else f"its own is {target.dtype} of shape {list(target.shape)}"
+            raise CheckpointError(
+                f"the base model cannot take {name} {list(stored.shape)} of the checkpoint {folder}: {mine}",
+                hint=f"it was trained on {config['base']['name']}; tensors of a quantised base cannot be replaced",
+            )
+    with torch.no_grad():
+        for name in names:
+            known[name].copy_(tensors[BASE + name])
+    note_base_changes(model, names)
 
 
 def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -192,7 +248,7 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, OSError) as broken:
         raise CheckpointError(f"{file} cannot be read: {broken}", hint="copy or download the checkpoint again") from broken
     names = ("gate", "lora_A", "lora_B") if "adapters" in config["contains"] else ("gate",)
-    expected = {f"{path}.{name}" for path in config["modules"] for name in names}
+    expected = {f"{path}.{name}" for path in config["modules"] for name in names} | {BASE + name for name in config.get("base_tensors", [])}
     for what, keys in (("lacks", expected - tensors.keys()), ("has unknown", tensors.keys() - expected)):
         if keys:
             shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
@@ -209,7 +265,8 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
     infos = tuple(AdapterInfo(**entry) for entry in config["adapters"])
     if "adapters" in config["contains"]:
         stacks = {}
-        for path, module in config["modules"].items():
+        for path in sorted(config["modules"], key=_natural):
+            module = config["modules"][path]
             stacks[path] = Stack(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], tuple(module["ranks"]), torch.tensor(module["scaling"]))
         return AdapterBank(infos, stacks)
     folders = {}

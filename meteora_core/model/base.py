@@ -10,6 +10,7 @@ import torch
 
 from meteora_core.checkpoints.catalog import CATALOG, download_base, is_ready, model_folder
 from meteora_core.errors import CheckpointError, UsageError, did_you_mean
+from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     attention: str | None = None,
+    quantization: str | None = None,
     progress: Progress = SILENT,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode; only safetensors weights are read.
@@ -113,14 +115,18 @@ def load_base(
         dtype: Of the weights.
         device: Where to; None is the CPU.
         attention: transformers' ``attn_implementation``; None lets it choose (SDPA as a rule).
+        quantization: "4bit" (NF4, computing in ``dtype``) or "8bit" by bitsandbytes, on a GPU; None keeps the weights as they are.
         progress: Where to report.
 
     Raises:
         CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named.
+        UsageError: Quantisation is asked for without a GPU or without bitsandbytes, or by an unknown name.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    device = device or torch.device("cpu")
+    quantized = {} if quantization is None else quantized_loading(quantization, dtype, device)
     place = locate_base(reference, progress=progress)
     transformers_logging.disable_progress_bar()
     try:
@@ -131,10 +137,11 @@ def load_base(
             use_safetensors=True,
             trust_remote_code=reference.trust_remote_code,
             **({} if attention is None else {"attn_implementation": attention}),
+            **quantized,
         )
     except (OSError, ValueError) as error:
         raise _cannot_load("model", reference, error) from error
-    return model.to(device or torch.device("cpu")).eval()
+    return (model if quantized else model.to(device)).eval()
 
 
 def _cannot_load(what: str, reference: BaseReference, error: Exception) -> CheckpointError:

@@ -1,0 +1,184 @@
+"""Load a checkpoint in the layout of MeteoRA's authors onto its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.adapters.bank import AdapterBank
+from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
+from meteora_core.checkpoints.native import note_base_changes
+from meteora_core.checkpoints.tensor_files import shown
+from meteora_core.errors import CheckpointError, MeteoraError, UsageError
+from meteora_core.model.attach import attach, meteora_layers
+from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+
+
+def load_authors_checkpoint(
+    base_model: PreTrainedModel | str | Path,
+    adapter_dir: str | Path | None,
+    checkpoint: str | Path,
+    top_k: int = 2,
+    temperature: float = 1.0,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    names: Sequence[str] | None = None,
+    alpha: float | None = None,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> PreTrainedModel:
+    """Load a checkpoint of the authors (layout in :mod:`meteora_core.checkpoints.layout`) onto its base model.
+
+    The checkpoint's tensors win over those of the base model and of the adapter folders; the folders give names, ranks and alphas.
+
+    Args:
+        base_model: A loaded base model (it is changed in place), a folder, a catalog name, or a hub id.
+        adapter_dir: The folder that holds one PEFT folder per adapter. None: the scaling is ``alpha`` / rank, and the names are the 28 tasks' when
+            there are 28 adapters.
+        checkpoint: A safetensors file, an index of shards, or a folder that holds one. Never a pickle.
+        top_k: Adapters per token and layer, 1 <= top_k <= N.
+        temperature: T > 0.
+        dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU. Ignored with a loaded base model.
+        device: None or "auto" is a GPU when there is one. Ignored with a loaded base model.
+        backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
+        names: The adapters' names in the checkpoint's order, where that is neither the 28 tasks' nor alphabetical.
+        alpha: ``lora_alpha`` of all adapters; only without ``adapter_dir``. None is 16, as the authors trained.
+        quantization: "4bit", "8bit" or None; the linears of a quantised base stay the base's own. Ignored with a loaded base model.
+        trust_remote_code: Whether code of the base model's repository may run.
+        progress: Where to report.
+
+    Returns:
+        The model, in evaluation mode, with ``model.meteora`` set.
+
+    Raises:
+        CheckpointError: A file is missing, cut short, a pickle or of another layout; tensors are missing or unknown (the first five named); the
+            base model has another vocabulary or other shapes; the adapters do not fit. The base model is unchanged then.
+        AdapterError: An adapter's configuration is missing or of another kind.
+        UsageError: top_k, temperature or backend is out of range, or adapters are attached already.
+    """
+    if adapter_dir is not None and alpha is not None:
+        raise UsageError("alpha is given, and so is the folder of adapters, which states it", hint="leave one out")
+    layout = read_layout(checkpoint)
+    infos = describe_adapters(layout, adapter_dir, names=names, alpha=alpha)
+    if isinstance(base_model, str | Path):
+        place = pick_device(device)
+        reference = BaseReference(str(base_model), trust_remote_code=trust_remote_code)
+        model = load_base(reference, dtype=pick_dtype(dtype, place), device=place, quantization=quantization, progress=progress)
+    else:
+        model = base_model
+    if getattr(model, "meteora", None) is not None:
+        raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
+    targets = _base_targets(layout, model)
+    scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32)
+    with progress.task("reading adapters and gates", total=len(layout.modules), unit="layers") as task:
+        stacks = {}
+        for path in layout.modules:
+            stacks[path] = layout.stack(path, scaling)
+            task.update(1)
+    try:
+        attach(model, AdapterBank(infos, stacks), top_k=top_k, temperature=temperature, backend=backend, init="zeros")
+    except UsageError:
+        raise
+    except MeteoraError as error:
+        raise CheckpointError(f"the checkpoint {checkpoint} does not fit this base model: {error.message}", hint=error.hint) from error
+    with torch.no_grad():
+        for path, layer in meteora_layers(model):
+            layer.gate.copy_(layout.tensors.read(key_of(path, "moe_gate")))
+    note_base_changes(model, _copy_base(layout, targets, progress))
+    return model.eval()
+
+
+def _base_targets(layout: AuthorsLayout, model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensor for each base tensor of the checkpoint, after checking that all fit; nothing is written.
+
+    Left out are the weights of quantised linears, which cannot be replaced.
+    """
+    checkpoint = layout.tensors.path
+    known = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
+    targets, kept = {}, set()
+    for name, key in sorted(layout.base.items(), key=lambda item: not item[0].endswith(_VOCABULARY)):
+        shape = layout.tensors.entries[key].shape
+        target = known.get(name)
+        if target is None:
+            continue
+        if not target.is_floating_point():
+            kept.add(name)
+            continue
+        if tuple(target.shape) != shape:
+            raise _other_base(checkpoint, model, name, tuple(target.shape), shape)
+        targets[name] = target
+    if unknown := [layout.base[name] for name in layout.base if name not in known]:
+        raise CheckpointError(f"{checkpoint} has tensors that {_called(model)} lacks: {shown(unknown)}", hint="the checkpoint belongs to another base model")
+    if layout.base:
+        given = {id(known[name]) for name in layout.base}
+        missing = [name for name, tensor in known.items() if id(tensor) not in given]
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint} lacks tensors of {_called(model)}: {shown(_file_key(layout, name) for name in missing)}",
+                hint="the checkpoint is incomplete, or belongs to another base model",
+            )
+    _check_tied(layout, targets)
+    return targets
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _file_key(layout: AuthorsLayout, name: str) -> str:
+    path, _, kind = name.rpartition(".")
+    return f"base_model.model.{path}.base_layer.{kind}" if path in layout.modules else f"base_model.model.{name}"
+
+
+def _called(model: nn.Module) -> str:
+    return f"the base model {getattr(model, 'name_or_path', '') or type(model).__name__}"
+
+
+def _other_base(checkpoint: Path, model: nn.Module, name: str, mine: tuple[int, ...], theirs: tuple[int, ...]) -> CheckpointError:
+    hint = "the checkpoint belongs to another base model"
+    if name.endswith(_VOCABULARY) and mine[:1] != theirs[:1]:
+        shapes = f"{name} is {list(mine)} against {list(theirs)}"
+        return CheckpointError(f"{_called(model)} has a vocabulary of {mine[0]} tokens, the checkpoint {checkpoint} one of {theirs[0]} ({shapes})", hint=hint)
+    return CheckpointError(f"{_called(model)} has {name} of shape {list(mine)}, the checkpoint {checkpoint} of shape {list(theirs)}", hint=hint)
+
+
+def _check_tied(layout: AuthorsLayout, targets: dict[str, Tensor]) -> None:
+    """Where the model ties two tensors that the checkpoint stores twice, both must be the same."""
+    seen: dict[int, str] = {}
+    for name, target in targets.items():
+        first = seen.setdefault(id(target), name)
+        if first != name and not torch.equal(layout.tensors.read(layout.base[first]), layout.tensors.read(layout.base[name])):
+            raise CheckpointError(
+                f"the checkpoint {layout.tensors.path} has different {first} and {name}, which the base model ties together",
+                hint="set tie_word_embeddings to false in the base model's config.json",
+            )
+
+
+def _copy_base(layout: AuthorsLayout, targets: dict[str, Tensor], progress: Progress) -> Iterable[str]:
+    """Copy the base tensors into the model; return the names of those that differ by more than the rounding to the checkpoint's dtype."""
+    changed = []
+    with progress.task("reading base tensors", total=len(targets), unit="tensors") as task, torch.no_grad():
+        for name, target in targets.items():
+            tensor = layout.tensors.read(layout.base[name])
+            before = target.detach()
+            if not torch.equal(before.to(tensor.dtype), tensor.to(before.device)):
+                changed.append(name)
+            before.copy_(tensor)
+            task.update(1)
+    if left := [name for name in layout.base if name not in targets]:
+        progress.note(f"{len(left)} linears of the base model are quantised and keep their own weights")
+    return changed

@@ -1,0 +1,257 @@
+"""The checkpoint layout of MeteoRA's authors, read from the headers: which tensors there are, how many adapters, of what rank.
+
+A ``model.safetensors`` (or shards) with, under the prefix ``base_model.model.``, for every adapted linear
+``{path}.base_layer.weight`` (out, in), ``{path}.moe_gate.weight`` (N, in), ``{path}.lora_A.weight`` (N r, in) and ``{path}.lora_B.weight`` (out, N r);
+adapter ``i`` owns rows (of A) and columns (of B) ``r i`` to ``r (i + 1)``. Norms, embeddings and lm_head lie under the same prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from meteora_core.adapters.bank import Stack, _natural
+from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS, AdapterInfo
+from meteora_core.checkpoints.tensor_files import TensorEntry, TensorFiles, read_header, shown
+from meteora_core.data.tasks import TASK_ORDER
+from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.files import read_json
+
+PREFIX = "base_model.model."
+DEFAULT_ALPHA = 16.0
+"""The ``lora_alpha`` of the adapters that the authors published (rank 8)."""
+
+_PARTS = ("moe_gate", "lora_A", "lora_B")
+_ADAPTED = re.compile(r"^(?P<path>.+)\.(?P<part>base_layer|moe_gate|lora_A|lora_B)\.(?P<kind>weight|bias)$")
+_COMPUTED = ".rotary_emb.inv_freq"
+_AGAIN = "copy or download the checkpoint again"
+
+
+@dataclass(frozen=True)
+class AuthorsLayout:
+    """What the headers of a checkpoint in the authors' layout say.
+
+    Attributes:
+        tensors: The open files.
+        count: N, how many adapters there are.
+        rank: r, the rank of each.
+        modules: Every adapted linear's path in the model -> (in, out) features, in the order of an AdapterBank.
+        base: Every base tensor's name in the model -> its key in the files; empty when the checkpoint carries none.
+    """
+
+    tensors: TensorFiles
+    count: int
+    rank: int
+    modules: dict[str, tuple[int, int]]
+    base: dict[str, str]
+
+    def entry(self, path: str, part: str) -> TensorEntry:
+        """The entry of ``moe_gate``, ``lora_A`` or ``lora_B`` of one linear."""
+        return self.tensors.entries[key_of(path, part)]
+
+    def stack(self, path: str, scaling: torch.Tensor) -> Stack:
+        """The adapters of one linear, read into memory; ``scaling`` is float32 (N,)."""
+        A, B = self.tensors.read(key_of(path, "lora_A")), self.tensors.read(key_of(path, "lora_B"))
+        return Stack(A, B.t().contiguous(), (self.rank,) * self.count, scaling)
+
+
+def key_of(path: str, part: str) -> str:
+    """The key of ``base_layer``, ``moe_gate``, ``lora_A`` or ``lora_B`` of a linear."""
+    return f"{PREFIX}{path}.{part}.weight"
+
+
+def is_authors(names: Sequence[str]) -> bool:
+    """Whether tensor names look like the authors' layout."""
+    return any(name.startswith(PREFIX) and name.endswith(".moe_gate.weight") for name in names)
+
+
+def read_layout(checkpoint: str | Path) -> AuthorsLayout:
+    """Read the headers of a checkpoint in the authors' layout.
+
+    Args:
+        checkpoint: A safetensors file, an index of shards, or a folder that holds one.
+
+    Raises:
+        CheckpointError: It cannot be read, is no such checkpoint, lacks tensors or has unknown ones (the first five named), or shapes
+            do not fit each other.
+    """
+    tensors = TensorFiles(checkpoint)
+    if not is_authors(list(tensors.entries)):
+        raise CheckpointError(
+            f"{checkpoint} is not a checkpoint in the authors' layout: it has no {PREFIX}….moe_gate.weight",
+            hint=f"it holds {shown(tensors.entries)}; `meteora ckpt inspect` says what it is",
+        )
+    parts: dict[str, set[str]] = {}
+    base: dict[str, str] = {}
+    unknown = []
+    for key in tensors.entries:
+        name = key.removeprefix(PREFIX)
+        match = _ADAPTED.match(name)
+        if name == key or (match is not None and match["kind"] == "bias" and match["part"] != "base_layer"):
+            unknown.append(key)
+        elif match is None:
+            if not name.endswith(_COMPUTED):
+                base[name] = key
+        else:
+            if match["kind"] == "weight":
+                parts.setdefault(match["path"], set()).add(match["part"])
+            if match["part"] == "base_layer":
+                base[f"{match['path']}.{match['kind']}"] = key
+    if unknown:
+        raise CheckpointError(f"{checkpoint} has unknown tensors: {shown(sorted(unknown))}", hint=f"every key of the authors' layout starts with {PREFIX}")
+    wanted = (*_PARTS, "base_layer") if base else _PARTS
+    missing = [key_of(path, part) for path in sorted(_grid(list(parts)), key=_natural) for part in wanted if part not in parts.get(path, ())]
+    if missing:
+        raise CheckpointError(f"{checkpoint} lacks tensors: {shown(missing)}", hint=_AGAIN)
+    return _measure(checkpoint, tensors, sorted(parts, key=_natural), base)
+
+
+def _grid(paths: list[str]) -> set[str]:
+    """The paths that there should be: each kind of linear in every block that has any."""
+    kinds: dict[str, set[str]] = {}
+    blocks: dict[str, set[str]] = {}
+    for path in paths:
+        match = re.match(r"^(.*?\.)(\d+)(\..+)$", path)
+        stem, block, tail = match.groups() if match else ("", "", path)
+        kinds.setdefault(stem, set()).add(tail)
+        blocks.setdefault(stem, set()).add(block)
+    return {f"{stem}{block}{tail}" for stem in kinds for block in blocks[stem] for tail in kinds[stem]}
+
+
+def _measure(checkpoint: str | Path, tensors: TensorFiles, paths: list[str], base: dict[str, str]) -> AuthorsLayout:
+    def shape(path: str, part: str) -> tuple[int, int]:
+        found = tensors.entries[key_of(path, part)].shape
+        if len(found) != 2:
+            raise CheckpointError(f"{checkpoint}: {key_of(path, part)} has shape {list(found)}, expected two dimensions")
+        return found[0], found[1]
+
+    count, total = shape(paths[0], "moe_gate")[0], shape(paths[0], "lora_A")[0]
+    if count == 0 or total == 0 or total % count:
+        raise CheckpointError(f"{checkpoint}: {total} rows of lora_A are not a multiple of the {count} adapters that the gates know")
+    modules = {}
+    for path in paths:
+        width, out = shape(path, "moe_gate")[1], shape(path, "lora_B")[0]
+        expected = {"moe_gate": (count, width), "lora_A": (total, width), "lora_B": (out, total)}
+        if f"{path}.weight" in base:
+            expected["base_layer"] = (out, width)
+        for part, wanted in expected.items():
+            if shape(path, part) != wanted:
+                raise CheckpointError(f"{checkpoint}: {key_of(path, part)} has shape {list(shape(path, part))}, expected {list(wanted)}", hint=_AGAIN)
+        modules[path] = (width, out)
+    return AuthorsLayout(tensors, count, total // count, modules, base)
+
+
+def describe_adapters(
+    layout: AuthorsLayout, adapter_dir: str | Path | None, *, names: Sequence[str] | None = None, alpha: float | None = None
+) -> tuple[AdapterInfo, ...]:
+    """What each adapter of the checkpoint is, in its order: name, rank and alpha.
+
+    Args:
+        layout: The checkpoint.
+        adapter_dir: The folder of PEFT folders, one per adapter, or None.
+        names: The order, where it is not that of the 28 tasks (for 28 adapters) or of the sorted folder names.
+        alpha: Used without ``adapter_dir``; None is 16.
+
+    Returns:
+        N entries. Their hash is empty, since the weights come out of the checkpoint and not out of the folders.
+
+    Raises:
+        CheckpointError: The names or their number do not fit the checkpoint, a rank differs, or the folders' weights lie in the checkpoint in
+            another order.
+        AdapterError: A configuration is missing, broken or of another kind of adapter.
+    """
+    source = str(layout.tensors.path)
+    if adapter_dir is None:
+        order = tuple(names or (TASK_ORDER if layout.count == len(TASK_ORDER) else (f"adapter_{i}" for i in range(layout.count))))
+        _check_names(layout, order)
+        scale = DEFAULT_ALPHA if alpha is None else alpha
+        return tuple(AdapterInfo(name, source, "", None, layout.rank, scale, False, 0.0) for name in order)
+    folder = Path(adapter_dir)
+    if not folder.is_dir():
+        raise CheckpointError(f"no such folder of adapters: {folder}", hint="pass the folder that holds one folder per task, such as llama3_8b_peft")
+    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    order = tuple(names) if names is not None else TASK_ORDER if layout.count == len(TASK_ORDER) else tuple(found)
+    absent, extra = [name for name in order if name not in found], [name for name in found if name not in order]
+    if absent or (extra and names is None):
+        parts = ([f"lacks {shown(absent)}"] if absent else []) + ([f"has also {shown(extra)}"] if extra else [])
+        raise CheckpointError(
+            f"the checkpoint {source} has {layout.count} adapters, and {folder} has {len(found)}: it {' and '.join(parts)}",
+            hint="pass the folder that the checkpoint was trained with, or the adapters' names in their order",
+        )
+    _check_names(layout, order)
+    infos = tuple(_info(name, folder / name, layout, source) for name in order)
+    _check_order(layout, folder, order)
+    return infos
+
+
+def scaling_of(info: AdapterInfo) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    return info.alpha / (float(info.rank) ** 0.5 if info.rslora else info.rank)
+
+
+def _check_names(layout: AuthorsLayout, order: Sequence[str]) -> None:
+    twice = sorted({name for name in order if list(order).count(name) > 1})
+    if twice or len(order) != layout.count:
+        what = f"names given twice: {shown(twice)}" if twice else f"{len(order)} names: {shown(order)}"
+        raise CheckpointError(f"the checkpoint {layout.tensors.path} has {layout.count} adapters, and there are {what}", hint="give one name per adapter")
+
+
+def _info(name: str, folder: Path, layout: AuthorsLayout, source: str) -> AdapterInfo:
+    config = read_json(folder / CONFIG, error=AdapterError)
+    if not isinstance(config, dict) or str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise AdapterError(f"adapter {name!r}: {folder / CONFIG} does not describe a LoRA adapter")
+    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise AdapterError(f"adapter {name!r} uses {key}, which the authors' layout cannot hold")
+    rank = int(config.get("r", 8))
+    if rank != layout.rank:
+        raise CheckpointError(f"adapter {name!r} has rank {rank}, and the adapters in {source} have rank {layout.rank}", hint="these are other adapters")
+    return AdapterInfo(
+        name=name,
+        source=source,
+        sha256="",
+        base=config.get("base_model_name_or_path"),
+        rank=rank,
+        alpha=float(config.get("lora_alpha", 8)),
+        rslora=bool(config.get("use_rslora", False)),
+        dropout=float(config.get("lora_dropout", 0.0)),
+    )
+
+
+def _check_order(layout: AuthorsLayout, folder: Path, order: Sequence[str]) -> None:
+    """Refuse an order that contradicts the checkpoint: a slot holds, number for number, the weights of an adapter that should be elsewhere.
+
+    Adapters that were trained further with the gates match no folder; nothing can be said about them then.
+    """
+    path = next(iter(layout.modules))
+    slots = layout.tensors.read(key_of(path, "lora_A")).float().reshape(layout.count, layout.rank, -1)
+    dtype = layout.entry(path, "lora_A").torch_dtype
+    theirs = {}
+    for name in order:
+        file = folder / name / WEIGHTS
+        if not file.is_file():
+            continue
+        entries, _ = read_header(file)
+        key = next((key for key in entries if key.startswith(f"{PREFIX}{path}.lora_A.")), None)
+        if key is None:
+            continue
+        weights = TensorFiles(file).read(key)
+        if weights.shape != slots.shape[1:]:
+            raise CheckpointError(
+                f"adapter {name!r} has {key} of shape {list(weights.shape)}, the checkpoint {list(slots.shape[1:])}",
+                hint="these adapters were trained on another base model",
+            )
+        theirs[name] = weights.to(dtype).float()
+    for slot, name in enumerate(order):
+        if name not in theirs or torch.equal(slots[slot], theirs[name]):
+            continue
+        other = next((other for other, weights in theirs.items() if torch.equal(slots[slot], weights)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"the adapters stand in another order than in the checkpoint: place {slot} of {layout.tensors.path} holds {other!r}, not {name!r}",
+                hint="give the adapters' names in the order of the checkpoint",
+            )
