@@ -88,15 +88,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with storage_errors(path):
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
-            if path.exists():
+            if not path.exists():
+                os.rename(temporary, path)
+            elif not _exchange(temporary, path):
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
                 os.rename(path, old / "x")
                 os.rename(temporary, path)
                 shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step, so that a killed process never leaves neither; return whether the system could (Linux can)."""
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of the Linux headers
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 def sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ The rules are those of BIG-bench's own programming interface as far as a zero-sh
 
 - input = task prefix + input prefix + input (+ choices) + output prefix, stripped at both ends;
 - appended choices stand in the order of ``numpy.random.RandomState(42).permutation(sorted(choices))``, from a fresh generator each time;
-- target = the first target, or without one the first of the highest-scored choices;
+- target = the first target, or without one the first of the highest-scored choices; stripped at both ends, as in the published rows;
 - duplicates are dropped, the examples are shuffled by ``random.seed(42)``, and the last ``max(int(0.2 n), 16)`` are set aside, sub-task by sub-task.
 """
 
@@ -33,7 +33,7 @@ class Example:
 
     Args:
         inputs: The input, stripped.
-        target: The first target.
+        target: The first target, stripped.
         choices: The choices in the file's order; empty when there are none.
     """
 
@@ -110,7 +110,7 @@ def format_example(example: Any, style: Style) -> Example:
             ordered = sorted(choices)
             shown += "".join(style.choice_prefix + ordered[place] for place in permutation(len(ordered)))
     target = first_target(example["target"]) if "target" in example else best_choice(scores)
-    return Example((style.task_prefix + style.input_prefix + shown + style.output_prefix).strip(), target, choices)
+    return Example((style.task_prefix + style.input_prefix + shown + style.output_prefix).strip(), target.strip(), choices)
 
 
 def first_target(target: Any) -> str:
