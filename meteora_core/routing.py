@@ -6,6 +6,7 @@ which backend, and, for the length of a ``with`` block, forced routes, gate labe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from meteora_core.errors import UsageError
 
 if TYPE_CHECKING:
     from meteora_core.adapters.peft_folder import AdapterInfo
+
+_log = logging.getLogger(__name__)
 
 IGNORE = -100
 """The label of a position that no loss counts (as in PyTorch and transformers)."""
@@ -55,7 +58,13 @@ class Routes:
     _steps: dict[str, list[RoutingDecision]] = field(default_factory=dict)
 
     def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
-        """Append the choice of layer ``path`` for one forward call; shapes (batch, tokens, k) or (tokens, k)."""
+        """Append the choice of layer ``path`` for one forward call; shapes (batch, tokens, k) or (tokens, k).
+
+        Raises:
+            UsageError: A CUDA graph is being captured: its replays would never come here.
+        """
+        if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UsageError("routes cannot be recorded while a CUDA graph is captured", hint="leave record_routes before the capture")
         indices, weights = indices.detach(), weights.detach().float()
         if indices.ndim == 2:
             indices, weights = indices[None], weights[None]
@@ -82,6 +91,33 @@ class Routes:
         if len({step.indices.shape[0] for step in steps}) > 1:
             raise ValueError(f"{path}: the batch size changed while routes were recorded; use steps() instead")
         return RoutingDecision(torch.cat([step.indices.cpu() for step in steps], 1), torch.cat([step.weights.cpu() for step in steps], 1))
+
+    def packed(self, row: int = 0) -> tuple[Tensor, Tensor]:
+        """All decisions for one row of the batch: indices int64 and weights float32, both (tokens, layers, k), on the CPU.
+
+        The layers stand in the order of :attr:`paths`. A later forward call with another k (forced routes have 1) is padded with weight 0.
+
+        Raises:
+            ValueError: The layers did not see the same tokens.
+        """
+        calls = {len(steps) for steps in self._steps.values()}
+        if len(calls) > 1:
+            raise ValueError("the layers were called differently often while routes were recorded; use steps() instead")
+        if not calls or calls == {0}:
+            empty = torch.zeros(0, len(self._steps), 1)
+            return empty.long(), empty
+        indices, weights = [], []
+        for call in zip(*self._steps.values(), strict=True):
+            indices.append(torch.stack([decision.indices for decision in call], 2)[row].cpu())
+            weights.append(torch.stack([decision.weights for decision in call], 2)[row].cpu())
+        width = max(part.shape[-1] for part in indices)
+        padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in (*indices, *weights)]
+        return torch.cat(padded[: len(indices)]), torch.cat(padded[len(indices) :])
+
+    def clear(self) -> None:
+        """Forget what was recorded so far; the layers' order is kept."""
+        for steps in self._steps.values():
+            steps.clear()
 
     def shares(self, paths: Iterable[str] | None = None) -> Tensor:
         """Mean weight of every adapter per token, over layers: float32 (batch, tokens, N); rows sum to 1.
@@ -250,6 +286,11 @@ def routing_state(model: nn.Module) -> RoutingState:
 def record_routes(model: nn.Module) -> Iterator[Routes]:
     """Record what every layer chooses for every token, within the block.
 
+    When nothing is recorded, a layer pays one check a call. Within the block compiled code (``torch.compile``, and the compiled or
+    graph-captured decoding that transformers' ``generate`` uses with a static cache) is left for eager code, since a replayed graph runs no
+    Python; a note is logged if the model is compiled. A decoder that replays CUDA graphs of its own must run eagerly while
+    :attr:`RoutingState.observed` is true.
+
     Args:
         model: A model with adapters attached.
 
@@ -261,8 +302,18 @@ def record_routes(model: nn.Module) -> Iterator[Routes]:
     """
     state = routing_state(model)
     routes, before = Routes(state.names), state.recorder
+    if is_compiled(model):
+        _log.warning("routes are recorded by eager code: the compiled or captured code of this model is not used meanwhile")
     state.recorder = routes
     try:
-        yield routes
+        with torch.compiler.set_stance("force_eager"):
+            yield routes
     finally:
         state.recorder = before
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether calling the model runs ``torch.compile``'s code, or ``generate`` is set to a static cache, for which it compiles on a GPU."""
+    compiled = any(getattr(model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl", "_compiled_call"))
+    cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+    return compiled or (isinstance(cache, str) and "static" in cache)
