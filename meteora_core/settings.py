@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
@@ -63,6 +63,7 @@ class OptimSettings(_Section):
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
     warmup_ratio: float = Field(0.005, ge=0, lt=1, description="Share of the steps that the learning rate rises for; then it falls as a cosine.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never.")
     max_length: int = Field(1024, ge=8, description="Longer rows are cut (prompt from the left) and counted.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
     log_steps: int = Field(10, ge=1, description="Steps between two log lines.")
@@ -76,6 +77,7 @@ class AdapterTrainSettings(OptimSettings):
     rank: int = Field(8, ge=1, description="LoRA rank.")
     alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
+    loss_on: Literal["all", "response"] = Field("all", description="Tokens that the loss counts: prompt and response, or the response alone.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
 
 
@@ -84,14 +86,17 @@ class GateTrainSettings(OptimSettings):
 
     trainable: Literal["gates", "gates+adapters"] = Field("gates", description="What trains.")
     beta: float = Field(50.0, ge=0, description="Weight of the gate loss beside the language-model loss.")
-    init: Literal["normal", "zeros", "arrow"] = Field("normal", description="How gates start.")
+    init: Literal["normal", "zeros", "arrow", "ridge"] = Field(
+        "normal", description="How gates start: normal or zeros; arrow: from the adapters alone; ridge: closed form on train rows."
+    )
+    ridge_tokens: int = Field(16_000, ge=1, description="Train tokens that the ridge start looks at.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
 
 
 class EvalSettings(_Section):
     """`meteora eval`."""
 
-    batch_size: int = Field(8, ge=1, description="Prompts generated at once.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Prompts generated at once; auto: as many as fit.")
     max_new_tokens: int | None = Field(None, examples=[256], ge=1, description="Longest answer; absent: each task's default.")
     max_prompt_tokens: int = Field(4096, ge=1, description="Longer prompts are skipped and counted.")
     no_repeat_ngram_size: int = Field(30, ge=0, description="An n-gram of this size may not repeat in the text; 0: off.")
@@ -124,14 +129,14 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="METEORA_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True)
 
-    paths: PathSettings = PathSettings()  # type: ignore[call-arg]
-    model: ModelSettings = ModelSettings()  # type: ignore[call-arg]
-    routing: RoutingSettings = RoutingSettings()  # type: ignore[call-arg]
-    data: DataSettings = DataSettings()  # type: ignore[call-arg]
-    train_adapters: AdapterTrainSettings = AdapterTrainSettings()  # type: ignore[call-arg]
-    train_gates: GateTrainSettings = GateTrainSettings()  # type: ignore[call-arg]
-    eval: EvalSettings = EvalSettings()  # type: ignore[call-arg]
-    chat: ChatSettings = ChatSettings()  # type: ignore[call-arg]
+    paths: PathSettings = PathSettings()
+    model: ModelSettings = ModelSettings()
+    routing: RoutingSettings = RoutingSettings()
+    data: DataSettings = DataSettings()
+    train_adapters: AdapterTrainSettings = AdapterTrainSettings()
+    train_gates: GateTrainSettings = GateTrainSettings()
+    eval: EvalSettings = EvalSettings()
+    chat: ChatSettings = ChatSettings()
     tasks: dict[str, UserTask] = {}
 
     @field_validator("tasks")

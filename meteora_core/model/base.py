@@ -61,6 +61,30 @@ def pick_dtype(wish: str | torch.dtype | None, device: torch.device) -> torch.dt
     return _DTYPES[wish]
 
 
+def fast_cpu_dtype() -> tuple[torch.dtype, str]:
+    """bfloat16 where this CPU multiplies it clearly faster than float32, and why: measured on one small matrix product of each, in a few ms.
+
+    Returns:
+        The dtype and a phrase such as ``"bfloat16 products run 2.1 x as fast as float32 ones on this CPU"``.
+    """
+    import time
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(256, 512).to(dtype), torch.randn(512, 512).to(dtype)
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = sorted(times)[2]
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    if ratio > 1.3:
+        return torch.bfloat16, f"bfloat16 products run {ratio:.1f} x as fast as float32 ones on this CPU"
+    return torch.float32, f"bfloat16 products run only {ratio:.1f} x as fast as float32 ones on this CPU"
+
+
 def locate_base(reference: BaseReference, *, progress: Progress = SILENT) -> str:
     """The folder or hub id that transformers can load; a catalog model that is not there yet is downloaded.
 

@@ -1,0 +1,311 @@
+"""The whole of MeteoRA in one sitting: base model, three tasks, three adapters, gates, and a table that compares.
+
+Every stage is kept and found again: a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora_core.data.rows import split_path
+from meteora_core.data.tasks import COMPOSITES, get_task
+from meteora_core.files import read_json, sha256, write_json
+from meteora_core.progress import SILENT, Progress
+from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora_core.model.base import BaseReference
+
+TASKS = COMPOSITES["composite_3"]
+COMPOSITE = "composite_3"
+
+
+@dataclass(frozen=True)
+class QuickstartPlan:
+    """Sizes of the run; the defaults fit twelve minutes on two CPU cores.
+
+    Attributes:
+        folder: Everything is kept here.
+        adapter_steps: Optimiser steps of each adapter.
+        adapter_batches: Rows per step of each task (long rows, small batches).
+        gate_steps, gate_batch, ridge_tokens: Of the gates.
+        test_rows: Test rows of each single task.
+        composite_rows: Test rows of the composite; 0 leaves it out.
+        seed: Of everything.
+    """
+
+    folder: Path
+    adapter_steps: int = 40
+    adapter_batches: tuple[int, int, int] = (6, 4, 12)
+    gate_steps: int = 12
+    gate_batch: int = 6
+    ridge_tokens: int = 24_000
+    test_rows: int = 48
+    composite_rows: int = 8
+    seed: int = 42
+
+    def adapter_settings(self, task: str) -> AdapterTrainSettings:
+        """How the adapter of ``task`` is trained: few steps at a high rate, on the answers alone."""
+        return AdapterTrainSettings(
+            seed=self.seed,
+            max_steps=self.adapter_steps,
+            batch_size=self.adapter_batches[TASKS.index(task)],
+            learning_rate=2e-3,
+            max_length=512,
+            dropout=0.0,
+            loss_on="response",
+            log_steps=4,
+            save_steps=8,
+        )
+
+    def gate_settings(self) -> GateTrainSettings:
+        """How the gates are trained: from the closed-form start, then a few steps of the paper's loss."""
+        return GateTrainSettings(
+            seed=self.seed,
+            max_steps=self.gate_steps,
+            batch_size=self.gate_batch,
+            learning_rate=3e-4,
+            max_length=512,
+            init="ridge",
+            ridge_tokens=self.ridge_tokens,
+            log_steps=4,
+            save_steps=8,
+        )
+
+
+@dataclass
+class QuickstartResult:
+    """What the table shows.
+
+    Attributes:
+        scores: ``scores[task][model]`` holds the metrics; models are "base", "adapter", "meteora".
+        rows: Test rows per task.
+        held_out: Gate loss and accuracy on train rows that were kept out of training.
+        checkpoint: Where the trained gates are.
+        dtype, why: The number type that was used, and why.
+        seconds: Per stage, of this run.
+    """
+
+    scores: dict[str, dict[str, dict[str, float]]]
+    rows: dict[str, int]
+    held_out: dict[str, float]
+    checkpoint: Path
+    dtype: str
+    why: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_quickstart(plan: QuickstartPlan, base: BaseReference, device: str = "auto", *, progress: Progress = SILENT) -> QuickstartResult:
+    """Run, or go on with, all stages.
+
+    Args:
+        plan: Sizes and folder.
+        base: The base model.
+        device: "auto", "cpu", "cuda", …
+        progress: Where to report.
+
+    Raises:
+        MeteoraError: Whatever a stage raises (no network, full disk, …); finished stages are kept.
+    """
+    import torch
+
+    from meteora_core.model.base import fast_cpu_dtype, pick_device, pick_dtype
+
+    clock = _Clock()
+    place = pick_device(device)
+    choice = plan.folder / "dtype.json"
+    if choice.is_file():
+        saved = read_json(choice)
+        dtype, why = getattr(torch, saved["dtype"]), saved["why"]
+    else:
+        dtype, why = fast_cpu_dtype() if place.type == "cpu" else (pick_dtype("auto", place), f"the usual type on {place.type}")
+        write_json(choice, {"dtype": str(dtype).removeprefix("torch."), "why": why})
+    session = _Session(plan, base, place, dtype, progress)
+    clock.stage("base model", session.fetch_base)
+    clock.stage("data", session.build_data)
+    clock.stage("adapters", session.train_adapters)
+    held_out = clock.stage("gates", session.train_gates)
+    scores = clock.stage("evaluation", session.evaluate)
+    rows = {task: plan.composite_rows if task == COMPOSITE else plan.test_rows for task in scores}
+    return QuickstartResult(scores, rows, held_out, session.checkpoint, str(dtype).removeprefix("torch."), why, clock.seconds)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        import time
+
+        began = time.monotonic()
+        outcome = work()
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        return outcome
+
+
+class _Session:
+    """The stages; the base model is loaded when a stage first needs it."""
+
+    def __init__(self, plan: QuickstartPlan, base: BaseReference, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
+        self.plan, self.base, self.device, self.dtype, self.progress = plan, base, device, dtype, progress
+        self.data, self.adapters, self.checkpoint = plan.folder / "datasets", plan.folder / "adapters", plan.folder / "meteora"
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base model; MeteoRA layers may be attached."""
+        from meteora_core.model.base import load_base
+
+        if self._model is None:
+            self._model = load_base(self.base, dtype=self.dtype, device=self.device, progress=self.progress)
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from meteora_core.model.base import load_tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base, progress=self.progress)
+        return self._tokenizer
+
+    def bare(self) -> PreTrainedModel:
+        """The base model with nothing attached."""
+        from meteora_core.model.attach import detach
+
+        if getattr(self.model, "meteora", None) is not None:
+            detach(self.model)
+        return self.model
+
+    def fetch_base(self) -> None:
+        from meteora_core.model.base import locate_base
+
+        locate_base(self.base, progress=self.progress)
+
+    def build_data(self) -> None:
+        from meteora_core.data.build import build_tasks
+        from meteora_core.data.composite import build_composite
+
+        missing = [task for task in TASKS if not split_path(self.data, task, "test").is_file()]
+        if missing:
+            build_tasks(missing, self.data, progress=self.progress)
+        if self.plan.composite_rows and not split_path(self.data, COMPOSITE, "test").is_file():
+            build_composite(self.data, n=len(TASKS), progress=self.progress)
+
+    def train_adapters(self) -> None:
+        from meteora_core.training.adapters import adapter_inputs, adapter_is_current, train_adapter
+
+        for task in TASKS:
+            settings = self.plan.adapter_settings(task)
+            if adapter_is_current(self.adapters / task, adapter_inputs(self.base, self.dtype, self.data, task, settings, None)):
+                continue
+            train_adapter(
+                self.bare(),
+                self.tokenizer,
+                task,
+                base=self.base,
+                data_dir=self.data,
+                out_dir=self.adapters,
+                settings=settings,
+                progress=self.progress,
+            )
+
+    def train_gates(self) -> dict[str, float]:
+        from meteora_core.adapters.bank import AdapterBank
+        from meteora_core.checkpoints.native import CONFIG_FILE
+        from meteora_core.training.gates import gate_inputs, gates_are_current, train_gates
+
+        settings = self.plan.gate_settings()
+        bank = AdapterBank.from_peft({task: self.adapters / task for task in TASKS})
+        inputs = gate_inputs(self.base, self.dtype, self.data, bank, settings, 2, 1.0, None)
+        if gates_are_current(self.checkpoint, inputs):
+            return dict(read_json(self.checkpoint / CONFIG_FILE)["training"]["held_out"])
+        trained = train_gates(
+            self.bare(),
+            self.tokenizer,
+            bank,
+            base=self.base,
+            data_dir=self.data,
+            folder=self.checkpoint,
+            settings=settings,
+            resume=True,
+            progress=self.progress,
+        )
+        return trained.held_out
+
+    def evaluate(self) -> dict[str, dict[str, dict[str, float]]]:
+        tasks = [*TASKS, COMPOSITE] if self.plan.composite_rows else list(TASKS)
+        scores: dict[str, dict[str, dict[str, float]]] = {task: {} for task in tasks}
+        for kind in ("base", "adapter", "meteora"):
+            for task in tasks:
+                if kind == "adapter" and task == COMPOSITE:
+                    continue
+                scores[task][kind] = self._score(kind, task)
+        return scores
+
+    def _score(self, kind: str, task: str) -> dict[str, float]:
+        """One cell of the table, from the cache when nothing that it depends on has changed."""
+        from meteora_core.adapters.peft_folder import WEIGHTS
+        from meteora_core.checkpoints.native import WEIGHT_FILE
+        from meteora_core.training.common import short_hash
+
+        limit = self.plan.composite_rows if task == COMPOSITE else self.plan.test_rows
+        weights = {"base": None, "adapter": self.adapters / task / WEIGHTS, "meteora": self.checkpoint / WEIGHT_FILE}[kind]
+        inputs = {
+            "kind": kind,
+            "task": task,
+            "limit": limit,
+            "dtype": str(self.dtype),
+            "base": self.base.name,
+            "data": sha256(split_path(self.data, task, "test")),
+            "weights": sha256(weights) if weights else None,
+            "new_tokens": _new_tokens(task),
+        }
+        file = self.plan.folder / "results" / kind / f"{task}.json"
+        if file.is_file():
+            cached = read_json(file)
+            if cached.get("inputs_hash") == short_hash(inputs):
+                return dict(cached["metrics"])
+        result = self._run(kind, task, limit)
+        samples = [{"doc_id": s.doc_id, "prompt": s.row.prompt, "reference": s.row.response, "response": s.response} for s in result.samples]
+        record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": result.scores.metrics, "counts": result.scores.counts}
+        write_json(file, {**record, "seconds": round(result.seconds, 1), "samples": samples})
+        return result.scores.metrics
+
+    def _run(self, kind: str, task: str, limit: int) -> Any:
+        from meteora_core.checkpoints.native import load_checkpoint
+        from meteora_core.evaluation.adapters import with_adapter
+        from meteora_core.evaluation.runner import EvalOptions, evaluate_task
+
+        options = EvalOptions(limit=limit, max_new_tokens=_new_tokens(task))
+        title = f"{ {'base': 'base', 'adapter': 'own adapter', 'meteora': 'MeteoRA'}[kind] } on {task}"
+        if kind == "adapter":
+            with with_adapter(self.bare(), self.adapters / task) as adapted:
+                return evaluate_task(adapted, self.tokenizer, task, self.data, options, title=title, progress=self.progress)
+        if kind == "base":
+            return evaluate_task(self.bare(), self.tokenizer, task, self.data, options, title=title, progress=self.progress)
+        if getattr(self.model, "meteora", None) is None:
+            load_checkpoint(self.checkpoint, self.model)
+        return evaluate_task(self.model, self.tokenizer, task, self.data, options, title=title, progress=self.progress)
+
+
+def _new_tokens(task: str) -> int:
+    """Longest answers here: enough for every reference of these tasks but the longest few explanations, to fit the time."""
+    return 48 * len(get_task(task).members) if get_task(task).is_composite else 48
+
+
+def next_commands(folder: Path) -> list[tuple[str, str]]:
+    """What to try after the quickstart: command and purpose."""
+    return [
+        (f"meteora chat --checkpoint {folder / 'meteora'}", "talk to it, and watch which adapter answers"),
+        (f"meteora eval --task logical_deduction --checkpoint {folder / 'meteora'} --limit 50 --debug", "more test rows, answers side by side"),
+        ("meteora data list", "all tasks that can be built"),
+        ("meteora train --help", "your own adapters and gates"),
+    ]
+

@@ -1,0 +1,99 @@
+"""What both stages need: hashes of their inputs, held-out rows, gradient checkpointing."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from meteora_core.data.rows import Row, read_rows, split_path
+from meteora_core.files import sha256
+from meteora_core.model.base import BaseReference
+from meteora_core.settings import OptimSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HELD_OUT = 64
+"""At most so many train rows of a task are kept out of training, to watch it by; test rows are never looked at."""
+
+
+def split_held_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """Train rows and held-out rows: a tenth of the rows, at most 64, drawn by seed."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    count = min(HELD_OUT, len(rows) // 10)
+    held = set(order[:count])
+    return [row for place, row in enumerate(rows) if place not in held], [rows[place] for place in order[:count]]
+
+
+def train_rows(data_dir: Path, task: str, seed: int, max_rows: int | None = None) -> tuple[list[Row], list[Row]]:
+    """The train and held-out rows of a built dataset. Raises DataError when it is missing or broken."""
+    return split_held_out(read_rows(data_dir, task, "train", max_rows), seed)
+
+
+def run_inputs(
+    stage: str, base: BaseReference, dtype: torch.dtype, data_dir: Path, tasks: Sequence[str], settings: OptimSettings, **more: Any
+) -> dict[str, Any]:
+    """What fixes a run: two runs with equal inputs on equal machines train the same weights."""
+    return {
+        "stage": stage,
+        "base": {"name": base.name, "revision": base.revision},
+        "dtype": str(dtype).removeprefix("torch."),
+        "data": {task: sha256(split_path(data_dir, task, "train")) for task in tasks},
+        "settings": {key: value for key, value in settings.model_dump(mode="json").items() if key not in ("log_steps", "save_steps")},
+        **more,
+    }
+
+
+def short_hash(value: Any) -> str:
+    """Twelve hexadecimal digits of a JSON-able value."""
+    import json
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward, in the form (not re-entrant) that the gate loss is exact under."""
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(arguments)
+    else:
+        model.gradient_checkpointing_enable(arguments)
+    model.enable_input_require_grads()
+
+
+def disable_checkpointing(model: PreTrainedModel) -> None:
+    """Undo :func:`enable_checkpointing`."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+
+
+def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Adapter folders under ``root`` by name, in the authors' order where they are tasks of theirs, then by name.
+
+    Args:
+        root: The folder that holds them.
+        names: Only these; empty means all.
+
+    Raises:
+        UsageError: None is there, or a named one is missing (what is there is listed).
+    """
+    from meteora_core.data.tasks import TASK_ORDER
+    from meteora_core.errors import UsageError, did_you_mean
+
+    present = sorted(path.name for path in root.iterdir() if (path / "adapter_config.json").is_file()) if root.is_dir() else []
+    if not present:
+        raise UsageError(f"no adapters in {root}", hint="train some with `meteora train --stage adapters --task NAME`, or pass --adapters DIR")
+    for name in names:
+        if name not in present:
+            raise UsageError(f"no adapter {name!r} in {root}", hint=did_you_mean(name, present) or f"there are: {', '.join(present)}")
+    chosen = list(names) or [name for name in TASK_ORDER if name in present] + [name for name in present if name not in TASK_ORDER]
+    return {name: root / name for name in chosen}

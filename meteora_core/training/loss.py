@@ -1,0 +1,103 @@
+"""Losses: the language-model loss in chunks, which never holds all logits at once, and the gate loss beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meteora_core.routing import IGNORE
+from meteora_core.training.rows import Batch
+
+CHUNK = 256
+"""Tokens whose logits exist at once."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of CE(hidden W^T, targets) over positions, gradients for ``hidden`` only.
+
+    ``d/dh = (softmax(h W^T) - onehot) W`` is computed with the loss, chunk by chunk, so that the (tokens, vocabulary) matrix is never kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], CHUNK):
+            part = hidden[start : start + CHUNK]
+            wanted = targets[start : start + CHUNK, None]
+            logits = part @ weight.t()
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            logsum = torch.logsumexp(wide, -1, keepdim=True)
+            total += (logsum - wide.gather(-1, wanted)).sum()
+            if gradient is not None:
+                probabilities = wide.sub_(logsum).exp_()
+                probabilities.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=probabilities.dtype))
+                torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[start : start + CHUNK])
+        ctx.save_for_backward(*([] if gradient is None else [gradient]))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None
+
+
+def lm_loss_sum(model: nn.Module, batch: Batch, *, chunked: bool = True) -> Tensor:
+    """Sum of the next-token cross-entropy over all positions that have a target (prompt and response).
+
+    Args:
+        model: A causal LM, possibly wrapped (PEFT, DDP, FSDP).
+        batch: On the model's device.
+        chunked: Compute logits a few hundred tokens at a time. It is only done where it is exact: a frozen output layer without bias, no scaling or
+            capping of logits, no wrapper that must see the call.
+
+    Returns:
+        A float32 scalar (float64 for a float64 model).
+    """
+    flat = batch.targets.reshape(-1)
+    head = _plain_head(model) if chunked else None
+    if head is None:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = logits.reshape(-1, logits.shape[-1])
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), flat, ignore_index=IGNORE, reduction="sum")
+    decoder, weight = head
+    hidden = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[0]
+    keep = (flat != IGNORE).nonzero().squeeze(1)
+    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, keep)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedCrossEntropy.apply(picked.to(weight.dtype), weight, flat.index_select(0, keep))  # type: ignore[no-untyped-call]
+
+
+def _plain_head(model: nn.Module) -> tuple[nn.Module, Tensor] | None:
+    """The decoder and the output weight, where ``logits = hidden W^T`` is all that follows the decoder; else None."""
+    from transformers import PreTrainedModel
+
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        return None
+    config = inner.config.get_text_config()
+    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in scaled):
+        return None
+    head = inner.get_output_embeddings()
+    decoder = inner.base_model
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or decoder is inner or head.weight.is_meta:
+        return None
+    if type(head.weight) not in (nn.Parameter, Tensor):
+        return None
+    return decoder, head.weight
+
+
+def count_targets(batch: Batch) -> int:
+    """Positions that the language-model loss counts."""
+    return int((batch.targets != IGNORE).sum())
+
+
+def count_gate_labels(batch: Batch) -> int:
+    """Positions that the gate loss counts."""
+    return int((batch.gate_labels != IGNORE).sum())

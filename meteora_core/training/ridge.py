@@ -1,0 +1,119 @@
+"""Gates in closed form: ridge regression of the wanted adapter on each layer's input, in one pass without gradients.
+
+An extension of the paper, offered as ``--init ridge``: gradient training then only has to finish the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.errors import MeteoraError
+from meteora_core.model.attach import meteora_layers
+from meteora_core.model.layer import MeteoraLinear
+from meteora_core.progress import SILENT, Progress
+from meteora_core.routing import IGNORE, routing_state
+from meteora_core.training.rows import Batch
+
+SHRINK = 1e-2
+"""Ridge strength, as a share of the mean squared activation times the number of tokens."""
+
+
+@torch.no_grad()
+def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale: float = 8.0, progress: Progress = SILENT) -> int:
+    """Set every gate to the ridge solution on the given rows, every token routed to its labelled adapter meanwhile.
+
+    Per layer, with inputs ``X`` (tokens, h), one-hot labels ``Y`` (tokens, N) less ``1/N``, and tokens weighted so that every adapter
+    weighs the same, ``G = scale * ((X^T D X + lambda I)^-1 X^T D Y)^T`` (Hoerl and Kennard, 1970). ``scale`` turns regression values, which differ
+    by about one between right and wrong, into logits.
+
+    Args:
+        model: With adapters attached.
+        batches: Labelled rows, on the model's device.
+        total: How many batches, for the progress bar.
+        scale: Of the logits.
+        progress: Where to report.
+
+    Returns:
+        How many tokens were seen.
+
+    Raises:
+        MeteoraError: The rows hold no label of some adapter, or the sums do not fit in memory.
+    """
+    state = routing_state(model)
+    layers = dict(meteora_layers(model))
+    adapters = len(state.names)
+    sums = _Sums(adapters)
+    hooks = [layer.register_forward_pre_hook(sums.hook) for layer in layers.values()]
+    seen = torch.zeros(adapters)
+    model.eval()
+    decoder = getattr(model, "base_model", model)
+    try:
+        with progress.task("gates: closed-form start", total=total, unit="batches") as bar:
+            for batch in batches:
+                labels = batch.gate_labels
+                keep = labels.reshape(-1) != IGNORE
+                wanted = labels.reshape(-1)[keep]
+                sums.begin(keep, wanted)
+                seen += torch.bincount(wanted.cpu(), minlength=adapters).float()
+                with state.force(labels.clamp(min=0)):
+                    decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                bar.update(1)
+    except torch.OutOfMemoryError as error:
+        raise MeteoraError("out of memory in the closed-form start of the gates", hint="use --init zeros for a model of this width") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if (seen == 0).any():
+        missing = [name for name, count in zip(state.names, seen.tolist(), strict=True) if not count]
+        raise MeteoraError(f"no row is labelled with {', '.join(missing)}", hint="give every adapter a dataset")
+    solved: dict[int, Tensor] = {}
+    with progress.task("gates: solving", total=len(layers), unit="layers") as bar:
+        for layer in layers.values():
+            key = sums.of[id(layer)]
+            if key not in solved:
+                solved[key] = sums.solve(key, seen) * scale
+            layer.gate.copy_(solved[key])
+            bar.update(1)
+    return int(seen.sum())
+
+
+class _Sums:
+    """``X^T X`` per adapter-balanced token and ``X^T Y``, once per distinct input (q, k and v share theirs)."""
+
+    def __init__(self, adapters: int) -> None:
+        self.adapters = adapters
+        self.of: dict[int, int] = {}
+        self.squares: dict[int, Tensor] = {}
+        self.means: dict[int, Tensor] = {}
+        self._last: tuple[Tensor, int] | None = None
+
+    def begin(self, keep: Tensor, wanted: Tensor) -> None:
+        self.keep, self.wanted, self._last = keep, wanted, None
+        counts = torch.bincount(wanted, minlength=self.adapters).clamp(min=1)
+        self.weights = (1.0 / counts.float())[wanted] * len(wanted) / self.adapters
+
+    def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, MeteoraLinear)
+        x = arguments[0]
+        if self._last is not None and self._last[0] is x:
+            self.of[id(layer)] = self._last[1]
+            return
+        key = self.of.setdefault(id(layer), id(layer))
+        self._last = (x, key)
+        rows = x.reshape(-1, x.shape[-1])[self.keep].float()
+        weighted = rows * self.weights[:, None]
+        if key not in self.squares:
+            self.squares[key] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+            self.means[key] = torch.zeros(self.adapters, x.shape[-1], device=x.device)
+        self.squares[key].addmm_(weighted.t(), rows)
+        self.means[key].index_add_(0, self.wanted, weighted)
+
+    def solve(self, key: int, seen: Tensor) -> Tensor:
+        squares, means = self.squares[key].double(), self.means[key].double()
+        targets = means - means.sum(0, keepdim=True) / self.adapters
+        strength = SHRINK * squares.diagonal().mean()
+        squares.diagonal().add_(strength)
+        return torch.linalg.solve(squares, targets.t()).t().float()
