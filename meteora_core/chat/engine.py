@@ -1,0 +1,260 @@
+"""Token-by-token generation with a key-value cache that is kept between calls.
+
+A call with a text that begins like the one before reads only what is new, so a turn of a conversation costs its own length. (The attention
+still looks at all tokens; the weights, which are most of the work for a chat, are applied to the new ones only.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from meteora_core.errors import UsageError
+from meteora_core.routing import record_routes
+from meteora_core.trace.record import CHUNK, TextDecoder, last_logits_only
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Finish = Literal["end", "length", "context", "stopped"]
+"""Why an answer ended: its end token, max_new_tokens, the model's context is full, or the user stopped it."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        top_p: Draw from the smallest set of tokens whose probabilities reach this sum.
+        seed: Of the draws; the same seed gives the same answer.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A piece of the prompt was read.
+
+    Attributes:
+        done, total: Tokens read of those that had to be read.
+        reused: Tokens whose keys and values were there already.
+        routes: (indices, weights), each (tokens, L, k), of the tokens just read; None when nothing is recorded.
+    """
+
+    done: int
+    total: int
+    reused: int
+    routes: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """One token of the answer.
+
+    Attributes:
+        id: Its id.
+        text: The text that it completes; may be empty.
+        routes: (indices, weights), each (1, L, k), of the pass that wrote it; None when nothing is recorded.
+    """
+
+    id: int
+    text: str
+    routes: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete.
+
+    Attributes:
+        reason: Why.
+        text: The whole answer.
+        ids: Its tokens, without the end token.
+        prompt_tokens, reused: Tokens of the prompt, and how many of them were in the cache.
+        first_seconds: From the call to the first token.
+        seconds: From the call to the last.
+        paths: The recorded layers' paths, in the order of the routes.
+    """
+
+    reason: Finish
+    text: str
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    reused: int
+    first_seconds: float
+    seconds: float
+    paths: tuple[str, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the tokens after the first; 0 when there are none."""
+        after = self.seconds - self.first_seconds
+        return (len(self.ids) - 1) / after if len(self.ids) > 1 and after > 0 else 0.0
+
+
+Event = Reading | Written | Finished
+Scope = Callable[[], AbstractContextManager[Any]]
+
+
+class Engine:
+    """Generates with one model, for one conversation at a time.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context = context_length(model)
+        self._ends = end_tokens(model, tokenizer)
+        self._arguments = last_logits_only(model)
+        self._cache: Any = None
+        self._cached: list[int] = []
+        self._key: Hashable = None
+
+    def forget(self) -> None:
+        """Drop the cache."""
+        self._cache, self._cached, self._key = None, [], None
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        scope: Scope = nullcontext,
+        key: Hashable = None,
+        record: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Event]:
+        """Answer a prompt; the events come as they happen: Reading (one or more), Written (any number), Finished (one, the last).
+
+        Args:
+            ids: The prompt, with all earlier turns.
+            sampling: How tokens are chosen.
+            scope: A context manager that every forward pass runs in (forced routes, adapters off).
+            key: What the cached keys and values depend on beside the tokens; a new key drops them.
+            record: Record routes.
+            stop: Asked before every pass; True ends the answer.
+
+        Raises:
+            UsageError: The prompt is empty, or leaves no room in the model's context.
+        """
+        if not ids:
+            raise UsageError("the prompt is empty", hint="write something first")
+        if self.context is not None and len(ids) >= self.context:
+            raise UsageError(f"the prompt is {len(ids)} tokens, the model's context {self.context}", hint="shorten it, or start anew with /new")
+        begin = time.perf_counter()
+        pick = _picker(sampling, self.model.device)
+        decoder = TextDecoder(self.tokenizer)
+        reused = self._reuse(ids, key)
+        answer: list[int] = []
+        text, first = "", 0.0
+        paths: tuple[str, ...] = ()
+        reason: Finish = "stopped"
+        logits: Tensor | None = None
+        routes: tuple[Tensor, Tensor] | None = None
+        for start in range(reused, len(ids), CHUNK):
+            if stop():
+                break
+            part = list(ids[start : start + CHUNK])
+            logits, routes, paths = self._forward(part, scope, record)
+            yield Reading(start + len(part) - reused, len(ids) - reused, reused, routes)
+        else:
+            room = sampling.max_new_tokens if self.context is None else min(sampling.max_new_tokens, self.context - len(ids))
+            while len(answer) < room and not stop():
+                assert logits is not None
+                token = pick(logits)
+                first = first or time.perf_counter() - begin
+                if token in self._ends:
+                    reason = "end"
+                    break
+                answer.append(token)
+                piece = decoder.add(token)
+                text += piece
+                yield Written(token, piece, None if routes is None else (routes[0][-1:], routes[1][-1:]))
+                if len(answer) < room and not stop():
+                    logits, routes, paths = self._forward([token], scope, record)
+            else:
+                if len(answer) >= room:
+                    reason = "length" if room == sampling.max_new_tokens else "context"
+        text += decoder.flush()
+        yield Finished(reason, text, tuple(answer), len(ids), reused, first, time.perf_counter() - begin, paths)
+
+    def _reuse(self, ids: Sequence[int], key: Hashable) -> int:
+        """Cut the cache to what it shares with ``ids``; return how many tokens that is. The last token is always read anew."""
+        from transformers import DynamicCache
+
+        shared = 0
+        if self._cache is not None and self._key == key:
+            limit = min(len(self._cached), len(ids) - 1)
+            while shared < limit and self._cached[shared] == ids[shared]:
+                shared += 1
+        excess = len(self._cached) - shared
+        if shared and excess:
+            try:
+                self._cache.crop(-excess)
+            except (RuntimeError, ValueError):
+                shared = 0
+        if not shared:
+            self._cache = DynamicCache(config=self.model.config)
+        self._cached, self._key = list(ids[:shared]), key
+        return shared
+
+    def _forward(self, tokens: list[int], scope: Scope, record: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[str, ...]]:
+        """One pass; returns the last position's logits (vocabulary,), the routes and the layers' paths."""
+        cache, self._cache, known = self._cache, None, self._cached
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(scope())
+            routes = stack.enter_context(record_routes(self.model)) if record else None
+            output = self.model(torch.tensor([tokens], device=self.model.device), past_key_values=cache, use_cache=True, **self._arguments)
+        # Only now does the cache hold these tokens in every layer; a pass that was broken off leaves no cache behind.
+        self._cache, self._cached = output.past_key_values, known + tokens
+        logits = output.logits[0, -1].float()
+        return (logits, None, ()) if routes is None else (logits, routes.packed(), routes.paths)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can look at; None when its configuration does not say."""
+    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's and those of the generation configuration."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    several = named if isinstance(named, list | tuple) else [named]
+    return frozenset(int(token) for token in (*several, tokenizer.eos_token_id) if token is not None)
+
+
+def _picker(sampling: Sampling, device: torch.device) -> Callable[[Tensor], int]:
+    if sampling.temperature == 0:
+        return lambda logits: int(logits.argmax())
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    steps: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(sampling.top_p))
+    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+
+    def draw(logits: Tensor) -> int:
+        scores = logits[None]
+        for step in steps:
+            scores = step(None, scores)
+        return int(torch.multinomial(torch.softmax(scores, -1), 1, generator=generator))
+
+    return draw

@@ -1,0 +1,336 @@
+"""A conversation: its turns, its settings, and everything that a user can do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from meteora_core.chat.engine import Engine, Event, Finished, Sampling, Written
+from meteora_core.chat.options import check_option
+from meteora_core.chat.prompts import Encoded, Template, Turn, encode, fit, pick_template, with_system
+from meteora_core.chat.speaker import Speaker
+from meteora_core.data.rows import iter_rows
+from meteora_core.data.tasks import PROMPT_TEMPLATE
+from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.files import write_jsonl
+from meteora_core.routing import RoutingState
+from meteora_core.trace.picture import Role, RoutePicture
+from meteora_core.trace.record import trace_tokens
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How adapters are chosen: what cached keys and values depend on.
+
+    Attributes:
+        top_k, temperature: Of the gates.
+        forced: The adapter that speaks alone, or None for the gates.
+        muted: Adapters that are never chosen.
+        enabled: False for the bare base model.
+    """
+
+    top_k: int = 1
+    temperature: float = 1.0
+    forced: str | None = None
+    muted: frozenset[str] = frozenset()
+    enabled: bool = True
+
+    def describe(self) -> str:
+        """A few words for people."""
+        if not self.enabled:
+            return "base model"
+        if self.forced is not None:
+            return f"forced: {self.forced}"
+        muted = f", without {', '.join(sorted(self.muted))}" if self.muted else ""
+        return f"gates: top {self.top_k}, T {self.temperature:g}{muted}"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One event of :meth:`ChatSession.compare`: ``event`` happened in the answer of ``label`` (column ``column`` of ``columns``)."""
+
+    column: int
+    columns: int
+    label: str
+    event: Event
+
+
+class ChatSession:
+    """One conversation with one speaker.
+
+    Args:
+        speaker: Who answers.
+        sampling: How tokens are chosen at first.
+        template: "auto", "chat", "inst" or "raw".
+        system: Text that stands before the conversation.
+        top_k, temperature: Of the gates; None keeps the checkpoint's.
+
+    Raises:
+        UsageError: The template cannot be used, or top_k or temperature is out of range.
+    """
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        sampling: Sampling = Sampling(),
+        *,
+        template: str = "auto",
+        system: str | None = None,
+        top_k: int | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        self.speaker = speaker
+        self.sampling = sampling
+        self.system = system or None
+        self.turns: list[Turn] = []
+        self.engine = Engine(speaker.model, speaker.tokenizer)
+        self._wish = template
+        self.template: Template = pick_template(template, base=speaker.kind == "base", tokenizer=speaker.tokenizer)
+        self._first_turn = 0
+        self._last: tuple[Encoded, Mode] | None = None
+        state = speaker.routing
+        for name, value in (("top-k", top_k), ("T", temperature)):
+            if value is not None:
+                check_option(name, str(value), state)
+        if state is None:
+            self.mode = Mode(enabled=False)
+        else:
+            self.mode = Mode(top_k or state.top_k, temperature or state.temperature, speaker.adapter)
+
+    # --- talking ---------------------------------------------------------------------------------------------------------------
+
+    def ask(self, message: str, *, record: bool = False, stop: Callable[[], bool] = lambda: False) -> Iterator[Event | Encoded]:
+        """Answer a message; the turn joins the conversation when the answer ends or is stopped.
+
+        Args:
+            message: What the user wrote.
+            record: Record routes; Reading and Written events then carry them.
+            stop: Asked before every pass; True ends the answer.
+
+        Yields:
+            First the encoded prompt (its ``notice`` says what was left out), then the events of :meth:`Engine.generate`. Without any
+            token and stopped, the turn is forgotten.
+
+        Raises:
+            UsageError: The message is empty or does not fit.
+        """
+        if not message.strip():
+            raise UsageError("the message is empty", hint="write something first")
+        turns = [*self.turns, Turn(message)]
+        encoded = fit(self.speaker.tokenizer, self.template, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
+        mode = self.mode
+        yield encoded
+        for event in self._generate(self.engine, encoded, mode, record and mode.enabled, stop):
+            if isinstance(event, Finished) and (event.ids or event.reason != "stopped"):
+                self.turns.append(Turn(message, event.text, event.ids, event.reason == "end"))
+                self._first_turn = encoded.first_turn
+                self._last = (encoded, mode)
+            yield event
+
+    def _generate(self, engine: Engine, encoded: Encoded, mode: Mode, record: bool, stop: Callable[[], bool]) -> Iterator[Event]:
+        return engine.generate(encoded.ids, self.sampling, scope=self._scope(mode), key=mode, record=record, stop=stop)
+
+    def _scope(self, mode: Mode) -> Callable[[], AbstractContextManager[Any]]:
+        state = self.speaker.routing
+        return nullcontext if state is None else lambda: routing_mode(state, mode)
+
+    def new(self) -> None:
+        """Start anew: no turns; settings stay."""
+        self.turns, self._first_turn, self._last = [], 0, None
+        self.engine.forget()
+
+    def set_system(self, text: str | None) -> None:
+        """Another system text, for the whole conversation; None or empty for none."""
+        self.system = text or None
+
+    # --- adapters --------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> RoutingState:
+        """The routing state. Raises UsageError for a bare base model."""
+        state = self.speaker.routing
+        if state is None:
+            raise UsageError("this is the base model alone: it has no adapters", hint="start `meteora chat` with --checkpoint or --adapter")
+        return state
+
+    def use(self, name: str | None) -> None:
+        """Force one adapter, or give the choice back to the gates (None). Raises UsageError for an unknown name."""
+        self._known(name)
+        self.mode = replace(self.mode, forced=name)
+
+    def mute(self, name: str) -> bool:
+        """Never choose this adapter; a second call lifts it. Returns whether it is muted now.
+
+        Raises:
+            UsageError: An unknown name, or it is the last one that speaks.
+        """
+        self._known(name)
+        muted = self.mode.muted ^ {name}
+        if len(muted) == len(self.state().names):
+            raise UsageError(f"{name} is the last adapter that is not muted", hint="lift another first: /mute NAME a second time")
+        self.mode = replace(self.mode, muted=muted)
+        return name in muted
+
+    def _known(self, name: str | None) -> None:
+        names = self.state().names
+        if name is not None and name not in names:
+            raise UsageError(f"no adapter named {name!r}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}")
+
+    # --- settings --------------------------------------------------------------------------------------------------------------
+
+    def set(self, name: str, value: str) -> None:
+        """Change a setting. Raises UsageError for an unknown name (the nearest is named) or a bad value (the range is named)."""
+        parsed = check_option(name, value, self.speaker.routing)
+        if name == "T":
+            self.mode = replace(self.mode, temperature=float(parsed))
+        elif name == "top-k":
+            self.mode = replace(self.mode, top_k=int(parsed))
+        else:
+            changed: dict[str, Any] = {name.replace("-", "_"): parsed}
+            self.sampling = replace(self.sampling, **changed)
+
+    def values(self) -> dict[str, float | int]:
+        """The settings in force, by the names that :meth:`set` takes."""
+        sampling = self.sampling
+        values: dict[str, float | int] = {
+            "max-new-tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top-p": sampling.top_p,
+            "seed": sampling.seed,
+        }
+        return values if self.speaker.routing is None else {**values, "T": self.mode.temperature, "top-k": self.mode.top_k}
+
+    # --- looking back ----------------------------------------------------------------------------------------------------------
+
+    def picture(self, *, last_turn: bool = False, on_read: Callable[[int], None] = lambda count: None) -> RoutePicture:
+        """The routes of the conversation, computed anew by one pass with the settings of the last answer.
+
+        Args:
+            last_turn: Only the last message and its answer (the pass still reads all before).
+            on_read: Called as the reading goes on, with a number of tokens.
+
+        Raises:
+            UsageError: There is no answer yet, or no adapter.
+        """
+        state = self.state()
+        if self._last is None or not self.turns:
+            raise UsageError("there is no answer yet", hint="ask something first")
+        encoded, mode = self._last
+        ids = [*encoded.ids, *self.turns[-1].ids]
+        roles: list[Role] = [*encoded.roles, *(["answer"] * len(self.turns[-1].ids))]  # type: ignore[list-item]
+        with routing_mode(state, mode):
+            picture = trace_tokens(self.speaker.model, self.speaker.tokenizer, ids, roles, about=self.about(mode), on_read=on_read)
+        return picture.since(encoded.last_start) if last_turn else picture
+
+    def about(self, mode: Mode | None = None) -> dict[str, str]:
+        """What a picture says of the model and the settings."""
+        mode = mode or self.mode
+        return {"model": self.speaker.title, "routing": mode.describe(), "template": self.template}
+
+    def compare(self, *, adapter: str | None = None, message: str | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Compared]:
+        """Answer the same message by the base model, by one adapter, and by the gates, one after the other; the conversation stays as it is.
+
+        The earlier turns are the same for all three. With the template "auto" the base model gets its own chat template.
+
+        Args:
+            adapter: The forced one; None is the one in use, else the one that spoke most in the last answer, else the first.
+            message: None asks the last one again.
+            stop: True ends the comparison.
+
+        Raises:
+            UsageError: There is no message, an unknown adapter, or no adapters at all.
+        """
+        state = self.state()
+        self._known(adapter)
+        if message is None and not self.turns:
+            raise UsageError("there is nothing to compare yet", hint="ask something first, or write /compare NAME QUESTION")
+        turns = [*self.turns, Turn(message)] if message is not None else [*self.turns[:-1], Turn(self.turns[-1].message)]
+        adapter = adapter or self.mode.forced or self._main_adapter(state)
+        columns = [("base", replace(self.mode, enabled=False)), (f"adapter {adapter}", replace(self.mode, forced=adapter))]
+        if self.speaker.kind == "meteora":
+            columns.append(("MeteoRA", replace(self.mode, forced=None)))
+        for place, (label, mode) in enumerate(columns):
+            template = pick_template(self._wish, base=not mode.enabled, tokenizer=self.speaker.tokenizer) if self._wish == "auto" else self.template
+            encoded = fit(self.speaker.tokenizer, template, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
+            for event in self._generate(Engine(self.speaker.model, self.speaker.tokenizer), encoded, mode, False, stop):
+                yield Compared(place, len(columns), f"{label} ({template})", event)
+            if stop():
+                return
+
+    def _main_adapter(self, state: RoutingState) -> str:
+        if self._last is None or not self.turns or not self.turns[-1].ids:
+            return state.names[0]
+        return state.names[int(self.picture(last_turn=True).total("answer").argmax())]
+
+    # --- files -----------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> int:
+        """Write the conversation as training rows, one a turn; returns how many.
+
+        The prompts have the frame of all training rows, whatever template the session has; the system text stands in the first.
+
+        Raises:
+            UsageError: There are no turns.
+            StorageError: The file cannot be written.
+        """
+        if not self.turns:
+            raise UsageError("there is nothing to save yet", hint="ask something first")
+        rows = []
+        for number, turn in enumerate(self.turns):
+            message = turn.message if number else with_system(turn.message, self.system)
+            rows.append({"prompt": PROMPT_TEMPLATE.format(inputs=message), "response": turn.answer or ""})
+        return write_jsonl(path, rows)
+
+    def load(self, path: Path) -> int:
+        """Replace the conversation by the rows of a file; returns how many. If the file is broken, the conversation stays as it is.
+
+        Raises:
+            DataError: The file is missing, a line is broken (the line is named), or there are no rows.
+        """
+        from meteora_core.errors import DataError
+
+        turns = []
+        start = with_system("", self.system)
+        for number, row in enumerate(iter_rows(path, hint="each line is a JSON object with prompt and response, as /save writes them")):
+            message = unframe(row.prompt)
+            turns.append(Turn(message.removeprefix(start) if number == 0 else message, row.response))
+        if not turns:
+            raise DataError(f"{path} has no rows", hint="each line is a JSON object with prompt and response, as /save writes them")
+        self.new()
+        self.turns = turns
+        encoded = encode(self.speaker.tokenizer, self.template, self.system, turns)
+        ids = self.speaker.tokenizer(turns[-1].answer or "", add_special_tokens=False)["input_ids"]
+        self.turns[-1] = replace(turns[-1], ids=tuple(int(token) for token in ids))
+        fits = self.engine.context is None or len(encoded.ids) + len(ids) <= self.engine.context
+        self._last = (encoded, self.mode) if fits else None
+        return len(turns)
+
+
+def unframe(prompt: str) -> str:
+    """The message inside a training row's prompt; a prompt without the frame is itself the message."""
+    before, _, after = PROMPT_TEMPLATE.partition("{inputs}")
+    if prompt.startswith(before) and prompt.rstrip().endswith(after.rstrip()) and len(prompt.rstrip()) >= len(before) + len(after.rstrip()):
+        return prompt[len(before) : len(prompt.rstrip()) - len(after.rstrip())]
+    return prompt
+
+
+@contextmanager
+def routing_mode(state: RoutingState, mode: Mode) -> Iterator[None]:
+    """Within the block, the model routes as ``mode`` says; afterwards as before."""
+    before = (state.top_k, state.temperature, state.allowed)
+    with ExitStack() as stack:
+        if not mode.enabled:
+            stack.enter_context(state.disabled())
+        elif mode.forced is not None:
+            stack.enter_context(state.force(mode.forced))
+        state.top_k, state.temperature = mode.top_k, mode.temperature
+        state.mute(mode.muted)
+        try:
+            yield
+        finally:
+            state.top_k, state.temperature, state.allowed = before
+
+
+__all__ = ["ChatSession", "Compared", "Mode", "Written", "routing_mode", "unframe"]

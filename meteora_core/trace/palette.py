@@ -1,0 +1,86 @@
+"""One colour and one pattern for every adapter, told apart by colour-blind eyes, readable under text.
+
+The eight hues are those of Okabe and Ito (Color Universal Design, 2008) with grey in the place of black. The ninth adapter has the first
+hue again, with another pattern: 8 hues times 4 patterns tell 32 adapters apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Rgb = tuple[int, int, int]
+
+HUES: tuple[str, ...] = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+PATTERNS: tuple[str, ...] = ("plain", "dashed", "dotted", "double")
+BLACK: Rgb = (0, 0, 0)
+WHITE: Rgb = (255, 255, 255)
+DARK_PAPER: Rgb = (21, 23, 27)
+READABLE = 4.6
+"""The least contrast of text on a tint; WCAG 2 asks for 4.5."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one adapter is drawn.
+
+    Attributes:
+        hue: The pure colour, for marks beside text.
+        light: The strongest tint that black text is readable on.
+        dark: The strongest tint that white text is readable on.
+        pattern: One of :data:`PATTERNS`.
+    """
+
+    hue: str
+    light: str
+    dark: str
+    pattern: str
+
+
+def parse(colour: str) -> Rgb:
+    """``"#rrggbb"`` as three bytes."""
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def to_hex(rgb: Rgb) -> str:
+    """Three bytes as ``"#rrggbb"``."""
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
+
+
+def mix(a: Rgb, b: Rgb, share: float) -> Rgb:
+    """``share`` of ``a`` and the rest of ``b``, channel by channel in sRGB, as CSS ``color-mix(in srgb, ...)`` does."""
+    red, green, blue = (round(share * x + (1 - share) * y) for x, y in zip(a, b, strict=True))
+    return red, green, blue
+
+
+def luminance(rgb: Rgb) -> float:
+    """Relative luminance as WCAG 2 defines it, 0 to 1."""
+    red, green, blue = (value / 255 / 12.92 if value / 255 <= 0.04045 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in rgb)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a: Rgb, b: Rgb) -> float:
+    """Contrast ratio as WCAG 2 defines it, 1 to 21."""
+    lighter, darker = sorted((luminance(a), luminance(b)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def look(index: int) -> Look:
+    """How the adapter at ``index`` is drawn."""
+    hue = HUES[index % len(HUES)]
+    pattern = PATTERNS[index // len(HUES) % len(PATTERNS)]
+    return Look(hue, to_hex(_under(parse(hue), BLACK, WHITE)), to_hex(_under(parse(hue), WHITE, BLACK)), pattern)
+
+
+def tint(index: int, weight: float) -> str:
+    """The background of black text for an adapter of that weight (0 to 1): white at 0, the strongest readable tint at 1."""
+    strength = 0.15 + 0.85 * min(max(weight, 0.0), 1.0)
+    return to_hex(mix(parse(look(index).light), WHITE, strength))
+
+
+def _under(colour: Rgb, ink: Rgb, towards: Rgb) -> Rgb:
+    """``colour``, moved ``towards`` black or white until text in ``ink`` is readable on it."""
+    for step in range(51):
+        candidate = mix(towards, colour, step / 50)
+        if contrast(candidate, ink) >= READABLE:
+            return candidate
+    return towards
