@@ -172,7 +172,7 @@ def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None =
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8"))
+                row = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
             except UnicodeDecodeError as broken:
                 raise DataError(f"{path}:{number}:{broken.start + 1} is not UTF-8 text", hint=hint) from broken
             except json.JSONDecodeError as broken:

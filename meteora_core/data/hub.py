@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ BIGBENCH = "tasksource/bigbench"
 AUTHORS = "NJUDeepEngine/meteora_dataset"
 PARQUET = "refs/convert/parquet"
 """The branch on which the hub keeps its own conversion of a dataset that is only a script."""
+
+NETWORK_HINT = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what its cache holds; or use --source local --raw-dir DIR"
 
 Locate = Callable[[str], str]
 """Turns a dataset's name into what ``datasets`` shall load: the name itself, or a folder that stands in for it."""
@@ -96,6 +100,7 @@ def extract_authors(task: Task, repository: str = AUTHORS) -> Extract:
 def _authors_file(repository: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    _check_reachable(repository)
     with _hub_errors(repository):
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
 
@@ -106,6 +111,8 @@ def _load(repository: str, config: str) -> dict[str, Any]:
     except ImportError as missing:
         raise UsageError("the hub source needs the 'datasets' library", hint="pip install 'meteora[hub]'") from missing
     datasets.disable_progress_bars()
+    if not Path(repository).is_dir():
+        _check_reachable(repository)
     with _hub_errors(repository):
         try:
             return dict(datasets.load_dataset(repository, config))
@@ -121,10 +128,38 @@ def _fingerprint(split: Any) -> dict[str, Any]:
     return {"rows": len(split), "files": sorted(url.split("://", 1)[-1].rpartition("@")[2] for url in checksums if "://" in url)}
 
 
+def _check_reachable(repository: str) -> None:
+    """Ask the hub once, without the client libraries' long retries. Raises DownloadError when it does not answer."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT)
+
+
+@lru_cache(maxsize=4)
+def _answers(endpoint: str) -> bool:
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=15.0)
+    except (OSError, *_transport_errors()):
+        return False
+    return True
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises when there is no connection; its HTTP library is httpx or httpx2, by version."""
+    found: list[type[Exception]] = [ConnectionError]
+    for name in ("httpx", "httpx2"):
+        library = sys.modules.get(name)
+        if library is not None:
+            found.append(library.TransportError)
+    return tuple(found)
+
+
 @contextmanager
 def _hub_errors(repository: str) -> Iterator[None]:
     """Say what helps when the hub refuses or cannot be reached."""
-    import httpx
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -135,24 +170,25 @@ def _hub_errors(repository: str) -> Iterator[None]:
     )
 
     login = "accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN"
-    network = "check the network connection, HF_ENDPOINT and HF_HUB_OFFLINE; or use --source local --raw-dir DIR"
     try:
         yield
     except GatedRepoError as error:
         raise DownloadError(f"the hub dataset {repository} is gated", hint=login) from error
     except LocalEntryNotFoundError as error:
-        raise DownloadError(f"the hub cannot be reached for {repository}", hint=network) from error
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(f"the hub has no dataset {repository}, or it is private", hint=login) from error
     except EntryNotFoundError as error:
         raise DownloadError(f"{repository} does not have that file: {_first_line(error)}") from error
-    except (OfflineModeIsEnabled, ConnectionError, httpx.TransportError) as error:
-        raise DownloadError(f"the hub cannot be reached for {repository}", hint=network) from error
+    except OfflineModeIsEnabled as error:
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT) from error
     except HfHubHTTPError as error:
         raise DownloadError(f"the hub refused {repository}: {_first_line(error)}", hint=login) from error
     except FileNotFoundError as error:
-        hint = login if "gated" in str(error) else network
+        hint = login if "gated" in str(error) else NETWORK_HINT
         raise DownloadError(f"the hub dataset {repository} was not found or cannot be reached: {_first_line(error)}", hint=hint) from error
+    except _transport_errors() as error:
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT) from error
     except ValueError as error:
         raise DataError(f"cannot read {repository}: {_first_line(error)}") from error
 

@@ -30,6 +30,9 @@ SDIST_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2
 MAX_MEMBER = 1 << 30
 """A task file larger than this (1 GiB) is not believed."""
 
+_TAR_BUFFER = 1 << 16
+"""Compressed bytes in one step: small, since what they unpack to is held in memory."""
+
 _MEMBER = re.compile(r"[^/]+/bigbench/benchmark_tasks/(?P<folder>[^/]+)/(?:(?P<part>[^/]+)/)?task\.json")
 
 
@@ -109,7 +112,7 @@ def unpack(archive: Path, folders: Iterable[str], root: Path, progress: Progress
         with progress.task(f"reading {archive.name}", total=archive.stat().st_size, unit="B") as task, open(archive, "rb") as raw:
             done = 0
             try:
-                with tarfile.open(fileobj=raw, mode="r|gz", bufsize=CHUNK) as tar:
+                with tarfile.open(fileobj=raw, mode="r|gz", bufsize=_TAR_BUFFER) as tar:
                     for member in tar:
                         _check(archive, member)
                         match = _MEMBER.fullmatch(member.name)

@@ -1,0 +1,182 @@
+"""Composites: the authors' pairing, the format, and the solved examples."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meteora_core.data.build import build_task, build_tasks
+from meteora_core.data.catalog import verify
+from meteora_core.data.composite import SEPARATOR, build_composite, choose_members, compose, draw_examples, lead_text, plan_composite, split_response
+from meteora_core.data.manifest import read_manifest
+from meteora_core.data.rows import Row, read_rows
+from meteora_core.data.tasks import get_task
+from meteora_core.data.userdata import register_built, task_in
+from meteora_core.data.writer import prompt_key
+from meteora_core.errors import DataError, UsageError
+
+THREE = ("logical_deduction", "question_selection", "strategyqa")
+
+
+@pytest.fixture
+def data(repository: Path, tmp_path: Path) -> Path:
+    build_tasks(THREE, tmp_path / "data", raw_dir=repository)
+    return tmp_path / "data"
+
+
+def test_compose() -> None:
+    row = compose([Row("[INST] a [/INST]\n", "x"), Row("[INST] b [/INST]\n", "y\nz")], "lead\n")
+    assert row.prompt == "lead\n[INST] a [/INST]\n\n\n[INST] b [/INST]\n\n"
+    assert row.response == "x@@@@\ny\nz"
+    assert split_response(row.response) == ["x", "y\nz"]
+
+
+def test_lead_text() -> None:
+    text = lead_text([[Row("[INST] a [/INST]\n", "x"), Row("[INST] b [/INST]\n", "y ")]])
+    assert text.startswith("\nExample 1:\n\n[INST] a [/INST]\n\n[INST] b [/INST]\n\n1. x\n2. y\n\n\n")
+    assert text.endswith(":\n\n")
+    assert "xample" not in lead_text([])
+
+
+def test_rows_are_paired_as_the_authors_do(data: Path) -> None:
+    manifest = build_composite(data, n=3, num_samples=20)
+    assert manifest.members == THREE
+    rows = read_rows(data, "composite_3", "test")
+    random.seed(47)
+    shuffled = []
+    for member in THREE:
+        lines = (data / member / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        random.shuffle(lines)
+        shuffled.append(lines[:20])
+    import json
+
+    for row, lines in zip(rows, zip(*shuffled, strict=True), strict=True):
+        parts = [json.loads(line) for line in lines]
+        assert row.prompt.endswith(":\n\n" + "".join(part["prompt"] + "\n\n" for part in parts)[:-1])
+        assert row.response == "@@@@\n".join(part["response"] for part in parts)
+
+
+def test_solved_examples_come_from_train(data: Path) -> None:
+    manifest = build_composite(data, n=3)
+    assert manifest.rows == {"test": 20}
+    assert len(manifest.examples) == 2
+    rows = read_rows(data, "composite_3", "test")
+    lead = rows[0].prompt.split("answer the questions below:\n\n")[0]
+    assert all(row.prompt.startswith(lead) for row in rows)
+    for place, member in enumerate(THREE):
+        train = read_rows(data, member, "train")
+        tested = {row.prompt for row in read_rows(data, member, "test")}
+        for example in manifest.examples:
+            solved = train[example[place]]
+            assert solved.prompt not in tested
+            assert solved.prompt in lead
+            assert f"\n{place + 1}. {solved.response}\n" in lead
+
+
+def test_seed_and_number_of_examples(data: Path) -> None:
+    first = build_composite(data, n=3)
+    again = build_composite(data, n=3)
+    other = build_composite(data, n=3, seed=1)
+    none = build_composite(data, n=3, examples=0)
+    assert first == again
+    assert first.files != other.files
+    assert none.examples == ()
+    assert read_rows(data, "composite_3", "test")[0].prompt.count("[INST]") == 3
+
+
+def test_what_can_be_drawn() -> None:
+    train = [Row(f"question {i}", f"answer {i}") for i in range(300)]
+    train[3] = Row("q", "two\nlines")
+    train[4] = Row("q", "  ")
+    train[5] = Row("x", "y")
+    train[6] = Row("long " * 500, "y")
+    tested = {prompt_key(train[5])}
+    for seed in range(200):
+        drawn = {number for example in draw_examples([train], [tested], 2, seed).numbers for number in example}
+        assert len(drawn) == 2
+        assert not drawn & {3, 4, 5, 6}
+    with pytest.raises(ValueError, match="0:only 1 train rows"):
+        draw_examples([train[:1]], [set()], 2, 0)
+
+
+def test_any_list_of_tasks(data: Path) -> None:
+    manifest = build_composite(data, tasks=["strategyqa", "logical_deduction"])
+    assert manifest.task == "composite_2_custom"
+    assert build_composite(data, tasks=["strategyqa", "logical_deduction"], name="pair").task == "pair"
+    register_built(data)
+    assert get_task("pair").members == ("strategyqa", "logical_deduction")
+    assert get_task("pair").temperature == 15.0
+    assert get_task("pair").metric == "composite"
+    assert task_in(data, "composite_2_custom").members == ("strategyqa", "logical_deduction")
+
+
+def test_members_that_n_and_tasks_choose() -> None:
+    assert choose_members(3, None) == THREE
+    assert choose_members(None, ["a", "b"]) == ("a", "b")
+    assert choose_members(2, ["a", "b", "c"]) == ("a", "b")
+    for n, tasks, message in (
+        (None, None, "needs its size"),
+        (4, ["a", "b", "c"], "only 3 tasks are named"),
+        (None, ["a"], "at least 2"),
+        (1, ["a", "b"], "at least 2"),
+        (None, ["a", "b", "a"], "named twice"),
+        (29, None, "2 to 28"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            choose_members(n, tasks)
+
+
+def test_problems(data: Path, tmp_path: Path, write_lines: Any) -> None:
+    with pytest.raises(DataError, match="strategyqa has only 20 test rows") as caught:
+        build_composite(data, n=3, num_samples=21)
+    assert "at most 20" in (caught.value.hint or "")
+    with pytest.raises(DataError, match="no test rows of gsm8k") as caught:
+        build_composite(data, tasks=["strategyqa", "gsm8k"])
+    assert "meteora data build --task gsm8k" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="unknown task"):
+        build_composite(data, tasks=["strategyqa", "nothing"])
+    with pytest.raises(UsageError, match="at least one row"):
+        build_composite(data, n=3, num_samples=0)
+    with pytest.raises(UsageError, match="cannot name"):
+        build_composite(data, n=3, name="../up")
+    with pytest.raises(UsageError, match="built-in"):
+        build_composite(data, n=3, name="gsm8k")
+    build_composite(data, n=3)
+    (data / "composite_3").rename(data / "pair")
+    with pytest.raises(DataError, match="holds the dataset of composite_3"):
+        build_composite(data, n=3, name="pair")
+    with pytest.raises(UsageError, match="is a composite itself"):
+        build_composite(data, tasks=["strategyqa", "composite_3"])
+    write_lines(tmp_path / "raw" / "gsm8k" / "train.jsonl", [{"question": f"q{i}", "answer": "a@@@@\nb"} for i in range(20)])
+    build_task("gsm8k", data, raw_dir=tmp_path / "raw")
+    with pytest.raises(DataError, match="separates the answers"):
+        build_composite(data, tasks=["strategyqa", "gsm8k"])
+
+
+def test_verify_notices_members_that_were_built_anew(data: Path, repository: Path) -> None:
+    build_composite(data, n=3)
+    assert [report.notes for report in verify(data, ["composite_3"])] == [()]
+    build_task("strategyqa", data, raw_dir=repository, max_test=10)
+    report = verify(data, ["composite_3"])[0]
+    assert report.ok
+    assert report.notes == ("strategyqa was built anew since, or is gone",)
+
+
+def test_plan_writes_nothing(data: Path) -> None:
+    plan = plan_composite(data, n=3)
+    assert plan.count == 20
+    assert not (data / "composite_3").exists()
+    assert [row.response.count(SEPARATOR) for row in plan.rows()] == [2] * 20
+
+
+def test_finished_composite_is_evaluated_as_it_is(tmp_path: Path, write_lines: Any) -> None:
+    write_lines(tmp_path / "raw" / "composite_10" / "test.jsonl", [{"prompt": "\nExample 1:\n", "response": "@@@@\n".join("abcdefghij")}])
+    build_task("composite_10", tmp_path / "out", source="local", raw_dir=tmp_path / "raw")
+    row = read_rows(tmp_path / "out", "composite_10", "test")[0]
+    assert (row.prompt, len(split_response(row.response))) == ("\nExample 1:\n", 10)
+    manifest = read_manifest(tmp_path / "out" / "composite_10")
+    assert manifest is not None
+    assert manifest.members == get_task("composite_10").members
