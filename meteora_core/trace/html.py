@@ -161,7 +161,7 @@ def _token_map(picture: RoutePicture) -> str:
             )
     bottom = len(picture.names) * height
     marks = _role_marks(picture, bins, label, width, bottom)
-    return f'<svg id="token-map" width="{label + len(bins) * width + 4}" height="{bottom + 18}" role="img" aria-label="Weight of every adapter at every token">{"".join(texts + cells)}{marks}</svg>'
+    return _svg("token-map", label + len(bins) * width + 4, bottom + 18, "Weight of every adapter at every token", "".join(texts + cells) + marks)
 
 
 def _role_marks(picture: RoutePicture, bins: list[tuple[int, int]], left: int, width: int, bottom: int) -> str:
@@ -197,7 +197,11 @@ def _grid(table: Tensor, rows: list[str], names: tuple[str, ...], identity: str)
     frame = (
         f'<rect class="now" id="{identity.removesuffix("-map")}-now" x="{left - 1}" y="{top}" width="{wide + 1}" height="{height}" visibility="hidden"></rect>'
     )
-    return f'<svg id="{identity}" width="{left + wide + 8}" height="{top + len(rows) * height + 4}" role="img" aria-label="Weights of the adapters">{"".join(parts)}{frame}</svg>'
+    return _svg(identity, left + wide + 8, top + len(rows) * height + 4, "Weights of the adapters", "".join(parts) + frame)
+
+
+def _svg(identity: str, width: int, height: int, label: str, content: str) -> str:
+    return f'<svg id="{identity}" width="{width}" height="{height}" role="img" aria-label="{label}">{content}</svg>'
 
 
 def _label_width(names: tuple[str, ...]) -> int:
