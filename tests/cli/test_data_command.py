@@ -1,0 +1,162 @@
+"""``meteora data``: what it prints, what it writes, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from meteora_cli.commands import data as command
+from meteora_cli.console import Globals
+from meteora_core.errors import DataError, MeteoraError, UsageError
+
+THREE = "logical_deduction,question_selection,strategyqa"
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """BIG-bench's layout with composite_3's tasks, and a task of records."""
+    root = tmp_path / "raw"
+    for name in THREE.split(","):
+        examples = [{"input": f"{name} {i}?", "target_scores": {f"No {i}.": 0, f"Yes {i}.": 1}} for i in range(100)]
+        (root / name).mkdir(parents=True)
+        (root / name / "task.json").write_text(json.dumps({"examples": examples}))
+    (root / "gsm8k").mkdir()
+    (root / "gsm8k" / "train.jsonl").write_text("".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in range(20)))
+    return root
+
+
+@pytest.fixture
+def meteora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs ``data`` with arguments in an empty folder; a known error is raised."""
+    from meteora_core.data import tasks
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METEORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(command, "console", type(command.console)(stderr=True, width=200))
+    monkeypatch.setattr(command, "out", type(command.out)(width=200))
+    before = dict(tasks.TASKS)
+    app = typer.Typer()
+
+    @app.callback()
+    def options(ctx: typer.Context) -> None:
+        ctx.obj = Globals()
+
+    app.add_typer(command.app, name="data")
+
+    def run(*arguments: str, fails: type[MeteoraError] | None = None) -> Result:
+        result = CliRunner().invoke(app, ["data", *arguments])
+        if fails is None:
+            assert result.exit_code == 0, (result.output, result.exception)
+        else:
+            assert isinstance(result.exception, fails), (result.output, result.exception)
+        return result
+
+    yield run
+    tasks.TASKS.clear()
+    tasks.TASKS.update(before)
+
+
+def test_build_composite_list_show_verify(meteora: Any, raw: Path) -> None:
+    built = json.loads(meteora("build", "--task", THREE, "--source", "local", "--raw-dir", str(raw), "--json").stdout)
+    assert [manifest["task"] for manifest in built["built"]] == THREE.split(",")
+    assert built["failed"] == {}
+    assert Path("datasets/strategyqa/test.jsonl").is_file()
+
+    composite = json.loads(meteora("composite", "--n", "3", "--num-samples", "5", "--json").stdout)
+    assert (composite["task"], composite["files"]["test.jsonl"]["rows"]) == ("composite_3", 5)
+
+    listed = {entry["name"]: entry for entry in json.loads(meteora("list", "--json").stdout)}
+    assert len(listed) == 31
+    assert listed["strategyqa"]["rows"] == {"train": 80, "test": 20}
+    assert not listed["gsm8k"]["built"]
+
+    shown = json.loads(meteora("show", "composite_3", "-n", "2", "--json").stdout)
+    assert len(shown["rows"]) == 2
+    assert shown["rows"][0]["response"].count("@@@@\n") == 2
+
+    assert {report["ok"] for report in json.loads(meteora("verify", "--json").stdout)} == {True}
+
+
+def test_tables(meteora: Any, raw: Path) -> None:
+    table = meteora("build", "--task", "strategyqa", "--task", "gsm8k", "--raw-dir", str(raw)).stdout
+    assert "strategyqa" in table
+    assert "80" in table
+    assert "logical_deduction" in meteora("list").stdout
+    panel = meteora("show", "strategyqa", "--split", "train").stdout
+    assert "[INST] Q: strategyqa" in panel
+    assert "response" in panel
+    assert "ok" in meteora("verify", "strategyqa").stdout
+
+
+def test_out_folder_and_limits(meteora: Any, raw: Path) -> None:
+    meteora("build", "--task", "strategyqa", "--raw-dir", str(raw), "--out", "else", "--max-train", "9", "--max-test", "4", "--jobs", "2")
+    assert len(Path("else/strategyqa/train.jsonl").read_text().splitlines()) == 9
+    assert not Path("datasets").exists()
+
+
+def test_dry_runs_write_nothing(meteora: Any, raw: Path, tmp_path: Path) -> None:
+    plans = json.loads(meteora("build", "--task", "all", "--dry-run", "--json").stdout)
+    assert len(plans) == 28
+    assert {plan["action"] for plan in plans} == {"build"}
+    meteora("build", "--task", THREE, "--raw-dir", str(raw), "--out", "made")
+    before = sorted(tmp_path.rglob("*"))
+    plan = json.loads(meteora("composite", "--n", "3", "--out", "made", "--dry-run", "--json").stdout)
+    assert plan["rows"] == 20
+    counts = json.loads(
+        meteora("add", "mine", "--train", str(raw / "gsm8k" / "train.jsonl"), "--template", "{question}", "--target", "{answer}", "--dry-run", "--json").stdout
+    )
+    assert counts["rows"] == {"train": 16, "test": 4}
+    for arguments in (["build", "--task", "gsm8k", "--dry-run"], ["composite", "--n", "3", "--out", "made", "--dry-run"]):
+        assert meteora(*arguments).stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_add_a_task_and_use_it(meteora: Any, raw: Path) -> None:
+    added = json.loads(
+        meteora(
+            "add",
+            "mine",
+            "--train",
+            str(raw / "gsm8k" / "train.jsonl"),
+            "--template",
+            "Solve {question}",
+            "--target",
+            "{answer}",
+            "--metric",
+            "contains",
+            "--json",
+        ).stdout
+    )
+    assert added["metric"] == "contains"
+    shown = json.loads(meteora("show", "mine", "--json").stdout)
+    assert shown["rows"][0]["prompt"].startswith("[INST] Solve q")
+    assert shown["metric"] == "contains"
+
+
+def test_task_of_the_settings(meteora: Any, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    (tmp_path / "meteora.toml").write_text('[tasks.mine]\ntrain = "train.jsonl"\ntest = "test.jsonl"\nmetric = "text"\n')
+    assert json.loads(meteora("build", "--task", "mine", "--json").stdout)["built"][0]["metric"] == "text"
+    assert {entry["name"]: entry["metric"] for entry in json.loads(meteora("list", "--json").stdout)}["mine"] == "text"
+
+
+def test_failures(meteora: Any, raw: Path) -> None:
+    error = meteora("build", "--task", "strategyqa,winowhy", "--source", "local", "--raw-dir", str(raw), fails=DataError).exception
+    assert error.message == "1 of 2 tasks could not be built: winowhy"
+    assert Path("datasets/strategyqa/manifest.json").is_file()
+    assert meteora("build", "--task", "strategqa", fails=UsageError).exception.hint == "did you mean 'strategyqa'?"
+    meteora("build", "--task", "strategyqa", "--source", "local", fails=UsageError)
+    meteora("composite", "--n", "3", fails=DataError)
+    meteora("composite", "--n", "4", "--tasks", "gsm8k,winowhy", fails=UsageError)
+    meteora("show", "gsm8k", fails=DataError)
+    meteora("show", "strategyqa", "--split", "dev", fails=UsageError)
+    meteora("add", "mine", "--train", "none.jsonl", fails=DataError)
+    Path("datasets/strategyqa/test.jsonl").write_text("")
+    error = meteora("verify", "--json", fails=DataError)
+    assert json.loads(error.stdout)[0]["ok"] is False
