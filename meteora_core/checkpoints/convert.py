@@ -1,0 +1,253 @@
+"""Turn a checkpoint in the authors' layout into a native folder, tensor by tensor, without loading a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from meteora_core.adapters.peft_folder import AdapterInfo
+from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
+from meteora_core.checkpoints.native import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE
+from meteora_core.checkpoints.tensor_files import CHUNK, TensorFiles, TensorPlan, shown, tensor_bytes, write_tensors
+from meteora_core.errors import CheckpointError, StorageError, UsageError
+from meteora_core.files import atomic_folder, storage_errors, write_json
+from meteora_core.model.base import BaseReference, locate_base
+from meteora_core.progress import SILENT, Progress, Task
+
+BaseTensors = Literal["changed", "all"]
+_EMBEDDINGS = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_OTHER_BASE = "the checkpoint belongs to another base model; pass the right one with --base"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made.
+
+    Attributes:
+        folder: The native checkpoint.
+        adapters: The adapters' names, in order.
+        rank: The rank of each.
+        layers: How many linears are adapted.
+        base_tensors: The base tensors that were stored, by their names in the base model.
+        size: Bytes of the weight file.
+        sha256: Its hash.
+    """
+
+    folder: Path
+    adapters: tuple[str, ...]
+    rank: int
+    layers: int
+    base_tensors: tuple[str, ...]
+    size: int
+    sha256: str
+
+
+def convert_authors(
+    checkpoint: str | Path,
+    folder: str | Path,
+    base: BaseReference | str,
+    *,
+    adapter_dir: str | Path | None = None,
+    names: Sequence[str] | None = None,
+    alpha: float | None = None,
+    top_k: int = 2,
+    temperature: float = 1.0,
+    base_tensors: BaseTensors = "changed",
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Converted:
+    """Write gates and adapters of a checkpoint in the authors' layout as a native folder; what is held in memory is one adapter matrix.
+
+    The authors' file also holds the whole base model. Its tensors are compared with those of ``base``: the ones that differ by more than the rounding to
+    the file's dtype are stored beside the gates, and :func:`~meteora_core.load_checkpoint` puts them in place; the rest comes from the base model.
+
+    Args:
+        checkpoint: A safetensors file, an index of shards, or a folder that holds one.
+        folder: To be written; appears when it is complete.
+        base: The base model that it was trained on; it is read with ``base_tensors="changed"`` (a hub model is fetched if it is not in the cache) and
+            only noted with ``"all"``.
+        adapter_dir, names, alpha: As in :func:`~meteora_core.load_authors_checkpoint`.
+        top_k: Stored as the default of the checkpoint.
+        temperature: Stored as the default of the checkpoint.
+        base_tensors: "changed", or "all" to store every base tensor without a comparison.
+        overwrite: Replace a folder that is there.
+        progress: Where to report.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or is incomplete, or the base model has another vocabulary or other shapes.
+        UsageError: top_k or temperature is out of range, or the folder exists.
+        StorageError: The disk is full or not writable.
+    """
+    folder = Path(folder)
+    reference = BaseReference(base) if isinstance(base, str) else base
+    if adapter_dir is not None and alpha is not None:
+        raise UsageError("alpha is given, and so is the folder of adapters, which states it", hint="leave one out")
+    if base_tensors not in ("changed", "all"):
+        raise UsageError(f"unknown choice of base tensors {base_tensors!r}", hint="choose from: changed, all")
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder} exists already", hint="pass --force to replace it, or choose another folder")
+    layout = read_layout(checkpoint)
+    infos = describe_adapters(layout, adapter_dir, names=names, alpha=alpha)
+    if not 1 <= top_k <= layout.count:
+        raise UsageError(f"top_k is {top_k}, but the checkpoint has {layout.count} adapters", hint=f"choose --top-k between 1 and {layout.count}")
+    if not 0 < temperature < float("inf"):
+        raise UsageError(f"the routing temperature T is {temperature}, it must be above 0 and finite")
+    kept, probe = tuple(sorted(layout.base)), None
+    if base_tensors == "changed":
+        theirs = _open_base(reference, progress)
+        _check_base(layout, theirs, reference)
+        kept = _changed(layout, theirs, progress)
+        probe = _probe(layout, theirs)
+    plans = list(_plans(layout, kept))
+    total = sum(plan.size for plan in plans)
+    _check_space(folder, total)
+    with atomic_folder(folder) as temporary:
+        with progress.task("writing the checkpoint", total=total, unit="B") as task:
+            digest = write_tensors(temporary / WEIGHT_FILE, plans, {"format": "pt", "producer": "meteora"}, on_bytes=task.update)
+        config = _config(layout, infos, reference, probe, kept, top_k, temperature)
+        write_json(temporary / CONFIG_FILE, {**config, "weights_sha256": digest})
+        size = (temporary / WEIGHT_FILE).stat().st_size
+    return Converted(folder, tuple(info.name for info in infos), layout.rank, len(layout.modules), kept, size, digest)
+
+
+def _open_base(reference: BaseReference, progress: Progress) -> TensorFiles:
+    place = locate_base(reference, progress=progress)
+    if not Path(place).is_dir():
+        from meteora_core.checkpoints.hub import download_repo
+
+        place = str(download_repo(place, revision=reference.revision, progress=progress).path)
+    return TensorFiles(place)
+
+
+def _name_in_base(theirs: TensorFiles, name: str) -> str | None:
+    """The name of the base model's tensor; a tied lm_head is the embedding."""
+    if name in theirs:
+        return name
+    return _EMBEDDINGS if name == _HEAD and _EMBEDDINGS in theirs else None
+
+
+def _check_base(layout: AuthorsLayout, theirs: TensorFiles, reference: BaseReference) -> None:
+    """Refuse a base model whose tensors have other names or shapes."""
+    source = layout.tensors.path
+    wanted = {name: layout.tensors.entries[key].shape for name, key in layout.base.items()}
+    wanted |= {f"{path}.weight": (out, width) for path, (width, out) in layout.modules.items()}
+    found = {name: _name_in_base(theirs, name) for name in wanted}
+    for name in sorted(wanted, key=lambda name: name not in (_EMBEDDINGS, _HEAD)):
+        theirs_name = found[name]
+        if theirs_name is None:
+            continue
+        mine, shape = wanted[name], theirs.entries[theirs_name].shape
+        if mine == shape:
+            continue
+        if name in (_EMBEDDINGS, _HEAD) and mine[:1] != shape[:1]:
+            raise CheckpointError(f"{reference.name} has a vocabulary of {shape[0]} tokens, the checkpoint {source} one of {mine[0]}", hint=_OTHER_BASE)
+        raise CheckpointError(f"{reference.name} has {name} of shape {list(shape)}, the checkpoint {source} of shape {list(mine)}", hint=_OTHER_BASE)
+    if absent := sorted(name for name, theirs_name in found.items() if theirs_name is None):
+        raise CheckpointError(f"{source} has tensors that {reference.name} lacks: {shown(absent)}", hint=_OTHER_BASE)
+    if layout.base:
+        missing = sorted(name for name in theirs.entries if name not in wanted and not name.endswith("rotary_emb.inv_freq"))
+        missing = [name for name in missing if name != _HEAD or not _same(layout.tensors, layout.base[_EMBEDDINGS], theirs, name)]
+        if missing:
+            raise CheckpointError(f"{source} lacks tensors of {reference.name}: {shown(missing)}", hint="copy or download the checkpoint again")
+
+
+def _changed(layout: AuthorsLayout, theirs: TensorFiles, progress: Progress) -> tuple[str, ...]:
+    total = sum(layout.tensors.entries[key].end - layout.tensors.entries[key].begin for key in layout.base.values())
+    changed = []
+    with progress.task("comparing with the base model", total=total, unit="B") as task:
+        for name, key in sorted(layout.base.items()):
+            theirs_name = _name_in_base(theirs, name)
+            assert theirs_name is not None
+            if not _same(layout.tensors, key, theirs, theirs_name, task):
+                changed.append(name)
+    return tuple(changed)
+
+
+def _same(mine: TensorFiles, key: str, theirs: TensorFiles, name: str, task: Task | None = None) -> bool:
+    """Whether the base's tensor, rounded to the checkpoint's dtype, is the checkpoint's; a block at a time."""
+    a, b = mine.entries[key], theirs.entries[name]
+    numbers = CHUNK // 8
+    for left, right in zip(mine.chunks(key, numbers * a.torch_dtype.itemsize), theirs.chunks(name, numbers * b.torch_dtype.itemsize), strict=True):
+        if task is not None:
+            task.update(len(left))
+        if a.dtype == b.dtype:
+            if left != right:
+                return False
+            continue
+        ours, base = torch.frombuffer(bytearray(left), dtype=a.torch_dtype), torch.frombuffer(bytearray(right), dtype=b.torch_dtype)
+        if not torch.equal(ours, base.to(a.torch_dtype)):
+            return False
+    return True
+
+
+def _probe(layout: AuthorsLayout, theirs: TensorFiles) -> list[float]:
+    """What ``meteora_core.model.attach.probe_base`` takes from the loaded base model, read from its file."""
+    paths = list(layout.modules)
+    values: list[float] = []
+    for path in paths[:: max(1, len(paths) // 16)][:16]:
+        name = f"{path}.weight"
+        count = prod(theirs.entries[name].shape)
+        values += theirs.sample(name, range(0, count, max(1, count // 4))[:4])
+    return values
+
+
+def _plans(layout: AuthorsLayout, kept: tuple[str, ...]) -> Iterator[TensorPlan]:
+    tensors = layout.tensors
+
+    def copied(name: str, key: str) -> TensorPlan:
+        entry = tensors.entries[key]
+        return TensorPlan(name, entry.dtype, entry.shape, lambda: tensors.chunks(key))
+
+    def turned(key: str) -> Callable[[], list[bytes]]:
+        return lambda: [tensor_bytes(tensors.read(key).t())]
+
+    for path in layout.modules:
+        yield copied(f"{path}.gate", key_of(path, "moe_gate"))
+        yield copied(f"{path}.lora_A", key_of(path, "lora_A"))
+        entry = layout.entry(path, "lora_B")
+        yield TensorPlan(f"{path}.lora_B", entry.dtype, entry.shape[::-1], turned(key_of(path, "lora_B")))
+    for name in kept:
+        yield copied(BASE + name, layout.base[name])
+
+
+def _check_space(folder: Path, total: int) -> None:
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+    if free < total:
+        raise StorageError(
+            f"{folder.parent} has {free / 1e6:.0f} MB free, and the checkpoint needs {total / 1e6:.0f} MB", hint="free some space, or choose another folder"
+        )
+
+
+def _config(
+    layout: AuthorsLayout,
+    infos: tuple[AdapterInfo, ...],
+    reference: BaseReference,
+    probe: list[float] | None,
+    kept: tuple[str, ...],
+    top_k: int,
+    temperature: float,
+) -> dict[str, Any]:
+    scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32).tolist()
+    return {
+        "format": FORMAT,
+        "base": {"name": reference.name, "revision": reference.revision, "probe": probe},
+        "top_k": top_k,
+        "temperature": temperature,
+        "adapters": [asdict(info) for info in infos],
+        "contains": ["gates", "adapters", *(["base"] if kept else [])],
+        "base_tensors": list(kept),
+        "modules": {
+            path: {"in_features": width, "out_features": out, "ranks": [layout.rank] * layout.count, "scaling": scaling}
+            for path, (width, out) in layout.modules.items()
+        },
+        "training": {"converted_from": str(layout.tensors.path)},
+    }

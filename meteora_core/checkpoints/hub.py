@@ -1,0 +1,370 @@
+"""Fetch checkpoints and models from the Hugging Face hub: weights as safetensors, configurations and tokenizers, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from meteora_core.checkpoints.hub_access import ALLOWED, REFUSED, Counter, Gone, Request, Unreachable, explain
+from meteora_core.errors import DownloadError, MeteoraError, StorageError, UsageError
+from meteora_core.files import sha256, storage_errors
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from huggingface_hub import DryRunFileInfo
+
+ATTEMPTS = 6
+"""How many attempts in a row may bring nothing before a download is given up."""
+
+_ALONE = 1 << 20
+"""From this size on, files are fetched one by one, so that a later run can go on with them."""
+
+_BLOCK = 1 << 18
+"""Bytes that a broken connection can lose; huggingface_hub's own block of 10 MB would lose all of a small file."""
+
+
+@dataclass(frozen=True)
+class KnownRepo:
+    """A checkpoint of the authors.
+
+    Attributes:
+        repositories: Where it lies; the next is tried when one is gone.
+        include: Which of its files are taken by default.
+        base: The base model that it needs.
+        description: One line.
+    """
+
+    repositories: tuple[str, ...]
+    include: tuple[str, ...]
+    base: str
+    description: str
+
+
+KNOWN: dict[str, KnownRepo] = {
+    "meteora-llama3-8b": KnownRepo(
+        ("ParagonLight/MeteoRA-llama3-8b", "hDPQ4gi9BG/MeteoRA_llama3_8b"),
+        ("llama3_8b_meteora/top_2/*", "llama3_8b_peft/*"),
+        "meta-llama/Meta-Llama-3-8B",
+        "the authors' MeteoRA of Llama 3 8B: gates trained with top-2, and its 28 adapters",
+    ),
+    "meteora-llama2-13b": KnownRepo(
+        ("ParagonLight/MeteoRA-llama2-13b", "hDPQ4gi9BG/MeteoRA_llama2_13b"),
+        ("llama2_13b_meteora/top_2/*", "llama2_13b_peft/*"),
+        "meta-llama/Llama-2-13b-hf",
+        "the authors' MeteoRA of Llama 2 13B: gates trained with top-2, and its 28 adapters",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class HubDownload:
+    """What was fetched.
+
+    Attributes:
+        path: The folder, laid out as the repository.
+        repository: Its id.
+        revision: The commit.
+        files: The files that were asked for, by their names in the repository.
+        size: Their length in bytes.
+        fetched: How many of these bytes were not there before.
+    """
+
+    path: Path
+    repository: str
+    revision: str | None
+    files: tuple[str, ...]
+    size: int
+    fetched: int
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``"org/repo@revision"`` -> ``("org/repo", "revision")``.
+
+    Raises:
+        UsageError: It is no repository id.
+    """
+    repository, mark, revision = name.partition("@")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository) or (mark and not revision):
+        raise UsageError(f"{name!r} is not a hub repository", hint="write ORGANISATION/NAME or ORGANISATION/NAME@REVISION")
+    return repository, revision or None
+
+
+def download_known(
+    name: str,
+    *,
+    revision: str | None = None,
+    include: tuple[str, ...] | None = None,
+    folder: str | Path | None = None,
+    endpoint: str | None = None,
+    cache: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> HubDownload:
+    """Fetch a checkpoint of :data:`KNOWN`; arguments as in :func:`download_repo`.
+
+    Raises:
+        UsageError: Unknown name.
+        DownloadError: No repository has it, or the download fails.
+        StorageError: The disk is full or not writable.
+    """
+    if name not in KNOWN:
+        raise UsageError(f"no checkpoint named {name!r}", hint=f"known: {', '.join(KNOWN)}")
+    entry = KNOWN[name]
+    for place, repository in enumerate(entry.repositories):
+        try:
+            return download_repo(
+                repository,
+                revision=revision,
+                include=include or entry.include,
+                folder=folder,
+                endpoint=endpoint,
+                cache=cache,
+                force=force,
+                progress=progress,
+            )
+        except Gone as gone:
+            if place == len(entry.repositories) - 1:
+                raise
+            progress.note(f"{gone.message}; trying {entry.repositories[place + 1]}")
+    raise AssertionError("a known checkpoint names at least one repository")
+
+
+def download_repo(
+    repository: str,
+    *,
+    revision: str | None = None,
+    include: tuple[str, ...] | None = None,
+    folder: str | Path | None = None,
+    endpoint: str | None = None,
+    cache: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> HubDownload:
+    """Fetch the safetensors, configurations and tokenizer of a hub repository; what is there already is not fetched again.
+
+    A cut connection, or a later call, goes on where the last one stopped. What arrives is checked against the hash that the hub states. HF_ENDPOINT,
+    HF_TOKEN, HF_HOME and HF_HUB_OFFLINE count as they do for huggingface_hub; offline, a complete earlier download is found.
+
+    Args:
+        repository: Its id.
+        revision: A branch, a tag or a commit; None is the default branch.
+        include: Glob patterns; only what matches one of them (and is of an allowed kind) is fetched. None is everything allowed.
+        folder: Where to; None is the hub's cache, where transformers finds a base model again by its id.
+        endpoint: The hub's address; None is HF_ENDPOINT or huggingface.co.
+        cache: The hub's cache; None is the usual one.
+        force: Fetch again what is there.
+        progress: Told the bytes.
+
+    Raises:
+        DownloadError: No such repository or revision, no permission, no network, nothing to fetch, or a hash that does not fit; the hint says
+            what to do.
+        StorageError: The disk has too little space or is not writable.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    target = Path(folder) if folder is not None else Path(cache) if cache is not None else Path(constants.HF_HUB_CACHE)
+    with storage_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+    request = Request(repository, revision, None if folder is None else str(folder), None if cache is None else str(cache), endpoint, include)
+    if constants.HF_HUB_OFFLINE:
+        return _from_disk(request)
+    try:
+        plan = _plan(request)
+    except Unreachable as unreachable:
+        try:
+            found = _from_disk(request)
+        except DownloadError:
+            raise unreachable from None
+        progress.note(f"{unreachable.message}; using the copy that was fetched before")
+        return found
+    if not plan:
+        what = f" that match {', '.join(include)}" if include else ""
+        raise DownloadError(f"{repository} holds no safetensors, configuration or tokenizer files{what}", hint="look at its file list on the hub")
+    if force:
+        for file in plan:
+            _forget(Path(file.local_path))
+    missing = [file for file in plan if force or file.will_download]
+    need = sum(file.file_size or 0 for file in missing)
+    _check_space(target, need, repository)
+    commit, names = plan[0].commit_hash, [file.filename for file in plan]
+    with progress.task(f"downloading {repository}", total=need, unit="B") as task, _small_blocks():
+        counter = Counter(task)
+        for file in missing:
+            if _ALONE <= (file.file_size or 0) <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+                _persist(partial(_fetch, request, file, commit, target, counter), counter, request)
+                counter.start(counter.before + (file.file_size or 0))
+        arguments = {**request.arguments(), "allow_patterns": [_literal(name) for name in names], "max_workers": 4, "tqdm_class": counter.bar_class()}
+        path = Path(_persist(lambda: str(snapshot_download(**arguments)), counter, request))
+    return HubDownload(path, repository, commit, tuple(names), sum(file.file_size or 0 for file in plan), need)
+
+
+def _forget(path: Path) -> None:
+    """Delete a fetched file, and what a link in the hub's cache points at."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _fetch(request: Request, file: DryRunFileInfo, commit: str, target: Path, counter: Counter) -> str:
+    """Fetch one large file to where huggingface_hub will look for it; a part that is there is continued, also one of an earlier run.
+
+    huggingface_hub alone starts a file anew in every run.
+    """
+    from filelock import FileLock
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(library_name="meteora")
+    url = hf_hub_url(request.repository, file.filename, revision=commit, endpoint=request.endpoint)
+    metadata = get_hf_file_metadata(url, headers=headers, endpoint=request.endpoint)
+    etag, size = metadata.etag or "", metadata.size
+    if not re.fullmatch(r"[\w-]+", etag):
+        return ""
+    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
+        headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+    if request.folder is None:
+        place = target / f"models--{request.repository.replace('/', '--')}" / "blobs" / etag
+        part = place.with_name(f"{etag}.part")
+    else:
+        place = target / file.filename
+        part = target / ".cache" / "meteora" / f"{etag}.part"
+    for folder in (place.parent, part.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = part.with_suffix(".lock")
+    with FileLock(lock):
+        if request.folder is None and place.is_file():
+            return str(place)
+        with part.open("ab") as handle:
+            if size is not None and handle.tell() > size:
+                handle.truncate(0)
+                handle.seek(0)
+            http_get(
+                metadata.location,
+                handle,
+                resume_size=handle.tell(),
+                headers=headers,
+                expected_size=size,
+                displayed_filename=file.filename,
+                tqdm_class=counter.bar_class(),
+            )
+        if re.fullmatch(r"[0-9a-f]{64}", etag) and sha256(part) != etag:
+            part.unlink()
+            raise DownloadError(
+                f"{file.filename} of {request.repository} did not arrive whole: its hash differs", hint="run the command again; only this file is fetched"
+            )
+        if request.folder is not None:
+            (target / ".cache" / "huggingface" / "download" / f"{file.filename}.metadata").unlink(missing_ok=True)
+        part.chmod(0o644)
+        part.replace(place)
+    lock.unlink(missing_ok=True)
+    return str(place)
+
+
+def _plan(request: Request) -> list[DryRunFileInfo]:
+    """Every wanted file: its size, and whether it is there. Asks the hub, up to three times."""
+    from huggingface_hub import snapshot_download
+
+    for attempt in range(3):
+        try:
+            found = snapshot_download(
+                **request.arguments(),
+                allow_patterns=list(ALLOWED),
+                ignore_patterns=list(REFUSED),
+                dry_run=True,
+                max_workers=4,
+                tqdm_class=Counter(None).bar_class(),
+            )
+            return [file for file in found if request.wants(file.filename)]
+        except Exception as error:
+            explained = explain(error, request)
+            if attempt == 2 or not isinstance(explained, Unreachable):
+                raise explained from error
+            time.sleep(0.5 * (attempt + 1))
+    raise AssertionError("the loop returns or raises")
+
+
+def _persist(fetch: Callable[[], str], counter: Counter, request: Request) -> str:
+    """Call ``fetch`` until it succeeds; give up when :data:`ATTEMPTS` in a row bring no byte, or at once when trying again cannot help."""
+    failures = 0
+    while True:
+        before = counter.done
+        try:
+            return fetch()
+        except Exception as error:
+            explained = error if isinstance(error, MeteoraError) else explain(error, request)
+            failures = 1 if counter.done > before else failures + 1
+            if failures >= ATTEMPTS or not isinstance(explained, Unreachable):
+                raise explained from error
+        time.sleep(min(0.2 * 2**failures, 10.0))
+
+
+@contextmanager
+def _small_blocks() -> Iterator[None]:
+    """Within the block, huggingface_hub keeps what arrives in pieces of :data:`_BLOCK` bytes."""
+    from huggingface_hub import constants
+
+    before = constants.DOWNLOAD_CHUNK_SIZE
+    constants.DOWNLOAD_CHUNK_SIZE = min(before, _BLOCK)
+    try:
+        yield
+    finally:
+        constants.DOWNLOAD_CHUNK_SIZE = before
+
+
+def _from_disk(request: Request) -> HubDownload:
+    """An earlier, complete download."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        names = _listed_before(request)
+        patterns = list(request.include or ALLOWED) if names is None else [_literal(name) for name in names]
+        path = Path(snapshot_download(**request.arguments(), allow_patterns=patterns, ignore_patterns=list(REFUSED), local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError) as error:
+        raise DownloadError(
+            f"{request.repository} is not in the cache, or not all of it, and the hub may not be asked (HF_HUB_OFFLINE)",
+            hint="unset HF_HUB_OFFLINE once to fetch it, or set HF_HOME to the cache that holds it",
+        ) from error
+    found = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and request.wants(str(file.relative_to(path))))
+    if not found:
+        raise DownloadError(f"{request.repository} is in the cache, but nothing that was asked for", hint="unset HF_HUB_OFFLINE once to fetch it")
+    commit = path.name if request.folder is None else None
+    return HubDownload(path, request.repository, commit, tuple(found), sum((path / name).stat().st_size for name in found), 0)
+
+
+def _listed_before(request: Request) -> list[str] | None:
+    """The wanted files as the hub listed them at the last download; None when that was not kept."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return None
+    try:
+        tree = get_cached_repo_tree(request.repository, revision=request.revision, cache_dir=request.cache, local_dir=request.folder)
+    except CachedRepoTreeNotFoundError:
+        return None
+    return [file.path for file in tree if request.wants(file.path)]
+
+
+def _literal(name: str) -> str:
+    """A glob pattern that matches ``name`` only."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _check_space(target: Path, need: int, repository: str) -> None:
+    places = (target / f"models--{repository.replace('/', '--')}" / "blobs", target / ".cache" / "meteora")
+    here = sum(file.stat().st_size for place in places for file in place.glob("*.part"))
+    free = shutil.disk_usage(target).free
+    if free < need - here:
+        raise StorageError(
+            f"{target} has {free / 1e9:.1f} GB free, and {repository} needs {need / 1e9:.1f} GB",
+            hint="free some space, or choose another disk with --to or HF_HOME",
+        )

@@ -1,0 +1,231 @@
+"""Say what a file or folder is: a native checkpoint, one of the authors', a PEFT adapter, a base model. No weights are loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from meteora_core.adapters.peft_folder import CONFIG as ADAPTER_CONFIG
+from meteora_core.adapters.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
+from meteora_core.checkpoints.layout import is_authors, read_layout
+from meteora_core.checkpoints.native import BASE, CONFIG_FILE, WEIGHT_FILE, read_config
+from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, TensorFiles, refuse_pickle
+from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.files import read_json, sha256
+from meteora_core.progress import SILENT, Progress
+
+Facts = dict[str, Any]
+
+
+def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progress = SILENT) -> Facts:
+    """What ``path`` is and what it holds, from configurations and safetensors headers.
+
+    Args:
+        path: A folder or a safetensors file.
+        hashes: Compute the SHA-256 of each weight file (reads it once).
+        progress: Told the bytes that are hashed.
+
+    Returns:
+        A JSON-able dict with ``kind`` ("native", "authors", "adapter", "adapters", "base" or "unknown"), ``path``, ``files`` (name, bytes, sha256),
+        ``parameters`` (counts by part and "total"), ``dtypes`` (dtype -> how many numbers), and what that kind has: ``base``, ``adapters`` (name, rank,
+        alpha, rslora, sha256, source), ``adapter_count``, ``ranks``, ``layers``, ``top_k``, ``temperature``, ``intact`` (whether the
+        weight file is the one that was saved; None when hashes were not asked for or none is recorded).
+
+    Raises:
+        CheckpointError: There is no such path, a file is broken or cut short, or it is a pickle.
+    """
+    path = Path(path)
+    refuse_pickle(path)
+    if not path.exists():
+        raise CheckpointError(f"no such file or folder: {path}", hint="correct the path")
+    if path.is_file():
+        if path.name == CONFIG_FILE or (path.name == WEIGHT_FILE and (path.parent / CONFIG_FILE).is_file()):
+            path = path.parent
+        elif path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            return _unknown(path)
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return _native(path, hashes, progress)
+        if (path / ADAPTER_CONFIG).is_file():
+            return _adapter(path, hashes, progress)
+        if not any(path.glob("*.safetensors")) and any(path.glob(f"*/{ADAPTER_CONFIG}")):
+            return _adapters(path, hashes, progress)
+        if not any(path.glob("*.safetensors")):
+            return _unknown(path)
+    tensors = TensorFiles(path)
+    if is_authors(list(tensors.entries)):
+        return _authors(path, tensors, hashes, progress)
+    if any(".lora_A." in name for name in tensors.entries):
+        facts = _facts("adapter", path, tensors, hashes, progress)
+        return {**facts, "parameters": _count(tensors.entries.items(), lambda name: "adapters"), **_lora_facts(tensors)}
+    config = _model_config(path if path.is_dir() else path.parent)
+    if config is None:
+        return _facts("unknown", path, tensors, hashes, progress)
+    return {**_facts("base", path, tensors, hashes, progress), "parameters": _count(tensors.entries.items(), lambda name: "base"), "base": config}
+
+
+def _native(folder: Path, hashes: bool, progress: Progress) -> Facts:
+    config = read_config(folder)
+    if not (folder / WEIGHT_FILE).is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHT_FILE}", hint="copy the checkpoint again")
+    tensors = TensorFiles(folder / WEIGHT_FILE)
+
+    def part(name: str) -> str:
+        return "base" if name.startswith(BASE) else "gates" if name.endswith(".gate") else "adapters"
+
+    facts = _facts("native", folder, tensors, hashes, progress)
+    recorded = config.get("weights_sha256")
+    return {
+        **facts,
+        "parameters": _count(tensors.entries.items(), part),
+        "intact": facts["files"][0]["sha256"] == recorded if hashes and recorded else None,
+        "format": config["format"],
+        "base": {"name": config["base"].get("name"), "revision": config["base"].get("revision")},
+        "contains": config.get("contains", ["gates"]),
+        "base_tensors": config.get("base_tensors", []),
+        "top_k": config["top_k"],
+        "temperature": config["temperature"],
+        "layers": len(config["modules"]),
+        "targets": _targets(config["modules"]),
+        "adapter_count": len(config["adapters"]),
+        "ranks": sorted({rank for module in config["modules"].values() for rank in module["ranks"]}),
+        "adapters": [
+            {key: adapter.get(key) for key in ("name", "rank", "alpha", "rslora", "source")} | {"sha256": adapter.get("sha256") or None}
+            for adapter in config["adapters"]
+        ],
+        "training": config.get("training") or {},
+    }
+
+
+def _authors(path: Path, tensors: TensorFiles, hashes: bool, progress: Progress) -> Facts:
+    layout = read_layout(path)
+
+    def part(name: str) -> str:
+        return "gates" if ".moe_gate." in name else "adapters" if ".lora_A." in name or ".lora_B." in name else "base"
+
+    return {
+        **_facts("authors", path, tensors, hashes, progress),
+        "parameters": _count(tensors.entries.items(), part),
+        "base": {"tensors": len(layout.base)},
+        "layers": len(layout.modules),
+        "targets": _targets(layout.modules),
+        "adapter_count": layout.count,
+        "ranks": [layout.rank],
+    }
+
+
+def _adapter(folder: Path, hashes: bool, progress: Progress) -> Facts:
+    config = read_json(folder / ADAPTER_CONFIG, error=AdapterError)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / ADAPTER_CONFIG} is not a JSON object")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        what = f"only {pickled[0]}, a pickle file, which is never read" if pickled else f"no {ADAPTER_WEIGHTS}"
+        raise CheckpointError(f"the adapter {folder} holds {what}", hint="save it again as safetensors with a recent PEFT")
+    tensors = TensorFiles(folder / ADAPTER_WEIGHTS)
+    facts = _facts("adapter", folder, tensors, hashes, progress)
+    described = {
+        "name": folder.name,
+        "method": config.get("peft_type", "LORA"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "rslora": bool(config.get("use_rslora", False)),
+        "sha256": facts["files"][0]["sha256"],
+        "source": str(folder),
+    }
+    return {
+        **facts,
+        "parameters": _count(tensors.entries.items(), lambda name: "adapters"),
+        "base": {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")},
+        **_lora_facts(tensors),
+        "adapters": [described],
+    }
+
+
+def _adapters(folder: Path, hashes: bool, progress: Progress) -> Facts:
+    """A folder of PEFT folders."""
+    single = [_adapter(file.parent, hashes, progress) for file in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]
+    parameters = sum(facts["parameters"]["total"] for facts in single)
+    dtypes: Counter[str] = Counter()
+    for facts in single:
+        dtypes.update(facts["dtypes"])
+    return {
+        "kind": "adapters",
+        "path": str(folder),
+        "files": [{**file, "name": f"{facts['adapters'][0]['name']}/{file['name']}"} for facts in single for file in facts["files"]],
+        "bytes": sum(facts["bytes"] for facts in single),
+        "dtypes": dict(dtypes),
+        "parameters": {"adapters": parameters, "total": parameters},
+        "bases": sorted({str(facts["base"]["name"]) for facts in single}),
+        "adapter_count": len(single),
+        "ranks": sorted({rank for facts in single for rank in facts["ranks"]}),
+        "adapters": [facts["adapters"][0] for facts in single],
+    }
+
+
+def _unknown(path: Path) -> Facts:
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    pickled = [file.name for file in files if file.suffix in PICKLES]
+    facts: Facts = {"kind": "unknown", "path": str(path), "files": [{"name": file.name, "bytes": file.stat().st_size, "sha256": None} for file in files]}
+    if pickled:
+        facts["refused"] = pickled
+    return facts
+
+
+def _facts(kind: str, path: Path, tensors: TensorFiles, hashes: bool, progress: Progress) -> Facts:
+    files = []
+    total = sum(file.stat().st_size for file in tensors.files)
+    with progress.task(f"hashing {path.name}", total=total, unit="B") as task:
+        for file in tensors.files:
+            size = file.stat().st_size
+            files.append({"name": file.name, "bytes": size, "sha256": sha256(file) if hashes else None})
+            task.update(size)
+    dtypes: Counter[str] = Counter()
+    for entry in tensors.entries.values():
+        dtypes[entry.dtype] += entry.count
+    return {
+        "kind": kind,
+        "path": str(path),
+        "files": files,
+        "bytes": total,
+        "tensors": len(tensors.entries),
+        "dtypes": dict(dtypes),
+        "parameters": _count(tensors.entries.items(), lambda name: "other"),
+    }
+
+
+def _count(entries: Iterable[tuple[str, TensorEntry]], part: Any) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for name, entry in entries:
+        counts[part(name)] += entry.count
+        counts["total"] += entry.count
+    return dict(counts)
+
+
+def _targets(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _lora_facts(tensors: TensorFiles) -> Facts:
+    sides = {name.partition(".lora_A.")[0].removeprefix("base_model.model."): entry for name, entry in tensors.entries.items() if ".lora_A." in name}
+    return {
+        "adapter_count": 1,
+        "layers": len(sides),
+        "targets": _targets(sides),
+        "ranks": sorted({entry.shape[0] for entry in sides.values() if entry.shape}),
+    }
+
+
+def _model_config(folder: Path) -> Facts | None:
+    """What config.json says of a base model; None when there is none."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json", error=CheckpointError)
+    if not isinstance(config, dict) or "model_type" not in config:
+        return None
+    names = ("model_type", "architectures", "hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
+    source = folder / "meteora_source.json"
+    described = {name: config[name] for name in names if name in config}
+    return {**described, "source": read_json(source, error=CheckpointError)} if source.is_file() else described
