@@ -34,6 +34,7 @@ def build(ranks: tuple[int, ...], hidden: int, out: int, top_k: int, temperature
     return MeteoraLinear(base, "x", random(len(ranks), hidden), random(total, hidden), random(total, out), scaling, ranks, state), state
 
 
+@torch.no_grad()
 def loop(layer: MeteoraLinear, state: RoutingState, x: torch.Tensor) -> torch.Tensor:
     """The formula, token by token, adapter by adapter, in float64."""
     W = layer.base_layer.weight.double()
