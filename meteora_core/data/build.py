@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
@@ -130,7 +131,10 @@ def build_tasks(
         return list(done.values())
     waiting = [task for task in tasks if force or existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test) is None]
     _prepare(waiting, source, raw_dir, progress)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, progress.task("building", total=len(tasks), unit="tasks") as bar:
+    with (
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent) as pool,
+        progress.task("building", total=len(tasks), unit="tasks") as bar,
+    ):
         running: dict[Future[Manifest], str] = {pool.submit(build, task): task.name for task in tasks}
         try:
             while running:
@@ -143,6 +147,11 @@ def build_tasks(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [done[task.name] for task in tasks if task.name in done]
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process of a terminal; only the parent shall answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _prepare(tasks: Sequence[Task], source: str, raw_dir: Path | str | None, progress: Progress) -> None:
