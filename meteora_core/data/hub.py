@@ -140,9 +140,11 @@ def _check_reachable(repository: str) -> None:
 def _answers(endpoint: str) -> bool:
     from huggingface_hub import get_session
 
+    session = get_session()
+    lost: tuple[type[Exception], ...] = (OSError, *_transport_errors())
     try:
-        get_session().head(endpoint, timeout=15.0)
-    except (OSError, *_transport_errors()):
+        session.head(endpoint, timeout=15.0)
+    except lost:
         return False
     return True
 
