@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from meteora_cli.commands import chat, ckpt, config, data, quickstart, train
+from meteora_cli.commands import chat, ckpt, config, data, quickstart, trace, train
 from meteora_cli.commands import eval as evaluate
 from meteora_cli.console import Globals, report_error
 
@@ -27,6 +27,7 @@ app.add_typer(ckpt.app, name="ckpt")
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
+app.command("trace")(trace.trace)
 app.add_typer(config.app, name="config")
 
 

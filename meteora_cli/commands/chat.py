@@ -4,33 +4,209 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, progress, settings_from
+from meteora_cli.console import console, emit_json, globals_of, out, progress, settings_from
+
+if TYPE_CHECKING:
+    from meteora_core.chat.session import ChatSession
+
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="A MeteoRA checkpoint; default: the quickstart's, else RUNS/meteora.", show_default=False)
+]
+Base = Annotated[str | None, typer.Option("--base", help="A base model alone; with --checkpoint or --adapter: the one to load it onto.", show_default=False)]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="One adapter alone: a PEFT folder, or a name.", show_default=False)]
+AdaptersDir = Annotated[Path | None, typer.Option("--adapters", help="Where the checkpoint's adapter folders lie, if they were moved.", show_default=False)]
+RoutingT = Annotated[float | None, typer.Option("--T", help="Temperature of the mix; default: the checkpoint's.", show_default=False)]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: the checkpoint's.", show_default=False)]
+System = Annotated[str | None, typer.Option("--system", help="Text that stands before the conversation.", show_default=False)]
+Template = Annotated[
+    str | None, typer.Option("--template", help="chat, inst or raw; default: inst for MeteoRA and adapters, chat for a base.", show_default=False)
+]
+MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer.", show_default=False)]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps.", show_default=False)]
+Backend = Annotated[str | None, typer.Option("--backend", help="Mixture kernels; default: auto.", show_default=False)]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a model repository ships.")]
 
 
 def chat(
     ctx: typer.Context,
-    checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="A MeteoRA checkpoint; default: the quickstart's, else RUNS/meteora.", show_default=False)
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="A bare base model (with --checkpoint or --adapter: the one to load it onto).", show_default=False)
-    ] = None,
-    adapter: Annotated[str | None, typer.Option("--adapter", help="One adapter alone: a PEFT folder, or a name.", show_default=False)] = None,
+    checkpoint: Checkpoint = None,
+    base: Base = None,
+    adapter: Adapter = None,
+    adapters_dir: AdaptersDir = None,
+    temperature: RoutingT = None,
+    top_k: TopK = None,
+    system: System = None,
+    template: Template = None,
+    max_new_tokens: MaxNew = None,
+    sampling: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0: greedy.", show_default=False)] = None,
+    route: Annotated[bool, typer.Option("--route", help="Colour every token by the adapter that spoke.")] = False,
+    device: Device = None,
+    backend: Backend = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer one message from stdin as a JSON document.")] = False,
 ) -> None:
-    """Talk with a model."""
-    from transformers import TextStreamer
+    """Talk with a model, and see which adapter speaks.
 
+    In a terminal this is a conversation (/help lists its commands). Without one, all of stdin is one message, and the answer goes to stdout.
+    """
+    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    message = "" if interactive else read_message()
+    session = open_session(
+        ctx,
+        checkpoint=checkpoint,
+        base=base,
+        adapter=adapter,
+        adapters_dir=adapters_dir,
+        routing_temperature=temperature,
+        top_k=top_k,
+        system=system,
+        template=template,
+        chat__max_new_tokens=max_new_tokens,
+        chat__temperature=sampling,
+        model__device=device,
+        model__backend=backend,
+        model__trust_remote_code=trust_remote_code or None,
+    )
+    if route:
+        session.state()
+    if interactive:
+        _converse(session, route=route, quiet=globals_of(ctx).quiet)
+    elif as_json:
+        emit_json(answer_document(session, message))
+    else:
+        _answer_plain(session, message, verbose=bool(globals_of(ctx).verbose), route=route)
+
+
+def open_session(
+    ctx: typer.Context,
+    *,
+    checkpoint: Path | None,
+    base: str | None,
+    adapter: str | None,
+    adapters_dir: Path | None,
+    routing_temperature: float | None,
+    top_k: int | None,
+    system: str | None,
+    template: str | None,
+    **flags: Any,
+) -> ChatSession:
+    """Load what the flags name and begin a conversation with it; ``flags`` are settings, as for ``settings_from``."""
+    from meteora_core.chat.engine import Sampling
+    from meteora_core.chat.session import ChatSession
     from meteora_core.chat.speaker import load_speaker
 
-    settings = settings_from(ctx)
+    settings = settings_from(ctx, chat__template=template, **flags)
     with progress(ctx) as bars:
-        speaker = load_speaker(settings, checkpoint=checkpoint, base=base, adapter=adapter, progress=bars)
-    console.print(speaker.title, markup=False)
-    streamer = TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for line in sys.stdin:
-        inputs = speaker.tokenizer(f"[INST] {line.strip()} [/INST]\n", return_tensors="pt")
-        speaker.model.generate(**inputs.to(speaker.model.device), max_new_tokens=settings.chat.max_new_tokens, do_sample=False, streamer=streamer)
+        speaker = load_speaker(settings, checkpoint=checkpoint, base=base, adapter=adapter, adapters_dir=adapters_dir, progress=bars)
+    wishes = settings.chat
+    if speaker.kind == "meteora":
+        # A setting that stands at its default does not override what the checkpoint was trained with.
+        configured = settings.routing.top_k if settings.routing.top_k != type(settings.routing)().top_k else None
+        top_k = top_k if top_k is not None else configured
+        routing_temperature = routing_temperature if routing_temperature is not None else settings.routing.temperature
+    return ChatSession(
+        speaker,
+        Sampling(wishes.max_new_tokens, wishes.temperature, wishes.top_p, wishes.seed),
+        template=wishes.template,
+        system=system,
+        top_k=top_k,
+        temperature=routing_temperature,
+    )
+
+
+def read_message() -> str:
+    """All of stdin as text; bytes that are not UTF-8 are replaced, and a note says so.
+
+    Raises:
+        UsageError: There is nothing.
+    """
+    from meteora_core.errors import UsageError
+
+    raw = sys.stdin.buffer.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as broken:
+        text = raw.decode("utf-8", errors="replace")
+        note = f"note: stdin is not UTF-8 at byte {broken.start + 1}; what cannot be read is replaced by \N{REPLACEMENT CHARACTER}"
+        console.print(note, style="yellow", markup=False)
+    text = text.strip("\n")
+    if not text.strip():
+        raise UsageError("there is no message on stdin", hint='for example: echo "a question" | meteora chat')
+    return text
+
+
+def _converse(session: ChatSession, *, route: bool, quiet: bool) -> None:
+    from meteora_cli.chat.repl import make_reader, run_repl
+    from meteora_cli.chat.slash import Chat
+    from meteora_core.files import cache_dir
+
+    talk = Chat(session, out, console, route)
+    if not quiet:
+        talk.say(f"{session.speaker.title} · /help")
+    run_repl(talk, make_reader(talk, cache_dir() / "chat_history"))
+
+
+def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: bool) -> None:
+    from meteora_cli.chat.answer import figures, interruptible, show_answer
+    from meteora_core.chat.engine import Finished, Written
+    from meteora_core.chat.prompts import Encoded
+
+    if route:
+        from meteora_cli.chat.render import Painter
+
+        show_answer(session, message, out, console, Painter(out, session.state().names))
+        return
+    with interruptible() as stop:
+        for event in session.ask(message, stop=stop.is_set):
+            if isinstance(event, Encoded) and event.notice:
+                console.print(f"note: {event.notice}", style="yellow", markup=False)
+            elif isinstance(event, Written):
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+            elif isinstance(event, Finished):
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+                if verbose:
+                    console.print(figures(event), style="dim", markup=False)
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
+    """Answer one message; text, token ids, timings, and the routes where there are adapters."""
+    from meteora_cli.chat.answer import interruptible
+    from meteora_core.chat.engine import Finished
+    from meteora_core.chat.prompts import Encoded
+
+    prompt: list[int] = []
+    finished: Finished | None = None
+    notice = None
+    with interruptible() as stop:
+        for event in session.ask(message, stop=stop.is_set):
+            if isinstance(event, Encoded):
+                prompt, notice = event.ids, event.notice
+            elif isinstance(event, Finished):
+                finished = event
+    if stop.is_set() or finished is None:
+        raise KeyboardInterrupt
+    document: dict[str, Any] = {
+        "model": session.speaker.title,
+        "mode": session.mode.describe(),
+        "template": session.template,
+        "message": message,
+        "notice": notice,
+        "text": finished.text,
+        "finish": finished.reason,
+        "prompt_ids": prompt,
+        "ids": list(finished.ids),
+        "seconds_to_first_token": round(finished.first_seconds, 4),
+        "tokens_per_second": round(finished.tokens_per_second, 2),
+        "settings": session.values(),
+    }
+    if session.speaker.routing is not None:
+        document["routes"] = session.picture().to_json()
+    return document

@@ -2,30 +2,218 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meteora_cli.console import emit_json, out, progress
 
+if TYPE_CHECKING:
+    from meteora_core.checkpoints.convert import BaseTensors
+
 app = typer.Typer(help="Download models, look into checkpoints, convert the authors' layout.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 @app.command("download")
 def download(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="What to fetch: smollm2-135m.", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Fetch and convert again even if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="smollm2-135m, meteora-llama3-8b, meteora-llama2-13b, or a hub repository ORGANISATION/NAME, with @REVISION if need be.", show_default=False
+        ),
+    ],
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", help="Of a hub repository, only files that match this pattern, such as '*/top_1/*'; repeat for more.", show_default=False),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder for a hub repository; default: the hub's cache.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch again even if it is there.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Fetch a model into the cache; what is there already is not fetched again."""
+    """Fetch a model or a checkpoint; what is there already is not fetched again, and a download that was cut goes on."""
+    from meteora_core.checkpoints.catalog import CATALOG
+    from meteora_core.checkpoints.hub import KNOWN, download_known, download_repo, split_revision
+    from meteora_core.errors import UsageError, did_you_mean
+
+    short, _, revision = name.partition("@")
+    if short in CATALOG:
+        _download_base(ctx, name, include=include, to=to, force=force, as_json=as_json)
+        return
+    if "/" not in name and short not in KNOWN:
+        names = [*CATALOG, *KNOWN]
+        hint = did_you_mean(name, names) or f"known: {', '.join(names)}; or a hub repository such as ORGANISATION/NAME"
+        raise UsageError(f"nothing to download is named {name!r}", hint=hint)
+    wanted = tuple(include) if include else None
+    with progress(ctx) as bars:
+        if short in KNOWN:
+            got = download_known(short, revision=revision or None, include=wanted, folder=to, force=force, progress=bars)
+        else:
+            repository, revision_ = split_revision(name)
+            got = download_repo(repository, revision=revision_, include=wanted, folder=to, force=force, progress=bars)
+    if as_json:
+        emit_json(
+            {
+                "name": name,
+                "kind": "hub",
+                "path": str(got.path),
+                "repository": got.repository,
+                "revision": got.revision,
+                "files": list(got.files),
+                "bytes": got.size,
+                "fetched": got.fetched,
+            }
+        )
+        return
+    out.print(f"{name}: {got.path}", markup=False, soft_wrap=True)
+    commit = f" at {got.revision[:12]}" if got.revision else ""
+    out.print(f"{len(got.files)} files, {_size(got.size)} ({_size(got.fetched)} fetched now), {got.repository}{commit}", markup=False, soft_wrap=True)
+    if short in KNOWN:
+        place = got.path / KNOWN[short].include[0].removesuffix("/*")
+        adapters = got.path / KNOWN[short].include[1].removesuffix("/*")
+        example = f"meteora ckpt convert {place} runs/{short} --base {KNOWN[short].base} --adapters {adapters}"
+        out.print(f"next: {example}", markup=False, soft_wrap=True)
+
+
+def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, to: Path | None, force: bool, as_json: bool) -> None:
     from meteora_core.checkpoints.catalog import catalog_entry, download_base
+    from meteora_core.errors import UsageError
     from meteora_core.files import sha256
 
     entry = catalog_entry(name)
+    if include or to is not None:
+        raise UsageError(f"{name} goes into the cache as a whole", hint="leave out --include and --to; METEORA_CACHE says where the cache is")
     with progress(ctx) as bars:
         path = download_base(name, progress=bars, force=force)
     if as_json:
         emit_json({"name": name, "kind": "base", "path": str(path), "sha256": sha256(path / "model.safetensors"), "description": entry.description})
     else:
         out.print(f"{name}: {path}", markup=False, soft_wrap=True)
+
+
+@app.command("inspect")
+def inspect(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(help="A folder or a safetensors file.", show_default=False)],
+    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compute the SHA-256 of the weight files (reads them once).")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint, adapter or model is and what it holds; no weights are loaded."""
+    from meteora_core.checkpoints.inspect import inspect_checkpoint
+
+    with progress(ctx) as bars:
+        facts = inspect_checkpoint(path, hashes=hashes, progress=bars)
+    if as_json:
+        emit_json(facts)
+    else:
+        _show(facts)
+
+
+@app.command("convert")
+def convert(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' model.safetensors, or the folder that holds it or its shards.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The native checkpoint to write.", show_default=False)],
+    base: Annotated[str, typer.Option("--base", help="The base model it was trained on: a folder, a known name, or a hub id.", show_default=False)],
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub base model.", show_default=False)] = None,
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", help="The folder with one PEFT folder per adapter (gives names and alphas).", show_default=False)
+    ] = None,
+    names: Annotated[str | None, typer.Option("--names", help="The adapters' names in the checkpoint's order, a,b,c.", show_default=False)] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha of all adapters, without --adapters; default: 16.", show_default=False)] = None,
+    top_k: Annotated[int, typer.Option("--top-k", help="Adapters per token, stored as the default.")] = 2,
+    temperature: Annotated[float, typer.Option("--T", help="Routing temperature, stored as the default.")] = 1.0,
+    base_tensors: Annotated[
+        str, typer.Option("--base-tensors", help="Which base tensors to store: changed (compares with the base model) or all.")
+    ] = "changed",
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a checkpoint in the authors' layout into a native folder, tensor by tensor."""
+    from typing import cast
+
+    from meteora_core.checkpoints.convert import convert_authors
+    from meteora_core.model.base import BaseReference
+
+    with progress(ctx) as bars:
+        done = convert_authors(
+            checkpoint,
+            folder,
+            BaseReference(base, revision),
+            adapter_dir=adapters,
+            names=None if names is None else [name.strip() for name in names.split(",") if name.strip()],
+            alpha=alpha,
+            top_k=top_k,
+            temperature=temperature,
+            base_tensors=cast("BaseTensors", base_tensors),
+            overwrite=force,
+            progress=bars,
+        )
+    if as_json:
+        emit_json(
+            {
+                "path": str(done.folder),
+                "adapters": list(done.adapters),
+                "rank": done.rank,
+                "layers": done.layers,
+                "base": base,
+                "base_tensors": list(done.base_tensors),
+                "bytes": done.size,
+                "sha256": done.sha256,
+            }
+        )
+        return
+    out.print(f"{done.folder}: {len(done.adapters)} adapters of rank {done.rank} on {done.layers} linears, {_size(done.size)}", markup=False, soft_wrap=True)
+    if done.base_tensors:
+        out.print(f"{len(done.base_tensors)} base tensors are stored too, since they are not those of {base}", markup=False, soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+_KINDS = {
+    "native": "a native meteora checkpoint",
+    "authors": "a checkpoint in the layout of MeteoRA's authors (`meteora ckpt convert` makes it native)",
+    "adapter": "a PEFT LoRA adapter",
+    "adapters": "a folder of PEFT LoRA adapters",
+    "base": "a base model",
+    "unknown": "nothing that meteora knows",
+}
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    out.print(f"{facts['path']}: {_KINDS[facts['kind']]}", markup=False, soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    base = facts.get("base")
+    if base:
+        table.add_row("base", ", ".join(f"{key} {value}" for key, value in base.items() if value is not None and not isinstance(value, dict)))
+    if "adapter_count" in facts:
+        table.add_row("adapters", f"{facts['adapter_count']} of rank {', '.join(map(str, facts['ranks']))}")
+    if "layers" in facts:
+        table.add_row("on", f"{facts['layers']} linears: {', '.join(facts['targets'])}")
+    if "top_k" in facts:
+        table.add_row("routing", f"top-{facts['top_k']}, T = {facts['temperature']}")
+    if "contains" in facts:
+        table.add_row("holds", ", ".join(facts["contains"]))
+    if "parameters" in facts:
+        table.add_row("parameters", ", ".join(f"{part} {count:,}" for part, count in facts["parameters"].items()))
+        table.add_row("dtypes", ", ".join(facts["dtypes"]))
+    if facts.get("intact") is not None:
+        table.add_row("intact", "yes" if facts["intact"] else "NO: the weight file is not the one that was saved")
+    if facts.get("refused"):
+        table.add_row("refused", f"{', '.join(facts['refused'])} (pickle, never read)")
+    out.print(table)
+    if "adapters" in facts:
+        listed = Table("adapter", "rank", "alpha", "sha256", "source")
+        for adapter in facts["adapters"]:
+            alpha = f"{adapter['alpha']}{' (rsLoRA)' if adapter['rslora'] else ''}"
+            listed.add_row(adapter["name"], str(adapter["rank"]), alpha, (adapter["sha256"] or "-")[:12], str(adapter["source"]))
+        out.print(listed)
+    for file in facts["files"][:20]:
+        out.print(f"{file['name']}  {_size(file['bytes'])}  {file['sha256'] or ''}", markup=False, soft_wrap=True)

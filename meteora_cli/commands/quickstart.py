@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,7 +35,7 @@ def quickstart(
     from meteora_core.model.base import BaseReference
     from meteora_core.quickstart import QuickstartPlan, next_commands, run_quickstart
 
-    sizes = {"adapter_steps": adapter_steps, "gate_steps": gate_steps, "test_rows": test_rows, "composite_rows": composite_rows}
+    sizes: dict[str, Any] = {"adapter_steps": adapter_steps, "gate_steps": gate_steps, "test_rows": test_rows, "composite_rows": composite_rows}
     plan = QuickstartPlan(out_dir or settings.paths.runs / "quickstart", **{name: value for name, value in sizes.items() if value is not None})
     base = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
     with progress(ctx) as bars:

@@ -44,7 +44,9 @@ def train(
     ctx: typer.Context,
     stage: Annotated[Stage, typer.Option(help="adapters: one LoRA per task; gates: the gates over all adapters.")] = Stage.gates,
     task: Annotated[str | None, typer.Option(help="Task names, separated by commas; gates: default is every adapter folder.", show_default=False)] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="gates: the checkpoint's folder (default: runs/meteora); adapters: their parent.", show_default=False)] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="gates: the checkpoint's folder (default: runs/meteora); adapters: their parent.", show_default=False)
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
     adapters: Annotated[Path | None, typer.Option(help="Adapter folders.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help="Base model: a catalog name, a folder or a hub id.", show_default=False)] = None,
@@ -54,7 +56,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default=False)] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row, in tokens.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything.", show_default=False)] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.", show_default=False)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.", show_default=False)
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many train rows of a task.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(help="adapters: LoRA rank.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(help="adapters: LoRA alpha.", show_default=False)] = None,

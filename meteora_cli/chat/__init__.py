@@ -1,0 +1,1 @@
+"""What `meteora chat` and `meteora trace` show in a terminal."""

@@ -1,0 +1,135 @@
+"""Tables and panels of the chat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from meteora_cli.chat.answer import interruptible
+from meteora_cli.chat.render import Painter, harmless
+from meteora_core.chat.engine import Finished, Written
+from meteora_core.chat.options import options_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from torch import Tensor
+
+    from meteora_core.chat.session import ChatSession
+    from meteora_core.trace.picture import RoutePicture
+
+NARROW = 72
+"""Below this width, tables drop what can be missed and panels stand below each other."""
+SPANS = 40
+"""Rows of /why at most."""
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def show_help(out: Console, commands: dict[str, tuple[str, str]]) -> None:
+    """The commands and the keys."""
+    table = _table("command", "")
+    for name, (usage, text) in commands.items():
+        table.add_row(Text(f"/{name} {usage}".rstrip(), "bold"), text)
+    out.print(table)
+    out.print(Text("Enter sends, Alt-Enter (or Esc, Enter) begins a new line, Tab completes, Ctrl-C stops an answer, Ctrl-D leaves.", "dim"))
+
+
+def show_settings(out: Console, session: ChatSession) -> None:
+    """What /set can change."""
+    table = _table("setting", "value", "range") if out.width < NARROW else _table("setting", "value", "range", "")
+    values = session.values()
+    for name, option in options_for(session.speaker.routing).items():
+        cells: list[Text | str] = [
+            Text(name, "bold"),
+            f"{values[name]:g}" if isinstance(values[name], float) else str(values[name]),
+            option.range(),
+            option.text,
+        ]
+        table.add_row(*cells[: len(table.columns)])
+    out.print(table)
+
+
+def show_adapters(out: Console, session: ChatSession) -> None:
+    """The bank."""
+    state = session.state()
+    painter = Painter(out, state.names)
+    narrow = out.width < NARROW
+    table = _table("", "adapter", "rank") if narrow else _table("", "adapter", "rank", "alpha", "from", "")
+    for index, adapter in enumerate(state.adapters):
+        mode = session.mode
+        status = "forced" if mode.forced == adapter.name else "muted" if adapter.name in mode.muted else ""
+        mark, style = painter.swatch(index)
+        name = Text(adapter.name, "bold")
+        if narrow:
+            table.add_row(Text(mark, style), name.append(f" {status}", "not bold"), str(adapter.rank))
+        else:
+            alpha = f"{adapter.alpha:g}" + (" rs" if adapter.rslora else "")
+            table.add_row(Text(mark, style), name, str(adapter.rank), alpha, harmless(adapter.source), status)
+    out.print(table)
+
+
+def _top(names: Sequence[str], shares: Tensor, most: int = 3) -> str:
+    order = sorted(range(len(names)), key=lambda index: -float(shares[index]))
+    return ", ".join(f"{names[index]} {100 * float(shares[index]):.0f} %" for index in order[:most] if float(shares[index]) >= 0.005)
+
+
+def show_why(out: Console, picture: RoutePicture) -> None:
+    """The last answer by spans of one adapter, then by kind of layer."""
+    painter = Painter(out, picture.names)
+    spans = picture.spans("answer")
+    table = _table("", "tokens", "text", "mean weights")
+    for span in spans[:SPANS]:
+        mark, style = painter.swatch(span.adapter)
+        text = harmless(span.text).replace("\n", "⏎")
+        shown = text if len(text) <= 60 else f"{text[:40]} … {text[-16:]}"
+        table.add_row(Text(mark, style), f"{span.start}–{span.end - 1}", Text(shown), _top(picture.names, span.shares))
+    out.print(table)
+    if len(spans) > SPANS:
+        out.print(Text(f"and {len(spans) - SPANS} more spans: /export shows them all", "dim"))
+    kinds = _table("linear", "mean weights over the answer")
+    for kind, row in zip(picture.kinds, picture.by_kind("answer"), strict=True):
+        kinds.add_row(Text(kind, "bold"), _top(picture.names, row))
+    out.print()
+    out.print(kinds)
+    out.print()
+    out.print(painter.legend(picture.total("answer")))
+
+
+def show_comparison(out: Console, notes: Console, session: ChatSession, adapter: str | None, message: str | None) -> None:
+    """Answers side by side; below each other in a narrow terminal."""
+    labels: list[str] = []
+    texts: list[str] = []
+    ends: list[str] = []
+    with interruptible() as stop, notes.status("comparing") as status:
+        for item in session.compare(adapter=adapter, message=message, stop=stop.is_set):
+            if item.column == len(labels):
+                labels.append(item.label)
+                texts.append("")
+                ends.append("")
+            if isinstance(item.event, Written):
+                texts[item.column] += item.event.text
+                status.update(f"{item.column + 1} of {item.columns}: {item.label}, {len(texts[item.column])} characters")
+            elif isinstance(item.event, Finished):
+                texts[item.column] = item.event.text
+                cut = {"end": "", "length": ", cut", "context": ", cut", "stopped": ", stopped"}[item.event.reason]
+                ends[item.column] = f"{len(item.event.ids)} tokens{cut}"
+    panels = [Panel(Text(harmless(text).strip()), title=Text(label), subtitle=Text(end, "dim")) for label, text, end in zip(labels, texts, ends, strict=True)]
+    if out.width < NARROW or not panels:
+        out.print(Group(*panels))
+        return
+    grid = Table.grid(expand=True)
+    for _ in panels:
+        grid.add_column(ratio=1)
+    grid.add_row(*panels)
+    out.print(grid)

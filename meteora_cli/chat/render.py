@@ -1,0 +1,159 @@
+"""Text with routes in a terminal: colours, legend, word-wrapped streaming."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.style import Style
+from rich.text import Text
+
+from meteora_core.trace.palette import HUES, look, tint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from meteora_core.trace.picture import RoutePicture
+
+_PATTERNS = {"plain": "", "dashed": "underline", "dotted": "italic", "double": "bold underline"}
+_SIXTEEN = (
+    "black on yellow",
+    "black on cyan",
+    "black on green",
+    "black on bright_yellow",
+    "white on blue",
+    "white on red",
+    "white on magenta",
+    "black on white",
+)
+"""For terminals of 16 colours, where tints would fall together: one pair a hue of the palette."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """Text without control characters but line ends and tabs, so that nothing in it can steer the terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+class Painter:
+    """Gives every token the look of its adapter.
+
+    Black text on a tint, both set, so that light and dark terminals show the same. Without colour (NO_COLOR, a dumb terminal, a pipe) the
+    adapter's name stands before the tokens wherever the adapter changes.
+
+    Args:
+        console: Where it will be printed.
+        names: The adapters.
+    """
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self.names = names
+        self.system = None if console.no_color else console.color_system
+        self._last: int | None = None
+
+    def style(self, adapter: int, weight: float) -> Style:
+        """The style of a token of that adapter and mean weight; empty without colour."""
+        if self.system is None:
+            return Style.null()
+        pattern = _PATTERNS[look(adapter).pattern]
+        if self.system in ("standard", "windows"):
+            return Style.parse(f"{_SIXTEEN[adapter % len(HUES)]} {pattern}".strip())
+        return Style.parse(f"black on {tint(adapter, weight)} {pattern}".strip())
+
+    def pieces(self, text: str, adapter: int, weight: float) -> list[tuple[str, Style]]:
+        """A token as styled pieces; without colour the first of an adapter brings its name along."""
+        pieces = [(text, self.style(adapter, weight))]
+        if self.system is None and adapter != self._last and text:
+            pieces.insert(0, (f"<{self.names[adapter]}> ", Style.null()))
+        if text:
+            self._last = adapter
+        return pieces
+
+    def restart(self) -> None:
+        """Begin another text: the next token names its adapter again."""
+        self._last = None
+
+    def swatch(self, adapter: int) -> tuple[str, Style]:
+        """A mark for a legend."""
+        return ("   " if self.system is not None else "  ", self.style(adapter, 1.0))
+
+    def legend(self, shares: Tensor, *, most: int = 8) -> Text:
+        """The adapters that spoke, largest share first, as one paragraph."""
+        values = shares.tolist()
+        order = [index for index in sorted(range(len(values)), key=lambda index: -values[index]) if values[index] >= 0.005]
+        text = Text()
+        for index in order[:most]:
+            text.append(*self.swatch(index))
+            text.append(f" {self.names[index]} {100 * values[index]:.0f} %   ")
+        if len(order) > most:
+            text.append(f"and {len(order) - most} more", style="dim")
+        text.rstrip()
+        return text
+
+
+class StreamPrinter:
+    """Prints styled pieces as they come and wraps at words.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._column = 0
+        self._word: list[tuple[str, Style]] = []
+
+    def add(self, text: str, style: Style) -> None:
+        """Print a piece; a word at its end waits until it is complete."""
+        for run in re.findall(r"\n|[^\S\n]+|\S+", harmless(text)):
+            if run == "\n":
+                self.flush()
+                self._newline()
+            elif run.isspace():
+                self.flush()
+                run = run.expandtabs(4)
+                if self._column + cell_len(run) < self._console.width:
+                    self._print(run, style)
+                else:
+                    self._newline()
+            else:
+                self._word.append((run, style))
+
+    def flush(self) -> None:
+        """Print what waits."""
+        width = sum(cell_len(text) for text, _ in self._word)
+        if self._column and self._column + width > self._console.width:
+            self._newline()
+        for text, style in self._word:
+            self._print(text, style)
+        self._word = []
+
+    def end(self) -> None:
+        """Finish the text: print what waits, and end the line if one is open."""
+        self.flush()
+        if self._column:
+            self._newline()
+
+    def _print(self, text: str, style: Style) -> None:
+        self._console.print(Text(text, style), end="", soft_wrap=True)
+        self._column = (self._column + cell_len(text)) % max(1, self._console.width)
+
+    def _newline(self) -> None:
+        self._console.print()
+        self._column = 0
+
+
+def picture_text(picture: RoutePicture, painter: Painter, *, role: str | None = None) -> Text:
+    """The coloured text of a picture (of one role only, if given)."""
+    who, shares = picture.speakers().tolist(), picture.shares()
+    text = Text()
+    painter.restart()
+    for position, token in enumerate(picture.tokens):
+        if role in (None, token.role):
+            adapter = who[position]
+            for piece, style in painter.pieces(harmless(token.text), adapter, float(shares[position, adapter])):
+                text.append(piece, style)
+    return text

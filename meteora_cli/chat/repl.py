@@ -1,0 +1,174 @@
+"""The read-eval-print loop of `meteora chat`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora_cli.chat.answer import show_answer
+from meteora_cli.chat.render import Painter
+from meteora_cli.chat.slash import COMMANDS, FILE_COMMANDS, Chat, Quit, run_command
+from meteora_cli.console import report_error
+from meteora_core.errors import MeteoraError
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+
+LARGE_PASTE = 2000
+"""A longer paste stands in the input line as a short mark; what is sent is the text."""
+
+
+class Pastes:
+    """Large pasted texts, and the marks that stand for them while a line is edited."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, str] = {}
+
+    def mark(self, text: str) -> str:
+        """Keep a text; returns its mark."""
+        mark = f"[pasted text {len(self._texts) + 1}: {len(text):,} characters]"
+        self._texts[mark] = text
+        return mark
+
+    def expand(self, line: str) -> str:
+        """The line with its pasted texts in place."""
+        for mark, text in self._texts.items():
+            line = line.replace(mark, text)
+        return line
+
+
+def run_repl(chat: Chat, read: Callable[[], str]) -> None:
+    """Read lines and answer them until the user leaves.
+
+    Args:
+        chat: The conversation and where it is shown.
+        read: Returns the next message; raises EOFError at the end (Ctrl-D) and KeyboardInterrupt on Ctrl-C, which only clears the line.
+    """
+    while True:
+        try:
+            line = read()
+        except KeyboardInterrupt:
+            chat.say("Ctrl-D leaves")
+            continue
+        except EOFError:
+            return
+        try:
+            take(chat, line)
+        except Quit:
+            return
+        except MeteoraError as error:
+            report_error(error)
+        except KeyboardInterrupt:
+            chat.say("stopped")
+
+
+def take(chat: Chat, line: str) -> None:
+    """Handle one line: a command, or a message (two slashes at its start send one)."""
+    if not line.strip():
+        return
+    if line.startswith("/") and not line.startswith("//"):
+        run_command(chat, line)
+        return
+    state = chat.session.speaker.routing
+    painter = Painter(chat.out, state.names) if chat.route and state is not None else None
+    show_answer(chat.session, line.removeprefix("/") if line.startswith("//") else line, chat.out, chat.notes, painter)
+
+
+def make_reader(chat: Chat, history: Path) -> Callable[[], str]:
+    """A reader with history, completion and multi-line editing."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.formatted_text import FormattedText
+
+    pastes = Pastes()
+    session: PromptSession[str] = PromptSession(
+        history=_history(history),
+        completer=_completer(chat),
+        complete_while_typing=True,
+        multiline=True,
+        key_bindings=_keys(pastes),
+        bottom_toolbar=lambda: FormattedText([("", _toolbar(chat))]),
+        prompt_continuation=lambda width, number, soft: "· ".rjust(width),
+        enable_history_search=False,
+        reserve_space_for_menu=6,
+    )
+    return lambda: pastes.expand(session.prompt([("bold", "› ")]))
+
+
+def _toolbar(chat: Chat) -> str:
+    session = chat.session
+    parts = [session.mode.describe(), f"template {session.template}"]
+    if chat.route:
+        parts.append("colours on")
+    parts.append("/help")
+    return " · ".join(parts)
+
+
+def _history(path: Path) -> History:
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.open("ab").close()
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def _keys(pastes: Pastes) -> KeyBindings:
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _send(event: Any) -> None:
+        buffer = event.current_buffer
+        state = buffer.complete_state
+        if state is not None and state.current_completion is not None:
+            buffer.complete_state = None
+            return
+        buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add(Keys.BracketedPaste)
+    def _paste(event: Any) -> None:
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        event.current_buffer.insert_text(pastes.mark(text) if len(text) > LARGE_PASTE else text)
+
+    return keys
+
+
+def _completer(chat: Chat) -> Completer:
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+
+    class SlashCompleter(Completer):
+        """Commands, then what can follow them."""
+
+        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+            line = document.text_before_cursor
+            if not line.startswith("/") or line.startswith("//") or "\n" in line:
+                return
+            name, space, argument = line[1:].partition(" ")
+            if not space:
+                for command, entry in COMMANDS.items():
+                    if command.startswith(name):
+                        yield Completion(command, -len(name), display=f"/{command} {entry.usage}".rstrip(), display_meta=entry.text)
+            elif name in FILE_COMMANDS:
+                yield from paths.get_completions(Document(argument, len(argument)), complete_event)
+            elif name in COMMANDS and " " not in argument:
+                for word in COMMANDS[name].complete(chat):
+                    if word.startswith(argument):
+                        yield Completion(word, -len(argument))
+
+    return SlashCompleter()

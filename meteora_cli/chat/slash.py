@@ -1,0 +1,215 @@
+"""The slash commands: their names, what they do, and how they are completed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora_cli.chat import panels
+from meteora_core.chat.options import options_for
+from meteora_core.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meteora_core.chat.session import ChatSession
+
+
+class Quit(Exception):
+    """The user wants to leave."""
+
+
+@dataclass
+class Chat:
+    """What a command works with.
+
+    Attributes:
+        session: The conversation.
+        out: For what was asked for.
+        notes: For notes and errors.
+        route: Whether answers are coloured.
+    """
+
+    session: ChatSession
+    out: Console
+    notes: Console
+    route: bool = False
+
+    def say(self, text: str) -> None:
+        """One note."""
+        self.notes.print(text, markup=False, style="dim")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One slash command.
+
+    Attributes:
+        usage: Its arguments.
+        text: What it does, in a line.
+        run: Does it.
+        complete: Gives the words that can follow.
+    """
+
+    usage: str
+    text: str
+    run: Callable[[Chat, str], None]
+    complete: Callable[[Chat], Iterator[str]] = lambda chat: iter(())
+
+
+def _adapter_names(chat: Chat) -> Iterator[str]:
+    state = chat.session.speaker.routing
+    yield from () if state is None else state.names
+
+
+def _settings(chat: Chat) -> Iterator[str]:
+    yield from options_for(chat.session.speaker.routing)
+
+
+def _help(chat: Chat, argument: str) -> None:
+    panels.show_help(chat.out, {name: (command.usage, command.text) for name, command in COMMANDS.items()})
+
+
+def _new(chat: Chat, argument: str) -> None:
+    chat.session.new()
+    chat.say("a new conversation")
+
+
+def _system(chat: Chat, argument: str) -> None:
+    if argument:
+        chat.session.set_system(None if argument == "off" else argument)
+    chat.say(f"system text: {chat.session.system}" if chat.session.system else "no system text")
+
+
+def _set(chat: Chat, argument: str) -> None:
+    if not argument:
+        panels.show_settings(chat.out, chat.session)
+        return
+    name, _, value = argument.replace("=", " ", 1).partition(" ")
+    if not value.strip():
+        known = options_for(chat.session.speaker.routing)
+        if name in known:
+            raise UsageError(f"/set {name} needs a value", hint=f"it is {known[name].range()}")
+    chat.session.set(name, value.strip())
+    chat.say(f"{name} = {chat.session.values()[name]}")
+
+
+def _adapters(chat: Chat, argument: str) -> None:
+    panels.show_adapters(chat.out, chat.session)
+
+
+def _use(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise UsageError("/use needs the name of an adapter, or auto", hint="/adapters lists them")
+    chat.session.use(None if argument == "auto" else argument)
+    chat.say(chat.session.mode.describe())
+
+
+def _mute(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise UsageError("/mute needs the name of an adapter", hint="/adapters lists them")
+    muted = chat.session.mute(argument)
+    chat.say(f"{argument} is {'muted' if muted else 'no longer muted'}")
+
+
+def _route(chat: Chat, argument: str) -> None:
+    if argument not in ("", "on", "off"):
+        raise UsageError(f"/route cannot be {argument!r}", hint="it is on or off; /route alone switches")
+    wanted = not chat.route if not argument else argument == "on"
+    if wanted:
+        chat.session.state()
+    chat.route = wanted
+    chat.say(f"colours by adapter are {'on' if wanted else 'off'}")
+
+
+def _why(chat: Chat, argument: str) -> None:
+    with chat.notes.status("reading the conversation"):
+        picture = chat.session.picture(last_turn=True)
+    panels.show_why(chat.out, picture)
+
+
+def _compare(chat: Chat, argument: str) -> None:
+    name, message = None, argument or None
+    first, _, rest = argument.partition(" ")
+    if first in set(_adapter_names(chat)):
+        name, message = first, rest.strip() or None
+    panels.show_comparison(chat.out, chat.notes, chat.session, name, message)
+
+
+def _path(argument: str, command: str, example: str) -> Path:
+    if not argument:
+        raise UsageError(f"/{command} needs a file", hint=f"for example: /{command} {example}")
+    return Path(argument).expanduser()
+
+
+def _save(chat: Chat, argument: str) -> None:
+    path = _path(argument, "save", "talk.jsonl")
+    count = chat.session.save(path)
+    cut = sum(not turn.complete for turn in chat.session.turns)
+    chat.say(f"{count} rows in {path}" + (f"; {cut} of the answers were cut short" if cut else ""))
+
+
+def _load(chat: Chat, argument: str) -> None:
+    path = _path(argument, "load", "talk.jsonl")
+    count = chat.session.load(path)
+    chat.say(f"{count} turns from {path}")
+
+
+def _export(chat: Chat, argument: str) -> None:
+    from meteora_cli.chat.export import check_format, write_picture
+
+    path = _path(argument, "export", "talk.html")
+    check_format(path)
+    with chat.notes.status("reading the conversation"):
+        picture = chat.session.picture()
+    write_picture(picture, path, "Routing of a conversation")
+    chat.say(f"{path}: {len(picture.tokens)} tokens")
+
+
+def _quit(chat: Chat, argument: str) -> None:
+    raise Quit
+
+
+def _on_off(chat: Chat) -> Iterator[str]:
+    yield from ("on", "off")
+
+
+def _use_names(chat: Chat) -> Iterator[str]:
+    yield "auto"
+    yield from _adapter_names(chat)
+
+
+COMMANDS: dict[str, Command] = {
+    "help": Command("", "this list", _help),
+    "new": Command("", "forget the conversation; settings stay", _new),
+    "system": Command("[TEXT|off]", "text that stands before the conversation", _system),
+    "set": Command("[NAME VALUE]", "change a setting; alone: show them with their ranges", _set, _settings),
+    "adapters": Command("", "the adapters, their ranks, and where they are from", _adapters),
+    "use": Command("NAME|auto", "force one adapter, or give the choice back to the gates", _use, _use_names),
+    "mute": Command("NAME", "never choose this adapter; again: lift it", _mute, _adapter_names),
+    "route": Command("[on|off]", "colour every token by the adapter that spoke", _route, _on_off),
+    "why": Command("", "which adapters wrote the last answer, span by span", _why),
+    "compare": Command("[NAME] [QUESTION]", "base, one adapter and MeteoRA side by side", _compare, _adapter_names),
+    "save": Command("FILE", "the conversation as training rows (JSON lines)", _save),
+    "load": Command("FILE", "go on from saved rows", _load),
+    "export": Command("FILE", "a picture of the routes: .html, .png, .svg or .json", _export),
+    "quit": Command("", "leave (so does Ctrl-D)", _quit),
+}
+FILE_COMMANDS = ("save", "load", "export")
+
+
+def run_command(chat: Chat, line: str) -> None:
+    """Run a line that begins with a slash.
+
+    Raises:
+        UsageError: There is no such command (the nearest is named), or its argument is wrong.
+        Quit: The user wants to leave.
+    """
+    name, _, argument = line[1:].strip().partition(" ")
+    if name not in COMMANDS:
+        near = did_you_mean(name, COMMANDS)
+        hint = near.replace("'", "'/", 1) if near else "/help lists them; to send a text that begins with a slash, write two"
+        raise UsageError(f"unknown command /{name}", hint=hint)
+    COMMANDS[name].run(chat, argument.strip())

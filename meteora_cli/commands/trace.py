@@ -1,0 +1,126 @@
+"""``meteora trace``: a picture of the routes of one prompt and its answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meteora_cli.commands.chat import (
+    Adapter,
+    AdaptersDir,
+    Backend,
+    Base,
+    Checkpoint,
+    Device,
+    MaxNew,
+    RoutingT,
+    System,
+    Template,
+    TopK,
+    TrustCode,
+    answer_document,
+    open_session,
+)
+from meteora_cli.console import console, emit_json, globals_of, out, settings_from
+
+if TYPE_CHECKING:
+    from meteora_core.settings import Settings
+
+
+def trace(
+    ctx: typer.Context,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The message.", show_default=False)] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="A file that holds the message.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Take a row of a built dataset.", show_default=False)] = None,
+    row: Annotated[int, typer.Option("--row", min=0, help="Which row of the task's test file, from 0.")] = 0,
+    target: Annotated[Path, typer.Option("--out", help="The picture: .html, .png, .svg or .json.")] = Path("trace.html"),
+    checkpoint: Checkpoint = None,
+    base: Base = None,
+    adapter: Adapter = None,
+    adapters_dir: AdaptersDir = None,
+    temperature: RoutingT = None,
+    top_k: TopK = None,
+    system: System = None,
+    template: Template = None,
+    max_new_tokens: MaxNew = None,
+    device: Device = None,
+    backend: Backend = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer and its routes as one JSON document on stdout; no picture.")] = False,
+) -> None:
+    """Draw which adapter each token of a prompt and its answer was given to.
+
+    An HTML page is one file that needs no network: tooltips, a slider over layers, heat maps.
+    """
+    from meteora_cli.chat.answer import figures, interruptible
+    from meteora_cli.chat.export import check_format, write_picture
+    from meteora_core.chat.engine import Finished
+    from meteora_core.chat.prompts import Encoded
+    from meteora_core.chat.session import unframe
+
+    settings = settings_from(ctx)
+    if not as_json:
+        check_format(target)
+    message, title = _message(settings, prompt, file, task, row)
+    session = open_session(
+        ctx,
+        checkpoint=checkpoint,
+        base=base,
+        adapter=adapter,
+        adapters_dir=adapters_dir,
+        routing_temperature=temperature,
+        top_k=top_k,
+        system=system,
+        template=template,
+        chat__max_new_tokens=max_new_tokens,
+        model__device=device,
+        model__backend=backend,
+        model__trust_remote_code=trust_remote_code or None,
+    )
+    session.state()
+    if task is not None:
+        # A row is framed already: the session's template frames it again.
+        message = unframe(message) if session.template != "raw" else message
+    if as_json:
+        emit_json(answer_document(session, message))
+        return
+    finished: Finished | None = None
+    with interruptible() as stop, console.status("answering"):
+        for event in session.ask(message, stop=stop.is_set):
+            if isinstance(event, Encoded) and event.notice:
+                console.print(f"note: {event.notice}", style="yellow", markup=False)
+            elif isinstance(event, Finished):
+                finished = event
+        if stop.is_set() or finished is None:
+            raise KeyboardInterrupt
+        picture = session.picture()
+    write_picture(picture, target, title)
+    if not globals_of(ctx).quiet:
+        console.print(figures(finished), style="dim", markup=False)
+    out.print(str(target), markup=False, soft_wrap=True)
+
+
+def _message(settings: Settings, prompt: str | None, file: Path | None, task: str | None, row: int) -> tuple[str, str]:
+    """The message that the flags name, and the picture's title."""
+    from meteora_core.errors import DataError, UsageError
+
+    if sum(source is not None for source in (prompt, file, task)) != 1:
+        raise UsageError("give exactly one of --prompt, --file and --task", hint='for example: meteora trace --prompt "a question"')
+    if prompt is not None:
+        return prompt, "Routing of a prompt"
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8").strip("\n"), f"Routing of {file.name}"
+        except UnicodeDecodeError as broken:
+            raise DataError(f"{file} is not UTF-8 text (byte {broken.start + 1})") from broken
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error.strerror}") from error
+    from meteora_core.data.rows import read_rows
+
+    assert task is not None
+    rows = read_rows(settings.paths.data, task, "test", limit=row + 1)
+    if row >= len(rows):
+        raise UsageError(f"{task} has {len(rows)} test rows, so there is no row {row}", hint=f"choose --row from 0 to {len(rows) - 1}")
+    return rows[row].prompt, f"Routing of {task}, test row {row}"

@@ -1,0 +1,91 @@
+"""From a decoded model output to the response text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from meteora_core.evaluation.metrics import Scoring, as_text
+
+PROMPT_END = "[/INST]\n"
+"""What every prompt's frame ends with."""
+
+_END_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|end|>", "<end_of_turn>", "<eos>")
+_START_TOKENS = ("<s>", "<|begin_of_text|>", "<|im_start|>", "<bos>", "<start_of_turn>", "<|start_header_id|>")
+_END = re.compile("|".join(map(re.escape, _END_TOKENS)))
+_LEADING = re.compile(
+    r"(?:\s*(?:"
+    r"<\|im_start\|>(?:system|user|assistant)?\n?"
+    r"|<\|start_header_id\|>\w*<\|end_header_id\|>\s{0,2}"
+    r"|<start_of_turn>(?:user|model)?\n?"
+    r"|<s>|<bos>|<\|begin_of_text\|>|<pad>|<unk>|<\|pad\|>|<\|finetune_right_pad_id\|>"
+    rf"|{_END.pattern}"
+    r"))+"
+)
+
+
+def _without_special_tokens(text: str) -> str:
+    """Drop the special tokens at the start of a response, and everything from the first end token on."""
+    if "<" not in text:
+        return text
+    leading = _LEADING.match(text)
+    if leading:
+        text = text[leading.end() :]
+    end = _END.search(text)
+    return text[: end.start()] if end else text
+
+
+def clean_response(task: str, output: Any, prompt: Any, scoring: Scoring = "corrected") -> str:
+    """Turn a decoded model output into the response text.
+
+    The output may repeat the prompt or not. Where the prompt stands in the output word for word, every copy of it is removed and white space at both ends is
+    stripped. Else, where decoding changed the prompt, everything up to the last ``[/INST]`` with its line end is removed. Else the output is the response,
+    without the prompt if it begins with the prompt's text less the white space at its ends. The letters' case and all other white space stay:
+    :func:`meteora_core.evaluation.score` lowers them where the scoring mode asks for it.
+
+    Special-token text (``<s>``, ``</s>``, ``<|im_end|>``, ``<|end_of_text|>``, chat headers and the like) is dropped at the start, and the response
+    ends before the first end token. Outputs decoded with ``skip_special_tokens=True`` hold none.
+
+    Args:
+        task: The task's name. All tasks are cleaned alike, as the authors do.
+        output: The decoded output. None is read as empty.
+        prompt: The prompt that was given to the model.
+        scoring: ``"corrected"``, or ``"paper"`` for the authors' rules to the letter: special tokens stay, letters are lower-cased where the prompt was
+            found, and an output in which neither the prompt nor its end is found is returned as it is.
+
+    Returns:
+        The response text.
+    """
+    del task
+    output, prompt = as_text(output), as_text(prompt)
+    if scoring == "paper":
+        return _paper(output, prompt)
+    if prompt and prompt in output:
+        bare = prompt.strip()
+        before, _, after = output.strip().partition(bare) if bare else ("", "", output)
+        before = _LEADING.sub("", before) if "<" in before else before
+        rest = _without_special_tokens(after)
+        return (before + (rest.replace(bare, "") if bare else rest)).strip()
+    at = output.rfind(PROMPT_END)
+    if at >= 0:
+        return _without_special_tokens(output[at + len(PROMPT_END) :])
+    bare = prompt.strip()
+    if bare:
+        lead = _LEADING.match(output)
+        start = lead.end() if lead else 0
+        start += len(output[start:]) - len(output[start:].lstrip())
+        if output.startswith(bare, start):
+            return _without_special_tokens(output[start + len(bare) :]).strip()
+    return _without_special_tokens(output)
+
+
+def _paper(output: str, prompt: str) -> str:
+    if prompt in output:
+        return output.strip().replace(prompt.strip(), "").strip().lower()
+    at = output.rfind(PROMPT_END)
+    return output if at < 0 else output[at + len(PROMPT_END) :].lower()
+
+
+def answer_only(response: str) -> str:
+    """Cut a response where the model went on to write another request (``[INST]``); a response without one stays as it is."""
+    return response.partition("[INST]")[0] if "[INST]" in response else response

@@ -1,0 +1,187 @@
+"""Results on disk: one JSON in lm-evaluation-harness's shape, and one JSON-lines file of samples per task.
+
+Samples are appended as rows finish, so that a run that was stopped can go on; the results file is written when all is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from meteora_core.errors import DataError
+from meteora_core.evaluation.scoring import harness_metrics
+from meteora_core.files import read_json, storage_errors, write_json
+
+PARTIAL = ".partial.jsonl"
+
+
+class SampleWriter:
+    """Appends samples to a JSON-lines file, each row flushed to the disk; a torn last line of an earlier run is cut off.
+
+    Args:
+        path: The file; its folder is made when missing.
+        inputs: What fixes the rows (task, data hash, model, decoding). A file that was begun with other inputs is begun anew.
+
+    Raises:
+        StorageError: The disk is full or not writable; rows written so far are kept.
+    """
+
+    def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
+        self.path = path
+        self.done: dict[int, str] = {}
+        head = json.dumps({"inputs": inputs}, sort_keys=True)
+        keep = 0
+        if path.is_file():
+            keep = self._read(path, head)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle: IO[str] = path.open("a+", encoding="utf-8", newline="\n")
+            self._handle.truncate(keep)
+            if not keep:
+                self._handle.write(head + "\n")
+                self._handle.flush()
+
+    def _read(self, path: Path, head: str) -> int:
+        """Load finished rows; return how many bytes of the file are whole lines of this run."""
+        keep = 0
+        with path.open("rb") as handle:
+            first = handle.readline()
+            if first.decode("utf-8", "replace").rstrip("\n") != head:
+                return 0
+            keep = len(first)
+            for raw in handle:
+                if not raw.endswith(b"\n"):
+                    break
+                try:
+                    row = json.loads(raw)
+                except ValueError:
+                    break
+                self.done[int(row["doc_id"])] = str(row["output"])
+                keep += len(raw)
+        return keep
+
+    def add(self, doc_id: int, output: str) -> None:
+        """Append one finished row. Raises StorageError."""
+        with storage_errors(self.path):
+            self._handle.write(json.dumps({"doc_id": doc_id, "output": output}, ensure_ascii=False) + "\n")
+            self._handle.flush()
+
+    def close(self, *, remove: bool = False) -> None:
+        """Close the file; ``remove`` deletes it, once its rows stand elsewhere."""
+        self._handle.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.close()
+
+
+@dataclass
+class ResultsBuilder:
+    """Collects task results and gives the results document.
+
+    Attributes:
+        model: How the model is called ("meteora", "base", an adapter).
+        config: What fixes the run: model, checkpoint, routing, decoding, seeds, versions.
+    """
+
+    model: str
+    config: dict[str, Any]
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: dict[str, dict[str, int]] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    higher: dict[str, dict[str, bool]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, result: Any, total: int) -> None:
+        """Add a :class:`meteora_core.evaluation.runner.TaskResult`; ``total`` is the size of the test split."""
+        name = result.task.name
+        metrics = harness_metrics(result.scores)
+        self.results[name] = {"alias": name, **metrics}
+        self.higher[name] = {key.split(",")[0]: True for key in metrics if "_stderr" not in key}
+        self.samples[name] = {"original": total, "effective": len(result.samples)}
+        self.configs[name] = {
+            "task": name,
+            "output_type": "generate_until",
+            "metric": result.task.metric,
+            "members": list(result.task.members),
+            "generation_kwargs": {"do_sample": False, "max_gen_toks": result.max_new_tokens},
+            "temperature": result.temperature,
+            "top_k": result.top_k,
+        }
+        self.groups[name] = list(result.task.members)
+        self.counts[name] = {
+            **result.scores.counts,
+            "skipped_prompts": result.skipped,
+            "seconds": round(result.seconds, 3),
+            "new_tokens": result.new_tokens,
+            "prompt_tokens": result.prompt_tokens,
+        }
+
+    def document(self, seconds: float, date: float) -> dict[str, Any]:
+        """The results document, with lm-evaluation-harness's keys, and our counts under ``meteora``."""
+        return {
+            "results": self.results,
+            "group_subtasks": self.groups,
+            "configs": self.configs,
+            "versions": dict.fromkeys(self.results, 1),
+            "n-shot": {name: (2 if self.groups[name] else 0) for name in self.results},
+            "higher_is_better": self.higher,
+            "n-samples": self.samples,
+            "config": {"model": self.model, **self.config},
+            "date": date,
+            "model_name": self.model,
+            "model_source": "meteora",
+            "total_evaluation_time_seconds": round(seconds, 3),
+            "meteora": {"counts": self.counts},
+        }
+
+
+def sample_rows(result: Any) -> list[dict[str, Any]]:
+    """A task's samples in lm-evaluation-harness's shape."""
+    rows = []
+    per_row = result.scores.rows or [{}] * len(result.samples)
+    for sample, values in zip(result.samples, per_row, strict=True):
+        rows.append(
+            {
+                "doc_id": sample.doc_id,
+                "doc": {"prompt": sample.row.prompt, "response": sample.row.response},
+                "target": sample.row.response,
+                "arguments": [[sample.row.prompt, {"do_sample": False, "max_gen_toks": result.max_new_tokens}]],
+                "resps": [[sample.output]],
+                "filtered_resps": [sample.response],
+                **values,
+            }
+        )
+    return rows
+
+
+def write_results(folder: Path, document: dict[str, Any], stamp: str) -> Path:
+    """Write ``results_<stamp>.json`` atomically and return its path. Raises StorageError."""
+    path = folder / f"results_{stamp}.json"
+    write_json(path, document)
+    return path
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Read a results file, or the newest one of a folder.
+
+    Raises:
+        DataError: There is none, or it is not a results file.
+    """
+    if path.is_dir():
+        found = sorted(path.glob("results_*.json"), key=os.path.getmtime)
+        if not found:
+            raise DataError(f"no results in {path}", hint="run `meteora eval --save` first")
+        path = found[-1]
+    document = read_json(path, error=DataError)
+    if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
+        raise DataError(f"{path} is not a results file", hint="pass a results_*.json that `meteora eval` wrote")
+    return document

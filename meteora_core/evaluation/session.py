@@ -1,0 +1,280 @@
+"""An evaluation: several tasks by one or more models, resumable, with results on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora_core.data.rows import available_tasks, read_rows, split_path
+from meteora_core.data.tasks import TASKS, Task, get_task
+from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.evaluation.adapters import with_adapter
+from meteora_core.evaluation.results import PARTIAL, ResultsBuilder, SampleWriter, sample_rows, write_results
+from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task
+from meteora_core.files import sha256, write_jsonl
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora_core.model.base import BaseReference
+
+OWN = "own"
+"""The model name that stands for each task's own adapter."""
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """What to evaluate with what.
+
+    Attributes:
+        tasks: Task names.
+        models: "base", "meteora", "own" (each task's own adapter), or an adapter's name or folder.
+        data_dir, adapters_dir: Datasets and adapters.
+        checkpoint: For "meteora".
+        base: The base model; for "meteora" the checkpoint's own base wins.
+        backend: Mixture kernels.
+        options: How to decode and score.
+        out_dir: Where results go: ``<out_dir>/<model>/``; None writes nothing.
+        seed: Recorded.
+    """
+
+    tasks: tuple[str, ...]
+    models: tuple[str, ...]
+    data_dir: Path
+    adapters_dir: Path
+    checkpoint: Path
+    base: BaseReference
+    options: EvalOptions
+    backend: str = "auto"
+    out_dir: Path | None = None
+    seed: int = 42
+
+
+@dataclass
+class ModelResults:
+    """All tasks of one model.
+
+    Attributes:
+        model: Its name in the plan.
+        results: Per task.
+        file: The results file, if one was written.
+        document: Its content.
+    """
+
+    model: str
+    results: dict[str, TaskResult] = field(default_factory=dict)
+    file: Path | None = None
+    document: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_tasks(names: Sequence[str], data_dir: Path) -> tuple[str, ...]:
+    """Task names, with ``all``, ``singles`` and ``composites`` standing for what is built.
+
+    Raises:
+        UsageError: An unknown name, or nothing of that kind is built.
+    """
+    built = available_tasks(data_dir)
+    ordered = [name for name in TASKS if name in built] + [name for name in built if name not in TASKS]
+    chosen: list[str] = []
+    for name in names:
+        if name in ("all", "singles", "composites"):
+            found = [task for task in ordered if name == "all" or get_task(task).is_composite == (name == "composites")]
+            if not found:
+                raise UsageError(f"no {name} are built in {data_dir}", hint="build some with `meteora data build --task NAME`")
+            chosen += found
+        else:
+            chosen.append(get_task(name).name)
+    return tuple(dict.fromkeys(chosen))
+
+
+def evaluate(
+    plan: EvalPlan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_result: Callable[[str, TaskResult], None] | None = None,
+    progress: Progress = SILENT,
+) -> list[ModelResults]:
+    """Evaluate every model of the plan on every task.
+
+    Rows are kept as they finish; the same plan run again goes on where it stopped. A finished plan is run anew.
+
+    Args:
+        plan: What and how.
+        device, dtype: Of the models.
+        on_result: Called as each task of each model is done.
+        progress: Where to report.
+
+    Raises:
+        UsageError, DataError, AdapterError, CheckpointError: Something that the plan names is missing, broken or unknown; before any model is loaded
+            where that can be known.
+    """
+    tasks = [get_task(name) for name in plan.tasks]
+    for task in tasks:
+        read_rows(plan.data_dir, task.name, "test", 1)
+    pairs = {model: [(task, _adapter_of(plan, model, task)) for task in tasks] for model in plan.models}
+    loader = _Loader(plan, device, dtype, progress)
+    loader.check(plan.models)
+    outcomes = []
+    for model in plan.models:
+        outcome = ModelResults(model)
+        began, stamp = time.time(), time.strftime("%Y-%m-%dT%H-%M-%S")
+        builder = ResultsBuilder(model, loader.config(model))
+        writers: list[SampleWriter] = []
+        for task, adapter in pairs[model]:
+            if model == OWN and adapter is None:
+                continue
+            result, writer = _one(plan, loader, model, task, adapter, progress)
+            if writer is not None:
+                writers.append(writer)
+            outcome.results[task.name] = result
+            builder.add(result, _rows_in(plan, task))
+            if on_result is not None:
+                on_result(model, result)
+        outcome.document = builder.document(time.time() - began, began)
+        if plan.out_dir is not None and outcome.results:
+            folder = plan.out_dir / _safe(model)
+            for name, result in outcome.results.items():
+                write_jsonl(folder / f"samples_{name}_{stamp}.jsonl", sample_rows(result))
+            outcome.file = write_results(folder, outcome.document, stamp)
+            for writer in writers:
+                writer.close(remove=True)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _one(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path | None, progress: Progress) -> tuple[TaskResult, SampleWriter | None]:
+    writer = None
+    if plan.out_dir is not None:
+        inputs = {
+            "model": loader.config(model),
+            "adapter": sha256(adapter / "adapter_model.safetensors") if adapter else None,
+            "task": task.name,
+            "data": sha256(split_path(plan.data_dir, task.name, "test")),
+            "options": {key: value for key, value in asdict(plan.options).items() if key not in ("batch_size", "scoring", "limit")},
+        }
+        writer = SampleWriter(plan.out_dir / _safe(model) / f".{task.name}{PARTIAL}", inputs)
+        if writer.done:
+            progress.note(f"{task.name}: {len(writer.done)} rows were done before")
+    with loader.ready(model, adapter) as (loaded, tokenizer):
+        result = evaluate_task(
+            loaded,
+            tokenizer,
+            task,
+            plan.data_dir,
+            plan.options,
+            finished=writer.done if writer else None,
+            on_sample=(lambda sample: writer.add(sample.doc_id, sample.output)) if writer else None,
+            title=f"{model}: {task.name}",
+            progress=progress,
+        )
+    return result, writer
+
+
+def _rows_in(plan: EvalPlan, task: Task) -> int:
+    with split_path(plan.data_dir, task.name, "test").open("rb") as handle:
+        return sum(1 for line in handle if line.strip())
+
+
+def _safe(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+
+
+def _adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
+    """The adapter folder that ``model`` means for ``task``; None for the base, MeteoRA, and a composite's own adapter."""
+    if model in ("base", "meteora"):
+        return None
+    if model == OWN:
+        if task.is_composite:
+            return None
+        folder = plan.adapters_dir / task.name
+        if not (folder / "adapter_config.json").is_file():
+            raise UsageError(f"no adapter for {task.name} in {plan.adapters_dir}", hint=f"meteora train --stage adapters --task {task.name}")
+        return folder
+    for folder in (plan.adapters_dir / model, Path(model)):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    present = sorted(path.name for path in plan.adapters_dir.iterdir() if path.is_dir()) if plan.adapters_dir.is_dir() else []
+    known = ["base", "meteora", "own", "all", *present]
+    raise UsageError(
+        f"no model {model!r}: it is no adapter in {plan.adapters_dir} and no folder", hint=did_you_mean(model, known) or f"known: {', '.join(known)}"
+    )
+
+
+class _Loader:
+    """Loads what a model name means, and keeps one base model for all of them."""
+
+    def __init__(self, plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
+        self.plan, self.device, self.dtype, self.progress = plan, device, dtype, progress
+        self.base = plan.base
+        self._checkpoint: dict[str, Any] | None = None
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def check(self, models: Sequence[str]) -> None:
+        """Read the checkpoint's configuration; its base is everyone's base, so that models are comparable."""
+        from meteora_core.checkpoints.native import read_config
+        from meteora_core.model.base import BaseReference
+
+        if "meteora" in models:
+            self._checkpoint = read_config(self.plan.checkpoint)
+            named = self._checkpoint["base"]
+            if self.plan.base.name != named["name"] and not Path(self.plan.base.name).is_dir():
+                self.base = BaseReference(named["name"], named.get("revision"), self.plan.base.trust_remote_code)
+            count, top_k = len(self._checkpoint["adapters"]), self.plan.options.top_k
+            if top_k is not None and not 1 <= top_k <= count:
+                raise UsageError(f"top_k is {top_k}, but the checkpoint has {count} adapters", hint=f"choose --top-k between 1 and {count}")
+
+    def config(self, model: str) -> dict[str, Any]:
+        """What the results file records of the model and the run."""
+        import peft
+        import torch
+        import transformers
+
+        from meteora_core import __version__
+
+        options = asdict(self.plan.options)
+        weights = self._checkpoint.get("weights_sha256") if model == "meteora" and self._checkpoint else None
+        return {
+            "model_args": {"base": self.base.name, "revision": self.base.revision, "name": model, "weights_sha256": weights},
+            "checkpoint": str(self.plan.checkpoint) if model == "meteora" else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "backend": self.plan.backend,
+            "batch_size": options["batch_size"],
+            "limit": options["limit"],
+            "scoring": options["scoring"],
+            "options": options,
+            "random_seed": self.plan.seed,
+            "versions": {"meteora": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        }
+
+    @contextmanager
+    def ready(self, model: str, adapter: Path | None) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+        """The model that the name means, within the block."""
+        from meteora_core.checkpoints.native import load_checkpoint
+        from meteora_core.model.attach import detach
+        from meteora_core.model.base import load_base, load_tokenizer
+
+        if self._model is None or self._tokenizer is None:
+            self._model = load_base(self.base, dtype=self.dtype, device=self.device, progress=self.progress)
+            self._tokenizer = load_tokenizer(self.base, progress=self.progress)
+        attached = getattr(self._model, "meteora", None) is not None
+        if model == "meteora":
+            if not attached:
+                load_checkpoint(self.plan.checkpoint, self._model, backend=self.plan.backend, adapters_dir=self.plan.adapters_dir, progress=self.progress)
+            yield self._model, self._tokenizer
+            return
+        if attached:
+            detach(self._model)
+        if adapter is None:
+            yield self._model, self._tokenizer
+            return
+        with with_adapter(self._model, adapter) as adapted:
+            yield adapted, self._tokenizer
