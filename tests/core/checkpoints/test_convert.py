@@ -146,17 +146,22 @@ def test_a_full_disk_leaves_nothing_behind(make_authors: Make, tmp_path: Path, m
 
 
 MEASURE = """
-import resource, sys
+import sys
 from meteora_core.checkpoints.convert import convert_authors
 import torch, meteora_core.checkpoints.native
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+
+before = peak()
 convert_authors(sys.argv[1], sys.argv[2], sys.argv[3])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
 @pytest.mark.slow
-def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
+def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
     """A checkpoint of 680 MB whose largest tensor is 131 MB; a base with the same tensors."""
     config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=8, tie_word_embeddings=True)
     base = LlamaForCausalLM(config)
@@ -175,4 +180,4 @@ def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
     del base, tensors
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "model.safetensors"), str(tmp_path / "native"), str(tmp_path / "base")]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout.split()[-1])
-    assert grown < 160_000
+    assert 0 < grown < 100_000
