@@ -43,5 +43,5 @@ def test_references() -> None:
     for scoring in ("corrected", "paper"):
         assert split_references(joined, 3, scoring) == ["a", "b\nb", "c"]
     assert split_references("a", 3) == ["a", "", ""]
-    with pytest.raises(DataError, match="row 4 has 1 parts.*3 sub-tasks"):
+    with pytest.raises(DataError, match=r"row 4 has 1 parts.*3 sub-tasks"):
         split_references("a", 3, "paper", row=4)
