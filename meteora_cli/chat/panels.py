@@ -50,7 +50,9 @@ def show_settings(out: Console, session: ChatSession) -> None:
     table = _table("setting", "value", "range") if out.width < NARROW else _table("setting", "value", "range", "")
     values = session.values()
     for name, option in options_for(session.speaker.routing).items():
-        cells: list[Text | str] = [
+        value = values[name]
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        cells: list[Text | str] = [Text(name, "bold"), shown, option.range(), option.text]
             Text(name, "bold"),
             f"{values[name]:g}" if isinstance(values[name], float) else str(values[name]),
             option.range(),
