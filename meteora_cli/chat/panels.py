@@ -53,11 +53,6 @@ def show_settings(out: Console, session: ChatSession) -> None:
         value = values[name]
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         cells: list[Text | str] = [Text(name, "bold"), shown, option.range(), option.text]
-            Text(name, "bold"),
-            f"{values[name]:g}" if isinstance(values[name], float) else str(values[name]),
-            option.range(),
-            option.text,
-        ]
         table.add_row(*cells[: len(table.columns)])
     out.print(table)
 
