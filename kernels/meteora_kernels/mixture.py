@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from meteora_kernels import dense, reference
+from meteora_kernels import dense, plan, reference
 
-BACKENDS: tuple[str, ...] = ("auto", "reference", "dense")
+BACKENDS: tuple[str, ...] = ("auto", "reference", "dense", "triton")
 
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
-    "reference": reference.lora_mixture,
-    "dense": dense.lora_mixture,
-}
+_log = logging.getLogger(__name__)
+_broken: set[str] = set()
+"""Devices on which the Triton backend failed to start; ``auto`` leaves it alone there."""
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, training: bool) -> tuple[str, str]:
-    """What ``auto`` picks for these tokens, and why (one phrase)."""
-    if x.dtype == torch.float64:
-        return "reference", "float64 input"
-    return "dense", f"{adapters} adapters of total rank {total_rank} on {x.device.type}"
+    """What ``auto`` picks for these tokens, and why (one phrase).
+
+    Args:
+        x: (..., h).
+        adapters: N.
+        total_rank: R.
+        top_k: k.
+        training: Gradients are wanted.
+    """
+    device = x.device.type
+    if str(x.device) in _broken:
+        return "dense", "the GPU kernels failed on this device before"
+    capability = _capability(x.device) if device == "cuda" else 0
+    return plan.choose(plan.Case(x.numel() // max(x.shape[-1], 1), adapters, total_rank, top_k, x.dtype, device, capability, training))
+
+
+def _implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if backend == "triton":
+        from meteora_kernels import triton_backend
+
+        return triton_backend.lora_mixture
+    return dense.lora_mixture if backend == "dense" else reference.lora_mixture
 
 
 def lora_mixture(
@@ -40,6 +66,7 @@ def lora_mixture(
     allowed: Tensor | None = None,
     backend: str = "auto",
     return_logits: bool = False,
+    max_rank: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Add the routed mixture of N LoRA adapters to the output of a linear layer (formulas in :mod:`meteora_kernels.reference`).
 
@@ -58,37 +85,54 @@ def lora_mixture(
         allowed: bool (N,), adapters that may be chosen.
         backend: One of :data:`BACKENDS`. A named one that cannot run here raises; ``auto`` chooses one that can.
         return_logits: Also return the gate logits (..., N).
+        max_rank: The largest rank, if known; otherwise it is read off ``offsets`` once (a GPU waits for that; compiled code cannot).
 
     Returns:
         (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair with the logits.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit, top_k or temperature are out of range, unknown backend, or logits are asked
-            for together with ``routes``.
+        ValueError: Shapes, dtypes or devices do not fit, top_k or temperature are out of range, unknown backend or one that cannot run
+            here, or logits are asked for together with ``routes``.
     """
     check(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, backend)
     if return_logits and routes is not None:
         raise ValueError("return_logits with given routes: the gate is not evaluated then")
-    if backend == "auto":
+    automatic = backend == "auto"
+    if automatic:
         backend, _ = pick_backend(x, gate.shape[0], lora_A.shape[0], top_k, training=torch.is_grad_enabled())
-    output, logits = _IMPLEMENTATIONS[backend](
-        x,
-        base_output,
-        gate,
-        lora_A,
-        lora_B,
-        scaling,
-        offsets,
-        top_k=top_k,
-        temperature=temperature,
-        lora_x=lora_x,
-        routes=routes,
-        allowed=allowed,
-    )
+    elif backend == "triton":
+        reason = plan.why_not_triton(x.device.type, x.dtype)
+        if reason is not None:
+            raise ValueError(f"the triton backend cannot run here: {reason}")
+    if backend == "triton" and routes is not None and routes[1].requires_grad:
+        backend = "dense"  # the kernels give given weights no gradient
+    options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "lora_x": lora_x, "routes": routes, "allowed": allowed}
+    arguments = (x, base_output, gate, lora_A, lora_B, scaling, offsets)
+    if backend != "triton":
+        output, logits = _implementation(backend)(*arguments, **options)
+    elif automatic and not torch.compiler.is_compiling():
+        output, logits = _triton_or_dense(arguments, options, max_rank)
+    else:
+        output, logits = _implementation("triton")(*arguments, **options, max_rank=max_rank)
     if return_logits:
         assert logits is not None
         return output, logits
     return output
+
+
+def _triton_or_dense(arguments: tuple[Tensor, ...], options: dict[str, Any], max_rank: int | None) -> tuple[Tensor, Tensor | None]:
+    """The Triton backend; where it cannot be built (a kernel does not fit the GPU, no compiler), the dense one from then on."""
+    try:
+        return _implementation("triton")(*arguments, **options, max_rank=max_rank)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        device = str(arguments[0].device)
+        _broken.add(device)
+        _log.warning(
+            "GPU kernels cannot run on %s (%s); the dense backend runs instead", device, str(error).splitlines()[0] if str(error) else type(error).__name__
+        )
+        return dense.lora_mixture(*arguments, **options)
 
 
 def check(
@@ -120,6 +164,10 @@ def check(
         raise ValueError(f"top_k is {top_k}, but there are {adapters} adapters: it must lie in 1..{adapters}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, it must be above 0")
-    devices = {tensor.device for tensor in (x, base_output, gate, lora_A, lora_B, scaling, offsets)}
-    if len(devices) > 1:
+    device = x.device
+    if not (base_output.device == gate.device == lora_A.device == lora_B.device == scaling.device == offsets.device == device):
+        devices = {tensor.device for tensor in (x, base_output, gate, lora_A, lora_B, scaling, offsets)}
         raise ValueError(f"tensors lie on several devices: {', '.join(sorted(map(str, devices)))}")
+    if not (gate.dtype == lora_A.dtype == lora_B.dtype == x.dtype) and not torch.is_autocast_enabled(device.type):
+        names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (x, gate, lora_A, lora_B))
+        raise ValueError(f"x, gate, lora_A and lora_B have the dtypes {names}; they must be one")

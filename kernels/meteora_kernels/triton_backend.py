@@ -1,0 +1,355 @@
+"""The Triton backend: custom operators that torch.compile, FakeTensor and autograd know, and the choice of a path among them.
+
+Paths (``plan.py`` holds the limits):
+
+- ``few``: decoding; gates and A in one launch, routing and B in a second (a third between them for many adapters);
+- ``many``: prefill and training; GEMMs over all R rows with :mod:`triton_middle` between them, and the same backwards;
+- ``grouped``: prefill with a large total rank; only the chosen adapters' rows, by :mod:`triton_grouped`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meteora_kernels import plan
+from meteora_kernels.layout import layout_of
+from meteora_kernels.triton_decode import mix_few
+from meteora_kernels.triton_delta import delta
+from meteora_kernels.triton_grouped import mix_grouped
+from meteora_kernels.triton_middle import middle, middle_backward
+
+
+def gate_rows_of(adapters: int) -> int:
+    """Rows kept for the gate in a packed [G; A]: N up to the next multiple of 8, so that A starts aligned."""
+    return -(-adapters // 8) * 8
+
+
+def stacked_rows_of(adapters: int, rank: int) -> int:
+    """Rows of a packed [G; A], a multiple of 64: GEMM libraries run at half speed on other widths."""
+    return -(-(gate_rows_of(adapters) + rank) // 64) * 64
+
+
+def pack(gate: Tensor, lora_A: Tensor) -> Tensor:
+    """[G; padding; A; padding], (stacked, h)."""
+    adapters, rank = gate.shape[0], lora_A.shape[0]
+    before = gate_rows_of(adapters)
+    after = stacked_rows_of(adapters, rank)
+    parts = [gate, gate.new_zeros(before - adapters, gate.shape[1]), lora_A, gate.new_zeros(after - before - rank, gate.shape[1])]
+    return torch.cat([part for part in parts if part.shape[0]])
+
+
+@torch.library.custom_op("meteora::mix_few", mutates_args=())
+def mix_few_op(
+    x: Tensor,
+    base: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+    dense_down: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`triton_decode.mix_few`; the logits come back contiguous."""
+    output, logits = mix_few(x, base, gate, lora_A, lora_B, scaling, offsets, max_rank, top_k, temperature, allowed, dense_down=dense_down)
+    return output, logits.contiguous()
+
+
+@mix_few_op.register_fake
+def _(
+    x: Tensor,
+    base: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+    dense_down: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], gate.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("meteora::mix_grouped", mutates_args=())
+def mix_grouped_op(
+    x: Tensor,
+    base: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`triton_grouped.mix_grouped`."""
+    return mix_grouped(x, base, gate, lora_A, lora_B, scaling, offsets, max_rank, top_k, temperature, allowed)
+
+
+@mix_grouped_op.register_fake
+def _(
+    x: Tensor,
+    base: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], gate.shape[0]))
+
+
+@torch.library.custom_op("meteora::mix_many", mutates_args=())
+def mix_many_op(
+    x: Tensor,
+    lora_x: Tensor | None,
+    base: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    indices: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """GEMM over [G; A], the middle, GEMM over B on top of the base.
+
+    Returns:
+        (M, o), and the products (M, stacked): logits in the first N columns (unset with given routes), ``A x`` from ``gate_rows_of(N)`` on.
+    """
+    adapters, rank = gate.shape[0], lora_A.shape[0]
+    begin = gate_rows_of(adapters)
+    routes = None if indices is None or weights is None else (indices, weights)
+    if lora_x is None and routes is None:
+        products = F.linear(x, pack(gate, lora_A))
+    else:
+        products = x.new_zeros(x.shape[0], stacked_rows_of(adapters, rank))
+        torch.mm(x if lora_x is None else lora_x, lora_A.t(), out=products[:, begin : begin + rank])
+        if routes is None:
+            torch.mm(x, gate.t(), out=products[:, :adapters])
+    down = products[:, begin : begin + rank]
+    inner = middle(products, down, scaling, offsets, top_k, temperature, allowed, routes)
+    output = torch.empty_like(base, memory_format=torch.contiguous_format)
+    delta(inner, lora_B, base, output, (base.shape[1],), rank, rank)
+    return output, products
+
+
+@mix_many_op.register_fake
+def _(
+    x: Tensor,
+    lora_x: Tensor | None,
+    base: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    indices: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], stacked_rows_of(gate.shape[0], lora_A.shape[0])))
+
+
+@torch.library.custom_op("meteora::mix_many_backward", mutates_args=())
+def mix_many_backward_op(
+    grad: Tensor,
+    grad_products: Tensor | None,
+    products: Tensor,
+    x: Tensor,
+    lora_x: Tensor | None,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    indices: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
+    temperature: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, lora_x, gate, A and B; those not wanted come back empty.
+
+    Args:
+        grad: (M, o).
+        grad_products: (M, stacked) that reached the logits on another way, or None.
+        products: As :func:`mix_many_op` returned them.
+        wanted: One flag a result.
+    """
+    adapters, rank = gate.shape[0], lora_A.shape[0]
+    begin = gate_rows_of(adapters)
+    routes = None if indices is None or weights is None else (indices, weights)
+    seen = x if lora_x is None else lora_x
+    down = products[:, begin : begin + rank]
+    grad_middle = torch.mm(grad, lora_B.t())
+    slopes = x.new_zeros(products.shape)
+    slope_logits, slope_down = slopes[:, :adapters], slopes[:, begin : begin + rank]
+    extra = None if grad_products is None or routes is not None else grad_products.contiguous()
+    again = middle_backward(products, down, grad_middle, extra, scaling, offsets, top_k, temperature, (slope_logits, slope_down), allowed, routes, wanted[4])
+    nothing = x.new_empty(0)
+    grad_x = grad_lora_x = grad_gate = grad_A = grad_B = nothing
+    if wanted[0]:
+        if lora_x is None and routes is None:
+            grad_x = torch.mm(slopes, pack(gate, lora_A))
+        elif lora_x is None:
+            grad_x = torch.mm(slope_down, lora_A)
+        elif routes is None:
+            grad_x = torch.mm(slopes[:, :adapters], gate)
+        else:
+            grad_x = torch.zeros_like(x)
+    if wanted[1] and lora_x is not None:
+        grad_lora_x = torch.mm(slope_down, lora_A)
+    if wanted[2]:
+        grad_gate = torch.zeros_like(gate) if routes is not None else torch.mm(slopes[:, :begin].t(), x)[:adapters].contiguous()
+    if wanted[3]:
+        grad_A = torch.mm(slope_down.t(), seen)
+    if again is not None:
+        grad_B = torch.mm(again.t(), grad)
+    return grad_x, grad_lora_x, grad_gate, grad_A, grad_B
+
+
+@mix_many_backward_op.register_fake
+def _(
+    grad: Tensor,
+    grad_products: Tensor | None,
+    products: Tensor,
+    x: Tensor,
+    lora_x: Tensor | None,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    indices: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
+    temperature: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    likes = (x, x, gate, lora_A, lora_B)
+    asked = (wanted[0], wanted[1] and lora_x is not None, wanted[2], wanted[3], wanted[4])
+    first, second, third, fourth, fifth = (x.new_empty(like.shape) if ask else x.new_empty(0) for like, ask in zip(likes, asked, strict=True))
+    return first, second, third, fourth, fifth
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, lora_x, _, gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights, top_k, temperature = inputs
+    ctx.save_for_backward(output[1], x, lora_x, gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights)
+    ctx.top_k, ctx.temperature = top_k, temperature
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_products: Tensor | None) -> tuple[Tensor | None, ...]:
+    products, x, lora_x, gate, lora_A, lora_B, *rest = ctx.saved_tensors
+    if grad is None:
+        grad = x.new_zeros(x.shape[0], lora_B.shape[1])
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[3], needs[4], needs[5]]
+    grads: list[Tensor | None] = [None] * 5
+    if any(wanted):
+        tensors = (products, x, lora_x, gate, lora_A, lora_B, *rest)
+        found = mix_many_backward_op(grad.contiguous(), grad_products, *tensors, ctx.top_k, ctx.temperature, wanted)
+        grads = [tensor if want else None for tensor, want in zip(found, wanted, strict=True)]
+    return grads[0], grads[1], grad if needs[2] else None, grads[2], grads[3], grads[4], *(None,) * 7
+
+
+mix_many_op.register_autograd(_backward, setup_context=_setup)
+
+
+def lora_mixture(
+    x: Tensor,
+    base_output: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    *,
+    top_k: int,
+    temperature: float,
+    lora_x: Tensor | None,
+    routes: tuple[Tensor, Tensor] | None,
+    allowed: Tensor | None,
+    max_rank: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and result as in :func:`meteora_kernels.reference.lora_mixture`; ``max_rank`` saves a look at ``offsets`` on the host."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, gate, lora_A, lora_B = x.to(dtype), gate.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+        lora_x = None if lora_x is None else lora_x.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank)
+    return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank)
+
+
+def _flat(
+    x: Tensor,
+    base_output: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    temperature: float,
+    lora_x: Tensor | None,
+    routes: tuple[Tensor, Tensor] | None,
+    allowed: Tensor | None,
+    max_rank: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Flatten the tokens, pick the path, and give the leading dimensions back."""
+    lead = x.shape[:-1]
+    adapters, hidden = gate.shape
+    rank = lora_A.shape[0]
+    tokens = x.reshape(-1, hidden).contiguous()
+    base = base_output.reshape(-1, base_output.shape[-1])
+    base = base if base.stride(-1) == 1 else base.contiguous()
+    if rank == 0 or tokens.shape[0] == 0:
+        return base_output.clone(), F.linear(x, gate) if routes is None else None
+    lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), gate.contiguous()
+    flat_lora_x = None if lora_x is None or lora_x is x else lora_x.reshape(-1, hidden)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, base_output, gate, lora_A, lora_B))
+    path = "many"
+    if not differentiable and routes is None and flat_lora_x is None:
+        max_rank = layout_of(offsets).max_rank if max_rank is None else max_rank
+        path = plan.path(tokens.shape[0], rank, top_k, max_rank)
+    if path == "few":
+        sparse = plan.chosen_rows_only(tokens.shape[0], rank, top_k, max_rank or 0)
+        found = mix_few_op(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature, not sparse)
+        output, logits = found
+    elif path == "grouped":
+        output, logits = mix_grouped_op(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature)
+    else:
+        indices = weights = None
+        if routes is not None:
+            top_k = routes[0].shape[-1]
+            indices = routes[0].reshape(-1, top_k).contiguous()
+            weights = routes[1].reshape(-1, top_k).to(torch.float32).contiguous()
+        output, products = mix_many_op(tokens, flat_lora_x, base, gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights, top_k, temperature)
+        logits = products[:, :adapters]
+    return output.view(base_output.shape), logits.reshape(*lead, adapters) if routes is None else None

@@ -1,0 +1,681 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Few tokens (decoding): every weight is read once, at the rate of the memory, and the adapters ride along.
+
+:func:`decode_kernel` does a whole group of linears that share their input (q, k, v or gate, up, or one alone) in ONE launch. Its first
+programs compute the gates and ``A x``, raise a flag, and end; the others stream the base weights meanwhile, wait for the flag (which is up
+by then), route, add the chosen rows of B, and write the output. No floating-point atomics: two runs are bit-equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.triton_middle import coefficients_of
+from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
+from meteora_kernels.triton_sync import finish, raise_flag, wait_flag
+
+
+@triton.jit
+def rows_times_tokens(
+    w,
+    rows,
+    row_mask,
+    x,
+    tokens_total,
+    hidden,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    MP: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """float32 (BN, MP): the rows (BN, 1) of ``w`` (., hidden) times the tokens of ``x`` (M, hidden), M <= MP. MP = 1 or MP >= 16.
+
+    EVEN: hidden is a multiple of BK. STAGES: tiles of w in flight.
+    """
+    steps = tl.arange(0, BK)
+    if MP == 1:
+        wide = tl.zeros([BN, BK], dtype=tl.float32)
+        for start in tl.range(0, hidden, BK, num_stages=STAGES):
+            if EVEN:
+                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
+                values = tl.load(x + start + steps)
+            else:
+                inside = start + steps < hidden
+                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
+                values = tl.load(x + start + steps, mask=inside, other=0.0)
+            wide += weights.to(tl.float32) * values.to(tl.float32)[None, :]
+        total = tl.sum(wide, axis=1)[:, None]
+    else:
+        total = tl.zeros([BN, MP], dtype=tl.float32)
+        tokens = tl.arange(0, MP)[None, :]
+        for start in tl.range(0, hidden, BK, num_stages=STAGES):
+            if EVEN:
+                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
+                values = tl.load(x + tokens * hidden + start + steps[:, None], mask=tokens < tokens_total, other=0.0)
+            else:
+                inside = start + steps < hidden
+                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
+                values = tl.load(x + tokens * hidden + start + steps[:, None], mask=(tokens < tokens_total) & inside[:, None], other=0.0)
+            total = tl.dot(weights, values, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def routes_of_few(
+    mid,
+    stride_mid,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MP: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """picks, ``w_j s_j``, first and last rows, each (MP, SLOTS), from the logits (M, N) at ``mid``."""
+    tokens = tl.arange(0, MP)[:, None]
+    columns = tl.arange(0, PADDED)[None, :]
+    tile = bounded_logits(mid, tokens, stride_mid, columns, count, allowed, tokens < tokens_total, HAS_ALLOWED)
+    picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    return picks, shares * tl.load(scaling + picks), tl.load(offsets + picks), tl.load(offsets + picks + 1)
+
+
+@triton.jit
+def chosen_sum(
+    total,
+    mid_down,
+    stride_mid,
+    b,
+    width,
+    columns,
+    column_mask,
+    picks,
+    scaled,
+    first,
+    last,
+    tokens_total,
+    rank,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    RANK_P: tl.constexpr,
+    GATHER: tl.constexpr,
+    DENSE_DOWN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add ``sum_j w_j s_j B_j (A_j x)`` to ``total`` (BN, MP).
+
+    mid_down holds A x: all R rows per token (DENSE_DOWN), or SLOT * RANK_P + row of the chosen adapters only. GATHER takes B's chosen rows
+    token by token; otherwise all of B is multiplied by a middle that is zero elsewhere (16 tokens and more).
+    """
+    tokens = tl.arange(0, MP)[:, None]
+    slots = tl.arange(0, SLOTS)[None, :]
+    live = tokens < tokens_total
+    if GATHER:
+        CHUNK: tl.constexpr = 16 if TOP_K * RANK_P >= 16 else TOP_K * RANK_P
+        for slot in tl.static_range(TOP_K):
+            factor = slot_of(scaled, slots, slot)
+            begin = slot_of(first, slots, slot)
+            end = slot_of(last, slots, slot)
+            for step in tl.static_range(0, RANK_P, CHUNK if CHUNK < RANK_P else RANK_P):
+                inner = step + tl.arange(0, CHUNK if CHUNK < RANK_P else RANK_P)[None, :]
+                rows = begin + inner
+                inside = live & (rows < end)
+                place = rows if DENSE_DOWN else slot * RANK_P + inner + begin * 0
+                values = tl.load(mid_down + tokens * stride_mid + place, mask=inside, other=0.0, cache_modifier=".cg")
+                values = values * factor
+                up = tl.load(b + rows[:, :, None].to(tl.int64) * width + columns[None, :, :], mask=inside[:, :, None] & column_mask[None, :, :], other=0.0)
+                total += tl.trans(tl.sum(values[:, :, None] * up.to(tl.float32), axis=1))
+    else:
+        BR: tl.constexpr = 32
+        for start in range(0, rank, BR):
+            rows = start + tl.arange(0, BR)[None, :]
+            inside = live & (rows < rank)
+            factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+            values = tl.load(mid_down + tokens * stride_mid + rows, mask=inside, other=0.0, cache_modifier=".cg")
+            values = tl.where(factor == 0.0, 0.0, values * factor)
+            up = tl.load(b + rows.to(tl.int64) * width + tl.trans(columns), mask=(rows < rank) & tl.trans(column_mask), other=0.0)
+            total = tl.dot(up, tl.trans(values).to(up.dtype), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def chosen_down(
+    a,
+    x,
+    mid,
+    mid_down,
+    stride_mid,
+    allowed,
+    scaling,
+    offsets,
+    token,
+    slot,
+    hidden,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """``A_i x`` of one token's slot: rows of the adapter that the logits at ``mid`` choose, written to mid_down[slot * RANK_P :]."""
+    columns = tl.arange(0, PADDED)[None, :]
+    slots = tl.arange(0, SLOTS)[None, :]
+    one = tl.zeros([1, 1], dtype=tl.int32)
+    tile = bounded_logits(mid, one, stride_mid, columns, count, allowed, one == 0, HAS_ALLOWED)
+    picks, _ = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    pick = tl.sum(tl.where(slots == slot, picks, 0))
+    begin = tl.load(offsets + pick)
+    inner = tl.arange(0, RANK_P)
+    rows = (begin + inner).to(tl.int64)[:, None]
+    mask = rows < tl.load(offsets + pick + 1)
+    total = rows_times_tokens(a, rows, mask, x + token * hidden, 1, hidden, RANK_P, BK, 1, EVEN, 1, "ieee")
+    tl.store(mid_down + slot * RANK_P + inner[:, None], total)
+
+
+@triton.jit
+def write_plan(
+    here,
+    stride_mid,
+    gate_rows,
+    rows_out,
+    values_out,
+    stride_plan,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    MP: tl.constexpr,
+    DENSE_DOWN: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """Route every token; per token, slot and place up to RANK_P, write the row of A and B (0 past the rank) and ``w_j s_j`` (times ``A x``
+    where it is there already; 0 past the rank)."""
+    _, scaled, first, last = routes_of_few(here, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED)
+    tokens = tl.arange(0, MP)[:, None]
+    slots = tl.arange(0, SLOTS)[None, :]
+    live = tokens < tokens_total
+    inner = tl.arange(0, RANK_P)[None, :]
+    for slot in tl.static_range(TOP_K):
+        rows = slot_of(first, slots, slot) + inner
+        inside = live & (rows < slot_of(last, slots, slot))
+        values = tl.where(inside, slot_of(scaled, slots, slot), 0.0)
+        if DENSE_DOWN:
+            values *= tl.load(here + tokens * stride_mid + gate_rows + rows, mask=inside, other=0.0, cache_modifier=".cg")
+        place = tokens * stride_plan + slot * RANK_P + inner
+        tl.store(rows_out + place, tl.where(inside, rows, 0).to(tl.int32), mask=live)
+        tl.store(values_out + place, values, mask=live)
+
+
+@triton.jit
+def decode_kernel(
+    x,
+    w,
+    ga,
+    b,
+    bias,
+    allowed,
+    scaling,
+    offsets,
+    mid,
+    plan_rows,
+    plan_values,
+    flags,
+    y,
+    tokens_total,
+    hidden,
+    count,
+    gate_rows,
+    stacked,
+    rank,
+    stride_mid,
+    member_mid,
+    stride_plan,
+    width0,
+    width1,
+    width2,
+    temperature,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MP: tl.constexpr,
+    BG: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BKG: tl.constexpr,
+    DENSE_DOWN: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A group of up to three linears that share x, base and adapters, in one launch.
+
+    Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one behind the other, O = sum of widths; ga: per member N gate
+    rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``, (MEMBERS * stacked, h); b: per member (R, width); bias (O,);
+    mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x (DENSE_DOWN only); plan_rows
+    int32 and plan_values float32 scratch (M, MEMBERS * TOP_K * RANK_P); flags int32 (8,), all 0 before and after; y (M, O).
+    Grid, one dimension: first the gate programs (BG rows of ga each, DENSE_DOWN: all rows, otherwise only the gates'), of which the last
+    to end routes; then without DENSE_DOWN one program per member, token and slot for the chosen rows of A; then per member
+    ceil(width / BN) programs.
+    """
+    pid = tl.program_id(0)
+    first_rows = gate_rows + rank if DENSE_DOWN else count
+    gate_tiles = tl.cdiv(first_rows, BG)
+    first_phase = gate_tiles * MEMBERS
+    per_member = tokens_total * TOP_K
+    second_phase = 0 if DENSE_DOWN else MEMBERS * per_member
+    if pid < first_phase:
+        member = pid // gate_tiles
+        local = (pid % gate_tiles) * BG + tl.arange(0, BG)[:, None]
+        mask = local < first_rows
+        total = rows_times_tokens(ga, (member * stacked + local).to(tl.int64), mask, x, tokens_total, hidden, BG, BKG, MP, EVEN, STAGES, PRECISION)
+        tokens = tl.arange(0, MP)[None, :]
+        here = mid + member * member_mid
+        tl.store(here + tokens * stride_mid + local, total, mask=mask & (tokens < tokens_total))
+        tl.debug_barrier()
+        if tl.atomic_add(flags + member, 1, sem="acq_rel", scope="gpu") == gate_tiles - 1:
+            tl.debug_barrier()
+            plan = member * TOP_K * RANK_P
+            write_plan(
+                here,
+                stride_mid,
+                gate_rows,
+                plan_rows + plan,
+                plan_values + plan,
+                stride_plan,
+                allowed,
+                scaling,
+                offsets,
+                tokens_total,
+                count,
+                temperature,
+                TOP_K,
+                SLOTS,
+                PADDED,
+                RANK_P,
+                MP,
+                DENSE_DOWN,
+                HAS_ALLOWED,
+            )
+            raise_flag(flags + 3 + member)
+    elif pid < first_phase + second_phase:
+        index = pid - first_phase
+        member = index // per_member
+        token = (index // TOP_K) % tokens_total
+        inner = tl.arange(0, RANK_P)[:, None]
+        spot = token * stride_plan + (member * TOP_K + index % TOP_K) * RANK_P + inner
+        wait_flag(flags + 3 + member, 1)
+        a_rows = tl.load(plan_rows + spot, cache_modifier=".cg").to(tl.int64)
+        factors = tl.load(plan_values + spot, cache_modifier=".cg")
+        a = ga + (member * stacked + gate_rows).to(tl.int64) * hidden
+        down = rows_times_tokens(a, a_rows, inner >= 0, x + token * hidden, 1, hidden, RANK_P, BKG, 1, EVEN, 1, "ieee")
+        tl.store(plan_values + spot, factors * down)
+        raise_flag(flags + 3 + member)
+    else:
+        tile = pid - first_phase - second_phase
+        member = tile * 0
+        before = tile * 0
+        width = before + width0
+        if MEMBERS > 1:
+            tiles0 = tl.cdiv(width0, BN)
+            if tile >= tiles0:
+                tile -= tiles0
+                member += 1
+                before += width0
+                width = width * 0 + width1
+                if MEMBERS > 2:
+                    tiles1 = tl.cdiv(width1, BN)
+                    if tile >= tiles1:
+                        tile -= tiles1
+                        member += 1
+                        before += width1
+                        width = width * 0 + width2
+        columns = tile * BN + tl.arange(0, BN)[:, None]
+        column_mask = columns < width
+        total = rows_times_tokens(w, (before + columns).to(tl.int64), column_mask, x, tokens_total, hidden, BN, BK, MP, EVEN, STAGES, PRECISION)
+        if HAS_BIAS:
+            total += tl.load(bias + before + columns, mask=column_mask, other=0.0).to(tl.float32)
+        wait_flag(flags + 3 + member, 1 if DENSE_DOWN else 1 + per_member)
+        up = b + before.to(tl.int64) * rank
+        across = tl.trans(columns)
+        live = tl.arange(0, MP)[:, None] < tokens_total
+        for start in tl.static_range(0, TOP_K * RANK_P, CHUNK):
+            place = tl.arange(0, MP)[:, None] * stride_plan + member * TOP_K * RANK_P + start + tl.arange(0, CHUNK)[None, :]
+            rows = tl.load(plan_rows + place, mask=live, other=0, cache_modifier=".cg")
+            values = tl.load(plan_values + place, mask=live, other=0.0, cache_modifier=".cg")
+            chosen = tl.load(
+                up + rows[:, :, None].to(tl.int64) * width + across[None, :, :], mask=live[:, :, None] & tl.trans(column_mask)[None, :, :], other=0.0
+            )
+            total += tl.trans(tl.sum(values[:, :, None] * chosen.to(tl.float32), axis=1))
+        tokens = tl.arange(0, MP)[None, :]
+        outputs = width0 + width1 + width2
+        tl.store(y + tokens * outputs + before + columns, total.to(y.dtype.element_ty), mask=column_mask & (tokens < tokens_total))
+    finish(flags, 6)
+
+
+@triton.jit
+def gates_kernel(
+    x,
+    gate,
+    a,
+    mid,
+    tokens_total,
+    hidden,
+    count,
+    rank,
+    stride_mid,
+    MP: tl.constexpr,
+    BG: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """mid[t] = [G x, A x], float32 (M, N + R) (R = 0: the gates alone). Grid: ceil(N / BG) + ceil(R / BG) programs."""
+    pid = tl.program_id(0)
+    tokens = tl.arange(0, MP)[None, :]
+    gate_tiles = tl.cdiv(count, BG)
+    if pid < gate_tiles:
+        local = pid * BG + tl.arange(0, BG)[:, None]
+        total = rows_times_tokens(gate, local.to(tl.int64), local < count, x, tokens_total, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
+        tl.store(mid + tokens * stride_mid + local, total, mask=(local < count) & (tokens < tokens_total))
+    else:
+        local = (pid - gate_tiles) * BG + tl.arange(0, BG)[:, None]
+        total = rows_times_tokens(a, local.to(tl.int64), local < rank, x, tokens_total, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
+        tl.store(mid + tokens * stride_mid + count + local, total, mask=(local < rank) & (tokens < tokens_total))
+
+
+@triton.jit
+def chosen_kernel(
+    x,
+    a,
+    mid,
+    allowed,
+    scaling,
+    offsets,
+    hidden,
+    count,
+    temperature,
+    stride_mid,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """mid[t, N + j * RANK_P + row] = A x of slot j's adapter. Grid: (M * TOP_K,)."""
+    pid = tl.program_id(0)
+    token = pid // TOP_K
+    here = mid + token * stride_mid
+    chosen_down(
+        a,
+        x,
+        here,
+        here + count,
+        stride_mid,
+        allowed,
+        scaling,
+        offsets,
+        token,
+        pid % TOP_K,
+        hidden,
+        count,
+        temperature,
+        TOP_K,
+        SLOTS,
+        PADDED,
+        RANK_P,
+        BK,
+        EVEN,
+        HAS_ALLOWED,
+    )
+
+
+@triton.jit
+def apply_kernel(
+    base,
+    b,
+    mid,
+    allowed,
+    scaling,
+    offsets,
+    y,
+    tokens_total,
+    count,
+    rank,
+    width,
+    stride_base,
+    stride_mid,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    DENSE_DOWN: tl.constexpr,
+    GATHER: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y = base + the chosen adapters' share, from mid. Grid: (ceil(width / BN),)."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
+    tokens = tl.arange(0, MP)[None, :]
+    mask = (columns < width) & (tokens < tokens_total)
+    total = tl.load(base + tokens.to(tl.int64) * stride_base + columns, mask=mask, other=0.0).to(tl.float32)
+    picks, scaled, first, last = routes_of_few(
+        mid, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED
+    )
+    total = chosen_sum(
+        total,
+        mid + count,
+        stride_mid,
+        b,
+        width,
+        tl.trans(columns),
+        tl.trans(columns < width),
+        picks,
+        scaled,
+        first,
+        last,
+        tokens_total,
+        rank,
+        TOP_K,
+        SLOTS,
+        MP,
+        BN,
+        RANK_P,
+        GATHER,
+        DENSE_DOWN,
+        PRECISION,
+    )
+    tl.store(y + tokens.to(tl.int64) * width + columns, total.to(y.dtype.element_ty), mask=mask)
+
+
+def padded_tokens(tokens: int) -> int:
+    """The tile's number of token columns: 1, or a power of two from 16 (the least that a matrix unit takes)."""
+    return 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
+
+
+def new_flags(device: torch.device) -> Tensor:
+    """The zeroed flags that :func:`decode` needs; one per group of linears and stream."""
+    return torch.zeros(1024, dtype=torch.int32, device=device)
+
+
+def decode_tile(hidden: int, outputs: int) -> tuple[int, int, int, int, int, int]:
+    """The fastest of the tiles tried on an H100 (docs/performance.md): BG, BN, BK, BKG, warps, stages."""
+    if outputs >= 16384:
+        return 16, 64, 128, 128, 4, 4
+    if hidden >= 8192:
+        return 16, 32, 256, 256, 2, 4
+    return 16, 32, 128, 128, 2, 5
+
+
+def decode(
+    x: Tensor,
+    w: Tensor,
+    ga: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor,
+    offsets: Tensor,
+    flags: Tensor,
+    widths: tuple[int, ...],
+    rank: int,
+    gate_rows: int,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+    allowed: Tensor | None = None,
+    *,
+    dense_down: bool = True,
+    tile: tuple[int, int, int, int, int, int] | None = None,
+) -> Tensor:
+    """Base and adapters of a group of linears, for few tokens.
+
+    Args:
+        x: (M, h), contiguous, 1 <= M <= 16.
+        w: (O, h), contiguous rows.
+        ga: (members * stacked, h): per member N gate rows, padding to ``gate_rows``, R rows of A, padding.
+        b: Per member (R, width), contiguous, one behind the other.
+        bias: (O,) or None.
+        scaling: float32 (N,).
+        offsets: int64 (N + 1,).
+        flags: As :func:`new_flags` makes them.
+        widths: Outputs of each member.
+        rank: R.
+        gate_rows: Where A starts in a member's part of ``ga``.
+        max_rank: The largest rank.
+        top_k: k.
+        temperature: T.
+        allowed: bool (N,) or None.
+        dense_down: All rows of A, or (after the gates) only the chosen ones.
+        tile: BG, BN, BK, BKG, warps, stages instead of the default.
+
+    Returns:
+        (M, O), the dtype of x.
+    """
+    tokens, hidden = x.shape
+    count = scaling.shape[0]
+    members = len(widths)
+    stacked = ga.shape[0] // members
+    mp = 16
+    rank_p = max(1, triton.next_power_of_2(max_rank))
+    bg, bn, bk, bkg, warps, stages = tile or decode_tile(hidden, sum(widths))
+    chunk = min(16, (top_k * rank_p) & -(top_k * rank_p), max(1, 8192 // (mp * bn)))
+    member_mid = gate_rows + (rank if dense_down else 0)
+    mid = torch.empty(tokens, members * member_mid, dtype=torch.float32, device=x.device)
+    plan_rows = torch.empty(tokens, members * top_k * rank_p, dtype=torch.int32, device=x.device)
+    plan_values = torch.empty(tokens, members * top_k * rank_p, dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
+    programs = members * triton.cdiv(gate_rows + rank if dense_down else count, bg)
+    programs += 0 if dense_down else members * tokens * top_k
+    programs += sum(triton.cdiv(width, bn) for width in widths)
+    padded = (*widths, 0, 0)
+    decode_kernel[(programs,)](
+        x, w, ga, b, bias if bias is not None else x, allowed if allowed is not None else x, scaling, offsets, mid, plan_rows, plan_values,
+        flags, y, tokens, hidden, count, gate_rows, stacked, rank, mid.stride(0), member_mid, plan_rows.stride(0), padded[0], padded[1],
+        padded[2], temperature,
+        MEMBERS=members, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), PADDED=max(2, triton.next_power_of_2(count)), RANK_P=rank_p,
+        CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, DENSE_DOWN=dense_down, HAS_ALLOWED=allowed is not None,
+        HAS_BIAS=bias is not None, EVEN=hidden % bk == 0 and hidden % bkg == 0, STAGES=stages,
+        PRECISION="ieee", num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+def mix_few(
+    x: Tensor,
+    base: Tensor,
+    gate: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+    allowed: Tensor | None,
+    *,
+    dense_down: bool,
+) -> tuple[Tensor, Tensor]:
+    """The layer on top of a finished base output, for few tokens, in two or three launches.
+
+    Args:
+        x: (M, h), contiguous, 1 <= M <= 64.
+        base: (M, o), columns contiguous.
+        gate, lora_A, lora_B, scaling, offsets: As in :func:`meteora_kernels.lora_mixture`, contiguous.
+        max_rank, top_k, temperature, allowed, dense_down: As in :func:`decode`.
+
+    Returns:
+        (M, o) and the logits float32 (M, N).
+    """
+    tokens, hidden = x.shape
+    count, (rank, width) = gate.shape[0], lora_B.shape
+    mp = padded_tokens(tokens)
+    rank_p = max(1, triton.next_power_of_2(max_rank))
+    gather = mp <= 16
+    dense_down = dense_down or not gather
+    mid = torch.empty(tokens, count + (rank if dense_down else top_k * rank_p), dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens, width, dtype=base.dtype, device=x.device)
+    slots, padded = triton.next_power_of_2(top_k), max(2, triton.next_power_of_2(count))
+    permitted = allowed if allowed is not None else x
+    bg, bk, warps = (4, 1024, 4) if mp == 1 else (16, 128, 4)
+    gates_kernel[(triton.cdiv(count, bg) + (triton.cdiv(rank, bg) if dense_down else 0),)](
+        x,
+        gate,
+        lora_A,
+        mid,
+        tokens,
+        hidden,
+        count,
+        rank,
+        mid.stride(0),
+        MP=mp,
+        BG=bg,
+        BK=bk,
+        EVEN=hidden % bk == 0,
+        STAGES=4,
+        PRECISION="ieee",
+        num_warps=warps,
+        num_stages=4,
+    )
+    if not dense_down:
+        chosen_kernel[(tokens * top_k,)](
+            x, lora_A, mid, permitted, scaling, offsets, hidden, count, temperature, mid.stride(0), TOP_K=top_k, SLOTS=slots, PADDED=padded,
+            RANK_P=rank_p, BK=512, EVEN=hidden % 512 == 0, HAS_ALLOWED=allowed is not None, num_warps=4,
+        )  # fmt: skip
+    bn = 64 if gather else 32
+    apply_kernel[(triton.cdiv(width, bn),)](
+        base, lora_B, mid, permitted, scaling, offsets, y, tokens, count, rank, width, base.stride(0), mid.stride(0), temperature,
+        TOP_K=top_k, SLOTS=slots, PADDED=padded, RANK_P=rank_p, MP=mp, BN=bn, DENSE_DOWN=dense_down, GATHER=gather,
+        HAS_ALLOWED=allowed is not None, PRECISION="ieee", num_warps=4,
+    )  # fmt: skip
+    return y, mid[:, :count]

@@ -1,0 +1,181 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""``out = base + middle B`` for every member of a group in one launch, where asked with the middle made on the way."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
+
+
+@triton.jit
+def delta_kernel(
+    middle,
+    logits,
+    allowed,
+    scaling,
+    offsets,
+    b,
+    base,
+    out,
+    tokens_total,
+    count,
+    rank,
+    stride_middle,
+    stride_logits,
+    stride_base,
+    stride_out,
+    member_middle,
+    member_logits,
+    width0,
+    width1,
+    width2,
+    temperature,
+    MEMBERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROUTE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[t, c] = base[t, c] + sum_row middle[t, row] B[row, c] (without base where HAS_BASE is False).
+
+    middle (M, .) and B in one dtype: member i's columns of ``middle`` start at ``i * member_middle``, its B (R, width_i) lies contiguous
+    behind those before it, its columns of base and out likewise. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x`` and
+    ``logits`` (M, .) the gates', member i's from column ``i * member_logits``; every program then routes its tokens itself.
+    Grid: (sum_i ceil(width_i / BLOCK_N), ceil(M / BLOCK_M)).
+    """
+    tile = tl.program_id(0)
+    before = tile * 0
+    member = tile * 0
+    width = before + width0
+    if MEMBERS > 1:
+        tiles0 = tl.cdiv(width0, BLOCK_N)
+        if tile >= tiles0:
+            tile -= tiles0
+            width = before * 0 + width1
+            before = before * 0 + width0
+            member += 1
+            if MEMBERS > 2:
+                tiles1 = tl.cdiv(width1, BLOCK_N)
+                if tile >= tiles1:
+                    tile -= tiles1
+                    width = before * 0 + width2
+                    before += width1
+                    member += 1
+    tokens = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    token_mask = tokens < tokens_total
+    column_mask = columns < width
+    where = before + columns
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if HAS_BASE:
+        total += tl.load(base + tokens * stride_base + where, mask=token_mask & column_mask, other=0.0).to(tl.float32)
+    if ROUTE:
+        picks, shares = routes_of_tile(
+            logits + member * member_logits,
+            tokens,
+            stride_logits,
+            allowed,
+            logits,
+            logits,
+            token_mask,
+            count,
+            temperature,
+            TOP_K,
+            SLOTS,
+            PADDED,
+            HAS_ALLOWED,
+            False,
+        )
+        scaled = shares * tl.load(scaling + picks)
+        first = tl.load(offsets + picks)
+        last = tl.load(offsets + picks + 1)
+    origin = b + before.to(tl.int64) * rank
+    for start in range(0, rank, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        across = rows[None, :]
+        values = tl.load(middle + tokens * stride_middle + member * member_middle + across, mask=token_mask & (across < rank), other=0.0)
+        if ROUTE:
+            factor = coefficients_of(across, picks, scaled, first, last, TOP_K, SLOTS)
+            values = tl.where(factor == 0.0, 0.0, values.to(tl.float32) * factor).to(values.dtype)
+        up = tl.load(origin + rows[:, None].to(tl.int64) * width + columns, mask=(rows[:, None] < rank) & column_mask, other=0.0)
+        total = tl.dot(values, up, total, input_precision=PRECISION)
+    tl.store(out + tokens * stride_out + where, total.to(out.dtype.element_ty), mask=token_mask & column_mask)
+
+
+def delta(
+    middle: Tensor,
+    b: Tensor,
+    base: Tensor | None,
+    out: Tensor,
+    widths: tuple[int, ...],
+    rank: int,
+    member_stride: int,
+    routing: tuple[Tensor, Tensor, Tensor, int, float, Tensor | None] | None = None,
+    tile: tuple[int, int, int, int, int] | None = None,
+) -> None:
+    """Write ``base + middle B`` into ``out``.
+
+    Args:
+        middle: (M, .), columns contiguous: member i's R columns from ``i * member_stride``.
+        b: Every member's B (R, width), contiguous, one behind the other, flat or 2-d; the dtype of ``middle``.
+        base: (M, sum of widths), columns contiguous; None counts as 0.
+        out: (M, sum of widths), columns contiguous; may be ``base``.
+        widths: One to three members' numbers of outputs.
+        rank: R.
+        member_stride: Columns between members in ``middle`` (and in the logits).
+        routing: (logits, scaling, offsets, top_k, temperature, allowed) when ``middle`` is the unscaled ``A x``.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages instead of the default.
+    """
+    tokens = middle.shape[0]
+    if tile is None:
+        tile = (16, 128, 32, 4, 3) if tokens <= 64 else (64, 128, 32, 4, 3)
+    block_m, block_n, block_k, warps, stages = tile
+    padded = (*widths, 0, 0)
+    logits, scaling, offsets, top_k, temperature, allowed = routing if routing is not None else (middle, b, b, 1, 1.0, None)
+    count = scaling.shape[0] if routing is not None else 1
+    grid = (sum(triton.cdiv(width, block_n) for width in widths), triton.cdiv(tokens, block_m))
+    delta_kernel[grid](
+        middle,
+        logits,
+        allowed if allowed is not None else middle,
+        scaling,
+        offsets,
+        b,
+        base if base is not None else out,
+        out,
+        tokens,
+        count,
+        rank,
+        middle.stride(0),
+        logits.stride(0),
+        base.stride(0) if base is not None else 0,
+        out.stride(0),
+        member_stride,
+        member_stride,
+        padded[0],
+        padded[1],
+        padded[2],
+        temperature,
+        MEMBERS=len(widths),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        ROUTE=routing is not None,
+        TOP_K=top_k,
+        SLOTS=triton.next_power_of_2(top_k),
+        PADDED=max(2, triton.next_power_of_2(count)),
+        HAS_ALLOWED=allowed is not None,
+        HAS_BASE=base is not None,
+        PRECISION="ieee",
+        num_warps=warps,
+        num_stages=stages,
+    )

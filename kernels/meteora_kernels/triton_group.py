@@ -1,0 +1,103 @@
+"""A group of linears that share their input, base and adapters together: what ``fuse(model)`` runs (inference only)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meteora_kernels import plan
+from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+from meteora_kernels.triton_decode import decode, new_flags
+from meteora_kernels.triton_delta import delta
+from meteora_kernels.triton_middle import middle
+
+__all__ = ["group_forward", "new_flags"]
+
+
+@torch.library.custom_op("meteora::group", mutates_args=("flags",))
+def group_forward(
+    x: Tensor,
+    packed: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    flags: Tensor,
+    widths: list[int],
+    rank: int,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+) -> Tensor:
+    """Base outputs of one to three linears with their adapters' share.
+
+    Args:
+        x: (M, h), contiguous.
+        packed: (P, h): the members' base rows (O = sum of widths), then per member ``stacked`` rows: N gate rows, padding to
+            ``gate_rows_of(N)``, R rows of A, padding; then rows that do not matter. Rows of a member beyond R hold zeros.
+        b: Per member (R, width), contiguous, one behind the other.
+        bias: (O,) or None.
+        scaling: float32 (N,), the same for all members.
+        offsets: int64 (N + 1,), likewise.
+        allowed: bool (N,) or None.
+        flags: As :func:`new_flags` makes them; zero before and after. One group, one stream at a time.
+        widths: Outputs of each member.
+        rank: R.
+        max_rank: The largest rank.
+        top_k: k.
+        temperature: T.
+
+    Returns:
+        (M, O) in the dtype of x; for some sizes rows are further apart than O.
+    """
+    count = scaling.shape[0]
+    members, outputs = len(widths), sum(widths)
+    gate_rows = gate_rows_of(count)
+    stacked = stacked_rows_of(count, rank)
+    tokens = x.shape[0]
+    weights, ga = packed[:outputs], packed[outputs : outputs + members * stacked]
+    how = plan.group_path(tokens)
+    if how == "decode":
+        sparse = plan.chosen_rows_only(tokens, rank, top_k, max_rank)
+        return decode(
+            x, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
+        )
+    y = x.new_empty(tokens, outputs)
+    if how == "packed":
+        whole = F.linear(x, packed)
+        products = whole[:, outputs:]
+        base = whole[:, :outputs]
+        if bias is not None:
+            base = base + bias
+        routing = (products, scaling, offsets, top_k, temperature, allowed)
+        delta(products[:, gate_rows:], b, base, y, tuple(widths), rank, stacked, routing)
+        return y
+    products = F.linear(x, ga)
+    inner = middle(products, products[:, gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank)
+    start = 0
+    for member, width in enumerate(widths):
+        torch.mm(inner[:, member * rank : (member + 1) * rank], b[rank * start : rank * (start + width)].view(rank, width), out=y[:, start : start + width])
+        start += width
+    y.addmm_(x, weights.t())
+    return y if bias is None else y.add_(bias)
+
+
+@group_forward.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    flags: Tensor,
+    widths: list[int],
+    rank: int,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+) -> Tensor:
+    return x.new_empty(x.shape[0], sum(widths))

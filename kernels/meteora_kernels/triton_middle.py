@@ -1,0 +1,343 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The middle of the layer between its GEMMs: route, scale and mask ``A x`` (forward), and the derivative of that (backward)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
+
+
+@triton.jit
+def routes_of_tile(
+    logits,
+    tokens,
+    stride_logits,
+    allowed,
+    given_indices,
+    given_weights,
+    mask,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """indices int32 and weights float32 (M, SLOTS) of a tile of tokens, from logits or as given (M, TOP_K)."""
+    slots = tl.arange(0, SLOTS)[None, :]
+    if GIVEN:
+        keep = mask & (slots < TOP_K)
+        picks = tl.load(given_indices + tokens * TOP_K + slots, mask=keep, other=0).to(tl.int32)
+        shares = tl.load(given_weights + tokens * TOP_K + slots, mask=keep, other=0.0).to(tl.float32)
+    else:
+        columns = tl.arange(0, PADDED)[None, :]
+        tile = bounded_logits(logits, tokens, stride_logits, columns, count, allowed, mask, HAS_ALLOWED)
+        picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    return picks, shares
+
+
+@triton.jit
+def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
+    """Per token and row of A: the sum of ``w_j s_j`` over the slots j whose adapter owns the row, float32 (M, C).
+
+    Args:
+        rows: int32 (1, C).
+        picks, scaled, first, last: (M, SLOTS): adapter, ``w_j * s_j``, first row and one past the last row of each slot's adapter.
+    """
+    slots = tl.arange(0, SLOTS)[None, :]
+    total = tl.zeros([picks.shape[0], rows.shape[1]], dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        inside = (rows >= slot_of(first, slots, slot)) & (rows < slot_of(last, slots, slot))
+        total += tl.where(inside, slot_of(scaled, slots, slot), 0.0)
+    return total
+
+
+@triton.jit
+def middle_kernel(
+    logits,
+    down,
+    middle,
+    allowed,
+    given_indices,
+    given_weights,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    stride_logits,
+    stride_down,
+    stride_middle,
+    member_logits,
+    member_down,
+    member_middle,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere.
+
+    logits (M, N) and down (M, R) in the model's dtype, middle (M, R) likewise; a fused group has several members side by side,
+    ``member_*`` columns apart. Grid: (ceil(M / BLOCK), members).
+    """
+    member = tl.program_id(1)
+    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    mask = tokens < tokens_total
+    picks, shares = routes_of_tile(
+        logits + member * member_logits,
+        tokens,
+        stride_logits,
+        allowed,
+        given_indices,
+        given_weights,
+        mask,
+        count,
+        temperature,
+        TOP_K,
+        SLOTS,
+        PADDED,
+        HAS_ALLOWED,
+        GIVEN,
+    )
+    scaled = shares * tl.load(scaling + picks)
+    first = tl.load(offsets + picks)
+    last = tl.load(offsets + picks + 1)
+    for start in range(0, rank, CHUNK):
+        rows = start + tl.arange(0, CHUNK)[None, :]
+        inside = mask & (rows < rank)
+        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        values = tl.load(down + member * member_down + tokens * stride_down + rows, mask=inside, other=0.0).to(tl.float32)
+        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+        values = tl.where(factor == 0.0, 0.0, values * factor)
+        tl.store(middle + member * member_middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def middle_backward_kernel(
+    logits,
+    down,
+    grad_middle,
+    grad_logits_in,
+    grad_logits,
+    grad_down,
+    middle,
+    allowed,
+    given_indices,
+    given_weights,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    stride_logits,
+    stride_down,
+    stride_grad,
+    stride_in,
+    stride_out,
+    stride_middle,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr,
+    HAS_IN: tl.constexpr,
+    WANT_MIDDLE: tl.constexpr,
+):
+    """From ``grad_middle = dy B^T`` to the gradients of the logits and of ``A x``.
+
+    ``grad_down = grad_middle * w_j s_j``; with ``g_j = s_j * sum over rows of j of grad_middle * down``, the logits get
+    ``w_j (g_j - sum_l w_l g_l) / T`` on top of ``grad_logits_in``. All (M, .) in the model's dtype; grad_logits and grad_down lie in
+    rows of ``stride_out``. WANT_MIDDLE also writes the forward's middle again (for the gradient of B). Grid: (ceil(M / BLOCK),).
+    """
+    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    mask = tokens < tokens_total
+    slots = tl.arange(0, SLOTS)[None, :]
+    picks, shares = routes_of_tile(
+        logits, tokens, stride_logits, allowed, given_indices, given_weights, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, GIVEN
+    )
+    scale = tl.load(scaling + picks)
+    scaled = shares * scale
+    first = tl.load(offsets + picks)
+    last = tl.load(offsets + picks + 1)
+    inner = tl.zeros([BLOCK, SLOTS], dtype=tl.float32)
+    for start in range(0, rank, CHUNK):
+        rows = start + tl.arange(0, CHUNK)[None, :]
+        inside = mask & (rows < rank)
+        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        values = tl.load(down + tokens * stride_down + rows, mask=inside, other=0.0).to(tl.float32)
+        grads = tl.load(grad_middle + tokens * stride_grad + rows, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_down + tokens * stride_out + rows, tl.where(factor == 0.0, 0.0, grads * factor).to(grad_down.dtype.element_ty), mask=inside)
+        if WANT_MIDDLE:
+            tl.store(middle + tokens * stride_middle + rows, tl.where(factor == 0.0, 0.0, values * factor).to(middle.dtype.element_ty), mask=inside)
+        product = values * grads
+        for slot in tl.static_range(TOP_K):
+            owned = (rows >= slot_of(first, slots, slot)) & (rows < slot_of(last, slots, slot))
+            part = tl.sum(tl.where(owned, product, 0.0), axis=1)[:, None]
+            inner = tl.where(slots == slot, inner + part, inner)
+    if not GIVEN:
+        inner = inner * scale
+        mean = tl.sum(shares * inner, axis=1)[:, None]
+        slope = shares * (inner - mean) / temperature
+        columns = tl.arange(0, PADDED)[None, :]
+        keep = mask & (columns < count)
+        total = tl.zeros([BLOCK, PADDED], dtype=tl.float32)
+        if HAS_IN:
+            total = tl.load(grad_logits_in + tokens * stride_in + columns, mask=keep, other=0.0).to(tl.float32)
+        for slot in tl.static_range(TOP_K):
+            total += tl.where(columns == slot_of(picks, slots, slot), slot_of(slope, slots, slot), 0.0)
+        tl.store(grad_logits + tokens * stride_out + columns, total.to(grad_logits.dtype.element_ty), mask=keep)
+
+
+def block_of(padded: int, tokens: int) -> int:
+    """Tokens per program: enough programs for every multiprocessor, and a tile of logits that fits into registers."""
+    return max(1, min(32, 4096 // max(padded, 64), triton.next_power_of_2(tokens // 256 + 1)))
+
+
+def middle(
+    logits: Tensor,
+    down: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    temperature: float,
+    allowed: Tensor | None = None,
+    routes: tuple[Tensor, Tensor] | None = None,
+    members: int = 1,
+    member_stride: int = 0,
+    adapters: int | None = None,
+    rank: int | None = None,
+) -> Tensor:
+    """``down`` scaled by its route and 0 where not chosen: the middle of the one big LoRA.
+
+    Args:
+        logits: (M, N), columns contiguous (not read when ``routes`` are given).
+        down: (M, R), columns contiguous.
+        scaling: float32 (N,).
+        offsets: int64 (N + 1,).
+        top_k: k.
+        temperature: T.
+        allowed: bool (N,) or None.
+        routes: indices int64 and weights float32 (M, k) instead of logits.
+        members: Layers side by side in ``logits`` and ``down``, ``member_stride`` columns apart; then the result is (M, members * R).
+
+    Returns:
+        (M, members * R) in the dtype of ``down``.
+    """
+    tokens = down.shape[0]
+    adapters = scaling.shape[0] if adapters is None else adapters
+    rank = down.shape[1] if rank is None else rank
+    result = torch.empty(tokens, members * rank, dtype=down.dtype, device=down.device)
+    padded = triton.next_power_of_2(adapters)
+    block = block_of(padded, tokens)
+    nothing = scaling
+    indices, weights = routes if routes is not None else (nothing, nothing)
+    middle_kernel[(triton.cdiv(tokens, block), members)](
+        logits,
+        down,
+        result,
+        allowed if allowed is not None else nothing,
+        indices,
+        weights,
+        scaling,
+        offsets,
+        tokens,
+        adapters,
+        rank,
+        logits.stride(0),
+        down.stride(0),
+        result.stride(0),
+        member_stride,
+        member_stride,
+        rank,
+        temperature,
+        TOP_K=top_k,
+        SLOTS=triton.next_power_of_2(top_k),
+        PADDED=padded,
+        BLOCK=block,
+        CHUNK=min(64, triton.next_power_of_2(rank)),
+        HAS_ALLOWED=allowed is not None,
+        GIVEN=routes is not None,
+    )
+    return result
+
+
+def middle_backward(
+    logits: Tensor,
+    down: Tensor,
+    grad_middle: Tensor,
+    grad_logits: Tensor | None,
+    scaling: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    temperature: float,
+    out: tuple[Tensor, Tensor],
+    allowed: Tensor | None = None,
+    routes: tuple[Tensor, Tensor] | None = None,
+    want_middle: bool = False,
+) -> Tensor | None:
+    """Gradients of :func:`middle`, written into ``out``.
+
+    Args:
+        logits, down, scaling, offsets, top_k, temperature, allowed, routes: As given to :func:`middle` (one member).
+        grad_middle: (M, R).
+        grad_logits: (M, N) that reached the logits on another way, or None.
+        out: (M, N) for the logits' gradient (untouched with ``routes``) and (M, R) for that of ``down``; the same row stride.
+        want_middle: Also return the middle again.
+
+    Returns:
+        (M, R) or None.
+    """
+    tokens, rank = down.shape
+    adapters = scaling.shape[0]
+    padded = triton.next_power_of_2(adapters)
+    block = block_of(padded, tokens)
+    nothing = scaling
+    again = torch.empty(tokens, rank, dtype=down.dtype, device=down.device) if want_middle else None
+    indices, weights = routes if routes is not None else (nothing, nothing)
+    middle_backward_kernel[(triton.cdiv(tokens, block),)](
+        logits,
+        down,
+        grad_middle,
+        grad_logits if grad_logits is not None else nothing,
+        out[0],
+        out[1],
+        again if again is not None else nothing,
+        allowed if allowed is not None else nothing,
+        indices,
+        weights,
+        scaling,
+        offsets,
+        tokens,
+        adapters,
+        rank,
+        logits.stride(0),
+        down.stride(0),
+        grad_middle.stride(0),
+        grad_logits.stride(0) if grad_logits is not None else 0,
+        out[1].stride(0),
+        rank,
+        temperature,
+        TOP_K=top_k,
+        SLOTS=triton.next_power_of_2(top_k),
+        PADDED=padded,
+        BLOCK=block,
+        CHUNK=min(64, triton.next_power_of_2(rank)),
+        HAS_ALLOWED=allowed is not None,
+        GIVEN=routes is not None,
+        HAS_IN=grad_logits is not None,
+        WANT_MIDDLE=want_middle,
+    )
+    return again

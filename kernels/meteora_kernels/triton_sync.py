@@ -1,0 +1,34 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Flags between the programs of one launch: no floating-point atomics, and every flag is 0 again when the launch ends.
+
+Programs that raise a flag come first in the grid and wait for nothing that comes later, so those that wait always get their flag.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def raise_flag(flag):
+    """One more program is done; everything it stored is visible to who sees the count."""
+    tl.debug_barrier()
+    tl.atomic_add(flag, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_flag(flag, target):
+    """Wait until ``target`` programs have raised the flag."""
+    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < target:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def finish(flags, used):
+    """Count this program as ended in ``flags[used]``; the last one puts all ``used + 1`` flags back to 0."""
+    tl.debug_barrier()
+    if tl.atomic_add(flags + used, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        for index in range(used + 1):
+            tl.store(flags + index, 0)
