@@ -1,0 +1,1 @@
+"""Meteora inside other people's programs."""

@@ -1,0 +1,143 @@
+"""MeteoRA models in EleutherAI's lm-evaluation-harness (``pip install 'meteora[lm-eval]'``).
+
+Importing this module registers the model "meteora" with the harness. The harness's own command looks for models in its own package only, so
+this module is also its runner; everything after its name is the harness's command line::
+
+    python -m meteora_core.integrations.lm_eval --model meteora --model_args checkpoint=runs/x,T=15 --tasks gsm8k
+
+``--model_args`` takes ``checkpoint`` and, where wanted, ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``,
+``meteora_backend``, ``quantization`` (4bit or 8bit), ``trust_remote_code``, and what the harness's "hf" model takes beside these (``max_length``,
+``add_bos_token``, …).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from meteora_core.checkpoints.opening import open_checkpoint
+from meteora_core.errors import MeteoraError, UsageError
+from meteora_core.model.base import load_tokenizer
+
+NAME = "meteora"
+
+
+def load_for_harness(checkpoint: str, **arguments: Any) -> tuple[Any, Any]:
+    """The model and tokenizer for a checkpoint.
+
+    Args:
+        checkpoint: A native folder, or a file or folder in the authors' layout.
+        arguments: ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``, ``device``, ``backend``, ``quantization`` and
+            ``trust_remote_code``, as :func:`meteora_core.checkpoints.opening.open_checkpoint` takes them. The harness turns numbers in its arguments
+            into ints and floats by itself.
+
+    Raises:
+        MeteoraError: As ``open_checkpoint``.
+    """
+    model, reference = open_checkpoint(
+        str(checkpoint),
+        base=arguments.get("base"),
+        revision=arguments.get("revision"),
+        adapters_dir=arguments.get("adapters"),
+        alpha=arguments.get("alpha"),
+        top_k=arguments.get("top_k"),
+        temperature=arguments.get("T"),
+        dtype=arguments.get("dtype"),
+        device=arguments.get("device"),
+        backend=arguments.get("backend") or "auto",
+        quantization=arguments.get("quantization"),
+        trust_remote_code=bool(arguments.get("trust_remote_code")),
+    )
+    return model, load_tokenizer(reference)
+
+
+@cache
+def model_class() -> type[Any]:
+    """The harness's model class "meteora", registered with it. Raises UsageError when lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UsageError("lm-evaluation-harness is not installed", hint="pip install 'meteora[lm-eval]'")
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+
+    class MeteoraLM(HFLM):
+        """A base model with a bank of adapters and gates, loaded from ``checkpoint``; all else is as with the harness's "hf".
+
+        Under ``accelerate launch`` or ``torchrun`` the requests are split over the processes.
+        """
+
+        def __init__(
+            self,
+            checkpoint: str,
+            base: str | None = None,
+            revision: str | None = None,
+            adapters: str | None = None,
+            alpha: float | None = None,
+            top_k: int | None = None,
+            T: float | None = None,
+            dtype: str | None = "auto",
+            device: str | None = None,
+            meteora_backend: str = "auto",
+            quantization: str | None = None,
+            trust_remote_code: bool = False,
+            **kwargs: Any,
+        ) -> None:
+            accelerator = None
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                from accelerate import Accelerator
+
+                accelerator = Accelerator(cpu=device == "cpu")
+                device = str(accelerator.device)
+            model, tokenizer = load_for_harness(
+                checkpoint,
+                base=base,
+                revision=revision,
+                adapters=adapters,
+                alpha=alpha,
+                top_k=top_k,
+                T=T,
+                dtype=dtype,
+                device=device,
+                backend=meteora_backend,
+                quantization=quantization,
+                trust_remote_code=trust_remote_code,
+            )
+            self.meteora_checkpoint = str(checkpoint)
+            super().__init__(pretrained=model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, **kwargs)
+            if accelerator is not None:
+                self.accelerator = accelerator
+                self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+        def get_model_info(self) -> dict[str, Any]:
+            """What the harness writes into its results about the model."""
+            state = self.model.meteora
+            routing = {"meteora_checkpoint": self.meteora_checkpoint, "meteora_adapters": list(state.names)}
+            return {**super().get_model_info(), **routing, "meteora_top_k": state.top_k, "meteora_T": state.temperature}
+
+    register_model(NAME)(MeteoraLM)
+    return MeteoraLM
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MeteoraLM":
+        return model_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main() -> None:
+    """Run the harness's command line with the model "meteora" known to it; a known error ends the process with one line and a hint."""
+    try:
+        model_class()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except MeteoraError as error:
+        hint = f"\nhint: {error.hint}" if error.hint else ""
+        raise SystemExit(f"error: {error.message}{hint}") from error
+
+
+if __name__ == "__main__":
+    main()
+elif find_spec("lm_eval") is not None:
+    model_class()

@@ -1,0 +1,131 @@
+"""MeteoRA in lm-evaluation-harness: the loading alone, and a run of the harness on a local task where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))
+
+from authors_files import Authors, write_authors
+
+from meteora_core import load_checkpoint
+from meteora_core.checkpoints.convert import convert_authors
+from meteora_core.checkpoints.opening import open_checkpoint
+from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.integrations import lm_eval as integration
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
+TASK = """
+task: meteora_words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1
+"""
+
+
+@pytest.fixture
+def authors(tmp_path: Path) -> Authors:
+    made = write_authors(tmp_path, count=4)
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>").save_pretrained(made.base)
+    return made
+
+
+def test_both_layouts_open_as_the_same_model(authors: Authors, tmp_path: Path) -> None:
+    native = tmp_path / "native"
+    convert_authors(authors.checkpoint, native, str(authors.base), adapter_dir=authors.adapters, top_k=1, temperature=15)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    opened, reference = open_checkpoint(native, device="cpu")
+    assert (reference.name, opened.meteora.top_k, opened.meteora.temperature) == (str(authors.base), 1, 15.0)
+    foreign, _ = open_checkpoint(authors.checkpoint, base=str(authors.base), adapters_dir=authors.adapters, top_k=1, temperature=15, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(opened(**batch).logits, foreign(**batch).logits)
+    with pytest.raises(UsageError, match="does not name its base model"):
+        open_checkpoint(authors.checkpoint)
+    with pytest.raises(CheckpointError, match="is no meteora checkpoint"):
+        open_checkpoint(authors.base)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_harness_arguments_reach_the_model(authors: Authors) -> None:
+    model, tokenizer = integration.load_for_harness(
+        str(authors.file), base=str(authors.base), adapters=str(authors.adapters), top_k=3, T=20, dtype="bfloat16", device="cpu", backend="reference"
+    )
+    assert isinstance(model, LlamaForCausalLM)
+    assert (model.meteora.top_k, model.meteora.temperature, model.meteora.backend, model.dtype) == (3, 20.0, "reference", torch.bfloat16)
+    assert tokenizer("w3 w4")["input_ids"] == [7, 8]
+    with pytest.raises(UsageError, match="top_k is 9"):
+        integration.load_for_harness(str(authors.file), base=str(authors.base), top_k=9, device="cpu")
+
+
+def expected_accuracy(native: Path, rows: list[dict[str, object]]) -> float:
+    """The share of rows whose labelled choice has the highest log-likelihood, by one forward pass a choice."""
+    model = load_checkpoint(native, device="cpu")
+    hits = []
+    for row in rows:
+        scores = []
+        for choice in row["choices"]:  # type: ignore[attr-defined]
+            ids = [WORDS.index(word) for word in f"{row['text']} {choice}".split()]
+            with torch.no_grad():
+                scores.append(model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)[ids[-1]].item())
+        hits.append(scores.index(max(scores)) == row["label"])
+    return sum(hits) / len(hits)
+
+
+@pytest.mark.slow
+def test_the_harness_scores_a_local_task_or_says_what_to_install(authors: Authors, tmp_path: Path) -> None:
+    native = tmp_path / "native"
+    convert_authors(authors.checkpoint, native, str(authors.base), adapter_dir=authors.adapters)
+    task = tmp_path / "tasks"
+    task.mkdir()
+    rows = [{"text": f"w{i} w{i + 1} w{2 * i}", "choices": [f"w{i}", f"w{i + 30}", f"w{90 - i}"], "label": i % 3} for i in range(12)]
+    (task / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task / "meteora_words.yaml").write_text(TASK.format(file=task / "rows.jsonl"))
+    line = [sys.executable, "-m", "meteora_core.integrations.lm_eval", "--model", "meteora", "--device", "cpu", "--batch_size", "5"]
+    line += [
+        "--model_args",
+        f"checkpoint={native},dtype=float32",
+        "--tasks",
+        "meteora_words",
+        "--include_path",
+        str(task),
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    if find_spec("lm_eval") is None:
+        assert ran.returncode == 1
+        assert ran.stderr.splitlines()[-2:] == ["error: lm-evaluation-harness is not installed", "hint: pip install 'meteora[lm-eval]'"]
+        with pytest.raises(UsageError, match="is not installed"):
+            integration.model_class()
+        return
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    assert results["results"]["meteora_words"]["acc,none"] == pytest.approx(expected_accuracy(native, rows))
+    assert results["config"]["meteora_adapters"] == list(authors.names)
+    assert (results["config"]["meteora_top_k"], results["config"]["meteora_T"]) == (2, 1.0)
