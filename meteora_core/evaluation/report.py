@@ -191,7 +191,7 @@ def _bars(figure_type: Any, columns: Sequence[str], values: Mapping[str, tuple[f
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("accuracy, or BLEU / 100, or ROUGE-L")
+    axes.set_xlabel("accuracy, share of right sub-tasks, BLEU / 100, or ROUGE-L")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(columns), 4))
     return figure
@@ -206,6 +206,7 @@ def _radar(figure_type: Any, columns: Sequence[str], values: Mapping[str, tuple[
         axes.plot([*angles, angles[0]], [*line, line[0]], label=column)
         axes.fill([*angles, angles[0]], [*line, line[0]], alpha=0.1)
     axes.set_xticks(angles, list(values))
+    axes.tick_params(axis="x", pad=18)
     axes.set_ylim(0, 1)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=min(len(columns), 4))
     return figure
