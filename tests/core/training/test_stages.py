@@ -1,0 +1,251 @@
+"""Both stages on a tiny model: what they save, skipping, resuming bit for bit, what stops them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from safetensors.torch import load_file
+from test_training_rows import letters
+
+from meteora_core import AdapterBank, attach, detach, load_checkpoint
+from meteora_core.data.rows import Row
+from meteora_core.errors import CheckpointError, MeteoraError, UsageError
+from meteora_core.model.attach import meteora_layers
+from meteora_core.model.base import BaseReference
+from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
+from meteora_core.training import loop
+from meteora_core.training.adapters import train_adapter
+from meteora_core.training.gates import GateObjective, measure_gates, train_gates
+from meteora_core.training.loop import Counts
+from meteora_core.training.loss import count_gate_labels, count_targets
+from meteora_core.training.rows import collate, encode_rows
+
+BASE = BaseReference("tiny")
+IDS = torch.randint(3, 98, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def model():
+    return make_tiny_llama(vocab_size=98, initializer_range=0.2)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two tasks that a tiny model can learn: one answers in letters, one in digits."""
+    for task, make in {"shout": lambda i: (f"say {chr(97 + i % 26)}\n", chr(65 + i % 26) * 3), "count": lambda i: (f"{i % 9} +1?\n", str(i % 9 + 1))}.items():
+        folder = tmp_path / "datasets" / task
+        folder.mkdir(parents=True)
+        rows = [dict(zip(("prompt", "response"), make(i), strict=True)) for i in range(40)]
+        for split, part in (("train", rows[:30]), ("test", rows[30:])):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return tmp_path / "datasets"
+
+
+def adapter(data: Path, out: Path, task: str = "shout", **changes):
+    settings = AdapterTrainSettings(**{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "save_steps": 2, "log_steps": 1, **changes})
+    return train_adapter(model(), letters(), task, base=BASE, data_dir=data, out_dir=out, settings=settings)
+
+
+def gates(data: Path, adapters: Path, folder: Path, *, resume: bool = False, base=None, **changes):
+    settings = GateTrainSettings(**{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, **changes})
+    bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
+    base = base or model()
+    return base, train_gates(base, letters(), bank, base=BASE, data_dir=data, folder=folder, settings=settings, resume=resume)
+
+
+@pytest.fixture
+def adapters(data: Path, tmp_path: Path) -> Path:
+    for task in ("shout", "count"):
+        adapter(data, tmp_path / "adapters", task)
+    return tmp_path / "adapters"
+
+
+def test_an_adapter_learns_and_is_an_ordinary_peft_folder(data, tmp_path) -> None:
+    from peft import PeftModel
+
+    done = adapter(data, tmp_path / "a", max_steps=60, learning_rate=5e-2, dropout=0.0, rank=4)
+    history = json.loads((done.folder / "meteora_training.json").read_text())["history"]
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    config = json.loads((done.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert config["r"] == 4
+    base = model()
+    before = base(IDS).logits
+    assert not torch.equal(PeftModel.from_pretrained(base, done.folder).eval()(IDS).logits, before)
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_the_base_is_left_as_it_was(data, tmp_path) -> None:
+    base = model()
+    before, keys = base(IDS).logits, list(base.state_dict())
+    train_adapter(base, letters(), "shout", base=BASE, data_dir=data, out_dir=tmp_path, settings=AdapterTrainSettings(max_steps=2, gradient_checkpointing=True))
+    assert torch.equal(base(IDS).logits, before)
+    assert list(base.state_dict()) == keys
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_finished_adapter_is_not_trained_again_unless_its_inputs_change(data, tmp_path) -> None:
+    first = adapter(data, tmp_path)
+    stamp = (first.folder / "adapter_model.safetensors").stat().st_mtime_ns
+    assert adapter(data, tmp_path).skipped
+    assert (first.folder / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert not adapter(data, tmp_path, rank=3).skipped
+    (data / "shout" / "train.jsonl").write_text(json.dumps({"prompt": "new\n", "response": "row"}) + "\n")
+    assert not adapter(data, tmp_path, rank=3).skipped
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it and carry on."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real = loop._step
+    count = iter(range(1, 1000))
+
+    def stopping(*arguments, **named):
+        if next(count) == step:
+            raise Killed
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(loop, "_step", stopping)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 6])
+def test_a_killed_adapter_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch, step) -> None:
+    whole = adapter(data, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            adapter(data, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "shout").exists()
+    torch.manual_seed(987)
+    resumed = adapter(data, tmp_path / "cut")
+    for a, b in zip(*(load_file(done.folder / "adapter_model.safetensors").values() for done in (whole, resumed)), strict=True):
+        assert torch.equal(a, b)
+    histories = [[{**entry, "seconds": 0} for entry in json.loads((done.folder / "meteora_training.json").read_text())["history"]] for done in (whole, resumed)]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("init", ["normal", "ridge"])
+def test_a_killed_gate_run_resumes_to_the_same_bits(data, adapters, tmp_path, monkeypatch, init) -> None:
+    gates(data, adapters, tmp_path / "whole", init=init)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            gates(data, adapters, tmp_path / "cut", init=init)
+    gates(data, adapters, tmp_path / "cut", resume=True, init=init)
+    whole, cut = (load_file(tmp_path / name / "meteora.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_resuming_with_other_settings_lists_the_differences(data, adapters, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            gates(data, adapters, tmp_path / "x")
+    with pytest.raises(UsageError, match=r"settings\.beta was 50\.0, now 2\.0"):
+        gates(data, adapters, tmp_path / "x", resume=True, beta=2.0)
+
+
+def test_a_checkpoint_holds_only_gates_and_loads_bit_equal(data, adapters, tmp_path) -> None:
+    trained, done = gates(data, adapters, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "meteora.safetensors")
+    assert {key.rpartition(".")[2] for key in tensors} == {"gate"}
+    assert len(tensors) == 14
+    loaded = load_checkpoint(tmp_path / "m", model())
+    assert torch.equal(loaded(IDS).logits, trained(IDS).logits)
+    assert done.held_out["gate_accuracy"] > 0.5
+    assert not list(tmp_path.glob(".m*"))
+
+
+def test_trained_adapters_are_saved_with_the_gates(data, adapters, tmp_path) -> None:
+    trained, _ = gates(data, adapters, tmp_path / "m", trainable="gates+adapters")
+    for folder in adapters.iterdir():
+        folder.rename(folder.with_name(folder.name + "_gone"))
+    loaded = load_checkpoint(tmp_path / "m", model())
+    assert torch.equal(loaded(IDS).logits, trained(IDS).logits)
+
+
+def test_a_checkpoint_of_another_base_or_other_adapters_is_refused(data, adapters, tmp_path) -> None:
+    gates(data, adapters, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="not those that"):
+        load_checkpoint(tmp_path / "m", make_tiny_llama(seed=7, vocab_size=98, initializer_range=0.2))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_checkpoint(tmp_path / "m", make_tiny_llama(num_hidden_layers=1, vocab_size=98))
+    adapter(data, adapters, "count", max_steps=2)
+    with pytest.raises(CheckpointError, match="'count'.*hash differs"):
+        load_checkpoint(tmp_path / "m", model())
+
+
+def test_the_loss_falls_and_gates_learn(data, adapters, tmp_path) -> None:
+    _, done = gates(data, adapters, tmp_path / "m", max_steps=60, learning_rate=2e-2, init="zeros")
+    assert done.held_out["gate_accuracy"] > 0.85
+    assert set(done.held_out) >= {"gate_accuracy/shout", "gate_accuracy/count", "gate_loss", "lm_loss", "gate_accuracy_all"}
+
+
+def test_the_ridge_start_routes_without_a_single_step(data, adapters, tmp_path) -> None:
+    base, done = gates(data, adapters, tmp_path / "m", max_steps=0, init="ridge", ridge_tokens=800)
+    assert done.held_out["gate_accuracy"] > 0.8
+    zero, plain = gates(data, adapters, tmp_path / "z", max_steps=0, init="zeros", base=detach(base))
+    assert plain.held_out["gate_accuracy/count"] == 0.0
+    assert zero is base
+
+
+def test_gate_accuracy_is_counted_by_hand(data, adapters, tmp_path) -> None:
+    base, _ = gates(data, adapters, tmp_path / "m", max_steps=0, init="zeros")
+    from meteora_core.data.rows import read_rows
+
+    rows = [encode_rows(read_rows(data, task, "test"), letters(), i, 64).rows for i, task in enumerate(("shout", "count"))]
+    measured = measure_gates(base, rows, 1, ("shout", "count"), 4)
+    tokens = [sum(map(len, task_rows)) for task_rows in rows]
+    answers = [sum(len(row) - row.response_start for row in task_rows) for task_rows in rows]
+    assert measured["gate_accuracy/shout"] == 1.0
+    assert measured["gate_accuracy/count"] == 0.0
+    assert measured["gate_accuracy"] == pytest.approx(answers[0] / sum(answers))
+    assert measured["gate_accuracy_all"] == pytest.approx(tokens[0] / sum(tokens))
+    assert measured["gate_loss"] == pytest.approx(math.log(2), rel=1e-5)
+    with torch.no_grad():
+        for path, layer in meteora_layers(base):
+            layer.gate.fill_(float("nan") if ".layers.0." in path else 0.0)
+    assert measure_gates(base, rows, 1, ("shout", "count"), 4)["gate_accuracy/shout"] == 1.0
+
+
+def test_an_infinite_loss_stops_the_run_and_names_the_steps(data, tmp_path) -> None:
+    base = model()
+    with torch.no_grad():
+        base.model.norm.weight.fill_(float("inf"))
+    settings = AdapterTrainSettings(max_steps=4, log_steps=2, batch_size=2)
+    with pytest.raises(MeteoraError, match="within steps 1 to 2"):
+        train_adapter(base, letters(), "shout", base=BASE, data_dir=data, out_dir=tmp_path / "o", settings=settings)
+    assert not (tmp_path / "o" / "shout").exists()
+
+
+def test_accumulation_is_weighted_by_tokens(data, adapters, tmp_path) -> None:
+    """The gradient of a step is that of its rows together, however they are split into batches."""
+    bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
+    rows = encode_rows([Row("a\n", "b"), Row("say something longer\n", "ABC"), Row("cd\n", "EFGH")], letters(), 1, 64).rows
+    gradients = []
+    for parts in ([rows], [rows[:1], rows[1:]]):
+        base = attach(model(), bank)
+        batches = [collate(part, 1) for part in parts]
+        counts = Counts(sum(map(count_targets, batches)), sum(map(count_gate_labels, batches)))
+        losses = [GateObjective(50.0)(base, batch, counts).loss for batch in batches]
+        gradients.append((sum(losses), [layer.gate.grad for _, layer in meteora_layers(base)]))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0])
+    for a, b in zip(gradients[0][1], gradients[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
+    settings = GateTrainSettings(max_steps=100, warmup_ratio=0.1, learning_rate=1.0)
+    rates = [loop.learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] < 1e-3
+    assert max(rates) == 1.0
