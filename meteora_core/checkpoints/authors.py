@@ -108,14 +108,14 @@ def _base_targets(layout: AuthorsLayout, model: nn.Module) -> dict[str, Tensor]:
     """
     checkpoint = layout.tensors.path
     known = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
-    targets, kept = {}, set()
+    targets, quantized = {}, set()
     for name, key in sorted(layout.base.items(), key=lambda item: not item[0].endswith(_VOCABULARY)):
         shape = layout.tensors.entries[key].shape
         target = known.get(name)
         if target is None:
             continue
         if not target.is_floating_point():
-            kept.add(name)
+            quantized.add(name.rpartition(".")[0])
             continue
         if tuple(target.shape) != shape:
             raise _other_base(checkpoint, model, name, tuple(target.shape), shape)
@@ -124,7 +124,7 @@ def _base_targets(layout: AuthorsLayout, model: nn.Module) -> dict[str, Tensor]:
         raise CheckpointError(f"{checkpoint} has tensors that {_called(model)} lacks: {shown(unknown)}", hint="the checkpoint belongs to another base model")
     if layout.base:
         given = {id(known[name]) for name in layout.base}
-        missing = [name for name, tensor in known.items() if id(tensor) not in given]
+        missing = [name for name, tensor in known.items() if id(tensor) not in given and name.rpartition(".")[0] not in quantized]
         if missing:
             raise CheckpointError(
                 f"{checkpoint} lacks tensors of {_called(model)}: {shown(_file_key(layout, name) for name in missing)}",
