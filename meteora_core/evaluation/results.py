@@ -5,6 +5,7 @@ Samples are appended as rows finish, so that a run that was stopped can go on; t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class SampleWriter:
     def add(self, doc_id: int, output: str) -> None:
         """Append one finished row. Raises StorageError."""
         with storage_errors(self.path):
-            self._handle.write(json.dumps({"doc_id": doc_id, "output": output}, ensure_ascii=False) + "\n")
+            self._handle.write(json.dumps({"doc_id": doc_id, "output": output}) + "\n")
             self._handle.flush()
 
     def close(self, *, remove: bool = False) -> None:
@@ -126,7 +127,12 @@ class ResultsBuilder:
         }
 
     def document(self, seconds: float, date: float) -> dict[str, Any]:
-        """The results document, with lm-evaluation-harness's keys, and our counts under ``meteora``."""
+        """The results document, with lm-evaluation-harness's keys, and our counts under ``meteora``.
+
+        Args:
+            seconds: How long the evaluation took.
+            date: When it began, in seconds since 1970.
+        """
         return {
             "results": self.results,
             "group_subtasks": self.groups,
@@ -137,9 +143,11 @@ class ResultsBuilder:
             "n-samples": self.samples,
             "config": {"model": self.model, **self.config},
             "date": date,
+            "start_time": date,
+            "end_time": date + seconds,
             "model_name": self.model,
             "model_source": "meteora",
-            "total_evaluation_time_seconds": round(seconds, 3),
+            "total_evaluation_time_seconds": f"{seconds:.3f}",
             "meteora": {"counts": self.counts},
         }
 
@@ -154,13 +162,20 @@ def sample_rows(result: Any) -> list[dict[str, Any]]:
                 "doc_id": sample.doc_id,
                 "doc": {"prompt": sample.row.prompt, "response": sample.row.response},
                 "target": sample.row.response,
-                "arguments": [[sample.row.prompt, {"do_sample": False, "max_gen_toks": result.max_new_tokens}]],
+                "arguments": {"gen_args_0": {"arg_0": sample.row.prompt, "arg_1": {"do_sample": False, "max_gen_toks": result.max_new_tokens}}},
                 "resps": [[sample.output]],
                 "filtered_resps": [sample.response],
+                "doc_hash": _hash(json.dumps({"prompt": sample.row.prompt, "response": sample.row.response}, sort_keys=True)),
+                "prompt_hash": _hash(sample.row.prompt),
+                "target_hash": _hash(sample.row.response),
                 **values,
             }
         )
     return rows
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def write_results(folder: Path, document: dict[str, Any], stamp: str) -> Path:

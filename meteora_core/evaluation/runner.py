@@ -145,7 +145,7 @@ def evaluate_task(
     samples: dict[int, Sample] = {}
     for index, output in (finished or {}).items():
         if index < len(rows):
-            samples[index] = Sample(index, rows[index], output, clean_response(found.name, output, rows[index].prompt), 0)
+            samples[index] = Sample(index, rows[index], output, clean_response(found.name, rows[index].prompt + output, rows[index].prompt), 0)
     waiting = [prompt for prompt in fitting if prompt.index not in samples]
     result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=longest)
     state = getattr(model, "meteora", None)
@@ -164,7 +164,7 @@ def evaluate_task(
             ):
                 row = rows[prompt.index]
                 output = tokenizer.decode(new, skip_special_tokens=True)
-                sample = Sample(prompt.index, row, output, clean_response(found.name, output, row.prompt), len(new))
+                sample = Sample(prompt.index, row, output, clean_response(found.name, row.prompt + output, row.prompt), len(new))
                 samples[prompt.index] = sample
                 result.new_tokens += len(new)
                 result.prompt_tokens += len(prompt.tokens)

@@ -1,69 +1,82 @@
-"""Results and samples on disk."""
+"""Results on disk: torn samples, resuming, the harness's shape."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
+from meteora_core.data.rows import Row
+from meteora_core.data.tasks import get_task
 from meteora_core.errors import DataError
-from meteora_core.evaluation.results import SampleWriter, load_results, write_results
-
-INPUTS = {"task": "winowhy", "seed": 1}
-
-
-def test_rows_of_a_stopped_run_are_found_again(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "x.partial.jsonl"
-    with SampleWriter(path, INPUTS) as writer:
-        writer.add(3, "correct")
-        writer.add(1, "größer\nnext")
-    with SampleWriter(path, INPUTS) as writer:
-        assert writer.done == {3: "correct", 1: "größer\nnext"}
-        writer.add(0, "new")
-    with SampleWriter(path, INPUTS) as writer:
-        assert sorted(writer.done) == [0, 1, 3]
+from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, load_results, sample_rows, write_results
+from meteora_core.evaluation.runner import Sample, TaskResult
+from meteora_core.evaluation.scoring import evaluate_responses
 
 
-@pytest.mark.parametrize("torn", [b'{"doc_id": 7, "outp', b'{"doc_id": 7, "output": "\xc3', b"\x00\x00\x00", b"{]\n"])
-def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "x.partial.jsonl"
-    with SampleWriter(path, INPUTS) as writer:
-        writer.add(3, "correct")
-    whole = path.read_bytes()
-    path.write_bytes(whole + torn)
-    with SampleWriter(path, INPUTS) as writer:
-        assert writer.done == {3: "correct"}
-        writer.add(4, "wrong")
-    assert [json.loads(line) for line in path.read_text("utf-8").splitlines()[1:]] == [{"doc_id": 3, "output": "correct"}, {"doc_id": 4, "output": "wrong"}]
+def result() -> TaskResult:
+    task = get_task("winowhy")
+    rows = [Row("p0", "correct"), Row("p1", "incorrect"), Row("p2", "correct")]
+    given = ["correct", "correct", ""]
+    samples = [Sample(i, row, answer, answer, 1) for i, (row, answer) in enumerate(zip(rows, given, strict=True))]
+    return TaskResult(task, samples, evaluate_responses(task, given, [row.response for row in rows]), skipped=2, max_new_tokens=9)
 
 
-def test_rows_of_another_run_are_not_taken_over(tmp_path: Path) -> None:
-    path = tmp_path / "x.partial.jsonl"
-    with SampleWriter(path, INPUTS) as writer:
-        writer.add(3, "correct")
-    with SampleWriter(path, {**INPUTS, "seed": 2}) as writer:
-        assert writer.done == {}
-    with SampleWriter(path, {**INPUTS, "seed": 2}) as writer:
-        assert writer.done == {}
+def test_a_stopped_run_keeps_its_rows_and_drops_a_torn_line(tmp_path) -> None:
+    path = tmp_path / "x" / "s.jsonl"
+    with SampleWriter(path, {"task": "a"}) as writer:
+        writer.add(3, "three\nlines ü")
+        writer.add(1, "one \ud800")
+    with path.open("a") as handle:
+        handle.write('{"doc_id": 7, "outp')
+    again = SampleWriter(path, {"task": "a"})
+    assert again.done == {3: "three\nlines ü", 1: "one \ud800"}
+    again.add(7, "seven")
+    again.close()
+    with SampleWriter(path, {"task": "a"}) as last:
+        assert last.done == {3: "three\nlines ü", 1: "one \ud800", 7: "seven"}
+    assert [json.loads(line) for line in path.read_text().splitlines()][-1] == {"doc_id": 7, "output": "seven"}
 
 
-def test_a_closed_file_can_be_removed(tmp_path: Path) -> None:
-    path = tmp_path / "x.partial.jsonl"
-    SampleWriter(path, INPUTS).close(remove=True)
+def test_other_inputs_begin_anew(tmp_path) -> None:
+    path = tmp_path / "s.jsonl"
+    with SampleWriter(path, {"model": "a"}) as writer:
+        writer.add(0, "x")
+    other = SampleWriter(path, {"model": "b"})
+    assert other.done == {}
+    other.close(remove=True)
     assert not path.exists()
 
 
-def test_results_come_back(tmp_path: Path) -> None:
-    document = {"results": {"winowhy": {"alias": "winowhy", "acc,none": 0.1}}}
-    path = write_results(tmp_path, document, "2026-01-01T00-00-00")
-    assert path.name == "results_2026-01-01T00-00-00.json"
-    assert load_results(path) == load_results(tmp_path) == document
+def test_the_document_has_the_harness_shape(tmp_path) -> None:
+    builder = ResultsBuilder("meteora", {"dtype": "float32"})
+    builder.add(result(), 50)
+    document = builder.document(1.5, 0.0)
+    metrics = document["results"]["winowhy"]
+    assert metrics["alias"] == "winowhy"
+    assert metrics["acc,none"] == pytest.approx(1 / 3)
+    assert metrics["acc_stderr,none"] == pytest.approx((2 / 9 / 2) ** 0.5)
+    assert document["n-samples"]["winowhy"] == {"original": 50, "effective": 3}
+    assert document["higher_is_better"]["winowhy"] == {"acc": True}
+    assert document["config"] == {"model": "meteora", "dtype": "float32"}
+    assert document["meteora"]["counts"]["winowhy"]["skipped_prompts"] == 2
+    assert document["meteora"]["counts"]["winowhy"]["empty_responses"] == 1
+    file = write_results(tmp_path, document, "t")
+    assert load_results(file) == load_results(tmp_path) == json.loads(json.dumps(document))
 
 
-def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no results in"):
+def test_samples_have_the_harness_shape() -> None:
+    rows = sample_rows(result())
+    assert [row["doc_id"] for row in rows] == [0, 1, 2]
+    assert rows[1]["target"] == "incorrect"
+    assert rows[1]["filtered_resps"] == ["correct"]
+    assert rows[0]["arguments"]["gen_args_0"]["arg_1"] == {"do_sample": False, "max_gen_toks": 9}
+    assert [row["accuracy"] for row in rows] == [1, 0, 0]
+
+
+def test_files_that_are_no_results(tmp_path) -> None:
+    with pytest.raises(DataError, match="no results"):
         load_results(tmp_path)
     (tmp_path / "results_x.json").write_text("[]")
-    with pytest.raises(DataError, match="is not a results file"):
+    with pytest.raises(DataError, match="not a results file"):
         load_results(tmp_path)

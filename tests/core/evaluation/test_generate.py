@@ -1,0 +1,102 @@
+"""Batched greedy generation: the same answers in any batch, planned by length, halved when memory runs out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from meteora_core import AdapterBank, attach
+from meteora_core.evaluation import generate
+from meteora_core.evaluation.generate import Prompt, encode_prompts, generate_all, plan
+
+
+def letters(eos_at_end: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 1, "</s>": 2, **{chr(97 + i): i + 3 for i in range(26)}}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if eos_at_end:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+PROMPTS = ["abc", "a", "hello there".replace(" ", ""), "zz", "thequickbrownfox"]
+
+
+@pytest.fixture
+def model(make_adapter):
+    bank = AdapterBank.from_peft({"one": make_adapter("one", 1), "two": make_adapter("two", 2)})
+    return attach(make_tiny_llama(initializer_range=0.3), bank)
+
+
+def answers(model, batch_size, **options) -> dict[int, list[int]]:
+    tokenizer = letters()
+    made = generate_all(model, tokenizer, encode_prompts(PROMPTS, tokenizer), batch_size=batch_size, max_new_tokens=12, **options)
+    return {prompt.index: tokens for prompt, tokens in made}
+
+
+def test_any_batch_size_gives_the_same_tokens(model) -> None:
+    one = answers(model, 1)
+    assert set(one) == set(range(5))
+    assert one == answers(model, 2) == answers(model, 5) == answers(model, "auto")
+    assert len({tuple(tokens) for tokens in one.values()}) > 1
+
+
+def test_answers_equal_a_plain_argmax_loop(model) -> None:
+    tokenizer = letters()
+    for index, text in enumerate(PROMPTS):
+        ids = tokenizer(text)["input_ids"]
+        new: list[int] = []
+        while len(new) < 12:
+            token = int(model(torch.tensor([ids + new])).logits[0, -1].argmax())
+            if token == 2:
+                break
+            new.append(token)
+        assert answers(model, 1)[index] == new
+
+
+def test_no_repeat_ngram_size(model) -> None:
+    free, strict = answers(model, 5), answers(model, 5, no_repeat_ngram_size=2)
+    assert free != strict
+    for index, tokens in strict.items():
+        whole = [*letters()(PROMPTS[index])["input_ids"], *tokens]
+        pairs = list(zip(whole, whole[1:], strict=False))
+        assert len(pairs) == len(set(pairs)) or len(letters()(PROMPTS[index])["input_ids"]) > len(set(letters()(PROMPTS[index])["input_ids"]))
+
+
+def test_prompts_lose_an_eos_that_the_tokenizer_adds() -> None:
+    prompt = encode_prompts(["ab"], letters(eos_at_end=True))[0]
+    assert prompt.tokens == (1, 3, 4)
+    assert encode_prompts([], letters()) == []
+
+
+def test_automatic_batches_fit_the_budget_longest_first() -> None:
+    prompts = [Prompt(i, (3,) * length) for i, length in enumerate([5, 50, 20, 20, 7, 90])]
+    batches = plan(prompts, "auto", 10, 120)
+    assert [prompt.index for batch in batches for prompt in batch] == [5, 1, 2, 3, 4, 0]
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * (len(batch[0].tokens) + 10) <= 120
+    assert [len(batch) for batch in plan(prompts, 4, 10, 0)] == [4, 2]
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(model, monkeypatch) -> None:
+    whole = answers(model, 5)
+    real = generate.generate_batch
+
+    def small_card(model, tokenizer, prompts, **options):
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("pretend")
+        return real(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(generate, "generate_batch", small_card)
+    sizes: list[int] = []
+    assert answers(model, 5, on_smaller=sizes.append) == whole
+    assert sizes == [2, 1]
+
+    def no_card(*_, **__):
+        raise torch.OutOfMemoryError("pretend")
+
+    monkeypatch.setattr(generate, "generate_batch", no_card)
+    with pytest.raises(torch.OutOfMemoryError):
+        answers(model, 5)
