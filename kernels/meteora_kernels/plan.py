@@ -13,6 +13,8 @@ import torch
 
 FEW_TOKENS = 16
 """Up to here (one tile of a matrix unit) decoding kernels win."""
+INLINE_TOKENS = 64
+"""Up to here every program of the pass over the output routes its tokens itself; above, one kernel before it does."""
 PACKED_TOKENS = 1024
 """Up to here a fused group multiplies base, gates and A in one GEMM; above, the pass over the output that B then needs costs more."""
 GROUPED_RANK = 1024

@@ -9,6 +9,7 @@ Paths (``plan.py`` holds the limits):
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from meteora_kernels import plan
 from meteora_kernels.layout import layout_of
-from meteora_kernels.triton_decode import mix_few
 from meteora_kernels.triton_delta import delta
+from meteora_kernels.triton_few import mix_few
 from meteora_kernels.triton_grouped import mix_grouped
 from meteora_kernels.triton_middle import middle, middle_backward
 
@@ -33,13 +34,20 @@ def stacked_rows_of(adapters: int, rank: int) -> int:
     return -(-(gate_rows_of(adapters) + rank) // 64) * 64
 
 
+@lru_cache(maxsize=32)
+def _blank(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows of zeros, kept: they are only ever read."""
+    return torch.zeros(rows, width, dtype=dtype, device=device)
+
+
 def pack(gate: Tensor, lora_A: Tensor) -> Tensor:
-    """[G; padding; A; padding], (stacked, h)."""
+    """[G; padding; A; padding], (stacked, h), in one copy."""
     adapters, rank = gate.shape[0], lora_A.shape[0]
     before = gate_rows_of(adapters)
     after = stacked_rows_of(adapters, rank)
-    parts = [gate, gate.new_zeros(before - adapters, gate.shape[1]), lora_A, gate.new_zeros(after - before - rank, gate.shape[1])]
-    return torch.cat([part for part in parts if part.shape[0]])
+    capturing = gate.is_cuda and torch.cuda.is_current_stream_capturing()  # what is made then lives in the graph's own memory
+    blank = (_blank.__wrapped__ if capturing else _blank)(64, gate.shape[1], gate.dtype, gate.device)
+    return torch.cat([gate, blank[: before - adapters], lora_A, blank[: after - before - rank]])
 
 
 @torch.library.custom_op("meteora::mix_few", mutates_args=())
@@ -57,7 +65,7 @@ def mix_few_op(
     temperature: float,
     dense_down: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`triton_decode.mix_few`; the logits come back contiguous."""
+    """:func:`triton_few.mix_few`; the logits come back contiguous."""
     output, logits = mix_few(x, base, gate, lora_A, lora_B, scaling, offsets, max_rank, top_k, temperature, allowed, dense_down=dense_down)
     return output, logits.contiguous()
 
@@ -147,9 +155,12 @@ def mix_many_op(
         if routes is None:
             torch.mm(x, gate.t(), out=products[:, :adapters])
     down = products[:, begin : begin + rank]
-    inner = middle(products, down, scaling, offsets, top_k, temperature, allowed, routes)
     output = torch.empty_like(base, memory_format=torch.contiguous_format)
-    delta(inner, lora_B, base, output, (base.shape[1],), rank, rank)
+    if routes is None and x.shape[0] <= plan.INLINE_TOKENS:
+        delta(down, lora_B, base, output, (base.shape[1],), rank, 0, (products, scaling, offsets, top_k, temperature, allowed))
+    else:
+        inner = middle(products, down, scaling, offsets, top_k, temperature, allowed, routes)
+        delta(inner, lora_B, base, output, (base.shape[1],), rank, rank)
     return output, products
 
 
@@ -209,8 +220,7 @@ def mix_many_backward_op(
     slope_logits, slope_down = slopes[:, :adapters], slopes[:, begin : begin + rank]
     extra = None if grad_products is None or routes is not None else grad_products.contiguous()
     again = middle_backward(products, down, grad_middle, extra, scaling, offsets, top_k, temperature, (slope_logits, slope_down), allowed, routes, wanted[4])
-    nothing = x.new_empty(0)
-    grad_x = grad_lora_x = grad_gate = grad_A = grad_B = nothing
+    grad_x, grad_lora_x, grad_gate, grad_A, grad_B = (x.new_empty(0) for _ in range(5))
     if wanted[0]:
         if lora_x is None and routes is None:
             grad_x = torch.mm(slopes, pack(gate, lora_A))

@@ -71,8 +71,12 @@ def group_forward(
         base = whole[:, :outputs]
         if bias is not None:
             base = base + bias
-        routing = (products, scaling, offsets, top_k, temperature, allowed)
-        delta(products[:, gate_rows:], b, base, y, tuple(widths), rank, stacked, routing)
+        if tokens <= plan.INLINE_TOKENS:
+            routing = (products, scaling, offsets, top_k, temperature, allowed)
+            delta(products[:, gate_rows:], b, base, y, tuple(widths), rank, stacked, routing)
+        else:
+            inner = middle(products, products[:, gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank)
+            delta(inner, b, base, y, tuple(widths), rank, rank)
         return y
     products = F.linear(x, ga)
     inner = middle(products, products[:, gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank)

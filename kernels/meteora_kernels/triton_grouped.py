@@ -160,7 +160,7 @@ def mix_grouped(
     temperature: float,
     allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The layer on top of a finished base output (arguments as in :func:`meteora_kernels.triton_decode.mix_few`, any number of tokens).
+    """The layer on top of a finished base output (arguments as in :func:`meteora_kernels.triton_few.mix_few`, any number of tokens).
 
     Returns:
         (M, o) and the logits (M, N).
