@@ -25,7 +25,7 @@ app.command("quickstart")(quickstart.quickstart)
 app.add_typer(data.app, name="data")
 app.add_typer(ckpt.app, name="ckpt")
 app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
+app.add_typer(evaluate.app, name="eval")
 app.command("chat")(chat.chat)
 app.command("trace")(trace.trace)
 app.add_typer(config.app, name="config")
@@ -67,7 +67,7 @@ def main() -> None:
 
     debug = os.environ.get("METEORA_DEBUG") == "1"
     try:
-        app()
+        app(prog_name="meteora")
     except MeteoraError as error:
         if debug:
             raise

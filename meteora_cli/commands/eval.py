@@ -1,20 +1,23 @@
-"""``meteora eval``: answers and scores on test rows."""
+"""``meteora eval``: answers and scores on test rows; ``meteora eval report``: several results side by side."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from meteora_cli.console import console, emit_json, out, progress, settings_from
 
-if TYPE_CHECKING:
-    from rich.table import Table
+app = typer.Typer()
 
-    from meteora_core.evaluation.runner import TaskResult
-    from meteora_core.evaluation.session import ModelResults
+
+class Kind(StrEnum):
+    """What a picture of results looks like."""
+
+    bar = "bar"
+    radar = "radar"
 
 
 class Scoring(StrEnum):
@@ -24,9 +27,12 @@ class Scoring(StrEnum):
     paper = "paper"
 
 
+@app.callback(invoke_without_command=True)
 def evaluate(
     ctx: typer.Context,
-    task: Annotated[str, typer.Option(help="Task names, separated by commas; or singles, composites, all (of what is built).")],
+    task: Annotated[
+        str | None, typer.Option(help="Task names, separated by commas; or singles, composites, all (of what is built). Needed.", show_default=False)
+    ] = None,
     model: Annotated[
         str, typer.Option(help="meteora, base, own (each task's own adapter), an adapter's name or folder, several by commas, or all.")
     ] = "meteora",
@@ -53,6 +59,14 @@ def evaluate(
 
     Example: meteora eval --task logical_deduction,strategyqa --model all --limit 50
     """
+    if ctx.invoked_subcommand is not None:
+        _refuse_options(ctx)
+        return
+    from meteora_core.errors import UsageError
+
+    names = [name.strip() for name in (task or "").split(",") if name.strip()]
+    if not names:
+        raise UsageError("no task given", hint="meteora eval --task NAME[,NAME] | singles | composites | all; `meteora data list` shows them")
     settings = settings_from(
         ctx,
         paths__data=data,
@@ -77,7 +91,7 @@ def evaluate(
     register_all(settings)
     place = pick_device(settings.model.device)
     kind = pick_dtype(settings.model.dtype, place)
-    tasks = choose_tasks([name.strip() for name in task.split(",") if name.strip()], settings.paths.data)
+    tasks = choose_tasks(names, settings.paths.data)
     models = ("base", "own", "meteora") if model == "all" else tuple(name.strip() for name in model.split(",") if name.strip())
     plan = EvalPlan(
         tasks=tasks,
@@ -100,84 +114,74 @@ def evaluate(
             top_k=settings.routing.top_k if "top_k" in settings.routing.model_fields_set else None,
         ),
     )
+    from meteora_cli.commands.eval_tables import result_line, results_table, samples_table, warnings_of
+
     with progress(ctx) as bars:
-        outcomes = run(plan, device=place, dtype=kind, on_result=lambda name, result: bars.note(_line(name, result)), progress=bars)
+        outcomes = run(plan, device=place, dtype=kind, on_result=lambda name, result: bars.note(result_line(name, result)), progress=bars)
     if debug:
         for outcome in outcomes:
             for result in outcome.results.values():
-                _show(outcome.model, result)
+                console.print(samples_table(outcome.model, result))
     if as_json:
         documents = [outcome.document for outcome in outcomes]
         emit_json(documents[0] if len(documents) == 1 else documents)
     else:
-        out.print(_table(outcomes))
-        for warning in _warnings(outcomes):
+        out.print(results_table(outcomes))
+        for warning in warnings_of(outcomes):
             console.print(warning, markup=False)
     for outcome in outcomes:
         if outcome.file is not None:
             console.print(f"saved {outcome.file}", markup=False, soft_wrap=True)
 
 
+@app.command("report")
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Results files, folders of them (the newest counts), or a folder of such folders.", show_default=False),
+    ],
+    label: Annotated[list[str] | None, typer.Option("--label", help="A column's name, once for each RUN; default: the models'.", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Draw the results: a .png, .svg or .pdf file.", show_default=False)] = None,
+    kind: Annotated[Kind, typer.Option(help="What the picture is; radar needs three tasks.")] = Kind.bar,
+    as_json: Annotated[bool, typer.Option("--json", help="The comparison as one JSON document on stdout.")] = False,
+) -> None:
+    """Lay the results of several runs side by side.
+
+    Example: meteora eval report runs/eval/base runs/eval/meteora --plot compare.png --kind radar
+    """
+    from meteora_core.errors import UsageError
+    from meteora_core.evaluation.report import as_document, compare, find_results, load_results, plot, to_markdown
+
+    if markdown and as_json:
+        raise UsageError("--markdown and --json exclude each other", hint="choose one of them")
+    files = find_results(runs)
+    comparison = compare([load_results(file) for file in files], label or None)
+    if picture is not None:
+        plot(comparison, picture, kind.value)
+        console.print(f"saved {picture}", markup=False, soft_wrap=True)
+    if as_json:
+        emit_json(as_document(comparison, files))
+    elif markdown:
+        typer.echo(to_markdown(comparison), nl=False)
+    else:
+        from meteora_cli.commands.eval_tables import comparison_table
+
+        out.print(comparison_table(comparison))
+
+
+def _refuse_options(ctx: typer.Context) -> None:
+    """Options before the word report would have no effect: say so. Raises UsageError."""
+    from meteora_core.errors import UsageError
+
+    for item in ctx.command.params:
+        source = ctx.get_parameter_source(item.name) if item.name else None
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(
+                f"{max(item.opts, key=len)} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report behind the word report"
+            )
+
+
 def _default_checkpoint(runs: Path) -> Path:
     own, quick = runs / "meteora", runs / "quickstart" / "meteora"
     return quick if quick.is_dir() and not own.is_dir() else own
-
-
-def _line(model: str, result: TaskResult) -> str:
-    from meteora_core.evaluation.runner import headline
-
-    name, value = headline(result)
-    return f"{model}: {result.task.name}: {name} {value:.3f} over {len(result.samples)} rows, {result.seconds:.0f} s"
-
-
-def _table(outcomes: list[ModelResults]) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("rows", justify="right")
-    for outcome in outcomes:
-        table.add_column(outcome.model, justify="right")
-    tasks = dict.fromkeys(task for outcome in outcomes for task in outcome.results)
-    for task in tasks:
-        metrics = dict.fromkeys(metric for outcome in outcomes if task in outcome.results for metric in outcome.results[task].scores.metrics)
-        rows = max(len(outcome.results[task].samples) for outcome in outcomes if task in outcome.results)
-        for metric in metrics:
-            table.add_row(task, metric, str(rows), *[_cell(outcome.results.get(task), metric) for outcome in outcomes])
-        table.add_section()
-    return table
-
-
-def _cell(result: TaskResult | None, metric: str) -> str:
-    if result is None or metric not in result.scores.metrics:
-        return "–"
-    value, error = result.scores.metrics[metric], result.scores.stderr.get(metric)
-    digits = 1 if metric.rpartition("/")[2] == "bleu" else 3
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def _warnings(outcomes: list[ModelResults]) -> list[str]:
-    names = {"empty_responses": "empty answers", "over_long_responses": "over-long answers", "unusable_references": "references that cannot be scored"}
-    lines = []
-    for outcome in outcomes:
-        for task, result in outcome.results.items():
-            parts = [f"{result.scores.counts[key]} {text}" for key, text in names.items() if result.scores.counts.get(key)]
-            if result.skipped:
-                parts.append(f"{result.skipped} prompts skipped as too long")
-            if parts or result.notes:
-                lines.append(f"{outcome.model}: {task}: {', '.join([*parts, *result.notes])}")
-    return lines
-
-
-def _show(model: str, result: TaskResult) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    rows: list[dict[str, Any]] = result.scores.rows or []
-    table = Table("prompt", "answer", "reference", title=f"{model}: {result.task.name}", show_lines=True)
-    for place, sample in enumerate(result.samples[:10]):
-        right = (rows[place] if place < len(rows) else {}).get("accuracy")
-        style = "" if right is None else "green" if right else "red"
-        table.add_row(Text(sample.row.prompt[-600:]), Text(sample.response, style=style), Text(sample.row.response))
-    console.print(table)

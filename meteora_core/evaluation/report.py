@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from meteora_core.errors import MeteoraError, UsageError, did_you_mean
+from meteora_core.errors import DataError, MeteoraError, UsageError, did_you_mean
 from meteora_core.evaluation.results import load_results
 from meteora_core.files import atomic_write
 
-__all__ = ["Cell", "Comparison", "Line", "compare", "headlines", "load_results", "plot", "to_markdown"]
+__all__ = ["Cell", "Comparison", "Line", "as_document", "compare", "find_results", "headlines", "load_results", "plot", "to_markdown"]
 
 KINDS = ("bar", "radar")
 FORMATS = ("png", "svg", "pdf")
@@ -71,6 +71,44 @@ class Comparison:
 
     columns: tuple[str, ...]
     rows: tuple[Line, ...]
+
+
+def find_results(paths: Sequence[Path]) -> list[Path]:
+    """Turn what a user names into paths for :func:`load_results`: a folder without results of its own stands for its sub-folders that have some.
+
+    Raises:
+        DataError: A path is not there, or a folder holds no results.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"no such file or folder: {path}", hint="name results files, or folders that `meteora eval` wrote")
+        if path.is_file() or any(path.glob("results_*.json")):
+            found.append(path)
+            continue
+        inner = sorted(folder for folder in path.iterdir() if folder.is_dir() and any(folder.glob("results_*.json")))
+        if not inner:
+            raise DataError(f"no results in {path}", hint="run `meteora eval --save` first")
+        found += inner
+    return found
+
+
+def as_document(comparison: Comparison, files: Sequence[Path]) -> dict[str, Any]:
+    """The comparison as plain values for JSON: ``runs`` (name and path), and ``rows`` with one value and standard error a run."""
+    rows = []
+    for line in comparison.rows:
+        cells = [None if cell is None else {"value": cell.value, "stderr": cell.stderr} for cell in line.cells]
+        rows.append(
+            {
+                "task": line.task,
+                "metric": line.metric,
+                "higher_is_better": line.higher_is_better,
+                "samples": list(line.samples),
+                "values": cells,
+                "best": list(line.best),
+            }
+        )
+    return {"runs": [{"name": name, "path": str(file)} for name, file in zip(comparison.columns, files, strict=True)], "rows": rows}
 
 
 def compare(documents: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None) -> Comparison:

@@ -117,7 +117,7 @@ def evaluate(
     """
     tasks = [get_task(name) for name in plan.tasks]
     for task in tasks:
-        read_rows(plan.data_dir, task.name, "test", 1)
+        read_rows(plan.data_dir, task.name, "test", plan.options.limit)
     pairs = {model: [(task, _adapter_of(plan, model, task)) for task in tasks] for model in plan.models}
     loader = _Loader(plan, device, dtype, progress)
     loader.check(plan.models)

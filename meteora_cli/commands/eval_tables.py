@@ -1,0 +1,96 @@
+"""The tables that ``meteora eval`` and ``meteora eval report`` print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from meteora_core.evaluation.report import Cell, Comparison
+    from meteora_core.evaluation.runner import TaskResult
+    from meteora_core.evaluation.session import ModelResults
+
+DEBUG_ROWS = 10
+"""How many rows ``--debug`` shows of each task."""
+
+
+def result_line(model: str, result: TaskResult) -> str:
+    from meteora_core.evaluation.runner import headline
+
+    name, value = headline(result)
+    return f"{model}: {result.task.name}: {name} {value:.3f} over {len(result.samples)} rows, {result.seconds:.0f} s"
+
+
+def results_table(outcomes: list[ModelResults]) -> Table:
+    table = Table()
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("rows", justify="right")
+    for outcome in outcomes:
+        table.add_column(outcome.model, justify="right")
+    tasks = dict.fromkeys(task for outcome in outcomes for task in outcome.results)
+    for task in tasks:
+        metrics = dict.fromkeys(metric for outcome in outcomes if task in outcome.results for metric in outcome.results[task].scores.metrics)
+        rows = max(len(outcome.results[task].samples) for outcome in outcomes if task in outcome.results)
+        for metric in metrics:
+            table.add_row(task, metric, str(rows), *[_cell(outcome.results.get(task), metric) for outcome in outcomes])
+        table.add_section()
+    return table
+
+
+def _cell(result: TaskResult | None, metric: str) -> str:
+    if result is None or metric not in result.scores.metrics:
+        return "–"
+    value, error = result.scores.metrics[metric], result.scores.stderr.get(metric)
+    digits = 1 if metric.rpartition("/")[2] == "bleu" else 3
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def warnings_of(outcomes: list[ModelResults]) -> list[str]:
+    names = {"empty_responses": "empty answers", "over_long_responses": "over-long answers", "unusable_references": "references that cannot be scored"}
+    lines = []
+    for outcome in outcomes:
+        for task, result in outcome.results.items():
+            parts = [f"{result.scores.counts[key]} {text}" for key, text in names.items() if result.scores.counts.get(key)]
+            if result.skipped:
+                parts.append(f"{result.skipped} prompts skipped as too long")
+            if parts or result.notes:
+                lines.append(f"{outcome.model}: {task}: {', '.join([*parts, *result.notes])}")
+    return lines
+
+
+def samples_table(model: str, result: TaskResult) -> Table:
+    rows: list[dict[str, Any]] = result.scores.rows or []
+    table = Table("prompt", "answer", "reference", title=f"{model}: {result.task.name}", show_lines=True)
+    for place, sample in enumerate(result.samples[:DEBUG_ROWS]):
+        right = (rows[place] if place < len(rows) else {}).get("accuracy")
+        style = "" if right is None else "green" if right else "red"
+        table.add_row(Text(sample.row.prompt[-600:]), Text(sample.response, style=style), Text(sample.row.response))
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Several runs side by side, the best value of each row in bold."""
+    table = Table("task", "metric")
+    table.add_column("rows", justify="right")
+    for column in comparison.columns:
+        table.add_column(Text(column), justify="right")
+    last = None
+    for line in comparison.rows:
+        if last not in (None, line.task):
+            table.add_section()
+        last = line.task
+        sizes = sorted({size for size in line.samples if size is not None})
+        rows = "–" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
+        digits = 1 if line.metric.rpartition("/")[2].startswith("bleu") else 3
+        cells = [Text(_figure(cell, digits), style="bold green" if place in line.best else "") for place, cell in enumerate(line.cells)]
+        table.add_row(Text(line.task), Text(line.metric), rows, *cells)
+    return table
+
+
+def _figure(cell: Cell | None, digits: int) -> str:
+    if cell is None:
+        return "–"
+    return f"{cell.value:.{digits}f}" + (f" ± {cell.stderr:.{digits}f}" if cell.stderr is not None else "")
