@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ def load_authors_checkpoint(
     with torch.no_grad():
         for path, layer in meteora_layers(model):
             layer.gate.copy_(layout.tensors.read(key_of(path, "moe_gate")))
-    note_base_changes(model, _copy_base(layout, targets, progress))
+    note_base_changes(model, *_copy_base(layout, targets, progress))
     return model.eval()
 
 
@@ -168,17 +168,22 @@ def _check_tied(layout: AuthorsLayout, targets: dict[str, Tensor]) -> None:
             )
 
 
-def _copy_base(layout: AuthorsLayout, targets: dict[str, Tensor], progress: Progress) -> Iterable[str]:
-    """Copy the base tensors into the model; return the names of those that differ by more than the rounding to the checkpoint's dtype."""
-    changed = []
+def _copy_base(layout: AuthorsLayout, targets: dict[str, Tensor], progress: Progress) -> tuple[list[str], dict[str, torch.dtype]]:
+    """Copy the base tensors into the model.
+
+    Returns:
+        The names of those that have other numbers than the base model's, and of those that are the base model's rounded to a dtype.
+    """
+    changed, rounded = [], {}
     with progress.task("reading base tensors", total=len(targets), unit="tensors") as task, torch.no_grad():
         for name, target in targets.items():
-            tensor = layout.tensors.read(layout.base[name])
-            before = target.detach()
-            if not torch.equal(before.to(tensor.dtype), tensor.to(before.device)):
+            before, tensor = target.detach(), layout.tensors.read(layout.base[name]).to(target.device)
+            if not torch.equal(before.to(tensor.dtype), tensor):
                 changed.append(name)
+            elif not torch.equal(before, tensor.to(before.dtype)):
+                rounded[name] = tensor.dtype
             before.copy_(tensor)
             task.update(1)
     if left := [name for name in layout.base if name not in targets]:
         progress.note(f"{len(left)} linears of the base model are quantised and keep their own weights")
-    return changed
+    return changed, rounded

@@ -13,7 +13,7 @@ import torch
 
 from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
-from meteora_core.checkpoints.native import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE
+from meteora_core.checkpoints.native import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, rounding_table
 from meteora_core.checkpoints.tensor_files import CHUNK, TensorFiles, TensorPlan, shown, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import atomic_folder, storage_errors, write_json
@@ -65,8 +65,9 @@ def convert_authors(
 ) -> Converted:
     """Write gates and adapters of a checkpoint in the authors' layout as a native folder; what is held in memory is one adapter matrix.
 
-    The authors' file also holds the whole base model. Its tensors are compared with those of ``base``: the ones that differ by more than the rounding to
-    the file's dtype are stored beside the gates, and :func:`~meteora_core.load_checkpoint` puts them in place; the rest comes from the base model.
+    The authors' file also holds the whole base model. Its tensors are compared with those of ``base``: what is the base's own is left out, what is the
+    base's own rounded to the file's dtype is noted and rounded again when the checkpoint is loaded, and what has other numbers is stored beside the
+    gates. So :func:`~meteora_core.load_checkpoint` gives the same model as :func:`~meteora_core.load_authors_checkpoint`, bit for bit.
 
     Args:
         checkpoint: A safetensors file, an index of shards, or a folder that holds one.
@@ -99,11 +100,11 @@ def convert_authors(
         raise UsageError(f"top_k is {top_k}, but the checkpoint has {layout.count} adapters", hint=f"choose --top-k between 1 and {layout.count}")
     if not 0 < temperature < float("inf"):
         raise UsageError(f"the routing temperature T is {temperature}, it must be above 0 and finite")
-    kept, probe = tuple(sorted(layout.base)), None
+    kept, rounded, probe = tuple(sorted(layout.base)), dict[str, torch.dtype](), None
     if base_tensors == "changed":
         theirs = _open_base(reference, progress)
         _check_base(layout, theirs, reference)
-        kept = _changed(layout, theirs, progress)
+        kept, rounded = _differences(layout, theirs, progress)
         probe = _probe(layout, theirs)
     plans = list(_plans(layout, kept))
     total = sum(plan.size for plan in plans)
@@ -111,7 +112,7 @@ def convert_authors(
     with atomic_folder(folder) as temporary:
         with progress.task("writing the checkpoint", total=total, unit="B") as task:
             digest = write_tensors(temporary / WEIGHT_FILE, plans, {"format": "pt", "producer": "meteora"}, on_bytes=task.update)
-        config = _config(layout, infos, reference, probe, kept, top_k, temperature)
+        config = _config(layout, infos, reference, probe, kept, rounded, top_k, temperature)
         write_json(temporary / CONFIG_FILE, {**config, "weights_sha256": digest})
         size = (temporary / WEIGHT_FILE).stat().st_size
     return Converted(folder, tuple(info.name for info in infos), layout.rank, len(layout.modules), kept, size, digest)
@@ -153,38 +154,45 @@ def _check_base(layout: AuthorsLayout, theirs: TensorFiles, reference: BaseRefer
         raise CheckpointError(f"{source} has tensors that {reference.name} lacks: {shown(absent)}", hint=_OTHER_BASE)
     if layout.base:
         missing = sorted(name for name in theirs.entries if name not in wanted and not name.endswith("rotary_emb.inv_freq"))
-        missing = [name for name in missing if name != _HEAD or not _same(layout.tensors, layout.base[_EMBEDDINGS], theirs, name)]
+        missing = [name for name in missing if name != _HEAD or _compare(layout.tensors, layout.base[_EMBEDDINGS], theirs, name) == "changed"]
         if missing:
             raise CheckpointError(f"{source} lacks tensors of {reference.name}: {shown(missing)}", hint="copy or download the checkpoint again")
 
 
-def _changed(layout: AuthorsLayout, theirs: TensorFiles, progress: Progress) -> tuple[str, ...]:
+def _differences(layout: AuthorsLayout, theirs: TensorFiles, progress: Progress) -> tuple[tuple[str, ...], dict[str, torch.dtype]]:
+    """The base tensors with other numbers, and those that are the base's own rounded to the checkpoint's dtype."""
     total = sum(layout.tensors.entries[key].end - layout.tensors.entries[key].begin for key in layout.base.values())
-    changed = []
+    changed, rounded = [], {}
     with progress.task("comparing with the base model", total=total, unit="B") as task:
         for name, key in sorted(layout.base.items()):
             theirs_name = _name_in_base(theirs, name)
             assert theirs_name is not None
-            if not _same(layout.tensors, key, theirs, theirs_name, task):
+            found = _compare(layout.tensors, key, theirs, theirs_name, task)
+            if found == "changed":
                 changed.append(name)
-    return tuple(changed)
+            elif found == "rounded":
+                rounded[name] = layout.tensors.entries[key].torch_dtype
+    return tuple(changed), rounded
 
 
-def _same(mine: TensorFiles, key: str, theirs: TensorFiles, name: str, task: Task | None = None) -> bool:
-    """Whether the base's tensor, rounded to the checkpoint's dtype, is the checkpoint's; a block at a time."""
+def _compare(mine: TensorFiles, key: str, theirs: TensorFiles, name: str, task: Task | None = None) -> Literal["equal", "rounded", "changed"]:
+    """Whether the checkpoint's tensor is the base's, or the base's rounded to the checkpoint's dtype; a block at a time."""
     a, b = mine.entries[key], theirs.entries[name]
     numbers = CHUNK // 8
+    found: Literal["equal", "rounded"] = "equal"
     for left, right in zip(mine.chunks(key, numbers * a.torch_dtype.itemsize), theirs.chunks(name, numbers * b.torch_dtype.itemsize), strict=True):
         if task is not None:
             task.update(len(left))
         if a.dtype == b.dtype:
             if left != right:
-                return False
+                return "changed"
             continue
         ours, base = torch.frombuffer(bytearray(left), dtype=a.torch_dtype), torch.frombuffer(bytearray(right), dtype=b.torch_dtype)
         if not torch.equal(ours, base.to(a.torch_dtype)):
-            return False
-    return True
+            return "changed"
+        if not torch.equal(ours.to(b.torch_dtype), base):
+            found = "rounded"
+    return found
 
 
 def _probe(layout: AuthorsLayout, theirs: TensorFiles) -> list[float]:
@@ -233,6 +241,7 @@ def _config(
     reference: BaseReference,
     probe: list[float] | None,
     kept: tuple[str, ...],
+    rounded: dict[str, torch.dtype],
     top_k: int,
     temperature: float,
 ) -> dict[str, Any]:
@@ -245,6 +254,7 @@ def _config(
         "adapters": [asdict(info) for info in infos],
         "contains": ["gates", "adapters", *(["base"] if kept else [])],
         "base_tensors": list(kept),
+        "base_rounded": rounding_table(rounded),
         "modules": {
             path: {"in_features": width, "out_features": out, "ranks": [layout.rank] * layout.count, "scaling": scaling}
             for path, (width, out) in layout.modules.items()

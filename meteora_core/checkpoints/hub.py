@@ -282,7 +282,7 @@ def _plan(request: Request) -> list[DryRunFileInfo]:
                 max_workers=4,
                 tqdm_class=Counter(None).bar_class(),
             )
-            return [file for file in found if request.wants(file.filename)]
+            return sorted((file for file in found if request.wants(file.filename)), key=lambda file: file.filename)
         except Exception as error:
             explained = explain(error, request)
             if attempt == 2 or not isinstance(explained, Unreachable):

@@ -7,7 +7,7 @@ that what is loaded is what was trained, or an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,14 +34,29 @@ BASE = "base."
 """Before the names of base tensors in the weight file."""
 
 _CHANGES = "meteora_base_changes"
+_ROUNDED = "meteora_base_rounded"
 
 
-def note_base_changes(model: nn.Module, names: Iterable[str]) -> None:
-    """Note on the model which tensors of its base are not the base's own any more, so that :func:`save_checkpoint` stores them.
+def note_base_changes(model: nn.Module, names: Iterable[str], rounded: Mapping[str, torch.dtype] | None = None) -> None:
+    """Note on the model which tensors of its base are not the base's own any more, so that :func:`save_checkpoint` keeps that.
 
     The names are those in the base model (``model.norm.weight``, without ``base_layer``).
+
+    Args:
+        model: The model.
+        names: Tensors with other numbers; they are stored.
+        rounded: Tensors that are the base's own, rounded to a dtype; only that is noted.
     """
     setattr(model, _CHANGES, tuple(sorted(names)))
+    setattr(model, _ROUNDED, dict(sorted((rounded or {}).items())))
+
+
+def rounding_table(rounded: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
+    """What a configuration says of rounded base tensors: dtype -> names."""
+    table: dict[str, list[str]] = {}
+    for name, dtype in sorted(rounded.items()):
+        table.setdefault(str(dtype).removeprefix("torch."), []).append(name)
+    return table
 
 
 def base_changes(model: nn.Module) -> tuple[str, ...]:
@@ -111,6 +126,7 @@ def save_checkpoint(
         "adapters": [asdict(adapter) for adapter in state.adapters],
         "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
         "base_tensors": list(changed),
+        "base_rounded": rounding_table(getattr(model, _ROUNDED, {})),
         "modules": modules,
         "training": training or {},
     }
@@ -216,7 +232,8 @@ def load_checkpoint(
 def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Copy the base tensors that the checkpoint carries into the model; on an error nothing is copied and the adapters are out again."""
     names = config.get("base_tensors", [])
-    if not names:
+    rounded = {name: _dtype(folder, dtype) for dtype, listed in (config.get("base_rounded") or {}).items() for name in listed}
+    if not names and not rounded:
         return
     known = _base_tensors(model)
     for name in names:
@@ -231,7 +248,17 @@ def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensor
     with torch.no_grad():
         for name in names:
             known[name].copy_(tensors[BASE + name])
-    note_base_changes(model, names)
+        for name, dtype in rounded.items():
+            if name in known and known[name].is_floating_point():
+                known[name].copy_(known[name].to(dtype))
+    note_base_changes(model, names, rounded)
+
+
+def _dtype(folder: Path, name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{folder / CONFIG_FILE} names an unknown dtype {name!r}")
+    return found
 
 
 def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -207,7 +207,7 @@ def _find_files(path: Path) -> list[Path]:
             f"{path} holds no safetensors file, only pickle files, which are never read: {shown(pickled)}",
             hint="convert it to safetensors where it was made",
         )
-    below = sorted(str(file.relative_to(path)) for file in path.glob("*/*.safetensors"))
+    below = sorted(str(file.relative_to(path)) for pattern in ("*/*.safetensors", "*/*/*.safetensors") for file in path.glob(pattern))
     raise CheckpointError(f"{path} holds no safetensors file", hint=f"below it there is: {shown(below)}" if below else "correct the path")
 
 

@@ -230,6 +230,9 @@ def test_broken_files(make_authors: Make, tmp_path: Path) -> None:
     made.file.unlink()
     with pytest.raises(CheckpointError, match="holds no safetensors file"):
         load_authors_checkpoint(made.base, made.adapters, made.checkpoint)
+    with pytest.raises(CheckpointError, match="holds no safetensors file") as caught:
+        load_authors_checkpoint(made.base, made.adapters, tmp_path)
+    assert "base/model.safetensors" in str(caught.value.hint)
     with pytest.raises(CheckpointError, match="no such file"):
         load_authors_checkpoint(made.base, made.adapters, tmp_path / "nowhere")
 

@@ -10,16 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub.constants
 import pytest
 import torch
+from hub_server import COMMIT, serving
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meteora_core import load_authors_checkpoint, load_checkpoint
+from meteora_core import load_authors_checkpoint, load_checkpoint, save_checkpoint
 from meteora_core.checkpoints.convert import convert_authors
 from meteora_core.checkpoints.inspect import inspect_checkpoint
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import sha256
+from meteora_core.model.base import BaseReference
 
 Make = Callable[..., Any]
 BATCH = {"input_ids": torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])}
@@ -43,16 +46,22 @@ def test_the_converted_model_is_the_loaded_one_bit_for_bit(make_authors: Make, t
     assert inspect_checkpoint(tmp_path / "native")["intact"] is True
 
 
-def test_a_bfloat16_checkpoint_of_a_float32_base_differs_only_by_rounding(make_authors: Make, tmp_path: Path) -> None:
-    made = make_authors(count=3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bfloat16_checkpoint_of_a_float32_base_is_rounded_again_and_not_stored(make_authors: Make, tmp_path: Path, dtype: str) -> None:
+    made = make_authors(count=3, change=("model.norm.weight",))
     made.rewrite({name: tensor.bfloat16() for name, tensor in made.tensors.items()})
     done = convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters)
-    assert done.base_tensors == ()
+    assert done.base_tensors == ("model.norm.weight",)
     assert {tensor.dtype for tensor in load_file(tmp_path / "native" / "meteora.safetensors").values()} == {torch.bfloat16}
-    native = load_checkpoint(tmp_path / "native", dtype="bfloat16", device="cpu")
-    direct = load_authors_checkpoint(made.base, made.adapters, made.checkpoint, dtype="bfloat16", device="cpu")
+    native = load_checkpoint(tmp_path / "native", dtype=dtype, device="cpu")
+    direct = load_authors_checkpoint(made.base, made.adapters, made.checkpoint, dtype=dtype, device="cpu")
+    save_checkpoint(direct, tmp_path / "saved")
     with torch.no_grad():
-        assert torch.equal(native(**BATCH).logits, direct(**BATCH).logits)
+        expected = direct(**BATCH).logits
+        assert torch.equal(native(**BATCH).logits, expected)
+        assert torch.equal(load_checkpoint(tmp_path / "saved", dtype=dtype, device="cpu")(**BATCH).logits, expected)
+    stored = load_file(tmp_path / "saved" / "meteora.safetensors")
+    assert [name for name in stored if name.startswith("base.")] == ["base.model.norm.weight"]
 
 
 def test_all_base_tensors_can_be_stored_without_reading_the_base(make_authors: Make, tmp_path: Path) -> None:
@@ -65,6 +74,19 @@ def test_all_base_tensors_can_be_stored_without_reading_the_base(make_authors: M
     direct = load_authors_checkpoint(made.base, made.adapters, made.checkpoint, device="cpu")
     with torch.no_grad():
         assert torch.equal(native(**BATCH).logits, direct(**BATCH).logits)
+
+
+def test_a_base_model_on_the_hub_is_fetched(make_authors: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_authors(count=3, change=("model.norm.weight",))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with serving() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        hub.repositories["someone/base"] = {file.name: file.read_bytes() for file in made.base.iterdir()}
+        done = convert_authors(made.checkpoint, tmp_path / "native", BaseReference("someone/base", COMMIT), adapter_dir=made.adapters)
+    assert done.base_tensors == ("model.norm.weight",)
+    assert json.loads((tmp_path / "native" / "meteora_config.json").read_text())["base"]["revision"] == COMMIT
 
 
 def test_a_converted_checkpoint_knows_its_base(make_authors: Make, tmp_path: Path) -> None:
