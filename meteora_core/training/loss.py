@@ -16,14 +16,14 @@ CHUNK = 256
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of CE(hidden W^T, targets) over positions, gradients for ``hidden`` only.
+    """Weighted sum of CE(hidden W^T, targets) over positions, gradients for ``hidden`` only; also the plain CE of every position.
 
     ``d/dh = (softmax(h W^T) - onehot) W`` is computed with the loss, chunk by chunk, so that the (tokens, vocabulary) matrix is never kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        losses = torch.empty(hidden.shape[0], dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], CHUNK):
             part = hidden[start : start + CHUNK]
@@ -31,44 +31,58 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = part @ weight.t()
             wide = logits if logits.dtype == torch.float64 else logits.float()
             logsum = torch.logsumexp(wide, -1, keepdim=True)
-            total += (logsum - wide.gather(-1, wanted)).sum()
+            torch.sub(logsum, wide.gather(-1, wanted), out=losses[start : start + CHUNK, None])
             if gradient is not None:
                 probabilities = wide.sub_(logsum).exp_()
                 probabilities.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=probabilities.dtype))
+                if weights is not None:
+                    probabilities *= weights[start : start + CHUNK, None]
                 torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[start : start + CHUNK])
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
-        return total
+        ctx.mark_non_differentiable(losses)
+        return (losses if weights is None else losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None
+        return gradient * outputs[0].to(gradient.dtype), None, None, None
 
 
 def lm_loss_sum(model: nn.Module, batch: Batch, *, chunked: bool = True) -> Tensor:
-    """Sum of the next-token cross-entropy over all positions that have a target (prompt and response).
+    """Sum of the next-token cross-entropy over all positions that have a target (prompt and response); see :func:`lm_losses`."""
+    return lm_losses(model, batch, chunked=chunked)[0]
+
+
+def lm_losses(model: nn.Module, batch: Batch, weights: Tensor | None = None, *, chunked: bool = True) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the next-token cross-entropy, and the cross-entropy of every position.
 
     Args:
-        model: A causal LM, possibly wrapped (PEFT, DDP, FSDP).
+        model: A causal LM, possibly wrapped by PEFT.
         batch: On the model's device.
+        weights: float (batch, tokens), the weight of each position; None is 1 everywhere.
         chunked: Compute logits a few hundred tokens at a time. It is only done where it is exact: a frozen output layer without bias, no scaling or
             capping of logits, no wrapper that must see the call.
 
     Returns:
-        A float32 scalar (float64 for a float64 model).
+        A float32 scalar (float64 for a float64 model) with gradients, and (batch * tokens,) of the same type without; 0 where there is no target.
     """
     flat = batch.targets.reshape(-1)
+    weights = None if weights is None else weights.reshape(-1)
     head = _plain_head(model) if chunked else None
     if head is None:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**batch.model_inputs(), use_cache=False).logits
         logits = logits.reshape(-1, logits.shape[-1])
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), flat, ignore_index=IGNORE, reduction="sum")
+        losses = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), flat, ignore_index=IGNORE, reduction="none")
+        return (losses if weights is None else losses * weights).sum(), losses.detach()
     decoder, weight = head
-    hidden = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[0]
+    hidden = decoder(**batch.model_inputs(), use_cache=False)[0]
     keep = (flat != IGNORE).nonzero().squeeze(1)
     picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, keep)
+    if weights is not None:
+        weights = weights.index_select(0, keep)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(picked.to(weight.dtype), weight, flat.index_select(0, keep))  # type: ignore[no-untyped-call]
+        total, some = _ChunkedCrossEntropy.apply(picked.to(weight.dtype), weight, flat.index_select(0, keep), weights)  # type: ignore[no-untyped-call]
+    return total, some.new_zeros(flat.shape[0]).index_copy_(0, keep, some)
 
 
 def _plain_head(model: nn.Module) -> tuple[nn.Module, Tensor] | None:

@@ -8,8 +8,38 @@ from collections.abc import Iterator, Sequence
 BUCKET = 16
 """Batches whose rows are sorted by length together; less padding, and still random enough."""
 
+Pick = tuple[int, int]
+"""``(task, row)``."""
 
-def plan_batches(lengths: Sequence[Sequence[int]], batches: int, batch_size: int, seed: int) -> list[list[tuple[int, int]]]:
+
+class _Picker:
+    """Hands out rows one by one, tasks balanced by tokens; see :func:`plan_batches`."""
+
+    def __init__(self, lengths: Sequence[Sequence[int]], seed: int, extra: Sequence[int], extra_share: float) -> None:
+        self.rng = random.Random(seed)
+        self.lengths = [*lengths, extra] if extra_share else list(lengths)
+        self.streams = [_endless(len(rows), random.Random(self.rng.random())) for rows in self.lengths]
+        self.spent = [self.rng.random() for _ in lengths]
+        self.share, self.owed = extra_share, 0.0
+
+    def next(self) -> Pick:
+        self.owed += self.share
+        if self.owed >= 1 - 1e-9:
+            self.owed -= 1
+            task = len(self.lengths) - 1
+            return task, next(self.streams[task])
+        task = self.spent.index(min(self.spent))
+        row = next(self.streams[task])
+        self.spent[task] += self.lengths[task][row]
+        return task, row
+
+    def length(self, pick: Pick) -> int:
+        return self.lengths[pick[0]][pick[1]]
+
+
+def plan_batches(
+    lengths: Sequence[Sequence[int]], batches: int, batch_size: int, seed: int, *, extra: Sequence[int] = (), extra_share: float = 0.0
+) -> list[list[Pick]]:
     """Lay out ``batches`` batches, tasks balanced by tokens, rows of like length together.
 
     Every task's rows come in a random order, all of them once before any comes again. The next row is always of the task that has had the
@@ -20,26 +50,57 @@ def plan_batches(lengths: Sequence[Sequence[int]], batches: int, batch_size: int
         batches: How many.
         batch_size: Rows in each.
         seed: Fixes everything.
+        extra: Token counts of rows that belong to no single task (composites).
+        extra_share: This share of all rows are extra ones; in the plan their task number is ``len(lengths)``.
 
     Returns:
         Per batch, ``(task, row)`` pairs.
     """
-    rng = random.Random(seed)
-    streams = [_endless(len(rows), random.Random(rng.random())) for rows in lengths]
-    spent = [rng.random() for _ in lengths]
-    planned: list[list[tuple[int, int]]] = []
+    picker = _Picker(lengths, seed, extra, extra_share)
+    planned: list[list[Pick]] = []
     while len(planned) < batches:
         count = min(BUCKET, batches - len(planned))
-        pool = []
-        for _ in range(count * batch_size):
-            task = spent.index(min(spent))
-            row = next(streams[task])
-            spent[task] += lengths[task][row]
-            pool.append((task, row))
-        pool.sort(key=lambda pick: lengths[pick[0]][pick[1]])
+        pool = [picker.next() for _ in range(count * batch_size)]
+        pool.sort(key=picker.length)
         group = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
-        rng.shuffle(group)
+        picker.rng.shuffle(group)
         planned += group
+    return planned
+
+
+def plan_packed(
+    lengths: Sequence[Sequence[int]],
+    batches: int,
+    batch_size: int,
+    capacity: int,
+    seed: int,
+    *,
+    extra: Sequence[int] = (),
+    extra_share: float = 0.0,
+) -> list[list[list[Pick]]]:
+    """Lay out batches of packed sequences: rows in the same balanced order, each put into the first sequence that has room for it.
+
+    Args:
+        lengths, batches, seed, extra, extra_share: As for :func:`plan_batches`.
+        batch_size: Sequences in each batch.
+        capacity: Tokens that a sequence holds; no row is longer.
+
+    Returns:
+        Per batch, per sequence, ``(task, row)`` pairs.
+    """
+    picker = _Picker(lengths, seed, extra, extra_share)
+    planned: list[list[list[Pick]]] = []
+    waiting = picker.next()
+    while len(planned) < batches:
+        count = min(BUCKET, batches - len(planned)) * batch_size
+        bins: list[list[Pick]] = [[] for _ in range(count)]
+        room = [capacity] * count
+        while (place := next((i for i, left in enumerate(room) if left >= picker.length(waiting)), None)) is not None:
+            bins[place].append(waiting)
+            room[place] -= picker.length(waiting)
+            waiting = picker.next()
+        picker.rng.shuffle(bins)
+        planned += [bins[start : start + batch_size] for start in range(0, count, batch_size)]
     return planned
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,11 +43,22 @@ class Encoded:
     cut: int
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter: int, max_length: int) -> Encoded:
-    """Tokenise rows as ``prompt + response + EOS``.
+@dataclass(frozen=True)
+class Labelled:
+    """A text to train on, with the adapter that each part of it belongs to.
 
-    Prompt and response are tokenised as one text, as they meet in generation. A row that is too long loses the start of its prompt
-    (its BOS token stays); if even the response is too long, its end.
+    Attributes:
+        prompt, response: The text is their concatenation.
+        spans: ``(begin, end, adapter)`` in characters of the text, in order, without overlap; what lies between belongs to no adapter.
+    """
+
+    prompt: str
+    response: str
+    spans: tuple[tuple[int, int, int], ...]
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter: int, max_length: int) -> Encoded:
+    """Tokenise rows as ``prompt + response + EOS``, every token labelled with ``adapter``; see :func:`encode_labelled`.
 
     Args:
         rows: Prompts and responses.
@@ -61,23 +72,63 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
     if not rows:
         raise DataError("no training rows", hint="build the dataset again, without --max-train")
     encoded, cut = [], 0
-    texts = tokenizer([row.prompt + row.response for row in rows], return_offsets_mapping=True, return_attention_mask=False)
     head = leading_special_tokens(tokenizer)
-    for row, tokens, offsets in zip(rows, texts["input_ids"], texts["offset_mapping"], strict=True):
-        ids = [token for token in tokens if token is not None]
+    for _, start, ids, _ in _tokenised([(row.prompt, row.response) for row in rows], tokenizer):
+        encoded_row, was_cut = _fit(ids, [adapter] * len(ids), start, head, max_length)
+        encoded.append(encoded_row)
+        cut += was_cut
+    return Encoded(encoded, cut)
+
+
+def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenise texts whose parts belong to different adapters, as ``prompt + response + EOS``.
+
+    Prompt and response are tokenised as one text, as they meet in generation. A token has the label of the span that holds its first
+    character, else -100; the EOS token has the label of the last span. A row that is too long loses the start of its prompt (its BOS token
+    stays); if even the response is too long, its end.
+
+    Args:
+        texts: With their spans.
+        tokenizer: The base model's.
+        max_length: Longest sequence, in tokens.
+    """
+    encoded, cut = [], 0
+    head = leading_special_tokens(tokenizer)
+    for place, start, ids, offsets in _tokenised([(text.prompt, text.response) for text in texts], tokenizer):
+        labels, spans, current = [], texts[place].spans, 0
+        for begin, end in offsets:
+            while current < len(spans) and spans[current][1] <= begin:
+                current += 1
+            inside = end > begin and current < len(spans) and spans[current][0] <= begin
+            labels.append(spans[current][2] if inside else IGNORE)
+        labels.append(spans[-1][2] if spans else IGNORE)
+        row, was_cut = _fit(ids, labels, start, head, max_length)
+        encoded.append(row)
+        cut += was_cut
+    return Encoded(encoded, cut)
+
+
+def _tokenised(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int, list[int], list[tuple[int, int]]]]:
+    """Per text: its number, the response's first token, the token ids with one EOS at the end, the tokens' offsets (without the EOS)."""
+    found = tokenizer([prompt + response for prompt, response in texts], return_offsets_mapping=True, return_attention_mask=False)
+    for place, (tokens, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True)):
+        ids = list(tokens)
         while ids and ids[-1] == tokenizer.eos_token_id:
             ids.pop()
-        start = next((position for position, (begin, end) in enumerate(offsets) if end > begin and begin >= len(row.prompt)), len(ids))
+        begin = len(texts[place][0])
+        start = next((position for position, (first, last) in enumerate(offsets) if last > first and first >= begin), len(ids))
         ids.append(int(tokenizer.eos_token_id))
-        excess = len(ids) - max_length
-        if excess > 0:
-            cut += 1
-            drop = min(excess, max(0, start - head))
-            ids = ids[:head] + ids[head + drop :]
-            start -= drop
-            ids = ids[:max_length]
-        encoded.append(TrainRow(tuple(ids), (adapter,) * len(ids), min(start, len(ids))))
-    return Encoded(encoded, cut)
+        yield place, min(start, len(ids) - 1), ids, offsets[: len(ids) - 1]
+
+
+def _fit(ids: list[int], labels: list[int], start: int, head: int, max_length: int) -> tuple[TrainRow, bool]:
+    """A row of at most ``max_length`` tokens, and whether it was cut."""
+    excess = len(ids) - max_length
+    if excess > 0:
+        drop = min(excess, max(0, start - head))
+        ids, labels = (part[:head] + part[head + drop :] for part in (ids, labels))
+        ids, labels, start = ids[:max_length], labels[:max_length], start - drop
+    return TrainRow(tuple(ids), tuple(labels), min(start, len(ids))), excess > 0
 
 
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -92,13 +143,14 @@ def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """A right-padded batch.
+    """A right-padded batch, or one of packed sequences.
 
     Attributes:
         input_ids, attention_mask: int64 (batch, tokens).
         targets: int64 (batch, tokens): position ``t`` holds the token at ``t + 1``; -100 at padding and at each row's last token.
         gate_labels: int64 (batch, tokens); -100 at padding.
         response: bool (batch, tokens): real tokens of the response (EOS included).
+        position_ids: int64 (batch, tokens) for packed sequences: each row starts again at 0, and a run of padding does too; else None.
     """
 
     input_ids: Tensor
@@ -106,6 +158,7 @@ class Batch:
     targets: Tensor
     gate_labels: Tensor
     response: Tensor
+    position_ids: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -114,29 +167,72 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors()))
+        tensors = (self.input_ids, self.attention_mask, self.targets, self.gate_labels, self.response)
+        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        return Batch(*moved, position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True))
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.input_ids, self.attention_mask, self.targets, self.gate_labels, self.response
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What the model is called with. Packed sequences go without an attention mask: transformers makes a block-diagonal one of the positions."""
+        if self.position_ids is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
 
 def collate(rows: Sequence[TrainRow], pad_token: int, multiple: int = 8, *, response_only: bool = False) -> Batch:
     """Pad rows on the right to one length, a multiple of ``multiple``; ``response_only`` leaves the prompt's tokens out of the targets."""
-    longest = max(len(row) for row in rows)
+    return _lay_out([[row] for row in rows], pad_token, multiple, response_only)
+
+
+def collate_packed(sequences: Sequence[Sequence[TrainRow]], pad_token: int, multiple: int = 8, *, response_only: bool = False) -> Batch:
+    """Put several rows behind one another in each sequence.
+
+    Positions start again with every row, which is how the model keeps rows from seeing each other. No row's last token has a target, so nothing
+    is learnt across rows, and each token keeps its own row's gate label.
+    """
+    batch = _lay_out(sequences, pad_token, multiple, response_only)
+    positions = torch.zeros_like(batch.input_ids)
+    for place, rows in enumerate(sequences):
+        at = 0
+        for length in (*map(len, rows), batch.input_ids.shape[1] - sum(map(len, rows))):
+            positions[place, at : at + length] = torch.arange(length)
+            at += length
+    return replace(batch, position_ids=positions)
+
+
+def _lay_out(sequences: Sequence[Sequence[TrainRow]], pad_token: int, multiple: int, response_only: bool) -> Batch:
+    longest = max(sum(map(len, rows)) for rows in sequences)
     width = -(-longest // multiple) * multiple
-    shape = (len(rows), width)
+    shape = (len(sequences), width)
     input_ids = torch.full(shape, pad_token)
     mask = torch.zeros(shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     gates = torch.full(shape, IGNORE)
     response = torch.zeros(shape, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        length = len(row)
-        tokens = torch.tensor(row.tokens)
-        input_ids[place, :length] = tokens
-        mask[place, :length] = 1
-        first = max(0, row.response_start - 1) if response_only else 0
-        targets[place, first : length - 1] = tokens[first + 1 :]
-        gates[place, :length] = torch.tensor(row.gate_labels)
-        response[place, row.response_start : length] = True
+    for place, rows in enumerate(sequences):
+        at = 0
+        for row in rows:
+            length = len(row)
+            tokens = torch.tensor(row.tokens)
+            input_ids[place, at : at + length] = tokens
+            mask[place, at : at + length] = 1
+            first = first_target(row, response_only)
+            targets[place, at + first : at + length - 1] = tokens[first + 1 :]
+            gates[place, at : at + length] = torch.tensor(row.gate_labels)
+            response[place, at + row.response_start : at + length] = True
+            at += length
     return Batch(input_ids, mask, targets, gates, response)
+
+
+def first_target(row: TrainRow, response_only: bool) -> int:
+    """The first position of a row that has a target."""
+    return max(0, row.response_start - 1) if response_only else 0
+
+
+def count_row_targets(row: TrainRow, response_only: bool = False) -> int:
+    """How many positions of a row have a target."""
+    return max(0, len(row) - 1 - first_target(row, response_only))
+
+
+def count_row_labels(row: TrainRow) -> int:
+    """How many positions of a row have a gate label."""
+    return sum(label != IGNORE for label in row.gate_labels)
