@@ -120,6 +120,7 @@ def _history(path: Path) -> History:
 
 
 def _keys(pastes: Pastes) -> KeyBindings:
+    from prompt_toolkit.completion import CompleteEvent
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.keys import Keys
 
@@ -133,6 +134,18 @@ def _keys(pastes: Pastes) -> KeyBindings:
             buffer.complete_state = None
             return
         buffer.validate_and_handle()
+
+    @keys.add("tab")
+    def _complete(event: Any) -> None:
+        buffer = event.current_buffer
+        if buffer.complete_state is not None:
+            buffer.complete_next()
+            return
+        found = list(buffer.completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
+        if len(found) == 1:
+            buffer.apply_completion(found[0])
+        else:
+            buffer.start_completion(insert_common_part=True)
 
     @keys.add("escape", "enter")
     def _line(event: Any) -> None:

@@ -209,7 +209,8 @@ def run_command(chat: Chat, line: str) -> None:
     """
     name, _, argument = line[1:].strip().partition(" ")
     if name not in COMMANDS:
-        near = did_you_mean(name, COMMANDS)
+        begun = [command for command in COMMANDS if name and command.startswith(name)]
+        near = did_you_mean(begun[0] if begun else name, COMMANDS)
         hint = near.replace("'", "'/", 1) if near else "/help lists them; to send a text that begins with a slash, write two"
         raise UsageError(f"unknown command /{name}", hint=hint)
     COMMANDS[name].run(chat, argument.strip())

@@ -138,6 +138,7 @@ class Engine:
         scope: Scope = nullcontext,
         key: Hashable = None,
         record: bool = False,
+        read_from: int | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Event]:
         """Answer a prompt; the events come as they happen: Reading (one or more), Written (any number), Finished (one, the last).
@@ -148,6 +149,7 @@ class Engine:
             scope: A context manager that every forward pass runs in (forced routes, adapters off).
             key: What the cached keys and values depend on beside the tokens; a new key drops them.
             record: Record routes.
+            read_from: Read at least the tokens from this position on, even if they are in the cache; None leaves that to the cache.
             stop: Asked before every pass; True ends the answer.
 
         Raises:
@@ -160,7 +162,7 @@ class Engine:
         begin = time.perf_counter()
         pick = _picker(sampling, self.model.device)
         decoder = TextDecoder(self.tokenizer)
-        reused = self._reuse(ids, key)
+        reused = self._reuse(ids, key, len(ids) - 1 if read_from is None else min(read_from, len(ids) - 1))
         answer: list[int] = []
         text, first = "", 0.0
         paths: tuple[str, ...] = ()
@@ -194,13 +196,13 @@ class Engine:
         text += decoder.flush()
         yield Finished(reason, text, tuple(answer), len(ids), reused, first, time.perf_counter() - begin, paths)
 
-    def _reuse(self, ids: Sequence[int], key: Hashable) -> int:
-        """Cut the cache to what it shares with ``ids``; return how many tokens that is. The last token is always read anew."""
+    def _reuse(self, ids: Sequence[int], key: Hashable, most: int) -> int:
+        """Cut the cache to what it shares with ``ids``, at most so many tokens; return how many there are."""
         from transformers import DynamicCache
 
         shared = 0
         if self._cache is not None and self._key == key:
-            limit = min(len(self._cached), len(ids) - 1)
+            limit = min(len(self._cached), most)
             while shared < limit and self._cached[shared] == ids[shared]:
                 shared += 1
         excess = len(self._cached) - shared

@@ -41,7 +41,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("max-new-tokens", True, 1, math.inf, "longest answer, in tokens"),
     Option("temperature", False, 0, 5, "sampling temperature; 0 takes the likeliest token"),
     Option("top-p", False, 0, 1, "draw from the likeliest tokens up to this sum of probabilities", open_low=True),
-    Option("seed", True, 0, 2**63 - 1, "of the draws"),
+    Option("seed", True, 0, 2**32 - 1, "of the draws"),
     Option("T", False, 0, 1000, "temperature of the mix between the chosen adapters", open_low=True, gates=True),
     Option("top-k", True, 1, math.inf, "adapters per token and layer", gates=True),
 )

@@ -131,7 +131,8 @@ class ChatSession:
             yield event
 
     def _generate(self, engine: Engine, encoded: Encoded, mode: Mode, record: bool, stop: Callable[[], bool]) -> Iterator[Event]:
-        return engine.generate(encoded.ids, self.sampling, scope=self._scope(mode), key=mode, record=record, stop=stop)
+        read_from = encoded.last_start if record else None
+        return engine.generate(encoded.ids, self.sampling, scope=self._scope(mode), key=mode, record=record, read_from=read_from, stop=stop)
 
     def _scope(self, mode: Mode) -> Callable[[], AbstractContextManager[Any]]:
         state = self.speaker.routing
