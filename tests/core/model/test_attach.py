@@ -37,7 +37,11 @@ def bank(make_adapter) -> AdapterBank:
 
 
 def test_one_adapter_equals_peft(make_adapter) -> None:
-    for name, options in {"plain": {}, "rslora": {"use_rslora": True, "r": 5}, "patterns": {"rank_pattern": {"o_proj": 7}, "alpha_pattern": {"q_proj": 3}}}.items():
+    for name, options in {
+        "plain": {},
+        "rslora": {"use_rslora": True, "r": 5},
+        "patterns": {"rank_pattern": {"o_proj": 7}, "alpha_pattern": {"q_proj": 3}},
+    }.items():
         folder = make_adapter(name, 4, **options)
         expected = PeftModel.from_pretrained(make_tiny_llama(), folder).eval()(IDS).logits
         model = attach(make_tiny_llama(), AdapterBank.from_peft({name: folder}), top_k=1)
@@ -175,7 +179,13 @@ def test_arrow_start_is_the_leading_singular_vector(bank, tiny_llama) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"top_k": 4}, "top_k is 4"), ({"top_k": 0}, "top_k is 0"), ({"temperature": 0}, "above 0"), ({"temperature": -1}, "above 0"), ({"backend": "fast"}, "fast")],
+    [
+        ({"top_k": 4}, "top_k is 4"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"temperature": 0}, "above 0"),
+        ({"temperature": -1}, "above 0"),
+        ({"backend": "fast"}, "fast"),
+    ],
 )
 def test_values_out_of_range(bank, tiny_llama, arguments, message) -> None:
     with pytest.raises(UsageError, match=message):

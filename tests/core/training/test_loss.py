@@ -23,7 +23,11 @@ def test_chunks_change_neither_loss_nor_gradients(monkeypatch, chunk) -> None:
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
     results = []
     for chunked in (False, True):
-        model = get_peft_model(make_tiny_llama().double(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False), autocast_adapter_dtype=False)
+        model = get_peft_model(
+            make_tiny_llama().double(),
+            LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+            autocast_adapter_dtype=False,
+        )
         torch.manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -46,7 +46,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def adapter(data: Path, out: Path, task: str = "shout", **changes):
-    settings = AdapterTrainSettings(**{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "save_steps": 2, "log_steps": 1, **changes})
+    settings = AdapterTrainSettings(
+        **{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "save_steps": 2, "log_steps": 1, **changes}
+    )
     return train_adapter(model(), letters(), task, base=BASE, data_dir=data, out_dir=out, settings=settings)
 
 

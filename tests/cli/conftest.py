@@ -1,0 +1,50 @@
+"""Runs the command line inside the test's process, as the shell would see it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class Ran:
+    """What one command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def meteora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
+    """``meteora("data", "list")`` in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: str | Path) -> Ran:
+        from meteora_cli import app, console
+
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["meteora", *map(str, arguments)])
+        monkeypatch.setattr(console.console, "file", sys.stderr)
+        monkeypatch.setattr(console.out, "file", sys.stdout)
+        try:
+            app.main()
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        captured = capfd.readouterr()
+        return Ran(int(code or 0), captured.out, captured.err)
+
+    return run

@@ -1,0 +1,127 @@
+"""The command line as a whole: help, version, start-up time, settings, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def test_version_and_help(meteora) -> None:
+    assert meteora("--version").out == "meteora 0.1.0\n"
+    text = meteora("--help").out
+    for command in ("quickstart", "data", "ckpt", "train", "eval", "chat", "config"):
+        assert command in text
+
+
+@pytest.mark.parametrize("command", [("quickstart",), ("data", "build"), ("ckpt", "download"), ("train",), ("eval",), ("chat",), ("config", "show")])
+def test_every_command_explains_itself(meteora, command) -> None:
+    ran = meteora(*command, "--help")
+    assert ran.code == 0
+    assert "Usage: meteora" in ran.out
+
+
+def test_help_is_quick_and_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, runpy; sys.argv = ['meteora', '--help']\ntry:\n runpy.run_module('meteora_cli', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'peft', 'pydantic', 'numpy') if name in sys.modules], file=sys.stderr)"
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "TERM": "dumb"})
+        seconds.append(time.perf_counter() - began)
+        assert done.stderr.strip().splitlines()[-1] == "[]"
+    assert statistics.median(seconds[1:]) < 1.0, seconds
+
+
+def test_settings_come_from_file_environment_and_flags(meteora, tmp_path, monkeypatch) -> None:
+    (tmp_path / "meteora.toml").write_text("[eval]\nlimit = 7\n")
+    monkeypatch.setenv("METEORA_ROUTING__TOP_K", "3")
+    shown = meteora("config", "show", "--json").json
+    assert shown["eval"]["limit"] == 7
+    assert shown["routing"]["top_k"] == 3
+    (tmp_path / "other.toml").write_text("[eval]\nlimit = 8\n")
+    assert meteora("--config", "other.toml", "config", "show", "--json").json["eval"]["limit"] == 8
+    assert "eval.limit" in meteora("config", "show").out
+
+
+def errors(ran) -> list[str]:
+    return [line for line in ran.err.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message", "hint"),
+    [
+        (("--config", "none.toml", "config", "show"), 2, "no such configuration file: none.toml", "--config"),
+        (("eval", "--task", "strategyqq"), 2, "strategyqq", "strategyqa"),
+        (("eval", "--task", "strategyqa"), 1, "no test rows of strategyqa", "meteora data build --task strategyqa"),
+        (("eval", "--task", "strategyqa", "--T", "0"), 2, "routing.temperature = 0", "flags"),
+        (("eval", "--task", "strategyqa", "--top-k", "0"), 2, "routing.top_k = 0", "flags"),
+        (("eval", "--task", "strategyqa", "--batch-size", "many"), 2, "eval.batch_size", "flags"),
+        (("train", "--stage", "adapters"), 2, "no task given", "--task"),
+        (("train", "--stage", "adapters", "--task", "strategyqa"), 1, "no train rows of strategyqa", "meteora data build --task strategyqa"),
+        (("train",), 2, "no adapters in adapters", "--stage adapters"),
+        (("train", "--device", "warp"), 2, "unknown device 'warp'", "auto"),
+        (("train", "--dtype", "int3"), 2, "model.dtype = 'int3'", "flags"),
+        (("data", "build", "--task", "logical_deductoin"), 2, "logical_deductoin", "logical_deduction"),
+        (("ckpt", "download", "smollm2-135n"), 2, "smollm2-135n", "smollm2-135m"),
+    ],
+)
+def test_known_errors_take_one_line_and_a_hint(meteora, arguments, code, message, hint) -> None:
+    ran = meteora(*arguments)
+    assert ran.code == code, ran.err
+    assert ran.out == ""
+    lines = errors(ran)
+    assert lines[-2].startswith("error: "), ran.err
+    assert message in lines[-2]
+    assert lines[-1].startswith("hint: ")
+    assert hint in lines[-1]
+
+
+def test_an_unknown_key_in_meteora_toml(meteora, tmp_path) -> None:
+    (tmp_path / "meteora.toml").write_text("[eval]\nlimits = 7\n")
+    ran = meteora("eval", "--task", "strategyqa")
+    assert ran.code == 2
+    assert errors(ran)[-2:] == ["error: unknown setting 'eval.limits' in meteora.toml or the environment", "hint: did you mean 'eval.limit'?"]
+
+
+def test_a_broken_row_names_file_and_line(meteora, tmp_path) -> None:
+    folder = tmp_path / "datasets" / "strategyqa"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n')
+    ran = meteora("train", "--stage", "adapters", "--task", "strategyqa", "--base", "x/y")
+    assert ran.code == 1
+    assert "train.jsonl:2:" in ran.err
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_debug_shows_the_traceback(meteora, monkeypatch) -> None:
+    from meteora_core.errors import UsageError
+
+    monkeypatch.setenv("METEORA_DEBUG", "1")
+    with pytest.raises(UsageError):
+        meteora("train")
+
+
+def test_usage_errors_exit_with_2(meteora) -> None:
+    assert meteora("eval").code == 2
+    assert meteora("nonsense").code == 2
+    assert meteora("train", "--stage", "nonsense").code == 2
+
+
+def test_ctrl_c_exits_with_130(tmp_path) -> None:
+    code = "import sys, meteora_core.settings as s\ndef stop(*a, **k): raise KeyboardInterrupt\ns.load_settings = stop\n"
+    code += "sys.argv = ['meteora', 'config', 'show']\nfrom meteora_cli.app import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
+def test_json_alone_on_stdout(meteora) -> None:
+    ran = meteora("data", "list", "--json")
+    assert ran.code == 0
+    assert isinstance(json.loads(ran.out), list | dict)

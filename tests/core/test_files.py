@@ -1,0 +1,116 @@
+"""Atomic writes: the old file or the new one, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+
+from meteora_core.errors import DataError, StorageError
+from meteora_core.files import atomic_folder, atomic_write, cache_dir, read_json, read_jsonl, sha256, write_json, write_jsonl
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
+    path = tmp_path / "a" / "x.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_write(path) as handle:
+        handle.write("half")
+        raise RuntimeError
+    assert read_json(path) == {"old": 1}
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_failed_folder_leaves_the_old_folder_and_nothing_else(tmp_path) -> None:
+    path = tmp_path / "f"
+    with atomic_folder(path) as new:
+        (new / "a").write_text("old")
+    with pytest.raises(RuntimeError), atomic_folder(path) as new:
+        (new / "a").write_text("new")
+        raise RuntimeError
+    assert (path / "a").read_text() == "old"
+    with atomic_folder(path) as new:
+        (new / "b").write_text("new")
+    assert [entry.name for entry in path.iterdir()] == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch, number) -> None:
+    write_json(tmp_path / "x.json", 1)
+
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="no space left" if number != errno.EACCES else "cannot write") as caught:
+        write_json(tmp_path / "x.json", 2)
+    assert "x.json" in caught.value.message
+    assert caught.value.hint
+    assert read_json(tmp_path / "x.json") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_full_disk_under_a_checkpoint_leaves_the_old_one(tmp_path, monkeypatch) -> None:
+    import safetensors.torch
+    import torch
+
+    from meteora_core.checkpoints.native import write_checkpoint
+
+    write_checkpoint(tmp_path / "c", {"n": 1}, {"x": torch.zeros(2)})
+
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(StorageError, match="no space left"):
+        write_checkpoint(tmp_path / "c", {"n": 2}, {"x": torch.zeros(2)})
+    assert json.loads((tmp_path / "c" / "meteora_config.json").read_text())["n"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+def test_written_files_follow_the_umask(tmp_path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "x.json", 1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_json_lines(tmp_path) -> None:
+    path = tmp_path / "x.jsonl"
+    rows = [{"a": "ü\n\u2028"}, {"a": "lone \ud800"}]
+    assert write_jsonl(path, rows) == 2
+    assert list(read_jsonl(path)) == rows
+    for text, message in [
+        ('{"a": 1}\n{"a": 1\n', r"x\.jsonl:2:\d+ is not valid JSON"),
+        ("[1]\n", r"x\.jsonl:1 is not a JSON object"),
+        ('{"b": 1}\n', r"x\.jsonl:1 has no field 'a'"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            list(read_jsonl(path, required=("a",)))
+    path.write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:1:\d+ is not UTF-8"):
+        list(read_jsonl(path))
+    with pytest.raises(DataError, match="no such file"):
+        list(read_jsonl(tmp_path / "none"))
+
+
+def test_json_errors_name_line_and_column(tmp_path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{\n "a": ]\n')
+    with pytest.raises(DataError, match=r"x\.json:2:7"):
+        read_json(path)
+
+
+def test_hash_and_cache_folder(tmp_path, monkeypatch) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    monkeypatch.setenv("METEORA_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("METEORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(cache_dir()) == "/x/meteora"
