@@ -17,11 +17,11 @@ INLINE_TOKENS = 64
 """Up to here every program of the pass over the output routes its tokens itself; above, one kernel before it does."""
 PACKED_TOKENS = 1024
 """Up to here a fused group multiplies base, gates and A in one GEMM; above, the pass over the output that B then needs costs more."""
-GROUPED_RANK = 1024
-"""From this total rank on, and from this many times the chosen rank, products with all rows lose to the chosen rows only."""
+GROUPED_WORK = 4 << 20
+"""From this many tokens times total rank on, and from GROUPED_GAIN times the chosen rank, the chosen rows alone beat products with all rows."""
 GROUPED_GAIN = 16
-CHOSEN_GAIN = 32
-"""While decoding: from this many times a token's chosen rank on, A's chosen rows are read after the gates, not all rows with them."""
+CHOSEN_RANK = 3072
+"""While decoding: from this total rank on, A's chosen rows are read after the gates, not all rows along with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def path(tokens: int, total_rank: int, top_k: int, max_rank: int) -> str:
     """The Triton backend's way for inference: "few", "many" or "grouped"."""
     if tokens <= FEW_TOKENS:
         return "few"
-    if total_rank >= GROUPED_RANK and total_rank >= GROUPED_GAIN * top_k * max_rank:
+    if tokens * total_rank >= GROUPED_WORK and total_rank >= GROUPED_GAIN * top_k * max_rank:
         return "grouped"
     return "many"
 
@@ -135,6 +135,6 @@ def group_path(tokens: int) -> str:
     return "packed" if tokens <= PACKED_TOKENS else "split"
 
 
-def chosen_rows_only(tokens: int, total_rank: int, top_k: int, max_rank: int) -> bool:
+def chosen_rows_only(total_rank: int, top_k: int, max_rank: int) -> bool:
     """While decoding: read A's chosen rows after the gates (True) or all of A with them."""
-    return total_rank >= CHOSEN_GAIN * top_k * max_rank * min(tokens, 4)
+    return total_rank >= max(CHOSEN_RANK, GROUPED_GAIN * top_k * max_rank)

@@ -349,7 +349,7 @@ def _flat(
         max_rank = layout_of(offsets).max_rank if max_rank is None else max_rank
         path = plan.path(tokens.shape[0], rank, top_k, max_rank)
     if path == "few":
-        sparse = plan.chosen_rows_only(tokens.shape[0], rank, top_k, max_rank or 0)
+        sparse = plan.chosen_rows_only(rank, top_k, max_rank or 0)
         found = mix_few_op(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature, not sparse)
         output, logits = found
     elif path == "grouped":

@@ -161,12 +161,14 @@ def decode_kernel(
     SLOTS: tl.constexpr,
     PADDED: tl.constexpr,
     RANK_P: tl.constexpr,
+    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     MP: tl.constexpr,
     BG: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BKG: tl.constexpr,
+    BKC: tl.constexpr,
     DENSE_DOWN: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -181,7 +183,7 @@ def decode_kernel(
     mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x (DENSE_DOWN only); plan_rows
     int32 and plan_values float32 scratch (M, MEMBERS * TOP_K * RANK_P); flags int32 (8,), all 0 before and after; y (M, O).
     Grid, one dimension: first the gate programs (BG rows of ga each, DENSE_DOWN: all rows, otherwise only the gates'), of which the last
-    to end routes; then without DENSE_DOWN one program per member, token and slot for the chosen rows of A; then per member
+    to end routes; then without DENSE_DOWN programs of ROWS chosen rows of A for every member, token and slot; then per member
     ceil(width / BN) programs.
     """
     pid = tl.program_id(0)
@@ -189,7 +191,8 @@ def decode_kernel(
     gate_tiles = tl.cdiv(first_rows, BG)
     first_phase = gate_tiles * MEMBERS
     per_member = tokens_total * TOP_K
-    second_phase = 0 if DENSE_DOWN else MEMBERS * per_member
+    pieces = RANK_P // ROWS
+    second_phase = 0 if DENSE_DOWN else MEMBERS * per_member * pieces
     if pid < first_phase:
         member = pid // gate_tiles
         local = (pid % gate_tiles) * BG + tl.arange(0, BG)[:, None]
@@ -225,16 +228,16 @@ def decode_kernel(
             )
             raise_flag(flags + 3 + member)
     elif pid < first_phase + second_phase:
-        index = pid - first_phase
+        index = (pid - first_phase) // pieces
         member = index // per_member
         token = (index // TOP_K) % tokens_total
-        inner = tl.arange(0, RANK_P)[:, None]
+        inner = ((pid - first_phase) % pieces) * ROWS + tl.arange(0, ROWS)[:, None]
         spot = token * stride_plan + (member * TOP_K + index % TOP_K) * RANK_P + inner
         wait_flag(flags + 3 + member, 1)
         a_rows = tl.load(plan_rows + spot, cache_modifier=".cg").to(tl.int64)
         factors = tl.load(plan_values + spot, cache_modifier=".cg")
         a = ga + (member * stacked + gate_rows).to(tl.int64) * hidden
-        down = rows_times_tokens(a, a_rows, inner >= 0, x + token * hidden, 1, hidden, RANK_P, BKG, 1, EVEN, 1, "ieee")
+        down = rows_times_tokens(a, a_rows, inner >= 0, x + token * hidden, 1, hidden, ROWS, BKC, 1, False, 1, "ieee")
         tl.store(plan_values + spot, factors * down)
         raise_flag(flags + 3 + member)
     else:
@@ -261,7 +264,7 @@ def decode_kernel(
         total = rows_times_tokens(w, (before + columns).to(tl.int64), column_mask, x, tokens_total, hidden, BN, BK, MP, EVEN, STAGES, PRECISION)
         if HAS_BIAS:
             total += tl.load(bias + before + columns, mask=column_mask, other=0.0).to(tl.float32)
-        wait_flag(flags + 3 + member, 1 if DENSE_DOWN else 1 + per_member)
+        wait_flag(flags + 3 + member, 1 if DENSE_DOWN else 1 + per_member * pieces)
         up = b + before.to(tl.int64) * rank
         across = tl.trans(columns)
         live = tl.arange(0, MP)[:, None] < tokens_total
@@ -351,7 +354,8 @@ def decode(
     plan_values = torch.empty(tokens, members * top_k * rank_p, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
     programs = members * triton.cdiv(gate_rows + rank if dense_down else count, bg)
-    programs += 0 if dense_down else members * tokens * top_k
+    rows = min(rank_p, 2)
+    programs += 0 if dense_down else members * tokens * top_k * (rank_p // rows)
     programs += sum(triton.cdiv(width, bn) for width in widths)
     padded = (*widths, 0, 0)
     decode_kernel[(programs,)](
@@ -359,7 +363,7 @@ def decode(
         flags, y, tokens, hidden, count, gate_rows, stacked, rank, mid.stride(0), member_mid, plan_rows.stride(0), padded[0], padded[1],
         padded[2], temperature,
         MEMBERS=members, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), PADDED=max(2, triton.next_power_of_2(count)), RANK_P=rank_p,
-        CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, DENSE_DOWN=dense_down, HAS_ALLOWED=allowed is not None,
+        ROWS=rows, CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, BKC=1024, DENSE_DOWN=dense_down, HAS_ALLOWED=allowed is not None,
         HAS_BIAS=bias is not None, EVEN=hidden % bk == 0 and hidden % bkg == 0, STAGES=stages,
         PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip

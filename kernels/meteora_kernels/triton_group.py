@@ -60,7 +60,7 @@ def group_forward(
     weights, ga = packed[:outputs], packed[outputs : outputs + members * stacked]
     how = plan.group_path(tokens)
     if how == "decode":
-        sparse = plan.chosen_rows_only(tokens, rank, top_k, max_rank)
+        sparse = plan.chosen_rows_only(rank, top_k, max_rank)
         return decode(
             x, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
         )

@@ -267,9 +267,10 @@ def middle(
         SLOTS=triton.next_power_of_2(top_k),
         PADDED=padded,
         BLOCK=block,
-        CHUNK=min(64, triton.next_power_of_2(rank)),
+        CHUNK=min(256, triton.next_power_of_2(rank)),
         HAS_ALLOWED=allowed is not None,
         GIVEN=routes is not None,
+        num_warps=1 if block <= 2 else 4,
     )
     return result
 

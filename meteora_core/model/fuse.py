@@ -1,0 +1,220 @@
+"""Faster inference on a GPU: linears that share their input (q, k, v; gate, up) run as one, base and adapters together.
+
+:func:`fuse` moves the weights of such a group into one block of memory and makes the parameters views of it, so that no weight is stored
+twice and a checkpoint that is loaded into the model later is seen at once. While gradients are wanted, routes are forced, labelled or recorded,
+or another backend is asked for, the layers run as they did before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from meteora_kernels import plan
+from torch import Tensor, nn
+
+from meteora_core.errors import UsageError
+from meteora_core.model.layer import MeteoraLinear
+from meteora_core.routing import routing_state
+
+_log = logging.getLogger(__name__)
+
+GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of siblings that are called with the same input, in this order."""
+
+_PATIENCE = 4
+"""After so many calls in which the members' inputs differed, a group stops running as one."""
+
+
+class FusedGroup:
+    """One to three layers whose weights lie in one block.
+
+    Attributes:
+        layers: The members, in the order in which their model calls them.
+        packed: (P, h): all base weights, then per member its gate and A with padding.
+        up: All B, flat.
+    """
+
+    def __init__(self, layers: list[MeteoraLinear]) -> None:
+        from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+        from meteora_kernels.triton_group import new_flags
+
+        self.layers = layers
+        first = layers[0]
+        self.state = first.state
+        self.widths = [layer.out_features for layer in layers]
+        self.rank = sum(first.ranks)
+        self.max_rank = max(first.ranks)
+        self.gate_rows = gate_rows_of(len(first.ranks))
+        stacked = stacked_rows_of(len(first.ranks), self.rank)
+        outputs = sum(self.widths)
+        weight = first.weight
+        with torch.no_grad():
+            rows = -(-(outputs + len(layers) * stacked) // 128) * 128
+            packed = torch.zeros(rows, first.in_features, dtype=weight.dtype, device=weight.device)
+            self.packed: Tensor = packed
+            self.up: Tensor = torch.empty(self.rank * outputs, dtype=weight.dtype, device=weight.device)
+            biases = [layer.bias for layer in layers]
+            self.bias: Tensor | None = None
+            if any(bias is not None for bias in biases):
+                blank = [torch.zeros(width, dtype=weight.dtype, device=weight.device) for width in self.widths]
+                self.bias = torch.cat([blank[index] if bias is None else bias.detach() for index, bias in enumerate(biases)])
+            start, extra, before = 0, outputs, 0
+            for layer, width in zip(layers, self.widths, strict=True):
+                place = self.packed[start : start + width]
+                _move(layer.weight, place)
+                _move(layer.gate, self.packed[extra : extra + len(layer.ranks)])
+                _move(layer.lora_A, self.packed[extra + self.gate_rows : extra + self.gate_rows + self.rank])
+                _move(layer.lora_B, self.up[before : before + self.rank * width].view(self.rank, width))
+                start, extra, before = start + width, extra + stacked, before + self.rank * width
+        self.flags = new_flags(weight.device)
+        self.placed = self._places()
+        self.seen: Tensor | None = None
+        self.version = 0
+        self.waiting: list[Tensor | None] = [None] * len(layers)
+        self.misses = 0
+
+    def _places(self) -> list[int]:
+        return [tensor.data_ptr() for layer in self.layers for tensor in (layer.weight, layer.gate, layer.lora_A, layer.lora_B)]
+
+    def usable(self, x: Tensor) -> bool:
+        """Whether this call may run as one."""
+        state, layer = self.state, self.layers[0]
+        if not state.enabled or state.observed or state.backend not in ("auto", "triton") or self.misses > _PATIENCE:
+            return False
+        if torch.is_grad_enabled() or (layer.dropout and layer.training) or x.dtype != self.packed.dtype or x.device != self.packed.device:
+            return False
+        if torch.is_autocast_enabled(x.device.type) or x.numel() == 0:
+            return False
+        return torch.compiler.is_compiling() or self.placed == self._places()
+
+    def run(self, index: int, x: Tensor) -> Tensor:
+        """The output of member ``index``; the first member that meets a new ``x`` computes all."""
+        if not self.usable(x):
+            return MeteoraLinear.forward(self.layers[index], x)
+        if len(self.layers) == 1:
+            return self._compute(x)[0]
+        version = 0 if x.is_inference() else x._version
+        found = self.waiting[index]
+        if found is None or self.seen is not x or self.version != version:
+            if any(output is not None for output in self.waiting):
+                self.misses += 1
+            self.seen, self.version = x, version
+            self.waiting = list(self._compute(x))
+            found = self.waiting[index]
+            assert found is not None
+        self.waiting[index] = None
+        if all(output is None for output in self.waiting):
+            self.seen = None
+        return found
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        from meteora_kernels.triton_group import group_forward
+
+        state, layer = self.state, self.layers[0]
+        output = group_forward(
+            x.reshape(-1, x.shape[-1]).contiguous(),
+            self.packed,
+            self.up,
+            self.bias,
+            layer.scaling,
+            layer.offsets,
+            layer._allowed(),
+            self.flags,
+            self.widths,
+            self.rank,
+            self.max_rank,
+            state.top_k,
+            state.temperature,
+        )
+        return output.view(*x.shape[:-1], -1).split(self.widths, dim=-1)
+
+
+def fuse(model: nn.Module) -> int:
+    """Run linears that share an input as one, in place; for inference on a CUDA GPU. Logits stay the same up to rounding.
+
+    Layers that cannot take part (quantised bases, adapters of rank 0 only) stay as they are; calling it twice is harmless.
+
+    Args:
+        model: A model with adapters attached.
+
+    Returns:
+        How many groups were made.
+
+    Raises:
+        UsageError: Nothing is attached, or the GPU kernels cannot run where the model is.
+    """
+    routing_state(model)
+    made = 0
+    for layers in list(_groups(model)):
+        reason = plan.why_not_triton(layers[0].weight.device.type, layers[0].weight.dtype)
+        if reason is not None:
+            raise UsageError(f"this model cannot be fused: {reason}", hint="fusing speeds up inference on a CUDA GPU; without it the model runs as it is")
+        group = FusedGroup(layers)
+        for index, layer in enumerate(layers):
+            layer.forward = _member(group, index)  # type: ignore[method-assign,assignment]
+        made += 1
+    _log.debug("fused %d groups", made)
+    return made
+
+
+def unfuse(model: nn.Module) -> int:
+    """Undo :func:`fuse`: every weight gets its own memory again. Returns how many layers were released."""
+    routing_state(model)
+    released = 0
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MeteoraLinear) and "forward" in vars(module):
+                del module.forward
+                for parameter in (module.weight, module.gate, module.lora_A, module.lora_B):
+                    parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+                released += 1
+    return released
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether any layer of the model runs as part of a fused group."""
+    return any(isinstance(module, MeteoraLinear) and "forward" in vars(module) for module in model.modules())
+
+
+def _member(group: FusedGroup, index: int) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return group.run(index, x)
+
+    return forward
+
+
+def _move(parameter: Tensor, place: Tensor) -> None:
+    place.copy_(parameter.detach())
+    parameter.data = place
+
+
+def _groups(model: nn.Module) -> Iterator[list[MeteoraLinear]]:
+    """Layers to fuse: siblings of :data:`GROUPS` with equal ranks and scaling together, all others alone."""
+    for parent in model.modules():
+        left = {name: child for name, child in parent.named_children() if isinstance(child, MeteoraLinear) and _can_fuse(child)}
+        for names in GROUPS:
+            siblings = [left[name] for name in names if name in left]
+            if len(siblings) == len(names) and all(_alike(siblings[0], sibling) for sibling in siblings[1:]):
+                yield siblings
+                for name in names:
+                    del left[name]
+        for child in left.values():
+            yield [child]
+
+
+def _can_fuse(layer: MeteoraLinear) -> bool:
+    base = layer.base_layer
+    plain = type(base) is nn.Linear and base.weight.is_floating_point() and not base.weight.is_meta
+    return plain and sum(layer.ranks) > 0 and layer.gate.dtype == layer.lora_A.dtype == base.weight.dtype and "forward" not in vars(layer)
+
+
+def _alike(one: MeteoraLinear, other: MeteoraLinear) -> bool:
+    return (
+        one.ranks == other.ranks
+        and one.in_features == other.in_features
+        and one.weight.dtype == other.weight.dtype
+        and one.weight.device == other.weight.device
+        and torch.equal(one.scaling, other.scaling)
+    )

@@ -1,0 +1,104 @@
+"""Fused groups give the logits of the separate layers, and step aside where they must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+
+from meteora_core import AdapterBank, attach
+from meteora_core.errors import UsageError
+from meteora_core.model.attach import meteora_layers
+from meteora_core.model.fuse import fuse, is_fused, unfuse
+from meteora_core.routing import record_routes, routing_state
+
+IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def model(make_adapter):
+    """A tiny Llama with three adapters of rank 4 on all linears, on the device that the kernels run on."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    folders = {name: make_adapter(name, seed, r=4, target_modules=names) for seed, name in enumerate(("one", "two", "three"))}
+    attached = attach(make_tiny_llama(), AdapterBank.from_peft(folders))
+    return attached.cuda() if torch.cuda.is_available() else attached
+
+
+def test_logits_are_the_same_for_decoding_and_prefill(model) -> None:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        expected = [model(ids.to(device)).logits for ids in (IDS[:, :1], IDS)]
+        assert fuse(model) == 8
+        assert is_fused(model)
+        got = [model(ids.to(device)).logits for ids in (IDS[:, :1], IDS)]
+        for one, other in zip(expected, got, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+        again = model(IDS.to(device)).logits
+        assert torch.equal(again, got[1])
+        assert fuse(model) == 0
+        assert unfuse(model) == 14
+        assert not is_fused(model)
+        torch.testing.assert_close(model(IDS.to(device)).logits, expected[1])
+
+
+def test_weights_are_stored_once_and_new_ones_are_seen(model) -> None:
+    device = next(model.parameters()).device
+    fuse(model)
+    layers = dict(meteora_layers(model))
+    q = next(layer for path, layer in layers.items() if path.endswith("q_proj"))
+    k = next(layer for path, layer in layers.items() if path.endswith("k_proj"))
+    assert q.weight.untyped_storage().data_ptr() == k.weight.untyped_storage().data_ptr()
+    state = {name: tensor.clone() * 1.5 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    with torch.no_grad():
+        fused = model(IDS.to(device)).logits
+        unfuse(model)
+        torch.testing.assert_close(fused, model(IDS.to(device)).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_steps_aside_for_gradients_recorders_and_other_backends(model) -> None:
+    device = next(model.parameters()).device
+    fuse(model)
+    model(IDS.to(device)).logits.sum().backward()
+    assert all(layer.gate.grad is not None for _, layer in meteora_layers(model))
+    with torch.no_grad():
+        with record_routes(model) as routes:
+            model(IDS.to(device))
+        assert routes is not None
+        plain = model(IDS.to(device)).logits
+        routing_state(model).backend = "dense"
+        torch.testing.assert_close(model(IDS.to(device)).logits, plain, rtol=1e-4, atol=1e-4)
+        with routing_state(model).disabled():
+            base = model(IDS.to(device)).logits
+        assert not torch.allclose(base, plain)
+
+
+def test_a_moved_model_runs_apart(model) -> None:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        expected = model(IDS.to(device)).logits
+        fuse(model)
+        model.double().float()
+        torch.testing.assert_close(model(IDS.to(device)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_members_that_see_different_inputs_run_apart(model) -> None:
+    device = next(model.parameters()).device
+    fuse(model)
+    layers = dict(meteora_layers(model))
+    q, k = (next(layer for path, layer in layers.items() if path.endswith(name)) for name in ("q_proj", "k_proj"))
+    with torch.no_grad():
+        for seed in range(8):
+            x = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)).to(device)
+            other = x * 2
+            torch.testing.assert_close(q(x), type(q).forward(q, x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(k(other), type(k).forward(k, other), rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_where_the_kernels_cannot_run(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meteora_kernels.plan.triton_installed", lambda: False)
+    with pytest.raises(UsageError, match="Triton is not installed"):
+        fuse(model)
+    assert not is_fused(model)
+    with pytest.raises(UsageError):
+        fuse(make_tiny_llama())
