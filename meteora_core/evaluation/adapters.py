@@ -8,10 +8,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
 from meteora_core.errors import AdapterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def check_adapter(folder: Path) -> None:
+    """Whether PEFT can read the folder without touching a pickle file.
+
+    Raises:
+        AdapterError: Something is missing.
+    """
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train --stage adapters --task NAME`, or correct the path")
+    if not (folder / WEIGHTS).is_file():
+        pickled = next((file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
+        if pickled:
+            raise AdapterError(f"{folder / pickled} is a pickle file, which is never read", hint="save the adapter again as safetensors with a recent PEFT")
+        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="copy or train the adapter again")
 
 
 @contextmanager
@@ -30,8 +46,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
     """
     from peft import PeftModel
 
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train --stage adapters --task NAME`, or correct the path")
+    check_adapter(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

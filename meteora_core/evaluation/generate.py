@@ -118,6 +118,7 @@ def generate_all(
     *,
     batch_size: int | Literal["auto"],
     max_new_tokens: int,
+    max_total_tokens: int | None = None,
     no_repeat_ngram_size: int = 0,
     on_smaller: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Prompt, list[int]]]:
@@ -126,6 +127,7 @@ def generate_all(
     Args:
         model, tokenizer, prompts, max_new_tokens, no_repeat_ngram_size: As for :func:`generate_batch`.
         batch_size: Rows in a batch, or "auto".
+        max_total_tokens: Longest prompt and answer together, of each row by itself.
         on_smaller: Called with the new size when a batch did not fit.
 
     Raises:
@@ -134,8 +136,9 @@ def generate_all(
     waiting = plan(prompts, batch_size, max_new_tokens, auto_budget(next(model.parameters()).device))
     while waiting:
         batch = waiting.pop(0)
+        room = [max_new_tokens if max_total_tokens is None else min(max_new_tokens, max(1, max_total_tokens - len(prompt.tokens))) for prompt in batch]
         try:
-            answers = generate_batch(model, tokenizer, batch, max_new_tokens=max_new_tokens, no_repeat_ngram_size=no_repeat_ngram_size)
+            answers = generate_batch(model, tokenizer, batch, max_new_tokens=max(room), no_repeat_ngram_size=no_repeat_ngram_size)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -146,4 +149,5 @@ def generate_all(
             rest = [prompt for group in [batch, *waiting] for prompt in group]
             waiting = [rest[start : start + size] for start in range(0, len(rest), size)]
             continue
-        yield from zip(batch, answers, strict=True)
+        for prompt, answer, most in zip(batch, answers, room, strict=True):
+            yield prompt, answer[:most]

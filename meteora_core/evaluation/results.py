@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from meteora_core.errors import DataError
 from meteora_core.evaluation.scoring import harness_metrics
@@ -19,40 +20,58 @@ from meteora_core.files import read_json, storage_errors, write_json
 PARTIAL = ".partial.jsonl"
 
 
+def partial_file(folder: Path, task: str, rank: int = 0) -> Path:
+    """Where process ``rank`` keeps a task's finished rows until all are done."""
+    return folder / f".{task}{f'.rank{rank}' if rank else ''}{PARTIAL}"
+
+
+def partial_files(folder: Path, task: str) -> list[Path]:
+    """The files of :func:`partial_file` that are there, of this run or of a stopped one, however many processes it had."""
+    return sorted(path for path in (partial_file(folder, task), *folder.glob(f".{task}.rank*{PARTIAL}")) if path.is_file())
+
+
 class SampleWriter:
-    """Appends samples to a JSON-lines file, each row flushed to the disk; a torn last line of an earlier run is cut off.
+    """Appends samples to a JSON-lines file, each row written at once; a torn last line of an earlier run is cut off.
 
     Args:
         path: The file; its folder is made when missing.
         inputs: What fixes the rows (task, data hash, model, decoding). A file that was begun with other inputs is begun anew.
+        others: More files of the same kind, to read only: those of the other processes.
+
+    Attributes:
+        done: The answers that are there already, by row.
+        tokens: Their token ids.
 
     Raises:
         StorageError: The disk is full or not writable; rows written so far are kept.
     """
 
-    def __init__(self, path: Path, inputs: dict[str, Any]) -> None:
+    def __init__(self, path: Path, inputs: dict[str, Any], others: Sequence[Path] = ()) -> None:
         self.path = path
         self.done: dict[int, str] = {}
-        head = json.dumps({"inputs": inputs}, sort_keys=True)
-        keep = 0
-        if path.is_file():
-            keep = self._read(path, head)
+        self.tokens: dict[int, tuple[int, ...]] = {}
+        head = (json.dumps({"inputs": inputs}, sort_keys=True) + "\n").encode()
+        for other in others:
+            if other != path:
+                self._read(other, head)
+        self._size = self._read(path, head) if path.is_file() else 0
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle: IO[str] = path.open("a+", encoding="utf-8", newline="\n")
-            self._handle.truncate(keep)
-            if not keep:
-                self._handle.write(head + "\n")
-                self._handle.flush()
+            self._handle = path.open("ab", buffering=0)
+            try:
+                self._handle.truncate(self._size)
+                if not self._size:
+                    self._append(head)
+            except OSError:
+                self._handle.close()
+                raise
 
-    def _read(self, path: Path, head: str) -> int:
+    def _read(self, path: Path, head: bytes) -> int:
         """Load finished rows; return how many bytes of the file are whole lines of this run."""
-        keep = 0
         with path.open("rb") as handle:
-            first = handle.readline()
-            if first.decode("utf-8", "replace").rstrip("\n") != head:
+            if handle.readline() != head:
                 return 0
-            keep = len(first)
+            keep = len(head)
             for raw in handle:
                 if not raw.endswith(b"\n"):
                     break
@@ -60,21 +79,32 @@ class SampleWriter:
                     row = json.loads(raw)
                 except ValueError:
                     break
+                if not isinstance(row, dict) or not {"doc_id", "output", "tokens"} <= row.keys():
+                    break
                 self.done[int(row["doc_id"])] = str(row["output"])
+                self.tokens[int(row["doc_id"])] = tuple(row["tokens"])
                 keep += len(raw)
         return keep
 
-    def add(self, doc_id: int, output: str) -> None:
-        """Append one finished row. Raises StorageError."""
-        with storage_errors(self.path):
-            self._handle.write(json.dumps({"doc_id": doc_id, "output": output}) + "\n")
-            self._handle.flush()
+    def _append(self, line: bytes) -> None:
+        """Write a whole line, or leave the file as it was."""
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._handle.write(left) :]
+        except OSError:
+            self._handle.truncate(self._size)
+            raise
+        self._size += len(line)
 
-    def close(self, *, remove: bool = False) -> None:
-        """Close the file; ``remove`` deletes it, once its rows stand elsewhere."""
+    def add(self, doc_id: int, output: str, tokens: Sequence[int] = ()) -> None:
+        """Append one finished row: its place, the decoded answer and its token ids. Raises StorageError."""
+        with storage_errors(self.path):
+            self._append((json.dumps({"doc_id": doc_id, "output": output, "tokens": list(tokens)}) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
         self._handle.close()
-        if remove:
-            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> SampleWriter:
         return self
@@ -100,6 +130,7 @@ class ResultsBuilder:
     groups: dict[str, list[str]] = field(default_factory=dict)
     higher: dict[str, dict[str, bool]] = field(default_factory=dict)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, result: Any, total: int) -> None:
         """Add a :class:`meteora_core.evaluation.runner.TaskResult`; ``total`` is the size of the test split."""
@@ -125,6 +156,8 @@ class ResultsBuilder:
             "new_tokens": result.new_tokens,
             "prompt_tokens": result.prompt_tokens,
         }
+        if result.routing is not None:
+            self.routing[name] = result.routing.document()
 
     def document(self, seconds: float, date: float) -> dict[str, Any]:
         """The results document, with lm-evaluation-harness's keys, and our counts under ``meteora``.
@@ -148,7 +181,7 @@ class ResultsBuilder:
             "model_name": self.model,
             "model_source": "meteora",
             "total_evaluation_time_seconds": f"{seconds:.3f}",
-            "meteora": {"counts": self.counts},
+            "meteora": {"counts": self.counts, **({"routing": self.routing} if self.routing else {})},
         }
 
 

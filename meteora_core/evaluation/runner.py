@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +13,17 @@ from meteora_core.data.rows import Row, read_rows
 from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.evaluation.clean import clean_response
-from meteora_core.evaluation.generate import encode_prompts, generate_all
+from meteora_core.evaluation.generate import Prompt, auto_budget, encode_prompts, generate_all
+from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.scoring import Scores, evaluate_responses
 from meteora_core.progress import SILENT, Progress
+from meteora_core.progress import Task as Bar
 from meteora_core.routing import RoutingState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora_core.evaluation.routes import RouteCounts, RoutingSummary
 
 MAX_TOTAL_TOKENS = 4096
 """Prompt and answer together, as the authors evaluate."""
@@ -35,6 +39,7 @@ class Sample:
         output: The decoded new tokens.
         response: The cleaned answer.
         tokens: How many new tokens.
+        ids: The new tokens.
     """
 
     doc_id: int
@@ -42,6 +47,7 @@ class Sample:
     output: str
     response: str
     tokens: int
+    ids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -56,6 +62,8 @@ class TaskResult:
         seconds, new_tokens, prompt_tokens: For throughput.
         temperature, top_k: Of the routing, when there is one.
         max_new_tokens: Longest answer.
+        notes: What a reader should know, one line each.
+        routing: Which adapters were chosen, if that was asked for.
     """
 
     task: Task
@@ -69,6 +77,7 @@ class TaskResult:
     top_k: int | None = None
     max_new_tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    routing: RoutingSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class EvalOptions:
         scoring: "corrected" or "paper".
         temperature: Routing T; None takes the task's.
         top_k: Adapters per token; None keeps the model's.
+        routing: Count which adapters are chosen (of a model with adapters attached).
     """
 
     batch_size: int | Literal["auto"] = "auto"
@@ -94,6 +104,7 @@ class EvalOptions:
     scoring: Literal["corrected", "paper"] = "corrected"
     temperature: float | None = None
     top_k: int | None = None
+    routing: bool = False
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
@@ -110,9 +121,11 @@ def evaluate_task(
     options: EvalOptions,
     *,
     finished: Mapping[int, str] | None = None,
+    finished_tokens: Mapping[int, Sequence[int]] | None = None,
     on_sample: Callable[[Sample], None] | None = None,
     title: str | None = None,
     progress: Progress = SILENT,
+    processes: Processes = ALONE,
 ) -> TaskResult:
     """Generate and score the answers to one task's test rows.
 
@@ -123,62 +136,138 @@ def evaluate_task(
         data_dir: Built datasets.
         options: How.
         finished: Outputs of rows that were done before, by ``doc_id``; they are not run again.
+        finished_tokens: Their token ids; without them their tokens are not counted, nor is their routing.
         on_sample: Called for each new row as its batch finishes.
         title: For the progress bar.
         progress: Where to report.
+        processes: Those that share the rows; each must call this with the same arguments, and gets the same result.
 
     Raises:
-        DataError: The dataset is missing or broken.
+        DataError: The dataset is missing or broken, or every prompt is too long.
         UsageError: An unknown task, or routing values out of range.
         MeteoraError: A single prompt does not fit the GPU's memory.
     """
-    import torch
-
     found = get_task(task) if isinstance(task, str) else task
     rows = test_rows(data_dir, found, options.limit)
-    longest = options.max_new_tokens or found.max_new_tokens
     prompts = encode_prompts([row.prompt for row in rows], tokenizer)
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= min(options.max_prompt_tokens, MAX_TOTAL_TOKENS - 1)]
     if not fitting:
         raise DataError(f"every prompt of {found.name} is longer than {options.max_prompt_tokens} tokens", hint="raise eval.max_prompt_tokens")
-    room = MAX_TOTAL_TOKENS - max(len(prompt.tokens) for prompt in fitting)
-    samples: dict[int, Sample] = {}
-    for index, output in (finished or {}).items():
-        if index < len(rows):
-            samples[index] = Sample(index, rows[index], output, clean_response(found.name, rows[index].prompt + output, rows[index].prompt), 0)
-    waiting = [prompt for prompt in fitting if prompt.index not in samples]
-    result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=longest)
-    state = getattr(model, "meteora", None)
+    result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or found.max_new_tokens)
+    ids = finished_tokens or {}
+    before = {index: _sample(found, rows, index, output, ids.get(index, ())) for index, output in (finished or {}).items() if index < len(rows)}
+    state: RoutingState | None = getattr(model, "meteora", None)
     began = time.monotonic()
-    with routed(state, options, found) as (temperature, top_k), progress.task(title or found.name, total=len(fitting), unit="rows") as bar:
-        bar.update(len(fitting) - len(waiting))
-        try:
-            for prompt, new in generate_all(
-                model,
-                tokenizer,
-                waiting,
-                batch_size=options.batch_size,
-                max_new_tokens=min(longest, max(room, 1)),
-                no_repeat_ngram_size=options.no_repeat_ngram_size,
-                on_smaller=lambda size: result.notes.append(f"out of memory: went on with batches of {size}"),
-            ):
-                row = rows[prompt.index]
-                output = tokenizer.decode(new, skip_special_tokens=True)
-                sample = Sample(prompt.index, row, output, clean_response(found.name, row.prompt + output, row.prompt), len(new))
-                samples[prompt.index] = sample
-                result.new_tokens += len(new)
-                result.prompt_tokens += len(prompt.tokens)
-                if on_sample is not None:
-                    on_sample(sample)
-                bar.update(1, total=None, **{"tok/s": f"{(result.new_tokens + result.prompt_tokens) / max(time.monotonic() - began, 1e-9):.0f}"})
-        except torch.OutOfMemoryError as error:
-            raise MeteoraError("out of memory even with one row", hint="lower --max-new-tokens, or use a smaller base model or dtype") from error
-        result.temperature, result.top_k = temperature, top_k
+    with routed(state, options, found) as (result.temperature, result.top_k):
+        counter = _Counter(model, tokenizer, state) if options.routing and state is not None else None
+        mine = processes.share([prompt for prompt in fitting if prompt.index in before])
+        if counter is not None:
+            for prompt in mine:
+                counter.add(prompt, before[prompt.index].ids)
+        waiting = processes.share([prompt for prompt in fitting if prompt.index not in before])
+        with progress.task(title or found.name, total=len(mine) + len(waiting), unit="rows") as bar:
+            bar.update(len(mine))
+            made = _generate(model, tokenizer, found, rows, waiting, options, result, counter, on_sample, bar)
+    made |= {prompt.index: before[prompt.index] for prompt in mine}
+    parts = processes.gather((made, result.notes, counter.finish() if counter is not None else None))
+    result.samples = sorted((sample for part, _, _ in parts for sample in part.values()), key=lambda sample: sample.doc_id)
+    result.notes = list(dict.fromkeys(note for _, notes, _ in parts for note in notes))
+    result.routing = _summary(found, [counts for _, _, counts in parts if counts is not None])
     result.seconds = time.monotonic() - began
-    result.samples = [samples[index] for index in sorted(samples)]
+    sizes = {prompt.index: len(prompt.tokens) for prompt in fitting}
+    result.new_tokens = sum(sample.tokens for sample in result.samples)
+    result.prompt_tokens = sum(sizes[sample.doc_id] for sample in result.samples)
     answers, references = [sample.response for sample in result.samples], [sample.row.response for sample in result.samples]
     result.scores = evaluate_responses(found, answers, references, options.scoring)
     return result
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    waiting: Sequence[Prompt],
+    options: EvalOptions,
+    result: TaskResult,
+    counter: _Counter | None,
+    on_sample: Callable[[Sample], None] | None,
+    bar: Bar,
+) -> dict[int, Sample]:
+    """This process's new samples, by row."""
+    import torch
+
+    made: dict[int, Sample] = {}
+    began, tokens = time.monotonic(), 0
+    try:
+        for prompt, new in generate_all(
+            model,
+            tokenizer,
+            waiting,
+            batch_size=options.batch_size,
+            max_new_tokens=result.max_new_tokens,
+            max_total_tokens=MAX_TOTAL_TOKENS,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            on_smaller=lambda size: result.notes.append(f"out of memory: went on with batches of {size}"),
+        ):
+            made[prompt.index] = sample = _sample(task, rows, prompt.index, tokenizer.decode(new, skip_special_tokens=True), new)
+            tokens += len(new) + len(prompt.tokens)
+            if counter is not None:
+                counter.add(prompt, new)
+            if on_sample is not None:
+                on_sample(sample)
+            bar.update(1, total=None, **{"tok/s": f"{tokens / max(time.monotonic() - began, 1e-9):.0f}"})
+    except torch.OutOfMemoryError as error:
+        raise MeteoraError("out of memory even with one row", hint="lower --max-new-tokens, or use a smaller base model or dtype") from error
+    return made
+
+
+def _sample(task: Task, rows: Sequence[Row], index: int, output: str, ids: Sequence[int]) -> Sample:
+    row = rows[index]
+    return Sample(index, row, output, clean_response(task.name, row.prompt + output, row.prompt), len(ids), tuple(ids))
+
+
+class _Counter:
+    """Collects finished rows until they fill a batch, then counts their routes."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: RoutingState) -> None:
+        from meteora_core.evaluation.routes import RouteCounts
+
+        self.model, self.pad = model, int(tokenizer.pad_token_id)
+        self.budget = auto_budget(next(model.parameters()).device) // 2
+        self.counts = RouteCounts(state.names)
+        self.texts: list[tuple[Sequence[int], Sequence[int]]] = []
+        self.longest = 0
+
+    def add(self, prompt: Prompt, answer: Sequence[int]) -> None:
+        """Take one finished row."""
+        size = len(prompt.tokens) + len(answer)
+        if self.texts and max(self.longest, size) * (len(self.texts) + 1) > self.budget:
+            self._run()
+        self.texts.append((prompt.tokens, answer))
+        self.longest = max(self.longest, size)
+
+    def _run(self) -> None:
+        from meteora_core.evaluation.routes import count_routes
+
+        count_routes(self.model, self.texts, self.pad, self.counts)
+        self.texts, self.longest = [], 0
+
+    def finish(self) -> RouteCounts:
+        """Count what is left; the counts, on the CPU."""
+        self._run()
+        self.counts.counts = {path: made.cpu() for path, made in self.counts.counts.items()}
+        return self.counts
+
+
+def _summary(task: Task, parts: Sequence[RouteCounts]) -> RoutingSummary | None:
+    if not parts:
+        return None
+    from meteora_core.evaluation.routes import RoutingSummary
+
+    for part in parts[1:]:
+        parts[0].merge(part)
+    return RoutingSummary.of(task, parts[0])
 
 
 @contextmanager

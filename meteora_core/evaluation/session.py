@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora_core.data.rows import available_tasks, read_rows, split_path
+from meteora_core.adapters.peft_folder import WEIGHTS
+from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.tasks import TASKS, Task, get_task
-from meteora_core.errors import UsageError, did_you_mean
-from meteora_core.evaluation.adapters import with_adapter
-from meteora_core.evaluation.results import PARTIAL, ResultsBuilder, SampleWriter, sample_rows, write_results
-from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task
-from meteora_core.files import sha256, write_jsonl
+from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
+from meteora_core.evaluation.adapters import check_adapter, with_adapter
+from meteora_core.evaluation.processes import ALONE, Processes
+from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, partial_file, partial_files, sample_rows, write_results
+from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
+from meteora_core.files import atomic_write, sha256, write_jsonl
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 OWN = "own"
 """The model name that stands for each task's own adapter."""
+
+FREE_OPTIONS = ("batch_size", "scoring", "limit", "routing")
+"""Options that do not change a row's answer: rows of a stopped run with other values of them still count."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,14 @@ class ModelResults:
         results: Per task.
         file: The results file, if one was written.
         document: Its content.
+        picture: The heat-map of its routing, if one was drawn.
     """
 
     model: str
     results: dict[str, TaskResult] = field(default_factory=dict)
     file: Path | None = None
     document: dict[str, Any] = field(default_factory=dict)
+    picture: Path | None = None
 
 
 def choose_tasks(names: Sequence[str], data_dir: Path) -> tuple[str, ...]:
@@ -100,6 +108,7 @@ def evaluate(
     dtype: torch.dtype,
     on_result: Callable[[str, TaskResult], None] | None = None,
     progress: Progress = SILENT,
+    processes: Processes = ALONE,
 ) -> list[ModelResults]:
     """Evaluate every model of the plan on every task.
 
@@ -110,71 +119,108 @@ def evaluate(
         device, dtype: Of the models.
         on_result: Called as each task of each model is done.
         progress: Where to report.
+        processes: Those that share the rows; each must call this with the same plan, and gets the same results. The process 0 writes the files.
 
     Raises:
+        StorageError: The disk is full or not writable; the rows so far are kept.
         UsageError, DataError, AdapterError, CheckpointError: Something that the plan names is missing, broken or unknown; before any model is loaded
             where that can be known.
     """
-    tasks = [get_task(name) for name in plan.tasks]
-    for task in tasks:
-        read_rows(plan.data_dir, task.name, "test", plan.options.limit)
-    pairs = {model: [(task, _adapter_of(plan, model, task)) for task in tasks] for model in plan.models}
-    loader = _Loader(plan, device, dtype, progress)
-    loader.check(plan.models)
+    loader, pairs = prepare(plan, device, dtype, progress)
     outcomes = []
     for model in plan.models:
         outcome = ModelResults(model)
         began, stamp = time.time(), time.strftime("%Y-%m-%dT%H-%M-%S")
         builder = ResultsBuilder(model, loader.config(model))
-        writers: list[SampleWriter] = []
         for task, adapter in pairs[model]:
             if model == OWN and adapter is None:
                 continue
-            result, writer = _one(plan, loader, model, task, adapter, progress)
-            if writer is not None:
-                writers.append(writer)
+            result = _one(plan, loader, model, task, adapter, progress, processes)
             outcome.results[task.name] = result
             builder.add(result, _rows_in(plan, task))
             if on_result is not None:
                 on_result(model, result)
         outcome.document = builder.document(time.time() - began, began)
-        if plan.out_dir is not None and outcome.results:
-            folder = plan.out_dir / _safe(model)
-            for name, result in outcome.results.items():
-                write_jsonl(folder / f"samples_{name}_{stamp}.jsonl", sample_rows(result))
-            outcome.file = write_results(folder, outcome.document, stamp)
-            for writer in writers:
-                writer.close(remove=True)
+        if plan.out_dir is not None and outcome.results and processes.rank == 0:
+            _save(plan.out_dir / _safe(model), outcome, stamp, progress)
         outcomes.append(outcome)
     return outcomes
 
 
-def _one(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path | None, progress: Progress) -> tuple[TaskResult, SampleWriter | None]:
-    writer = None
-    if plan.out_dir is not None:
-        inputs = {
-            "model": loader.config(model),
-            "adapter": sha256(adapter / "adapter_model.safetensors") if adapter else None,
-            "task": task.name,
-            "data": sha256(split_path(plan.data_dir, task.name, "test")),
-            "options": {key: value for key, value in asdict(plan.options).items() if key not in ("batch_size", "scoring", "limit")},
-        }
-        writer = SampleWriter(plan.out_dir / _safe(model) / f".{task.name}{PARTIAL}", inputs)
-        if writer.done:
-            progress.note(f"{task.name}: {len(writer.done)} rows were done before")
-    with loader.ready(model, adapter) as (loaded, tokenizer):
-        result = evaluate_task(
+def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress = SILENT) -> tuple[_Loader, dict[str, list[tuple[Task, Path | None]]]]:
+    """Check all that can be checked before a model is loaded, and return what :func:`evaluate` goes on with. Raises as it does."""
+    tasks = [get_task(name) for name in plan.tasks]
+    for task in tasks:
+        if not test_rows(plan.data_dir, task, plan.options.limit):
+            raise UsageError("no rows to evaluate", hint="choose --limit 1 or more")
+    if plan.options.routing and "meteora" not in plan.models:
+        raise UsageError("only the model meteora routes", hint="leave out --routing, or choose --model meteora")
+    pairs = {model: [(task, _adapter_of(plan, model, task)) for task in tasks] for model in plan.models}
+    for model in plan.models:
+        if model == OWN and all(adapter is None for _, adapter in pairs[model]):
+            raise UsageError("a composite has no adapter of its own", hint="choose --model base, meteora, or an adapter's name")
+    for adapter in dict.fromkeys(adapter for listed in pairs.values() for _, adapter in listed if adapter is not None):
+        check_adapter(adapter)
+    loader = _Loader(plan, device, dtype, progress)
+    loader.check(plan.models)
+    return loader, pairs
+
+
+def _save(folder: Path, outcome: ModelResults, stamp: str, progress: Progress) -> None:
+    """Write samples, routing and results, in this order, and then remove the rows that were kept while it ran."""
+    routing = {name: result.routing for name, result in outcome.results.items() if result.routing is not None}
+    if routing:
+        from meteora_core.evaluation.routes import counts_file
+        from meteora_core.evaluation.routes_plot import plot_routing
+
+        file = folder / f"routing_{stamp}.json"
+        with atomic_write(file) as handle:
+            json.dump(counts_file(routing), handle)
+        outcome.document["meteora"]["routing_counts"] = file.name
+        try:
+            outcome.picture = plot_routing(routing, folder / f"routing_{stamp}.png")
+        except StorageError:
+            raise
+        except MeteoraError as error:
+            progress.note(f"no picture of the routing: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+    for name, result in outcome.results.items():
+        write_jsonl(folder / f"samples_{name}_{stamp}.jsonl", sample_rows(result))
+    outcome.file = write_results(folder, outcome.document, stamp)
+    for name in outcome.results:
+        for file in partial_files(folder, name):
+            file.unlink(missing_ok=True)
+
+
+def _one(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path | None, progress: Progress, processes: Processes) -> TaskResult:
+    inputs = {
+        "model": {key: value for key, value in loader.config(model).items() if key not in (*FREE_OPTIONS, "options", "random_seed")},
+        "adapter": sha256(adapter / WEIGHTS) if adapter else None,
+        "task": task.name,
+        "data": sha256(split_path(plan.data_dir, task.name, "test")),
+        "options": {key: value for key, value in asdict(plan.options).items() if key not in FREE_OPTIONS},
+    }
+    with ExitStack() as stack:
+        writer = None
+        if plan.out_dir is not None:
+            folder = plan.out_dir / _safe(model)
+            writer = stack.enter_context(SampleWriter(partial_file(folder, task.name, processes.rank), inputs, partial_files(folder, task.name)))
+            if writer.done:
+                progress.note(f"{task.name}: {len(writer.done)} rows were done before")
+        processes.gather(None)
+        loaded, tokenizer = stack.enter_context(loader.ready(model, adapter))
+        return evaluate_task(
             loaded,
             tokenizer,
             task,
             plan.data_dir,
             plan.options,
             finished=writer.done if writer else None,
-            on_sample=(lambda sample: writer.add(sample.doc_id, sample.output)) if writer else None,
+            finished_tokens=writer.tokens if writer else None,
+            on_sample=(lambda sample: writer.add(sample.doc_id, sample.output, sample.ids)) if writer else None,
             title=f"{model}: {task.name}",
             progress=progress,
+            processes=processes,
         )
-    return result, writer
 
 
 def _rows_in(plan: EvalPlan, task: Task) -> int:

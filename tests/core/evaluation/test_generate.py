@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -61,7 +63,7 @@ def test_no_repeat_ngram_size(model) -> None:
     assert free != strict
     for index, tokens in strict.items():
         whole = [*letters()(PROMPTS[index])["input_ids"], *tokens]
-        pairs = list(zip(whole, whole[1:], strict=False))
+        pairs = list(itertools.pairwise(whole))
         assert len(pairs) == len(set(pairs)) or len(letters()(PROMPTS[index])["input_ids"]) > len(set(letters()(PROMPTS[index])["input_ids"]))
 
 

@@ -26,7 +26,7 @@ def test_a_stopped_run_keeps_its_rows_and_drops_a_torn_line(tmp_path) -> None:
     path = tmp_path / "x" / "s.jsonl"
     with SampleWriter(path, {"task": "a"}) as writer:
         writer.add(3, "three\nlines ü")
-        writer.add(1, "one \ud800")
+        writer.add(1, "one \ud800", [5, 6])
     with path.open("a") as handle:
         handle.write('{"doc_id": 7, "outp')
     again = SampleWriter(path, {"task": "a"})
@@ -35,7 +35,8 @@ def test_a_stopped_run_keeps_its_rows_and_drops_a_torn_line(tmp_path) -> None:
     again.close()
     with SampleWriter(path, {"task": "a"}) as last:
         assert last.done == {3: "three\nlines ü", 1: "one \ud800", 7: "seven"}
-    assert [json.loads(line) for line in path.read_text().splitlines()][-1] == {"doc_id": 7, "output": "seven"}
+        assert last.tokens == {3: (), 1: (5, 6), 7: ()}
+    assert [json.loads(line) for line in path.read_text().splitlines()][-1] == {"doc_id": 7, "output": "seven", "tokens": []}
 
 
 def test_other_inputs_begin_anew(tmp_path) -> None:
@@ -44,8 +45,9 @@ def test_other_inputs_begin_anew(tmp_path) -> None:
         writer.add(0, "x")
     other = SampleWriter(path, {"model": "b"})
     assert other.done == {}
-    other.close(remove=True)
-    assert not path.exists()
+    other.close()
+    with SampleWriter(path, {"model": "a"}) as first:
+        assert first.done == {}
 
 
 def test_the_document_has_the_harness_shape(tmp_path) -> None:

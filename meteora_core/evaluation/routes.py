@@ -1,0 +1,213 @@
+"""Which adapters were chosen while a task was evaluated: counts per layer, added up on the device, nothing kept per token.
+
+The tokens of a prompt and its answer go through the model once more, all at once, with a recorder that only adds. A causal model chooses there
+what it chose while it wrote (up to rounding), so that writing itself stays as fast as without, by whatever code it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from meteora_core.data.tasks import Task
+from meteora_core.routing import Routes, routing_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARTS = ("prompt", "answer")
+KINDS = ("top1", "chosen", "weight")
+"""What is counted per token: its likeliest adapter, all its top-k adapters, and their weights."""
+
+Text = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of its answer."""
+
+
+@dataclass
+class RouteCounts(Routes):
+    """A recorder that adds up instead of keeping.
+
+    Attributes:
+        counts: Per layer path, float64 (2, 3, N) on the layer's device: :data:`PARTS` x :data:`KINDS` x adapters. Whole numbers but for the weights.
+        tokens: int64 (2,): tokens seen of each part.
+    """
+
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    _parts: Tensor | None = None
+
+    def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
+        """Count the choice of one layer for one forward call: indices and weights (batch, tokens, k) or (tokens, k)."""
+        assert self._parts is not None, "only within one_batch"
+        top_k, adapters = indices.shape[-1], len(self.names)
+        indices, weights = indices.detach().reshape(-1, top_k), weights.detach().reshape(-1, top_k).double()
+        dense = torch.zeros(3, indices.shape[0], adapters, dtype=torch.float64, device=indices.device)
+        dense[0].scatter_(-1, indices[:, :1], 1.0)
+        dense[1].scatter_(-1, indices, 1.0)
+        dense[2].scatter_(-1, indices, weights)
+        made = torch.einsum("pt,ktn->pkn", self._parts.to(indices.device), dense)
+        self.counts[path] = self.counts[path] + made if path in self.counts else made
+
+    @contextmanager
+    def one_batch(self, parts: Tensor) -> Iterator[None]:
+        """Within the block, :meth:`add` counts tokens by ``parts``: float64 (2, batch * tokens), 1 where a token belongs to that part, else 0."""
+        self._parts = parts
+        try:
+            yield
+        finally:
+            self._parts = None
+        self.tokens += parts.sum(1).long().cpu()
+
+    def merge(self, other: RouteCounts) -> None:
+        """Add what another recorder counted."""
+        for path, made in other.counts.items():
+            self.counts[path] = self.counts[path] + made.to(self.counts[path].device) if path in self.counts else made
+        self.tokens += other.tokens
+
+
+def count_routes(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts: RouteCounts) -> None:
+    """Run a batch of finished texts and add what every layer chose to ``counts``.
+
+    Rows are padded at the right, where a causal model cannot see it, and the padding is not counted. A batch that does not fit the GPU's memory is halved.
+    The language-model head is not run.
+
+    Args:
+        model: A model with adapters attached, in evaluation mode, routing set as for the evaluation.
+        texts: Prompts and answers.
+        pad: The padding token's id.
+        counts: Where to add.
+
+    Raises:
+        torch.OutOfMemoryError: Even one row does not fit.
+    """
+    waiting = [list(texts)] if texts else []
+    while waiting:
+        batch = waiting.pop()
+        made = RouteCounts(counts.names)
+        try:
+            _count(model, batch, pad, made)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            waiting += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+            continue
+        counts.merge(made)
+
+
+@torch.inference_mode()
+def _count(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts: RouteCounts) -> None:
+    width = max(len(prompt) + len(answer) for prompt, answer in texts)
+    ids = torch.full((len(texts), width), pad)
+    parts = torch.zeros(2, len(texts), width, dtype=torch.float64)
+    for row, (prompt, answer) in enumerate(texts):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        parts[0, row, : len(prompt)] = 1
+        parts[1, row, len(prompt) : len(prompt) + len(answer)] = 1
+    device = next(model.parameters()).device
+    ids, mask, flat = ids.to(device), parts.sum(0).long().to(device), parts.reshape(2, -1).to(device)
+    state = routing_state(model)
+    before, state.recorder = state.recorder, counts
+    try:
+        with counts.one_batch(flat), torch.compiler.set_stance("force_eager"):
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        state.recorder = before
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """The counts of one task.
+
+    Attributes:
+        task: Its name.
+        own: The adapters that are the task's own: its namesake; a composite's members; empty when there is no such adapter.
+        names: All adapters.
+        paths: The layers, in the model's order.
+        counts: float64 (layers, 2, 3, N), as in :class:`RouteCounts`, on the CPU.
+        tokens: Tokens of the prompts and of the answers.
+    """
+
+    task: str
+    own: tuple[str, ...]
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    counts: Tensor
+    tokens: tuple[int, int]
+
+    @classmethod
+    def of(cls, task: Task, counts: RouteCounts) -> RoutingSummary:
+        """Sum up what was counted."""
+        wanted = set(task.members or (task.name,))
+        own = tuple(name for name in counts.names if name in wanted)
+        paths = tuple(counts.counts)
+        stacked = torch.stack([counts.counts[path].cpu() for path in paths]) if paths else torch.zeros(0, 2, 3, len(counts.names), dtype=torch.float64)
+        prompt, answer = counts.tokens.tolist()
+        return cls(task.name, own, counts.names, paths, stacked, (prompt, answer))
+
+    def layer_shares(self, kind: str, part: str) -> Tensor:
+        """Per layer, the share of tokens (for "weight": the mean weight) that each adapter got: float64 (layers, N).
+
+        Args:
+            kind: One of :data:`KINDS`.
+            part: "prompt", "answer", or "all".
+        """
+        places = [place for place, name in enumerate(PARTS) if part in ("all", name)]
+        return self.counts[:, places, KINDS.index(kind)].sum(1) / max(self.total(part), 1)
+
+    def total(self, part: str) -> int:
+        """How many tokens a part has."""
+        return sum(count for count, name in zip(self.tokens, PARTS, strict=True) if part in ("all", name))
+
+    def shares(self, kind: str, part: str) -> Tensor:
+        """The mean of :meth:`layer_shares` over the layers: float64 (N,)."""
+        shares = self.layer_shares(kind, part)
+        return shares.mean(0) if len(shares) else torch.zeros(len(self.names), dtype=torch.float64)
+
+    def own_by_layer(self, part: str) -> Tensor | None:
+        """Per layer, the share of tokens whose top-1 adapter is the task's own: float64 (layers,); None when it has none, or there are no tokens."""
+        if not self.own or not self.total(part):
+            return None
+        return self.layer_shares("top1", part)[:, [self.names.index(name) for name in self.own]].sum(1)
+
+    def own_share(self, part: str) -> float | None:
+        """The mean of :meth:`own_by_layer` over the layers."""
+        by_layer = self.own_by_layer(part)
+        return None if by_layer is None or not len(by_layer) else float(by_layer.mean())
+
+    def document(self) -> dict[str, Any]:
+        """Plain values for the results file: shares over all layers, and the task's own share per layer."""
+
+        def named(kind: str, part: str) -> dict[str, float]:
+            return dict(zip(self.names, [round(value, 6) for value in self.shares(kind, part).tolist()], strict=True))
+
+        layers = {part: self.own_by_layer(part) for part in ("answer", "all")}
+        return {
+            "own_adapters": list(self.own),
+            "tokens": dict(zip(PARTS, self.tokens, strict=True)),
+            "own_top1": {part: self.own_share(part) for part in ("answer", "all")},
+            **{kind: {part: named(kind, part) for part in ("answer", "all")} for kind in KINDS},
+            "own_top1_by_layer": {
+                part: None if values is None else dict(zip(self.paths, [round(value, 6) for value in values.tolist()], strict=True))
+                for part, values in layers.items()
+            },
+        }
+
+    def counts_document(self) -> dict[str, Any]:
+        """The counts themselves: per kind and part a list (layers) of lists (adapters)."""
+        made: dict[str, Any] = {"tokens": dict(zip(PARTS, self.tokens, strict=True))}
+        for place, kind in enumerate(KINDS):
+            values = {part: self.counts[:, index, place].tolist() for index, part in enumerate(PARTS)}
+            made[kind] = values if kind == "weight" else {part: [[int(cell) for cell in row] for row in rows] for part, rows in values.items()}
+        return made
+
+
+def counts_file(summaries: Mapping[str, RoutingSummary]) -> dict[str, Any]:
+    """All tasks' counts as one document: ``adapters``, ``layers`` and ``tasks``."""
+    first = next(iter(summaries.values()))
+    return {"adapters": list(first.names), "layers": list(first.paths), "tasks": {task: summary.counts_document() for task, summary in summaries.items()}}

@@ -1,0 +1,276 @@
+"""Whole evaluations of a tiny model: files, resuming, several models, bad input, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_workspace import TASKS, Workspace, make_workspace, rows
+
+from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
+from meteora_core.evaluation import results
+from meteora_core.evaluation.runner import EvalOptions
+from meteora_core.evaluation.session import EvalPlan, ModelResults, choose_tasks, evaluate
+from meteora_core.files import write_jsonl
+from meteora_core.model.base import BaseReference
+
+
+def plan_of(place: Workspace, tasks: tuple[str, ...], models: tuple[str, ...], *, save: bool = True, **options: Any) -> EvalPlan:
+    return EvalPlan(
+        tasks=tasks,
+        models=models,
+        data_dir=place.data,
+        adapters_dir=place.adapters,
+        checkpoint=place.checkpoint,
+        base=BaseReference(str(place.base)),
+        options=EvalOptions(**{"max_new_tokens": 8, "no_repeat_ngram_size": 4, **options}),
+        out_dir=place.folder / "runs" / "eval" if save else None,
+    )
+
+
+def run(plan: EvalPlan, **arguments: Any) -> list[ModelResults]:
+    return evaluate(plan, device=torch.device("cpu"), dtype=torch.float32, **arguments)
+
+
+@pytest.fixture
+def place(tmp_path: Path, make_adapter) -> Workspace:
+    return make_workspace(tmp_path, make_adapter)
+
+
+TIMES = ("date", "start_time", "end_time", "total_evaluation_time_seconds")
+
+
+def timeless(document: dict[str, Any]) -> dict[str, Any]:
+    """A results document without what a clock says."""
+    made = {key: value for key, value in json.loads(json.dumps(document)).items() if key not in TIMES}
+    for counts in made["meteora"]["counts"].values():
+        del counts["seconds"]
+    return made
+
+
+def samples(outcome: ModelResults, task: str) -> list[dict[str, Any]]:
+    assert outcome.file is not None
+    file = outcome.file.parent / outcome.file.name.replace("results_", f"samples_{task}_").replace(".json", ".jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_all_models_on_singles_and_a_composite(place) -> None:
+    told: list[tuple[str, str]] = []
+    made = run(plan_of(place, (TASKS[0], "composite_3"), ("base", "own", "meteora")), on_result=lambda model, result: told.append((model, result.task.name)))
+    assert told == [(model, task) for model in ("base", "own", "meteora") for task in (TASKS[0], "composite_3") if (model, task) != ("own", "composite_3")]
+    by_model = {outcome.model: outcome for outcome in made}
+    assert len({json.dumps([row["resps"] for row in samples(outcome, TASKS[0])]) for outcome in made}) == 3
+    document = json.loads(by_model["meteora"].file.read_text())
+    assert document == json.loads(json.dumps(by_model["meteora"].document))
+    assert document["configs"]["composite_3"]["temperature"] == 15
+    assert document["configs"][TASKS[0]]["temperature"] == 1
+    assert document["n-samples"][TASKS[0]] == {"original": 7, "effective": 7}
+    assert document["config"]["model_args"]["weights_sha256"]
+    assert [row["doc_id"] for row in samples(by_model["base"], TASKS[0])] == list(range(7))
+    assert not list(place.folder.rglob("*.partial.jsonl"))
+
+
+@pytest.mark.parametrize("model", ["meteora", TASKS[1]])
+def test_a_stopped_run_ends_with_the_same_file(place, model) -> None:
+    plan = plan_of(place, TASKS[:2], (model,), batch_size=2, routing=model == "meteora")
+    whole = run(plan)[0]
+
+    class Stop(Exception):
+        pass
+
+    class Stopping:
+        """A progress that ends the run in the middle of the second task."""
+
+        rows = 0
+
+        def task(self, title: str, **_: Any) -> Any:
+            return self
+
+        def __enter__(self) -> Stopping:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def note(self, message: str) -> None:
+            return None
+
+        def update(self, advance: float = 0, **fields: str) -> None:
+            if "tok/s" in fields:
+                Stopping.rows += 1
+                if Stopping.rows == 10:
+                    raise Stop
+
+    with pytest.raises(Stop):
+        run(plan, progress=Stopping())
+    kept = [len(file.read_text().splitlines()) - 1 for file in sorted(place.folder.rglob("*.partial.jsonl"))]
+    assert sum(kept) == 10
+    again = run(plan_of(place, TASKS[:2], (model,), batch_size=3, routing=model == "meteora", scoring="corrected"))[0]
+    one, other = timeless(whole.document), timeless(again.document)
+    for document in (one, other):
+        document["config"].pop("batch_size")
+        document["config"]["options"].pop("batch_size")
+        document["meteora"].pop("routing_counts", None)
+    if model == "meteora":
+        torch.testing.assert_close(flat(one["meteora"].pop("routing")), flat(other["meteora"].pop("routing")), rtol=0, atol=1e-5)
+    assert one == other
+    assert [samples(whole, task) for task in TASKS[:2]] == [samples(again, task) for task in TASKS[:2]]
+
+
+def flat(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for key in sorted(value) for number in flat(value[key])]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+def test_rows_of_another_run_are_not_taken(place) -> None:
+    folder = place.folder / "runs" / "eval" / "base"
+    with results.SampleWriter(results.partial_file(folder, TASKS[0]), {"some": "other run"}) as writer:
+        writer.add(0, "stale", [5])
+    assert "stale" not in json.dumps(samples(run(plan_of(place, TASKS[:1], ("base",)))[0], TASKS[0]))
+
+
+@pytest.mark.parametrize("moment", ["row", "samples", "results"])
+def test_a_full_disk_keeps_the_rows_so_far(place, monkeypatch, moment) -> None:
+    plan = plan_of(place, TASKS[:1], ("base",), batch_size=1)
+    whole = run(plan)[0]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        if moment == "row":
+            real = results.SampleWriter._append
+
+            lines: list[bytes] = []
+
+            def append(self, line):
+                if len(lines) == 4:
+                    raise full
+                lines.append(line)
+                real(self, line)
+
+            patch.setattr(results.SampleWriter, "_append", append)
+        else:
+            import os
+
+            replace = os.replace
+
+            def move(source, target):
+                if moment in str(target):
+                    raise full
+                replace(source, target)
+
+            patch.setattr(os, "replace", move)
+        with pytest.raises(StorageError, match="no space left on the disk") as caught:
+            run(plan)
+        assert caught.value.hint
+    (partial,) = place.folder.rglob("*.partial.jsonl")
+    assert all(json.loads(line) for line in partial.read_text().splitlines())
+    assert len(partial.read_text().splitlines()) == (4 if moment == "row" else 8)
+    again = run(plan)[0]
+    assert timeless(again.document) == timeless(whole.document)
+    assert samples(again, TASKS[0]) == samples(whole, TASKS[0])
+
+
+def test_a_short_write_is_undone(tmp_path) -> None:
+    path = tmp_path / "s.jsonl"
+    writer = results.SampleWriter(path, {"a": 1})
+    writer.add(0, "first")
+    real = writer._handle
+
+    class Full:
+        """Takes ten bytes of the next write, and then nothing."""
+
+        calls = 0
+
+        def write(self, data: memoryview) -> int:
+            self.calls += 1
+            if self.calls > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real.write(data[:10])
+
+        def truncate(self, size: int) -> int:
+            return real.truncate(size)
+
+        def close(self) -> None:
+            real.close()
+
+    writer._handle = Full()
+    with pytest.raises(StorageError, match="no space left"):
+        writer.add(1, "second")
+    writer.close()
+    assert [json.loads(line).get("output") for line in path.read_text().splitlines()] == [None, "first"]
+    with results.SampleWriter(path, {"a": 1}) as again:
+        assert again.done == {0: "first"}
+
+
+def test_empty_references_are_counted_and_left_out(place) -> None:
+    listed = rows(TASKS[0], 4)
+    listed[1]["response"] = ""
+    listed[2]["response"] = "  \n"
+    write_jsonl(place.data / TASKS[0] / "test.jsonl", listed)
+    for scoring in ("corrected", "paper"):
+        outcome = run(plan_of(place, TASKS[:1], ("base",), scoring=scoring))[0]
+        counts = outcome.document["meteora"]["counts"][TASKS[0]]
+        assert counts["samples"] == 4
+        assert counts["unusable_references"] == 2
+        assert [row["accuracy"] is None for row in samples(outcome, TASKS[0])] == [scoring == "corrected" and i in (1, 2) for i in range(4)]
+
+
+def test_prompts_that_are_too_long_are_skipped_and_counted(place) -> None:
+    outcome = run(plan_of(place, TASKS[:1], ("base",), max_prompt_tokens=25))[0]
+    skipped = outcome.document["meteora"]["counts"][TASKS[0]]["skipped_prompts"]
+    kept = [index for index, row in enumerate(rows(TASKS[0], 7)) if len(row["prompt"]) <= 25]
+    assert 0 < skipped == 7 - len(kept)
+    assert [row["doc_id"] for row in samples(outcome, TASKS[0])] == kept
+    with pytest.raises(DataError, match="every prompt of logical_deduction is longer than 3 tokens"):
+        run(plan_of(place, TASKS[:1], ("base",), max_prompt_tokens=3))
+
+
+def test_what_is_missing_is_named_before_a_model_is_loaded(place, monkeypatch) -> None:
+    from meteora_core.model import base as base_module
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(base_module, "load_base", never)
+    write_jsonl(place.data / "winowhy" / "train.jsonl", rows("winowhy", 3))
+    with pytest.raises(DataError, match="no test rows of winowhy") as caught:
+        run(plan_of(place, (TASKS[0], "winowhy"), ("base",)))
+    assert "meteora data build --task winowhy" in str(caught.value.hint)
+    write_jsonl(place.data / "winowhy" / "test.jsonl", [])
+    with pytest.raises(DataError, match="has no rows"):
+        run(plan_of(place, ("winowhy",), ("base",)))
+    write_jsonl(place.data / "winowhy" / "test.jsonl", rows("winowhy", 3))
+    with pytest.raises(UsageError, match="no adapter for winowhy") as caught:
+        run(plan_of(place, ("winowhy",), ("base", "own")))
+    assert "--task winowhy" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="no model 'strategyqq'") as caught:
+        run(plan_of(place, ("winowhy",), ("strategyqq",)))
+    assert caught.value.hint == "did you mean 'strategyqa'?"
+    with pytest.raises(UsageError, match="a composite has no adapter of its own"):
+        run(plan_of(place, ("composite_3",), ("own",)))
+    with pytest.raises(UsageError, match="top_k is 4, but the checkpoint has 3 adapters"):
+        run(plan_of(place, TASKS[:1], ("meteora",), top_k=4))
+    with pytest.raises(UsageError, match="only the model meteora routes"):
+        run(plan_of(place, TASKS[:1], ("base",), routing=True))
+    weights = place.adapters / TASKS[0] / "adapter_model.safetensors"
+    weights.rename(weights.with_name("adapter_model.bin"))
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin is a pickle file"):
+        run(plan_of(place, TASKS[:1], ("own",)))
+    weights.with_name("adapter_model.bin").unlink()
+    with pytest.raises(AdapterError, match=r"holds no adapter_model\.safetensors"):
+        run(plan_of(place, TASKS[:1], (TASKS[0],)))
+    (place.checkpoint / "meteora_config.json").unlink()
+    with pytest.raises(CheckpointError):
+        run(plan_of(place, TASKS[:1], ("meteora",)))
+
+
+def test_names_of_groups(place) -> None:
+    assert choose_tasks(["singles"], place.data) == TASKS
+    assert choose_tasks(["composites", TASKS[1]], place.data) == ("composite_3", TASKS[1])
+    assert set(choose_tasks(["all"], place.data)) == {*TASKS, "composite_3"}
+    with pytest.raises(UsageError, match="no singles are built"):
+        choose_tasks(["singles"], place.folder / "nowhere")
