@@ -1,0 +1,211 @@
+"""Generation: the same tokens as transformers' own, with the cache kept between calls."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from chat_world import byte_llama, byte_tokenizer, without_ends
+
+from meteora_core.chat import engine as engine_module
+from meteora_core.chat.engine import Engine, Finished, Reading, Sampling, Written, context_length, end_tokens
+from meteora_core.errors import UsageError
+from meteora_core.trace.record import trace_tokens
+
+PROMPT = list(b"What is the capital of France?")
+IDS = [token + 3 for token in PROMPT]
+
+
+def run(engine: Engine, ids, sampling=Sampling(max_new_tokens=12), **options) -> Finished:
+    return list(engine.generate(ids, sampling, **options))[-1]
+
+
+def count_tokens(model: torch.nn.Module) -> list[int]:
+    """The number of tokens of every forward pass from now on."""
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    return seen
+
+
+def test_greedy_tokens_are_those_of_generate(speaker) -> None:
+    expected = speaker.model.generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False)[0, len(IDS) :].tolist()
+    finished = run(Engine(speaker.model, speaker.tokenizer), IDS)
+    assert list(finished.ids) == expected
+    assert finished.reason == "length"
+    assert finished.text == speaker.tokenizer.decode(expected, skip_special_tokens=True)
+    assert (finished.prompt_tokens, finished.reused) == (len(IDS), 0)
+    assert 0 < finished.first_seconds < finished.seconds
+    assert finished.tokens_per_second > 0
+
+
+def test_a_second_turn_reads_only_what_is_new_and_answers_the_same(speaker) -> None:
+    engine = Engine(speaker.model, speaker.tokenizer)
+    first = run(engine, IDS)
+    longer = [*IDS, *first.ids, *IDS[:9]]
+    seen = count_tokens(speaker.model)
+    second = run(engine, longer)
+    # The last token of the first answer was never fed, so it is read with the nine new ones.
+    assert seen[0] == 10
+    assert second.reused == len(longer) - 10
+    assert second.ids == run(Engine(speaker.model, speaker.tokenizer), longer).ids
+
+
+def test_another_conversation_keeps_the_common_start_only(speaker) -> None:
+    engine = Engine(speaker.model, speaker.tokenizer)
+    run(engine, IDS)
+    other = [*IDS[:7], *IDS[20:]]
+    finished = run(engine, other)
+    assert finished.reused == 7
+    assert finished.ids == run(Engine(speaker.model, speaker.tokenizer), other).ids
+    assert run(engine, other).reused == len(other) - 1
+    assert run(engine, other, read_from=4).reused == 4
+
+
+def test_another_key_drops_the_cache(speaker) -> None:
+    engine = Engine(speaker.model, speaker.tokenizer)
+    state = speaker.routing
+    plain = run(engine, IDS, key="gates")
+    forced = run(engine, IDS, key="beta", scope=lambda: state.force("beta"))
+    assert forced.reused == 0
+    with state.force("beta"):
+        expected = speaker.model.generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False)[0, len(IDS) :].tolist()
+    assert list(forced.ids) == expected
+    assert forced.ids != plain.ids
+    assert run(engine, IDS, key="gates").ids == plain.ids
+
+
+def test_a_pass_that_was_broken_off_leaves_no_half_cache(speaker) -> None:
+    engine = Engine(speaker.model, speaker.tokenizer)
+    expected = run(Engine(speaker.model, speaker.tokenizer), IDS)
+    passes = 0
+
+    def interrupt(module: torch.nn.Module, arguments: object) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 4:
+            raise KeyboardInterrupt
+
+    handle = speaker.model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, IDS)
+    handle.remove()
+    assert run(engine, IDS).ids == expected.ids
+
+
+def test_a_cache_that_cannot_be_cut_is_dropped(speaker, monkeypatch) -> None:
+    from transformers import DynamicCache
+
+    def refuse(self: object, tokens: int) -> None:
+        raise RuntimeError("this cache does not track past states")
+
+    engine = Engine(speaker.model, speaker.tokenizer)
+    run(engine, IDS)
+    monkeypatch.setattr(DynamicCache, "crop", refuse)
+    finished = run(engine, IDS[:-3])
+    assert finished.reused == 0
+    assert finished.ids == run(Engine(speaker.model, speaker.tokenizer), IDS[:-3]).ids
+
+
+def test_a_sliding_window_gives_the_same_answer_in_later_turns() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=8
+    )
+    model = MistralForCausalLM(config).eval()
+    engine = Engine(model, byte_tokenizer())
+    first = run(engine, IDS)
+    for ids in ([*IDS, *first.ids, *IDS[:9]], IDS[:20]):
+        assert run(engine, ids).ids == run(Engine(model, byte_tokenizer()), ids).ids
+
+
+def test_long_prompts_are_read_in_pieces_with_the_same_result(speaker, monkeypatch) -> None:
+    whole = run(Engine(speaker.model, speaker.tokenizer), IDS)
+    monkeypatch.setattr(engine_module, "CHUNK", 7)
+    events = list(Engine(speaker.model, speaker.tokenizer).generate(IDS, Sampling(max_new_tokens=12)))
+    assert [event.done for event in events if isinstance(event, Reading)] == [7, 14, 21, 28, 30]
+    assert events[-1].ids == whole.ids
+
+
+def test_stopping_while_reading_and_while_writing(speaker, monkeypatch) -> None:
+    monkeypatch.setattr(engine_module, "CHUNK", 7)
+    engine = Engine(speaker.model, speaker.tokenizer)
+    events = []
+    for event in engine.generate(IDS, Sampling(max_new_tokens=12), stop=lambda: len(events) >= 2):
+        events.append(event)
+    assert (events[-1].reason, events[-1].ids, events[-1].text) == ("stopped", (), "")
+    written: list[Written] = []
+    for event in engine.generate(IDS, Sampling(max_new_tokens=12), stop=lambda: len(written) == 5):
+        if isinstance(event, Written):
+            written.append(event)
+    assert (event.reason, len(event.ids), event.reused) == ("stopped", 5, 14)
+    assert run(engine, IDS).ids[:5] == event.ids
+
+
+def test_the_answer_ends_at_an_end_token_or_a_full_context(world) -> None:
+    model, tokenizer = byte_llama(max_position_embeddings=40), byte_tokenizer()
+    without_ends(model)
+    engine = Engine(model, tokenizer)
+    assert engine.context == 40
+    finished = run(engine, IDS, Sampling(max_new_tokens=99))
+    assert (finished.reason, len(finished.ids)) == ("context", 40 - len(IDS))
+    model.generation_config.eos_token_id = [2, finished.ids[4]]
+    assert end_tokens(model, tokenizer) == {2, finished.ids[4]}
+    ended = run(Engine(model, tokenizer), IDS, Sampling(max_new_tokens=99))
+    assert ended.reason == "end"
+    assert ended.ids == finished.ids[: finished.ids.index(finished.ids[4])]
+    with pytest.raises(UsageError, match="41 tokens, the model's context 40"):
+        run(engine, [5] * 41)
+    with pytest.raises(UsageError, match="empty"):
+        run(engine, [])
+
+
+def test_a_model_without_a_stated_context_has_no_limit() -> None:
+    without = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(hidden_size=8))
+    assert context_length(SimpleNamespace(config=without)) is None
+    assert context_length(byte_llama()) == 512
+
+
+def test_sampling_is_repeatable_and_narrows_to_greedy(speaker) -> None:
+    engine = Engine(speaker.model, speaker.tokenizer)
+    greedy = run(engine, IDS).ids
+    draws = [run(engine, IDS, Sampling(12, temperature=2.0, seed=seed)).ids for seed in (1, 1, 2)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    assert run(engine, IDS, Sampling(12, temperature=2.0, top_p=1e-6, seed=3)).ids == greedy
+
+
+def test_recorded_routes_are_those_of_one_pass_over_the_whole(speaker) -> None:
+    engine = Engine(speaker.model, speaker.tokenizer)
+    events = list(engine.generate(IDS, Sampling(max_new_tokens=12), record=True))
+    finished = events[-1]
+    roles = ["prompt"] * len(IDS) + ["answer"] * len(finished.ids)
+    picture = trace_tokens(speaker.model, speaker.tokenizer, [*IDS, *finished.ids], roles)
+    assert finished.paths == picture.paths
+    indices = torch.cat([event.routes[0] for event in events if isinstance(event, Reading | Written)])
+    weights = torch.cat([event.routes[1] for event in events if isinstance(event, Reading | Written)])
+    assert torch.equal(indices, picture.indices)
+    torch.testing.assert_close(weights, picture.weights, rtol=1e-4, atol=1e-4)
+
+
+def test_recording_does_not_change_the_answer(speaker) -> None:
+    plain = run(Engine(speaker.model, speaker.tokenizer), IDS)
+    events = list(Engine(speaker.model, speaker.tokenizer).generate(IDS, Sampling(max_new_tokens=12), record=True, scope=nullcontext))
+    assert events[-1].ids == plain.ids
+    assert all(event.routes is None for event in Engine(speaker.model, speaker.tokenizer).generate(IDS, Sampling(2)) if isinstance(event, Written))
+
+
+def test_text_comes_in_whole_characters(speaker) -> None:
+    from meteora_core.trace.record import TextDecoder, token_texts
+
+    text = "h\u00e9llo 日本 🎉 end"
+    ids = byte_tokenizer()(text)["input_ids"]
+    decoder = TextDecoder(byte_tokenizer())
+    pieces = [decoder.add(token) for token in ids]
+    assert "".join(pieces) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    assert [piece for piece in pieces if piece] == list(text)
+    assert token_texts(byte_tokenizer(), [*ids, 2, ids[8]]) == [*pieces, "</s>", "\N{REPLACEMENT CHARACTER}"]
