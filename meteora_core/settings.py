@@ -72,7 +72,10 @@ class OptimSettings(_Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
     log_steps: int = Field(10, ge=1, description="Steps between two log lines.")
     save_steps: int = Field(100, ge=1, description="Steps between two resumable checkpoints.")
-    eval_steps: int = Field(0, ge=0, description="Steps between two held-out evaluations; 0: none.")
+    eval_steps: int = Field(0, ge=0, description="Steps between two held-out evaluations; the best weights are kept. 0: none.")
+    patience: int = Field(0, ge=0, description="Stop after so many held-out evaluations without a better one; 0: never.")
+    packing: bool = Field(False, description="Put several rows into each sequence of max_length; rows do not see each other.")
+    log_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Where curves go besides the checkpoint; tensorboard: if installed.")
 
 
 class AdapterTrainSettings(OptimSettings):
@@ -83,6 +86,7 @@ class AdapterTrainSettings(OptimSettings):
     dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
     loss_on: Literal["all", "response"] = Field("all", description="Tokens that the loss counts: prompt and response, or the response alone.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    together_rows: int = Field(32, ge=1, description="With --together: rows in one forward pass.")
 
 
 class GateTrainSettings(OptimSettings):
@@ -95,6 +99,22 @@ class GateTrainSettings(OptimSettings):
     )
     ridge_tokens: int = Field(16_000, ge=1, description="Train tokens that the ridge start looks at.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
+    composite_rows: float = Field(0.0, ge=0, le=1, description="Share of the training rows that are composites of several tasks.")
+    composite_max: int = Field(3, ge=2, description="Most tasks in a composite training row.")
+
+
+class LaunchSettings(_Section):
+    """How `meteora train` is spread over devices and machines, by accelerate."""
+
+    launcher: Literal["none", "ddp", "fsdp", "deepspeed"] = Field("none", description="ddp: a copy a device; fsdp, deepspeed: the model is sharded.")
+    num_processes: int | None = Field(None, examples=[8], ge=1, description="Processes over all machines; absent: one a device.")
+    num_machines: int = Field(1, ge=1, description="Machines.")
+    machine_rank: int = Field(0, ge=0, description="Which of them this is, from 0.")
+    main_process_ip: str | None = Field(None, examples=["10.0.0.1"], description="Address of machine 0.")
+    main_process_port: int = Field(29500, ge=1, le=65535, description="Port on machine 0; one machine alone takes any free port.")
+    reshard_after_forward: bool = Field(True, description="fsdp: free a layer's weights after its forward pass; less memory, more traffic.")
+    cpu_offload: bool = Field(False, description="fsdp, deepspeed: keep the shards in main memory.")
+    zero_stage: Literal[2, 3] = Field(3, description="deepspeed: 3 shards the weights too.")
 
 
 class EvalSettings(_Section):
@@ -141,6 +161,7 @@ class Settings(BaseSettings):
     data: DataSettings = DataSettings()
     train_adapters: AdapterTrainSettings = AdapterTrainSettings()
     train_gates: GateTrainSettings = GateTrainSettings()
+    launch: LaunchSettings = LaunchSettings()
     eval: EvalSettings = EvalSettings()
     chat: ChatSettings = ChatSettings()
     tasks: dict[str, UserTask] = {}

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meteora_core.adapters.peft_folder import WEIGHTS
-from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder, read_json, write_json
 from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
+from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.common import disable_checkpointing, enable_checkpointing, run_inputs, train_rows
-from meteora_core.training.loop import Counts, StepLoss, Task, train
-from meteora_core.training.loss import lm_loss_sum
-from meteora_core.training.rows import Batch, encode_rows
+from meteora_core.training.common import INFO_FILE, disable_checkpointing, enable_checkpointing, run_inputs, train_rows
+from meteora_core.training.loop import Computed, Counts, Run, Task, train
+from meteora_core.training.loss import lm_losses
+from meteora_core.training.measure import by_task
+from meteora_core.training.rows import Batch, TrainRow, collate, encode_rows
+from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
+from meteora_core.training.state import INFO, RunState, differences, saved_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-INFO_FILE = "meteora_training.json"
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,29 @@ class TrainedAdapter:
 
 
 def adapter_inputs(
-    base: BaseReference, dtype: torch.dtype, data_dir: Path, task: str, settings: AdapterTrainSettings, max_rows: int | None
+    base: BaseReference,
+    dtype: torch.dtype,
+    data_dir: Path,
+    task: str,
+    settings: AdapterTrainSettings,
+    max_rows: int | None,
+    *,
+    tasks: Sequence[str] | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
-    """What fixes an adapter's training; see :func:`meteora_core.training.common.run_inputs`."""
-    return run_inputs("adapters", base, dtype, data_dir, [task], settings, max_rows=max_rows)
+    """What fixes an adapter's training; see :func:`meteora_core.training.common.run_inputs`. ``tasks``: of one LoRA over several tasks."""
+    return run_inputs("adapters", base, dtype, data_dir, list(tasks or [task]), settings, processes=processes, max_rows=max_rows)
 
 
 def adapter_is_current(folder: Path, inputs: dict[str, Any]) -> bool:
     """Whether a finished adapter with the same inputs lies in ``folder``."""
     return (folder / WEIGHTS).is_file() and (folder / INFO_FILE).is_file() and read_json(folder / INFO_FILE, error=CheckpointError).get("inputs") == inputs
+
+
+def finished_adapter(task: str, folder: Path) -> TrainedAdapter:
+    """What is known of an adapter that is there already."""
+    done = read_json(folder / INFO_FILE)
+    return TrainedAdapter(task, folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["rows_cut"])
 
 
 def train_adapter(
@@ -70,12 +88,14 @@ def train_adapter(
     data_dir: Path,
     out_dir: Path,
     settings: AdapterTrainSettings,
+    tasks: Sequence[str] | None = None,
     max_rows: int | None = None,
     resume: bool = True,
     force: bool = False,
+    runtime: Runtime = SINGLE,
     progress: Progress = SILENT,
 ) -> TrainedAdapter:
-    """Train a LoRA on one task's train rows and save it as a PEFT folder ``out_dir/<task>``.
+    """Train a LoRA on one task's train rows, or on several tasks mixed evenly, and save it as a PEFT folder ``out_dir/<task>``.
 
     The loss is the cross-entropy over all tokens of prompt and response (or of the response alone, ``settings.loss_on``), the end-of-sequence
     token included. The base is left as it was.
@@ -83,13 +103,15 @@ def train_adapter(
     Args:
         model: The base model.
         tokenizer: Its tokenizer.
-        task: A built dataset in ``data_dir``.
+        task: A built dataset in ``data_dir``; with ``tasks`` only the adapter's name.
         base: How the base is named in the adapter's configuration.
         data_dir, out_dir: Datasets and adapters.
         settings: Rank, steps, rates.
+        tasks: Train one LoRA on all of these (the paper's LoRA-B): every task has as many tokens as any other.
         max_rows: Use only the first so many train rows.
         resume: Go on from a saved state of the same inputs, if there is one.
         force: Train even if the same adapter is there.
+        runtime: The processes that train together; each calls this function, the main one writes.
         progress: Where to report.
 
     Raises:
@@ -97,52 +119,93 @@ def train_adapter(
         MeteoraError: The loss is not finite, or memory ran out.
     """
     folder, dtype = out_dir / task, next(model.parameters()).dtype
-    inputs = adapter_inputs(base, dtype, data_dir, task, settings, max_rows)
+    inputs = adapter_inputs(base, dtype, data_dir, task, settings, max_rows, tasks=tasks, processes=runtime.world)
     if not force and adapter_is_current(folder, inputs):
-        done = read_json(folder / INFO_FILE)
-        return TrainedAdapter(task, folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["rows_cut"])
-    rows, _ = train_rows(data_dir, task, settings.seed, max_rows)
-    encoded = encode_rows(rows, tokenizer, 0, settings.max_length)
+        return finished_adapter(task, folder)
+    names = list(tasks or [task])
+    parts = [train_rows(data_dir, name, settings.seed, max_rows) for name in names]
+    encoded = [encode_rows(rows, tokenizer, index, settings.max_length) for index, (rows, _) in enumerate(parts)]
+    held_out = [encode_rows(held, tokenizer, index, settings.max_length).rows for index, (_, held) in enumerate(parts) if held]
     states = out_dir / f".{task}.states"
+    pad = int(tokenizer.pad_token_id)
     torch.manual_seed(settings.seed)
-    peft_model = _with_lora(model, base, settings)
+    peft_model = with_lora(model, base, settings)
     try:
         if settings.gradient_checkpointing:
             enable_checkpointing(model)
-        parameters = {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-        objective = _Objective(dtype)
+        response_only = settings.loss_on == "response"
         run = Task(
             peft_model,
-            parameters,
-            [encoded.rows],
-            objective,
-            int(tokenizer.pad_token_id),
+            [each.rows for each in encoded],
+            LmObjective(dtype, names),
+            pad,
             states,
             inputs,
             f"adapter {task}",
-            response_only=settings.loss_on == "response",
+            names=tuple(names),
+            response_only=response_only,
+            evaluate=lambda work: measure_lm(peft_model, held_out, pad, names, settings.batch_size, response_only, runtime=runtime, run=work),
+            log_dir=out_dir / "tensorboard" / task,
         )
-        try:
-            state = train(run, settings, resume=resume, progress=progress)
-        except UsageError:
-            shutil.rmtree(states, ignore_errors=True)
-            state = train(run, settings, progress=progress)
+        state = train_or_start_anew(run, settings, resume=resume, runtime=runtime, progress=progress)
+        weights = {name: full_tensor(parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
         loss = state.history[-1]["loss"] if state.history else float("nan")
-        with atomic_folder(folder) as temporary:
-            peft_model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False)
-            (temporary / WEIGHTS).chmod(0o644)
-            info = {"inputs": inputs, "steps": state.step, "loss": loss, "tokens": state.tokens, "seconds": state.seconds, "rows_cut": encoded.cut}
-            write_json(temporary / INFO_FILE, {**info, "history": state.history})
+        cut = sum(each.cut for each in encoded)
+        if runtime.is_main:
+            save_adapter(peft_model, folder, inputs, state, cut, weights=weights, tasks=tasks)
+            shutil.rmtree(states, ignore_errors=True)
     finally:
         if settings.gradient_checkpointing:
             disable_checkpointing(model)
         peft_model.unload()
         model.eval().requires_grad_(False)
-    shutil.rmtree(states, ignore_errors=True)
-    return TrainedAdapter(task, folder, False, state.step, loss, state.tokens, state.seconds, encoded.cut)
+    runtime.wait()
+    return TrainedAdapter(task, folder, False, state.step, loss, state.tokens, state.seconds, cut)
 
 
-def _with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTrainSettings) -> Any:
+def train_or_start_anew(run: Task, settings: AdapterTrainSettings, *, resume: bool, runtime: Runtime, progress: Progress) -> RunState:
+    """:func:`meteora_core.training.loop.train`; a saved state of other inputs is dropped."""
+    states = saved_states(run.folder) if resume else []
+    if states and differences(read_json(states[-1] / INFO, error=CheckpointError)["inputs"], run.inputs):
+        runtime.wait()
+        if runtime.is_main:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        runtime.wait()
+    return train(run, settings, resume=resume, runtime=runtime, progress=progress)
+
+
+def save_adapter(
+    peft_model: Any,
+    folder: Path,
+    inputs: dict[str, Any],
+    state: RunState,
+    cut: int,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    tasks: Sequence[str] | None = None,
+) -> None:
+    """Write a PEFT folder and how it was made, atomically.
+
+    Args:
+        peft_model: With the adapter's configuration.
+        folder: Where to.
+        inputs, state, cut: Of the training.
+        weights: By parameter name; None takes the model's.
+        tasks: Of one LoRA over several tasks.
+    """
+    loss = state.history[-1]["loss"] if state.history else float("nan")
+    with atomic_folder(folder) as temporary:
+        named = {} if weights is None else {"state_dict": weights}
+        peft_model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False, **named)
+        (temporary / WEIGHTS).chmod(0o644)
+        info = {"inputs": inputs, "steps": state.step, "loss": loss, "tokens": state.tokens, "seconds": state.seconds, "rows_cut": cut}
+        info |= {"tasks": list(tasks)} if tasks else {}
+        info |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
+        write_json(temporary / INFO_FILE, {**info, "history": state.history})
+
+
+def with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTrainSettings) -> Any:
+    """A PEFT model with a fresh LoRA on all linear layers, drawn from PyTorch's generator."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -161,14 +224,66 @@ def _with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTra
     return peft_model
 
 
-class _Objective:
-    """The language-model loss; a 16-bit base computes in its own type, while the LoRA weights stay float32."""
+class LmObjective:
+    """The language-model loss; a 16-bit base computes in its own type, while the LoRA weights stay float32.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    Args:
+        dtype: Of the base.
+        names: The tasks, by gate label, for what is logged.
+    """
 
-    def __call__(self, model: nn.Module, batch: Batch, counts: Counts) -> StepLoss:
-        with torch.autocast(batch.input_ids.device.type, dtype=self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)):
-            loss = lm_loss_sum(model, batch) / counts.targets
-        loss.backward()  # type: ignore[no-untyped-call]
-        return StepLoss(loss.detach(), {})
+    def __init__(self, dtype: torch.dtype, names: Sequence[str]) -> None:
+        self.dtype, self.names = dtype, names
+
+    def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
+        """Nothing is needed."""
+        return nullcontext()
+
+    def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
+        """The forward pass."""
+        with sixteen_bit(batch.input_ids.device, self.dtype):
+            total, losses = lm_losses(model, batch)
+        return total / counts.targets, {}, lm_tallies(batch, losses, self.names) if len(self.names) > 1 else {}
+
+
+def sixteen_bit(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to a 16-bit base's type; nothing for a wider one."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+
+
+def lm_tallies(batch: Batch, losses: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The language-model loss per task; see :func:`meteora_core.training.measure.by_task`."""
+    return by_task("lm", losses, torch.where(batch.targets.reshape(-1) != IGNORE, batch.gate_labels.reshape(-1), IGNORE), names)
+
+
+@torch.no_grad()
+def measure_lm(
+    model: nn.Module,
+    rows: Sequence[Sequence[TrainRow]],
+    pad_token: int,
+    names: Sequence[str],
+    batch_size: int,
+    response_only: bool,
+    *,
+    runtime: Runtime = SINGLE,
+    run: Run,
+) -> dict[str, float]:
+    """The language-model loss on held-out rows: ``loss`` over all, ``lm/<task>`` for each of several tasks. Empty without rows."""
+    ordered = sorted((row for task_rows in rows for row in task_rows), key=len)
+    parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    model.eval()
+    device = next(model.parameters()).device
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(parts), runtime.world):
+        mine = start + runtime.rank
+        batch = collate(parts[min(mine, len(parts) - 1)], pad_token, response_only=response_only).to(device)
+        _, losses = run(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
+        weight = 1.0 if mine < len(parts) else 0.0
+        for name, value in lm_tallies(batch, losses, names).items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + weight * value
+    totals = {name: runtime.total(value).tolist() for name, value in sums.items()}
+    counted = sum(count for _, count in totals.values())
+    if not counted:
+        return {}
+    measured = {name: total / count for name, (total, count) in totals.items() if count} if len(names) > 1 else {}
+    return {"loss": sum(total for total, _ in totals.values()) / counted, **measured}

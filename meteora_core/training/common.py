@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora_core.data.rows import Row, read_rows, split_path
-from meteora_core.files import sha256
+from meteora_core.files import read_json, sha256
 from meteora_core.model.base import BaseReference
 from meteora_core.settings import OptimSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+INFO_FILE = "meteora_training.json"
+"""Beside an adapter's weights: how it was trained."""
 
 HELD_OUT = 64
 """At most so many train rows of a task are kept out of training, to watch it by; test rows are never looked at."""
@@ -37,15 +40,23 @@ def train_rows(data_dir: Path, task: str, seed: int, max_rows: int | None = None
 
 
 def run_inputs(
-    stage: str, base: BaseReference, dtype: torch.dtype, data_dir: Path, tasks: Sequence[str], settings: OptimSettings, **more: Any
+    stage: str, base: BaseReference, dtype: torch.dtype, data_dir: Path, tasks: Sequence[str], settings: OptimSettings, *, processes: int = 1, **more: Any
 ) -> dict[str, Any]:
-    """What fixes a run: two runs with equal inputs on equal machines train the same weights."""
+    """What fixes a run: two runs with equal inputs on equal machines train the same weights.
+
+    What is logged and how rows are spread over processes does not count, and what is switched off leaves no trace.
+    """
+    values = settings.model_dump(mode="json")
+    ignored = {"log_steps", "save_steps", "log_to", "together_rows"}
+    ignored |= {key for key in ("patience", "packing", "composite_rows") if not values.get(key)}
+    if not values.get("composite_rows"):
+        ignored.add("composite_max")
     return {
         "stage": stage,
         "base": {"name": base.name, "revision": base.revision},
         "dtype": str(dtype).removeprefix("torch."),
         "data": {task: sha256(split_path(data_dir, task, "train")) for task in tasks},
-        "settings": {key: value for key, value in settings.model_dump(mode="json").items() if key not in ("log_steps", "save_steps")},
+        "settings": {**{key: value for key, value in values.items() if key not in ignored}, "batch_size": settings.batch_size * processes},
         **more,
     }
 
@@ -81,7 +92,7 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
 
     Args:
         root: The folder that holds them.
-        names: Only these; empty means all.
+        names: Only these; empty means all but those that were trained on several tasks at once (``--balanced``), which no gate can be labelled with.
 
     Raises:
         UsageError: None is there, or a named one is missing (what is there is listed).
@@ -95,5 +106,10 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     for name in names:
         if name not in present:
             raise UsageError(f"no adapter {name!r} in {root}", hint=did_you_mean(name, present) or f"there are: {', '.join(present)}")
-    chosen = list(names) or [name for name in TASK_ORDER if name in present] + [name for name in present if name not in TASK_ORDER]
+    single = [name for name in present if not _several_tasks(root / name)]
+    chosen = list(names) or [name for name in TASK_ORDER if name in single] + [name for name in single if name not in TASK_ORDER]
     return {name: root / name for name in chosen}
+
+
+def _several_tasks(folder: Path) -> bool:
+    return (folder / INFO_FILE).is_file() and bool(read_json(folder / INFO_FILE).get("tasks"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.checkpoints.native import CONFIG_FILE, save_checkpoint
@@ -17,18 +20,27 @@ from meteora_core.files import read_json
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import IGNORE, routing_state
+from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.common import disable_checkpointing, enable_checkpointing, run_inputs, short_hash, train_rows
-from meteora_core.training.loop import Counts, StepLoss, Task, train
-from meteora_core.training.loss import lm_loss_sum
+from meteora_core.training.composites import POOL, make_composites
+from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train
+from meteora_core.training.loss import lm_losses
+from meteora_core.training.measure import gate_tallies, hit_sum, measure_gates
 from meteora_core.training.plan import plan_batches
 from meteora_core.training.ridge import ridge_gates
 from meteora_core.training.rows import Batch, TrainRow, collate, encode_rows
+from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import saved_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+RIDGE_COMPOSITES = 32
+"""Composites beyond what the steps need, for the closed-form start."""
+
+HELD_OUT_COMPOSITES = 24
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,7 @@ class TrainedGates:
         folder: The checkpoint.
         skipped: It was there already, trained with the same inputs.
         steps, loss, tokens, seconds: Of the training.
-        held_out: Measured on train rows that were kept out of training: ``gate_accuracy`` (top-1, response tokens, all decoder layers but
-            the first), ``gate_accuracy_all`` (all tokens and layers), ``gate_loss``, ``lm_loss``, and per task ``gate_accuracy/<task>``.
+        held_out: Measured on train rows that were kept out of training; see :func:`meteora_core.training.measure.measure_gates`.
         cut: How many rows were cut to the longest length.
     """
 
@@ -63,10 +74,12 @@ def gate_inputs(
     top_k: int,
     temperature: float,
     max_rows: int | None,
+    *,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """What fixes a gate run; see :func:`meteora_core.training.common.run_inputs`."""
-    hashes = {adapter.name: adapter.sha256 for adapter in bank}
-    return run_inputs("gates", base, dtype, data_dir, bank.names, settings, adapters=hashes, top_k=top_k, temperature=temperature, max_rows=max_rows)
+    more = {"adapters": {adapter.name: adapter.sha256 for adapter in bank}, "top_k": top_k, "temperature": temperature, "max_rows": max_rows}
+    return run_inputs("gates", base, dtype, data_dir, bank.names, settings, processes=processes, **more)
 
 
 def gates_are_current(folder: Path, inputs: dict[str, Any]) -> bool:
@@ -91,12 +104,14 @@ def train_gates(
     max_rows: int | None = None,
     resume: bool = False,
     force: bool = False,
+    runtime: Runtime = SINGLE,
     progress: Progress = SILENT,
 ) -> TrainedGates:
     """Train the gates of a bank on its adapters' tasks, and save a checkpoint that holds only what was trained.
 
     ``loss = CE_lm + beta * CE_gate`` (MeteoRA, arXiv 2405.13053, section 3.2; beta as in the authors' code): CE_lm over all tokens of prompt
-    and response, CE_gate the mean over adapted linears and tokens of CE(gate logits, the sequence's task).
+    and response, CE_gate the mean over adapted linears and tokens of CE(gate logits, the sequence's task). With ``settings.composite_rows`` a share of
+    the rows are composites, made of the same train rows, whose parts are labelled each with its own task.
 
     Args:
         model: The base model; it is left with the trained gates attached.
@@ -110,6 +125,7 @@ def train_gates(
         max_rows: Use only the first so many train rows of each task.
         resume: Go on from a saved state of the same inputs, if there is one.
         force: Train even if the same checkpoint is there.
+        runtime: The processes that train together; each calls this function, the main one writes. A model that was sharded is of no use afterwards.
         progress: Where to report.
 
     Raises:
@@ -118,60 +134,134 @@ def train_gates(
         MeteoraError: The loss is not finite, or memory ran out.
     """
     dtype = next(model.parameters()).dtype
-    inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows)
+    inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
     if not force and gates_are_current(folder, inputs):
         done = read_json(folder / CONFIG_FILE)["training"]
         return TrainedGates(folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["held_out"], done["rows_cut"])
-    rows, held_out, cut = [], [], 0
-    for index, name in enumerate(bank.names):
-        train_part, held_part = train_rows(data_dir, name, settings.seed, max_rows)
-        encoded = encode_rows(train_part, tokenizer, index, settings.max_length)
-        rows.append(encoded.rows)
-        cut += encoded.cut
-        held_out.append(encode_rows(held_part, tokenizer, index, settings.max_length).rows if held_part else [])
+    rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, processes=runtime.world)
     start = "zeros" if settings.init == "ridge" else settings.init
     attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
     states, pad = folder.parent / f".{folder.name}.states", int(tokenizer.pad_token_id)
-    if not resume:
+    if not resume and runtime.is_main:
         shutil.rmtree(states, ignore_errors=True)
+    runtime.wait()
+
+    def measure(run: Run | None = None, bars: Progress = SILENT) -> dict[str, float]:
+        return measure_gates(
+            model, rows.held_out, pad, bank.names, settings.batch_size, composites=rows.held_out_composites, runtime=runtime, run=run, progress=bars
+        )
+
+    def evaluate(run: Run) -> dict[str, float]:
+        measured = measure(run)
+        return {**measured, "loss": measured["lm_loss"] + settings.beta * measured["gate_loss"]} if measured else {}
+
     try:
         if settings.init == "ridge" and not saved_states(states):
-            ridge_start(model, rows, pad, settings, progress=progress)
-        parameters = trainable_in_float32(model, settings.trainable)
+            ridge_start(model, rows.train, pad, settings, composites=rows.composites, progress=progress)
+        trainable_in_float32(model, settings.trainable)
         if settings.gradient_checkpointing:
             enable_checkpointing(model)
-        run = Task(model, parameters, rows, GateObjective(settings.beta), pad, states, inputs, "gates")
-        state = train(run, settings, resume=resume, progress=progress)
+        run = Task(
+            model,
+            rows.train,
+            GateObjective(settings.beta),
+            pad,
+            states,
+            inputs,
+            "gates",
+            names=bank.names,
+            extra=rows.composites,
+            extra_share=settings.composite_rows,
+            evaluate=evaluate,
+            log_dir=folder.parent / "tensorboard" / folder.name,
+        )
+        state = train(run, settings, resume=resume, runtime=runtime, progress=progress)
     except BaseException:
         detach(model)
         raise
     finally:
         if settings.gradient_checkpointing:
             disable_checkpointing(model)
-    measured = measure_gates(model, held_out, pad, bank.names, settings.batch_size, progress=progress)
+    measured = measure(runtime.run, progress)
+    gather_trained(model)
     loss = state.history[-1]["loss"] if state.history else float("nan")
     training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
-    training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": cut, "history": state.history}
+    training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "history": state.history}
+    training |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
     kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    save_checkpoint(model, folder, base=base, adapters=settings.trainable == "gates+adapters", dtype=kept, training=training)
+    if runtime.is_main:
+        save_checkpoint(model, folder, base=base, adapters=settings.trainable == "gates+adapters", dtype=kept, training=training)
+        shutil.rmtree(states, ignore_errors=True)
     for _, layer in meteora_layers(model):
         for parameter in (layer.gate, layer.lora_A, layer.lora_B):
             parameter.data = parameter.data.to(kept).to(dtype)
     set_trainable(model, "none")
-    shutil.rmtree(states, ignore_errors=True)
-    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, cut)
+    runtime.wait()
+    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut)
+
+
+@dataclass(frozen=True)
+class GateRows:
+    """What gates train on, and what they are measured on.
+
+    Attributes:
+        train, held_out: Per adapter.
+        composites, held_out_composites: Rows of several adapters.
+        cut: How many rows were cut to the longest length.
+    """
+
+    train: list[list[TrainRow]]
+    held_out: list[list[TrainRow]]
+    composites: list[TrainRow]
+    held_out_composites: list[TrainRow]
+    cut: int
+
+
+def gate_rows(
+    tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], data_dir: Path, settings: GateTrainSettings, max_rows: int | None, *, processes: int = 1
+) -> GateRows:
+    """Read and tokenise the datasets of all adapters, and make composites of them if the settings say so. Raises DataError, UsageError."""
+    train_parts, held_parts = zip(*(train_rows(data_dir, name, settings.seed, max_rows) for name in names), strict=True)
+    encoded = [encode_rows(part, tokenizer, index, settings.max_length) for index, part in enumerate(train_parts)]
+    held = [encode_rows(part, tokenizer, index, settings.max_length).rows if part else [] for index, part in enumerate(held_parts)]
+    composites, held_composites, cut = [], [], sum(each.cut for each in encoded)
+    if settings.composite_rows:
+        needed = math.ceil(settings.composite_rows * settings.max_steps * settings.accumulation * settings.batch_size * processes) + RIDGE_COMPOSITES
+        options: dict[str, Any] = {"largest": settings.composite_max, "max_length": settings.max_length, "seed": settings.seed}
+        made = make_composites(train_parts, tokenizer, count=min(POOL, needed), **options)
+        composites, cut = made.rows, cut + made.cut
+        if all(held_parts):
+            held_composites = make_composites(held_parts, tokenizer, count=HELD_OUT_COMPOSITES, **options).rows
+    return GateRows([each.rows for each in encoded], held, composites, held_composites, cut)
+
+
+def gather_trained(model: nn.Module) -> None:
+    """Replace what trained and is sharded by whole tensors, so that it can be saved; every process must call this."""
+    for _, layer in meteora_layers(model):
+        for name in ("gate", "lora_A", "lora_B"):
+            parameter = getattr(layer, name)
+            if parameter.requires_grad and hasattr(parameter, "full_tensor"):
+                layer._parameters[name] = nn.Parameter(full_tensor(parameter))
 
 
 def ridge_start(
-    model: nn.Module, rows: list[list[TrainRow]], pad_token: int, settings: GateTrainSettings, *, progress: Progress = SILENT
+    model: nn.Module,
+    rows: Sequence[Sequence[TrainRow]],
+    pad_token: int,
+    settings: GateTrainSettings,
+    *,
+    composites: Sequence[TrainRow] = (),
+    progress: Progress = SILENT,
 ) -> int:
     """Set the gates by :func:`meteora_core.training.ridge.ridge_gates` on about ``settings.ridge_tokens`` train tokens; return how many."""
     lengths = [[len(row) for row in task_rows] for task_rows in rows]
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
     count = max(1, round(settings.ridge_tokens / (mean * settings.batch_size)))
     device = next(model.parameters()).device
-    plan = plan_batches(lengths, count, settings.batch_size, settings.seed)
-    batches = (collate([rows[task][row] for task, row in picks], pad_token).to(device) for picks in plan)
+    extra: dict[str, Any] = {"extra": [len(row) for row in composites], "extra_share": settings.composite_rows if composites else 0.0}
+    plan = plan_batches(lengths, count, settings.batch_size, settings.seed, **extra)
+    every = [*rows, composites]
+    batches = (collate([every[task][row] for task, row in picks], pad_token).to(device) for picks in plan)
     return ridge_gates(model, batches, count, progress=progress)
 
 
@@ -195,69 +285,28 @@ class GateObjective:
     def __init__(self, beta: float) -> None:
         self.beta = beta
 
-    def __call__(self, model: nn.Module, batch: Batch, counts: Counts) -> StepLoss:
+    def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[GateObservations]:
+        """Label the gates for forward and backward pass."""
+        return routing_state(model).label_gates(batch.gate_labels, keep_hits=True)
+
+    def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
+        """The forward pass, within :meth:`around`."""
         state = routing_state(model)
-        with state.label_gates(batch.gate_labels, keep_hits=True) as observed:
-            lm = lm_loss_sum(model, batch) / counts.targets
-            gate = observed.mean_loss(counts.gate_labels)
-            hits = hit_sum(observed.hits, batch.gate_labels.reshape(-1) != IGNORE) / counts.gate_labels
-            loss = lm + self.beta * gate
+        observed = state.observations
+        assert observed is not None
+        lm_sum, losses = lm_losses(model, batch)
+        lm = lm_sum / counts.targets
+        gate = observed.mean_loss(counts.gate_labels)
+        hits = hit_sum(observed.hits, batch.gate_labels.reshape(-1) != IGNORE) / counts.gate_labels
+        parts = {"lm": lm.detach(), "gate": gate.detach(), "accuracy": hits}
+        return lm + self.beta * gate, parts, gate_tallies(observed, batch, losses, state.names)
+
+    def __call__(self, model: nn.Module, batch: Batch, counts: Counts) -> StepLoss:
+        """Forward and backward pass on one process."""
+        with self.around(model, batch):
+            loss, parts, tallies = self.compute(model, batch, counts)
             loss.backward()  # type: ignore[no-untyped-call]
-        return StepLoss(loss.detach(), {"lm": lm.detach(), "gate": gate.detach(), "accuracy": hits})
-
-
-def hit_sum(hits: dict[str, Tensor], where: Tensor) -> Tensor:
-    """Positions of ``where`` whose top-1 adapter was right, averaged over layers: a float32 scalar."""
-    return torch.stack([layer & where for layer in hits.values()]).sum().float() / len(hits)
-
-
-@torch.no_grad()
-def measure_gates(
-    model: nn.Module, rows: list[list[TrainRow]], pad_token: int, names: tuple[str, ...], batch_size: int, *, progress: Progress = SILENT
-) -> dict[str, float]:
-    """Gate loss and top-1 accuracy on held-out rows; see :class:`TrainedGates`."""
-    state = routing_state(model)
-    model.eval()
-    device = next(model.parameters()).device
-    sums = dict.fromkeys(("lm", "gate", "all", "response"), 0.0)
-    counts = dict.fromkeys(("targets", "labels", "response"), 0)
-    measured: dict[str, float] = {}
-    with progress.task("measuring gates on held-out rows", total=sum(map(len, rows)), unit="rows") as bar:
-        for name, task_rows in zip(names, rows, strict=True):
-            right = seen = 0.0
-            ordered = sorted(task_rows, key=len)
-            for start in range(0, len(ordered), batch_size):
-                batch = collate(ordered[start : start + batch_size], pad_token).to(device)
-                with state.label_gates(batch.gate_labels, keep_hits=True) as observed:
-                    sums["lm"] += float(lm_loss_sum(model, batch))
-                labelled = batch.gate_labels.reshape(-1) != IGNORE
-                response = batch.response.reshape(-1) & labelled
-                later = {path: hits for path, hits in observed.hits.items() if not is_first_layer(path)}
-                right += float(hit_sum(later or observed.hits, response))
-                seen += int(response.sum())
-                sums["gate"] += float(torch.stack(observed.loss_sums).mean())
-                sums["all"] += float(hit_sum(observed.hits, labelled))
-                counts["targets"] += int((batch.targets != IGNORE).sum())
-                counts["labels"] += int(labelled.sum())
-                bar.update(len(batch.input_ids))
-            if seen:
-                measured[f"gate_accuracy/{name}"] = right / seen
-            sums["response"] += right
-            counts["response"] += int(seen)
-    if not counts["response"]:
-        return {}
-    return {
-        "gate_accuracy": sums["response"] / counts["response"],
-        "gate_accuracy_all": sums["all"] / counts["labels"],
-        "gate_loss": sums["gate"] / counts["labels"],
-        "lm_loss": sums["lm"] / counts["targets"],
-        **measured,
-    }
-
-
-def is_first_layer(path: str) -> bool:
-    """Whether a linear belongs to decoder layer 0, whose q, k and v see one token without context."""
-    return any(part == "0" for part in path.split("."))
+        return StepLoss(loss.detach(), parts, tallies)
 
 
 def check_pairs(bank_names: tuple[str, ...], datasets: list[str]) -> None:

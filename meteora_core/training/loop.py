@@ -1,14 +1,14 @@
-"""The training loop: AdamW, warm-up and cosine, accumulation weighted by tokens, resumable at any step."""
+"""The training loop: AdamW, warm-up and cosine, accumulation weighted by tokens, held-out evaluation, resumable at any step, on any number of processes."""
 
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from meteora_core.errors import MeteoraError
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
-from meteora_core.training.plan import plan_batches
-from meteora_core.training.rows import Batch, TrainRow, collate
+from meteora_core.training.nonfinite import first_nonfinite_layer
+from meteora_core.training.plan import Pick, plan_batches, plan_packed
+from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_labels, count_row_targets
+from meteora_core.training.runtime import SINGLE, Runtime, full_tensor, like
 from meteora_core.training.state import RunState, load_state, save_state
+from meteora_core.training.trackers import Tracker, finite, open_tracker
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Counts:
 
     targets: int
     gate_labels: int
+    targets_by_task: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,30 @@ class StepLoss:
     Attributes:
         loss: Detached scalar; the shares of a step add up to its loss.
         parts: What else to log, each a detached scalar that adds up over the batches of a step (``lm``, ``gate``, ``accuracy``).
+        tallies: What is logged as a mean of its own: float32 (2,), a sum and how many it is of.
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
+    tallies: dict[str, Tensor]
 
 
-Objective = Callable[[nn.Module, Batch, Counts], StepLoss]
+Computed = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+"""Loss with gradients, parts, tallies; see :class:`StepLoss`."""
+
+
+class Objective(Protocol):
+    """Computes a batch's share of a step's loss."""
+
+    def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
+        """Holds forward and backward pass of one batch."""
+
+    def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
+        """The forward pass."""
+
+
+Run = Callable[[Callable[[nn.Module], Any]], Any]
+"""Runs work on the model; see :meth:`meteora_core.training.runtime.Runtime.run`."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +72,36 @@ class Task:
 
     Attributes:
         model: In training mode while it runs.
-        parameters: What trains, by name.
         rows: Per task, its rows.
-        objective: Computes a batch's share of the step's loss and runs its backward pass.
+        objective: What is minimised.
         pad_token: For padding.
         folder: Where resumable states are kept.
         inputs: What fixes the run; a resumed run must have the same.
         title: For the progress bar.
+        names: The tasks', for messages.
         response_only: Leave the prompts' tokens out of the language-model loss.
+        extra, extra_share: Rows of no single task (composites), and their share of all rows.
+        evaluate: Held-out figures by name; ``loss`` decides what is best. Empty when nothing was held out.
+        log_dir: For TensorBoard.
+        batches: The batches of every step, instead of a plan made here: per batch ``(task, row)`` pairs.
+        clip: Limits the gradients in its own way; returns their norm.
     """
 
     model: nn.Module
-    parameters: dict[str, nn.Parameter]
     rows: Sequence[Sequence[TrainRow]]
     objective: Objective
     pad_token: int
     folder: Path
     inputs: dict[str, Any]
     title: str
+    names: tuple[str, ...] = ()
     response_only: bool = False
+    extra: Sequence[TrainRow] = ()
+    extra_share: float = 0.0
+    evaluate: Callable[[Run], dict[str, float]] | None = None
+    log_dir: Path | None = None
+    batches: Sequence[Sequence[list[Pick]]] | None = None
+    clip: Callable[[list[nn.Parameter], float], Tensor] | None = None
 
 
 def learning_rate(step: int, settings: OptimSettings) -> float:
@@ -81,97 +113,215 @@ def learning_rate(step: int, settings: OptimSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(task: Task, settings: OptimSettings, *, resume: bool = False, progress: Progress = SILENT) -> RunState:
+def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime: Runtime = SINGLE, progress: Progress = SILENT) -> RunState:
     """Run, or go on with, the optimiser steps.
+
+    The batches of all processes together are fixed by the seed and the whole batch size; each process takes its part of them. Random
+    numbers (dropout) are seeded anew at every step.
 
     Args:
         task: What to train on what.
         settings: Steps, rates, sizes.
         resume: Go on from the newest saved state, if there is one.
+        runtime: The processes.
         progress: Gets loss, tokens/s and the time left.
 
     Returns:
-        The final state; the parameters are trained in place.
+        The final state; the parameters are trained in place. With held-out evaluation they are those of the best one.
 
     Raises:
         UsageError: ``resume`` with other inputs than the saved run's.
-        MeteoraError: The loss is NaN or infinite (step named), or memory ran out (says what to lower).
+        MeteoraError: The loss or gradient is NaN or infinite (step, batch and layer named), or memory ran out (says what to lower).
     """
-    device = next(iter(task.parameters.values())).device
-    random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(task.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    state = (load_state(task.folder, task.parameters, optimizer, task.inputs) if resume else None) or RunState()
-    lengths = [[len(row) for row in rows] for rows in task.rows]
-    plan = plan_batches(lengths, settings.max_steps * settings.accumulation, settings.batch_size, settings.seed)
+    optimizer = runtime.prepare(task.model, lambda trained: torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay))
+    parameters = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    state = (load_state(task.folder, parameters, optimizer, task.inputs) if resume else None) or RunState()
+    runtime.wait()
+    source = _Source(task, settings, runtime.world)
+    tracker = open_tracker(settings.log_to if runtime.is_main else "none", task.log_dir, task.title, task.inputs, state.step)
+    stepper = _Stepper(task, settings, runtime, optimizer, parameters, source)
     task.model.train()
     began, before, start_tokens = time.monotonic(), state.seconds, state.tokens
-    log = _Log(settings.log_steps)
+    log = _Log(runtime)
     with progress.task(task.title, total=settings.max_steps, unit="steps") as bar:
         bar.update(state.step)
         try:
-            while state.step < settings.max_steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(state.step, settings)
-                first = state.step * settings.accumulation
-                batches = [
-                    collate([task.rows[which][row] for which, row in picks], task.pad_token).to(device) for picks in plan[first : first + settings.accumulation]
-                ]
-                log.add(_step(task, batches, optimizer, settings))
+            while state.step < settings.max_steps and not (settings.patience and state.worse >= settings.patience):
+                log.add(stepper.step(state.step))
                 state.step += 1
-                state.tokens += sum(batch.tokens for batch in batches)
+                state.tokens += source.tokens(state.step - 1)
                 state.seconds = before + time.monotonic() - began
                 last = state.step == settings.max_steps
                 if state.step % settings.log_steps == 0 or last:
-                    state.history.append({"step": state.step, **log.flush(state.step), "tokens": state.tokens, "seconds": round(state.seconds, 2)})
+                    entry = {"step": state.step, **log.flush(), "tokens": state.tokens, "seconds": round(state.seconds, 2)}
+                    state.history.append(entry)
+                    tracker.log(state.step, {f"train/{name}": value for name, value in entry.items() if name not in ("step", "seconds")})
+                if settings.eval_steps and (state.step % settings.eval_steps == 0 or last):
+                    _evaluate(task, state, parameters, runtime, tracker)
                 bar.update(1, total=None, **_shown(state, start_tokens, time.monotonic() - began))
                 if state.step % settings.save_steps == 0 and not last:
-                    save_state(task.folder, state, task.parameters, optimizer, task.inputs)
+                    save_state(task.folder, state, parameters, optimizer, task.inputs, write=runtime.is_main)
         except torch.OutOfMemoryError as error:
             raise MeteoraError(
                 f"out of memory at step {state.step + 1}",
                 hint="lower --batch-size (raise --accumulation to keep the total) or --max-length, or pass --gradient-checkpointing",
             ) from error
+        finally:
+            tracker.close()
+    if state.best:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(like(state.best[name], parameter))
     task.model.eval()
     return state
 
 
-def _step(task: Task, batches: list[Batch], optimizer: torch.optim.Optimizer, settings: OptimSettings) -> dict[str, Tensor]:
-    from meteora_core.training.loss import count_gate_labels, count_targets
+def _evaluate(task: Task, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, tracker: Tracker) -> None:
+    """Measure on held-out rows; keep the weights if they are the best so far."""
+    measured = task.evaluate(runtime.run) if task.evaluate else {}
+    task.model.train()
+    if "loss" not in measured:
+        return
+    state.evaluations.append({"step": state.step, **{name: round(value, 6) for name, value in measured.items()}})
+    tracker.log(state.step, {f"held_out/{name}": value for name, value in finite(measured).items()})
+    if measured["loss"] < state.best_value:
+        state.best_step, state.best_value, state.worse = state.step, measured["loss"], 0
+        state.best = {name: full_tensor(parameter) for name, parameter in parameters.items()}
+    else:
+        state.worse += 1
 
-    counts = Counts(max(1, sum(map(count_targets, batches))), max(1, sum(map(count_gate_labels, batches))))
-    optimizer.zero_grad(set_to_none=True)
-    total: dict[str, Tensor] = {}
-    for batch in batches:
-        share = task.objective(task.model, batch, counts)
-        for name, value in {"loss": share.loss, **share.parts}.items():
-            total[name] = total[name] + value if name in total else value
-    if settings.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(list(task.parameters.values()), settings.max_grad_norm)
-    optimizer.step()
+
+class _Source:
+    """The batches of every step, for all processes and for one."""
+
+    def __init__(self, task: Task, settings: OptimSettings, world: int) -> None:
+        self.task, self.settings = task, settings
+        self.rows = [*task.rows, task.extra] if task.extra_share else list(task.rows)
+        lengths = [[len(row) for row in rows] for rows in task.rows]
+        count, size = settings.max_steps * settings.accumulation, settings.batch_size * world
+        extra: dict[str, Any] = {"extra": [len(row) for row in task.extra], "extra_share": task.extra_share}
+        self.steps: Sequence[Sequence[list[list[Pick]]]]
+        if task.batches is not None:
+            self.steps = [[[[pick] for pick in batch] for batch in step] for step in task.batches]
+        else:
+            if settings.packing:
+                plan = plan_packed(lengths, count, size, settings.max_length, settings.seed, **extra)
+            else:
+                plan = [[[pick] for pick in batch] for batch in plan_batches(lengths, count, size, settings.seed, **extra)]
+            self.steps = [plan[first : first + settings.accumulation] for first in range(0, count, settings.accumulation)]
+
+    def picked(self, step: int) -> list[TrainRow]:
+        return [self.rows[which][row] for batch in self.steps[step] for sequence in batch for which, row in sequence]
+
+    def counts(self, step: int) -> Counts:
+        by_task = [0] * len(self.rows)
+        for batch in self.steps[step]:
+            for sequence in batch:
+                for which, row in sequence:
+                    by_task[which] += count_row_targets(self.rows[which][row], self.task.response_only)
+        return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, self.picked(step)))), tuple(by_task))
+
+    def tokens(self, step: int) -> int:
+        return sum(map(len, self.picked(step)))
+
+    def batch(self, sequences: list[list[Pick]]) -> Batch:
+        rows = [[self.rows[which][row] for which, row in sequence] for sequence in sequences]
+        if self.settings.packing:
+            return collate_packed(rows, self.task.pad_token, response_only=self.task.response_only)
+        return collate([row for sequence in rows for row in sequence], self.task.pad_token, response_only=self.task.response_only)
+
+
+class _Stepper:
+    """One optimiser step after another."""
+
+    def __init__(
+        self,
+        task: Task,
+        settings: OptimSettings,
+        runtime: Runtime,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        source: _Source,
+    ) -> None:
+        self.task, self.settings, self.runtime, self.optimizer, self.source = task, settings, runtime, optimizer, source
+        self.parameters = list(parameters.values())
+        self.device = self.parameters[0].device if self.parameters else next(task.model.parameters()).device
+
+    def step(self, number: int) -> StepLoss:
+        settings, runtime = self.settings, self.runtime
+        torch.manual_seed((settings.seed * 1_000_003 + number) * runtime.world + runtime.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, settings)
+        counts, batches = self.source.counts(number), self.source.steps[number]
+        self.optimizer.zero_grad(set_to_none=True)
+        shares = []
+        for place, sequences in enumerate(batches):
+            batch = self.source.batch(runtime.mine(sequences)).to(self.device)
+            with runtime.accumulate(last=place == len(batches) - 1), self.task.objective.around(self.task.model, batch):
+                loss, parts, tallies = runtime.run(lambda model, batch=batch: self.task.objective.compute(model, batch, counts))  # type: ignore[misc]
+                self._check(loss, batch, number, place, sequences)
+                runtime.backward(loss)
+            shares.append(StepLoss(loss.detach(), parts, tallies))
+        if settings.max_grad_norm and self.parameters:
+            norm = (self.task.clip or torch.nn.utils.clip_grad_norm_)(self.parameters, settings.max_grad_norm)
+            if not math.isfinite(value := float(full_tensor(norm))):
+                raise MeteoraError(f"the gradient's norm is {value} at step {number + 1}; the loss is finite", hint=_LOWER)
+        self.optimizer.step()
+        return _add(shares)
+
+    def _check(self, loss: Tensor, batch: Batch, number: int, place: int, sequences: list[list[Pick]]) -> None:
+        """Stop at a loss that is NaN or infinite in any process, before it spoils the weights."""
+        value = float(loss.detach())
+        if not float(self.runtime.total(torch.tensor(float(not math.isfinite(value)), device=self.device))):
+            return
+        layer = self.runtime.run(lambda model: first_nonfinite_layer(model, batch))
+        names = (*self.task.names, "composite") if self.task.names else ()
+        rows = [f"{names[which]} {row}" if which < len(names) else str(row) for sequence in sequences for which, row in sequence]
+        named = ", ".join(rows[:6]) + (", …" if len(rows) > 6 else "")
+        where = f"the first layer whose output is not finite is {layer}" if layer else "every layer's output is finite"
+        raise MeteoraError(
+            f"the loss is {value if not math.isfinite(value) else 'not finite in another process'} at step {number + 1}, batch {place + 1} (training rows {named}); {where}",
+            hint=_LOWER,
+        )
+
+
+_LOWER = "lower --lr, or train in float32 with --dtype float32"
+
+
+def _add(shares: list[StepLoss]) -> StepLoss:
+    total, rest = shares[0], shares[1:]
+    for share in rest:
+        parts = {name: value + share.parts[name] for name, value in total.parts.items()}
+        tallies = {name: value + share.tallies[name] for name, value in total.tallies.items()}
+        total = StepLoss(total.loss + share.loss, parts, tallies)
     return total
 
 
 class _Log:
-    """Means of the logged parts since the last line."""
+    """Means of the logged parts since the last line, over all processes."""
 
-    def __init__(self, every: int) -> None:
-        self.every, self.steps = every, 0
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.steps = runtime, 0
         self.sums: dict[str, Tensor] = {}
+        self.tallies: dict[str, Tensor] = {}
 
-    def add(self, parts: dict[str, Tensor]) -> None:
+    def add(self, share: StepLoss) -> None:
         self.steps += 1
-        for name, value in parts.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        for into, values in ((self.sums, {"loss": share.loss, **share.parts}), (self.tallies, share.tallies)):
+            for name, value in values.items():
+                into[name] = into[name] + value if name in into else value.clone()
 
-    def flush(self, step: int) -> dict[str, float]:
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
-        if not math.isfinite(means.get("loss", 0.0)):
-            raise MeteoraError(
-                f"the loss is {means['loss']} within steps {step - self.steps + 1} to {step}",
-                hint="lower --lr, or train in float32 with --dtype float32",
-            )
-        self.sums, self.steps = {}, 0
+    def flush(self) -> dict[str, float]:
+        names = [*self.sums, *self.tallies]
+        flat = torch.stack([*(torch.stack([value.float(), value.new_zeros((), dtype=torch.float32)]) for value in self.sums.values()), *self.tallies.values()])
+        totals = self.runtime.total(flat).tolist()
+        means = {}
+        for name, (total, count) in zip(names, totals, strict=True):
+            if name in self.sums:
+                means[name] = total / self.steps
+            elif count:
+                means[name] = total / count
+        self.sums, self.tallies, self.steps = {}, {}, 0
         return {name: round(value, 6) for name, value in means.items()}
 
 
@@ -184,4 +334,6 @@ def _shown(state: RunState, start_tokens: int, seconds: float) -> dict[str, str]
             shown["gate"] = f"{latest['gate']:.3f}"
         if "accuracy" in latest:
             shown["routed right"] = f"{latest['accuracy']:.0%}"
+    if state.best_step >= 0:
+        shown["held out"] = f"{state.evaluations[-1]['loss']:.3f}"
     return shown

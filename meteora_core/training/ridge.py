@@ -58,7 +58,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale
                 wanted = labels.reshape(-1)[keep]
                 sums.begin(keep, wanted)
                 seen += torch.bincount(wanted.cpu(), minlength=adapters).float()
-                with state.force(labels.clamp(min=0)):
+                with state.force(_filled(labels)):
                     decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 bar.update(1)
     except torch.OutOfMemoryError as error:
@@ -78,6 +78,13 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale
             layer.gate.copy_(solved[key])
             bar.update(1)
     return int(seen.sum())
+
+
+def _filled(labels: Tensor) -> Tensor:
+    """Labels (batch, tokens) in which a position without one has that of the last labelled position before it, or adapter 0."""
+    places = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    last = torch.where(labels != IGNORE, places, 0).cummax(1).values
+    return labels.gather(1, last).clamp(min=0)
 
 
 class _Sums:

@@ -167,9 +167,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        tensors = (self.input_ids, self.attention_mask, self.targets, self.gate_labels, self.response)
-        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return Batch(*moved, position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True))
+        tensors = (self.input_ids, self.attention_mask, self.targets, self.gate_labels, self.response, self.position_ids)
+        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))  # type: ignore[arg-type]
 
     def model_inputs(self) -> dict[str, Tensor]:
         """What the model is called with. Packed sequences go without an attention mask: transformers makes a block-diagonal one of the positions."""

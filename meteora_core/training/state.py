@@ -1,8 +1,11 @@
-"""What a resumed run needs, in safetensors and JSON: parameters, AdamW's moments, random states, the step, the log."""
+"""What a resumed run needs, in safetensors and JSON: parameters, AdamW's moments, the best weights so far, the step, the log.
+
+Random numbers need no saving: every step seeds them anew (:mod:`meteora_core.training.loop`).
+"""
 
 from __future__ import annotations
 
-import random
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +16,12 @@ from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import atomic_folder, read_json, write_json
+from meteora_core.training.runtime import full_tensor, like
 
 _STATE = "state.safetensors"
-_INFO = "state.json"
+INFO = "state.json"
 _PREFIX = "step-"
+_KEPT = ("step", "history", "tokens", "seconds", "evaluations", "best_step", "worse")
 
 
 @dataclass
@@ -28,16 +33,35 @@ class RunState:
         history: One entry per log line: step, losses, accuracy, tokens.
         tokens: Real tokens seen.
         seconds: Time spent, over all sessions of the run.
+        evaluations: One entry per held-out evaluation.
+        best_step, best_value: Of the best evaluation so far (the lowest ``loss``); -1 and infinity before the first.
+        worse: Evaluations since then.
+        best: The weights of that step, by parameter name, on the CPU.
     """
 
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best_step: int = -1
+    best_value: float = math.inf
+    worse: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-def save_state(folder: Path, state: RunState, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> None:
+def save_state(
+    folder: Path,
+    state: RunState,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    inputs: dict[str, Any],
+    *,
+    write: bool = True,
+) -> None:
     """Write ``folder/step-N`` atomically, then remove the older ones.
+
+    Sharded tensors are gathered one by one: every process must call this. What is written does not depend on the number of processes.
 
     Args:
         folder: Of the run's resumable states.
@@ -45,22 +69,23 @@ def save_state(folder: Path, state: RunState, parameters: dict[str, nn.Parameter
         parameters: What trains, by name.
         optimizer: An AdamW over them.
         inputs: What fixes the run (settings, data and adapter hashes); a resumed run must have the same.
+        write: Whether this process is the one that writes.
     """
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors: dict[str, Tensor] = {f"best.{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in parameters.items():
-        tensors[f"param.{name}"] = parameter.detach().cpu().contiguous()
+        whole = {f"param.{name}": full_tensor(parameter)}
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"adam.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            whole[f"adam.{key}.{name}"] = full_tensor(torch.as_tensor(value))
+        tensors |= whole if write else {}
+    if not write:
+        return
     target = folder / f"{_PREFIX}{state.step}"
     with atomic_folder(target) as temporary:
         save_file(tensors, temporary / _STATE)
-        python_rng = random.getstate()
-        info = {"step": state.step, "history": state.history, "tokens": state.tokens, "seconds": state.seconds, "inputs": inputs}
-        write_json(temporary / _INFO, {**info, "python_rng": [python_rng[0], list(python_rng[1]), python_rng[2]]})
+        info = {key: getattr(state, key) for key in _KEPT}
+        write_json(temporary / INFO, {**info, "best_value": None if state.best_step < 0 else state.best_value, "inputs": inputs})
     for old in saved_states(folder)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -69,12 +94,12 @@ def saved_states(folder: Path) -> list[Path]:
     """The complete states of a run, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[len(_PREFIX) :].isdigit() and (path / _INFO).is_file()]
+    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[len(_PREFIX) :].isdigit() and (path / INFO).is_file()]
     return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
 
 
 def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> RunState | None:
-    """Restore the newest state of a run into parameters, optimizer and random generators.
+    """Restore the newest state of a run into parameters and optimizer.
 
     Returns:
         Where the run stands, or None when nothing was saved.
@@ -89,7 +114,7 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     states = saved_states(folder)
     if not states:
         return None
-    info = read_json(states[-1] / _INFO, error=CheckpointError, hint=f"remove {states[-1]} to go on from the start")
+    info = read_json(states[-1] / INFO, error=CheckpointError, hint=f"remove {states[-1]} to go on from the start")
     if different := differences(info["inputs"], inputs):
         raise UsageError(f"cannot resume {folder.parent}: {'; '.join(different[:5])}", hint="start anew without --resume, or use the old settings")
     try:
@@ -98,16 +123,13 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
         raise CheckpointError(f"{states[-1]} is broken: {broken}", hint=f"remove {states[-1]} to go on from the start") from broken
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"param.{name}"])
+            parameter.copy_(like(tensors[f"param.{name}"], parameter))
             moments = {key.split(".")[1]: value for key, value in tensors.items() if key.startswith("adam.") and key.split(".", 2)[2] == name}
             if moments:
-                optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
-    torch.set_rng_state(tensors["rng.torch"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    version, internal, gauss = info["python_rng"]
-    random.setstate((version, tuple(internal), gauss))
-    return RunState(info["step"], info["history"], info["tokens"], info["seconds"])
+                optimizer.state[parameter] = {key: value if key == "step" else like(value, parameter) for key, value in moments.items()}
+    best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
+    kept = {key: info[key] for key in _KEPT}
+    return RunState(**kept, best_value=math.inf if info["best_value"] is None else info["best_value"], best=best)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

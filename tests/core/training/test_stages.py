@@ -20,9 +20,10 @@ from meteora_core.model.base import BaseReference
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import loop
 from meteora_core.training.adapters import train_adapter
-from meteora_core.training.gates import GateObjective, measure_gates, train_gates
+from meteora_core.training.gates import GateObjective, train_gates
 from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
+from meteora_core.training.measure import measure_gates
 from meteora_core.training.rows import collate, encode_rows
 
 BASE = BaseReference("tiny")
@@ -53,7 +54,7 @@ def adapter(data: Path, out: Path, task: str = "shout", **changes):
 
 
 def gates(data: Path, adapters: Path, folder: Path, *, resume: bool = False, base=None, **changes):
-    settings = GateTrainSettings(**{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, **changes})
+    settings = GateTrainSettings(**{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, "log_to": "none", **changes})
     bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
     base = base or model()
     return base, train_gates(base, letters(), bank, base=BASE, data_dir=data, folder=folder, settings=settings, resume=resume)
@@ -105,7 +106,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    real = loop._step
+    real = loop._Stepper.step
     count = iter(range(1, 1000))
 
     def stopping(*arguments, **named):
@@ -113,7 +114,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Killed
         return real(*arguments, **named)
 
-    monkeypatch.setattr(loop, "_step", stopping)
+    monkeypatch.setattr(loop._Stepper, "step", stopping)
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 6])
@@ -217,12 +218,14 @@ def test_gate_accuracy_is_counted_by_hand(data, adapters, tmp_path) -> None:
     assert measure_gates(base, rows, 1, ("shout", "count"), 4)["gate_accuracy/shout"] == 1.0
 
 
-def test_an_infinite_loss_stops_the_run_and_names_the_steps(data, tmp_path) -> None:
+def test_an_infinite_loss_stops_the_run_and_names_step_batch_and_layer(data, tmp_path) -> None:
     base = model()
     with torch.no_grad():
         base.model.norm.weight.fill_(float("inf"))
     settings = AdapterTrainSettings(max_steps=4, log_steps=2, batch_size=2)
-    with pytest.raises(MeteoraError, match="within steps 1 to 2"):
+    with pytest.raises(
+        MeteoraError, match=r"at step 1, batch 1 \(training rows shout \d+, shout \d+\); the first layer whose output is not finite is .*model\.norm"
+    ):
         train_adapter(base, letters(), "shout", base=BASE, data_dir=data, out_dir=tmp_path / "o", settings=settings)
     assert not (tmp_path / "o" / "shout").exists()
 
@@ -251,3 +254,109 @@ def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
     assert rates[55] == pytest.approx(0.5)
     assert rates[99] < 1e-3
     assert max(rates) == 1.0
+
+
+def test_composite_rows_train_and_are_measured_apart(data, adapters, tmp_path) -> None:
+    _, done = gates(data, adapters, tmp_path / "m", max_steps=20, init="ridge", ridge_tokens=800, composite_rows=0.5, composite_max=2, max_length=120)
+    assert done.held_out["gate_accuracy/composites"] > 0.5
+    with pytest.raises(ValueError):
+        GateTrainSettings(composite_rows=1.5)
+
+
+def test_packing_trains_the_gates_and_resumes_to_the_same_bits(data, adapters, tmp_path, monkeypatch) -> None:
+    gates(data, adapters, tmp_path / "whole", packing=True, max_length=64, batch_size=2)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            gates(data, adapters, tmp_path / "cut", packing=True, max_length=64, batch_size=2)
+    gates(data, adapters, tmp_path / "cut", resume=True, packing=True, max_length=64, batch_size=2)
+    whole, cut = (load_file(tmp_path / name / "meteora.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def held_out_rows(data: Path) -> None:
+    """Enough train rows that some are held out."""
+    for task in ("shout", "count"):
+        path = data / task / "train.jsonl"
+        path.write_text(path.read_text() * 3)
+
+
+def test_the_best_weights_are_kept_and_patience_ends_the_run(data, adapters, tmp_path, monkeypatch) -> None:
+    """The held-out loss is made to rise after step 4: the run stops, and its checkpoint is the one of step 4."""
+    held_out_rows(data)
+    losses = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 1.0}
+    seen: list[int] = []
+    from meteora_core.training import gates as stage
+
+    def measured(*_arguments, run=None, **_named):
+        seen.append(1)
+        return {"lm_loss": losses[2 * len(seen)], "gate_loss": 0.0, "gate_accuracy": 0.5}
+
+    four, _ = gates(data, adapters, tmp_path / "four", max_steps=4, learning_rate=1e-2, warmup_ratio=0.9)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "measure_gates", measured)
+        patch.setattr(loop, "learning_rate", lambda step, settings: 1e-2)
+        best, done = gates(data, adapters, tmp_path / "m", max_steps=10, eval_steps=2, patience=2)
+    assert done.steps == 8
+    training = json.loads((tmp_path / "m" / "meteora_config.json").read_text())["training"]
+    assert training["best_step"] == 4
+    assert [entry["loss"] for entry in training["evaluations"]] == [5.0, 3.0, 4.0, 4.5]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", lambda step, settings: 1e-2)
+        plain, _ = gates(data, adapters, tmp_path / "plain", max_steps=10)
+        kill_at(patch, 5)
+        saved = {}
+        with pytest.raises(Killed):
+            gates(data, adapters, tmp_path / "cut", max_steps=10)
+        saved = load_file(tmp_path / ".cut.states" / "step-4" / "state.safetensors")
+    kept = load_file(tmp_path / "m" / "meteora.safetensors")
+    for path, layer in meteora_layers(best):
+        assert torch.equal(kept[f"{path}.gate"], saved[f"param.{path}.gate"])
+        assert torch.equal(layer.gate, saved[f"param.{path}.gate"])
+    assert any(not torch.equal(layer.gate, kept[f"{path}.gate"]) for path, layer in meteora_layers(plain))
+
+
+def test_a_resumed_run_remembers_its_best_weights(data, adapters, tmp_path, monkeypatch) -> None:
+    held_out_rows(data)
+    options = {"max_steps": 8, "eval_steps": 2, "save_steps": 2}
+    gates(data, adapters, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 7)
+        with pytest.raises(Killed):
+            gates(data, adapters, tmp_path / "cut", **options)
+    gates(data, adapters, tmp_path / "cut", resume=True, **options)
+    whole, cut = (load_file(tmp_path / name / "meteora.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    notes = [json.loads((tmp_path / name / "meteora_config.json").read_text())["training"] for name in ("whole", "cut")]
+    assert notes[0]["evaluations"] == notes[1]["evaluations"]
+    assert len(notes[0]["evaluations"]) == 4
+
+
+def test_what_is_logged_names_tasks_and_kinds_of_layer(data, adapters, tmp_path) -> None:
+    gates(data, adapters, tmp_path / "m", log_to="tensorboard")
+    entry = json.loads((tmp_path / "m" / "meteora_config.json").read_text())["training"]["history"][-1]
+    assert set(entry) >= {"loss", "lm", "gate", "accuracy", "accuracy/shout", "accuracy/count", "lm/shout", "accuracy/q_proj", "gate/down_proj"}
+    kinds = [value for name, value in entry.items() if name.startswith("gate/")]
+    assert sum(kinds) / len(kinds) == pytest.approx(entry["gate"], abs=1e-4)
+    events = list((tmp_path / "tensorboard" / "m").iterdir())
+    assert events
+    assert events[0].stat().st_size > 500
+    gates(data, adapters, tmp_path / "n", log_to="none")
+    assert not (tmp_path / "tensorboard" / "n").exists()
+    with pytest.raises(UsageError, match="wandb is not installed"):
+        gates(data, adapters, tmp_path / "w", log_to="wandb")
+
+
+def test_one_lora_over_all_tasks(data, tmp_path) -> None:
+    from meteora_core.training.common import adapter_folders
+
+    adapter(data, tmp_path / "a", "shout")
+    settings = AdapterTrainSettings(max_steps=6, batch_size=4, rank=2, log_steps=1)
+    options = {"base": BASE, "data_dir": data, "out_dir": tmp_path / "a", "settings": settings, "tasks": ["shout", "count"]}
+    done = train_adapter(model(), letters(), "balanced", **options)
+    info = json.loads((done.folder / "meteora_training.json").read_text())
+    assert info["tasks"] == ["shout", "count"]
+    assert {"lm/shout", "lm/count"} <= set(info["history"][-1])
+    assert train_adapter(model(), letters(), "balanced", **options).skipped
+    assert list(adapter_folders(tmp_path / "a", [])) == ["shout"]
+    assert list(adapter_folders(tmp_path / "a", ["balanced"])) == ["balanced"]

@@ -1,0 +1,126 @@
+"""Training rows that look like composites: several tasks in one prompt, numbered answers, gate labels by segment.
+
+An extension of the paper (``--composite-rows``): a small base whose adapters only ever answered one question forgets, under their influence, to
+answer the next one. The texts have the very format of :mod:`meteora_core.data.composite`, and are made of train rows alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from meteora_core.data.composite import FEWEST_CANDIDATES, SHORT_SHARE, compose, lead_text, numbered
+from meteora_core.data.rows import Row
+from meteora_core.errors import UsageError
+from meteora_core.training.rows import Encoded, Labelled, encode_labelled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POOL = 4096
+"""At most so many different composites are made for one run; a longer run sees them again."""
+
+MOST_EXAMPLES = 2
+TRIES = 8
+"""How often a composite that is too long is drawn anew, with fewer parts each time, before it is cut."""
+
+Part = tuple[int, Row]
+"""A row and the adapter that it belongs to."""
+
+
+def composite_text(parts: Sequence[Part], examples: Sequence[Sequence[Row]] = ()) -> Labelled:
+    """One composite to train on.
+
+    The prompt is what the data builder would make of these rows and solved examples, the response the answers as "1. ..." to "n. ...", one a line.
+    Every prompt part and every answer line (its number and line end included) has its own task's index, in the solved examples too; the
+    sentences between belong to no adapter.
+
+    Args:
+        parts: The questions, each of another task.
+        examples: Solved examples, each with one row of every part's task, in the same order.
+    """
+    tasks = [task for task, _ in parts]
+    lead = lead_text(examples)
+    spans: list[tuple[int, int, int]] = []
+    at = 0
+    for rows in examples:
+        answers = _answer_lines(rows)
+        questions = "".join(row.prompt + "\n" for row in rows)
+        at = lead.index(questions + "".join(answers), at)
+        for task, row in zip(tasks, rows, strict=True):
+            spans.append((at, at + len(row.prompt), task))
+            at += len(row.prompt) + 1
+        for task, line in zip(tasks, answers, strict=True):
+            spans.append((at, at + len(line), task))
+            at += len(line)
+    at = len(lead)
+    for task, row in parts:
+        spans.append((at, at + len(row.prompt), task))
+        at += len(row.prompt) + 2
+    prompt = compose([row for _, row in parts], lead).prompt
+    lines = _answer_lines([row for _, row in parts])
+    at = len(prompt)
+    for task, line in zip(tasks, lines, strict=True):
+        spans.append((at, at + len(line), task))
+        at += len(line)
+    return Labelled(prompt, "".join(lines).removesuffix("\n"), tuple(spans))
+
+
+def _answer_lines(rows: Sequence[Row]) -> list[str]:
+    """The lines of :func:`meteora_core.data.composite.numbered`, one an answer (an answer may hold line breaks itself)."""
+    answers = [row.response.strip() for row in rows]
+    ends = [len(numbered(answers[:count])) for count in range(len(answers) + 1)]
+    whole = numbered(answers)
+    return [whole[begin:end] for begin, end in pairwise(ends)]
+
+
+def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenizerBase, *, count: int, largest: int, max_length: int, seed: int) -> Encoded:
+    """Draw composites of 2 to ``largest`` tasks; every other one has one or two solved examples before its questions.
+
+    Tasks, their order, rows and examples are drawn at random. The examples come from the shortest quarter of a task's rows with one-line answers, as
+    the data builder's do. A composite that is too long is drawn anew, with fewer examples and then fewer tasks; what is still too long is
+    cut like any row.
+
+    Args:
+        rows: Per adapter, its train rows.
+        tokenizer: The base model's.
+        count: How many.
+        largest: Most tasks in one, at least 2; no more than there are adapters are used.
+        max_length: Longest sequence, in tokens.
+        seed: Fixes everything.
+
+    Raises:
+        UsageError: There are fewer than two adapters.
+    """
+    if len(rows) < 2:
+        raise UsageError("composites need at least two adapters", hint="leave out --composite-rows, or train more adapters")
+    rng = random.Random(f"composite rows {seed}")
+    able = [_short_rows(task_rows) for task_rows in rows]
+    made: list[Labelled] = []
+    while len(made) < count:
+        most, examples = min(largest, len(rows)), rng.randint(1, MOST_EXAMPLES) if rng.random() < 0.5 else 0
+        for _ in range(TRIES):
+            n = rng.randint(2, most)
+            text = _draw(rows, able, rng, n, examples)
+            if len(tokenizer(text.prompt + text.response)["input_ids"]) < max_length:
+                break
+            examples, most = max(0, examples - 1), max(2, n - (examples == 0))
+        made.append(text)
+    return encode_labelled(made, tokenizer, max_length)
+
+
+def _draw(rows: Sequence[Sequence[Row]], able: Sequence[Sequence[Row]], rng: random.Random, n: int, examples: int) -> Labelled:
+    tasks = rng.sample(range(len(rows)), n)
+    if any(len(able[task]) < examples for task in tasks):
+        examples = 0
+    drawn = [rng.sample(able[task], examples) for task in tasks]
+    parts = [(task, rng.choice(rows[task])) for task in tasks]
+    return composite_text(parts, [[member[number] for member in drawn] for number in range(examples)])
+
+
+def _short_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that can serve as solved examples; see :func:`meteora_core.data.composite.draw_examples`."""
+    able = sorted((row for row in rows if row.response.strip() and "\n" not in row.response.strip()), key=lambda row: len(row.prompt) + len(row.response))
+    return able[: max(int(SHORT_SHARE * len(able)), FEWEST_CANDIDATES)]

@@ -1,0 +1,174 @@
+"""Gate loss and accuracy: what is logged while gates train, and what is measured on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.progress import SILENT, Progress
+from meteora_core.routing import IGNORE, GateObservations, routing_state
+from meteora_core.training.loss import lm_losses
+from meteora_core.training.rows import Batch, TrainRow, collate
+from meteora_core.training.runtime import SINGLE, Runtime
+
+COMPOSITES = "composites"
+"""The name under which held-out composites are reported."""
+
+
+def hit_sum(hits: dict[str, Tensor], where: Tensor) -> Tensor:
+    """Positions of ``where`` whose top-1 adapter was right, averaged over layers: a float32 scalar."""
+    return torch.stack([layer & where for layer in hits.values()]).sum().float() / len(hits)
+
+
+def by_task(prefix: str, values: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Sums and counts (float32 (2,)) of a value per position, by the position's task.
+
+    Args:
+        prefix: Before the tasks' names.
+        values: float (positions,).
+        labels: int64 (positions,), -100 where there is no task.
+        names: The tasks, by index.
+    """
+    keep = labels != IGNORE
+    sums = torch.zeros(2, len(names), device=values.device)
+    sums[0].index_add_(0, labels[keep], values[keep].float())
+    sums[1] = torch.bincount(labels[keep], minlength=len(names)).float()
+    return {f"{prefix}/{name}": sums[:, place] for place, name in enumerate(names)}
+
+
+def gate_tallies(observed: GateObservations, batch: Batch, losses: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Gate accuracy and language-model loss per task, gate accuracy and loss per kind of layer (``q_proj``, …).
+
+    Args:
+        observed: Of a forward pass, before the backward pass.
+        batch: That was run.
+        losses: Per position, from :func:`meteora_core.training.loss.lm_losses`.
+        names: The adapters.
+
+    Returns:
+        float32 (2,) each: a sum and how many it is of.
+    """
+    labels = batch.gate_labels.reshape(-1)
+    where = labels != IGNORE
+    count = where.sum().float()
+    hits = torch.stack(list(observed.hits.values()))
+    tallies = by_task("accuracy", hits.float().mean(0), labels, names)
+    targets = batch.targets.reshape(-1) != IGNORE
+    tallies |= by_task("lm", losses, torch.where(targets, labels, IGNORE), names)
+    kinds: dict[str, list[int]] = {}
+    for place, path in enumerate(observed.hits):
+        kinds.setdefault(path.rpartition(".")[2], []).append(place)
+    right = (hits & where).sum(1).float()
+    wrong = torch.stack([loss.detach().float() for loss in observed.loss_sums[: len(observed.hits)]])
+    for kind, places in kinds.items():
+        tallies[f"accuracy/{kind}"] = torch.stack([right[places].sum(), count * len(places)])
+        tallies[f"gate/{kind}"] = torch.stack([wrong[places].sum(), count * len(places)])
+    return tallies
+
+
+def is_first_layer(path: str) -> bool:
+    """Whether a linear belongs to decoder layer 0, whose q, k and v see one token without context."""
+    return any(part == "0" for part in path.split("."))
+
+
+_SUMS = ("lm", "targets", "gate", "labels", "all", "response", "response_labels")
+
+
+@torch.no_grad()
+def measure_gates(
+    model: nn.Module,
+    rows: Sequence[Sequence[TrainRow]],
+    pad_token: int,
+    names: Sequence[str],
+    batch_size: int,
+    *,
+    composites: Sequence[TrainRow] = (),
+    runtime: Runtime = SINGLE,
+    run: Callable[[Callable[[nn.Module], Any]], Any] | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, float]:
+    """Gate loss and top-1 accuracy on held-out rows.
+
+    Args:
+        model: With adapters attached.
+        rows: Per adapter, its held-out rows.
+        pad_token: For padding.
+        names: The adapters.
+        batch_size: Rows in one forward pass.
+        composites: Held-out composites; reported apart.
+        runtime, run: The processes, and how work is run on a wrapped model; each process measures a part.
+        progress: Where to report.
+
+    Returns:
+        ``gate_accuracy`` (top-1, response tokens, all decoder layers but the first), ``gate_accuracy_all`` (all tokens and layers), ``gate_loss``,
+        ``lm_loss``, and ``gate_accuracy/<task>``, ``gate_loss/<task>``, ``lm_loss/<task>``; ``gate_accuracy/composites`` and so on when there are any,
+        and ``gate_accuracy/<kind of layer>``. Empty when there are no rows.
+    """
+    state = routing_state(model)
+    model.eval()
+    run = run or (lambda work: work(model))
+    device = next(model.parameters()).device
+    groups = [*zip(names, rows, strict=True), *([(COMPOSITES, composites)] if composites else [])]
+    work = []
+    for place, (_, group) in enumerate(groups):
+        ordered = sorted(group, key=len)
+        work += [(place, ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+    if not work:
+        return {}
+    totals = torch.zeros(len(groups), len(_SUMS), dtype=torch.float64, device=device)
+    kinds: dict[str, Tensor] = {}
+    with progress.task("measuring gates on held-out rows", total=-(-len(work) // runtime.world), unit="batches") as bar:
+        for start in range(0, len(work), runtime.world):
+            mine = start + runtime.rank
+            place, picked = work[min(mine, len(work) - 1)]
+            batch = collate(picked, pad_token).to(device)
+            with state.label_gates(batch.gate_labels, keep_hits=True) as observed:
+                lm, losses = run(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
+            if mine < len(work):
+                totals[place] += _sums(lm, observed, batch)
+                if place < len(names):
+                    for name, value in gate_tallies(observed, batch, losses, names).items():
+                        kinds[name] = kinds[name] + value if name in kinds else value
+            elif not kinds:
+                kinds = {name: value * 0 for name, value in gate_tallies(observed, batch, losses, names).items()}
+            bar.update(1)
+    totals = runtime.total(totals)
+    measured = _named(totals[: len(names)].sum(0))
+    for (name, group), values in zip(groups, totals, strict=True):
+        if group:
+            measured |= {f"{key}/{name}": value for key, value in _named(values).items() if key != "gate_accuracy_all"}
+    for name in (name for name in kinds if name.startswith("accuracy/") and name.removeprefix("accuracy/") not in names):
+        right, count = runtime.total(kinds[name]).tolist()
+        measured[f"gate_{name}"] = right / max(1.0, count)
+    return measured
+
+
+def _sums(lm: Tensor, observed: GateObservations, batch: Batch) -> Tensor:
+    labelled = batch.gate_labels.reshape(-1) != IGNORE
+    response = batch.response.reshape(-1) & labelled
+    later = {path: hits for path, hits in observed.hits.items() if not is_first_layer(path)}
+    values = [
+        lm,
+        (batch.targets != IGNORE).sum(),
+        torch.stack(observed.loss_sums).mean(),
+        labelled.sum(),
+        hit_sum(observed.hits, labelled),
+        hit_sum(later or observed.hits, response),
+        response.sum(),
+    ]
+    return torch.stack([value.double() for value in values])
+
+
+def _named(values: Tensor) -> dict[str, float]:
+    total = dict(zip(_SUMS, values.tolist(), strict=True))
+    if not total["response_labels"]:
+        return {}
+    return {
+        "gate_accuracy": total["response"] / total["response_labels"],
+        "gate_accuracy_all": total["all"] / total["labels"],
+        "gate_loss": total["gate"] / total["labels"],
+        "lm_loss": total["lm"] / max(1.0, total["targets"]),
+    }

@@ -1,0 +1,183 @@
+"""One process, or one of several that train together: accelerate does the wrapping, this module says what is wrapped and gathers what trains.
+
+Every process computes its rows' share of a step's sums, divided by the counts of the whole step, so the shares of all processes add up to the
+step's loss. Data parallel and sharded training average gradients over processes; the loss is multiplied by their number to undo that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.errors import UsageError
+
+T = TypeVar("T")
+Kind = Literal["none", "ddp", "fsdp", "deepspeed"]
+
+
+class TrainStep(nn.Module):
+    """Runs any work on a model inside its own ``forward``, so that whatever wraps this module sees the call.
+
+    Args:
+        model: What trains. Its decoder layers are what sharding makes units of.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._no_split_modules = layer_classes(model)
+
+    def forward(self, work: Callable[[nn.Module], T]) -> T:
+        """``work(model)``; it returns tensors in tuples, lists and dictionaries."""
+        return work(self.model)
+
+
+def layer_classes(model: nn.Module) -> list[str]:
+    """The class names of a transformers model's decoder layers, as the model itself states them."""
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    return sorted(names & {type(module).__name__ for module in model.modules()})
+
+
+def shard_units(model: nn.Module) -> Iterator[nn.Module]:
+    """The wrap policy: each decoder layer is gathered and freed as one; what is left (embeddings, final norm) forms the root's unit."""
+    names = set(layer_classes(model))
+    for module in model.modules():
+        if type(module).__name__ in names:
+            yield module
+
+
+def shard(step: TrainStep, *, reshard_after_forward: bool = True) -> TrainStep:
+    """Shard a step over the default process group by PyTorch's ``fully_shard``, unit by unit; accelerate does the same from its plugin."""
+    from torch.distributed.fsdp import fully_shard
+
+    for unit in list(shard_units(step.model)):
+        fully_shard(unit, reshard_after_forward=reshard_after_forward)
+    fully_shard(step)
+    return step
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A parameter or moment as a whole on the CPU; for a sharded one every process must call this."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu().clone()
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same in every process, placed and sharded as ``parameter`` is; its dtype is kept."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+class Runtime:
+    """What the loop asks of the processes.
+
+    Args:
+        kind: How the model is spread.
+        rank, world: Which process this is, and of how many.
+        device: Its device; None leaves the choice to the caller.
+        accelerator: accelerate's; None for one process, or where PyTorch alone shards.
+    """
+
+    def __init__(self, kind: Kind = "none", rank: int = 0, world: int = 1, device: torch.device | None = None, accelerator: Any = None) -> None:
+        self.kind, self.rank, self.world, self.device, self.accelerator = kind, rank, world, device, accelerator
+        self._step: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """Wrap the model for this kind of run, and make the optimiser over what trains in it. Parameters may be other objects afterwards."""
+        step = TrainStep(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.accelerator is not None:
+            optimizer = make_optimizer(trained)
+            self._step, prepared = self.accelerator.prepare(step, optimizer)
+            return getattr(prepared, "optimizer", prepared)
+        if self.kind == "fsdp":
+            shard(step)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._step = step
+        return make_optimizer(trained)
+
+    def run(self, work: Callable[[nn.Module], T]) -> T:
+        """``work(model)``, seen by whatever wraps the model."""
+        assert self._step is not None
+        return self._step(work)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this process's share of the loss; the processes' gradients add up."""
+        loss = loss * self.world
+        if self.accelerator is not None:
+            self.accelerator.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around a batch: gradients go over the network only with a step's last one."""
+        if last or self.accelerator is None or self.world == 1:
+            return nullcontext()
+        return self.accelerator.no_sync(self._step)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over processes, in every process."""
+        if self.world > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def mine(self, picks: list[T]) -> list[T]:
+        """This process's part of a batch of all processes."""
+        return picks[self.rank :: self.world]
+
+
+SINGLE = Runtime()
+"""One process without a launcher."""
+
+
+def start_runtime(device: str = "auto") -> Runtime:
+    """What this process is: one that a launcher started (torchrun's environment says so), or a single one.
+
+    Args:
+        device: The wish in the settings; "cpu" keeps the processes off the GPUs.
+
+    Raises:
+        UsageError: The model should be sharded where nothing can shard.
+    """
+    if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        return Runtime()
+    from accelerate import Accelerator
+
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    sharding = next((kind for kind in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false") == "true"), None)
+    if sharding and on_cpu:
+        raise cannot_shard(sharding)
+    accelerator = Accelerator(cpu=on_cpu)
+    kind: Kind = "ddp" if sharding is None else sharding  # type: ignore[assignment]
+    return Runtime(kind, accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+
+
+def cannot_shard(launcher: str) -> UsageError:
+    """What to say where there is no device to shard over."""
+    return UsageError(f"--launcher {launcher} needs GPUs: nothing can be sharded on this machine's CPU", hint="use --launcher ddp, which runs on CPUs too")

@@ -1,0 +1,78 @@
+"""Composite training rows: the data builder's format, and gate labels by segment."""
+
+from __future__ import annotations
+
+import pytest
+from test_training_rows import letters
+
+from meteora_core.data.composite import compose, lead_text, numbered
+from meteora_core.data.rows import Row
+from meteora_core.errors import UsageError
+from meteora_core.training.composites import composite_text, make_composites
+from meteora_core.training.plan import plan_batches
+from meteora_core.training.rows import encode_labelled
+
+A, B, C = Row("[INST] one [/INST]\n", "first"), Row("[INST] two [/INST]\n", "x\ny"), Row("[INST] 1. one [/INST]\n", "1. third")
+
+
+def pieces(text, task):
+    whole = text.prompt + text.response
+    return [whole[begin:end] for begin, end, wanted in text.spans if wanted == task]
+
+
+@pytest.mark.parametrize("examples", [[], [[C, A]], [[C, A], [A, C]]])
+def test_a_composite_has_the_builders_format_and_every_part_its_own_task(examples) -> None:
+    text = composite_text([(5, A), (3, B)], examples)
+    lead = lead_text(examples)
+    assert text.prompt == compose([A, B], lead).prompt
+    assert text.response + "\n" == numbered(["first", "x\ny"])
+    assert pieces(text, 5) == [part for rows in examples for part in (rows[0].prompt, f"1. {rows[0].response}\n")] + [A.prompt, "1. first\n"]
+    assert pieces(text, 3) == [part for rows in examples for part in (rows[1].prompt, f"2. {rows[1].response}\n")] + [B.prompt, "2. x\ny"]
+    assert list(text.spans) == sorted(text.spans)
+    assert all(end <= begin for (_, end, _), (begin, _, _) in zip(text.spans, text.spans[1:], strict=False))
+
+
+def test_tokens_have_the_labels_of_their_characters_and_connecting_text_has_none() -> None:
+    text = composite_text([(1, A), (0, B)])
+    row = encode_labelled([text], letters(bos=True), 1000).rows[0]
+    whole = text.prompt + text.response
+    lead = lead_text([])
+    labels = row.gate_labels[1:-1]
+    assert row.gate_labels[0] == -100
+    assert set(labels[: len(lead)]) == {-100}
+    assert set(labels[len(lead) : len(lead) + len(A.prompt)]) == {1}
+    assert set(labels[len(lead) + len(A.prompt) : whole.index(B.prompt)]) == {-100}
+    answer = whole.index("1. first\n", len(text.prompt))
+    assert set(labels[answer : answer + 9]) == {1}
+    assert set(labels[answer + 9 :]) == {0}
+    assert row.gate_labels[-1] == 0
+    assert row.response_start == 1 + len(text.prompt)
+    cut = encode_labelled([text], letters(bos=True), 60)
+    assert cut.cut == 1
+    assert cut.rows[0].gate_labels == (-100, *row.gate_labels[-59:])
+
+
+def test_made_composites_are_fixed_by_the_seed_fit_and_differ_in_size() -> None:
+    rows = [[Row(f"[INST] {name}{i} [/INST]\n", f"{name}{i}") for i in range(60)] for name in "abcd"]
+    made = make_composites(rows, letters(), count=60, largest=3, max_length=400, seed=1)
+    assert made.rows == make_composites(rows, letters(), count=60, largest=3, max_length=400, seed=1).rows
+    assert made.rows != make_composites(rows, letters(), count=60, largest=3, max_length=400, seed=2).rows
+    assert made.cut == 0
+    assert {len(set(row.gate_labels) - {-100}) for row in made.rows} == {2, 3}
+    texts = ["".join(chr(token + 30) if token != 97 else "\n" for token in row.tokens[:-1]) for row in made.rows]
+    solved = sum(text.startswith("\nExample 1:") for text in texts)
+    assert 15 < solved < 45
+    assert all(text.startswith(("\nExample 1:", "\nAnswer each of the questions below")) for text in texts)
+    tight = make_composites(rows, letters(), count=20, largest=4, max_length=160, seed=1)
+    assert all(len(row) <= 160 for row in tight.rows)
+    with pytest.raises(UsageError, match="at least two adapters"):
+        make_composites(rows[:1], letters(), count=1, largest=3, max_length=100, seed=0)
+
+
+def test_the_plan_mixes_them_in_by_their_share() -> None:
+    lengths = [[10] * 30, [20] * 30]
+    plan = plan_batches(lengths, 40, 5, 0, extra=[50] * 7, extra_share=0.3)
+    picked = [pick for batch in plan for pick in batch if pick[0] == 2]
+    assert len(picked) == 60
+    assert {row for _, row in picked} == set(range(7))
+    assert plan_batches(lengths, 10, 5, 0, extra=[50], extra_share=0.0) == plan_batches(lengths, 10, 5, 0)

@@ -1,0 +1,59 @@
+"""Packed sequences: the same losses and gradients as padded rows, nothing learnt or seen across rows."""
+
+from __future__ import annotations
+
+import torch
+from conftest import make_tiny_llama
+
+from meteora_core import AdapterBank, attach
+from meteora_core.model.attach import meteora_layers
+from meteora_core.training.gates import GateObjective
+from meteora_core.training.loop import Counts
+from meteora_core.training.loss import count_gate_labels, count_targets
+from meteora_core.training.plan import plan_packed
+from meteora_core.training.rows import TrainRow, collate, collate_packed
+
+
+def some_rows():
+    generator = torch.Generator().manual_seed(0)
+    return [TrainRow(tuple(torch.randint(3, 64, (n,), generator=generator).tolist()), (task,) * n, n // 2) for task, n in ((0, 13), (1, 4), (1, 9), (0, 7))]
+
+
+def test_packed_rows_give_the_same_losses_and_gradients_as_padded_ones(make_adapter) -> None:
+    bank = AdapterBank.from_peft({name: make_adapter(name, seed) for seed, name in enumerate(("a", "b"))})
+    rows = some_rows()
+    results = []
+    for batch in (collate(rows, 2), collate_packed([rows[:3], rows[3:]], 2)):
+        model = attach(make_tiny_llama(), bank, init="normal")
+        share = GateObjective(50.0)(model, batch, Counts(count_targets(batch), count_gate_labels(batch)))
+        results.append((share, [layer.gate.grad for _, layer in meteora_layers(model)]))
+    (padded, padded_gradients), (packed, packed_gradients) = results
+    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-5)
+    for name, value in padded.parts.items():
+        torch.testing.assert_close(packed.parts[name], value, rtol=1e-5, atol=1e-5)
+    for a, b in zip(padded_gradients, packed_gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+def test_a_packed_row_does_not_see_its_neighbours() -> None:
+    model = make_tiny_llama()
+    rows = some_rows()
+    packed = collate_packed([rows], 2, multiple=64)
+    changed = collate_packed([[TrainRow((5,) * 13, (0,) * 13, 3), *rows[1:]]], 2, multiple=64)
+    first, second = (model(**batch.model_inputs(), use_cache=False).logits[0, 13:33] for batch in (packed, changed))
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    assert packed.position_ids is not None
+    assert packed.position_ids[0].tolist() == [*range(13), *range(4), *range(9), *range(7), *range(64 - 33)]
+    assert packed.targets[0, [12, 16, 25, 32]].tolist() == [-100] * 4
+
+
+def test_the_packed_plan_fills_sequences_without_overflow() -> None:
+    lengths = [[10, 30, 25] * 5, [60, 70, 40] * 5]
+    plan = plan_packed(lengths, 20, 3, 100, 5)
+    assert plan == plan_packed(lengths, 20, 3, 100, 5)
+    sizes = [sum(lengths[task][row] for task, row in sequence) for batch in plan for sequence in batch]
+    assert len(plan) == 20
+    assert len(sizes) == 60
+    assert max(sizes) <= 100
+    assert min(sizes) > 0
+    assert sum(sizes) / len(sizes) > 85
