@@ -1,0 +1,133 @@
+"""``meteora bench-kernels``: what the kernels cost on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meteora_cli.console import console, emit_json, out, progress
+
+if TYPE_CHECKING:
+    from meteora_core.bench import EndToEnd, LayerBench
+
+
+def bench_kernels(
+    ctx: typer.Context,
+    tokens: Annotated[str, typer.Option("--tokens", help="Token counts, separated by commas.")] = "1,8,64,512,4096",
+    shape: Annotated[str, typer.Option("--model-shape", help="llama3-8b, llama2-13b or smollm2-135m.")] = "",
+    adapters: Annotated[int, typer.Option("--adapters", help="Number of adapters.")] = 28,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of every adapter.")] = 8,
+    top_k: Annotated[int, typer.Option("--top-k", help="Adapters per token.")] = 2,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32; default: bfloat16 on a GPU, float32 on a CPU.")] = "",
+    backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward.")] = False,
+    graph: Annotated[bool, typer.Option("--graph/--no-graph", help="Replay CUDA graphs (on a GPU).")] = True,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also a whole random model: decode, prefill, a training step.")] = False,
+    layers: Annotated[int | None, typer.Option("--layers", help="Decoder layers of the whole model.", show_default=False)] = None,
+    contenders: Annotated[str, typer.Option("--contenders", help="Only these: peft,loop,gather,reference,dense,triton,fused.", show_default=False)] = "",
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Time MeteoRA's kernels against the base, one plain LoRA and the usual ways, in one run."""
+    import torch
+
+    from meteora_core.bench import bench_end_to_end, bench_layers, plot_layers
+    from meteora_core.bench.shapes import shape_named
+    from meteora_core.errors import UsageError
+
+    gpu = torch.cuda.is_available()
+    chosen = shape_named(shape or ("llama3-8b" if gpu else "smollm2-135m"))
+    name = dtype or ("bfloat16" if gpu else "float32")
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in types:
+        raise UsageError(f"unknown dtype {name!r}", hint=f"choose from: {', '.join(types)}")
+    try:
+        counts = [int(part) for part in tokens.split(",")]
+    except ValueError:
+        raise UsageError(f"--tokens {tokens!r} is no list of numbers", hint="for example --tokens 1,64,1024") from None
+    if not gpu:
+        console.print("no CUDA GPU here: the CPU backends run instead")
+    wanted = [part.strip() for part in contenders.split(",") if part.strip()] or None
+    with progress(ctx) as bars:
+        bench = bench_layers(
+            chosen,
+            counts,
+            adapters=adapters,
+            rank=rank,
+            top_k=top_k,
+            dtype=types[name],
+            backward=backward,
+            graph=graph,
+            contenders=wanted,
+            progress=bars,
+        )
+        whole = None
+        if end_to_end:
+            whole = bench_end_to_end(
+                chosen,
+                adapters=adapters,
+                rank=rank,
+                top_k=top_k,
+                dtype=types[name],
+                layers=layers,
+                context=512 if gpu else 64,
+                prefill=2048 if gpu else 256,
+                training=4096 if gpu else 256,
+                graph=graph,
+                progress=bars,
+            )
+    if plot is not None:
+        plot_layers(bench, plot)
+    if as_json:
+        emit_json({"layers": bench.to_json(), "end_to_end": None if whole is None else whole.to_json()})
+        return
+    _show_layers(bench)
+    if whole is not None:
+        _show_model(whole)
+
+
+def _show_layers(bench: LayerBench) -> None:
+    from rich.table import Table
+
+    what = "forward and backward" if bench.backward else "forward"
+    title = f"{bench.shape}: 7 linears of a layer, {what}; {bench.adapters} adapters of rank {bench.rank}, top-{bench.top_k}, {bench.dtype}; {bench.machine}"
+    table = Table(title=title)
+    for column in ("tokens", "contender", "ms", "x base", "GB/s", "roofline", "peak MiB", "error", "mode"):
+        table.add_column(column, justify="left" if column in ("contender", "mode") else "right")
+    last = None
+    for row in bench.rows:
+        if last not in (None, row.tokens):
+            table.add_section()
+        last = row.tokens
+        table.add_row(
+            str(row.tokens),
+            row.name,
+            f"{row.milliseconds:.4g}",
+            f"{row.ratio:.2f}",
+            f"{row.gigabytes_per_second:.0f}",
+            f"{row.roofline:.0%}",
+            "" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+            "" if row.error is None else f"{row.error:.1e}",
+            row.mode,
+        )
+    out.print(table)
+    out.print(f"ceilings measured here: {bench.copy_gbps:.0f} GB/s, {bench.gemm_tflops:.3g} TFLOP/s")
+    for count, reason in bench.chosen.items():
+        out.print(f"auto at {count} tokens: {reason}")
+    for note in bench.skipped:
+        out.print(f"not run: {note}")
+
+
+def _show_model(whole: EndToEnd) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{whole.shape}, {whole.layers} layers, random weights; {whole.dtype}; {whole.machine}")
+    for column in ("work", "model", "ms", "tokens/s", "x base", "peak MiB", "mode"):
+        table.add_column(column, justify="left" if column in ("work", "model", "mode") else "right")
+    for row in whole.rows:
+        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        table.add_row(row.work, row.name, f"{row.milliseconds:.4g}", f"{row.tokens_per_second:.0f}", f"{row.ratio:.2f}", peak, row.mode)
+    out.print(table)
+    for note in whole.skipped:
+        out.print(f"not run: {note}")

@@ -1,0 +1,8 @@
+"""Timing of the mixture kernels on the user's own machine."""
+
+from meteora_core.bench.end_to_end import EndToEnd, bench_end_to_end
+from meteora_core.bench.layers import LayerBench, LayerRow, bench_layers
+from meteora_core.bench.plot import plot_layers
+from meteora_core.bench.shapes import SHAPES, ModelShape
+
+__all__ = ["SHAPES", "EndToEnd", "LayerBench", "LayerRow", "ModelShape", "bench_end_to_end", "bench_layers", "plot_layers"]

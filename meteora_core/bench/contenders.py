@@ -1,0 +1,163 @@
+"""What is compared: one decoder layer's seven linears, done in several ways."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from meteora_kernels import lora_mixture, reference
+from torch import Tensor
+
+from meteora_core.bench.shapes import ModelShape
+
+
+@dataclass
+class Linear:
+    """One linear with its adapters; tensors as in :func:`meteora_kernels.lora_mixture`, weight (o, h), one plain LoRA (r, h) and (o, r)."""
+
+    weight: Tensor
+    gate: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: Tensor
+    offsets: Tensor
+    one_A: Tensor
+    one_B: Tensor
+
+
+@dataclass
+class Group:
+    """Linears that share their input; ``fused`` holds what :func:`meteora_kernels.triton_group.group_forward` wants."""
+
+    hidden: int
+    linears: list[Linear]
+    packed: Tensor | None = None
+    up: Tensor | None = None
+    flags: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The adapters' side of a benchmark."""
+
+    adapters: int
+    rank: int
+    top_k: int
+
+
+def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: torch.device, *, fused: bool) -> list[Group]:
+    """Random weights of one layer; outputs are of order 1, the adapters' share about a fifth of that."""
+    total = setting.adapters * setting.rank
+
+    def draw(*size: int, scale: float) -> Tensor:
+        return (torch.randn(*size, device=device, dtype=torch.float32) * scale).to(dtype)
+
+    groups = []
+    for hidden, widths in shape.groups:
+        linears = [
+            Linear(
+                draw(width, hidden, scale=hidden**-0.5),
+                draw(setting.adapters, hidden, scale=hidden**-0.5),
+                draw(total, hidden, scale=hidden**-0.5),
+                draw(total, width, scale=0.1 * setting.rank**-0.5),
+                torch.full((setting.adapters,), 2.0, device=device),
+                torch.arange(0, total + 1, setting.rank, device=device),
+                draw(setting.rank, hidden, scale=hidden**-0.5),
+                draw(width, setting.rank, scale=0.1 * setting.rank**-0.5),
+            )
+            for width in widths
+        ]
+        group = Group(hidden, linears)
+        if fused:
+            _fuse(group, setting)
+        groups.append(group)
+    return groups
+
+
+def _fuse(group: Group, setting: Setting) -> None:
+    """Lay the group's weights out as the fused kernels want them; the linears become views of that."""
+    from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+    from meteora_kernels.triton_group import new_flags
+
+    total = setting.adapters * setting.rank
+    stacked, begin = stacked_rows_of(setting.adapters, total), gate_rows_of(setting.adapters)
+    widths = [linear.weight.shape[0] for linear in group.linears]
+    first = group.linears[0].weight
+    rows = -(-(sum(widths) + len(widths) * stacked) // 128) * 128
+    packed = first.new_zeros(rows, group.hidden)
+    for index, (linear, start) in enumerate(zip(group.linears, itertools.accumulate(widths, initial=0), strict=False)):
+        extra = sum(widths) + index * stacked
+        for tensor, at, name in ((linear.weight, start, "weight"), (linear.gate, extra, "gate"), (linear.lora_A, extra + begin, "lora_A")):
+            packed[at : at + tensor.shape[0]] = tensor
+            setattr(linear, name, packed[at : at + tensor.shape[0]])
+    group.packed, group.up, group.flags = packed, torch.cat([linear.lora_B.reshape(-1) for linear in group.linears]), new_flags(first.device)
+
+
+def run_linear(name: str, linear: Linear, x: Tensor, setting: Setting) -> Tensor:
+    """One linear's output by contender ``name``: base, peft, loop, gather or a backend's name."""
+    output = F.linear(x, linear.weight)
+    if name == "base":
+        return output
+    if name == "peft":
+        return output + F.linear(F.linear(x, linear.one_A), linear.one_B) * 2.0
+    if name in ("loop", "gather"):
+        indices, weights = reference.route(F.linear(x, linear.gate), setting.top_k)
+        mix = _loop if name == "loop" else _gather
+        return mix(x, output, linear, indices, weights, setting)
+    mixed = lora_mixture(
+        x,
+        output,
+        linear.gate,
+        linear.lora_A,
+        linear.lora_B,
+        linear.scaling,
+        linear.offsets,
+        top_k=setting.top_k,
+        backend=name,
+        max_rank=setting.rank,
+    )
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+def run_group(name: str, group: Group, x: Tensor, setting: Setting) -> list[Tensor]:
+    """Outputs of all linears of a group; ``fused`` does base and adapters of all in one call."""
+    if name != "fused":
+        return [run_linear(name, linear, x, setting) for linear in group.linears]
+    from meteora_kernels.triton_group import group_forward
+
+    assert group.packed is not None
+    assert group.up is not None
+    assert group.flags is not None
+    first = group.linears[0]
+    widths = [linear.lora_B.shape[1] for linear in group.linears]
+    arguments = (first.scaling, first.offsets, None, group.flags, widths, first.lora_A.shape[0], setting.rank, setting.top_k, 1.0)
+    return list(group_forward(x, group.packed, group.up, None, *arguments).split(widths, dim=-1))
+
+
+def _loop(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: Tensor, setting: Setting) -> Tensor:
+    """A loop over adapters, each on the tokens that chose it (waits for the GPU once an adapter)."""
+    for adapter in range(setting.adapters):
+        tokens, slots = torch.where(indices == adapter)
+        if tokens.numel():
+            rows = slice(adapter * setting.rank, (adapter + 1) * setting.rank)
+            part = F.linear(x[tokens], linear.lora_A[rows]) @ linear.lora_B[rows]
+            factor = weights[tokens, slots] * linear.scaling[adapter]
+            output = output.index_add(0, tokens, (part * factor[:, None]).to(output.dtype))
+    return output
+
+
+def _gather(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: Tensor, setting: Setting) -> Tensor:
+    """Every token gets copies of its adapters' A and B, multiplied as batches of small matrices."""
+    lora_A = linear.lora_A.view(setting.adapters, setting.rank, -1)[indices].flatten(1, 2)
+    lora_B = linear.lora_B.view(setting.adapters, setting.rank, -1)[indices].flatten(1, 2)
+    down = torch.bmm(lora_A, x.unsqueeze(2)).squeeze(2)
+    factor = (weights * linear.scaling[indices]).repeat_interleave(setting.rank, dim=1)
+    return output + torch.bmm((down * factor).to(x.dtype).unsqueeze(1), lora_B).squeeze(1)
+
+
+def gather_bytes(shape: ModelShape, setting: Setting, tokens: int, itemsize: int) -> int:
+    """Bytes of the largest copies that :func:`_gather` makes."""
+    return tokens * setting.top_k * setting.rank * 2 * shape.ffn * itemsize

@@ -1,0 +1,254 @@
+"""A whole random model of a shape: decoding, prefill and a training step; base, one PEFT LoRA, MeteoRA, and MeteoRA fused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.bench.layers import machine_name
+from meteora_core.bench.shapes import ModelShape
+from meteora_core.bench.timing import capture, medians, peak_memory
+from meteora_core.errors import UsageError
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from meteora_core.adapters.bank import AdapterBank
+
+_log = logging.getLogger(__name__)
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SPARE = 512
+"""Places in a static cache behind the context: each timed step fills one."""
+
+
+@dataclass(frozen=True)
+class EndToEndRow:
+    """One model in one mode.
+
+    Attributes:
+        work: "decode, batch B", "prefill of M" or "training step of M".
+        name: base, peft, meteora or fused.
+        milliseconds: Median.
+        tokens_per_second: All sequences together.
+        ratio: To the base in the same mode.
+        peak_mib: Memory on top of what is there before; None off CUDA.
+        mode: "graph" or "eager".
+    """
+
+    work: str
+    name: str
+    milliseconds: float
+    tokens_per_second: float
+    ratio: float
+    peak_mib: float | None
+    mode: str
+
+
+@dataclass
+class EndToEnd:
+    """A whole run; ``skipped`` says what could not be measured and why."""
+
+    shape: str
+    layers: int
+    adapters: int
+    rank: int
+    top_k: int
+    dtype: str
+    machine: str
+    rows: list[EndToEndRow] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def random_model(shape: ModelShape, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A Llama of this shape with random weights, made where it runs."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model: nn.Module = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def random_bank(model: nn.Module, adapters: int, rank: int, dtype: torch.dtype) -> AdapterBank:
+    """Random adapters of one rank on all seven linears of every layer."""
+    from meteora_core.adapters.bank import AdapterBank, Stack
+    from meteora_core.adapters.peft_folder import AdapterInfo
+
+    total = adapters * rank
+    modules = {}
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in TARGETS and isinstance(module, nn.Linear):
+            place: dict[str, Any] = {"dtype": dtype, "device": module.weight.device}
+            lora_A = torch.randn(total, module.in_features, **place) * module.in_features**-0.5
+            lora_B = torch.randn(total, module.out_features, **place) * 0.02
+            modules[path] = Stack(lora_A, lora_B, (rank,) * adapters, torch.full((adapters,), 2.0))
+    infos = tuple(AdapterInfo(f"random{index}", "random", "", None, rank, 2.0 * rank, False, 0.0) for index in range(adapters))
+    return AdapterBank(infos, modules)
+
+
+def bench_end_to_end(
+    shape: ModelShape,
+    *,
+    adapters: int = 28,
+    rank: int = 8,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+    layers: int | None = None,
+    batches: Sequence[int] = (1, 8),
+    context: int = 512,
+    prefill: int = 2048,
+    training: int = 0,
+    graph: bool = True,
+    seconds: float = 4.0,
+    progress: Progress = SILENT,
+) -> EndToEnd:
+    """Measure a random model: decode of one token per sequence behind ``context`` tokens, prefill, and a training step.
+
+    Args:
+        shape: Of the model.
+        adapters, rank, top_k: Of MeteoRA.
+        dtype: Of weights.
+        device: None: the GPU if there is one.
+        layers: Fewer decoder layers than the shape has.
+        batches: Sequences that decode together.
+        context: Tokens in the cache.
+        prefill: Tokens of the prefill; 0 leaves it out.
+        training: Tokens of the training step; 0 leaves it out.
+        graph: On CUDA, decode by CUDA graphs.
+        seconds: Time per measurement, about.
+        progress: Where to report.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from meteora_core.model.attach import attach, detach
+    from meteora_core.model.fuse import fuse, unfuse
+
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    graph = graph and device.type == "cuda"
+    torch.manual_seed(0)
+    count = layers or shape.layers
+    result = EndToEnd(shape.name, count, adapters, rank, top_k, str(dtype).removeprefix("torch."), machine_name(device))
+    model = random_model(shape, count, dtype, device)
+    ids = torch.randint(0, shape.vocabulary, (max(batches), max(prefill, training, context)), device=device)
+    taken: dict[str, dict[str, tuple[float, float | None]]] = {}
+
+    def measure(name: str, subject: nn.Module) -> None:
+        with progress.task(f"timing {name}", total=None) as task:
+            for work, run in _works(subject, ids, batches, context, prefill, training if name != "fused" else 0, name).items():
+                try:
+                    taken.setdefault(work, {})[name] = _time(run, device, graph=graph and work.startswith("decode"), seconds=seconds)
+                except torch.OutOfMemoryError:
+                    result.skipped.append(f"{work}, {name}: not enough GPU memory")
+                    torch.cuda.empty_cache()
+                task.update(1)
+
+    measure("base", model)
+    plain = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), init_lora_weights=False))
+    plain.to(dtype)
+    measure("peft", plain)
+    model = plain.unload()
+    model.requires_grad_(False)
+    attach(model, random_bank(model, adapters, rank, dtype), top_k=top_k)
+    measure("meteora", model)
+    if device.type == "cuda":
+        try:
+            fuse(model)
+            measure("fused", model)
+            unfuse(model)
+        except UsageError as error:
+            result.skipped.append(f"fused: {error}")
+    detach(model)
+    for work, found in taken.items():
+        for name, (milliseconds, peak) in found.items():
+            tokens = _tokens_of(work)
+            base = found.get("base", (milliseconds, None))[0]
+            mode = "graph" if graph and work.startswith("decode") else "eager"
+            result.rows.append(EndToEndRow(work, name, milliseconds, tokens / milliseconds * 1e3, milliseconds / base, peak, mode))
+    return result
+
+
+def _tokens_of(work: str) -> int:
+    return int(work.rpartition(" ")[2])
+
+
+def _works(model: nn.Module, ids: Tensor, batches: Sequence[int], context: int, prefill: int, training: int, name: str) -> dict[str, Callable[[], object]]:
+    works: dict[str, Callable[[], object]] = {f"decode, batch {batch}": _decoder(model, ids[:batch, :context]) for batch in batches}
+    if prefill:
+        works[f"prefill of {prefill}"] = lambda: _prefill(model, ids[:1, :prefill])
+    if training:
+        works[f"training step of {training}"] = lambda: _train(model, ids[:1, :training], name)
+    return works
+
+
+def _decoder(model: nn.Module, ids: Tensor) -> Callable[[], object]:
+    """Decode one token for every row, again and again, behind a cache of fixed size that is filled once, at the first call."""
+    from transformers import StaticCache
+
+    config: Any = model.config
+    cache = StaticCache(config=config, max_cache_len=ids.shape[1] + _SPARE)
+    step = ids[:, :1].clone()
+    filled: list[bool] = []
+
+    def run() -> object:
+        with torch.no_grad():
+            if not filled:
+                filled.append(True)
+                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return model(step, past_key_values=cache, use_cache=True)
+
+    return run
+
+
+def _prefill(model: nn.Module, ids: Tensor) -> object:
+    with torch.no_grad():
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+
+def _train(model: nn.Module, ids: Tensor, name: str) -> None:
+    """Forward with labels and backward; of the base nothing trains, of MeteoRA the gates, with their own cross-entropy."""
+    from meteora_core.routing import routing_state
+
+    if name == "base":
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        model(inputs_embeds=embeddings(ids).requires_grad_(), labels=ids, use_cache=False).loss.backward()
+    elif name == "peft":
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    else:
+        labels = torch.zeros_like(ids)
+        with routing_state(model).label_gates(labels) as seen:
+            loss = model(ids, labels=ids, use_cache=False).loss
+            (loss + 50 * seen.mean_loss(ids.numel())).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _time(run: Callable[[], object], device: torch.device, *, graph: bool, seconds: float) -> tuple[float, float | None]:
+    run()
+    peak = peak_memory(run, device)
+    work = run
+    if graph:
+        work = capture(run)
+    return medians({"it": work}, device, repeats=60, seconds=seconds)["it"], peak

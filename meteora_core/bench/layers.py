@@ -1,0 +1,310 @@
+"""The seven linears of one decoder layer, per token count and contender."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from meteora_kernels import lora_mixture, pick_backend, plan
+from torch import Tensor
+
+from meteora_core.bench.contenders import Group, Setting, gather_bytes, make_layer, run_group
+from meteora_core.bench.shapes import ModelShape
+from meteora_core.bench.timing import capture, ceilings, medians, peak_memory
+from meteora_core.errors import UsageError
+from meteora_core.progress import SILENT, Progress
+
+_log = logging.getLogger(__name__)
+
+_CACHE_BYTES = {"cuda": 100 << 20, "cpu": 48 << 20}
+"""Weights are spread over so many bytes that no run finds them in a cache."""
+_GATHER_LIMIT = 4 << 30
+_CHECKED = 64
+"""Tokens whose error against float64 is computed."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One contender at one token count.
+
+    Attributes:
+        tokens: M.
+        name: base, peft, loop, gather, reference, dense, triton or fused.
+        milliseconds: Median, one layer.
+        ratio: To ``base`` in the same mode.
+        gigabytes_per_second: Bytes that must move at least (weights once, chosen adapters, inputs, outputs) over the time.
+        roofline: Least possible time by the measured ceilings over the time.
+        peak_mib: Memory on top of weights and inputs; None off CUDA.
+        error: Relative error against float64, median over tokens, largest over the linears; None with ``backward``.
+        mode: "graph" or "eager".
+    """
+
+    tokens: int
+    name: str
+    milliseconds: float
+    ratio: float
+    gigabytes_per_second: float
+    roofline: float
+    peak_mib: float | None
+    error: float | None
+    mode: str
+
+
+@dataclass
+class LayerBench:
+    """A whole run.
+
+    Attributes:
+        shape, adapters, rank, top_k, dtype, device, backward: What was asked for.
+        machine: The device's name.
+        copy_gbps: Measured memory rate.
+        gemm_tflops: Measured arithmetic rate.
+        chosen: What ``auto`` picks per token count, and why.
+        rows: The measurements.
+        skipped: What did not run, and why.
+    """
+
+    shape: str
+    adapters: int
+    rank: int
+    top_k: int
+    dtype: str
+    device: str
+    backward: bool
+    machine: str
+    copy_gbps: float
+    gemm_tflops: float
+    chosen: dict[int, str] = field(default_factory=dict)
+    rows: list[LayerRow] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def bench_layers(
+    shape: ModelShape,
+    tokens: Sequence[int],
+    *,
+    adapters: int = 28,
+    rank: int = 8,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+    backward: bool = False,
+    graph: bool = True,
+    contenders: Sequence[str] | None = None,
+    seconds: float = 2.0,
+    progress: Progress = SILENT,
+) -> LayerBench:
+    """Time every contender at every token count, in turn, in one process.
+
+    Args:
+        shape: Of the layer.
+        tokens: Token counts, each at least 1.
+        adapters: N.
+        rank: Of every adapter.
+        top_k: k.
+        dtype: Of weights and inputs.
+        device: None: the GPU if there is one, else the CPU.
+        backward: Forward and backward (inputs and gates get gradients; the plain LoRA trains).
+        graph: On CUDA, replay CUDA graphs; contenders that cannot be captured run eagerly and say so.
+        contenders: Names to run instead of all; ``base`` always runs.
+        seconds: Time per token count and mode, about.
+        progress: Where to report.
+
+    Raises:
+        UsageError: A number is out of range, or a contender is unknown.
+    """
+    setting = Setting(adapters, rank, top_k)
+    if min(adapters, rank, top_k, *tokens) < 1 or top_k > adapters:
+        raise UsageError("tokens, adapters, rank and top-k must be at least 1, and top-k at most the number of adapters")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = _contenders(device, dtype, contenders, backward=backward)
+    torch.manual_seed(0)
+    fused = "fused" in names
+    copies = max(1, min(16, -(-_CACHE_BYTES.get(device.type, 48 << 20) // (shape.weights * dtype.itemsize))))
+    copy_rate, gemm_rate = ceilings(device, dtype)
+    bench = LayerBench(
+        shape.name,
+        adapters,
+        rank,
+        top_k,
+        str(dtype).removeprefix("torch."),
+        str(device),
+        backward,
+        machine_name(device),
+        copy_rate,
+        gemm_rate,
+    )
+    sets = [make_layer(shape, setting, dtype, device, fused=fused) for _ in range(copies)]
+    with progress.task("timing", total=len(tokens), unit="sizes") as task:
+        for count in tokens:
+            inputs = {hidden: torch.randn(count, hidden, device=device).to(dtype) for hidden, _ in shape.groups}
+            backend, reason = pick_backend(inputs[shape.hidden], adapters, adapters * rank, top_k, training=backward)
+            bench.chosen[count] = f"{backend}: {reason}"
+            _one_size(bench, shape, setting, sets, inputs, count, names, graph=graph and device.type == "cuda", seconds=seconds)
+            task.update(1)
+    return bench
+
+
+def _contenders(device: torch.device, dtype: torch.dtype, asked: Sequence[str] | None, *, backward: bool) -> list[str]:
+    known = ["base", "peft", "loop", "gather", "reference", "dense"]
+    if plan.why_not_triton(device.type, dtype) is None and device.type == "cuda":
+        known += ["triton"] if backward else ["triton", "fused"]
+    if backward:
+        known = [name for name in known if name not in ("loop", "gather")]
+    if asked is None:
+        return known
+    for name in asked:
+        if name not in known:
+            raise UsageError(f"cannot time {name!r} here", hint=f"choose from: {', '.join(known)}")
+    return ["base", *(name for name in known if name in asked and name != "base")]
+
+
+def _one_size(
+    bench: LayerBench,
+    shape: ModelShape,
+    setting: Setting,
+    sets: list[list[Group]],
+    inputs: dict[int, Tensor],
+    count: int,
+    names: list[str],
+    *,
+    graph: bool,
+    seconds: float,
+) -> None:
+    device = next(iter(inputs.values())).device
+    itemsize = next(iter(inputs.values())).element_size()
+    eager: dict[str, Callable[[], object]] = {}
+    for name in names:
+        if name == "gather" and gather_bytes(shape, setting, count, itemsize) > _GATHER_LIMIT:
+            bench.skipped.append(f"gather at {count} tokens: its copies need more than {_GATHER_LIMIT >> 30} GiB")
+            continue
+        eager[name] = _training(name, sets, inputs, setting) if bench.backward else _inference(name, sets, inputs, setting)
+    ready: dict[str, dict[str, Callable[[], object]]] = {"graph": {}, "eager": {}}
+    for name, work in eager.items():
+        if graph and name != "loop":
+            ready["graph"][name] = capture(work)
+        else:
+            ready["eager"][name] = work
+    if graph and ready["eager"]:
+        ready["eager"] = {"base": eager["base"], **ready["eager"]}
+    for mode, works in ready.items():
+        if not works:
+            continue
+        times = medians(works, device, repeats=40, seconds=seconds)
+        for name, total in times.items():
+            if mode == "eager" and graph and name == "base":
+                continue
+            milliseconds = total / len(sets)
+            flow, work_flops = _least(shape, setting, count, itemsize, name)
+            factor = 3 if bench.backward else 1
+            least = max(flow / bench.copy_gbps / 1e6, work_flops * factor / bench.gemm_tflops / 1e9)
+            bench.rows.append(
+                LayerRow(
+                    count,
+                    name,
+                    milliseconds,
+                    total / times["base"],
+                    flow / milliseconds / 1e6,
+                    least / milliseconds,
+                    peak_memory(eager[name], device),
+                    None if bench.backward else _error(name, sets[0], inputs, setting),
+                    mode,
+                )
+            )
+
+
+def _least(shape: ModelShape, setting: Setting, tokens: int, itemsize: int, name: str) -> tuple[int, int]:
+    """Bytes and floating-point operations that cannot be avoided: the base's, and the chosen adapters' unless ``name`` is the base."""
+    size = sum(tokens * (inputs + sum(outputs)) for inputs, outputs in shape.groups)
+    weights, flops = shape.weights, 2 * tokens * shape.weights
+    if name != "base":
+        both = sum(len(outputs) * inputs + sum(outputs) for inputs, outputs in shape.groups)
+        chosen = setting.rank if name == "peft" else setting.rank * setting.top_k
+        read = setting.rank if name == "peft" else min(tokens * setting.top_k, setting.adapters) * setting.rank
+        gates = 0 if name == "peft" else setting.adapters * sum(len(outputs) * inputs for inputs, outputs in shape.groups)
+        weights += read * both + gates
+        flops += 2 * tokens * (chosen * both + gates)
+    return (size + weights) * itemsize, flops
+
+
+def _inference(name: str, sets: list[list[Group]], inputs: dict[int, Tensor], setting: Setting) -> Callable[[], None]:
+    def work() -> None:
+        with torch.no_grad():
+            for groups in sets:
+                for group in groups:
+                    run_group(name, group, inputs[group.hidden], setting)
+
+    return work
+
+
+def _training(name: str, sets: list[list[Group]], inputs: dict[int, Tensor], setting: Setting) -> Callable[[], None]:
+    """Forward and backward; x and what trains get gradients (gates with a cross-entropy on their logits; the plain LoRA's A and B)."""
+    leaves = {hidden: x.detach().clone().requires_grad_() for hidden, x in inputs.items()}
+    jobs = []
+    for groups in sets:
+        for group in groups:
+            for linear in group.linears:
+                gate = linear.gate.detach().clone().requires_grad_()
+                one = (linear.one_A.detach().clone().requires_grad_(), linear.one_B.detach().clone().requires_grad_())
+                jobs.append((group.hidden, linear, gate, one, torch.randn(inputs[group.hidden].shape[0], linear.weight.shape[0]).to(linear.weight)))
+    labels = torch.zeros(next(iter(inputs.values())).shape[0], dtype=torch.int64, device=next(iter(inputs.values())).device)
+
+    def work() -> None:
+        outputs: list[Tensor] = []
+        slopes: list[Tensor | None] = []
+        for hidden, linear, gate, one, slope in jobs:
+            x = leaves[hidden]
+            output = F.linear(x, linear.weight)
+            if name == "peft":
+                output = output + F.linear(F.linear(x, one[0]), one[1]) * 2.0
+            elif name != "base":
+                adapters = (linear.lora_A, linear.lora_B, linear.scaling, linear.offsets)
+                options: dict[str, Any] = {"top_k": setting.top_k, "backend": name, "return_logits": True, "max_rank": setting.rank}
+                output, logits = lora_mixture(x, output, gate, *adapters, **options)
+                outputs.append(F.cross_entropy(logits.float(), labels))
+                slopes.append(None)
+            outputs.append(output)
+            slopes.append(slope)
+        torch.autograd.backward(outputs, slopes)
+        for x in leaves.values():
+            x.grad = None
+        for _, _, gate, one, _ in jobs:
+            gate.grad = one[0].grad = one[1].grad = None
+
+    return work
+
+
+def _error(name: str, groups: list[Group], inputs: dict[int, Tensor], setting: Setting) -> float:
+    """Relative error of the outputs against float64 on the same weights: median over tokens, largest over the linears."""
+    worst = 0.0
+    for group in groups:
+        x = inputs[group.hidden][:_CHECKED]
+        with torch.no_grad():
+            outputs = run_group(name, group, inputs[group.hidden], setting)
+        for linear, output in zip(group.linears, outputs, strict=True):
+            wide = F.linear(x.double(), linear.weight.double())
+            if name == "peft":
+                wide = wide + F.linear(F.linear(x.double(), linear.one_A.double()), linear.one_B.double()) * 2.0
+            elif name != "base":
+                tensors = (linear.gate.double(), linear.lora_A.double(), linear.lora_B.double(), linear.scaling, linear.offsets)
+                mixed = lora_mixture(x.double(), wide, *tensors, top_k=setting.top_k, backend="reference")
+                assert isinstance(mixed, Tensor)
+                wide = mixed
+            rows = (output[:_CHECKED].double() - wide).norm(dim=1) / wide.norm(dim=1)
+            worst = max(worst, float(rows.median()))
+    return worst

@@ -1,0 +1,83 @@
+"""Honest timings: warm-up, contenders in turn, medians, CUDA graphs where asked."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Work = Callable[[], object]
+
+
+def capture(work: Work) -> Work:
+    """A CUDA graph of ``work``, as a function that replays it."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def medians(works: dict[str, Work], device: torch.device, *, repeats: int, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, run in turn so that a drift of the machine meets all of them.
+
+    Args:
+        works: Name -> what to run.
+        device: Where it runs; CUDA work is timed by events.
+        repeats: Rounds at most.
+        seconds: Rounds stop after about so long (five at least).
+    """
+    for work in works.values():
+        work()
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    started = time.perf_counter()
+    for done in range(repeats):
+        if done >= 5 and time.perf_counter() - started > seconds:
+            break
+        for name, work in works.items():
+            taken[name].append(_once(work, device))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _once(work: Work, device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return (time.perf_counter() - begin) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def peak_memory(work: Work, device: torch.device) -> float | None:
+    """MiB that ``work`` needs on top of what is there; None off CUDA."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The machine's memory rate (GB/s, read plus write of a large copy) and arithmetic rate (TFLOP/s of a large GEMM), as measured now."""
+    size = 1 << 28 if device.type == "cuda" else 1 << 25
+    source = torch.empty(size, dtype=torch.float32, device=device).fill_(1.0)
+    target = torch.empty_like(source)
+    side = 8192 if device.type == "cuda" else 1024
+    left = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
+    right = torch.randn(side, side, device=device, dtype=torch.float32).to(dtype)
+    found = medians({"copy": lambda: target.copy_(source), "gemm": lambda: left @ right}, device, repeats=7, seconds=3.0)
+    return 2 * 4 * size / found["copy"] / 1e6, 2 * side**3 / found["gemm"] / 1e9

@@ -1,0 +1,102 @@
+"""The entry point: what it refuses, what auto picks, what it does when the GPU kernels fail."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from meteora_kernels import lora_mixture, mixture, pick_backend, plan
+from mixture_cases import make
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 7}, "only|but there are 6 adapters"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"backend": "fast"}, "unknown backend 'fast'"),
+    ],
+)
+def test_refuses_options_out_of_range(change: dict[str, object], message: str) -> None:
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        lora_mixture(*case.arguments, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["x", "base", "gate", "lora_A", "lora_B", "scaling", "offsets"])
+def test_refuses_shapes_that_do_not_fit(name: str) -> None:
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+    tensor = getattr(case, name)
+    setattr(case, name, torch.cat([tensor, tensor], dim=-1))
+    with pytest.raises(ValueError, match=r"expected|width|fit"):
+        lora_mixture(*case.arguments)
+
+
+def test_refuses_mixed_dtypes_and_devices() -> None:
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+    case.gate = case.gate.half()
+    with pytest.raises(ValueError, match="they must be one"):
+        lora_mixture(*case.arguments)
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+    case.gate = case.gate.to("meta")
+    with pytest.raises(ValueError, match="several devices: cpu, meta"):
+        lora_mixture(*case.arguments)
+
+
+def test_refuses_logits_of_forced_routes() -> None:
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+    with pytest.raises(ValueError, match="gate is not evaluated"):
+        lora_mixture(*case.arguments, routes=(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)), return_logits=True)
+
+
+def test_the_first_rule_that_fits_wins() -> None:
+    def case(**changes: object) -> plan.Case:
+        facts = {"tokens": 1, "adapters": 28, "total_rank": 224, "top_k": 2, "dtype": torch.bfloat16, "device": "cuda", "capability": 90}
+        return plan.Case(**{**facts, **changes})  # type: ignore[arg-type]
+
+    assert plan.choose(case(dtype=torch.float64))[0] == "reference"
+    assert plan.choose(case(device="cpu"))[0] == "dense"
+    assert plan.choose(case(capability=70))[0] == "dense"
+    assert plan.choose(case(top_k=17))[0] == "dense"
+    assert plan.choose(case())[0] == ("triton" if plan.triton_installed() else "dense")
+    assert all(rule.reason for rule in plan.PLAN)
+    backend, reason = pick_backend(torch.zeros(3, 5), 28, 224, 2, training=False)
+    assert backend == "dense"
+    assert "no GPU" in reason
+
+
+def test_paths() -> None:
+    assert plan.path(1, 224, 2, 8) == "few"
+    assert plan.path(4096, 224, 2, 8) == "many"
+    assert plan.path(4096, 4096, 2, 16) == "grouped"
+    assert plan.path(4096, 4096, 8, 512) == "many"
+    assert [plan.group_path(tokens) for tokens in (1, 16, 17, 1024, 1025)] == ["decode", "decode", "packed", "packed", "split"]
+    assert plan.chosen_rows_only(4096, 2, 16)
+    assert not plan.chosen_rows_only(224, 2, 8)
+
+
+def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+    expected = lora_mixture(*case.arguments, backend="dense")
+    real, calls = mixture._implementation, []
+
+    def broken(backend: str):  # type: ignore[no-untyped-def]
+        if backend != "triton":
+            return real(backend)
+        calls.append(backend)
+
+        def fail(*arguments: object, **options: object) -> None:
+            raise RuntimeError("out of resource: shared memory")
+
+        return fail
+
+    monkeypatch.setattr(mixture, "_implementation", broken)
+    monkeypatch.setattr(mixture, "_broken", set())
+    monkeypatch.setattr(plan, "choose", lambda case: ("triton", "test"))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert torch.equal(lora_mixture(*case.arguments), expected)  # type: ignore[arg-type]
+    assert len(calls) == 1
+    assert [record.message for record in caplog.records] == ["GPU kernels cannot run on cpu (out of resource: shared memory); the dense backend runs instead"]
