@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meteora_cli.console import console, emit_json, out, progress, settings_from
+from meteora_cli.console import console, emit_json, out, settings_from
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer()
+
+
+class Launcher(StrEnum):
+    """Who starts the processes."""
+
+    none = "none"
+    ddp = "ddp"
 
 
 class Kind(StrEnum):
@@ -46,6 +58,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first so many test rows.", show_default=False)] = None,
     scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
+    routing: Annotated[bool, typer.Option("--routing", help="Count which adapters are chosen: a table, JSON and a heat-map.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show prompt, answer and reference of 10 rows.")] = False,
     data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
     adapters: Annotated[Path | None, typer.Option(help="Adapter folders.", show_default=False)] = None,
@@ -53,7 +66,9 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="Mixture kernels: auto, reference, dense, triton.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The results document on stdout.")] = False,
+    launcher: Annotated[Launcher, typer.Option(help="ddp: processes share the rows; or `accelerate launch -m meteora_cli eval …`.")] = Launcher.none,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --launcher ddp: how many; default: one for each GPU.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The results document on stdout; with several models a list of them.")] = False,
 ) -> None:
     """Generate greedy answers to test rows and score them.
 
@@ -83,8 +98,9 @@ def evaluate(
         eval__scoring=scoring and scoring.value,
     )
     from meteora_core.data.userdata import register_all
+    from meteora_core.evaluation.processes import join_processes, leave_processes
     from meteora_core.evaluation.runner import EvalOptions
-    from meteora_core.evaluation.session import EvalPlan, choose_tasks
+    from meteora_core.evaluation.session import EvalPlan, choose_tasks, prepare
     from meteora_core.evaluation.session import evaluate as run
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
 
@@ -112,12 +128,28 @@ def evaluate(
             scoring=settings.eval.scoring,
             temperature=settings.routing.temperature,
             top_k=settings.routing.top_k if "top_k" in settings.routing.model_fields_set else None,
+            routing=routing,
         ),
     )
-    from meteora_cli.commands.eval_tables import result_line, results_table, samples_table, warnings_of
+    if launcher is Launcher.ddp and "WORLD_SIZE" not in os.environ:
+        prepare(plan, place, kind)
+        _launch(processes, place)
+        return
+    here = join_processes()
+    if here.rank:
+        console.quiet = out.quiet = True
+    if here.count > 1 and place.type == "cuda" and place.index is None:
+        place = pick_device(f"cuda:{here.local_rank}")
+    from meteora_cli.commands.eval_live import eval_progress
+    from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, warnings_of
 
-    with progress(ctx) as bars:
-        outcomes = run(plan, device=place, dtype=kind, on_result=lambda name, result: bars.note(result_line(name, result)), progress=bars)
+    try:
+        with eval_progress(ctx, models, tasks) as (bars, on_result):
+            outcomes = run(plan, device=place, dtype=kind, on_result=on_result, progress=bars, processes=here)
+    finally:
+        leave_processes()
+    if here.rank:
+        return
     if debug:
         for outcome in outcomes:
             for result in outcome.results.values():
@@ -127,11 +159,15 @@ def evaluate(
         emit_json(documents[0] if len(documents) == 1 else documents)
     else:
         out.print(results_table(outcomes))
+        for table in filter(None, map(routing_table, outcomes)):
+            out.print(table)
         for warning in warnings_of(outcomes):
             console.print(warning, markup=False)
     for outcome in outcomes:
         if outcome.file is not None:
             console.print(f"saved {outcome.file}", markup=False, soft_wrap=True)
+        if outcome.picture is not None:
+            console.print(f"saved {outcome.picture}", markup=False, soft_wrap=True)
 
 
 @app.command("report")
@@ -180,6 +216,20 @@ def _refuse_options(ctx: typer.Context) -> None:
             raise UsageError(
                 f"{max(item.opts, key=len)} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report behind the word report"
             )
+
+
+def _launch(processes: int | None, place: torch.device) -> None:
+    """Start this very command in several processes; ends with their exit code if one fails."""
+    import torch
+
+    from meteora_core.errors import UsageError
+    from meteora_core.evaluation.processes import launch
+
+    if processes is None and place.type != "cuda":
+        raise UsageError("how many processes?", hint="--launcher ddp --processes N; on GPUs the default is one for each")
+    code = launch([sys.executable, "-m", "meteora_cli", *sys.argv[1:]], processes or torch.cuda.device_count())
+    if code:
+        raise typer.Exit(code)
 
 
 def _default_checkpoint(runs: Path) -> Path:

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 DEBUG_ROWS = 10
 """How many rows ``--debug`` shows of each task."""
 
+WIDE = 8
+"""More adapters than this do not fit a table's columns."""
+
 
 def result_line(model: str, result: TaskResult) -> str:
+    """One task's headline."""
     from meteora_core.evaluation.runner import headline
 
     name, value = headline(result)
@@ -24,6 +28,7 @@ def result_line(model: str, result: TaskResult) -> str:
 
 
 def results_table(outcomes: list[ModelResults]) -> Table:
+    """All metrics with their standard errors, one column a model."""
     table = Table()
     table.add_column("task")
     table.add_column("metric")
@@ -48,26 +53,61 @@ def _cell(result: TaskResult | None, metric: str) -> str:
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
+_COUNTS = {
+    "empty_responses": "empty answers",
+    "over_long_responses": "over-long answers",
+    "unusable_references": "references that cannot be scored",
+}
+
+
+def short_warnings(result: TaskResult) -> list[str]:
+    """What went wrong with a task's rows: counts, and notes of the run."""
+    parts = [f"{result.scores.counts[key]} {text}" for key, text in _COUNTS.items() if result.scores.counts.get(key)]
+    if result.skipped:
+        parts.append(f"{result.skipped} prompts skipped as too long")
+    return [*parts, *result.notes]
+
+
 def warnings_of(outcomes: list[ModelResults]) -> list[str]:
-    names = {"empty_responses": "empty answers", "over_long_responses": "over-long answers", "unusable_references": "references that cannot be scored"}
-    lines = []
-    for outcome in outcomes:
-        for task, result in outcome.results.items():
-            parts = [f"{result.scores.counts[key]} {text}" for key, text in names.items() if result.scores.counts.get(key)]
-            if result.skipped:
-                parts.append(f"{result.skipped} prompts skipped as too long")
-            if parts or result.notes:
-                lines.append(f"{outcome.model}: {task}: {', '.join([*parts, *result.notes])}")
-    return lines
+    """One line for each task of each model that has something to say."""
+    return [
+        f"{outcome.model}: {task}: {', '.join(parts)}" for outcome in outcomes for task, result in outcome.results.items() if (parts := short_warnings(result))
+    ]
 
 
 def samples_table(model: str, result: TaskResult) -> Table:
+    """The first rows' prompt, answer and reference side by side."""
     rows: list[dict[str, Any]] = result.scores.rows or []
     table = Table("prompt", "answer", "reference", title=f"{model}: {result.task.name}", show_lines=True)
     for place, sample in enumerate(result.samples[:DEBUG_ROWS]):
         right = (rows[place] if place < len(rows) else {}).get("accuracy")
         style = "" if right is None else "green" if right else "red"
         table.add_row(Text(sample.row.prompt[-600:]), Text(sample.response, style=style), Text(sample.row.response))
+    return table
+
+
+def routing_table(outcome: ModelResults) -> Table | None:
+    """Tasks by adapters: the share of answer tokens whose top-1 adapter it was, over all layers; None when no routing was counted.
+
+    With more than :data:`WIDE` adapters, the three most chosen stand for all.
+    """
+    found = {task: result.routing for task, result in outcome.results.items() if result.routing is not None}
+    if not found:
+        return None
+    names = next(iter(found.values())).names
+    wide = len(names) > WIDE
+    table = Table("task", title="routing: top-1 adapters of the answers' tokens, all layers")
+    for column in ("own, answer", "own, all", *(["most chosen"] if wide else names)):
+        table.add_column(Text(column), justify="left" if column == "most chosen" else "right")
+    for task, routing in found.items():
+        own = ["–" if (share := routing.own_share(part)) is None else f"{share:.1%}" for part in ("answer", "all")]
+        shares = routing.shares("top1", "answer").tolist()
+        best = sorted(range(len(names)), key=lambda place: (-shares[place], place))
+        if wide:
+            cells = [Text(", ".join(f"{names[place]} {shares[place]:.1%}" for place in best[:3]))]
+        else:
+            cells = [Text(f"{share:.1%}", style="bold" if names[place] in routing.own else "") for place, share in enumerate(shares)]
+        table.add_row(Text(task), *own, *cells)
     return table
 
 

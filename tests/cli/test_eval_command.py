@@ -1,13 +1,19 @@
-"""``meteora eval report``: results side by side."""
+"""``meteora eval`` on a tiny model, by one process and by two; ``meteora eval report``: results side by side."""
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 
-from meteora_core.files import write_json
+from meteora_core.files import write_json, write_jsonl
 
 
 def document(model: str, **accuracies: float) -> dict[str, Any]:
@@ -18,8 +24,6 @@ def document(model: str, **accuracies: float) -> dict[str, Any]:
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """Two models' results below runs/eval, and an older file that must not count."""
-    import os
-
     folder = tmp_path / "runs" / "eval"
     write_json(folder / "base" / "results_2026-01-01T00-00-00.json", document("base", winowhy=0.9))
     os.utime(folder / "base" / "results_2026-01-01T00-00-00.json", (1, 1))
@@ -78,5 +82,128 @@ def test_mistakes_of_a_report(meteora, runs, arguments, code, message) -> None:
 
 def test_help_shows_every_option_and_the_report(meteora) -> None:
     text = meteora("eval", "--help").out
-    for word in ("--task", "--model", "--scoring", "--T", "report", "Example: meteora eval --task"):
+    for word in ("--task", "--model", "--scoring", "--routing", "--launcher", "--T", "report", "Example: meteora eval --task"):
         assert word in text
+
+
+@pytest.fixture
+def place(tmp_path: Path, make_adapter) -> Workspace:
+    return make_workspace(tmp_path, make_adapter, count=5)
+
+
+def evaluate(meteora, place: Workspace, *arguments: str):
+    return meteora("eval", "--base", place.base, "--max-new-tokens", "6", "--device", "cpu", *arguments)
+
+
+def test_all_models_with_routing_and_debug(meteora, place) -> None:
+    ran = evaluate(meteora, place, "--task", "singles", "--model", "all", "--routing", "--debug", "--limit", "3")
+    assert ran.code == 0, ran.err
+    lines = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in ran.out.replace("┃", "│").splitlines()]
+    assert ["task", "metric", "rows", "base", "own", "meteora"] in lines
+    assert any(line[:3] == ["logical_deduction", "accuracy", "3"] for line in lines)
+    assert ["task", "own, answer", "own, all", *TASKS] in lines
+    assert "prompt" in ran.err
+    assert "reference" in ran.err
+    assert ran.err.count("saved ") == 4
+    (picture,) = (place.folder / "runs" / "eval" / "meteora").glob("routing_*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    report = meteora("eval", "report", place.folder / "runs" / "eval", "--json")
+    assert {run["name"] for run in report.json["runs"]} == {"base", "own", "meteora"}
+
+
+def test_json_is_the_results_document(meteora, place) -> None:
+    ran = evaluate(meteora, place, "--task", "strategyqa,composite_3", "--json", "--T", "3", "--top-k", "1", "--scoring", "paper")
+    assert ran.code == 0, ran.err
+    assert ran.json["configs"]["composite_3"]["temperature"] == 3
+    assert ran.json["configs"]["strategyqa"]["top_k"] == 1
+    assert ran.json["config"]["scoring"] == "paper"
+    (file,) = (place.folder / "runs" / "eval" / "meteora").glob("results_*.json")
+    assert json.loads(file.read_text()) == ran.json
+    both = evaluate(meteora, place, "--task", "strategyqa", "--model", "base,meteora", "--json", "--no-save", "--limit", "2")
+    assert [document["model_name"] for document in both.json] == ["base", "meteora"]
+
+
+def test_warnings_are_counted(meteora, place) -> None:
+    listed = rows("strategyqa", 4)
+    listed[0]["response"] = ""
+    write_jsonl(place.data / "strategyqa" / "test.jsonl", listed)
+    ran = evaluate(meteora, place, "--task", "strategyqa", "--model", "base", "--no-save")
+    assert "base: strategyqa: " in ran.err
+    assert "1 references that cannot be scored" in ran.err
+    assert not (place.folder / "runs" / "eval").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_file_of_one(meteora, place) -> None:
+    arguments = ("--task", "logical_deduction,composite_3", "--routing", "--json")
+    one = evaluate(meteora, place, *arguments).json
+    (place.folder / "runs" / "eval").rename(place.folder / "runs" / "first")
+    two = evaluate(meteora, place, *arguments, "--launcher", "ddp", "--processes", "2")
+    assert two.code == 0, two.err
+    assert timeless(two.json) == timeless(one)
+    folder = place.folder / "runs" / "eval" / "meteora"
+    assert len(list(folder.glob("results_*.json"))) == 1
+    for task in ("logical_deduction", "composite_3"):
+        (mine,), (theirs,) = folder.glob(f"samples_{task}_*"), (place.folder / "runs" / "first" / "meteora").glob(f"samples_{task}_*")
+        assert mine.read_text() == theirs.read_text()
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_shares_the_rows_too(place, meteora) -> None:
+    one = evaluate(meteora, place, "--task", "strategyqa", "--json", "--no-save").json
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "meteora_cli", "eval", "--task", "strategyqa", "--json", "--no-save"]
+    command += ["--base", str(place.base), "--max-new-tokens", "6", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert timeless(json.loads(done.stdout)) == timeless(one)
+
+
+def timeless(document: dict[str, Any]) -> dict[str, Any]:
+    """A results document without what a clock says."""
+    made = {key: value for key, value in document.items() if "time" not in key and key != "date"}
+    for counts in made["meteora"]["counts"].values():
+        del counts["seconds"]
+    made["meteora"].pop("routing_counts", None)
+    return made
+
+
+def test_processes_that_fail_or_are_not_told_how_many(meteora, place) -> None:
+    unknown = evaluate(meteora, place, "--task", "strategyqa", "--launcher", "ddp")
+    assert unknown.code == 2
+    assert "how many processes?" in unknown.err
+    missing = evaluate(meteora, place, "--task", "winowhy", "--launcher", "ddp", "--processes", "2")
+    assert missing.code == 1
+    assert missing.err.count("no test rows of winowhy") == 1
+
+
+def test_the_live_table_shows_cells_bars_and_warnings(monkeypatch) -> None:
+    from rich.console import Console
+
+    from meteora_cli.commands.eval_live import EvalTable
+    from meteora_core.data.rows import Row
+    from meteora_core.data.tasks import TASKS as KNOWN
+    from meteora_core.data.tasks import get_task
+    from meteora_core.evaluation.runner import Sample, TaskResult
+    from meteora_core.evaluation.scoring import evaluate_responses
+
+    def shown() -> str:
+        console = Console(width=140, height=60, file=io.StringIO())
+        console.print(table)
+        return console.file.getvalue()
+
+    singles = [name for name, task in KNOWN.items() if not task.is_composite]
+    table = EvalTable(["base", "meteora"], singles)
+    with table.task("base: winowhy", total=4, unit="rows") as bar:
+        bar.update(3, **{"tok/s": "120"})
+        assert "3/4" in shown()
+        assert "tok/s 120" in shown()
+    samples = [Sample(0, Row("p", "correct"), "", "", 0)]
+    table.done("base", TaskResult(get_task("winowhy"), samples, evaluate_responses("winowhy", [""], ["correct"]), skipped=2))
+    text = shown()
+    assert "accuracy 0.000" in text
+    assert "base: 1 empty answers; base: 2 prompts skipped as too long" in text
+    assert "tok/s" not in text
+    with table.task("reading adapters"):
+        assert "reading adapters" in shown()

@@ -1,0 +1,94 @@
+"""The table that grows while ``meteora eval`` runs: tasks by models, what is done, what is under way, what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from meteora_cli.commands.eval_tables import result_line, short_warnings
+from meteora_cli.console import _columns, _RichProgress, console, globals_of, progress
+
+if TYPE_CHECKING:
+    from meteora_core.evaluation.runner import TaskResult
+    from meteora_core.progress import Progress, Task
+
+OnResult = Callable[[str, "TaskResult"], None]
+
+
+class EvalTable(_RichProgress):
+    """A Progress for an evaluation: the bars of its tasks also show in the table's cells.
+
+    Args:
+        models, tasks: Columns and rows.
+    """
+
+    def __init__(self, models: Sequence[str], tasks: Sequence[str]) -> None:
+        self.bars = Bars(*_columns(), console=console, auto_refresh=False)
+        super().__init__(self.bars, plain=False)
+        self.models, self.tasks = list(models), list(tasks)
+        self.cells: dict[str, Text] = {}
+        self.warnings: dict[str, list[str]] = {}
+        self.current = 0
+
+    @contextmanager
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        """A bar below the table; the bar of ``model: task`` also shows in its cell."""
+        with super().task(title, total=total, unit=unit) as bar:
+            known = title in {f"{model}: {task}" for model in self.models for task in self.tasks}
+            if known:
+                self.current = self.tasks.index(title.rpartition(": ")[2])
+            yield _Both(bar, self, title, total) if known else bar
+        self.bars.remove_task(self.bars.task_ids[-1])
+
+    def done(self, model: str, result: TaskResult) -> None:
+        """Write a task's headline and warnings into the table."""
+        from meteora_core.evaluation.runner import headline
+
+        name, value = headline(result)
+        self.cells[f"{model}: {result.task.name}"] = Text(f"{name} {value:.3f}", style="green")
+        self.warnings.setdefault(result.task.name, []).extend(f"{model}: {text}" for text in short_warnings(result))
+
+    def __rich__(self) -> RenderableType:
+        table = Table("task", *map(escape, self.models), "warnings")
+        room = max(3, console.height - len(self.bars.tasks) - 7)
+        first = max(0, min(self.current - room // 2, len(self.tasks) - room))
+        for task in self.tasks[first : first + room]:
+            cells = [self.cells.get(f"{model}: {task}", Text("·", style="dim")) for model in self.models]
+            table.add_row(Text(task), *cells, Text("; ".join(self.warnings.get(task, ())), style="yellow", overflow="ellipsis", no_wrap=True))
+        hidden = len(self.tasks) - min(room, len(self.tasks))
+        if hidden:
+            table.caption = f"{hidden} more tasks"
+        return Group(table, self.bars.get_renderable())
+
+
+class _Both:
+    """A bar that also writes into a cell."""
+
+    def __init__(self, bar: Task, table: EvalTable, key: str, total: float | None) -> None:
+        self._bar, self._table, self._key, self._total, self._done = bar, table, key, total or 0, 0.0
+
+    def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:
+        self._bar.update(advance, total=total, **fields)
+        self._done += advance
+        self._table.cells[self._key] = Text(f"{self._done:.0f}/{self._total:.0f}", style="cyan")
+
+
+@contextmanager
+def eval_progress(ctx: typer.Context, models: Sequence[str], tasks: Sequence[str]) -> Iterator[tuple[Progress, OnResult]]:
+    """Yield a Progress and what to call as each task of each model is done; without a terminal, one line for each of them."""
+    if globals_of(ctx).quiet or not console.is_terminal:
+        with progress(ctx) as bars:
+            yield bars, lambda model, result: bars.note(result_line(model, result))
+        return
+    table = EvalTable(models, tasks)
+    with Live(console=console, get_renderable=lambda: table, refresh_per_second=4, transient=True):
+        yield table, table.done
