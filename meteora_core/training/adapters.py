@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,8 +267,12 @@ def measure_lm(
     *,
     runtime: Runtime = SINGLE,
     run: Run,
+    around: Callable[[Batch], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
-    """The language-model loss on held-out rows: ``loss`` over all, ``lm/<task>`` for each of several tasks. Empty without rows."""
+    """The language-model loss on held-out rows: ``loss`` over all, ``lm/<task>`` for each of several tasks. Empty without rows.
+
+    ``around`` holds each forward pass.
+    """
     ordered = sorted((row for task_rows in rows for row in task_rows), key=len)
     parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     model.eval()
@@ -277,7 +281,8 @@ def measure_lm(
     for start in range(0, len(parts), runtime.world):
         mine = start + runtime.rank
         batch = collate(parts[min(mine, len(parts) - 1)], pad_token, response_only=response_only).to(device)
-        _, losses = run(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
+        with around(batch):
+            _, losses = run(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
         weight = 1.0 if mine < len(parts) else 0.0
         for name, value in lm_tallies(batch, losses, names).items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + weight * value

@@ -279,10 +279,8 @@ class _Stepper:
         rows = [f"{names[which]} {row}" if which < len(names) else str(row) for sequence in sequences for which, row in sequence]
         named = ", ".join(rows[:6]) + (", …" if len(rows) > 6 else "")
         where = f"the first layer whose output is not finite is {layer}" if layer else "every layer's output is finite"
-        raise MeteoraError(
-            f"the loss is {value if not math.isfinite(value) else 'not finite in another process'} at step {number + 1}, batch {place + 1} (training rows {named}); {where}",
-            hint=_LOWER,
-        )
+        shown = value if not math.isfinite(value) else "not finite in another process"
+        raise MeteoraError(f"the loss is {shown} at step {number + 1}, batch {place + 1} (training rows {named}); {where}", hint=_LOWER)
 
 
 _LOWER = "lower --lr, or train in float32 with --dtype float32"

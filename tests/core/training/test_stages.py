@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_base_or_other_adapters_is_refused(data, adapter
     with pytest.raises(CheckpointError, match="does not fit"):
         load_checkpoint(tmp_path / "m", make_tiny_llama(num_hidden_layers=1, vocab_size=98))
     adapter(data, adapters, "count", max_steps=2)
-    with pytest.raises(CheckpointError, match="'count'.*hash differs"):
+    with pytest.raises(CheckpointError, match=r"'count'.*hash differs"):
         load_checkpoint(tmp_path / "m", model())
 
 
@@ -223,9 +223,7 @@ def test_an_infinite_loss_stops_the_run_and_names_step_batch_and_layer(data, tmp
     with torch.no_grad():
         base.model.norm.weight.fill_(float("inf"))
     settings = AdapterTrainSettings(max_steps=4, log_steps=2, batch_size=2)
-    with pytest.raises(
-        MeteoraError, match=r"at step 1, batch 1 \(training rows shout \d+, shout \d+\); the first layer whose output is not finite is .*model\.norm"
-    ):
+    with pytest.raises(MeteoraError, match=r"at step 1, batch 1 \(training rows shout \d+, shout \d+\); the first layer .*model\.norm"):
         train_adapter(base, letters(), "shout", base=BASE, data_dir=data, out_dir=tmp_path / "o", settings=settings)
     assert not (tmp_path / "o" / "shout").exists()
 
@@ -292,7 +290,6 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(data, adapters, tmp
         seen.append(1)
         return {"lm_loss": losses[2 * len(seen)], "gate_loss": 0.0, "gate_accuracy": 0.5}
 
-    four, _ = gates(data, adapters, tmp_path / "four", max_steps=4, learning_rate=1e-2, warmup_ratio=0.9)
     with monkeypatch.context() as patch:
         patch.setattr(stage, "measure_gates", measured)
         patch.setattr(loop, "learning_rate", lambda step, settings: 1e-2)
@@ -305,7 +302,6 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(data, adapters, tmp
         patch.setattr(loop, "learning_rate", lambda step, settings: 1e-2)
         plain, _ = gates(data, adapters, tmp_path / "plain", max_steps=10)
         kill_at(patch, 5)
-        saved = {}
         with pytest.raises(Killed):
             gates(data, adapters, tmp_path / "cut", max_steps=10)
         saved = load_file(tmp_path / ".cut.states" / "step-4" / "state.safetensors")
@@ -334,8 +330,9 @@ def test_a_resumed_run_remembers_its_best_weights(data, adapters, tmp_path, monk
 
 def test_what_is_logged_names_tasks_and_kinds_of_layer(data, adapters, tmp_path) -> None:
     gates(data, adapters, tmp_path / "m", log_to="tensorboard")
-    entry = json.loads((tmp_path / "m" / "meteora_config.json").read_text())["training"]["history"][-1]
-    assert set(entry) >= {"loss", "lm", "gate", "accuracy", "accuracy/shout", "accuracy/count", "lm/shout", "accuracy/q_proj", "gate/down_proj"}
+    history = json.loads((tmp_path / "m" / "meteora_config.json").read_text())["training"]["history"]
+    entry = history[-1]
+    assert set().union(*history) >= {"loss", "lm", "gate", "accuracy", "accuracy/shout", "accuracy/count", "lm/shout", "accuracy/q_proj", "gate/down_proj"}
     kinds = [value for name, value in entry.items() if name.startswith("gate/")]
     assert sum(kinds) / len(kinds) == pytest.approx(entry["gate"], abs=1e-4)
     events = list((tmp_path / "tensorboard" / "m").iterdir())
@@ -356,7 +353,7 @@ def test_one_lora_over_all_tasks(data, tmp_path) -> None:
     done = train_adapter(model(), letters(), "balanced", **options)
     info = json.loads((done.folder / "meteora_training.json").read_text())
     assert info["tasks"] == ["shout", "count"]
-    assert {"lm/shout", "lm/count"} <= set(info["history"][-1])
+    assert {"lm/shout", "lm/count"} <= set().union(*info["history"])
     assert train_adapter(model(), letters(), "balanced", **options).skipped
     assert list(adapter_folders(tmp_path / "a", [])) == ["shout"]
     assert list(adapter_folders(tmp_path / "a", ["balanced"])) == ["balanced"]
