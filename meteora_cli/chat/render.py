@@ -27,7 +27,6 @@ _SIXTEEN = (
     "white on blue",
     "white on red",
     "white on magenta",
-    "black on white",
 )
 """For terminals of 16 colours, where tints would fall together: one pair a hue of the palette."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

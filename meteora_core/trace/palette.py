@@ -1,7 +1,7 @@
 """One colour and one pattern for every adapter, told apart by colour-blind eyes, readable under text.
 
-The eight hues are those of Okabe and Ito (Color Universal Design, 2008) with grey in the place of black. The ninth adapter has the first
-hue again, with another pattern: 8 hues times 4 patterns tell 32 adapters apart.
+The seven hues are those of Okabe and Ito (Color Universal Design, 2008) without black. The eighth adapter has the first hue again, with
+another pattern: 7 hues times 4 patterns tell 28 adapters apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 Rgb = tuple[int, int, int]
 
-HUES: tuple[str, ...] = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+HUES: tuple[str, ...] = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 PATTERNS: tuple[str, ...] = ("plain", "dashed", "dotted", "double")
 BLACK: Rgb = (0, 0, 0)
 WHITE: Rgb = (255, 255, 255)
