@@ -18,6 +18,7 @@ from torch import Tensor
 
 from meteora_kernels import plan
 from meteora_kernels.layout import layout_of
+from meteora_kernels.operators import operator
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
 from meteora_kernels.triton_grouped import mix_grouped
@@ -50,7 +51,7 @@ def pack(gate: Tensor, lora_A: Tensor) -> Tensor:
     return torch.cat([gate, blank[: before - adapters], lora_A, blank[: after - before - rank]])
 
 
-@torch.library.custom_op("meteora::mix_few", mutates_args=())
+@operator("mix_few")
 def mix_few_op(
     x: Tensor,
     base: Tensor,
@@ -70,7 +71,7 @@ def mix_few_op(
     return output, logits.contiguous()
 
 
-@mix_few_op.register_fake
+@torch.library.register_fake("meteora::mix_few")
 def _(
     x: Tensor,
     base: Tensor,
@@ -88,7 +89,7 @@ def _(
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], gate.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("meteora::mix_grouped", mutates_args=())
+@operator("mix_grouped")
 def mix_grouped_op(
     x: Tensor,
     base: Tensor,
@@ -106,7 +107,7 @@ def mix_grouped_op(
     return mix_grouped(x, base, gate, lora_A, lora_B, scaling, offsets, max_rank, top_k, temperature, allowed)
 
 
-@mix_grouped_op.register_fake
+@torch.library.register_fake("meteora::mix_grouped")
 def _(
     x: Tensor,
     base: Tensor,
@@ -123,7 +124,7 @@ def _(
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], gate.shape[0]))
 
 
-@torch.library.custom_op("meteora::mix_many", mutates_args=())
+@operator("mix_many")
 def mix_many_op(
     x: Tensor,
     lora_x: Tensor | None,
@@ -164,7 +165,7 @@ def mix_many_op(
     return output, products
 
 
-@mix_many_op.register_fake
+@torch.library.register_fake("meteora::mix_many")
 def _(
     x: Tensor,
     lora_x: Tensor | None,
@@ -183,7 +184,7 @@ def _(
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], stacked_rows_of(gate.shape[0], lora_A.shape[0])))
 
 
-@torch.library.custom_op("meteora::mix_many_backward", mutates_args=())
+@operator("mix_many_backward")
 def mix_many_backward_op(
     grad: Tensor,
     grad_products: Tensor | None,
@@ -241,7 +242,7 @@ def mix_many_backward_op(
     return grad_x, grad_lora_x, grad_gate, grad_A, grad_B
 
 
-@mix_many_backward_op.register_fake
+@torch.library.register_fake("meteora::mix_many_backward")
 def _(
     grad: Tensor,
     grad_products: Tensor | None,
@@ -287,7 +288,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_products: Tensor | None) -> tu
     return grads[0], grads[1], grad if needs[2] else None, grads[2], grads[3], grads[4], *(None,) * 7
 
 
-mix_many_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("meteora::mix_many", _backward, setup_context=_setup)
 
 
 def lora_mixture(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_kernels import plan
+from meteora_kernels.operators import operator
 from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
@@ -15,7 +16,7 @@ from meteora_kernels.triton_middle import middle
 __all__ = ["group_forward", "new_flags"]
 
 
-@torch.library.custom_op("meteora::group", mutates_args=("flags",))
+@operator("group", mutates=("flags",))
 def group_forward(
     x: Tensor,
     packed: Tensor,
@@ -88,7 +89,7 @@ def group_forward(
     return y if bias is None else y.add_(bias)
 
 
-@group_forward.register_fake
+@torch.library.register_fake("meteora::group")
 def _(
     x: Tensor,
     packed: Tensor,

@@ -153,16 +153,17 @@ def bench_end_to_end(
     result = EndToEnd(shape.name, count, adapters, rank, top_k, str(dtype).removeprefix("torch."), machine_name(device))
     model = random_model(shape, count, dtype, device)
     ids = torch.randint(0, shape.vocabulary, (max(batches), max(prefill, training, context)), device=device)
-    taken: dict[str, dict[str, tuple[float, float | None]]] = {}
+    taken: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
 
     def measure(name: str, subject: nn.Module) -> None:
         with progress.task(f"timing {name}", total=None) as task:
             for work, run in _works(subject, ids, batches, context, prefill, training if name != "fused" else 0, name).items():
-                try:
-                    taken.setdefault(work, {})[name] = _time(run, device, graph=graph and work.startswith("decode"), seconds=seconds)
-                except torch.OutOfMemoryError:
-                    result.skipped.append(f"{work}, {name}: not enough GPU memory")
-                    torch.cuda.empty_cache()
+                for mode in _modes(work) if graph else ("eager",):
+                    try:
+                        taken.setdefault((work, mode), {})[name] = _time(run, device, graph=mode == "graph", seconds=seconds)
+                    except torch.OutOfMemoryError:
+                        result.skipped.append(f"{work}, {name}, {mode}: not enough GPU memory")
+                        torch.cuda.empty_cache()
                 task.update(1)
 
     measure("base", model)
@@ -181,13 +182,17 @@ def bench_end_to_end(
         except UsageError as error:
             result.skipped.append(f"fused: {error}")
     detach(model)
-    for work, found in taken.items():
+    for (work, mode), found in taken.items():
         for name, (milliseconds, peak) in found.items():
             tokens = _tokens_of(work)
             base = found.get("base", (milliseconds, None))[0]
-            mode = "graph" if graph and work.startswith("decode") else "eager"
             result.rows.append(EndToEndRow(work, name, milliseconds, tokens / milliseconds * 1e3, milliseconds / base, peak, mode))
     return result
+
+
+def _modes(work: str) -> tuple[str, ...]:
+    """How a work is timed where CUDA graphs are wanted: decoding by graphs, prefill both ways, training as it runs."""
+    return {"decode": ("graph",), "prefill": ("graph", "eager")}.get(work.split(",")[0].split(" ")[0], ("eager",))
 
 
 def _tokens_of(work: str) -> int:

@@ -1,0 +1,30 @@
+"""Registration of operators with PyTorch's dispatcher, without the per-call checks of ``torch.library.custom_op`` (0.2 ms a call on a slow CPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the operator ``torch.ops.meteora.<name>``.
+
+    The function must return new tensors only (none of its inputs, no views of them, none twice).
+
+    Args:
+        name: Of the operator.
+        mutates: Names of arguments that it writes to.
+
+    Returns:
+        A decorator that gives back the callable operator.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
+        torch.library.define(f"meteora::{name}", schema)
+        torch.library.impl(f"meteora::{name}", "default", function)
+        return getattr(torch.ops.meteora, name).default
+
+    return register

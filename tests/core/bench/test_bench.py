@@ -1,0 +1,103 @@
+"""The benchmark's arithmetic and shape of results; small sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from meteora_core.bench import ModelShape, bench_end_to_end, bench_layers, plot_layers
+from meteora_core.bench.contenders import Setting, make_layer, run_group
+from meteora_core.bench.shapes import SHAPES, shape_named
+from meteora_core.bench.timing import medians
+from meteora_core.errors import UsageError
+
+TINY = ModelShape("tiny", 32, 16, 48, 4, 2, 2, 64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings are not measured and weights not spread past the cache."""
+    monkeypatch.setattr("meteora_core.bench.layers.ceilings", lambda device, dtype: (10.0, 0.1))
+    monkeypatch.setattr("meteora_core.bench.layers._CACHE_BYTES", {"cpu": 1})
+
+
+def test_all_contenders_compute_the_same() -> None:
+    setting = Setting(5, 4, 2)
+    for group in make_layer(TINY, setting, torch.float64, CPU, fused=False):
+        x = torch.randn(7, group.hidden, dtype=torch.float64)
+        expected = run_group("reference", group, x, setting)
+        for name in ("loop", "gather", "dense"):
+            for one, other in zip(expected, run_group(name, group, x, setting), strict=True):
+                torch.testing.assert_close(other, one)
+        base = run_group("base", group, x, setting)
+        assert all(not torch.allclose(one, other) for one, other in zip(expected, base, strict=True))
+        assert all(not torch.allclose(one, other) for one, other in zip(run_group("peft", group, x, setting), base, strict=True))
+
+
+def test_rows_cover_every_contender_and_size() -> None:
+    bench = bench_layers(TINY, (1, 9), adapters=5, rank=4, dtype=torch.float32, device=CPU, seconds=0.01)
+    assert {(row.tokens, row.name) for row in bench.rows} == {
+        (count, name) for count in (1, 9) for name in ("base", "peft", "loop", "gather", "reference", "dense")
+    }
+    for row in bench.rows:
+        assert row.milliseconds > 0
+        assert row.error is not None
+        assert row.error < 1e-5
+        assert row.mode == "eager"
+        assert row.peak_mib is None
+        assert (row.ratio == 1.0) == (row.name == "base")
+    assert bench.chosen[9].startswith("dense: ")
+    assert bench.to_json()["rows"][0]["name"] == "base"
+
+
+def test_backward_and_a_choice_of_contenders() -> None:
+    bench = bench_layers(TINY, (6,), adapters=5, rank=4, dtype=torch.float32, device=CPU, backward=True, contenders=["dense"], seconds=0.01)
+    assert [row.name for row in bench.rows] == ["base", "dense"]
+    assert all(row.error is None for row in bench.rows)
+
+
+def test_end_to_end_on_a_tiny_model() -> None:
+    whole = bench_end_to_end(TINY, adapters=3, rank=2, dtype=torch.float32, device=CPU, batches=(1, 2), context=5, prefill=6, training=7, seconds=0.01)
+    works = {"decode, batch 1", "decode, batch 2", "prefill of 6", "training step of 7"}
+    assert {(row.work, row.name) for row in whole.rows} == {(work, name) for work in works for name in ("base", "peft", "meteora")}
+    assert whole.skipped == []
+    for row in whole.rows:
+        assert row.tokens_per_second == pytest.approx(int(row.work.split()[-1]) / row.milliseconds * 1e3)
+
+
+def test_large_gathers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meteora_core.bench.layers._GATHER_LIMIT", 1)
+    bench = bench_layers(TINY, (3,), adapters=3, rank=2, dtype=torch.float32, device=CPU, contenders=["gather"], seconds=0.01)
+    assert [row.name for row in bench.rows] == ["base"]
+    assert bench.skipped[0].startswith("gather at 3 tokens")
+
+
+@pytest.mark.parametrize("change", [{"top_k": 9}, {"adapters": 0}, {"rank": 0}, {"contenders": ["warp"]}])
+def test_refuses_what_makes_no_sense(change: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        bench_layers(TINY, (1,), **{"adapters": 5, "rank": 4, "device": CPU, **change})  # type: ignore[arg-type]
+    with pytest.raises(UsageError):
+        bench_layers(TINY, (0,), device=CPU)
+
+
+def test_shapes() -> None:
+    assert shape_named("llama3-8b").weights == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    with pytest.raises(UsageError, match="unknown model shape"):
+        shape_named("llama3")
+    assert set(SHAPES) == {"llama3-8b", "llama2-13b", "smollm2-135m"}
+
+
+def test_medians_run_in_turn() -> None:
+    order: list[str] = []
+    found = medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=6, seconds=0.0)
+    assert order == ["a", "b"] * 6
+    assert set(found) == {"a", "b"}
+
+
+def test_plot_is_an_image(tmp_path: Path) -> None:
+    bench = bench_layers(TINY, (1, 4), adapters=3, rank=2, dtype=torch.float32, device=CPU, contenders=["dense"], seconds=0.01)
+    plot_layers(bench, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
