@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from meteora_core.evaluation.decode import Batch, Decoder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,27 +53,32 @@ def plan(prompts: Sequence[Prompt], batch_size: int | Literal["auto"], max_new_t
 
     Args:
         prompts: In any order.
-        batch_size: Rows in each, or "auto": as many as fit ``budget``.
+        batch_size: Rows in each, or "auto": the greatest power of two that fits ``budget``.
         max_new_tokens: Longest answer.
         budget: Tokens in an automatic batch.
     """
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.index))
     batches: list[list[Prompt]] = []
     while ordered:
-        size = min(AUTO_ROWS, max(1, budget // (len(ordered[0].tokens) + max_new_tokens))) if batch_size == "auto" else batch_size
+        size = batch_size if batch_size != "auto" else _power_of_two(min(AUTO_ROWS, max(1, budget // (len(ordered[0].tokens) + max_new_tokens))))
         batches.append(ordered[:size])
         ordered = ordered[size:]
     return batches
 
 
-@torch.inference_mode()
+def _power_of_two(size: int) -> int:
+    """The greatest power of two that is not above ``size``: batches of few sizes share what the decoder keeps."""
+    return 1 << (size.bit_length() - 1)
+
+
 def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     no_repeat_ngram_size: int = 0,
+    decoder: Decoder | None = None,
 ) -> list[list[int]]:
     """Greedy answers, left-padded, with a KV cache.
 
@@ -79,14 +86,13 @@ def generate_batch(
         model: A causal LM in evaluation mode.
         tokenizer: Its tokenizer.
         prompts: One batch.
-        max_new_tokens: Longest answer.
-        no_repeat_ngram_size: An n-gram of this size may not repeat in prompt and answer; 0 is off.
+        max_new_tokens: Longest answer, of all or of each.
+        no_repeat_ngram_size: An n-gram of this size may not repeat in prompt and answer (padding is none of it); 0 is off.
+        decoder: Of the same model, to reuse what it keeps between batches.
 
     Returns:
         Per prompt, the new token ids up to (without) the end-of-sequence token.
     """
-    from transformers import GenerationConfig
-
     width = max(len(prompt.tokens) for prompt in prompts)
     ids = torch.full((len(prompts), width), int(tokenizer.pad_token_id))
     mask = torch.zeros_like(ids)
@@ -94,21 +100,9 @@ def generate_batch(
         ids[place, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
         mask[place, width - len(prompt.tokens) :] = 1
     device = next(model.parameters()).device
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-    answers = []
-    for row in output[:, width:].tolist():
-        end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
-        answers.append(row[:end])
-    return answers
+    room = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    batch = Batch(ids.to(device), mask.to(device), room, int(tokenizer.eos_token_id), no_repeat_ngram_size)
+    return (decoder or Decoder(model)).decode(batch)
 
 
 def generate_all(
@@ -134,14 +128,16 @@ def generate_all(
         torch.OutOfMemoryError: Even one row does not fit.
     """
     waiting = plan(prompts, batch_size, max_new_tokens, auto_budget(next(model.parameters()).device))
+    decoder = Decoder(model)
     while waiting:
         batch = waiting.pop(0)
         room = [max_new_tokens if max_total_tokens is None else min(max_new_tokens, max(1, max_total_tokens - len(prompt.tokens))) for prompt in batch]
         try:
-            answers = generate_batch(model, tokenizer, batch, max_new_tokens=max(room), no_repeat_ngram_size=no_repeat_ngram_size)
+            answers = generate_batch(model, tokenizer, batch, max_new_tokens=room, no_repeat_ngram_size=no_repeat_ngram_size, decoder=decoder)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
+            decoder.forget()
             torch.cuda.empty_cache()
             size = len(batch) // 2
             if on_smaller is not None:
@@ -149,5 +145,4 @@ def generate_all(
             rest = [prompt for group in [batch, *waiting] for prompt in group]
             waiting = [rest[start : start + size] for start in range(0, len(rest), size)]
             continue
-        for prompt, answer, most in zip(batch, answers, room, strict=True):
-            yield prompt, answer[:most]
+        yield from zip(batch, answers, strict=True)

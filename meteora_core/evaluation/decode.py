@@ -1,0 +1,280 @@
+"""Greedy decoding of one batch, with a key-value cache.
+
+On a CPU (and wherever else the fast way is not open) the cache grows, and rows that are done leave the batch. On a CUDA GPU the cache has a fixed size
+and one whole step (the model, the choice of the token, the end of rows) is captured in a CUDA graph: a small model's steps are bound by launches, and those of
+hundreds of MeteoRA layers even more so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from meteora_core.evaluation.no_repeat import NOTHING, NoRepeat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+
+SHRINK = 0.75
+"""Rows leave a growing cache once at most this share of the batch goes on."""
+LOOK = 8
+"""Steps between two looks whether all rows are done, on a GPU: a look waits for the GPU."""
+CAPACITY = 256
+"""Fixed caches are a multiple of this long, so that batches of like length share a graph."""
+
+
+@dataclass
+class Batch:
+    """Prompts to answer.
+
+    Attributes:
+        ids: int64 (batch, width), left-padded, on the model's device.
+        mask: int64 (batch, width): 1 for tokens, 0 for padding.
+        room: The most new tokens of each row; at least 1.
+        eos: Ends a row.
+        no_repeat: n of the n-grams that may not repeat; 0 is off.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    room: Sequence[int]
+    eos: int
+    no_repeat: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.ids.shape[1]
+
+    def positions(self) -> Tensor:
+        """int64 (batch, width): each token's place in its row; 0 for padding."""
+        return (self.mask.cumsum(-1) - 1).clamp_min(0)
+
+    def text(self, width: int) -> Tensor:
+        """The prompts with :data:`NOTHING` for padding, int64 (batch, width)."""
+        made = torch.full((self.ids.shape[0], width), NOTHING, device=self.ids.device)
+        made[:, : self.width] = torch.where(self.mask.bool(), self.ids, NOTHING)
+        return made
+
+
+def plain(model: Any) -> Any:
+    """The causal LM below a PEFT wrapper, with its adapters in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _arguments(model: Any) -> dict[str, Any]:
+    """What the model can be asked for: logits of the last position only."""
+    known = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+def _cut(row: list[int], room: int, eos: int) -> list[int]:
+    row = row[:room]
+    return row[: row.index(eos)] if eos in row else row
+
+
+@torch.inference_mode()
+def decode_growing(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
+    """Decode with the model's own growing cache; rows that are done leave the batch when enough of them are.
+
+    Returns:
+        Per row, the new tokens up to (without) the end.
+    """
+    model, options = plain(model), _arguments(plain(model))
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    device, steps = batch.ids.device, max(batch.room)
+    no_repeat = NoRepeat(batch.text(batch.width + steps), batch.width, batch.no_repeat)
+    written = torch.full((len(batch.room), steps), batch.eos, device=device)
+    rows = torch.arange(len(batch.room), device=device)
+    room = torch.tensor(list(batch.room), device=device)
+    done = torch.zeros(len(batch.room), dtype=torch.bool, device=device)
+    ids, mask, positions, cache = batch.ids, batch.mask, batch.positions(), None
+    look = LOOK if device.type == "cuda" else 1
+    for step in range(steps):
+        places = {"position_ids": positions} if takes_positions else {}
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places, **options)
+        cache = output.past_key_values
+        token = no_repeat.ban(output.logits[:, -1].float()).argmax(-1)
+        token = torch.where(done, batch.eos, token)
+        written[rows, step] = token
+        no_repeat.add(token, torch.tensor([batch.width + step], device=device))
+        done = done | (token == batch.eos) | (room <= step + 1)
+        positions = positions[:, -1:] + 1
+        if step % look == look - 1:
+            going = int((~done).sum())
+            if not going:
+                break
+            if going <= SHRINK * len(rows) and hasattr(cache, "batch_select_indices"):
+                keep = (~done).nonzero().flatten()
+                cache.batch_select_indices(keep)
+                no_repeat, rows, room, done = no_repeat.select(keep), rows[keep], room[keep], done[keep]
+                token, mask, positions = token[keep], mask[keep], positions[keep]
+        ids = token.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+    return [_cut(row, most, batch.eos) for row, most in zip(written.tolist(), batch.room, strict=True)]
+
+
+class FixedDecoder:
+    """Decodes batches of up to ``rows`` rows and ``capacity`` tokens with a cache of fixed size; on a CUDA GPU one step is a CUDA graph.
+
+    A graph holds what the model was when it was made: routing settings, adapters, weights' places. Make a new decoder after any change.
+
+    Args:
+        model: A causal LM in evaluation mode, whose attention is SDPA (:func:`can_be_fixed`).
+        rows, capacity: Of the cache.
+        eos: Ends a row.
+        no_repeat: n of the n-grams that may not repeat; 0 is off.
+
+    Raises:
+        torch.OutOfMemoryError: The cache does not fit.
+        RuntimeError: The model's step cannot be captured.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, capacity: int, eos: int, no_repeat: int) -> None:
+        from transformers import StaticCache
+
+        self.model, self.options = plain(model), _arguments(plain(model))
+        self.rows, self.capacity, self.eos = rows, capacity, eos
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            self.cache = StaticCache(config=self.model.config, max_cache_len=capacity)
+            self.text = NoRepeat(torch.full((rows, capacity), NOTHING, device=device), 0, no_repeat)
+            self.token = torch.full((rows, 1), eos, device=device)
+            self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+            self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+            self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)
+            self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+            self.last = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.graph = self._capture() if device.type == "cuda" else None
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
+
+    def _step(self) -> None:
+        """Run the model on the tokens at :attr:`slot` and choose the next."""
+        self.mask.index_fill_(3, self.slot, True)
+        output = self.model(
+            input_ids=self.token, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True, **self.options
+        )
+        self._choose(output.logits[:, -1])
+        self.positions.add_(1)
+
+    def _choose(self, logits: Tensor) -> None:
+        token = self.text.ban(logits.float()).argmax(-1)
+        token = torch.where(self.done, self.eos, token)
+        self.slot.add_(1)
+        self.text.add(token, self.slot)
+        self.token.copy_(token.unsqueeze(1))
+        self.done.logical_or_((token == self.eos) | (self.slot >= self.last))
+
+    @torch.inference_mode()
+    def decode(self, batch: Batch) -> list[list[int]]:
+        """Decode one batch that fits.
+
+        Returns:
+            Per row, the new tokens up to (without) the end.
+        """
+        count, width, steps = len(batch.room), batch.width, max(batch.room)
+        assert count <= self.rows
+        assert width + steps <= self.capacity
+        spare = torch.arange(self.rows, device=batch.ids.device) % count
+        ids, mask = batch.ids[spare], batch.mask[spare]
+        self.cache.reset()
+        self.text.text.copy_(batch.text(self.capacity)[spare])
+        self.text.restart(width)
+        self.slot.fill_(width - 1)
+        self.mask.zero_()
+        self.mask[:, 0, 0, :width] = mask.bool()
+        self.last.copy_(torch.tensor(list(batch.room), device=mask.device)[spare] + (width - 1))
+        self.done.copy_(torch.arange(self.rows, device=mask.device) >= count)
+        self.positions.copy_(mask.sum(1, keepdim=True))
+        positions = batch.positions()[spare]
+        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, **self.options)
+        self._choose(output.logits[:, -1])
+        for step in range(1, steps):
+            if step % LOOK == 1 and bool(self.done.all()):
+                break
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self._step()
+        made = self.text.text[:count, width : width + steps].tolist()
+        return [_cut(row, most, self.eos) for row, most in zip(made, batch.room, strict=True)]
+
+
+def can_be_fixed(model: PreTrainedModel) -> bool:
+    """Whether :class:`FixedDecoder` can run the model: SDPA attention over a plain cache, no quantised weights, nothing recorded."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    inner = plain(model)
+    if getattr(inner.config, "_attn_implementation", None) != "sdpa" or getattr(inner, "is_quantized", False):
+        return False
+    state = getattr(inner, "meteora", None)
+    if state is not None and state.observed:
+        return False
+    if "position_ids" not in inspect.signature(inner.forward).parameters or getattr(inner.config, "is_encoder_decoder", False):
+        return False
+    try:
+        cache = StaticCache(config=inner.config, max_cache_len=CAPACITY)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+class Decoder:
+    """Decodes batch after batch of one unchanged model, the fast way where that is open.
+
+    Args:
+        model: A causal LM in evaluation mode.
+        fixed: Whether to use caches of fixed size; None: on a CUDA GPU, where the model allows it.
+    """
+
+    def __init__(self, model: PreTrainedModel, fixed: bool | None = None) -> None:
+        self.model = model
+        self._fixed: FixedDecoder | None = None
+        self._use_fixed = (next(model.parameters()).device.type == "cuda" and can_be_fixed(model)) if fixed is None else fixed
+
+    def decode(self, batch: Batch) -> list[list[int]]:
+        """Per row, the new tokens up to (without) the end. Raises torch.OutOfMemoryError; a smaller batch may fit then."""
+        if self._use_fixed:
+            decoder = self._decoder(batch)
+            if decoder is not None:
+                return decoder.decode(batch)
+        return decode_growing(self.model, batch)
+
+    def forget(self) -> None:
+        """Give the memory of caches and graphs back."""
+        self._fixed = None
+
+    def _decoder(self, batch: Batch) -> FixedDecoder | None:
+        rows = 1 << (len(batch.room) - 1).bit_length()
+        capacity = -(-(batch.width + max(batch.room)) // CAPACITY) * CAPACITY
+        held = self._fixed
+        if held is not None and held.rows == rows and held.capacity == capacity:
+            return held
+        self._fixed = held = None
+        try:
+            self._fixed = FixedDecoder(self.model, rows, capacity, batch.eos, batch.no_repeat)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _log.warning("this model's steps cannot be captured in a CUDA graph, it is run without: %s", str(error).splitlines()[0])
+            self._use_fixed = False
+        return self._fixed

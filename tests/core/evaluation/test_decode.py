@@ -1,0 +1,155 @@
+"""Decoding: n-grams as transformers bans them, rows that leave the batch, fixed caches, and transformers' own generate as the judge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from transformers import GenerationConfig
+from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
+
+from meteora_core import AdapterBank, attach
+from meteora_core.evaluation import decode as decoding
+from meteora_core.evaluation.decode import Batch, Decoder, FixedDecoder, can_be_fixed, decode_growing
+from meteora_core.evaluation.no_repeat import NOTHING, NoRepeat
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 30])
+@pytest.mark.parametrize("start", [1, 4, 40])
+def test_the_same_tokens_are_banned_as_by_transformers(size: int, start: int) -> None:
+    generator = torch.Generator().manual_seed(size * 100 + start)
+    vocabulary, rows, steps = 3 if size < 30 else 1, 6, 80
+    processor = NoRepeatNGramLogitsProcessor(size)
+    pads = [0, 1, 3, start - 1, 0, 0]
+    text = torch.full((rows, start + steps), NOTHING)
+    text[:, :start] = torch.randint(vocabulary, (rows, start), generator=generator)
+    for row, pad in enumerate(pads):
+        text[row, : min(pad, start - 1)] = NOTHING
+    ours = NoRepeat(text, start, size)
+    banned = 0
+    for step in range(steps):
+        scores = torch.randn(rows, 5, generator=generator)
+        made = ours.ban(scores.clone())
+        for row in range(rows):
+            ids = ours.text[row, : start + step]
+            wanted = processor(ids[ids != NOTHING].unsqueeze(0), scores[row : row + 1].clone())
+            assert torch.equal(made[row : row + 1], wanted), (row, step)
+        banned += int(made.isinf().sum())
+        tokens = torch.randint(vocabulary, (rows,), generator=generator)
+        ours.add(tokens, torch.tensor([start + step]))
+        again = NoRepeat(ours.text.clone(), start + step + 1, size)
+        assert torch.equal(again.ban(scores), ours.ban(scores))
+    assert banned
+
+
+def test_nothing_is_banned_when_off() -> None:
+    scores = torch.zeros(1, 4)
+    assert NoRepeat(torch.tensor([[1, 1, 1]]), 3, 0).ban(scores) is scores
+
+
+def batch_of(lengths: list[int], room: list[int], no_repeat: int = 0, eos: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    ids, mask = torch.full((len(lengths), width), eos), torch.zeros(len(lengths), width, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(3, 64, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return Batch(ids, mask, room, eos, no_repeat)
+
+
+@pytest.fixture(params=["base", "meteora"])
+def model(request, make_adapter):
+    base = make_tiny_llama(initializer_range=0.3)
+    if request.param == "base":
+        return base
+    return attach(base, AdapterBank.from_peft({"one": make_adapter("one", 1), "two": make_adapter("two", 2)}))
+
+
+def by_transformers(model, batch: Batch) -> list[list[int]]:
+    """Every row by itself, by ``generate``."""
+    made = []
+    for ids, mask, room in zip(batch.ids, batch.mask, batch.room, strict=True):
+        prompt = ids[mask.bool()].unsqueeze(0)
+        config = GenerationConfig(
+            max_new_tokens=room, do_sample=False, eos_token_id=batch.eos, pad_token_id=batch.eos, no_repeat_ngram_size=batch.no_repeat, bos_token_id=1
+        )
+        row = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0, prompt.shape[1] :].tolist()
+        made.append(row[: row.index(batch.eos)] if batch.eos in row else row)
+    return made
+
+
+LENGTHS, ROOM = [5, 17, 9, 1, 30, 12, 8], [20, 3, 20, 33, 1, 20, 20]
+
+
+@pytest.mark.parametrize("no_repeat", [0, 2, 4])
+def test_growing_and_fixed_caches_answer_like_transformers(model, no_repeat) -> None:
+    batch = batch_of(LENGTHS, ROOM, no_repeat)
+    wanted = by_transformers(model, batch)
+    assert decode_growing(model, batch) == wanted
+    assert can_be_fixed(model)
+    decoder = FixedDecoder(model, 8, 80, 2, no_repeat)
+    assert decoder.decode(batch) == wanted
+    other = batch_of([4, 20], [9, 9], no_repeat)
+    assert decoder.decode(other) == by_transformers(model, other)
+    assert decoder.decode(batch) == wanted
+
+
+def test_rows_that_are_done_leave_the_batch(model, monkeypatch) -> None:
+    batch = batch_of(LENGTHS, ROOM)
+    wanted = by_transformers(model, batch)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
+    assert decode_growing(model, batch) == wanted
+    assert sizes[0] == 7
+    assert sizes[-1] < 3
+    assert sizes == sorted(sizes, reverse=True)
+    monkeypatch.setattr(decoding, "SHRINK", 0.0)
+    assert decode_growing(model, batch) == wanted
+
+
+def test_a_row_ends_with_its_end_token(model) -> None:
+    batch = batch_of([5, 7], [10, 10])
+    first = by_transformers(model, batch)[0]
+    ended = Batch(batch.ids, batch.mask, batch.room, first[3])
+    short = first[: first.index(first[3])]
+    assert decode_growing(model, ended)[0] == short
+    assert FixedDecoder(model, 2, 32, first[3], 0).decode(ended)[0] == short
+
+
+def test_a_decoder_keeps_its_cache_for_like_batches_and_goes_without_when_it_must(model, monkeypatch, caplog) -> None:
+    decoder = Decoder(model, fixed=True)
+    batch = batch_of(LENGTHS, ROOM, 3)
+    wanted = by_transformers(model, batch)
+    assert decoder.decode(batch) == wanted
+    kept = decoder._fixed
+    assert kept is not None
+    assert (kept.rows, kept.capacity) == (8, 256)
+    decoder.decode(batch_of([5] * 6, [4] * 6, 3))
+    assert decoder._fixed is kept
+    decoder.decode(batch_of([5] * 2, [4] * 2, 3))
+    assert decoder._fixed is not kept
+    decoder.forget()
+    assert decoder._fixed is None
+
+    def cannot(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(decoding, "FixedDecoder", cannot)
+    assert decoder.decode(batch) == wanted
+    assert "cannot be captured" in caplog.text
+
+
+def test_peft_models_and_models_that_cannot_be_fixed(make_adapter) -> None:
+    from peft import PeftModel
+
+    base = make_tiny_llama(initializer_range=0.3)
+    batch = batch_of([5, 9], [8, 8], 3)
+    plain = by_transformers(base, batch)
+    adapted = PeftModel.from_pretrained(base, str(make_adapter("one", 1)))
+    wanted = by_transformers(adapted, batch)
+    assert wanted != plain
+    assert decode_growing(adapted, batch) == FixedDecoder(adapted, 2, 32, 2, 3).decode(batch) == wanted
+    eager = make_tiny_llama()
+    eager.set_attn_implementation("eager")
+    assert not can_be_fixed(eager)
+    assert not Decoder(base)._use_fixed
