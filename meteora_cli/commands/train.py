@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, emit_json, out, progress, settings_from
+from meteora_cli.console import console, emit_json, globals_of, out, progress, settings_from
 
 if TYPE_CHECKING:
     import torch
 
     from meteora_core.model.base import BaseReference
+    from meteora_core.progress import Progress
     from meteora_core.settings import Settings
+    from meteora_core.training.runtime import Runtime
 
 
 class Stage(StrEnum):
@@ -40,6 +44,26 @@ class Init(StrEnum):
     ridge = "ridge"
 
 
+class Launcher(StrEnum):
+    """How training is spread over devices."""
+
+    none = "none"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    deepspeed = "deepspeed"
+
+
+class LogTo(StrEnum):
+    """Where curves go."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "dry_run")
+
+
 def train(
     ctx: typer.Context,
     stage: Annotated[Stage, typer.Option(help="adapters: one LoRA per task; gates: the gates over all adapters.")] = Stage.gates,
@@ -59,17 +83,35 @@ def train(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time.", show_default=False)
     ] = None,
+    packing: Annotated[bool | None, typer.Option("--packing/--no-packing", help="Several rows in each sequence of --max-length.", show_default=False)] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between held-out evaluations; the best weights are kept.", show_default=False)] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.", show_default=False)] = None,
+    log_steps: Annotated[int | None, typer.Option(help="Steps between log lines.", show_default=False)] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between resumable states.", show_default=False)] = None,
+    log_to: Annotated[LogTo | None, typer.Option(help="Where curves go.", show_default=False)] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many train rows of a task.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(help="adapters: LoRA rank.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(help="adapters: LoRA alpha.", show_default=False)] = None,
+    together: Annotated[bool, typer.Option("--together", help="adapters: all tasks in one run, each row by its own adapter.")] = False,
+    balanced: Annotated[bool, typer.Option("--balanced", help="adapters: one LoRA over all the tasks, mixed evenly.")] = False,
+    name: Annotated[str, typer.Option(help="adapters: the name of the --balanced LoRA.")] = "balanced",
     beta: Annotated[float | None, typer.Option(help="gates: weight of the gate loss.", show_default=False)] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="gates: adapters per token.", show_default=False)] = None,
     temperature: Annotated[float | None, typer.Option("--T", help="gates: routing temperature.", show_default=False)] = None,
     trainable: Annotated[Trainable | None, typer.Option(help="gates: what trains.", show_default=False)] = None,
     init: Annotated[Init | None, typer.Option(help="gates: how they start.", show_default=False)] = None,
+    composite_rows: Annotated[float | None, typer.Option(help="gates: share of the rows that are composites of tasks.", show_default=False)] = None,
+    composite_max: Annotated[int | None, typer.Option(help="gates: most tasks in a composite row.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="gates: mixture kernels.", show_default=False)] = None,
+    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp, deepspeed: the model is sharded.", show_default=False)] = None,
+    num_processes: Annotated[int | None, typer.Option(help="Processes over all machines; default: one a GPU.", show_default=False)] = None,
+    num_machines: Annotated[int | None, typer.Option(help="Machines.", show_default=False)] = None,
+    machine_rank: Annotated[int | None, typer.Option(help="Which machine this is, from 0.", show_default=False)] = None,
+    main_process_ip: Annotated[str | None, typer.Option(help="Address of machine 0.", show_default=False)] = None,
+    main_process_port: Annotated[int | None, typer.Option(help="Port on machine 0.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command as an argument list, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if the same result is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -79,7 +121,7 @@ def train(
     Adapters and datasets are matched by name: adapters/gsm8k learns from, and its gate is labelled by, datasets/gsm8k.
     """
     section = "train_adapters" if stage is Stage.adapters else "train_gates"
-    shared = {
+    shared: dict[str, Any] = {
         "max_steps": max_steps,
         "batch_size": batch_size,
         "accumulation": accumulation,
@@ -88,9 +130,12 @@ def train(
         "seed": seed,
         "gradient_checkpointing": gradient_checkpointing,
     }
+    shared |= {"packing": packing, "eval_steps": eval_steps, "patience": patience, "log_steps": log_steps, "save_steps": save_steps}
+    shared["log_to"] = log_to and log_to.value
     own: dict[str, Any] = {"rank": rank, "alpha": alpha}
     if stage is Stage.gates:
         own = {"beta": beta, "trainable": trainable and trainable.value, "init": init and init.value}
+        own |= {"composite_rows": composite_rows, "composite_max": composite_max}
     settings = settings_from(
         ctx,
         paths__data=data,
@@ -101,122 +146,224 @@ def train(
         model__backend=backend,
         routing__top_k=top_k,
         routing__temperature=temperature,
+        launch__launcher=launcher and launcher.value,
+        launch__num_processes=num_processes,
+        launch__num_machines=num_machines,
+        launch__machine_rank=machine_rank,
+        launch__main_process_ip=main_process_ip,
+        launch__main_process_port=main_process_port,
         **{f"{section}__{name}": value for name, value in {**shared, **own}.items()},
     )
+    from meteora_core.errors import MeteoraError, UsageError
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
+    from meteora_core.training.runtime import start_runtime
 
+    names = _names(task)
+    folders = _gate_folders(settings, names, max_rows) if stage is Stage.gates else {}
+    if stage is Stage.adapters:
+        names = _adapter_tasks(settings, names, max_rows)
+    elif together or balanced:
+        raise UsageError("--together and --balanced belong to --stage adapters", hint="add --stage adapters")
+    if together and balanced:
+        raise UsageError("--together trains an adapter a task, --balanced one for all: choose one")
+    runtime = start_runtime(settings.model.device)
+    if settings.launch.launcher != "none" and runtime.kind == "none":
+        raise typer.Exit(_launch(ctx, settings, section, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
+    if dry_run:
+        raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp, fsdp or deepspeed")
     reference = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
-    place = pick_device(settings.model.device)
+    place = runtime.device or pick_device(settings.model.device)
     kind = pick_dtype(settings.model.dtype, place)
-    console.print(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}", markup=False)
-    work = _adapters if stage is Stage.adapters else _gates
-    report = work(ctx, settings, reference, place, kind, task, out_dir, max_rows, resume, force)
-    if as_json:
+    if runtime.is_main:
+        spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
+        console.print(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}{spread}", markup=False)
+    run = _Run(ctx, settings, reference, place, kind, out_dir, max_rows, resume, force, runtime, as_json)
+    try:
+        if stage is Stage.gates:
+            report: Any = _gates(run, folders)
+        else:
+            report = _adapters(run, names, together=together, balanced=name if balanced else None)
+    except MeteoraError as error:
+        if not runtime.is_main:
+            error.message = f"process {runtime.rank}: {error.message}"
+        raise
+    if as_json and runtime.is_main:
         emit_json(report)
+
+
+@dataclass
+class _Run:
+    """What both stages need."""
+
+    ctx: typer.Context
+    settings: Settings
+    base: BaseReference
+    device: torch.device
+    dtype: torch.dtype
+    out_dir: Path | None
+    max_rows: int | None
+    resume: bool
+    force: bool
+    runtime: Runtime
+    as_json: bool
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Bars in the main process, nothing in the others."""
+        from meteora_core.progress import SILENT
+
+        return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
+
+
+def _launch(ctx: typer.Context, settings: Settings, section: str, folder: Path, *, dry_run: bool, as_json: bool) -> int:
+    """Start the processes, wait for them, return their exit code."""
+    import os
+
+    import torch
+
+    from meteora_core.files import write_json
+    from meteora_core.training.launch import launch_command, launch_config, process_count, run_command
+
+    devices = 0 if settings.model.device == "cpu" else torch.cuda.device_count()
+    count = process_count(settings.launch, devices)
+    optim = getattr(settings, section)
+    config = launch_config(settings.launch, count, accumulation=optim.accumulation, max_grad_norm=optim.max_grad_norm)
+    file = folder.parent / f".launch-{settings.launch.launcher}-{settings.launch.machine_rank}.json"
+    command = launch_command(file, worker_arguments(ctx))
+    if dry_run:
+        emit_json({"command": command, "config": config} if as_json else command)
+        return 0
+    write_json(file, config)
+    threads = None if devices else max(1, (os.cpu_count() or 1) * settings.launch.num_machines // count)
+    try:
+        return run_command(command, threads=threads)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def worker_arguments(ctx: typer.Context) -> list[str]:
+    """The command line of this call, for a process that a launcher starts: the same flags without the launch flags."""
+    given = globals_of(ctx)
+    arguments = ["--config", str(given.config)] if given.config else []
+    arguments += ["-v"] * given.verbose + (["-q"] if given.quiet else [])
+    arguments.append("train")
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name or "")
+        if parameter.name in LAUNCH_FLAGS or value is None or value == parameter.get_default(ctx):
+            continue
+        if isinstance(value, bool):
+            arguments.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            arguments += [parameter.opts[0], str(value.value if isinstance(value, StrEnum) else value)]
+    return [*arguments, "--launcher", "none"]
 
 
 def _names(task: str | None) -> list[str]:
     return [name.strip() for name in (task or "").split(",") if name.strip()]
 
 
-def _adapters(
-    ctx: typer.Context,
-    settings: Settings,
-    base: BaseReference,
-    device: torch.device,
-    dtype: torch.dtype,
-    task: str | None,
-    out_dir: Path | None,
-    max_rows: int | None,
-    resume: bool,
-    force: bool,
-) -> list[dict[str, Any]]:
+def _adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) -> list[str]:
+    """The tasks to train on; every dataset is read, so that a broken one is known before anything is loaded."""
     from meteora_core.data.rows import available_tasks, read_rows
     from meteora_core.errors import UsageError
-    from meteora_core.model.base import load_base, load_tokenizer
-    from meteora_core.training.adapters import train_adapter
 
-    names = _names(task)
     if names == ["all"]:
         names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_")]
     if not names:
         raise UsageError("no task given", hint="meteora train --stage adapters --task NAME[,NAME] | all; `meteora data list` shows them")
     for name in names:
-        read_rows(settings.paths.data, name, "train", 1)
-    target = out_dir or settings.paths.adapters
-    report = []
-    with progress(ctx) as bars:
-        model = load_base(base, dtype=dtype, device=device, progress=bars)
-        tokenizer = load_tokenizer(base, progress=bars)
-        for name in names:
-            done = train_adapter(
-                model,
-                tokenizer,
-                name,
-                base=base,
-                data_dir=settings.paths.data,
-                out_dir=target,
-                settings=settings.train_adapters,
-                max_rows=max_rows,
-                resume=resume,
-                force=force,
-                progress=bars,
-            )
-            report.append({**done.__dict__, "folder": str(done.folder)})
-    for entry in report:
-        state = "was there already" if entry["skipped"] else f"{entry['steps']} steps, {entry['seconds']:.0f} s"
-        note = f", {entry['cut']} rows cut to {settings.train_adapters.max_length} tokens" if entry["cut"] else ""
-        console.print(f"{entry['folder']}: loss {entry['loss']:.3f} ({state}{note})", markup=False)
-    return report
+        read_rows(settings.paths.data, name, "train", max_rows)
+    return names
 
 
-def _gates(
-    ctx: typer.Context,
-    settings: Settings,
-    base: BaseReference,
-    device: torch.device,
-    dtype: torch.dtype,
-    task: str | None,
-    out_dir: Path | None,
-    max_rows: int | None,
-    resume: bool,
-    force: bool,
-) -> dict[str, Any]:
-    from meteora_core.adapters.bank import AdapterBank
-    from meteora_core.data.rows import available_tasks
-    from meteora_core.model.base import load_base, load_tokenizer
+def _gate_folders(settings: Settings, names: list[str], max_rows: int | None) -> dict[str, Path]:
+    """Adapters and their folders, each with a dataset that can be read."""
+    from meteora_core.data.rows import available_tasks, read_rows
     from meteora_core.training.common import adapter_folders
-    from meteora_core.training.gates import check_pairs, train_gates
+    from meteora_core.training.gates import check_pairs
 
-    folders = adapter_folders(settings.paths.adapters, _names(task))
+    folders = adapter_folders(settings.paths.adapters, [] if names == ["all"] else names)
     check_pairs(tuple(folders), available_tasks(settings.paths.data))
-    target = out_dir or settings.paths.runs / "meteora"
-    with progress(ctx) as bars:
+    for name in folders:
+        read_rows(settings.paths.data, name, "train", max_rows)
+    return folders
+
+
+def _adapters(run: _Run, names: list[str], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
+    from meteora_core.data.tasks import check_name
+    from meteora_core.errors import UsageError
+    from meteora_core.model.base import load_base, load_tokenizer
+    from meteora_core.training.adapters import train_adapter
+    from meteora_core.training.together import train_together
+
+    settings = run.settings.train_adapters
+    if balanced is not None:
+        check_name(balanced)
+    if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
+        raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    with run.progress() as bars:
+        model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
+        tokenizer = load_tokenizer(run.base, progress=bars)
+        options: dict[str, Any] = {
+            "base": run.base,
+            "data_dir": run.settings.paths.data,
+            "out_dir": run.out_dir or run.settings.paths.adapters,
+            "settings": settings,
+            "max_rows": run.max_rows,
+            "resume": run.resume,
+            "force": run.force,
+            "runtime": run.runtime,
+            "progress": bars,
+        }
+        if together:
+            done = train_together(model, tokenizer, names, **options)
+        elif balanced is not None:
+            done = [train_adapter(model, tokenizer, balanced, tasks=names, **options)]
+        else:
+            done = [train_adapter(model, tokenizer, name, **options) for name in names]
+    for each in done if run.runtime.is_main else []:
+        state = "was there already" if each.skipped else f"{each.steps} steps, {each.seconds:.0f} s"
+        note = f", {each.cut} rows cut to {settings.max_length} tokens" if each.cut else ""
+        console.print(f"{each.folder}: loss {each.loss:.3f} ({state}{note})", markup=False)
+    return [{**each.__dict__, "folder": str(each.folder)} for each in done]
+
+
+def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
+    from meteora_core.adapters.bank import AdapterBank
+    from meteora_core.model.base import load_base, load_tokenizer
+    from meteora_core.training.gates import train_gates
+
+    settings = run.settings
+    with run.progress() as bars:
         bank = AdapterBank.from_peft(folders, progress=bars)
-        model = load_base(base, dtype=dtype, device=device, progress=bars)
+        model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
         done = train_gates(
             model,
-            load_tokenizer(base, progress=bars),
+            load_tokenizer(run.base, progress=bars),
             bank,
-            base=base,
+            base=run.base,
             data_dir=settings.paths.data,
-            folder=target,
+            folder=run.out_dir or settings.paths.runs / "meteora",
             settings=settings.train_gates,
             top_k=min(settings.routing.top_k, len(bank)) if "top_k" not in settings.routing.model_fields_set else settings.routing.top_k,
             temperature=settings.routing.temperature or 1.0,
             backend=settings.model.backend,
-            max_rows=max_rows,
-            resume=resume,
-            force=force,
+            max_rows=run.max_rows,
+            resume=run.resume,
+            force=run.force,
+            runtime=run.runtime,
             progress=bars,
         )
+    report = {**done.__dict__, "folder": str(done.folder)}
+    if not run.runtime.is_main:
+        return report
     state = "was there already" if done.skipped else f"{done.steps} steps, {done.seconds:.0f} s"
-    console.print(f"{done.folder}: loss {done.loss:.3f} ({state})", markup=False)
+    note = f", {done.cut} rows cut to {settings.train_gates.max_length} tokens" if done.cut else ""
+    console.print(f"{done.folder}: loss {done.loss:.3f} ({state}{note})", markup=False)
     if done.held_out:
         from rich.table import Table
 
         table = Table("held-out train rows", "value")
         for name, value in done.held_out.items():
             table.add_row(name, f"{value:.1%}" if "accuracy" in name else f"{value:.3f}")
-        (console if ctx.obj is None else out).print(table)
-    return {**done.__dict__, "folder": str(done.folder)}
+        (console if run.as_json else out).print(table)
+    return report

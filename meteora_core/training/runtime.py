@@ -175,7 +175,8 @@ def start_runtime(device: str = "auto") -> Runtime:
         raise cannot_shard(sharding)
     accelerator = Accelerator(cpu=on_cpu)
     kind: Kind = "ddp" if sharding is None else sharding  # type: ignore[assignment]
-    return Runtime(kind, accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+    device_used = torch.device("cpu") if on_cpu else accelerator.device
+    return Runtime(kind, accelerator.process_index, accelerator.num_processes, device_used, accelerator)
 
 
 def cannot_shard(launcher: str) -> UsageError:

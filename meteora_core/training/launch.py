@@ -1,0 +1,152 @@
+"""Starting several processes: an accelerate configuration from the settings, the launch command as an argument list, and its life.
+
+accelerate starts the processes (through torchrun) and ends all of them when one dies. It takes GPUs and CPUs by the same configuration: on CPUs the
+processes find no GPU and talk through gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from meteora_core.errors import UsageError
+from meteora_core.settings import LaunchSettings
+from meteora_core.training.runtime import cannot_shard
+
+GRACE = 40.0
+"""Seconds that the processes have to end by themselves after Ctrl-C (the launcher itself waits 30 s before it kills them)."""
+
+
+def process_count(settings: LaunchSettings, devices: int) -> int:
+    """How many processes to start over all machines.
+
+    Args:
+        settings: What is wished.
+        devices: GPUs of this machine that may be used; 0 on a CPU.
+
+    Raises:
+        UsageError: The number is unknown, does not divide by the machines, or is larger than the GPUs that are there; or the launcher shards and there
+            are no GPUs.
+    """
+    if settings.launcher in ("fsdp", "deepspeed") and devices == 0:
+        raise cannot_shard(settings.launcher)
+    if settings.num_processes is None and devices == 0:
+        raise UsageError("how many processes? There is no GPU to count", hint="pass --num-processes N")
+    count = settings.num_processes or devices * settings.num_machines
+    if count % settings.num_machines:
+        raise UsageError(f"{count} processes cannot be spread evenly over {settings.num_machines} machines", hint="choose --num-processes accordingly")
+    if devices and count // settings.num_machines > devices:
+        raise UsageError(f"{count // settings.num_machines} processes on a machine with {devices} GPUs", hint="one process a GPU: lower --num-processes")
+    if settings.num_machines > 1 and settings.main_process_ip is None:
+        raise UsageError("several machines need the address of machine 0", hint="pass --main-process-ip")
+    if settings.machine_rank >= settings.num_machines:
+        raise UsageError(f"--machine-rank {settings.machine_rank} of {settings.num_machines} machines", hint="ranks count from 0")
+    if settings.launcher == "deepspeed" and find_spec("deepspeed") is None:
+        raise UsageError("--launcher deepspeed, and deepspeed is not installed", hint="pip install deepspeed, or use --launcher fsdp")
+    return count
+
+
+def launch_config(settings: LaunchSettings, processes: int, *, accumulation: int = 1, max_grad_norm: float = 1.0) -> dict[str, Any]:
+    """accelerate's configuration file.
+
+    The number type is the model's own business, so mixed precision is off. FSDP is version 2; its units are the decoder layers that the model names.
+
+    Args:
+        settings: Launcher and machines.
+        processes: Over all machines.
+        accumulation, max_grad_norm: Of the training; DeepSpeed wants to know them.
+    """
+    several = settings.num_machines > 1
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}[settings.launcher],
+        "num_processes": processes,
+        "num_machines": settings.num_machines,
+        "machine_rank": settings.machine_rank,
+        "main_process_port": settings.main_process_port if several else 0,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "mixed_precision": "no",
+        "use_cpu": False,
+        "debug": False,
+    }
+    if settings.main_process_ip:
+        config["main_process_ip"] = settings.main_process_ip
+    if settings.launcher == "fsdp":
+        config["fsdp_config"] = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": settings.reshard_after_forward,
+            "fsdp_offload_params": settings.cpu_offload,
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_activation_checkpointing": False,
+        }
+    if settings.launcher == "deepspeed":
+        offload = "cpu" if settings.cpu_offload else "none"
+        config["deepspeed_config"] = {
+            "zero_stage": settings.zero_stage,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": max_grad_norm,
+            "offload_optimizer_device": offload,
+            "offload_param_device": offload if settings.zero_stage == 3 else "none",
+            "zero3_init_flag": False,
+        }
+    return config
+
+
+def launch_command(config_file: Path, arguments: Sequence[str]) -> list[str]:
+    """The command that starts the processes.
+
+    Args:
+        config_file: Holds :func:`launch_config`.
+        arguments: Of ``meteora``, for each process.
+    """
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file), "-m", "meteora_cli.app", *arguments]
+
+
+def run_command(command: Sequence[str], *, threads: int | None = None) -> int:
+    """Run a launch command to its end; Ctrl-C and a request to terminate are passed on to it.
+
+    Args:
+        command: The argument list; no shell sees it.
+        threads: CPU threads of each process; None leaves them alone.
+
+    Returns:
+        Its exit code; 128 + the signal's number when a signal ended it or this call (130 for Ctrl-C).
+    """
+    environment = dict(os.environ)
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    child = subprocess.Popen(list(command), env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        with suppress(ProcessLookupError):
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while True:
+            try:
+                code = child.wait(timeout=GRACE if received else 1.0)
+                break
+            except subprocess.TimeoutExpired:
+                if received:
+                    with suppress(ProcessLookupError):
+                        os.killpg(child.pid, signal.SIGKILL)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code

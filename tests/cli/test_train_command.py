@@ -1,0 +1,207 @@
+"""`meteora train`: flags, what is refused, and several processes against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "METEORA_MODEL__DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base model, two datasets and two trained adapters, in one folder."""
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=98, initializer_range=0.2, max_position_embeddings=128, **sizes)).save_pretrained(folder / "base")
+    vocabulary = {"<s>": 0, "</s>": 1, **{chr(code): code - 30 for code in range(32, 127)}, "\n": 97}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>").save_pretrained(folder / "base")
+    for task, answer in (("shout", lambda i: chr(65 + i % 26) * (1 + i % 5)), ("count", lambda i: str(i % 9 + 1))):
+        (folder / "datasets" / task).mkdir(parents=True)
+        rows = [{"prompt": f"{task} {i}\n", "response": answer(i)} for i in range(60)]
+        for split in ("train", "test"):
+            (folder / "datasets" / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = shell(folder, "--stage", "adapters", "--task", "all", "--together", "--max-steps", "3", "--rank", "2", "--json")
+    assert [entry["task"] for entry in json.loads(result.stdout)] == ["count", "shout"]
+    return folder
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "meteora_cli.app", "train", "--base", "base", *flags]
+
+
+def shell(folder: Path, *flags: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **ENVIRONMENT, **environment}
+    done = subprocess.run(command(*flags), cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def training(folder: Path) -> dict:
+    return json.loads((folder / "meteora_config.json").read_text())["training"]
+
+
+GATES = ("--max-steps", "5", "--lr", "1e-2", "--log-steps", "1", "--save-steps", "2", "--eval-steps", "5", "--log-to", "none", "--init", "zeros")
+DDP = ("--launcher", "ddp", "--num-processes", "2")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(place) -> None:
+    shell(place, *GATES, "--batch-size", "6", "--accumulation", "2", "--out", "one")
+    done = shell(place, *GATES, *DDP, "--batch-size", "3", "--accumulation", "2", "--out", "two", "--json")
+    report = json.loads(done.stdout)
+    one, two = training(place / "one"), training(place / "two")
+    assert [entry["loss"] for entry in two["history"]] == pytest.approx([entry["loss"] for entry in one["history"]], rel=1e-5, abs=1e-5)
+    for name in ("lm", "gate", "accuracy/q_proj", "lm/shout"):
+        assert [entry.get(name) for entry in two["history"]] == pytest.approx([entry.get(name) for entry in one["history"]], rel=1e-4, abs=1e-4)
+    assert two["inputs"] == one["inputs"]
+    assert two["tokens"] == one["tokens"]
+    assert report["held_out"] == pytest.approx(one["held_out"], rel=1e-3, abs=1e-4)
+    gates = [load_file(place / name / "meteora.safetensors") for name in ("one", "two")]
+    for name, tensor in gates[0].items():
+        torch.testing.assert_close(gates[1][name], tensor, rtol=0, atol=1e-4)
+    assert any(tensor.abs().max() > 1e-3 for tensor in gates[0].values())
+    assert not list(place.glob(".launch*"))
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_resumes_on_one(place) -> None:
+    """A launched run is killed after it saved a state; one process finishes it, and ends where one process alone would have."""
+    flags = (*GATES[2:], "--max-steps", "400", "--save-steps", "20", "--eval-steps", "0")
+    states = place / ".long.states"
+    words, variables = command(*flags, *DDP, "--batch-size", "2", "--out", "long"), {**os.environ, **ENVIRONMENT}
+    child = subprocess.Popen(words, cwd=place, env=variables, start_new_session=True, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: any(states.glob("step-*/state.json")), child)
+    finally:
+        child.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        child.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert child.returncode == 130
+    assert not (place / "long").exists()
+    saved = max(int(path.name[5:]) for path in states.glob("step-*"))
+    assert saved < 400
+    shell(place, *flags, "--batch-size", "4", "--out", "long", "--resume")
+    shell(place, *flags, "--batch-size", "4", "--out", "short")
+    one, resumed = training(place / "short"), training(place / "long")
+    assert len(resumed["history"]) == 400
+    assert [entry["loss"] for entry in resumed["history"]] == pytest.approx([entry["loss"] for entry in one["history"]], rel=1e-2)
+    whole, cut = (load_file(place / name / "meteora.safetensors") for name in ("short", "long"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=0, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_a_dead_worker_ends_the_job(place) -> None:
+    child = subprocess.Popen(
+        command(*GATES[2:], "--max-steps", "100000", "--eval-steps", "0", *DDP, "--batch-size", "2", "--out", "dead", "--save-steps", "10"),
+        cwd=place,
+        env={**os.environ, **ENVIRONMENT},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: any((place / ".dead.states").glob("step-*/state.json")), child)
+        workers = [pid for pid in descendants(child.pid) if b"--out\0dead" in Path(f"/proc/{pid}/cmdline").read_bytes() and rank_of(pid) == 1]
+        assert len(workers) == 1
+        os.kill(workers[0], signal.SIGKILL)
+        began = time.monotonic()
+        assert child.wait(timeout=60) not in (0, None)
+        assert time.monotonic() - began < 60
+        assert not descendants(child.pid)
+    finally:
+        child.kill()
+
+
+def wait_for(condition, child) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        assert child.poll() is None, child.stderr.read() if child.stderr else "ended"
+        time.sleep(0.1)
+    raise AssertionError("nothing happened within two minutes")
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children") if Path(f"/proc/{pid}").exists() else ():
+        for child in map(int, thread.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def rank_of(pid: int) -> int:
+    variables = dict(part.split(b"=", 1) for part in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in part)
+    return int(variables.get(b"RANK", b"-1"))
+
+
+def inside(meteora, monkeypatch, place, *flags: str):
+    """The command in this process."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    return meteora("train", "--base", "base", *flags)
+
+
+def test_dry_run_prints_the_command_and_starts_nothing(meteora, place, monkeypatch) -> None:
+    flags = ("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2", "--machine-rank", "1", "--main-process-ip", "10.0.0.1")
+    own = ("--lr", "0.01", "--gradient-checkpointing", "--T", "2.0", "--init", "arrow")
+    words = inside(meteora, monkeypatch, place, *flags, *own, "--dry-run").json
+    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert words[words.index("-m", 3) :] == ["-m", "meteora_cli.app", "train", "--base", "base", *own, "--launcher", "none"]
+    config = inside(meteora, monkeypatch, place, *flags, "--dry-run", "--json").json["config"]
+    assert (config["num_processes"], config["num_machines"], config["machine_rank"], config["main_process_ip"]) == (4, 2, 1, "10.0.0.1")
+    assert not list(place.glob(".launch*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--launcher", "fsdp", "--num-processes", "2"), "--launcher fsdp needs GPUs"),
+        (("--launcher", "deepspeed"), "use --launcher ddp"),
+        (("--launcher", "ddp"), "how many processes"),
+        (("--launcher", "ddp", "--num-processes", "3", "--num-machines", "2", "--main-process-ip", "x"), "cannot be spread evenly"),
+        (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2"), "address of machine 0"),
+        (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2", "--main-process-ip", "x", "--machine-rank", "2"), "--machine-rank 2"),
+        (("--dry-run",), "--dry-run"),
+        (("--together",), "--stage adapters"),
+        (("--stage", "adapters", "--task", "all", "--together", "--balanced"), "choose one"),
+        (("--stage", "adapters"), "no task given"),
+        (("--composite-rows", "2"), "composite_rows"),
+        (("--task", "nothing"), "no adapter 'nothing'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, monkeypatch, flags, message) -> None:
+    ran = inside(meteora, monkeypatch, place, *flags)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert message in ran.err
+
+
+def test_the_sharding_configurations() -> None:
+    from meteora_core.settings import LaunchSettings
+    from meteora_core.training.launch import launch_config, process_count
+
+    fsdp = LaunchSettings(launcher="fsdp", cpu_offload=True)
+    assert process_count(fsdp, 8) == 8
+    config = launch_config(fsdp, 8)
+    assert config["distributed_type"] == "FSDP"
+    assert config["fsdp_config"]["fsdp_version"] == 2
+    assert config["fsdp_config"]["fsdp_offload_params"] is True
+    zero = launch_config(LaunchSettings(launcher="deepspeed", zero_stage=2), 4, accumulation=2, max_grad_norm=0.5)
+    assert zero["deepspeed_config"]["zero_stage"] == 2
+    assert zero["deepspeed_config"]["gradient_clipping"] == 0.5
+    assert zero["deepspeed_config"]["offload_param_device"] == "none"
