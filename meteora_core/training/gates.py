@@ -192,7 +192,7 @@ def train_gates(
     if runtime.is_main:
         save_checkpoint(model, folder, base=base, adapters=settings.trainable == "gates+adapters", dtype=kept, training=training)
         shutil.rmtree(states, ignore_errors=True)
-    for _, layer in meteora_layers(model):
+    for _, layer in meteora_layers(model) if runtime.kind in ("none", "ddp") else ():
         for parameter in (layer.gate, layer.lora_A, layer.lora_B):
             parameter.data = parameter.data.to(kept).to(dtype)
     set_trainable(model, "none")

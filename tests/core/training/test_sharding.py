@@ -1,0 +1,82 @@
+"""The attached model sharded over two processes equals one process: losses, gates, and a state that resumes anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from safetensors.torch import load_file
+from test_stages import adapters, data, gates, held_out_rows
+
+from meteora_core import AdapterBank, attach
+from meteora_core.training.runtime import layer_classes, shard_units
+
+__all__ = ["adapters", "data"]
+
+SETTINGS = {"max_steps": 5, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, "log_to": "none", "accumulation": 2, "eval_steps": 5, "init": "zeros"}
+
+
+def sharded(data: Path, adapters: Path, folder: Path, batch_size: int, **more) -> None:
+    options = {
+        "data": str(data),
+        "adapters": str(adapters),
+        "folder": str(folder),
+        "settings": {**SETTINGS, "batch_size": batch_size, **more.pop("settings", {})},
+        **more,
+    }
+    worker = Path(__file__).with_name("sharded_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker), json.dumps(options)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def training(folder: Path) -> dict:
+    return json.loads((folder / "meteora_config.json").read_text())["training"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"trainable": "gates+adapters", "gradient_checkpointing": True}])
+def test_two_sharded_processes_equal_one(data, adapters, tmp_path, more) -> None:
+    held_out_rows(data)
+    sharded(data, adapters, tmp_path / "two", 2, settings=more)
+    gates(data, adapters, tmp_path / "one", **{**SETTINGS, "batch_size": 4, **more})
+    one, two = training(tmp_path / "one"), training(tmp_path / "two")
+    assert one["inputs"] == two["inputs"]
+    assert [entry["loss"] for entry in two["history"]] == pytest.approx([entry["loss"] for entry in one["history"]], rel=1e-5, abs=1e-5)
+    assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3, abs=1e-4)
+    assert len(two["evaluations"]) == 1
+    whole, gathered = (load_file(tmp_path / name / "meteora.safetensors") for name in ("one", "two"))
+    assert whole.keys() == gathered.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(gathered[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_sharded_processes_saved_resumes_on_one_and_the_other_way_round(data, adapters, tmp_path) -> None:
+    gates(data, adapters, tmp_path / "one", **{**SETTINGS, "batch_size": 4})
+    sharded(data, adapters, tmp_path / "cut", 2, stop=4)
+    assert [path.name for path in (tmp_path / ".cut.states").iterdir()] == ["step-4"]
+    saved = load_file(tmp_path / ".cut.states" / "step-4" / "state.safetensors")
+    assert {name.split(".")[0] for name in saved} == {"param", "adam"}
+    sharded(data, adapters, tmp_path / "cut", 2)
+    sharded(data, adapters, tmp_path / "moved", 2, stop=2)
+    gates(data, adapters, tmp_path / "moved", resume=True, **{**SETTINGS, "batch_size": 4})
+    whole = load_file(tmp_path / "one" / "meteora.safetensors")
+    for name in ("cut", "moved"):
+        assert [entry["loss"] for entry in training(tmp_path / name)["history"]] == pytest.approx(
+            [entry["loss"] for entry in training(tmp_path / "one")["history"]], rel=1e-5, abs=1e-5
+        )
+        for key, tensor in load_file(tmp_path / name / "meteora.safetensors").items():
+            torch.testing.assert_close(tensor, whole[key], rtol=0, atol=1e-4)
+
+
+def test_the_wrap_policy_takes_decoder_layers(make_adapter) -> None:
+    model = attach(make_tiny_llama(), AdapterBank.from_peft({"a": make_adapter("a")}), top_k=1)
+    assert layer_classes(model) == ["LlamaDecoderLayer"]
+    assert list(shard_units(model)) == list(model.model.layers)
