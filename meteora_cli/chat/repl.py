@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from meteora_cli.chat.answer import show_answer
 from meteora_cli.chat.render import Painter
 from meteora_cli.chat.slash import COMMANDS, FILE_COMMANDS, Chat, Quit, run_command
-from meteora_cli.console import report_error
 from meteora_core.errors import MeteoraError
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def run_repl(chat: Chat, read: Callable[[], str]) -> None:
         except Quit:
             return
         except MeteoraError as error:
-            report_error(error)
+            chat.fail(error)
         except KeyboardInterrupt:
             chat.say("stopped")
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from meteora_cli.chat import panels
 from meteora_core.chat.options import options_for
-from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.errors import MeteoraError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +42,12 @@ class Chat:
     def say(self, text: str) -> None:
         """One note."""
         self.notes.print(text, markup=False, style="dim")
+
+    def fail(self, error: MeteoraError) -> None:
+        """What went wrong, and what to do about it."""
+        self.notes.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+        if error.hint:
+            self.notes.print(Text.assemble(("hint: ", "bold yellow"), error.hint), soft_wrap=True)
 
 
 @dataclass(frozen=True)
