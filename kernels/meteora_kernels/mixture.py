@@ -85,7 +85,8 @@ def lora_mixture(
         allowed: bool (N,), adapters that may be chosen.
         backend: One of :data:`BACKENDS`. A named one that cannot run here raises; ``auto`` chooses one that can.
         return_logits: Also return the gate logits (..., N).
-        max_rank: The largest rank, if known; otherwise it is read off ``offsets`` once (a GPU waits for that; compiled code cannot).
+        max_rank: The largest rank, if known; otherwise it is read off ``offsets`` once (a GPU waits for that; compiled code multiplies all
+            adapters instead).
 
     Returns:
         (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair with the logits.
@@ -106,6 +107,8 @@ def lora_mixture(
             raise ValueError(f"the triton backend cannot run here: {reason}")
     if backend == "triton" and routes is not None and routes[1].requires_grad:
         backend = "dense"  # the kernels give given weights no gradient
+    if backend == "dense" and torch.compiler.is_compiling():
+        backend = "reference"  # the same numbers; plain operators are what a compiler can trace and fuse
     options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "lora_x": lora_x, "routes": routes, "allowed": allowed}
     arguments = (x, base_output, gate, lora_A, lora_B, scaling, offsets)
     if backend != "triton":

@@ -347,8 +347,10 @@ def _flat(
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, base_output, gate, lora_A, lora_B))
     path = "many"
     if not differentiable and routes is None and flat_lora_x is None:
-        max_rank = layout_of(offsets).max_rank if max_rank is None else max_rank
-        path = plan.path(tokens.shape[0], rank, top_k, max_rank)
+        if max_rank is None and not torch.compiler.is_compiling():
+            max_rank = layout_of(offsets).max_rank
+        if max_rank is not None:
+            path = plan.path(tokens.shape[0], rank, top_k, max_rank)
     if path == "few":
         sparse = plan.chosen_rows_only(rank, top_k, max_rank or 0)
         found = mix_few_op(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature, not sparse)

@@ -95,7 +95,7 @@ class FusedGroup:
             return MeteoraLinear.forward(self.layers[index], x)
         if len(self.layers) == 1:
             return self._compute(x)[0]
-        version = 0 if x.is_inference() else x._version
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         found = self.waiting[index]
         if found is None or self.seen is not x or self.version != version:
             if any(output is not None for output in self.waiting):

@@ -102,3 +102,18 @@ def test_refuses_where_the_kernels_cannot_run(model, monkeypatch: pytest.MonkeyP
     assert not is_fused(model)
     with pytest.raises(UsageError):
         fuse(make_tiny_llama())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["dense", "triton", "fused"])
+def test_compiles_without_a_graph_break(model, backend: str) -> None:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        expected = model(IDS.to(device)).logits
+        if backend == "fused":
+            fuse(model)
+        else:
+            routing_state(model).backend = backend
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IDS.to(device)).logits, expected, rtol=1e-4, atol=1e-4)
