@@ -1,4 +1,7 @@
-"""One of several processes that train the tiny model's gates, sharded by PyTorch's own ``fully_shard`` over gloo; started by test_sharding.py."""
+"""One of several processes that train the tiny model's gates, sharded over gloo; started by test_sharding.py.
+
+PyTorch's own ``fully_shard`` shards, or accelerate's FSDP 2 code. accelerate does not shard on CPUs by itself, so there it is told that it does.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,27 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+
+def accelerate_fsdp():
+    """An accelerator whose plugin is what the launcher's configuration makes of the default settings."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from meteora_core.settings import LaunchSettings
+    from meteora_core.training.launch import launch_config
+
+    config = launch_config(LaunchSettings(launcher="fsdp"), 2)["fsdp_config"]
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=config["fsdp_version"],
+        reshard_after_forward=config["fsdp_reshard_after_forward"],
+        auto_wrap_policy=config["fsdp_auto_wrap_policy"],
+        cpu_ram_efficient_loading=config["fsdp_cpu_ram_efficient_loading"],
+        state_dict_type=config["fsdp_state_dict_type"],
+    )
+    return accelerator
 
 
 def main() -> None:
@@ -22,7 +46,9 @@ def main() -> None:
 
     options = json.loads(sys.argv[1])
     data, adapters, folder = (Path(options[key]) for key in ("data", "adapters", "folder"))
-    torch.distributed.init_process_group("gloo")
+    accelerator = accelerate_fsdp() if options.get("accelerate") else None
+    if accelerator is None:
+        torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if stop := options.get("stop"):
         real = loop._Stepper.step
@@ -44,7 +70,7 @@ def main() -> None:
         folder=folder,
         settings=GateTrainSettings(**options["settings"]),
         resume=True,
-        runtime=Runtime("fsdp", rank, world, torch.device("cpu")),
+        runtime=Runtime("fsdp", rank, world, torch.device("cpu"), accelerator),
     )
     sharded = {name: type(parameter).__name__ for name, parameter in base.named_parameters()}
     assert sharded["model.layers.0.self_attn.q_proj.base_layer.weight"] == "DTensor", sharded

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from peft import LoraConfig, get_peft_model
 
 from meteora_core.training import loss as loss_module
 from meteora_core.training.loss import lm_loss_sum
 from meteora_core.training.rows import TrainRow, collate
+from tiny_models import make_tiny_llama
 
 
 def batch():

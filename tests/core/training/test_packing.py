@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from conftest import make_tiny_llama
 
 from meteora_core import AdapterBank, attach
 from meteora_core.model.attach import meteora_layers
@@ -12,6 +11,7 @@ from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.plan import plan_packed
 from meteora_core.training.rows import TrainRow, collate, collate_packed
+from tiny_models import make_tiny_llama
 
 
 def some_rows():

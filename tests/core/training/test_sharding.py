@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from safetensors.torch import load_file
 from test_stages import adapters, data, gates, held_out_rows
 
 from meteora_core import AdapterBank, attach
 from meteora_core.training.runtime import layer_classes, shard_units
+from tiny_models import make_tiny_llama
 
 __all__ = ["adapters", "data"]
 
@@ -41,10 +41,11 @@ def training(folder: Path) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accelerate", [False, True])
 @pytest.mark.parametrize("more", [{}, {"trainable": "gates+adapters", "gradient_checkpointing": True}])
-def test_two_sharded_processes_equal_one(data, adapters, tmp_path, more) -> None:
+def test_two_sharded_processes_equal_one(data, adapters, tmp_path, more, accelerate) -> None:
     held_out_rows(data)
-    sharded(data, adapters, tmp_path / "two", 2, settings=more)
+    sharded(data, adapters, tmp_path / "two", 2, settings=more, accelerate=accelerate)
     gates(data, adapters, tmp_path / "one", **{**SETTINGS, "batch_size": 4, **more})
     one, two = training(tmp_path / "one"), training(tmp_path / "two")
     assert one["inputs"] == two["inputs"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from safetensors.torch import load_file
 from test_training_rows import letters
 
@@ -25,6 +24,7 @@ from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.measure import measure_gates
 from meteora_core.training.rows import collate, encode_rows
+from tiny_models import make_tiny_llama
 
 BASE = BaseReference("tiny")
 IDS = torch.randint(3, 98, (2, 12), generator=torch.Generator().manual_seed(5))
