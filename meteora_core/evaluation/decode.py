@@ -27,6 +27,10 @@ SHRINK = 0.75
 """Rows leave a growing cache once at most this share of the batch goes on."""
 LOOK = 8
 """Steps between two looks whether all rows are done, on a GPU: a look waits for the GPU."""
+TAIL = 4
+"""Once at most one row in so many goes on, a fixed cache hands them to one that is smaller by this factor."""
+TAIL_STEPS = 64
+"""Only if so many steps may be left: the smaller cache needs a graph of its own."""
 CAPACITY = 256
 """Fixed caches are a multiple of this long, so that batches of like length share a graph."""
 
@@ -142,6 +146,7 @@ class FixedDecoder:
 
         self.model, self.options = plain(model), _arguments(plain(model))
         self.rows, self.capacity, self.eos = rows, capacity, eos
+        self.tail: FixedDecoder | None = None
         device = next(model.parameters()).device
         with torch.inference_mode():
             self.cache = StaticCache(config=self.model.config, max_cache_len=capacity)
@@ -207,15 +212,48 @@ class FixedDecoder:
         positions = batch.positions()[spare]
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, **self.options)
         self._choose(output.logits[:, -1])
-        for step in range(1, steps):
-            if step % LOOK == 1 and bool(self.done.all()):
-                break
+        self._run(1, steps)
+        made = self.text.text[:count, width : width + steps].tolist()
+        return [_cut(row, most, self.eos) for row, most in zip(made, batch.room, strict=True)]
+
+    def _run(self, step: int, steps: int) -> None:
+        """Go on from ``step`` until all rows are done."""
+        for now in range(step, steps):
+            if now % LOOK == 1:
+                keep = (~self.done).nonzero().flatten()
+                if not len(keep):
+                    return
+                if len(keep) * TAIL <= self.rows and self.rows >= 2 * TAIL and steps - now >= TAIL_STEPS:
+                    self._hand_over(keep, now, steps)
+                    return
             if self.graph is not None:
                 self.graph.replay()
             else:
                 self._step()
-        made = self.text.text[:count, width : width + steps].tolist()
-        return [_cut(row, most, self.eos) for row, most in zip(made, batch.room, strict=True)]
+
+    def _hand_over(self, keep: Tensor, step: int, steps: int) -> None:
+        """Let the rows ``keep`` go on in a smaller cache, and take their texts back."""
+        if self.tail is None:
+            self.tail = FixedDecoder(self.model, self.rows // TAIL, self.capacity, self.eos, self.text.size)
+        self.tail._take(self, keep)
+        self.tail._run(step, steps)
+        self.text.text[keep] = self.tail.text.text[: len(keep)]
+
+    def _take(self, other: FixedDecoder, keep: Tensor) -> None:
+        """Become the state of some rows of another decoder of the same capacity."""
+        spare = keep[torch.arange(self.rows, device=keep.device) % len(keep)]
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            keys, values = theirs.keys[spare], theirs.values[spare]
+            if not mine.is_initialized:
+                mine.lazy_initialization(keys, values)
+            mine.keys.copy_(keys)
+            mine.values.copy_(values)
+            mine.cumulative_length.copy_(theirs.cumulative_length)
+        self.text.take(other.text, spare)
+        self.slot.copy_(other.slot)
+        for name in ("token", "positions", "mask", "last"):
+            getattr(self, name).copy_(getattr(other, name)[spare])
+        self.done.copy_(torch.arange(self.rows, device=keep.device) >= len(keep))
 
 
 def can_be_fixed(model: PreTrainedModel) -> bool:

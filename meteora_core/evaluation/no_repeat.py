@@ -84,3 +84,8 @@ class NoRepeat:
         made = NoRepeat.__new__(NoRepeat)
         made.text, made.size, made._runs, made._spread = self.text[rows], self.size, self._runs[rows], self._spread
         return made
+
+    def take(self, other: NoRepeat, rows: Tensor) -> None:
+        """Become some of another batch's texts, by index; the shapes must fit."""
+        self.text.copy_(other.text[rows])
+        self._runs.copy_(other._runs[rows])
