@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from meteora_cli.commands import chat, ckpt, config, data, quickstart, trace, train
+from meteora_cli.commands import bench_kernels, chat, ckpt, config, data, quickstart, trace, train
 from meteora_cli.commands import eval as evaluate
 from meteora_cli.console import Globals, report_error
 
@@ -28,6 +28,7 @@ app.command("train")(train.train)
 app.add_typer(evaluate.app, name="eval")
 app.command("chat")(chat.chat)
 app.command("trace")(trace.trace)
+app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.add_typer(config.app, name="config")
 
 

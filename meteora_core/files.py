@@ -16,7 +16,6 @@ from typing import IO, Any
 
 from meteora_core.errors import DataError, MeteoraError, StorageError
 
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -253,6 +253,7 @@ class _Session:
         """One cell of the table, from the cache when nothing that it depends on has changed."""
         from meteora_core.adapters.peft_folder import WEIGHTS
         from meteora_core.checkpoints.native import WEIGHT_FILE
+        from meteora_core.evaluation.metrics import exact_match
         from meteora_core.training.common import short_hash
 
         limit = self.plan.composite_rows if task == COMPOSITE else self.plan.test_rows
@@ -266,6 +267,7 @@ class _Session:
             "data": sha256(split_path(self.data, task, "test")),
             "weights": sha256(weights) if weights else None,
             "new_tokens": _new_tokens(task),
+            "metrics": 2,
         }
         file = self.plan.folder / "results" / kind / f"{task}.json"
         if file.is_file():
@@ -273,6 +275,9 @@ class _Session:
             if cached.get("inputs_hash") == short_hash(inputs):
                 return dict(cached["metrics"])
         result = self._run(kind, task, limit)
+        if result.task.metric == "contains":
+            exact = [exact_match(sample.response, sample.row.response, "corrected") for sample in result.samples]
+            result.scores.metrics["exact"] = sum(map(bool, exact)) / len(exact)
         samples = [{"doc_id": s.doc_id, "prompt": s.row.prompt, "reference": s.row.response, "response": s.response} for s in result.samples]
         record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": result.scores.metrics, "counts": result.scores.counts}
         write_json(file, {**record, "seconds": round(result.seconds, 1), "samples": samples})
@@ -308,4 +313,3 @@ def next_commands(folder: Path) -> list[tuple[str, str]]:
         ("meteora data list", "all tasks that can be built"),
         ("meteora train --help", "your own adapters and gates"),
     ]
-

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny_models import make_tiny_llama
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -23,27 +25,8 @@ def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def make_tiny_llama(seed: int = 0, **changes: int):  # noqa: ANN201
-    """A random Llama: 2 layers, hidden 32, grouped-query attention, float32, evaluation mode."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**sizes, **changes}, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture
-def tiny_llama():  # noqa: ANN201
+def tiny_llama():
     """A fresh tiny Llama."""
     return make_tiny_llama()
 

@@ -6,9 +6,9 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from meteora_core.files import write_jsonl
+from tiny_models import make_tiny_llama
 
 SIZES = {"vocab_size": 112}
 TASKS = ("logical_deduction", "question_selection", "strategyqa")
@@ -42,24 +42,11 @@ def rows(task: str, count: int) -> list[dict[str, str]]:
     return [{"prompt": f"[INST] {task[: 3 + 5 * (i % 5)]} {i * 37} [/INST]\n", "response": ("yes" if i % 2 else "no") + f" {i}"} for i in range(count)]
 
 
-def _root_conftest() -> ModuleType:
-    """The conftest.py beside this file; ``import conftest`` may find another folder's."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("root_conftest", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def make_workspace(folder: Path, make_adapter: Callable[..., Path], count: int = 7) -> Workspace:
     """Write everything below ``folder``; the adapters go where ``make_adapter`` puts them."""
     from meteora_core import AdapterBank, attach, save_checkpoint
     from meteora_core.model.base import BaseReference
 
-    make_tiny_llama = _root_conftest().make_tiny_llama
     base, data, checkpoint = folder / "base", folder / "datasets", folder / "runs" / "meteora"
     model = make_tiny_llama(initializer_range=0.3, **SIZES)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2

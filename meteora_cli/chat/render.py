@@ -60,7 +60,7 @@ class Painter:
         pattern = _PATTERNS[look(adapter).pattern]
         if self.system in ("standard", "windows"):
             return Style.parse(f"{_SIXTEEN[adapter % len(HUES)]} {pattern}".strip())
-        return Style.parse(f"black on {tint(adapter, weight)} {pattern}".strip())
+        return Style.parse(f"#000000 on {tint(adapter, weight)} {pattern}".strip())
 
     def pieces(self, text: str, adapter: int, weight: float) -> list[tuple[str, Style]]:
         """A token as styled pieces; without colour the first of an adapter brings its name along."""

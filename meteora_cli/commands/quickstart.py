@@ -65,14 +65,17 @@ def quickstart(
 def _table(result: QuickstartResult, base: str) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{base}: test rows never seen in training", caption="accuracy: share of right answers; correct: right sub-tasks per prompt")
+    table = Table(
+        title=f"{base}: test rows never seen in training",
+        caption="accuracy: the answer holds the right one; exact: it is the right one; correct: right sub-tasks per prompt",
+    )
     table.add_column("task")
     table.add_column("rows", justify="right")
     table.add_column("metric")
     for label in _MODELS.values():
         table.add_column(label, justify="right")
     for task, models in result.scores.items():
-        for metric in ("accuracy", "bleu", "rougeL", "attempted", "correct"):
+        for metric in ("accuracy", "exact", "bleu", "rougeL", "attempted", "correct"):
             if not any(metric in metrics for metrics in models.values()):
                 continue
             cells = [_cell(metric, models.get(model, {}).get(metric)) for model in _MODELS]
@@ -83,4 +86,4 @@ def _table(result: QuickstartResult, base: str) -> Table:
 def _cell(metric: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.1%}" if metric == "accuracy" else f"{value:.2f}" if metric in ("rougeL", "attempted", "correct") else f"{value:.1f}"
+    return f"{value:.1%}" if metric in ("accuracy", "exact") else f"{value:.2f}" if metric in ("rougeL", "attempted", "correct") else f"{value:.1f}"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from meteora_kernels import lora_mixture, reference
 from torch import Tensor
 
 from meteora_core.bench.shapes import ModelShape
+from meteora_kernels import lora_mixture, reference
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from meteora_kernels import lora_mixture, pick_backend, plan
 from torch import Tensor
 
 from meteora_core.bench.contenders import Group, Setting, gather_bytes, make_layer, run_group
@@ -17,6 +16,7 @@ from meteora_core.bench.shapes import ModelShape
 from meteora_core.bench.timing import capture, ceilings, medians, peak_memory
 from meteora_core.errors import UsageError
 from meteora_core.progress import SILENT, Progress
+from meteora_kernels import lora_mixture, pick_backend, plan
 
 _log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable, Iterator
 
 import torch
-from meteora_kernels import plan
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import routing_state
+from meteora_kernels import plan
 
 _log = logging.getLogger(__name__)
 

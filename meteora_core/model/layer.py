@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from meteora_kernels import lora_mixture, route
 from torch import Tensor, nn
 
 from meteora_core.routing import IGNORE, RoutingState
+from meteora_kernels import lora_mixture, route
 
 
 class MeteoraLinear(nn.Module):
@@ -46,6 +46,7 @@ class MeteoraLinear(nn.Module):
         self.base_layer = base_layer
         self.path = path
         self.ranks = ranks
+        self.max_rank = max(ranks)
         self.dropout = dropout
         self.state = state
         self.gate = nn.Parameter(gate)
@@ -103,6 +104,7 @@ class MeteoraLinear(nn.Module):
             lora_x=lora_x,
             allowed=self._allowed(),
             backend=state.backend,
+            max_rank=self.max_rank,
         )
         assert isinstance(mixed, Tensor)
         return mixed
@@ -118,13 +120,13 @@ class MeteoraLinear(nn.Module):
         top_k, temperature, allowed = state.top_k, state.temperature, self._allowed()
         if state.forced is not None:
             routes = _forced_routes(state.forced.to(x.device), x)
-            mixed = lora_mixture(*arguments, lora_x=lora_x, routes=routes, top_k=1, backend=state.backend)
+            mixed = lora_mixture(*arguments, lora_x=lora_x, routes=routes, top_k=1, backend=state.backend, max_rank=self.max_rank)
             assert isinstance(mixed, Tensor)
             if state.recorder is not None:
                 state.recorder.add(self.path, *routes)
             return mixed
         mixed, logits = lora_mixture(
-            *arguments, lora_x=lora_x, top_k=top_k, temperature=temperature, allowed=allowed, backend=state.backend, return_logits=True
+            *arguments, lora_x=lora_x, top_k=top_k, temperature=temperature, allowed=allowed, backend=state.backend, max_rank=self.max_rank, return_logits=True
         )
         if state.recorder is not None:
             state.recorder.add(self.path, *route(logits.detach(), top_k, temperature, allowed))

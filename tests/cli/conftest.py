@@ -33,12 +33,10 @@ def meteora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*arguments: str | Path) -> Ran:
-        from meteora_cli import app, console
+        from meteora_cli import app
 
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["meteora", *map(str, arguments)])
-        monkeypatch.setattr(console.console, "file", sys.stderr)
-        monkeypatch.setattr(console.out, "file", sys.stdout)
         try:
             app.main()
             code: Any = 0

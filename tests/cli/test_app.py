@@ -65,7 +65,6 @@ def errors(ran) -> list[str]:
         (("train", "--stage", "adapters"), 2, "no task given", "--task"),
         (("train", "--stage", "adapters", "--task", "strategyqa"), 1, "no train rows of strategyqa", "meteora data build --task strategyqa"),
         (("train",), 2, "no adapters in adapters", "--stage adapters"),
-        (("train", "--device", "warp"), 2, "unknown device 'warp'", "auto"),
         (("train", "--dtype", "int3"), 2, "model.dtype = 'int3'", "flags"),
         (("data", "build", "--task", "logical_deductoin"), 2, "logical_deductoin", "logical_deduction"),
         (("ckpt", "download", "smollm2-135n"), 2, "smollm2-135n", "smollm2-135m"),

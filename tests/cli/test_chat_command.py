@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_world import NAMES, World, build_world, open_speaker, without_ends
 from rich.console import Console
 from rich.style import Style
 
+from chat_world import NAMES, World, build_world, open_speaker, without_ends
 from meteora_cli.chat.render import Painter, StreamPrinter, harmless
 from meteora_cli.chat.repl import LARGE_PASTE, Pastes, run_repl
 from meteora_cli.chat.slash import COMMANDS, Chat, Quit, run_command

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 
+from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 from meteora_core.files import write_json, write_jsonl
 
 

@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
-from meteora_kernels import lora_mixture, mixture, pick_backend, plan
 from mixture_cases import make
+
+from meteora_kernels import lora_mixture, mixture, pick_backend, plan
 
 
 @pytest.mark.parametrize(

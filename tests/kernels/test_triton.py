@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mixture_cases import Case, by_loop, make
+
 from meteora_kernels import lora_mixture, plan, reference
 from meteora_kernels.triton_backend import gate_rows_of, mix_many_op, pack, stacked_rows_of
 from meteora_kernels.triton_decode import decode, new_flags
@@ -13,7 +15,6 @@ from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_grouped import blocks_of, mix_grouped
 from meteora_kernels.triton_middle import middle
 from meteora_kernels.triton_route import route
-from mixture_cases import Case, by_loop, make
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

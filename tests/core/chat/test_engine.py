@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chat_world import byte_llama, byte_tokenizer, without_ends
 
+from chat_world import byte_llama, byte_tokenizer, without_ends
 from meteora_core.chat import engine as engine_module
 from meteora_core.chat.engine import Engine, Finished, Reading, Sampling, Written, context_length, end_tokens
 from meteora_core.errors import UsageError

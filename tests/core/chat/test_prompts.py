@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from chat_world import CHAT_TEMPLATE, byte_tokenizer
 
+from chat_world import CHAT_TEMPLATE, byte_tokenizer
 from meteora_core.chat.prompts import Turn, encode, fit, pick_template
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError

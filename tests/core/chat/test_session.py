@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from chat_world import NAMES, byte_llama, byte_tokenizer, open_speaker, without_ends
 
+from chat_world import NAMES, byte_llama, byte_tokenizer, open_speaker, without_ends
 from meteora_core.chat.engine import Finished, Reading, Sampling, Written
 from meteora_core.chat.options import OPTIONS, check_option, options_for
 from meteora_core.chat.prompts import Encoded

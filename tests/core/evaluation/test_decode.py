@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from transformers import GenerationConfig
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
@@ -12,6 +11,7 @@ from meteora_core import AdapterBank, attach
 from meteora_core.evaluation import decode as decoding
 from meteora_core.evaluation.decode import Batch, Decoder, FixedDecoder, can_be_fixed, decode_growing
 from meteora_core.evaluation.no_repeat import NOTHING, NoRepeat
+from tiny_models import make_tiny_llama
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 30])
@@ -105,6 +105,22 @@ def test_rows_that_are_done_leave_the_batch(model, monkeypatch) -> None:
     assert sizes == sorted(sizes, reverse=True)
     monkeypatch.setattr(decoding, "SHRINK", 0.0)
     assert decode_growing(model, batch) == wanted
+
+
+def test_a_long_tail_goes_on_in_a_smaller_cache(model, monkeypatch) -> None:
+    room = [3, 4, 40, 3, 3, 3, 60, 3, 2, 2, 2, 2, 2, 2, 2, 25]
+    batch = batch_of([3 + place for place in range(16)], room, 3)
+    wanted = by_transformers(model, batch)
+    assert max(map(len, wanted)) > 30
+    monkeypatch.setattr(decoding, "TAIL_STEPS", 8)
+    decoder = FixedDecoder(model, 16, 96, 2, 3)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
+    assert decoder.decode(batch) == wanted
+    assert decoder.tail is not None
+    assert sizes[0] == 16
+    assert 4 in sizes
+    assert decoder.decode(batch) == wanted
 
 
 def test_a_row_ends_with_its_end_token(model) -> None:

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from meteora_core import AdapterBank, attach
 from meteora_core.evaluation import generate
 from meteora_core.evaluation.generate import Prompt, encode_prompts, generate_all, plan
+from tiny_models import make_tiny_llama
 
 
 def letters(eos_at_end: bool = False) -> PreTrainedTokenizerFast:

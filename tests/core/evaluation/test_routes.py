@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from conftest import make_tiny_llama
-from evaluation_workspace import TASKS, make_workspace
 
+from evaluation_workspace import TASKS, make_workspace
 from meteora_core import AdapterBank, attach
 from meteora_core.data.tasks import get_task
 from meteora_core.evaluation.routes import KINDS, PARTS, RouteCounts, RoutingSummary, count_routes, counts_file
 from meteora_core.evaluation.routes_plot import plot_routing
 from meteora_core.routing import record_routes
+from tiny_models import make_tiny_llama
 
 TEXTS = [((1, 5, 9, 7), (8, 30)), ((1, 6), (40, 41, 42, 43, 44)), ((1, 50, 51, 52, 53, 54, 55), ())]
 
@@ -126,7 +126,7 @@ def test_a_picture_of_few_and_of_many(tmp_path) -> None:
 
 
 def test_an_evaluation_writes_table_counts_and_picture(tmp_path, make_adapter) -> None:
-    from test_session import plan_of, run
+    from test_evaluation_session import plan_of, run
 
     place = make_workspace(tmp_path, make_adapter)
     outcome = run(plan_of(place, TASKS[:2], ("meteora",), routing=True, max_new_tokens=6))[0]

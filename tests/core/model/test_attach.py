@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from peft import PeftModel
 
 from meteora_core import AdapterBank, attach, detach
@@ -20,6 +19,7 @@ from meteora_core.training.common import enable_checkpointing
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts
 from meteora_core.training.rows import TrainRow, collate
+from tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.fuse import fuse, is_fused, unfuse
 from meteora_core.routing import record_routes, routing_state
+from tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 import torch
-from meteora_kernels import BACKENDS
 from torch import nn
 
 from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import RoutingState
+from meteora_kernels import BACKENDS
 
 CPU_BACKENDS = [name for name in BACKENDS if name in ("auto", "reference", "dense")]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from chat_world import World, build_world, open_speaker, without_ends
 
+from chat_world import World, build_world, open_speaker, without_ends
 from meteora_core.chat.speaker import Speaker
 
 

@@ -7,8 +7,8 @@ import timeit
 
 import pytest
 import torch
-from chat_world import byte_tokenizer
 
+from chat_world import byte_tokenizer
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.routing import is_compiled, record_routes

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 
+from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
 from meteora_core.evaluation import results
 from meteora_core.evaluation.runner import EvalOptions
