@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import make_tiny_llama
 
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.model.base import BaseReference, fast_cpu_dtype, load_base, pick_device, pick_dtype
+from tiny_models import make_tiny_llama
 
 
 def test_devices() -> None:
