@@ -127,6 +127,7 @@ class EvalSettings(_Section):
     limit: int | None = Field(None, examples=[100], ge=1, description="Only the first so many test rows.")
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, description="Recorded; greedy decoding does not use it.")
+    cuda_graphs: bool = Field(True, description="On a CUDA GPU, replay each decoding step as a graph where the model allows it; else run it step by step.")
 
 
 class ChatSettings(_Section):

@@ -129,6 +129,7 @@ def evaluate(
             temperature=settings.routing.temperature,
             top_k=settings.routing.top_k if "top_k" in settings.routing.model_fields_set else None,
             routing=routing,
+            cuda_graphs=settings.eval.cuda_graphs,
         ),
     )
     if launcher is Launcher.ddp and "WORLD_SIZE" not in os.environ:

@@ -94,6 +94,7 @@ class EvalOptions:
         temperature: Routing T; None takes the task's.
         top_k: Adapters per token; None keeps the model's.
         routing: Count which adapters are chosen (of a model with adapters attached).
+        cuda_graphs: On a CUDA GPU, replay each step as a CUDA graph where the model allows it.
     """
 
     batch_size: int | Literal["auto"] = "auto"
@@ -105,6 +106,7 @@ class EvalOptions:
     temperature: float | None = None
     top_k: int | None = None
     routing: bool = False
+    cuda_graphs: bool = True
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
@@ -208,6 +210,7 @@ def _generate(
             max_new_tokens=result.max_new_tokens,
             max_total_tokens=MAX_TOTAL_TOKENS,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
+            cuda_graphs=options.cuda_graphs,
             on_smaller=lambda size: result.notes.append(f"out of memory: went on with batches of {size}"),
         ):
             made[prompt.index] = sample = _sample(task, rows, prompt.index, tokenizer.decode(new, skip_special_tokens=True), new)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OWN = "own"
 """The model name that stands for each task's own adapter."""
 
-FREE_OPTIONS = ("batch_size", "scoring", "limit", "routing")
+FREE_OPTIONS = ("batch_size", "scoring", "limit", "routing", "cuda_graphs")
 """Options that do not change a row's answer: rows of a stopped run with other values of them still count."""
 
 

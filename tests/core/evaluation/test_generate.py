@@ -102,3 +102,17 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(model, monkeypatch) ->
     monkeypatch.setattr(generate, "generate_batch", no_card)
     with pytest.raises(torch.OutOfMemoryError):
         answers(model, 5)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_graphs_can_be_turned_off(model, monkeypatch, wanted) -> None:
+    asked: list[bool | None] = []
+
+    class Watched(generate.Decoder):
+        def __init__(self, model, fixed=None) -> None:
+            asked.append(fixed)
+            super().__init__(model, fixed)
+
+    monkeypatch.setattr(generate, "Decoder", Watched)
+    answers(model, 5, cuda_graphs=wanted)
+    assert asked == [None if wanted else False]
