@@ -106,15 +106,14 @@ class GateTrainSettings(OptimSettings):
 class LaunchSettings(_Section):
     """How `meteora train` is spread over devices and machines, by accelerate."""
 
-    launcher: Literal["none", "ddp", "fsdp", "deepspeed"] = Field("none", description="ddp: a copy a device; fsdp, deepspeed: the model is sharded.")
+    launcher: Literal["none", "ddp", "fsdp", "deepspeed"] = Field("none", description="ddp: a copy a device; fsdp: the model is sharded.")
     num_processes: int | None = Field(None, examples=[8], ge=1, description="Processes over all machines; absent: one a device.")
     num_machines: int = Field(1, ge=1, description="Machines.")
     machine_rank: int = Field(0, ge=0, description="Which of them this is, from 0.")
     main_process_ip: str | None = Field(None, examples=["10.0.0.1"], description="Address of machine 0.")
     main_process_port: int = Field(29500, ge=1, le=65535, description="Port on machine 0; one machine alone takes any free port.")
     reshard_after_forward: bool = Field(True, description="fsdp: free a layer's weights after its forward pass; less memory, more traffic.")
-    cpu_offload: bool = Field(False, description="fsdp, deepspeed: keep the shards in main memory.")
-    zero_stage: Literal[2, 3] = Field(3, description="deepspeed: 3 shards the weights too.")
+    cpu_offload: bool = Field(False, description="fsdp: keep the shards in main memory.")
 
 
 class EvalSettings(_Section):

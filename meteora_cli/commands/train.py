@@ -105,7 +105,7 @@ def train(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="gates: mixture kernels.", show_default=False)] = None,
-    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp, deepspeed: the model is sharded.", show_default=False)] = None,
+    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp: the model is sharded.", show_default=False)] = None,
     num_processes: Annotated[int | None, typer.Option(help="Processes over all machines; default: one a GPU.", show_default=False)] = None,
     num_machines: Annotated[int | None, typer.Option(help="Machines.", show_default=False)] = None,
     machine_rank: Annotated[int | None, typer.Option(help="Which machine this is, from 0.", show_default=False)] = None,
@@ -168,9 +168,9 @@ def train(
         raise UsageError("--together trains an adapter a task, --balanced one for all: choose one")
     runtime = start_runtime(settings.model.device)
     if settings.launch.launcher != "none" and runtime.kind == "none":
-        raise typer.Exit(_launch(ctx, settings, section, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
+        raise typer.Exit(_launch(ctx, settings, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
     if dry_run:
-        raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp, fsdp or deepspeed")
+        raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp or fsdp")
     reference = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
     place = runtime.device or pick_device(settings.model.device)
     kind = pick_dtype(settings.model.dtype, place)
@@ -214,7 +214,7 @@ class _Run:
         return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
 
 
-def _launch(ctx: typer.Context, settings: Settings, section: str, folder: Path, *, dry_run: bool, as_json: bool) -> int:
+def _launch(ctx: typer.Context, settings: Settings, folder: Path, *, dry_run: bool, as_json: bool) -> int:
     """Start the processes, wait for them, return their exit code."""
     import os
 
@@ -225,8 +225,7 @@ def _launch(ctx: typer.Context, settings: Settings, section: str, folder: Path, 
 
     devices = 0 if settings.model.device == "cpu" else torch.cuda.device_count()
     count = process_count(settings.launch, devices)
-    optim = getattr(settings, section)
-    config = launch_config(settings.launch, count, accumulation=optim.accumulation, max_grad_norm=optim.max_grad_norm)
+    config = launch_config(settings.launch, count)
     file = folder.parent / f".launch-{settings.launch.launcher}-{settings.launch.machine_rank}.json"
     command = launch_command(file, worker_arguments(ctx))
     if dry_run:
@@ -298,8 +297,8 @@ def _adapters(run: _Run, names: list[str], *, together: bool, balanced: str | No
     settings = run.settings.train_adapters
     if balanced is not None:
         check_name(balanced)
-    if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
-        raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    if run.runtime.kind == "fsdp" and len(names) > 1 and balanced is None:
+        raise UsageError("--launcher fsdp trains one adapter a run", hint="name one --task, or use --launcher ddp")
     with run.progress() as bars:
         model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
         tokenizer = load_tokenizer(run.base, progress=bars)

@@ -12,14 +12,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from meteora_core.errors import UsageError
 from meteora_core.settings import LaunchSettings
-from meteora_core.training.runtime import cannot_shard
+from meteora_core.training.runtime import cannot_shard, no_deepspeed
 
 GRACE = 40.0
 """Seconds that the processes have to end by themselves after Ctrl-C (the launcher itself waits 30 s before it kills them)."""
@@ -33,11 +32,13 @@ def process_count(settings: LaunchSettings, devices: int) -> int:
         devices: GPUs of this machine that may be used; 0 on a CPU.
 
     Raises:
-        UsageError: The number is unknown, does not divide by the machines, or is larger than the GPUs that are there; or the launcher shards and there
-            are no GPUs.
+        UsageError: The number is unknown, does not divide by the machines, or is larger than the GPUs that are there; the launcher shards and there
+            are no GPUs; or it is DeepSpeed.
     """
-    if settings.launcher in ("fsdp", "deepspeed") and devices == 0:
-        raise cannot_shard(settings.launcher)
+    if settings.launcher == "deepspeed":
+        raise no_deepspeed()
+    if settings.launcher == "fsdp" and devices == 0:
+        raise cannot_shard()
     if settings.num_processes is None and devices == 0:
         raise UsageError("how many processes? There is no GPU to count", hint="pass --num-processes N")
     count = settings.num_processes or devices * settings.num_machines
@@ -49,12 +50,10 @@ def process_count(settings: LaunchSettings, devices: int) -> int:
         raise UsageError("several machines need the address of machine 0", hint="pass --main-process-ip")
     if settings.machine_rank >= settings.num_machines:
         raise UsageError(f"--machine-rank {settings.machine_rank} of {settings.num_machines} machines", hint="ranks count from 0")
-    if settings.launcher == "deepspeed" and find_spec("deepspeed") is None:
-        raise UsageError("--launcher deepspeed, and deepspeed is not installed", hint="pip install deepspeed, or use --launcher fsdp")
     return count
 
 
-def launch_config(settings: LaunchSettings, processes: int, *, accumulation: int = 1, max_grad_norm: float = 1.0) -> dict[str, Any]:
+def launch_config(settings: LaunchSettings, processes: int) -> dict[str, Any]:
     """accelerate's configuration file.
 
     The number type is the model's own business, so mixed precision is off. FSDP is version 2; its units are the decoder layers that the model names.
@@ -62,12 +61,11 @@ def launch_config(settings: LaunchSettings, processes: int, *, accumulation: int
     Args:
         settings: Launcher and machines.
         processes: Over all machines.
-        accumulation, max_grad_norm: Of the training; DeepSpeed wants to know them.
     """
     several = settings.num_machines > 1
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}[settings.launcher],
+        "distributed_type": "FSDP" if settings.launcher == "fsdp" else "MULTI_GPU",
         "num_processes": processes,
         "num_machines": settings.num_machines,
         "machine_rank": settings.machine_rank,
@@ -89,16 +87,6 @@ def launch_config(settings: LaunchSettings, processes: int, *, accumulation: int
             "fsdp_state_dict_type": "FULL_STATE_DICT",
             "fsdp_cpu_ram_efficient_loading": False,
             "fsdp_activation_checkpointing": False,
-        }
-    if settings.launcher == "deepspeed":
-        offload = "cpu" if settings.cpu_offload else "none"
-        config["deepspeed_config"] = {
-            "zero_stage": settings.zero_stage,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": max_grad_norm,
-            "offload_optimizer_device": offload,
-            "offload_param_device": offload if settings.zero_stage == 3 else "none",
-            "zero3_init_flag": False,
         }
     return config
 

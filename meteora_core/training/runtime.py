@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meteora_core.errors import UsageError
 
 T = TypeVar("T")
-Kind = Literal["none", "ddp", "fsdp", "deepspeed"]
+Kind = Literal["none", "ddp", "fsdp"]
 
 
 class TrainStep(nn.Module):
@@ -163,22 +163,29 @@ def start_runtime(device: str = "auto") -> Runtime:
         device: The wish in the settings; "cpu" keeps the processes off the GPUs.
 
     Raises:
-        UsageError: The model should be sharded where nothing can shard.
+        UsageError: The model should be sharded where nothing can shard, or by DeepSpeed.
     """
     if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return Runtime()
     from accelerate import Accelerator
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    sharding = next((kind for kind in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false") == "true"), None)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise no_deepspeed()
+    sharding = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     if sharding and on_cpu:
-        raise cannot_shard(sharding)
+        raise cannot_shard()
     accelerator = Accelerator(cpu=on_cpu)
-    kind: Kind = "ddp" if sharding is None else sharding  # type: ignore[assignment]
+    kind: Kind = "fsdp" if sharding else "ddp"
     device_used = torch.device("cpu") if on_cpu else accelerator.device
     return Runtime(kind, accelerator.process_index, accelerator.num_processes, device_used, accelerator)
 
 
-def cannot_shard(launcher: str) -> UsageError:
+def cannot_shard() -> UsageError:
     """What to say where there is no device to shard over."""
-    return UsageError(f"--launcher {launcher} needs GPUs: nothing can be sharded on this machine's CPU", hint="use --launcher ddp, which runs on CPUs too")
+    return UsageError("--launcher fsdp needs GPUs: nothing can be sharded on this machine's CPU", hint="use --launcher ddp, which runs on CPUs too")
+
+
+def no_deepspeed() -> UsageError:
+    """Why DeepSpeed is refused: its engine owns the optimiser step and keeps its states as pickles; FSDP 2 shards the same things."""
+    return UsageError("training does not run under DeepSpeed", hint="use --launcher fsdp, which shards weights, gradients and optimiser states too")

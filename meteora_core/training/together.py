@@ -86,8 +86,8 @@ def train_together(
     """
     if settings.packing:
         raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
-    if runtime.kind in ("fsdp", "deepspeed"):
-        raise UsageError(f"--together cannot run with --launcher {runtime.kind}", hint="use --launcher ddp, or leave out --together")
+    if runtime.kind == "fsdp":
+        raise UsageError("--together cannot run with --launcher fsdp", hint="use --launcher ddp, or leave out --together")
     dtype = next(model.parameters()).dtype
     inputs = {task: adapter_inputs(base, dtype, data_dir, task, settings, max_rows, processes=runtime.world) for task in tasks}
     todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]

@@ -171,7 +171,8 @@ def test_dry_run_prints_the_command_and_starts_nothing(meteora, place, monkeypat
     ("flags", "message"),
     [
         (("--launcher", "fsdp", "--num-processes", "2"), "--launcher fsdp needs GPUs"),
-        (("--launcher", "deepspeed"), "use --launcher ddp"),
+        (("--launcher", "deepspeed", "--num-processes", "2"), "use --launcher fsdp"),
+        (("--launcher", "fsdp"), "use --launcher ddp"),
         (("--launcher", "ddp"), "how many processes"),
         (("--launcher", "ddp", "--num-processes", "3", "--num-machines", "2", "--main-process-ip", "x"), "cannot be spread evenly"),
         (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2"), "address of machine 0"),
@@ -191,7 +192,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, mon
     assert message in ran.err
 
 
-def test_the_sharding_configurations() -> None:
+def test_the_sharding_configuration() -> None:
     from meteora_core.settings import LaunchSettings
     from meteora_core.training.launch import launch_config, process_count
 
@@ -201,7 +202,3 @@ def test_the_sharding_configurations() -> None:
     assert config["distributed_type"] == "FSDP"
     assert config["fsdp_config"]["fsdp_version"] == 2
     assert config["fsdp_config"]["fsdp_offload_params"] is True
-    zero = launch_config(LaunchSettings(launcher="deepspeed", zero_stage=2), 4, accumulation=2, max_grad_norm=0.5)
-    assert zero["deepspeed_config"]["zero_stage"] == 2
-    assert zero["deepspeed_config"]["gradient_clipping"] == 0.5
-    assert zero["deepspeed_config"]["offload_param_device"] == "none"
