@@ -40,7 +40,7 @@ class ModelSettings(_Section):
 class RoutingSettings(_Section):
     """How adapters are chosen."""
 
-    top_k: int = Field(2, ge=1, description="Adapters per token and layer.")
+    top_k: int | None = Field(None, examples=[2], ge=1, description="Adapters per token and layer; absent: the checkpoint's own, and 2 in training.")
     temperature: float | None = Field(
         None, examples=[1.0], gt=0, allow_inf_nan=False, description="T of the softmax over the chosen; absent: each task's default (1; composites 15-30)."
     )
@@ -126,7 +126,7 @@ class EvalSettings(_Section):
     limit: int | None = Field(None, examples=[100], ge=1, description="Only the first so many test rows.")
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, description="Recorded; greedy decoding does not use it.")
-    cuda_graphs: bool = Field(True, description="On a CUDA GPU, replay each decoding step as a graph where the model allows it; else run it step by step.")
+    cuda_graphs: bool = Field(False, description="On a CUDA GPU, replay each decoding step as a graph where the model allows it.")
 
 
 class ChatSettings(_Section):

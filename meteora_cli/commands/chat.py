@@ -105,7 +105,7 @@ def open_session(
     wishes = settings.chat
     if speaker.kind == "meteora":
         # A setting that stands at its default does not override what the checkpoint was trained with.
-        configured = settings.routing.top_k if settings.routing.top_k != type(settings.routing)().top_k else None
+        configured = settings.routing.top_k
         top_k = top_k if top_k is not None else configured
         routing_temperature = routing_temperature if routing_temperature is not None else settings.routing.temperature
     return ChatSession(

@@ -127,7 +127,7 @@ def evaluate(
             limit=settings.eval.limit,
             scoring=settings.eval.scoring,
             temperature=settings.routing.temperature,
-            top_k=settings.routing.top_k if "top_k" in settings.routing.model_fields_set else None,
+            top_k=settings.routing.top_k,
             routing=routing,
             cuda_graphs=settings.eval.cuda_graphs,
         ),

@@ -343,7 +343,7 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
             data_dir=settings.paths.data,
             folder=run.out_dir or settings.paths.runs / "meteora",
             settings=settings.train_gates,
-            top_k=min(settings.routing.top_k, len(bank)) if "top_k" not in settings.routing.model_fields_set else settings.routing.top_k,
+            top_k=min(2, len(bank)) if settings.routing.top_k is None else settings.routing.top_k,
             temperature=settings.routing.temperature or 1.0,
             backend=settings.model.backend,
             max_rows=run.max_rows,

@@ -291,7 +291,8 @@ class Decoder:
 
     def decode(self, batch: Batch) -> list[list[int]]:
         """Per row, the new tokens up to (without) the end. Raises torch.OutOfMemoryError; a smaller batch may fit then."""
-        if self._use_fixed:
+        state = getattr(self.model, "meteora", None)
+        if self._use_fixed and not (state is not None and state.observed):
             decoder = self._decoder(batch)
             if decoder is not None:
                 return decoder.decode(batch)

@@ -106,7 +106,7 @@ class EvalOptions:
     temperature: float | None = None
     top_k: int | None = None
     routing: bool = False
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
