@@ -157,7 +157,7 @@ def train_gates(
 
     try:
         if settings.init == "ridge" and not saved_states(states):
-            ridge_start(model, rows.train, pad, settings, composites=rows.composites, progress=progress)
+            ridge_start(model, rows.train, pad, settings, composites=rows.composites, processes=runtime.world, progress=progress)
         trainable_in_float32(model, settings.trainable)
         if settings.gradient_checkpointing:
             enable_checkpointing(model)
@@ -251,15 +251,19 @@ def ridge_start(
     settings: GateTrainSettings,
     *,
     composites: Sequence[TrainRow] = (),
+    processes: int = 1,
     progress: Progress = SILENT,
 ) -> int:
-    """Set the gates by :func:`meteora_core.training.ridge.ridge_gates` on about ``settings.ridge_tokens`` train tokens; return how many."""
+    """Set the gates by :func:`meteora_core.training.ridge.ridge_gates` on about ``settings.ridge_tokens`` train tokens; return how many.
+
+    Every process looks at the same rows, a global batch at a time (each batch weighs its adapters evenly, so its size counts).
+    """
     lengths = [[len(row) for row in task_rows] for task_rows in rows]
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
-    count = max(1, round(settings.ridge_tokens / (mean * settings.batch_size)))
+    count = max(1, round(settings.ridge_tokens / (mean * settings.batch_size * processes)))
     device = next(model.parameters()).device
     extra: dict[str, Any] = {"extra": [len(row) for row in composites], "extra_share": settings.composite_rows if composites else 0.0}
-    plan = plan_batches(lengths, count, settings.batch_size, settings.seed, **extra)
+    plan = plan_batches(lengths, count, settings.batch_size * processes, settings.seed, **extra)
     every = [*rows, composites]
     batches = (collate([every[task][row] for task, row in picks], pad_token).to(device) for picks in plan)
     return ridge_gates(model, batches, count, progress=progress)

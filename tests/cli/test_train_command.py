@@ -55,7 +55,7 @@ def training(folder: Path) -> dict:
     return json.loads((folder / "meteora_config.json").read_text())["training"]
 
 
-GATES = ("--max-steps", "5", "--lr", "1e-2", "--log-steps", "1", "--save-steps", "2", "--eval-steps", "5", "--log-to", "none", "--init", "zeros")
+GATES = ("--max-steps", "5", "--lr", "1e-2", "--log-steps", "1", "--save-steps", "2", "--eval-steps", "5", "--log-to", "none", "--init", "ridge")
 DDP = ("--launcher", "ddp", "--num-processes", "2")
 
 
