@@ -79,6 +79,21 @@ def test_two_processes_equal_one(place) -> None:
 
 
 @pytest.mark.slow
+def test_adapters_of_two_processes_equal_those_of_one(place) -> None:
+    flags = ("--stage", "adapters", "--task", "all", "--max-steps", "4", "--rank", "2", "--lr", "1e-2", "--log-to", "none")
+    environment = {"METEORA_TRAIN_ADAPTERS__DROPOUT": "0"}
+    shell(place, *flags, "--batch-size", "4", "--out", "alone", **environment)
+    shell(place, *flags, *DDP, "--batch-size", "2", "--out", "pair", **environment)
+    shell(place, *flags, *DDP, "--batch-size", "2", "--together", "--out", "joint", **environment)
+    for task in ("shout", "count"):
+        alone, pair, joint = (load_file(place / name / task / "adapter_model.safetensors") for name in ("alone", "pair", "joint"))
+        assert alone.keys() == pair.keys() == joint.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(pair[name], tensor, rtol=0, atol=2e-4)
+            torch.testing.assert_close(joint[name], tensor, rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
 def test_what_two_processes_saved_resumes_on_one(place) -> None:
     """A launched run is killed after it saved a state; one process finishes it, and ends where one process alone would have."""
     flags = (*GATES[2:], "--max-steps", "400", "--save-steps", "20", "--eval-steps", "0")
