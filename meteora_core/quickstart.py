@@ -62,6 +62,7 @@ class QuickstartPlan:
             loss_on="response",
             log_steps=4,
             save_steps=8,
+            log_to="none",
         )
 
     def gate_settings(self) -> GateTrainSettings:
@@ -76,6 +77,7 @@ class QuickstartPlan:
             ridge_tokens=self.ridge_tokens,
             log_steps=4,
             save_steps=8,
+            log_to="none",
         )
 
 
