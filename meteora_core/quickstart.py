@@ -43,8 +43,8 @@ class QuickstartPlan:
     folder: Path
     adapter_steps: int = 40
     adapter_batches: tuple[int, int, int] = (6, 4, 12)
-    gate_steps: int = 12
-    gate_batch: int = 6
+    gate_steps: int = 18
+    gate_batch: int = 4
     ridge_tokens: int = 24_000
     test_rows: int = 48
     composite_rows: int = 8
@@ -72,7 +72,7 @@ class QuickstartPlan:
             max_steps=self.gate_steps,
             batch_size=self.gate_batch,
             learning_rate=3e-4,
-            max_length=512,
+            max_length=384,
             init="ridge",
             ridge_tokens=self.ridge_tokens,
             log_steps=4,
