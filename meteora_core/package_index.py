@@ -36,15 +36,10 @@ class PipSettings:
     proxy: str | None
 
 
-@lru_cache(maxsize=1)
 def pip_settings() -> PipSettings:
-    """Ask pip for its configuration, once a process; without pip, the ``PIP_*`` environment and the public index count."""
+    """pip's configuration files, asked for once a process, and the ``PIP_*`` environment as it is now; without both, the public index."""
     values: dict[str, str] = {}
-    try:
-        listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        listing = ""
-    for line in listing.splitlines():
+    for line in _pip_listing(os.environ.get("PIP_CONFIG_FILE")).splitlines():
         key, _, value = line.partition("=")
         scope, _, option = key.rpartition(".")
         if scope in ("global", "install", "download"):
@@ -56,6 +51,15 @@ def pip_settings() -> PipSettings:
     if indexes:
         indexes += values.get("extra-index-url", "").split()
     return PipSettings(tuple(indexes), tuple(values.get("find-links", "").split()), values.get("cert"), values.get("proxy"))
+
+
+@lru_cache
+def _pip_listing(config_file: str | None) -> str:
+    """What ``pip config list`` prints, with ``PIP_CONFIG_FILE`` as given; "" without pip."""
+    try:
+        return subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _literal(text: str) -> str:

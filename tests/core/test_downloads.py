@@ -97,9 +97,9 @@ def pip_config(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setattr(package_index.subprocess, "run", _no_pip)
-    package_index.pip_settings.cache_clear()
+    package_index._pip_listing.cache_clear()
     yield
-    package_index.pip_settings.cache_clear()
+    package_index._pip_listing.cache_clear()
 
 
 def _no_pip(*args: Any, **kwargs: Any) -> Any:
@@ -270,12 +270,10 @@ def test_index_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
     with pytest.raises(DownloadError, match="did not answer with a package list"):
         find_pypi_file("my-pkg", "1.0", ".tar.gz")
-    package_index.pip_settings.cache_clear()
     monkeypatch.setenv("PIP_INDEX_URL", "http://user:secret@127.0.0.1:9/simple")
     with pytest.raises(DownloadError, match="cannot look up") as caught:
         find_pypi_file("my-pkg", "1.0", ".tar.gz")
     assert "secret" not in caught.value.message
-    package_index.pip_settings.cache_clear()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(DownloadError, match="has no"):
         find_pypi_file("my-pkg", "1.0", ".tar.gz")
@@ -287,3 +285,11 @@ def test_pip_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = package_index.pip_settings()
     assert settings.indexes == ("http://one/simple", "http://two/simple", "file:///three")
     assert settings.cert is None
+
+
+def test_a_changed_environment_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = package_index.pip_settings()
+    with monkeypatch.context() as patch:
+        patch.setenv("PIP_NO_INDEX", "1")
+        assert package_index.pip_settings().indexes == ()
+    assert package_index.pip_settings() == before
