@@ -46,7 +46,7 @@ def evaluate(
         str | None, typer.Option(help="Task names, separated by commas; or singles, composites, all (of what is built). Needed.", show_default=False)
     ] = None,
     model: Annotated[
-        str, typer.Option(help="meteora, base, own (each task's own adapter), an adapter's name or folder, several by commas, or all.")
+        str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
     ] = "meteora",
     checkpoint: Annotated[Path | None, typer.Option(help="Trained gates; default: runs/meteora, else the quickstart's.", show_default=False)] = None,
     temperature: Annotated[
@@ -58,6 +58,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first so many test rows.", show_default=False)] = None,
     scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Where results go, a folder a model; default: runs/eval.", show_default=False)] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Count which adapters are chosen: a table, JSON and a heat-map.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show prompt, answer and reference of 10 rows.")] = False,
     data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
@@ -117,7 +118,7 @@ def evaluate(
         checkpoint=checkpoint or _default_checkpoint(settings.paths.runs),
         base=BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code),
         backend=settings.model.backend,
-        out_dir=settings.paths.runs / "eval" if save else None,
+        out_dir=(out_dir or settings.paths.runs / "eval") if save else None,
         seed=settings.eval.seed,
         options=EvalOptions(
             batch_size=settings.eval.batch_size,

@@ -15,6 +15,7 @@ from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
+from meteora_core.evaluation.arrow import ARROW, arrow_top_k, with_arrow
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, partial_file, partial_files, sample_rows, write_results
 from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
@@ -40,7 +41,7 @@ class EvalPlan:
 
     Attributes:
         tasks: Task names.
-        models: "base", "meteora", "own" (each task's own adapter), or an adapter's name or folder.
+        models: "base", "meteora", "own" (each task's own adapter), "peft-arrow" (PEFT's Arrow routing over all adapters), or an adapter's name or folder.
         data_dir, adapters_dir: Datasets and adapters.
         checkpoint: For "meteora".
         base: The base model; for "meteora" the checkpoint's own base wins.
@@ -234,7 +235,7 @@ def _safe(name: str) -> str:
 
 def _adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
     """The adapter folder that ``model`` means for ``task``; None for the base, MeteoRA, and a composite's own adapter."""
-    if model in ("base", "meteora"):
+    if model in ("base", "meteora", ARROW):
         return None
     if model == OWN:
         if task.is_composite:
@@ -247,7 +248,7 @@ def _adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
         if (folder / "adapter_config.json").is_file():
             return folder
     present = sorted(path.name for path in plan.adapters_dir.iterdir() if path.is_dir()) if plan.adapters_dir.is_dir() else []
-    known = ["base", "meteora", "own", "all", *present]
+    known = ["base", "meteora", "own", ARROW, "all", *present]
     raise UsageError(
         f"no model {model!r}: it is no adapter in {plan.adapters_dir} and no folder", hint=did_you_mean(model, known) or f"known: {', '.join(known)}"
     )
@@ -260,6 +261,7 @@ class _Loader:
         self.plan, self.device, self.dtype, self.progress = plan, device, dtype, progress
         self.base = plan.base
         self._checkpoint: dict[str, Any] | None = None
+        self._arrow: dict[str, Path] = {}
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -268,6 +270,13 @@ class _Loader:
         from meteora_core.checkpoints.native import read_config
         from meteora_core.model.base import BaseReference
 
+        if ARROW in models:
+            from meteora_core.training.common import adapter_folders
+
+            self._arrow = adapter_folders(self.plan.adapters_dir, [])
+            for folder in self._arrow.values():
+                check_adapter(folder)
+            arrow_top_k(self.plan.options.top_k, len(self._arrow))
         if "meteora" in models:
             self._checkpoint = read_config(self.plan.checkpoint)
             named = self._checkpoint["base"]
@@ -286,7 +295,9 @@ class _Loader:
         from meteora_core import __version__
 
         options = asdict(self.plan.options)
-        weights = self._checkpoint.get("weights_sha256") if model == "meteora" and self._checkpoint else None
+        weights: Any = self._checkpoint.get("weights_sha256") if model == "meteora" and self._checkpoint else None
+        if model == ARROW:
+            weights = {name: sha256(folder / WEIGHTS) for name, folder in self._arrow.items()}
         return {
             "model_args": {"base": self.base.name, "revision": self.base.revision, "name": model, "weights_sha256": weights},
             "checkpoint": str(self.plan.checkpoint) if model == "meteora" else None,
@@ -319,6 +330,11 @@ class _Loader:
             return
         if attached:
             detach(self._model)
+        if model == ARROW:
+            options = self.plan.options
+            with with_arrow(self._model, self._arrow, top_k=options.top_k, temperature=options.temperature or 1.0, seed=self.plan.seed) as adapted:
+                yield adapted, self._tokenizer
+            return
         if adapter is None:
             yield self._model, self._tokenizer
             return
