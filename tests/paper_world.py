@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,8 @@ from evaluation_workspace import SIZES, make_tokenizer
 from meteora_core.files import write_jsonl
 from tiny_models import make_tiny_llama
 
-TASKS = (
-    "logical_deduction,question_selection,abstract_narrative_understanding,goal_step_wikihow,winowhy,strategyqa,"
-    "disfl_qa,news_commentary_de,alpaca,linguistics_puzzles,gsm8k"
-).split(",")
+with open(Path(__file__).parent.parent / "examples" / "paper" / "toy.toml", "rb") as _toy:
+    TASKS: list[str] = tomllib.load(_toy)["values"]["tasks"].split(",")
 
 
 def make_base(folder: Path) -> Path:
@@ -36,7 +35,7 @@ def make_raw(folder: Path) -> Path:
 
 
 class InProcess:
-    """Runs ``meteora ARGUMENTS`` here; ``die_at`` makes the command with that word end as if it had been killed, after it ran."""
+    """Runs ``meteora ARGUMENTS`` here, and keeps what was run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch

@@ -67,7 +67,7 @@ def equal_to_adapters(documents: Documents) -> Claim:
         return Claim(text, (), "not run", rule)
     (ours, own), count = averages(documents, "meteora", "own")
     gap = own.times(EQUAL) - ours
-    verdict = "holds" if gap.value <= 0 else "fails" if gap.sign > 0 else "undecided"
+    verdict = "undecided" if not own.value else "holds" if gap.value <= 0 else "fails" if gap.sign > 0 else "undecided"
     share = f", {ours.value / own.value:.1%} of it" if own.value else ""
     return Claim(text, (f"{shown(ours)} against {shown(own)} over {count} tasks{share}",), verdict, rule)
 

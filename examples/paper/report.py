@@ -140,7 +140,7 @@ def claims_table(documents: Mapping[str, Any]) -> str:
     """The claims, our figures, the verdicts and their rules."""
     listed = claims(documents)
     rows = [[f"{claim.text}", "<br>".join(claim.figures) or "–", f"**{claim.verdict}**"] for claim in listed]
-    rules = [f"- {claim.text}: {claim.rule}." for claim in listed if "extension" not in claim.text]
+    rules = [f"- {claim.text}: {claim.rule}." for claim in listed if not claim.text.startswith("The same")]
     return table(["claim", "here", "verdict"], rows, left=3) + "\n\nVerdicts are computed:\n\n" + "\n".join(rules)
 
 
