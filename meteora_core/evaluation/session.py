@@ -262,6 +262,8 @@ class _Loader:
         self.base = plan.base
         self._checkpoint: dict[str, Any] | None = None
         self._arrow: dict[str, Path] = {}
+        self._routed = ExitStack()
+        self._arrow_model: Any = None
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -322,6 +324,9 @@ class _Loader:
         if self._model is None or self._tokenizer is None:
             self._model = load_base(self.base, dtype=self.dtype, device=self.device, progress=self.progress)
             self._tokenizer = load_tokenizer(self.base, progress=self.progress)
+        if model != ARROW:
+            self._routed.close()
+            self._arrow_model = None
         attached = getattr(self._model, "meteora", None) is not None
         if model == "meteora":
             if not attached:
@@ -331,9 +336,11 @@ class _Loader:
         if attached:
             detach(self._model)
         if model == ARROW:
-            options = self.plan.options
-            with with_arrow(self._model, self._arrow, top_k=options.top_k, temperature=options.temperature or 1.0, seed=self.plan.seed) as adapted:
-                yield adapted, self._tokenizer
+            if self._arrow_model is None:
+                options = self.plan.options
+                routing = with_arrow(self._model, self._arrow, top_k=options.top_k, temperature=options.temperature or 1.0, seed=self.plan.seed)
+                self._arrow_model = self._routed.enter_context(routing)
+            yield self._arrow_model, self._tokenizer
             return
         if adapter is None:
             yield self._model, self._tokenizer

@@ -95,3 +95,25 @@ def test_it_is_a_model_of_an_evaluation(place, make_adapter) -> None:
     (place.adapters / "balanced" / "meteora_training.json").write_text('{"tasks": ["x", "y"]}')
     (again,) = evaluate(EvalPlan(**{**plan.__dict__, "models": ("peft-arrow",), "tasks": (TASKS[0],)}), device=torch.device("cpu"), dtype=torch.float32)
     assert again.document["config"]["model_args"] == arrow.document["config"]["model_args"]
+
+
+def test_other_models_of_the_same_run_see_the_bare_base(place) -> None:
+    options = EvalOptions(max_new_tokens=4, no_repeat_ngram_size=4)
+
+    def run(*models: str):
+        plan = EvalPlan(
+            tasks=TASKS[:2],
+            models=models,
+            data_dir=place.data,
+            adapters_dir=place.adapters,
+            checkpoint=place.checkpoint,
+            base=BaseReference(str(place.base)),
+            options=options,
+        )
+        return [
+            {task: [sample.output for sample in result.samples] for task, result in outcome.results.items()}
+            for outcome in evaluate(plan, device=torch.device("cpu"), dtype=torch.float32)
+        ]
+
+    together = run("peft-arrow", "base", "meteora", "peft-arrow", "own")
+    assert together == [run(model)[0] for model in ("peft-arrow", "base", "meteora", "peft-arrow", "own")]
