@@ -108,8 +108,8 @@ class Engine:
                 if not self.is_done(self.experiment.step(name)):
                     raise MeteoraError(f"step {step.name} needs step {name}, which is not done", hint=self.repair(f"--only {name}"))
             self.check_base(step)
-            self.execute(step)
-            ran.append(step.name)
+            if self.execute(step):
+                ran.append(step.name)
         return ran
 
     def choose(self, chosen: Iterable[str]) -> list[Step]:
@@ -170,10 +170,20 @@ class Engine:
         folder = self.experiment.data
         return {path.parent.name: sha256(path) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
 
+    def uses(self, step: Step, dataset: str) -> bool:
+        """Whether the outcome of a step depends on a dataset."""
+        arguments = step.arguments(self.values())
+        if arguments[0] not in ("train", "eval"):
+            return False
+        named = arguments[arguments.index("--task") + 1] if "--task" in arguments else "singles"
+        if arguments[0] == "train" or named in ("singles", "all"):
+            return (named == "all" and arguments[0] == "eval") or not dataset.startswith("composite_")
+        return dataset in named.split(",")
+
     def verify_data(self) -> None:
         """``meteora data verify`` over the datasets that finished steps made. Raises MeteoraError."""
         made = {
-            path.name: step.name for step in self.experiment.steps if step.stage == "data" and self.record_file(step).is_file() for path in self.makes(step)
+            path.name: step.name for step in self.experiment.steps if step.stage == "datasets" and self.record_file(step).is_file() for path in self.makes(step)
         }
         names = [name for name in made if (self.experiment.data / name / MANIFEST).is_file()]
         if not names:
@@ -215,12 +225,12 @@ class Engine:
             raise Stopped("the time of this call is over", hint=f"the same command goes on: {self.call}")
         return seconds
 
-    def execute(self, step: Step) -> None:
-        """Run a step, in as many parts as its time limit makes, and record it. Raises MeteoraError, Stopped."""
+    def execute(self, step: Step) -> bool:
+        """Run a step, in as many parts as its time limit makes, and record it; False when it was left out. Raises MeteoraError, Stopped."""
         if step.hub and not self.hub_reachable():
             self.say(f"# {step.name}: left out, since the hub cannot be reached (later: {self.repair(f'--again {step.name}')})")
             write_json(self.record_file(step), {"step": step.name, "left_out": "the hub could not be reached"})
-            return
+            return False
         arguments, shown = self._arguments(step), self.command_line(step)
         parts_file = self.record_file(step).with_suffix(".parts.json")
         before: dict[str, Any] = read_json(parts_file) if parts_file.is_file() else {"command": shown, "seconds": 0.0, "parts": 0}
@@ -244,11 +254,12 @@ class Engine:
                 "settings": self.experiment.relevant_settings(step),
                 "seconds": round(seconds, 1),
                 "parts": parts,
-                "data": self.data_hashes() if step.stage != "data" else {},
+                "data": {name: known for name, known in self.data_hashes().items() if self.uses(step, name)},
                 "outputs": outputs,
             },
         )
         parts_file.unlink(missing_ok=True)
+        return True
 
     def outputs(self, step: Step) -> dict[str, str]:
         """Path -> hash of what the step made. Raises MeteoraError when something is not there."""
