@@ -48,7 +48,9 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
     ] = "meteora",
-    checkpoint: Annotated[Path | None, typer.Option(help="Trained gates; default: runs/meteora, else the quickstart's.", show_default=False)] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained gates; default: runs/meteora, else the quickstart's, else the starter.", show_default=False)
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option("--T", help="Routing temperature; default: the task's (1; composites 15 to 30).", show_default=False)
     ] = None,
@@ -235,5 +237,7 @@ def _launch(processes: int | None, place: torch.device) -> None:
 
 
 def _default_checkpoint(runs: Path) -> Path:
+    from meteora_core.starter import default_checkpoint
+
     own, quick = runs / "meteora", runs / "quickstart" / "meteora"
-    return quick if quick.is_dir() and not own.is_dir() else own
+    return default_checkpoint(own, quick, own)

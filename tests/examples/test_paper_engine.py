@@ -139,5 +139,5 @@ def test_mistakes_in_a_sizes_file(tmp_path) -> None:
     text = (HERE / "toy.toml").read_text()
     (tmp_path / "short.toml").write_text(text.replace("gate_rows = 4\n", ""))
     engine = Engine(load_experiment(tmp_path / "short.toml"), "x", Fake(), lambda line: None)
-    with pytest.raises(UsageError, match="nothing fills .gate_rows."):
+    with pytest.raises(UsageError, match=r"nothing fills .gate_rows."):
         engine.command_line(engine.experiment.step("gates-ridge"))
