@@ -10,6 +10,7 @@ from typing import Any
 from examples.paper.claims import averages, claims, goals, shown
 from examples.paper.engine import Engine
 from examples.paper.figures import composite, headlines, own_share, slim
+from examples.paper.plan import fill
 from examples.paper.plots import draw_all
 from meteora_core.checkpoints.native import CONFIG_FILE
 from meteora_core.errors import MeteoraError
@@ -90,7 +91,7 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
         "- Versions: "
         + ", ".join(f"{name} {value}" for name, value in config["versions"].items())
         + f". Run on {time.strftime('%Y-%m-%d', time.gmtime(first['date']))}.",
-        *(f"- {note}" for note in experiment.notes),
+        *(f"- {fill(note, engine.values(), 'notes')}" for note in experiment.notes),
     ]
     if missing:
         intro.append(f"- Not run: {', '.join(missing)}.")
