@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ WEIGHED = ("meteora.safetensors", "adapter_model.safetensors", "meteora_config.j
 
 GRACE = 30.0
 """Seconds that a command has to end after it was asked to."""
+
+
+MOST_PARTS = 12
+"""A command that has not ended after so many parts does not get on."""
 
 
 class Stopped(MeteoraError):
@@ -55,6 +59,7 @@ class Engine:
     say: Callable[[str], None]
     deadline: float = float("inf")
     hub_reachable: Callable[[], bool] = lambda: False
+    _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     @property
     def config(self) -> Path:
@@ -161,14 +166,22 @@ class Engine:
         for path, known in record["outputs"].items():
             if not Path(path).is_file():
                 raise MeteoraError(f"{path}, which step {step.name} made, is gone", hint=again)
-            if sha256(Path(path)) != known:
+            if self.hash_of(Path(path)) != known:
                 raise MeteoraError(f"{path} is not the file that step {step.name} made: its hash differs", hint=again)
         return True
+
+    def hash_of(self, path: Path) -> str:
+        """A file's SHA-256, computed again only when its time or size has changed."""
+        state = path.stat()
+        key = (str(path), state.st_mtime_ns, state.st_size)
+        if key not in self._hashes:
+            self._hashes[key] = sha256(path)
+        return self._hashes[key]
 
     def data_hashes(self) -> dict[str, str]:
         """Dataset -> hash of its manifest, which holds the hashes of its rows."""
         folder = self.experiment.data
-        return {path.parent.name: sha256(path) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
+        return {path.parent.name: self.hash_of(path) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
 
     def uses(self, step: Step, dataset: str) -> bool:
         """Whether the outcome of a step depends on a dataset."""
@@ -243,6 +256,8 @@ class Engine:
             write_json(parts_file, {"command": shown, "seconds": seconds, "parts": parts})
             if code == 0:
                 break
+            if code is None and parts >= MOST_PARTS:
+                raise MeteoraError(f"step {step.name} does not end in {parts} parts", hint="raise command_seconds, or lower save_steps, in the sizes file")
             if code is not None:
                 raise MeteoraError(f"step {step.name} failed with exit code {code}", hint=f"mend what the command says, then: {self.call}")
         outputs = self.outputs(step)

@@ -15,8 +15,8 @@ from meteora_core.errors import UsageError, did_you_mean
 HERE = Path(__file__).parent
 STEPS_FILE = HERE / "steps.toml"
 
-SECTIONS = {"data": ("data",), "train": ("train_adapters", "train_gates"), "eval": ("eval", "routing"), "ckpt": ()}
-"""Sections of the settings that a command's outcome depends on, besides ``model``."""
+SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train --stage adapters": ("train_adapters",), "eval": ("eval", "routing")}
+"""Sections of the settings that a command's outcome depends on, besides ``model``; the longest beginning of a command counts."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class Experiment:
 
     def relevant_settings(self, step: Step) -> dict[str, Any]:
         """The settings that the step's outcome depends on."""
-        sections = ("model", *SECTIONS.get(step.command.split()[0], ()))
+        known = max((begin for begin in SECTIONS if step.command.startswith(f"{begin} ")), key=len, default="")
+        sections = ("model", *SECTIONS.get(known, ()))
         return {section: self.settings[section] for section in sections if section in self.settings}
 
 

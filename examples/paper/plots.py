@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.paper.figures import composite, own_by_depth
+from examples.paper.figures import Figure, composite, headlines, own_by_depth
 from meteora_core.errors import MeteoraError
-from meteora_core.evaluation.report import compare, plot
 from meteora_core.files import atomic_write
 
-BARS = ("base", "own", "lora_b", "arrow", "meteora")
+MARKED = ("base", "own", "lora_b", "arrow", "meteora")
+"""Who is shown task by task."""
 
 
 def draw_all(documents: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], heat_maps: Mapping[str, Path], folder: Path) -> dict[str, Path]:
@@ -23,10 +23,9 @@ def draw_all(documents: Mapping[str, Mapping[str, Any]], titles: Mapping[str, st
         MeteoraError: matplotlib is not installed.
     """
     made = {}
-    shown = [role for role in BARS if role in documents]
-    singles = [{**documents[role], "results": _singles(documents[role])} for role in shown]
-    if any(document["results"] for document in singles):
-        made["singles"] = plot(compare(singles, [titles[role] for role in shown]), folder / "singles.png")
+    figures = {role: found for role in MARKED if role in documents and (found := headlines(documents[role]))}
+    if figures:
+        made["singles"] = _single_tasks(figures, titles, folder / "singles.png")
     counted = {role: counts for role in documents if (counts := composite(documents[role]))}
     if counted:
         made["composites"] = _composites(counted, titles, folder / "composites.png")
@@ -38,6 +37,24 @@ def draw_all(documents: Mapping[str, Mapping[str, Any]], titles: Mapping[str, st
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(picture, made[f"heat_map_{role}"])
     return made
+
+
+def _single_tasks(figures: Mapping[str, Mapping[str, Figure]], titles: Mapping[str, str], path: Path) -> Path:
+    tasks = list(dict.fromkeys(task for found in figures.values() for task in found))
+    figure = _figure(8, 1.6 + 0.32 * len(tasks))
+    axes = figure.add_subplot()
+    for place, (role, found) in enumerate(figures.items()):
+        rows = [row + 0.14 * (place - (len(figures) - 1) / 2) for row, task in enumerate(tasks) if task in found]
+        shown = [found[task] for task in tasks if task in found]
+        errors = [each.stderr for each in shown]
+        axes.errorbar([each.value for each in shown], rows, xerr=errors, fmt="osD^v"[place % 5], markersize=4, elinewidth=1, label=titles[role])
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("accuracy, BLEU / 100, or ROUGE-L; bars: one standard error", fontsize=9)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(figures), fontsize=8)
+    return _save(figure, path)
 
 
 def _singles(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,12 @@ def test_a_command_that_is_stopped_by_its_limit_goes_on_in_parts(engine) -> None
     assert json.loads(engine.record_file(STEPS[0]).read_text())["parts"] == 3
 
 
+def test_a_command_that_never_ends_is_given_up(engine) -> None:
+    engine.run_command = Fake(*[None] * 20)
+    with pytest.raises(MeteoraError, match="does not end in 12 parts"):
+        engine.run(["a"])
+
+
 def test_the_time_of_a_call_ends_it(engine) -> None:
     engine.deadline = time.monotonic() - 1
     with pytest.raises(Stopped) as caught:
@@ -119,6 +125,14 @@ def test_every_placeholder_of_the_sizes_is_filled(sizes, tmp_path, monkeypatch) 
     from meteora_core.settings import load_settings
 
     assert str(load_settings().paths.adapters) == f"{experiment.work}/adapters"
+
+
+def test_a_setting_of_the_gates_does_not_touch_the_adapters() -> None:
+    experiment = load_experiment("toy")
+    assert set(experiment.relevant_settings(experiment.step("adapters"))) == {"model", "train_adapters"}
+    assert set(experiment.relevant_settings(experiment.step("gates-ridge"))) == {"model", "train_gates"}
+    assert set(experiment.relevant_settings(experiment.step("eval-base"))) == {"model", "eval"}
+    assert set(experiment.relevant_settings(experiment.step("starter"))) == {"model"}
 
 
 def test_the_full_size_has_the_paper_s_tasks() -> None:
