@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,9 +49,7 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
     ] = "meteora",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Trained gates; default: runs/meteora, else the quickstart's, else the starter.", show_default=False)
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Trained gates; default: runs/meteora, else the quickstart's.", show_default=False)] = None,
     temperature: Annotated[
         float | None, typer.Option("--T", help="Routing temperature; default: the task's (1; composites 15 to 30).", show_default=False)
     ] = None,
@@ -120,7 +119,7 @@ def evaluate(
         checkpoint=checkpoint or _default_checkpoint(settings.paths.runs),
         base=BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code),
         backend=settings.model.backend,
-        out_dir=(out_dir or settings.paths.runs / "eval") if save else None,
+        out_dir=settings.paths.runs / "eval" if save else None,
         seed=settings.eval.seed,
         options=EvalOptions(
             batch_size=settings.eval.batch_size,
@@ -135,6 +134,8 @@ def evaluate(
             cuda_graphs=settings.eval.cuda_graphs,
         ),
     )
+    if out_dir is not None and save:
+        plan = replace(plan, out_dir=out_dir)
     if launcher is Launcher.ddp and "WORLD_SIZE" not in os.environ:
         prepare(plan, place, kind)
         _launch(processes, place)

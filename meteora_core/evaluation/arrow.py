@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meteora_core.adapters.peft_folder import WEIGHTS
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.evaluation.adapters import check_adapter
+from meteora_core.files import sha256
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ARROW = "peft-arrow"
 """The model name that stands for it."""
@@ -80,3 +82,45 @@ def _unload(model: PreTrainedModel, names: set[str]) -> None:
             parent = model.get_submodule(path.rpartition(".")[0])
             setattr(parent, path.rpartition(".")[2], module.get_base_layer())
     model.eval()
+
+
+class ArrowRouter:
+    """Arrow over every adapter of a folder, for an evaluation of several tasks: it stays in the model until it is told to leave.
+
+    Args:
+        adapters_dir: The adapter folders; those of several tasks (``--balanced``) are left out.
+        top_k, temperature, seed: As for :func:`with_arrow`.
+
+    Attributes:
+        model, tokenizer: While it is in a model: that model with the adapters, and its tokenizer.
+    """
+
+    def __init__(self, adapters_dir: Path, top_k: int | None, temperature: float, seed: int) -> None:
+        self.adapters_dir, self.top_k, self.temperature, self.seed = adapters_dir, top_k, temperature, seed
+        self.folders: dict[str, Path] = {}
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self._inside = ExitStack()
+
+    def prepare(self) -> None:
+        """Find and check the adapters. Raises AdapterError, UsageError."""
+        from meteora_core.training.common import adapter_folders
+
+        self.folders = adapter_folders(self.adapters_dir, [])
+        for folder in self.folders.values():
+            check_adapter(folder)
+        arrow_top_k(self.top_k, len(self.folders))
+
+    def hashes(self) -> dict[str, str]:
+        """Adapter -> SHA-256 of its weights."""
+        return {name: sha256(folder / WEIGHTS) for name, folder in self.folders.items()}
+
+    def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Put the adapters into a base model. Raises AdapterError."""
+        made = with_arrow(model, self.folders, top_k=self.top_k, temperature=self.temperature, seed=self.seed)
+        self.model, self.tokenizer = self._inside.enter_context(made), tokenizer
+
+    def leave(self) -> None:
+        """Take them out again, if they are in."""
+        self._inside.close()
+        self.model = self.tokenizer = None

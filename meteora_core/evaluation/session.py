@@ -15,7 +15,7 @@ from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
-from meteora_core.evaluation.arrow import ARROW, arrow_top_k, with_arrow
+from meteora_core.evaluation.arrow import ARROW, ArrowRouter
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, partial_file, partial_files, sample_rows, write_results
 from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
@@ -163,6 +163,8 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
     for adapter in dict.fromkeys(adapter for listed in pairs.values() for _, adapter in listed if adapter is not None):
         check_adapter(adapter)
     loader = _Loader(plan, device, dtype, progress)
+    if ARROW in plan.models:
+        loader.arrow.prepare()
     loader.check(plan.models)
     return loader, pairs
 
@@ -208,7 +210,9 @@ def _one(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path 
             if writer.done:
                 progress.note(f"{task.name}: {len(writer.done)} rows were done before")
         processes.gather(None)
-        loaded, tokenizer = stack.enter_context(loader.ready(model, adapter))
+        if model != ARROW:
+            loader.arrow.leave()
+        loaded, tokenizer = stack.enter_context(loader.routed() if model == ARROW else loader.ready(model, adapter))
         return evaluate_task(
             loaded,
             tokenizer,
@@ -261,24 +265,15 @@ class _Loader:
         self.plan, self.device, self.dtype, self.progress = plan, device, dtype, progress
         self.base = plan.base
         self._checkpoint: dict[str, Any] | None = None
-        self._arrow: dict[str, Path] = {}
-        self._routed = ExitStack()
-        self._arrow_model: Any = None
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.temperature or 1.0, plan.seed)
 
     def check(self, models: Sequence[str]) -> None:
         """Read the checkpoint's configuration; its base is everyone's base, so that models are comparable."""
         from meteora_core.checkpoints.native import read_config
         from meteora_core.model.base import BaseReference
 
-        if ARROW in models:
-            from meteora_core.training.common import adapter_folders
-
-            self._arrow = adapter_folders(self.plan.adapters_dir, [])
-            for folder in self._arrow.values():
-                check_adapter(folder)
-            arrow_top_k(self.plan.options.top_k, len(self._arrow))
         if "meteora" in models:
             self._checkpoint = read_config(self.plan.checkpoint)
             named = self._checkpoint["base"]
@@ -297,11 +292,14 @@ class _Loader:
         from meteora_core import __version__
 
         options = asdict(self.plan.options)
-        weights: Any = self._checkpoint.get("weights_sha256") if model == "meteora" and self._checkpoint else None
-        if model == ARROW:
-            weights = {name: sha256(folder / WEIGHTS) for name, folder in self._arrow.items()}
+        weights = self._checkpoint.get("weights_sha256") if model == "meteora" and self._checkpoint else None
         return {
-            "model_args": {"base": self.base.name, "revision": self.base.revision, "name": model, "weights_sha256": weights},
+            "model_args": {
+                "base": self.base.name,
+                "revision": self.base.revision,
+                "name": model,
+                "weights_sha256": self.arrow.hashes() if model == ARROW else weights,
+            },
             "checkpoint": str(self.plan.checkpoint) if model == "meteora" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -324,9 +322,6 @@ class _Loader:
         if self._model is None or self._tokenizer is None:
             self._model = load_base(self.base, dtype=self.dtype, device=self.device, progress=self.progress)
             self._tokenizer = load_tokenizer(self.base, progress=self.progress)
-        if model != ARROW:
-            self._routed.close()
-            self._arrow_model = None
         attached = getattr(self._model, "meteora", None) is not None
         if model == "meteora":
             if not attached:
@@ -335,15 +330,16 @@ class _Loader:
             return
         if attached:
             detach(self._model)
-        if model == ARROW:
-            if self._arrow_model is None:
-                options = self.plan.options
-                routing = with_arrow(self._model, self._arrow, top_k=options.top_k, temperature=options.temperature or 1.0, seed=self.plan.seed)
-                self._arrow_model = self._routed.enter_context(routing)
-            yield self._arrow_model, self._tokenizer
-            return
         if adapter is None:
             yield self._model, self._tokenizer
             return
         with with_adapter(self._model, adapter) as adapted:
             yield adapted, self._tokenizer
+
+    @contextmanager
+    def routed(self) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+        """The base with PEFT's Arrow routing, which stays in it until another model is asked for."""
+        if self.arrow.model is None:
+            with self.ready("base", None) as (base, tokenizer):
+                self.arrow.enter(base, tokenizer)
+        yield self.arrow.model, self.arrow.tokenizer
