@@ -160,8 +160,18 @@ def settings_text(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """The settings as TOML."""
     lines = ["# Written by examples/paper; every command of the experiment reads it."]
     for section, values in settings.items():
-        lines += ["", f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())]
+        lines += _table(section, values)
     return "\n".join(lines) + "\n"
+
+
+def _table(name: str, values: Mapping[str, Any]) -> list[str]:
+    """One table and those within it."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    lines = ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items())]
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += _table(f"{name}.{key}", value)
+    return lines
 
 
 def _read(file: Path) -> dict[str, Any]:

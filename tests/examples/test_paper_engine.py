@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tomllib
 
 import pytest
 
@@ -142,6 +143,11 @@ def test_the_full_size_has_the_paper_s_tasks() -> None:
     assert len(tasks) == 25
     assert set(TASK_ORDER) - set(tasks) == {"cnn_dailymail", "news_commentary_es", "news_commentary_it"}
     assert tasks == [task for task in TASK_ORDER if task in tasks]
+
+
+def test_settings_are_written_as_toml() -> None:
+    settings = {"model": {"base": 'a "b"', "dtype": "auto"}, "train": {"steps": 3, "rate": 1e-4, "on": True, "tasks": {"gsm8k": {"steps": 5}}}}
+    assert tomllib.loads(settings_text(settings)) == settings
 
 
 def test_mistakes_in_a_sizes_file(tmp_path) -> None:
