@@ -94,7 +94,7 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
         *(f"- {fill(note, engine.values(), 'notes')}" for note in experiment.notes),
     ]
     if missing:
-        intro.append(f"- Not run: {', '.join(missing)}.")
+        intro.append(f"- Not run: {'; '.join(missing)}.")
     made = ["\n".join(intro), "## Overview\n\n" + overview(documents, titles)]
     made.append("## The paper's claims\n\n" + claims_table(documents))
     made.append("## What it set out to reach\n\n" + goals_table(documents, gates.get("meteora", {})))
