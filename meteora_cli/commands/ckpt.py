@@ -171,6 +171,79 @@ def convert(
         out.print(f"{len(done.base_tensors)} base tensors are stored too, since they are not those of {base}", markup=False, soft_wrap=True)
 
 
+@app.command("pack")
+def pack(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)],
+    adapters: Annotated[Path | None, typer.Option("--adapters", help="Where its adapter folders lie now, if they were moved.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Only these adapters, a,b,c, in this order.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="At most this rank in every layer.", show_default=False)] = None,
+    max_mb: Annotated[float | None, typer.Option("--max-mb", help="Size of the folder in MB (millions of bytes), at most.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint with its adapters inside: small, and complete without their folders.
+
+    Too large a one is cut by singular values, layer by layer, where it loses least.
+    """
+    import torch
+
+    from meteora_core.checkpoints.pack import pack_checkpoint
+    from meteora_core.errors import UsageError
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise UsageError(f"unknown dtype {dtype!r}", hint="bfloat16, float16 or float32")
+    with progress(ctx) as bars:
+        done = pack_checkpoint(
+            checkpoint,
+            folder,
+            adapters_dir=adapters,
+            tasks=None if task is None else [name.strip() for name in task.split(",") if name.strip()],
+            rank=rank,
+            max_bytes=None if max_mb is None else int(max_mb * 1e6),
+            dtype=getattr(torch, dtype),
+            overwrite=force,
+            progress=bars,
+        )
+    if as_json:
+        emit_json(
+            {"path": str(done.folder), "adapters": list(done.adapters), "ranks": done.ranks, "kept": done.kept, "bytes": done.size, "sha256": done.sha256}
+        )
+        return
+    from rich.table import Table
+
+    table = Table("adapter", "mean rank", "squared norm kept")
+    for name in done.adapters:
+        table.add_row(name, f"{done.ranks[name]:.2f}", f"{done.kept[name]:.1%}")
+    out.print(table)
+    out.print(f"{done.folder}: {len(done.adapters)} adapters and their gates, {_size(done.size)}", markup=False, soft_wrap=True)
+
+
+@app.command("card")
+def card(
+    folder: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
+    title: Annotated[str | None, typer.Option("--title", help="Headline; default: the folder's name.", show_default=False)] = None,
+    results: Annotated[Path | None, typer.Option("--results", help="Results of `meteora eval` on this checkpoint.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="The datasets that it was trained on.", show_default=False)] = None,
+    licence: Annotated[
+        list[str] | None, typer.Option("--licence", help="TASK=TEXT: source and licence of a task's rows; repeat for more.", show_default=False)
+    ] = None,
+) -> None:
+    """Write README.md beside a checkpoint: data, licences, training, scores, hashes."""
+    from meteora_core.checkpoints.card import write_card
+    from meteora_core.errors import UsageError
+
+    stated = {}
+    for entry in licence or []:
+        name, equals, text = entry.partition("=")
+        if not (name.strip() and equals and text.strip()):
+            raise UsageError(f"--licence {entry!r} is not TASK=TEXT", hint="--licence 'gsm8k=MIT'")
+        stated[name.strip()] = text.strip()
+    out.print(str(write_card(folder, title=title, results=results, data_dir=data, licences=stated)), markup=False, soft_wrap=True)
+
+
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,7 +47,7 @@ def evaluate(
         str | None, typer.Option(help="Task names, separated by commas; or singles, composites, all (of what is built). Needed.", show_default=False)
     ] = None,
     model: Annotated[
-        str, typer.Option(help="meteora, base, own (each task's own adapter), an adapter's name or folder, several by commas, or all.")
+        str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
     ] = "meteora",
     checkpoint: Annotated[Path | None, typer.Option(help="Trained gates; default: runs/meteora, else the quickstart's.", show_default=False)] = None,
     temperature: Annotated[
@@ -58,6 +59,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first so many test rows.", show_default=False)] = None,
     scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Where results go, a folder a model; default: runs/eval.", show_default=False)] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Count which adapters are chosen: a table, JSON and a heat-map.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show prompt, answer and reference of 10 rows.")] = False,
     data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
@@ -132,6 +134,8 @@ def evaluate(
             cuda_graphs=settings.eval.cuda_graphs,
         ),
     )
+    if out_dir is not None and save:
+        plan = replace(plan, out_dir=out_dir)
     if launcher is Launcher.ddp and "WORLD_SIZE" not in os.environ:
         prepare(plan, place, kind)
         _launch(processes, place)
@@ -234,5 +238,7 @@ def _launch(processes: int | None, place: torch.device) -> None:
 
 
 def _default_checkpoint(runs: Path) -> Path:
+    from meteora_core.starter import default_checkpoint
+
     own, quick = runs / "meteora", runs / "quickstart" / "meteora"
-    return quick if quick.is_dir() and not own.is_dir() else own
+    return default_checkpoint(own, quick, own)

@@ -12,14 +12,15 @@ from meteora_cli.console import console, emit_json, out, progress, settings_from
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from meteora_core.quickstart import QuickstartResult
+    from meteora_core.settings import Settings
 
 _MODELS = {"base": "base", "adapter": "own adapter (PEFT)", "meteora": "MeteoRA"}
 
 
 def quickstart(
     ctx: typer.Context,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder; default: runs/quickstart.", show_default=False)] = None,
+    train: Annotated[bool, typer.Option("--train", help="Train adapters and gates, even where a trained starter checkpoint came with the package.")] = False,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder; default: runs/quickstart, or runs/starter.", show_default=False)] = None,
     adapter_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each adapter.", show_default=False)] = None,
     gate_steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps of the gates.", show_default=False)] = None,
     test_rows: Annotated[int | None, typer.Option(min=1, help="Test rows of each single task.", show_default=False)] = None,
@@ -27,11 +28,19 @@ def quickstart(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Watch MeteoRA work: fetch a small model, build three BIG-bench tasks, train three adapters and the gates, compare.
+    """Watch MeteoRA work on a small model and three BIG-bench tasks.
 
-    Takes about ten minutes on two CPU cores. Stop it when you like: the same command goes on where it was.
+    With --train (or where no starter checkpoint came with the package): train three adapters and the gates and compare, in about ten minutes on two
+    CPU cores. Without: compare the starter checkpoint with its base and draw its routing, in less than three. Stop it when you like: the same
+    command goes on where it was.
     """
     settings = settings_from(ctx, model__device=device)
+    from meteora_core.starter import starter_checkpoint
+
+    starter = None if train or adapter_steps is not None or gate_steps is not None else starter_checkpoint()
+    if starter is not None and _fits(starter, settings.model.base):
+        _starter(ctx, settings, starter, out_dir, test_rows=test_rows, composite_rows=composite_rows, as_json=as_json)
+        return
     from meteora_core.model.base import BaseReference
     from meteora_core.quickstart import QuickstartPlan, next_commands, run_quickstart
 
@@ -52,17 +61,50 @@ def quickstart(
             }
         )
         return
-    out.print(_table(result, settings.model.base))
+    out.print(_table(result.scores, result.rows, settings.model.base, _MODELS))
     accuracy = result.held_out.get("gate_accuracy")
     if accuracy is not None:
         console.print(f"Gates choose the right adapter for {accuracy:.1%} of the answer tokens of held-out rows (top-1, all layers but the first).")
     console.print(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
+    _next(next_commands(plan.folder))
+
+
+def _fits(starter: Path, base: str) -> bool:
+    """Whether the starter checkpoint is of the base that the settings name."""
+    from meteora_core.checkpoints.native import read_config
+
+    return bool(read_config(starter)["base"]["name"] == base)
+
+
+def _starter(
+    ctx: typer.Context, settings: Settings, checkpoint: Path, out_dir: Path | None, *, test_rows: int | None, composite_rows: int | None, as_json: bool
+) -> None:
+    """The starter checkpoint against its base, and a picture."""
+    from meteora_core.starter.run import StarterPlan, next_commands, run_starter
+
+    sizes: dict[str, Any] = {"test_rows": test_rows, "composite_rows": composite_rows}
+    plan = StarterPlan(out_dir or settings.paths.runs / "starter", checkpoint, **{name: value for name, value in sizes.items() if value is not None})
+    with progress(ctx) as bars:
+        result = run_starter(plan, settings.model.device, data_source=settings.data.source, raw_dir=settings.data.raw_dir, progress=bars)
+    if as_json:
+        emit_json({**result.__dict__, "checkpoint": str(result.checkpoint), "pictures": [str(path) for path in result.pictures]})
+        return
+    out.print(_table(result.scores, result.rows, settings.model.base, {"base": "base", "meteora": "MeteoRA (starter)"}))
+    if result.own_share is not None:
+        console.print(f"In the picture's answer {result.own_share:.0%} of the tokens' first choices are adapters of the prompt's own tasks (all layers).")
+    console.print(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
+    for picture in result.pictures:
+        console.print(f"saved {picture}", markup=False, soft_wrap=True)
+    _next(next_commands(plan))
+
+
+def _next(commands: list[tuple[str, str]]) -> None:
     console.print("\nTry next:")
-    for command, purpose in next_commands(plan.folder):
+    for command, purpose in commands:
         console.print(f"  [bold]{command}[/bold]\n    {purpose}", soft_wrap=True)
 
 
-def _table(result: QuickstartResult, base: str) -> Table:
+def _table(scores: dict[str, dict[str, dict[str, float]]], rows: dict[str, int], base: str, labels: dict[str, str]) -> Table:
     from rich.table import Table
 
     table = Table(
@@ -72,14 +114,14 @@ def _table(result: QuickstartResult, base: str) -> Table:
     table.add_column("task")
     table.add_column("rows", justify="right")
     table.add_column("metric")
-    for label in _MODELS.values():
+    for label in labels.values():
         table.add_column(label, justify="right")
-    for task, models in result.scores.items():
+    for task, models in scores.items():
         for metric in ("accuracy", "exact", "bleu", "rougeL", "attempted", "correct"):
             if not any(metric in metrics for metrics in models.values()):
                 continue
-            cells = [_cell(metric, models.get(model, {}).get(metric)) for model in _MODELS]
-            table.add_row(task, str(result.rows[task]), metric, *cells)
+            cells = [_cell(metric, models.get(model, {}).get(metric)) for model in labels]
+            table.add_row(task, str(rows[task]), metric, *cells)
     return table
 
 

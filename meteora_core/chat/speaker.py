@@ -46,12 +46,11 @@ class Speaker:
 
 
 def default_checkpoint(settings: Settings) -> Path:
-    """The checkpoint of the quickstart if there is one, else where `meteora train` leaves its own."""
+    """The checkpoint of the quickstart if there is one, else what `meteora train` left, else the starter checkpoint."""
+    from meteora_core.starter import default_checkpoint as first_of
+
     runs = settings.paths.runs
-    for place in (runs / "quickstart" / "meteora", Path("runs/quickstart/meteora")):
-        if place.is_dir():
-            return place
-    return runs / "meteora"
+    return first_of(runs / "quickstart" / "meteora", Path("runs/quickstart/meteora"), runs / "meteora")
 
 
 def load_speaker(

@@ -197,9 +197,7 @@ def load_checkpoint(
             adapter is not the one that the gates were trained with.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    tensors = _read_weights(folder, config)
-    bank = _bank(folder, config, tensors, Path(adapters_dir) if adapters_dir else None, progress)
+    config, tensors, bank = read_checkpoint(folder, adapters_dir, progress)
     if base_model is None or isinstance(base_model, str):
         place = pick_device(device)
         name = base_model or config["base"]["name"]
@@ -318,3 +316,25 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
         different = sorted(set(bank.modules) ^ set(config["modules"]))[:5]
         raise CheckpointError(f"the adapters' layers are not those of the checkpoint {folder}: {', '.join(different)}")
     return AdapterBank(infos, bank.modules)
+
+
+def read_checkpoint(
+    folder: str | Path, adapters_dir: str | Path | None = None, progress: Progress = SILENT
+) -> tuple[dict[str, Any], dict[str, Tensor], AdapterBank]:
+    """The parts of a checkpoint, without its base model.
+
+    Args:
+        folder: The checkpoint.
+        adapters_dir: Where the adapter folders lie now, if they were moved.
+        progress: Where to report.
+
+    Returns:
+        Its configuration, the tensors of its weight file, and its adapters.
+
+    Raises:
+        CheckpointError: As :func:`load_checkpoint`.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = _read_weights(folder, config)
+    return config, tensors, _bank(folder, config, tensors, Path(adapters_dir) if adapters_dir else None, progress)

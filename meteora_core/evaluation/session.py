@@ -15,6 +15,7 @@ from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
+from meteora_core.evaluation.arrow import ARROW, ArrowRouter
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, partial_file, partial_files, sample_rows, write_results
 from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
@@ -40,7 +41,7 @@ class EvalPlan:
 
     Attributes:
         tasks: Task names.
-        models: "base", "meteora", "own" (each task's own adapter), or an adapter's name or folder.
+        models: "base", "meteora", "own" (each task's own adapter), "peft-arrow" (PEFT's Arrow routing over all adapters), or an adapter's name or folder.
         data_dir, adapters_dir: Datasets and adapters.
         checkpoint: For "meteora".
         base: The base model; for "meteora" the checkpoint's own base wins.
@@ -162,6 +163,8 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
     for adapter in dict.fromkeys(adapter for listed in pairs.values() for _, adapter in listed if adapter is not None):
         check_adapter(adapter)
     loader = _Loader(plan, device, dtype, progress)
+    if ARROW in plan.models:
+        loader.arrow.prepare()
     loader.check(plan.models)
     return loader, pairs
 
@@ -207,7 +210,9 @@ def _one(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path 
             if writer.done:
                 progress.note(f"{task.name}: {len(writer.done)} rows were done before")
         processes.gather(None)
-        loaded, tokenizer = stack.enter_context(loader.ready(model, adapter))
+        if model != ARROW:
+            loader.arrow.leave()
+        loaded, tokenizer = stack.enter_context(loader.routed() if model == ARROW else loader.ready(model, adapter))
         return evaluate_task(
             loaded,
             tokenizer,
@@ -234,7 +239,7 @@ def _safe(name: str) -> str:
 
 def _adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
     """The adapter folder that ``model`` means for ``task``; None for the base, MeteoRA, and a composite's own adapter."""
-    if model in ("base", "meteora"):
+    if model in ("base", "meteora", ARROW):
         return None
     if model == OWN:
         if task.is_composite:
@@ -247,7 +252,7 @@ def _adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
         if (folder / "adapter_config.json").is_file():
             return folder
     present = sorted(path.name for path in plan.adapters_dir.iterdir() if path.is_dir()) if plan.adapters_dir.is_dir() else []
-    known = ["base", "meteora", "own", "all", *present]
+    known = ["base", "meteora", "own", ARROW, "all", *present]
     raise UsageError(
         f"no model {model!r}: it is no adapter in {plan.adapters_dir} and no folder", hint=did_you_mean(model, known) or f"known: {', '.join(known)}"
     )
@@ -262,6 +267,7 @@ class _Loader:
         self._checkpoint: dict[str, Any] | None = None
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.temperature or 1.0, plan.seed)
 
     def check(self, models: Sequence[str]) -> None:
         """Read the checkpoint's configuration; its base is everyone's base, so that models are comparable."""
@@ -288,7 +294,12 @@ class _Loader:
         options = asdict(self.plan.options)
         weights = self._checkpoint.get("weights_sha256") if model == "meteora" and self._checkpoint else None
         return {
-            "model_args": {"base": self.base.name, "revision": self.base.revision, "name": model, "weights_sha256": weights},
+            "model_args": {
+                "base": self.base.name,
+                "revision": self.base.revision,
+                "name": model,
+                "weights_sha256": self.arrow.hashes() if model == ARROW else weights,
+            },
             "checkpoint": str(self.plan.checkpoint) if model == "meteora" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -324,3 +335,11 @@ class _Loader:
             return
         with with_adapter(self._model, adapter) as adapted:
             yield adapted, self._tokenizer
+
+    @contextmanager
+    def routed(self) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+        """The base with PEFT's Arrow routing, which stays in it until another model is asked for."""
+        if self.arrow.model is None:
+            with self.ready("base", None) as (base, tokenizer):
+                self.arrow.enter(base, tokenizer)
+        yield self.arrow.model, self.arrow.tokenizer

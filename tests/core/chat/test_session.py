@@ -344,6 +344,7 @@ def test_speakers_that_are_not_there(world, tmp_path, monkeypatch) -> None:
 
 def test_the_quickstarts_checkpoint_comes_first(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("meteora_core.starter.starter_checkpoint", lambda: None)
     assert str(default_checkpoint(load_settings())) == "runs/meteora"
     (tmp_path / "runs" / "quickstart" / "meteora").mkdir(parents=True)
     assert str(default_checkpoint(load_settings())) == "runs/quickstart/meteora"

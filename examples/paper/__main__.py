@@ -1,0 +1,99 @@
+"""``python -m examples.paper SIZES``: runs the experiment, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.paper.engine import Engine, Runner, run_child
+from examples.paper.plan import load_experiment
+from meteora_core.errors import MeteoraError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m examples.paper",
+        description="The paper's experiment, step by step. What is done is left out; the same call goes on where it stopped.",
+        epilog="Exit codes: 0 done; 1 something failed or does not fit (the repair is named); 2 usage; 75 the time of --for is over; 130 Ctrl-C.",
+    )
+    made.add_argument("sizes", help="full, toy, or a file like full.toml")
+    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps or stages; * stands for anything")
+    made.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these steps or stages again, and all that depends on them")
+    made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="end after so many seconds; the same call goes on")
+    made.add_argument("--raw-dir", type=Path, help="folder with raw rows of gsm8k, alpaca and news_commentary_de; without it they come from the hub")
+    made.add_argument("--work", type=Path, help="where everything is kept; default: as the sizes file says")
+    made.add_argument("--docs", type=Path, help="where the report goes; default: as the sizes file says")
+    made.add_argument("--base", help="another base model")
+    made.add_argument("--device", help="auto, cpu, cuda, …")
+    made.add_argument("--report", action="store_true", help="only write the report of what is done")
+    made.add_argument("--list", action="store_true", help="show the steps, their commands, and which are done")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_child) -> int:
+    """Run; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    try:
+        experiment = load_experiment(options.sizes, work=options.work, raw_dir=options.raw_dir, base=options.base, device=options.device, docs=options.docs)
+        deadline = time.monotonic() + options.seconds if options.seconds is not None else float("inf")
+        engine = Engine(experiment, call_of(options), run_command, say, deadline, hub_reachable)
+        if options.list:
+            for step in experiment.steps:
+                print(f"{'done' if engine.record_file(step).is_file() else '    '}  {step.stage:9} {step.name:22} {engine.command_line(step)}")
+            return 0
+        if options.again:
+            say(f"# again: {', '.join(engine.forget(options.again))}")
+        if not options.report:
+            ran = engine.run(options.only)
+            say(f"# {len(ran)} steps run, all chosen steps are done")
+        if options.report or not options.only:
+            from examples.paper.report import write_report
+
+            say(f"# report: {write_report(engine)}")
+    except MeteoraError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  repair: {error.hint}" if error.exit_code == 1 else f"  {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def call_of(options: argparse.Namespace) -> str:
+    """This call without what chooses steps: what a repair is put behind."""
+    parts = ["python", "-m", "examples.paper", options.sizes]
+    for name in ("raw_dir", "work", "docs", "base", "device"):
+        value = getattr(options, name)
+        if value is not None:
+            parts += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(parts)
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers within a few seconds."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    try:
+        return httpx.head(constants.ENDPOINT, timeout=8, follow_redirects=True).status_code < 500
+    except httpx.HTTPError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

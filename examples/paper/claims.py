@@ -1,0 +1,166 @@
+"""The paper's four claims, each with our figures and a verdict by a rule that is stated beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from examples.paper.figures import Figure, average, composite, headlines
+
+EQUAL = 0.97
+"""MeteoRA counts as equal to the individual adapters from this share of their average on."""
+
+Documents = Mapping[str, Mapping[str, Any]]
+"""Role -> results document."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        text: What is claimed.
+        figures: Ours, one a line.
+        verdict: holds, partly, undecided, fails, or not run.
+        rule: When it is which.
+    """
+
+    text: str
+    figures: tuple[str, ...]
+    verdict: str
+    rule: str
+
+
+def claims(documents: Documents) -> list[Claim]:
+    """All claims that the documents speak to, and "not run" for the others.
+
+    Two figures differ where their difference is more than two of its standard errors.
+    """
+    return [
+        equal_to_adapters(documents),
+        beats_balanced(documents, "meteora", "On composites MeteoRA beats LoRA-B in attempted and correct (trained on single tasks only, as in the paper)"),
+        beats_balanced(documents, "extension", "The same with composite training rows (our extension, not the paper's)"),
+        large_temperature(documents, "", "A large T helps composites (trained on single tasks only)"),
+        large_temperature(documents, "extension", "The same with composite training rows"),
+        top_two(documents),
+    ]
+
+
+def common(documents: Documents, *roles: str) -> list[str]:
+    """The single tasks that every one of the roles has a headline for."""
+    found = [headlines(documents[role]) for role in roles]
+    return [task for task in found[0] if all(task in each for each in found)]
+
+
+def averages(documents: Documents, *roles: str) -> tuple[list[Figure], int]:
+    """Each role's average over their common single tasks, and how many these are."""
+    tasks = common(documents, *roles)
+    return [average(headlines(documents[role])[task] for task in tasks) for role in roles] if tasks else [], len(tasks)
+
+
+def equal_to_adapters(documents: Documents) -> Claim:
+    """Claim 1."""
+    text = "MeteoRA's average over single tasks equals that of the individual adapters"
+    rule = f"holds from {EQUAL:.0%} of the adapters' average on; below, fails where the gap to {EQUAL:.0%} is more than two standard errors, else undecided"
+    if not {"meteora", "own"} <= documents.keys() or not common(documents, "meteora", "own"):
+        return Claim(text, (), "not run", rule)
+    (ours, own), count = averages(documents, "meteora", "own")
+    gap = own.times(EQUAL) - ours
+    verdict = "undecided" if not own.value else "holds" if gap.value <= 0 else "fails" if gap.sign > 0 else "undecided"
+    share = f", {ours.value / own.value:.1%} of it" if own.value else ""
+    return Claim(text, (f"{shown(ours)} against {shown(own)} over {count} tasks{share}",), verdict, rule)
+
+
+def beats_balanced(documents: Documents, role: str, text: str) -> Claim:
+    """Claim 2."""
+    rule = "holds where both counts of every composite are higher than LoRA-B's by more than two standard errors, fails where none is, else partly"
+    if not {role, "lora_b"} <= documents.keys():
+        return Claim(text, (), "not run", rule)
+    ours, theirs, base = (composite(documents.get(name, {"results": {}})) for name in (role, "lora_b", "base"))
+    lines, signs = [], []
+    for task in (task for task in ours if task in theirs):
+        for name in ("attempted", "correct"):
+            signs.append((ours[task][name] - theirs[task][name]).sign)
+            beside = f", base {shown(base[task][name], 2)}" if task in base else ""
+            lines.append(f"{task} {name}: {shown(ours[task][name], 2)} against LoRA-B's {shown(theirs[task][name], 2)}{beside}")
+    verdict = "not run" if not signs else "holds" if min(signs) > 0 else "fails" if max(signs) <= 0 else "partly"
+    return Claim(text, tuple(lines), verdict, rule)
+
+
+def large_temperature(documents: Documents, prefix: str, text: str) -> Claim:
+    """Claim 3."""
+    rule = (
+        "of the counts at the paper's T (15, 20, 30) and at T = 60 against T = 1: holds where one is higher by more than two standard errors and none lower, "
+    )
+    rule += "fails where none is higher, else partly"
+    role, low, high = (prefix or "meteora"), f"{prefix}_T1".lstrip("_"), f"{prefix}_T60".lstrip("_")
+    if low not in documents or not {role, high} & documents.keys():
+        return Claim(text, (), "not run", rule)
+    at_one = composite(documents[low])
+    lines, signs = [], []
+    for name, label in ((role, "the paper's T"), (high, "T = 60")):
+        larger = composite(documents[name]) if name in documents else {}
+        for task in (task for task in at_one if task in larger):
+            for count in ("attempted", "correct"):
+                signs.append((larger[task][count] - at_one[task][count]).sign)
+                lines.append(f"{task} {count}: {shown(larger[task][count], 2)} at {label}, {shown(at_one[task][count], 2)} at T = 1")
+    verdict = "not run" if not signs else "fails" if max(signs) <= 0 else "holds" if min(signs) >= 0 else "partly"
+    return Claim(text, tuple(lines), verdict, rule)
+
+
+def top_two(documents: Documents) -> Claim:
+    """Claim 4."""
+    text = "top-2 is better than top-1 on single tasks"
+    rule = "holds where top-2's average is higher by more than two standard errors, fails where it is lower by as much, else undecided"
+    if not {"meteora", "top1"} <= documents.keys() or not common(documents, "meteora", "top1"):
+        return Claim(text, (), "not run", rule)
+    (two, one), count = averages(documents, "meteora", "top1")
+    lines = [f"{shown(two)} with top-2, {shown(one)} with top-1 over {count} tasks"]
+    twos, ones = composite(documents["meteora"]), composite(documents["top1"])
+    for task in (task for task in twos if task in ones):
+        parts = [f"{name} {shown(twos[task][name], 2)} / {shown(ones[task][name], 2)}" for name in ("attempted", "correct")]
+        lines.append(f"{task}, top-2 / top-1: {', '.join(parts)}")
+    sign = (two - one).sign
+    return Claim(text, tuple(lines), {1: "holds", 0: "undecided", -1: "fails"}[sign], rule)
+
+
+def goals(documents: Documents, held_out: Mapping[str, float]) -> list[tuple[str, str, bool | None]]:
+    """What the experiment set out to reach: goal, figure, reached (None where it was not run)."""
+    made: list[tuple[str, str, bool | None]] = []
+    ratio = None
+    if {"meteora", "own"} <= documents.keys() and common(documents, "meteora", "own"):
+        (ours, own), _ = averages(documents, "meteora", "own")
+        ratio = ours.value / own.value if own.value else None
+    made.append(
+        (
+            f"single tasks: at least {EQUAL:.0%} of the own adapters' average",
+            "–" if ratio is None else f"{ratio:.1%}",
+            None if ratio is None else ratio >= EQUAL,
+        )
+    )
+    accuracy = held_out.get("gate_accuracy")
+    reached = None if accuracy is None else accuracy >= 0.85
+    made.append(
+        (
+            "top-1 gate accuracy on answer tokens of held-out rows, all layers but the first: at least 85 %",
+            "–" if accuracy is None else f"{accuracy:.1%}",
+            reached,
+        )
+    )
+    for role, label in (("meteora", "single rows only"), ("extension", "with composite rows")):
+        for task in ("composite_3", "composite_5"):
+            known = [composite(documents[name]).get(task) if name in documents else None for name in (role, "base", "lora_b")]
+            goal = f"{task}, {label}: more attempted and correct than the base and LoRA-B"
+            ours_, *others = known
+            if ours_ is None or None in others:
+                made.append((goal, "–", None))
+                continue
+            above = all(ours_[name].value > other[name].value for other in others if other for name in ("attempted", "correct"))
+            made.append((goal, f"{ours_['attempted'].value:.2f} attempted, {ours_['correct'].value:.2f} correct", above))
+    return made
+
+
+def shown(figure: Figure, digits: int = 3) -> str:
+    """A figure as text."""
+    return f"{figure.value:.{digits}f} ± {figure.stderr:.{digits}f}"

@@ -1,0 +1,322 @@
+"""Runs the steps: prints each command, leaves out what is done, and stops with the command that repairs when something does not fit."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from examples.paper.plan import Experiment, Step, fill, settings_text
+from meteora_core.data.manifest import NAME as MANIFEST
+from meteora_core.data.rows import available_tasks
+from meteora_core.errors import MeteoraError, UsageError
+from meteora_core.files import atomic_write, read_json, sha256, write_json
+
+Runner = Callable[[list[str], float], int | None]
+"""Runs ``meteora ARGUMENTS`` for at most so many seconds; returns the exit code, or None when the time was over."""
+
+WEIGHED = ("meteora.safetensors", "adapter_model.safetensors", "meteora_config.json", MANIFEST)
+"""Files of a step's outcome whose hashes are kept; of an evaluation it is the newest ``results_*.json``."""
+
+GRACE = 30.0
+"""Seconds that a command has to end after it was asked to."""
+
+
+MOST_PARTS = 12
+"""A command that has not ended after so many parts does not get on."""
+
+
+class Stopped(MeteoraError):
+    """The time for this call is over; the same call goes on."""
+
+    exit_code = 75
+
+
+@dataclass
+class Engine:
+    """The steps of an experiment, and the record of what is done.
+
+    Attributes:
+        experiment: What to run.
+        call: How this program is called, for the repairs it names.
+        run_command: Runs a ``meteora`` command.
+        say: Prints a line.
+        deadline: When this call ends, by ``time.monotonic()``.
+        hub_reachable: Asked when a step needs the hub.
+    """
+
+    experiment: Experiment
+    call: str
+    run_command: Runner
+    say: Callable[[str], None]
+    deadline: float = float("inf")
+    hub_reachable: Callable[[], bool] = lambda: False
+    _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Path:
+        """The ``meteora.toml`` of the experiment."""
+        return self.experiment.work / "meteora.toml"
+
+    def record_file(self, step: Step) -> Path:
+        """Where it is kept that a step is done."""
+        return self.experiment.work / "steps" / f"{step.name}.json"
+
+    def values(self) -> dict[str, Any]:
+        """What fills placeholders; ``total_rank`` is the rank of all adapters together, ``config`` the settings file."""
+        values = self.experiment.values
+        singles = [name for name in available_tasks(self.experiment.data) if not name.startswith("composite_")]
+        return {**values, "total_rank": int(values["rank"]) * len(singles), "config": str(self.config)}
+
+    def command_line(self, step: Step) -> str:
+        """The step's command as one would type it."""
+        return shlex.join(["meteora", *self._arguments(step)])
+
+    def _arguments(self, step: Step) -> list[str]:
+        return ["--config", str(self.config), *step.arguments(self.values())]
+
+    def start(self) -> None:
+        """Write the settings file. Raises StorageError."""
+        with atomic_write(self.config) as handle:
+            handle.write(settings_text(self.experiment.settings))
+
+    def run(self, chosen: Sequence[str] = ()) -> list[str]:
+        """Run what is not done yet.
+
+        Args:
+            chosen: Names or stages of steps, with ``*``; empty means all.
+
+        Returns:
+            The names of the steps that were run.
+
+        Raises:
+            UsageError: No such step.
+            MeteoraError: A command failed, or something that was done does not fit any more; the hint is the command that repairs it.
+            Stopped: The time of this call is over.
+        """
+        steps = self.choose(chosen)
+        self.start()
+        self.verify_data()
+        ran = []
+        for step in steps:
+            if self.is_done(step):
+                continue
+            for name in step.needs:
+                if not self.is_done(self.experiment.step(name)):
+                    raise MeteoraError(f"step {step.name} needs step {name}, which is not done", hint=self.repair(f"--only {name}"))
+            self.check_base(step)
+            if self.execute(step):
+                ran.append(step.name)
+        return ran
+
+    def choose(self, chosen: Iterable[str]) -> list[Step]:
+        """The steps whose name or stage fits one of the patterns, in order. Raises UsageError where a pattern fits none."""
+        patterns = list(chosen)
+        for pattern in patterns:
+            if not any(fnmatch(step.name, pattern) or fnmatch(step.stage, pattern) for step in self.experiment.steps):
+                raise UsageError(f"no step or stage {pattern!r}", hint=f"there are: {', '.join(step.name for step in self.experiment.steps)}")
+        return [
+            step for step in self.experiment.steps if not patterns or any(fnmatch(step.name, pattern) or fnmatch(step.stage, pattern) for pattern in patterns)
+        ]
+
+    def forget(self, chosen: Iterable[str]) -> list[str]:
+        """Drop the records of steps and of all that depends on them, so that they are run again; return their names."""
+        gone = {step.name for step in self.choose(chosen)}
+        for step in self.experiment.steps:
+            if gone & set(step.needs):
+                gone.add(step.name)
+        for name in gone:
+            self.record_file(self.experiment.step(name)).unlink(missing_ok=True)
+        return [step.name for step in self.experiment.steps if step.name in gone]
+
+    def repair(self, options: str) -> str:
+        """How this program is to be called."""
+        return f"{self.call} {options}"
+
+    def is_done(self, step: Step) -> bool:
+        """Whether the step was run and all is as it was then.
+
+        Raises:
+            MeteoraError: It was run, and its command, settings, data or outcome are not those of then; the hint is the command that repairs it.
+        """
+        file = self.record_file(step)
+        if not file.is_file():
+            return False
+        record = read_json(file, hint=self.repair(f"--again {step.name}"))
+        if record.get("left_out"):
+            return True
+        again = self.repair(f"--again {step.name}")
+        if record["command"] != self.command_line(step):
+            raise MeteoraError(f"step {step.name} was done by another command: {record['command']}", hint=again)
+        if record["settings"] != self.experiment.relevant_settings(step):
+            raise MeteoraError(
+                f"step {step.name} was done with other settings: {_difference(record['settings'], self.experiment.relevant_settings(step))}", hint=again
+            )
+        changed = [name for name, known in record["data"].items() if known != self.data_hashes().get(name)]
+        if changed:
+            raise MeteoraError(f"step {step.name} used other rows of {', '.join(changed)}: the dataset was changed since, or is gone", hint=again)
+        for path, known in record["outputs"].items():
+            if not Path(path).is_file():
+                raise MeteoraError(f"{path}, which step {step.name} made, is gone", hint=again)
+            if self.hash_of(Path(path)) != known:
+                raise MeteoraError(f"{path} is not the file that step {step.name} made: its hash differs", hint=again)
+        return True
+
+    def hash_of(self, path: Path) -> str:
+        """A file's SHA-256, computed again only when its time or size has changed."""
+        state = path.stat()
+        key = (str(path), state.st_mtime_ns, state.st_size)
+        if key not in self._hashes:
+            self._hashes[key] = sha256(path)
+        return self._hashes[key]
+
+    def data_hashes(self) -> dict[str, str]:
+        """Dataset -> hash of its manifest, which holds the hashes of its rows."""
+        folder = self.experiment.data
+        return {path.parent.name: self.hash_of(path) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
+
+    def uses(self, step: Step, dataset: str) -> bool:
+        """Whether the outcome of a step depends on a dataset."""
+        arguments = step.arguments(self.values())
+        if arguments[0] not in ("train", "eval"):
+            return False
+        named = arguments[arguments.index("--task") + 1] if "--task" in arguments else "singles"
+        if arguments[0] == "train" or named in ("singles", "all"):
+            return (named == "all" and arguments[0] == "eval") or not dataset.startswith("composite_")
+        return dataset in named.split(",")
+
+    def verify_data(self) -> None:
+        """``meteora data verify`` over the datasets that finished steps made. Raises MeteoraError."""
+        made = {
+            path.name: step.name for step in self.experiment.steps if step.stage == "datasets" and self.record_file(step).is_file() for path in self.makes(step)
+        }
+        names = [name for name in made if (self.experiment.data / name / MANIFEST).is_file()]
+        if not names:
+            return
+        command = ["--config", str(self.config), "data", "verify", *names]
+        self.say(f"$ {shlex.join(['meteora', *command])}")
+        if self.run_command([*command, "--json"], self.left()) != 0:
+            from meteora_core.data.catalog import verify
+
+            broken = [report for report in verify(self.experiment.data, names) if not report.ok]
+            what = "; ".join(problem for report in broken for problem in report.problems[:1]) or "`meteora data verify` failed"
+            raise MeteoraError(
+                f"datasets are not what was built: {what}", hint=self.repair(f"--again {' '.join(dict.fromkeys(made[each.task] for each in broken))}")
+            )
+
+    def makes(self, step: Step) -> list[Path]:
+        """The paths that a step makes; a name with commas stands for several beside each other."""
+        filled = [Path(fill(template, self.values(), step.name)) for template in step.makes]
+        return [path.parent / name for path in filled for name in path.name.split(",")]
+
+    def check_base(self, step: Step) -> None:
+        """Whether the checkpoint that the step reads is of the experiment's base. Raises MeteoraError."""
+        if step.checkpoint is None:
+            return
+        from meteora_core.checkpoints.native import read_config
+
+        folder = Path(fill(step.checkpoint, self.values(), step.name))
+        named = read_config(folder)["base"]["name"]
+        if named != self.experiment.values["base"]:
+            maker = next((each.name for each in self.experiment.steps if folder in self.makes(each)), step.name)
+            raise MeteoraError(
+                f"the checkpoint {folder} is of the base {named}, and this experiment of {self.experiment.values['base']}", hint=self.repair(f"--again {maker}")
+            )
+
+    def left(self) -> float:
+        """Seconds for a command: as the sizes file says, but not beyond the deadline. Raises Stopped when there are none."""
+        seconds = min(self.experiment.command_seconds, self.deadline - time.monotonic())
+        if seconds <= 0:
+            raise Stopped("the time of this call is over", hint=f"the same command goes on: {self.call}")
+        return seconds
+
+    def execute(self, step: Step) -> bool:
+        """Run a step, in as many parts as its time limit makes, and record it; False when it was left out. Raises MeteoraError, Stopped."""
+        if step.hub and not self.hub_reachable():
+            self.say(f"# {step.name}: left out, since the hub cannot be reached (later: {self.repair(f'--again {step.name}')})")
+            write_json(self.record_file(step), {"step": step.name, "left_out": "the hub could not be reached"})
+            return False
+        arguments, shown = self._arguments(step), self.command_line(step)
+        parts_file = self.record_file(step).with_suffix(".parts.json")
+        before: dict[str, Any] = read_json(parts_file) if parts_file.is_file() else {"command": shown, "seconds": 0.0, "parts": 0}
+        seconds, parts = (before["seconds"], before["parts"]) if before["command"] == shown else (0.0, 0)
+        while True:
+            limit, began = self.left(), time.monotonic()
+            self.say(f"$ {shown}" + (f"   # part {parts + 1}" if parts else ""))
+            code = self.run_command(arguments, limit)
+            seconds, parts = seconds + time.monotonic() - began, parts + 1
+            write_json(parts_file, {"command": shown, "seconds": seconds, "parts": parts})
+            if code == 0:
+                break
+            if code is None and parts >= MOST_PARTS:
+                raise MeteoraError(f"step {step.name} does not end in {parts} parts", hint="raise command_seconds, or lower save_steps, in the sizes file")
+            if code is not None:
+                raise MeteoraError(f"step {step.name} failed with exit code {code}", hint=f"mend what the command says, then: {self.call}")
+        outputs = self.outputs(step)
+        write_json(
+            self.record_file(step),
+            {
+                "step": step.name,
+                "command": shown,
+                "settings": self.experiment.relevant_settings(step),
+                "seconds": round(seconds, 1),
+                "parts": parts,
+                "data": {name: known for name, known in self.data_hashes().items() if self.uses(step, name)},
+                "outputs": outputs,
+            },
+        )
+        parts_file.unlink(missing_ok=True)
+        return True
+
+    def outputs(self, step: Step) -> dict[str, str]:
+        """Path -> hash of what the step made. Raises MeteoraError when something is not there."""
+        made = {}
+        for path in self.makes(step):
+            found = [file for file in (path / name for name in WEIGHED) if file.is_file()]
+            results = sorted(path.glob("results_*.json"), key=os.path.getmtime)
+            if path.is_file():
+                found = [path]
+            if not (found or results):
+                raise MeteoraError(f"step {step.name} ended, but made nothing in {path}", hint=self.repair(f"--again {step.name}"))
+            for file in found or results[-1:]:
+                made[str(file)] = sha256(file)
+        return made
+
+
+def run_child(arguments: list[str], seconds: float) -> int | None:
+    """``meteora ARGUMENTS`` as a process of its own: asked to end (as by Ctrl-C) when its time is over, killed when it does not."""
+    quiet = {"stdout": subprocess.DEVNULL} if "--json" in arguments else {}
+    child = subprocess.Popen([sys.executable, "-m", "meteora_cli", *arguments], **quiet)  # type: ignore[call-overload]
+    try:
+        return int(child.wait(timeout=seconds))
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        return None
+    except BaseException:
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(timeout=GRACE)
+        finally:
+            child.kill()
+        raise
+
+
+def _difference(old: Any, new: Any, name: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return ", ".join(
+            _difference(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")) for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)
+        )
+    return f"{name} was {old}, is {new}"

@@ -1,0 +1,181 @@
+"""From ``steps.toml`` (the commands) and a sizes file (the numbers) to a list of steps."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from meteora_core.errors import UsageError, did_you_mean
+
+HERE = Path(__file__).parent
+STEPS_FILE = HERE / "steps.toml"
+
+SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train --stage adapters": ("train_adapters",), "eval": ("eval", "routing")}
+"""Sections of the settings that a command's outcome depends on, besides ``model``; the longest beginning of a command counts."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the experiment.
+
+    Attributes:
+        name: What it is called.
+        stage: The group it belongs to.
+        command: The arguments behind ``meteora``, with ``{placeholders}``.
+        needs: Steps that must be done before.
+        makes: What must be there afterwards, with placeholders.
+        checkpoint: A checkpoint that it reads; its base must be the experiment's.
+        hub: It needs the Hugging Face hub, and is left out where the hub cannot be reached.
+    """
+
+    name: str
+    stage: str
+    command: str
+    needs: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    checkpoint: str | None = None
+    hub: bool = False
+
+    def arguments(self, values: Mapping[str, Any]) -> list[str]:
+        """The command with its placeholders filled in, as an argument list."""
+        return [fill(part, values, self.name) for part in shlex.split(self.command)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The steps, and what fills their placeholders.
+
+    Attributes:
+        steps: In the order in which they run.
+        values: Numbers and folders.
+        settings: The ``meteora.toml`` that every command reads, as nested dictionaries.
+        roles: Which evaluation plays which part in the report; ``<evaluation>/<model>``.
+        titles: What the report calls each evaluation.
+        docs: Where the report goes.
+        command_seconds: A command that runs longer is stopped, and goes on by the same command.
+        name: The sizes file's name, for messages.
+        notes: What the report says of the sizes.
+    """
+
+    steps: tuple[Step, ...]
+    values: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+    roles: dict[str, str]
+    titles: dict[str, str]
+    docs: Path
+    command_seconds: float
+    name: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def work(self) -> Path:
+        """Where everything is kept."""
+        return Path(self.values["work"])
+
+    @property
+    def data(self) -> Path:
+        """The datasets."""
+        return self.work / "datasets"
+
+    def step(self, name: str) -> Step:
+        """The step of that name. Raises UsageError."""
+        found = next((step for step in self.steps if step.name == name), None)
+        if found is None:
+            raise UsageError(f"no step {name!r}", hint=did_you_mean(name, [step.name for step in self.steps]))
+        return found
+
+    def relevant_settings(self, step: Step) -> dict[str, Any]:
+        """The settings that the step's outcome depends on."""
+        known = max((begin for begin in SECTIONS if step.command.startswith(f"{begin} ")), key=len, default="")
+        sections = ("model", *SECTIONS.get(known, ()))
+        return {section: self.settings[section] for section in sections if section in self.settings}
+
+
+def load_experiment(
+    sizes: str | Path, *, work: Path | None = None, raw_dir: Path | None = None, base: str | None = None, device: str | None = None, docs: Path | None = None
+) -> Experiment:
+    """Read the steps and a sizes file.
+
+    Args:
+        sizes: ``full``, ``toy``, or a file of one's own.
+        work: Another folder than the file's.
+        raw_dir: Raw rows of gsm8k, alpaca and news_commentary_de (``meteora data build --raw-dir``).
+        base: Another base model than the file's.
+        device: Where to compute; by default a GPU when there is one.
+        docs: Another folder for the report.
+
+    Raises:
+        UsageError: A file is missing or broken, or a step needs one that does not come before it.
+    """
+    file = HERE / f"{sizes}.toml" if (HERE / f"{sizes}.toml").is_file() else Path(sizes)
+    if not file.is_file():
+        known = sorted(path.stem for path in HERE.glob("*.toml") if path != STEPS_FILE)
+        raise UsageError(f"no sizes file {sizes}", hint=f"one of {', '.join(known)}, or a TOML file like them")
+    table, listed = _read(file), _read(STEPS_FILE)
+    folder = work or Path(table["work"])
+    settings = {section: dict(values) for section, values in table.get("meteora", {}).items()}
+    settings.setdefault("model", {}).update({key: value for key, value in (("base", base), ("device", device)) if value is not None})
+    settings["paths"] = {"data": str(folder / "datasets"), "adapters": str(folder / "adapters"), "runs": str(folder)}
+    if raw_dir is not None:
+        settings.setdefault("data", {})["raw_dir"] = str(raw_dir)
+    values = {**table["values"], "work": str(folder), "gates": str(folder / "gates"), "eval": str(folder / "eval"), "base": settings["model"]["base"]}
+    left_out = set(table.get("without", [])) | ({"base"} if Path(settings["model"]["base"]).is_dir() else set())
+    steps: list[Step] = []
+    for entry in listed["steps"]:
+        if entry["name"] in left_out:
+            continue
+        needs = tuple(name for name in entry.get("needs", ()) if name not in left_out)
+        step = Step(**{**entry, "needs": needs, "makes": tuple(entry.get("makes", ()))})
+        missing = [name for name in step.needs if name not in {each.name for each in steps}]
+        if missing:
+            raise UsageError(f"step {step.name} needs {', '.join(missing)}, which does not come before it")
+        steps.append(step)
+    return Experiment(
+        tuple(steps),
+        values,
+        settings,
+        dict(listed["roles"]),
+        dict(listed["titles"]),
+        docs or Path(table["docs"]),
+        float(table["command_seconds"]),
+        file.stem if file.parent == HERE else str(file),
+        tuple(table.get("notes", ())),
+    )
+
+
+def fill(text: str, values: Mapping[str, Any], where: str) -> str:
+    """``text`` with its ``{placeholders}`` filled in. Raises UsageError for an unknown one."""
+    try:
+        return text.format_map(values)
+    except KeyError as missing:
+        raise UsageError(f"step {where}: nothing fills {{{missing.args[0]}}}", hint="add it to [values] of the sizes file") from missing
+
+
+def settings_text(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The settings as TOML."""
+    lines = ["# Written by examples/paper; every command of the experiment reads it."]
+    for section, values in settings.items():
+        lines += _table(section, values)
+    return "\n".join(lines) + "\n"
+
+
+def _table(name: str, values: Mapping[str, Any]) -> list[str]:
+    """One table and those within it."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    lines = ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items())]
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += _table(f"{name}.{key}", value)
+    return lines
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
+        raise UsageError(f"{file} is not valid TOML: {broken}") from broken

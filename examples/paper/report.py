@@ -1,0 +1,208 @@
+"""From the results of the steps to ``results.md``, its pictures, and the small raw JSON beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.paper.claims import averages, claims, goals, shown
+from examples.paper.engine import Engine
+from examples.paper.figures import composite, headlines, own_share, slim
+from examples.paper.plan import fill
+from examples.paper.plots import draw_all
+from meteora_core.checkpoints.native import CONFIG_FILE
+from meteora_core.errors import MeteoraError
+from meteora_core.evaluation.results import load_results
+from meteora_core.files import atomic_write, read_json, write_json
+
+PAGE = "results.md"
+
+
+def write_report(engine: Engine) -> Path:
+    """Write the page, pictures and raw results into the experiment's ``docs`` folder; what was not run yet is left out and said to be so.
+
+    Raises:
+        MeteoraError: No evaluation is done yet, or matplotlib is not installed; the hint is the command that mends it.
+    """
+    documents = load_documents(engine)
+    if not documents:
+        raise MeteoraError("no evaluation is done yet, so there is nothing to report", hint=engine.call)
+    titles, folder = engine.experiment.titles, engine.experiment.docs / "results"
+    gates = {role: held_out_of(engine, document) for role, document in documents.items()}
+    routed: list[str] = [role for role in ("meteora", "extension", "starter") if role in documents]
+    heat_maps = {role: path for role in routed if (path := heat_map(engine, role)) is not None}
+    pictures = draw_all(documents, titles, heat_maps, folder)
+    for role, document in documents.items():
+        write_json(folder / f"{role}.json", slim(document))
+    write_json(folder / "gates.json", {role: held_out for role, held_out in gates.items() if held_out})
+    page = engine.experiment.docs / PAGE
+    text = "\n\n".join(sections(engine, documents, gates, {name: f"results/{path.name}" for name, path in pictures.items()})) + "\n"
+    with atomic_write(page) as handle:
+        handle.write(text)
+    return page
+
+
+def load_documents(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Role -> the results of a step that is done; each is checked as :meth:`Engine.is_done` does."""
+    made: dict[str, dict[str, Any]] = {}
+    for role, place in engine.experiment.roles.items():
+        folder = engine.experiment.work / "eval" / place
+        step = next((each for each in engine.experiment.steps if folder in engine.makes(each)), None)
+        if step is None or not engine.is_done(step):
+            continue
+        outputs = read_json(engine.record_file(step))["outputs"]
+        made[role] = load_results(next(Path(path) for path in outputs if Path(path).name.startswith("results_")))
+    return made
+
+
+def held_out_of(engine: Engine, document: Mapping[str, Any]) -> dict[str, float]:
+    """What was measured on held-out train rows when the document's gates were trained; empty for other models."""
+    checkpoint = document.get("config", {}).get("checkpoint")
+    file = Path(checkpoint) / CONFIG_FILE if checkpoint else None
+    return dict(read_json(file).get("training", {}).get("held_out", {})) if file is not None and file.is_file() else {}
+
+
+def heat_map(engine: Engine, role: str) -> Path | None:
+    """The newest picture that `meteora eval --routing` drew of a role."""
+    found = sorted((engine.experiment.work / "eval" / engine.experiment.roles[role]).glob("routing_*.png"))
+    return found[-1] if found else None
+
+
+def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, Mapping[str, float]], pictures: Mapping[str, str]) -> list[str]:
+    """The page, part by part."""
+    experiment, titles = engine.experiment, engine.experiment.titles
+    first = next(iter(documents.values()))
+    config = first["config"]
+    missing = [titles[role] for role in experiment.roles if role not in documents]
+    intro = [
+        "# Results",
+        "",
+        f"The paper's experiment on `{config['model_args']['base']}` ({config['dtype']}, {config['device']}), by the commands at the end of this page"
+        f" ([examples/paper](../examples/paper/README.md), sizes `{experiment.name}`). Written by the program from the raw results in [results](results).",
+        "",
+        f"- Test rows were held out from all training; at most {experiment.values['limit']} a task; greedy decoding; scoring `{config['scoring']}`.",
+        "- ± is one standard error. Errors of two models on the same rows are taken as independent, which overstates the error of their difference.",
+        "- A single task's figure is its accuracy, else BLEU / 100, else ROUGE-L.",
+        f"- Seeds: gates {experiment.settings.get('train_gates', {}).get('seed', 42)}"
+        + (f" and {experiment.values['second_seed']}" if "seed2" in documents else "")
+        + f"; adapters {experiment.settings.get('train_adapters', {}).get('seed', 42)}.",
+        "- Versions: "
+        + ", ".join(f"{name} {value}" for name, value in config["versions"].items())
+        + f". Run on {time.strftime('%Y-%m-%d', time.gmtime(first['date']))}.",
+        *(f"- {fill(note, engine.values(), 'notes')}" for note in experiment.notes),
+    ]
+    if missing:
+        intro.append(f"- Not run: {'; '.join(missing)}.")
+    made = ["\n".join(intro), "## Overview\n\n" + overview(documents, titles)]
+    made.append("## The paper's claims\n\n" + claims_table(documents))
+    made.append("## What it set out to reach\n\n" + goals_table(documents, gates.get("meteora", {})))
+    singles = singles_table(documents, titles)
+    if singles:
+        made.append("## Single tasks\n\n" + singles + picture(pictures, "singles", "Single tasks"))
+    counted = composites_table(documents, titles)
+    if counted:
+        made.append("## Composites: sub-tasks attempted and correct per prompt\n\n" + counted + picture(pictures, "composites", "Composites"))
+    made.append("## Routing\n\n" + routing_table(documents, gates, titles) + picture(pictures, "depth", "Gate accuracy by layer"))
+    for role in ("meteora", "extension"):
+        if f"heat_map_{role}" in pictures:
+            made.append(f"### {titles[role]}: tasks by adapters" + picture(pictures, f"heat_map_{role}", f"Which adapters {titles[role]} chose"))
+    made.append("## Commands\n\n" + commands(engine))
+    return made
+
+
+def picture(pictures: Mapping[str, str], name: str, caption: str) -> str:
+    """A picture as Markdown, on lines of its own."""
+    return f"\n\n![{caption}]({pictures[name]})" if name in pictures else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first ``left`` columns are text."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * left + " ---: |" * (len(header) - left)]
+    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)])
+
+
+def overview(documents: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """One line a model: the average over the tasks that it shares with the base, and composites."""
+    names = sorted({task for document in documents.values() for task in composite(document)}, key=lambda name: int(name.rpartition("_")[2]))
+    rows = []
+    for role, document in documents.items():
+        figures = headlines(document)
+        reference = "base" if "base" in documents else role
+        (mine, *_), count = averages(documents, role, reference) if figures else ([None], 0)
+        counts = composite(document)
+        cells = [f"{shown(counts[task]['attempted'], 2)} / {shown(counts[task]['correct'], 2)}" if task in counts else "–" for task in names]
+        rows.append([titles[role], f"{shown(mine)} ({count})" if mine is not None else "–", *cells])
+    return table(["model", "average of single tasks (how many)", *(f"{task}: attempted / correct" for task in names)], rows)
+
+
+def claims_table(documents: Mapping[str, Any]) -> str:
+    """The claims, our figures, the verdicts and their rules."""
+    listed = claims(documents)
+    rows = [[f"{claim.text}", "<br>".join(claim.figures) or "–", f"**{claim.verdict}**"] for claim in listed]
+    rules = [f"- {claim.text}: {claim.rule}." for claim in listed if not claim.text.startswith("The same")]
+    return table(["claim", "here", "verdict"], rows, left=3) + "\n\nVerdicts are computed:\n\n" + "\n".join(rules)
+
+
+def goals_table(documents: Mapping[str, Any], held_out: Mapping[str, float]) -> str:
+    """The goals and whether they were reached."""
+    words = {True: "yes", False: "no", None: "not run"}
+    return table(["goal", "here", "reached"], [[goal, value, words[reached]] for goal, value, reached in goals(documents, held_out)], left=3)
+
+
+def singles_table(documents: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Tasks by models."""
+    figures = {role: found for role, document in documents.items() if (found := headlines(document))}
+    tasks = list(dict.fromkeys(task for found in figures.values() for task in found))
+    rows = []
+    for task in tasks:
+        best = max(found[task].value for found in figures.values() if task in found)
+        cells = []
+        for found in figures.values():
+            text = shown(found[task], 2) if task in found else "–"
+            cells.append(f"**{text}**" if task in found and found[task].value == best > 0 else text)
+        sizes = {document["n-samples"][task]["effective"] for document in documents.values() if task in document["n-samples"]}
+        rows.append([task, "–".join(str(size) for size in sorted(sizes)), *cells])
+    return table(["task", "rows", *(titles[role] for role in figures)], rows) if rows else ""
+
+
+def composites_table(documents: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Models by composites."""
+    rows = []
+    for role, document in documents.items():
+        for task, counts in composite(document).items():
+            skipped = document["meteora"]["counts"][task].get("skipped_prompts", 0)
+            size = f"{document['n-samples'][task]['effective']}" + (f" ({skipped} too long)" if skipped else "")
+            heat = document["configs"][task].get("temperature")
+            rows.append([task, titles[role], "–" if heat is None else f"{heat:g}", size, shown(counts["attempted"], 2), shown(counts["correct"], 2)])
+    rows.sort(key=lambda row: int(row[0].rpartition("_")[2]))
+    return table(["composite", "model", "T", "rows", "attempted", "correct"], rows, left=2) if rows else ""
+
+
+def routing_table(documents: Mapping[str, Any], gates: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
+    """Per task, how often the likeliest adapter is the task's own."""
+    held = {role: values for role, values in gates.items() if values and role in documents}
+    counted = {role: documents[role] for role in documents if documents[role].get("meteora", {}).get("routing")}
+    lines = ["Share of answer tokens whose top-1 adapter is the task's own, all decoder layers but the first.", ""]
+    overall = [[titles[role], f"{values['gate_accuracy']:.1%}"] for role, values in held.items() if "gate_accuracy" in values]
+    if overall:
+        lines += [table(["gates", "held-out train rows, all tasks"], overall), ""]
+    tasks = list(dict.fromkeys(task for document in counted.values() for task in headlines(document)))
+    rows = [[task, *(f"{share:.1%}" if (share := own_share(document, task)) is not None else "–" for document in counted.values())] for task in tasks]
+    if rows:
+        lines.append(table(["task, test rows", *(titles[role] for role in counted)], rows))
+    return "\n".join(lines)
+
+
+def commands(engine: Engine) -> str:
+    """What was run, in order, and how long it took."""
+    rows, total = [], 0.0
+    for step in engine.experiment.steps:
+        file = engine.record_file(step)
+        record = read_json(file) if file.is_file() else {}
+        if "command" in record:
+            total += record["seconds"]
+            parts = f", in {record['parts']} parts" if record["parts"] > 1 else ""
+            rows.append(f"{record['command']}  # {record['seconds']:.0f} s{parts}")
+    return "```bash\n" + "\n".join(rows) + f"\n```\n\nIn all {total / 60:.1f} minutes."

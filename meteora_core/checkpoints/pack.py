@@ -1,0 +1,226 @@
+"""One small checkpoint that needs no adapter folders: adapters embedded, some tasks or all, in 16 bits, at a rank or a size of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.checkpoints.native import BASE, CONFIG_FILE, WEIGHT_FILE, read_checkpoint, write_checkpoint
+from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from meteora_core.adapters.peft_folder import AdapterInfo
+
+MARGIN = 64_000
+"""Bytes that a size limit leaves for the card beside the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written.
+
+    Attributes:
+        folder: The checkpoint.
+        adapters: Their names.
+        ranks: Adapter -> mean rank over its layers.
+        kept: Adapter -> share of its squared Frobenius norm that the ranks keep; 1.0 where nothing was cut.
+        size: Bytes of the folder.
+        sha256: Of the weight file.
+    """
+
+    folder: Path
+    adapters: tuple[str, ...]
+    ranks: dict[str, float]
+    kept: dict[str, float]
+    size: int
+    sha256: str
+
+
+def pack_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    adapters_dir: str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    rank: int | None = None,
+    max_bytes: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Packed:
+    """Write a checkpoint anew with its adapters inside.
+
+    Too large a one is cut by singular values: the product ``B A`` of every adapter and layer is factorised, and those factors are kept that
+    hold most of their adapter's squared norm a byte, one a layer at least; so ranks differ by layer and adapter.
+
+    Args:
+        source: A native checkpoint.
+        folder: Where the new one goes.
+        adapters_dir: Where the source's adapter folders lie now, if they were moved.
+        tasks: Only these adapters, in this order; their gates are kept as they are.
+        rank: At most this rank in every layer.
+        max_bytes: Size of the folder, at most.
+        dtype: Of the stored tensors.
+        overwrite: Replace a folder that is there.
+        progress: Where to report.
+
+    Raises:
+        CheckpointError: The source is broken, or it cannot be made so small.
+        UsageError: An unknown task, a value out of range, or the folder is there.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise UsageError(f"{folder} is there already", hint="pass --force to replace it, or choose another folder")
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank is {rank}", hint="choose 1 or more")
+    config, tensors, bank = read_checkpoint(source, adapters_dir, progress)
+    if folder.exists() and not (folder / CONFIG_FILE).is_file():
+        raise UsageError(f"{folder} is no checkpoint, so it is not replaced", hint="choose another folder")
+    places = [bank.index(name) for name in (tasks or bank.names)]
+    if len(set(places)) != len(places):
+        raise UsageError("a task is named twice")
+    gates = {f"{path}.gate": tensors[f"{path}.gate"][places].to(dtype).contiguous() for path in config["modules"]}
+    base = {key: value for key, value in tensors.items() if key.startswith(BASE)}
+    layers = {path: _factors(stack, places) for path, stack in bank.modules.items()}
+    width = torch.finfo(dtype).bits // 8
+    fixed = sum(tensor.numel() * tensor.element_size() for tensor in (*gates.values(), *base.values()))
+    full = {path: tuple(len(a) for a, _ in pairs) for path, pairs in layers.items()}
+    ranks = {path: tuple(min(size, rank) if rank else size for size in sizes) for path, sizes in full.items()}
+    text = len(json.dumps(_configuration(config, bank, places, full, {}), indent=2)) if max_bytes else 0
+    budget = None if max_bytes is None else max_bytes - fixed - text - MARGIN - 160 * (len(gates) * 3 + len(base))
+    cut, kept = ranks != full, [1.0] * len(places)
+    if cut or (budget is not None and _bytes(layers, ranks, width) > budget):
+        cut = True
+        with progress.task("factorising adapters", total=len(layers), unit="layers") as bar:
+            for path, pairs in layers.items():
+                layers[path] = [_by_singular_values(a, b) for a, b in pairs]
+                bar.update(1)
+        energy = {path: [_energy(a, b, scale) for (a, b), scale in zip(pairs, _scales(bank, path, places), strict=True)] for path, pairs in layers.items()}
+        if budget is not None:
+            ranks = _fit(layers, energy, ranks, budget, width)
+        kept = _kept(energy, ranks)
+    made = dict(gates) | base
+    for path, pairs in layers.items():
+        made[f"{path}.lora_A"] = torch.cat([a[:size] for (a, _), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
+        made[f"{path}.lora_B"] = torch.cat([b[:size] for (_, b), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
+    names = tuple(bank.names[place] for place in places)
+    shares = {name: round(share, 4) for name, share in zip(names, kept, strict=True)}
+    written = _configuration(config, bank, places, ranks, shares if cut else {})
+    write_checkpoint(folder, written, made)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    if max_bytes is not None and size > max_bytes:
+        raise CheckpointError(f"{folder} has {size / 1e6:.1f} MB, more than {max_bytes / 1e6:.1f} MB", hint="choose fewer tasks or a lower rank")
+    from meteora_core.files import sha256
+
+    mean = {name: sum(sizes[place] for sizes in ranks.values()) / len(ranks) for place, name in enumerate(names)}
+    return Packed(folder, names, {name: round(value, 2) for name, value in mean.items()}, shares, size, sha256(folder / WEIGHT_FILE))
+
+
+Pair = tuple[Tensor, Tensor]
+"""One adapter on one layer: A (r, in) and B (r, out)."""
+
+
+def _factors(stack: Stack, places: Sequence[int]) -> list[Pair]:
+    starts = [sum(stack.ranks[:place]) for place in range(len(stack.ranks))]
+    cuts = [slice(starts[place], starts[place] + stack.ranks[place]) for place in places]
+    return [(stack.A[cut], stack.B[cut]) for cut in cuts]
+
+
+def _scales(bank: AdapterBank, path: str, places: Sequence[int]) -> list[float]:
+    return [float(bank.modules[path].scaling[place]) for place in places]
+
+
+def _by_singular_values(a: Tensor, b: Tensor) -> Pair:
+    """The same product, its factors ordered by singular value and of equal length on both sides."""
+    if not len(a):
+        return a, b
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    q_b, r_b = torch.linalg.qr(b.double().T)
+    u, values, v = torch.linalg.svd(r_b @ r_a.T)
+    root = values.sqrt()[:, None]
+    return (root * (v @ q_a.T)).float(), (root * (q_b @ u).T).float()
+
+
+def _energy(a: Tensor, b: Tensor, scale: float) -> list[float]:
+    """The squared singular values of one scaled adapter on one layer, from its ordered factors."""
+    return [float(value) for value in (scale * a.double().norm(dim=1) * b.double().norm(dim=1)).square()]
+
+
+def _bytes(layers: Mapping[str, list[Pair]], ranks: Mapping[str, Sequence[int]], width: int) -> int:
+    return sum((pairs[0][0].shape[1] + pairs[0][1].shape[1]) * sum(ranks[path]) * width for path, pairs in layers.items())
+
+
+def _fit(
+    layers: Mapping[str, list[Pair]], energy: Mapping[str, list[list[float]]], most: Mapping[str, Sequence[int]], budget: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Ranks within ``most`` that hold most of every adapter's squared norm in ``budget`` bytes. Raises CheckpointError."""
+    least = {path: [min(1, size) for size in sizes] for path, sizes in most.items()}
+    left = budget - _bytes(layers, least, width)
+    if left < 0:
+        raise CheckpointError(f"even rank 1 needs {-left / 1e6:.1f} MB more than there is room for", hint="raise --max-mb, or choose fewer tasks")
+    totals = [sum(sum(parts[place]) for parts in energy.values()) or 1.0 for place in range(len(next(iter(least.values()))))]
+    offers = []
+    for path, parts in energy.items():
+        cost = (layers[path][0][0].shape[1] + layers[path][0][1].shape[1]) * width
+        for place, values in enumerate(parts):
+            offers += [(-value / totals[place] / cost, path, place, cost) for value in values[1 : most[path][place]]]
+    for _, path, place, cost in sorted(offers):
+        if cost <= left:
+            least[path][place] += 1
+            left -= cost
+    return {path: tuple(sizes) for path, sizes in least.items()}
+
+
+def _kept(energy: Mapping[str, list[list[float]]], ranks: Mapping[str, Sequence[int]]) -> list[float]:
+    shares = []
+    for place in range(len(next(iter(ranks.values())))):
+        whole = sum(sum(parts[place]) for parts in energy.values())
+        held = sum(sum(parts[place][: ranks[path][place]]) for path, parts in energy.items())
+        shares.append(held / whole if whole else 1.0)
+    return shares
+
+
+def _configuration(
+    config: Mapping[str, Any], bank: AdapterBank, places: Sequence[int], ranks: Mapping[str, Sequence[int]], kept: Mapping[str, float]
+) -> dict[str, Any]:
+    """The source's configuration, for these adapters at these ranks."""
+    infos = [_info(bank.adapters[place], max((sizes[index] for sizes in ranks.values()), default=0), bool(kept)) for index, place in enumerate(places)]
+    modules = {
+        path: {
+            **module,
+            "ranks": list(ranks[path]),
+            "scaling": [float(bank.modules[path].scaling[place]) if size else 0.0 for place, size in zip(places, ranks[path], strict=True)],
+        }
+        for path, module in config["modules"].items()
+    }
+    training = {key: value for key, value in config.get("training", {}).items() if key not in ("history", "evaluations")}
+    packed = {"from": config.get("weights_sha256"), "adapters": {bank.adapters[place].name: bank.adapters[place].sha256 for place in places}}
+    if kept:
+        packed["kept"] = dict(kept)
+    contains = ["gates", "adapters", *(["base"] if config.get("base_tensors") else [])]
+    rest = {key: value for key, value in config.items() if key != "weights_sha256"}
+    return {
+        **rest,
+        "top_k": min(config["top_k"], len(places)),
+        "adapters": [asdict(info) for info in infos],
+        "contains": contains,
+        "modules": modules,
+        "training": {**training, "packed": packed},
+    }
+
+
+def _info(info: AdapterInfo, rank: int, cut: bool) -> AdapterInfo:
+    """What is known of an adapter that lies in a checkpoint: no hash, since there is no file of its own."""
+    source = Path(info.source).name if info.source else ""
+    if not cut:
+        return replace(info, source=source, sha256="")
+    scale = info.alpha / info.rank**0.5 if info.rslora else info.alpha / info.rank
+    return replace(info, source=source, sha256="", rank=rank, alpha=scale * rank, rslora=False)

@@ -1,0 +1,267 @@
+"""A first look at MeteoRA without training: the starter checkpoint against its base on real test rows, and a picture of its routing.
+
+What was computed is kept; a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora_core.checkpoints.native import load_checkpoint, read_config
+from meteora_core.data.rows import split_path
+from meteora_core.data.tasks import COMPOSITES, get_task
+from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.files import atomic_write, read_json, sha256, write_json
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora_core.evaluation.runner import TaskResult
+    from meteora_core.model.base import BaseReference
+
+COMPOSITE = "composite_3"
+MODELS = ("base", "meteora")
+
+
+@dataclass(frozen=True)
+class StarterPlan:
+    """Sizes of the run; the defaults fit three minutes on two CPU cores, downloads apart.
+
+    Attributes:
+        folder: Everything is kept here.
+        checkpoint: The starter checkpoint, or any other with its adapters inside.
+        test_rows: Test rows of each single task.
+        composite_rows: Test rows of the composite; 0 leaves it out.
+        new_tokens: Longest answer to one question.
+    """
+
+    folder: Path
+    checkpoint: Path
+    test_rows: int = 12
+    composite_rows: int = 4
+    new_tokens: int = 40
+
+
+@dataclass
+class StarterResult:
+    """What the table shows.
+
+    Attributes:
+        scores: ``scores[task][model]`` holds the metrics; models are "base" and "meteora".
+        rows: Test rows per task.
+        pictures: The routing of one prompt and its answer: an HTML page, and a PNG where matplotlib is installed.
+        own_share: Share of that answer's tokens whose likeliest adapter is one of the prompt's tasks, all layers.
+        checkpoint: Which.
+        dtype, why: The number type that was used, and why.
+        seconds: Per stage, of this run.
+    """
+
+    scores: dict[str, dict[str, dict[str, float]]]
+    rows: dict[str, int]
+    pictures: list[Path]
+    own_share: float | None
+    checkpoint: Path
+    dtype: str
+    why: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def starter_tasks(checkpoint: Path) -> tuple[str, ...]:
+    """The single tasks to look at: those of composite_3 that the checkpoint knows. Raises CheckpointError when there is none."""
+    names = {adapter["name"] for adapter in read_config(checkpoint)["adapters"]}
+    found = tuple(task for task in COMPOSITES[COMPOSITE] if task in names)
+    if not found:
+        raise CheckpointError(f"{checkpoint} knows none of {', '.join(COMPOSITES[COMPOSITE])}", hint="meteora quickstart --train makes one that does")
+    return found
+
+
+def run_starter(
+    plan: StarterPlan,
+    device: str = "auto",
+    *,
+    base: BaseReference | None = None,
+    data_source: str = "auto",
+    raw_dir: Path | None = None,
+    progress: Progress = SILENT,
+) -> StarterResult:
+    """Run, or go on with, all stages: base model, data, evaluation, picture.
+
+    Args:
+        plan: Sizes, folder, checkpoint.
+        device: "auto", "cpu", "cuda", …
+        base: The base model; None takes the one that the checkpoint names.
+        data_source, raw_dir: Where raw rows come from; see :func:`meteora_core.data.build.build_tasks`.
+        progress: Where to report.
+
+    Raises:
+        MeteoraError: Whatever a stage raises (no network, full disk, a checkpoint of another base, …); what is done is kept.
+    """
+    from meteora_core.model.base import BaseReference, fast_cpu_dtype, load_base, load_tokenizer, locate_base, pick_device, pick_dtype
+
+    if plan.test_rows < 1:
+        raise UsageError("no rows to evaluate", hint="choose 1 or more test rows")
+    config = read_config(plan.checkpoint)
+    reference = base or BaseReference(config["base"]["name"], config["base"].get("revision"))
+    tasks = starter_tasks(plan.checkpoint)
+    composite = plan.composite_rows > 0 and len(tasks) == len(COMPOSITES[COMPOSITE])
+    shown = [*tasks, *([COMPOSITE] if composite else [])]
+    place = pick_device(device)
+    dtype, why = fast_cpu_dtype() if place.type == "cpu" else (pick_dtype("auto", place), f"the usual type on {place.type}")
+    kept = plan.folder / "dtype.json"
+    if kept.is_file() and place.type == "cpu":
+        import torch
+
+        saved = read_json(kept)
+        dtype, why = getattr(torch, saved["dtype"]), saved["why"]
+    write_json(kept, {"dtype": str(dtype).removeprefix("torch."), "why": why})
+    seconds: dict[str, float] = {}
+    began = time.monotonic()
+
+    def lap(stage: str) -> None:
+        nonlocal began
+        seconds[stage], began = round(time.monotonic() - began, 1), time.monotonic()
+
+    locate_base(reference, progress=progress)
+    lap("base model")
+    data = plan.folder / "datasets"
+    _build(data, tasks, composite, data_source, raw_dir, progress)
+    lap("data")
+    session = _Session(
+        plan, data, config, dtype, lambda: (load_base(reference, dtype=dtype, device=place, progress=progress), load_tokenizer(reference)), progress
+    )
+    scores: dict[str, dict[str, dict[str, float]]] = {task: {} for task in shown}
+    for model in MODELS:
+        for task in shown:
+            scores[task][model] = session.score(model, task)["metrics"]
+    lap("evaluation")
+    pictures, own_share = session.picture(shown[-1])
+    lap("picture")
+    rows = {task: len(session.score("meteora", task)["samples"]) for task in shown}
+    return StarterResult(scores, rows, pictures, own_share, plan.checkpoint, str(dtype).removeprefix("torch."), why, seconds)
+
+
+def _build(data: Path, tasks: tuple[str, ...], composite: bool, source: str, raw_dir: Path | None, progress: Progress) -> None:
+    from meteora_core.data.build import build_tasks
+    from meteora_core.data.composite import build_composite
+
+    missing = [task for task in tasks if not split_path(data, task, "test").is_file()]
+    if missing:
+        build_tasks(missing, data, source=source, raw_dir=raw_dir, progress=progress)
+    if composite and not split_path(data, COMPOSITE, "test").is_file():
+        build_composite(data, n=len(tasks), progress=progress)
+
+
+class _Session:
+    """Scores with a cache; the model is loaded when a score is not there yet."""
+
+    def __init__(self, plan: StarterPlan, data: Path, config: dict[str, Any], dtype: torch.dtype, load: Any, progress: Progress) -> None:
+        self.plan, self.data, self.config, self.dtype, self.load, self.progress = plan, data, config, dtype, load, progress
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def model(self, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base, or the base with the checkpoint on it."""
+        from meteora_core.model.attach import detach
+
+        if self._loaded is None:
+            self._loaded = self.load()
+        model, tokenizer = self._loaded
+        attached = getattr(model, "meteora", None) is not None
+        if kind == "meteora" and not attached:
+            load_checkpoint(self.plan.checkpoint, model, progress=self.progress)
+        elif kind == "base" and attached:
+            detach(model)
+        return model, tokenizer
+
+    def score(self, kind: str, task: str) -> dict[str, Any]:
+        """Metrics and samples of one cell of the table, from the cache when nothing that they depend on has changed."""
+        from meteora_core.evaluation.runner import EvalOptions, evaluate_task
+        from meteora_core.training.common import short_hash
+
+        limit = self.plan.composite_rows if task == COMPOSITE else self.plan.test_rows
+        questions = max(1, len(get_task(task).members))
+        inputs = {
+            "kind": kind,
+            "base": self.config["base"]["name"],
+            "weights": self.config.get("weights_sha256") if kind == "meteora" else None,
+            "data": sha256(split_path(self.data, task, "test")),
+            "dtype": str(self.dtype),
+            "limit": limit,
+            "new_tokens": self.plan.new_tokens * questions,
+        }
+        file = self.plan.folder / "results" / kind / f"{task}.json"
+        if file.is_file():
+            cached = dict(read_json(file))
+            if cached.get("inputs_hash") == short_hash(inputs):
+                return cached
+        model, tokenizer = self.model(kind)
+        options = EvalOptions(limit=limit, max_new_tokens=inputs["new_tokens"])
+        title = f"{'MeteoRA' if kind == 'meteora' else 'base'} on {task}"
+        result = evaluate_task(model, tokenizer, task, self.data, options, title=title, progress=self.progress)
+        record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": result.scores.metrics, "counts": result.scores.counts}
+        write_json(file, {**record, "seconds": round(result.seconds, 1), "samples": _samples(result)})
+        return dict(read_json(file))
+
+    def picture(self, task: str) -> tuple[list[Path], float | None]:
+        """Draw the routing of the first row of a task and its answer; the files, and the share of answer tokens that went to the row's own tasks."""
+        from meteora_core.errors import MeteoraError
+        from meteora_core.evaluation.generate import encode_prompts
+        from meteora_core.evaluation.runner import EvalOptions, routed
+        from meteora_core.trace.html import to_html
+        from meteora_core.trace.image import to_png
+        from meteora_core.trace.picture import Role
+        from meteora_core.trace.record import trace_tokens
+
+        record = self.score("meteora", task)
+        page, image, note = (self.plan.folder / name for name in ("routing.html", "routing.png", "routing.json"))
+        if note.is_file() and page.is_file():
+            known = read_json(note)
+            if known.get("inputs_hash") == record["inputs_hash"]:
+                return [path for path in (page, image) if path.is_file()], known["own_share"]
+        sample, found = record["samples"][0], get_task(task)
+        model, tokenizer = self.model("meteora")
+        prompt = encode_prompts([sample["prompt"]], tokenizer)[0].tokens
+        ids = [*prompt, *sample["tokens"]]
+        roles: list[Role] = ["prompt" if place < len(prompt) else "answer" for place in range(len(ids))]
+        with routed(model.meteora, EvalOptions(), found) as (temperature, top_k):
+            about = {"task": task, "routing": f"top-{top_k}, T = {temperature:g}", "base": self.config["base"]["name"]}
+            drawn = trace_tokens(model, tokenizer, ids, roles, about=about)
+        wanted = [drawn.names.index(name) for name in (found.members or (task,)) if name in drawn.names]
+        answer = drawn.indices[len(prompt) :, :, 0]
+        share = float(sum((answer == place).double().mean() for place in wanted)) if answer.numel() else None
+        title = f"Routing of {task}, test row {sample['doc_id']}"
+        with atomic_write(page) as handle:
+            handle.write(to_html(drawn, title))
+        pictures = [page]
+        try:
+            data = to_png(drawn, title)
+        except MeteoraError as error:
+            self.progress.note(f"no PNG: {error.message}")
+        else:
+            with atomic_write(image, "wb") as handle:
+                handle.write(data)
+            pictures.append(image)
+        write_json(note, {"inputs_hash": record["inputs_hash"], "own_share": share})
+        return pictures, share
+
+
+def _samples(result: TaskResult) -> list[dict[str, Any]]:
+    return [
+        {"doc_id": each.doc_id, "prompt": each.row.prompt, "reference": each.row.response, "response": each.response, "tokens": list(each.ids)}
+        for each in result.samples
+    ]
+
+
+def next_commands(plan: StarterPlan) -> list[tuple[str, str]]:
+    """What to try next: command and purpose."""
+    named = f" --checkpoint {plan.checkpoint}"
+    return [
+        (f"meteora chat{named}", "talk to it, and watch which adapter answers"),
+        (f"meteora eval --task {COMPOSITE}{named} --data {plan.folder / 'datasets'} --limit 20 --debug", "more test rows, answers side by side"),
+        ("meteora quickstart --train", "train three adapters and the gates yourself: about ten minutes"),
+        ("meteora train --help", "your own adapters and gates"),
+    ]

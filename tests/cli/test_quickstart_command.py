@@ -1,0 +1,68 @@
+"""``meteora quickstart``: the starter checkpoint where one came with the package, training where not or where it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaluation_workspace import TASKS, make_workspace
+from meteora_core.checkpoints.pack import pack_checkpoint
+from meteora_core.files import write_jsonl
+
+
+@pytest.fixture
+def shipped(tmp_path, make_adapter, monkeypatch) -> Path:
+    """As if a starter checkpoint of a tiny base had come with the package."""
+    place = make_workspace(tmp_path / "world", make_adapter)
+    for task in TASKS:
+        for split, count in (("train", 12), ("test", 4)):
+            rows = [{"prompt": f"[INST] {task[:5]} {split} {i} [/INST]\n", "response": f"yes {i}"} for i in range(count)]
+            write_jsonl(tmp_path / "raw" / task / f"{split}.jsonl", rows)
+    pack_checkpoint(place.checkpoint, tmp_path / "packed", adapters_dir=place.adapters)
+    monkeypatch.setattr("meteora_core.starter.starter_checkpoint", lambda: tmp_path / "packed")
+    monkeypatch.setenv("METEORA_MODEL__BASE", str(place.base))
+    monkeypatch.setenv("METEORA_DATA__SOURCE", "local")
+    monkeypatch.setenv("METEORA_DATA__RAW_DIR", str(tmp_path / "raw"))
+    return tmp_path / "packed"
+
+
+class Trained(Exception):
+    pass
+
+
+@pytest.fixture
+def no_training(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise Trained
+
+    monkeypatch.setattr("meteora_core.quickstart.run_quickstart", refuse)
+
+
+def test_the_starter_is_shown(meteora, shipped, no_training) -> None:
+    sizes = ("quickstart", "--test-rows", "2", "--composite-rows", "1", "--device", "cpu")
+    ran = meteora(*sizes)
+    assert ran.code == 0, ran.err
+    assert "MeteoRA (starter)" in ran.out
+    assert "saved runs/starter/routing.html" in ran.err
+    assert f"meteora chat --checkpoint {shipped}" in ran.err.replace("\n", "")
+    again = meteora(*sizes, "--json")
+    assert set(again.json["scores"]) == {*TASKS, "composite_3"}
+    assert again.json["pictures"][0] == "runs/starter/routing.html"
+
+
+@pytest.mark.parametrize("flags", [("--train",), ("--adapter-steps", "3"), ("--gate-steps", "3")])
+def test_training_is_asked_for(meteora, shipped, no_training, flags) -> None:
+    with pytest.raises(Trained):
+        meteora("quickstart", *flags)
+
+
+def test_without_a_starter_or_with_another_base_it_trains(meteora, shipped, no_training, monkeypatch) -> None:
+    monkeypatch.setenv("METEORA_MODEL__BASE", "another")
+    with pytest.raises(Trained):
+        meteora("quickstart")
+    monkeypatch.undo()
+    monkeypatch.setattr("meteora_core.starter.starter_checkpoint", lambda: None)
+    monkeypatch.setattr("meteora_core.quickstart.run_quickstart", lambda *_, **__: (_ for _ in ()).throw(Trained))
+    with pytest.raises(Trained):
+        meteora("quickstart", "--out", "x")
