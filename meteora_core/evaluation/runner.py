@@ -94,7 +94,7 @@ class EvalOptions:
         temperature: Routing T; None takes the task's.
         top_k: Adapters per token; None keeps the model's.
         routing: Count which adapters are chosen (of a model with adapters attached).
-        cuda_graphs: On a CUDA GPU, replay each step as a CUDA graph where the model allows it.
+        cuda_graphs: A cache of fixed size, each step replayed as a CUDA graph: "auto" (on a CUDA GPU, where the model allows it), "on" or "off".
     """
 
     batch_size: int | Literal["auto"] = "auto"
@@ -106,7 +106,7 @@ class EvalOptions:
     temperature: float | None = None
     top_k: int | None = None
     routing: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from meteora_core.errors import UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import routing_state
-from meteora_kernels import plan
+from meteora_kernels import pick_backend, plan
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +26,10 @@ GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_pr
 
 _PATIENCE = 4
 """After so many calls in which the members' inputs differed, a group stops running as one."""
+
+
+_told: list[bool] = []
+"""Not empty once it was said that fused layers cannot run."""
 
 
 class FusedGroup:
@@ -93,6 +98,26 @@ class FusedGroup:
         """The output of member ``index``; the first member that meets a new ``x`` computes all."""
         if not self.usable(x):
             return MeteoraLinear.forward(self.layers[index], x)
+        if torch.compiler.is_compiling():
+            return self._run(index, x)
+        try:
+            return self._run(index, x)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            # A kernel that cannot be built here (shared memory, no compiler): the layers run apart from now on.
+            self._give_up(error)
+            return MeteoraLinear.forward(self.layers[index], x)
+
+    def _give_up(self, error: Exception) -> None:
+        self.misses = _PATIENCE + 1
+        self.seen, self.waiting = None, [None] * len(self.layers)
+        if not _told:
+            _told.append(True)
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            _log.warning("fused layers cannot run on %s (%s); the layers run apart", self.packed.device, text)
+
+    def _run(self, index: int, x: Tensor) -> Tensor:
         if len(self.layers) == 1:
             return self._compute(x)[0]
         version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -157,6 +182,33 @@ def fuse(model: nn.Module) -> int:
         made += 1
     _log.debug("fused %d groups", made)
     return made
+
+
+def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "auto") -> int:
+    """:func:`fuse` where it pays.
+
+    Args:
+        model: A model with adapters attached.
+        mode: "on" fuses or raises; "off" does nothing; "auto" fuses on a CUDA GPU whose kernels the model's backend would use anyway.
+
+    Returns:
+        How many groups were made.
+
+    Raises:
+        UsageError: Nothing is attached; or, with "on", the model cannot be fused.
+    """
+    state = routing_state(model)
+    if mode == "off":
+        return 0
+    if mode == "auto":
+        layers = next(_groups(model), None)
+        if layers is None or layers[0].weight.device.type != "cuda" or state.backend not in ("auto", "triton"):
+            return 0
+        layer = layers[0]
+        probe = layer.weight.new_empty(1, layer.in_features)
+        if pick_backend(probe, len(layer.ranks), sum(layer.ranks), state.top_k, training=False)[0] != "triton":
+            return 0
+    return fuse(model)
 
 
 def unfuse(model: nn.Module) -> int:

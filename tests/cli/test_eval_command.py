@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from evaluation_workspace import TASKS, Workspace, make_workspace, rows
+from authors_files import write_authors
+from evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace, rows
 from meteora_core.files import write_json, write_jsonl
 
 
@@ -121,6 +122,37 @@ def test_json_is_the_results_document(meteora, place) -> None:
     assert json.loads(file.read_text()) == ran.json
     both = evaluate(meteora, place, "--task", "strategyqa", "--model", "base,meteora", "--json", "--no-save", "--limit", "2")
     assert [document["model_name"] for document in both.json] == ["base", "meteora"]
+
+
+def test_a_checkpoint_in_the_authors_layout(meteora, place, tmp_path) -> None:
+    (tmp_path / "theirs").mkdir()
+    made = write_authors(tmp_path / "theirs", count=3, vocabulary=SIZES["vocab_size"])
+    make_tokenizer().save_pretrained(made.base)
+    arguments = ("--task", "strategyqa", "--checkpoint", made.checkpoint, "--device", "cpu", "--limit", "2", "--max-new-tokens", "4", "--json", "--no-save")
+    ran = meteora("eval", *arguments, "--base", made.base, "--adapters", made.adapters)
+    assert ran.code == 0, ran.err
+    assert ran.json["config"]["model_args"]["base"] == str(made.base)
+    unnamed = meteora("eval", *arguments)
+    assert (unnamed.code, unnamed.out) == (2, "")
+    assert "does not name its base model" in unnamed.err
+    assert "--base" in unnamed.err
+
+
+@pytest.mark.parametrize("command", ["eval", "chat"])
+def test_a_quantised_base_needs_a_gpu(meteora, place, command, monkeypatch) -> None:
+
+    def refused(*flags: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What?")))
+        arguments = ("--task", "strategyqa", "--no-save") if command == "eval" else ()
+        ran = meteora(command, "--checkpoint", place.checkpoint, "--device", "cpu", *flags, *arguments)
+        assert (ran.code, ran.out) == (2, "")
+        return ran.err
+
+    assert "a 4bit base model needs a CUDA GPU, and the device is cpu" in refused("--load-in-4bit")
+    assert "an 8bit base model needs a CUDA GPU, and the device is cpu" in refused("--load-in-8bit")
+    assert "exclude each other" in refused("--load-in-4bit", "--load-in-8bit")
+    monkeypatch.setenv("METEORA_MODEL__QUANTIZATION", "4bit")
+    assert "a 4bit base model" in refused()
 
 
 def test_warnings_are_counted(meteora, place) -> None:

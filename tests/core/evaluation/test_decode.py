@@ -133,7 +133,7 @@ def test_a_row_ends_with_its_end_token(model) -> None:
 
 
 def test_a_decoder_keeps_its_cache_for_like_batches_and_goes_without_when_it_must(model, monkeypatch, caplog) -> None:
-    decoder = Decoder(model, fixed=True)
+    decoder = Decoder(model, "on")
     batch = batch_of(LENGTHS, ROOM, 3)
     wanted = by_transformers(model, batch)
     assert decoder.decode(batch) == wanted
@@ -155,7 +155,7 @@ def test_a_decoder_keeps_its_cache_for_like_batches_and_goes_without_when_it_mus
     assert "cannot be captured" in caplog.text
 
 
-def test_peft_models_and_models_that_cannot_be_fixed(make_adapter) -> None:
+def test_peft_models_and_models_that_cannot_be_fixed(make_adapter, caplog) -> None:
     from peft import PeftModel
 
     base = make_tiny_llama(initializer_range=0.3)
@@ -168,4 +168,6 @@ def test_peft_models_and_models_that_cannot_be_fixed(make_adapter) -> None:
     eager = make_tiny_llama()
     eager.set_attn_implementation("eager")
     assert not can_be_fixed(eager)
+    assert not Decoder(eager, "on")._use_fixed
+    assert "needs a growing cache" in caplog.text
     assert not Decoder(base)._use_fixed
