@@ -154,7 +154,7 @@ def evaluate(
     if here.count > 1 and place.type == "cuda" and place.index is None:
         place = pick_device(f"cuda:{here.local_rank}")
     from meteora_cli.commands.eval_live import eval_progress
-    from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, warnings_of
+    from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, speed_line, warnings_of
 
     try:
         with eval_progress(ctx, models, tasks) as (bars, on_result):
@@ -174,8 +174,9 @@ def evaluate(
         out.print(results_table(outcomes))
         for table in filter(None, map(routing_table, outcomes)):
             out.print(table)
-        for warning in warnings_of(outcomes):
-            console.print(warning, markup=False)
+        for line in (*warnings_of(outcomes), speed_line(outcomes)):
+            if line is not None:
+                console.print(line, markup=False, soft_wrap=True)
     for outcome in outcomes:
         if outcome.file is not None:
             console.print(f"saved {outcome.file}", markup=False, soft_wrap=True)

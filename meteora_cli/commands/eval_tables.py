@@ -75,6 +75,18 @@ def warnings_of(outcomes: list[ModelResults]) -> list[str]:
     ]
 
 
+def speed_line(outcomes: list[ModelResults]) -> str | None:
+    """How fast each model generated, beside the base where that ran too; None when all rows were done before."""
+    speeds = {outcome.model: outcome.document["meteora"]["speed"] for outcome in outcomes}
+    base = speeds.get("base", {}).get("tokens_per_second", 0)
+    parts = []
+    for model, speed in speeds.items():
+        if speed["rows"]:
+            beside = f" ({speed['tokens_per_second'] / base:.2f} x base)" if base and model != "base" else ""
+            parts.append(f"{model} {speed['rows_per_second']:.2f} rows/s, {speed['tokens_per_second']:.1f} new tokens/s{beside}")
+    return "speed: " + "; ".join(parts) if parts else None
+
+
 def samples_table(model: str, result: TaskResult) -> Table:
     """The first rows' prompt, answer and reference side by side."""
     rows: list[dict[str, Any]] = result.scores.rows or []

@@ -106,6 +106,9 @@ def test_all_models_with_routing_and_debug(meteora, place) -> None:
     assert "prompt" in ran.err
     assert "reference" in ran.err
     assert ran.err.count("saved ") == 4
+    (speed,) = [line for line in ran.err.splitlines() if line.startswith("speed: ")]
+    assert [part.split()[0] for part in speed.removeprefix("speed: ").split("; ")] == ["base", "own", "meteora"]
+    assert speed.count(" x base)") == 2
     (picture,) = (place.folder / "runs" / "eval" / "meteora").glob("routing_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = meteora("eval", "report", place.folder / "runs" / "eval", "--json")
@@ -122,6 +125,12 @@ def test_json_is_the_results_document(meteora, place) -> None:
     assert json.loads(file.read_text()) == ran.json
     both = evaluate(meteora, place, "--task", "strategyqa", "--model", "base,meteora", "--json", "--no-save", "--limit", "2")
     assert [document["model_name"] for document in both.json] == ["base", "meteora"]
+    for document in both.json:
+        speed, counts = document["meteora"]["speed"], document["meteora"]["counts"]["strategyqa"]
+        assert (speed["rows"], speed["new_tokens"], speed["prompt_tokens"]) == (2, counts["new_tokens"], counts["prompt_tokens"])
+        assert speed["rows_per_second"] == pytest.approx(2 / speed["seconds"], rel=0.02)
+        assert speed["tokens_per_second"] == pytest.approx(counts["new_tokens"] / speed["seconds"], rel=0.02)
+        assert speed["tasks"]["strategyqa"]["seconds"] == speed["seconds"] <= counts["seconds"] + 1e-3
 
 
 def test_a_checkpoint_in_the_authors_layout(meteora, place, tmp_path) -> None:
@@ -195,6 +204,7 @@ def test_accelerate_launch_shares_the_rows_too(place, meteora) -> None:
 def timeless(document: dict[str, Any]) -> dict[str, Any]:
     """A results document without what a clock says."""
     made = {key: value for key, value in document.items() if "time" not in key and key != "date"}
+    del made["meteora"]["speed"]
     for counts in made["meteora"]["counts"].values():
         del counts["seconds"]
     made["meteora"].pop("routing_counts", None)
