@@ -163,11 +163,15 @@ class RoutingState:
         temperature: T > 0.
         backend: A name of ``meteora_kernels.BACKENDS``.
 
+    Attributes:
+        version: Grows with every change of anything here.
+
     Raises:
         UsageError: top_k or temperature is out of range, or the backend is unknown.
     """
 
     def __init__(self, adapters: tuple[AdapterInfo, ...], top_k: int, temperature: float, backend: str) -> None:
+        self.version = 0
         self.adapters = adapters
         self.base_probe: list[float] | None = None
         self.enabled = True
@@ -183,6 +187,11 @@ class RoutingState:
         self.top_k = top_k
         self.temperature = temperature
         self.backend = backend
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name != "version":
+            self.version += 1
 
     @property
     def names(self) -> tuple[str, ...]:

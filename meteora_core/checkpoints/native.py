@@ -229,7 +229,7 @@ def load_checkpoint(
         for path, layer in meteora_layers(model):
             layer.gate.copy_(tensors[f"{path}.gate"])
     if "adapters" in config["contains"]:
-        state.embedded = True  # type: ignore[attr-defined]
+        state.embedded = True
     _restore_base(model, folder, config, tensors)
     return model.eval()
 

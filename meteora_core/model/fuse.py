@@ -18,6 +18,7 @@ from meteora_core.errors import UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import routing_state
 from meteora_kernels import pick_backend, plan
+from meteora_kernels.operators import eager
 
 _log = logging.getLogger(__name__)
 
@@ -74,14 +75,20 @@ class FusedGroup:
                 _move(layer.lora_B, self.up[before : before + self.rank * width].view(self.rank, width))
                 start, extra, before = start + width, extra + stacked, before + self.rank * width
         self.flags = new_flags(weight.device)
-        self.placed = self._places()
+        self.placed = [
+            (holder._parameters, name, parameter, parameter.data_ptr())
+            for layer in layers
+            for holder, name, parameter in (
+                (layer.base_layer, "weight", layer.weight),
+                (layer, "gate", layer.gate),
+                (layer, "lora_A", layer.lora_A),
+                (layer, "lora_B", layer.lora_B),
+            )
+        ]
         self.seen: Tensor | None = None
-        self.version = 0
+        self.version = (0, 0)
         self.waiting: list[Tensor | None] = [None] * len(layers)
         self.misses = 0
-
-    def _places(self) -> list[int]:
-        return [tensor.data_ptr() for layer in self.layers for tensor in (layer.weight, layer.gate, layer.lora_A, layer.lora_B)]
 
     def usable(self, x: Tensor) -> bool:
         """Whether this call may run as one."""
@@ -92,22 +99,47 @@ class FusedGroup:
             return False
         if torch.is_autocast_enabled(x.device.type) or x.numel() == 0:
             return False
-        return torch.compiler.is_compiling() or self.placed == self._places()
+        return torch.compiler.is_compiling() or self.in_place()
+
+    def in_place(self) -> bool:
+        """Whether every weight still lies in the block, so that the block holds what the layers would use."""
+        return all(holder[name] is parameter and parameter.data_ptr() == place for holder, name, parameter, place in self.placed)
 
     def run(self, index: int, x: Tensor) -> Tensor:
         """The output of member ``index``; the first member that meets a new ``x`` computes all."""
+        if torch.compiler.is_compiling():
+            return self._run(index, x, (0, 0)) if self.usable(x) else MeteoraLinear.forward(self.layers[index], x)
+        version = (self.state.version, 0 if x.is_inference() else x._version)
+        if self.seen is x and self.version == version and self.waiting[index] is not None and not torch.is_grad_enabled():
+            return self._take(index)
         if not self.usable(x):
             return MeteoraLinear.forward(self.layers[index], x)
-        if torch.compiler.is_compiling():
-            return self._run(index, x)
         try:
-            return self._run(index, x)
+            return self._run(index, x, version)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:
             # A kernel that cannot be built here (shared memory, no compiler): the layers run apart from now on.
             self._give_up(error)
             return MeteoraLinear.forward(self.layers[index], x)
+
+    def _run(self, index: int, x: Tensor, version: tuple[int, int]) -> Tensor:
+        if len(self.layers) == 1:
+            return self._compute(x)[0]
+        if self.seen is not x or self.version != version or self.waiting[index] is None:
+            if any(output is not None for output in self.waiting):
+                self.misses += 1
+            self.seen, self.version = x, version
+            self.waiting = list(self._compute(x))
+        return self._take(index)
+
+    def _take(self, index: int) -> Tensor:
+        found = self.waiting[index]
+        assert found is not None
+        self.waiting[index] = None
+        if all(output is None for output in self.waiting):
+            self.seen = None
+        return found
 
     def _give_up(self, error: Exception) -> None:
         self.misses = _PATIENCE + 1
@@ -117,28 +149,11 @@ class FusedGroup:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             _log.warning("fused layers cannot run on %s (%s); the layers run apart", self.packed.device, text)
 
-    def _run(self, index: int, x: Tensor) -> Tensor:
-        if len(self.layers) == 1:
-            return self._compute(x)[0]
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-        found = self.waiting[index]
-        if found is None or self.seen is not x or self.version != version:
-            if any(output is not None for output in self.waiting):
-                self.misses += 1
-            self.seen, self.version = x, version
-            self.waiting = list(self._compute(x))
-            found = self.waiting[index]
-            assert found is not None
-        self.waiting[index] = None
-        if all(output is None for output in self.waiting):
-            self.seen = None
-        return found
-
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        from meteora_kernels.triton_group import group_forward
+        from meteora_kernels import triton_group
 
         state, layer = self.state, self.layers[0]
-        output = group_forward(
+        output = (triton_group.group_forward if eager() else triton_group.group_op)(
             x.reshape(-1, x.shape[-1]).contiguous(),
             self.packed,
             self.up,
