@@ -304,7 +304,7 @@ torch.library.register_autograd("meteora::mix_many", _backward, setup_context=_s
 class _Many(torch.autograd.Function):
     """:func:`_mix_many` with its gradients, for eager code: what the registration above does takes longer than the whole rest of the call.
 
-    Returns the output (M, o) and the logits (M, N).
+    x and lora_x (..., h), base (..., o); returns the output (..., o) and the logits (..., N).
     """
 
     @staticmethod
@@ -324,16 +324,23 @@ class _Many(torch.autograd.Function):
         top_k: int,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        output, products = _mix_many(x, lora_x, base, gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights, top_k, temperature)
-        ctx.save_for_backward(products, x, lora_x, gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights)
-        ctx.top_k, ctx.temperature = top_k, temperature
+        tokens, flat_base = _flat_inputs(x, base)
+        flat_lora_x = None if lora_x is None else lora_x.reshape(tokens.shape)
+        tensors = (gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights)
+        output, products = _mix_many(tokens, flat_lora_x, flat_base, *tensors, top_k, temperature)
+        ctx.save_for_backward(products, tokens, flat_lora_x, *tensors)
+        ctx.top_k, ctx.temperature, ctx.shape = top_k, temperature, x.shape
         ctx.set_materialize_grads(False)
-        return output, products[:, : gate.shape[0]]
+        return output.view(base.shape), products[:, : gate.shape[0]].view(*x.shape[:-1], gate.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad, grad_logits)
+        flat = None if grad is None else grad.reshape(-1, grad.shape[-1])
+        flat_logits = None if grad_logits is None else grad_logits.reshape(-1, grad_logits.shape[-1])
+        grad_x, grad_lora_x, _, *rest = _backward(ctx, flat, flat_logits)
+        shaped = (None if found is None else found.view(ctx.shape) for found in (grad_x, grad_lora_x))
+        return *shaped, grad if ctx.needs_input_grad[2] else None, *rest
 
 
 def lora_mixture(
@@ -367,6 +374,12 @@ def lora_mixture(
     return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank, want_logits)
 
 
+def _flat_inputs(x: Tensor, base_output: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, h) contiguous, and (M, o) with contiguous columns."""
+    base = base_output.reshape(-1, base_output.shape[-1])
+    return x.reshape(-1, x.shape[-1]).contiguous(), base if base.stride(-1) == 1 else base.contiguous()
+
+
 def _flat(
     x: Tensor,
     base_output: Tensor,
@@ -387,40 +400,38 @@ def _flat(
     lead = x.shape[:-1]
     adapters, hidden = gate.shape
     rank = lora_A.shape[0]
-    tokens = x.reshape(-1, hidden).contiguous()
-    base = base_output.reshape(-1, base_output.shape[-1])
-    base = base if base.stride(-1) == 1 else base.contiguous()
-    if rank == 0 or tokens.shape[0] == 0:
+    count = x.shape[:-1].numel()
+    if rank == 0 or count == 0:
         return base_output.clone(), F.linear(x, gate) if routes is None else None
     lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), gate.contiguous()
-    flat_lora_x = None if lora_x is None or lora_x is x else lora_x.reshape(-1, hidden)
+    lora_x = None if lora_x is x else lora_x
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, base_output, gate, lora_A, lora_B))
     path = "many"
-    if not differentiable and routes is None and flat_lora_x is None:
+    if not differentiable and routes is None and lora_x is None:
         if max_rank is None and not torch.compiler.is_compiling():
             max_rank = layout_of(offsets).max_rank
         if max_rank is not None:
-            path = plan.path(tokens.shape[0], rank, top_k, max_rank)
+            path = plan.path(count, rank, top_k, max_rank)
     directly = eager()
+    indices = weights = None
+    if routes is not None:
+        top_k = routes[0].shape[-1]
+        indices = routes[0].reshape(-1, top_k).contiguous()
+        weights = routes[1].reshape(-1, top_k).to(torch.float32).contiguous()
+    tensors = (gate, lora_A, lora_B, scaling, offsets, allowed)
+    if directly and differentiable:
+        output, logits = _Many.apply(x, lora_x, base_output, *tensors, indices, weights, top_k, temperature)  # type: ignore[no-untyped-call]
+        return output, logits if routes is None and want_logits else None
+    tokens, base = _flat_inputs(x, base_output)
     if path == "few":
         sparse = plan.chosen_rows_only(rank, top_k, max_rank or 0)
-        few = _mix_few if directly else mix_few_op
-        output, logits = few(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature, not sparse)
+        output, logits = (_mix_few if directly else mix_few_op)(tokens, base, *tensors, max_rank or 0, top_k, temperature, not sparse)
     elif path == "grouped":
-        grouped = _mix_grouped if directly else mix_grouped_op
-        output, logits = grouped(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature)
+        output, logits = (_mix_grouped if directly else mix_grouped_op)(tokens, base, *tensors, max_rank or 0, top_k, temperature)
     else:
-        indices = weights = None
-        if routes is not None:
-            top_k = routes[0].shape[-1]
-            indices = routes[0].reshape(-1, top_k).contiguous()
-            weights = routes[1].reshape(-1, top_k).to(torch.float32).contiguous()
-        arguments = (tokens, flat_lora_x, base, gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights, top_k, temperature)
-        if directly and differentiable:
-            output, logits = _Many.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            output, logits = (_mix_many if directly else mix_many_op)(*arguments)
-            logits = logits[:, :adapters] if want_logits else logits
+        flat_lora_x = None if lora_x is None else lora_x.reshape(-1, hidden)
+        output, logits = (_mix_many if directly else mix_many_op)(tokens, flat_lora_x, base, *tensors, indices, weights, top_k, temperature)
+        logits = logits[:, :adapters] if want_logits else logits
     if routes is not None or not want_logits:
         return output.view(base_output.shape), None
     return output.view(base_output.shape), logits.reshape(*lead, adapters)

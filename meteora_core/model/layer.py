@@ -133,8 +133,8 @@ class MeteoraLinear(nn.Module):
         if state.gate_labels is not None and state.observations is not None:
             labels = state.gate_labels.reshape(-1)
             flat = logits.reshape(-1, logits.shape[-1])
-            with torch.autocast(x.device.type, enabled=False):
-                loss = F.cross_entropy(flat if flat.dtype == torch.float64 else flat.float(), labels, ignore_index=IGNORE, reduction="sum")
+            wide = flat if flat.dtype == torch.float64 else flat.float()
+            loss = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")  # autocast leaves float32 alone here
             state.observations.loss_sums.append(loss)
             if state.keep_hits:
                 state.observations.hits[self.path] = flat.detach().argmax(-1) == labels

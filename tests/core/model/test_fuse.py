@@ -98,6 +98,36 @@ def test_members_that_see_different_inputs_run_apart(model) -> None:
             torch.testing.assert_close(k(other), type(k).forward(k, other), rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_computed_ahead_is_dropped_when_anything_changes(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v are computed together; between them nothing may change unseen, not even with the very same input."""
+    monkeypatch.setattr(fusing, "_PATIENCE", 100)
+    fuse(model)
+    state, layers = routing_state(model), dict(meteora_layers(model))
+    q, k = (next(layer for path, layer in layers.items() if path.endswith(name)) for name in ("q_proj", "k_proj"))
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(q.gate.device)
+
+    def k_alone() -> torch.Tensor:
+        return type(k).forward(k, x)
+
+    with torch.no_grad():
+        for change in ({"top_k": 1}, {"temperature": 9.0}, {"enabled": False}, {"allowed": torch.tensor([False, True, True])}, {"backend": "dense"}):
+            before = {name: getattr(state, name) for name in change}
+            q(x)
+            for name, value in change.items():
+                setattr(state, name, value)
+            torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+            for name, value in before.items():
+                setattr(state, name, value)
+        q(x)
+        with state.force("two"):
+            torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+        q(x)
+        x.mul_(-1)
+        torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+    q(x)
+    assert k(x).requires_grad
+
+
 def test_refuses_where_the_kernels_cannot_run(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meteora_kernels.plan.triton_installed", lambda: False)
     with pytest.raises(UsageError, match="Triton is not installed"):
