@@ -213,6 +213,8 @@ def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "a
         UsageError: Nothing is attached; or, with "on", the model cannot be fused.
     """
     state = routing_state(model)
+    if mode not in ("auto", "on", "off"):
+        raise UsageError(f"unknown way to fuse: {mode!r}", hint="choose from: auto, on, off")
     if mode == "off":
         return 0
     if mode == "auto":
