@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def eager() -> bool:
+def eager(tensor: torch.Tensor) -> bool:
     """Whether an operator's function may be called itself: nothing traces, so the dispatcher would only add its own time (10 to 40 us of a CPU)."""
-    return not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
 def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:

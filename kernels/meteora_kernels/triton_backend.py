@@ -292,7 +292,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_products: Tensor | None) -> tu
     grads: list[Tensor | None] = [None] * 5
     if any(wanted):
         tensors = (products, x, lora_x, gate, lora_A, lora_B, *rest)
-        work: Any = _mix_many_backward if eager() else mix_many_backward_op
+        work: Any = _mix_many_backward if eager(x) else mix_many_backward_op
         found = work(grad.contiguous(), grad_products, *tensors, ctx.top_k, ctx.temperature, wanted)
         grads = [tensor if want else None for tensor, want in zip(found, wanted, strict=True)]
     return grads[0], grads[1], grad if needs[2] else None, grads[2], grads[3], grads[4], *(None,) * 7
@@ -412,7 +412,7 @@ def _flat(
             max_rank = layout_of(offsets).max_rank
         if max_rank is not None:
             path = plan.path(count, rank, top_k, max_rank)
-    directly = eager()
+    directly = eager(x)
     indices = weights = None
     if routes is not None:
         top_k = routes[0].shape[-1]

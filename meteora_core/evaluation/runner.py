@@ -71,10 +71,11 @@ class Speed:
         return Speed(self.rows + other.rows, self.prompt_tokens + other.prompt_tokens, self.new_tokens + other.new_tokens, seconds)
 
     def document(self) -> dict[str, float]:
-        """The counts, rows a second, and new tokens a second; the two are 0 when nothing was generated."""
+        """The counts; rows, new tokens, and all tokens (the prompts' too) a second, which are 0 when nothing was generated."""
         per = 1 / self.seconds if self.seconds > 0 else 0.0
         made = {"rows": self.rows, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "seconds": round(self.seconds, 6)}
-        return {**made, "rows_per_second": round(self.rows * per, 3), "tokens_per_second": round(self.new_tokens * per, 2)}
+        rates = {"rows": self.rows, "tokens": self.new_tokens, "all_tokens": self.new_tokens + self.prompt_tokens}
+        return {**made, **{f"{name}_per_second": round(count * per, 3) for name, count in rates.items()}}
 
 
 @dataclass

@@ -153,7 +153,7 @@ class FusedGroup:
         from meteora_kernels import triton_group
 
         state, layer = self.state, self.layers[0]
-        output = (triton_group.group_forward if eager() else triton_group.group_op)(
+        output = (triton_group.group_forward if eager(x) else triton_group.group_op)(
             x.reshape(-1, x.shape[-1]).contiguous(),
             self.packed,
             self.up,

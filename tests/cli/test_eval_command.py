@@ -108,7 +108,7 @@ def test_all_models_with_routing_and_debug(meteora, place) -> None:
     assert ran.err.count("saved ") == 4
     (speed,) = [line for line in ran.err.splitlines() if line.startswith("speed: ")]
     assert [part.split()[0] for part in speed.removeprefix("speed: ").split("; ")] == ["base", "own", "meteora"]
-    assert speed.count(" x base)") == 2
+    assert speed.count(" x base)") == 6
     (picture,) = (place.folder / "runs" / "eval" / "meteora").glob("routing_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = meteora("eval", "report", place.folder / "runs" / "eval", "--json")
@@ -130,6 +130,7 @@ def test_json_is_the_results_document(meteora, place) -> None:
         assert (speed["rows"], speed["new_tokens"], speed["prompt_tokens"]) == (2, counts["new_tokens"], counts["prompt_tokens"])
         assert speed["rows_per_second"] == pytest.approx(2 / speed["seconds"], rel=0.02)
         assert speed["tokens_per_second"] == pytest.approx(counts["new_tokens"] / speed["seconds"], rel=0.02)
+        assert speed["all_tokens_per_second"] == pytest.approx((counts["new_tokens"] + counts["prompt_tokens"]) / speed["seconds"], rel=0.02)
         assert speed["tasks"]["strategyqa"]["seconds"] == speed["seconds"] <= counts["seconds"] + 1e-3
 
 

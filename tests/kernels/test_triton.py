@@ -240,6 +240,8 @@ def test_fake_tensors_reach_no_kernel(tokens: int, grad: bool) -> None:
             fake.wanting_grad()
         output, logits = lora_mixture(*fake.arguments, backend="triton", max_rank=4, return_logits=True)
         assert (output.shape, logits.shape) == ((2, tokens, 9), (2, tokens, 6))
+    with torch.set_grad_enabled(grad):
+        assert lora_mixture(*fake.arguments, backend="triton", max_rank=4).shape == (2, tokens, 9)
 
 
 def test_nothing_flat_is_asked_of_the_caller() -> None:
