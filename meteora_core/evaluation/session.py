@@ -290,7 +290,11 @@ class _Loader:
             count, top_k = len(facts.adapters), self.plan.options.top_k
             if top_k is not None and not 1 <= top_k <= count:
                 raise UsageError(f"top_k is {top_k}, but the checkpoint has {count} adapters", hint=f"choose --top-k between 1 and {count}")
-            self._hash = facts.weights_hash()
+            if facts.native:
+                self._hash = facts.hash
+            else:
+                with self.progress.task("hashing the checkpoint"):
+                    self._hash = facts.weights_hash()
 
     def config(self, model: str) -> dict[str, Any]:
         """What the results file records of the model and the run."""
