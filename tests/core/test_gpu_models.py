@@ -26,7 +26,11 @@ from meteora_core.routing import routing_state
 from meteora_core.settings import load_settings
 from tiny_models import make_tiny_llama
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # compilers' advice, and what PyTorch says of a capture that was broken off
+]
 
 DEVICE = "cuda"
 
@@ -57,6 +61,15 @@ def batch_of(lengths: list[int], room: list[int], no_repeat: int = 3) -> Batch:
 LENGTHS, ROOM = [5, 17, 9, 1, 30, 12, 8], [20, 3, 20, 33, 1, 20, 20]
 
 
+def assert_alike(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same logits; in 16 bits up to a few tokens whose near ties fell to another adapter."""
+    if got.dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    else:
+        errors = (got - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+        assert float(errors.median()) < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_fused_logits(model, dtype: torch.dtype) -> None:
@@ -68,11 +81,7 @@ def test_fused_logits(model, dtype: torch.dtype) -> None:
     together = [model(ids).logits for ids in texts]
     for one, other, ids in zip(apart, together, texts, strict=True):
         assert torch.equal(model(ids).logits, other)
-        if dtype == torch.float32:
-            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
-        else:  # a near tie may fall to another adapter
-            errors = (other - one).float().norm(dim=-1) / one.float().norm(dim=-1)
-            assert float(errors.median()) < 0.05
+        assert_alike(other, one)
     assert unfuse(model) == 14
     for one, ids in zip(apart, texts, strict=True):
         assert torch.equal(model(ids).logits, one)
@@ -80,7 +89,8 @@ def test_fused_logits(model, dtype: torch.dtype) -> None:
     state.mute(["one"])
     muted = model(texts[1]).logits
     fuse(model)
-    torch.testing.assert_close(model(texts[1]).logits, muted, rtol=0.1, atol=0.5 if dtype != torch.float32 else 1e-3)
+    assert_alike(model(texts[1]).logits, muted)
+    assert not torch.equal(muted, apart[1])
 
 
 @pytest.mark.parametrize("kind", ["base", "meteora", "fused", "muted"])
@@ -155,7 +165,8 @@ def test_generate_with_a_static_cache(model, fused: bool, caplog) -> None:
     if fused:
         fuse(model)
     ids = ids_of(2, 9)
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    model.generation_config.eos_token_id = None
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "attention_mask": torch.ones_like(ids)}
     wanted = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), wanted)
     model.generation_config.cache_implementation = "static"

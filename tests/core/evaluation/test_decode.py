@@ -171,3 +171,17 @@ def test_peft_models_and_models_that_cannot_be_fixed(make_adapter, caplog) -> No
     assert not Decoder(eager, "on")._use_fixed
     assert "needs a growing cache" in caplog.text
     assert not Decoder(base)._use_fixed
+
+
+def test_recorded_routes_leave_fixed_caches_and_say_so(model, caplog) -> None:
+    from meteora_core import record_routes
+
+    if getattr(model, "meteora", None) is None:
+        pytest.skip("nothing routes")
+    decoder, batch = Decoder(model, "on"), batch_of(LENGTHS, ROOM, 3)
+    wanted = decoder.decode(batch)
+    with record_routes(model) as routes:
+        assert decoder.decode(batch) == decoder.decode(batch) == wanted
+    assert caplog.text.count("not replayed as CUDA graphs") == 1
+    assert routes.steps(routes.paths[0])[0].indices.shape[:2] == batch.ids.shape
+    assert decoder.decode(batch) == wanted
