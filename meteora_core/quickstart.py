@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from meteora_core.data.rows import split_path
 from meteora_core.data.tasks import COMPOSITES, get_task
 from meteora_core.files import read_json, sha256, write_json
+from meteora_core.memory import release_memory
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 
@@ -217,6 +218,7 @@ class _Session:
                 settings=settings,
                 progress=self.progress,
             )
+            release_memory()
 
     def train_gates(self) -> dict[str, float]:
         from meteora_core.adapters.bank import AdapterBank
@@ -239,6 +241,7 @@ class _Session:
             resume=True,
             progress=self.progress,
         )
+        release_memory()
         return trained.held_out
 
     def evaluate(self) -> dict[str, dict[str, dict[str, float]]]:

@@ -74,9 +74,13 @@ def plain(model: Any) -> Any:
 
 
 def _arguments(model: Any) -> dict[str, Any]:
-    """What the model can be asked for: logits of the last position only."""
+    """What the model can be asked for: logits of the last position only.
+
+    An index and not a count: a count leaves a slice of the hidden states, which is not contiguous, and torch multiplies such a slice with a frozen
+    head by copying the head once for every row of the batch.
+    """
     known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return {"logits_to_keep": torch.tensor([-1], device=next(model.parameters()).device)} if "logits_to_keep" in known else {}
 
 
 def _cut(row: list[int], room: int, eos: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -185,3 +187,14 @@ def test_recorded_routes_leave_fixed_caches_and_say_so(model, caplog) -> None:
     assert caplog.text.count("not replayed as CUDA graphs") == 1
     assert routes.steps(routes.paths[0])[0].indices.shape[:2] == batch.ids.shape
     assert decoder.decode(batch) == wanted
+
+
+@pytest.mark.parametrize("decode", [decode_growing, lambda model, batch: FixedDecoder(model, 4, 256, 2, 0).decode(batch)])
+def test_a_frozen_head_is_not_copied_for_every_row(decode: Callable[..., object]) -> None:
+    """torch multiplies a slice that is not contiguous with a frozen weight row by row, on as many copies of the weight."""
+    model = make_tiny_llama().eval().requires_grad_(False)
+    seen: list[torch.Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    decode(model, batch_of([5, 9, 7], [3, 3, 3]))
+    assert seen
+    assert all(hidden.shape[1] == 1 and hidden.is_contiguous() for hidden in seen)
