@@ -66,6 +66,15 @@ def settings_from(ctx: typer.Context, **flags: Any) -> Settings:
     return load_settings(globals_of(ctx).config, overrides)
 
 
+def quantization_of(in_4bit: bool, in_8bit: bool) -> str | None:
+    """The setting that --load-in-4bit and --load-in-8bit stand for; None when neither was given. Raises UsageError for both."""
+    if in_4bit and in_8bit:
+        from meteora_core.errors import UsageError
+
+        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other", hint="choose one of them")
+    return "4bit" if in_4bit else "8bit" if in_8bit else None
+
+
 def _columns() -> list[ProgressColumn]:
     from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Task as RichTask

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from meteora_core.checkpoints.authors import load_authors_checkpoint
     from meteora_core.checkpoints.native import load_checkpoint, save_checkpoint
     from meteora_core.model.attach import attach, detach
+    from meteora_core.model.fuse import fuse, unfuse
     from meteora_core.routing import record_routes
 
 __version__ = "0.1.0"
@@ -20,13 +21,26 @@ _PLACES = {
     "AdapterBank": "meteora_core.adapters.bank",
     "attach": "meteora_core.model.attach",
     "detach": "meteora_core.model.attach",
+    "fuse": "meteora_core.model.fuse",
+    "unfuse": "meteora_core.model.fuse",
     "load_checkpoint": "meteora_core.checkpoints.native",
     "save_checkpoint": "meteora_core.checkpoints.native",
     "load_authors_checkpoint": "meteora_core.checkpoints.authors",
     "record_routes": "meteora_core.routing",
 }
 
-__all__ = ["AdapterBank", "__version__", "attach", "detach", "load_authors_checkpoint", "load_checkpoint", "record_routes", "save_checkpoint"]
+__all__ = [
+    "AdapterBank",
+    "__version__",
+    "attach",
+    "detach",
+    "fuse",
+    "load_authors_checkpoint",
+    "load_checkpoint",
+    "record_routes",
+    "save_checkpoint",
+    "unfuse",
+]
 
 
 def __getattr__(name: str) -> Any:

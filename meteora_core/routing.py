@@ -7,13 +7,14 @@ which backend, and, for the length of a ``with`` block, forced routes, gate labe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from meteora_core.errors import UsageError
 
@@ -162,11 +163,15 @@ class RoutingState:
         temperature: T > 0.
         backend: A name of ``meteora_kernels.BACKENDS``.
 
+    Attributes:
+        version: Grows with every change of anything here.
+
     Raises:
         UsageError: top_k or temperature is out of range, or the backend is unknown.
     """
 
     def __init__(self, adapters: tuple[AdapterInfo, ...], top_k: int, temperature: float, backend: str) -> None:
+        self.version = 0
         self.adapters = adapters
         self.base_probe: list[float] | None = None
         self.enabled = True
@@ -176,9 +181,17 @@ class RoutingState:
         self.observations: GateObservations | None = None
         self.keep_hits = False
         self.recorder: Routes | None = None
+        self._masks: dict[frozenset[str], Tensor] = {}
+        self._singles: dict[int, Tensor] = {}
+        self._copies: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()
         self.top_k = top_k
         self.temperature = temperature
         self.backend = backend
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name != "version":
+            self.version += 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -225,6 +238,16 @@ class RoutingState:
         """Whether layers must do more than compute their output."""
         return self.gate_labels is not None or self.recorder is not None or self.forced is not None
 
+    def on(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """:attr:`allowed` or :attr:`forced` on a layer's device: copied once, not by every layer (a captured CUDA graph cannot copy from the host)."""
+        if tensor.device == device or torch.compiler.is_compiling():
+            return tensor.to(device)
+        copies = self._copies.setdefault(tensor, {})
+        if device not in copies:
+            with torch.inference_mode(False):
+                copies[device] = tensor.to(device)
+        return copies[device]
+
     @contextmanager
     def label_gates(self, labels: Tensor, *, keep_hits: bool = False) -> Iterator[GateObservations]:
         """Within the block, forward calls also compute the gate loss.
@@ -249,7 +272,12 @@ class RoutingState:
             if adapters not in self.names:
                 raise UsageError(f"no adapter named {adapters!r}", hint=f"there are: {', '.join(self.names)}")
             adapters = self.names.index(adapters)
-        before, self.forced = self.forced, torch.tensor([adapters]) if isinstance(adapters, int) else adapters
+        if isinstance(adapters, int):
+            if adapters not in self._singles:
+                with torch.inference_mode(False):
+                    self._singles[adapters] = torch.tensor([adapters])
+            adapters = self._singles[adapters]
+        before, self.forced = self.forced, adapters
         try:
             yield
         finally:
@@ -266,12 +294,15 @@ class RoutingState:
 
     def mute(self, names: Iterable[str]) -> None:
         """Never choose these adapters (an empty list lifts it). Raises UsageError for an unknown name or when none would be left."""
-        muted = set(names)
+        muted = frozenset(names)
         if unknown := muted - set(self.names):
             raise UsageError(f"no adapter named {sorted(unknown)[0]!r}", hint=f"there are: {', '.join(self.names)}")
         if len(muted) == len(self.names):
             raise UsageError("all adapters would be muted", hint="leave at least one")
-        self.allowed = torch.tensor([name not in muted for name in self.names]) if muted else None
+        if muted and muted not in self._masks:
+            with torch.inference_mode(False):
+                self._masks[muted] = torch.tensor([name not in muted for name in self.names])
+        self.allowed = self._masks[muted] if muted else None
 
 
 def routing_state(model: nn.Module) -> RoutingState:

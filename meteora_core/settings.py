@@ -14,6 +14,9 @@ from meteora_core.errors import UsageError, did_you_mean
 DEFAULT_FILE = Path("meteora.toml")
 
 
+Switch = Literal["auto", "on", "off"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -34,6 +37,7 @@ class ModelSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     backend: str = Field("auto", description="Mixture kernels: auto, reference, dense, triton.")
+    quantization: Literal["none", "4bit", "8bit"] = Field("none", description="Quantise the base by bitsandbytes on a CUDA GPU (eval, chat and trace).")
     trust_remote_code: bool = Field(False, description="Run Python code that a model repository ships.")
 
 
@@ -126,7 +130,10 @@ class EvalSettings(_Section):
     limit: int | None = Field(None, examples=[100], ge=1, description="Only the first so many test rows.")
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, description="Recorded; greedy decoding does not use it.")
-    cuda_graphs: bool = Field(False, description="On a CUDA GPU, replay each decoding step as a graph where the model allows it.")
+    fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")
+    cuda_graphs: Switch = Field(
+        "auto", description="A cache of fixed size, each step replayed as a CUDA graph; auto: on a CUDA GPU, where the model allows it."
+    )
 
 
 class ChatSettings(_Section):
@@ -139,6 +146,8 @@ class ChatSettings(_Section):
         "auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base."
     )
     seed: int = Field(0, ge=0, description="Seed of sampling.")
+    fuse: Switch = Field("auto", description="As in [eval].")
+    cuda_graphs: Switch = Field("auto", description="As in [eval].")
 
 
 class UserTask(_Section):

@@ -114,19 +114,19 @@ def lora_mixture(
     if backend != "triton":
         output, logits = _implementation(backend)(*arguments, **options)
     elif automatic and not torch.compiler.is_compiling():
-        output, logits = _triton_or_dense(arguments, options, max_rank)
+        output, logits = _triton_or_dense(arguments, options, max_rank, return_logits)
     else:
-        output, logits = _implementation("triton")(*arguments, **options, max_rank=max_rank)
+        output, logits = _implementation("triton")(*arguments, **options, max_rank=max_rank, want_logits=return_logits)
     if return_logits:
         assert logits is not None
         return output, logits
     return output
 
 
-def _triton_or_dense(arguments: tuple[Tensor, ...], options: dict[str, Any], max_rank: int | None) -> tuple[Tensor, Tensor | None]:
+def _triton_or_dense(arguments: tuple[Tensor, ...], options: dict[str, Any], max_rank: int | None, want_logits: bool) -> tuple[Tensor, Tensor | None]:
     """The Triton backend; where it cannot be built (a kernel does not fit the GPU, no compiler), the dense one from then on."""
     try:
-        return _implementation("triton")(*arguments, **options, max_rank=max_rank)
+        return _implementation("triton")(*arguments, **options, max_rank=max_rank, want_logits=want_logits)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:

@@ -6,6 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def eager(tensor: torch.Tensor) -> bool:
+    """Whether an operator's function may be called itself: nothing traces, so the dispatcher would only add its own time (10 to 40 us of a CPU)."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
 def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -18,7 +24,7 @@ def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., 
         mutates: Names of arguments that it writes to.
 
     Returns:
-        A decorator that gives back the callable operator.
+        A decorator that gives back the callable operator; where :func:`eager` holds, the function itself does the same.
     """
 
     def register(function: Callable[..., Any]) -> Any:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from meteora_kernels import plan
 from meteora_kernels.layout import layout_of
-from meteora_kernels.operators import operator
+from meteora_kernels.operators import eager, operator
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
 from meteora_kernels.triton_grouped import mix_grouped
@@ -51,8 +52,7 @@ def pack(gate: Tensor, lora_A: Tensor) -> Tensor:
     return torch.cat([gate, blank[: before - adapters], lora_A, blank[: after - before - rank]])
 
 
-@operator("mix_few")
-def mix_few_op(
+def _mix_few(
     x: Tensor,
     base: Tensor,
     gate: Tensor,
@@ -69,6 +69,9 @@ def mix_few_op(
     """:func:`triton_few.mix_few`; the logits come back contiguous."""
     output, logits = mix_few(x, base, gate, lora_A, lora_B, scaling, offsets, max_rank, top_k, temperature, allowed, dense_down=dense_down)
     return output, logits.contiguous()
+
+
+mix_few_op = operator("mix_few")(_mix_few)
 
 
 @torch.library.register_fake("meteora::mix_few")
@@ -89,8 +92,7 @@ def _(
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], gate.shape[0]), dtype=torch.float32)
 
 
-@operator("mix_grouped")
-def mix_grouped_op(
+def _mix_grouped(
     x: Tensor,
     base: Tensor,
     gate: Tensor,
@@ -105,6 +107,9 @@ def mix_grouped_op(
 ) -> tuple[Tensor, Tensor]:
     """:func:`triton_grouped.mix_grouped`."""
     return mix_grouped(x, base, gate, lora_A, lora_B, scaling, offsets, max_rank, top_k, temperature, allowed)
+
+
+mix_grouped_op = operator("mix_grouped")(_mix_grouped)
 
 
 @torch.library.register_fake("meteora::mix_grouped")
@@ -124,8 +129,7 @@ def _(
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], gate.shape[0]))
 
 
-@operator("mix_many")
-def mix_many_op(
+def _mix_many(
     x: Tensor,
     lora_x: Tensor | None,
     base: Tensor,
@@ -165,6 +169,9 @@ def mix_many_op(
     return output, products
 
 
+mix_many_op = operator("mix_many")(_mix_many)
+
+
 @torch.library.register_fake("meteora::mix_many")
 def _(
     x: Tensor,
@@ -184,8 +191,7 @@ def _(
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], stacked_rows_of(gate.shape[0], lora_A.shape[0])))
 
 
-@operator("mix_many_backward")
-def mix_many_backward_op(
+def _mix_many_backward(
     grad: Tensor,
     grad_products: Tensor | None,
     products: Tensor,
@@ -207,8 +213,8 @@ def mix_many_backward_op(
 
     Args:
         grad: (M, o).
-        grad_products: (M, stacked) that reached the logits on another way, or None.
-        products: As :func:`mix_many_op` returned them.
+        grad_products: (M, N) or wider, that reached the logits on another way, or None.
+        products: As :func:`_mix_many` returned them.
         wanted: One flag a result.
     """
     adapters, rank = gate.shape[0], lora_A.shape[0]
@@ -240,6 +246,9 @@ def mix_many_backward_op(
     if again is not None:
         grad_B = torch.mm(again.t(), grad)
     return grad_x, grad_lora_x, grad_gate, grad_A, grad_B
+
+
+mix_many_backward_op = operator("mix_many_backward")(_mix_many_backward)
 
 
 @torch.library.register_fake("meteora::mix_many_backward")
@@ -283,12 +292,55 @@ def _backward(ctx: Any, grad: Tensor | None, grad_products: Tensor | None) -> tu
     grads: list[Tensor | None] = [None] * 5
     if any(wanted):
         tensors = (products, x, lora_x, gate, lora_A, lora_B, *rest)
-        found = mix_many_backward_op(grad.contiguous(), grad_products, *tensors, ctx.top_k, ctx.temperature, wanted)
+        work: Any = _mix_many_backward if eager(x) else mix_many_backward_op
+        found = work(grad.contiguous(), grad_products, *tensors, ctx.top_k, ctx.temperature, wanted)
         grads = [tensor if want else None for tensor, want in zip(found, wanted, strict=True)]
     return grads[0], grads[1], grad if needs[2] else None, grads[2], grads[3], grads[4], *(None,) * 7
 
 
 torch.library.register_autograd("meteora::mix_many", _backward, setup_context=_setup)
+
+
+class _Many(torch.autograd.Function):
+    """:func:`_mix_many` with its gradients, for eager code: what the registration above does takes longer than the whole rest of the call.
+
+    x and lora_x (..., h), base (..., o); returns the output (..., o) and the logits (..., N).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_x: Tensor | None,
+        base: Tensor,
+        gate: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: Tensor,
+        offsets: Tensor,
+        allowed: Tensor | None,
+        indices: Tensor | None,
+        weights: Tensor | None,
+        top_k: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, flat_base = _flat_inputs(x, base)
+        flat_lora_x = None if lora_x is None else lora_x.reshape(tokens.shape)
+        tensors = (gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights)
+        output, products = _mix_many(tokens, flat_lora_x, flat_base, *tensors, top_k, temperature)
+        ctx.save_for_backward(products, tokens, flat_lora_x, *tensors)
+        ctx.top_k, ctx.temperature, ctx.shape = top_k, temperature, x.shape
+        ctx.set_materialize_grads(False)
+        return output.view(base.shape), products[:, : gate.shape[0]].view(*x.shape[:-1], gate.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
+        flat = None if grad is None else grad.reshape(-1, grad.shape[-1])
+        flat_logits = None if grad_logits is None else grad_logits.reshape(-1, grad_logits.shape[-1])
+        grad_x, grad_lora_x, _, *rest = _backward(ctx, flat, flat_logits)
+        shaped = (None if found is None else found.view(ctx.shape) for found in (grad_x, grad_lora_x))
+        return *shaped, grad if ctx.needs_input_grad[2] else None, *rest
 
 
 def lora_mixture(
@@ -306,16 +358,26 @@ def lora_mixture(
     routes: tuple[Tensor, Tensor] | None,
     allowed: Tensor | None,
     max_rank: int | None = None,
+    want_logits: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and result as in :func:`meteora_kernels.reference.lora_mixture`; ``max_rank`` saves a look at ``offsets`` on the host."""
+    """Arguments and result as in :func:`meteora_kernels.reference.lora_mixture`; ``max_rank`` saves a look at ``offsets`` on the host.
+
+    Without ``want_logits`` the logits come back as None.
+    """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, gate, lora_A, lora_B = x.to(dtype), gate.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
         lora_x = None if lora_x is None else lora_x.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank)
-    return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank)
+            return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank, want_logits)
+    return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank, want_logits)
+
+
+def _flat_inputs(x: Tensor, base_output: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, h) contiguous, and (M, o) with contiguous columns."""
+    base = base_output.reshape(-1, base_output.shape[-1])
+    return x.reshape(-1, x.shape[-1]).contiguous(), base if base.stride(-1) == 1 else base.contiguous()
 
 
 def _flat(
@@ -332,37 +394,44 @@ def _flat(
     routes: tuple[Tensor, Tensor] | None,
     allowed: Tensor | None,
     max_rank: int | None,
+    want_logits: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Flatten the tokens, pick the path, and give the leading dimensions back."""
     lead = x.shape[:-1]
     adapters, hidden = gate.shape
     rank = lora_A.shape[0]
-    tokens = x.reshape(-1, hidden).contiguous()
-    base = base_output.reshape(-1, base_output.shape[-1])
-    base = base if base.stride(-1) == 1 else base.contiguous()
-    if rank == 0 or tokens.shape[0] == 0:
+    count = x.shape[:-1].numel()
+    if rank == 0 or count == 0:
         return base_output.clone(), F.linear(x, gate) if routes is None else None
     lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), gate.contiguous()
-    flat_lora_x = None if lora_x is None or lora_x is x else lora_x.reshape(-1, hidden)
+    lora_x = None if lora_x is x else lora_x
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, base_output, gate, lora_A, lora_B))
     path = "many"
-    if not differentiable and routes is None and flat_lora_x is None:
+    if not differentiable and routes is None and lora_x is None:
         if max_rank is None and not torch.compiler.is_compiling():
             max_rank = layout_of(offsets).max_rank
         if max_rank is not None:
-            path = plan.path(tokens.shape[0], rank, top_k, max_rank)
+            path = plan.path(count, rank, top_k, max_rank)
+    directly = eager(x)
+    indices = weights = None
+    if routes is not None:
+        top_k = routes[0].shape[-1]
+        indices = routes[0].reshape(-1, top_k).contiguous()
+        weights = routes[1].reshape(-1, top_k).to(torch.float32).contiguous()
+    tensors = (gate, lora_A, lora_B, scaling, offsets, allowed)
+    if directly and differentiable:
+        output, logits = _Many.apply(x, lora_x, base_output, *tensors, indices, weights, top_k, temperature)  # type: ignore[no-untyped-call]
+        return output, logits if routes is None and want_logits else None
+    tokens, base = _flat_inputs(x, base_output)
     if path == "few":
         sparse = plan.chosen_rows_only(rank, top_k, max_rank or 0)
-        found = mix_few_op(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature, not sparse)
-        output, logits = found
+        output, logits = (_mix_few if directly else mix_few_op)(tokens, base, *tensors, max_rank or 0, top_k, temperature, not sparse)
     elif path == "grouped":
-        output, logits = mix_grouped_op(tokens, base, gate, lora_A, lora_B, scaling, offsets, allowed, max_rank or 0, top_k, temperature)
+        output, logits = (_mix_grouped if directly else mix_grouped_op)(tokens, base, *tensors, max_rank or 0, top_k, temperature)
     else:
-        indices = weights = None
-        if routes is not None:
-            top_k = routes[0].shape[-1]
-            indices = routes[0].reshape(-1, top_k).contiguous()
-            weights = routes[1].reshape(-1, top_k).to(torch.float32).contiguous()
-        output, products = mix_many_op(tokens, flat_lora_x, base, gate, lora_A, lora_B, scaling, offsets, allowed, indices, weights, top_k, temperature)
-        logits = products[:, :adapters]
-    return output.view(base_output.shape), logits.reshape(*lead, adapters) if routes is None else None
+        flat_lora_x = None if lora_x is None else lora_x.reshape(-1, hidden)
+        output, logits = (_mix_many if directly else mix_many_op)(tokens, flat_lora_x, base, *tensors, indices, weights, top_k, temperature)
+        logits = logits[:, :adapters] if want_logits else logits
+    if routes is not None or not want_logits:
+        return output.view(base_output.shape), None
+    return output.view(base_output.shape), logits.reshape(*lead, adapters)

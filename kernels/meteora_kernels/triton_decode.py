@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
 from meteora_kernels.triton_sync import finish, raise_flag, wait_flag
 
@@ -345,7 +346,7 @@ def decode(
     members = len(widths)
     stacked = ga.shape[0] // members
     mp = 16
-    rank_p = max(1, triton.next_power_of_2(max_rank))
+    rank_p = max(1, power_of_two(max_rank))
     bg, bn, bk, bkg, warps, stages = tile or decode_tile(hidden, sum(widths))
     chunk = min(16, (top_k * rank_p) & -(top_k * rank_p), max(1, 8192 // (mp * bn)))
     member_mid = gate_rows + (rank if dense_down else 0)
@@ -353,16 +354,16 @@ def decode(
     plan_rows = torch.empty(tokens, members * top_k * rank_p, dtype=torch.int32, device=x.device)
     plan_values = torch.empty(tokens, members * top_k * rank_p, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
-    programs = members * triton.cdiv(gate_rows + rank if dense_down else count, bg)
+    programs = members * ceil_div(gate_rows + rank if dense_down else count, bg)
     rows = min(rank_p, 2)
     programs += 0 if dense_down else members * tokens * top_k * (rank_p // rows)
-    programs += sum(triton.cdiv(width, bn) for width in widths)
+    programs += sum(ceil_div(width, bn) for width in widths)
     padded = (*widths, 0, 0)
     decode_kernel[(programs,)](
         x, w, ga, b, bias if bias is not None else x, allowed if allowed is not None else x, scaling, offsets, mid, plan_rows, plan_values,
         flags, y, tokens, hidden, count, gate_rows, stacked, rank, mid.stride(0), member_mid, plan_rows.stride(0), padded[0], padded[1],
         padded[2], temperature,
-        MEMBERS=members, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), PADDED=max(2, triton.next_power_of_2(count)), RANK_P=rank_p,
+        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), RANK_P=rank_p,
         ROWS=rows, CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, BKC=1024, DENSE_DOWN=dense_down, HAS_ALLOWED=allowed is not None,
         HAS_BIAS=bias is not None, EVEN=hidden % bk == 0 and hidden % bkg == 0, STAGES=stages,
         PRECISION="ieee", num_warps=warps, num_stages=stages,

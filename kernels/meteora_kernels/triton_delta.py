@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
 
 
@@ -144,7 +145,7 @@ def delta(
     padded = (*widths, 0, 0)
     logits, scaling, offsets, top_k, temperature, allowed = routing if routing is not None else (middle, b, b, 1, 1.0, None)
     count = scaling.shape[0] if routing is not None else 1
-    grid = (sum(triton.cdiv(width, block_n) for width in widths), triton.cdiv(tokens, block_m))
+    grid = (sum(ceil_div(width, block_n) for width in widths), ceil_div(tokens, block_m))
     delta_kernel[grid](
         middle,
         logits,
@@ -173,8 +174,8 @@ def delta(
         BLOCK_K=block_k,
         ROUTE=routing is not None,
         TOP_K=top_k,
-        SLOTS=triton.next_power_of_2(top_k),
-        PADDED=max(2, triton.next_power_of_2(count)),
+        SLOTS=power_of_two(top_k),
+        PADDED=max(2, power_of_two(count)),
         HAS_ALLOWED=allowed is not None,
         HAS_BASE=base is not None,
         PRECISION="ieee",

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_decode import routes_of_few, rows_times_tokens
 from meteora_kernels.triton_middle import coefficients_of
 from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
@@ -254,7 +255,7 @@ def apply_kernel(
 
 def padded_tokens(tokens: int) -> int:
     """The tile's number of token columns: 1, or a power of two from 16 (the least that a matrix unit takes)."""
-    return 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
+    return 1 if tokens == 1 else max(16, power_of_two(tokens))
 
 
 def mix_few(
@@ -286,15 +287,15 @@ def mix_few(
     tokens, hidden = x.shape
     count, (rank, width) = gate.shape[0], lora_B.shape
     mp = padded_tokens(tokens)
-    rank_p = max(1, triton.next_power_of_2(max_rank))
+    rank_p = max(1, power_of_two(max_rank))
     gather = mp <= 16
     dense_down = dense_down or not gather
     mid = torch.empty(tokens, count + (rank if dense_down else top_k * rank_p), dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, width, dtype=base.dtype, device=x.device)
-    slots, padded = triton.next_power_of_2(top_k), max(2, triton.next_power_of_2(count))
+    slots, padded = power_of_two(top_k), max(2, power_of_two(count))
     permitted = allowed if allowed is not None else x
     bg, bk, stages = (4, 1024, 4) if mp == 1 else (16, 512, 3)
-    gates_kernel[(triton.cdiv(count, bg) + (triton.cdiv(rank, bg) if dense_down else 0),)](
+    gates_kernel[(ceil_div(count, bg) + (ceil_div(rank, bg) if dense_down else 0),)](
         x,
         gate,
         lora_A,
@@ -319,7 +320,7 @@ def mix_few(
             RANK_P=rank_p, BK=512, EVEN=hidden % 512 == 0, HAS_ALLOWED=allowed is not None, num_warps=4,
         )  # fmt: skip
     bn = 64 if gather else 32
-    apply_kernel[(triton.cdiv(width, bn),)](
+    apply_kernel[(ceil_div(width, bn),)](
         base, lora_B, mid, permitted, scaling, offsets, y, tokens, count, rank, width, base.stride(0), mid.stride(0), temperature,
         TOP_K=top_k, SLOTS=slots, PADDED=padded, RANK_P=rank_p, MP=mp, BN=bn, DENSE_DOWN=dense_down, GATHER=gather,
         HAS_ALLOWED=allowed is not None, PRECISION="ieee", num_warps=4,

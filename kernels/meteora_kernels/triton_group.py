@@ -13,10 +13,9 @@ from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_middle import middle
 
-__all__ = ["group_forward", "new_flags"]
+__all__ = ["group_forward", "group_op", "new_flags"]
 
 
-@operator("group", mutates=("flags",))
 def group_forward(
     x: Tensor,
     packed: Tensor,
@@ -32,7 +31,7 @@ def group_forward(
     top_k: int,
     temperature: float,
 ) -> Tensor:
-    """Base outputs of one to three linears with their adapters' share.
+    """Base outputs of one to three linears with their adapters' share; :data:`group_op` is the same as an operator.
 
     Args:
         x: (M, h), contiguous.
@@ -87,6 +86,9 @@ def group_forward(
         start += width
     y.addmm_(x, weights.t())
     return y if bias is None else y.add_(bias)
+
+
+group_op = operator("group", mutates=("flags",))(group_forward)
 
 
 @torch.library.register_fake("meteora::group")

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_route import route
 
 
@@ -48,7 +49,7 @@ def blocks_of(indices: Tensor, adapters: int, size: int) -> Blocks:
     bounds = torch.searchsorted(ordered, torch.arange(slots * adapters + 1, device=device)).view(-1)
     counts = (bounds[1:] - bounds[:-1]).view(slots, adapters)
     ends = torch.cumsum((counts + size - 1) // size, dim=1)
-    per_slot = triton.cdiv(tokens, size) + min(adapters, tokens)
+    per_slot = ceil_div(tokens, size) + min(adapters, tokens)
     numbers = torch.arange(per_slot, device=device).expand(slots, per_slot).contiguous()
     owner = torch.searchsorted(ends, numbers, right=True)
     real = owner < adapters
@@ -172,7 +173,7 @@ def mix_grouped(
     indices, weights = route(logits, top_k, temperature, allowed)
     size = 16 if tokens * top_k < 64 * adapters else 64
     blocks = blocks_of(indices, adapters, size)
-    rank_p = max(16, triton.next_power_of_2(max_rank))
+    rank_p = max(16, power_of_two(max_rank))
     h = torch.empty(top_k * tokens, rank_p, dtype=x.dtype, device=x.device)
     out = torch.empty(tokens, width, dtype=base.dtype, device=x.device)
     per_slot = blocks.adapter.shape[0] // top_k
@@ -183,7 +184,7 @@ def mix_grouped(
     for slot in range(top_k):
         part = slice(slot * per_slot, (slot + 1) * per_slot)
         source = base if slot == 0 else out
-        grouped_up_kernel[(per_slot, triton.cdiv(width, 128))](
+        grouped_up_kernel[(per_slot, ceil_div(width, 128))](
             h, lora_B, source, out, offsets, blocks.order, blocks.adapter[part], blocks.start[part], blocks.end[part], tokens, width,
             source.stride(0), RANK_P=rank_p, SIZE=size, BLOCK_R=min(rank_p, 64), BLOCK_N=128, PRECISION="ieee", num_warps=4, num_stages=2,
         )  # fmt: skip

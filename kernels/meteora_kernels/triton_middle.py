@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
 
 
@@ -203,7 +204,7 @@ def middle_backward_kernel(
 
 def block_of(padded: int, tokens: int) -> int:
     """Tokens per program: enough programs for every multiprocessor, and a tile of logits that fits into registers."""
-    return max(1, min(32, 4096 // max(padded, 64), triton.next_power_of_2(tokens // 256 + 1)))
+    return max(1, min(32, 4096 // max(padded, 64), power_of_two(tokens // 256 + 1)))
 
 
 def middle(
@@ -240,11 +241,11 @@ def middle(
     adapters = scaling.shape[0] if adapters is None else adapters
     rank = down.shape[1] if rank is None else rank
     result = torch.empty(tokens, members * rank, dtype=down.dtype, device=down.device)
-    padded = triton.next_power_of_2(adapters)
+    padded = power_of_two(adapters)
     block = block_of(padded, tokens)
     nothing = scaling
     indices, weights = routes if routes is not None else (nothing, nothing)
-    middle_kernel[(triton.cdiv(tokens, block), members)](
+    middle_kernel[(ceil_div(tokens, block), members)](
         logits,
         down,
         result,
@@ -264,10 +265,10 @@ def middle(
         rank,
         temperature,
         TOP_K=top_k,
-        SLOTS=triton.next_power_of_2(top_k),
+        SLOTS=power_of_two(top_k),
         PADDED=padded,
         BLOCK=block,
-        CHUNK=min(256, triton.next_power_of_2(rank)),
+        CHUNK=min(256, power_of_two(rank)),
         HAS_ALLOWED=allowed is not None,
         GIVEN=routes is not None,
         num_warps=1 if block <= 2 else 4,
@@ -303,12 +304,12 @@ def middle_backward(
     """
     tokens, rank = down.shape
     adapters = scaling.shape[0]
-    padded = triton.next_power_of_2(adapters)
+    padded = power_of_two(adapters)
     block = block_of(padded, tokens)
     nothing = scaling
     again = torch.empty(tokens, rank, dtype=down.dtype, device=down.device) if want_middle else None
     indices, weights = routes if routes is not None else (nothing, nothing)
-    middle_backward_kernel[(triton.cdiv(tokens, block),)](
+    middle_backward_kernel[(ceil_div(tokens, block),)](
         logits,
         down,
         grad_middle,
@@ -332,10 +333,10 @@ def middle_backward(
         rank,
         temperature,
         TOP_K=top_k,
-        SLOTS=triton.next_power_of_2(top_k),
+        SLOTS=power_of_two(top_k),
         PADDED=padded,
         BLOCK=block,
-        CHUNK=min(64, triton.next_power_of_2(rank)),
+        CHUNK=min(64, power_of_two(rank)),
         HAS_ALLOWED=allowed is not None,
         GIVEN=routes is not None,
         HAS_IN=grad_logits is not None,

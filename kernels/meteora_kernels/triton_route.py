@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.sizes import ceil_div, power_of_two
+
 _NAN_KEY = tl.constexpr(2147483647)
 _MINUS_INF_KEY = tl.constexpr(-2139095041)
 _PAD_KEY = tl.constexpr(-2147483648)
@@ -114,10 +116,10 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
     tokens, adapters = logits.shape
     indices = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    padded = triton.next_power_of_2(adapters)
+    padded = power_of_two(adapters)
     block = max(1, min(32, 2048 // padded))
     if tokens:
-        route_kernel[(triton.cdiv(tokens, block),)](
+        route_kernel[(ceil_div(tokens, block),)](
             logits,
             allowed if allowed is not None else indices,
             indices,
@@ -127,7 +129,7 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
             adapters,
             temperature,
             TOP_K=top_k,
-            SLOTS=triton.next_power_of_2(top_k),
+            SLOTS=power_of_two(top_k),
             PADDED=padded,
             BLOCK=block,
             HAS_ALLOWED=allowed is not None,

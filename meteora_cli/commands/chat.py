@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, emit_json, globals_of, out, progress, settings_from
+from meteora_cli.console import console, emit_json, globals_of, out, progress, quantization_of, settings_from
 
 if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
 
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="A MeteoRA checkpoint; default: the quickstart's, else RUNS/meteora.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--checkpoint", help="A MeteoRA checkpoint, native or in the authors' layout; default: the quickstart's, else RUNS/meteora.", show_default=False
+    ),
 ]
 Base = Annotated[str | None, typer.Option("--base", help="A base model alone; with --checkpoint or --adapter: the one to load it onto.", show_default=False)]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="One adapter alone: a PEFT folder, or a name.", show_default=False)]
@@ -28,6 +31,8 @@ Template = Annotated[
 MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer.", show_default=False)]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps.", show_default=False)]
 Backend = Annotated[str | None, typer.Option("--backend", help="Mixture kernels; default: auto.", show_default=False)]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to 4 bits by bitsandbytes (needs a CUDA GPU).")]
+In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="The same to 8 bits.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a model repository ships.")]
 
 
@@ -46,6 +51,8 @@ def chat(
     route: Annotated[bool, typer.Option("--route", help="Colour every token by the adapter that spoke.")] = False,
     device: Device = None,
     backend: Backend = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
     trust_remote_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer one message from stdin as a JSON document.")] = False,
 ) -> None:
@@ -69,6 +76,7 @@ def chat(
         chat__temperature=sampling,
         model__device=device,
         model__backend=backend,
+        model__quantization=quantization_of(load_in_4bit, load_in_8bit),
         model__trust_remote_code=trust_remote_code or None,
     )
     if route:
@@ -115,6 +123,7 @@ def open_session(
         system=system,
         top_k=top_k,
         temperature=routing_temperature,
+        cuda_graphs=wishes.cuda_graphs,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meteora_cli.console import console, emit_json, out, settings_from
+from meteora_cli.console import console, emit_json, out, quantization_of, settings_from
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,9 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
     ] = "meteora",
-    checkpoint: Annotated[Path | None, typer.Option(help="Trained gates; default: runs/meteora, else the quickstart's.", show_default=False)] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained gates, native or in the authors' layout; default: runs/meteora, else the quickstart's.", show_default=False)
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option("--T", help="Routing temperature; default: the task's (1; composites 15 to 30).", show_default=False)
     ] = None,
@@ -63,11 +65,15 @@ def evaluate(
     routing: Annotated[bool, typer.Option("--routing", help="Count which adapters are chosen: a table, JSON and a heat-map.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show prompt, answer and reference of 10 rows.")] = False,
     data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
-    adapters: Annotated[Path | None, typer.Option(help="Adapter folders.", show_default=False)] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Adapter folders; with the authors' layout also its adapters' names and alphas.", show_default=False)
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="Mixture kernels: auto, reference, dense, triton.", show_default=False)] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to 4 bits by bitsandbytes (needs a CUDA GPU).")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="The same to 8 bits.")] = False,
     launcher: Annotated[Launcher, typer.Option(help="ddp: processes share the rows; or `accelerate launch -m meteora_cli eval …`.")] = Launcher.none,
     processes: Annotated[int | None, typer.Option(min=1, help="With --launcher ddp: how many; default: one for each GPU.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The results document on stdout; with several models a list of them.")] = False,
@@ -92,6 +98,7 @@ def evaluate(
         model__dtype=dtype,
         model__device=device,
         model__backend=backend,
+        model__quantization=quantization_of(load_in_4bit, load_in_8bit),
         routing__top_k=top_k,
         routing__temperature=temperature,
         eval__batch_size=int(batch_size) if batch_size and batch_size.lstrip("-").isdigit() else batch_size,
@@ -105,6 +112,7 @@ def evaluate(
     from meteora_core.evaluation.session import EvalPlan, choose_tasks, prepare
     from meteora_core.evaluation.session import evaluate as run
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
+    from meteora_core.settings import ModelSettings
 
     register_all(settings)
     place = pick_device(settings.model.device)
@@ -118,7 +126,11 @@ def evaluate(
         adapters_dir=settings.paths.adapters,
         checkpoint=checkpoint or _default_checkpoint(settings.paths.runs),
         base=BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code),
+        base_given=base is not None or settings.model.base != ModelSettings().base,
+        checkpoint_adapters=adapters,
         backend=settings.model.backend,
+        fuse=settings.eval.fuse,
+        quantization=None if settings.model.quantization == "none" else settings.model.quantization,
         out_dir=settings.paths.runs / "eval" if save else None,
         seed=settings.eval.seed,
         options=EvalOptions(
@@ -146,7 +158,7 @@ def evaluate(
     if here.count > 1 and place.type == "cuda" and place.index is None:
         place = pick_device(f"cuda:{here.local_rank}")
     from meteora_cli.commands.eval_live import eval_progress
-    from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, warnings_of
+    from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, speed_line, warnings_of
 
     try:
         with eval_progress(ctx, models, tasks) as (bars, on_result):
@@ -166,8 +178,9 @@ def evaluate(
         out.print(results_table(outcomes))
         for table in filter(None, map(routing_table, outcomes)):
             out.print(table)
-        for warning in warnings_of(outcomes):
-            console.print(warning, markup=False)
+        for line in (*warnings_of(outcomes), speed_line(outcomes)):
+            if line is not None:
+                console.print(line, markup=False, soft_wrap=True)
     for outcome in outcomes:
         if outcome.file is not None:
             console.print(f"saved {outcome.file}", markup=False, soft_wrap=True)

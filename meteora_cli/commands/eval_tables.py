@@ -75,6 +75,21 @@ def warnings_of(outcomes: list[ModelResults]) -> list[str]:
     ]
 
 
+def speed_line(outcomes: list[ModelResults]) -> str | None:
+    """How fast each model generated, beside the base where that ran too; None when all rows were done before."""
+    speeds = {outcome.model: outcome.document["meteora"]["speed"] for outcome in outcomes}
+    base = speeds.get("base", {})
+
+    def figure(model: str, key: str, unit: str) -> str:
+        value = speeds[model][key]
+        beside = f" ({value / base[key]:.2f} x base)" if model != "base" and base.get(key) else ""
+        return f"{value:.4g} {unit}{beside}"
+
+    kinds = (("rows_per_second", "rows/s"), ("tokens_per_second", "new tokens/s"), ("all_tokens_per_second", "tokens/s with prompts"))
+    parts = [f"{model} " + ", ".join(figure(model, *kind) for kind in kinds) for model in speeds if speeds[model]["rows"]]
+    return "speed: " + "; ".join(parts) if parts else None
+
+
 def samples_table(model: str, result: TaskResult) -> Table:
     """The first rows' prompt, answer and reference side by side."""
     rows: list[dict[str, Any]] = result.scores.rows or []

@@ -14,6 +14,8 @@ from meteora_cli.commands.chat import (
     Base,
     Checkpoint,
     Device,
+    In4Bit,
+    In8Bit,
     MaxNew,
     RoutingT,
     System,
@@ -23,7 +25,7 @@ from meteora_cli.commands.chat import (
     answer_document,
     open_session,
 )
-from meteora_cli.console import console, emit_json, globals_of, out, settings_from
+from meteora_cli.console import console, emit_json, globals_of, out, quantization_of, settings_from
 
 if TYPE_CHECKING:
     from meteora_core.settings import Settings
@@ -47,6 +49,8 @@ def trace(
     max_new_tokens: MaxNew = None,
     device: Device = None,
     backend: Backend = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
     trust_remote_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="The answer and its routes as one JSON document on stdout; no picture.")] = False,
 ) -> None:
@@ -77,6 +81,7 @@ def trace(
         chat__max_new_tokens=max_new_tokens,
         model__device=device,
         model__backend=backend,
+        model__quantization=quantization_of(load_in_4bit, load_in_8bit),
         model__trust_remote_code=trust_remote_code or None,
     )
     session.state()

@@ -134,7 +134,7 @@ def run_group(name: str, group: Group, x: Tensor, setting: Setting) -> list[Tens
     first = group.linears[0]
     widths = [linear.lora_B.shape[1] for linear in group.linears]
     arguments = (first.scaling, first.offsets, None, group.flags, widths, first.lora_A.shape[0], setting.rank, setting.top_k, 1.0)
-    return list(group_forward(x, group.packed, group.up, None, *arguments).split(widths, dim=-1))
+    return list(torch.split(group_forward(x, group.packed, group.up, None, *arguments), widths, dim=-1))
 
 
 def _loop(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: Tensor, setting: Setting) -> Tensor:

@@ -6,6 +6,7 @@ still looks at all tokens; the weights, which are most of the work for a chat, a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from meteora_core.chat.fixed import FixedCache
 from meteora_core.errors import UsageError
+from meteora_core.evaluation.decode import can_be_fixed
 from meteora_core.routing import record_routes
 from meteora_core.trace.record import CHUNK, TextDecoder, last_logits_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 Finish = Literal["end", "length", "context", "stopped"]
 """Why an answer ended: its end token, max_new_tokens, the model's context is full, or the user stopped it."""
@@ -114,9 +119,11 @@ class Engine:
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
+        cuda_graphs: "auto": on a CUDA GPU, where the model allows it, the cache has a fixed size and writing a token is the replay of a CUDA graph
+            (eager code while routes are recorded); "on": such a cache on any device; "off": a growing cache.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cuda_graphs: Literal["auto", "on", "off"] = "auto") -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.context = context_length(model)
@@ -125,6 +132,11 @@ class Engine:
         self._cache: Any = None
         self._cached: list[int] = []
         self._key: Hashable = None
+        self._told = False
+        wanted = cuda_graphs == "on" or (cuda_graphs == "auto" and model.device.type == "cuda")
+        self._fixed = FixedCache(model, self._arguments, self.context) if wanted and can_be_fixed(model) else None
+        if cuda_graphs == "on" and self._fixed is None:
+            _log.warning("this model needs a growing cache (its attention is not SDPA over a plain one, or its weights are quantised): no CUDA graphs")
 
     def forget(self) -> None:
         """Drop the cache."""
@@ -201,32 +213,41 @@ class Engine:
         from transformers import DynamicCache
 
         shared = 0
-        if self._cache is not None and self._key == key:
+        if self._cached and self._key == key:
             limit = min(len(self._cached), most)
             while shared < limit and self._cached[shared] == ids[shared]:
                 shared += 1
         excess = len(self._cached) - shared
-        if shared and excess:
+        if self._fixed is not None:
+            self._fixed.cut(shared)
+        elif shared and excess:
             try:
                 self._cache.crop(-excess)
             except (RuntimeError, ValueError):
                 shared = 0
-        if not shared:
+        if not shared and self._fixed is None:
             self._cache = DynamicCache(config=self.model.config)
         self._cached, self._key = list(ids[:shared]), key
         return shared
 
     def _forward(self, tokens: list[int], scope: Scope, record: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[str, ...]]:
         """One pass; returns the last position's logits (vocabulary,), the routes and the layers' paths."""
-        cache, self._cache, known = self._cache, None, self._cached
+        cache, self._cache = self._cache, None
+        known, self._cached = self._cached, []
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(scope())
             routes = stack.enter_context(record_routes(self.model)) if record else None
-            output = self.model(torch.tensor([tokens], device=self.model.device), past_key_values=cache, use_cache=True, **self._arguments)
+            if self._fixed is not None:
+                if record and self._fixed.captured and not self._told:
+                    self._told = True
+                    _log.info("routes are recorded by eager code: tokens are not written by CUDA graphs meanwhile")
+                logits = self._fixed.read(tokens, None if record else (self._key,))
+            else:
+                output = self.model(torch.tensor([tokens], device=self.model.device), past_key_values=cache, use_cache=True, **self._arguments)
+                logits, cache = output.logits[0, -1].float(), output.past_key_values
         # Only now does the cache hold these tokens in every layer; a pass that was broken off leaves no cache behind.
-        self._cache, self._cached = output.past_key_values, known + tokens
-        logits = output.logits[0, -1].float()
+        self._cache, self._cached = cache, known + tokens
         return (logits, None, ()) if routes is None else (logits, routes.packed(), routes.paths)
 
 

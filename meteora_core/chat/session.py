@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from meteora_core.chat.engine import Engine, Event, Finished, Sampling, Written
 from meteora_core.chat.options import check_option
@@ -67,6 +67,7 @@ class ChatSession:
         template: "auto", "chat", "inst" or "raw".
         system: Text that stands before the conversation.
         top_k, temperature: Of the gates; None keeps the checkpoint's.
+        cuda_graphs: As :class:`~meteora_core.chat.engine.Engine` takes it.
 
     Raises:
         UsageError: The template cannot be used, or top_k or temperature is out of range.
@@ -81,12 +82,14 @@ class ChatSession:
         system: str | None = None,
         top_k: int | None = None,
         temperature: float | None = None,
+        cuda_graphs: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         self.speaker = speaker
         self.sampling = sampling
         self.system = system or None
         self.turns: list[Turn] = []
-        self.engine = Engine(speaker.model, speaker.tokenizer)
+        self._graphs = cuda_graphs
+        self.engine = Engine(speaker.model, speaker.tokenizer, cuda_graphs)
         self._wish = template
         self.template: Template = pick_template(template, base=speaker.kind == "base", tokenizer=speaker.tokenizer)
         self._first_turn = 0
@@ -255,7 +258,7 @@ class ChatSession:
         for place, (label, mode) in enumerate(columns):
             template = pick_template(self._wish, base=not mode.enabled, tokenizer=self.speaker.tokenizer) if self._wish == "auto" else self.template
             encoded = fit(self.speaker.tokenizer, template, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
-            for event in self._generate(Engine(self.speaker.model, self.speaker.tokenizer), encoded, mode, False, stop):
+            for event in self._generate(Engine(self.speaker.model, self.speaker.tokenizer, self._graphs), encoded, mode, False, stop):
                 yield Compared(place, len(columns), f"{label} ({template})", event)
             if stop():
                 return

@@ -69,10 +69,10 @@ def load_speaker(
 
     Args:
         settings: For the device, the dtype, paths, and the base model where none is named.
-        checkpoint: A native checkpoint.
+        checkpoint: A checkpoint, native or in the authors' layout (which names no base model: ``base`` or ``settings.model.base`` does).
         base: A base model by name, folder or hub id; with a checkpoint or an adapter, the one to load it onto.
         adapter: The adapter that answers alone.
-        adapters_dir: Where a checkpoint's adapter folders lie now, if they were moved.
+        adapters_dir: Where a checkpoint's adapter folders lie now, if they were moved; for the authors' layout, the folders that name its adapters.
         progress: Where to report.
 
     Raises:
@@ -94,10 +94,16 @@ def _reference(settings: Settings, name: str | None, revision: str | None = None
     return BaseReference(name or settings.model.base, revision or (settings.model.revision if own else None), settings.model.trust_remote_code)
 
 
+def _load(settings: Settings, reference: BaseReference, progress: Progress) -> PreTrainedModel:
+    wishes = settings.model
+    device = pick_device(wishes.device)
+    quantization = None if wishes.quantization == "none" else wishes.quantization
+    return load_base(reference, dtype=pick_dtype(wishes.dtype, device), device=device, quantization=quantization, progress=progress)
+
+
 def _bare_base(settings: Settings, name: str, progress: Progress) -> Speaker:
     reference = _reference(settings, name)
-    device = pick_device(settings.model.device)
-    model = load_base(reference, dtype=pick_dtype(settings.model.dtype, device), device=device, progress=progress)
+    model = _load(settings, reference, progress)
     return Speaker("base", f"{reference.name} (base model, no adapters)", model, load_tokenizer(reference, progress=progress), reference)
 
 
@@ -108,34 +114,29 @@ def _single_adapter(settings: Settings, folder: Path, base: str | None, progress
     name = folder.resolve().name
     bank = AdapterBank.from_peft({name: folder}, progress=progress)
     reference = _reference(settings, base or bank.adapters[0].base)
-    device = pick_device(settings.model.device)
-    model = load_base(reference, dtype=pick_dtype(settings.model.dtype, device), device=device, progress=progress)
+    model = _load(settings, reference, progress)
     attach(model, bank, top_k=1, backend=settings.model.backend, init="zeros")
     tokenizer = load_tokenizer(reference, progress=progress)
     return Speaker("adapter", f"{name} on {reference.name} (one adapter)", model.eval(), tokenizer, reference, name)
 
 
 def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str | None, adapters_dir: Path | None, progress: Progress) -> Speaker:
-    from meteora_core.checkpoints.native import load_checkpoint, read_config
+    from meteora_core.checkpoints.opening import attach_checkpoint, describe_checkpoint
     from meteora_core.errors import did_you_mean
+    from meteora_core.model.fuse import fuse_for_inference
+    from meteora_core.settings import ModelSettings
 
-    config = read_config(folder)
-    names = [entry["name"] for entry in config["adapters"]]
+    facts = describe_checkpoint(folder, adapters_dir)
+    names = list(facts.adapters)
     if adapter is not None and adapter not in names:
         hint = did_you_mean(adapter, names) or f"the bank of {folder} has: {', '.join(names)}; a PEFT folder can be given by its path"
         raise UsageError(f"no adapter {adapter!r}: it is no folder, and it is not in the bank of {folder}", hint=hint)
-    own_base = config["base"]
-    reference = _reference(settings, base) if base else BaseReference(own_base["name"], own_base.get("revision"), settings.model.trust_remote_code)
-    model = load_checkpoint(
-        folder,
-        base,
-        settings.model.dtype,
-        settings.model.device,
-        backend=settings.model.backend,
-        adapters_dir=adapters_dir,
-        trust_remote_code=settings.model.trust_remote_code,
-        progress=progress,
-    )
+    if base is None and facts.base is None and settings.model.base != ModelSettings().base:
+        base = settings.model.base
+    reference = _reference(settings, base) if base else facts.reference(None, trust_remote_code=settings.model.trust_remote_code)
+    model = _load(settings, reference, progress)
+    attach_checkpoint(model, facts, adapters_dir=adapters_dir, backend=settings.model.backend, progress=progress)
+    fuse_for_inference(model, settings.chat.fuse)
     tokenizer = load_tokenizer(reference, progress=progress)
     title = f"{folder}: {len(names)} adapters on {reference.name}"
     return Speaker("meteora", title, model, tokenizer, reference, adapter)

@@ -64,6 +64,11 @@ def base_changes(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, _CHANGES, ()))
 
 
+def is_changed(model: nn.Module) -> bool:
+    """Whether any number of the base is not the base's own any more."""
+    return bool(base_changes(model) or getattr(model, _ROUNDED, {}))
+
+
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of an attached model's base, by their names in the base model."""
     own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets")}
@@ -222,7 +227,7 @@ def load_checkpoint(
         for path, layer in meteora_layers(model):
             layer.gate.copy_(tensors[f"{path}.gate"])
     if "adapters" in config["contains"]:
-        state.embedded = True  # type: ignore[attr-defined]
+        state.embedded = True
     _restore_base(model, folder, config, tensors)
     return model.eval()
 

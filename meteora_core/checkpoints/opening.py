@@ -2,22 +2,104 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from meteora_core.checkpoints.authors import load_authors_checkpoint
-from meteora_core.checkpoints.layout import is_authors
+from meteora_core.checkpoints.layout import describe_adapters, is_authors, read_layout
 from meteora_core.checkpoints.native import CONFIG_FILE, load_checkpoint, read_config
-from meteora_core.checkpoints.tensor_files import TensorFiles
+from meteora_core.checkpoints.tensor_files import PICKLES, TensorFiles
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.files import sha256
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What can be known of a checkpoint before a model is loaded.
+
+    Attributes:
+        path: A native folder, or a file or folder in the authors' layout.
+        native: Which of the two.
+        base: The base model that it names; None in the authors' layout, which names none.
+        revision: Of the base model on the hub.
+        adapters: The adapters' names, in order.
+        hash: SHA-256 of the weights: the recorded one, or None where it has to be read off the files (:meth:`weights_hash`).
+    """
+
+    path: Path
+    native: bool
+    base: str | None
+    revision: str | None
+    adapters: tuple[str, ...]
+    hash: str | None
+
+    def reference(self, base: str | None, revision: str | None = None, *, trust_remote_code: bool = False) -> BaseReference:
+        """The base model to load: ``base`` where it is given, else the checkpoint's own. Raises UsageError when there is neither."""
+        if base is not None:
+            return BaseReference(base, revision, trust_remote_code)
+        if self.base is None:
+            raise UsageError(
+                f"{self.path} is in the authors' layout, which does not name its base model", hint="name it, such as --base meta-llama/Meta-Llama-3-8B"
+            )
+        return BaseReference(self.base, self.revision, trust_remote_code)
+
+    def weights_hash(self) -> str | None:
+        """:attr:`hash`; for the authors' layout all files are read (one hash over the shards' hashes)."""
+        if self.native or self.hash is not None:
+            return self.hash
+        found = [sha256(file) for file in TensorFiles(self.path).files]
+        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None = None) -> CheckpointFacts:
+    """Read a checkpoint's configuration, or its headers in the authors' layout.
+
+    Args:
+        checkpoint: A native folder, or a file or folder in the authors' layout.
+        adapters_dir: The folder of PEFT folders that names the adapters of the authors' layout; None: the 28 tasks, or numbers.
+
+    Raises:
+        CheckpointError: There is none, it is broken, or the folder of adapters does not fit it.
+    """
+    checkpoint = Path(checkpoint)
+    if (checkpoint / CONFIG_FILE).is_file() or not checkpoint.exists() or (checkpoint.is_dir() and not _holds_weights(checkpoint)):
+        config = read_config(checkpoint)
+        names = tuple(str(entry["name"]) for entry in config["adapters"])
+        return CheckpointFacts(checkpoint, True, config["base"]["name"], config["base"].get("revision"), names, config.get("weights_sha256"))
+    if not is_authors(list(TensorFiles(checkpoint).entries)):
+        raise CheckpointError(f"{checkpoint} is no meteora checkpoint, native or the authors'", hint="`meteora ckpt inspect` says what it is")
+    infos = describe_adapters(read_layout(checkpoint), adapters_dir)
+    return CheckpointFacts(checkpoint, False, None, None, tuple(info.name for info in infos), None)
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether there is a file, in the folder or below it, that could be a checkpoint in the authors' layout, or a pickle to refuse."""
+    return any(file.suffix in (".safetensors", *PICKLES) or file.name.endswith(".safetensors.index.json") for file in folder.rglob("*"))
+
+
+def attach_checkpoint(
+    model: PreTrainedModel,
+    facts: CheckpointFacts,
+    *,
+    adapters_dir: str | Path | None = None,
+    alpha: float | None = None,
+    backend: str = "auto",
+    progress: Progress = SILENT,
+) -> PreTrainedModel:
+    """Put a checkpoint onto its loaded base model, in place. Arguments and errors as in :func:`open_checkpoint`."""
+    if facts.native:
+        return load_checkpoint(facts.path, model, backend=backend, adapters_dir=adapters_dir, progress=progress)
+    return load_authors_checkpoint(model, adapters_dir, facts.path, backend=backend, alpha=alpha, progress=progress)
 
 
 def open_checkpoint(
@@ -57,25 +139,11 @@ def open_checkpoint(
         CheckpointError: It is no checkpoint, is broken, or does not fit the base model or the adapters.
         UsageError: A base model is needed and not given, or an argument is out of range.
     """
-    checkpoint = Path(checkpoint)
-    native = (checkpoint / CONFIG_FILE).is_file()
-    if not native:
-        if not checkpoint.exists():
-            raise CheckpointError(f"no checkpoint at {checkpoint}", hint="train one with `meteora train`, or correct the path")
-        if not is_authors(list(TensorFiles(checkpoint).entries)):
-            raise CheckpointError(f"{checkpoint} is no meteora checkpoint, native or the authors'", hint="`meteora ckpt inspect` says what it is")
-        if base is None:
-            raise UsageError(f"{checkpoint} is in the authors' layout, which does not name its base model", hint="name it, such as meta-llama/Meta-Llama-3-8B")
-        reference = BaseReference(base, revision, trust_remote_code)
-    else:
-        named = read_config(checkpoint)["base"]
-        reference = BaseReference(base or named["name"], revision if base else named.get("revision"), trust_remote_code)
+    facts = describe_checkpoint(checkpoint, adapters_dir)
+    reference = facts.reference(base, revision, trust_remote_code=trust_remote_code)
     place = pick_device(device)
     loaded = load_base(reference, dtype=pick_dtype(dtype, place), device=place, quantization=quantization, progress=progress)
-    if native:
-        model = load_checkpoint(checkpoint, loaded, backend=backend, adapters_dir=adapters_dir, progress=progress)
-    else:
-        model = load_authors_checkpoint(loaded, adapters_dir, checkpoint, backend=backend, alpha=alpha, progress=progress)
+    model = attach_checkpoint(loaded, facts, adapters_dir=adapters_dir, alpha=alpha, backend=backend, progress=progress)
     state = routing_state(model)
     if top_k is not None:
         state.top_k = top_k

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -285,13 +285,18 @@ class Decoder:
 
     Args:
         model: A causal LM in evaluation mode.
-        fixed: Whether to use caches of fixed size; None: on a CUDA GPU, where the model allows it.
+        graphs: Whether to use caches of fixed size, whose steps are CUDA graphs on a CUDA GPU. "auto": on such a GPU, where the model allows it;
+            "on": on any device where the model allows it, and a warning where it does not.
     """
 
-    def __init__(self, model: PreTrainedModel, fixed: bool | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, graphs: Literal["auto", "on", "off"] = "auto") -> None:
         self.model = model
         self._fixed: FixedDecoder | None = None
-        self._use_fixed = (next(model.parameters()).device.type == "cuda" and can_be_fixed(model)) if fixed is None else fixed
+        self._told = False
+        wanted = graphs == "on" or (graphs == "auto" and next(model.parameters()).device.type == "cuda")
+        self._use_fixed = wanted and can_be_fixed(model)
+        if graphs == "on" and not self._use_fixed:
+            _log.warning("this model needs a growing cache (its attention is not SDPA over a plain one, or its weights are quantised): no CUDA graphs")
 
     def decode(self, batch: Batch) -> list[list[int]]:
         """Per row, the new tokens up to (without) the end. Raises torch.OutOfMemoryError; a smaller batch may fit then."""
@@ -300,6 +305,9 @@ class Decoder:
             decoder = self._decoder(batch)
             if decoder is not None:
                 return decoder.decode(batch)
+        elif self._use_fixed and not self._told:
+            self._told = True
+            _log.warning("routes are recorded, forced or labelled by eager code: steps are not replayed as CUDA graphs meanwhile")
         return decode_growing(self.model, batch)
 
     def forget(self) -> None:

@@ -114,7 +114,7 @@ def generate_all(
     max_new_tokens: int,
     max_total_tokens: int | None = None,
     no_repeat_ngram_size: int = 0,
-    cuda_graphs: bool = False,
+    cuda_graphs: Literal["auto", "on", "off"] = "auto",
     on_smaller: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Prompt, list[int]]]:
     """Yield ``(prompt, new token ids)`` as batches finish. A batch that does not fit the GPU's memory is halved, down to one row.
@@ -123,14 +123,14 @@ def generate_all(
         model, tokenizer, prompts, max_new_tokens, no_repeat_ngram_size: As for :func:`generate_batch`.
         batch_size: Rows in a batch, or "auto".
         max_total_tokens: Longest prompt and answer together, of each row by itself.
-        cuda_graphs: On a CUDA GPU, replay each step as a CUDA graph where the model allows it.
+        cuda_graphs: As :class:`~meteora_core.evaluation.decode.Decoder` takes it.
         on_smaller: Called with the new size when a batch did not fit.
 
     Raises:
         torch.OutOfMemoryError: Even one row does not fit.
     """
     waiting = plan(prompts, batch_size, max_new_tokens, auto_budget(next(model.parameters()).device))
-    decoder = Decoder(model, None if cuda_graphs else False)
+    decoder = Decoder(model, cuda_graphs)
     while waiting:
         batch = waiting.pop(0)
         room = [max_new_tokens if max_total_tokens is None else min(max_new_tokens, max(1, max_total_tokens - len(prompt.tokens))) for prompt in batch]

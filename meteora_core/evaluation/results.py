@@ -11,11 +11,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meteora_core.errors import DataError
 from meteora_core.evaluation.scoring import harness_metrics
 from meteora_core.files import read_json, storage_errors, write_json
+
+if TYPE_CHECKING:
+    from meteora_core.evaluation.runner import Speed
 
 PARTIAL = ".partial.jsonl"
 
@@ -131,6 +134,7 @@ class ResultsBuilder:
     higher: dict[str, dict[str, bool]] = field(default_factory=dict)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     routing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speeds: dict[str, Speed] = field(default_factory=dict)
 
     def add(self, result: Any, total: int) -> None:
         """Add a :class:`meteora_core.evaluation.runner.TaskResult`; ``total`` is the size of the test split."""
@@ -156,6 +160,7 @@ class ResultsBuilder:
             "new_tokens": result.new_tokens,
             "prompt_tokens": result.prompt_tokens,
         }
+        self.speeds[name] = result.speed
         if result.routing is not None:
             self.routing[name] = result.routing.document()
 
@@ -166,6 +171,11 @@ class ResultsBuilder:
             seconds: How long the evaluation took.
             date: When it began, in seconds since 1970.
         """
+        from meteora_core.evaluation.runner import Speed
+
+        total = Speed()
+        for speed in self.speeds.values():
+            total = total.plus(speed)
         return {
             "results": self.results,
             "group_subtasks": self.groups,
@@ -181,7 +191,11 @@ class ResultsBuilder:
             "model_name": self.model,
             "model_source": "meteora",
             "total_evaluation_time_seconds": f"{seconds:.3f}",
-            "meteora": {"counts": self.counts, **({"routing": self.routing} if self.routing else {})},
+            "meteora": {
+                "counts": self.counts,
+                "speed": {**total.document(), "tasks": {name: speed.document() for name, speed in self.speeds.items()}},
+                **({"routing": self.routing} if self.routing else {}),
+            },
         }
 
 

@@ -50,6 +50,34 @@ class Sample:
     ids: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How fast rows were generated in this run, by all processes together; rows that were done before do not count.
+
+    Attributes:
+        rows: How many.
+        prompt_tokens, new_tokens: In them.
+        seconds: From the first batch's start to the last one's end, of the slowest process.
+    """
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+
+    def plus(self, other: Speed, *, together: bool = False) -> Speed:
+        """Both, one after the other, or at the same time."""
+        seconds = max(self.seconds, other.seconds) if together else self.seconds + other.seconds
+        return Speed(self.rows + other.rows, self.prompt_tokens + other.prompt_tokens, self.new_tokens + other.new_tokens, seconds)
+
+    def document(self) -> dict[str, float]:
+        """The counts; rows, new tokens, and all tokens (the prompts' too) a second, which are 0 when nothing was generated."""
+        per = 1 / self.seconds if self.seconds > 0 else 0.0
+        made = {"rows": self.rows, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "seconds": round(self.seconds, 6)}
+        rates = {"rows": self.rows, "tokens": self.new_tokens, "all_tokens": self.new_tokens + self.prompt_tokens}
+        return {**made, **{f"{name}_per_second": round(count * per, 3) for name, count in rates.items()}}
+
+
 @dataclass
 class TaskResult:
     """Everything that evaluating one task gives.
@@ -59,7 +87,9 @@ class TaskResult:
         samples: In the order of the test split.
         scores: Metrics, standard errors, per-row values and counts.
         skipped: Prompts longer than the limit, which were not run.
-        seconds, new_tokens, prompt_tokens: For throughput.
+        seconds: How long it took in this run, scoring and all.
+        new_tokens, prompt_tokens: Of all rows.
+        speed: Of the rows that were generated in this run.
         temperature, top_k: Of the routing, when there is one.
         max_new_tokens: Longest answer.
         notes: What a reader should know, one line each.
@@ -73,6 +103,7 @@ class TaskResult:
     seconds: float = 0.0
     new_tokens: int = 0
     prompt_tokens: int = 0
+    speed: Speed = Speed()
     temperature: float | None = None
     top_k: int | None = None
     max_new_tokens: int = 0
@@ -94,7 +125,7 @@ class EvalOptions:
         temperature: Routing T; None takes the task's.
         top_k: Adapters per token; None keeps the model's.
         routing: Count which adapters are chosen (of a model with adapters attached).
-        cuda_graphs: On a CUDA GPU, replay each step as a CUDA graph where the model allows it.
+        cuda_graphs: A cache of fixed size, each step replayed as a CUDA graph: "auto" (on a CUDA GPU, where the model allows it), "on" or "off".
     """
 
     batch_size: int | Literal["auto"] = "auto"
@@ -106,7 +137,7 @@ class EvalOptions:
     temperature: float | None = None
     top_k: int | None = None
     routing: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
@@ -169,14 +200,19 @@ def evaluate_task(
         waiting = processes.share([prompt for prompt in fitting if prompt.index not in before])
         with progress.task(title or found.name, total=len(mine) + len(waiting), unit="rows") as bar:
             bar.update(len(mine))
+            started = time.monotonic()
             made = _generate(model, tokenizer, found, rows, waiting, options, result, counter, on_sample, bar)
-    made |= {prompt.index: before[prompt.index] for prompt in mine}
-    parts = processes.gather((made, result.notes, counter.finish() if counter is not None else None))
-    result.samples = sorted((sample for part, _, _ in parts for sample in part.values()), key=lambda sample: sample.doc_id)
-    result.notes = list(dict.fromkeys(note for _, notes, _ in parts for note in notes))
-    result.routing = _summary(found, [counts for _, _, counts in parts if counts is not None])
-    result.seconds = time.monotonic() - began
+            spent = time.monotonic() - started if made else 0.0
     sizes = {prompt.index: len(prompt.tokens) for prompt in fitting}
+    speed = Speed(len(made), sum(sizes[index] for index in made), sum(sample.tokens for sample in made.values()), spent)
+    made |= {prompt.index: before[prompt.index] for prompt in mine}
+    parts = processes.gather((made, result.notes, counter.finish() if counter is not None else None, speed))
+    result.samples = sorted((sample for part in parts for sample in part[0].values()), key=lambda sample: sample.doc_id)
+    result.notes = list(dict.fromkeys(note for part in parts for note in part[1]))
+    result.routing = _summary(found, [part[2] for part in parts if part[2] is not None])
+    for part in parts:
+        result.speed = result.speed.plus(part[3], together=True)
+    result.seconds = time.monotonic() - began
     result.new_tokens = sum(sample.tokens for sample in result.samples)
     result.prompt_tokens = sum(sizes[sample.doc_id] for sample in result.samples)
     answers, references = [sample.response for sample in result.samples], [sample.row.response for sample in result.samples]

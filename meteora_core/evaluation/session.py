@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from meteora_core.adapters.peft_folder import WEIGHTS
 from meteora_core.data.rows import available_tasks, split_path
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora_core.checkpoints.opening import CheckpointFacts
     from meteora_core.model.base import BaseReference
 
 OWN = "own"
 """The model name that stands for each task's own adapter."""
 
-FREE_OPTIONS = ("batch_size", "scoring", "limit", "routing", "cuda_graphs")
+FREE_OPTIONS = ("batch_size", "scoring", "limit", "routing", "cuda_graphs", "fuse")
 """Options that do not change a row's answer: rows of a stopped run with other values of them still count."""
 
 
@@ -45,7 +46,11 @@ class EvalPlan:
         data_dir, adapters_dir: Datasets and adapters.
         checkpoint: For "meteora".
         base: The base model; for "meteora" the checkpoint's own base wins.
+        base_given: Whether ``base`` was chosen on purpose; a checkpoint in the authors' layout names none, and needs that.
+        checkpoint_adapters: For a checkpoint in the authors' layout: the folder that names its adapters and their alphas; None: the 28 tasks, alpha 16.
         backend: Mixture kernels.
+        fuse: "auto", "on" or "off": whether linears that share an input run as one (:func:`meteora_core.model.fuse.fuse_for_inference`).
+        quantization: "4bit", "8bit" or None, for the base model.
         options: How to decode and score.
         out_dir: Where results go: ``<out_dir>/<model>/``; None writes nothing.
         seed: Recorded.
@@ -58,7 +63,11 @@ class EvalPlan:
     checkpoint: Path
     base: BaseReference
     options: EvalOptions
+    base_given: bool = True
+    checkpoint_adapters: Path | None = None
     backend: str = "auto"
+    fuse: Literal["auto", "on", "off"] = "auto"
+    quantization: str | None = None
     out_dir: Path | None = None
     seed: int = 42
 
@@ -264,24 +273,34 @@ class _Loader:
     def __init__(self, plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
         self.plan, self.device, self.dtype, self.progress = plan, device, dtype, progress
         self.base = plan.base
-        self._checkpoint: dict[str, Any] | None = None
+        self._checkpoint: CheckpointFacts | None = None
+        self._hash: str | None = None
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.temperature or 1.0, plan.seed)
 
     def check(self, models: Sequence[str]) -> None:
         """Read the checkpoint's configuration; its base is everyone's base, so that models are comparable."""
-        from meteora_core.checkpoints.native import read_config
-        from meteora_core.model.base import BaseReference
+        from meteora_core.checkpoints.opening import describe_checkpoint
+        from meteora_core.model.quantized import quantized_loading
 
+        if self.plan.quantization is not None:
+            quantized_loading(self.plan.quantization, self.dtype, self.device)
         if "meteora" in models:
-            self._checkpoint = read_config(self.plan.checkpoint)
-            named = self._checkpoint["base"]
-            if self.plan.base.name != named["name"] and not Path(self.plan.base.name).is_dir():
-                self.base = BaseReference(named["name"], named.get("revision"), self.plan.base.trust_remote_code)
-            count, top_k = len(self._checkpoint["adapters"]), self.plan.options.top_k
+            facts = self._checkpoint = describe_checkpoint(self.plan.checkpoint, self.plan.checkpoint_adapters)
+            own = self.plan.base
+            if facts.base is None and not self.plan.base_given:
+                facts.reference(None)
+            if facts.base is not None and own.name != facts.base and not Path(own.name).is_dir():
+                self.base = facts.reference(None, trust_remote_code=own.trust_remote_code)
+            count, top_k = len(facts.adapters), self.plan.options.top_k
             if top_k is not None and not 1 <= top_k <= count:
                 raise UsageError(f"top_k is {top_k}, but the checkpoint has {count} adapters", hint=f"choose --top-k between 1 and {count}")
+            if facts.native:
+                self._hash = facts.hash
+            else:
+                with self.progress.task("hashing the checkpoint"):
+                    self._hash = facts.weights_hash()
 
     def config(self, model: str) -> dict[str, Any]:
         """What the results file records of the model and the run."""
@@ -292,7 +311,7 @@ class _Loader:
         from meteora_core import __version__
 
         options = asdict(self.plan.options)
-        weights = self._checkpoint.get("weights_sha256") if model == "meteora" and self._checkpoint else None
+        weights = self._hash if model == "meteora" else None
         return {
             "model_args": {
                 "base": self.base.name,
@@ -304,6 +323,8 @@ class _Loader:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "backend": self.plan.backend,
+            "quantization": self.plan.quantization,
+            "fuse": self.plan.fuse,
             "batch_size": options["batch_size"],
             "limit": options["limit"],
             "scoring": options["scoring"],
@@ -315,21 +336,26 @@ class _Loader:
     @contextmanager
     def ready(self, model: str, adapter: Path | None) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
         """The model that the name means, within the block."""
-        from meteora_core.checkpoints.native import load_checkpoint
+        from meteora_core.checkpoints.native import is_changed
+        from meteora_core.checkpoints.opening import attach_checkpoint
         from meteora_core.model.attach import detach
         from meteora_core.model.base import load_base, load_tokenizer
+        from meteora_core.model.fuse import fuse_for_inference
 
+        plan = self.plan
+        if model != "meteora" and self._model is not None and getattr(self._model, "meteora", None) is not None:
+            self._model = None if is_changed(self._model) else detach(self._model)
         if self._model is None or self._tokenizer is None:
-            self._model = load_base(self.base, dtype=self.dtype, device=self.device, progress=self.progress)
-            self._tokenizer = load_tokenizer(self.base, progress=self.progress)
-        attached = getattr(self._model, "meteora", None) is not None
+            self._model = load_base(self.base, dtype=self.dtype, device=self.device, quantization=plan.quantization, progress=self.progress)
+            self._tokenizer = self._tokenizer or load_tokenizer(self.base, progress=self.progress)
         if model == "meteora":
-            if not attached:
-                load_checkpoint(self.plan.checkpoint, self._model, backend=self.plan.backend, adapters_dir=self.plan.adapters_dir, progress=self.progress)
+            assert self._checkpoint is not None
+            if getattr(self._model, "meteora", None) is None:
+                folders = plan.adapters_dir if self._checkpoint.native else plan.checkpoint_adapters
+                attach_checkpoint(self._model, self._checkpoint, adapters_dir=folders, backend=plan.backend, progress=self.progress)
+                fuse_for_inference(self._model, plan.fuse)
             yield self._model, self._tokenizer
             return
-        if attached:
-            detach(self._model)
         if adapter is None:
             yield self._model, self._tokenizer
             return

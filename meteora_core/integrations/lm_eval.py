@@ -6,8 +6,8 @@ this module is also its runner; everything after its name is the harness's comma
     python -m meteora_core.integrations.lm_eval --model meteora --model_args checkpoint=runs/x,T=15 --tasks gsm8k
 
 ``--model_args`` takes ``checkpoint`` and, where wanted, ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``,
-``meteora_backend``, ``quantization`` (4bit or 8bit), ``trust_remote_code``, and what the harness's "hf" model takes beside these (``max_length``,
-``add_bos_token``, …).
+``meteora_backend``, ``fuse`` (auto, on or off), ``quantization`` (4bit or 8bit), ``trust_remote_code``, and what the harness's "hf" model takes
+beside these (``max_length``, ``add_bos_token``, …).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from meteora_core.checkpoints.opening import open_checkpoint
 from meteora_core.errors import MeteoraError, UsageError
 from meteora_core.model.base import load_tokenizer
+from meteora_core.model.fuse import fuse_for_inference
 
 NAME = "meteora"
 
@@ -30,7 +31,8 @@ def load_for_harness(checkpoint: str, **arguments: Any) -> tuple[Any, Any]:
     Args:
         checkpoint: A native folder, or a file or folder in the authors' layout.
         arguments: ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``, ``device``, ``backend``, ``quantization`` and
-            ``trust_remote_code``, as :func:`meteora_core.checkpoints.opening.open_checkpoint` takes them. The harness turns numbers in its arguments
+            ``trust_remote_code``, as :func:`meteora_core.checkpoints.opening.open_checkpoint` takes them, and ``fuse``, as
+            :func:`meteora_core.model.fuse.fuse_for_inference` takes it. The harness turns numbers in its arguments
             into ints and floats by itself.
 
     Raises:
@@ -50,6 +52,7 @@ def load_for_harness(checkpoint: str, **arguments: Any) -> tuple[Any, Any]:
         quantization=arguments.get("quantization"),
         trust_remote_code=bool(arguments.get("trust_remote_code")),
     )
+    fuse_for_inference(model, arguments.get("fuse") or "auto")
     return model, load_tokenizer(reference)
 
 
@@ -79,6 +82,7 @@ def model_class() -> type[Any]:
             dtype: str | None = "auto",
             device: str | None = None,
             meteora_backend: str = "auto",
+            fuse: str = "auto",
             quantization: str | None = None,
             trust_remote_code: bool = False,
             **kwargs: Any,
@@ -100,6 +104,7 @@ def model_class() -> type[Any]:
                 dtype=dtype,
                 device=device,
                 backend=meteora_backend,
+                fuse=fuse,
                 quantization=quantization,
                 trust_remote_code=trust_remote_code,
             )

@@ -67,7 +67,9 @@ def attach(
 
 def detach(model: Model) -> Model:
     """Take all MeteoRA layers out, in place; the base linears are back as they were. Raises UsageError when nothing is attached."""
-    routing_state(model)
+    from meteora_core.model.fuse import unfuse
+
+    unfuse(model)
     for path, layer in dict(meteora_layers(model)).items():
         _replace(model, path, layer.base_layer)
     del model.meteora

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from meteora_core.errors import UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import routing_state
-from meteora_kernels import plan
+from meteora_kernels import pick_backend, plan
+from meteora_kernels.operators import eager
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,10 @@ GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_pr
 
 _PATIENCE = 4
 """After so many calls in which the members' inputs differed, a group stops running as one."""
+
+
+_told: list[bool] = []
+"""Not empty once it was said that fused layers cannot run."""
 
 
 class FusedGroup:
@@ -69,14 +75,20 @@ class FusedGroup:
                 _move(layer.lora_B, self.up[before : before + self.rank * width].view(self.rank, width))
                 start, extra, before = start + width, extra + stacked, before + self.rank * width
         self.flags = new_flags(weight.device)
-        self.placed = self._places()
+        self.placed = [
+            (holder._parameters, name, parameter, parameter.data_ptr())
+            for layer in layers
+            for holder, name, parameter in (
+                (layer.base_layer, "weight", layer.weight),
+                (layer, "gate", layer.gate),
+                (layer, "lora_A", layer.lora_A),
+                (layer, "lora_B", layer.lora_B),
+            )
+        ]
         self.seen: Tensor | None = None
-        self.version = 0
+        self.version = (0, 0)
         self.waiting: list[Tensor | None] = [None] * len(layers)
         self.misses = 0
-
-    def _places(self) -> list[int]:
-        return [tensor.data_ptr() for layer in self.layers for tensor in (layer.weight, layer.gate, layer.lora_A, layer.lora_B)]
 
     def usable(self, x: Tensor) -> bool:
         """Whether this call may run as one."""
@@ -87,33 +99,61 @@ class FusedGroup:
             return False
         if torch.is_autocast_enabled(x.device.type) or x.numel() == 0:
             return False
-        return torch.compiler.is_compiling() or self.placed == self._places()
+        return torch.compiler.is_compiling() or self.in_place()
+
+    def in_place(self) -> bool:
+        """Whether every weight still lies in the block, so that the block holds what the layers would use."""
+        return all(holder[name] is parameter and parameter.data_ptr() == place for holder, name, parameter, place in self.placed)
 
     def run(self, index: int, x: Tensor) -> Tensor:
         """The output of member ``index``; the first member that meets a new ``x`` computes all."""
+        if torch.compiler.is_compiling():
+            return self._run(index, x, (0, 0)) if self.usable(x) else MeteoraLinear.forward(self.layers[index], x)
+        version = (self.state.version, 0 if x.is_inference() else x._version)
+        if self.seen is x and self.version == version and self.waiting[index] is not None and not torch.is_grad_enabled():
+            return self._take(index)
         if not self.usable(x):
             return MeteoraLinear.forward(self.layers[index], x)
+        try:
+            return self._run(index, x, version)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            # A kernel that cannot be built here (shared memory, no compiler): the layers run apart from now on.
+            self._give_up(error)
+            return MeteoraLinear.forward(self.layers[index], x)
+
+    def _run(self, index: int, x: Tensor, version: tuple[int, int]) -> Tensor:
         if len(self.layers) == 1:
             return self._compute(x)[0]
-        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
-        found = self.waiting[index]
-        if found is None or self.seen is not x or self.version != version:
+        if self.seen is not x or self.version != version or self.waiting[index] is None:
             if any(output is not None for output in self.waiting):
                 self.misses += 1
             self.seen, self.version = x, version
             self.waiting = list(self._compute(x))
-            found = self.waiting[index]
-            assert found is not None
+        return self._take(index)
+
+    def _take(self, index: int) -> Tensor:
+        found = self.waiting[index]
+        assert found is not None
         self.waiting[index] = None
         if all(output is None for output in self.waiting):
             self.seen = None
         return found
 
+    def _give_up(self, error: Exception) -> None:
+        self.misses = _PATIENCE + 1
+        self.seen, self.waiting = None, [None] * len(self.layers)
+        if not _told:
+            _told.append(True)
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            _log.warning("fused layers cannot run on %s (%s); the layers run apart", self.packed.device, text)
+
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        from meteora_kernels.triton_group import group_forward
+        from meteora_kernels import triton_group
 
         state, layer = self.state, self.layers[0]
-        output = group_forward(
+        output = (triton_group.group_forward if eager(x) else triton_group.group_op)(
             x.reshape(-1, x.shape[-1]).contiguous(),
             self.packed,
             self.up,
@@ -157,6 +197,35 @@ def fuse(model: nn.Module) -> int:
         made += 1
     _log.debug("fused %d groups", made)
     return made
+
+
+def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "auto") -> int:
+    """:func:`fuse` where it pays.
+
+    Args:
+        model: A model with adapters attached.
+        mode: "on" fuses or raises; "off" does nothing; "auto" fuses on a CUDA GPU whose kernels the model's backend would use anyway.
+
+    Returns:
+        How many groups were made.
+
+    Raises:
+        UsageError: Nothing is attached; or, with "on", the model cannot be fused.
+    """
+    state = routing_state(model)
+    if mode not in ("auto", "on", "off"):
+        raise UsageError(f"unknown way to fuse: {mode!r}", hint="choose from: auto, on, off")
+    if mode == "off":
+        return 0
+    if mode == "auto":
+        layers = next(_groups(model), None)
+        if layers is None or layers[0].weight.device.type != "cuda" or state.backend not in ("auto", "triton"):
+            return 0
+        layer = layers[0]
+        probe = layer.weight.new_empty(1, layer.in_features)
+        if pick_backend(probe, len(layer.ranks), sum(layer.ranks), state.top_k, training=False)[0] != "triton":
+            return 0
+    return fuse(model)
 
 
 def unfuse(model: nn.Module) -> int:

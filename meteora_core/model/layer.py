@@ -111,7 +111,7 @@ class MeteoraLinear(nn.Module):
 
     def _allowed(self) -> Tensor | None:
         allowed = self.state.allowed
-        return None if allowed is None else allowed.to(self.gate.device)
+        return None if allowed is None else self.state.on(allowed, self.gate.device)
 
     def _observed(self, x: Tensor, output: Tensor, gate: Tensor, lora_A: Tensor, lora_B: Tensor, lora_x: Tensor | None) -> Tensor:
         """The same, while routes are forced, gates are labelled, or a recorder listens."""
@@ -119,7 +119,7 @@ class MeteoraLinear(nn.Module):
         arguments = (x, output, gate, lora_A, lora_B, self.scaling, self.offsets)
         top_k, temperature, allowed = state.top_k, state.temperature, self._allowed()
         if state.forced is not None:
-            routes = _forced_routes(state.forced.to(x.device), x)
+            routes = _forced_routes(state.on(state.forced, x.device), x)
             mixed = lora_mixture(*arguments, lora_x=lora_x, routes=routes, top_k=1, backend=state.backend, max_rank=self.max_rank)
             assert isinstance(mixed, Tensor)
             if state.recorder is not None:
@@ -133,8 +133,8 @@ class MeteoraLinear(nn.Module):
         if state.gate_labels is not None and state.observations is not None:
             labels = state.gate_labels.reshape(-1)
             flat = logits.reshape(-1, logits.shape[-1])
-            with torch.autocast(x.device.type, enabled=False):
-                loss = F.cross_entropy(flat if flat.dtype == torch.float64 else flat.float(), labels, ignore_index=IGNORE, reduction="sum")
+            wide = flat if flat.dtype == torch.float64 else flat.float()
+            loss = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")  # autocast leaves float32 alone here
             state.observations.loss_sums.append(loss)
             if state.keep_hits:
                 state.observations.hits[self.path] = flat.detach().argmax(-1) == labels

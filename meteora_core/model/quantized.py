@@ -25,10 +25,11 @@ def quantized_loading(quantization: str, dtype: torch.dtype, device: torch.devic
     """
     if quantization not in QUANTIZATIONS:
         raise UsageError(f"unknown quantisation {quantization!r}", hint=f"choose from: {', '.join(QUANTIZATIONS)}")
+    article = "an" if quantization == "8bit" else "a"
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise UsageError(f"a {quantization} base model needs a CUDA GPU, and the device is {device}", hint="leave out the quantisation on this machine")
+        raise UsageError(f"{article} {quantization} base model needs a CUDA GPU, and the device is {device}", hint="leave out the quantisation on this machine")
     if find_spec("bitsandbytes") is None:
-        raise UsageError(f"a {quantization} base model needs bitsandbytes, which is not installed", hint="pip install 'meteora[quantized]'")
+        raise UsageError(f"{article} {quantization} base model needs bitsandbytes, which is not installed", hint="pip install 'meteora[quantized]'")
     from transformers import BitsAndBytesConfig
 
     if quantization == "4bit":

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from evaluation_workspace import TASKS, Workspace, make_workspace, rows
+from authors_files import write_authors
+from evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace, rows
 from meteora_core.files import write_json, write_jsonl
 
 
@@ -105,6 +106,9 @@ def test_all_models_with_routing_and_debug(meteora, place) -> None:
     assert "prompt" in ran.err
     assert "reference" in ran.err
     assert ran.err.count("saved ") == 4
+    (speed,) = [line for line in ran.err.splitlines() if line.startswith("speed: ")]
+    assert [part.split()[0] for part in speed.removeprefix("speed: ").split("; ")] == ["base", "own", "meteora"]
+    assert speed.count(" x base)") == 6
     (picture,) = (place.folder / "runs" / "eval" / "meteora").glob("routing_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = meteora("eval", "report", place.folder / "runs" / "eval", "--json")
@@ -121,6 +125,44 @@ def test_json_is_the_results_document(meteora, place) -> None:
     assert json.loads(file.read_text()) == ran.json
     both = evaluate(meteora, place, "--task", "strategyqa", "--model", "base,meteora", "--json", "--no-save", "--limit", "2")
     assert [document["model_name"] for document in both.json] == ["base", "meteora"]
+    for document in both.json:
+        speed, counts = document["meteora"]["speed"], document["meteora"]["counts"]["strategyqa"]
+        assert (speed["rows"], speed["new_tokens"], speed["prompt_tokens"]) == (2, counts["new_tokens"], counts["prompt_tokens"])
+        assert speed["rows_per_second"] == pytest.approx(2 / speed["seconds"], rel=0.02)
+        assert speed["tokens_per_second"] == pytest.approx(counts["new_tokens"] / speed["seconds"], rel=0.02)
+        assert speed["all_tokens_per_second"] == pytest.approx((counts["new_tokens"] + counts["prompt_tokens"]) / speed["seconds"], rel=0.02)
+        assert speed["tasks"]["strategyqa"]["seconds"] == speed["seconds"] <= counts["seconds"] + 1e-3
+
+
+def test_a_checkpoint_in_the_authors_layout(meteora, place, tmp_path) -> None:
+    (tmp_path / "theirs").mkdir()
+    made = write_authors(tmp_path / "theirs", count=3, vocabulary=SIZES["vocab_size"])
+    make_tokenizer().save_pretrained(made.base)
+    arguments = ("--task", "strategyqa", "--checkpoint", made.checkpoint, "--device", "cpu", "--limit", "2", "--max-new-tokens", "4", "--json", "--no-save")
+    ran = meteora("eval", *arguments, "--base", made.base, "--adapters", made.adapters)
+    assert ran.code == 0, ran.err
+    assert ran.json["config"]["model_args"]["base"] == str(made.base)
+    unnamed = meteora("eval", *arguments)
+    assert (unnamed.code, unnamed.out) == (2, "")
+    assert "does not name its base model" in unnamed.err
+    assert "--base" in unnamed.err
+
+
+@pytest.mark.parametrize("command", ["eval", "chat"])
+def test_a_quantised_base_needs_a_gpu(meteora, place, command, monkeypatch) -> None:
+
+    def refused(*flags: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What?")))
+        arguments = ("--task", "strategyqa", "--no-save") if command == "eval" else ()
+        ran = meteora(command, "--checkpoint", place.checkpoint, "--device", "cpu", *flags, *arguments)
+        assert (ran.code, ran.out) == (2, "")
+        return ran.err
+
+    assert "a 4bit base model needs a CUDA GPU, and the device is cpu" in refused("--load-in-4bit")
+    assert "an 8bit base model needs a CUDA GPU, and the device is cpu" in refused("--load-in-8bit")
+    assert "exclude each other" in refused("--load-in-4bit", "--load-in-8bit")
+    monkeypatch.setenv("METEORA_MODEL__QUANTIZATION", "4bit")
+    assert "a 4bit base model" in refused()
 
 
 def test_warnings_are_counted(meteora, place) -> None:
@@ -163,6 +205,7 @@ def test_accelerate_launch_shares_the_rows_too(place, meteora) -> None:
 def timeless(document: dict[str, Any]) -> dict[str, Any]:
     """A results document without what a clock says."""
     made = {key: value for key, value in document.items() if "time" not in key and key != "date"}
+    del made["meteora"]["speed"]
     for counts in made["meteora"]["counts"].values():
         del counts["seconds"]
     made["meteora"].pop("routing_counts", None)

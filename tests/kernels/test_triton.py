@@ -228,6 +228,38 @@ def test_operator_is_sound_for_compilers() -> None:
     assert set(found.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("tokens", [3, 20])
+@pytest.mark.parametrize("grad", [False, True])
+def test_fake_tensors_reach_no_kernel(tokens: int, grad: bool) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    case = make([4] * 6, 16, 9, (2, tokens), torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode, torch.set_grad_enabled(grad):
+        fake = Case(*(mode.from_tensor(tensor) for tensor in (*case.floats, case.scaling, case.offsets)))
+        if grad:
+            fake.wanting_grad()
+        output, logits = lora_mixture(*fake.arguments, backend="triton", max_rank=4, return_logits=True)
+        assert (output.shape, logits.shape) == ((2, tokens, 9), (2, tokens, 6))
+    with torch.set_grad_enabled(grad):
+        assert lora_mixture(*fake.arguments, backend="triton", max_rank=4).shape == (2, tokens, 9)
+
+
+def test_nothing_flat_is_asked_of_the_caller() -> None:
+    """Leading dimensions, inputs with gaps, and gradients that arrive for one of the two results only."""
+    for which in ("output", "logits"):
+        results = []
+        for backend in ("reference", "triton"):
+            case = make([4] * 6, 16, 9, (2, 5, 4), torch.float32, device=DEVICE).wanting_grad()
+            wide = torch.stack([case.x, case.x], -1)[..., 0].transpose(0, 1)
+            made = lora_mixture(wide, case.base.transpose(0, 1), *case.arguments[2:], backend=backend, return_logits=True)
+            found = made[0] if which == "output" else made[1]
+            assert found.shape[:-1] == (5, 2, 4)
+            found.square().sum().backward()
+            results.append([torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in case.floats])
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_compiles_without_a_graph_break() -> None:
     case = make([4] * 6, 16, 9, (20,), torch.float32, device=DEVICE)
 

@@ -135,7 +135,7 @@ def test_a_row_ends_with_its_end_token(model) -> None:
 
 
 def test_a_decoder_keeps_its_cache_for_like_batches_and_goes_without_when_it_must(model, monkeypatch, caplog) -> None:
-    decoder = Decoder(model, fixed=True)
+    decoder = Decoder(model, "on")
     batch = batch_of(LENGTHS, ROOM, 3)
     wanted = by_transformers(model, batch)
     assert decoder.decode(batch) == wanted
@@ -157,7 +157,7 @@ def test_a_decoder_keeps_its_cache_for_like_batches_and_goes_without_when_it_mus
     assert "cannot be captured" in caplog.text
 
 
-def test_peft_models_and_models_that_cannot_be_fixed(make_adapter) -> None:
+def test_peft_models_and_models_that_cannot_be_fixed(make_adapter, caplog) -> None:
     from peft import PeftModel
 
     base = make_tiny_llama(initializer_range=0.3)
@@ -170,7 +170,23 @@ def test_peft_models_and_models_that_cannot_be_fixed(make_adapter) -> None:
     eager = make_tiny_llama()
     eager.set_attn_implementation("eager")
     assert not can_be_fixed(eager)
+    assert not Decoder(eager, "on")._use_fixed
+    assert "needs a growing cache" in caplog.text
     assert not Decoder(base)._use_fixed
+
+
+def test_recorded_routes_leave_fixed_caches_and_say_so(model, caplog) -> None:
+    from meteora_core import record_routes
+
+    if getattr(model, "meteora", None) is None:
+        pytest.skip("nothing routes")
+    decoder, batch = Decoder(model, "on"), batch_of(LENGTHS, ROOM, 3)
+    wanted = decoder.decode(batch)
+    with record_routes(model) as routes:
+        assert decoder.decode(batch) == decoder.decode(batch) == wanted
+    assert caplog.text.count("not replayed as CUDA graphs") == 1
+    assert routes.steps(routes.paths[0])[0].indices.shape[:2] == batch.ids.shape
+    assert decoder.decode(batch) == wanted
 
 
 @pytest.mark.parametrize("decode", [decode_growing, lambda model, batch: FixedDecoder(model, 4, 256, 2, 0).decode(batch)])

@@ -104,15 +104,16 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(model, monkeypatch) ->
         answers(model, 5)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_graphs_can_be_turned_off(model, monkeypatch, wanted) -> None:
-    asked: list[bool | None] = []
+@pytest.mark.parametrize("wanted", ["auto", "on", "off"])
+def test_fixed_caches_can_be_turned_on_and_off(model, monkeypatch, wanted) -> None:
+    made: list[generate.Decoder] = []
 
     class Watched(generate.Decoder):
-        def __init__(self, model, fixed=None) -> None:
-            asked.append(fixed)
-            super().__init__(model, fixed)
+        def __init__(self, model, graphs) -> None:
+            made.append(self)
+            super().__init__(model, graphs)
 
+    plain = answers(model, 5)
     monkeypatch.setattr(generate, "Decoder", Watched)
-    answers(model, 5, cuda_graphs=wanted)
-    assert asked == [None if wanted else False]
+    assert answers(model, 5, cuda_graphs=wanted) == plain
+    assert (made[0]._fixed is not None) == (wanted == "on")

@@ -14,10 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))
-
 from authors_files import Authors, write_authors
-
 from meteora_core import load_checkpoint
 from meteora_core.checkpoints.convert import convert_authors
 from meteora_core.checkpoints.opening import open_checkpoint

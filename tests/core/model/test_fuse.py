@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from meteora_core import AdapterBank, attach
+from meteora_core import AdapterBank, attach, detach, fuse, load_checkpoint, save_checkpoint, unfuse
 from meteora_core.errors import UsageError
+from meteora_core.model import fuse as fusing
 from meteora_core.model.attach import meteora_layers
-from meteora_core.model.fuse import fuse, is_fused, unfuse
+from meteora_core.model.fuse import fuse_for_inference, is_fused
 from meteora_core.routing import record_routes, routing_state
+from meteora_kernels import triton_group
 from tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
@@ -95,6 +98,36 @@ def test_members_that_see_different_inputs_run_apart(model) -> None:
             torch.testing.assert_close(k(other), type(k).forward(k, other), rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_computed_ahead_is_dropped_when_anything_changes(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v are computed together; between them nothing may change unseen, not even with the very same input."""
+    monkeypatch.setattr(fusing, "_PATIENCE", 100)
+    fuse(model)
+    state, layers = routing_state(model), dict(meteora_layers(model))
+    q, k = (next(layer for path, layer in layers.items() if path.endswith(name)) for name in ("q_proj", "k_proj"))
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(q.gate.device)
+
+    def k_alone() -> torch.Tensor:
+        return type(k).forward(k, x)
+
+    with torch.no_grad():
+        for change in ({"top_k": 1}, {"temperature": 9.0}, {"enabled": False}, {"allowed": torch.tensor([False, True, True])}, {"backend": "dense"}):
+            before = {name: getattr(state, name) for name in change}
+            q(x)
+            for name, value in change.items():
+                setattr(state, name, value)
+            torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+            for name, value in before.items():
+                setattr(state, name, value)
+        q(x)
+        with state.force("two"):
+            torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+        q(x)
+        x.mul_(-1)
+        torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+    q(x)
+    assert k(x).requires_grad
+
+
 def test_refuses_where_the_kernels_cannot_run(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meteora_kernels.plan.triton_installed", lambda: False)
     with pytest.raises(UsageError, match="Triton is not installed"):
@@ -102,6 +135,95 @@ def test_refuses_where_the_kernels_cannot_run(model, monkeypatch: pytest.MonkeyP
     assert not is_fused(model)
     with pytest.raises(UsageError):
         fuse(make_tiny_llama())
+
+
+def test_forced_muted_and_other_settings_are_seen(model) -> None:
+    state, ids = routing_state(model), IDS.to(next(model.parameters()).device)
+
+    def outputs() -> list[torch.Tensor]:
+        made = []
+        with torch.no_grad():
+            state.mute(["one"])
+            made.append(model(ids).logits)
+            state.mute([])
+            with state.force("two"):
+                made.append(model(ids).logits)
+            state.top_k, state.temperature = 1, 7.0
+            made.append(model(ids).logits)
+            state.top_k = 3
+            made.append(model(ids).logits)
+            state.top_k, state.temperature = 2, 1.0
+        return [*made, model(ids).logits.detach()]
+
+    expected = outputs()
+    fuse(model)
+    for one, other in zip(outputs(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len({float(output.sum()) for output in expected}) == 5
+
+
+def test_recorded_routes_are_those_of_the_layers_apart(model) -> None:
+    ids = IDS.to(next(model.parameters()).device)
+    with torch.no_grad(), record_routes(model) as apart:
+        model(ids)
+    fuse(model)
+    with torch.no_grad(), record_routes(model) as fused:
+        model(ids)
+    assert fused.paths == apart.paths
+    assert torch.equal(fused.packed()[0], apart.packed()[0])
+
+
+def test_checkpoints_in_sequence_and_the_base_between_them(model, tmp_path) -> None:
+    """Saved while fused, taken out, put on again: the files and the numbers are those of a model that never was fused."""
+    ids = IDS.to(next(model.parameters()).device)
+    device = ids.device
+    save_checkpoint(model, tmp_path / "apart")
+    with torch.no_grad():
+        expected = model(ids).logits
+        base = make_tiny_llama().to(device)(ids).logits
+        assert fuse_for_inference(model, "on") == 8
+        save_checkpoint(model, tmp_path / "fused")
+        files = [load_file(tmp_path / name / "meteora.safetensors") for name in ("apart", "fused")]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+        for _, layer in meteora_layers(model):
+            layer.gate.mul_(-1)
+        save_checkpoint(model, tmp_path / "other", adapters=True)
+        for folder, wanted in (("fused", expected), ("other", None), ("fused", expected)):
+            detach(model)
+            assert torch.equal(model(ids).logits, base)
+            sizes = {parameter.untyped_storage().nbytes() for name, parameter in model.named_parameters() if name.endswith("q_proj.weight")}
+            assert sizes == {32 * 32 * 4}
+            load_checkpoint(tmp_path / folder, model)
+            fuse(model)
+            logits = model(ids).logits
+            assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4) == (wanted is not None)
+
+
+def test_fusing_where_it_pays(model) -> None:
+    assert fuse_for_inference(model, "off") == 0
+    assert bool(fuse_for_inference(model, "auto")) == torch.cuda.is_available()
+    unfuse(model)
+    routing_state(model).backend = "dense"
+    assert fuse_for_inference(model, "auto") == 0
+    assert fuse_for_inference(model, "on") == 8
+
+
+def test_kernels_that_cannot_be_built_leave_the_layers_apart(model, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    ids = IDS.to(next(model.parameters()).device)
+    routing_state(model).backend = "auto"
+
+    def cannot(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(fusing, "_told", [])
+    monkeypatch.setattr(triton_group, "group_forward", cannot)
+    with torch.no_grad():
+        expected = model(ids).logits
+        fuse(model)
+        torch.testing.assert_close(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert caplog.text.count("fused layers cannot run") == 1
 
 
 @pytest.mark.slow

@@ -188,3 +188,20 @@ def test_a_muted_adapter_is_never_chosen() -> None:
     torch.testing.assert_close(layer(x), muted)
     state.mute([])
     assert not torch.allclose(layer(x), muted)
+
+
+def test_masks_and_forced_adapters_are_made_once_and_copied_once_a_device() -> None:
+    """A captured graph keeps reading the tensors that it saw; and no layer copies them anew."""
+    state = RoutingState(tuple(AdapterInfo(name, "", "", None, 4, 16.0, False, 0.0) for name in ("one", "two")), 1, 1.0, "auto")
+    far = torch.device("meta")
+    seen, copies = [], []
+    for _ in range(2):
+        with torch.inference_mode(), state.force("two"):
+            state.mute(["one"])
+            seen.append((state.forced, state.allowed))
+            copies.append(tuple(state.on(tensor, far) for tensor in seen[-1]))
+        state.mute([])
+    assert all(one is other for pairs in (seen, copies) for one, other in zip(*pairs, strict=True))
+    assert not seen[0][0].is_inference()
+    assert state.on(seen[0][0], seen[0][0].device) is seen[0][0]
+    assert (seen[0][0].tolist(), seen[0][1].tolist()) == ([1], [False, True])

@@ -50,11 +50,12 @@ def write_authors(
     same_alpha: bool = True,
     layers: int = 2,
     seed: int = 0,
+    vocabulary: int = 96,
 ) -> Authors:
     """Write a base model, adapters and a checkpoint of theirs below ``tmp_path``."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=96,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,

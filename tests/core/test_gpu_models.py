@@ -1,0 +1,266 @@
+"""Whole models on a CUDA GPU: fused layers, captured decoding in eval and chat, generate with a static cache, recorded routes beside all of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chat_world import NAMES, build_world
+from evaluation_workspace import TASKS, make_workspace
+from meteora_core import AdapterBank, attach, detach, fuse, record_routes, unfuse
+from meteora_core.chat.engine import Engine, Sampling, Written
+from meteora_core.chat.session import ChatSession
+from meteora_core.chat.speaker import load_speaker
+from meteora_core.errors import UsageError
+from meteora_core.evaluation.decode import Batch, Decoder, FixedDecoder, decode_growing
+from meteora_core.evaluation.runner import EvalOptions
+from meteora_core.evaluation.session import EvalPlan, evaluate
+from meteora_core.model.attach import meteora_layers
+from meteora_core.model.base import BaseReference
+from meteora_core.model.fuse import fuse_for_inference, is_fused
+from meteora_core.routing import routing_state
+from meteora_core.settings import load_settings
+from tiny_models import make_tiny_llama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # compilers' advice, and what PyTorch says of a capture that was broken off
+]
+
+DEVICE = "cuda"
+
+
+@pytest.fixture
+def model(make_adapter):
+    """A tiny Llama with three adapters of different ranks on all linears, float32."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    folders = {name: make_adapter(name, seed, r=4 + seed, target_modules=names) for seed, name in enumerate(("one", "two", "three"))}
+    attached = attach(make_tiny_llama(initializer_range=0.3), AdapterBank.from_peft(folders)).to(DEVICE)
+    with torch.no_grad():
+        for _, layer in meteora_layers(attached):
+            layer.gate.mul_(30)
+    return attached
+
+
+def ids_of(rows: int, width: int, seed: int = 5) -> torch.Tensor:
+    return torch.randint(3, 64, (rows, width), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def batch_of(lengths: list[int], room: list[int], no_repeat: int = 3) -> Batch:
+    ids, mask = ids_of(len(lengths), max(lengths)), torch.ones(len(lengths), max(lengths), dtype=torch.int64, device=DEVICE)
+    for row, length in enumerate(lengths):
+        mask[row, : max(lengths) - length] = 0
+    return Batch(ids, mask, room, 2, no_repeat)
+
+
+LENGTHS, ROOM = [5, 17, 9, 1, 30, 12, 8], [20, 3, 20, 33, 1, 20, 20]
+
+
+def assert_alike(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same logits; in 16 bits up to a few tokens whose near ties fell to another adapter."""
+    if got.dtype == torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    else:
+        errors = (got - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+        assert float(errors.median()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_fused_logits(model, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    texts = [ids_of(*size) for size in ((1, 1), (2, 9), (4, 16), (1, 100), (11, 128))]
+    apart = [model(ids).logits for ids in texts]
+    assert fuse_for_inference(model) == 8
+    assert is_fused(model)
+    together = [model(ids).logits for ids in texts]
+    for one, other, ids in zip(apart, together, texts, strict=True):
+        assert torch.equal(model(ids).logits, other)
+        assert_alike(other, one)
+    assert unfuse(model) == 14
+    for one, ids in zip(apart, texts, strict=True):
+        assert torch.equal(model(ids).logits, one)
+    state = routing_state(model)
+    state.mute(["one"])
+    muted = model(texts[1]).logits
+    fuse(model)
+    assert_alike(model(texts[1]).logits, muted)
+    assert not torch.equal(muted, apart[1])
+
+
+@pytest.mark.parametrize("kind", ["base", "meteora", "fused", "muted"])
+def test_captured_decoding_equals_eager(model, kind: str) -> None:
+    if kind == "base":
+        detach(model)
+    elif kind != "meteora":
+        fuse(model)
+    if kind == "muted":
+        routing_state(model).mute(["two"])
+    decoder = Decoder(model)
+    batch = batch_of(LENGTHS, ROOM)
+    wanted = decode_growing(model, batch)
+    assert len({tuple(row) for row in wanted}) > 3
+    assert decoder.decode(batch) == wanted
+    assert decoder._fixed is not None
+    assert decoder._fixed.graph is not None
+    other = batch_of([4, 20, 3, 3, 3], [9] * 5)
+    assert decoder.decode(other) == decode_growing(model, other)
+    assert decoder.decode(batch) == wanted
+    long = batch_of([3 + place for place in range(16)], [3, 90, 90, *[2] * 13])
+    assert decoder.decode(long) == decode_growing(model, long)
+
+
+def test_captured_decoding_of_a_peft_adapter(model, make_adapter) -> None:
+    from meteora_core.evaluation.adapters import with_adapter
+
+    base = detach(fuse_and_return(model))
+    batch = batch_of(LENGTHS, ROOM)
+    with with_adapter(base, make_adapter("peft", 9)) as adapted:
+        decoder = Decoder(adapted)
+        assert decoder.decode(batch) == decode_growing(adapted, batch)
+        assert decoder._fixed is not None
+        assert decoder._fixed.graph is not None
+
+
+def fuse_and_return(model: Any) -> Any:
+    fuse(model)
+    return model
+
+
+def test_recorded_routes_leave_the_captured_path_and_say_so(model, caplog) -> None:
+    fuse(model)
+    decoder, batch = Decoder(model), batch_of(LENGTHS, ROOM)
+    wanted = decoder.decode(batch)
+    with caplog.at_level(logging.WARNING), record_routes(model) as routes:
+        assert decoder.decode(batch) == wanted
+    assert "not replayed as CUDA graphs" in caplog.text
+    assert len(routes.paths) == 14
+    steps = routes.steps(routes.paths[0])
+    assert steps[0].indices.shape[:2] == batch.ids.shape
+    assert len(steps) > 5
+    assert decoder.decode(batch) == wanted
+
+
+def test_recording_while_a_graph_is_captured_is_refused(model) -> None:
+    ids = ids_of(1, 4)
+    with torch.no_grad(), record_routes(model):
+        model(ids)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(UsageError, match="routes cannot be recorded while a CUDA graph is captured"), torch.cuda.graph(graph):
+            model(ids)
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_generate_with_a_static_cache(model, fused: bool, caplog) -> None:
+    """transformers compiles the decoding step for a static cache on a GPU; routes are recorded by eager code beside it."""
+    if fused:
+        fuse(model)
+    ids = ids_of(2, 9)
+    model.generation_config.eos_token_id = None
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "attention_mask": torch.ones_like(ids)}
+    wanted = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), wanted)
+    model.generation_config.cache_implementation = "static"
+    with caplog.at_level(logging.WARNING), record_routes(model) as routes:
+        assert torch.equal(model.generate(ids, **options), wanted)
+    assert "routes are recorded by eager code" in caplog.text
+    assert routes.layer(routes.paths[0]).indices.shape[:2] == (2, 9 + 11)
+    assert torch.equal(model.generate(ids, **options), wanted)
+
+
+def test_evaluation_with_graphs_equals_eager(tmp_path: Path, make_adapter) -> None:
+    place = make_workspace(tmp_path, make_adapter, count=9)
+
+    def tokens(fuse: Any, graphs: Any, batch_size: Any = "auto") -> dict[str, list[tuple[int, ...]]]:
+        plan = EvalPlan(
+            tasks=(TASKS[0], "composite_3"),
+            models=("meteora", "base", TASKS[1]),
+            data_dir=place.data,
+            adapters_dir=place.adapters,
+            checkpoint=place.checkpoint,
+            base=BaseReference(str(place.base)),
+            fuse=fuse,
+            options=EvalOptions(max_new_tokens=12, no_repeat_ngram_size=4, cuda_graphs=graphs, batch_size=batch_size),
+        )
+        outcomes = evaluate(plan, device=torch.device(DEVICE), dtype=torch.float32)
+        assert all(outcome.document["meteora"]["speed"]["rows"] == 18 for outcome in outcomes)
+        return {f"{outcome.model} {task}": [sample.ids for sample in result.samples] for outcome in outcomes for task, result in outcome.results.items()}
+
+    wanted = tokens("off", "off")
+    assert tokens("auto", "auto") == wanted
+    assert tokens("on", "off", 1) == wanted
+    assert tokens("off", "on", 4) == wanted
+
+
+def test_chat_by_graphs_says_the_same(tmp_path: Path, caplog) -> None:
+    world = build_world(tmp_path)
+
+    def session(fuse: str, graphs: Any) -> ChatSession:
+        settings = load_settings(None, {"model": {"device": DEVICE, "dtype": "float32"}, "chat": {"fuse": fuse}})
+        return ChatSession(load_speaker(settings, checkpoint=world.checkpoint), Sampling(max_new_tokens=12), cuda_graphs=graphs)
+
+    def talk(chat: ChatSession) -> list[Any]:
+        said: list[Any] = []
+
+        def ask(message: str, **options: bool) -> None:
+            said.append(list(chat.ask(message, **options))[-1].ids)
+
+        ask("One?")
+        ask("Two?")
+        chat.mute(NAMES[0])
+        ask("Three?")
+        ask("Four?", record=True)
+        ask("Five?")
+        chat.use(NAMES[1])
+        ask("Six?")
+        chat.use(None)
+        said.extend(compared.event.ids for compared in chat.compare(adapter=NAMES[2]) if hasattr(compared.event, "reason"))
+        chat.set("top-k", "3")
+        ask("Seven?")
+        chat.new()
+        ask("x" * 300)
+        ask("One?")
+        return said
+
+    wanted = talk(session("off", "off"))
+    graphs = session("auto", "auto")
+    assert is_fused(graphs.speaker.model)
+    assert talk(graphs) == wanted
+    assert graphs.engine._fixed is not None
+    assert graphs.engine._fixed.captured
+    assert "cannot be captured" not in caplog.text
+
+
+def test_a_captured_answer_streams_and_its_routes_are_recorded_on_the_side(tmp_path: Path) -> None:
+    world = build_world(tmp_path)
+    speaker = load_speaker(load_settings(None, {"model": {"device": DEVICE, "dtype": "float32"}}), checkpoint=world.checkpoint)
+    engine = Engine(speaker.model, speaker.tokenizer)
+    ids = list(range(5, 40))
+    plain = list(engine.generate(ids, Sampling(max_new_tokens=8)))
+    recorded = list(engine.generate(ids, Sampling(max_new_tokens=8), record=True, read_from=0))
+    assert recorded[-1].ids == plain[-1].ids
+    assert all(event.routes is not None for event in recorded if isinstance(event, Written))
+    assert list(engine.generate(ids, Sampling(max_new_tokens=8)))[-1].ids == plain[-1].ids
+
+
+def test_a_step_that_cannot_be_captured_runs_without(model, monkeypatch, caplog) -> None:
+    batch = batch_of(LENGTHS, ROOM)
+    wanted = decode_growing(model, batch)
+
+    def waiting(self: FixedDecoder) -> None:
+        int(self.done.sum())
+
+    monkeypatch.setattr(FixedDecoder, "_step", waiting)
+    decoder = Decoder(model)
+    assert decoder.decode(batch) == wanted
+    assert "cannot be captured" in caplog.text
+    assert decoder.decode(batch) == wanted

@@ -1,0 +1,138 @@
+"""The compiled kernels on a CUDA GPU: errors against float64, two runs bit-equal, no host waits, CUDA graphs; over ranks, N, top-k, odd widths, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mixture_cases import Case, make
+from torch import Tensor
+
+from meteora_kernels import lora_mixture
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+DEVICE = "cuda"
+MORE = 1.2
+"""The error of a mixture may be the base linear's own plus 20 %."""
+ALL, SOME = (1, 7, 16, 17, 64, 65, 100, 1025), (1, 16, 48, 300)
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+GRID = [
+    pytest.param(ranks, hidden, out, top_k, dtype, tokens, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+    for name, ranks, hidden, out, top_k, dtypes, tokens in (
+        ("28x8", [8] * 28, 576, 1536, 2, (BRAIN, HALF, SINGLE), (*ALL, 8192)),
+        ("1x1", [1], 129, 65, 1, (BRAIN, SINGLE), SOME),
+        ("512x1-top8", [1] * 512, 257, 129, 8, (BRAIN,), SOME),
+        ("512x16", [16] * 512, 256, 384, 2, (BRAIN, HALF), (*SOME, 2048)),
+        ("4x256", [256] * 4, 320, 201, 2, (BRAIN, SINGLE), SOME),
+        ("200x32-top3", [32] * 200, 257, 130, 3, (BRAIN,), SOME),
+        ("mixed-top3", [3, 0, 64, 1, 5, 17], 95, 77, 3, (BRAIN, HALF, SINGLE), SOME),
+        ("16x8-top8", [8] * 16, 192, 200, 8, (BRAIN,), SOME),
+    )
+    for dtype in dtypes
+]
+
+
+def layer(ranks: list[int], hidden: int, out: int, tokens: int, dtype: torch.dtype) -> tuple[Case, Tensor]:
+    """Inputs whose base output is that of a linear, and its weight; the adapters' share is about a fifth of the output."""
+    case = make(ranks, hidden, out, (tokens,), torch.float32, device=DEVICE)
+    generator = torch.Generator().manual_seed(7)
+    weight = (torch.randn(out, hidden, generator=generator) * hidden**-0.5).to(DEVICE, dtype)
+    x = case.x.to(dtype)
+    small = (case.gate.to(dtype), case.lora_A.to(dtype), (case.lora_B * 0.2).to(dtype))
+    return Case(x, F.linear(x, weight), *small, case.scaling, case.offsets), weight
+
+
+def error(got: Tensor, wide: Tensor) -> float:
+    """Relative, median over tokens: a near tie that falls to another adapter is no rounding error."""
+    return float(((got.double() - wide).norm(dim=1) / wide.norm(dim=1)).median())
+
+
+def exact(case: Case, top_k: int) -> Tensor:
+    """The mixture on top of the base output as it is, in float64."""
+    wide = Case(*(tensor.double() for tensor in case.floats), case.scaling, case.offsets)
+    return lora_mixture(*wide.arguments, top_k=top_k, backend="reference")  # type: ignore[return-value]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within the block, whatever makes the host wait for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("ranks", "hidden", "out", "top_k", "dtype", "counts"), GRID)
+@torch.no_grad()
+def test_grid(ranks: list[int], hidden: int, out: int, top_k: int, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
+    options = {"top_k": top_k, "backend": "triton", "max_rank": max(ranks)}
+    for tokens in counts:
+        case, weight = layer(ranks, hidden, out, tokens, dtype)
+        own = error(case.base, F.linear(case.x.double(), weight.double()))
+        got = lora_mixture(*case.arguments, **options)
+        assert isinstance(got, Tensor)
+        assert got.dtype == dtype
+        assert error(got, exact(case, top_k)) <= MORE * own + 1e-9, (tokens, error(got, exact(case, top_k)), own)
+        with no_waiting():
+            again = lora_mixture(*case.arguments, **options)
+        assert torch.equal(again, got), tokens  # type: ignore[arg-type]
+    # All tokens on one adapter (the same top-k for all), and none at all.
+    case, _ = layer(ranks, hidden, out, 300, dtype)
+    best = (case.x.double() @ case.gate.double().t()).sort(dim=1, descending=True).values
+    clear = best[:, :top_k] - best[:, 1 : top_k + 1] if len(ranks) > top_k else best
+    case.x[:] = case.x[clear.min(dim=1).values.argmax()].clone()
+    same = lora_mixture(*case.arguments, **options)
+    rows = (same - case.base).double()  # type: ignore[operator]
+    torch.testing.assert_close(rows, (exact(case, top_k) - case.base.double()), rtol=0.05, atol=0.05 if dtype != SINGLE else 1e-4)
+    empty, _ = layer(ranks, hidden, out, 0, dtype)
+    assert lora_mixture(*empty.arguments, **options).shape == (0, out)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 48, 300])
+@pytest.mark.parametrize("ranks", [[8] * 28, [16] * 512], ids=["28x8", "512x16"])
+@torch.no_grad()
+def test_a_graph_replays_with_new_inputs(ranks: list[int], tokens: int) -> None:
+    case, _ = layer(ranks, 256, 384, tokens, BRAIN)
+    other, _ = layer(ranks, 256, 384, tokens, BRAIN)
+    other.x.neg_()
+    wanted = [lora_mixture(*inputs.arguments, backend="triton", max_rank=max(ranks)) for inputs in (case, other)]
+    allowed = torch.arange(len(ranks), device=DEVICE) % 2 == 0
+    lora_mixture(*case.arguments, backend="triton", max_rank=max(ranks), allowed=allowed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = lora_mixture(*case.arguments, backend="triton", max_rank=max(ranks))
+        muted = lora_mixture(*case.arguments, backend="triton", max_rank=max(ranks), allowed=allowed)
+    graph.replay()
+    assert torch.equal(output, wanted[0])  # type: ignore[arg-type]
+    assert not torch.equal(output, muted)  # type: ignore[arg-type]
+    case.x.copy_(other.x)
+    case.base.copy_(other.base)
+    graph.replay()
+    assert torch.equal(output, wanted[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, SINGLE])
+@pytest.mark.parametrize(("ranks", "tokens"), [([8] * 28, 5), ([8] * 28, 700), ([3, 0, 64, 1, 5, 17], 130)])
+def test_gradients(ranks: list[int], tokens: int, dtype: torch.dtype) -> None:
+    """Of x, the gates, A and B: those of the reference in float64, and bit-equal twice."""
+    case, _ = layer(ranks, 192, 144, tokens, dtype)
+    slope = torch.randn(tokens, 144, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+
+    def gradients(inputs: Case, backend: str) -> list[Tensor]:
+        inputs.wanting_grad()
+        output, logits = lora_mixture(*inputs.arguments, backend=backend, return_logits=True)
+        torch.autograd.backward([output, logits.float().square().mean()], [slope.to(output.dtype), None])
+        return [tensor.grad for tensor in inputs.floats if tensor.grad is not None]
+
+    wide = gradients(case.copy(torch.float64), "reference")
+    first, second = (gradients(case.copy(dtype), "triton") for _ in range(2))
+    for got, again, expected in zip(first, second, wide, strict=True):
+        assert torch.equal(got, again)
+        # In bfloat16 a few near ties fall to another adapter, whose gradients then differ.
+        assert float((got.double() - expected).norm() / expected.norm()) < (0.3 if dtype == BRAIN else 1e-3)
