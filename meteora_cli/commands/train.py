@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from meteora_core.model.base import BaseReference
     from meteora_core.progress import Progress
-    from meteora_core.settings import Settings
+    from meteora_core.settings import AdapterTrainSettings, Settings
     from meteora_core.training.runtime import Runtime
 
 
@@ -61,7 +61,7 @@ class LogTo(StrEnum):
     wandb = "wandb"
 
 
-LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "dry_run")
+LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "jobs", "dry_run")
 
 
 def train(
@@ -92,6 +92,7 @@ def train(
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many train rows of a task.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(help="adapters: LoRA rank.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(help="adapters: LoRA alpha.", show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="adapters: so many at once, each in a process (and on a GPU) of its own.", show_default=False)] = None,
     together: Annotated[bool, typer.Option("--together", help="adapters: all tasks in one run, each row by its own adapter.")] = False,
     balanced: Annotated[bool, typer.Option("--balanced", help="adapters: one LoRA over all the tasks, mixed evenly.")] = False,
     name: Annotated[str, typer.Option(help="adapters: the name of the --balanced LoRA.")] = "balanced",
@@ -105,13 +106,13 @@ def train(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="gates: mixture kernels.", show_default=False)] = None,
-    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp: the model is sharded.", show_default=False)] = None,
+    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.", show_default=False)] = None,
     num_processes: Annotated[int | None, typer.Option(help="Processes over all machines; default: one a GPU.", show_default=False)] = None,
     num_machines: Annotated[int | None, typer.Option(help="Machines.", show_default=False)] = None,
     machine_rank: Annotated[int | None, typer.Option(help="Which machine this is, from 0.", show_default=False)] = None,
     main_process_ip: Annotated[str | None, typer.Option(help="Address of machine 0.", show_default=False)] = None,
     main_process_port: Annotated[int | None, typer.Option(help="Port on machine 0.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command as an argument list, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command, or each adapter's settings, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if the same result is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -152,37 +153,48 @@ def train(
         launch__machine_rank=machine_rank,
         launch__main_process_ip=main_process_ip,
         launch__main_process_port=main_process_port,
+        launch__jobs=jobs,
         **{f"{section}__{name}": value for name, value in {**shared, **own}.items()},
     )
+    from meteora_core.data.userdata import register_all
     from meteora_core.errors import MeteoraError, UsageError
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.training.runtime import start_runtime
 
+    register_all(settings)
     names = _names(task)
     folders = _gate_folders(settings, names, max_rows) if stage is Stage.gates else {}
     if stage is Stage.adapters:
         names = _adapter_tasks(settings, names, max_rows)
-    elif together or balanced:
-        raise UsageError("--together and --balanced belong to --stage adapters", hint="add --stage adapters")
+    elif together or balanced or jobs:
+        raise UsageError("--together, --balanced and --jobs belong to --stage adapters", hint="add --stage adapters")
     if together and balanced:
         raise UsageError("--together trains an adapter a task, --balanced one for all: choose one")
+    if jobs and (together or balanced or settings.launch.launcher != "none"):
+        raise UsageError("--jobs trains each adapter in a process of its own; it goes with no --launcher, --together or --balanced", hint="choose one")
     runtime = start_runtime(settings.model.device)
     if settings.launch.launcher != "none" and runtime.kind == "none":
         raise typer.Exit(_launch(ctx, settings, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
-    if dry_run:
+    if dry_run and stage is Stage.gates:
         raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp or fsdp")
     reference = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
     place = runtime.device or pick_device(settings.model.device)
     kind = pick_dtype(settings.model.dtype, place)
-    if runtime.is_main:
+    if stage is Stage.adapters:
+        given = {name: value for name, value in {**shared, **own}.items() if value is not None}
+        each = _task_settings(settings, [name] if balanced else names, given)
+    if runtime.is_main and not dry_run:
         spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
         console.print(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}{spread}", markup=False)
     run = _Run(ctx, settings, reference, place, kind, out_dir, max_rows, resume, force, runtime, as_json)
+    if dry_run:
+        _show_plan(run, names, each, balanced=name if balanced else None)
+        return
     try:
         if stage is Stage.gates:
             report: Any = _gates(run, folders)
         else:
-            report = _adapters(run, names, together=together, balanced=name if balanced else None)
+            report = _adapters(run, names, each, together=together, balanced=name if balanced else None)
     except MeteoraError as error:
         if not runtime.is_main:
             error.message = f"process {runtime.rank}: {error.message}"
@@ -262,68 +274,105 @@ def _names(task: str | None) -> list[str]:
 
 def _adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) -> list[str]:
     """The tasks to train on; every dataset is read, so that a broken one is known before anything is loaded."""
-    from meteora_core.data.rows import available_tasks, read_rows
+    from meteora_core.data.rows import available_tasks, check_rows
+    from meteora_core.data.tasks import TASKS
     from meteora_core.errors import UsageError
 
     if names == ["all"]:
-        names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_")]
+        composites = {name for name, task in TASKS.items() if task.is_composite}
+        names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_") and name not in composites]
     if not names:
         raise UsageError("no task given", hint="meteora train --stage adapters --task NAME[,NAME] | all; `meteora data list` shows them")
     for name in names:
-        read_rows(settings.paths.data, name, "train", max_rows)
-    return names
+        check_rows(settings.paths.data, name, "train", max_rows)
+    return list(dict.fromkeys(names))
+
+
+def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) -> dict[str, AdapterTrainSettings]:
+    """How each adapter is trained; the flags that were given win over what the table and the file say of single tasks."""
+    from meteora_core.training.task_defaults import task_settings
+
+    return {name: task_settings(settings.train_adapters, name, given) for name in names}
 
 
 def _gate_folders(settings: Settings, names: list[str], max_rows: int | None) -> dict[str, Path]:
     """Adapters and their folders, each with a dataset that can be read."""
-    from meteora_core.data.rows import available_tasks, read_rows
+    from meteora_core.data.rows import available_tasks, check_rows
     from meteora_core.training.common import adapter_folders
     from meteora_core.training.gates import check_pairs
 
     folders = adapter_folders(settings.paths.adapters, [] if names == ["all"] else names)
     check_pairs(tuple(folders), available_tasks(settings.paths.data))
     for name in folders:
-        read_rows(settings.paths.data, name, "train", max_rows)
+        check_rows(settings.paths.data, name, "train", max_rows)
     return folders
 
 
-def _adapters(run: _Run, names: list[str], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
+def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, balanced: str | None) -> None:
+    """Print, for every adapter, what it would be trained with, and whether it is there already."""
+    from meteora_core.training.adapters import adapter_inputs, adapter_is_current
+    from meteora_core.training.task_defaults import differing
+
+    out_dir = run.out_dir or run.settings.paths.adapters
+    others, report = differing(each), list[dict[str, Any]]()
+    for name, settings in each.items():
+        inputs = adapter_inputs(run.base, run.dtype, run.settings.paths.data, name, settings, run.max_rows, tasks=names if balanced else None)
+        there = not run.force and adapter_is_current(out_dir / name, inputs)
+        report.append({"task": name, "folder": str(out_dir / name), "trained_already": there, "settings": settings.model_dump(mode="json")})
+    if run.as_json:
+        emit_json(report)
+        return
+    for entry in report:
+        changes = ", ".join(f"{name} {value}" for name, value in others[entry["task"]].items())
+        state = "is there already" if entry["trained_already"] else "to train"
+        out.print(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}", markup=False, soft_wrap=True)
+
+
+def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
     from meteora_core.data.tasks import check_name
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
     from meteora_core.training.adapters import train_adapter
+    from meteora_core.training.jobs import JobPlan, job_devices, train_side_by_side
     from meteora_core.training.together import train_together
 
-    settings = run.settings.train_adapters
     if balanced is not None:
         check_name(balanced)
     if run.runtime.kind == "fsdp" and len(names) > 1 and balanced is None:
         raise UsageError("--launcher fsdp trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    shared: dict[str, Any] = {
+        "base": run.base,
+        "data_dir": run.settings.paths.data,
+        "out_dir": run.out_dir or run.settings.paths.adapters,
+        "max_rows": run.max_rows,
+        "resume": run.resume,
+        "force": run.force,
+    }
+    jobs = run.settings.launch.jobs
     with run.progress() as bars:
-        model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
-        tokenizer = load_tokenizer(run.base, progress=bars)
-        options: dict[str, Any] = {
-            "base": run.base,
-            "data_dir": run.settings.paths.data,
-            "out_dir": run.out_dir or run.settings.paths.adapters,
-            "settings": settings,
-            "max_rows": run.max_rows,
-            "resume": run.resume,
-            "force": run.force,
-            "runtime": run.runtime,
-            "progress": bars,
-        }
-        if together:
-            done = train_together(model, tokenizer, names, **options)
-        elif balanced is not None:
-            done = [train_adapter(model, tokenizer, balanced, tasks=names, **options)]
+        if jobs > 1 and len(names) > 1 and run.runtime.kind == "none" and not together and balanced is None:
+            devices = job_devices(run.settings.model.device, min(jobs, len(names)))
+            outcome = train_side_by_side(JobPlan(settings=each, dtype=run.dtype, devices=devices, **shared), progress=bars)
+            done = outcome.done
         else:
-            done = [train_adapter(model, tokenizer, name, **options) for name in names]
-    for each in done if run.runtime.is_main else []:
-        state = "was there already" if each.skipped else f"{each.steps} steps, {each.seconds:.0f} s"
-        note = f", {each.cut} rows cut to {settings.max_length} tokens" if each.cut else ""
-        console.print(f"{each.folder}: loss {each.loss:.3f} ({state}{note})", markup=False)
-    return [{**each.__dict__, "folder": str(each.folder)} for each in done]
+            outcome = None
+            model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
+            tokenizer = load_tokenizer(run.base, progress=bars)
+            options: dict[str, Any] = {**shared, "runtime": run.runtime, "progress": bars}
+            if together:
+                common = _task_settings(run.settings, [""], {})[""]
+                done = train_together(model, tokenizer, names, settings=common, per_task=each, **options)
+            elif balanced is not None:
+                done = [train_adapter(model, tokenizer, balanced, tasks=names, settings=each[balanced], **options)]
+            else:
+                done = [train_adapter(model, tokenizer, name, settings=each[name], **options) for name in names]
+    for adapter in done if run.runtime.is_main else []:
+        state = "was there already" if adapter.skipped else f"{adapter.steps} steps, {adapter.seconds:.0f} s"
+        note = f", {adapter.cut} rows cut to {each[adapter.task].max_length} tokens" if adapter.cut else ""
+        console.print(f"{adapter.folder}: loss {adapter.loss:.3f} ({state}{note})", markup=False)
+    if outcome is not None:
+        outcome.check()
+    return [{**adapter.__dict__, "folder": str(adapter.folder)} for adapter in done]
 
 
 def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ step is chosen for all adapters at once.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -58,6 +58,7 @@ def train_together(
     data_dir: Path,
     out_dir: Path,
     settings: AdapterTrainSettings,
+    per_task: Mapping[str, AdapterTrainSettings] | None = None,
     max_rows: int | None = None,
     resume: bool = True,
     force: bool = False,
@@ -75,26 +76,36 @@ def train_together(
         tasks: Built datasets in ``data_dir``.
         base, data_dir, out_dir, settings, max_rows, resume, force, runtime, progress: As for
             :func:`meteora_core.training.adapters.train_adapter`.
+        per_task: The settings of single tasks; they may differ in ``max_length``, ``batch_size`` and ``accumulation`` alone.
 
     Returns:
         One entry a task, in the order of ``tasks``; steps and seconds are those of the whole run.
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: The settings cannot be combined with it (packing), or the run is sharded.
+        UsageError: The settings cannot be combined with it (packing; tasks that differ in more than their sizes), or the run is sharded.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     if settings.packing:
         raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
     if runtime.kind == "fsdp":
         raise UsageError("--together cannot run with --launcher fsdp", hint="use --launcher ddp, or leave out --together")
+    own = {task: (per_task or {}).get(task, settings) for task in tasks}
+    if unequal := [f"{task}.{name}" for task in tasks for name in _differences(own[task], settings)]:
+        raise UsageError(f"--together trains all tasks alike, but there are settings for {', '.join(unequal)}", hint="leave them out, or leave out --together")
     dtype = next(model.parameters()).dtype
-    inputs = {task: adapter_inputs(base, dtype, data_dir, task, settings, max_rows, processes=runtime.world) for task in tasks}
+    inputs = {task: adapter_inputs(base, dtype, data_dir, task, own[task], max_rows, processes=runtime.world) for task in tasks}
     todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]
     done = {task: finished_adapter(task, out_dir / task) for task in tasks if task not in todo}
     if todo:
-        done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, max_rows, resume, runtime, progress)
+        done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, resume, runtime, progress)
     return [done[task] for task in tasks]
+
+
+def _differences(one: AdapterTrainSettings, other: AdapterTrainSettings) -> list[str]:
+    """What two tasks of one run must have alike and do not."""
+    sizes = {"max_length", "batch_size", "accumulation"}
+    return [name for name in type(one).model_fields if name not in sizes and getattr(one, name) != getattr(other, name)]
 
 
 def _train(
@@ -106,6 +117,7 @@ def _train(
     data_dir: Path,
     out_dir: Path,
     settings: AdapterTrainSettings,
+    own: Mapping[str, AdapterTrainSettings],
     max_rows: int | None,
     resume: bool,
     runtime: Runtime,
@@ -113,8 +125,9 @@ def _train(
 ) -> dict[str, TrainedAdapter]:
     dtype, pad, response_only = next(model.parameters()).dtype, int(tokenizer.pad_token_id), settings.loss_on == "response"
     parts = [train_rows(data_dir, task, settings.seed, max_rows) for task in tasks]
-    encoded = [encode_rows(rows, tokenizer, index, settings.max_length) for index, (rows, _) in enumerate(parts)]
-    held_out = [encode_rows(held, tokenizer, index, settings.max_length).rows for index, (_, held) in enumerate(parts) if held]
+    limits = [own[task].max_length for task in tasks]
+    encoded = [encode_rows(rows, tokenizer, index, limits[index]) for index, (rows, _) in enumerate(parts)]
+    held_out = [encode_rows(held, tokenizer, index, limits[index]).rows for index, (_, held) in enumerate(parts) if held]
     rows = [each.rows for each in encoded]
     states = out_dir / ".together.states"
     attach(model, fresh_bank(model, tasks, base, settings), top_k=1, init="zeros", dropout=settings.dropout)
@@ -138,13 +151,13 @@ def _train(
             objective,
             pad,
             states,
-            run_inputs("together", base, dtype, data_dir, tasks, settings, processes=runtime.world, max_rows=max_rows),
+            run_inputs("together", base, dtype, data_dir, tasks, settings, processes=runtime.world, max_rows=max_rows, adapters=inputs),
             f"{len(tasks)} adapters",
             names=tuple(tasks),
             response_only=response_only,
             evaluate=evaluate,
             log_dir=out_dir / "tensorboard" / "together",
-            batches=joint_batches(rows, settings, runtime.world),
+            batches=joint_batches(rows, settings, runtime.world, [own[task] for task in tasks]),
             clip=partial(clip_each, count=len(tasks)),
         )
         state = train_or_start_anew(run, settings, resume=resume, runtime=runtime, progress=progress)
@@ -159,10 +172,10 @@ def _train(
     try:
         for place, task in enumerate(tasks):
             history = [_of_task(entry, task) for entry in state.history]
-            own = replace(state, history=history, evaluations=[], best={})
+            alone = replace(state, history=history, evaluations=[], best={})
             if runtime.is_main:
                 weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, place).items()}
-                save_adapter(peft_model, out_dir / task, inputs[task], own, encoded[place].cut, weights=weights)
+                save_adapter(peft_model, out_dir / task, inputs[task], alone, encoded[place].cut, weights=weights)
             loss = history[-1]["loss"] if history else float("nan")
             done[task] = TrainedAdapter(task, out_dir / task, False, state.step, loss, state.tokens, state.seconds, encoded[place].cut)
     finally:
@@ -196,15 +209,18 @@ def fresh_bank(model: PreTrainedModel, tasks: Sequence[str], base: BaseReference
     return AdapterBank.stack([Adapter(each, weights) for each in infos])
 
 
-def joint_batches(rows: Sequence[Sequence[TrainRow]], settings: AdapterTrainSettings, world: int) -> list[list[list[Pick]]]:
+def joint_batches(
+    rows: Sequence[Sequence[TrainRow]], settings: AdapterTrainSettings, world: int, own: Sequence[AdapterTrainSettings]
+) -> list[list[list[Pick]]]:
     """Per step, per forward pass (of all processes), ``(task, row)`` pairs: what each task would have had alone, rows of like length together."""
     plans = [
-        plan_batches([[len(row) for row in task_rows]], settings.max_steps * settings.accumulation, settings.batch_size * world, settings.seed)
-        for task_rows in rows
+        plan_batches([[len(row) for row in task_rows]], each.max_steps * each.accumulation, each.batch_size * world, each.seed)
+        for task_rows, each in zip(rows, own, strict=True)
     ]
     steps = []
-    for first in range(0, settings.max_steps * settings.accumulation, settings.accumulation):
-        picks = [(task, row) for task, plan in enumerate(plans) for batch in plan[first : first + settings.accumulation] for _, row in batch]
+    for step in range(settings.max_steps):
+        parts = [plan[step * each.accumulation : (step + 1) * each.accumulation] for plan, each in zip(plans, own, strict=True)]
+        picks = [(task, row) for task, part in enumerate(parts) for batch in part for _, row in batch]
         picks.sort(key=lambda pick: len(rows[pick[0]][pick[1]]))
         size = settings.together_rows * world
         size -= size % world

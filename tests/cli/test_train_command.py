@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,9 @@ def test_dry_run_prints_the_command_and_starts_nothing(meteora, place, monkeypat
         (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2", "--main-process-ip", "x", "--machine-rank", "2"), "--machine-rank 2"),
         (("--dry-run",), "--dry-run"),
         (("--together",), "--stage adapters"),
+        (("--jobs", "2"), "--stage adapters"),
+        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--together"), "--jobs trains each adapter in a process of its own"),
+        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--launcher", "ddp"), "--jobs trains each adapter in a process of its own"),
         (("--stage", "adapters", "--task", "all", "--together", "--balanced"), "choose one"),
         (("--stage", "adapters"), "no task given"),
         (("--composite-rows", "2"), "composite_rows"),
@@ -205,6 +209,64 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, mon
     assert ran.code == 2
     assert ran.out == ""
     assert message in ran.err
+
+
+def test_dry_run_of_adapters_shows_what_each_would_be_trained_with(meteora, place, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text("[train_adapters]\nmax_steps = 3\nrank = 2\n[train_adapters.tasks.shout]\nlearning_rate = 0.25\nrank = 7\n")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    flags = ("--config", file, "train", "--base", "base", "--stage", "adapters", "--task", "all", "--dry-run")
+    ran = meteora(*flags, "--rank", "5")
+    assert ran.code == 0
+    assert ran.out.splitlines() == ["adapters/count: to train; max_steps 3, rank 5", "adapters/shout: to train; max_steps 3, learning_rate 0.25, rank 5"]
+    count, shout = meteora(*flags, "--json").json
+    assert (count["task"], count["trained_already"], count["settings"]["rank"]) == ("count", True, 2)
+    assert (shout["trained_already"], shout["settings"]["rank"]) == (False, 7)
+
+
+@pytest.mark.slow
+def test_jobs_train_all_and_a_failure_is_the_exit_code(place) -> None:
+    flags = ("--stage", "adapters", "--task", "all", "--max-steps", "3", "--rank", "2", "--out", "side", "--jobs", "2")
+    done = json.loads(shell(place, *flags, "--json").stdout)
+    assert [(entry["task"], entry["skipped"]) for entry in done] == [("count", False), ("shout", False)]
+    assert all(entry["skipped"] for entry in json.loads(shell(place, *flags, "--json").stdout))
+    failed = shell(place, *flags, "--force", "--log-to", "wandb", code=1)
+    assert "2 of 2 tasks failed: count: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_tasks_declared_in_the_settings_are_known(meteora, place, monkeypatch, tmp_path) -> None:
+    """A declaration that is wrong is an error here as elsewhere; one that is right names the command that builds it."""
+    from meteora_core.data.tasks import TASKS
+
+    file = tmp_path / "m.toml"
+    monkeypatch.chdir(place)
+    for metric, message in (("odd", "unknown metric 'odd'"), ("text", "meteora data build --task mine")):
+        file.write_text(f'[tasks.mine]\ntrain = "a.jsonl"\ntest = "b.jsonl"\nmetric = "{metric}"\n')
+        ran = meteora("--config", file, "train", "--base", "base", "--stage", "adapters", "--task", "mine")
+        assert ran.code in (1, 2)
+        assert message in ran.err
+    assert TASKS.pop("mine").metric == "text"
+
+
+def test_all_leaves_out_composites_of_any_name(meteora, place, monkeypatch) -> None:
+    from meteora_core.data.composite import build_composite
+    from meteora_core.data.tasks import TASKS
+
+    before = dict(TASKS)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    monkeypatch.chdir(place)
+    for task in ("shout", "count"):
+        TASKS[task] = TASKS["gsm8k"]
+    try:
+        build_composite(Path("datasets"), tasks=["shout", "count"], name="both", num_samples=10, examples=0)
+        ran = meteora("train", "--base", "base", "--stage", "adapters", "--task", "all", "--dry-run", "--json")
+    finally:
+        TASKS.clear()
+        TASKS.update(before)
+        shutil.rmtree("datasets/both", ignore_errors=True)
+    assert [entry["task"] for entry in ran.json] == ["count", "shout"]
 
 
 def test_the_sharding_configuration() -> None:
