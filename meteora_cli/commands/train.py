@@ -219,6 +219,13 @@ class _Run:
     runtime: Runtime
     as_json: bool
 
+    @property
+    def token_cache(self) -> Path:
+        """Where tokenised rows are kept."""
+        from meteora_core.files import cache_dir
+
+        return cache_dir() / "tokens"
+
     def progress(self) -> AbstractContextManager[Progress]:
         """Bars in the main process, nothing in the others."""
         from meteora_core.progress import SILENT
@@ -345,6 +352,7 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
         "data_dir": run.settings.paths.data,
         "out_dir": run.out_dir or run.settings.paths.adapters,
         "max_rows": run.max_rows,
+        "token_cache": run.token_cache,
         "resume": run.resume,
         "force": run.force,
     }
@@ -396,6 +404,7 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
             temperature=settings.routing.temperature or 1.0,
             backend=settings.model.backend,
             max_rows=run.max_rows,
+            token_cache=run.token_cache,
             resume=run.resume,
             force=run.force,
             runtime=run.runtime,

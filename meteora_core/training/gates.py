@@ -22,14 +22,14 @@ from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
-from meteora_core.training.common import disable_checkpointing, enable_checkpointing, run_inputs, short_hash, train_rows
+from meteora_core.training.common import disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, short_hash, train_rows
 from meteora_core.training.composites import POOL, make_composites
 from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.measure import gate_tallies, hit_sum, measure_gates
 from meteora_core.training.plan import plan_batches
 from meteora_core.training.ridge import ridge_gates
-from meteora_core.training.rows import Batch, TrainRow, collate, encode_rows
+from meteora_core.training.rows import Batch, TrainRow, collate, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import saved_states
 
@@ -102,6 +102,7 @@ def train_gates(
     temperature: float = 1.0,
     backend: str = "auto",
     max_rows: int | None = None,
+    token_cache: Path | None = None,
     resume: bool = False,
     force: bool = False,
     runtime: Runtime = SINGLE,
@@ -123,6 +124,7 @@ def train_gates(
         settings: Steps, rates, beta, what trains.
         top_k, temperature, backend: Of the routing while training; the first two are saved as the checkpoint's defaults.
         max_rows: Use only the first so many train rows of each task.
+        token_cache: Keep tokenised rows there, and read them from there; None: in memory.
         resume: Go on from a saved state of the same inputs, if there is one.
         force: Train even if the same checkpoint is there.
         runtime: The processes that train together; each calls this function, the main one writes. A model that was sharded is of no use afterwards.
@@ -138,7 +140,8 @@ def train_gates(
     if not force and gates_are_current(folder, inputs):
         done = read_json(folder / CONFIG_FILE)["training"]
         return TrainedGates(folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["held_out"], done["rows_cut"])
-    rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, processes=runtime.world)
+    sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
+    rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
     start = "zeros" if settings.init == "ridge" else settings.init
     attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
     states, pad = folder.parent / f".{folder.name}.states", int(tokenizer.pad_token_id)
@@ -210,7 +213,7 @@ class GateRows:
         cut: How many rows were cut to the longest length.
     """
 
-    train: list[list[TrainRow]]
+    train: list[Sequence[TrainRow]]
     held_out: list[list[TrainRow]]
     composites: list[TrainRow]
     held_out_composites: list[TrainRow]
@@ -218,20 +221,29 @@ class GateRows:
 
 
 def gate_rows(
-    tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], data_dir: Path, settings: GateTrainSettings, max_rows: int | None, *, processes: int = 1
+    tokenizer: PreTrainedTokenizerBase,
+    names: tuple[str, ...],
+    data_dir: Path,
+    settings: GateTrainSettings,
+    max_rows: int | None,
+    *,
+    token_cache: Path | None = None,
+    processes: int = 1,
+    progress: Progress = SILENT,
 ) -> GateRows:
     """Read and tokenise the datasets of all adapters, and make composites of them if the settings say so. Raises DataError, UsageError."""
-    train_parts, held_parts = zip(*(train_rows(data_dir, name, settings.seed, max_rows) for name in names), strict=True)
-    encoded = [encode_rows(part, tokenizer, index, settings.max_length) for index, part in enumerate(train_parts)]
-    held = [encode_rows(part, tokenizer, index, settings.max_length).rows if part else [] for index, part in enumerate(held_parts)]
+    source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
+    parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
+    encoded, held = [each for each, _ in parts], [rows for _, rows in parts]
     composites, held_composites, cut = [], [], sum(each.cut for each in encoded)
     if settings.composite_rows:
+        train_parts, held_parts = zip(*(train_rows(data_dir, name, settings.seed, max_rows) for name in names), strict=True)
         needed = math.ceil(settings.composite_rows * settings.max_steps * settings.accumulation * settings.batch_size * processes) + RIDGE_COMPOSITES
         options: dict[str, Any] = {"largest": settings.composite_max, "max_length": settings.max_length, "seed": settings.seed}
         made = make_composites(train_parts, tokenizer, count=min(POOL, needed), **options)
-        composites, cut = made.rows, cut + made.cut
+        composites, cut = list(made.rows), cut + made.cut
         if all(held_parts):
-            held_composites = make_composites(held_parts, tokenizer, count=HELD_OUT_COMPOSITES, **options).rows
+            held_composites = list(make_composites(held_parts, tokenizer, count=HELD_OUT_COMPOSITES, **options).rows)
     return GateRows([each.rows for each in encoded], held, composites, held_composites, cut)
 
 
@@ -258,7 +270,7 @@ def ridge_start(
 
     Every process looks at the same rows, a global batch at a time (each batch weighs its adapters evenly, so its size counts).
     """
-    lengths = [[len(row) for row in task_rows] for task_rows in rows]
+    lengths = [row_lengths(task_rows) for task_rows in rows]
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
     count = max(1, round(settings.ridge_tokens / (mean * settings.batch_size * processes)))
     device = next(model.parameters()).device

@@ -41,7 +41,7 @@ class JobPlan:
         settings: Per task, how its adapter is trained.
         base, dtype: The base model and its number type.
         devices: Of each worker.
-        data_dir, out_dir, max_rows, resume, force: As for :func:`meteora_core.training.adapters.train_adapter`.
+        data_dir, out_dir, max_rows, token_cache, resume, force: As for :func:`meteora_core.training.adapters.train_adapter`.
     """
 
     settings: Mapping[str, AdapterTrainSettings]
@@ -51,6 +51,7 @@ class JobPlan:
     data_dir: Path
     out_dir: Path
     max_rows: int | None = None
+    token_cache: Path | None = None
     resume: bool = True
     force: bool = False
 
@@ -258,6 +259,7 @@ def _work(number: int, plan: JobPlan, threads: int, ends: Sequence[Connection]) 
                 out_dir=plan.out_dir,
                 settings=plan.settings[task],
                 max_rows=plan.max_rows,
+                token_cache=plan.token_cache,
                 resume=plan.resume,
                 force=plan.force,
                 progress=line,

@@ -18,7 +18,7 @@ from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.nonfinite import first_nonfinite_layer
 from meteora_core.training.plan import Pick, plan_batches, plan_packed
-from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_labels, count_row_targets
+from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_labels, count_row_targets, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor, like
 from meteora_core.training.state import RunState, load_state, save_state
 from meteora_core.training.trackers import Tracker, finite, open_tracker
@@ -197,7 +197,8 @@ class _Source:
     def __init__(self, task: Task, settings: OptimSettings, world: int) -> None:
         self.task, self.settings = task, settings
         self.rows = [*task.rows, task.extra] if task.extra_share else list(task.rows)
-        lengths = [[len(row) for row in rows] for rows in task.rows]
+        self._held: dict[Pick, TrainRow] = {}
+        lengths = [row_lengths(rows) for rows in task.rows]
         count, size = settings.max_steps * settings.accumulation, settings.batch_size * world
         extra: dict[str, Any] = {"extra": [len(row) for row in task.extra], "extra_share": task.extra_share}
         self.steps: Sequence[Sequence[list[list[Pick]]]]
@@ -210,22 +211,29 @@ class _Source:
                 plan = [[[pick] for pick in batch] for batch in plan_batches(lengths, count, size, settings.seed, **extra)]
             self.steps = [plan[first : first + settings.accumulation] for first in range(0, count, settings.accumulation)]
 
+    def row(self, pick: Pick) -> TrainRow:
+        """A row of the step whose counts were asked for last; each is read once."""
+        if pick not in self._held:
+            self._held[pick] = self.rows[pick[0]][pick[1]]
+        return self._held[pick]
+
     def picked(self, step: int) -> list[TrainRow]:
-        return [self.rows[which][row] for batch in self.steps[step] for sequence in batch for which, row in sequence]
+        return [self.row(pick) for batch in self.steps[step] for sequence in batch for pick in sequence]
 
     def counts(self, step: int) -> Counts:
+        self._held = {}
         by_task = [0] * len(self.rows)
         for batch in self.steps[step]:
             for sequence in batch:
-                for which, row in sequence:
-                    by_task[which] += count_row_targets(self.rows[which][row], self.task.response_only)
+                for pick in sequence:
+                    by_task[pick[0]] += count_row_targets(self.row(pick), self.task.response_only)
         return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, self.picked(step)))), tuple(by_task))
 
     def tokens(self, step: int) -> int:
         return sum(map(len, self.picked(step)))
 
     def batch(self, sequences: list[list[Pick]]) -> Batch:
-        rows = [[self.rows[which][row] for which, row in sequence] for sequence in sequences]
+        rows = [[self.row(pick) for pick in sequence] for sequence in sequences]
         if self.settings.packing:
             return collate_packed(rows, self.task.pad_token, response_only=self.task.response_only)
         return collate([row for sequence in rows for row in sequence], self.task.pad_token, response_only=self.task.response_only)

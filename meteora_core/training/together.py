@@ -38,11 +38,11 @@ from meteora_core.training.adapters import (
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.common import disable_checkpointing, enable_checkpointing, run_inputs, train_rows
+from meteora_core.training.common import disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.plan import Pick, plan_batches
-from meteora_core.training.rows import Batch, TrainRow, encode_rows
+from meteora_core.training.rows import Batch, TrainRow, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def train_together(
     settings: AdapterTrainSettings,
     per_task: Mapping[str, AdapterTrainSettings] | None = None,
     max_rows: int | None = None,
+    token_cache: Path | None = None,
     resume: bool = True,
     force: bool = False,
     runtime: Runtime = SINGLE,
@@ -74,7 +75,7 @@ def train_together(
         model: The base model; it is left as it was.
         tokenizer: Its tokenizer.
         tasks: Built datasets in ``data_dir``.
-        base, data_dir, out_dir, settings, max_rows, resume, force, runtime, progress: As for
+        base, data_dir, out_dir, settings, max_rows, token_cache, resume, force, runtime, progress: As for
             :func:`meteora_core.training.adapters.train_adapter`.
         per_task: The settings of single tasks; they may differ in ``max_length``, ``batch_size`` and ``accumulation`` alone.
 
@@ -98,7 +99,7 @@ def train_together(
     todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]
     done = {task: finished_adapter(task, out_dir / task) for task in tasks if task not in todo}
     if todo:
-        done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, resume, runtime, progress)
+        done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, token_cache, resume, runtime, progress)
     return [done[task] for task in tasks]
 
 
@@ -119,15 +120,15 @@ def _train(
     settings: AdapterTrainSettings,
     own: Mapping[str, AdapterTrainSettings],
     max_rows: int | None,
+    token_cache: Path | None,
     resume: bool,
     runtime: Runtime,
     progress: Progress,
 ) -> dict[str, TrainedAdapter]:
     dtype, pad, response_only = next(model.parameters()).dtype, int(tokenizer.pad_token_id), settings.loss_on == "response"
-    parts = [train_rows(data_dir, task, settings.seed, max_rows) for task in tasks]
-    limits = [own[task].max_length for task in tasks]
-    encoded = [encode_rows(rows, tokenizer, index, limits[index]) for index, (rows, _) in enumerate(parts)]
-    held_out = [encode_rows(held, tokenizer, index, limits[index]).rows for index, (_, held) in enumerate(parts) if held]
+    source: dict[str, Any] = {"seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache, "progress": progress}
+    parts = [encoded_rows(data_dir, task, tokenizer, index, max_length=own[task].max_length, **source) for index, task in enumerate(tasks)]
+    encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
     rows = [each.rows for each in encoded]
     states = out_dir / ".together.states"
     attach(model, fresh_bank(model, tasks, base, settings), top_k=1, init="zeros", dropout=settings.dropout)
@@ -213,15 +214,16 @@ def joint_batches(
     rows: Sequence[Sequence[TrainRow]], settings: AdapterTrainSettings, world: int, own: Sequence[AdapterTrainSettings]
 ) -> list[list[list[Pick]]]:
     """Per step, per forward pass (of all processes), ``(task, row)`` pairs: what each task would have had alone, rows of like length together."""
+    lengths = [row_lengths(task_rows) for task_rows in rows]
     plans = [
-        plan_batches([[len(row) for row in task_rows]], each.max_steps * each.accumulation, each.batch_size * world, each.seed)
-        for task_rows, each in zip(rows, own, strict=True)
+        plan_batches([task_lengths], each.max_steps * each.accumulation, each.batch_size * world, each.seed)
+        for task_lengths, each in zip(lengths, own, strict=True)
     ]
     steps = []
     for step in range(settings.max_steps):
         parts = [plan[step * each.accumulation : (step + 1) * each.accumulation] for plan, each in zip(plans, own, strict=True)]
         picks = [(task, row) for task, part in enumerate(parts) for batch in part for _, row in batch]
-        picks.sort(key=lambda pick: len(rows[pick[0]][pick[1]]))
+        picks.sort(key=lambda pick: lengths[pick[0]][pick[1]])
         size = settings.together_rows * world
         size -= size % world
         cuts = [picks[start : start + size] for start in range(0, len(picks), size)]

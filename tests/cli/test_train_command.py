@@ -46,7 +46,7 @@ def command(*flags: str) -> list[str]:
 
 
 def shell(folder: Path, *flags: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, **ENVIRONMENT, **environment}
+    variables = {**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(folder / "cache"), **environment}
     done = subprocess.run(command(*flags), cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == code, done.stderr
     return done
@@ -231,6 +231,7 @@ def test_jobs_train_all_and_a_failure_is_the_exit_code(place) -> None:
     done = json.loads(shell(place, *flags, "--json").stdout)
     assert [(entry["task"], entry["skipped"]) for entry in done] == [("count", False), ("shout", False)]
     assert all(entry["skipped"] for entry in json.loads(shell(place, *flags, "--json").stdout))
+    assert {path.name.partition("-")[0] for path in (place / "cache" / "tokens").iterdir()} == {"count", "shout"}
     failed = shell(place, *flags, "--force", "--log-to", "wandb", code=1)
     assert "2 of 2 tasks failed: count: " in failed.stderr
     assert "Traceback" not in failed.stderr
