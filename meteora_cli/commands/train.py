@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from meteora_core.model.base import BaseReference
     from meteora_core.progress import Progress
-    from meteora_core.settings import AdapterTrainSettings, Settings
+    from meteora_core.settings import AdapterTrainSettings, OptimSettings, Settings
     from meteora_core.training.runtime import Runtime
 
 
@@ -173,16 +173,18 @@ def train(
     if jobs and (together or balanced or settings.launch.launcher != "none"):
         raise UsageError("--jobs trains each adapter in a process of its own; it goes with no --launcher, --together or --balanced", hint="choose one")
     runtime = start_runtime(settings.model.device)
+    each: dict[str, AdapterTrainSettings] = {}
+    if stage is Stage.adapters:
+        given = {name: value for name, value in {**shared, **own}.items() if value is not None}
+        each = _task_settings(settings, [name] if balanced else names, given)
     if settings.launch.launcher != "none" and runtime.kind == "none":
-        raise typer.Exit(_launch(ctx, settings, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
+        sizes = _launched_sizes(settings, each)
+        raise typer.Exit(_launch(ctx, settings, sizes, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
     if dry_run and stage is Stage.gates:
         raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp or fsdp")
     reference = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
     place = runtime.device or pick_device(settings.model.device)
     kind = pick_dtype(settings.model.dtype, place)
-    if stage is Stage.adapters:
-        given = {name: value for name, value in {**shared, **own}.items() if value is not None}
-        each = _task_settings(settings, [name] if balanced else names, given)
     if runtime.is_main and not dry_run:
         spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
         console.print(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}{spread}", markup=False)
@@ -233,29 +235,42 @@ class _Run:
         return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
 
 
-def _launch(ctx: typer.Context, settings: Settings, folder: Path, *, dry_run: bool, as_json: bool) -> int:
+def _launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder: Path, *, dry_run: bool, as_json: bool) -> int:
     """Start the processes, wait for them, return their exit code."""
     import os
 
     import torch
 
     from meteora_core.files import write_json
+    from meteora_core.model.base import pick_dtype
     from meteora_core.training.launch import launch_command, launch_config, process_count, run_command
+    from meteora_core.training.zero import zero_config
 
+    launch = settings.launch
     devices = 0 if settings.model.device == "cpu" else torch.cuda.device_count()
-    count = process_count(settings.launch, devices)
-    config = launch_config(settings.launch, count)
-    file = folder.parent / f".launch-{settings.launch.launcher}-{settings.launch.machine_rank}.json"
+    count = process_count(launch, devices, planned=dry_run)
+    file = folder.parent / f".launch-{launch.launcher}-{launch.machine_rank}.json"
+    files: dict[Path, dict[str, Any]] = {}
+    if launch.launcher == "deepspeed":
+        zero_file = file.with_name(f".zero-{launch.machine_rank}.json").resolve()
+        planned = torch.bfloat16 if settings.model.dtype == "auto" and not devices else settings.model.dtype
+        files[zero_file] = zero_config(launch, optim, pick_dtype(planned, torch.device("cuda")))
+        files[file] = launch_config(launch, count, zero_file)
+    else:
+        files[file] = launch_config(launch, count)
     command = launch_command(file, worker_arguments(ctx))
     if dry_run:
-        emit_json({"command": command, "config": config} if as_json else command)
+        zero = {"deepspeed_config": next(iter(files.values()))} if len(files) > 1 else {}
+        emit_json({"command": command, "config": files[file], **zero} if as_json else command)
         return 0
-    write_json(file, config)
-    threads = None if devices else max(1, (os.cpu_count() or 1) * settings.launch.num_machines // count)
+    for path, content in files.items():
+        write_json(path, content)
+    threads = None if devices else max(1, (os.cpu_count() or 1) * launch.num_machines // count)
     try:
         return run_command(command, threads=threads)
     finally:
-        file.unlink(missing_ok=True)
+        for path in files:
+            path.unlink(missing_ok=True)
 
 
 def worker_arguments(ctx: typer.Context) -> list[str]:
@@ -273,6 +288,15 @@ def worker_arguments(ctx: typer.Context) -> list[str]:
         else:
             arguments += [parameter.opts[0], str(value.value if isinstance(value, StrEnum) else value)]
     return [*arguments, "--launcher", "none"]
+
+
+def _launched_sizes(settings: Settings, each: dict[str, AdapterTrainSettings]) -> OptimSettings:
+    """Batch size, accumulation and clipping of the launched run, which DeepSpeed wants to know beforehand: of the gates, or of the one adapter."""
+    from meteora_core.errors import UsageError
+
+    if settings.launch.launcher == "deepspeed" and len(each) > 1:
+        raise UsageError("--launcher deepspeed trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    return next(iter(each.values()), settings.train_gates)
 
 
 def _names(task: str | None) -> list[str]:
@@ -345,8 +369,8 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
 
     if balanced is not None:
         check_name(balanced)
-    if run.runtime.kind == "fsdp" and len(names) > 1 and balanced is None:
-        raise UsageError("--launcher fsdp trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
+        raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
     shared: dict[str, Any] = {
         "base": run.base,
         "data_dir": run.settings.paths.data,

@@ -32,6 +32,7 @@ from meteora_core.training.ridge import ridge_gates
 from meteora_core.training.rows import Batch, TrainRow, collate, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import saved_states
+from meteora_core.training.zero import is_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -252,7 +253,7 @@ def gather_trained(model: nn.Module) -> None:
     for _, layer in meteora_layers(model):
         for name in ("gate", "lora_A", "lora_B"):
             parameter = getattr(layer, name)
-            if parameter.requires_grad and hasattr(parameter, "full_tensor"):
+            if (parameter.requires_grad and hasattr(parameter, "full_tensor")) or is_zero(parameter):
                 layer._parameters[name] = nn.Parameter(full_tensor(parameter))
 
 

@@ -19,8 +19,8 @@ from meteora_core.settings import OptimSettings
 from meteora_core.training.nonfinite import first_nonfinite_layer
 from meteora_core.training.plan import Pick, plan_batches, plan_packed
 from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_labels, count_row_targets, row_lengths
-from meteora_core.training.runtime import SINGLE, Runtime, full_tensor, like
-from meteora_core.training.state import RunState, load_state, save_state
+from meteora_core.training.runtime import SINGLE, Runtime, assign, full_tensor
+from meteora_core.training.state import RunState, load_state, save_state, saved_states
 from meteora_core.training.trackers import Tracker, finite, open_tracker
 
 
@@ -135,12 +135,14 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
     """
     optimizer = runtime.prepare(task.model, lambda trained: torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay))
     parameters = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
-    state = (load_state(task.folder, parameters, optimizer, task.inputs) if resume else None) or RunState()
-    runtime.wait()
     source = _Source(task, settings, runtime.world)
-    tracker = open_tracker(settings.log_to if runtime.is_main else "none", task.log_dir, task.title, task.inputs, state.step)
     stepper = _Stepper(task, settings, runtime, optimizer, parameters, source)
     task.model.train()
+    if resume and runtime.kind == "deepspeed" and saved_states(task.folder) and settings.max_steps:
+        stepper.step(0, rate=0.0)  # DeepSpeed has no optimiser states before its first step; all that this one changes is restored
+    state = (load_state(task.folder, parameters, optimizer, task.inputs) if resume else None) or RunState()
+    runtime.wait()
+    tracker = open_tracker(settings.log_to if runtime.is_main else "none", task.log_dir, task.title, task.inputs, state.step)
     began, before, start_tokens = time.monotonic(), state.seconds, state.tokens
     log = _Log(runtime)
     with progress.task(task.title, total=settings.max_steps, unit="steps") as bar:
@@ -168,10 +170,8 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
             ) from error
         finally:
             tracker.close()
-    if state.best:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(like(state.best[name], parameter))
+    for name, parameter in parameters.items() if state.best else ():
+        assign(parameter, state.best[name])
     task.model.eval()
     return state
 
@@ -255,11 +255,11 @@ class _Stepper:
         self.parameters = list(parameters.values())
         self.device = self.parameters[0].device if self.parameters else next(task.model.parameters()).device
 
-    def step(self, number: int) -> StepLoss:
+    def step(self, number: int, rate: float | None = None) -> StepLoss:
         settings, runtime = self.settings, self.runtime
         torch.manual_seed((settings.seed * 1_000_003 + number) * runtime.world + runtime.rank)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, settings)
+            group["lr"] = learning_rate(number, settings) if rate is None else rate
         counts, batches = self.source.counts(number), self.source.steps[number]
         self.optimizer.zero_grad(set_to_none=True)
         shares = []
@@ -271,7 +271,7 @@ class _Stepper:
                 runtime.backward(loss)
             shares.append(StepLoss(loss.detach(), parts, tallies))
         if settings.max_grad_norm and self.parameters:
-            norm = (self.task.clip or torch.nn.utils.clip_grad_norm_)(self.parameters, settings.max_grad_norm)
+            norm = runtime.clip(self.parameters, settings.max_grad_norm, self.task.clip)
             if not math.isfinite(value := float(full_tensor(norm))):
                 raise MeteoraError(f"the gradient's norm is {value} at step {number + 1}; the loss is finite", hint=_LOWER)
         self.optimizer.step()

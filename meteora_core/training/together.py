@@ -89,8 +89,8 @@ def train_together(
     """
     if settings.packing:
         raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
-    if runtime.kind == "fsdp":
-        raise UsageError("--together cannot run with --launcher fsdp", hint="use --launcher ddp, or leave out --together")
+    if runtime.kind in ("fsdp", "deepspeed"):
+        raise UsageError(f"--together cannot run with --launcher {runtime.kind}", hint="use --launcher ddp, or leave out --together")
     own = {task: (per_task or {}).get(task, settings) for task in tasks}
     if unequal := [f"{task}.{name}" for task in tasks for name in _differences(own[task], settings)]:
         raise UsageError(f"--together trains all tasks alike, but there are settings for {', '.join(unequal)}", hint="leave them out, or leave out --together")

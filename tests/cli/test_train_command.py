@@ -183,11 +183,80 @@ def test_dry_run_prints_the_command_and_starts_nothing(meteora, place, monkeypat
     assert not list(place.glob(".launch*"))
 
 
+def test_dry_run_of_deepspeed_prints_both_configurations(meteora, place, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text("[launch]\nzero_stage = 3\ncpu_offload = true\n[train_gates]\naccumulation = 4\nmax_grad_norm = 0.5\n")
+    monkeypatch.chdir(place)
+    flags = ("--launcher", "deepspeed", "--num-processes", "16", "--num-machines", "2", "--main-process-ip", "10.0.0.1", "--batch-size", "3", "--dry-run")
+    shown = meteora("--config", file, "train", "--base", "base", *flags, "--json").json
+    words, config, zero = shown["command"], shown["config"], shown["deepspeed_config"]
+    assert words[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    assert words[5:] == ["-m", "meteora_cli.app", "--config", str(file), "train", "--base", "base", "--batch-size", "3", "--json", "--launcher", "none"]
+    assert config["distributed_type"] == "DEEPSPEED"
+    assert Path(config["deepspeed_config"]["deepspeed_config_file"]).is_absolute()
+    assert "mixed_precision" not in config
+    assert zero["zero_optimization"] == {
+        "stage": 3,
+        "contiguous_gradients": True,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+    sizes = (zero["train_micro_batch_size_per_gpu"], zero["gradient_accumulation_steps"], zero["gradient_clipping"])
+    assert (*sizes, zero["bf16"]["enabled"]) == (3, 4, 0.5, True)
+    assert not list(place.glob(".launch*"))
+    assert not list(place.glob(".zero*"))
+
+
+def test_accelerate_takes_the_deepspeed_configuration(tmp_path, monkeypatch) -> None:
+    """accelerate's own launcher and plugin read what is written: stage, offload and accumulation arrive, and nothing is said twice."""
+    from accelerate import DeepSpeedPlugin
+    from accelerate.commands import launch as accelerate_launch
+
+    from meteora_core.settings import GateTrainSettings, LaunchSettings
+    from meteora_core.training.launch import launch_command, launch_config
+    from meteora_core.training.zero import zero_config
+
+    settings = LaunchSettings(launcher="deepspeed", zero_stage=2, cpu_offload=True)
+    files = {
+        tmp_path / "zero.json": zero_config(settings, GateTrainSettings(batch_size=2, accumulation=3), torch.bfloat16),
+        tmp_path / "launch.json": launch_config(settings, 2, tmp_path / "zero.json"),
+    }
+    for path, content in files.items():
+        path.write_text(json.dumps(content))
+    words = launch_command(tmp_path / "launch.json", ["train", "--launcher", "none"])
+    arguments = accelerate_launch.launch_command_parser().parse_args(words[3:])
+    seen: list = []
+    monkeypatch.setattr(accelerate_launch, "deepspeed_launcher", seen.append)
+    accelerate_launch.launch_command(arguments)
+    assert seen[0].deepspeed_config_file == str(tmp_path / "zero.json")
+    assert (seen[0].num_processes, seen[0].module, seen[0].training_script) == (2, True, "meteora_cli.app")
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", seen[0].deepspeed_fields_from_accelerate_config)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", seen[0].deepspeed_config_file)
+    plugin = DeepSpeedPlugin()
+    assert (plugin.zero_stage, plugin.gradient_accumulation_steps, plugin.gradient_clipping) == (2, 3, 1.0)
+    assert plugin.offload_optimizer_device == "cpu"
+    assert plugin.deepspeed_config["bf16"] == {"enabled": True}
+
+
+def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
+    from meteora_core.errors import UsageError
+    from meteora_core.settings import LaunchSettings
+    from meteora_core.training import zero
+    from meteora_core.training.launch import process_count
+
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="DeepSpeed is not installed") as missing:
+        process_count(LaunchSettings(launcher="deepspeed"), 2)
+    assert "--launcher fsdp" in (missing.value.hint or "")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--launcher", "fsdp", "--num-processes", "2"), "--launcher fsdp needs GPUs"),
-        (("--launcher", "deepspeed", "--num-processes", "2"), "use --launcher fsdp"),
+        (("--launcher", "deepspeed", "--num-processes", "2"), "--launcher deepspeed needs CUDA GPUs"),
+        (("--launcher", "deepspeed", "--dtype", "float16", "--num-processes", "2", "--dry-run"), "bfloat16 or float32"),
+        (("--launcher", "deepspeed", "--stage", "adapters", "--task", "all"), "--launcher deepspeed trains one adapter a run"),
         (("--launcher", "fsdp"), "use --launcher ddp"),
         (("--launcher", "ddp"), "how many processes"),
         (("--launcher", "ddp", "--num-processes", "3", "--num-machines", "2", "--main-process-ip", "x"), "cannot be spread evenly"),
