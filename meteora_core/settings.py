@@ -121,6 +121,9 @@ class GateTrainSettings(OptimSettings):
     )
     ridge_tokens: int = Field(16_000, ge=1, description="Train tokens that the ridge start looks at.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
+    sampling: Literal["balanced", "proportional"] = Field(
+        "balanced", description="balanced: as many tokens of every task; proportional: every row as often, so large tasks weigh more."
+    )
     composite_rows: float = Field(0.0, ge=0, le=1, description="Share of the training rows that are composites of several tasks.")
     composite_max: int = Field(3, ge=2, description="Most tasks in a composite training row.")
 

@@ -53,6 +53,13 @@ class Launcher(StrEnum):
     deepspeed = "deepspeed"
 
 
+class Sampling(StrEnum):
+    """How rows are drawn from the tasks."""
+
+    balanced = "balanced"
+    proportional = "proportional"
+
+
 class LogTo(StrEnum):
     """Where curves go."""
 
@@ -103,6 +110,7 @@ def train(
     init: Annotated[Init | None, typer.Option(help="gates: how they start.", show_default=False)] = None,
     composite_rows: Annotated[float | None, typer.Option(help="gates: share of the rows that are composites of tasks.", show_default=False)] = None,
     composite_max: Annotated[int | None, typer.Option(help="gates: most tasks in a composite row.", show_default=False)] = None,
+    sampling: Annotated[Sampling | None, typer.Option(help="gates: as many tokens of every task, or every row as often.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="gates: mixture kernels.", show_default=False)] = None,
@@ -136,7 +144,7 @@ def train(
     own: dict[str, Any] = {"rank": rank, "alpha": alpha}
     if stage is Stage.gates:
         own = {"beta": beta, "trainable": trainable and trainable.value, "init": init and init.value}
-        own |= {"composite_rows": composite_rows, "composite_max": composite_max}
+        own |= {"composite_rows": composite_rows, "composite_max": composite_max, "sampling": sampling and sampling.value}
     settings = settings_from(
         ctx,
         paths__data=data,
@@ -329,13 +337,14 @@ def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) 
 def _gate_folders(settings: Settings, names: list[str], max_rows: int | None) -> dict[str, Path]:
     """Adapters and their folders, each with a dataset that can be read."""
     from meteora_core.data.rows import available_tasks, check_rows
-    from meteora_core.training.common import adapter_folders
+    from meteora_core.training.common import adapter_folders, check_bases
     from meteora_core.training.gates import check_pairs
 
     folders = adapter_folders(settings.paths.adapters, [] if names == ["all"] else names)
     check_pairs(tuple(folders), available_tasks(settings.paths.data))
     for name in folders:
         check_rows(settings.paths.data, name, "train", max_rows)
+    check_bases(folders, settings.model.base)
     return folders
 
 
@@ -410,9 +419,12 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
 def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model.base import load_base, load_tokenizer
+    from meteora_core.training.common import check_bases
     from meteora_core.training.gates import train_gates
 
     settings = run.settings
+    if run.runtime.is_main and (note := check_bases(folders, settings.model.base)):
+        console.print(f"note: {note}", markup=False)
     with run.progress() as bars:
         bank = AdapterBank.from_peft(folders, progress=bars)
         model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
@@ -440,9 +452,14 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     state = "was there already" if done.skipped else f"{done.steps} steps, {done.seconds:.0f} s"
     note = f", {done.cut} rows cut to {settings.train_gates.max_length} tokens" if done.cut else ""
     console.print(f"{done.folder}: loss {done.loss:.3f} ({state}{note})", markup=False)
-    if done.held_out:
-        from rich.table import Table
+    from rich.table import Table
 
+    if done.sampled and done.steps:
+        table = Table("task", "train rows", "drawn", "passes", "tokens", "share")
+        for name, seen in done.sampled.items():
+            table.add_row(name, *(f"{seen[key]:,.0f}" for key in ("rows", "drawn")), f"{seen['passes']:.2f}", f"{seen['tokens']:,.0f}", f"{seen['share']:.1%}")
+        (console if run.as_json else out).print(table)
+    if done.held_out:
         table = Table("held-out train rows", "value")
         for name, value in done.held_out.items():
             table.add_row(name, f"{value:.1%}" if "accuracy" in name else f"{value:.3f}")

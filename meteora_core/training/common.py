@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meteora_core.data.rows import Row, read_rows, split_path
+from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.files import read_json, sha256
 from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
@@ -97,6 +98,8 @@ def run_inputs(
     ignored |= {key for key in ("patience", "packing", "composite_rows") if not values.get(key)}
     if not values.get("composite_rows"):
         ignored.add("composite_max")
+    if values.get("sampling") == "balanced":
+        ignored.add("sampling")
     return {
         "stage": stage,
         "base": {"name": base.name, "revision": base.revision},
@@ -144,7 +147,6 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
         UsageError: None is there, or a named one is missing (what is there is listed).
     """
     from meteora_core.data.tasks import TASK_ORDER
-    from meteora_core.errors import UsageError, did_you_mean
 
     present = sorted(path.name for path in root.iterdir() if (path / "adapter_config.json").is_file()) if root.is_dir() else []
     if not present:
@@ -155,6 +157,38 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     single = [name for name in present if not _several_tasks(root / name)]
     chosen = list(names) or [name for name in TASK_ORDER if name in single] + [name for name in single if name not in TASK_ORDER]
     return {name: root / name for name in chosen}
+
+
+def check_bases(folders: Mapping[str, Path], base: str) -> str | None:
+    """Compare the bases that adapters name in their adapter_config.json (by the last part of a name: a hub id and a local copy count as one).
+
+    Args:
+        folders: Adapter folders by name.
+        base: What they are to be attached to.
+
+    Returns:
+        A note when they all name another base than ``base``, else None.
+
+    Raises:
+        UsageError: They name different bases; each is listed with its adapters.
+    """
+    named: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
+    for name, folder in folders.items():
+        origin = str(read_json(folder / "adapter_config.json", error=AdapterError).get("base_model_name_or_path") or "")
+        if short := _short_name(origin):
+            named.setdefault(short, []).append(name)
+            shown[short] = origin
+    if len(named) > 1:
+        listed = "; ".join(f"{shown[short]}: {', '.join(names)}" for short, names in named.items())
+        raise UsageError(f"the adapters belong to different base models: {listed}", hint="name those of one base with --task, or train the others again")
+    if named and _short_name(base) not in named:
+        return f"the adapters name {next(iter(shown.values()))} as their base, and are used with {base}"
+    return None
+
+
+def _short_name(base: str) -> str:
+    return base.rstrip("/").rpartition("/")[2].lower()
 
 
 def _several_tasks(folder: Path) -> bool:

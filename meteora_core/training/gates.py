@@ -54,6 +54,7 @@ class TrainedGates:
         steps, loss, tokens, seconds: Of the training.
         held_out: Measured on train rows that were kept out of training; see :func:`meteora_core.training.measure.measure_gates`.
         cut: How many rows were cut to the longest length.
+        sampled: Per task, how much of it was seen; see :class:`meteora_core.training.state.RunState`.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class TrainedGates:
     seconds: float
     held_out: dict[str, float]
     cut: int
+    sampled: dict[str, dict[str, float]]
 
 
 def gate_inputs(
@@ -140,7 +142,9 @@ def train_gates(
     inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
     if not force and gates_are_current(folder, inputs):
         done = read_json(folder / CONFIG_FILE)["training"]
-        return TrainedGates(folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["held_out"], done["rows_cut"])
+        return TrainedGates(
+            folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["held_out"], done["rows_cut"], done.get("sampled", {})
+        )
     sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
     rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
     start = "zeros" if settings.init == "ridge" else settings.init
@@ -174,6 +178,7 @@ def train_gates(
             inputs,
             "gates",
             names=bank.names,
+            balanced=settings.sampling == "balanced",
             extra=rows.composites,
             extra_share=settings.composite_rows,
             evaluate=evaluate,
@@ -190,7 +195,7 @@ def train_gates(
     gather_trained(model)
     loss = state.history[-1]["loss"] if state.history else float("nan")
     training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
-    training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "history": state.history}
+    training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "sampled": state.sampled, "history": state.history}
     training |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
     kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
     if runtime.is_main:
@@ -201,7 +206,7 @@ def train_gates(
             parameter.data = parameter.data.to(kept).to(dtype)
     set_trainable(model, "none")
     runtime.wait()
-    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut)
+    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled)
 
 
 @dataclass(frozen=True)

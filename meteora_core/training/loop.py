@@ -80,6 +80,7 @@ class Task:
         title: For the progress bar.
         names: The tasks', for messages.
         response_only: Leave the prompts' tokens out of the language-model loss.
+        balanced: As many tokens of every task; False: every row as often.
         extra, extra_share: Rows of no single task (composites), and their share of all rows.
         evaluate: Held-out figures by name; ``loss`` decides what is best. Empty when nothing was held out.
         log_dir: For TensorBoard.
@@ -96,6 +97,7 @@ class Task:
     title: str
     names: tuple[str, ...] = ()
     response_only: bool = False
+    balanced: bool = True
     extra: Sequence[TrainRow] = ()
     extra_share: float = 0.0
     evaluate: Callable[[Run], dict[str, float]] | None = None
@@ -163,7 +165,9 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
                 bar.update(1, total=None, **_shown(state, start_tokens, time.monotonic() - began))
                 if state.step % settings.save_steps == 0 and not last:
                     save_state(task.folder, state, parameters, optimizer, task.inputs, write=runtime.is_main)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise MeteoraError(
                 f"out of memory at step {state.step + 1}",
                 hint="lower --batch-size (raise --accumulation to keep the total) or --max-length, or pass --gradient-checkpointing",
@@ -173,7 +177,13 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
     for name, parameter in parameters.items() if state.best else ():
         assign(parameter, state.best[name])
     task.model.eval()
+    state.sampled = source.sampled(state.step)
     return state
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not get memory, on a GPU or (where it is an ordinary RuntimeError) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _evaluate(task: Task, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, tracker: Tracker) -> None:
@@ -200,7 +210,8 @@ class _Source:
         self._held: dict[Pick, TrainRow] = {}
         lengths = [row_lengths(rows) for rows in task.rows]
         count, size = settings.max_steps * settings.accumulation, settings.batch_size * world
-        extra: dict[str, Any] = {"extra": [len(row) for row in task.extra], "extra_share": task.extra_share}
+        self.lengths = [*lengths, [len(row) for row in task.extra]] if task.extra_share else lengths
+        extra: dict[str, Any] = {"extra": [len(row) for row in task.extra], "extra_share": task.extra_share, "balanced": task.balanced}
         self.steps: Sequence[Sequence[list[list[Pick]]]]
         if task.batches is not None:
             self.steps = [[[[pick] for pick in batch] for batch in step] for step in task.batches]
@@ -228,6 +239,18 @@ class _Source:
                 for pick in sequence:
                     by_task[pick[0]] += count_row_targets(self.row(pick), self.task.response_only)
         return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, self.picked(step)))), tuple(by_task))
+
+    def sampled(self, steps: int) -> dict[str, dict[str, float]]:
+        """What the first ``steps`` steps saw of each task; see :class:`meteora_core.training.state.RunState`."""
+        drawn, tokens = [0] * len(self.lengths), [0] * len(self.lengths)
+        for which, row in (pick for step in self.steps[:steps] for batch in step for sequence in batch for pick in sequence):
+            drawn[which] += 1
+            tokens[which] += self.lengths[which][row]
+        names = [*(self.task.names or map(str, range(len(self.task.rows)))), "composites"]
+        return {
+            name: {"rows": len(rows), "drawn": count, "passes": round(count / len(rows), 3), "tokens": seen, "share": round(seen / max(1, sum(tokens)), 4)}
+            for name, rows, count, seen in zip(names, self.lengths, drawn, tokens, strict=False)
+        }
 
     def tokens(self, step: int) -> int:
         return sum(map(len, self.picked(step)))

@@ -37,6 +37,8 @@ class RunState:
         best_step, best_value: Of the best evaluation so far (the lowest ``loss``); -1 and infinity before the first.
         worse: Evaluations since then.
         best: The weights of that step, by parameter name, on the CPU.
+        sampled: Per task, at the end of a run: ``rows`` there are, rows ``drawn``, ``passes`` over them, ``tokens`` seen and their ``share``. It follows
+            from the plan, and is not saved.
     """
 
     step: int = 0
@@ -48,6 +50,7 @@ class RunState:
     best_value: float = math.inf
     worse: int = 0
     best: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    sampled: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def save_state(

@@ -7,6 +7,7 @@ told that it does.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,7 +71,14 @@ def main() -> None:
     if accelerator is None:
         torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    leave = accelerator.end_training if accelerator is not None and stage else torch.distributed.destroy_process_group
+
+    def leave() -> None:
+        if not stage:
+            torch.distributed.destroy_process_group()
+            return
+        torch.distributed.barrier()
+        os._exit(0)  # DeepSpeed's CPU communication leaves a thread that may abort an ordinary exit
+
     if stop := options.get("stop"):
         real = loop._Stepper.step
 
