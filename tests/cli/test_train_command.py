@@ -99,7 +99,7 @@ def test_what_two_processes_saved_resumes_on_one(place) -> None:
     """A launched run is killed after it saved a state; one process finishes it, and ends where one process alone would have."""
     flags = (*GATES[2:], "--max-steps", "400", "--save-steps", "20", "--eval-steps", "0")
     states = place / ".long.states"
-    words, variables = command(*flags, *DDP, "--batch-size", "2", "--out", "long"), {**os.environ, **ENVIRONMENT}
+    words, variables = command(*flags, *DDP, "--batch-size", "2", "--out", "long"), {**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(place / "cache")}
     child = subprocess.Popen(words, cwd=place, env=variables, start_new_session=True, stderr=subprocess.PIPE)
     try:
         wait_for(lambda: any(states.glob("step-*/state.json")), child)
@@ -127,7 +127,7 @@ def test_a_dead_worker_ends_the_job(place) -> None:
     child = subprocess.Popen(
         command(*GATES[2:], "--max-steps", "100000", "--eval-steps", "0", *DDP, "--batch-size", "2", "--out", "dead", "--save-steps", "10"),
         cwd=place,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(place / "cache")},
         stderr=subprocess.DEVNULL,
     )
     try:
