@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,6 +94,27 @@ class AdapterTrainSettings(OptimSettings):
     together_rows: int = Field(32, ge=1, description="With --together: rows in one forward pass.")
 
 
+class AdapterTaskSettings(_Section):
+    """What one task's adapter is trained with instead, `[train_adapters.tasks.NAME]`; all may be left out."""
+
+    max_steps: int | None = Field(None, ge=0)
+    batch_size: int | None = Field(None, ge=1)
+    accumulation: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    max_length: int | None = Field(None, ge=8)
+    loss_on: Literal["all", "response"] | None = None
+    rank: int | None = Field(None, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+
+class AdapterStageSettings(AdapterTrainSettings):
+    """`meteora train --stage adapters`: one PEFT LoRA per task, on all linear layers."""
+
+    tasks: dict[str, AdapterTaskSettings] = Field({}, description="What single tasks differ in; wins over the rest of the section, and flags win over it.")
+
+
 class GateTrainSettings(OptimSettings):
     """`meteora train`: the gates, and the adapters too when asked."""
 
@@ -103,6 +125,9 @@ class GateTrainSettings(OptimSettings):
     )
     ridge_tokens: int = Field(16_000, ge=1, description="Train tokens that the ridge start looks at.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
+    sampling: Literal["balanced", "proportional"] = Field(
+        "balanced", description="balanced: as many tokens of every task; proportional: every row as often, so large tasks weigh more."
+    )
     composite_rows: float = Field(0.0, ge=0, le=1, description="Share of the training rows that are composites of several tasks.")
     composite_max: int = Field(3, ge=2, description="Most tasks in a composite training row.")
 
@@ -110,14 +135,16 @@ class GateTrainSettings(OptimSettings):
 class LaunchSettings(_Section):
     """How `meteora train` is spread over devices and machines, by accelerate."""
 
-    launcher: Literal["none", "ddp", "fsdp", "deepspeed"] = Field("none", description="ddp: a copy a device; fsdp: the model is sharded.")
+    launcher: Literal["none", "ddp", "fsdp", "deepspeed"] = Field("none", description="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.")
     num_processes: int | None = Field(None, examples=[8], ge=1, description="Processes over all machines; absent: one a device.")
     num_machines: int = Field(1, ge=1, description="Machines.")
     machine_rank: int = Field(0, ge=0, description="Which of them this is, from 0.")
     main_process_ip: str | None = Field(None, examples=["10.0.0.1"], description="Address of machine 0.")
     main_process_port: int = Field(29500, ge=1, le=65535, description="Port on machine 0; one machine alone takes any free port.")
     reshard_after_forward: bool = Field(True, description="fsdp: free a layer's weights after its forward pass; less memory, more traffic.")
-    cpu_offload: bool = Field(False, description="fsdp: keep the shards in main memory.")
+    cpu_offload: bool = Field(False, description="fsdp, deepspeed: keep the shards in main memory.")
+    zero_stage: Literal[2, 3] = Field(2, description="deepspeed: 2 shards gradients and optimiser states, 3 the weights too.")
+    jobs: int = Field(1, ge=1, description="Adapters that are trained at once, each by a process of its own (`--stage adapters`, no launcher).")
 
 
 class EvalSettings(_Section):
@@ -162,13 +189,13 @@ class UserTask(_Section):
 class Settings(BaseSettings):
     """Everything that meteora.toml may hold."""
 
-    model_config = SettingsConfigDict(env_prefix="METEORA_", env_nested_delimiter="__", extra="forbid", nested_model_default_partial_update=True)
+    model_config = SettingsConfigDict(env_prefix="METEORA_", env_nested_delimiter="__", extra="forbid")
 
     paths: PathSettings = PathSettings()
     model: ModelSettings = ModelSettings()
     routing: RoutingSettings = RoutingSettings()
     data: DataSettings = DataSettings()
-    train_adapters: AdapterTrainSettings = AdapterTrainSettings()
+    train_adapters: AdapterStageSettings = AdapterStageSettings()
     train_gates: GateTrainSettings = GateTrainSettings()
     launch: LaunchSettings = LaunchSettings()
     eval: EvalSettings = EvalSettings()
@@ -228,8 +255,9 @@ def _explain(broken: ValidationError, file: Path) -> UsageError:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = list(setting_names())
-        siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-        return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(key, known) or f"known here: {', '.join(siblings)}")
+        wanted = re.sub(r"^(train_adapters\.tasks)\.[^.]+\.", r"\1.", key)
+        siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
+        return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(wanted, known) or f"known here: {', '.join(siblings)}")
     value = first.get("input")
     return UsageError(f"setting {key} = {value!r}: {first['msg'].removeprefix('Value error, ')}", hint=f"check {file}, METEORA_* variables and flags")
 
@@ -241,6 +269,7 @@ def setting_names() -> list[str]:
         names.append(section)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += [f"{section}.{name}" for name in field.annotation.model_fields]
+    names += [f"train_adapters.tasks.{name}" for name in AdapterTaskSettings.model_fields]
     return names
 
 
@@ -255,9 +284,16 @@ def default_file_text() -> str:
             continue
         lines += ["", f"[{section}]  # {(field.annotation.__doc__ or '').strip().splitlines()[0]}"]
         for name, setting in field.annotation.model_fields.items():
+            if isinstance(setting.default, dict):
+                continue
             absent = setting.default is None
             value = (setting.examples or [""])[0] if absent else setting.default
             lines.append(f"# {name} = {_toml(value)}  # {setting.description}{' (an example; absent by default)' if absent else ''}")
+    lines += [
+        "",
+        "# What one task's adapter is trained with instead: max_steps, batch_size, accumulation, learning_rate, weight_decay, max_length, loss_on, rank,",
+    ]
+    lines += ["# alpha, dropout.", "# [train_adapters.tasks.gsm8k]", "# max_steps = 600", "# learning_rate = 0.0003"]
     lines += ["", "# A task of your own (`meteora data add` builds one without this file).", "# [tasks.my_task]"]
     lines += ['# train = "my_task/train.jsonl"', '# test = "my_task/test.jsonl"', '# metric = "exact"']
     return "\n".join(lines) + "\n"

@@ -106,8 +106,10 @@ def open_session(
     from meteora_core.chat.engine import Sampling
     from meteora_core.chat.session import ChatSession
     from meteora_core.chat.speaker import load_speaker
+    from meteora_core.data.userdata import register_all
 
     settings = settings_from(ctx, chat__template=template, **flags)
+    register_all(settings)
     with progress(ctx) as bars:
         speaker = load_speaker(settings, checkpoint=checkpoint, base=base, adapter=adapter, adapters_dir=adapters_dir, progress=bars)
     wishes = settings.chat

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from meteora_core.model.base import BaseReference
     from meteora_core.progress import Progress
-    from meteora_core.settings import Settings
+    from meteora_core.settings import AdapterTrainSettings, OptimSettings, Settings
     from meteora_core.training.runtime import Runtime
 
 
@@ -53,6 +53,13 @@ class Launcher(StrEnum):
     deepspeed = "deepspeed"
 
 
+class Sampling(StrEnum):
+    """How rows are drawn from the tasks."""
+
+    balanced = "balanced"
+    proportional = "proportional"
+
+
 class LogTo(StrEnum):
     """Where curves go."""
 
@@ -61,7 +68,7 @@ class LogTo(StrEnum):
     wandb = "wandb"
 
 
-LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "dry_run")
+LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "jobs", "dry_run")
 
 
 def train(
@@ -92,6 +99,7 @@ def train(
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many train rows of a task.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(help="adapters: LoRA rank.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(help="adapters: LoRA alpha.", show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="adapters: so many at once, each in a process (and on a GPU) of its own.", show_default=False)] = None,
     together: Annotated[bool, typer.Option("--together", help="adapters: all tasks in one run, each row by its own adapter.")] = False,
     balanced: Annotated[bool, typer.Option("--balanced", help="adapters: one LoRA over all the tasks, mixed evenly.")] = False,
     name: Annotated[str, typer.Option(help="adapters: the name of the --balanced LoRA.")] = "balanced",
@@ -102,16 +110,17 @@ def train(
     init: Annotated[Init | None, typer.Option(help="gates: how they start.", show_default=False)] = None,
     composite_rows: Annotated[float | None, typer.Option(help="gates: share of the rows that are composites of tasks.", show_default=False)] = None,
     composite_max: Annotated[int | None, typer.Option(help="gates: most tasks in a composite row.", show_default=False)] = None,
+    sampling: Annotated[Sampling | None, typer.Option(help="gates: as many tokens of every task, or every row as often.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="gates: mixture kernels.", show_default=False)] = None,
-    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp: the model is sharded.", show_default=False)] = None,
+    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.", show_default=False)] = None,
     num_processes: Annotated[int | None, typer.Option(help="Processes over all machines; default: one a GPU.", show_default=False)] = None,
     num_machines: Annotated[int | None, typer.Option(help="Machines.", show_default=False)] = None,
     machine_rank: Annotated[int | None, typer.Option(help="Which machine this is, from 0.", show_default=False)] = None,
     main_process_ip: Annotated[str | None, typer.Option(help="Address of machine 0.", show_default=False)] = None,
     main_process_port: Annotated[int | None, typer.Option(help="Port on machine 0.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command as an argument list, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command, or each adapter's settings, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if the same result is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -135,7 +144,7 @@ def train(
     own: dict[str, Any] = {"rank": rank, "alpha": alpha}
     if stage is Stage.gates:
         own = {"beta": beta, "trainable": trainable and trainable.value, "init": init and init.value}
-        own |= {"composite_rows": composite_rows, "composite_max": composite_max}
+        own |= {"composite_rows": composite_rows, "composite_max": composite_max, "sampling": sampling and sampling.value}
     settings = settings_from(
         ctx,
         paths__data=data,
@@ -152,37 +161,50 @@ def train(
         launch__machine_rank=machine_rank,
         launch__main_process_ip=main_process_ip,
         launch__main_process_port=main_process_port,
+        launch__jobs=jobs,
         **{f"{section}__{name}": value for name, value in {**shared, **own}.items()},
     )
+    from meteora_core.data.userdata import register_all
     from meteora_core.errors import MeteoraError, UsageError
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.training.runtime import start_runtime
 
+    register_all(settings)
     names = _names(task)
     folders = _gate_folders(settings, names, max_rows) if stage is Stage.gates else {}
     if stage is Stage.adapters:
         names = _adapter_tasks(settings, names, max_rows)
-    elif together or balanced:
-        raise UsageError("--together and --balanced belong to --stage adapters", hint="add --stage adapters")
+    elif together or balanced or jobs:
+        raise UsageError("--together, --balanced and --jobs belong to --stage adapters", hint="add --stage adapters")
     if together and balanced:
         raise UsageError("--together trains an adapter a task, --balanced one for all: choose one")
+    if jobs and (together or balanced or settings.launch.launcher != "none"):
+        raise UsageError("--jobs trains each adapter in a process of its own; it goes with no --launcher, --together or --balanced", hint="choose one")
     runtime = start_runtime(settings.model.device)
+    each: dict[str, AdapterTrainSettings] = {}
+    if stage is Stage.adapters:
+        given = {name: value for name, value in {**shared, **own}.items() if value is not None}
+        each = _task_settings(settings, [name] if balanced else names, given)
     if settings.launch.launcher != "none" and runtime.kind == "none":
-        raise typer.Exit(_launch(ctx, settings, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
-    if dry_run:
+        sizes = _launched_sizes(settings, each)
+        raise typer.Exit(_launch(ctx, settings, sizes, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
+    if dry_run and stage is Stage.gates:
         raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp or fsdp")
     reference = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
     place = runtime.device or pick_device(settings.model.device)
     kind = pick_dtype(settings.model.dtype, place)
-    if runtime.is_main:
+    if runtime.is_main and not dry_run:
         spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
         console.print(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}{spread}", markup=False)
     run = _Run(ctx, settings, reference, place, kind, out_dir, max_rows, resume, force, runtime, as_json)
+    if dry_run:
+        _show_plan(run, names, each, balanced=name if balanced else None)
+        return
     try:
         if stage is Stage.gates:
             report: Any = _gates(run, folders)
         else:
-            report = _adapters(run, names, together=together, balanced=name if balanced else None)
+            report = _adapters(run, names, each, together=together, balanced=name if balanced else None)
     except MeteoraError as error:
         if not runtime.is_main:
             error.message = f"process {runtime.rank}: {error.message}"
@@ -207,6 +229,13 @@ class _Run:
     runtime: Runtime
     as_json: bool
 
+    @property
+    def token_cache(self) -> Path:
+        """Where tokenised rows are kept."""
+        from meteora_core.files import cache_dir
+
+        return cache_dir() / "tokens"
+
     def progress(self) -> AbstractContextManager[Progress]:
         """Bars in the main process, nothing in the others."""
         from meteora_core.progress import SILENT
@@ -214,29 +243,42 @@ class _Run:
         return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
 
 
-def _launch(ctx: typer.Context, settings: Settings, folder: Path, *, dry_run: bool, as_json: bool) -> int:
+def _launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder: Path, *, dry_run: bool, as_json: bool) -> int:
     """Start the processes, wait for them, return their exit code."""
     import os
 
     import torch
 
     from meteora_core.files import write_json
+    from meteora_core.model.base import pick_dtype
     from meteora_core.training.launch import launch_command, launch_config, process_count, run_command
+    from meteora_core.training.zero import zero_config
 
+    launch = settings.launch
     devices = 0 if settings.model.device == "cpu" else torch.cuda.device_count()
-    count = process_count(settings.launch, devices)
-    config = launch_config(settings.launch, count)
-    file = folder.parent / f".launch-{settings.launch.launcher}-{settings.launch.machine_rank}.json"
+    count = process_count(launch, devices, planned=dry_run)
+    file = folder.parent / f".launch-{launch.launcher}-{launch.machine_rank}.json"
+    files: dict[Path, dict[str, Any]] = {}
+    if launch.launcher == "deepspeed":
+        zero_file = file.with_name(f".zero-{launch.machine_rank}.json").resolve()
+        planned = torch.bfloat16 if settings.model.dtype == "auto" and not devices else settings.model.dtype
+        files[zero_file] = zero_config(launch, optim, pick_dtype(planned, torch.device("cuda")))
+        files[file] = launch_config(launch, count, zero_file)
+    else:
+        files[file] = launch_config(launch, count)
     command = launch_command(file, worker_arguments(ctx))
     if dry_run:
-        emit_json({"command": command, "config": config} if as_json else command)
+        zero = {"deepspeed_config": next(iter(files.values()))} if len(files) > 1 else {}
+        emit_json({"command": command, "config": files[file], **zero} if as_json else command)
         return 0
-    write_json(file, config)
-    threads = None if devices else max(1, (os.cpu_count() or 1) * settings.launch.num_machines // count)
+    for path, content in files.items():
+        write_json(path, content)
+    threads = None if devices else max(1, (os.cpu_count() or 1) * launch.num_machines // count)
     try:
         return run_command(command, threads=threads)
     finally:
-        file.unlink(missing_ok=True)
+        for path in files:
+            path.unlink(missing_ok=True)
 
 
 def worker_arguments(ctx: typer.Context) -> list[str]:
@@ -256,82 +298,133 @@ def worker_arguments(ctx: typer.Context) -> list[str]:
     return [*arguments, "--launcher", "none"]
 
 
+def _launched_sizes(settings: Settings, each: dict[str, AdapterTrainSettings]) -> OptimSettings:
+    """Batch size, accumulation and clipping of the launched run, which DeepSpeed wants to know beforehand: of the gates, or of the one adapter."""
+    from meteora_core.errors import UsageError
+
+    if settings.launch.launcher == "deepspeed" and len(each) > 1:
+        raise UsageError("--launcher deepspeed trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    return next(iter(each.values()), settings.train_gates)
+
+
 def _names(task: str | None) -> list[str]:
     return [name.strip() for name in (task or "").split(",") if name.strip()]
 
 
 def _adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) -> list[str]:
     """The tasks to train on; every dataset is read, so that a broken one is known before anything is loaded."""
-    from meteora_core.data.rows import available_tasks, read_rows
+    from meteora_core.data.rows import available_tasks, check_rows
+    from meteora_core.data.tasks import TASKS
     from meteora_core.errors import UsageError
 
     if names == ["all"]:
-        names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_")]
+        composites = {name for name, task in TASKS.items() if task.is_composite}
+        names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_") and name not in composites]
     if not names:
         raise UsageError("no task given", hint="meteora train --stage adapters --task NAME[,NAME] | all; `meteora data list` shows them")
     for name in names:
-        read_rows(settings.paths.data, name, "train", max_rows)
-    return names
+        check_rows(settings.paths.data, name, "train", max_rows)
+    return list(dict.fromkeys(names))
+
+
+def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) -> dict[str, AdapterTrainSettings]:
+    """How each adapter is trained; the flags that were given win over what the table and the file say of single tasks."""
+    from meteora_core.training.task_defaults import task_settings
+
+    return {name: task_settings(settings.train_adapters, name, given) for name in names}
 
 
 def _gate_folders(settings: Settings, names: list[str], max_rows: int | None) -> dict[str, Path]:
     """Adapters and their folders, each with a dataset that can be read."""
-    from meteora_core.data.rows import available_tasks, read_rows
-    from meteora_core.training.common import adapter_folders
+    from meteora_core.data.rows import available_tasks, check_rows
+    from meteora_core.training.common import adapter_folders, check_bases
     from meteora_core.training.gates import check_pairs
 
     folders = adapter_folders(settings.paths.adapters, [] if names == ["all"] else names)
     check_pairs(tuple(folders), available_tasks(settings.paths.data))
     for name in folders:
-        read_rows(settings.paths.data, name, "train", max_rows)
+        check_rows(settings.paths.data, name, "train", max_rows)
+    check_bases(folders, settings.model.base)
     return folders
 
 
-def _adapters(run: _Run, names: list[str], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
+def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, balanced: str | None) -> None:
+    """Print, for every adapter, what it would be trained with, and whether it is there already."""
+    from meteora_core.training.adapters import adapter_inputs, adapter_is_current
+    from meteora_core.training.task_defaults import differing
+
+    out_dir = run.out_dir or run.settings.paths.adapters
+    others, report = differing(each), list[dict[str, Any]]()
+    for name, settings in each.items():
+        inputs = adapter_inputs(run.base, run.dtype, run.settings.paths.data, name, settings, run.max_rows, tasks=names if balanced else None)
+        there = not run.force and adapter_is_current(out_dir / name, inputs)
+        report.append({"task": name, "folder": str(out_dir / name), "trained_already": there, "settings": settings.model_dump(mode="json")})
+    if run.as_json:
+        emit_json(report)
+        return
+    for entry in report:
+        changes = ", ".join(f"{name} {value}" for name, value in others[entry["task"]].items())
+        state = "is there already" if entry["trained_already"] else "to train"
+        out.print(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}", markup=False, soft_wrap=True)
+
+
+def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
     from meteora_core.data.tasks import check_name
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
     from meteora_core.training.adapters import train_adapter
+    from meteora_core.training.jobs import JobPlan, job_devices, train_side_by_side
     from meteora_core.training.together import train_together
 
-    settings = run.settings.train_adapters
     if balanced is not None:
         check_name(balanced)
-    if run.runtime.kind == "fsdp" and len(names) > 1 and balanced is None:
-        raise UsageError("--launcher fsdp trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
+        raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    shared: dict[str, Any] = {
+        "base": run.base,
+        "data_dir": run.settings.paths.data,
+        "out_dir": run.out_dir or run.settings.paths.adapters,
+        "max_rows": run.max_rows,
+        "token_cache": run.token_cache,
+        "resume": run.resume,
+        "force": run.force,
+    }
+    jobs = run.settings.launch.jobs
     with run.progress() as bars:
-        model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
-        tokenizer = load_tokenizer(run.base, progress=bars)
-        options: dict[str, Any] = {
-            "base": run.base,
-            "data_dir": run.settings.paths.data,
-            "out_dir": run.out_dir or run.settings.paths.adapters,
-            "settings": settings,
-            "max_rows": run.max_rows,
-            "resume": run.resume,
-            "force": run.force,
-            "runtime": run.runtime,
-            "progress": bars,
-        }
-        if together:
-            done = train_together(model, tokenizer, names, **options)
-        elif balanced is not None:
-            done = [train_adapter(model, tokenizer, balanced, tasks=names, **options)]
+        if jobs > 1 and len(names) > 1 and run.runtime.kind == "none" and not together and balanced is None:
+            devices = job_devices(run.settings.model.device, min(jobs, len(names)))
+            outcome = train_side_by_side(JobPlan(settings=each, dtype=run.dtype, devices=devices, **shared), progress=bars)
+            done = outcome.done
         else:
-            done = [train_adapter(model, tokenizer, name, **options) for name in names]
-    for each in done if run.runtime.is_main else []:
-        state = "was there already" if each.skipped else f"{each.steps} steps, {each.seconds:.0f} s"
-        note = f", {each.cut} rows cut to {settings.max_length} tokens" if each.cut else ""
-        console.print(f"{each.folder}: loss {each.loss:.3f} ({state}{note})", markup=False)
-    return [{**each.__dict__, "folder": str(each.folder)} for each in done]
+            outcome = None
+            model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
+            tokenizer = load_tokenizer(run.base, progress=bars)
+            options: dict[str, Any] = {**shared, "runtime": run.runtime, "progress": bars}
+            if together:
+                common = _task_settings(run.settings, [""], {})[""]
+                done = train_together(model, tokenizer, names, settings=common, per_task=each, **options)
+            elif balanced is not None:
+                done = [train_adapter(model, tokenizer, balanced, tasks=names, settings=each[balanced], **options)]
+            else:
+                done = [train_adapter(model, tokenizer, name, settings=each[name], **options) for name in names]
+    for adapter in done if run.runtime.is_main else []:
+        state = "was there already" if adapter.skipped else f"{adapter.steps} steps, {adapter.seconds:.0f} s"
+        note = f", {adapter.cut} rows cut to {each[adapter.task].max_length} tokens" if adapter.cut else ""
+        console.print(f"{adapter.folder}: loss {adapter.loss:.3f} ({state}{note})", markup=False)
+    if outcome is not None:
+        outcome.check()
+    return [{**adapter.__dict__, "folder": str(adapter.folder)} for adapter in done]
 
 
 def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model.base import load_base, load_tokenizer
+    from meteora_core.training.common import check_bases
     from meteora_core.training.gates import train_gates
 
     settings = run.settings
+    if run.runtime.is_main and (note := check_bases(folders, settings.model.base)):
+        console.print(f"note: {note}", markup=False)
     with run.progress() as bars:
         bank = AdapterBank.from_peft(folders, progress=bars)
         model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
@@ -347,6 +440,7 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
             temperature=settings.routing.temperature or 1.0,
             backend=settings.model.backend,
             max_rows=run.max_rows,
+            token_cache=run.token_cache,
             resume=run.resume,
             force=run.force,
             runtime=run.runtime,
@@ -358,9 +452,14 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     state = "was there already" if done.skipped else f"{done.steps} steps, {done.seconds:.0f} s"
     note = f", {done.cut} rows cut to {settings.train_gates.max_length} tokens" if done.cut else ""
     console.print(f"{done.folder}: loss {done.loss:.3f} ({state}{note})", markup=False)
-    if done.held_out:
-        from rich.table import Table
+    from rich.table import Table
 
+    if done.sampled and done.steps:
+        table = Table("task", "train rows", "drawn", "passes", "tokens", "share")
+        for name, seen in done.sampled.items():
+            table.add_row(name, *(f"{seen[key]:,.0f}" for key in ("rows", "drawn")), f"{seen['passes']:.2f}", f"{seen['tokens']:,.0f}", f"{seen['share']:.1%}")
+        (console if run.as_json else out).print(table)
+    if done.held_out:
         table = Table("held-out train rows", "value")
         for name, value in done.held_out.items():
             table.add_row(name, f"{value:.1%}" if "accuracy" in name else f"{value:.3f}")

@@ -16,7 +16,7 @@ from meteora_core.data.local import from_files
 from meteora_core.data.records import SOURCE_SPLIT, SPLIT_RULE, VALIDATION_SPLIT, divide, record_to_row
 from meteora_core.data.rows import Row, Split
 from meteora_core.data.tasks import BigBench, Records, Task
-from meteora_core.errors import DataError, DownloadError, UsageError
+from meteora_core.errors import DataError, DownloadError
 
 BIGBENCH = "tasksource/bigbench"
 AUTHORS = "NJUDeepEngine/meteora_dataset"
@@ -106,10 +106,8 @@ def _authors_file(repository: str, name: str) -> Path:
 
 
 def _load(repository: str, config: str) -> dict[str, Any]:
-    try:
-        import datasets
-    except ImportError as missing:
-        raise UsageError("the hub source needs the 'datasets' library", hint="pip install 'meteora[hub]'") from missing
+    import datasets
+
     datasets.disable_progress_bars()
     if not Path(repository).is_dir():
         _check_reachable(repository)

@@ -48,8 +48,8 @@ def iter_rows(path: Path, *, hint: str | None = None) -> Iterator[Row]:
         yield Row(row["prompt"], row["response"])
 
 
-def read_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> list[Row]:
-    """Read a task's rows.
+def stream_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> Iterator[Row]:
+    """Yield a task's rows, one after another.
 
     Args:
         data_dir: The folder of all datasets.
@@ -63,15 +63,25 @@ def read_rows(data_dir: Path | str, task: str, split: str, limit: int | None = N
     path = split_path(data_dir, task, split)
     if not path.is_file():
         raise DataError(f"no {split} rows of {task} in {data_dir}", hint=f"run `{build_command(task)}`")
-    rows: list[Row] = []
+    count = 0
     if limit is None or limit > 0:
         for row in iter_rows(path, hint=f"run `{build_command(task)}` to build it anew"):
-            rows.append(row)
-            if limit is not None and len(rows) >= limit:
-                break
-        if not rows:
+            yield row
+            count += 1
+            if limit is not None and count >= limit:
+                return
+        if not count:
             raise DataError(f"{path} has no rows", hint=f"run `{build_command(task)}` to build it anew")
-    return rows
+
+
+def read_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> list[Row]:
+    """A task's rows as a list; arguments and errors are those of :func:`stream_rows`."""
+    return list(stream_rows(data_dir, task, split, limit))
+
+
+def check_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> int:
+    """Read a task's rows without keeping them, and return how many there are; arguments and errors are those of :func:`stream_rows`."""
+    return sum(1 for _ in stream_rows(data_dir, task, split, limit))
 
 
 def available_tasks(data_dir: Path | str) -> list[str]:

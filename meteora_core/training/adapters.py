@@ -20,11 +20,11 @@ from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.common import INFO_FILE, disable_checkpointing, enable_checkpointing, run_inputs, train_rows
+from meteora_core.training.common import INFO_FILE, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs
 from meteora_core.training.loop import Computed, Counts, Run, Task, train
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.measure import by_task
-from meteora_core.training.rows import Batch, TrainRow, collate, encode_rows
+from meteora_core.training.rows import Batch, TrainRow, collate
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import INFO, RunState, differences, saved_states
 
@@ -90,6 +90,7 @@ def train_adapter(
     settings: AdapterTrainSettings,
     tasks: Sequence[str] | None = None,
     max_rows: int | None = None,
+    token_cache: Path | None = None,
     resume: bool = True,
     force: bool = False,
     runtime: Runtime = SINGLE,
@@ -109,6 +110,7 @@ def train_adapter(
         settings: Rank, steps, rates.
         tasks: Train one LoRA on all of these (the paper's LoRA-B): every task has as many tokens as any other.
         max_rows: Use only the first so many train rows.
+        token_cache: Keep tokenised rows there, and read them from there; None: in memory.
         resume: Go on from a saved state of the same inputs, if there is one.
         force: Train even if the same adapter is there.
         runtime: The processes that train together; each calls this function, the main one writes.
@@ -123,9 +125,9 @@ def train_adapter(
     if not force and adapter_is_current(folder, inputs):
         return finished_adapter(task, folder)
     names = list(tasks or [task])
-    parts = [train_rows(data_dir, name, settings.seed, max_rows) for name in names]
-    encoded = [encode_rows(rows, tokenizer, index, settings.max_length) for index, (rows, _) in enumerate(parts)]
-    held_out = [encode_rows(held, tokenizer, index, settings.max_length).rows for index, (_, held) in enumerate(parts) if held]
+    source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
+    parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
+    encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
     states = out_dir / f".{task}.states"
     pad = int(tokenizer.pad_token_id)
     torch.manual_seed(settings.seed)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meteora_core.data.rows import Row, read_rows, split_path
+from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.files import read_json, sha256
 from meteora_core.model.base import BaseReference
+from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
+from meteora_core.training.rows import Encoded, TrainRow, encode_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INFO_FILE = "meteora_training.json"
 """Beside an adapter's weights: how it was trained."""
@@ -25,18 +28,62 @@ HELD_OUT = 64
 """At most so many train rows of a task are kept out of training, to watch it by; test rows are never looked at."""
 
 
-def split_held_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Train rows and held-out rows: a tenth of the rows, at most 64, drawn by seed."""
-    order = list(range(len(rows)))
+def split_places(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Which of ``count`` rows are trained on, and which are held out: a tenth of the rows, at most 64, drawn by seed."""
+    order = list(range(count))
     random.Random(seed).shuffle(order)
-    count = min(HELD_OUT, len(rows) // 10)
-    held = set(order[:count])
-    return [row for place, row in enumerate(rows) if place not in held], [rows[place] for place in order[:count]]
+    held = order[: min(HELD_OUT, count // 10)]
+    return sorted(set(order) - set(held)), held
+
+
+def split_held_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """Train rows and held-out rows; see :func:`split_places`."""
+    train, held = split_places(len(rows), seed)
+    return [rows[place] for place in train], [rows[place] for place in held]
 
 
 def train_rows(data_dir: Path, task: str, seed: int, max_rows: int | None = None) -> tuple[list[Row], list[Row]]:
     """The train and held-out rows of a built dataset. Raises DataError when it is missing or broken."""
     return split_held_out(read_rows(data_dir, task, "train", max_rows), seed)
+
+
+def encoded_rows(
+    data_dir: Path,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: int,
+    *,
+    max_length: int,
+    seed: int,
+    max_rows: int | None = None,
+    token_cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Encoded, list[TrainRow]]:
+    """The tokenised train and held-out rows of a built dataset.
+
+    Args:
+        data_dir, task: The dataset.
+        tokenizer: The base model's.
+        adapter: Gate label of every token.
+        max_length: Longest row, in tokens.
+        seed: Chooses the held-out rows.
+        max_rows: Use only the first so many rows.
+        token_cache: Where tokenised rows are kept (:mod:`meteora_core.training.token_cache`), train rows are read from there as they are
+            needed; None tokenises them now, and holds them in memory. The rows are the same.
+        progress: Where to report.
+
+    Raises:
+        DataError: The dataset is missing or broken.
+    """
+    if token_cache is None:
+        train, held = train_rows(data_dir, task, seed, max_rows)
+        return encode_rows(train, tokenizer, adapter, max_length), list(encode_rows(held, tokenizer, adapter, max_length).rows) if held else []
+    from meteora_core.training.token_cache import cached_rows, open_rows
+
+    dataset = cached_rows(data_dir, task, tokenizer, token_cache, max_rows=max_rows, progress=progress)
+    places, held_places = split_places(len(dataset), seed)
+    rows = open_rows(dataset, places, tokenizer, adapter, max_length)
+    return Encoded(rows, rows.cut), open_rows(dataset, held_places, tokenizer, adapter, max_length)[:]
 
 
 def run_inputs(
@@ -51,6 +98,8 @@ def run_inputs(
     ignored |= {key for key in ("patience", "packing", "composite_rows") if not values.get(key)}
     if not values.get("composite_rows"):
         ignored.add("composite_max")
+    if values.get("sampling") == "balanced":
+        ignored.add("sampling")
     return {
         "stage": stage,
         "base": {"name": base.name, "revision": base.revision},
@@ -98,7 +147,6 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
         UsageError: None is there, or a named one is missing (what is there is listed).
     """
     from meteora_core.data.tasks import TASK_ORDER
-    from meteora_core.errors import UsageError, did_you_mean
 
     present = sorted(path.name for path in root.iterdir() if (path / "adapter_config.json").is_file()) if root.is_dir() else []
     if not present:
@@ -109,6 +157,38 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     single = [name for name in present if not _several_tasks(root / name)]
     chosen = list(names) or [name for name in TASK_ORDER if name in single] + [name for name in single if name not in TASK_ORDER]
     return {name: root / name for name in chosen}
+
+
+def check_bases(folders: Mapping[str, Path], base: str) -> str | None:
+    """Compare the bases that adapters name in their adapter_config.json (by the last part of a name: a hub id and a local copy count as one).
+
+    Args:
+        folders: Adapter folders by name.
+        base: What they are to be attached to.
+
+    Returns:
+        A note when they all name another base than ``base``, else None.
+
+    Raises:
+        UsageError: They name different bases; each is listed with its adapters.
+    """
+    named: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
+    for name, folder in folders.items():
+        origin = str(read_json(folder / "adapter_config.json", error=AdapterError).get("base_model_name_or_path") or "")
+        if short := _short_name(origin):
+            named.setdefault(short, []).append(name)
+            shown[short] = origin
+    if len(named) > 1:
+        listed = "; ".join(f"{shown[short]}: {', '.join(names)}" for short, names in named.items())
+        raise UsageError(f"the adapters belong to different base models: {listed}", hint="name those of one base with --task, or train the others again")
+    if named and _short_name(base) not in named:
+        return f"the adapters name {next(iter(shown.values()))} as their base, and are used with {base}"
+    return None
+
+
+def _short_name(base: str) -> str:
+    return base.rstrip("/").rpartition("/")[2].lower()
 
 
 def _several_tasks(folder: Path) -> bool:

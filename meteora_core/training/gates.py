@@ -22,16 +22,17 @@ from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
-from meteora_core.training.common import disable_checkpointing, enable_checkpointing, run_inputs, short_hash, train_rows
+from meteora_core.training.common import disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, short_hash, train_rows
 from meteora_core.training.composites import POOL, make_composites
 from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.measure import gate_tallies, hit_sum, measure_gates
 from meteora_core.training.plan import plan_batches
 from meteora_core.training.ridge import ridge_gates
-from meteora_core.training.rows import Batch, TrainRow, collate, encode_rows
+from meteora_core.training.rows import Batch, TrainRow, collate, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import saved_states
+from meteora_core.training.zero import is_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,6 +54,7 @@ class TrainedGates:
         steps, loss, tokens, seconds: Of the training.
         held_out: Measured on train rows that were kept out of training; see :func:`meteora_core.training.measure.measure_gates`.
         cut: How many rows were cut to the longest length.
+        sampled: Per task, how much of it was seen; see :class:`meteora_core.training.state.RunState`.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class TrainedGates:
     seconds: float
     held_out: dict[str, float]
     cut: int
+    sampled: dict[str, dict[str, float]]
 
 
 def gate_inputs(
@@ -102,6 +105,7 @@ def train_gates(
     temperature: float = 1.0,
     backend: str = "auto",
     max_rows: int | None = None,
+    token_cache: Path | None = None,
     resume: bool = False,
     force: bool = False,
     runtime: Runtime = SINGLE,
@@ -123,6 +127,7 @@ def train_gates(
         settings: Steps, rates, beta, what trains.
         top_k, temperature, backend: Of the routing while training; the first two are saved as the checkpoint's defaults.
         max_rows: Use only the first so many train rows of each task.
+        token_cache: Keep tokenised rows there, and read them from there; None: in memory.
         resume: Go on from a saved state of the same inputs, if there is one.
         force: Train even if the same checkpoint is there.
         runtime: The processes that train together; each calls this function, the main one writes. A model that was sharded is of no use afterwards.
@@ -137,8 +142,11 @@ def train_gates(
     inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
     if not force and gates_are_current(folder, inputs):
         done = read_json(folder / CONFIG_FILE)["training"]
-        return TrainedGates(folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["held_out"], done["rows_cut"])
-    rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, processes=runtime.world)
+        return TrainedGates(
+            folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["held_out"], done["rows_cut"], done.get("sampled", {})
+        )
+    sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
+    rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
     start = "zeros" if settings.init == "ridge" else settings.init
     attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
     states, pad = folder.parent / f".{folder.name}.states", int(tokenizer.pad_token_id)
@@ -170,6 +178,7 @@ def train_gates(
             inputs,
             "gates",
             names=bank.names,
+            balanced=settings.sampling == "balanced",
             extra=rows.composites,
             extra_share=settings.composite_rows,
             evaluate=evaluate,
@@ -186,7 +195,7 @@ def train_gates(
     gather_trained(model)
     loss = state.history[-1]["loss"] if state.history else float("nan")
     training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
-    training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "history": state.history}
+    training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "sampled": state.sampled, "history": state.history}
     training |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
     kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
     if runtime.is_main:
@@ -197,7 +206,7 @@ def train_gates(
             parameter.data = parameter.data.to(kept).to(dtype)
     set_trainable(model, "none")
     runtime.wait()
-    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut)
+    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled)
 
 
 @dataclass(frozen=True)
@@ -210,7 +219,7 @@ class GateRows:
         cut: How many rows were cut to the longest length.
     """
 
-    train: list[list[TrainRow]]
+    train: list[Sequence[TrainRow]]
     held_out: list[list[TrainRow]]
     composites: list[TrainRow]
     held_out_composites: list[TrainRow]
@@ -218,20 +227,29 @@ class GateRows:
 
 
 def gate_rows(
-    tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...], data_dir: Path, settings: GateTrainSettings, max_rows: int | None, *, processes: int = 1
+    tokenizer: PreTrainedTokenizerBase,
+    names: tuple[str, ...],
+    data_dir: Path,
+    settings: GateTrainSettings,
+    max_rows: int | None,
+    *,
+    token_cache: Path | None = None,
+    processes: int = 1,
+    progress: Progress = SILENT,
 ) -> GateRows:
     """Read and tokenise the datasets of all adapters, and make composites of them if the settings say so. Raises DataError, UsageError."""
-    train_parts, held_parts = zip(*(train_rows(data_dir, name, settings.seed, max_rows) for name in names), strict=True)
-    encoded = [encode_rows(part, tokenizer, index, settings.max_length) for index, part in enumerate(train_parts)]
-    held = [encode_rows(part, tokenizer, index, settings.max_length).rows if part else [] for index, part in enumerate(held_parts)]
+    source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
+    parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
+    encoded, held = [each for each, _ in parts], [rows for _, rows in parts]
     composites, held_composites, cut = [], [], sum(each.cut for each in encoded)
     if settings.composite_rows:
+        train_parts, held_parts = zip(*(train_rows(data_dir, name, settings.seed, max_rows) for name in names), strict=True)
         needed = math.ceil(settings.composite_rows * settings.max_steps * settings.accumulation * settings.batch_size * processes) + RIDGE_COMPOSITES
         options: dict[str, Any] = {"largest": settings.composite_max, "max_length": settings.max_length, "seed": settings.seed}
         made = make_composites(train_parts, tokenizer, count=min(POOL, needed), **options)
-        composites, cut = made.rows, cut + made.cut
+        composites, cut = list(made.rows), cut + made.cut
         if all(held_parts):
-            held_composites = make_composites(held_parts, tokenizer, count=HELD_OUT_COMPOSITES, **options).rows
+            held_composites = list(make_composites(held_parts, tokenizer, count=HELD_OUT_COMPOSITES, **options).rows)
     return GateRows([each.rows for each in encoded], held, composites, held_composites, cut)
 
 
@@ -240,7 +258,7 @@ def gather_trained(model: nn.Module) -> None:
     for _, layer in meteora_layers(model):
         for name in ("gate", "lora_A", "lora_B"):
             parameter = getattr(layer, name)
-            if parameter.requires_grad and hasattr(parameter, "full_tensor"):
+            if (parameter.requires_grad and hasattr(parameter, "full_tensor")) or is_zero(parameter):
                 layer._parameters[name] = nn.Parameter(full_tensor(parameter))
 
 
@@ -258,7 +276,7 @@ def ridge_start(
 
     Every process looks at the same rows, a global batch at a time (each batch weighs its adapters evenly, so its size counts).
     """
-    lengths = [[len(row) for row in task_rows] for task_rows in rows]
+    lengths = [row_lengths(task_rows) for task_rows in rows]
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
     count = max(1, round(settings.ridge_tokens / (mean * settings.batch_size * processes)))
     device = next(model.parameters()).device

@@ -18,33 +18,36 @@ from typing import Any
 
 from meteora_core.errors import UsageError
 from meteora_core.settings import LaunchSettings
-from meteora_core.training.runtime import cannot_shard, no_deepspeed
+from meteora_core.training.runtime import cannot_shard
+from meteora_core.training.zero import check_deepspeed
 
 GRACE = 40.0
 """Seconds that the processes have to end by themselves after Ctrl-C (the launcher itself waits 30 s before it kills them)."""
 
 
-def process_count(settings: LaunchSettings, devices: int) -> int:
+def process_count(settings: LaunchSettings, devices: int, *, planned: bool = False) -> int:
     """How many processes to start over all machines.
 
     Args:
         settings: What is wished.
         devices: GPUs of this machine that may be used; 0 on a CPU.
+        planned: Nothing will be started here: with a number of processes given, this machine need not be able to shard.
 
     Raises:
         UsageError: The number is unknown, does not divide by the machines, or is larger than the GPUs that are there; the launcher shards and there
-            are no GPUs; or it is DeepSpeed.
+            are no GPUs; or DeepSpeed is not installed.
     """
-    if settings.launcher == "deepspeed":
-        raise no_deepspeed()
-    if settings.launcher == "fsdp" and devices == 0:
+    elsewhere = planned and settings.num_processes is not None
+    if settings.launcher == "deepspeed" and not elsewhere:
+        check_deepspeed(devices)
+    if settings.launcher == "fsdp" and devices == 0 and not elsewhere:
         raise cannot_shard()
     if settings.num_processes is None and devices == 0:
         raise UsageError("how many processes? There is no GPU to count", hint="pass --num-processes N")
     count = settings.num_processes or devices * settings.num_machines
     if count % settings.num_machines:
         raise UsageError(f"{count} processes cannot be spread evenly over {settings.num_machines} machines", hint="choose --num-processes accordingly")
-    if devices and count // settings.num_machines > devices:
+    if devices and count // settings.num_machines > devices and not planned:
         raise UsageError(f"{count // settings.num_machines} processes on a machine with {devices} GPUs", hint="one process a GPU: lower --num-processes")
     if settings.num_machines > 1 and settings.main_process_ip is None:
         raise UsageError("several machines need the address of machine 0", hint="pass --main-process-ip")
@@ -53,7 +56,7 @@ def process_count(settings: LaunchSettings, devices: int) -> int:
     return count
 
 
-def launch_config(settings: LaunchSettings, processes: int) -> dict[str, Any]:
+def launch_config(settings: LaunchSettings, processes: int, zero_file: Path | None = None) -> dict[str, Any]:
     """accelerate's configuration file.
 
     The number type is the model's own business, so mixed precision is off. FSDP is version 2; its units are the decoder layers that the model names.
@@ -61,11 +64,12 @@ def launch_config(settings: LaunchSettings, processes: int) -> dict[str, Any]:
     Args:
         settings: Launcher and machines.
         processes: Over all machines.
+        zero_file: Where DeepSpeed's own configuration lies.
     """
     several = settings.num_machines > 1
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "FSDP" if settings.launcher == "fsdp" else "MULTI_GPU",
+        "distributed_type": {"fsdp": "FSDP", "deepspeed": "DEEPSPEED"}.get(settings.launcher, "MULTI_GPU"),
         "num_processes": processes,
         "num_machines": settings.num_machines,
         "machine_rank": settings.machine_rank,
@@ -78,6 +82,9 @@ def launch_config(settings: LaunchSettings, processes: int) -> dict[str, Any]:
     }
     if settings.main_process_ip:
         config["main_process_ip"] = settings.main_process_ip
+    if settings.launcher == "deepspeed":
+        del config["mixed_precision"]  # DeepSpeed's own file says it
+        config["deepspeed_config"] = {"deepspeed_config_file": str(zero_file), "zero3_init_flag": False, "deepspeed_multinode_launcher": "standard"}
     if settings.launcher == "fsdp":
         config["fsdp_config"] = {
             "fsdp_version": 2,

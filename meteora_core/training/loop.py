@@ -18,9 +18,9 @@ from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.nonfinite import first_nonfinite_layer
 from meteora_core.training.plan import Pick, plan_batches, plan_packed
-from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_labels, count_row_targets
-from meteora_core.training.runtime import SINGLE, Runtime, full_tensor, like
-from meteora_core.training.state import RunState, load_state, save_state
+from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_labels, count_row_targets, row_lengths
+from meteora_core.training.runtime import SINGLE, Runtime, assign, full_tensor
+from meteora_core.training.state import RunState, load_state, save_state, saved_states
 from meteora_core.training.trackers import Tracker, finite, open_tracker
 
 
@@ -80,6 +80,7 @@ class Task:
         title: For the progress bar.
         names: The tasks', for messages.
         response_only: Leave the prompts' tokens out of the language-model loss.
+        balanced: As many tokens of every task; False: every row as often.
         extra, extra_share: Rows of no single task (composites), and their share of all rows.
         evaluate: Held-out figures by name; ``loss`` decides what is best. Empty when nothing was held out.
         log_dir: For TensorBoard.
@@ -96,6 +97,7 @@ class Task:
     title: str
     names: tuple[str, ...] = ()
     response_only: bool = False
+    balanced: bool = True
     extra: Sequence[TrainRow] = ()
     extra_share: float = 0.0
     evaluate: Callable[[Run], dict[str, float]] | None = None
@@ -135,12 +137,14 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
     """
     optimizer = runtime.prepare(task.model, lambda trained: torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay))
     parameters = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
-    state = (load_state(task.folder, parameters, optimizer, task.inputs) if resume else None) or RunState()
-    runtime.wait()
     source = _Source(task, settings, runtime.world)
-    tracker = open_tracker(settings.log_to if runtime.is_main else "none", task.log_dir, task.title, task.inputs, state.step)
     stepper = _Stepper(task, settings, runtime, optimizer, parameters, source)
     task.model.train()
+    if resume and runtime.kind == "deepspeed" and saved_states(task.folder) and settings.max_steps:
+        stepper.step(0, rate=0.0)  # DeepSpeed has no optimiser states before its first step; all that this one changes is restored
+    state = (load_state(task.folder, parameters, optimizer, task.inputs) if resume else None) or RunState()
+    runtime.wait()
+    tracker = open_tracker(settings.log_to if runtime.is_main else "none", task.log_dir, task.title, task.inputs, state.step)
     began, before, start_tokens = time.monotonic(), state.seconds, state.tokens
     log = _Log(runtime)
     with progress.task(task.title, total=settings.max_steps, unit="steps") as bar:
@@ -161,19 +165,25 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
                 bar.update(1, total=None, **_shown(state, start_tokens, time.monotonic() - began))
                 if state.step % settings.save_steps == 0 and not last:
                     save_state(task.folder, state, parameters, optimizer, task.inputs, write=runtime.is_main)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise MeteoraError(
                 f"out of memory at step {state.step + 1}",
                 hint="lower --batch-size (raise --accumulation to keep the total) or --max-length, or pass --gradient-checkpointing",
             ) from error
         finally:
             tracker.close()
-    if state.best:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(like(state.best[name], parameter))
+    for name, parameter in parameters.items() if state.best else ():
+        assign(parameter, state.best[name])
     task.model.eval()
+    state.sampled = source.sampled(state.step)
     return state
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not get memory, on a GPU or (where it is an ordinary RuntimeError) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _evaluate(task: Task, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, tracker: Tracker) -> None:
@@ -197,9 +207,11 @@ class _Source:
     def __init__(self, task: Task, settings: OptimSettings, world: int) -> None:
         self.task, self.settings = task, settings
         self.rows = [*task.rows, task.extra] if task.extra_share else list(task.rows)
-        lengths = [[len(row) for row in rows] for rows in task.rows]
+        self._held: dict[Pick, TrainRow] = {}
+        lengths = [row_lengths(rows) for rows in task.rows]
         count, size = settings.max_steps * settings.accumulation, settings.batch_size * world
-        extra: dict[str, Any] = {"extra": [len(row) for row in task.extra], "extra_share": task.extra_share}
+        self.lengths = [*lengths, [len(row) for row in task.extra]] if task.extra_share else lengths
+        extra: dict[str, Any] = {"extra": [len(row) for row in task.extra], "extra_share": task.extra_share, "balanced": task.balanced}
         self.steps: Sequence[Sequence[list[list[Pick]]]]
         if task.batches is not None:
             self.steps = [[[[pick] for pick in batch] for batch in step] for step in task.batches]
@@ -210,22 +222,41 @@ class _Source:
                 plan = [[[pick] for pick in batch] for batch in plan_batches(lengths, count, size, settings.seed, **extra)]
             self.steps = [plan[first : first + settings.accumulation] for first in range(0, count, settings.accumulation)]
 
+    def row(self, pick: Pick) -> TrainRow:
+        """A row of the step whose counts were asked for last; each is read once."""
+        if pick not in self._held:
+            self._held[pick] = self.rows[pick[0]][pick[1]]
+        return self._held[pick]
+
     def picked(self, step: int) -> list[TrainRow]:
-        return [self.rows[which][row] for batch in self.steps[step] for sequence in batch for which, row in sequence]
+        return [self.row(pick) for batch in self.steps[step] for sequence in batch for pick in sequence]
 
     def counts(self, step: int) -> Counts:
+        self._held = {}
         by_task = [0] * len(self.rows)
         for batch in self.steps[step]:
             for sequence in batch:
-                for which, row in sequence:
-                    by_task[which] += count_row_targets(self.rows[which][row], self.task.response_only)
+                for pick in sequence:
+                    by_task[pick[0]] += count_row_targets(self.row(pick), self.task.response_only)
         return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, self.picked(step)))), tuple(by_task))
+
+    def sampled(self, steps: int) -> dict[str, dict[str, float]]:
+        """What the first ``steps`` steps saw of each task; see :class:`meteora_core.training.state.RunState`."""
+        drawn, tokens = [0] * len(self.lengths), [0] * len(self.lengths)
+        for which, row in (pick for step in self.steps[:steps] for batch in step for sequence in batch for pick in sequence):
+            drawn[which] += 1
+            tokens[which] += self.lengths[which][row]
+        names = [*(self.task.names or map(str, range(len(self.task.rows)))), "composites"]
+        return {
+            name: {"rows": len(rows), "drawn": count, "passes": round(count / len(rows), 3), "tokens": seen, "share": round(seen / max(1, sum(tokens)), 4)}
+            for name, rows, count, seen in zip(names, self.lengths, drawn, tokens, strict=False)
+        }
 
     def tokens(self, step: int) -> int:
         return sum(map(len, self.picked(step)))
 
     def batch(self, sequences: list[list[Pick]]) -> Batch:
-        rows = [[self.rows[which][row] for which, row in sequence] for sequence in sequences]
+        rows = [[self.row(pick) for pick in sequence] for sequence in sequences]
         if self.settings.packing:
             return collate_packed(rows, self.task.pad_token, response_only=self.task.response_only)
         return collate([row for sequence in rows for row in sequence], self.task.pad_token, response_only=self.task.response_only)
@@ -247,11 +278,11 @@ class _Stepper:
         self.parameters = list(parameters.values())
         self.device = self.parameters[0].device if self.parameters else next(task.model.parameters()).device
 
-    def step(self, number: int) -> StepLoss:
+    def step(self, number: int, rate: float | None = None) -> StepLoss:
         settings, runtime = self.settings, self.runtime
         torch.manual_seed((settings.seed * 1_000_003 + number) * runtime.world + runtime.rank)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, settings)
+            group["lr"] = learning_rate(number, settings) if rate is None else rate
         counts, batches = self.source.counts(number), self.source.steps[number]
         self.optimizer.zero_grad(set_to_none=True)
         shares = []
@@ -263,7 +294,7 @@ class _Stepper:
                 runtime.backward(loss)
             shares.append(StepLoss(loss.detach(), parts, tallies))
         if settings.max_grad_norm and self.parameters:
-            norm = (self.task.clip or torch.nn.utils.clip_grad_norm_)(self.parameters, settings.max_grad_norm)
+            norm = runtime.clip(self.parameters, settings.max_grad_norm, self.task.clip)
             if not math.isfinite(value := float(full_tensor(norm))):
                 raise MeteoraError(f"the gradient's norm is {value} at step {number + 1}; the loss is finite", hint=_LOWER)
         self.optimizer.step()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from meteora_core.routing import IGNORE
 from meteora_core.training.rows import Batch
+from meteora_core.training.zero import is_sharded
 
 CHUNK = 256
 """Tokens whose logits exist at once."""
@@ -102,7 +103,7 @@ def _plain_head(model: nn.Module) -> tuple[nn.Module, Tensor] | None:
     decoder = inner.base_model
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or decoder is inner or head.weight.is_meta:
         return None
-    if type(head.weight) not in (nn.Parameter, Tensor):
+    if type(head.weight) not in (nn.Parameter, Tensor) or is_sharded(head.weight):
         return None
     return decoder, head.weight
 

@@ -13,13 +13,15 @@ Pick = tuple[int, int]
 
 
 class _Picker:
-    """Hands out rows one by one, tasks balanced by tokens; see :func:`plan_batches`."""
+    """Hands out rows one by one; see :func:`plan_batches`."""
 
-    def __init__(self, lengths: Sequence[Sequence[int]], seed: int, extra: Sequence[int], extra_share: float) -> None:
+    def __init__(self, lengths: Sequence[Sequence[int]], seed: int, extra: Sequence[int], extra_share: float, balanced: bool) -> None:
         self.rng = random.Random(seed)
         self.lengths = [*lengths, extra] if extra_share else list(lengths)
         self.streams = [_endless(len(rows), random.Random(self.rng.random())) for rows in self.lengths]
-        self.spent = [self.rng.random() for _ in lengths]
+        self.whole = [1.0 if balanced else len(rows) for rows in lengths]
+        self.spent = [self.rng.random() / whole for whole in self.whole]
+        self.balanced = balanced
         self.share, self.owed = extra_share, 0.0
 
     def next(self) -> Pick:
@@ -30,7 +32,7 @@ class _Picker:
             return task, next(self.streams[task])
         task = self.spent.index(min(self.spent))
         row = next(self.streams[task])
-        self.spent[task] += self.lengths[task][row]
+        self.spent[task] += self.lengths[task][row] if self.balanced else 1 / self.whole[task]
         return task, row
 
     def length(self, pick: Pick) -> int:
@@ -38,7 +40,7 @@ class _Picker:
 
 
 def plan_batches(
-    lengths: Sequence[Sequence[int]], batches: int, batch_size: int, seed: int, *, extra: Sequence[int] = (), extra_share: float = 0.0
+    lengths: Sequence[Sequence[int]], batches: int, batch_size: int, seed: int, *, extra: Sequence[int] = (), extra_share: float = 0.0, balanced: bool = True
 ) -> list[list[Pick]]:
     """Lay out ``batches`` batches, tasks balanced by tokens, rows of like length together.
 
@@ -52,11 +54,12 @@ def plan_batches(
         seed: Fixes everything.
         extra: Token counts of rows that belong to no single task (composites).
         extra_share: This share of all rows are extra ones; in the plan their task number is ``len(lengths)``.
+        balanced: False draws every row as often as any other instead: the next row is of the task that is least far through its rows.
 
     Returns:
         Per batch, ``(task, row)`` pairs.
     """
-    picker = _Picker(lengths, seed, extra, extra_share)
+    picker = _Picker(lengths, seed, extra, extra_share, balanced)
     planned: list[list[Pick]] = []
     while len(planned) < batches:
         count = min(BUCKET, batches - len(planned))
@@ -77,18 +80,19 @@ def plan_packed(
     *,
     extra: Sequence[int] = (),
     extra_share: float = 0.0,
+    balanced: bool = True,
 ) -> list[list[list[Pick]]]:
     """Lay out batches of packed sequences: rows in the same balanced order, each put into the first sequence that has room for it.
 
     Args:
-        lengths, batches, seed, extra, extra_share: As for :func:`plan_batches`.
+        lengths, batches, seed, extra, extra_share, balanced: As for :func:`plan_batches`.
         batch_size: Sequences in each batch.
         capacity: Tokens that a sequence holds; no row is longer.
 
     Returns:
         Per batch, per sequence, ``(task, row)`` pairs.
     """
-    picker = _Picker(lengths, seed, extra, extra_share)
+    picker = _Picker(lengths, seed, extra, extra_share, balanced)
     planned: list[list[list[Pick]]] = []
     waiting = picker.next()
     while len(planned) < batches:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CHUNK = 1024
+"""Texts that are tokenised at once: the places of their tokens take more memory than the tokens."""
+
+
 @dataclass(frozen=True)
 class TrainRow:
     """One sequence: prompt, response and the end-of-sequence token.
@@ -39,7 +43,7 @@ class TrainRow:
 class Encoded:
     """The rows of one task, and how many were cut to the longest allowed length."""
 
-    rows: list[TrainRow]
+    rows: Sequence[TrainRow]
     cut: int
 
 
@@ -73,8 +77,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
         raise DataError("no training rows", hint="build the dataset again, without --max-train")
     encoded, cut = [], 0
     head = leading_special_tokens(tokenizer)
-    for _, start, ids, _ in _tokenised([(row.prompt, row.response) for row in rows], tokenizer):
-        encoded_row, was_cut = _fit(ids, [adapter] * len(ids), start, head, max_length)
+    for _, start, ids, _ in tokenised([(row.prompt, row.response) for row in rows], tokenizer):
+        encoded_row, was_cut = fit_row(ids, [adapter] * len(ids), start, head, max_length)
         encoded.append(encoded_row)
         cut += was_cut
     return Encoded(encoded, cut)
@@ -94,7 +98,7 @@ def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBas
     """
     encoded, cut = [], 0
     head = leading_special_tokens(tokenizer)
-    for place, start, ids, offsets in _tokenised([(text.prompt, text.response) for text in texts], tokenizer):
+    for place, start, ids, offsets in tokenised([(text.prompt, text.response) for text in texts], tokenizer):
         labels, spans, current = [], texts[place].spans, 0
         for begin, end in offsets:
             while current < len(spans) and spans[current][1] <= begin:
@@ -102,26 +106,30 @@ def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBas
             inside = end > begin and current < len(spans) and spans[current][0] <= begin
             labels.append(spans[current][2] if inside else IGNORE)
         labels.append(spans[-1][2] if spans else IGNORE)
-        row, was_cut = _fit(ids, labels, start, head, max_length)
+        row, was_cut = fit_row(ids, labels, start, head, max_length)
         encoded.append(row)
         cut += was_cut
     return Encoded(encoded, cut)
 
 
-def _tokenised(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int, list[int], list[tuple[int, int]]]]:
+def tokenised(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int, list[int], list[tuple[int, int]]]]:
     """Per text: its number, the response's first token, the token ids with one EOS at the end, the tokens' offsets (without the EOS)."""
-    found = tokenizer([prompt + response for prompt, response in texts], return_offsets_mapping=True, return_attention_mask=False)
-    for place, (tokens, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True)):
-        ids = list(tokens)
-        while ids and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()
-        begin = len(texts[place][0])
-        start = next((position for position, (first, last) in enumerate(offsets) if last > first and first >= begin), len(ids))
-        ids.append(int(tokenizer.eos_token_id))
-        yield place, min(start, len(ids) - 1), ids, offsets[: len(ids) - 1]
+    for first in range(0, len(texts), CHUNK):
+        part = [prompt + response for prompt, response in texts[first : first + CHUNK]]
+        found = tokenizer(part, return_offsets_mapping=True, return_attention_mask=False)
+        for place, (tokens, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True), start=first):
+            yield place, *_ended(list(tokens), offsets, len(texts[place][0]), int(tokenizer.eos_token_id))
 
 
-def _fit(ids: list[int], labels: list[int], start: int, head: int, max_length: int) -> tuple[TrainRow, bool]:
+def _ended(ids: list[int], offsets: list[tuple[int, int]], begin: int, eos: int) -> tuple[int, list[int], list[tuple[int, int]]]:
+    while ids and ids[-1] == eos:
+        ids.pop()
+    start = next((position for position, (first, last) in enumerate(offsets) if last > first and first >= begin), len(ids))
+    ids.append(eos)
+    return min(start, len(ids) - 1), ids, offsets[: len(ids) - 1]
+
+
+def fit_row(ids: list[int], labels: list[int], start: int, head: int, max_length: int) -> tuple[TrainRow, bool]:
     """A row of at most ``max_length`` tokens, and whether it was cut."""
     excess = len(ids) - max_length
     if excess > 0:
@@ -220,6 +228,12 @@ def _lay_out(sequences: Sequence[Sequence[TrainRow]], pad_token: int, multiple: 
             response[place, at + row.response_start : at + length] = True
             at += length
     return Batch(input_ids, mask, targets, gates, response)
+
+
+def row_lengths(rows: Sequence[TrainRow]) -> list[int]:
+    """Tokens of every row; rows that lie on disk are not read for it."""
+    known = getattr(rows, "lengths", None)
+    return [len(row) for row in rows] if known is None else list(known)
 
 
 def first_target(row: TrainRow, response_only: bool) -> int:

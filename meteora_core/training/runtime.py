@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
+from meteora_core.training.zero import check_deepspeed, is_zero, moments, set_moments, set_weight, whole_weight
 
 T = TypeVar("T")
-Kind = Literal["none", "ddp", "fsdp"]
+Kind = Literal["none", "ddp", "fsdp", "deepspeed"]
 
 
 class TrainStep(nn.Module):
@@ -67,6 +68,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter or moment as a whole on the CPU; for a sharded one every process must call this."""
     from torch.distributed.tensor import DTensor
 
+    if is_zero(tensor):
+        return whole_weight(tensor).cpu().clone()
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
@@ -81,6 +84,29 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
+
+
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter another value, a whole tensor that is the same in every process."""
+    if is_zero(parameter):
+        set_weight(parameter, value)
+        return
+    with torch.no_grad():
+        parameter.copy_(like(value, parameter))
+
+
+def optimizer_states(parameter: nn.Parameter, optimizer: Any) -> dict[str, Tensor]:
+    """AdamW's states of a parameter as whole tensors on the CPU; every process must call this."""
+    found = moments(parameter, optimizer) if is_zero(parameter) else optimizer.state.get(parameter, {})
+    return {key: full_tensor(torch.as_tensor(value)) for key, value in found.items()}
+
+
+def assign_states(parameter: nn.Parameter, optimizer: Any, values: dict[str, Tensor]) -> None:
+    """Restore what :func:`optimizer_states` gave."""
+    if is_zero(parameter):
+        set_moments(parameter, optimizer, values)
+    else:
+        optimizer.state[parameter] = {key: value if key == "step" else like(value, parameter) for key, value in values.items()}
 
 
 class Runtime:
@@ -109,6 +135,8 @@ class Runtime:
         if self.accelerator is not None:
             optimizer = make_optimizer(trained)
             self._step, prepared = self.accelerator.prepare(step, optimizer)
+            if self.kind == "deepspeed":  # its engine steps within the backward pass; the wrapper's step and zero_grad do nothing
+                return prepared
             return getattr(prepared, "optimizer", prepared)
         if self.kind == "fsdp":
             shard(step)
@@ -124,16 +152,27 @@ class Runtime:
     def backward(self, loss: Tensor) -> None:
         """Gradients of this process's share of the loss; the processes' gradients add up."""
         loss = loss * self.world
+        if self.kind == "deepspeed":  # it divides by the accumulation
+            loss = loss * self.accelerator.gradient_accumulation_steps
         if self.accelerator is not None:
             self.accelerator.backward(loss)
         else:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around a batch: gradients go over the network only with a step's last one."""
+        """Around a batch: gradients go over the network only with a step's last one (DeepSpeed steps then)."""
+        if self.kind == "deepspeed":
+            self.accelerator.sync_gradients = last
+            return nullcontext()
         if last or self.accelerator is None or self.world == 1:
             return nullcontext()
         return self.accelerator.no_sync(self._step)
+
+    def clip(self, parameters: list[nn.Parameter], limit: float, own: Callable[[list[nn.Parameter], float], Tensor] | None = None) -> Tensor:
+        """Scale gradients down to a norm of ``limit``, and return the norm before; DeepSpeed did so in its step. ``own`` limits in another way."""
+        if self.kind == "deepspeed":
+            return torch.as_tensor(float(self.accelerator.clip_grad_norm_(parameters, limit) or 0.0))
+        return (own or torch.nn.utils.clip_grad_norm_)(parameters, limit)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over processes, in every process."""
@@ -163,20 +202,21 @@ def start_runtime(device: str = "auto") -> Runtime:
         device: The wish in the settings; "cpu" keeps the processes off the GPUs.
 
     Raises:
-        UsageError: The model should be sharded where nothing can shard, or by DeepSpeed.
+        UsageError: The model should be sharded where nothing can shard.
     """
     if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return Runtime()
     from accelerate import Accelerator
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        raise no_deepspeed()
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if zero:
+        check_deepspeed(0 if on_cpu else torch.cuda.device_count())
     sharding = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
     if sharding and on_cpu:
         raise cannot_shard()
     accelerator = Accelerator(cpu=on_cpu)
-    kind: Kind = "fsdp" if sharding else "ddp"
+    kind: Kind = "deepspeed" if zero else "fsdp" if sharding else "ddp"
     device_used = torch.device("cpu") if on_cpu else accelerator.device
     return Runtime(kind, accelerator.process_index, accelerator.num_processes, device_used, accelerator)
 
@@ -184,8 +224,3 @@ def start_runtime(device: str = "auto") -> Runtime:
 def cannot_shard() -> UsageError:
     """What to say where there is no device to shard over."""
     return UsageError("--launcher fsdp needs GPUs: nothing can be sharded on this machine's CPU", hint="use --launcher ddp, which runs on CPUs too")
-
-
-def no_deepspeed() -> UsageError:
-    """Why DeepSpeed is refused: its engine owns the optimiser step and keeps its states as pickles; FSDP 2 shards the same things."""
-    return UsageError("training does not run under DeepSpeed", hint="use --launcher fsdp, which shards weights, gradients and optimiser states too")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import atomic_folder, read_json, write_json
-from meteora_core.training.runtime import full_tensor, like
+from meteora_core.training.runtime import assign, assign_states, full_tensor, optimizer_states
 
 _STATE = "state.safetensors"
 INFO = "state.json"
@@ -37,6 +37,8 @@ class RunState:
         best_step, best_value: Of the best evaluation so far (the lowest ``loss``); -1 and infinity before the first.
         worse: Evaluations since then.
         best: The weights of that step, by parameter name, on the CPU.
+        sampled: Per task, at the end of a run: ``rows`` there are, rows ``drawn``, ``passes`` over them, ``tokens`` seen and their ``share``. It follows
+            from the plan, and is not saved.
     """
 
     step: int = 0
@@ -48,6 +50,7 @@ class RunState:
     best_value: float = math.inf
     worse: int = 0
     best: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    sampled: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def save_state(
@@ -76,8 +79,7 @@ def save_state(
     tensors: dict[str, Tensor] = {f"best.{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in parameters.items():
         whole = {f"param.{name}": full_tensor(parameter)}
-        for key, value in optimizer.state.get(parameter, {}).items():
-            whole[f"adam.{key}.{name}"] = full_tensor(torch.as_tensor(value))
+        whole |= {f"adam.{key}.{name}": value for key, value in optimizer_states(parameter, optimizer).items()}
         tensors |= whole if write else {}
     if not write:
         return
@@ -121,12 +123,11 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
         tensors = load_file(states[-1] / _STATE)
     except (SafetensorError, OSError) as broken:
         raise CheckpointError(f"{states[-1]} is broken: {broken}", hint=f"remove {states[-1]} to go on from the start") from broken
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(like(tensors[f"param.{name}"], parameter))
-            moments = {key.split(".")[1]: value for key, value in tensors.items() if key.startswith("adam.") and key.split(".", 2)[2] == name}
-            if moments:
-                optimizer.state[parameter] = {key: value if key == "step" else like(value, parameter) for key, value in moments.items()}
+    for name, parameter in parameters.items():
+        assign(parameter, tensors[f"param.{name}"])
+        moments = {key.split(".")[1]: value for key, value in tensors.items() if key.startswith("adam.") and key.split(".", 2)[2] == name}
+        if moments:
+            assign_states(parameter, optimizer, moments)
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
     kept = {key: info[key] for key in _KEPT}
     return RunState(**kept, best_value=math.inf if info["best_value"] is None else info["best_value"], best=best)

@@ -8,7 +8,7 @@ step is chosen for all adapters at once.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -38,11 +38,11 @@ from meteora_core.training.adapters import (
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.common import disable_checkpointing, enable_checkpointing, run_inputs, train_rows
+from meteora_core.training.common import disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.plan import Pick, plan_batches
-from meteora_core.training.rows import Batch, TrainRow, encode_rows
+from meteora_core.training.rows import Batch, TrainRow, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ def train_together(
     data_dir: Path,
     out_dir: Path,
     settings: AdapterTrainSettings,
+    per_task: Mapping[str, AdapterTrainSettings] | None = None,
     max_rows: int | None = None,
+    token_cache: Path | None = None,
     resume: bool = True,
     force: bool = False,
     runtime: Runtime = SINGLE,
@@ -73,28 +75,38 @@ def train_together(
         model: The base model; it is left as it was.
         tokenizer: Its tokenizer.
         tasks: Built datasets in ``data_dir``.
-        base, data_dir, out_dir, settings, max_rows, resume, force, runtime, progress: As for
+        base, data_dir, out_dir, settings, max_rows, token_cache, resume, force, runtime, progress: As for
             :func:`meteora_core.training.adapters.train_adapter`.
+        per_task: The settings of single tasks; they may differ in ``max_length``, ``batch_size`` and ``accumulation`` alone.
 
     Returns:
         One entry a task, in the order of ``tasks``; steps and seconds are those of the whole run.
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: The settings cannot be combined with it (packing), or the run is sharded.
+        UsageError: The settings cannot be combined with it (packing; tasks that differ in more than their sizes), or the run is sharded.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     if settings.packing:
         raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
-    if runtime.kind == "fsdp":
-        raise UsageError("--together cannot run with --launcher fsdp", hint="use --launcher ddp, or leave out --together")
+    if runtime.kind in ("fsdp", "deepspeed"):
+        raise UsageError(f"--together cannot run with --launcher {runtime.kind}", hint="use --launcher ddp, or leave out --together")
+    own = {task: (per_task or {}).get(task, settings) for task in tasks}
+    if unequal := [f"{task}.{name}" for task in tasks for name in _differences(own[task], settings)]:
+        raise UsageError(f"--together trains all tasks alike, but there are settings for {', '.join(unequal)}", hint="leave them out, or leave out --together")
     dtype = next(model.parameters()).dtype
-    inputs = {task: adapter_inputs(base, dtype, data_dir, task, settings, max_rows, processes=runtime.world) for task in tasks}
+    inputs = {task: adapter_inputs(base, dtype, data_dir, task, own[task], max_rows, processes=runtime.world) for task in tasks}
     todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]
     done = {task: finished_adapter(task, out_dir / task) for task in tasks if task not in todo}
     if todo:
-        done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, max_rows, resume, runtime, progress)
+        done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, token_cache, resume, runtime, progress)
     return [done[task] for task in tasks]
+
+
+def _differences(one: AdapterTrainSettings, other: AdapterTrainSettings) -> list[str]:
+    """What two tasks of one run must have alike and do not."""
+    sizes = {"max_length", "batch_size", "accumulation"}
+    return [name for name in type(one).model_fields if name not in sizes and getattr(one, name) != getattr(other, name)]
 
 
 def _train(
@@ -106,15 +118,17 @@ def _train(
     data_dir: Path,
     out_dir: Path,
     settings: AdapterTrainSettings,
+    own: Mapping[str, AdapterTrainSettings],
     max_rows: int | None,
+    token_cache: Path | None,
     resume: bool,
     runtime: Runtime,
     progress: Progress,
 ) -> dict[str, TrainedAdapter]:
     dtype, pad, response_only = next(model.parameters()).dtype, int(tokenizer.pad_token_id), settings.loss_on == "response"
-    parts = [train_rows(data_dir, task, settings.seed, max_rows) for task in tasks]
-    encoded = [encode_rows(rows, tokenizer, index, settings.max_length) for index, (rows, _) in enumerate(parts)]
-    held_out = [encode_rows(held, tokenizer, index, settings.max_length).rows for index, (_, held) in enumerate(parts) if held]
+    source: dict[str, Any] = {"seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache, "progress": progress}
+    parts = [encoded_rows(data_dir, task, tokenizer, index, max_length=own[task].max_length, **source) for index, task in enumerate(tasks)]
+    encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
     rows = [each.rows for each in encoded]
     states = out_dir / ".together.states"
     attach(model, fresh_bank(model, tasks, base, settings), top_k=1, init="zeros", dropout=settings.dropout)
@@ -138,13 +152,13 @@ def _train(
             objective,
             pad,
             states,
-            run_inputs("together", base, dtype, data_dir, tasks, settings, processes=runtime.world, max_rows=max_rows),
+            run_inputs("together", base, dtype, data_dir, tasks, settings, processes=runtime.world, max_rows=max_rows, adapters=inputs),
             f"{len(tasks)} adapters",
             names=tuple(tasks),
             response_only=response_only,
             evaluate=evaluate,
             log_dir=out_dir / "tensorboard" / "together",
-            batches=joint_batches(rows, settings, runtime.world),
+            batches=joint_batches(rows, settings, runtime.world, [own[task] for task in tasks]),
             clip=partial(clip_each, count=len(tasks)),
         )
         state = train_or_start_anew(run, settings, resume=resume, runtime=runtime, progress=progress)
@@ -159,10 +173,10 @@ def _train(
     try:
         for place, task in enumerate(tasks):
             history = [_of_task(entry, task) for entry in state.history]
-            own = replace(state, history=history, evaluations=[], best={})
+            alone = replace(state, history=history, evaluations=[], best={})
             if runtime.is_main:
                 weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, place).items()}
-                save_adapter(peft_model, out_dir / task, inputs[task], own, encoded[place].cut, weights=weights)
+                save_adapter(peft_model, out_dir / task, inputs[task], alone, encoded[place].cut, weights=weights)
             loss = history[-1]["loss"] if history else float("nan")
             done[task] = TrainedAdapter(task, out_dir / task, False, state.step, loss, state.tokens, state.seconds, encoded[place].cut)
     finally:
@@ -196,16 +210,20 @@ def fresh_bank(model: PreTrainedModel, tasks: Sequence[str], base: BaseReference
     return AdapterBank.stack([Adapter(each, weights) for each in infos])
 
 
-def joint_batches(rows: Sequence[Sequence[TrainRow]], settings: AdapterTrainSettings, world: int) -> list[list[list[Pick]]]:
+def joint_batches(
+    rows: Sequence[Sequence[TrainRow]], settings: AdapterTrainSettings, world: int, own: Sequence[AdapterTrainSettings]
+) -> list[list[list[Pick]]]:
     """Per step, per forward pass (of all processes), ``(task, row)`` pairs: what each task would have had alone, rows of like length together."""
+    lengths = [row_lengths(task_rows) for task_rows in rows]
     plans = [
-        plan_batches([[len(row) for row in task_rows]], settings.max_steps * settings.accumulation, settings.batch_size * world, settings.seed)
-        for task_rows in rows
+        plan_batches([task_lengths], each.max_steps * each.accumulation, each.batch_size * world, each.seed)
+        for task_lengths, each in zip(lengths, own, strict=True)
     ]
     steps = []
-    for first in range(0, settings.max_steps * settings.accumulation, settings.accumulation):
-        picks = [(task, row) for task, plan in enumerate(plans) for batch in plan[first : first + settings.accumulation] for _, row in batch]
-        picks.sort(key=lambda pick: len(rows[pick[0]][pick[1]]))
+    for step in range(settings.max_steps):
+        parts = [plan[step * each.accumulation : (step + 1) * each.accumulation] for plan, each in zip(plans, own, strict=True)]
+        picks = [(task, row) for task, part in enumerate(parts) for batch in part for _, row in batch]
+        picks.sort(key=lambda pick: lengths[pick[0]][pick[1]])
         size = settings.together_rows * world
         size -= size % world
         cuts = [picks[start : start + size] for start in range(0, len(picks), size)]

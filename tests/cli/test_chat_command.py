@@ -141,6 +141,14 @@ def test_bad_input_ends_with_one_line_and_a_hint(meteora, world, say, arguments,
     assert "Traceback" not in ran.err
 
 
+def test_tasks_declared_in_the_settings_are_checked(meteora, world, say, tmp_path) -> None:
+    say(b"hello")
+    (tmp_path / "m.toml").write_text('[tasks.mine]\ntrain = "a.jsonl"\ntest = "b.jsonl"\nmetric = "odd"\n')
+    ran = meteora("--config", tmp_path / "m.toml", "chat", "--checkpoint", world.checkpoint)
+    assert (ran.code, ran.out) == (2, "")
+    assert "unknown metric 'odd'" in ran.err
+
+
 def test_routes_on_a_pipe_name_the_adapters(meteora, world, say) -> None:
     say(b"Hello")
     ran = meteora("chat", "--checkpoint", world.checkpoint, "--max-new-tokens", "6", "--route")

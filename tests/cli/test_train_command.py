@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def command(*flags: str) -> list[str]:
 
 
 def shell(folder: Path, *flags: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, **ENVIRONMENT, **environment}
+    variables = {**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(folder / "cache"), **environment}
     done = subprocess.run(command(*flags), cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == code, done.stderr
     return done
@@ -98,7 +99,7 @@ def test_what_two_processes_saved_resumes_on_one(place) -> None:
     """A launched run is killed after it saved a state; one process finishes it, and ends where one process alone would have."""
     flags = (*GATES[2:], "--max-steps", "400", "--save-steps", "20", "--eval-steps", "0")
     states = place / ".long.states"
-    words, variables = command(*flags, *DDP, "--batch-size", "2", "--out", "long"), {**os.environ, **ENVIRONMENT}
+    words, variables = command(*flags, *DDP, "--batch-size", "2", "--out", "long"), {**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(place / "cache")}
     child = subprocess.Popen(words, cwd=place, env=variables, start_new_session=True, stderr=subprocess.PIPE)
     try:
         wait_for(lambda: any(states.glob("step-*/state.json")), child)
@@ -126,7 +127,7 @@ def test_a_dead_worker_ends_the_job(place) -> None:
     child = subprocess.Popen(
         command(*GATES[2:], "--max-steps", "100000", "--eval-steps", "0", *DDP, "--batch-size", "2", "--out", "dead", "--save-steps", "10"),
         cwd=place,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(place / "cache")},
         stderr=subprocess.DEVNULL,
     )
     try:
@@ -182,11 +183,80 @@ def test_dry_run_prints_the_command_and_starts_nothing(meteora, place, monkeypat
     assert not list(place.glob(".launch*"))
 
 
+def test_dry_run_of_deepspeed_prints_both_configurations(meteora, place, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text("[launch]\nzero_stage = 3\ncpu_offload = true\n[train_gates]\naccumulation = 4\nmax_grad_norm = 0.5\n")
+    monkeypatch.chdir(place)
+    flags = ("--launcher", "deepspeed", "--num-processes", "16", "--num-machines", "2", "--main-process-ip", "10.0.0.1", "--batch-size", "3", "--dry-run")
+    shown = meteora("--config", file, "train", "--base", "base", *flags, "--json").json
+    words, config, zero = shown["command"], shown["config"], shown["deepspeed_config"]
+    assert words[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    assert words[5:] == ["-m", "meteora_cli.app", "--config", str(file), "train", "--base", "base", "--batch-size", "3", "--json", "--launcher", "none"]
+    assert config["distributed_type"] == "DEEPSPEED"
+    assert Path(config["deepspeed_config"]["deepspeed_config_file"]).is_absolute()
+    assert "mixed_precision" not in config
+    assert zero["zero_optimization"] == {
+        "stage": 3,
+        "contiguous_gradients": True,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+    sizes = (zero["train_micro_batch_size_per_gpu"], zero["gradient_accumulation_steps"], zero["gradient_clipping"])
+    assert (*sizes, zero["bf16"]["enabled"]) == (3, 4, 0.5, True)
+    assert not list(place.glob(".launch*"))
+    assert not list(place.glob(".zero*"))
+
+
+def test_accelerate_takes_the_deepspeed_configuration(tmp_path, monkeypatch) -> None:
+    """accelerate's own launcher and plugin read what is written: stage, offload and accumulation arrive, and nothing is said twice."""
+    from accelerate import DeepSpeedPlugin
+    from accelerate.commands import launch as accelerate_launch
+
+    from meteora_core.settings import GateTrainSettings, LaunchSettings
+    from meteora_core.training.launch import launch_command, launch_config
+    from meteora_core.training.zero import zero_config
+
+    settings = LaunchSettings(launcher="deepspeed", zero_stage=2, cpu_offload=True)
+    files = {
+        tmp_path / "zero.json": zero_config(settings, GateTrainSettings(batch_size=2, accumulation=3), torch.bfloat16),
+        tmp_path / "launch.json": launch_config(settings, 2, tmp_path / "zero.json"),
+    }
+    for path, content in files.items():
+        path.write_text(json.dumps(content))
+    words = launch_command(tmp_path / "launch.json", ["train", "--launcher", "none"])
+    arguments = accelerate_launch.launch_command_parser().parse_args(words[3:])
+    seen: list = []
+    monkeypatch.setattr(accelerate_launch, "deepspeed_launcher", seen.append)
+    accelerate_launch.launch_command(arguments)
+    assert seen[0].deepspeed_config_file == str(tmp_path / "zero.json")
+    assert (seen[0].num_processes, seen[0].module, seen[0].training_script) == (2, True, "meteora_cli.app")
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", seen[0].deepspeed_fields_from_accelerate_config)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", seen[0].deepspeed_config_file)
+    plugin = DeepSpeedPlugin()
+    assert (plugin.zero_stage, plugin.gradient_accumulation_steps, plugin.gradient_clipping) == (2, 3, 1.0)
+    assert plugin.offload_optimizer_device == "cpu"
+    assert plugin.deepspeed_config["bf16"] == {"enabled": True}
+
+
+def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
+    from meteora_core.errors import UsageError
+    from meteora_core.settings import LaunchSettings
+    from meteora_core.training import zero
+    from meteora_core.training.launch import process_count
+
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="DeepSpeed is not installed") as missing:
+        process_count(LaunchSettings(launcher="deepspeed"), 2)
+    assert "--launcher fsdp" in (missing.value.hint or "")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--launcher", "fsdp", "--num-processes", "2"), "--launcher fsdp needs GPUs"),
-        (("--launcher", "deepspeed", "--num-processes", "2"), "use --launcher fsdp"),
+        (("--launcher", "deepspeed", "--num-processes", "2"), "--launcher deepspeed needs CUDA GPUs"),
+        (("--launcher", "deepspeed", "--dtype", "float16", "--num-processes", "2", "--dry-run"), "bfloat16 or float32"),
+        (("--launcher", "deepspeed", "--stage", "adapters", "--task", "all"), "--launcher deepspeed trains one adapter a run"),
         (("--launcher", "fsdp"), "use --launcher ddp"),
         (("--launcher", "ddp"), "how many processes"),
         (("--launcher", "ddp", "--num-processes", "3", "--num-machines", "2", "--main-process-ip", "x"), "cannot be spread evenly"),
@@ -194,6 +264,9 @@ def test_dry_run_prints_the_command_and_starts_nothing(meteora, place, monkeypat
         (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2", "--main-process-ip", "x", "--machine-rank", "2"), "--machine-rank 2"),
         (("--dry-run",), "--dry-run"),
         (("--together",), "--stage adapters"),
+        (("--jobs", "2"), "--stage adapters"),
+        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--together"), "--jobs trains each adapter in a process of its own"),
+        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--launcher", "ddp"), "--jobs trains each adapter in a process of its own"),
         (("--stage", "adapters", "--task", "all", "--together", "--balanced"), "choose one"),
         (("--stage", "adapters"), "no task given"),
         (("--composite-rows", "2"), "composite_rows"),
@@ -205,6 +278,65 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, mon
     assert ran.code == 2
     assert ran.out == ""
     assert message in ran.err
+
+
+def test_dry_run_of_adapters_shows_what_each_would_be_trained_with(meteora, place, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text("[train_adapters]\nmax_steps = 3\nrank = 2\n[train_adapters.tasks.shout]\nlearning_rate = 0.25\nrank = 7\n")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    flags = ("--config", file, "train", "--base", "base", "--stage", "adapters", "--task", "all", "--dry-run")
+    ran = meteora(*flags, "--rank", "5")
+    assert ran.code == 0
+    assert ran.out.splitlines() == ["adapters/count: to train; max_steps 3, rank 5", "adapters/shout: to train; max_steps 3, learning_rate 0.25, rank 5"]
+    count, shout = meteora(*flags, "--json").json
+    assert (count["task"], count["trained_already"], count["settings"]["rank"]) == ("count", True, 2)
+    assert (shout["trained_already"], shout["settings"]["rank"]) == (False, 7)
+
+
+@pytest.mark.slow
+def test_jobs_train_all_and_a_failure_is_the_exit_code(place) -> None:
+    flags = ("--stage", "adapters", "--task", "all", "--max-steps", "3", "--rank", "2", "--out", "side", "--jobs", "2")
+    done = json.loads(shell(place, *flags, "--json").stdout)
+    assert [(entry["task"], entry["skipped"]) for entry in done] == [("count", False), ("shout", False)]
+    assert all(entry["skipped"] for entry in json.loads(shell(place, *flags, "--json").stdout))
+    assert {path.name.partition("-")[0] for path in (place / "cache" / "tokens").iterdir()} == {"count", "shout"}
+    failed = shell(place, *flags, "--force", "--log-to", "wandb", code=1)
+    assert "2 of 2 tasks failed: count: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_tasks_declared_in_the_settings_are_known(meteora, place, monkeypatch, tmp_path) -> None:
+    """A declaration that is wrong is an error here as elsewhere; one that is right names the command that builds it."""
+    from meteora_core.data.tasks import TASKS
+
+    file = tmp_path / "m.toml"
+    monkeypatch.chdir(place)
+    for metric, message in (("odd", "unknown metric 'odd'"), ("text", "meteora data build --task mine")):
+        file.write_text(f'[tasks.mine]\ntrain = "a.jsonl"\ntest = "b.jsonl"\nmetric = "{metric}"\n')
+        ran = meteora("--config", file, "train", "--base", "base", "--stage", "adapters", "--task", "mine")
+        assert ran.code in (1, 2)
+        assert message in ran.err
+    assert TASKS.pop("mine").metric == "text"
+
+
+def test_all_leaves_out_composites_of_any_name(meteora, place, monkeypatch) -> None:
+    from meteora_core.data.composite import build_composite
+    from meteora_core.data.tasks import TASKS
+
+    before = dict(TASKS)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    monkeypatch.chdir(place)
+    for task in ("shout", "count"):
+        TASKS[task] = TASKS["gsm8k"]
+    try:
+        build_composite(Path("datasets"), tasks=["shout", "count"], name="both", num_samples=10, examples=0)
+        ran = meteora("train", "--base", "base", "--stage", "adapters", "--task", "all", "--dry-run", "--json")
+    finally:
+        TASKS.clear()
+        TASKS.update(before)
+        shutil.rmtree("datasets/both", ignore_errors=True)
+    assert [entry["task"] for entry in ran.json] == ["count", "shout"]
 
 
 def test_the_sharding_configuration() -> None:

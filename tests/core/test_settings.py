@@ -36,6 +36,8 @@ def test_meteora_toml_of_the_working_directory_is_read(tmp_path, monkeypatch) ->
         ("[evall]\nlimit = 3\n", r"unknown setting 'evall'"),
         ("[eval]\nlimit = 0\n", r"eval\.limit = 0"),
         ("[routing]\ntemperature = 0\n", r"routing\.temperature = 0"),
+        ("[train_adapters.tasks.gsm8k]\nrank = 0\n", r"train_adapters\.tasks\.gsm8k\.rank = 0"),
+        ("[train_adapters.tasks.gsm8k]\nbatch = 2\n", r"unknown setting 'train_adapters\.tasks\.gsm8k\.batch'"),
         ("[routing]\ntop_k = 'two'\n", r"routing\.top_k = 'two'"),
         ("[eval\n", "not valid TOML"),
         ('[tasks."../x"]\ntrain = "a"\ntest = "b"\n', "task name"),
@@ -65,10 +67,11 @@ def test_the_shipped_file_is_the_defaults() -> None:
 
 
 def test_every_line_of_the_shipped_file_may_be_uncommented(tmp_path) -> None:
-    text = re.sub(r"(?m)^# (?=(\[tasks|\w+ = ))", "", default_file_text())
+    text = re.sub(r"(?m)^# (?=(\[\w+\.|\w+ = ))", "", default_file_text())
     file = tmp_path / "m.toml"
     file.write_text(text)
     settings = load_settings(file)
     assert settings.tasks["my_task"].metric == "exact"
+    assert settings.train_adapters.tasks["gsm8k"].max_steps == 600
     assert settings.eval.limit == 100
     assert len(tomllib.loads(text)["eval"]) == len(type(settings.eval).model_fields)

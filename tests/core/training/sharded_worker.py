@@ -1,11 +1,13 @@
 """One of several processes that train the tiny model's gates, sharded over gloo; started by test_sharding.py.
 
-PyTorch's own ``fully_shard`` shards, or accelerate's FSDP 2 code. accelerate does not shard on CPUs by itself, so there it is told that it does.
+PyTorch's own ``fully_shard`` shards, or accelerate's FSDP 2 code, or DeepSpeed by accelerate. accelerate does not shard on CPUs by itself, so there it is
+told that it does.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,6 +37,24 @@ def accelerate_fsdp():
     return accelerator
 
 
+def accelerate_zero(stage: int, settings):
+    """An accelerator with the DeepSpeed configuration that the launcher writes."""
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.utils import DistributedType
+
+    from meteora_core.settings import LaunchSettings
+    from meteora_core.training.zero import zero_config
+
+    config = zero_config(LaunchSettings(launcher="deepspeed", zero_stage=stage), settings, torch.float32)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard weights as small as these too
+    plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    accelerator.state.deepspeed_plugins = {"default": plugin}
+    plugin.select(_from_accelerator_state=True)
+    return accelerator
+
+
 def main() -> None:
     from test_stages import BASE, model
     from test_training_rows import letters
@@ -46,18 +66,27 @@ def main() -> None:
 
     options = json.loads(sys.argv[1])
     data, adapters, folder = (Path(options[key]) for key in ("data", "adapters", "folder"))
-    accelerator = accelerate_fsdp() if options.get("accelerate") else None
+    settings, stage = GateTrainSettings(**options["settings"]), options.get("zero")
+    accelerator = accelerate_zero(stage, settings) if stage else accelerate_fsdp() if options.get("accelerate") else None
     if accelerator is None:
         torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def leave() -> None:
+        if not stage:
+            torch.distributed.destroy_process_group()
+            return
+        torch.distributed.barrier()
+        os._exit(0)  # DeepSpeed's CPU communication leaves a thread that may abort an ordinary exit
+
     if stop := options.get("stop"):
         real = loop._Stepper.step
 
-        def stopping(self: loop._Stepper, number: int) -> loop.StepLoss:
+        def stopping(self: loop._Stepper, number: int, *arguments, **named) -> loop.StepLoss:
             if number == stop:
-                torch.distributed.destroy_process_group()
+                leave()
                 raise SystemExit(0)
-            return real(self, number)
+            return real(self, number, *arguments, **named)
 
         loop._Stepper.step = stopping  # type: ignore[method-assign]
     base = model()
@@ -68,13 +97,16 @@ def main() -> None:
         base=BASE,
         data_dir=data,
         folder=folder,
-        settings=GateTrainSettings(**options["settings"]),
+        settings=settings,
         resume=True,
-        runtime=Runtime("fsdp", rank, world, torch.device("cpu"), accelerator),
+        runtime=Runtime("deepspeed" if stage else "fsdp", rank, world, torch.device("cpu"), accelerator),
     )
-    sharded = {name: type(parameter).__name__ for name, parameter in base.named_parameters()}
-    assert sharded["model.layers.0.self_attn.q_proj.base_layer.weight"] == "DTensor", sharded
-    torch.distributed.destroy_process_group()
+    weight = base.model.layers[0].self_attn.q_proj.base_layer.weight
+    if stage:
+        assert hasattr(weight, "ds_id") == (stage == 3)
+    else:
+        assert type(weight).__name__ == "DTensor"
+    leave()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def sharded(data: Path, adapters: Path, folder: Path, batch_size: int, **more) -
     }
     worker = Path(__file__).with_name("sharded_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker), json.dumps(options)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -73,6 +75,29 @@ def test_what_sharded_processes_saved_resumes_on_one_and_the_other_way_round(dat
         assert [entry["loss"] for entry in training(tmp_path / name)["history"]] == pytest.approx(
             [entry["loss"] for entry in training(tmp_path / "one")["history"]], rel=1e-5, abs=1e-5
         )
+        for key, tensor in load_file(tmp_path / name / "meteora.safetensors").items():
+            torch.testing.assert_close(tensor, whole[key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("more", [{}, {"trainable": "gates+adapters", "gradient_checkpointing": True}])
+def test_deepspeed_equals_one_process(data, adapters, tmp_path, stage, more) -> None:
+    """ZeRO on CPUs, by DeepSpeed's CPU backend; only where DeepSpeed is installed."""
+    pytest.importorskip("deepspeed")
+    held_out_rows(data)
+    gates(data, adapters, tmp_path / "one", **{**SETTINGS, "batch_size": 4, **more})
+    sharded(data, adapters, tmp_path / "two", 2, settings=more, zero=stage)
+    sharded(data, adapters, tmp_path / "cut", 2, settings=more, zero=stage, stop=4)
+    saved = load_file(tmp_path / ".cut.states" / "step-4" / "state.safetensors")
+    assert {name.split(".")[0] for name in saved} == {"param", "adam"}
+    sharded(data, adapters, tmp_path / "cut", 2, settings=more, zero=stage)
+    one = training(tmp_path / "one")
+    whole = load_file(tmp_path / "one" / "meteora.safetensors")
+    for name in ("two", "cut"):
+        two = training(tmp_path / name)
+        assert [entry["loss"] for entry in two["history"]] == pytest.approx([entry["loss"] for entry in one["history"]], rel=1e-5, abs=1e-5)
+        assert two["held_out"] == pytest.approx(one["held_out"], rel=1e-3, abs=1e-4)
         for key, tensor in load_file(tmp_path / name / "meteora.safetensors").items():
             torch.testing.assert_close(tensor, whole[key], rtol=0, atol=1e-4)
 

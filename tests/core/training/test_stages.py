@@ -199,6 +199,88 @@ def test_the_ridge_start_routes_without_a_single_step(data, adapters, tmp_path) 
     assert zero is base
 
 
+def test_the_arrow_start_is_a_checkpoint_without_a_single_step(data, adapters, tmp_path) -> None:
+    """Every gate row is its adapter's leading right singular vector, and the checkpoint holds just that."""
+    base, done = gates(data, adapters, tmp_path / "m", max_steps=0, init="arrow")
+    assert (done.steps, done.tokens, done.sampled["shout"]["drawn"]) == (0, 0, 0)
+    assert math.isfinite(done.held_out["gate_loss"])
+    assert load_file(tmp_path / "m" / "meteora.safetensors").keys() == {f"{path}.gate" for path, _ in meteora_layers(base)}
+    fresh = attach(model(), AdapterBank.from_peft({name: adapters / name for name in ("shout", "count")}), init="arrow")
+    loaded = load_checkpoint(tmp_path / "m", model())
+    for (_, mine), (_, theirs) in zip(meteora_layers(loaded), meteora_layers(fresh), strict=True):
+        assert torch.equal(mine.gate, theirs.gate)
+        assert mine.gate.abs().max() > 0
+
+
+def test_the_share_of_each_task_is_reported_for_both_ways_of_sampling(data, adapters, tmp_path) -> None:
+    path = data / "shout" / "train.jsonl"
+    path.write_text(path.read_text() * 5)  # 150 rows against 30; rows of both are about as long
+    options = {"max_steps": 20, "batch_size": 6}
+    _, even = gates(data, adapters, tmp_path / "even", **options)
+    _, whole = gates(data, adapters, tmp_path / "whole", sampling="proportional", **options)
+    for done in (even, whole):
+        assert sum(task["drawn"] for task in done.sampled.values()) == 120
+        assert sum(task["tokens"] for task in done.sampled.values()) == done.tokens
+        assert done.sampled["shout"]["passes"] == pytest.approx(done.sampled["shout"]["drawn"] / done.sampled["shout"]["rows"], abs=1e-3)
+    assert even.sampled["shout"]["share"] == pytest.approx(0.5, abs=0.02)
+    assert whole.sampled["shout"]["passes"] == pytest.approx(whole.sampled["count"]["passes"], abs=0.1)
+    assert whole.sampled["shout"]["share"] > 0.8
+    notes = json.loads((tmp_path / "whole" / "meteora_config.json").read_text())["training"]
+    assert notes["sampled"] == whole.sampled
+    assert notes["inputs"]["settings"]["sampling"] == "proportional"
+    assert "sampling" not in json.loads((tmp_path / "even" / "meteora_config.json").read_text())["training"]["inputs"]["settings"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_is_said_with_what_to_lower(data, tmp_path, monkeypatch, error) -> None:
+    def full(*_arguments, **_named):
+        raise error
+
+    monkeypatch.setattr(loop._Stepper, "step", full)
+    with pytest.raises(MeteoraError, match="out of memory at step 1") as caught:
+        adapter(data, tmp_path / "o")
+    assert "--batch-size" in (caught.value.hint or "")
+    monkeypatch.setattr(loop._Stepper, "step", lambda *_a, **_n: (_ for _ in ()).throw(RuntimeError("another one")))
+    with pytest.raises(RuntimeError, match="another one"):
+        adapter(data, tmp_path / "o")
+
+
+def test_adapters_of_different_bases_are_refused_and_listed(data, adapters) -> None:
+    from meteora_core.training.common import adapter_folders, check_bases
+
+    def name(adapter: str, base: str) -> None:
+        file = adapters / adapter / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+
+    folders = adapter_folders(adapters, [])
+    assert check_bases(folders, "/models/tiny/") is None
+    assert "name tiny as their base, and are used with other" in (check_bases(folders, "other") or "")
+    name("count", "org/Tiny")
+    assert check_bases(folders, "tiny") is None
+    name("count", "org/huge")
+    with pytest.raises(UsageError, match=r"different base models: org/huge: count; tiny: shout|tiny: shout; org/huge: count"):
+        check_bases(folders, "tiny")
+
+
+def test_curves_go_to_wandb_if_asked(data, adapters, tmp_path, monkeypatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    from meteora_core.training import trackers
+
+    seen: list = []
+    run = SimpleNamespace(log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: seen.append(options) or run))
+    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    held_out_rows(data)
+    gates(data, adapters, tmp_path / "m", log_to="wandb", log_steps=3, eval_steps=3)
+    assert seen[0]["config"]["settings"]["max_steps"] == 6
+    assert [entry[0] for entry in seen[1:-1]] == [3, 3, 6, 6]
+    assert "train/accuracy/shout" in seen[1][1]
+    assert "held_out/gate_accuracy" in seen[2][1]
+    assert seen[-1] == "finished"
+
+
 def test_gate_accuracy_is_counted_by_hand(data, adapters, tmp_path) -> None:
     base, _ = gates(data, adapters, tmp_path / "m", max_steps=0, init="zeros")
     from meteora_core.data.rows import read_rows

@@ -49,6 +49,22 @@ def test_together_equals_one_by_one(data, tmp_path, changes) -> None:
     assert not list((tmp_path / "together").glob(".*"))
 
 
+def test_tasks_may_have_sizes_of_their_own(data, tmp_path) -> None:
+    common = options(data, tmp_path / "x")["settings"]
+    own = {"count": common.model_copy(update={"batch_size": 2, "accumulation": 3, "max_length": 8})}
+    for task in TASKS:
+        train_adapter(model(), letters(), task, **{**options(data, tmp_path / "alone"), "settings": own.get(task, common)})
+    train_together(model(), letters(), TASKS, per_task=own, **options(data, tmp_path / "together"))
+    for task in TASKS:
+        mine, theirs = (load_file(tmp_path / way / task / "adapter_model.safetensors") for way in ("together", "alone"))
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+        assert train_adapter(model(), letters(), task, **{**options(data, tmp_path / "together"), "settings": own.get(task, common)}).skipped
+    own["count"] = common.model_copy(update={"learning_rate": 0.5})
+    with pytest.raises(UsageError, match=r"settings for count\.learning_rate"):
+        train_together(model(), letters(), TASKS, per_task=own, **options(data, tmp_path / "no"))
+
+
 def test_what_is_there_is_left_and_a_killed_run_resumes(data, tmp_path, monkeypatch) -> None:
     train_together(model(), letters(), TASKS, **options(data, tmp_path / "whole"))
     with monkeypatch.context() as patch:

@@ -1,0 +1,331 @@
+"""Adapters trained side by side: every worker process has the base on its own device and takes one task after another.
+
+PyTorch's multiprocessing starts the workers, ends all when one dies, and ends them with this process. What a worker trains does not depend on the others:
+every task starts from its own seed and leaves the base as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meteora_core.errors import MeteoraError
+from meteora_core.model.base import BaseReference, load_base, load_tokenizer, locate_base, pick_device
+from meteora_core.progress import SILENT, Progress, Task
+from meteora_core.settings import AdapterTrainSettings
+from meteora_core.training.adapters import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
+
+PAUSE = 0.2
+"""Seconds between two reports of one worker's bar."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What every worker knows.
+
+    Attributes:
+        settings: Per task, how its adapter is trained.
+        base, dtype: The base model and its number type.
+        devices: Of each worker.
+        data_dir, out_dir, max_rows, token_cache, resume, force: As for :func:`meteora_core.training.adapters.train_adapter`.
+    """
+
+    settings: Mapping[str, AdapterTrainSettings]
+    base: BaseReference
+    dtype: torch.dtype
+    devices: Sequence[str]
+    data_dir: Path
+    out_dir: Path
+    max_rows: int | None = None
+    token_cache: Path | None = None
+    resume: bool = True
+    force: bool = False
+
+
+@dataclass
+class JobsOutcome:
+    """What came of the tasks.
+
+    Attributes:
+        done: Trained, or there already, in the order of the plan.
+        failed: The error of each task that failed.
+    """
+
+    done: list[TrainedAdapter] = field(default_factory=list)
+    failed: dict[str, MeteoraError] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise a MeteoraError that names the tasks that failed, if any did."""
+        if not self.failed:
+            return
+        reasons = "; ".join(f"{task}: {error.message}" for task, error in self.failed.items())
+        hints = list(dict.fromkeys(error.hint for error in self.failed.values() if error.hint))
+        raise MeteoraError(f"{len(self.failed)} of {len(self.failed) + len(self.done)} tasks failed: {reasons}", hint="; ".join(hints[:2]) or None)
+
+
+def job_devices(wish: str, jobs: int) -> list[str]:
+    """The device of each of ``jobs`` workers: the GPUs in turn where ``wish`` leaves the choice among them, else all on one."""
+    place = pick_device(wish)
+    if place.type == "cuda" and place.index is None:
+        return [f"cuda:{number % torch.cuda.device_count()}" for number in range(jobs)]
+    return [str(place)] * jobs
+
+
+def train_side_by_side(plan: JobPlan, *, progress: Progress = SILENT) -> JobsOutcome:
+    """Train one LoRA for each task of the plan, ``len(plan.devices)`` at a time; see :func:`meteora_core.training.adapters.train_adapter`.
+
+    A task that fails does not stop the others; adapters that are there with the same inputs are left alone.
+
+    Args:
+        plan: Tasks, settings, devices.
+        progress: Where to report; bars of all workers.
+
+    Returns:
+        What was trained and what failed.
+
+    Raises:
+        MeteoraError: A worker process died (its task is named), or could not load the base; the others were stopped, and what they saved can be resumed.
+    """
+    outcome, finished = JobsOutcome(), dict[str, TrainedAdapter]()
+    for task, settings in plan.settings.items():
+        folder = plan.out_dir / task
+        if not plan.force and adapter_is_current(folder, adapter_inputs(plan.base, plan.dtype, plan.data_dir, task, settings, plan.max_rows)):
+            finished[task] = finished_adapter(task, folder)
+    todo = [task for task in plan.settings if task not in finished]
+    if todo:
+        locate_base(plan.base, progress=progress)
+        workers = _Workers(plan, todo, progress)
+        workers.run()
+        finished |= workers.done
+        outcome.failed = {task: workers.failed[task] for task in todo if task in workers.failed}
+    outcome.done = [finished[task] for task in plan.settings if task in finished]
+    return outcome
+
+
+class _Workers:
+    """The processes, and what they report."""
+
+    def __init__(self, plan: JobPlan, todo: Sequence[str], progress: Progress) -> None:
+        self.plan, self.progress = plan, progress
+        self.todo = deque(todo)
+        self.running: dict[int, str] = {}
+        self.done: dict[str, TrainedAdapter] = {}
+        self.failed: dict[str, MeteoraError] = {}
+        self.bars: dict[tuple[int, int], tuple[AbstractContextManager[Task], Task]] = {}
+
+    def run(self) -> None:
+        from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+        workers = min(len(self.plan.devices), len(self.todo))
+        pipes = [Pipe() for _ in range(workers)]
+        context = _start(self.plan, [theirs for _, theirs in pipes])
+        numbers = {ours: number for number, (ours, _) in enumerate(pipes)}
+        try:
+            _hold_interrupts(False)
+            for _, theirs in pipes:
+                theirs.close()
+            while numbers:
+                for connection in wait(list(numbers), timeout=1.0):
+                    assert isinstance(connection, Connection)
+                    try:
+                        self._take(numbers[connection], connection, connection.recv())
+                    except (EOFError, OSError):
+                        del numbers[connection]
+                context.join(timeout=0)
+            while not context.join():
+                pass
+        except (ProcessExitedException, ProcessRaisedException) as died:
+            raise self._death(died) from died
+        finally:
+            _end(context.processes)
+            for ours, _ in pipes:
+                ours.close()
+            for bar, _ in self.bars.values():
+                _close(bar, well=False)
+
+    def _take(self, number: int, connection: Connection, message: tuple[Any, ...]) -> None:
+        kind, *rest = message
+        if kind == "next":
+            task = self.todo.popleft() if self.todo else None
+            if task is not None:
+                self.running[number] = task
+            connection.send(task)
+        elif kind == "done":
+            self.done[self.running.pop(number)] = rest[0]
+        elif kind == "failed":
+            task = self.running.pop(number)
+            self.failed[task] = MeteoraError(rest[0], hint=rest[1])
+            self.progress.note(f"{task} failed: {rest[0]}")
+        elif kind == "unable":
+            raise MeteoraError(rest[0], hint=rest[1])
+        elif kind == "note":
+            self.progress.note(rest[0])
+        elif kind == "open":
+            bar = self.progress.task(rest[1], total=rest[2], unit=rest[3])
+            self.bars[number, rest[0]] = (bar, bar.__enter__())
+        elif kind == "update":
+            self.bars[number, rest[0]][1].update(rest[1], total=rest[2], **rest[3])
+        elif kind == "close":
+            _close(self.bars.pop((number, rest[0]))[0], well=rest[1])
+
+    def _death(self, died: Any) -> MeteoraError:
+        task = self.running.get(died.error_index)
+        what = f"the process that trained {task}" if task else f"worker process {died.error_index}"
+        why = str(died).strip().splitlines()[-1].removeprefix(f"process {died.error_index} ")
+        others = ", ".join(name for number, name in self.running.items() if number != died.error_index)
+        stopped = f"; stopped: {others}" if others else ""
+        return MeteoraError(f"{what} ended: {why}{stopped}", hint="if memory ran out, lower --jobs; the same command with --resume goes on")
+
+
+def _start(plan: JobPlan, ends: Sequence[Connection]) -> Any:
+    """Start the workers. Ctrl-C is held here, for the caller to let through, and in each worker until it can end without a word."""
+    from torch.multiprocessing.spawn import start_processes
+
+    _hold_interrupts(True)
+    try:
+        threads = max(1, torch.get_num_threads() // len(ends))
+        arguments = (plan, threads, list(ends))
+        return start_processes(_work, arguments, nprocs=len(ends), join=False, daemon=True, start_method="spawn")  # type: ignore[no-untyped-call]
+    except BaseException:
+        _hold_interrupts(False)
+        raise
+
+
+def _hold_interrupts(hold: bool) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """End what still runs: a request first, then by force."""
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _close(bar: AbstractContextManager[Task], *, well: bool) -> None:
+    if well:
+        bar.__exit__(None, None, None)
+    else:
+        failure = MeteoraError("stopped")
+        with suppress(MeteoraError):
+            bar.__exit__(MeteoraError, failure, None)
+
+
+def _work(number: int, plan: JobPlan, threads: int, ends: Sequence[Connection]) -> None:
+    """A worker process: load the base, then train what the main process hands out until nothing is left."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _hold_interrupts(False)
+    for place, end in enumerate(ends):
+        if place != number:
+            end.close()
+    torch.set_num_threads(threads)
+    device = torch.device(plan.devices[number])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    line = _Line(ends[number])
+    try:
+        model, tokenizer = load_base(plan.base, dtype=plan.dtype, device=device), load_tokenizer(plan.base)
+    except MeteoraError as error:
+        line.send("unable", error.message, error.hint)
+        return
+    while (task := line.ask()) is not None:
+        try:
+            done = train_adapter(
+                model,
+                tokenizer,
+                task,
+                base=plan.base,
+                data_dir=plan.data_dir,
+                out_dir=plan.out_dir,
+                settings=plan.settings[task],
+                max_rows=plan.max_rows,
+                token_cache=plan.token_cache,
+                resume=plan.resume,
+                force=plan.force,
+                progress=line,
+            )
+        except MeteoraError as error:
+            line.send("failed", error.message, error.hint)
+        except Exception as error:
+            _log.warning("%s failed", task, exc_info=error)
+            line.send("failed", f"{type(error).__name__}: {error}", None)
+        else:
+            line.send("done", done)
+
+
+class _Line:
+    """A worker's connection to the main process; a Progress too."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._numbers = connection, count()
+
+    def send(self, *message: Any) -> None:
+        """Send; without a main process there is nothing left to do."""
+        try:
+            self._connection.send(message)
+        except OSError as gone:
+            raise SystemExit(1) from gone
+
+    def ask(self) -> str | None:
+        """The next task, or None."""
+        self.send("next")
+        try:
+            task: str | None = self._connection.recv()
+        except EOFError:
+            return None
+        return task
+
+    @contextmanager
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        """A bar in the main process."""
+        number = next(self._numbers)
+        self.send("open", number, title, total, unit)
+        bar, well = _Bar(self, number), False
+        try:
+            yield bar
+            bar.flush()
+            well = True
+        finally:
+            self.send("close", number, well)
+
+    def note(self, message: str) -> None:
+        """A line by the main process."""
+        self.send("note", message)
+
+
+class _Bar:
+    def __init__(self, line: _Line, number: int) -> None:
+        self._line, self._number = line, number
+        self._advance, self._sent, self._fields = 0.0, 0.0, dict[str, str]()
+        self._total: float | None = None
+
+    def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:
+        self._advance += advance
+        self._total = total if total is not None else self._total
+        self._fields |= fields
+        if time.monotonic() - self._sent >= PAUSE:
+            self.flush()
+
+    def flush(self) -> None:
+        self._line.send("update", self._number, self._advance, self._total, self._fields)
+        self._advance, self._sent = 0.0, time.monotonic()

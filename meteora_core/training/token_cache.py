@@ -1,0 +1,139 @@
+"""Tokenised train rows on disk: written once by Hugging Face ``datasets``, then read row by row from a memory-mapped Arrow file.
+
+An entry holds whole rows: how long a row may be, which rows are held out and which adapter they belong to is applied when a row is read. The
+prompt's template is part of the dataset's file, and so of its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from meteora_core.data.rows import split_path, stream_rows
+from meteora_core.errors import MeteoraError
+from meteora_core.files import sha256, storage_errors
+from meteora_core.progress import SILENT, Progress
+from meteora_core.training.rows import TrainRow, fit_row, leading_special_tokens, tokenised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+"""Changes with what is written."""
+
+CHUNK = 512
+"""Rows that are tokenised together."""
+
+
+class CachedRows(Sequence[TrainRow]):
+    """Rows of a dataset as :func:`meteora_core.training.rows.encode_rows` would give them; each is read from disk when it is asked for.
+
+    Args:
+        dataset: With ``tokens``, ``start`` and ``length``.
+        places: Which of its rows, in order.
+        adapter: Gate label of every token.
+        head: Special tokens at the start of every row, which a cut leaves.
+        max_length: Longest row, in tokens.
+
+    Attributes:
+        lengths: Of every row, in tokens.
+        cut: How many rows were longer.
+    """
+
+    def __init__(self, dataset: Any, places: Sequence[int], adapter: int, head: int, max_length: int) -> None:
+        self._dataset, self._places = dataset, np.asarray(places, dtype=np.int64)
+        self._adapter, self._head, self._max_length = adapter, head, max_length
+        whole = np.asarray(dataset.with_format("numpy")["length"][:])[self._places]
+        self.lengths: list[int] = np.minimum(whole, max_length).tolist()
+        self.cut = int((whole > max_length).sum())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> TrainRow: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[TrainRow]: ...
+
+    def __getitem__(self, place: int | slice) -> TrainRow | list[TrainRow]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        row = self._dataset[int(self._places[place])]
+        return fit_row(row["tokens"], [self._adapter] * len(row["tokens"]), row["start"], self._head, self._max_length)[0]
+
+
+def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, root: Path, *, max_rows: int | None = None, progress: Progress = SILENT) -> Any:
+    """The tokenised train rows of a task, as a memory-mapped ``datasets.Dataset`` with ``tokens``, ``start`` (of the response) and ``length``.
+
+    They are tokenised where no entry of the same file, tokenizer and number of rows is there; several processes may ask at once. A broken
+    entry is made anew.
+
+    Args:
+        data_dir, task: The built dataset.
+        tokenizer: The base model's.
+        root: Where entries are kept, one folder each.
+        max_rows: Only the first so many rows.
+        progress: Where to report.
+
+    Raises:
+        DataError: The dataset is missing, broken or empty.
+        StorageError: It cannot be written.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+
+    datasets.disable_progress_bars()
+    path = split_path(data_dir, task, "train")
+    next(stream_rows(data_dir, task, "train", 1))
+    named = {"format": FORMAT, "file": sha256(path), "tokenizer": tokenizer_fingerprint(tokenizer), "rows": max_rows}
+    key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+    folder = root / f"{task}-{key}"
+    tokens = datasets.List(datasets.Value("int32"))
+    features = datasets.Features({"tokens": tokens, "start": datasets.Value("int32"), "length": datasets.Value("int32")})
+
+    def generate() -> Iterator[dict[str, Any]]:
+        yield from _generate(stream_rows(data_dir, task, "train", max_rows), tokenizer, f"tokenising {task}", progress)
+
+    for last in (False, True):
+        try:
+            return datasets.Dataset.from_generator(generate, features=features, cache_dir=str(folder), fingerprint=key)
+        except DatasetGenerationError as failed:
+            with storage_errors(folder):
+                raise (failed.__cause__ if isinstance(failed.__cause__, MeteoraError | OSError) else failed) from failed
+        except (ArrowInvalid, FileNotFoundError):
+            if last:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+    raise AssertionError("unreachable")
+
+
+def _generate(rows: Iterator[Any], tokenizer: PreTrainedTokenizerBase, title: str, progress: Progress) -> Iterator[dict[str, Any]]:
+    with progress.task(title, unit="rows") as bar:
+        while chunk := list(islice(rows, CHUNK)):
+            for _, start, ids, _ in tokenised([(row.prompt, row.response) for row in chunk], tokenizer):
+                yield {"tokens": ids, "start": start, "length": len(ids)}
+            bar.update(len(chunk))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer makes of a text, as a hash: its rules and vocabulary, and the end-of-sequence token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    for state in ("padding", "truncation"):
+        rules.pop(state, None)
+    named = {"rules": rules, "class": type(tokenizer).__name__, "name": None if rules else tokenizer.name_or_path, "eos": tokenizer.eos_token_id}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def open_rows(dataset: Any, places: Sequence[int], tokenizer: PreTrainedTokenizerBase, adapter: int, max_length: int) -> CachedRows:
+    """Some rows of :func:`cached_rows`, cut to ``max_length`` and labelled with ``adapter``."""
+    return CachedRows(dataset, places, adapter, leading_special_tokens(tokenizer), max_length)

@@ -1,0 +1,120 @@
+"""DeepSpeed's ZeRO: its configuration, and what its sharded weights and optimiser states are as whole tensors.
+
+DeepSpeed keeps its own checkpoints as pickles; here its public accessors read and write whole tensors instead, so a run's states are the
+safetensors files of every other launcher.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.errors import UsageError
+from meteora_core.settings import LaunchSettings, OptimSettings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's states that are as large as a weight."""
+
+
+def zero_config(launch: LaunchSettings, optim: OptimSettings, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration file.
+
+    Args:
+        launch: ZeRO stage, and whether to keep the shards in main memory.
+        optim: Batch size, accumulation and clipping.
+        dtype: bfloat16 or float32. With bfloat16 DeepSpeed keeps what trains in float32 beside the 16-bit weights.
+
+    Raises:
+        UsageError: The dtype is float16, whose loss scaling skips steps.
+    """
+    if dtype == torch.float16:
+        raise UsageError("--launcher deepspeed trains in bfloat16 or float32, not in float16", hint="pass --dtype bfloat16")
+    zero: dict[str, Any] = {"stage": launch.zero_stage, "contiguous_gradients": True}
+    if launch.cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if launch.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "train_micro_batch_size_per_gpu": optim.batch_size,
+        "gradient_accumulation_steps": optim.accumulation,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def check_deepspeed(devices: int) -> None:
+    """Raise UsageError where DeepSpeed cannot run: no GPU, or it is not installed."""
+    if devices == 0:
+        raise UsageError("--launcher deepspeed needs CUDA GPUs, and there is none", hint="use --launcher ddp, which runs on CPUs too")
+    if find_spec("deepspeed") is None:
+        raise UsageError("DeepSpeed is not installed", hint="pip install deepspeed, or use --launcher fsdp, which shards the same things")
+
+
+def is_zero(parameter: Tensor) -> bool:
+    """Whether a parameter belongs to DeepSpeed: sharded itself (stage 3), or trained with sharded states (stage 2)."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter's values are spread over the processes (stage 3), so that only a module's own forward sees them."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_weight(parameter: Tensor) -> Tensor:
+    """The parameter as a whole, float32 where it trains; every process must call this."""
+    if parameter.requires_grad:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = safe_get_full_fp32_param(parameter)
+        if found is not None:
+            return found.detach().float()
+    with _gathered(parameter):
+        return parameter.detach().clone()
+
+
+def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter that trains another value (whole, the same in every process), and its float32 copy too."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    value = value.to(parameter.device)
+    with _gathered(parameter, writer=0), torch.no_grad():
+        parameter.data.copy_(value)
+    safe_set_full_fp32_param(parameter, value.float())
+
+
+def moments(parameter: nn.Parameter, optimizer: Any) -> dict[str, Tensor]:
+    """AdamW's states of a parameter as whole tensors, by name; every process must call this."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    found = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+    steps = [state["step"] for state in _adamw(optimizer).state.values() if "step" in state]
+    return {**found, "step": torch.as_tensor(float(steps[0]))}
+
+
+def set_moments(parameter: nn.Parameter, optimizer: Any, values: dict[str, Tensor]) -> None:
+    """Restore what :func:`moments` gave. DeepSpeed must have made a step before: its states do not exist until then."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    for key in MOMENTS:
+        safe_set_full_optimizer_state(parameter, values[key].to(parameter.device), key)
+    for state in _adamw(optimizer).state.values():
+        state["step"] = torch.as_tensor(float(values["step"])).to(torch.as_tensor(state["step"]))
+
+
+def _adamw(optimizer: Any) -> torch.optim.Optimizer:
+    """PyTorch's optimiser inside DeepSpeed's and accelerate's."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _gathered(parameter: Tensor, writer: int | None = None) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=writer, enabled=is_sharded(parameter))

@@ -1,0 +1,146 @@
+"""Adapters trained side by side: the same bits as one after another, failures and deaths named, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_stages import data, model
+from test_training_rows import letters
+
+from meteora_core.errors import MeteoraError
+from meteora_core.model.base import BaseReference, load_base, load_tokenizer
+from meteora_core.settings import AdapterTrainSettings
+from meteora_core.training.adapters import train_adapter
+from meteora_core.training.jobs import JobPlan, job_devices, train_side_by_side
+
+__all__ = ["data"]
+SETTINGS = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "log_steps": 2, "log_to": "none"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> BaseReference:
+    model().save_pretrained(tmp_path / "base")
+    letters().save_pretrained(tmp_path / "base")
+    return BaseReference(str(tmp_path / "base"))
+
+
+def plan(base: BaseReference, data: Path, out: Path, workers: int = 2, **settings: AdapterTrainSettings) -> JobPlan:
+    each = settings or {task: AdapterTrainSettings(**SETTINGS) for task in ("shout", "count")}
+    return JobPlan(each, base, torch.float32, ["cpu"] * workers, data, out)
+
+
+class Recorder:
+    """A Progress that remembers; its first note or bar may call something."""
+
+    def __init__(self, act=None) -> None:
+        self.titles: list[str] = []
+        self.notes: list[str] = []
+        self.advanced: dict[str, float] = {}
+        self.act = act
+
+    @contextmanager
+    def task(self, title, *, total=None, unit="it"):
+        self.titles.append(title)
+        recorder = self
+
+        class Bar:
+            def update(self, advance=0, *, total=None, **fields):
+                recorder.advanced[title] = recorder.advanced.get(title, 0) + advance
+                if recorder.act:
+                    recorder.act()
+
+        yield Bar()
+
+    def note(self, message) -> None:
+        self.notes.append(message)
+
+
+def test_devices_on_one_kind_of_device() -> None:
+    assert job_devices("cpu", 3) == ["cpu"] * 3
+
+
+def test_gpus_are_taken_in_turn(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert job_devices("cuda", 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert job_devices("cuda:1", 2) == ["cuda:1", "cuda:1"]
+
+
+@pytest.mark.slow
+def test_side_by_side_equals_one_after_another_and_skips_what_is_there(base, data, tmp_path) -> None:
+    for task in ("shout", "count"):
+        options = {"base": base, "data_dir": data, "out_dir": tmp_path / "alone", "settings": AdapterTrainSettings(**SETTINGS)}
+        train_adapter(load_base(base), load_tokenizer(base), task, **options)
+    recorder = Recorder()
+    outcome = train_side_by_side(plan(base, data, tmp_path / "jobs"), progress=recorder)
+    assert [each.task for each in outcome.done] == ["shout", "count"]
+    assert not outcome.failed
+    for task in ("shout", "count"):
+        alone, jobs = (load_file(tmp_path / way / task / "adapter_model.safetensors") for way in ("alone", "jobs"))
+        assert alone.keys() == jobs.keys()
+        assert all(torch.equal(alone[name], jobs[name]) for name in alone)
+    assert sorted(recorder.titles) == ["adapter count", "adapter shout"]
+    assert recorder.advanced == {"adapter count": 4, "adapter shout": 4}
+    again = train_side_by_side(plan(base, data, tmp_path / "jobs"))
+    assert all(each.skipped for each in again.done)
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_is_named_and_the_others_are_trained(base, data, tmp_path) -> None:
+    """One worker has both tasks: the failure of the first must not keep it from the second."""
+    settings = {"shout": AdapterTrainSettings(**{**SETTINGS, "log_to": "wandb"}), "count": AdapterTrainSettings(**SETTINGS)}
+    recorder = Recorder()
+    outcome = train_side_by_side(plan(base, data, tmp_path / "o", 1, **settings), progress=recorder)
+    assert [each.task for each in outcome.done] == ["count"]
+    with pytest.raises(MeteoraError, match=r"1 of 2 tasks failed: shout: .*wandb is not installed"):
+        outcome.check()
+    assert any("shout failed" in note for note in recorder.notes)
+    assert not (tmp_path / "o" / "shout").exists()
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_named_and_the_others_are_stopped(base, data, tmp_path) -> None:
+    from multiprocessing import active_children
+
+    def kill_one() -> None:
+        if children := sorted(active_children(), key=lambda child: child.pid or 0):
+            os.kill(children[0].pid, signal.SIGKILL)
+
+    settings = {task: AdapterTrainSettings(**{**SETTINGS, "max_steps": 100_000}) for task in ("shout", "count")}
+    began = time.monotonic()
+    with pytest.raises(MeteoraError, match=r"(the process that trained (shout|count)|worker process 0) ended: terminated with signal SIGKILL"):
+        train_side_by_side(plan(base, data, tmp_path / "o", **settings), progress=Recorder(kill_one))
+    assert time.monotonic() - began < 60
+    assert not active_children()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_workers(base, data, tmp_path) -> None:
+    from multiprocessing import active_children
+
+    started = threading.Event()
+
+    def interrupt() -> None:
+        if not started.is_set():
+            started.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = {task: AdapterTrainSettings(**{**SETTINGS, "max_steps": 100_000}) for task in ("shout", "count")}
+    with pytest.raises(KeyboardInterrupt):
+        train_side_by_side(plan(base, data, tmp_path / "o", **settings), progress=Recorder(interrupt))
+    assert started.is_set()
+    assert not active_children()
+    assert not list((tmp_path / "o").glob("[!.]*"))
+
+
+def test_a_base_that_cannot_be_loaded_is_an_error_before_any_worker_starts(data, tmp_path) -> None:
+    with pytest.raises(MeteoraError, match="no base model"):
+        train_side_by_side(plan(BaseReference("nothing-of-the-kind"), data, tmp_path))

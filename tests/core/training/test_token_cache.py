@@ -1,0 +1,123 @@
+"""Tokenised rows on disk: the same rows in the same order, made once, made anew when they are broken or their inputs change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_stages import BASE, Killed, adapters, data, held_out_rows, kill_at, model
+from test_training_rows import letters
+
+from meteora_core import AdapterBank
+from meteora_core.errors import DataError
+from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
+from meteora_core.training import token_cache
+from meteora_core.training.adapters import train_adapter
+from meteora_core.training.common import encoded_rows
+from meteora_core.training.gates import train_gates
+from meteora_core.training.rows import row_lengths
+from meteora_core.training.token_cache import CachedRows, cached_rows, tokenizer_fingerprint
+
+__all__ = ["adapters", "data"]
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The titles of what was tokenised."""
+    found: list[str] = []
+    real = token_cache._generate
+
+    def counting(rows, tokenizer, title, progress):
+        found.append(title)
+        return real(rows, tokenizer, title, progress)
+
+    monkeypatch.setattr(token_cache, "_generate", counting)
+    return found
+
+
+@pytest.mark.parametrize("options", [{"max_length": 64}, {"max_length": 9}, {"max_length": 9, "max_rows": 25}])
+@pytest.mark.parametrize("bos", [False, True])
+def test_rows_are_those_of_memory(data, tmp_path, options, bos) -> None:
+    held_out_rows(data)
+    arguments = {"seed": 3, **options}
+    plain, plain_held = encoded_rows(data, "shout", letters(bos=bos), 1, **arguments)
+    cached, held = encoded_rows(data, "shout", letters(bos=bos), 1, token_cache=tmp_path / "c", **arguments)
+    assert isinstance(cached.rows, CachedRows)
+    assert list(cached.rows) == list(plain.rows)
+    assert cached.rows[2:5] == list(plain.rows)[2:5]
+    assert held == plain_held
+    assert len(held) > 1
+    assert cached.cut == plain.cut
+    assert (cached.cut > 0) == (options["max_length"] == 9)
+    assert row_lengths(cached.rows) == row_lengths(plain.rows)
+
+
+def test_rows_are_tokenised_once_for_any_length_and_lie_in_a_mapped_file(data, tmp_path, made) -> None:
+    for length in (64, 9):
+        encoded_rows(data, "shout", letters(), 0, max_length=length, seed=1, token_cache=tmp_path)
+    assert made == ["tokenising shout"]
+    dataset = cached_rows(data, "shout", letters(), tmp_path)
+    assert [Path(file["filename"]).suffix for file in dataset.cache_files] == [".arrow"]
+    assert Path(dataset.cache_files[0]["filename"]).is_relative_to(tmp_path)
+    encoded_rows(data, "shout", letters(), 0, max_length=9, seed=1, max_rows=5, token_cache=tmp_path)
+    encoded_rows(data, "shout", letters(bos=True), 0, max_length=9, seed=1, token_cache=tmp_path)
+    path = data / "shout" / "train.jsonl"
+    path.write_text(path.read_text() + json.dumps({"prompt": "one\n", "response": "more"}) + "\n")
+    assert len(cached_rows(data, "shout", letters(), tmp_path)) == 31
+    assert len(made) == 4
+
+
+def test_padding_and_truncation_of_an_earlier_call_do_not_change_the_tokenizer() -> None:
+    tokenizer = letters()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == before
+    assert tokenizer_fingerprint(letters(eos=True)) != before
+
+
+def test_a_broken_entry_is_made_anew(data, tmp_path, made) -> None:
+    whole = list(cached_rows(data, "shout", letters(), tmp_path))
+    file = next(tmp_path.rglob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:40])
+    assert list(cached_rows(data, "shout", letters(), tmp_path)) == whole
+    file.unlink()
+    assert list(cached_rows(data, "shout", letters(), tmp_path)) == whole
+    assert len(made) == 3
+
+
+def test_a_broken_dataset_is_named_and_leaves_no_entry(data, tmp_path) -> None:
+    path = data / "shout" / "train.jsonl"
+    good = path.read_text()
+    path.write_text(good + "{broken\n")
+    with pytest.raises(DataError, match=r"train\.jsonl:31:"):
+        cached_rows(data, "shout", letters(), tmp_path)
+    path.write_text("")
+    with pytest.raises(DataError, match="no rows"):
+        cached_rows(data, "shout", letters(), tmp_path)
+    path.write_text(good)
+    assert len(cached_rows(data, "shout", letters(), tmp_path)) == 30
+
+
+def test_training_from_the_cache_gives_the_same_bits_and_resumes_to_them(data, adapters, tmp_path, monkeypatch) -> None:
+    def adapter(name: str, **more):
+        settings = AdapterTrainSettings(max_steps=6, batch_size=4, rank=2, save_steps=2, log_to="none", eval_steps=3)
+        options = {"base": BASE, "data_dir": data, "out_dir": tmp_path / name, "settings": settings, **more}
+        return load_file(train_adapter(model(), letters(), "shout", **options).folder / "adapter_model.safetensors")
+
+    held_out_rows(data)
+    plain = adapter("plain")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            adapter("cached", token_cache=tmp_path / "c")
+    cached = adapter("cached", token_cache=tmp_path / "c")
+    assert all(torch.equal(plain[name], cached[name]) for name in plain)
+    bank = AdapterBank.from_peft({name: adapters / name for name in ("shout", "count")})
+    for folder, cache in (("a", None), ("b", tmp_path / "c")):
+        settings = GateTrainSettings(max_steps=4, batch_size=4, log_to="none", init="ridge", composite_rows=0.4, composite_max=2, max_length=64)
+        train_gates(model(), letters(), bank, base=BASE, data_dir=data, folder=tmp_path / folder, settings=settings, token_cache=cache)
+    one, two = (load_file(tmp_path / name / "meteora.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], two[name]) for name in one)
