@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes side by side share the cores; to be known before torch is first imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
+import torch
+
 from tiny_models import make_tiny_llama
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +28,12 @@ def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the machine must not reach a test."""
     for name in [name for name in os.environ if name.startswith("METEORA_") and name != "METEORA_CACHE"]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
