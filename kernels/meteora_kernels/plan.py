@@ -90,9 +90,13 @@ PLAN: tuple[Rule, ...] = (
 )
 
 
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Looked up once, and not by a function that torch.compile would have to trace."""
+
+
 def triton_installed() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def interpreted() -> bool:
