@@ -68,7 +68,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale
             hook.remove()
     if (seen == 0).any():
         missing = [name for name, count in zip(state.names, seen.tolist(), strict=True) if not count]
-        raise MeteoraError(f"no row is labelled with {', '.join(missing)}", hint="give every adapter a dataset")
+        raise MeteoraError(f"no row is labelled with {', '.join(missing)}", hint="raise train_gates.ridge_tokens, or give every adapter a dataset")
     solved: dict[int, Tensor] = {}
     with progress.task("gates: solving", total=len(layers), unit="layers") as bar:
         for layer in layers.values():
