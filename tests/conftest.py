@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-if os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes side by side share the cores; to be known before torch is first imported
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # pytest-xdist ignores Ctrl-C in its workers, and so would all their children: the tests that press it need it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Processes side by side share the cores; to be known before torch is first imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 import torch
