@@ -21,8 +21,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # all cores, also where tests share them
-    return kept | {"METEORA_RUN_LOG": "", "NO_COLOR": "1", "COLUMNS": "160"}
+    return {**os.environ, "METEORA_RUN_LOG": "", "NO_COLOR": "1", "COLUMNS": "160"}
 
 
 def run(folder: Path, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
