@@ -50,7 +50,10 @@ def evaluate(
         str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
     ] = "meteora",
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Trained gates, native or in the authors' layout; default: runs/meteora, else the quickstart's.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Trained gates, native or in the authors' layout; default: runs/meteora, else the quickstart's, else the starter.", show_default=False
+        ),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option("--T", help="Routing temperature; default: the task's (1; composites 15 to 30).", show_default=False)
