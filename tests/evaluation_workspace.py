@@ -62,3 +62,16 @@ def make_workspace(folder: Path, make_adapter: Callable[..., Path], count: int =
     ]
     write_jsonl(data / "composite_3" / "test.jsonl", composite)
     return Workspace(folder, base, data, folders[TASKS[0]].parent, checkpoint)
+
+
+def make_packed(folder: Path, make_adapter: Callable[..., Path]) -> Workspace:
+    """A workspace in ``folder/world``, its checkpoint with the adapters inside in ``folder/packed``, raw rows of its tasks in ``folder/raw``."""
+    from meteora_core.checkpoints.pack import pack_checkpoint
+
+    place = make_workspace(folder / "world", make_adapter)
+    for task in TASKS:
+        for split, count in (("train", 12), ("test", 4)):
+            raw = [{"prompt": f"[INST] {task[:5]} {split} {i} [/INST]\n", "response": f"yes {i}"} for i in range(count)]
+            write_jsonl(folder / "raw" / task / f"{split}.jsonl", raw)
+    pack_checkpoint(place.checkpoint, folder / "packed", adapters_dir=place.adapters)
+    return place

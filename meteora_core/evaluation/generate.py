@@ -114,7 +114,7 @@ def generate_all(
     max_new_tokens: int,
     max_total_tokens: int | None = None,
     no_repeat_ngram_size: int = 0,
-    cuda_graphs: Literal["auto", "on", "off"] = "auto",
+    cuda_graphs: Literal["auto", "on", "off"] = "off",
     on_smaller: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Prompt, list[int]]]:
     """Yield ``(prompt, new token ids)`` as batches finish. A batch that does not fit the GPU's memory is halved, down to one row.

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_workspace import TASKS, make_workspace
-from meteora_core.checkpoints.pack import pack_checkpoint
-from meteora_core.files import write_jsonl
+from evaluation_workspace import TASKS, make_packed
 
 
 @pytest.fixture
 def shipped(tmp_path, make_adapter, monkeypatch) -> Path:
     """As if a starter checkpoint of a tiny base had come with the package."""
-    place = make_workspace(tmp_path / "world", make_adapter)
-    for task in TASKS:
-        for split, count in (("train", 12), ("test", 4)):
-            rows = [{"prompt": f"[INST] {task[:5]} {split} {i} [/INST]\n", "response": f"yes {i}"} for i in range(count)]
-            write_jsonl(tmp_path / "raw" / task / f"{split}.jsonl", rows)
-    pack_checkpoint(place.checkpoint, tmp_path / "packed", adapters_dir=place.adapters)
+    place = make_packed(tmp_path, make_adapter)
     monkeypatch.setattr("meteora_core.starter.starter_checkpoint", lambda: tmp_path / "packed")
     monkeypatch.setenv("METEORA_MODEL__BASE", str(place.base))
     monkeypatch.setenv("METEORA_DATA__SOURCE", "local")

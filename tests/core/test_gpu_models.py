@@ -243,7 +243,7 @@ def test_chat_by_graphs_says_the_same(tmp_path: Path, caplog) -> None:
 def test_a_captured_answer_streams_and_its_routes_are_recorded_on_the_side(tmp_path: Path) -> None:
     world = build_world(tmp_path)
     speaker = load_speaker(load_settings(None, {"model": {"device": DEVICE, "dtype": "float32"}}), checkpoint=world.checkpoint)
-    engine = Engine(speaker.model, speaker.tokenizer)
+    engine = Engine(speaker.model, speaker.tokenizer, "auto")
     ids = list(range(5, 40))
     plain = list(engine.generate(ids, Sampling(max_new_tokens=8)))
     recorded = list(engine.generate(ids, Sampling(max_new_tokens=8), record=True, read_from=0))

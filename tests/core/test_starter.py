@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 import meteora_core.starter as starter
-from evaluation_workspace import TASKS, make_workspace
-from meteora_core.checkpoints.pack import pack_checkpoint
+from evaluation_workspace import TASKS, make_packed
 from meteora_core.data.rows import split_path
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import write_json, write_jsonl
+from meteora_core.files import write_json
 from meteora_core.starter import MAX_BYTES, default_checkpoint, starter_checkpoint
 from meteora_core.starter.run import StarterPlan, run_starter, starter_tasks
 
@@ -20,12 +19,7 @@ from meteora_core.starter.run import StarterPlan, run_starter, starter_tasks
 @pytest.fixture
 def packed(tmp_path, make_adapter) -> Path:
     """A tiny checkpoint with its adapters inside, and raw rows of its tasks."""
-    place = make_workspace(tmp_path / "world", make_adapter)
-    for task in TASKS:
-        for split, count in (("train", 12), ("test", 4)):
-            rows = [{"prompt": f"[INST] {task[:5]} {split} {i} [/INST]\n", "response": f"yes {i}"} for i in range(count)]
-            write_jsonl(tmp_path / "raw" / task / f"{split}.jsonl", rows)
-    pack_checkpoint(place.checkpoint, tmp_path / "packed", adapters_dir=place.adapters)
+    make_packed(tmp_path, make_adapter)
     return tmp_path / "packed"
 
 
