@@ -123,7 +123,7 @@ class Engine:
             (eager code while routes are recorded); "on": such a cache on any device; "off": a growing cache.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cuda_graphs: Literal["auto", "on", "off"] = "off") -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cuda_graphs: Literal["auto", "on", "off"] = "auto") -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.context = context_length(model)

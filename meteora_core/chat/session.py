@@ -82,7 +82,7 @@ class ChatSession:
         system: str | None = None,
         top_k: int | None = None,
         temperature: float | None = None,
-        cuda_graphs: Literal["auto", "on", "off"] = "off",
+        cuda_graphs: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         self.speaker = speaker
         self.sampling = sampling

@@ -41,10 +41,13 @@ def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
 
 
 def auto_budget(device: torch.device) -> int:
-    """How many tokens (prompt and answer, padding included) an automatic batch may hold: by free memory on a GPU, small on a CPU."""
+    """How many tokens (prompt and answer, padding included) an automatic batch may hold: by the GPU's memory beside what this process holds, small on a CPU.
+
+    What other processes hold does not count, so that a run does not depend on them; where memory runs out, batches are halved.
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return max(8_192, min(262_144, int(free / 2**30) * 4_096))
+        room = torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
+        return max(8_192, min(262_144, int(room / 2**30) * 4_096))
     return 8_192
 
 
@@ -114,7 +117,7 @@ def generate_all(
     max_new_tokens: int,
     max_total_tokens: int | None = None,
     no_repeat_ngram_size: int = 0,
-    cuda_graphs: Literal["auto", "on", "off"] = "off",
+    cuda_graphs: Literal["auto", "on", "off"] = "auto",
     on_smaller: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Prompt, list[int]]]:
     """Yield ``(prompt, new token ids)`` as batches finish. A batch that does not fit the GPU's memory is halved, down to one row.

@@ -137,7 +137,7 @@ class EvalOptions:
     temperature: float | None = None
     top_k: int | None = None
     routing: bool = False
-    cuda_graphs: Literal["auto", "on", "off"] = "off"
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
