@@ -96,7 +96,10 @@ def step(name: str, *needs: str, weight: int = 1) -> Step:
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return World(tmp_path)
+    made = World(tmp_path)
+    yield made
+    for pid in made.alive():
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_ready_steps_run_at_the_same_time_and_are_recorded(world) -> None:
