@@ -267,7 +267,7 @@ def test_the_report_says_that_commands_ran_side_by_side(world) -> None:
     folder.mkdir(parents=True)
     for jobs, end in (
         (1, "In all 3.5 minutes."),
-        (3, "Up to 3 commands ran side by side, so each took longer than it takes alone; by the clock it was 2.7 minutes"),
+        (3, "Up to 3 commands ran side by side, so these seconds are not what each takes alone; by the clock it was 2.7 minutes"),
     ):
         for name, pairs in spans.items():
             seconds = sum(ended - began for began, ended in pairs)
@@ -279,4 +279,4 @@ def test_the_report_says_that_commands_ran_side_by_side(world) -> None:
     assert clock_seconds([{"parts": 1, "spans": [{"began": 0, "ended": 5}]}, {"parts": 1, "spans": [{"began": 9, "ended": 10}]}]) == 6
     assert clock_seconds([{"parts": 2, "spans": [{"began": 0, "ended": 5}]}]) is None
     (folder / "b.json").write_text(json.dumps({"command": "b", "seconds": 90.0, "parts": 1}))
-    assert commands(engine).endswith("so each took longer than it takes alone.")
+    assert commands(engine).endswith("so these seconds are not what each takes alone.")
