@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
-from examples.paper.engine import Engine, Runner, run_child
+from examples.paper.children import run_child
+from examples.paper.engine import Engine, Runner
 from examples.paper.plan import load_experiment
+from examples.paper.side_by_side import run_side_by_side
 from meteora_core.errors import MeteoraError
 
 
@@ -20,12 +24,13 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m examples.paper",
         description="The paper's experiment, step by step. What is done is left out; the same call goes on where it stopped.",
-        epilog="Exit codes: 0 done; 1 something failed or does not fit (the repair is named); 2 usage; 75 the time of --for is over; 130 Ctrl-C.",
+        epilog="Exit codes: 0 done; 1 something failed or does not fit (the repair is named); 2 usage; 75 the time of --for is over; 130 Ctrl-C; 143 SIGTERM.",
     )
     made.add_argument("sizes", help="full, toy, or a file like full.toml")
     made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps or stages; * stands for anything")
     made.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these steps or stages again, and all that depends on them")
     made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="end after so many seconds; the same call goes on")
+    made.add_argument("--jobs", type=int, default=1, metavar="N", help="up to N steps at the same time; their output goes to WORK/logs (default: 1)")
     made.add_argument("--raw-dir", type=Path, help="folder with raw rows of gsm8k, alpaca and news_commentary_de; without it they come from the hub")
     made.add_argument("--work", type=Path, help="where everything is kept; default: as the sizes file says")
     made.add_argument("--docs", type=Path, help="where the report goes; default: as the sizes file says")
@@ -40,10 +45,12 @@ def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_ch
     """Run; return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(given)
+    if options.jobs < 1:
+        parser().error("--jobs must be 1 or more")
     try:
         experiment = load_experiment(options.sizes, work=options.work, raw_dir=options.raw_dir, base=options.base, device=options.device, docs=options.docs)
         deadline = time.monotonic() + options.seconds if options.seconds is not None else float("inf")
-        engine = Engine(experiment, call_of(options), run_command, say, deadline, hub_reachable)
+        engine = Engine(experiment, call_of(options), run_command, say, deadline, hub_reachable, options.jobs)
         if options.list:
             for step in experiment.steps:
                 print(f"{'done' if engine.record_file(step).is_file() else '    '}  {step.stage:9} {step.name:22} {engine.command_line(step)}")
@@ -51,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_ch
         if options.again:
             say(f"# again: {', '.join(engine.forget(options.again))}")
         if not options.report:
-            ran = engine.run(options.only)
+            ran = engine.run(options.only) if engine.jobs == 1 else run_side_by_side(engine, options.only)
             say(f"# {len(ran)} steps run, all chosen steps are done")
         if options.report or not options.only:
             from examples.paper.report import write_report
@@ -74,6 +81,8 @@ def call_of(options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value is not None:
             parts += [f"--{name.replace('_', '-')}", str(value)]
+    if options.jobs != 1:
+        parts += ["--jobs", str(options.jobs)]
     return shlex.join(parts)
 
 
@@ -95,5 +104,11 @@ def hub_reachable() -> bool:
         return False
 
 
+def terminated(number: int, frame: FrameType | None) -> None:
+    """End as on Ctrl-C, with the exit code of the signal: the commands that run are ended first."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminated)
     sys.exit(main())

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from examples.paper.children import Starter, start_child
 from examples.paper.plan import Experiment, Step, fill, settings_text
 from meteora_core.data.manifest import NAME as MANIFEST
 from meteora_core.data.rows import available_tasks
@@ -26,10 +24,6 @@ Runner = Callable[[list[str], float], int | None]
 WEIGHED = ("meteora.safetensors", "adapter_model.safetensors", "meteora_config.json", MANIFEST)
 """Files of a step's outcome whose hashes are kept; of an evaluation it is the newest ``results_*.json``."""
 
-GRACE = 30.0
-"""Seconds that a command has to end after it was asked to."""
-
-
 MOST_PARTS = 12
 """A command that has not ended after so many parts does not get on."""
 
@@ -38,6 +32,15 @@ class Stopped(MeteoraError):
     """The time for this call is over; the same call goes on."""
 
     exit_code = 75
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command that is to run: ``meteora ARGUMENTS``, for at most so many seconds; ``shown`` is what one would type."""
+
+    arguments: list[str]
+    seconds: float
+    shown: str
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Engine:
         say: Prints a line.
         deadline: When this call ends, by ``time.monotonic()``.
         hub_reachable: Asked when a step needs the hub.
+        jobs: How many steps may run at the same time; see :mod:`examples.paper.side_by_side`.
+        start_command: Starts a ``meteora`` command that runs beside others.
     """
 
     experiment: Experiment
@@ -59,6 +64,8 @@ class Engine:
     say: Callable[[str], None]
     deadline: float = float("inf")
     hub_reachable: Callable[[], bool] = lambda: False
+    jobs: int = 1
+    start_command: Starter = start_child
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     @property
@@ -88,8 +95,15 @@ class Engine:
         with atomic_write(self.config) as handle:
             handle.write(settings_text(self.experiment.settings))
 
+    def prepare(self, chosen: Sequence[str]) -> list[Step]:
+        """The steps that fit, after the settings file is written and the data checked. Raises UsageError, MeteoraError, StorageError."""
+        steps = self.choose(chosen)
+        self.start()
+        self.verify_data()
+        return steps
+
     def run(self, chosen: Sequence[str] = ()) -> list[str]:
-        """Run what is not done yet.
+        """Run what is not done yet, one step after another.
 
         Args:
             chosen: Names or stages of steps, with ``*``; empty means all.
@@ -102,20 +116,21 @@ class Engine:
             MeteoraError: A command failed, or something that was done does not fit any more; the hint is the command that repairs it.
             Stopped: The time of this call is over.
         """
-        steps = self.choose(chosen)
-        self.start()
-        self.verify_data()
-        ran = []
-        for step in steps:
-            if self.is_done(step):
-                continue
-            for name in step.needs:
-                if not self.is_done(self.experiment.step(name)):
-                    raise MeteoraError(f"step {step.name} needs step {name}, which is not done", hint=self.repair(f"--only {name}"))
-            self.check_base(step)
-            if self.execute(step):
-                ran.append(step.name)
-        return ran
+        return [step.name for step in self.prepare(chosen) if self.is_due(step) and self.execute(step)]
+
+    def is_due(self, step: Step) -> bool:
+        """Whether the step is to be run: it is not done, and what it needs is there. Raises MeteoraError where something does not fit."""
+        if self.is_done(step):
+            return False
+        self.check_needs(step, step.needs)
+        self.check_base(step)
+        return True
+
+    def check_needs(self, step: Step, needs: Iterable[str]) -> None:
+        """Whether these needs of a step are done. Raises MeteoraError."""
+        for name in needs:
+            if not self.is_done(self.experiment.step(name)):
+                raise MeteoraError(f"step {step.name} needs step {name}, which is not done", hint=self.repair(f"--only {name}"))
 
     def choose(self, chosen: Iterable[str]) -> list[Step]:
         """The steps whose name or stage fits one of the patterns, in order. Raises UsageError where a pattern fits none."""
@@ -239,25 +254,52 @@ class Engine:
         return seconds
 
     def execute(self, step: Step) -> bool:
-        """Run a step, in as many parts as its time limit makes, and record it; False when it was left out. Raises MeteoraError, Stopped."""
+        """Run a step and record it; False when it was left out. Raises MeteoraError, Stopped."""
+        work, code = self.parts(step), None
+        while True:
+            try:
+                part = work.send(code)
+            except StopIteration as end:
+                return bool(end.value)
+            self.say(f"$ {part.shown}")
+            code = self.run_command(part.arguments, part.seconds)
+
+    def parts(self, step: Step) -> Generator[Part, int | None, bool]:
+        """The commands that make a step, as many as its time limit makes; then the step is recorded.
+
+        Yields:
+            The next command; what is sent back is its exit code, or None when its time was over.
+
+        Returns:
+            False when the step was left out.
+
+        Raises:
+            MeteoraError: The command failed, made nothing, or does not get on.
+            Stopped: The time of this call is over.
+        """
         if step.hub and not self.hub_reachable():
             self.say(f"# {step.name}: left out, since the hub cannot be reached (later: {self.repair(f'--again {step.name}')})")
             write_json(self.record_file(step), {"step": step.name, "left_out": "the hub could not be reached"})
             return False
         arguments, shown = self._arguments(step), self.command_line(step)
         parts_file = self.record_file(step).with_suffix(".parts.json")
-        before: dict[str, Any] = read_json(parts_file) if parts_file.is_file() else {"command": shown, "seconds": 0.0, "parts": 0}
-        seconds, parts = (before["seconds"], before["parts"]) if before["command"] == shown else (0.0, 0)
+        state: dict[str, Any] = {"command": shown, "seconds": 0.0, "parts": 0, "jobs": self.jobs, "spans": []}
+        before = read_json(parts_file) if parts_file.is_file() else state
+        if before["command"] == shown:
+            state |= {**before, "jobs": max(before.get("jobs", 1), self.jobs)}
         while True:
-            limit, began = self.left(), time.monotonic()
-            self.say(f"$ {shown}" + (f"   # part {parts + 1}" if parts else ""))
-            code = self.run_command(arguments, limit)
-            seconds, parts = seconds + time.monotonic() - began, parts + 1
-            write_json(parts_file, {"command": shown, "seconds": seconds, "parts": parts})
+            limit, began, clock = self.left(), time.monotonic(), time.time()
+            code = yield Part(arguments, limit, shown + (f"   # part {state['parts'] + 1}" if state["parts"] else ""))
+            state["seconds"] += time.monotonic() - began
+            state["parts"] += 1
+            state["spans"].append({"began": round(clock, 1), "ended": round(time.time(), 1)})
+            write_json(parts_file, state)
             if code == 0:
                 break
-            if code is None and parts >= MOST_PARTS:
-                raise MeteoraError(f"step {step.name} does not end in {parts} parts", hint="raise command_seconds, or lower save_steps, in the sizes file")
+            if code is None and state["parts"] >= MOST_PARTS:
+                raise MeteoraError(
+                    f"step {step.name} does not end in {state['parts']} parts", hint="raise command_seconds, or lower save_steps, in the sizes file"
+                )
             if code is not None:
                 raise MeteoraError(f"step {step.name} failed with exit code {code}", hint=f"mend what the command says, then: {self.call}")
         outputs = self.outputs(step)
@@ -265,10 +307,9 @@ class Engine:
             self.record_file(step),
             {
                 "step": step.name,
-                "command": shown,
+                **state,
                 "settings": self.experiment.relevant_settings(step),
-                "seconds": round(seconds, 1),
-                "parts": parts,
+                "seconds": round(state["seconds"], 1),
                 "data": {name: known for name, known in self.data_hashes().items() if self.uses(step, name)},
                 "outputs": outputs,
             },
@@ -289,29 +330,6 @@ class Engine:
             for file in found or results[-1:]:
                 made[str(file)] = sha256(file)
         return made
-
-
-def run_child(arguments: list[str], seconds: float) -> int | None:
-    """``meteora ARGUMENTS`` as a process of its own: asked to end (as by Ctrl-C) when its time is over, killed when it does not."""
-    quiet = {"stdout": subprocess.DEVNULL} if "--json" in arguments else {}
-    child = subprocess.Popen([sys.executable, "-m", "meteora_cli", *arguments], **quiet)  # type: ignore[call-overload]
-    try:
-        return int(child.wait(timeout=seconds))
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGINT)
-        try:
-            child.wait(timeout=GRACE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-        return None
-    except BaseException:
-        child.send_signal(signal.SIGINT)
-        try:
-            child.wait(timeout=GRACE)
-        finally:
-            child.kill()
-        raise
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str:

@@ -31,6 +31,7 @@ class Step:
         makes: What must be there afterwards, with placeholders.
         checkpoint: A checkpoint that it reads; its base must be the experiment's.
         hub: It needs the Hugging Face hub, and is left out where the hub cannot be reached.
+        weight: How many places it takes among those that run at the same time.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Step:
     makes: tuple[str, ...] = ()
     checkpoint: str | None = None
     hub: bool = False
+    weight: int = 1
 
     def arguments(self, values: Mapping[str, Any]) -> list[str]:
         """The command with its placeholders filled in, as an argument list."""

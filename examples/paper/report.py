@@ -197,12 +197,27 @@ def routing_table(documents: Mapping[str, Any], gates: Mapping[str, Mapping[str,
 
 def commands(engine: Engine) -> str:
     """What was run, in order, and how long it took."""
-    rows, total = [], 0.0
-    for step in engine.experiment.steps:
-        file = engine.record_file(step)
-        record = read_json(file) if file.is_file() else {}
-        if "command" in record:
-            total += record["seconds"]
-            parts = f", in {record['parts']} parts" if record["parts"] > 1 else ""
-            rows.append(f"{record['command']}  # {record['seconds']:.0f} s{parts}")
-    return "```bash\n" + "\n".join(rows) + f"\n```\n\nIn all {total / 60:.1f} minutes."
+    files = [engine.record_file(step) for step in engine.experiment.steps]
+    records = [record for file in files if file.is_file() and "command" in (record := read_json(file))]
+    rows = []
+    for record in records:
+        parts = f", in {record['parts']} parts" if record["parts"] > 1 else ""
+        rows.append(f"{record['command']}  # {record['seconds']:.0f} s{parts}")
+    text = "```bash\n" + "\n".join(rows) + f"\n```\n\nIn all {sum(record['seconds'] for record in records) / 60:.1f} minutes."
+    jobs = max((record.get("jobs", 1) for record in records), default=1)
+    if jobs > 1:
+        text += f" Up to {jobs} commands ran side by side, so these seconds are not what each takes alone"
+        clock = clock_seconds(records)
+        text += "." if clock is None else f"; by the clock it was {clock / 60:.1f} minutes, the pauses between calls left out."
+    return text
+
+
+def clock_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """How long at least one command ran: the union of the times between which they ran. None where a record does not hold them all."""
+    if any(len(record.get("spans", ())) != record["parts"] for record in records):
+        return None
+    total, reached = 0.0, float("-inf")
+    for began, ended in sorted((span["began"], span["ended"]) for record in records for span in record["spans"]):
+        total += max(0.0, ended - max(began, reached))
+        reached = max(reached, ended)
+    return total

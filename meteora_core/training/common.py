@@ -148,7 +148,8 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     """
     from meteora_core.data.tasks import TASK_ORDER
 
-    present = sorted(path.name for path in root.iterdir() if (path / "adapter_config.json").is_file()) if root.is_dir() else []
+    inside = root.iterdir() if root.is_dir() else ()
+    present = sorted(path.name for path in inside if not path.name.startswith(".") and (path / "adapter_config.json").is_file())
     if not present:
         raise UsageError(f"no adapters in {root}", hint="train some with `meteora train --stage adapters --task NAME`, or pass --adapters DIR")
     for name in names:

@@ -1,0 +1,86 @@
+"""``meteora`` commands as processes of their own: started, given so much time, and ended with this program."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+Starter = Callable[[list[str], Path | None], "subprocess.Popen[bytes]"]
+"""Starts ``meteora ARGUMENTS``; its output is appended to the file, or goes to the terminal where there is none."""
+
+GRACE = 30.0
+"""Seconds that a command has to end after it was asked to."""
+
+
+def start_child(arguments: list[str], log: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start ``meteora ARGUMENTS``."""
+    command = [sys.executable, "-m", "meteora_cli", *arguments]
+    if log is None:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL if "--json" in arguments else None)
+    with log.open("ab") as output:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def run_child(arguments: list[str], seconds: float) -> int | None:
+    """``meteora ARGUMENTS`` to its end: asked to end (as by Ctrl-C) when its time is over, killed when it does not."""
+    children = list[subprocess.Popen[bytes]]()
+    try:
+        with signals_held():
+            children.append(start_child(arguments))
+        return children[0].wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        end_children(children)
+        return None
+    except BaseException:
+        end_children(children)
+        raise
+
+
+def end_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask them to end, as by Ctrl-C; kill those that do not within :data:`GRACE` seconds, or all when a second signal comes."""
+    try:
+        for child in children:
+            child.send_signal(signal.SIGINT)
+        until = time.monotonic() + GRACE
+        for child in children:
+            child.wait(timeout=max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with signals_held():
+            for child in children:
+                child.kill()
+                child.wait()
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM within the block take effect at its end, so that no process is started unseen.
+
+    A process that is started within listens to Ctrl-C even where this program was started with it ignored, as in the background of a script.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = list[int]()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held in came:
+            signal.raise_signal(held)

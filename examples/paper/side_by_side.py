@@ -1,0 +1,177 @@
+"""Runs several steps at the same time, each as a process of its own, and keeps their output in log files.
+
+One loop starts, watches and ends the processes; nothing here runs in threads.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.paper import children
+from examples.paper.engine import Engine, Part, Stopped
+from examples.paper.plan import Step
+from meteora_core.errors import MeteoraError
+from meteora_core.files import storage_errors
+
+POLL = 0.1
+"""Seconds between two looks at the processes."""
+
+TAIL = 15
+"""Lines of a failed command's log that are shown."""
+
+
+def run_side_by_side(engine: Engine, chosen: Sequence[str] = ()) -> list[str]:
+    """What :meth:`Engine.run` does, with up to ``engine.jobs`` places, of which each step takes its weight.
+
+    Among the steps that may begin the file's order counts; one that does not fit may be overtaken by a later one that does. After a failure none
+    begins, and those that run are left to end. Whatever ends this call, no process outlives it.
+
+    Args:
+        engine: The steps and their record.
+        chosen: Names or stages of steps, with ``*``; empty means all.
+
+    Returns:
+        The names of the steps that were run, as they ended.
+
+    Raises:
+        UsageError: No such step.
+        MeteoraError: As :meth:`Engine.run`; a need that is neither chosen nor done is found before anything starts.
+        Stopped: The time of this call is over.
+    """
+    steps = engine.prepare(chosen)
+    names = {step.name for step in steps}
+    for step in steps:
+        if not engine.record_file(step).is_file():
+            engine.check_needs(step, [name for name in step.needs if name not in names and not engine.record_file(engine.experiment.step(name)).is_file()])
+    pool = _Pool(engine, steps)
+    try:
+        pool.run()
+    except BaseException:
+        children.end_children([each.child for each in pool.running])
+        raise
+    return pool.ran
+
+
+@dataclass
+class _Running:
+    """A step's command that runs."""
+
+    step: Step
+    work: Generator[Part, int | None, bool]
+    log: Path
+    child: subprocess.Popen[bytes]
+    began: float
+    until: float
+    asked: bool = False
+
+    def has_ended(self) -> bool:
+        """Whether its process is gone; it is asked to end when its time is over, and killed when it does not."""
+        if self.child.poll() is not None:
+            return True
+        now = time.monotonic()
+        if now >= self.until:
+            if self.asked:
+                self.child.kill()
+            else:
+                self.child.send_signal(signal.SIGINT)
+            self.asked, self.until = True, now + children.GRACE
+        return False
+
+
+class _Pool:
+    """The steps that wait, and those that run."""
+
+    def __init__(self, engine: Engine, steps: Sequence[Step]) -> None:
+        self.engine = engine
+        self.waiting = list(steps)
+        self.running: list[_Running] = []
+        self.ran: list[str] = []
+        self.problem: MeteoraError | None = None
+
+    def run(self) -> None:
+        """Until all are done, or one has failed and the others have ended. Raises MeteoraError, Stopped."""
+        self.begin_ready()
+        while self.running:
+            time.sleep(POLL)
+            ended = [each for each in self.running if each.has_ended()]
+            for each in ended:
+                self.finish(each)
+            if ended:
+                self.begin_ready()
+        if self.problem is not None:
+            raise self.problem
+
+    def begin_ready(self) -> None:
+        """Begin the steps whose needs are done, in order, as far as there are places."""
+        for step in list(self.waiting):
+            unsettled = {each.name for each in self.waiting} | {each.step.name for each in self.running}
+            if self.problem is not None or unsettled & set(step.needs):
+                continue
+            try:
+                due = self.engine.is_due(step)
+                if due and self.weight(step) > self.engine.jobs - sum(self.weight(each.step) for each in self.running):
+                    continue
+                self.waiting.remove(step)
+                if due:
+                    self.go_on(step, self.engine.parts(step), None)
+            except MeteoraError as error:
+                self.note(error)
+
+    def weight(self, step: Step) -> int:
+        """How many places a step takes."""
+        return min(step.weight, self.engine.jobs)
+
+    def go_on(self, step: Step, work: Generator[Part, int | None, bool], code: int | None) -> bool:
+        """Start the next part of a step, given the exit code of the last one; False when there is none. Raises MeteoraError, Stopped."""
+        try:
+            part = work.send(code)
+        except StopIteration as end:
+            if end.value:
+                self.ran.append(step.name)
+            return False
+        log = self.engine.experiment.work / "logs" / f"{step.name}.log"
+        with storage_errors(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a", encoding="utf-8") as handle:
+                handle.write(f"$ {part.shown}\n")
+        self.engine.say(f"+ {step.name}: $ {part.shown}")
+        with children.signals_held():
+            child, began = self.engine.start_command(part.arguments, log), time.monotonic()
+            self.running.append(_Running(step, work, log, child, began, began + part.seconds))
+        return True
+
+    def finish(self, running: _Running) -> None:
+        """Record a step whose process has ended, or start its next part."""
+        self.running.remove(running)
+        name, seconds = running.step.name, time.monotonic() - running.began
+        if running.asked:
+            self.engine.say(f"- {name}: stopped after {seconds:.0f} s, when its time was over; the rest is left for another part")
+        try:
+            self.go_on(running.step, running.work, None if running.asked else running.child.returncode)
+        except Stopped as error:
+            self.note(error)
+        except MeteoraError as error:
+            self.engine.say("\n".join([f"- {name}: failed after {seconds:.0f} s: {error.message}; the end of {running.log}:", *tail(running.log)]))
+            self.note(error)
+        else:
+            if not running.asked:
+                self.engine.say(f"- {name}: done in {seconds:.0f} s")
+
+    def note(self, error: MeteoraError) -> None:
+        """Keep the first failure; that the time is over counts less than any."""
+        if self.problem is None or (isinstance(self.problem, Stopped) and not isinstance(error, Stopped)):
+            self.problem = error
+
+
+def tail(log: Path, lines: int = TAIL) -> list[str]:
+    """The last lines of a log, indented; of a progress bar only its last state."""
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - 65536))
+        text = handle.read().decode("utf-8", errors="replace")
+    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip().split("\n")]
+    return [f"    {line}" for line in shown[-lines:]]
