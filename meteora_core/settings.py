@@ -158,7 +158,7 @@ class EvalSettings(_Section):
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, description="Recorded; greedy decoding does not use it.")
     fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")
-    cuda_graphs: Switch = Field("auto", description="A cache of fixed size, each step replayed as a CUDA graph; auto: on a CUDA GPU, where the model allows it.")
+    cuda_graphs: Switch = Field("auto", description="A cache of fixed size, each step a CUDA graph; auto: on a CUDA GPU, where the model allows it.")
 
 
 class ChatSettings(_Section):
