@@ -55,6 +55,7 @@ class Engine:
         deadline: When this call ends, by ``time.monotonic()``.
         hub_reachable: Asked when a step needs the hub.
         jobs: How many steps may run at the same time; see :mod:`examples.paper.side_by_side`.
+        keep_going: After a failure the steps that do not need the failed one still run; the failure is raised at the end.
         start_command: Starts a ``meteora`` command that runs beside others.
     """
 
@@ -65,6 +66,7 @@ class Engine:
     deadline: float = float("inf")
     hub_reachable: Callable[[], bool] = lambda: False
     jobs: int = 1
+    keep_going: bool = False
     start_command: Starter = start_child
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
@@ -116,7 +118,25 @@ class Engine:
             MeteoraError: A command failed, or something that was done does not fit any more; the hint is the command that repairs it.
             Stopped: The time of this call is over.
         """
-        return [step.name for step in self.prepare(chosen) if self.is_due(step) and self.execute(step)]
+        ran: list[str] = []
+        lost: set[str] = set()
+        first: MeteoraError | None = None
+        for step in self.prepare(chosen):
+            if lost & set(step.needs):
+                lost.add(step.name)
+                continue
+            try:
+                if self.is_due(step) and self.execute(step):
+                    ran.append(step.name)
+            except MeteoraError as error:
+                if isinstance(error, Stopped) or not self.keep_going:
+                    raise
+                self.say(f"# {step.name}: {error.message}")
+                lost.add(step.name)
+                first = first or error
+        if first is not None:
+            raise first
+        return ran
 
     def is_due(self, step: Step) -> bool:
         """Whether the step is to be run: it is not done, and what it needs is there. Raises MeteoraError where something does not fit."""

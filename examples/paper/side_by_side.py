@@ -29,7 +29,8 @@ def run_side_by_side(engine: Engine, chosen: Sequence[str] = ()) -> list[str]:
     """What :meth:`Engine.run` does, with up to ``engine.jobs`` places, of which each step takes its weight.
 
     Among the steps that may begin the file's order counts; one that does not fit may be overtaken by a later one that does. After a failure none
-    begins, and those that run are left to end. Whatever ends this call, no process outlives it.
+    begins (with ``engine.keep_going`` those that do not need the failed one do), and those that run are left to end. Whatever ends this call, no
+    process outlives it.
 
     Args:
         engine: The steps and their record.
@@ -92,6 +93,7 @@ class _Pool:
         self.running: list[_Running] = []
         self.ran: list[str] = []
         self.problem: MeteoraError | None = None
+        self.lost: set[str] = set()
 
     def run(self) -> None:
         """Until all are done, or one has failed and the others have ended. Raises MeteoraError, Stopped."""
@@ -109,8 +111,8 @@ class _Pool:
     def begin_ready(self) -> None:
         """Begin the steps whose needs are done, in order, as far as there are places."""
         for step in list(self.waiting):
-            unsettled = {each.name for each in self.waiting} | {each.step.name for each in self.running}
-            if self.problem is not None or unsettled & set(step.needs):
+            unsettled = {each.name for each in self.waiting} | {each.step.name for each in self.running} | self.lost
+            if self.is_over() or unsettled & set(step.needs):
                 continue
             try:
                 due = self.engine.is_due(step)
@@ -120,7 +122,11 @@ class _Pool:
                 if due:
                     self.go_on(step, self.engine.parts(step), None)
             except MeteoraError as error:
-                self.note(error)
+                self.note(step, error)
+
+    def is_over(self) -> bool:
+        """Whether no step may begin any more."""
+        return self.problem is not None and (isinstance(self.problem, Stopped) or not self.engine.keep_going)
 
     def weight(self, step: Step) -> int:
         """How many places a step takes."""
@@ -154,16 +160,18 @@ class _Pool:
         try:
             self.go_on(running.step, running.work, None if running.asked else running.child.returncode)
         except Stopped as error:
-            self.note(error)
+            self.note(running.step, error)
         except MeteoraError as error:
             self.engine.say("\n".join([f"- {name}: failed after {seconds:.0f} s: {error.message}; the end of {running.log}:", *tail(running.log)]))
-            self.note(error)
+            self.note(running.step, error)
         else:
             if not running.asked:
                 self.engine.say(f"- {name}: done in {seconds:.0f} s")
 
-    def note(self, error: MeteoraError) -> None:
+    def note(self, step: Step, error: MeteoraError) -> None:
         """Keep the first failure; that the time is over counts less than any."""
+        self.waiting = [each for each in self.waiting if each is not step]
+        self.lost.add(step.name)
         if self.problem is None or (isinstance(self.problem, Stopped) and not isinstance(error, Stopped)):
             self.problem = error
 

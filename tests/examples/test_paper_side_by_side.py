@@ -154,6 +154,16 @@ def test_after_a_failure_none_begins_and_the_others_end(world) -> None:
     assert world.alive() == []
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_keep_going_runs_what_does_not_need_the_failed_step(world, jobs: int) -> None:
+    engine = world.engine(jobs, step("a"), step("b", "a"), step("c", "b"), step("d"), step("e", "d"), a={"code": 3}, e={"code": 4})
+    engine.keep_going = True
+    with pytest.raises(MeteoraError, match="step a failed with exit code 3"):
+        engine.run() if jobs == 1 else run_side_by_side(engine)
+    assert sorted(world.events()) == ["+a", "+d", "+e", "-a", "-d", "-e"]
+    assert [name for name in "abcde" if engine.record_file(engine.experiment.step(name)).is_file()] == ["d"]
+
+
 def test_a_need_that_is_neither_chosen_nor_done_is_found_before_anything_starts(world) -> None:
     engine = world.engine(2, step("a"), step("b"), step("c", "a"))
     with pytest.raises(MeteoraError, match="step c needs step a, which is not done") as caught:
