@@ -35,19 +35,40 @@ def chosen_sum(
     BN: tl.constexpr,
     RANK_P: tl.constexpr,
     GATHER: tl.constexpr,
+    FLAT: tl.constexpr,
     DENSE_DOWN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add ``sum_j w_j s_j B_j (A_j x)`` to ``total`` (BN, MP).
 
     mid_down holds A x: all R rows per token (DENSE_DOWN), or SLOT * RANK_P + row of the chosen adapters only. GATHER takes B's chosen rows
-    token by token; otherwise all of B is multiplied by a middle that is zero elsewhere (16 tokens and more).
+    token by token, FLAT does so for one token without tiles of one row; otherwise all of B is multiplied by a middle that is zero elsewhere
+    (16 tokens and more).
     """
     tokens = tl.arange(0, MP)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
     live = tokens < tokens_total
-    if GATHER:
+    if FLAT:
+        # Triton 3.6 moves loads of small one-row tiles to another layout without their masks and then refuses its own code.
+        PIECE: tl.constexpr = 16 if RANK_P >= 16 else RANK_P
+        share = tl.zeros([BN, MP], dtype=tl.float32)  # apart from the base, which is larger: float32 so loses less in a long sum
+        for slot in tl.static_range(TOP_K):
+            begin = tl.sum(slot_of(first, slots, slot))
+            end = tl.sum(slot_of(last, slots, slot))
+            factor = tl.sum(slot_of(scaled, slots, slot))
+            for step in tl.static_range(0, RANK_P, PIECE):
+                inner = step + tl.arange(0, PIECE)
+                inside = begin + inner < end
+                values = tl.load(mid_down + (begin + inner if DENSE_DOWN else slot * RANK_P + inner), mask=inside, other=0.0, cache_modifier=".cg") * factor
+                rows = (begin + inner).to(tl.int64)[:, None]
+                up = tl.load(b + rows * width + columns, mask=inside[:, None] & column_mask, other=0.0)
+                share += tl.sum(values[:, None] * up.to(tl.float32), axis=0)[:, None]
+        total += share
+    elif GATHER:
         CHUNK: tl.constexpr = 16 if TOP_K * RANK_P >= 16 else TOP_K * RANK_P
+        before = total
+        if RANK_P > 16:
+            total = tl.zeros([BN, MP], dtype=tl.float32)
         for slot in tl.static_range(TOP_K):
             factor = slot_of(scaled, slots, slot)
             begin = slot_of(first, slots, slot)
@@ -61,6 +82,8 @@ def chosen_sum(
                 values = values * factor
                 up = tl.load(b + rows[:, :, None].to(tl.int64) * width + columns[None, :, :], mask=inside[:, :, None] & column_mask[None, :, :], other=0.0)
                 total += tl.trans(tl.sum(values[:, :, None] * up.to(tl.float32), axis=1))
+        if RANK_P > 16:
+            total += before
     else:
         BR: tl.constexpr = 32
         for start in range(0, rank, BR):
@@ -216,6 +239,7 @@ def apply_kernel(
     BN: tl.constexpr,
     DENSE_DOWN: tl.constexpr,
     GATHER: tl.constexpr,
+    FLAT: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -247,6 +271,7 @@ def apply_kernel(
         BN,
         RANK_P,
         GATHER,
+        FLAT,
         DENSE_DOWN,
         PRECISION,
     )
@@ -320,9 +345,10 @@ def mix_few(
             RANK_P=rank_p, BK=512, EVEN=hidden % 512 == 0, HAS_ALLOWED=allowed is not None, num_warps=4,
         )  # fmt: skip
     bn = 64 if gather else 32
+    flat = mp == 1 and (padded, slots, rank_p) != (32, 2, 8)  # the published figures are of that shape in the other form, which compiles there
     apply_kernel[(ceil_div(width, bn),)](
         base, lora_B, mid, permitted, scaling, offsets, y, tokens, count, rank, width, base.stride(0), mid.stride(0), temperature,
-        TOP_K=top_k, SLOTS=slots, PADDED=padded, RANK_P=rank_p, MP=mp, BN=bn, DENSE_DOWN=dense_down, GATHER=gather,
+        TOP_K=top_k, SLOTS=slots, PADDED=padded, RANK_P=rank_p, MP=mp, BN=bn, DENSE_DOWN=dense_down, GATHER=gather, FLAT=flat,
         HAS_ALLOWED=allowed is not None, PRECISION="ieee", num_warps=4,
     )  # fmt: skip
     return y, mid[:, :count]

@@ -2,7 +2,11 @@
 """Many adapters of large total rank, many tokens: work follows ``top_k``, not N.
 
 Every (token, slot) pair is sorted by slot and adapter (stable, on the device); blocks of pairs that share an adapter then multiply with that
-adapter's A and B only. One pass over the output per slot, in a fixed order, so that the result is deterministic.
+adapter's A and B only. One pass over the output per slot, in a fixed order, so that the result is deterministic. Passes before the last
+write the slots' share alone, in the output's dtype; the last one adds base, share and its own product in float32 and rounds the output once.
+(Rounding the share costs little: in bfloat16, with a share of a fifth of the output, 2 % more error than a float32 share.) Memory traffic:
+``4 k`` outputs' elements read or written in sum, k times that of one pass, as if every pass added to the output itself; a float32 share would
+take half as much again for top-2.
 """
 
 from __future__ import annotations
@@ -124,9 +128,14 @@ def grouped_up_kernel(
     SIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[token] = base[token] + h[pair] B_i for one slot's blocks (out may be base). B (R, width). Grid: (B, ceil(width / BLOCK_N))."""
+    """out[token] = base[token] (HAS_BASE) + out[token] (HAS_SHARE) + h[pair] B_i for one slot's blocks.
+
+    B (R, width), base and out (M, width). Grid: (B, ceil(width / BLOCK_N)).
+    """
     block = tl.program_id(0)
     owner = tl.load(adapter + block)
     if owner >= 0:
@@ -138,7 +147,11 @@ def grouped_up_kernel(
         finish = tl.load(offsets + owner + 1)
         columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = live[:, None] & (columns < width)[None, :]
-        total = tl.load(base + tokens[:, None] * stride_base + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        total = tl.zeros([SIZE, BLOCK_N], dtype=tl.float32)
+        if HAS_BASE:
+            total += tl.load(base + tokens[:, None] * stride_base + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HAS_SHARE:
+            total += tl.load(out + tokens[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         for r in tl.static_range(0, RANK_P, BLOCK_R):
             inner = r + tl.arange(0, BLOCK_R)
             rows = begin + inner
@@ -183,9 +196,9 @@ def mix_grouped(
     )  # fmt: skip
     for slot in range(top_k):
         part = slice(slot * per_slot, (slot + 1) * per_slot)
-        source = base if slot == 0 else out
         grouped_up_kernel[(per_slot, ceil_div(width, 128))](
-            h, lora_B, source, out, offsets, blocks.order, blocks.adapter[part], blocks.start[part], blocks.end[part], tokens, width,
-            source.stride(0), RANK_P=rank_p, SIZE=size, BLOCK_R=min(rank_p, 64), BLOCK_N=128, PRECISION="ieee", num_warps=4, num_stages=2,
+            h, lora_B, base, out, offsets, blocks.order, blocks.adapter[part], blocks.start[part], blocks.end[part], tokens, width,
+            base.stride(0), RANK_P=rank_p, SIZE=size, BLOCK_R=min(rank_p, 64), BLOCK_N=128, HAS_BASE=slot == top_k - 1, HAS_SHARE=slot > 0,
+            PRECISION="ieee", num_warps=4, num_stages=2,
         )  # fmt: skip
     return out, logits

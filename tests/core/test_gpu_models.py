@@ -61,36 +61,49 @@ def batch_of(lengths: list[int], room: list[int], no_repeat: int = 3) -> Batch:
 LENGTHS, ROOM = [5, 17, 9, 1, 30, 12, 8], [20, 3, 20, 33, 1, 20, 20]
 
 
-def assert_alike(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """The same logits; in 16 bits up to a few tokens whose near ties fell to another adapter."""
-    if got.dtype == torch.float32:
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-    else:
-        errors = (got - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
-        assert float(errors.median()) < 0.05
+SIZES = {
+    "decode": [(1, 1)] * 24 + [(2, 8)] * 12,
+    "packed": [(2, 9)] * 12 + [(4, 16)] * 4 + [(1, 100)] * 3,
+    "split": [(11, 128)],
+}
+"""Texts and their lengths, per path of a fused group."""
+
+
+def error(got: list[torch.Tensor], wide: list[torch.Tensor]) -> float:
+    """Of logits, relative, median over all tokens: a near tie that falls to another adapter changes a token, not the median."""
+    rows = [((one.float() - other).norm(dim=-1) / other.norm(dim=-1)).flatten() for one, other in zip(got, wide, strict=True)]
+    return float(torch.cat(rows).median())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_fused_logits(model, dtype: torch.dtype) -> None:
+    """Fused layers are as near to float32 on the same weights as the layers apart; in float32 they give the same logits."""
+    state = routing_state(model)
+    texts = {path: [ids_of(*size, seed=seed) for seed, size in enumerate(sizes)] for path, sizes in SIZES.items()}
+    cases = [(path, muted) for path in texts for muted in ((), ("one",))]
+
+    def logits(path: str, muted: tuple[str, ...]) -> list[torch.Tensor]:
+        state.mute(list(muted))
+        return [model(ids).logits for ids in texts[path]]
+
+    model.to(dtype).float()
+    wide = [logits(*case) for case in cases]
     model.to(dtype)
-    texts = [ids_of(*size) for size in ((1, 1), (2, 9), (4, 16), (1, 100), (11, 128))]
-    apart = [model(ids).logits for ids in texts]
+    apart = [logits(*case) for case in cases]
     assert fuse_for_inference(model) == 8
     assert is_fused(model)
-    together = [model(ids).logits for ids in texts]
-    for one, other, ids in zip(apart, together, texts, strict=True):
-        assert torch.equal(model(ids).logits, other)
-        assert_alike(other, one)
+    for case, one, exact in zip(cases, apart, wide, strict=True):
+        together = logits(*case)
+        assert all(torch.equal(*pair) for pair in zip(logits(*case), together, strict=True)), case
+        if dtype == torch.float32:
+            torch.testing.assert_close(together, one, rtol=1e-3, atol=1e-3)
+        else:
+            assert error(together, exact) <= 1.25 * error(one, exact) + 0.002, case
+    assert not torch.equal(apart[0][0], apart[1][0])
     assert unfuse(model) == 14
-    for one, ids in zip(apart, texts, strict=True):
-        assert torch.equal(model(ids).logits, one)
-    state = routing_state(model)
-    state.mute(["one"])
-    muted = model(texts[1]).logits
-    fuse(model)
-    assert_alike(model(texts[1]).logits, muted)
-    assert not torch.equal(muted, apart[1])
+    for case, one in zip(cases, apart, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(logits(*case), one, strict=True)), case
 
 
 @pytest.mark.parametrize("kind", ["base", "meteora", "fused", "muted"])

@@ -51,6 +51,18 @@ def error(got: Tensor, wide: Tensor) -> float:
     return float(((got.double() - wide).norm(dim=1) / wide.norm(dim=1)).median())
 
 
+def allowance(case: Case, wide: Tensor, own: float, ranks: list[int], top_k: int) -> float:
+    """What :func:`error` may be: 20 % above the base's ``own``; in float32 plus the rounding of the adapters' two sums.
+
+    A sum of n float32 terms, taken one after the other, is off by about ``sqrt(n) * eps / 2`` of itself, here n = hidden + k * r; that is
+    weighed by the adapters' part of the output. In 16 bits the rounding of the output hides it.
+    """
+    if case.x.dtype != SINGLE:
+        return MORE * own + 1e-9
+    part = float(((wide - case.base.double()).norm(dim=1) / wide.norm(dim=1)).median())
+    return MORE * own + part * (case.x.shape[1] + top_k * max(ranks)) ** 0.5 * torch.finfo(SINGLE).eps / 2
+
+
 def exact(case: Case, top_k: int) -> Tensor:
     """The mixture on top of the base output as it is, in float64."""
     wide = Case(*(tensor.double() for tensor in case.floats), case.scaling, case.offsets)
@@ -77,7 +89,9 @@ def test_grid(ranks: list[int], hidden: int, out: int, top_k: int, dtype: torch.
         got = lora_mixture(*case.arguments, **options)
         assert isinstance(got, Tensor)
         assert got.dtype == dtype
-        assert error(got, exact(case, top_k)) <= MORE * own + 1e-9, (tokens, error(got, exact(case, top_k)), own)
+        wide = exact(case, top_k)
+        most = allowance(case, wide, own, ranks, top_k)
+        assert error(got, wide) <= most, (tokens, error(got, wide), most, own)
         with no_waiting():
             again = lora_mixture(*case.arguments, **options)
         assert torch.equal(again, got), tokens  # type: ignore[arg-type]

@@ -25,6 +25,8 @@ SHAPES = [
     pytest.param(UNIFORM, 40, 24, 21, 2, id="28-many"),
     pytest.param([3, 0, 8, 1, 5], 20, 40, 4, 3, id="mixed-few"),
     pytest.param([3, 0, 8, 1, 5], 20, 40, 70, 3, id="mixed-many", marks=pytest.mark.slow),
+    pytest.param([3, 0, 40, 1, 5, 17], 20, 40, 1, 3, id="wide-one-token"),
+    pytest.param([3, 0, 40, 1, 5, 17], 20, 40, 4, 3, id="wide-few"),
     pytest.param([4], 16, 9, 3, 1, id="single"),
     pytest.param([2] * 9, 16, 9, 5, 8, id="top-8"),
 ]
@@ -155,6 +157,22 @@ def test_grouped(ranks: list[int], one: bool) -> None:
         case.x[:] = case.x[0].clone()
     output, _ = mix_grouped(*case.arguments, max(ranks), 2, 1.5, None)
     close(output, routed(case, 2).float())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_grouped_rounds_the_output_once(top_k: int) -> None:
+    """Shares a fifth of the output; the error is that of rounding the exact result."""
+    wide = make([5, 17, 3, 9, 16, 1], 20, 64, (40,), torch.float64, device=DEVICE)
+    wide.lora_B *= 0.2
+    case = wide.copy(torch.float16)
+    expected = lora_mixture(*case.copy(torch.float64).arguments, top_k=top_k, backend="reference")
+    assert isinstance(expected, torch.Tensor)
+    output, _ = mix_grouped(*case.arguments, 17, top_k, 1.0, None)
+
+    def error(got: torch.Tensor) -> float:
+        return float(((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).median())
+
+    assert error(output) <= 1.15 * error(expected.half())
 
 
 def test_blocks_hold_every_pair_once() -> None:
