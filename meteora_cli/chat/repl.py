@@ -49,20 +49,31 @@ def run_repl(chat: Chat, read: Callable[[], str]) -> None:
     """
     while True:
         try:
-            line = read()
-        except KeyboardInterrupt:
-            chat.say("Ctrl-D leaves")
+            while _turn(chat, read):
+                pass
+            return
+        except KeyboardInterrupt:  # it came between two prompts, where nothing waits for it
             continue
-        except EOFError:
-            return
-        try:
-            take(chat, line)
-        except Quit:
-            return
-        except MeteoraError as error:
-            chat.fail(error)
-        except KeyboardInterrupt:
-            chat.say("stopped")
+
+
+def _turn(chat: Chat, read: Callable[[], str]) -> bool:
+    """Read a line and answer it; False when the user leaves."""
+    try:
+        line = read()
+    except KeyboardInterrupt:
+        chat.say("Ctrl-D leaves")
+        return True
+    except EOFError:
+        return False
+    try:
+        take(chat, line)
+    except Quit:
+        return False
+    except MeteoraError as error:
+        chat.fail(error)
+    except KeyboardInterrupt:
+        chat.say("stopped")
+    return True
 
 
 def take(chat: Chat, line: str) -> None:

@@ -324,6 +324,27 @@ def test_streaming_wraps_at_words_and_loses_nothing() -> None:
     assert "".join(text.split()) == "".join(console.file.getvalue().split())
 
 
+def test_ctrl_c_between_two_prompts_keeps_the_session(world, monkeypatch) -> None:
+    chat = make_chat(world)
+    lines, said = [KeyboardInterrupt(), "/quitt", EOFError()], []
+
+    def read() -> str:
+        line = lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "say", say)
+    run_repl(chat, read)
+    assert said[0] == "Ctrl-D leaves"
+    assert "unknown command /quitt" in shown(chat.notes)
+
+
 def test_control_characters_cannot_steer_the_terminal() -> None:
     assert harmless("a\x1b[2Jb\x07\r\nc\td\x9b") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\nc\td\N{REPLACEMENT CHARACTER}"
 
