@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         description="The paper's experiment, step by step. What is done is left out; the same call goes on where it stopped.",
         epilog="Exit codes: 0 done; 1 something failed or does not fit (the repair is named); 2 usage; 75 the time of --for is over; 130 Ctrl-C; 143 SIGTERM.",
     )
-    made.add_argument("sizes", help="full, toy, or a file like full.toml")
+    made.add_argument("sizes", help="full, ten, toy, or a file like full.toml")
     made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps or stages; * stands for anything")
     made.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these steps or stages again, and all that depends on them")
     made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="end after so many seconds; the same call goes on")
@@ -84,6 +84,8 @@ def call_of(options: argparse.Namespace) -> str:
             parts += [f"--{name.replace('_', '-')}", str(value)]
     if options.jobs != 1:
         parts += ["--jobs", str(options.jobs)]
+    if options.keep_going:
+        parts.append("--keep-going")
     return shlex.join(parts)
 
 

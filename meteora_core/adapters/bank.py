@@ -94,11 +94,12 @@ class AdapterBank:
     @classmethod
     def stack(cls, adapters: list[Adapter], *, dtype: torch.dtype | None = None) -> AdapterBank:
         """Stack adapters that were read before. Raises AdapterError when two of them disagree about a layer's shape."""
-        paths = sorted({path for adapter in adapters for path in adapter.modules}, key=_natural)
+        paths = sorted({path for adapter in adapters for path in adapter.modules}, key=natural_order)
         return cls(tuple(adapter.info for adapter in adapters), {path: _stack_layer(path, adapters, dtype) for path in paths})
 
 
-def _natural(path: str) -> tuple[tuple[int, int | str], ...]:
+def natural_order(path: str) -> tuple[tuple[int, int | str], ...]:
+    """Sorts layer paths by their numbers: ``layers.2`` before ``layers.10``."""
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in path.split("."))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from meteora_core.adapters.bank import Stack, _natural
+from meteora_core.adapters.bank import Stack, natural_order
 from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS, AdapterInfo
 from meteora_core.checkpoints.tensor_files import TensorEntry, TensorFiles, read_header, shown
 from meteora_core.data.tasks import TASK_ORDER
@@ -104,10 +104,10 @@ def read_layout(checkpoint: str | Path) -> AuthorsLayout:
     if unknown:
         raise CheckpointError(f"{checkpoint} has unknown tensors: {shown(sorted(unknown))}", hint=f"every key of the authors' layout starts with {PREFIX}")
     wanted = (*_PARTS, "base_layer") if base else _PARTS
-    missing = [key_of(path, part) for path in sorted(_grid(list(parts)), key=_natural) for part in wanted if part not in parts.get(path, ())]
+    missing = [key_of(path, part) for path in sorted(_grid(list(parts)), key=natural_order) for part in wanted if part not in parts.get(path, ())]
     if missing:
         raise CheckpointError(f"{checkpoint} lacks tensors: {shown(missing)}", hint=_AGAIN)
-    return _measure(checkpoint, tensors, sorted(parts, key=_natural), base)
+    return _measure(checkpoint, tensors, sorted(parts, key=natural_order), base)
 
 
 def _grid(paths: list[str]) -> set[str]:

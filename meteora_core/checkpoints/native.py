@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.bank import AdapterBank, Stack, _natural
+from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.errors import CheckpointError, MeteoraError
 from meteora_core.files import atomic_folder, read_json, sha256, write_json
@@ -295,7 +295,7 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
     infos = tuple(AdapterInfo(**entry) for entry in config["adapters"])
     if "adapters" in config["contains"]:
         stacks = {}
-        for path in sorted(config["modules"], key=_natural):
+        for path in sorted(config["modules"], key=natural_order):
             module = config["modules"][path]
             stacks[path] = Stack(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], tuple(module["ranks"]), torch.tensor(module["scaling"]))
         return AdapterBank(infos, stacks)

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.bank import AdapterBank, Stack, _natural
+from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import RoutingState, routing_state
@@ -104,7 +104,7 @@ def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
 
 def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
     """A few weights of up to 16 of the linears, to recognise the base model by; None when they are quantised or not materialised."""
-    paths = sorted(linears, key=_natural)
+    paths = sorted(linears, key=natural_order)
     values: list[float] = []
     for path in paths[:: max(1, len(paths) // 16)][:16]:
         weight = linears[path].weight

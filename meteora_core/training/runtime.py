@@ -206,7 +206,7 @@ def start_runtime(device: str = "auto") -> Runtime:
     """
     if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return Runtime()
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
@@ -216,6 +216,11 @@ def start_runtime(device: str = "auto") -> Runtime:
     if sharding and on_cpu:
         raise cannot_shard()
     accelerator = Accelerator(cpu=on_cpu)
+    if sharding and accelerator.distributed_type != DistributedType.FSDP:  # accelerate says nothing when it leaves the plugin aside
+        raise UsageError(
+            f"--launcher fsdp, but accelerate would not shard: it runs as {accelerator.distributed_type.value}",
+            hint="use --launcher ddp, or an accelerate that can shard on this device",
+        )
     kind: Kind = "deepspeed" if zero else "fsdp" if sharding else "ddp"
     device_used = torch.device("cpu") if on_cpu else accelerator.device
     return Runtime(kind, accelerator.process_index, accelerator.num_processes, device_used, accelerator)

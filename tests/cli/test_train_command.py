@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,6 +257,43 @@ def test_accelerate_takes_the_deepspeed_configuration(tmp_path, monkeypatch) -> 
     assert (plugin.zero_stage, plugin.gradient_accumulation_steps, plugin.gradient_clipping) == (2, 3, 1.0)
     assert plugin.offload_optimizer_device == "cpu"
     assert plugin.deepspeed_config["bf16"] == {"enabled": True}
+
+
+def test_accelerate_shards_by_fsdp_with_one_process_too(tmp_path, monkeypatch) -> None:
+    """accelerate's launcher starts one process as a distributed one, told to use FSDP 2: nothing falls back to a plain process."""
+    from accelerate.commands import launch as accelerate_launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    from meteora_core.settings import LaunchSettings
+    from meteora_core.training.launch import launch_command, launch_config
+
+    (tmp_path / "launch.json").write_text(json.dumps(launch_config(LaunchSettings(launcher="fsdp"), 1)))
+    arguments = accelerate_launch.launch_command_parser().parse_args(launch_command(tmp_path / "launch.json", ["train", "--launcher", "none"])[3:])
+    seen: list = []
+    monkeypatch.setattr(accelerate_launch, "multi_gpu_launcher", seen.append)
+    monkeypatch.setattr(accelerate_launch, "simple_launcher", lambda arguments: pytest.fail("a plain process"))
+    accelerate_launch.launch_command(arguments)
+    environment = prepare_multi_gpu_env(seen[0])
+    assert {key: environment[key] for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_STATE_DICT_TYPE")} == {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+
+
+def test_sharding_that_accelerate_leaves_out_is_refused(monkeypatch) -> None:
+    import accelerate
+
+    from meteora_core.errors import UsageError
+    from meteora_core.training.runtime import start_runtime
+
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_USE_FSDP": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(accelerate, "Accelerator", lambda cpu: SimpleNamespace(distributed_type=accelerate.DistributedType.MULTI_GPU))
+    with pytest.raises(UsageError, match="would not shard: it runs as MULTI_GPU") as caught:
+        start_runtime("cuda")
+    assert "--launcher ddp" in (caught.value.hint or "")
 
 
 def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
