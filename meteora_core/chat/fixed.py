@@ -114,10 +114,9 @@ class FixedCache:
     def _capture(self) -> None:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._one()
-                self.cut(self.length)
+        with torch.cuda.stream(side):  # once, so that kernels are loaded and workspaces made
+            self._one()
+            self.cut(self.length)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
