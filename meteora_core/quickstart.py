@@ -67,12 +67,13 @@ class QuickstartPlan:
         )
 
     def gate_settings(self) -> GateTrainSettings:
-        """How the gates are trained: from the closed-form start, then a few steps of the paper's loss."""
+        """How the gates are trained: from the closed-form start, then a few steps; half of the gate loss lies on answers."""
         return GateTrainSettings(
             seed=self.seed,
             max_steps=self.gate_steps,
             batch_size=self.gate_batch,
-            learning_rate=3e-4,
+            learning_rate=1e-2,
+            answer_share=0.5,
             max_length=384,
             init="ridge",
             ridge_tokens=self.ridge_tokens,

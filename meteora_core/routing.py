@@ -144,10 +144,12 @@ class GateObservations:
     Attributes:
         loss_sums: Per layer, the sum over labelled positions of CE(gate logits, label); float32 scalars with gradients.
         hits: Per layer path, bool (positions,) whether the top-1 adapter is the label (at ignored positions it is meaningless).
+        weights: Set by whoever labels the gates, before the forward pass: what each position weighs in the sums, float32 (positions,); None is 1.
     """
 
     loss_sums: list[Tensor] = field(default_factory=list)
     hits: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def mean_loss(self, positions: Tensor | int) -> Tensor:
         """CE_gate: the mean over layers and over ``positions`` labelled positions; a float32 scalar with gradients."""
@@ -180,6 +182,7 @@ class RoutingState:
         self.gate_labels: Tensor | None = None
         self.observations: GateObservations | None = None
         self.keep_hits = False
+        self.gates_alone = False
         self.recorder: Routes | None = None
         self._masks: dict[frozenset[str], Tensor] = {}
         self._singles: dict[int, Tensor] = {}
@@ -249,7 +252,7 @@ class RoutingState:
         return copies[device]
 
     @contextmanager
-    def label_gates(self, labels: Tensor, *, keep_hits: bool = False) -> Iterator[GateObservations]:
+    def label_gates(self, labels: Tensor, *, keep_hits: bool = False, alone: bool = False) -> Iterator[GateObservations]:
         """Within the block, forward calls also compute the gate loss.
 
         The block must also hold ``backward`` when gradient checkpointing is on: layers run again there and must see the same labels.
@@ -257,13 +260,14 @@ class RoutingState:
         Args:
             labels: int64 (batch, tokens), the adapter that each position should choose; -100 is ignored.
             keep_hits: Also keep, per layer, where the top-1 adapter is the label.
+            alone: The gate loss has gradients for each layer's own gate alone, none for what computed its input.
         """
         observations = GateObservations()
-        self.gate_labels, self.observations, self.keep_hits = labels, observations, keep_hits
+        self.gate_labels, self.observations, self.keep_hits, self.gates_alone = labels, observations, keep_hits, alone
         try:
             yield observations
         finally:
-            self.gate_labels, self.observations, self.keep_hits = None, None, False
+            self.gate_labels, self.observations, self.keep_hits, self.gates_alone = None, None, False, False
 
     @contextmanager
     def force(self, adapters: Tensor | int | str | None) -> Iterator[None]:

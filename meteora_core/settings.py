@@ -119,7 +119,14 @@ class GateTrainSettings(OptimSettings):
     """`meteora train`: the gates, and the adapters too when asked."""
 
     trainable: Literal["gates", "gates+adapters"] = Field("gates", description="What trains.")
+    adapter_learning_rate: float | None = Field(
+        None, examples=[5e-4], gt=0, description="With gates+adapters: peak learning rate of the adapters; absent: that of the gates."
+    )
     beta: float = Field(50.0, ge=0, description="Weight of the gate loss beside the language-model loss.")
+    loss_on: Literal["all", "response"] = Field("all", description="Tokens that the language-model loss counts: prompt and response, or the response alone.")
+    answer_share: float | None = Field(
+        None, examples=[0.5], gt=0, lt=1, description="Share of the gate loss that answers' tokens have together; absent: every token weighs the same."
+    )
     init: Literal["normal", "zeros", "arrow", "ridge"] = Field(
         "normal", description="How gates start: normal or zeros; arrow: from the adapters alone; ridge: closed form on train rows."
     )

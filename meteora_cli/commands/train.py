@@ -60,6 +60,13 @@ class Sampling(StrEnum):
     proportional = "proportional"
 
 
+class LossOn(StrEnum):
+    """Which tokens the language-model loss counts."""
+
+    all = "all"
+    response = "response"
+
+
 class LogTo(StrEnum):
     """Where curves go."""
 
@@ -97,6 +104,7 @@ def train(
     save_steps: Annotated[int | None, typer.Option(help="Steps between resumable states.", show_default=False)] = None,
     log_to: Annotated[LogTo | None, typer.Option(help="Where curves go.", show_default=False)] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many train rows of a task.", show_default=False)] = None,
+    loss_on: Annotated[LossOn | None, typer.Option(help="Tokens that the language-model loss counts.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(help="adapters: LoRA rank.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(help="adapters: LoRA alpha.", show_default=False)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="adapters: so many at once, each in a process (and on a GPU) of its own.", show_default=False)] = None,
@@ -104,9 +112,11 @@ def train(
     balanced: Annotated[bool, typer.Option("--balanced", help="adapters: one LoRA over all the tasks, mixed evenly.")] = False,
     name: Annotated[str, typer.Option(help="adapters: the name of the --balanced LoRA.")] = "balanced",
     beta: Annotated[float | None, typer.Option(help="gates: weight of the gate loss.", show_default=False)] = None,
+    answer_share: Annotated[float | None, typer.Option(help="gates: share of the gate loss that answers have together.", show_default=False)] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="gates: adapters per token.", show_default=False)] = None,
     temperature: Annotated[float | None, typer.Option("--T", help="gates: routing temperature.", show_default=False)] = None,
     trainable: Annotated[Trainable | None, typer.Option(help="gates: what trains.", show_default=False)] = None,
+    adapter_lr: Annotated[float | None, typer.Option(help="gates: peak learning rate of adapters that train along.", show_default=False)] = None,
     init: Annotated[Init | None, typer.Option(help="gates: how they start.", show_default=False)] = None,
     composite_rows: Annotated[float | None, typer.Option(help="gates: share of the rows that are composites of tasks.", show_default=False)] = None,
     composite_max: Annotated[int | None, typer.Option(help="gates: most tasks in a composite row.", show_default=False)] = None,
@@ -140,10 +150,16 @@ def train(
         "gradient_checkpointing": gradient_checkpointing,
     }
     shared |= {"packing": packing, "eval_steps": eval_steps, "patience": patience, "log_steps": log_steps, "save_steps": save_steps}
-    shared["log_to"] = log_to and log_to.value
+    shared |= {"log_to": log_to and log_to.value, "loss_on": loss_on and loss_on.value}
     own: dict[str, Any] = {"rank": rank, "alpha": alpha}
     if stage is Stage.gates:
-        own = {"beta": beta, "trainable": trainable and trainable.value, "init": init and init.value}
+        own = {
+            "beta": beta,
+            "answer_share": answer_share,
+            "adapter_learning_rate": adapter_lr,
+            "trainable": trainable and trainable.value,
+            "init": init and init.value,
+        }
         own |= {"composite_rows": composite_rows, "composite_max": composite_max, "sampling": sampling and sampling.value}
     settings = settings_from(
         ctx,

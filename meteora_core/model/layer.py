@@ -132,10 +132,12 @@ class MeteoraLinear(nn.Module):
             state.recorder.add(self.path, *route(logits.detach(), top_k, temperature, allowed))
         if state.gate_labels is not None and state.observations is not None:
             labels = state.gate_labels.reshape(-1)
-            flat = logits.reshape(-1, logits.shape[-1])
+            seen = F.linear(x.detach(), gate) if state.gates_alone else logits
+            flat = seen.reshape(-1, seen.shape[-1])
             wide = flat if flat.dtype == torch.float64 else flat.float()
-            loss = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum")  # autocast leaves float32 alone here
-            state.observations.loss_sums.append(loss)
+            weights = state.observations.weights  # autocast leaves float32 alone here
+            losses = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum" if weights is None else "none")
+            state.observations.loss_sums.append(losses if weights is None else (losses * weights).sum())
             if state.keep_hits:
                 state.observations.hits[self.path] = flat.detach().argmax(-1) == labels
         return mixed

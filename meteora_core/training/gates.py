@@ -28,7 +28,7 @@ from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, tr
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.measure import gate_tallies, hit_sum, measure_gates
 from meteora_core.training.plan import plan_batches
-from meteora_core.training.ridge import ridge_gates
+from meteora_core.training.ridge import ridge_gates, token_weights
 from meteora_core.training.rows import Batch, TrainRow, collate, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import saved_states
@@ -114,8 +114,11 @@ def train_gates(
     """Train the gates of a bank on its adapters' tasks, and save a checkpoint that holds only what was trained.
 
     ``loss = CE_lm + beta * CE_gate`` (MeteoRA, arXiv 2405.13053, section 3.2; beta as in the authors' code): CE_lm over all tokens of prompt
-    and response, CE_gate the mean over adapted linears and tokens of CE(gate logits, the sequence's task). With ``settings.composite_rows`` a share of
-    the rows are composites, made of the same train rows, whose parts are labelled each with its own task.
+    and response, CE_gate the mean over adapted linears and tokens of CE(gate logits, the sequence's task).
+
+    Extensions of ours, all off by default. ``settings.composite_rows``: a share of the rows are composites, made of the same train rows, whose parts are
+    labelled each with its own task. ``settings.trainable`` "gates+adapters": the adapters train along, by CE_lm alone. ``settings.loss_on`` "response":
+    CE_lm leaves prompts out. ``settings.answer_share``: answers have that share of CE_gate.
 
     Args:
         model: The base model; it is left with the trained gates attached.
@@ -149,6 +152,7 @@ def train_gates(
     rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
     start = "zeros" if settings.init == "ridge" else settings.init
     attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
+    adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) / settings.learning_rate
     states, pad = folder.parent / f".{folder.name}.states", int(tokenizer.pad_token_id)
     if not resume and runtime.is_main:
         shutil.rmtree(states, ignore_errors=True)
@@ -156,7 +160,16 @@ def train_gates(
 
     def measure(run: Run | None = None, bars: Progress = SILENT) -> dict[str, float]:
         return measure_gates(
-            model, rows.held_out, pad, bank.names, settings.batch_size, composites=rows.held_out_composites, runtime=runtime, run=run, progress=bars
+            model,
+            rows.held_out,
+            pad,
+            bank.names,
+            settings.batch_size,
+            composites=rows.held_out_composites,
+            response_only=settings.loss_on == "response",
+            runtime=runtime,
+            run=run,
+            progress=bars,
         )
 
     def evaluate(run: Run) -> dict[str, float]:
@@ -172,17 +185,19 @@ def train_gates(
         run = Task(
             model,
             rows.train,
-            GateObjective(settings.beta),
+            GateObjective(settings.beta, alone=settings.trainable == "gates+adapters", answer_share=settings.answer_share),
             pad,
             states,
             inputs,
             "gates",
             names=bank.names,
+            response_only=settings.loss_on == "response",
             balanced=settings.sampling == "balanced",
             extra=rows.composites,
             extra_share=settings.composite_rows,
             evaluate=evaluate,
             log_dir=folder.parent / "tensorboard" / folder.name,
+            rate=lambda name: adapter_rate if name.endswith(("lora_A", "lora_B")) else 1.0,
         )
         state = train(run, settings, resume=resume, runtime=runtime, progress=progress)
     except BaseException:
@@ -274,7 +289,7 @@ def ridge_start(
 ) -> int:
     """Set the gates by :func:`meteora_core.training.ridge.ridge_gates` on about ``settings.ridge_tokens`` train tokens; return how many.
 
-    Every process looks at the same rows, a global batch at a time (each batch weighs its adapters evenly, so its size counts).
+    Every process looks at the same rows, a global batch at a time.
     """
     lengths = [row_lengths(task_rows) for task_rows in rows]
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
@@ -283,8 +298,9 @@ def ridge_start(
     extra: dict[str, Any] = {"extra": [len(row) for row in composites], "extra_share": settings.composite_rows if composites else 0.0}
     plan = plan_batches(lengths, count, settings.batch_size * processes, settings.seed, **extra)
     every = [*rows, composites]
+    weights = token_weights((every[task][row] for picks in plan for task, row in picks), len(rows), settings.answer_share)
     batches = (collate([every[task][row] for task, row in picks], pad_token).to(device) for picks in plan)
-    return ridge_gates(model, batches, count, progress=progress)
+    return ridge_gates(model, batches, count, weights, progress=progress)
 
 
 def trainable_in_float32(model: nn.Module, what: str) -> dict[str, nn.Parameter]:
@@ -302,20 +318,32 @@ class GateObjective:
 
     Args:
         beta: Weight of the gate loss.
+        alone: The gate loss trains each layer's own gate alone. Adapters that train along would otherwise learn, at beta 50, to make their tasks
+            easy to tell apart, and forget the tasks.
+        answer_share: Share of CE_gate that the answers' tokens of a step have together; None: every token weighs the same.
     """
 
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
+    def __init__(self, beta: float, *, alone: bool = False, answer_share: float | None = None) -> None:
+        self.beta, self.alone, self.answer_share = beta, alone, answer_share
 
     def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[GateObservations]:
         """Label the gates for forward and backward pass."""
-        return routing_state(model).label_gates(batch.gate_labels, keep_hits=True)
+        return routing_state(model).label_gates(batch.gate_labels, keep_hits=True, alone=self.alone)
+
+    def weights(self, batch: Batch, counts: Counts) -> torch.Tensor | None:
+        """What each position weighs in CE_gate, float32 (positions,), with a mean of 1 over the step; None is 1 everywhere."""
+        answers, every = counts.answer_labels, counts.gate_labels
+        if self.answer_share is None or not 0 < answers < every:
+            return None
+        of_answers, of_prompts = self.answer_share * every / answers, (1 - self.answer_share) * every / (every - answers)
+        return torch.where(batch.response.reshape(-1), of_answers, of_prompts)
 
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
         """The forward pass, within :meth:`around`."""
         state = routing_state(model)
         observed = state.observations
         assert observed is not None
+        observed.weights = self.weights(batch, counts)
         lm_sum, losses = lm_losses(model, batch)
         lm = lm_sum / counts.targets
         gate = observed.mean_loss(counts.gate_labels)

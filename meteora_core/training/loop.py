@@ -18,7 +18,7 @@ from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.nonfinite import first_nonfinite_layer
 from meteora_core.training.plan import Pick, plan_batches, plan_packed
-from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_labels, count_row_targets, row_lengths
+from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, assign, full_tensor
 from meteora_core.training.state import RunState, load_state, save_state, saved_states
 from meteora_core.training.trackers import Tracker, finite, open_tracker
@@ -26,11 +26,12 @@ from meteora_core.training.trackers import Tracker, finite, open_tracker
 
 @dataclass(frozen=True)
 class Counts:
-    """What sums are divided by: targets and gate labels of one whole optimiser step, over all its batches and processes."""
+    """What sums are divided by: targets and gate labels (of answers: ``answer_labels``) of one whole optimiser step, over all its batches and processes."""
 
     targets: int
     gate_labels: int
     targets_by_task: tuple[int, ...] = ()
+    answer_labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Task:
         log_dir: For TensorBoard.
         batches: The batches of every step, instead of a plan made here: per batch ``(task, row)`` pairs.
         clip: Limits the gradients in its own way; returns their norm.
+        rate: Of a parameter, by name: what its learning rate is beside the settings'; None: 1.
     """
 
     model: nn.Module
@@ -104,6 +106,7 @@ class Task:
     log_dir: Path | None = None
     batches: Sequence[Sequence[list[Pick]]] | None = None
     clip: Callable[[list[nn.Parameter], float], Tensor] | None = None
+    rate: Callable[[str], float] | None = None
 
 
 def learning_rate(step: int, settings: OptimSettings) -> float:
@@ -135,7 +138,7 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
         UsageError: ``resume`` with other inputs than the saved run's.
         MeteoraError: The loss or gradient is NaN or infinite (step, batch and layer named), or memory ran out (says what to lower).
     """
-    optimizer = runtime.prepare(task.model, lambda trained: torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay))
+    optimizer = runtime.prepare(task.model, lambda trained: _optimizer(task, settings, trained))
     parameters = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     source = _Source(task, settings, runtime.world)
     stepper = _Stepper(task, settings, runtime, optimizer, parameters, source)
@@ -179,6 +182,16 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
     task.model.eval()
     state.sampled = source.sampled(state.step)
     return state
+
+
+def _optimizer(task: Task, settings: OptimSettings, trained: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW, with one group for each learning rate; ``factor`` of a group is what multiplies the schedule."""
+    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in trained:
+        groups.setdefault(1.0 if task.rate is None else task.rate(names[id(parameter)]), []).append(parameter)
+    made = [{"params": members, "lr": settings.learning_rate * factor, "factor": factor} for factor, members in groups.items()]
+    return torch.optim.AdamW(made, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -238,7 +251,8 @@ class _Source:
             for sequence in batch:
                 for pick in sequence:
                     by_task[pick[0]] += count_row_targets(self.row(pick), self.task.response_only)
-        return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, self.picked(step)))), tuple(by_task))
+        rows = self.picked(step)
+        return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, rows))), tuple(by_task), sum(map(count_row_answers, rows)))
 
     def sampled(self, steps: int) -> dict[str, dict[str, float]]:
         """What the first ``steps`` steps saw of each task; see :class:`meteora_core.training.state.RunState`."""
@@ -282,7 +296,7 @@ class _Stepper:
         settings, runtime = self.settings, self.runtime
         torch.manual_seed((settings.seed * 1_000_003 + number) * runtime.world + runtime.rank)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, settings) if rate is None else rate
+            group["lr"] = (learning_rate(number, settings) if rate is None else rate) * group.get("factor", 1.0)
         counts, batches = self.source.counts(number), self.source.steps[number]
         self.optimizer.zero_grad(set_to_none=True)
         shares = []

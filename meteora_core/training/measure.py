@@ -86,6 +86,7 @@ def measure_gates(
     batch_size: int,
     *,
     composites: Sequence[TrainRow] = (),
+    response_only: bool = False,
     runtime: Runtime = SINGLE,
     run: Callable[[Callable[[nn.Module], Any]], Any] | None = None,
     progress: Progress = SILENT,
@@ -99,6 +100,7 @@ def measure_gates(
         names: The adapters.
         batch_size: Rows in one forward pass.
         composites: Held-out composites; reported apart.
+        response_only: The language-model loss leaves the prompts out.
         runtime, run: The processes, and how work is run on a wrapped model; each process measures a part.
         progress: Where to report.
 
@@ -124,7 +126,7 @@ def measure_gates(
         for start in range(0, len(work), runtime.world):
             mine = start + runtime.rank
             place, picked = work[min(mine, len(work) - 1)]
-            batch = collate(picked, pad_token).to(device)
+            batch = collate(picked, pad_token, response_only=response_only).to(device)
             with state.label_gates(batch.gate_labels, keep_hits=True) as observed:
                 lm, losses = run(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
             if mine < len(work):

@@ -15,24 +15,47 @@ from meteora_core.model.attach import meteora_layers
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, routing_state
-from meteora_core.training.rows import Batch
+from meteora_core.training.rows import Batch, TrainRow
 
 SHRINK = 1e-2
 """Ridge strength, as a share of the mean squared activation times the number of tokens."""
 
 
+def token_weights(rows: Iterable[TrainRow], adapters: int, answer_share: float | None) -> Tensor:
+    """Weights by which all adapters weigh the same over the rows.
+
+    Args:
+        rows: That the closed form will see.
+        adapters: N.
+        answer_share: Share of an adapter's weight that its answers' tokens have together; None: all its tokens weigh the same.
+
+    Returns:
+        float32 (N, 2), of a token of a prompt and of an answer; the mean over all labelled tokens is 1. An adapter that has tokens of one kind
+        alone has all its weight there, one without tokens has zeros.
+    """
+    counts = torch.zeros(adapters, 2)
+    for row in rows:
+        labels = torch.tensor(row.gate_labels)
+        for kind, part in enumerate((labels[: row.response_start], labels[row.response_start :])):
+            counts[:, kind] += torch.bincount(part[part != IGNORE], minlength=adapters).float()
+    shares = counts if answer_share is None else torch.tensor([1 - answer_share, answer_share]) * (counts > 0)
+    shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-9)
+    return shares * counts.sum() / adapters / counts.clamp(min=1)
+
+
 @torch.no_grad()
-def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale: float = 8.0, progress: Progress = SILENT) -> int:
+def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights: Tensor, *, scale: float = 8.0, progress: Progress = SILENT) -> int:
     """Set every gate to the ridge solution on the given rows, every token routed to its labelled adapter meanwhile.
 
-    Per layer, with inputs ``X`` (tokens, h), one-hot labels ``Y`` (tokens, N) less ``1/N``, and tokens weighted so that every adapter
-    weighs the same, ``G = scale * ((X^T D X + lambda I)^-1 X^T D Y)^T`` (Hoerl and Kennard, 1970). ``scale`` turns regression values, which differ
+    Per layer, with inputs ``X`` (tokens, h), one-hot labels ``Y`` (tokens, N) less ``1/N``, and the weights ``D`` of tokens,
+    ``G = scale * ((X^T D X + lambda I)^-1 X^T D Y)^T`` (Hoerl and Kennard, 1970). ``scale`` turns regression values, which differ
     by about one between right and wrong, into logits.
 
     Args:
         model: With adapters attached.
         batches: Labelled rows, on the model's device.
         total: How many batches, for the progress bar.
+        weights: float32 (N, 2), of prompt and answer tokens of each adapter; see :func:`token_weights`.
         scale: Of the logits.
         progress: Where to report.
 
@@ -45,7 +68,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale
     state = routing_state(model)
     layers = dict(meteora_layers(model))
     adapters = len(state.names)
-    sums = _Sums(adapters)
+    sums = _Sums(adapters, weights.to(next(model.parameters()).device))
     hooks = [layer.register_forward_pre_hook(sums.hook) for layer in layers.values()]
     seen = torch.zeros(adapters)
     model.eval()
@@ -56,7 +79,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale
                 labels = batch.gate_labels
                 keep = labels.reshape(-1) != IGNORE
                 wanted = labels.reshape(-1)[keep]
-                sums.begin(keep, wanted)
+                sums.begin(keep, wanted, batch.response.reshape(-1)[keep])
                 seen += torch.bincount(wanted.cpu(), minlength=adapters).float()
                 with state.force(_filled(labels)):
                     decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -74,7 +97,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, *, scale
         for layer in layers.values():
             key = sums.of[id(layer)]
             if key not in solved:
-                solved[key] = sums.solve(key, seen) * scale
+                solved[key] = sums.solve(key) * scale
             layer.gate.copy_(solved[key])
             bar.update(1)
     return int(seen.sum())
@@ -88,19 +111,18 @@ def _filled(labels: Tensor) -> Tensor:
 
 
 class _Sums:
-    """``X^T X`` per adapter-balanced token and ``X^T Y``, once per distinct input (q, k and v share theirs)."""
+    """``X^T D X`` and ``X^T D Y``, once per distinct input (q, k and v share theirs)."""
 
-    def __init__(self, adapters: int) -> None:
-        self.adapters = adapters
+    def __init__(self, adapters: int, table: Tensor) -> None:
+        self.adapters, self.table = adapters, table
         self.of: dict[int, int] = {}
         self.squares: dict[int, Tensor] = {}
         self.means: dict[int, Tensor] = {}
         self._last: tuple[Tensor, int] | None = None
 
-    def begin(self, keep: Tensor, wanted: Tensor) -> None:
+    def begin(self, keep: Tensor, wanted: Tensor, answer: Tensor) -> None:
         self.keep, self.wanted, self._last = keep, wanted, None
-        counts = torch.bincount(wanted, minlength=self.adapters).clamp(min=1)
-        self.weights = (1.0 / counts.float())[wanted] * len(wanted) / self.adapters
+        self.weights = self.table[wanted, answer.long()]
 
     def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, MeteoraLinear)
@@ -118,7 +140,7 @@ class _Sums:
         self.squares[key].addmm_(weighted.t(), rows)
         self.means[key].index_add_(0, self.wanted, weighted)
 
-    def solve(self, key: int, seen: Tensor) -> Tensor:
+    def solve(self, key: int) -> Tensor:
         squares, means = self.squares[key].double(), self.means[key].double()
         targets = means - means.sum(0, keepdim=True) / self.adapters
         strength = SHRINK * squares.diagonal().mean()

@@ -249,3 +249,8 @@ def count_row_targets(row: TrainRow, response_only: bool = False) -> int:
 def count_row_labels(row: TrainRow) -> int:
     """How many positions of a row have a gate label."""
     return sum(label != IGNORE for label in row.gate_labels)
+
+
+def count_row_answers(row: TrainRow) -> int:
+    """How many positions of a row's answer have a gate label."""
+    return sum(label != IGNORE for label in row.gate_labels[row.response_start :])

@@ -14,8 +14,9 @@ from test_training_rows import letters
 from meteora_core import AdapterBank, attach, detach, load_checkpoint
 from meteora_core.data.rows import Row
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError
-from meteora_core.model.attach import meteora_layers
+from meteora_core.model.attach import meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
+from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import loop
 from meteora_core.training.adapters import train_adapter
@@ -23,7 +24,8 @@ from meteora_core.training.gates import GateObjective, train_gates
 from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.measure import measure_gates
-from meteora_core.training.rows import collate, encode_rows
+from meteora_core.training.ridge import token_weights
+from meteora_core.training.rows import TrainRow, collate, count_row_answers, encode_rows
 from tiny_models import make_tiny_llama
 
 BASE = BaseReference("tiny")
@@ -324,6 +326,116 @@ def test_accumulation_is_weighted_by_tokens(data, adapters, tmp_path) -> None:
     torch.testing.assert_close(gradients[0][0], gradients[1][0])
     for a, b in zip(gradients[0][1], gradients[1][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gate_loss_leaves_adapters_that_train_along_alone(data, adapters) -> None:
+    """Alone: the same loss, the last layer's gate has the same gradient, A and B have none; without, they have some."""
+    bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
+    batch = collate(encode_rows([Row("ab\n", "AB"), Row("say something longer\n", "ABC")], letters(), 1, 64).rows, 1)
+    counts = Counts(count_targets(batch), count_gate_labels(batch))
+    found = {}
+    for alone in (False, True):
+        base = attach(model(), bank)
+        set_trainable(base, "gates+adapters")
+        objective = GateObjective(50.0, alone=alone)
+        with objective.around(base, batch):
+            objective.compute(base, batch, counts)
+            gate_loss = routing_state(base).observations.mean_loss(counts.gate_labels)
+            gate_loss.backward()
+        layers = [layer for _, layer in meteora_layers(base)]
+        touched = [float(layer.lora_B.grad.abs().sum()) if layer.lora_B.grad is not None else 0.0 for layer in layers]
+        found[alone] = gate_loss.detach(), [layer.gate.grad for layer in layers], sum(touched)
+    torch.testing.assert_close(found[True][0], found[False][0])
+    assert found[True][2] == 0.0 < found[False][2]
+    torch.testing.assert_close(found[True][1][-1], found[False][1][-1])
+    assert all(gradient.abs().sum() > 0 for gradient in found[True][1])
+
+
+def test_adapters_that_train_along_keep_their_tasks(data, adapters, tmp_path) -> None:
+    """Trained along on answers alone, the adapters' answers get likelier, not less likely."""
+    common = {"max_steps": 40, "learning_rate": 5e-3, "init": "ridge", "ridge_tokens": 800, "loss_on": "response"}
+    _, before = gates(data, adapters, tmp_path / "g", **common)
+    _, after = gates(data, adapters, tmp_path / "b", trainable="gates+adapters", **common)
+    assert after.held_out["lm_loss"] < before.held_out["lm_loss"]
+    _, every = gates(data, adapters, tmp_path / "a", **{**common, "loss_on": "all"})
+    assert every.held_out["lm_loss"] != before.held_out["lm_loss"]  # the prompts count too
+
+
+def test_answers_have_their_share_of_the_gate_loss(data, adapters) -> None:
+    """However a step is split, the weights' mean is 1 and the answers' sum their share; the loss is the weighted mean."""
+    bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
+    rows = encode_rows([Row("a\n", "b"), Row("say something longer\n", "ABC"), Row("cd\n", "EFGH")], letters(), 1, 64).rows
+    batches = [collate(rows[:1], 1), collate(rows[1:], 1)]
+    labels = sum(map(count_gate_labels, batches))
+    answers = sum(map(count_row_answers, rows))
+    assert answers == sum(int((batch.response & (batch.gate_labels != -100)).sum()) for batch in batches)
+    counts = Counts(sum(map(count_targets, batches)), labels, answer_labels=answers)
+    base = attach(model(), bank, init="normal", seed=0)
+    objective = GateObjective(50.0, answer_share=0.75)
+    of_answers = every = weighted = 0.0
+    for batch in batches:
+        weights = objective.weights(batch, counts)
+        real = batch.gate_labels.reshape(-1) != -100
+        every += float(weights[real].sum())
+        of_answers += float(weights[batch.response.reshape(-1) & real].sum())
+        with torch.no_grad(), objective.around(base, batch) as observed:
+            _, parts, _ = objective.compute(base, batch, counts)
+            assert len(observed.loss_sums) == len(list(meteora_layers(base)))
+        weighted += float(parts["gate"])
+    assert every == pytest.approx(labels)
+    assert of_answers == pytest.approx(0.75 * labels)
+    parts = []
+    for share in (1 - 1e-6, 1e-6):  # answers alone, prompts alone
+        objective = GateObjective(50.0, answer_share=share)
+        total = 0.0
+        for batch in batches:
+            with torch.no_grad(), objective.around(base, batch):
+                total += float(objective.compute(base, batch, counts)[1]["gate"])
+        parts.append(total)
+    assert weighted == pytest.approx(0.75 * parts[0] + 0.25 * parts[1], rel=1e-4)
+    assert GateObjective(50.0).weights(batches[0], counts) is None
+    assert objective.weights(batches[0], Counts(3, labels)) is None
+
+
+def test_tokens_of_the_closed_form_weigh_as_asked() -> None:
+    rows = [TrainRow((1,) * 10, (0,) * 10, 8), TrainRow((1,) * 4, (1, 1, -100, 1), 3), TrainRow((1,) * 3, (2,) * 3, 3)]
+    alike = token_weights(rows, 4, None)
+    shared = token_weights(rows, 4, 0.5)
+    counts = torch.tensor([[8.0, 2.0], [2.0, 1.0], [3.0, 0.0], [0.0, 0.0]])
+    assert torch.allclose(alike[0], alike[0, :1].expand(2))
+    for table in (alike, shared):
+        torch.testing.assert_close((table * counts).sum(1), torch.tensor([4.0, 4.0, 4.0, 0.0]))
+    torch.testing.assert_close(shared[:2] * counts[:2], torch.full((2, 2), 2.0))
+
+
+def test_a_share_for_answers_and_a_rate_for_adapters_train_and_resume(data, adapters, tmp_path, monkeypatch) -> None:
+    """Adapters that train along move by their own rate; a run that was killed ends with the same bits."""
+    settings = {"trainable": "gates+adapters", "answer_share": 0.5, "init": "ridge", "ridge_tokens": 800, "weight_decay": 0.0}
+    untrained, _ = gates(data, adapters, tmp_path / "z", max_steps=0, **settings)
+    before = {path: (layer.gate.clone(), layer.lora_A.clone()) for path, layer in meteora_layers(untrained)}
+    moved = {}
+    for rate in (None, 1e-5):
+        trained, _ = gates(data, adapters, tmp_path / f"r{rate}", max_steps=2, adapter_learning_rate=rate, **settings)
+        pairs = [(before[path], (layer.gate, layer.lora_A)) for path, layer in meteora_layers(trained)]
+        moved[rate] = [max(float((new[place] - old[place]).abs().max()) for old, new in pairs) for place in (0, 1)]
+    assert moved[None][0] == pytest.approx(moved[1e-5][0], rel=0.2)
+    assert 0 < moved[1e-5][1] < 4e-5 < 1e-3 < moved[None][1]
+    whole, _ = gates(data, adapters, tmp_path / "whole", adapter_learning_rate=1e-3, **settings)
+
+    def die(step: int, settings: GateTrainSettings) -> float:
+        if step == 3:
+            raise KeyboardInterrupt
+        return known(step, settings)
+
+    known = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", die)
+    with pytest.raises(KeyboardInterrupt):
+        gates(data, adapters, tmp_path / "killed", adapter_learning_rate=1e-3, **settings)
+    monkeypatch.setattr(loop, "learning_rate", known)
+    resumed, _ = gates(data, adapters, tmp_path / "killed", resume=True, adapter_learning_rate=1e-3, **settings)
+    for (_, one), (_, other) in zip(meteora_layers(whole), meteora_layers(resumed), strict=True):
+        assert torch.equal(one.gate, other.gate)
+        assert torch.equal(one.lora_A, other.lora_A)
 
 
 def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
