@@ -248,7 +248,8 @@ def test_training_takes_two_places_and_nothing_reads_what_another_writes() -> No
     experiment = load_experiment("full")
     heavy = {each.name for each in experiment.steps if each.weight == 2}
     assert heavy == {"adapters", "lora-b", *(f"gates-{name}" for name in ("ridge", "normal", "arrow", "composites", "ridge-seed2", "composites-seed2"))}
-    assert {each.weight for each in experiment.steps} == {1, 2}
+    assert {each.name for each in experiment.steps if each.weight == 3} == {"eval-peft-arrow"}
+    assert {each.weight for each in experiment.steps} == {1, 2, 3}
 
     def before(name: str) -> set[str]:
         needs = experiment.step(name).needs
