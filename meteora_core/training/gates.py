@@ -138,9 +138,12 @@ def train_gates(
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: ``resume`` with other inputs (the differences are listed), or values out of range.
+        UsageError: ``resume`` with other inputs (the differences are listed), values out of range, or a rate of the adapters' own with DeepSpeed.
         MeteoraError: The loss is not finite, or memory ran out.
     """
+    if runtime.kind == "deepspeed" and settings.adapter_learning_rate not in (None, settings.learning_rate):
+        # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second
+        raise UsageError("--launcher deepspeed trains gates and adapters at one rate", hint="leave out --adapter-lr, or use --launcher fsdp")
     dtype = next(model.parameters()).dtype
     inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
     if not force and gates_are_current(folder, inputs):

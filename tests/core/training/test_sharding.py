@@ -11,15 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import adapters, data, gates, held_out_rows
+from test_stages import BASE, adapters, data, gates, held_out_rows, model
+from test_training_rows import letters
 
 from meteora_core import AdapterBank, attach
-from meteora_core.training.runtime import layer_classes, shard_units
+from meteora_core.errors import UsageError
+from meteora_core.settings import GateTrainSettings
+from meteora_core.training.gates import train_gates
+from meteora_core.training.runtime import Runtime, layer_classes, shard_units
 from tiny_models import make_tiny_llama
 
 __all__ = ["adapters", "data"]
 
 SETTINGS = {"max_steps": 5, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, "log_to": "none", "accumulation": 2, "eval_steps": 5, "init": "zeros"}
+ALONG = {"trainable": "gates+adapters", "adapter_learning_rate": 2e-3, "answer_share": 0.5, "loss_on": "response", "gradient_checkpointing": True}
 
 
 def sharded(data: Path, adapters: Path, folder: Path, batch_size: int, **more) -> None:
@@ -44,7 +49,7 @@ def training(folder: Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerate", [False, True])
-@pytest.mark.parametrize("more", [{}, {"trainable": "gates+adapters", "gradient_checkpointing": True}])
+@pytest.mark.parametrize("more", [{}, ALONG])
 def test_two_sharded_processes_equal_one(data, adapters, tmp_path, more, accelerate) -> None:
     held_out_rows(data)
     sharded(data, adapters, tmp_path / "two", 2, settings=more, accelerate=accelerate)
@@ -81,7 +86,7 @@ def test_what_sharded_processes_saved_resumes_on_one_and_the_other_way_round(dat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("more", [{}, {"trainable": "gates+adapters", "gradient_checkpointing": True}])
+@pytest.mark.parametrize("more", [{}, {name: value for name, value in ALONG.items() if name != "adapter_learning_rate"}])
 def test_deepspeed_equals_one_process(data, adapters, tmp_path, stage, more) -> None:
     """ZeRO on CPUs, by DeepSpeed's CPU backend; only where DeepSpeed is installed."""
     pytest.importorskip("deepspeed")
@@ -102,7 +107,15 @@ def test_deepspeed_equals_one_process(data, adapters, tmp_path, stage, more) -> 
             torch.testing.assert_close(tensor, whole[key], rtol=0, atol=1e-4)
 
 
+def test_two_rates_are_refused_where_deepspeed_would_lose_states(data, adapters, tmp_path) -> None:
+    bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
+    settings = GateTrainSettings(trainable="gates+adapters", adapter_learning_rate=1e-4)
+    with pytest.raises(UsageError, match="at one rate"):
+        train_gates(model(), letters(), bank, base=BASE, data_dir=data, folder=tmp_path / "m", settings=settings, runtime=Runtime("deepspeed"))
+    assert not (tmp_path / "m").exists()
+
+
 def test_the_wrap_policy_takes_decoder_layers(make_adapter) -> None:
-    model = attach(make_tiny_llama(), AdapterBank.from_peft({"a": make_adapter("a")}), top_k=1)
-    assert layer_classes(model) == ["LlamaDecoderLayer"]
-    assert list(shard_units(model)) == list(model.model.layers)
+    attached = attach(make_tiny_llama(), AdapterBank.from_peft({"a": make_adapter("a")}), top_k=1)
+    assert layer_classes(attached) == ["LlamaDecoderLayer"]
+    assert list(shard_units(attached)) == list(attached.model.layers)
