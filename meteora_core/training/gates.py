@@ -141,7 +141,8 @@ def train_gates(
         UsageError: ``resume`` with other inputs (the differences are listed), values out of range, or a rate of the adapters' own with DeepSpeed.
         MeteoraError: The loss is not finite, or memory ran out.
     """
-    if runtime.kind == "deepspeed" and settings.adapter_learning_rate not in (None, settings.learning_rate):
+    adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) if settings.trainable == "gates+adapters" else settings.learning_rate
+    if runtime.kind == "deepspeed" and adapter_rate != settings.learning_rate:
         # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second
         raise UsageError("--launcher deepspeed trains gates and adapters at one rate", hint="leave out --adapter-lr, or use --launcher fsdp")
     dtype = next(model.parameters()).dtype
@@ -155,7 +156,6 @@ def train_gates(
     rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
     start = "zeros" if settings.init == "ridge" else settings.init
     attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
-    adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) / settings.learning_rate
     states, pad = folder.parent / f".{folder.name}.states", int(tokenizer.pad_token_id)
     if not resume and runtime.is_main:
         shutil.rmtree(states, ignore_errors=True)
@@ -200,7 +200,7 @@ def train_gates(
             extra_share=settings.composite_rows,
             evaluate=evaluate,
             log_dir=folder.parent / "tensorboard" / folder.name,
-            rate=lambda name: adapter_rate if name.endswith(("lora_A", "lora_B")) else 1.0,
+            rate=lambda name: adapter_rate / settings.learning_rate if name.endswith(("lora_A", "lora_B")) else 1.0,
         )
         state = train(run, settings, resume=resume, runtime=runtime, progress=progress)
     except BaseException:
@@ -321,8 +321,7 @@ class GateObjective:
 
     Args:
         beta: Weight of the gate loss.
-        alone: The gate loss trains each layer's own gate alone. Adapters that train along would otherwise learn, at beta 50, to make their tasks
-            easy to tell apart, and forget the tasks.
+        alone: The gate loss trains each layer's own gate alone, not the adapters before it.
         answer_share: Share of CE_gate that the answers' tokens of a step have together; None: every token weighs the same.
     """
 

@@ -351,6 +351,22 @@ def test_the_gate_loss_leaves_adapters_that_train_along_alone(data, adapters) ->
     assert all(gradient.abs().sum() > 0 for gradient in found[True][1])
 
 
+def test_the_settings_reach_the_objective(data, adapters, tmp_path, monkeypatch) -> None:
+    seen = []
+
+    def stop(task, *rest, **more) -> None:
+        seen.append((task.objective.alone, task.objective.answer_share, task.response_only, task.rate("layer.lora_A"), task.rate("layer.gate")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meteora_core.training.gates.train", stop)
+    along = {"trainable": "gates+adapters", "answer_share": 0.5, "loss_on": "response", "adapter_learning_rate": 1e-3}
+    for more in ({}, along):
+        with pytest.raises(KeyboardInterrupt):
+            gates(data, adapters, tmp_path / "m", **more)
+    assert seen[0] == (False, None, False, 1.0, 1.0)
+    assert seen[1] == (True, 0.5, True, pytest.approx(0.1), 1.0)
+
+
 def test_adapters_that_train_along_keep_their_tasks(data, adapters, tmp_path) -> None:
     """Trained along on answers alone, the adapters' answers get likelier, not less likely."""
     common = {"max_steps": 40, "learning_rate": 5e-3, "init": "ridge", "ridge_tokens": 800, "loss_on": "response"}
