@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from examples.paper.children import run_child
+from examples.paper.children import run_child, visible_gpus
 from examples.paper.engine import Engine, Runner
 from examples.paper.plan import load_experiment
 from examples.paper.side_by_side import run_side_by_side
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps or stages; * stands for anything")
     made.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these steps or stages again, and all that depends on them")
     made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="end after so many seconds; the same call goes on")
-    made.add_argument("--jobs", type=int, default=1, metavar="N", help="up to N steps at the same time; their output goes to WORK/logs (default: 1)")
+    made.add_argument("--jobs", type=int, default=1, metavar="N", help="up to N steps at the same time, over all GPUs; output goes to WORK/logs (default: 1)")
     made.add_argument("--keep-going", action="store_true", help="after a failure run what does not need the failed step; the failure counts at the end")
     made.add_argument("--raw-dir", type=Path, help="folder with raw rows of gsm8k, alpaca and news_commentary_de; without it they come from the hub")
     made.add_argument("--work", type=Path, help="where everything is kept; default: as the sizes file says")
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_ch
         experiment = load_experiment(options.sizes, work=options.work, raw_dir=options.raw_dir, base=options.base, device=options.device, docs=options.docs)
         deadline = time.monotonic() + options.seconds if options.seconds is not None else float("inf")
         engine = Engine(experiment, call_of(options), run_command, say, deadline, hub_reachable, options.jobs, options.keep_going)
+        if options.jobs > 1 and experiment.settings["model"].get("device", "auto") in ("auto", "cuda"):
+            engine.gpus = visible_gpus()
         if options.list:
             for step in experiment.steps:
                 print(f"{'done' if engine.record_file(step).is_file() else '    '}  {step.stage:9} {step.name:22} {engine.command_line(step)}")

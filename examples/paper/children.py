@@ -13,21 +13,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-Starter = Callable[[list[str], Path | None], "subprocess.Popen[bytes]"]
-"""Starts ``meteora ARGUMENTS``; its output is appended to the file, or goes to the terminal where there is none."""
+Starter = Callable[[list[str], Path | None, str | None], "subprocess.Popen[bytes]"]
+"""Starts ``meteora ARGUMENTS``; its output is appended to the file, or goes to the terminal where there is none. It sees the GPU that is named, or all."""
 
 GRACE = 30.0
 """Seconds that a command has to end after it was asked to."""
 
 
-def start_child(arguments: list[str], log: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start ``meteora ARGUMENTS``."""
+def start_child(arguments: list[str], log: Path | None = None, gpu: str | None = None) -> subprocess.Popen[bytes]:
+    """Start ``meteora ARGUMENTS``; with a GPU's name (as in CUDA_VISIBLE_DEVICES) that is the only one it sees."""
     command = [sys.executable, "-m", "meteora_cli", *arguments]
     if log is None:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL if "--json" in arguments else None)
     with log.open("ab") as output:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The names of the GPUs that a command may see, as CUDA_VISIBLE_DEVICES has them; empty where there are none."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(named[:count]) if named else tuple(str(index) for index in range(count))
 
 
 def run_child(arguments: list[str], seconds: float) -> int | None:

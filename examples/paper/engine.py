@@ -57,6 +57,7 @@ class Engine:
         jobs: How many steps may run at the same time; see :mod:`examples.paper.side_by_side`.
         keep_going: After a failure the steps that do not need the failed one still run; the failure is raised at the end.
         start_command: Starts a ``meteora`` command that runs beside others.
+        gpus: Commands that run side by side are spread over these, each on one; empty: the commands choose.
     """
 
     experiment: Experiment
@@ -68,6 +69,7 @@ class Engine:
     jobs: int = 1
     keep_going: bool = False
     start_command: Starter = start_child
+    gpus: tuple[str, ...] = ()
     _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     @property
@@ -307,6 +309,8 @@ class Engine:
         before = read_json(parts_file) if parts_file.is_file() else state
         if before["command"] == shown:
             state |= {**before, "jobs": max(before.get("jobs", 1), self.jobs)}
+        if len(self.gpus) > 1:
+            state["gpus"] = max(before.get("gpus", 1), len(self.gpus))
         while True:
             limit, began, clock = self.left(), time.monotonic(), time.time()
             code = yield Part(arguments, limit, shown + (f"   # part {state['parts'] + 1}" if state["parts"] else ""))

@@ -206,7 +206,8 @@ def commands(engine: Engine) -> str:
     text = "```bash\n" + "\n".join(rows) + f"\n```\n\nIn all {sum(record['seconds'] for record in records) / 60:.1f} minutes."
     jobs = max((record.get("jobs", 1) for record in records), default=1)
     if jobs > 1:
-        text += f" Up to {jobs} commands ran side by side, so these seconds are not what each takes alone"
+        gpus = max((record.get("gpus", 1) for record in records), default=1)
+        text += f" Up to {jobs} commands ran side by side{f' on {gpus} GPUs' if gpus > 1 else ''}, so these seconds are not what each takes alone"
         clock = clock_seconds(records)
         text += "." if clock is None else f"; by the clock it was {clock / 60:.1f} minutes, the pauses between calls left out."
     return text

@@ -26,7 +26,7 @@ TAIL = 15
 
 
 def run_side_by_side(engine: Engine, chosen: Sequence[str] = ()) -> list[str]:
-    """What :meth:`Engine.run` does, with up to ``engine.jobs`` places, of which each step takes its weight.
+    """What :meth:`Engine.run` does, with up to ``engine.jobs`` places, of which each step takes its weight; over several GPUs, each command on one.
 
     Among the steps that may begin the file's order counts; one that does not fit may be overtaken by a later one that does. After a failure none
     begins (with ``engine.keep_going`` those that do not need the failed one do), and those that run are left to end. Whatever ends this call, no
@@ -68,6 +68,7 @@ class _Running:
     child: subprocess.Popen[bytes]
     began: float
     until: float
+    gpu: str | None = None
     asked: bool = False
 
     def has_ended(self) -> bool:
@@ -132,6 +133,12 @@ class _Pool:
         """How many places a step takes."""
         return min(step.weight, self.engine.jobs)
 
+    def least_busy_gpu(self) -> str | None:
+        """Among several GPUs the one whose commands have the least weight together, the first of equals; None where there is no choice."""
+        if len(self.engine.gpus) < 2:
+            return None
+        return min(self.engine.gpus, key=lambda gpu: sum(self.weight(each.step) for each in self.running if each.gpu == gpu))
+
     def go_on(self, step: Step, work: Generator[Part, int | None, bool], code: int | None) -> bool:
         """Start the next part of a step, given the exit code of the last one; False when there is none. Raises MeteoraError, Stopped."""
         try:
@@ -147,8 +154,9 @@ class _Pool:
                 handle.write(f"$ {part.shown}\n")
         self.engine.say(f"+ {step.name}: $ {part.shown}")
         with children.signals_held():
-            child, began = self.engine.start_command(part.arguments, log), time.monotonic()
-            self.running.append(_Running(step, work, log, child, began, began + part.seconds))
+            gpu = self.least_busy_gpu()
+            child, began = self.engine.start_command(part.arguments, log, gpu), time.monotonic()
+            self.running.append(_Running(step, work, log, child, began, began + part.seconds, gpu))
         return True
 
     def finish(self, running: _Running) -> None:

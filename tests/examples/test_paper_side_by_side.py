@@ -35,6 +35,8 @@ def note(sign):
     with open("events", "a") as handle:
         handle.write(f"{sign} {name} {os.getpid()}\\n")
 
+pathlib.Path(f"gpu-{name}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+
 def begun():
     return [line.split()[1] for line in open("events") if line[0] == "+"]
 
@@ -269,6 +271,32 @@ def test_jobs_are_part_of_the_call_that_a_repair_names(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["toy", "--jobs", "0"])
     assert "--jobs must be 1 or more" in capsys.readouterr().err
+
+
+def test_commands_are_spread_over_gpus_by_weight(world, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    meet = {name: {"meet": ["a", "b", "c"]} for name in "abc"}
+    engine = world.engine(9, step("a", weight=2), step("b"), step("c"), step("d", "a", "b", "c"), **meet)
+    engine.gpus = ("4", "7")
+    run_side_by_side(engine)
+    assert [(world.folder / f"gpu-{name}").read_text() for name in "abcd"] == ["4", "7", "7", "4"]
+    record = json.loads(engine.record_file(engine.experiment.step("a")).read_text())
+    assert record["gpus"] == 2
+    assert "ran side by side on 2 GPUs, so" in commands(engine)
+    engine.gpus = ("4",)
+    engine.record_file(engine.experiment.step("d")).unlink()
+    run_side_by_side(engine)
+    assert (world.folder / "gpu-d").read_text() == "4,7", "with one GPU nothing is chosen"
+
+
+def test_visible_gpus_are_those_of_the_environment(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert children.visible_gpus() == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc, 3,9")
+    assert children.visible_gpus() == ("GPU-abc", "3")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert children.visible_gpus() == ()
 
 
 def test_the_report_says_that_commands_ran_side_by_side(world) -> None:
