@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meteora_kernels import dense, plan, reference
+from meteora_kernels.operators import on_device_of
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "dense", "triton")
 
@@ -113,10 +114,12 @@ def lora_mixture(
     arguments = (x, base_output, gate, lora_A, lora_B, scaling, offsets)
     if backend != "triton":
         output, logits = _implementation(backend)(*arguments, **options)
-    elif automatic and not torch.compiler.is_compiling():
-        output, logits = _triton_or_dense(arguments, options, max_rank, return_logits)
     else:
-        output, logits = _implementation("triton")(*arguments, **options, max_rank=max_rank, want_logits=return_logits)
+        with on_device_of(x):
+            if automatic and not torch.compiler.is_compiling():
+                output, logits = _triton_or_dense(arguments, options, max_rank, return_logits)
+            else:
+                output, logits = _implementation("triton")(*arguments, **options, max_rank=max_rank, want_logits=return_logits)
     if return_logits:
         assert logits is not None
         return output, logits

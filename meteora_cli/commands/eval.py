@@ -155,11 +155,14 @@ def evaluate(
         prepare(plan, place, kind)
         _launch(processes, place)
         return
+    import torch
+
     here = join_processes()
     if here.rank:
         console.quiet = out.quiet = True
     if here.count > 1 and place.type == "cuda" and place.index is None:
         place = pick_device(f"cuda:{here.local_rank}")
+        torch.cuda.set_device(place)
     from meteora_cli.commands.eval_live import eval_progress
     from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, speed_line, warnings_of
 

@@ -265,6 +265,7 @@ def _launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder
 
     import torch
 
+    from meteora_core.errors import MeteoraError
     from meteora_core.files import write_json
     from meteora_core.model.base import pick_dtype
     from meteora_core.training.launch import launch_command, launch_config, process_count, run_command
@@ -291,10 +292,16 @@ def _launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder
         write_json(path, content)
     threads = None if devices else max(1, (os.cpu_count() or 1) * launch.num_machines // count)
     try:
-        return run_command(command, threads=threads)
+        code = run_command(command, threads=threads)
     finally:
         for path in files:
             path.unlink(missing_ok=True)
+    if 0 < code < 128:  # beyond, a signal ended it: the user's own wish as a rule
+        raise MeteoraError(
+            f"the {count} processes of this training have ended: one of them failed or was killed, as said above (launcher's exit code {code})",
+            hint="when the cause is mended, the same command with --resume goes on from the last saved state",
+        )
+    return code
 
 
 def worker_arguments(ctx: typer.Context) -> list[str]:
@@ -413,7 +420,7 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
             done = outcome.done
         else:
             outcome = None
-            model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
+            model = load_base(run.base, dtype=run.dtype, device=run.runtime.loading_device(run.device), progress=bars)
             tokenizer = load_tokenizer(run.base, progress=bars)
             options: dict[str, Any] = {**shared, "runtime": run.runtime, "progress": bars}
             if together:
@@ -443,7 +450,8 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
         console.print(f"note: {note}", markup=False)
     with run.progress() as bars:
         bank = AdapterBank.from_peft(folders, progress=bars)
-        model = load_base(run.base, dtype=run.dtype, device=run.device, progress=bars)
+        place = run.device if settings.train_gates.init == "ridge" else run.runtime.loading_device(run.device)  # ridge runs the whole model first
+        model = load_base(run.base, dtype=run.dtype, device=place, progress=bars)
         done = train_gates(
             model,
             load_tokenizer(run.base, progress=bars),
@@ -466,6 +474,8 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     if not run.runtime.is_main:
         return report
     state = "was there already" if done.skipped else f"{done.steps} steps, {done.seconds:.0f} s"
+    if done.memory and not done.skipped:
+        state += f", {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s, at most {max(done.memory['peak']) / 2**30:.1f} GiB of a GPU"
     note = f", {done.cut} rows cut to {settings.train_gates.max_length} tokens" if done.cut else ""
     console.print(f"{done.folder}: loss {done.loss:.3f} ({state}{note})", markup=False)
     from rich.table import Table

@@ -98,7 +98,8 @@ class FixedCache:
         if self._graph is None or self._key != key:
             self._graph = None
             try:
-                self._capture()
+                with torch.cuda.device(self.model.device):
+                    self._capture()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

@@ -161,7 +161,10 @@ class FixedDecoder:
             self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)
             self.done = torch.zeros(rows, dtype=torch.bool, device=device)
             self.last = torch.zeros(rows, dtype=torch.int64, device=device)
-            self.graph = self._capture() if device.type == "cuda" else None
+            self.graph = None
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    self.graph = self._capture()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

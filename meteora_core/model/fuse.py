@@ -18,7 +18,7 @@ from meteora_core.errors import UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import routing_state
 from meteora_kernels import pick_backend, plan
-from meteora_kernels.operators import eager
+from meteora_kernels.operators import eager, on_device_of
 
 _log = logging.getLogger(__name__)
 
@@ -153,21 +153,22 @@ class FusedGroup:
         from meteora_kernels import triton_group
 
         state, layer = self.state, self.layers[0]
-        output = (triton_group.group_forward if eager(x) else triton_group.group_op)(
-            x.reshape(-1, x.shape[-1]).contiguous(),
-            self.packed,
-            self.up,
-            self.bias,
-            layer.scaling,
-            layer.offsets,
-            layer._allowed(),
-            self.flags,
-            self.widths,
-            self.rank,
-            self.max_rank,
-            state.top_k,
-            state.temperature,
-        )
+        with on_device_of(x):
+            output = (triton_group.group_forward if eager(x) else triton_group.group_op)(
+                x.reshape(-1, x.shape[-1]).contiguous(),
+                self.packed,
+                self.up,
+                self.bias,
+                layer.scaling,
+                layer.offsets,
+                layer._allowed(),
+                self.flags,
+                self.widths,
+                self.rank,
+                self.max_rank,
+                state.top_k,
+                state.temperature,
+            )
         return output.view(*x.shape[:-1], -1).split(self.widths, dim=-1)
 
 

@@ -278,7 +278,7 @@ def measure_lm(
     ordered = sorted((row for task_rows in rows for row in task_rows), key=len)
     parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     model.eval()
-    device = next(model.parameters()).device
+    device = runtime.device or next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     for start in range(0, len(parts), runtime.world):
         mine = start + runtime.rank

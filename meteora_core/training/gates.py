@@ -55,6 +55,7 @@ class TrainedGates:
         held_out: Measured on train rows that were kept out of training; see :func:`meteora_core.training.measure.measure_gates`.
         cut: How many rows were cut to the longest length.
         sampled: Per task, how much of it was seen; see :class:`meteora_core.training.state.RunState`.
+        memory: Of the GPUs, as there.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class TrainedGates:
     held_out: dict[str, float]
     cut: int
     sampled: dict[str, dict[str, float]]
+    memory: dict[str, list[int]]
 
 
 def gate_inputs(
@@ -149,9 +151,8 @@ def train_gates(
     inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
     if not force and gates_are_current(folder, inputs):
         done = read_json(folder / CONFIG_FILE)["training"]
-        return TrainedGates(
-            folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["held_out"], done["rows_cut"], done.get("sampled", {})
-        )
+        known = {key: done[key] for key in ("steps", "loss", "tokens", "seconds", "held_out")}
+        return TrainedGates(folder, True, **known, cut=done["rows_cut"], sampled=done.get("sampled", {}), memory=done.get("memory", {}))
     sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
     rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
     start = "zeros" if settings.init == "ridge" else settings.init
@@ -214,6 +215,7 @@ def train_gates(
     loss = state.history[-1]["loss"] if state.history else float("nan")
     training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
     training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "sampled": state.sampled, "history": state.history}
+    training |= {"processes": runtime.world, "memory": state.memory} if state.memory else {}
     training |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
     kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
     if runtime.is_main:
@@ -224,7 +226,7 @@ def train_gates(
             parameter.data = parameter.data.to(kept).to(dtype)
     set_trainable(model, "none")
     runtime.wait()
-    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled)
+    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled, state.memory)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
     parameters = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     source = _Source(task, settings, runtime.world)
     stepper = _Stepper(task, settings, runtime, optimizer, parameters, source)
+    memory = _Memory(runtime, stepper.device)
     task.model.train()
     if resume and runtime.kind == "deepspeed" and saved_states(task.folder) and settings.max_steps:
         stepper.step(0, rate=0.0)  # DeepSpeed has no optimiser states before its first step; all that this one changes is restored
@@ -180,7 +181,7 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
     for name, parameter in parameters.items() if state.best else ():
         assign(parameter, state.best[name])
     task.model.eval()
-    state.sampled = source.sampled(state.step)
+    state.sampled, state.memory = source.sampled(state.step), memory.used()
     return state
 
 
@@ -290,7 +291,7 @@ class _Stepper:
     ) -> None:
         self.task, self.settings, self.runtime, self.optimizer, self.source = task, settings, runtime, optimizer, source
         self.parameters = list(parameters.values())
-        self.device = self.parameters[0].device if self.parameters else next(task.model.parameters()).device
+        self.device = runtime.device or (self.parameters[0].device if self.parameters else next(task.model.parameters()).device)
 
     def step(self, number: int, rate: float | None = None) -> StepLoss:
         settings, runtime = self.settings, self.runtime
@@ -329,6 +330,24 @@ class _Stepper:
 
 
 _LOWER = "lower --lr, or train in float32 with --dtype float32"
+
+
+class _Memory:
+    """What the GPUs of all processes hold, from here on; see :class:`meteora_core.training.state.RunState`."""
+
+    def __init__(self, runtime: Runtime, device: torch.device) -> None:
+        self.runtime, self.device, self.start = runtime, device, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device)
+
+    def used(self) -> dict[str, list[int]]:
+        if self.device.type != "cuda":
+            return {}
+        mine = torch.zeros(2, self.runtime.world, dtype=torch.int64, device=self.device)
+        mine[:, self.runtime.rank] = torch.tensor([self.start, torch.cuda.max_memory_allocated(self.device)])
+        start, peak = self.runtime.total(mine).tolist()
+        return {"start": start, "peak": peak}
 
 
 def _add(shares: list[StepLoss]) -> StepLoss:

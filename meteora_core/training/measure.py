@@ -112,7 +112,7 @@ def measure_gates(
     state = routing_state(model)
     model.eval()
     run = run or (lambda work: work(model))
-    device = next(model.parameters()).device
+    device = runtime.device or next(model.parameters()).device
     groups = [*zip(names, rows, strict=True), *([(COMPOSITES, composites)] if composites else [])]
     work = []
     for place, (_, group) in enumerate(groups):

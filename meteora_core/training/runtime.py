@@ -128,6 +128,10 @@ class Runtime:
         """Whether this process writes and prints."""
         return self.rank == 0
 
+    def loading_device(self, device: torch.device) -> torch.device:
+        """Where a base is loaded that nothing has to run before it is prepared: on the CPU if it will be sharded, so that no GPU ever holds the whole."""
+        return torch.device("cpu") if self.kind == "fsdp" else device
+
     def prepare(self, model: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         """Wrap the model for this kind of run, and make the optimiser over what trains in it. Parameters may be other objects afterwards."""
         step = TrainStep(model)

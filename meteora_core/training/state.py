@@ -39,6 +39,8 @@ class RunState:
         best: The weights of that step, by parameter name, on the CPU.
         sampled: Per task, at the end of a run: ``rows`` there are, rows ``drawn``, ``passes`` over them, ``tokens`` seen and their ``share``. It follows
             from the plan, and is not saved.
+        memory: Of each process's GPU, at the end of a run, in bytes: ``start`` (what was allocated before the first step: weights, or a process's share of
+            them) and ``peak``. Empty on a CPU; not saved.
     """
 
     step: int = 0
@@ -51,6 +53,7 @@ class RunState:
     worse: int = 0
     best: dict[str, Tensor] = field(default_factory=dict, repr=False)
     sampled: dict[str, dict[str, float]] = field(default_factory=dict)
+    memory: dict[str, list[int]] = field(default_factory=dict)
 
 
 def save_state(

@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 sys.path.append(str(Path(__file__).parents[1] / "core" / "checkpoints"))
 
-from authors_files import Authors, write_authors
 from hub_server import COMMIT, serving
 
+from authors_files import Authors, write_authors
 from meteora_cli.commands import ckpt as command
 from meteora_cli.console import Globals
 from meteora_core.checkpoints import catalog

@@ -145,12 +145,9 @@ def test_what_two_processes_saved_resumes_on_one(place) -> None:
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_job(place) -> None:
-    child = subprocess.Popen(
-        command(*GATES[2:], "--max-steps", "100000", "--eval-steps", "0", *DDP, "--batch-size", "2", "--out", "dead", "--save-steps", "10"),
-        cwd=place,
-        env={**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(place / "cache")},
-        stderr=subprocess.DEVNULL,
-    )
+    words = command(*GATES[2:], "--max-steps", "100000", "--eval-steps", "0", *DDP, "--batch-size", "2", "--out", "dead", "--save-steps", "10")
+    with (place / "dead.log").open("wb") as log:
+        child = subprocess.Popen(words, cwd=place, env={**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(place / "cache")}, stderr=log)
     try:
         wait_for(lambda: any((place / ".dead.states").glob("step-*/state.json")), child)
         workers = [pid for pid in descendants(child.pid) if b"--out\0dead" in Path(f"/proc/{pid}/cmdline").read_bytes() and rank_of(pid) == 1]
@@ -162,6 +159,11 @@ def test_a_dead_worker_ends_the_job(place) -> None:
         assert not descendants(child.pid)
     finally:
         child.kill()
+    said = (place / "dead.log").read_text()
+    assert "SIGKILL" in said
+    last, hint = said.strip().splitlines()[-2:]
+    assert last.startswith("error: the 2 processes of this training have ended: one of them failed or was killed")
+    assert "--resume goes on" in hint
 
 
 def wait_for(condition, child) -> None:
