@@ -60,6 +60,20 @@ def test_against_lora_b(ours, verdict) -> None:
     assert verdicts(extension=composites(**ours), lora_b=theirs)[2] == verdict
 
 
+def test_composites_at_t_1_stand_in_for_such_as_were_not_run() -> None:
+    base, theirs, ours, worse = (composites(composite_3=(value, value), composite_5=(value, value)) for value in (0.5, 1.0, 2.0, 0.1))
+    known = {"base": base, "lora_b": theirs, "extension_T1": ours}
+    claim = claims(known)[2]
+    assert claim.verdict == "holds"
+    assert claim.figures[0].startswith("composite_3 attempted (T = 1): 2.00")
+    assert [(goal, reached) for goal, _, reached in goals(known, {}) if "with composite rows" in goal] == [
+        (f"{task}, with composite rows (T = 1): more attempted and correct than the base and LoRA-B", True) for task in ("composite_3", "composite_5")
+    ]
+    assert claims({**known, "extension": single(a=0.5)})[2].verdict == "holds", "an evaluation of single tasks says nothing about composites"
+    assert claims({**known, "extension": worse})[2].verdict == "fails", "the paper's T counts where it was run"
+    assert "T = 1" not in claims({**known, "extension": worse})[2].figures[0]
+
+
 def test_a_large_temperature() -> None:
     low, same, high = (composites(composite_3=(value, value)) for value in (1.0, 1.05, 2.0))
     assert verdicts(T1=low, meteora=high)[3] == "holds"
