@@ -15,13 +15,73 @@ FEW_TOKENS = 16
 """Up to here (one tile of a matrix unit) decoding kernels win."""
 INLINE_TOKENS = 64
 """Up to here every program of the pass over the output routes its tokens itself; above, one kernel before it does."""
-PACKED_TOKENS = 1024
-"""Up to here a fused group multiplies base, gates and A in one GEMM; above, the pass over the output that B then needs costs more."""
 GROUPED_WORK = 4 << 20
 """From this many tokens times total rank on, and from GROUPED_GAIN times the chosen rank, the chosen rows alone beat products with all rows."""
 GROUPED_GAIN = 16
 CHOSEN_RANK = 3072
 """While decoding: from this total rank on, A's chosen rows are read after the gates, not all rows along with them."""
+
+
+EVER = 1 << 30
+"""More tokens than there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRule:
+    """One line of the table for fused groups above :data:`FEW_TOKENS`: where all of its conditions hold, the group is computed this way.
+
+    Attributes:
+        order: "packed" (one GEMM over base, gates and A, then B on top) or "split" (gates and A, then B, then the base on top).
+        least_tokens, most_tokens: M lies between them, both included.
+        pieces: The product with the gates and A (in "packed" also the base) comes as so many float32 partial sums; 0: rounded to the
+            model's dtype. Lines with pieces hold for 16-bit dtypes only: float32 would gain nothing.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of :mod:`triton_products`, which computes the pieces; None: the library does.
+        least_outputs: Outputs of all members together, at least.
+        least_hidden: h, at least.
+
+    Raises:
+        ValueError: The line makes no sense.
+    """
+
+    order: str
+    least_tokens: int
+    most_tokens: int
+    pieces: int = 0
+    tile: tuple[int, int, int, int, int] | None = None
+    least_outputs: int = 0
+    least_hidden: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ("packed", "split"):
+            raise ValueError(f"no such order: {self.order!r}; there are 'packed' and 'split'")
+        if not FEW_TOKENS < self.least_tokens <= self.most_tokens:
+            raise ValueError(f"tokens {self.least_tokens} to {self.most_tokens}: must be a range above {FEW_TOKENS}")
+        if self.pieces < 0 or (self.tile is not None and not self.pieces):
+            raise ValueError(f"{self.pieces} pieces: must be 0 or more, and 1 or more with a tile")
+        if self.tile is not None and (min(self.tile[:3]) < 16 or min(self.tile) < 1 or any(size & (size - 1) for size in self.tile[:4])):
+            raise ValueError(f"tile {self.tile}: blocks must be powers of two from 16 on, warps a power of two, stages at least 1")
+
+    def fits(self, tokens: int, outputs: int, hidden: int, dtype: torch.dtype) -> bool:
+        return (
+            self.least_tokens <= tokens <= self.most_tokens
+            and outputs >= self.least_outputs
+            and hidden >= self.least_hidden
+            and (not self.pieces or dtype in (torch.float16, torch.bfloat16))
+        )
+
+
+GROUPS: tuple[GroupRule, ...] = (
+    # Measured at 64 tokens: four groups 217.5 us against 220.4 with rounded products, and the output is rounded once.
+    GroupRule("packed", 17, 64, pieces=1, tile=(64, 64, 128, 4, 3), least_outputs=16384),
+    GroupRule("packed", 17, 64, pieces=2, least_hidden=8192),
+    GroupRule("packed", 17, 64, pieces=1),
+    # Measured at 512 tokens: holds for half as many to twice as many.
+    GroupRule("split", 257, 1024, pieces=2, least_outputs=16384),
+    # Above, the pass over the output that B needs in "packed" costs more.
+    GroupRule("packed", 17, 1024),
+    GroupRule("split", 1025, EVER),
+)
+"""First match wins. The limits on outputs and hidden tell Llama-3-8B's groups apart (gate and up: 28,672 outputs; down: 14,336 hidden)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +192,12 @@ def path(tokens: int, total_rank: int, top_k: int, max_rank: int) -> str:
     return "many"
 
 
-def group_path(tokens: int) -> str:
-    """The way of a fused group: "decode", "packed" (one GEMM over base, gates and A, then B) or "split" (A and B first, base on top)."""
-    if tokens <= FEW_TOKENS:
-        return "decode"
-    return "packed" if tokens <= PACKED_TOKENS else "split"
+def group_rule(tokens: int, outputs: int, hidden: int, dtype: torch.dtype) -> GroupRule:
+    """How a fused group is computed above :data:`FEW_TOKENS`: the first line of :data:`GROUPS` that fits."""
+    for rule in GROUPS:
+        if rule.fits(tokens, outputs, hidden, dtype):
+            return rule
+    raise AssertionError("the lines without pieces fit every case")
 
 
 def chosen_rows_only(total_rank: int, top_k: int, max_rank: int) -> bool:

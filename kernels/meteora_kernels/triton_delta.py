@@ -9,6 +9,7 @@ from torch import Tensor
 
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
+from meteora_kernels.triton_route import summed
 
 
 @triton.jit
@@ -24,6 +25,8 @@ def delta_kernel(
     tokens_total,
     count,
     rank,
+    stride_split,
+    stride_base_split,
     stride_middle,
     stride_logits,
     stride_base,
@@ -44,13 +47,16 @@ def delta_kernel(
     PADDED: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     HAS_BASE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BASE_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[t, c] = base[t, c] + sum_row middle[t, row] B[row, c] (without base where HAS_BASE is False).
 
     middle (M, .) and B in one dtype: member i's columns of ``middle`` start at ``i * member_middle``, its B (R, width_i) lies contiguous
     behind those before it, its columns of base and out likewise. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x`` and
-    ``logits`` (M, .) the gates', member i's from column ``i * member_logits``; every program then routes its tokens itself.
+    ``logits`` (M, .) the gates', member i's from column ``i * member_logits``; every program then routes its tokens itself. SPLITS > 1: both
+    are so many float32 partial sums, ``stride_split`` apart; BASE_SPLITS likewise for base.
     Grid: (sum_i ceil(width_i / BLOCK_N), ceil(M / BLOCK_M)).
     """
     tile = tl.program_id(0)
@@ -80,7 +86,7 @@ def delta_kernel(
     # Read late: measured faster on large outputs, and in float32 a long sum loses less apart from the base, which is larger.
     LATE: tl.constexpr = not ROUTE or b.dtype.element_ty == tl.float32
     if HAS_BASE and not LATE:
-        total += tl.load(base + tokens * stride_base + where, mask=token_mask & column_mask, other=0.0).to(tl.float32)
+        total += summed(base, tokens * stride_base + where, stride_base_split, token_mask & column_mask, BASE_SPLITS)
     if ROUTE:
         picks, shares = routes_of_tile(
             logits + member * member_logits,
@@ -97,6 +103,8 @@ def delta_kernel(
             PADDED,
             HAS_ALLOWED,
             False,
+            stride_split,
+            SPLITS,
         )
         scaled = shares * tl.load(scaling + picks)
         first = tl.load(offsets + picks)
@@ -105,14 +113,16 @@ def delta_kernel(
     for start in range(0, rank, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         across = rows[None, :]
-        values = tl.load(middle + tokens * stride_middle + member * member_middle + across, mask=token_mask & (across < rank), other=0.0)
         if ROUTE:
+            found = summed(middle + member * member_middle, tokens * stride_middle + across, stride_split, token_mask & (across < rank), SPLITS)
             factor = coefficients_of(across, picks, scaled, first, last, TOP_K, SLOTS)
-            values = tl.where(factor == 0.0, 0.0, values.to(tl.float32) * factor).to(values.dtype)
+            values = tl.where(factor == 0.0, 0.0, found * factor).to(b.dtype.element_ty)
+        else:
+            values = tl.load(middle + tokens * stride_middle + member * member_middle + across, mask=token_mask & (across < rank), other=0.0)
         up = tl.load(origin + rows[:, None].to(tl.int64) * width + columns, mask=(rows[:, None] < rank) & column_mask, other=0.0)
         total = tl.dot(values, up, total, input_precision=PRECISION)
     if HAS_BASE and LATE:
-        total += tl.load(base + tokens * stride_base + where, mask=token_mask & column_mask, other=0.0).to(tl.float32)
+        total += summed(base, tokens * stride_base + where, stride_base_split, token_mask & column_mask, BASE_SPLITS)
     tl.store(out + tokens * stride_out + where, total.to(out.dtype.element_ty), mask=token_mask & column_mask)
 
 
@@ -130,17 +140,19 @@ def delta(
     """Write ``base + middle B`` into ``out``.
 
     Args:
-        middle: (M, .), columns contiguous: member i's R columns from ``i * member_stride``.
-        b: Every member's B (R, width), contiguous, one behind the other, flat or 2-d; the dtype of ``middle``.
-        base: (M, sum of widths), columns contiguous; None counts as 0.
+        middle: (M, .), columns contiguous: member i's R columns from ``i * member_stride``; or, with
+            ``routing``, (S, M, .), float32 partial sums of them.
+        b: Every member's B (R, width), contiguous, one behind the other, flat or 2-d; the dtype of ``middle`` unless that is partial sums.
+        base: (M, sum of widths), columns contiguous; or (S, M, sum of widths), partial sums; None counts as 0.
         out: (M, sum of widths), columns contiguous; may be ``base``.
         widths: One to three members' numbers of outputs.
         rank: R.
         member_stride: Columns between members in ``middle`` (and in the logits).
-        routing: (logits, scaling, offsets, top_k, temperature, allowed) when ``middle`` is the unscaled ``A x``.
+        routing: (logits, scaling, offsets, top_k, temperature, allowed) when ``middle`` is the unscaled ``A x``; logits with as many
+            partial sums, as far apart.
         tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages instead of the default.
     """
-    tokens = middle.shape[0]
+    tokens = middle.shape[-2]
     if tile is None:
         tile = (16, 128, 32, 4, 3) if tokens <= 64 else (64, 128, 32, 4, 3)
     block_m, block_n, block_k, warps, stages = tile
@@ -160,9 +172,11 @@ def delta(
         tokens,
         count,
         rank,
-        middle.stride(0),
-        logits.stride(0),
-        base.stride(0) if base is not None else 0,
+        middle.stride(0) if middle.dim() == 3 else 0,
+        base.stride(0) if base is not None and base.dim() == 3 else 0,
+        middle.stride(-2),
+        logits.stride(-2),
+        base.stride(-2) if base is not None else 0,
         out.stride(0),
         member_stride,
         member_stride,
@@ -180,6 +194,8 @@ def delta(
         PADDED=max(2, power_of_two(count)),
         HAS_ALLOWED=allowed is not None,
         HAS_BASE=base is not None,
+        SPLITS=middle.shape[0] if middle.dim() == 3 else 1,
+        BASE_SPLITS=base.shape[0] if base is not None and base.dim() == 3 else 1,
         PRECISION="ieee",
         num_warps=warps,
         num_stages=stages,

@@ -12,6 +12,7 @@ from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_middle import middle
+from meteora_kernels.triton_products import library_products, products
 
 __all__ = ["group_forward", "group_op", "new_flags"]
 
@@ -58,34 +59,40 @@ def group_forward(
     stacked = stacked_rows_of(count, rank)
     tokens = x.shape[0]
     weights, ga = packed[:outputs], packed[outputs : outputs + members * stacked]
-    how = plan.group_path(tokens)
-    if how == "decode":
+    if tokens <= plan.FEW_TOKENS:
         sparse = plan.chosen_rows_only(rank, top_k, max_rank)
         return decode(
             x, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
         )
     y = x.new_empty(tokens, outputs)
-    if how == "packed":
-        whole = F.linear(x, packed)
-        products = whole[:, outputs:]
-        base = whole[:, :outputs]
+    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype)
+    if rule.order == "packed":
+        whole = product_of(x, packed, rule)
+        found, base = whole[..., outputs:], whole[..., :outputs]
         if bias is not None:
-            base = base + bias
+            (base[0] if base.dim() == 3 else base).add_(bias)
         if tokens <= plan.INLINE_TOKENS:
-            routing = (products, scaling, offsets, top_k, temperature, allowed)
-            delta(products[:, gate_rows:], b, base, y, tuple(widths), rank, stacked, routing)
+            routing = (found, scaling, offsets, top_k, temperature, allowed)
+            delta(found[..., gate_rows:], b, base, y, tuple(widths), rank, stacked, routing)
         else:
-            inner = middle(products, products[:, gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank)
+            inner = middle(found, found[..., gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype)
             delta(inner, b, base, y, tuple(widths), rank, rank)
         return y
-    products = F.linear(x, ga)
-    inner = middle(products, products[:, gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank)
+    found = product_of(x, ga, rule)
+    inner = middle(found, found[..., gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype)
     start = 0
     for member, width in enumerate(widths):
         torch.mm(inner[:, member * rank : (member + 1) * rank], b[rank * start : rank * (start + width)].view(rank, width), out=y[:, start : start + width])
         start += width
     y.addmm_(x, weights.t())
     return y if bias is None else y.add_(bias)
+
+
+def product_of(x: Tensor, rows: Tensor, rule: plan.GroupRule) -> Tensor:
+    """``x rows^T`` as ``rule`` wants it: (M, P) in the dtype of x, or float32 partial sums (S, M, P)."""
+    if not rule.pieces:
+        return F.linear(x, rows)
+    return library_products(x, rows, rule.pieces) if rule.tile is None else products(x, rows, rule.pieces, rule.tile)
 
 
 group_op = operator("group", mutates=("flags",))(group_forward)

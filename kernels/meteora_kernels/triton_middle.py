@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
+from meteora_kernels.triton_route import bounded_logits, slot_of, summed, top_of_tile
 
 
 @triton.jit
@@ -28,8 +28,10 @@ def routes_of_tile(
     PADDED: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     GIVEN: tl.constexpr,
+    stride_split=0,
+    SPLITS: tl.constexpr = 1,
 ):
-    """indices int32 and weights float32 (M, SLOTS) of a tile of tokens, from logits or as given (M, TOP_K)."""
+    """indices int32 and weights float32 (M, SLOTS) of a tile of tokens, from logits (or their partial sums) or as given (M, TOP_K)."""
     slots = tl.arange(0, SLOTS)[None, :]
     if GIVEN:
         keep = mask & (slots < TOP_K)
@@ -37,7 +39,7 @@ def routes_of_tile(
         shares = tl.load(given_weights + tokens * TOP_K + slots, mask=keep, other=0.0).to(tl.float32)
     else:
         columns = tl.arange(0, PADDED)[None, :]
-        tile = bounded_logits(logits, tokens, stride_logits, columns, count, allowed, mask, HAS_ALLOWED)
+        tile = bounded_logits(logits, tokens, stride_logits, columns, count, allowed, mask, HAS_ALLOWED, stride_split, SPLITS)
         picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
     return picks, shares
 
@@ -71,6 +73,7 @@ def middle_kernel(
     tokens_total,
     count,
     rank,
+    stride_split,
     stride_logits,
     stride_down,
     stride_middle,
@@ -85,11 +88,12 @@ def middle_kernel(
     CHUNK: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     GIVEN: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere.
 
-    logits (M, N) and down (M, R) in the model's dtype, middle (M, R) likewise; a fused group has several members side by side,
-    ``member_*`` columns apart. Grid: (ceil(M / BLOCK), members).
+    logits (M, N) and down (M, R) in the model's dtype, or SPLITS partial sums of them in float32, ``stride_split`` apart; middle (M, R) in
+    the model's dtype. A fused group has several members side by side, ``member_*`` columns apart. Grid: (ceil(M / BLOCK), members).
     """
     member = tl.program_id(1)
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
@@ -109,6 +113,8 @@ def middle_kernel(
         PADDED,
         HAS_ALLOWED,
         GIVEN,
+        stride_split,
+        SPLITS,
     )
     scaled = shares * tl.load(scaling + picks)
     first = tl.load(offsets + picks)
@@ -117,7 +123,7 @@ def middle_kernel(
         rows = start + tl.arange(0, CHUNK)[None, :]
         inside = mask & (rows < rank)
         factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
-        values = tl.load(down + member * member_down + tokens * stride_down + rows, mask=inside, other=0.0).to(tl.float32)
+        values = summed(down + member * member_down, tokens * stride_down + rows, stride_split, inside, SPLITS)
         # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
         values = tl.where(factor == 0.0, 0.0, values * factor)
         tl.store(middle + member * member_middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=inside)
@@ -220,12 +226,13 @@ def middle(
     member_stride: int = 0,
     adapters: int | None = None,
     rank: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``down`` scaled by its route and 0 where not chosen: the middle of the one big LoRA.
 
     Args:
-        logits: (M, N), columns contiguous (not read when ``routes`` are given).
-        down: (M, R), columns contiguous.
+        logits: (M, N), columns contiguous (not read when ``routes`` are given); or (S, M, N), float32 partial sums of them.
+        down: (M, R), columns contiguous; or (S, M, R), with the strides of ``logits``.
         scaling: float32 (N,).
         offsets: int64 (N + 1,).
         top_k: k.
@@ -233,14 +240,16 @@ def middle(
         allowed: bool (N,) or None.
         routes: indices int64 and weights float32 (M, k) instead of logits.
         members: Layers side by side in ``logits`` and ``down``, ``member_stride`` columns apart; then the result is (M, members * R).
+        dtype: Of the result; None: that of ``down``.
 
     Returns:
-        (M, members * R) in the dtype of ``down``.
+        (M, members * R) in the dtype asked for.
     """
-    tokens = down.shape[0]
+    tokens = down.shape[-2]
     adapters = scaling.shape[0] if adapters is None else adapters
-    rank = down.shape[1] if rank is None else rank
-    result = torch.empty(tokens, members * rank, dtype=down.dtype, device=down.device)
+    rank = down.shape[-1] if rank is None else rank
+    splits = down.shape[0] if down.dim() == 3 else 1
+    result = torch.empty(tokens, members * rank, dtype=dtype or down.dtype, device=down.device)
     padded = power_of_two(adapters)
     block = block_of(padded, tokens)
     nothing = scaling
@@ -257,8 +266,9 @@ def middle(
         tokens,
         adapters,
         rank,
-        logits.stride(0),
-        down.stride(0),
+        down.stride(0) if splits > 1 else 0,
+        logits.stride(-2),
+        down.stride(-2),
         result.stride(0),
         member_stride,
         member_stride,
@@ -271,6 +281,7 @@ def middle(
         CHUNK=min(256, power_of_two(rank)),
         HAS_ALLOWED=allowed is not None,
         GIVEN=routes is not None,
+        SPLITS=splits,
         num_warps=1 if block <= 2 else 4,
     )
     return result

@@ -61,9 +61,21 @@ def slot_of(table, slots, slot):
 
 
 @triton.jit
-def bounded_logits(pointer, tokens, stride, columns, count, allowed, token_mask, HAS_ALLOWED: tl.constexpr):
-    """Load logits float32 (M, P) of ``tokens`` (M, 1); adapters that are not allowed read as -inf."""
-    logits = tl.load(pointer + tokens * stride + columns, mask=token_mask & (columns < count), other=0.0, cache_modifier=".cg").to(tl.float32)
+def summed(pointer, where, stride_split, mask, SPLITS: tl.constexpr, FRESH: tl.constexpr = False):
+    """Load float32 values at ``where``: with SPLITS > 1 the sum of so many partial sums that lie ``stride_split`` apart, in their order.
+    FRESH: other programs of the same launch may have written them."""
+    CACHE: tl.constexpr = ".cg" if FRESH else ""
+    total = tl.load(pointer + where, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        place = pointer + tl.full([], split, tl.int64) * stride_split + where
+        total += tl.load(place, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    return total
+
+
+@triton.jit
+def bounded_logits(pointer, tokens, stride, columns, count, allowed, token_mask, HAS_ALLOWED: tl.constexpr, stride_split=0, SPLITS: tl.constexpr = 1):
+    """Load logits float32 (M, P) of ``tokens`` (M, 1), as :func:`summed` does; adapters that are not allowed read as -inf."""
+    logits = summed(pointer, tokens * stride + columns, stride_split, token_mask & (columns < count), SPLITS, True)
     if HAS_ALLOWED:
         permitted = tl.load(allowed + columns, mask=columns < count, other=1)
         logits = tl.where(permitted != 0, logits, float("-inf"))

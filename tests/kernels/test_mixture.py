@@ -73,9 +73,51 @@ def test_paths() -> None:
     assert plan.path(4096, 224, 2, 8) == "many"
     assert plan.path(4096, 4096, 2, 16) == "grouped"
     assert plan.path(4096, 4096, 8, 512) == "many"
-    assert [plan.group_path(tokens) for tokens in (1, 16, 17, 1024, 1025)] == ["decode", "decode", "packed", "packed", "split"]
     assert plan.chosen_rows_only(4096, 2, 16)
     assert not plan.chosen_rows_only(224, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "hidden", "up_to_64", "from_257"),
+    [
+        pytest.param(6144, 4096, ("packed", 1, None), ("packed", 0, None), id="qkv"),
+        pytest.param(4096, 4096, ("packed", 1, None), ("packed", 0, None), id="o"),
+        pytest.param(28672, 4096, ("packed", 1, (64, 64, 128, 4, 3)), ("split", 2, None), id="gate-up"),
+        pytest.param(4096, 14336, ("packed", 2, None), ("packed", 0, None), id="down"),
+        pytest.param(16383, 8191, ("packed", 1, None), ("packed", 0, None), id="below-the-limits"),
+        pytest.param(16384, 8192, ("packed", 1, (64, 64, 128, 4, 3)), ("split", 2, None), id="at-both-limits"),
+    ],
+)
+def test_plan_of_groups(outputs: int, hidden: int, up_to_64: object, from_257: object) -> None:
+    """Llama-3-8B's groups, and both sides of every limit; float32 has no use for float32 sums."""
+    plain, late = ("packed", 0, None), ("split", 0, None)
+    tokens = (17, 64, 65, 256, 257, 512, 1024, 1025, 4096, 1 << 20)
+    expected = [up_to_64, up_to_64, plain, plain, from_257, from_257, from_257, late, late, late]
+    for dtype in (torch.bfloat16, torch.float16):
+        rules = [plan.group_rule(count, outputs, hidden, dtype) for count in tokens]
+        assert [(rule.order, rule.pieces, rule.tile) for rule in rules] == expected
+    rules = [plan.group_rule(count, outputs, hidden, torch.float32) for count in tokens]
+    assert [(rule.order, rule.pieces, rule.tile) for rule in rules] == [plain] * 7 + [late] * 3
+    with pytest.raises(AssertionError):
+        plan.group_rule(16, outputs, hidden, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("apart", 17, 64), "no such order"),
+        (("packed", 16, 64), "above 16"),
+        (("packed", 65, 64), "must be a range"),
+        (("packed", 17, 64, -1), "0 or more"),
+        (("packed", 17, 64, 0, (64, 64, 128, 4, 3)), "with a tile"),
+        (("packed", 17, 64, 1, (64, 64, 8, 4, 3)), "from 16 on"),
+        (("packed", 17, 64, 1, (64, 96, 128, 4, 3)), "powers of two"),
+        (("packed", 17, 64, 1, (64, 64, 128, 4, 0)), "stages"),
+    ],
+)
+def test_plan_of_groups_refuses_lines_without_sense(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan.GroupRule(*arguments)  # type: ignore[arg-type]
 
 
 def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

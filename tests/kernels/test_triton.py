@@ -7,11 +7,9 @@ import torch
 from mixture_cases import Case, by_loop, make
 
 from meteora_kernels import lora_mixture, plan, reference
-from meteora_kernels.triton_backend import gate_rows_of, mix_many_op, pack, stacked_rows_of
-from meteora_kernels.triton_decode import decode, new_flags
+from meteora_kernels.triton_backend import mix_many_op
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
-from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_grouped import blocks_of, mix_grouped
 from meteora_kernels.triton_middle import middle
 from meteora_kernels.triton_route import route
@@ -187,41 +185,6 @@ def test_blocks_hold_every_pair_once() -> None:
         assert all(indices[pair % 5, pair // 5] == owner for pair in pairs)
         seen += pairs
     assert sorted(seen) == list(range(10))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5, 20, pytest.param(70, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("widths", [pytest.param((24,), marks=pytest.mark.slow), pytest.param((24, 9), marks=pytest.mark.slow), (24, 9, 33)])
-def test_group_equals_its_members(widths: tuple[int, ...], tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks, hidden = [3, 0, 8, 1, 5], 20
-    rank, adapters = sum(ranks), len(ranks)
-    stacked = stacked_rows_of(adapters, rank)
-    cases = [make(ranks, hidden, width, (tokens,), torch.float32, seed=seed, device=DEVICE) for seed, width in enumerate(widths)]
-    x, scaling, offsets = cases[0].x, cases[0].scaling, cases[0].offsets
-    weight = torch.randn(sum(widths), hidden, generator=torch.Generator().manual_seed(9)).to(DEVICE)
-    shift = torch.randn(sum(widths), generator=torch.Generator().manual_seed(8)).to(DEVICE) if bias else None
-    ga = torch.cat([torch.nn.functional.pad(pack(case.gate, case.lora_A), (0, 0, 0, 0)) for case in cases])
-    assert ga.shape[0] == stacked * len(widths)
-    up = torch.cat([case.lora_B.reshape(-1) for case in cases])
-    base = torch.nn.functional.linear(x, weight, shift).split(widths, dim=-1)
-    expected = torch.cat(
-        [
-            lora_mixture(x, part.contiguous(), case.gate, case.lora_A, case.lora_B, scaling, offsets, backend="reference")
-            for part, case in zip(base, cases, strict=True)
-        ],
-        dim=-1,
-    )
-    flags = new_flags(x.device)
-    arguments = (torch.cat([weight, ga]), up, shift, scaling, offsets, None, flags, list(widths), rank, 8, 2, 1.0)
-    for limit in (1024, 16):
-        monkeypatch.setattr(plan, "PACKED_TOKENS", limit)
-        close(group_forward(x, *arguments), expected)
-    assert int(flags.sum()) == 0
-    if tokens <= 16:
-        for dense_down in (True, False):
-            got = decode(x, weight, ga, up, shift, scaling, offsets, flags, widths, rank, gate_rows_of(adapters), 8, 2, 1.0, dense_down=dense_down)
-            close(got, expected)
-            assert int(flags.sum()) == 0
 
 
 def test_delta_with_and_without_base() -> None:
