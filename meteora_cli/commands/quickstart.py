@@ -31,7 +31,7 @@ def quickstart(
     """Watch MeteoRA work on a small model and three BIG-bench tasks.
 
     With --train (or where no starter checkpoint came with the package): train three adapters and the gates and compare, in about ten minutes on two
-    CPU cores. Without: compare the starter checkpoint with its base and draw its routing, in less than three. Stop it when you like: the same
+    CPU cores. Without: compare the starter checkpoint with its base and draw its routing, in about two. Stop it when you like: the same
     command goes on where it was.
     """
     settings = settings_from(ctx, model__device=device)

@@ -160,7 +160,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         what = "no such folder" if not folder.is_dir() else f"{folder} holds no {CONFIG_FILE}"
         raise CheckpointError(
             f"no checkpoint at {folder}: {what}" if not folder.is_dir() else f"not a meteora checkpoint: {what}",
-            hint="train one with `meteora train`, make one with `meteora quickstart`, or correct the path",
+            hint="train one with `meteora train`, make one with `meteora quickstart --train`, or correct the path",
         )
     config = read_json(folder / CONFIG_FILE, error=CheckpointError)
     missing = [key for key in ("format", "base", "adapters", "modules", "top_k", "temperature") if not isinstance(config, dict) or key not in config]
