@@ -52,8 +52,6 @@ def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_ch
         experiment = load_experiment(options.sizes, work=options.work, raw_dir=options.raw_dir, base=options.base, device=options.device, docs=options.docs)
         deadline = time.monotonic() + options.seconds if options.seconds is not None else float("inf")
         engine = Engine(experiment, call_of(options), run_command, say, deadline, hub_reachable, options.jobs, options.keep_going)
-        if options.jobs > 1 and experiment.settings["model"].get("device", "auto") in ("auto", "cuda"):
-            engine.gpus = visible_gpus()
         if options.list:
             for step in experiment.steps:
                 print(f"{'done' if engine.record_file(step).is_file() else '    '}  {step.stage:9} {step.name:22} {engine.command_line(step)}")
@@ -61,6 +59,8 @@ def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_ch
         if options.again:
             say(f"# again: {', '.join(engine.forget(options.again))}")
         if not options.report:
+            if engine.jobs > 1 and experiment.settings["model"].get("device", "auto") in ("auto", "cuda"):
+                engine.gpus = visible_gpus()
             ran = engine.run(options.only) if engine.jobs == 1 else run_side_by_side(engine, options.only)
             say(f"# {len(ran)} steps run, all chosen steps are done")
         if options.report or not options.only:

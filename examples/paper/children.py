@@ -23,10 +23,11 @@ GRACE = 30.0
 def start_child(arguments: list[str], log: Path | None = None, gpu: str | None = None) -> subprocess.Popen[bytes]:
     """Start ``meteora ARGUMENTS``; with a GPU's name (as in CUDA_VISIBLE_DEVICES) that is the only one it sees."""
     command = [sys.executable, "-m", "meteora_cli", *arguments]
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     if log is None:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL if "--json" in arguments else None)
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL if "--json" in arguments else None, env=environment)
+    environment["PYTHONUNBUFFERED"] = "1"
     with log.open("ab") as output:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 

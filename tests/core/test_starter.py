@@ -74,8 +74,7 @@ def test_where_a_checkpoint_is_looked_for(tmp_path, monkeypatch) -> None:
 
 def test_the_shipped_checkpoint_is_small_and_complete() -> None:
     folder = starter_checkpoint()
-    if folder is None:
-        pytest.skip("no starter checkpoint is shipped yet")
+    assert folder is not None, "the package comes with one"
     from meteora_core.checkpoints.native import read_checkpoint
 
     config, _, bank = read_checkpoint(folder)
