@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # compilers' advice, and what PyTorch says of a capture that was broken off
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # PyTorch 2.11's compiler, of itself, when it is first imported
 ]
 
 DEVICE = "cuda"

@@ -249,7 +249,11 @@ def test_a_progress_bar_is_one_line_of_the_tail(tmp_path) -> None:
 def test_training_takes_two_places_and_nothing_reads_what_another_writes() -> None:
     experiment = load_experiment("full")
     heavy = {each.name for each in experiment.steps if each.weight == 2}
-    assert heavy == {"adapters", "lora-b", *(f"gates-{name}" for name in ("ridge", "normal", "arrow", "composites", "ridge-seed2", "composites-seed2"))}
+    assert heavy == {
+        "adapters",
+        "lora-b",
+        *(f"gates-{name}" for name in ("ridge", "normal", "arrow", "composites", "joint", "ridge-seed2", "composites-seed2")),
+    }
     assert {each.name for each in experiment.steps if each.weight == 3} == {"eval-peft-arrow"}
     assert {each.weight for each in experiment.steps} == {1, 2, 3}
 

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from meteora_kernels import lora_mixture
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
 
 DEVICE = "cuda"
 MORE = 1.2
@@ -72,8 +76,8 @@ def exact(case: Case, top_k: int) -> Tensor:
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Within the block, whatever makes the host wait for the GPU raises."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
