@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from meteora_core.evaluation.constants import RememberedConstants
 from meteora_core.evaluation.no_repeat import NOTHING, NoRepeat
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class FixedDecoder:
             self.done = torch.zeros(rows, dtype=torch.bool, device=device)
             self.last = torch.zeros(rows, dtype=torch.int64, device=device)
             self.graph = None
+            self.constants = RememberedConstants()  # lives as long as the graph, whose kernels read them
             if device.type == "cuda":
                 with torch.cuda.device(device):
                     self.graph = self._capture()
@@ -169,11 +171,13 @@ class FixedDecoder:
     def _capture(self) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once, so that kernels are loaded, workspaces made and the cache has its tensors
+        with torch.cuda.stream(side), self.constants:  # once, so that kernels are loaded, workspaces made and the cache has its tensors
             self._step()
         torch.cuda.current_stream().wait_stream(side)
+        if self.constants.written():
+            raise RuntimeError("the model writes to what it makes from numbers")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), self.constants:
             self._step()
         return graph
 

@@ -141,6 +141,18 @@ def test_captured_decoding_of_a_peft_adapter(model, make_adapter) -> None:
         assert decoder._fixed.graph is not None
 
 
+def test_captured_decoding_of_arrow(make_adapter) -> None:
+    """PEFT's Arrow makes its scalings from Python numbers in every step; captured, they are there already."""
+    from meteora_core.evaluation.arrow import with_arrow
+
+    base, batch = make_tiny_llama(initializer_range=0.3).to(DEVICE), batch_of(LENGTHS, ROOM)
+    with with_arrow(base, {name: make_adapter(name, seed) for seed, name in enumerate(("a", "b", "c"))}) as adapted:
+        decoder = Decoder(adapted)
+        assert decoder.decode(batch) == decode_growing(adapted, batch)
+        assert decoder._fixed is not None
+        assert decoder._fixed.graph is not None
+
+
 def fuse_and_return(model: Any) -> Any:
     fuse(model)
     return model

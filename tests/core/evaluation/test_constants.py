@@ -1,0 +1,82 @@
+"""Constants from Python numbers are made once, and what is no constant is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from meteora_core.evaluation.arrow import with_arrow
+from meteora_core.evaluation.constants import RememberedConstants, is_plain
+from meteora_core.evaluation.decode import Batch, FixedDecoder, decode_growing
+from tiny_models import make_tiny_llama
+
+
+def test_equal_numbers_are_one_tensor() -> None:
+    constants = RememberedConstants()
+    with constants:
+        first = torch.tensor([1.5, 2.0])
+        again = torch.tensor([1.5, 2.0])
+        others = [torch.tensor([1.5, 2.0], dtype=torch.float64), torch.tensor((1.5, 2.0)), torch.tensor([1, 2]), torch.tensor(True), torch.tensor(1)]
+        trained = torch.tensor([1.5, 2.0], requires_grad=True)
+    with constants:
+        later = torch.tensor([1.5, 2.0])
+    assert first is again is later
+    assert len({id(each) for each in (first, *others, trained)}) == 7
+    assert [each.dtype for each in others] == [torch.float64, torch.float32, torch.int64, torch.bool, torch.int64]
+    assert torch.tensor([1.5, 2.0]) is not first, "outside all is as ever"
+
+
+def test_only_plain_numbers_are_remembered() -> None:
+    assert is_plain([[1, 2.0], (True,)])
+    assert not is_plain([torch.ones(())])
+    assert not is_plain("1")
+    with RememberedConstants() as constants:
+        one, other = torch.tensor([torch.ones(()), 2.0]), torch.tensor([torch.ones(()), 2.0])
+    assert one is not other
+    assert not constants.made
+
+
+@torch.inference_mode()
+def test_a_tensor_that_is_written_to_is_no_constant() -> None:
+    with RememberedConstants() as constants:
+        torch.tensor([0, 3])
+        count = torch.tensor([0, 0])
+        assert not constants.written()
+        count += 1
+    assert constants.written()
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Collects what torch.tensor is asked to make while it really makes it."""
+    made: list[object] = []
+    real = RememberedConstants.__torch_function__
+
+    def watching(self, func, types, args=(), kwargs=None):
+        known = len(self.made)
+        result = real(self, func, types, args, kwargs)
+        made.extend([args[0]] * (len(self.made) - known))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RememberedConstants, "__torch_function__", watching)
+        yield made
+
+
+def test_arrow_makes_its_scalings_in_the_first_step_alone(make_adapter, monkeypatch) -> None:
+    """What a CUDA graph of PEFT's Arrow needs: the captured pass brings nothing from the host."""
+    folders = {name: make_adapter(name, seed) for seed, name in enumerate(("a", "b", "c"))}
+    batch = Batch(torch.arange(3, 13).reshape(2, 5), torch.ones(2, 5, dtype=torch.int64), [4, 4], 2, 0)
+    with with_arrow(make_tiny_llama(), folders) as routed, torch.inference_mode():
+        wanted = decode_growing(routed, batch)
+        decoder = FixedDecoder(routed, 2, 16, 2, 0)
+        for first in (True, False):
+            with counted(monkeypatch) as made, decoder.constants:
+                decoder._step()
+            assert ([2.0] * 3 in made) is first
+            assert bool(made) is first
+        assert not decoder.constants.written()
+        assert decoder.decode(batch) == wanted
