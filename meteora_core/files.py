@@ -80,10 +80,13 @@ def _umask() -> int:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``path`` when the block ends without an error, and is removed otherwise.
 
+    Where ``path`` is a link, what it points to is replaced.
+
     Raises:
         StorageError: The disk is full or the parent is not writable.
     """
-    path = Path(path)
+    with storage_errors(path):
+        path = Path(path).resolve()
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))

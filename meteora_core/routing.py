@@ -176,6 +176,7 @@ class RoutingState:
         self.version = 0
         self.adapters = adapters
         self.base_probe: list[float] | None = None
+        self.embedded = False  # the adapters are not those of their folders: a checkpoint has to hold them
         self.enabled = True
         self.allowed: Tensor | None = None
         self.forced: Tensor | None = None

@@ -109,10 +109,15 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
     return Adapter(info, modules)
 
 
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT's initialisations that subtract from the base model, or quantise it, each time the adapter is put on."""
+
+
 def _refuse_unsupported(name: str, config: dict[str, Any]) -> None:
     kind = str(config.get("peft_type", "LORA")).upper()
     if kind != "LORA":
         raise AdapterError(f"adapter {name!r} is a {kind} adapter; only LORA can be stacked")
+    start = config.get("init_lora_weights")
     reasons = {
         "DoRA (use_dora)": config.get("use_dora"),
         "QALoRA (use_qalora)": config.get("use_qalora"),
@@ -122,6 +127,7 @@ def _refuse_unsupported(name: str, config: dict[str, Any]) -> None:
         f"target_parameters={config.get('target_parameters')}": config.get("target_parameters"),
         f"trainable_token_indices={config.get('trainable_token_indices')}": config.get("trainable_token_indices"),
         "fan_in_fan_out": config.get("fan_in_fan_out"),
+        f"init_lora_weights={start!r}, which changed its base model": isinstance(start, str) and start.startswith(_CHANGES_BASE),
         "activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
     }
     for reason, present in reasons.items():

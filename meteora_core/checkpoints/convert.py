@@ -13,7 +13,7 @@ import torch
 
 from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
-from meteora_core.checkpoints.native import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, rounding_table
+from meteora_core.checkpoints.native import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_replaceable, rounding_table
 from meteora_core.checkpoints.tensor_files import CHUNK, TensorFiles, TensorPlan, shown, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import atomic_folder, storage_errors, write_json
@@ -83,7 +83,7 @@ def convert_authors(
 
     Raises:
         CheckpointError: The checkpoint cannot be read or is incomplete, or the base model has another vocabulary or other shapes.
-        UsageError: top_k or temperature is out of range, or the folder exists.
+        UsageError: top_k or temperature is out of range, the folder exists, or it holds something that is no checkpoint.
         StorageError: The disk is full or not writable.
     """
     folder = Path(folder)
@@ -94,6 +94,7 @@ def convert_authors(
         raise UsageError(f"unknown choice of base tensors {base_tensors!r}", hint="choose from: changed, all")
     if folder.exists() and not overwrite:
         raise UsageError(f"{folder} exists already", hint="pass --force to replace it, or choose another folder")
+    check_replaceable(folder)
     layout = read_layout(checkpoint)
     infos = describe_adapters(layout, adapter_dir, names=names, alpha=alpha)
     if not 1 <= top_k <= layout.count:

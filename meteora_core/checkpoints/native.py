@@ -7,6 +7,7 @@ that what is loaded is what was trained, or an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
-from meteora_core.errors import CheckpointError, MeteoraError
+from meteora_core.errors import AdapterError, CheckpointError, UsageError
 from meteora_core.files import atomic_folder, read_json, sha256, write_json
 from meteora_core.model.attach import attach, detach, meteora_layers, same_base
-from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
+from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 
@@ -90,9 +91,10 @@ def save_checkpoint(
     Args:
         model: A model with adapters attached.
         folder: Written anew; an old one is replaced when all is on disk.
-        base: The base model's name; None takes ``model.name_or_path``.
+        base: The base model's name; None takes the one that it was loaded by, else ``model.name_or_path``.
         adapters: Store the adapters' weights too. Needed when they were trained together with the gates; else they are read from
-            their folders again when the checkpoint is loaded. Adapters that came out of a checkpoint are stored in any case.
+            their folders again when the checkpoint is loaded. Adapters that came out of a checkpoint, or that
+            :func:`meteora_core.model.attach.set_trainable` let train, are stored in any case.
         dtype: Of the stored tensors; None keeps each tensor's own, so that a loaded model gives the same logits bit for bit.
         training: What to note of how it was made (settings, steps, losses).
 
@@ -100,11 +102,12 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        UsageError: Nothing is attached.
+        UsageError: Nothing is attached, or the folder holds something that is no checkpoint.
         StorageError: The disk is full or not writable.
     """
     state = routing_state(model)
-    adapters = adapters or getattr(state, "embedded", False) or not all(adapter.sha256 for adapter in state.adapters)
+    check_replaceable(folder)
+    adapters = adapters or state.embedded or not all(adapter.sha256 for adapter in state.adapters)
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for path, layer in meteora_layers(model):
@@ -122,7 +125,7 @@ def save_checkpoint(
     known = _base_tensors(model) if changed else {}
     for name in changed:
         tensors[BASE + name] = known[name].detach().to("cpu", dtype or known[name].dtype).contiguous()
-    reference = base or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
+    reference = base or loaded_by(model) or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
     config = {
         "format": FORMAT,
         "base": {"name": reference.name, "revision": reference.revision, "probe": state.base_probe},
@@ -136,6 +139,17 @@ def save_checkpoint(
         "training": training or {},
     }
     return write_checkpoint(Path(folder), config, tensors)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Whether a checkpoint may be written there: it is a new place, an empty folder, or a checkpoint. Raises UsageError."""
+    folder = Path(folder)
+    if folder.is_dir():
+        foreign = not (folder / CONFIG_FILE).is_file() and any(folder.iterdir())
+    else:
+        foreign = folder.exists()
+    if foreign:
+        raise UsageError(f"{folder} is no checkpoint, so it is not replaced", hint="choose another folder")
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -173,7 +187,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def load_checkpoint(
     folder: str | Path,
-    base_model: PreTrainedModel | str | None = None,
+    base_model: PreTrainedModel | str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     *,
@@ -200,19 +214,20 @@ def load_checkpoint(
     Raises:
         CheckpointError: Files are missing or broken, keys are missing or extra (the first five named), the base model differs, or an
             adapter is not the one that the gates were trained with.
+        UsageError: The model has adapters attached already, or an unknown backend.
     """
     folder = Path(folder)
     config, tensors, bank = read_checkpoint(folder, adapters_dir, progress)
-    if base_model is None or isinstance(base_model, str):
+    if base_model is None or isinstance(base_model, str | Path):
         place = pick_device(device)
-        name = base_model or config["base"]["name"]
+        name = str(base_model or config["base"]["name"])
         reference = BaseReference(name, None if base_model else config["base"].get("revision"), trust_remote_code)
         model = load_base(reference, dtype=pick_dtype(dtype, place), device=place, progress=progress)
     else:
         model = base_model
     try:
         attach(model, bank, top_k=config["top_k"], temperature=config["temperature"], backend=backend, init="zeros")
-    except MeteoraError as error:
+    except AdapterError as error:
         raise CheckpointError(
             f"the checkpoint {folder} does not fit this base model: {error.message}", hint=f"it was trained on {config['base']['name']}"
         ) from error
@@ -320,6 +335,16 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
     if set(bank.modules) != set(config["modules"]):
         different = sorted(set(bank.modules) ^ set(config["modules"]))[:5]
         raise CheckpointError(f"the adapters' layers are not those of the checkpoint {folder}: {', '.join(different)}")
+    for path, stack in bank.modules.items():
+        saved = config["modules"][path]
+        for place, info in enumerate(infos):
+            now, then = (stack.ranks[place], float(stack.scaling[place])), (saved["ranks"][place], saved["scaling"][place])
+            if now[0] != then[0] or not math.isclose(now[1], then[1], rel_tol=1e-2):
+                raise CheckpointError(
+                    f"adapter {info.name!r} at {folders[info.name]} is not as it was when the gates were trained: on {path} its rank and scaling are"
+                    f" {now[0]} and {now[1]:g}, and were {then[0]} and {then[1]:g}",
+                    hint="restore r, lora_alpha, use_rslora and the patterns in its adapter_config.json, or train the gates again",
+                )
     return AdapterBank(infos, bank.modules)
 
 

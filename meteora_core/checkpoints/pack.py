@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank, Stack
-from meteora_core.checkpoints.native import BASE, CONFIG_FILE, WEIGHT_FILE, read_checkpoint, write_checkpoint
+from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, write_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.progress import SILENT, Progress
 
@@ -82,8 +82,7 @@ def pack_checkpoint(
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}", hint="choose 1 or more")
     config, tensors, bank = read_checkpoint(source, adapters_dir, progress)
-    if folder.exists() and not (folder / CONFIG_FILE).is_file():
-        raise UsageError(f"{folder} is no checkpoint, so it is not replaced", hint="choose another folder")
+    check_replaceable(folder)
     places = [bank.index(name) for name in (tasks or bank.names)]
     if len(set(places)) != len(places):
         raise UsageError("a task is named twice")
@@ -103,6 +102,8 @@ def pack_checkpoint(
             for path, pairs in layers.items():
                 layers[path] = [_by_singular_values(a, b) for a, b in pairs]
                 bar.update(1)
+        # A product has no more singular values than inputs or outputs, whatever the adapter's rank.
+        ranks = {path: tuple(min(size, len(a)) for size, (a, _) in zip(sizes, layers[path], strict=True)) for path, sizes in ranks.items()}
         energy = {path: [_energy(a, b, scale) for (a, b), scale in zip(pairs, _scales(bank, path, places), strict=True)] for path, pairs in layers.items()}
         if budget is not None:
             ranks = _fit(layers, energy, ranks, budget, width)
@@ -144,7 +145,7 @@ def _by_singular_values(a: Tensor, b: Tensor) -> Pair:
         return a, b
     q_a, r_a = torch.linalg.qr(a.double().T)
     q_b, r_b = torch.linalg.qr(b.double().T)
-    u, values, v = torch.linalg.svd(r_b @ r_a.T)
+    u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = values.sqrt()[:, None]
     return (root * (v @ q_a.T)).float(), (root * (q_b @ u).T).float()
 

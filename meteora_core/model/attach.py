@@ -86,13 +86,17 @@ def meteora_layers(model: nn.Module) -> Iterator[tuple[str, MeteoraLinear]]:
 def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
     """Freeze everything but the gates, or the gates and the adapters, or nothing; return what trains.
 
+    Adapters that may train are no longer those of their folders: a checkpoint of the model holds them from then on.
+
     Raises:
         UsageError: Nothing is attached, or ``what`` is unknown.
     """
-    routing_state(model)
+    state = routing_state(model)
     if what not in ("none", "gates", "gates+adapters"):
         raise UsageError(f"cannot train {what!r}", hint="choose from: gates, gates+adapters")
     model.requires_grad_(False)
+    if what == "gates+adapters":
+        state.embedded = True
     trained = []
     for _, layer in meteora_layers(model):
         chosen = {"none": [], "gates": [layer.gate], "gates+adapters": [layer.gate, layer.lora_A, layer.lora_B]}[what]
@@ -150,7 +154,8 @@ def _wrap(base: nn.Module, path: str, stack: Stack, state: RoutingState, init: G
         gate = torch.empty(len(stack.ranks), stack.in_features)
     else:
         gate = start_gate(stack, init, generator)
-    layer = MeteoraLinear(base, path, gate.to(**place), stack.A.to(**place), stack.B.to(**place), stack.scaling, stack.ranks, state, dropout)  # type: ignore[call-overload]
+    A, B = stack.A.to(**place, copy=True), stack.B.to(**place, copy=True)  # type: ignore[call-overload]  # the bank's own stay as they are
+    layer = MeteoraLinear(base, path, gate.to(**place), A, B, stack.scaling, stack.ranks, state, dropout)  # type: ignore[call-overload]
     return layer.train(base.training)
 
 

@@ -14,8 +14,10 @@ from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_REFERENCE = "meteora_reference"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -146,6 +148,7 @@ def load_base(
         CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named.
         UsageError: Quantisation is asked for without a GPU or without bitsandbytes, or by an unknown name.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -163,9 +166,15 @@ def load_base(
             **({} if attention is None else {"attn_implementation": attention}),
             **quantized,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load("model", reference, error) from error
+    setattr(model, _REFERENCE, reference)
     return (model if quantized else model.to(device)).eval()
+
+
+def loaded_by(model: nn.Module) -> BaseReference | None:
+    """How a model was named when :func:`load_base` loaded it; None for other models."""
+    return getattr(model, _REFERENCE, None)
 
 
 def _cannot_load(what: str, reference: BaseReference, error: Exception) -> CheckpointError:

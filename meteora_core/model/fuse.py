@@ -64,8 +64,10 @@ class FusedGroup:
             biases = [layer.bias for layer in layers]
             self.bias: Tensor | None = None
             if any(bias is not None for bias in biases):
-                blank = [torch.zeros(width, dtype=weight.dtype, device=weight.device) for width in self.widths]
-                self.bias = torch.cat([blank[index] if bias is None else bias.detach() for index, bias in enumerate(biases)])
+                self.bias = torch.zeros(outputs, dtype=weight.dtype, device=weight.device)
+                for bias, place in zip(biases, torch.split(self.bias, self.widths), strict=True):
+                    if bias is not None:
+                        _move(bias, place)
             start, extra, before = 0, outputs, 0
             for layer, width in zip(layers, self.widths, strict=True):
                 place = self.packed[start : start + width]
@@ -83,7 +85,9 @@ class FusedGroup:
                 (layer, "gate", layer.gate),
                 (layer, "lora_A", layer.lora_A),
                 (layer, "lora_B", layer.lora_B),
+                (layer.base_layer, "bias", layer.bias),
             )
+            if parameter is not None
         ]
         self.seen: Tensor | None = None
         self.version = (0, 0)
@@ -237,7 +241,7 @@ def unfuse(model: nn.Module) -> int:
         for module in model.modules():
             if isinstance(module, MeteoraLinear) and "forward" in vars(module):
                 del module.forward
-                for parameter in (module.weight, module.gate, module.lora_A, module.lora_B):
+                for parameter in (module.weight, module.gate, module.lora_A, module.lora_B, *([] if module.bias is None else [module.bias])):
                     parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
                 released += 1
     return released

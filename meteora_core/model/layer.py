@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +60,21 @@ class MeteoraLinear(nn.Module):
         offsets[1:] = torch.tensor(ranks).cumsum(0)
         self.register_buffer("scaling", scaling.to(gate.device), persistent=False)
         self.register_buffer("offsets", offsets.to(gate.device), persistent=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MeteoraLinear:
+        """A copy that computes with its own weights: where this layer runs as part of a fused group, the copy runs alone."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy({name: value for name, value in vars(self).items() if name != "forward"}, memo))
+        return made
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MeteoraLinear:
+        """Scalings stay float32 and as they are when the model changes its dtype: in 16 bits they would be rounded for good."""
+        exact = self.scaling
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scaling.dtype != exact.dtype and not exact.is_meta:
+            self.scaling = exact.to(self.scaling.device)
+        return self
 
     @property
     def in_features(self) -> int:

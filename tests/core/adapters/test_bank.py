@@ -73,6 +73,8 @@ def test_names_are_looked_up(make_adapter) -> None:
     ("changes", "message"),
     [
         ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which changed its base model"),
+        ({"init_lora_weights": "olora"}, "olora"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),

@@ -78,6 +78,18 @@ def test_a_low_rank_keeps_the_largest_singular_values(source, tmp_path) -> None:
     assert small.model.layers[0].self_attn.q_proj.ranks == (2, 2, 2)
 
 
+def test_a_rank_above_a_layers_width(tmp_path, make_adapter) -> None:
+    """k and v have 16 outputs and adapters of rank 24: no more than 16 singular values."""
+    names = {name: make_adapter(name, seed, r=24, target_modules=["k_proj", "q_proj"]) for seed, name in enumerate("ab")}
+    save_checkpoint(attach(make_tiny_llama(), AdapterBank.from_peft(names), seed=3), tmp_path / "source")
+    expected = logits(tmp_path / "source")
+    pack_checkpoint(tmp_path / "source", tmp_path / "packed", rank=20, dtype=torch.float32)
+    ranks = {path.rpartition(".")[2]: module["ranks"] for path, module in read_config(tmp_path / "packed")["modules"].items()}
+    assert ranks == {"k_proj": [16, 16], "q_proj": [20, 20]}
+    torch.testing.assert_close(logits(tmp_path / "packed"), expected, rtol=0.05, atol=0.05)
+    pack_checkpoint(tmp_path / "source", tmp_path / "small", max_bytes=90_000)
+
+
 def test_a_size_is_kept_and_what_is_lost_is_said(source, tmp_path) -> None:
     whole = pack_checkpoint(source, tmp_path / "whole")
     limit = whole.size + 64_000 + 2_000 - 4_000
@@ -98,6 +110,6 @@ def test_what_is_there_is_replaced_only_on_request(source, tmp_path) -> None:
     with pytest.raises(UsageError, match="is there already"):
         pack_checkpoint(source, tmp_path / "packed")
     pack_checkpoint(source, tmp_path / "packed", overwrite=True)
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").mkdir(parents=True)
     with pytest.raises(UsageError, match="no checkpoint"):
         pack_checkpoint(source, tmp_path / "other", overwrite=True)

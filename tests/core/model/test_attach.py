@@ -36,6 +36,17 @@ def bank(make_adapter) -> AdapterBank:
     )
 
 
+def test_models_of_one_bank_do_not_train_each_other(bank) -> None:
+    kept = {path: (stack.A.clone(), stack.B.clone()) for path, stack in bank.modules.items()}
+    one, other = attach(make_tiny_llama(), bank), attach(make_tiny_llama(), bank)
+    with torch.no_grad():
+        before = other(IDS).logits
+        for parameter in set_trainable(one, "gates+adapters"):
+            parameter.add_(1.0)
+        assert torch.equal(other(IDS).logits, before)
+    assert all(torch.equal(stack.A, kept[path][0]) and torch.equal(stack.B, kept[path][1]) for path, stack in bank.modules.items())
+
+
 def test_one_adapter_equals_peft(make_adapter) -> None:
     for name, options in {
         "plain": {},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -57,6 +59,51 @@ def test_weights_are_stored_once_and_new_ones_are_seen(model) -> None:
         fused = model(IDS.to(device)).logits
         unfuse(model)
         torch.testing.assert_close(fused, model(IDS.to(device)).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_new_biases_are_seen(make_adapter) -> None:
+    """q, k and v of Qwen2 have biases, the others none."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**sizes, max_position_embeddings=128)).eval()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    folders = {name: make_adapter(name, seed, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]) for seed, name in enumerate(("one", "two"))}
+    model = attach(base, AdapterBank.from_peft(folders))
+    model = model.cuda() if torch.cuda.is_available() else model
+    ids = IDS.to(next(model.parameters()).device)
+    with torch.no_grad():
+        before = model(ids).logits
+        assert fuse(model) == 4
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+        model.load_state_dict({name: tensor + 1.0 if name.endswith("bias") else tensor.clone() for name, tensor in model.state_dict().items()})
+        fused = model(ids).logits
+        unfuse(model)
+        torch.testing.assert_close(fused, model(ids).logits, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(fused, before, atol=1e-2)
+    biases = [layer.bias for _, layer in meteora_layers(model) if layer.bias is not None]
+    assert len({bias.untyped_storage().data_ptr() for bias in biases}) == len(biases) == 6
+
+
+def test_a_copy_of_a_fused_model_has_weights_of_its_own(model) -> None:
+    ids = IDS.to(next(model.parameters()).device)
+    fuse(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        twin = copy.deepcopy(model)
+        assert not is_fused(twin)
+        torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        for _, layer in meteora_layers(twin):
+            layer.weight.zero_()
+        assert not torch.allclose(twin(ids).logits, expected, atol=1e-2)
+        assert torch.equal(model(ids).logits, expected)
+        assert fuse(twin) == 8
+        assert not torch.allclose(twin(ids).logits, expected, atol=1e-2)
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_steps_aside_for_gradients_recorders_and_other_backends(model) -> None:
