@@ -192,6 +192,13 @@ class RoutingState:
         self.temperature = temperature
         self.backend = backend
 
+    def __getstate__(self) -> dict[str, object]:
+        """All but what is remembered for speed, which can be neither pickled nor of use elsewhere."""
+        return {name: value for name, value in vars(self).items() if name != "_copies"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state, _copies=WeakTensorKeyDictionary())
+
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
         if name != "version":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,18 @@ def test_models_of_one_bank_do_not_train_each_other(bank) -> None:
             parameter.add_(1.0)
         assert torch.equal(other(IDS).logits, before)
     assert all(torch.equal(stack.A, kept[path][0]) and torch.equal(stack.B, kept[path][1]) for path, stack in bank.modules.items())
+
+
+def test_an_attached_model_can_be_pickled(bank) -> None:
+    model = attach(make_tiny_llama(), bank, seed=3)
+    model.meteora.mute(["two"])
+    with torch.no_grad():
+        expected = model(IDS).logits
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(IDS).logits, expected)
+        again.meteora.mute([])
+        assert not torch.equal(again(IDS).logits, expected)
+        assert torch.equal(model(IDS).logits, expected)
 
 
 def test_one_adapter_equals_peft(make_adapter) -> None:
