@@ -11,7 +11,7 @@ import typer
 
 from meteora_cli.commands import bench_kernels, chat, ckpt, config, data, quickstart, trace, train
 from meteora_cli.commands import eval as evaluate
-from meteora_cli.console import Globals, report_error
+from meteora_cli.console import Globals, accept_all_text, report_error
 
 app = typer.Typer(
     name="meteora",
@@ -66,6 +66,7 @@ def main() -> None:
     """Run the command line; ends the process with 0, 1 (a known error), 2 (usage or configuration) or 130 (Ctrl-C)."""
     from meteora_core.errors import MeteoraError
 
+    accept_all_text()
     debug = os.environ.get("METEORA_DEBUG") == "1"
     try:
         app(prog_name="meteora")

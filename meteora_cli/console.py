@@ -5,13 +5,15 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -45,9 +47,60 @@ def globals_of(ctx: typer.Context) -> Globals:
 
 
 def emit_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+    """Print one JSON document on stdout; characters that it cannot hold, and halves of surrogate pairs, stand there as JSON's own escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
+    if not _is_utf8(sys.stdout) or not _has_utf8(text):
+        text = json.dumps(value, ensure_ascii=True, indent=2, default=str)
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def _is_utf8(stream: TextIO) -> bool:
+    try:
+        return codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
+    except LookupError:
+        return False
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def accept_all_text() -> None:
+    """Let stdout and stderr put "?" for a character that their encoding lacks, where they would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def valid_text(text: str, name: str) -> str:
+    """What was given on the command line as text that can be encoded; bytes that are not UTF-8 are replaced, and a note says so.
+
+    Args:
+        text: As Python decoded it: such a byte is half of a surrogate pair.
+        name: For the note, such as ``--prompt``.
+    """
+    if _has_utf8(text):
+        return text
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # halves that no byte on a command line gives
+        raw = text.encode("utf-8", "surrogatepass")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as broken:
+        note_replaced(name, broken.start)
+        return raw.decode(errors="replace")
+
+
+def note_replaced(name: str, place: int) -> None:
+    """Say on stderr that bytes were replaced, the first of them at ``place`` (from 0) of what ``name`` stands for."""
+    note = f"note: {name} is not UTF-8 at byte {place + 1}; what cannot be read is replaced by \N{REPLACEMENT CHARACTER}"
+    console.print(note, style="yellow", markup=False)
 
 
 def settings_from(ctx: typer.Context, **flags: Any) -> Settings:

@@ -10,7 +10,7 @@ from pathlib import Path
 from meteora_core.files import write_jsonl
 from tiny_models import make_tiny_llama
 
-SIZES = {"vocab_size": 112}
+SIZES = {"vocab_size": 112, "max_position_embeddings": 1024}
 TASKS = ("logical_deduction", "question_selection", "strategyqa")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, emit_json, globals_of, out, progress, quantization_of, settings_from
+from meteora_cli.console import console, emit_json, globals_of, note_replaced, out, progress, quantization_of, settings_from, valid_text
 
 if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        "--checkpoint", help="A MeteoRA checkpoint, native or in the authors' layout; default: the quickstart's, else RUNS/meteora.", show_default=False
+        "--checkpoint",
+        help="Trained gates, native or in the authors' layout; default: RUNS/meteora, else the quickstart's, else the starter.",
+        show_default=False,
     ),
 ]
 Base = Annotated[str | None, typer.Option("--base", help="A base model alone; with --checkpoint or --adapter: the one to load it onto.", show_default=False)]
@@ -110,6 +112,7 @@ def open_session(
 
     settings = settings_from(ctx, chat__template=template, **flags)
     register_all(settings)
+    system = None if system is None else valid_text(system, "--system")
     with progress(ctx) as bars:
         speaker = load_speaker(settings, checkpoint=checkpoint, base=base, adapter=adapter, adapters_dir=adapters_dir, progress=bars)
     wishes = settings.chat
@@ -142,8 +145,7 @@ def read_message() -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as broken:
         text = raw.decode("utf-8", errors="replace")
-        note = f"note: stdin is not UTF-8 at byte {broken.start + 1}; what cannot be read is replaced by \N{REPLACEMENT CHARACTER}"
-        console.print(note, style="yellow", markup=False)
+        note_replaced("stdin", broken.start)
     text = text.strip("\n")
     if not text.strip():
         raise UsageError("there is no message on stdin", hint='for example: echo "a question" | meteora chat')

@@ -109,6 +109,7 @@ def evaluate(
         eval__limit=limit,
         eval__scoring=scoring and scoring.value,
     )
+    from meteora_core.chat.speaker import default_checkpoint
     from meteora_core.data.userdata import register_all
     from meteora_core.evaluation.processes import join_processes, leave_processes
     from meteora_core.evaluation.runner import EvalOptions
@@ -127,7 +128,7 @@ def evaluate(
         models=models,
         data_dir=settings.paths.data,
         adapters_dir=settings.paths.adapters,
-        checkpoint=checkpoint or _default_checkpoint(settings.paths.runs),
+        checkpoint=checkpoint or default_checkpoint(settings),
         base=BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code),
         base_given=base is not None or settings.model.base != ModelSettings().base,
         checkpoint_adapters=adapters,
@@ -254,10 +255,3 @@ def _launch(processes: int | None, place: torch.device) -> None:
     code = launch([sys.executable, "-m", "meteora_cli", *sys.argv[1:]], processes or torch.cuda.device_count())
     if code:
         raise typer.Exit(code)
-
-
-def _default_checkpoint(runs: Path) -> Path:
-    from meteora_core.starter import default_checkpoint
-
-    own, quick = runs / "meteora", runs / "quickstart" / "meteora"
-    return default_checkpoint(own, quick, own)

@@ -25,7 +25,7 @@ from meteora_cli.commands.chat import (
     answer_document,
     open_session,
 )
-from meteora_cli.console import console, emit_json, globals_of, out, quantization_of, settings_from
+from meteora_cli.console import console, emit_json, globals_of, out, quantization_of, settings_from, valid_text
 
 if TYPE_CHECKING:
     from meteora_core.settings import Settings
@@ -114,7 +114,7 @@ def _message(settings: Settings, prompt: str | None, file: Path | None, task: st
     if sum(source is not None for source in (prompt, file, task)) != 1:
         raise UsageError("give exactly one of --prompt, --file and --task", hint='for example: meteora trace --prompt "a question"')
     if prompt is not None:
-        return prompt, "Routing of a prompt"
+        return valid_text(prompt, "--prompt"), "Routing of a prompt"
     if file is not None:
         try:
             return file.read_text(encoding="utf-8").strip("\n"), f"Routing of {file.name}"

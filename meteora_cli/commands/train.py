@@ -396,6 +396,7 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
     from meteora_core.training.adapters import train_adapter
+    from meteora_core.training.common import check_adapter_folder
     from meteora_core.training.jobs import JobPlan, job_devices, train_side_by_side
     from meteora_core.training.together import train_together
 
@@ -403,10 +404,13 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
         check_name(balanced)
     if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
         raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
+    out_dir = run.out_dir or run.settings.paths.adapters
+    for name in each:
+        check_adapter_folder(out_dir / name)
     shared: dict[str, Any] = {
         "base": run.base,
         "data_dir": run.settings.paths.data,
-        "out_dir": run.out_dir or run.settings.paths.adapters,
+        "out_dir": out_dir,
         "max_rows": run.max_rows,
         "token_cache": run.token_cache,
         "resume": run.resume,
@@ -442,10 +446,12 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
 def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model.base import load_base, load_tokenizer
-    from meteora_core.training.common import check_bases
+    from meteora_core.training.common import check_bases, check_checkpoint_folder
     from meteora_core.training.gates import train_gates
 
     settings = run.settings
+    folder = run.out_dir or settings.paths.runs / "meteora"
+    check_checkpoint_folder(folder)
     if run.runtime.is_main and (note := check_bases(folders, settings.model.base)):
         console.print(f"note: {note}", markup=False)
     with run.progress() as bars:
@@ -458,7 +464,7 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
             bank,
             base=run.base,
             data_dir=settings.paths.data,
-            folder=run.out_dir or settings.paths.runs / "meteora",
+            folder=folder,
             settings=settings.train_gates,
             top_k=min(2, len(bank)) if settings.routing.top_k is None else settings.routing.top_k,
             temperature=settings.routing.temperature or 1.0,

@@ -19,6 +19,7 @@ from torch import Tensor
 from meteora_core.chat.fixed import FixedCache
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.decode import can_be_fixed
+from meteora_core.evaluation.limits import context_length, end_tokens
 from meteora_core.routing import record_routes
 from meteora_core.trace.record import CHUNK, TextDecoder, last_logits_only
 
@@ -249,19 +250,6 @@ class Engine:
         # Only now does the cache hold these tokens in every layer; a pass that was broken off leaves no cache behind.
         self._cache, self._cached = cache, known + tokens
         return (logits, None, ()) if routes is None else (logits, routes.packed(), routes.paths)
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can look at; None when its configuration does not say."""
-    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's and those of the generation configuration."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    several = named if isinstance(named, list | tuple) else [named]
-    return frozenset(int(token) for token in (*several, tokenizer.eos_token_id) if token is not None)
 
 
 def _picker(sampling: Sampling, device: torch.device) -> Callable[[Tensor], int]:

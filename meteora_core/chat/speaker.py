@@ -46,11 +46,11 @@ class Speaker:
 
 
 def default_checkpoint(settings: Settings) -> Path:
-    """The checkpoint of the quickstart if there is one, else what `meteora train` left, else the starter checkpoint."""
+    """What `meteora train` left in the runs folder if it is there, else the quickstart's checkpoint there, else the starter checkpoint."""
     from meteora_core.starter import default_checkpoint as first_of
 
-    runs = settings.paths.runs
-    return first_of(runs / "quickstart" / "meteora", Path("runs/quickstart/meteora"), runs / "meteora")
+    own, quick = settings.paths.runs / "meteora", settings.paths.runs / "quickstart" / "meteora"
+    return first_of(own, quick, own)
 
 
 def load_speaker(

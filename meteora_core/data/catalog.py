@@ -53,7 +53,7 @@ def list_tasks(data_dir: Path | str) -> list[TaskStatus]:
 def _status(root: Path, name: str) -> TaskStatus:
     try:
         task: Task | None = task_in(root, name)
-    except UsageError:
+    except (UsageError, DataError):
         task = None
     folder = root / name
     try:

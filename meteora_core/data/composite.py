@@ -15,7 +15,7 @@ from typing import Any
 
 from meteora_core.data.manifest import Manifest, read_manifest, write_manifest
 from meteora_core.data.rows import Row, read_rows, split_path
-from meteora_core.data.tasks import RESERVED, Task, check_name, composite_task, default_members
+from meteora_core.data.tasks import COMPOSITES, RESERVED, Task, check_name, composite_task, default_members
 from meteora_core.data.userdata import task_in
 from meteora_core.data.writer import check_target, dataset_folder, prompt_key, write_rows
 from meteora_core.errors import DataError, UsageError
@@ -132,8 +132,16 @@ def choose_members(n: int | None, tasks: Sequence[str] | None) -> tuple[str, ...
 
 
 def composite_name(members: tuple[str, ...], name: str | None = None) -> str:
-    """The dataset's name: ``composite_N`` for the default list of N, ``composite_N_custom`` for any other, unless ``name`` is given."""
+    """The dataset's name: ``composite_N`` for the default list of N, ``composite_N_custom`` for any other, unless ``name`` is given.
+
+    Raises:
+        UsageError: ``name`` is that of a member, or of a built-in composite that has other members.
+    """
     if name is not None:
+        if name in members:
+            raise UsageError(f"the composite would have the name of its member {name!r}, and take its place", hint="choose another --name")
+        if COMPOSITES.get(name, members) != members:
+            raise UsageError(f"{name!r} is a built-in composite of {', '.join(COMPOSITES[name])}", hint="choose another --name")
         return name
     size = len(members)
     try:
@@ -200,7 +208,7 @@ def plan_composite(
         numbers = list(range(len(rows)))
         rng.shuffle(numbers)
         order.append(numbers[:count])
-    check_target(Path(data_dir) / chosen, chosen)
+    check_target(Path(data_dir) / chosen, chosen, composite=True)
     return Plan(task, count, seed, test, order, solved)
 
 
@@ -236,7 +244,8 @@ def build_composite(
     """
     plan = plan_composite(data_dir, n=n, tasks=tasks, name=name, num_samples=num_samples, seed=seed, examples=examples)
     task = plan.task
-    with dataset_folder(Path(data_dir) / task.name, task.name) as work, progress.task(f"building {task.name}", total=plan.count, unit="rows") as bar:
+    folder = dataset_folder(Path(data_dir) / task.name, task.name, composite=True)
+    with folder as work, progress.task(f"building {task.name}", total=plan.count, unit="rows") as bar:
         entry = write_rows(work / "test.jsonl", plan.rows(), bar)
         manifest = _manifest(task, data_dir, seed, entry, plan.solved)
         write_manifest(work, manifest)

@@ -101,6 +101,19 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise DataError(f"{path} is not a dataset's manifest: {broken}", hint="build the dataset anew") from broken
 
 
+def nested_members(data_dir: Path, manifest: Manifest) -> list[str]:
+    """The members of a composite that are composites themselves, or it itself: no composite has such, and looking them up might never end."""
+    nested = []
+    for member in manifest.members:
+        try:
+            found = read_manifest(data_dir / member)
+        except DataError:
+            found = None
+        if member == manifest.task or (found is not None and found.members):
+            nested.append(member)
+    return nested
+
+
 def intact(folder: Path, manifest: Manifest) -> bool:
     """Whether the files that the manifest names are there with the same length and hash."""
     return not problems_of(folder, manifest, rows=False)
@@ -137,6 +150,7 @@ def problems_of(folder: Path, manifest: Manifest, *, rows: bool = True) -> list[
         name = f"{split}.jsonl"
         if name not in manifest.files and (folder / name).is_file():
             problems.append(f"{folder / name} is not in the manifest")
+    problems += [f"{folder} names {member} as a member, which is a composite" for member in nested_members(folder.parent, manifest)]
     if folder.name != manifest.task:
         problems.append(f"{folder} holds the dataset of {manifest.task}")
     return problems

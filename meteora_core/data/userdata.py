@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from meteora_core.data.build import build_task
-from meteora_core.data.manifest import Manifest, read_manifest
+from meteora_core.data.manifest import Manifest, nested_members, read_manifest
 from meteora_core.data.records import template_fields
 from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.sources import extract
@@ -138,11 +138,14 @@ def task_in(data_dir: Path | str, name: str) -> Task:
 
     Raises:
         UsageError: There is no such task; the closest name is offered.
+        DataError: Its dataset is broken, and nothing else says what it is.
     """
     if name not in RESERVED:
         try:
             task = _built(Path(data_dir), name)
         except DataError:
+            if name not in TASKS:
+                raise
             task = None
         if task is not None and (name not in TASKS or task.is_composite):
             return task
@@ -153,6 +156,9 @@ def _built(data_dir: Path, name: str) -> Task | None:
     manifest = read_manifest(data_dir / name)
     if manifest is None or manifest.task != name:
         return None
+    if nested := nested_members(data_dir, manifest):
+        what = "itself" if name in nested else f"the composite {nested[0]}"
+        raise DataError(f"{data_dir / name} is broken: its manifest names {what} as a member", hint="build the composite anew, under a name of its own")
     if manifest.members:
         return composite_task(manifest.members, name, resolve=lambda member: task_in(data_dir, member))
     if manifest.metric not in get_args(Metric):

@@ -58,21 +58,26 @@ def write_rows(path: Path, rows: Iterable[Row], task: ProgressTask) -> FileEntry
 
 
 @contextmanager
-def dataset_folder(folder: Path, task: str) -> Iterator[Path]:
+def dataset_folder(folder: Path, task: str, *, composite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``folder`` when the block ends well.
 
     Raises:
-        DataError: ``folder`` is there and is not an earlier build of ``task``.
+        DataError: ``folder`` is there and is not an earlier build of ``task``; see :func:`check_target`.
         StorageError: It cannot be written.
     """
-    check_target(folder, task)
+    check_target(folder, task, composite=composite)
     _remove_stale(folder)
     with atomic_folder(folder) as work:
         yield work
 
 
-def check_target(folder: Path, task: str) -> None:
+def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
     """Refuse to replace what is not an earlier build of the same task.
+
+    Args:
+        folder: Where the dataset will lie.
+        task: Its name.
+        composite: It is a composite, and may replace nothing but a composite.
 
     Raises:
         DataError: The folder holds another dataset, or files without a manifest.
@@ -89,6 +94,8 @@ def check_target(folder: Path, task: str) -> None:
         raise DataError(f"{folder} holds files that were not built here (it has no {NAME})", hint=hint)
     if manifest.task != task:
         raise DataError(f"{folder} holds the dataset of {manifest.task}, not of {task}", hint=hint)
+    if composite and manifest.metric != "composite":
+        raise DataError(f"{folder} holds a dataset that is no composite", hint="choose another --name, or move this one away")
 
 
 def _remove_stale(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,8 +44,9 @@ class Batch:
         ids: int64 (batch, width), left-padded, on the model's device.
         mask: int64 (batch, width): 1 for tokens, 0 for padding.
         room: The most new tokens of each row; at least 1.
-        eos: Ends a row.
+        eos: Ends a row, and fills rows that are done.
         no_repeat: n of the n-grams that may not repeat; 0 is off.
+        more_ends: Other tokens that end a row.
     """
 
     ids: Tensor
@@ -53,6 +54,12 @@ class Batch:
     room: Sequence[int]
     eos: int
     no_repeat: int = 0
+    more_ends: Sequence[int] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All tokens that end a row."""
+        return (self.eos, *self.more_ends)
 
     @property
     def width(self) -> int:
@@ -84,9 +91,14 @@ def _arguments(model: Any) -> dict[str, Any]:
     return {"logits_to_keep": torch.tensor([-1], device=next(model.parameters()).device)} if "logits_to_keep" in known else {}
 
 
-def _cut(row: list[int], room: int, eos: int) -> list[int]:
+def _cut(row: list[int], room: int, ends: Collection[int]) -> list[int]:
     row = row[:room]
-    return row[: row.index(eos)] if eos in row else row
+    return row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
+
+
+def _is_end(token: Tensor, ends: Tensor) -> Tensor:
+    """Which tokens (batch,) are among ``ends`` (count,). By comparison and not by ``torch.isin``, which may sort: a CUDA graph cannot hold that."""
+    return (token.unsqueeze(-1) == ends).any(-1)
 
 
 @torch.inference_mode()
@@ -104,6 +116,7 @@ def decode_growing(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
     rows = torch.arange(len(batch.room), device=device)
     room = torch.tensor(list(batch.room), device=device)
     done = torch.zeros(len(batch.room), dtype=torch.bool, device=device)
+    ends = torch.tensor(batch.ends, device=device)
     ids, mask, positions, cache = batch.ids, batch.mask, batch.positions(), None
     look = LOOK if device.type == "cuda" else 1
     for step in range(steps):
@@ -114,8 +127,8 @@ def decode_growing(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
         token = torch.where(done, batch.eos, token)
         written[rows, step] = token
         no_repeat.add(token, torch.tensor([batch.width + step], device=device))
-        done = done | (token == batch.eos) | (room <= step + 1)
-        positions = positions[:, -1:] + 1
+        done = done | _is_end(token, ends) | (room <= step + 1)
+        positions = positions[:, -1:] + (~done).unsqueeze(1)  # a row that is done stays within the model's context
         if step % look == look - 1:
             going = int((~done).sum())
             if not going:
@@ -127,7 +140,7 @@ def decode_growing(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
                 token, mask, positions = token[keep], mask[keep], positions[keep]
         ids = token.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-    return [_cut(row, most, batch.eos) for row, most in zip(written.tolist(), batch.room, strict=True)]
+    return [_cut(row, most, batch.ends) for row, most in zip(written.tolist(), batch.room, strict=True)]
 
 
 class FixedDecoder:
@@ -138,24 +151,26 @@ class FixedDecoder:
     Args:
         model: A causal LM in evaluation mode, whose attention is SDPA (:func:`can_be_fixed`).
         rows, capacity: Of the cache.
-        eos: Ends a row.
+        eos: Ends a row, and fills rows that are done.
         no_repeat: n of the n-grams that may not repeat; 0 is off.
+        more_ends: Other tokens that end a row.
 
     Raises:
         torch.OutOfMemoryError: The cache does not fit.
         RuntimeError: The model's step cannot be captured.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, capacity: int, eos: int, no_repeat: int) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int, capacity: int, eos: int, no_repeat: int, more_ends: Sequence[int] = ()) -> None:
         from transformers import StaticCache
 
         self.model, self.options = plain(model), _arguments(plain(model))
-        self.rows, self.capacity, self.eos = rows, capacity, eos
+        self.rows, self.capacity, self.eos, self.more_ends = rows, capacity, eos, tuple(more_ends)
         self.tail: FixedDecoder | None = None
         device = next(model.parameters()).device
         with torch.inference_mode():
             self.cache = StaticCache(config=self.model.config, max_cache_len=capacity)
             self.text = NoRepeat(torch.full((rows, capacity), NOTHING, device=device), 0, no_repeat)
+            self.ends = torch.tensor((eos, *more_ends), device=device)
             self.token = torch.full((rows, 1), eos, device=device)
             self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
             self.slot = torch.zeros(1, dtype=torch.int64, device=device)
@@ -188,7 +203,7 @@ class FixedDecoder:
             input_ids=self.token, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache, use_cache=True, **self.options
         )
         self._choose(output.logits[:, -1])
-        self.positions.add_(1)
+        self.positions.add_((~self.done).unsqueeze(1))  # a row that is done stays within the model's context
 
     def _choose(self, logits: Tensor) -> None:
         token = self.text.ban(logits.float()).argmax(-1)
@@ -196,7 +211,7 @@ class FixedDecoder:
         self.slot.add_(1)
         self.text.add(token, self.slot)
         self.token.copy_(token.unsqueeze(1))
-        self.done.logical_or_((token == self.eos) | (self.slot >= self.last))
+        self.done.logical_or_(_is_end(token, self.ends) | (self.slot >= self.last))
 
     @torch.inference_mode()
     def decode(self, batch: Batch) -> list[list[int]]:
@@ -224,7 +239,7 @@ class FixedDecoder:
         self._choose(output.logits[:, -1])
         self._run(1, steps)
         made = self.text.text[:count, width : width + steps].tolist()
-        return [_cut(row, most, self.eos) for row, most in zip(made, batch.room, strict=True)]
+        return [_cut(row, most, (self.eos, *self.more_ends)) for row, most in zip(made, batch.room, strict=True)]
 
     def _run(self, step: int, steps: int) -> None:
         """Go on from ``step`` until all rows are done."""
@@ -244,7 +259,7 @@ class FixedDecoder:
     def _hand_over(self, keep: Tensor, step: int, steps: int) -> None:
         """Let the rows ``keep`` go on in a smaller cache, and take their texts back."""
         if self.tail is None:
-            self.tail = FixedDecoder(self.model, self.rows // TAIL, self.capacity, self.eos, self.text.size)
+            self.tail = FixedDecoder(self.model, self.rows // TAIL, self.capacity, self.eos, self.text.size, self.more_ends)
         self.tail._take(self, keep)
         self.tail._run(step, steps)
         self.text.text[keep] = self.tail.text.text[: len(keep)]
@@ -324,11 +339,11 @@ class Decoder:
         rows = 1 << (len(batch.room) - 1).bit_length()
         capacity = -(-(batch.width + max(batch.room)) // CAPACITY) * CAPACITY
         held = self._fixed
-        if held is not None and held.rows == rows and held.capacity == capacity:
+        if held is not None and held.rows == rows and held.capacity == capacity and (held.eos, *held.more_ends) == batch.ends:
             return held
         self._fixed = held = None
         try:
-            self._fixed = FixedDecoder(self.model, rows, capacity, batch.eos, batch.no_repeat)
+            self._fixed = FixedDecoder(self.model, rows, capacity, batch.eos, batch.no_repeat, batch.more_ends)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from meteora_core.evaluation.decode import Batch, Decoder
+from meteora_core.evaluation.limits import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def generate_batch(
         decoder: Of the same model, to reuse what it keeps between batches.
 
     Returns:
-        Per prompt, the new token ids up to (without) the end-of-sequence token.
+        Per prompt, the new token ids up to (without) the first end token: the tokenizer's, or one of the model's generation configuration.
     """
     width = max(len(prompt.tokens) for prompt in prompts)
     ids = torch.full((len(prompts), width), int(tokenizer.pad_token_id))
@@ -104,7 +105,8 @@ def generate_batch(
         mask[place, width - len(prompt.tokens) :] = 1
     device = next(model.parameters()).device
     room = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    batch = Batch(ids.to(device), mask.to(device), room, int(tokenizer.eos_token_id), no_repeat_ngram_size)
+    eos = int(tokenizer.eos_token_id)
+    batch = Batch(ids.to(device), mask.to(device), room, eos, no_repeat_ngram_size, sorted(end_tokens(model, tokenizer) - {eos}))
     return (decoder or Decoder(model)).decode(batch)
 
 

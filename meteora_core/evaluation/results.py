@@ -40,24 +40,28 @@ class SampleWriter:
         path: The file; its folder is made when missing.
         inputs: What fixes the rows (task, data hash, model, decoding). A file that was begun with other inputs is begun anew.
         others: More files of the same kind, to read only: those of the other processes.
+        stamp: Written into a file that is begun: the time that names its run's results.
 
     Attributes:
         done: The answers that are there already, by row.
         tokens: Their token ids.
+        stamp: Of the run that began the file.
 
     Raises:
         StorageError: The disk is full or not writable; rows written so far are kept.
     """
 
-    def __init__(self, path: Path, inputs: dict[str, Any], others: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, inputs: dict[str, Any], others: Sequence[Path] = (), stamp: str = "") -> None:
         self.path = path
         self.done: dict[int, str] = {}
         self.tokens: dict[int, tuple[int, ...]] = {}
-        head = (json.dumps({"inputs": inputs}, sort_keys=True) + "\n").encode()
+        self.stamp = stamp
+        self._inputs = json.loads(json.dumps(inputs))
+        head = (json.dumps({"inputs": inputs, "stamp": stamp}, sort_keys=True) + "\n").encode()
         for other in others:
             if other != path:
-                self._read(other, head)
-        self._size = self._read(path, head) if path.is_file() else 0
+                self._read(other)
+        self._size = self._read(path, own=True) if path.is_file() else 0
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = path.open("ab", buffering=0)
@@ -69,12 +73,19 @@ class SampleWriter:
                 self._handle.close()
                 raise
 
-    def _read(self, path: Path, head: bytes) -> int:
-        """Load finished rows; return how many bytes of the file are whole lines of this run."""
+    def _read(self, path: Path, *, own: bool = False) -> int:
+        """Load finished rows, and of the own file the stamp; return how many bytes of the file are whole lines of this run."""
         with path.open("rb") as handle:
-            if handle.readline() != head:
+            first = handle.readline()
+            try:
+                head = json.loads(first)
+            except ValueError:
                 return 0
-            keep = len(head)
+            if not first.endswith(b"\n") or not isinstance(head, dict) or head.get("inputs") != self._inputs:
+                return 0
+            if own:
+                self.stamp = str(head.get("stamp") or self.stamp)
+            keep = len(first)
             for raw in handle:
                 if not raw.endswith(b"\n"):
                     break
@@ -230,6 +241,26 @@ def write_results(folder: Path, document: dict[str, Any], stamp: str) -> Path:
     path = folder / f"results_{stamp}.json"
     write_json(path, document)
     return path
+
+
+def earlier_results(path: Path, document: dict[str, Any]) -> dict[str, Any] | None:
+    """The results that a stopped run has written already, if the new ones may take their place.
+
+    Args:
+        path: The file that a run wrote which began the same rows.
+        document: The new results.
+
+    Returns:
+        The file's content; None when it is not there, or has other rows, scoring or routing, or tasks that ``document`` lacks.
+    """
+    try:
+        old = load_results(path)
+    except DataError:
+        return None
+    before, after = old.get("config"), document["config"]
+    same = isinstance(before, dict) and all(before.get(key) == after.get(key) for key in ("limit", "scoring"))
+    routing = ("routing" in old.get("meteora", {})) == ("routing" in document["meteora"])
+    return old if same and routing and old["results"].keys() <= document["results"].keys() else None
 
 
 def load_results(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.evaluation.clean import clean_response
 from meteora_core.evaluation.generate import Prompt, auto_budget, encode_prompts, generate_all
+from meteora_core.evaluation.limits import context_length
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.scoring import Scores, evaluate_responses
 from meteora_core.progress import SILENT, Progress
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from meteora_core.evaluation.routes import RouteCounts, RoutingSummary
 
 MAX_TOTAL_TOKENS = 4096
-"""Prompt and answer together, as the authors evaluate."""
+"""Prompt and answer together, as the authors evaluate; less where the model's context is shorter."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class EvalOptions:
     Attributes:
         batch_size: Rows generated at once, or "auto".
         max_new_tokens: Longest answer; None takes the task's.
-        max_prompt_tokens: Longer prompts are skipped and counted.
+        max_prompt_tokens: Longer prompts are skipped and counted, and so are those that leave no room for an answer.
         no_repeat_ngram_size: 0 is off.
         limit: Only the first so many test rows; None takes the task's cap.
         scoring: "corrected" or "paper".
@@ -183,9 +184,12 @@ def evaluate_task(
     found = get_task(task) if isinstance(task, str) else task
     rows = test_rows(data_dir, found, options.limit)
     prompts = encode_prompts([row.prompt for row in rows], tokenizer)
-    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= min(options.max_prompt_tokens, MAX_TOTAL_TOKENS - 1)]
+    total = min(MAX_TOTAL_TOKENS, context_length(model) or MAX_TOTAL_TOKENS)
+    most = min(options.max_prompt_tokens, total - 1)
+    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= most]
     if not fitting:
-        raise DataError(f"every prompt of {found.name} is longer than {options.max_prompt_tokens} tokens", hint="raise eval.max_prompt_tokens")
+        hint = "raise eval.max_prompt_tokens" if most == options.max_prompt_tokens else f"prompt and answer together may have {total} tokens with this model"
+        raise DataError(f"every prompt of {found.name} is longer than {most} tokens", hint=hint)
     result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or found.max_new_tokens)
     ids = finished_tokens or {}
     before = {index: _sample(found, rows, index, output, ids.get(index, ())) for index, output in (finished or {}).items() if index < len(rows)}
@@ -201,7 +205,7 @@ def evaluate_task(
         with progress.task(title or found.name, total=len(mine) + len(waiting), unit="rows") as bar:
             bar.update(len(mine))
             started = time.monotonic()
-            made = _generate(model, tokenizer, found, rows, waiting, options, result, counter, on_sample, bar)
+            made = _generate(model, tokenizer, found, rows, waiting, total, options, result, counter, on_sample, bar)
             spent = time.monotonic() - started if made else 0.0
     sizes = {prompt.index: len(prompt.tokens) for prompt in fitting}
     speed = Speed(len(made), sum(sizes[index] for index in made), sum(sample.tokens for sample in made.values()), spent)
@@ -226,6 +230,7 @@ def _generate(
     task: Task,
     rows: Sequence[Row],
     waiting: Sequence[Prompt],
+    total: int,
     options: EvalOptions,
     result: TaskResult,
     counter: _Counter | None,
@@ -244,7 +249,7 @@ def _generate(
             waiting,
             batch_size=options.batch_size,
             max_new_tokens=result.max_new_tokens,
-            max_total_tokens=MAX_TOTAL_TOKENS,
+            max_total_tokens=total,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
             cuda_graphs=options.cuda_graphs,
             on_smaller=lambda size: result.notes.append(f"out of memory: went on with batches of {size}"),

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from meteora_core.adapters.peft_folder import WEIGHTS
 from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
 from meteora_core.evaluation.arrow import ARROW, ArrowRouter
+from meteora_core.evaluation.fingerprint import adapter_files, base_files
 from meteora_core.evaluation.processes import ALONE, Processes
-from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, partial_file, partial_files, sample_rows, write_results
+from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
 from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
 from meteora_core.files import atomic_write, sha256, write_jsonl
 from meteora_core.progress import SILENT, Progress
@@ -122,7 +122,8 @@ def evaluate(
 ) -> list[ModelResults]:
     """Evaluate every model of the plan on every task.
 
-    Rows are kept as they finish; the same plan run again goes on where it stopped. A finished plan is run anew.
+    Rows are kept as they finish; the same plan run again goes on where it stopped, and models that were done by then generate nothing again:
+    their results file stays (or a new one is written, where limit, scoring, tasks or routing are others). A finished plan is run anew.
 
     Args:
         plan: What and how.
@@ -142,18 +143,25 @@ def evaluate(
         outcome = ModelResults(model)
         began, stamp = time.time(), time.strftime("%Y-%m-%dT%H-%M-%S")
         builder = ResultsBuilder(model, loader.config(model))
+        stamps = [stamp]
         for task, adapter in pairs[model]:
             if model == OWN and adapter is None:
                 continue
-            result = _one(plan, loader, model, task, adapter, progress, processes)
+            result, begun = _one(plan, loader, model, task, adapter, stamp, progress, processes)
+            stamps.append(begun)
             outcome.results[task.name] = result
             builder.add(result, _rows_in(plan, task))
             if on_result is not None:
                 on_result(model, result)
         outcome.document = builder.document(time.time() - began, began)
         if plan.out_dir is not None and outcome.results and processes.rank == 0:
-            _save(plan.out_dir / _safe(model), outcome, stamp, progress)
+            _save(plan.out_dir / _safe(model), outcome, min(stamps), stamp, progress)
         outcomes.append(outcome)
+    if plan.out_dir is not None and processes.rank == 0:
+        for outcome in outcomes:
+            for name in outcome.results:
+                for file in partial_files(plan.out_dir / _safe(outcome.model), name):
+                    file.unlink(missing_ok=True)
     return outcomes
 
 
@@ -178,8 +186,23 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
     return loader, pairs
 
 
-def _save(folder: Path, outcome: ModelResults, stamp: str, progress: Progress) -> None:
-    """Write samples, routing and results, in this order, and then remove the rows that were kept while it ran."""
+def _save(folder: Path, outcome: ModelResults, begun: str, now: str, progress: Progress) -> None:
+    """Write samples, routing and results, in this order.
+
+    Args:
+        folder: Where to.
+        outcome: What; its file, document and picture are set.
+        begun: The stamp of the run that began the rows: what that run has written is replaced, or kept where nothing was generated since.
+        now: This run's stamp, which names the files where those of ``begun`` cannot be replaced.
+        progress: Where to report.
+    """
+    file = folder / f"results_{begun}.json"
+    old = earlier_results(file, outcome.document)
+    if old is not None and old["results"].keys() == outcome.document["results"].keys() and not outcome.document["meteora"]["speed"]["rows"]:
+        picture = folder / f"routing_{begun}.png"
+        outcome.file, outcome.document, outcome.picture = file, old, picture if picture.is_file() else None
+        return
+    stamp = now if old is None and file.exists() else begun
     routing = {name: result.routing for name, result in outcome.results.items() if result.routing is not None}
     if routing:
         from meteora_core.evaluation.routes import counts_file
@@ -198,31 +221,42 @@ def _save(folder: Path, outcome: ModelResults, stamp: str, progress: Progress) -
     for name, result in outcome.results.items():
         write_jsonl(folder / f"samples_{name}_{stamp}.jsonl", sample_rows(result))
     outcome.file = write_results(folder, outcome.document, stamp)
-    for name in outcome.results:
-        for file in partial_files(folder, name):
-            file.unlink(missing_ok=True)
 
 
-def _one(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path | None, progress: Progress, processes: Processes) -> TaskResult:
-    inputs = {
+def _inputs(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path | None) -> dict[str, Any]:
+    """All that a row's answer depends on."""
+    adapters = [adapter] if adapter is not None else list(loader.arrow.folders.values()) if model == ARROW else []
+    options = {key: value for key, value in asdict(plan.options).items() if key not in FREE_OPTIONS}
+    options["max_new_tokens"] = plan.options.max_new_tokens or task.max_new_tokens
+    options["temperature"] = plan.options.temperature if plan.options.temperature is not None else task.temperature
+    return {
         "model": {key: value for key, value in loader.config(model).items() if key not in (*FREE_OPTIONS, "options", "random_seed")},
-        "adapter": sha256(adapter / WEIGHTS) if adapter else None,
+        "base": loader.base_files(),
+        "adapters": [adapter_files(folder) for folder in adapters],
         "task": task.name,
         "data": sha256(split_path(plan.data_dir, task.name, "test")),
-        "options": {key: value for key, value in asdict(plan.options).items() if key not in FREE_OPTIONS},
+        "options": options,
     }
+
+
+def _one(
+    plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path | None, stamp: str, progress: Progress, processes: Processes
+) -> tuple[TaskResult, str]:
+    """One task's result, and the stamp of the run that began its rows."""
+    # One process's word for all: they must agree on which rows are done, even if a host's copy of the base has other times.
+    inputs = processes.gather(_inputs(plan, loader, model, task, adapter))[0]
     with ExitStack() as stack:
         writer = None
         if plan.out_dir is not None:
             folder = plan.out_dir / _safe(model)
-            writer = stack.enter_context(SampleWriter(partial_file(folder, task.name, processes.rank), inputs, partial_files(folder, task.name)))
+            writer = stack.enter_context(SampleWriter(partial_file(folder, task.name, processes.rank), inputs, partial_files(folder, task.name), stamp))
             if writer.done:
                 progress.note(f"{task.name}: {len(writer.done)} rows were done before")
         processes.gather(None)
         if model != ARROW:
             loader.arrow.leave()
         loaded, tokenizer = stack.enter_context(loader.routed() if model == ARROW else loader.ready(model, adapter))
-        return evaluate_task(
+        result = evaluate_task(
             loaded,
             tokenizer,
             task,
@@ -235,6 +269,7 @@ def _one(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path 
             progress=progress,
             processes=processes,
         )
+    return result, writer.stamp if writer else stamp
 
 
 def _rows_in(plan: EvalPlan, task: Task) -> int:
@@ -275,6 +310,7 @@ class _Loader:
         self.base = plan.base
         self._checkpoint: CheckpointFacts | None = None
         self._hash: str | None = None
+        self._base_files: dict[str, Any] | None = None
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.temperature or 1.0, plan.seed)
@@ -301,6 +337,12 @@ class _Loader:
             else:
                 with self.progress.task("hashing the checkpoint"):
                     self._hash = facts.weights_hash()
+
+    def base_files(self) -> dict[str, Any] | None:
+        """What tells one state of a local base folder from another, as it was when first asked for; None for other bases."""
+        if self._base_files is None:
+            self._base_files = base_files(self.base)
+        return self._base_files
 
     def config(self, model: str) -> dict[str, Any]:
         """What the results file records of the model and the run."""

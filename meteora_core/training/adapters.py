@@ -20,7 +20,7 @@ from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.common import INFO_FILE, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs
+from meteora_core.training.common import INFO_FILE, check_adapter_folder, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, with_order
 from meteora_core.training.loop import Computed, Counts, Run, Task, train
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.measure import by_task
@@ -70,7 +70,9 @@ def adapter_inputs(
 
 def adapter_is_current(folder: Path, inputs: dict[str, Any]) -> bool:
     """Whether a finished adapter with the same inputs lies in ``folder``."""
-    return (folder / WEIGHTS).is_file() and (folder / INFO_FILE).is_file() and read_json(folder / INFO_FILE, error=CheckpointError).get("inputs") == inputs
+    if not (folder / WEIGHTS).is_file() or not (folder / INFO_FILE).is_file():
+        return False
+    return bool(with_order(read_json(folder / INFO_FILE, error=CheckpointError).get("inputs") or {}) == inputs)
 
 
 def finished_adapter(task: str, folder: Path) -> TrainedAdapter:
@@ -118,12 +120,14 @@ def train_adapter(
 
     Raises:
         DataError: The dataset is missing or broken.
+        UsageError: ``out_dir/<task>`` holds something else than an adapter.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     folder, dtype = out_dir / task, next(model.parameters()).dtype
     inputs = adapter_inputs(base, dtype, data_dir, task, settings, max_rows, tasks=tasks, processes=runtime.world)
     if not force and adapter_is_current(folder, inputs):
         return finished_adapter(task, folder)
+    check_adapter_folder(folder)
     names = list(tasks or [task])
     source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
     parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
@@ -166,9 +170,10 @@ def train_adapter(
 
 
 def train_or_start_anew(run: Task, settings: AdapterTrainSettings, *, resume: bool, runtime: Runtime, progress: Progress) -> RunState:
-    """:func:`meteora_core.training.loop.train`; a saved state of other inputs is dropped."""
+    """:func:`meteora_core.training.loop.train`; a saved state of other inputs is dropped, and without ``resume`` every saved state."""
     states = saved_states(run.folder) if resume else []
-    if states and differences(read_json(states[-1] / INFO, error=CheckpointError)["inputs"], run.inputs):
+    other = bool(states) and bool(differences(with_order(read_json(states[-1] / INFO, error=CheckpointError)["inputs"]), run.inputs))
+    if other or not resume:
         runtime.wait()
         if runtime.is_main:
             shutil.rmtree(run.folder, ignore_errors=True)

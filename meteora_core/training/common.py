@@ -91,7 +91,8 @@ def run_inputs(
 ) -> dict[str, Any]:
     """What fixes a run: two runs with equal inputs on equal machines train the same weights.
 
-    What is logged and how rows are spread over processes does not count, and what is switched off leaves no trace.
+    What is logged and how rows are spread over processes does not count, and what is switched off leaves no trace. The order of several tasks counts
+    (``order``): what trains is stacked in it.
     """
     values = settings.model_dump(mode="json")
     ignored = {"log_steps", "save_steps", "log_to", "together_rows"}
@@ -100,7 +101,7 @@ def run_inputs(
         ignored.add("composite_max")
     if values.get("sampling") == "balanced":
         ignored.add("sampling")
-    return {
+    inputs = {
         "stage": stage,
         "base": {"name": base.name, "revision": base.revision},
         "dtype": str(dtype).removeprefix("torch."),
@@ -108,6 +109,20 @@ def run_inputs(
         "settings": {**{key: value for key, value in values.items() if key not in ignored}, "batch_size": settings.batch_size * processes},
         **more,
     }
+    return with_order(inputs)
+
+
+def with_order(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a run that name the order of their tasks: ``order``.
+
+    Earlier versions have it as the order of ``data`` alone, which a comparison of dictionaries passes over.
+
+    Args:
+        inputs: As :func:`run_inputs` gives them, or as a file of an earlier version holds them.
+    """
+    if "order" in inputs or len(inputs.get("data", ())) < 2:
+        return inputs
+    return {**inputs, "order": list(inputs["data"])}
 
 
 def short_hash(value: Any) -> str:
@@ -158,6 +173,34 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     single = [name for name in present if not _several_tasks(root / name)]
     chosen = list(names) or [name for name in TASK_ORDER if name in single] + [name for name in single if name not in TASK_ORDER]
     return {name: root / name for name in chosen}
+
+
+def check_checkpoint_folder(folder: Path) -> None:
+    """Whether a trained checkpoint may take this folder's place: whatever lies in it goes.
+
+    Args:
+        folder: Of the checkpoint; it need not be there.
+
+    Raises:
+        UsageError: The folder holds other things than a checkpoint, or folders (runs, for example) beside one.
+    """
+    from meteora_core.checkpoints.native import check_replaceable
+
+    check_replaceable(folder)
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []
+    if inside:
+        listed = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
+        raise UsageError(f"{folder} holds folders, which a checkpoint in its place would remove: {listed}", hint="choose another folder, or move them away")
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Whether a trained adapter may take this folder's place: it is a new place, an empty folder, or an adapter. Raises UsageError."""
+    if folder.is_dir():
+        foreign = not (folder / "adapter_config.json").is_file() and any(folder.iterdir())
+    else:
+        foreign = folder.exists()
+    if foreign:
+        raise UsageError(f"{folder} is no adapter, so it is not replaced", hint="choose another folder with --out, or move this one away")
 
 
 def check_bases(folders: Mapping[str, Path], base: str) -> str | None:

@@ -22,7 +22,16 @@ from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
-from meteora_core.training.common import disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, short_hash, train_rows
+from meteora_core.training.common import (
+    check_checkpoint_folder,
+    disable_checkpointing,
+    enable_checkpointing,
+    encoded_rows,
+    run_inputs,
+    short_hash,
+    train_rows,
+    with_order,
+)
 from meteora_core.training.composites import POOL, make_composites
 from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train
 from meteora_core.training.loss import lm_losses
@@ -91,7 +100,8 @@ def gates_are_current(folder: Path, inputs: dict[str, Any]) -> bool:
     """Whether a finished checkpoint with the same inputs lies in ``folder``."""
     if not (folder / CONFIG_FILE).is_file():
         return False
-    return bool(read_json(folder / CONFIG_FILE, error=CheckpointError).get("training", {}).get("inputs") == inputs)
+    stored = read_json(folder / CONFIG_FILE, error=CheckpointError).get("training", {}).get("inputs") or {}
+    return bool(with_order(stored) == inputs)
 
 
 def train_gates(
@@ -140,9 +150,11 @@ def train_gates(
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: ``resume`` with other inputs (the differences are listed), values out of range, or a rate of the adapters' own with DeepSpeed.
+        UsageError: ``folder`` holds something that a checkpoint may not replace, ``resume`` with other inputs (the differences are listed), values out of
+            range, or a rate of the adapters' own with DeepSpeed.
         MeteoraError: The loss is not finite, or memory ran out.
     """
+    check_checkpoint_folder(folder)
     adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) if settings.trainable == "gates+adapters" else settings.learning_rate
     if runtime.kind == "deepspeed" and adapter_rate != settings.learning_rate:
         # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second

@@ -17,6 +17,7 @@ from meteora_core.errors import MeteoraError
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.nonfinite import first_nonfinite_layer
+from meteora_core.training.packing import check_packing
 from meteora_core.training.plan import Pick, plan_batches, plan_packed
 from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, assign, full_tensor
@@ -135,9 +136,13 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
         The final state; the parameters are trained in place. With held-out evaluation they are those of the best one.
 
     Raises:
-        UsageError: ``resume`` with other inputs than the saved run's.
+        UsageError: ``resume`` with other inputs than the saved run's, or packing for a model that lets packed rows see each other (asked of the
+            model before it is wrapped; a model that will be sharded is not asked).
         MeteoraError: The loss or gradient is NaN or infinite (step, batch and layer named), or memory ran out (says what to lower).
     """
+    if settings.packing and runtime.kind in ("none", "ddp"):
+        place = runtime.device or next(task.model.parameters()).device
+        check_packing(task.model, task.rows, task.pad_token, settings.batch_size, place)
     optimizer = runtime.prepare(task.model, lambda trained: _optimizer(task, settings, trained))
     parameters = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     source = _Source(task, settings, runtime.world)

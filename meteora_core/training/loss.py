@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from meteora_core.routing import IGNORE
 from meteora_core.training.rows import Batch
@@ -14,6 +16,26 @@ from meteora_core.training.zero import is_sharded
 
 CHUNK = 256
 """Tokens whose logits exist at once."""
+
+_SCALED = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier_scale",
+    "lm_head_multiplier",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier",
+    "softcap",
+)
+"""Settings under which architectures scale or cap their logits."""
+
+_PROBED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What :func:`_only_head_follows` found, by model."""
+
+_PROBE_TOKENS = 4
+_PROBE_LOGIT = 60.0
+"""The largest logit of the probe: well above the caps that are in use."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -62,7 +84,7 @@ def lm_losses(model: nn.Module, batch: Batch, weights: Tensor | None = None, *, 
         batch: On the model's device.
         weights: float (batch, tokens), the weight of each position; None is 1 everywhere.
         chunked: Compute logits a few hundred tokens at a time. It is only done where it is exact: a frozen output layer without bias, no scaling or
-            capping of logits, no wrapper that must see the call.
+            capping of logits, no wrapper that must see the call. Each model's own logits are compared once, on a few made-up hidden states.
 
     Returns:
         A float32 scalar (float64 for a float64 model) with gradients, and (batch * tokens,) of the same type without; 0 where there is no target.
@@ -96,8 +118,7 @@ def _plain_head(model: nn.Module) -> tuple[nn.Module, Tensor] | None:
     if not isinstance(inner, PreTrainedModel):
         return None
     config = inner.config.get_text_config()
-    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in scaled):
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED):
         return None
     head = inner.get_output_embeddings()
     decoder = inner.base_model
@@ -105,7 +126,63 @@ def _plain_head(model: nn.Module) -> tuple[nn.Module, Tensor] | None:
         return None
     if type(head.weight) not in (nn.Parameter, Tensor) or is_sharded(head.weight):
         return None
-    return decoder, head.weight
+    if inner not in _PROBED:
+        _PROBED[inner] = _only_head_follows(inner, decoder, head.weight)
+    return (decoder, head.weight) if _PROBED[inner] else None
+
+
+class _Hidden:
+    """A decoder's output with nothing but the last hidden state in it."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, place: Any) -> Any:
+        return (self.last_hidden_state,)[place]
+
+
+@torch.no_grad()
+def _only_head_follows(model: Any, decoder: nn.Module, weight: Tensor) -> bool:
+    """Whether the model makes ``hidden W^T`` of its decoder's hidden states: given some in the decoder's place, it is asked for logits. No layer runs.
+
+    A model that cannot be asked so is taken at the word of its configuration (:data:`_SCALED`): True.
+    """
+    drawn = torch.randn(1, _PROBE_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = drawn.to(weight.device, weight.dtype)
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=weight.device)
+    stages = {decoder, model.get_decoder() or decoder}  # some models (OPT) call the inner one
+    before = {stage: stage.__dict__.get("forward") for stage in stages}
+    layers = {module for stage in stages for module in stage.modules()} - stages
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if module in layers:
+            raise RuntimeError("a layer would run, and what watches the layers would see it")
+
+    with torch.autocast(weight.device.type, enabled=False):
+        largest = float((hidden @ weight.t()).abs().max())
+        hidden = hidden * (_PROBE_LOGIT / max(largest, 1e-6))
+        expected = (hidden @ weight.t()).double()
+        for stage in stages:
+            stage.__dict__["forward"] = lambda *_, **__: _Hidden(hidden)
+        guard = register_module_forward_pre_hook(refuse)
+        try:
+            logits = model.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        except Exception:
+            return True
+        finally:
+            guard.remove()
+            for stage, forward in before.items():
+                del stage.__dict__["forward"]
+                if forward is not None:
+                    stage.__dict__["forward"] = forward
+    if logits.shape != expected.shape:
+        return False
+    tolerance = 2e-2 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return bool((logits.to(expected.device).double() - expected).abs().max() <= tolerance * _PROBE_LOGIT)
 
 
 def count_targets(batch: Batch) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import atomic_folder, read_json, write_json
+from meteora_core.training.common import with_order
 from meteora_core.training.runtime import assign, assign_states, full_tensor, optimizer_states
 
 _STATE = "state.safetensors"
@@ -65,7 +66,7 @@ def save_state(
     *,
     write: bool = True,
 ) -> None:
-    """Write ``folder/step-N`` atomically, then remove the older ones.
+    """Write ``folder/step-N`` atomically, then remove all others.
 
     Sharded tensors are gathered one by one: every process must call this. What is written does not depend on the number of processes.
 
@@ -91,8 +92,9 @@ def save_state(
         save_file(tensors, temporary / _STATE)
         info = {key: getattr(state, key) for key in _KEPT}
         write_json(temporary / INFO, {**info, "best_value": None if state.best_step < 0 else state.best_value, "inputs": inputs})
-    for old in saved_states(folder)[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
+    for other in saved_states(folder):
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -120,7 +122,7 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     if not states:
         return None
     info = read_json(states[-1] / INFO, error=CheckpointError, hint=f"remove {states[-1]} to go on from the start")
-    if different := differences(info["inputs"], inputs):
+    if different := differences(with_order(info["inputs"]), inputs):
         raise UsageError(f"cannot resume {folder.parent}: {'; '.join(different[:5])}", hint="start anew without --resume, or use the old settings")
     try:
         tensors = load_file(states[-1] / _STATE)

@@ -38,7 +38,7 @@ from meteora_core.training.adapters import (
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.common import disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs
+from meteora_core.training.common import check_adapter_folder, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.plan import Pick, plan_batches
@@ -84,7 +84,8 @@ def train_together(
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: The settings cannot be combined with it (packing; tasks that differ in more than their sizes), or the run is sharded.
+        UsageError: The settings cannot be combined with it (packing; tasks that differ in more than their sizes), the run is sharded, or a task's
+            folder holds something else than an adapter.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     if settings.packing:
@@ -98,6 +99,8 @@ def train_together(
     inputs = {task: adapter_inputs(base, dtype, data_dir, task, own[task], max_rows, processes=runtime.world) for task in tasks}
     todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]
     done = {task: finished_adapter(task, out_dir / task) for task in tasks if task not in todo}
+    for task in todo:
+        check_adapter_folder(out_dir / task)
     if todo:
         done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, token_cache, resume, runtime, progress)
     return [done[task] for task in tasks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import statistics
@@ -10,6 +11,9 @@ import sys
 import time
 
 import pytest
+
+from meteora_cli.console import emit_json, valid_text
+from meteora_core.files import write_json
 
 
 def test_version_and_help(meteora) -> None:
@@ -124,3 +128,37 @@ def test_json_alone_on_stdout(meteora) -> None:
     ran = meteora("data", "list", "--json")
     assert ran.code == 0
     assert isinstance(json.loads(ran.out), list | dict)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "raw"),
+    [("utf-8", "ü–".encode()), ("UTF8", "ü–".encode()), ("latin-1", rb"\u00fc\u2013"), ("ascii", rb"\u00fc\u2013")],
+)
+def test_json_loses_nothing_in_any_encoding(monkeypatch, encoding, raw) -> None:
+    for text in ("ü–", "ü– \ud800 \udcff"):
+        held = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(held, encoding=encoding))
+        emit_json({"text": text})
+        assert json.loads(held.getvalue()) == {"text": text}
+        if len(text) == 2:
+            assert raw in held.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_tables_are_printed_on_a_stdout_of_any_encoding(tmp_path, encoding) -> None:
+    results = {"winowhy": {"alias": "winowhy", "acc,none": 0.25, "acc_stderr,none": 0.01}}
+    write_json(tmp_path / "results_x.json", {"results": results, "model_name": "größe–", "n-samples": {"winowhy": {"original": 9, "effective": 4}}})
+    command = [sys.executable, "-m", "meteora_cli", "eval", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "100"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "0.250 ± 0.010".encode(encoding, "replace") in done.stdout
+    assert "größe–".encode(encoding, "replace") in done.stdout
+
+
+def test_text_of_the_command_line_is_made_valid(capfd) -> None:
+    assert valid_text("café \N{GRINNING FACE}", "--x") == "café \N{GRINNING FACE}"
+    assert valid_text("caf\udcc3\udca9", "--x") == "café"
+    assert capfd.readouterr().err == ""
+    assert valid_text("caf\udce9?", "--x") == "caf\N{REPLACEMENT CHARACTER}?"
+    assert "note: --x is not UTF-8 at byte 4" in capfd.readouterr().err
+    assert "\N{REPLACEMENT CHARACTER}" in valid_text("a\ud800", "--x")

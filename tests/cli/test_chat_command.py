@@ -108,6 +108,23 @@ def test_stdin_that_is_not_utf8_is_said(meteora, world, say) -> None:
     assert "not UTF-8 at byte 4" in ran.err
 
 
+def test_a_system_text_that_is_not_utf8_is_said(meteora, world, say) -> None:
+    say(b"Hello")
+    ran = meteora("chat", "--checkpoint", world.checkpoint, "--max-new-tokens", "2", "--json", "--system", "caf\udce9")
+    assert ran.code == 0, ran.err
+    assert "--system is not UTF-8 at byte 4" in ran.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_answer_on_a_stdout_that_is_not_utf8(world, tmp_path, encoding) -> None:
+    code = "import sys\nfrom meteora_core.chat import engine\nengine.TextDecoder.add = lambda self, token: '\\u2013 \\U0001f600'\n"
+    code += "from meteora_cli.app import main\nmain()"
+    command = [sys.executable, "-c", code, "chat", "--checkpoint", str(world.checkpoint), "--max-new-tokens", "3"]
+    done = subprocess.run(command, input=b"Hello", capture_output=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"? ?")
+
+
 def test_a_prompt_beyond_the_context_is_cut_and_it_is_said(meteora, world, say) -> None:
     say(b"x" * 100_000)
     ran = meteora("chat", "--checkpoint", world.checkpoint, "--max-new-tokens", "4", "--json")

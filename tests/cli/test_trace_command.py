@@ -27,6 +27,13 @@ def test_a_prompt_as_a_page(meteora, world, tmp_path) -> None:
     assert "gates: top 2, T 1" in unescape(source)
 
 
+def test_a_prompt_that_is_not_utf8_is_said(meteora, world) -> None:
+    ran = meteora("trace", "--prompt", "caf\udce9?", "--checkpoint", world.checkpoint, "--max-new-tokens", "2", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["message"] == "caf\N{REPLACEMENT CHARACTER}?"
+    assert "--prompt is not UTF-8 at byte 4" in ran.err
+
+
 @pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.svg", b"<svg"), ("sub/x.json", b"{")])
 def test_other_formats(meteora, world, tmp_path, name, start) -> None:
     ran = meteora("trace", "--prompt", "Hi", "--checkpoint", world.checkpoint, "--max-new-tokens", "2", "--out", name)

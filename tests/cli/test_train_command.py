@@ -331,6 +331,8 @@ def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
         (("--stage", "adapters"), "no task given"),
         (("--composite-rows", "2"), "composite_rows"),
         (("--task", "nothing"), "no adapter 'nothing'"),
+        (("--out", "datasets"), "datasets is no checkpoint"),
+        (("--stage", "adapters", "--task", "shout", "--balanced", "--name", "shout", "--out", "datasets"), "datasets/shout is no adapter"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, monkeypatch, flags, message) -> None:

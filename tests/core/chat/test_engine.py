@@ -10,8 +10,9 @@ import torch
 
 from chat_world import byte_llama, byte_tokenizer, without_ends
 from meteora_core.chat import engine as engine_module
-from meteora_core.chat.engine import Engine, Finished, Reading, Sampling, Written, context_length, end_tokens
+from meteora_core.chat.engine import Engine, Finished, Reading, Sampling, Written
 from meteora_core.errors import UsageError
+from meteora_core.evaluation.limits import context_length, end_tokens
 from meteora_core.trace.record import trace_tokens
 
 PROMPT = list(b"What is the capital of France?")

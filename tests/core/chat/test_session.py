@@ -342,12 +342,16 @@ def test_speakers_that_are_not_there(world, tmp_path, monkeypatch) -> None:
         load_speaker(settings, adapter=str(tmp_path / "broken"))
 
 
-def test_the_quickstarts_checkpoint_comes_first(tmp_path, monkeypatch) -> None:
+def test_what_was_trained_comes_before_the_quickstarts_checkpoint(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("meteora_core.starter.starter_checkpoint", lambda: None)
     assert str(default_checkpoint(load_settings())) == "runs/meteora"
     (tmp_path / "runs" / "quickstart" / "meteora").mkdir(parents=True)
     assert str(default_checkpoint(load_settings())) == "runs/quickstart/meteora"
+    (tmp_path / "runs" / "meteora").mkdir()
+    assert str(default_checkpoint(load_settings())) == "runs/meteora"
+    elsewhere = load_settings(None, {"paths": {"runs": tmp_path / "elsewhere"}})
+    assert default_checkpoint(elsewhere) == tmp_path / "elsewhere" / "meteora"
 
 
 def test_the_world_is_what_it_seems(world) -> None:

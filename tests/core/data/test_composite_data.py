@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meteora_core.data.build import build_task, build_tasks
-from meteora_core.data.catalog import verify
+from meteora_core.data.catalog import list_tasks, verify
 from meteora_core.data.composite import SEPARATOR, build_composite, choose_members, compose, draw_examples, lead_text, plan_composite, split_response
-from meteora_core.data.manifest import read_manifest
+from meteora_core.data.manifest import read_manifest, write_manifest
 from meteora_core.data.rows import Row, read_rows
 from meteora_core.data.tasks import get_task
-from meteora_core.data.userdata import register_built, task_in
+from meteora_core.data.userdata import add_task, own_task, register_built, task_in
 from meteora_core.data.writer import prompt_key
 from meteora_core.errors import DataError, UsageError
 
@@ -180,3 +181,41 @@ def test_finished_composite_is_evaluated_as_it_is(tmp_path: Path, write_lines: A
     manifest = read_manifest(tmp_path / "out" / "composite_10")
     assert manifest is not None
     assert manifest.members == get_task("composite_10").members
+
+
+def test_names_that_would_replace_something_else_are_refused(data: Path, write_lines: Any) -> None:
+    for name in ("one", "two", "three"):
+        add_task(own_task(name, train=write_lines(data.parent / f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "r"} for i in range(60)])), data)
+    before = read_manifest(data / "one")
+    with pytest.raises(UsageError, match="its member 'one'"):
+        build_composite(data, tasks=["one", "two"], name="one")
+    with pytest.raises(DataError, match="no composite"):
+        build_composite(data, tasks=["two", "three"], name="one")
+    assert read_manifest(data / "one") == before
+    assert task_in(data, "one").metric == "exact"
+    build_composite(data, tasks=["one", "two"], name="pair")
+    assert build_composite(data, tasks=["two", "three"], name="pair").members == ("two", "three")
+
+
+def test_the_name_of_a_built_in_composite_belongs_to_its_members(data: Path) -> None:
+    for name in ("composite_3", "composite_5", "composite_10"):
+        with pytest.raises(UsageError, match="is a built-in composite of logical_deduction, question_selection"):
+            build_composite(data, tasks=["strategyqa", "logical_deduction"], name=name)
+    assert build_composite(data, n=3, name="composite_3").members == THREE
+
+
+@pytest.mark.parametrize("members", [("pair", "strategyqa"), ("other", "strategyqa")])
+def test_a_cycle_of_members_is_a_broken_dataset(data: Path, members: tuple[str, ...]) -> None:
+    for name in ("pair", "other"):
+        manifest = build_composite(data, tasks=["strategyqa", "logical_deduction"], name=name)
+        write_manifest(data / name, replace(manifest, members=members if name == "pair" else ("pair", "strategyqa")))
+    assert [task.name for task in register_built(data)] == []
+    for name in ("pair", "other"):
+        with pytest.raises(DataError, match="is broken: its manifest names"):
+            task_in(data, name)
+    report = verify(data, ["pair"])[0]
+    assert report.problems == (f"{data / 'pair'} names {members[0]} as a member, which is a composite",)
+    assert {status.name: status.metric for status in list_tasks(data)}["pair"] == "unknown"
+    with pytest.raises(DataError, match="is broken"):
+        build_composite(data, tasks=["strategyqa", "pair"], name="third")
+    assert build_composite(data, tasks=["strategyqa", "logical_deduction"], name="pair").members == ("strategyqa", "logical_deduction")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
 from meteora_core import AdapterBank, attach
@@ -132,6 +132,41 @@ def test_a_row_ends_with_its_end_token(model) -> None:
     short = first[: first.index(first[3])]
     assert decode_growing(model, ended)[0] == short
     assert FixedDecoder(model, 2, 32, first[3], 0).decode(ended)[0] == short
+
+
+def test_a_row_ends_with_any_of_several_end_tokens(model, monkeypatch) -> None:
+    batch = batch_of(LENGTHS, ROOM)
+    free = by_transformers(model, batch)
+    ends = [free[0][3], free[3][5]]
+    wanted = []
+    for ids, mask, room in zip(batch.ids, batch.mask, batch.room, strict=True):
+        prompt = ids[mask.bool()].unsqueeze(0)
+        config = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=[2, *ends], pad_token_id=2, bos_token_id=1)
+        row = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0, prompt.shape[1] :].tolist()
+        wanted.append(row[:-1] if row[-1] in (2, *ends) else row)
+    assert wanted != free
+    several = Batch(batch.ids, batch.mask, batch.room, 2, 0, ends)
+    assert decode_growing(model, several) == wanted
+    assert FixedDecoder(model, 8, 80, 2, 0, ends).decode(several) == wanted
+    decoder = Decoder(model, "on")
+    assert decoder.decode(batch) == free
+    assert decoder.decode(several) == wanted
+    monkeypatch.setattr(decoding, "TAIL_STEPS", 2)
+    assert FixedDecoder(model, 8, 80, 2, 0, ends).decode(several) == wanted
+
+
+def test_rows_that_are_done_do_not_leave_the_context() -> None:
+    config = GPT2Config(vocab_size=64, n_positions=40, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(model.transformer.wte.weight, std=0.5)
+    batch = batch_of([38, 5, 7, 9, 11], [2, 30, 30, 30, 29])
+    wanted = by_transformers(model, batch)
+    assert len(wanted[0]) + 38 == 40
+    assert max(map(len, wanted)) > 10
+    assert decode_growing(model, batch) == wanted
+    assert can_be_fixed(model)
+    assert FixedDecoder(model, 8, 80, 2, 0).decode(batch) == wanted
 
 
 def test_a_decoder_keeps_its_cache_for_like_batches_and_goes_without_when_it_must(model, monkeypatch, caplog) -> None:

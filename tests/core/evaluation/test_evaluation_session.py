@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from evaluation_workspace import TASKS, Workspace, make_workspace, rows
+from meteora_core.data.tasks import TASKS as TASK_TABLE
 from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
 from meteora_core.evaluation import results
 from meteora_core.evaluation.runner import EvalOptions
@@ -123,6 +127,105 @@ def test_a_stopped_run_ends_with_the_same_file(place, model) -> None:
     assert [samples(whole, task) for task in TASKS[:2]] == [samples(again, task) for task in TASKS[:2]]
 
 
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, count: int, folder: str = "") -> list[tuple[str, int]]:
+    """Rows are noted as they are written; the ``count``-th of a model ends the run."""
+    made: list[tuple[str, int]] = []
+    add = results.SampleWriter.add
+
+    def adding(self, doc_id, output, tokens=()):
+        add(self, doc_id, output, tokens)
+        made.append((self.path.parent.name, doc_id))
+        if sum(name == (folder or name) for name, _ in made) == count:
+            raise Stop
+
+    monkeypatch.setattr(results.SampleWriter, "add", adding)
+    return made
+
+
+def change_an_adapter(place: Workspace) -> None:
+    file = place.adapters / TASKS[0] / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 40}))
+
+
+def change_the_base(place: Workspace) -> None:
+    file = place.base / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor.flip(0) if "down_proj" in name else tensor for name, tensor in weights.items()}, file, {"format": "pt"})
+
+
+def change_the_end_tokens(place: Workspace) -> None:
+    file = place.base / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": list(range(2, 112))}))
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [(TASKS[0], change_an_adapter), ("peft-arrow", change_an_adapter), ("base", change_the_base), (TASKS[0], change_the_base), ("base", change_the_end_tokens)],
+)
+def test_rows_of_another_state_of_the_model_are_not_taken(place, monkeypatch, model, change) -> None:
+    plan = plan_of(place, TASKS[:1], (model,), batch_size=1)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 4)
+        run(plan)
+    change(place)
+    made = run(plan)[0]
+    assert made.document["meteora"]["speed"]["rows"] == 7
+
+
+@pytest.mark.parametrize("change", [{"max_new_tokens": 3}, {"temperature": 9.0}])
+def test_rows_of_another_definition_of_the_task_are_not_taken(place, monkeypatch, change) -> None:
+    plan = plan_of(place, TASKS[:1], ("meteora",), batch_size=1, max_new_tokens=None)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 4)
+        run(plan)
+    with monkeypatch.context() as patch:
+        patch.setitem(TASK_TABLE, TASKS[0], replace(TASK_TABLE[TASKS[0]], **change))
+        assert run(plan)[0].document["meteora"]["speed"]["rows"] == 7
+
+
+def test_finished_models_of_a_stopped_run_generate_nothing_again(place, monkeypatch) -> None:
+    plan = plan_of(place, TASKS[:1], ("base", "own", "meteora"), batch_size=1)
+    with monkeypatch.context() as patch:
+        first = stop_after(patch, 3, "meteora")
+        with pytest.raises(Stop):
+            run(plan)
+    assert [sum(name == model for name, _ in first) for model in plan.models] == [7, 7, 3]
+    written = {model: list((plan.out_dir / model).glob("results_*.json")) for model in ("base", "own")}
+    before = {file: file.read_bytes() for files in written.values() for file in files}
+    assert len(before) == 2
+    time.sleep(1.1)
+    again = stop_after(monkeypatch, 99)
+    outcomes = run(plan)
+    assert [name for name, _ in again] == ["meteora"] * 4
+    assert {file: file.read_bytes() for file in before} == before
+    assert [outcome.file for outcome in outcomes[:2]] == [written["base"][0], written["own"][0]]
+    assert all(len(list((plan.out_dir / model).glob("results_*.json"))) == 1 for model in plan.models)
+    assert [row["doc_id"] for row in samples(outcomes[0], TASKS[0])] == list(range(7))
+    assert not list(place.folder.rglob("*.partial.jsonl"))
+    again.clear()
+    run(plan)
+    assert len(again) == 21
+
+
+def test_results_with_another_limit_are_not_replaced(place, monkeypatch) -> None:
+    plan = plan_of(place, TASKS[:1], ("base", "own"), batch_size=1, limit=5)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 2, "own")
+        run(plan)
+    (old,) = (plan.out_dir / "base").glob("results_*.json")
+    before = old.read_bytes()
+    time.sleep(1.1)
+    outcome = run(plan_of(place, TASKS[:1], ("base", "own"), batch_size=1))[0]
+    assert outcome.document["meteora"]["speed"]["rows"] == 2
+    assert outcome.file != old
+    assert old.read_bytes() == before
+
+
 def flat(value: Any) -> list[float]:
     if isinstance(value, dict):
         return [number for key in sorted(value) for number in flat(value[key])]
@@ -229,6 +332,20 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(place) -> None:
     assert [row["doc_id"] for row in samples(outcome, TASKS[0])] == kept
     with pytest.raises(DataError, match="every prompt of logical_deduction is longer than 3 tokens"):
         run(plan_of(place, TASKS[:1], ("base",), max_prompt_tokens=3))
+
+
+def test_prompts_that_fill_the_models_context_are_skipped_and_answers_stay_within_it(place) -> None:
+    longest = max(len(row["prompt"]) for row in rows(TASKS[0], 7))
+    config = json.loads((place.base / "config.json").read_text())
+    (place.base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest}))
+    outcome = run(plan_of(place, TASKS[:1], ("base",), max_new_tokens=64))[0]
+    assert outcome.document["meteora"]["counts"][TASKS[0]]["skipped_prompts"] == sum(len(row["prompt"]) == longest for row in rows(TASKS[0], 7)) > 0
+    result = outcome.results[TASKS[0]]
+    assert max(len(sample.row.prompt) + sample.tokens for sample in result.samples) == longest
+    (place.base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 5}))
+    with pytest.raises(DataError, match="longer than 4 tokens") as raised:
+        run(plan_of(place, TASKS[:1], ("base",)))
+    assert raised.value.hint == "prompt and answer together may have 5 tokens with this model"
 
 
 def test_what_is_missing_is_named_before_a_model_is_loaded(place, monkeypatch) -> None:

@@ -58,6 +58,17 @@ def test_answers_equal_a_plain_argmax_loop(model) -> None:
         assert answers(model, 1)[index] == new
 
 
+def test_answers_end_at_the_end_tokens_of_the_generation_configuration(model) -> None:
+    model.generation_config.eos_token_id = 2
+    free = answers(model, 5)
+    index = max(free, key=lambda each: len(free[each]))
+    other = free[index][4]
+    model.generation_config.eos_token_id = [2, other]
+    cut = {each: tokens[: tokens.index(other)] if other in tokens else tokens for each, tokens in free.items()}
+    assert cut != free
+    assert answers(model, 5) == answers(model, 1) == answers(model, 5, cuda_graphs="on") == cut
+
+
 def test_no_repeat_ngram_size(model) -> None:
     free, strict = answers(model, 5), answers(model, 5, no_repeat_ngram_size=2)
     assert free != strict

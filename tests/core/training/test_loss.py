@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from meteora_core.training import loss as loss_module
 from meteora_core.training.loss import lm_loss_sum
@@ -51,4 +52,53 @@ def test_the_head_is_left_alone_where_chunks_would_be_wrong() -> None:
     assert loss_module._plain_head(model) is None
     model.lm_head.weight.requires_grad_(False)
     model.config.final_logit_softcapping = 30.0
+    assert loss_module._plain_head(model) is None
+
+
+class Capped(LlamaForCausalLM):
+    """An architecture that changes its logits by a rule that no setting names."""
+
+    def forward(self, *arguments, **named):
+        output = super().forward(*arguments, **named)
+        output.logits = self.rule(output.logits)
+        return output
+
+
+RULES = {"none": lambda x: x, "capped": lambda x: 30 * torch.tanh(x / 30), "scaled": lambda x: x / 4, "moved": lambda x: x + 3}
+
+
+class Closed(LlamaForCausalLM):
+    """An architecture that calls its layers itself."""
+
+    def forward(self, *arguments, **named):
+        self.model.layers[0].mlp(self.model.norm.weight[None])
+        return super().forward(*arguments, **named)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "plain"), [("none", True), ("capped", False), ("scaled", False), ("moved", False)])
+def test_a_probe_finds_logits_that_are_not_the_heads_alone(dtype, name, plain) -> None:
+    model = Capped(make_tiny_llama().config).requires_grad_(False).to(dtype)
+    model.rule = RULES[name]
+    drawn = torch.random.get_rng_state()
+    whole = lm_loss_sum(model, batch(), chunked=False)
+    torch.testing.assert_close(lm_loss_sum(model, batch()), whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    assert (loss_module._plain_head(model) is not None) == plain
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert "forward" not in model.model.__dict__
+
+
+def test_the_probe_reaches_a_decoder_within_the_decoder() -> None:
+    config = OPTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32)
+    assert loss_module._plain_head(OPTForCausalLM(config).requires_grad_(False)) is not None
+
+
+def test_a_model_that_cannot_be_probed_is_taken_at_its_word() -> None:
+    model = Closed(make_tiny_llama().config).requires_grad_(False)
+    ran = []
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: ran.append(1))
+    assert loss_module._plain_head(model) is not None
+    assert "forward" not in model.model.__dict__
+    assert not ran
+    model.config.lm_head_multiplier = 0.5
     assert loss_module._plain_head(model) is None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, OPTConfig
 
 from meteora_core import AdapterBank, attach
+from meteora_core.errors import UsageError
 from meteora_core.model.attach import meteora_layers
+from meteora_core.settings import AdapterTrainSettings
+from meteora_core.training.adapters import LmObjective
 from meteora_core.training.gates import GateObjective
-from meteora_core.training.loop import Counts
+from meteora_core.training.loop import Counts, Task, train
 from meteora_core.training.loss import count_gate_labels, count_targets
+from meteora_core.training.packing import check_packing
 from meteora_core.training.plan import plan_packed
 from meteora_core.training.rows import TrainRow, collate, collate_packed
 from tiny_models import make_tiny_llama
@@ -57,3 +63,44 @@ def test_the_packed_plan_fills_sequences_without_overflow() -> None:
     assert max(sizes) <= 100
     assert min(sizes) > 0
     assert sum(sizes) / len(sizes) > 85
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+LEAKY = {
+    "alibi": lambda: BloomConfig(**SIZES, n_layer=2, n_head=4),
+    "learned positions": lambda: OPTConfig(**SIZES, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32),
+    "state space": lambda: MambaConfig(**SIZES, num_hidden_layers=2, state_size=4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LEAKY)
+def test_architectures_that_mix_packed_rows_are_refused(kind, dtype) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LEAKY[kind]()).to(dtype)
+    for parameter in model.parameters():
+        parameter.data *= 5 if parameter.dim() > 1 else 1
+    with pytest.raises(UsageError, match="does not keep packed rows apart") as refused:
+        check_packing(model, [some_rows()], 2, 2, torch.device("cpu"))
+    assert refused.value.hint == "leave out --packing"
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_model_that_keeps_rows_apart_is_not_refused(make_adapter, dtype, batch_size) -> None:
+    model = make_tiny_llama().to(dtype)
+    bank = AdapterBank.from_peft({name: make_adapter(name, seed) for seed, name in enumerate(("a", "b"))})
+    drawn = torch.random.get_rng_state()
+    check_packing(model, [some_rows()], 2, batch_size, torch.device("cpu"))
+    check_packing(attach(model, bank, init="arrow", dropout=0.5), [some_rows()], 2, batch_size, torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert not model.training
+
+
+def test_a_packed_run_asks_the_model_first(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LEAKY["state space"]())
+    settings = AdapterTrainSettings(max_steps=1, batch_size=2, packing=True, max_length=64, log_to="none")
+    with pytest.raises(UsageError, match="does not keep packed rows apart"):
+        train(Task(model, [some_rows()], LmObjective(torch.float32, ["a"]), 2, tmp_path, {}, "a"), settings)
