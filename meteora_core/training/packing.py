@@ -7,6 +7,7 @@ state spaces) let every row see the ones before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ _LOOKED_AT = 8
 def check_packing(model: nn.Module, rows: Sequence[Sequence[TrainRow]], pad_token: int, batch_size: int, device: torch.device) -> None:
     """Compare a row behind another one with the same row behind a third one and with the row alone.
 
-    The model runs three times on a few tokens, in evaluation mode and without gradients; no random number of PyTorch's generators is drawn.
+    The model runs three times on a few tokens, in evaluation mode, without gradients and without the adapters of an attached bank. PyTorch's generators
+    are left alone.
 
     Args:
         model: Not yet wrapped or sharded; it is left in the mode that it was in.
@@ -49,9 +51,15 @@ def check_packing(model: nn.Module, rows: Sequence[Sequence[TrainRow]], pad_toke
     packed = [collate_packed([[before, second]] * count, pad_token) for before in (first, other)]
     training = model.training
     model.eval()
+    state = getattr(model, "meteora", None)
     try:
-        one, two = (_logits(model, batch.to(device))[-1, _LENGTHS[0] :] for batch in packed)
-        alone = _logits(model, collate([second] * count, pad_token, multiple=1).to(device))[-1]
+        # Without adapters: what is asked is the base's, and a near tie of untrained gates may fall otherwise in another batch.
+        stack = ExitStack()
+        if state is not None:
+            stack.enter_context(state.disabled())
+        with stack:
+            one, two = (_logits(model, batch.to(device))[-1, _LENGTHS[0] :] for batch in packed)
+            alone = _logits(model, collate([second] * count, pad_token, multiple=1).to(device))[-1]
     except (TypeError, ValueError) as refused:
         raise _leaks(model) from refused
     finally:

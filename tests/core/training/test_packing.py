@@ -98,6 +98,21 @@ def test_a_model_that_keeps_rows_apart_is_not_refused(make_adapter, dtype, batch
     assert not model.training
 
 
+def test_gates_whose_choice_turns_on_rounding_do_not_count(make_adapter, monkeypatch) -> None:
+    """The base is asked alone: adapters that depend on the batch, as near ties do, are no leak."""
+    model = attach(make_tiny_llama(), AdapterBank.from_peft({name: make_adapter(name, seed) for seed, name in enumerate(("a", "b"))}))
+    drift = [0.0]
+
+    def unsteady(x, base_output, *_, **__):
+        drift[0] += 1.0
+        return base_output + drift[0]
+
+    monkeypatch.setattr("meteora_core.model.layer.lora_mixture", unsteady)
+    check_packing(model, [some_rows()], 2, 2, torch.device("cpu"))
+    assert drift == [0.0]
+    assert model.meteora.enabled
+
+
 def test_a_packed_run_asks_the_model_first(tmp_path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LEAKY["state space"]())
