@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,12 +48,25 @@ def globals_of(ctx: typer.Context) -> Globals:
 
 
 def emit_json(value: Any) -> None:
-    """Print one JSON document on stdout; characters that it cannot hold, and halves of surrogate pairs, stand there as JSON's own escapes."""
+    """Print one JSON document on stdout.
+
+    Characters that it cannot hold, and halves of surrogate pairs, stand there as JSON's own escapes; a number that is NaN or infinite, which JSON
+    has no word for, as null.
+    """
+    value = _finite(value)
     text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
     if not _is_utf8(sys.stdout) or not _has_utf8(text):
         text = json.dumps(value, ensure_ascii=True, indent=2, default=str)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _is_utf8(stream: TextIO) -> bool:

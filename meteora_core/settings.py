@@ -65,7 +65,7 @@ class DataSettings(_Section):
 class OptimSettings(_Section):
     """What both training stages share."""
 
-    seed: int = Field(42, ge=0, description="Seed of start values, row order and dropout.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of start values, row order and dropout.")
     max_steps: int = Field(300, ge=0, description="Optimiser steps.")
     batch_size: int = Field(8, ge=1, description="Rows in one forward pass, per device.")
     accumulation: int = Field(1, ge=1, description="Forward passes in one optimiser step.")
@@ -163,7 +163,7 @@ class EvalSettings(_Section):
     no_repeat_ngram_size: int = Field(30, ge=0, description="An n-gram of this size may not repeat in the text; 0: off.")
     limit: int | None = Field(None, examples=[100], ge=1, description="Only the first so many test rows.")
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
-    seed: int = Field(42, ge=0, description="Recorded; greedy decoding does not use it.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Recorded; greedy decoding does not use it.")
     fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")
     cuda_graphs: Switch = Field("auto", description="A cache of fixed size, each step a CUDA graph; auto: on a CUDA GPU, where the model allows it.")
 
@@ -177,7 +177,7 @@ class ChatSettings(_Section):
     template: Literal["auto", "chat", "inst", "raw"] = Field(
         "auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base."
     )
-    seed: int = Field(0, ge=0, description="Seed of sampling.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
     fuse: Switch = Field("auto", description="As in [eval].")
     cuda_graphs: Switch = Field("auto", description="As in [eval].")
 

@@ -144,6 +144,12 @@ def test_json_loses_nothing_in_any_encoding(monkeypatch, encoding, raw) -> None:
             assert raw in held.getvalue()
 
 
+def test_json_has_null_for_what_is_no_number(capsys) -> None:
+    emit_json({"loss": float("nan"), "several": [1.5, (float("inf"), -float("inf"))], "text": "NaN", "none": None})
+    text = capsys.readouterr().out
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {"loss": None, "several": [1.5, [None, None]], "text": "NaN", "none": None}
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_tables_are_printed_on_a_stdout_of_any_encoding(tmp_path, encoding) -> None:
     results = {"winowhy": {"alias": "winowhy", "acc,none": 0.25, "acc_stderr,none": 0.01}}

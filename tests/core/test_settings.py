@@ -75,3 +75,12 @@ def test_every_line_of_the_shipped_file_may_be_uncommented(tmp_path) -> None:
     assert settings.train_adapters.tasks["gsm8k"].max_steps == 600
     assert settings.eval.limit == 100
     assert len(tomllib.loads(text)["eval"]) == len(type(settings.eval).model_fields)
+
+
+@pytest.mark.parametrize("name", ["train_gates", "train_adapters", "eval", "chat"])
+def test_seeds_fit_every_generator(name) -> None:
+    """They are multiplied with steps and processes, and numpy's generators take 32 bits."""
+    assert getattr(load_settings(None, {name: {"seed": 2**32 - 1}}), name).seed == 2**32 - 1
+    for seed in (-1, 2**32):
+        with pytest.raises(UsageError, match="seed"):
+            load_settings(None, {name: {"seed": seed}})
