@@ -77,7 +77,7 @@ def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
     Args:
         folder: Where the dataset will lie.
         task: Its name.
-        composite: It is a composite, and may replace nothing but a composite.
+        composite: It is a composite. Composites replace composites alone, and nothing else replaces one.
 
     Raises:
         DataError: The folder holds another dataset, or files without a manifest.
@@ -96,6 +96,8 @@ def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
         raise DataError(f"{folder} holds the dataset of {manifest.task}, not of {task}", hint=hint)
     if composite and manifest.metric != "composite":
         raise DataError(f"{folder} holds a dataset that is no composite", hint="choose another --name, or move this one away")
+    if manifest.metric == "composite" and not composite:
+        raise DataError(f"{folder} holds a composite", hint="choose another name, or move this one away")
 
 
 def _remove_stale(folder: Path) -> None:

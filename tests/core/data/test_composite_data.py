@@ -195,6 +195,10 @@ def test_names_that_would_replace_something_else_are_refused(data: Path, write_l
     assert task_in(data, "one").metric == "exact"
     build_composite(data, tasks=["one", "two"], name="pair")
     assert build_composite(data, tasks=["two", "three"], name="pair").members == ("two", "three")
+    pair = read_manifest(data / "pair")
+    with pytest.raises(DataError, match="pair holds a composite"):
+        add_task(own_task("pair", train=data.parent / "one.jsonl"), data)
+    assert read_manifest(data / "pair") == pair
 
 
 def test_the_name_of_a_built_in_composite_belongs_to_its_members(data: Path) -> None:
