@@ -217,7 +217,10 @@ def verify(
     _show([asdict(report) for report in reports], ("dataset", "state", "what"), rows, as_json)
     broken = [report.task for report in reports if not report.ok]
     if broken:
-        raise DataError(f"{len(broken)} of {len(reports)} datasets do not fit their manifests: {', '.join(broken)}", hint="build them again with --force")
+        raise DataError(
+            f"{len(broken)} of {len(reports)} datasets do not fit their manifests: {', '.join(broken)}",
+            hint="build them again with --force, or add your own again from their files",
+        )
 
 
 def _state(built: bool, built_from: str | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from meteora_core.data.extract import Extract
 from meteora_core.data.manifest import Manifest, intact, read_manifest, write_manifest
-from meteora_core.data.rows import Row, Split
+from meteora_core.data.rows import Row, Split, split_path
 from meteora_core.data.sources import extract
 from meteora_core.data.tasks import BigBench, Files, Task, get_task
 from meteora_core.data.writer import check_target, dataset_folder, prompt_key, write_rows
@@ -38,7 +38,8 @@ def build_task(
         out_dir: The folder of all datasets.
         source: Where the raw rows come from; see :data:`meteora_core.data.sources.SOURCES`.
         raw_dir: For the local source.
-        max_train: Keep only the first so many train rows (they are shuffled already).
+        max_train: Keep only the first so many train rows (shuffled within each file of the raw rows; BIG-bench tasks of several files come file
+            after file).
         max_test: The same for test rows.
         force: Build anew even if the dataset is there and intact.
         progress: Told bytes and rows.
@@ -48,7 +49,8 @@ def build_task(
 
     Raises:
         UsageError: An argument is wrong or the task is unknown.
-        DataError: The raw rows are broken or missing, a split is empty, or the folder holds another dataset.
+        DataError: The raw rows are broken or missing, a split is empty, the folder holds another dataset, or (of a task that was added) the dataset
+            itself is all that is left of its rows and would change.
         DownloadError: A source cannot be reached.
         StorageError: The dataset cannot be written.
     """
@@ -58,12 +60,29 @@ def build_task(
             raise UsageError(f"{option} must be at least 1, not {value}")
     folder = Path(out_dir) / task.name
     check_target(folder, task.name)
+    if isinstance(task.source, Files) and task.source.train is not None and _same(task.source.train, split_path(out_dir, task.name, "train")):
+        return _built_from_itself(task, folder, keep=not force and max_train is None and max_test is None)
     if not force:
         built = existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test)
         if built is not None:
             return built
     raw = extract(task, source, None if raw_dir is None else Path(raw_dir), progress)
     return _write(task, folder, raw, {"train": max_train, "test": max_test}, progress)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _built_from_itself(task: Task, folder: Path, *, keep: bool) -> Manifest:
+    """The manifest of a dataset whose raw rows are not known any more, if it may stay. Raises DataError: its own rows prove nothing of themselves."""
+    manifest = read_manifest(folder)
+    if keep and manifest is not None and intact(folder, manifest):
+        return manifest
+    raise DataError(
+        f"{folder} cannot be built again: what {task.name} was made of is not known here (it came by `meteora data add`)",
+        hint=f"add it again from its own files: meteora data add {task.name} --train FILE",
+    )
 
 
 def existing(

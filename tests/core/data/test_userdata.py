@@ -51,6 +51,26 @@ def test_built_tasks_are_known_in_a_later_process(tmp_path: Path, write_lines: A
     assert get_task("one").metric == "text"
 
 
+def test_a_dataset_is_not_built_from_its_own_rows(tmp_path: Path, write_lines: Any) -> None:
+    """Else changed rows would be taken for right, and a smaller build for the whole."""
+    data = tmp_path / "data"
+    before = add_task(own_task("kept", train=write_lines(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(40)])), data)
+    tasks.TASKS.pop("kept")  # as in a later process
+    register_built(data)
+    assert build_task("kept", data) == before
+    for options in ({"force": True}, {"max_train": 3}, {"max_test": 3}):
+        with pytest.raises(DataError, match="cannot be built again") as caught:
+            build_task("kept", data, **options)
+        assert "meteora data add kept --train FILE" in str(caught.value.hint)
+    train = data / "kept" / "train.jsonl"
+    train.write_text(train.read_text().replace('"r"', '"HACKED"'))
+    with pytest.raises(DataError, match="cannot be built again"):
+        build_task("kept", data)
+    assert read_manifest(data / "kept") == before
+    assert add_task(own_task("kept", train=tmp_path / "a.jsonl"), data).rows == before.rows
+    assert "HACKED" not in train.read_text()
+
+
 def test_settings(tmp_path: Path, write_lines: Any) -> None:
     from meteora_core.settings import UserTask
 
