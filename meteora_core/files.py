@@ -117,6 +117,11 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
+def holds_other_things(path: Path, marker: str) -> bool:
+    """Whether something is at ``path`` that must not be replaced: a file, or a folder that is neither empty nor marked by a file ``marker``."""
+    return any(path.iterdir()) and not (path / marker).is_file() if path.is_dir() else path.exists()
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as handle:

@@ -109,7 +109,6 @@ def evaluate(
         eval__limit=limit,
         eval__scoring=scoring and scoring.value,
     )
-    from meteora_core.chat.speaker import default_checkpoint
     from meteora_core.data.userdata import register_all
     from meteora_core.evaluation.processes import join_processes, leave_processes
     from meteora_core.evaluation.runner import EvalOptions
@@ -117,6 +116,7 @@ def evaluate(
     from meteora_core.evaluation.session import evaluate as run
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.settings import ModelSettings
+    from meteora_core.starter import usual_checkpoint
 
     register_all(settings)
     place = pick_device(settings.model.device)
@@ -128,7 +128,7 @@ def evaluate(
         models=models,
         data_dir=settings.paths.data,
         adapters_dir=settings.paths.adapters,
-        checkpoint=checkpoint or default_checkpoint(settings),
+        checkpoint=checkpoint or usual_checkpoint(settings.paths.runs),
         base=BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code),
         base_given=base is not None or settings.model.base != ModelSettings().base,
         checkpoint_adapters=adapters,

@@ -10,6 +10,7 @@ from meteora_core.errors import UsageError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import RoutingState, routing_state
+from meteora_core.starter import usual_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,14 +46,6 @@ class Speaker:
         return None if self.kind == "base" else routing_state(self.model)
 
 
-def default_checkpoint(settings: Settings) -> Path:
-    """What `meteora train` left in the runs folder if it is there, else the quickstart's checkpoint there, else the starter checkpoint."""
-    from meteora_core.starter import default_checkpoint as first_of
-
-    own, quick = settings.paths.runs / "meteora", settings.paths.runs / "quickstart" / "meteora"
-    return first_of(own, quick, own)
-
-
 def load_speaker(
     settings: Settings,
     *,
@@ -65,7 +58,7 @@ def load_speaker(
     """Load what the flags name.
 
     ``base`` alone is the bare base model; ``adapter`` is a PEFT folder, or a name under ``settings.paths.adapters``, or one of the
-    checkpoint's bank; anything else is the checkpoint (by default :func:`default_checkpoint`).
+    checkpoint's bank; anything else is the checkpoint (by default :func:`meteora_core.starter.usual_checkpoint`).
 
     Args:
         settings: For the device, the dtype, paths, and the base model where none is named.
@@ -86,7 +79,7 @@ def load_speaker(
             return _single_adapter(settings, folder, base, progress)
     if base is not None and checkpoint is None and adapter is None:
         return _bare_base(settings, base, progress)
-    return _checkpoint(settings, checkpoint or default_checkpoint(settings), base, adapter, adapters_dir, progress)
+    return _checkpoint(settings, checkpoint or usual_checkpoint(settings.paths.runs), base, adapter, adapters_dir, progress)
 
 
 def _reference(settings: Settings, name: str | None, revision: str | None = None) -> BaseReference:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
-from meteora_core.files import atomic_folder, read_json, sha256, write_json
+from meteora_core.files import atomic_folder, holds_other_things, read_json, sha256, write_json
 from meteora_core.model.attach import attach, detach, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
@@ -143,12 +143,7 @@ def save_checkpoint(
 
 def check_replaceable(folder: str | Path) -> None:
     """Whether a checkpoint may be written there: it is a new place, an empty folder, or a checkpoint. Raises UsageError."""
-    folder = Path(folder)
-    if folder.is_dir():
-        foreign = not (folder / CONFIG_FILE).is_file() and any(folder.iterdir())
-    else:
-        foreign = folder.exists()
-    if foreign:
+    if holds_other_things(Path(folder), CONFIG_FILE):
         raise UsageError(f"{folder} is no checkpoint, so it is not replaced", hint="choose another folder")
 
 

@@ -60,7 +60,7 @@ def build_task(
             raise UsageError(f"{option} must be at least 1, not {value}")
     folder = Path(out_dir) / task.name
     check_target(folder, task.name)
-    if isinstance(task.source, Files) and task.source.train is not None and _same(task.source.train, split_path(out_dir, task.name, "train")):
+    if isinstance(task.source, Files) and task.source.train is not None and task.source.train.resolve() == split_path(out_dir, task.name, "train").resolve():
         return _built_from_itself(task, folder, keep=not force and max_train is None and max_test is None)
     if not force:
         built = existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test)
@@ -68,10 +68,6 @@ def build_task(
             return built
     raw = extract(task, source, None if raw_dir is None else Path(raw_dir), progress)
     return _write(task, folder, raw, {"train": max_train, "test": max_test}, progress)
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
 
 
 def _built_from_itself(task: Task, folder: Path, *, keep: bool) -> Manifest:

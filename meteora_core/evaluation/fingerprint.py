@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora_core.adapters.peft_folder import WEIGHTS
+from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
 from meteora_core.checkpoints.catalog import CATALOG
 from meteora_core.files import sha256
 
 if TYPE_CHECKING:
     from meteora_core.model.base import BaseReference
 
-ADAPTER_CONFIG = "adapter_config.json"
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 """Of a base folder, hashed whole: they decide how prompts are read and where answers end."""
 
@@ -38,4 +37,4 @@ def base_files(reference: BaseReference) -> dict[str, Any] | None:
 
 def adapter_files(folder: Path) -> dict[str, str]:
     """The SHA-256 of an adapter's weights and of its configuration, which holds its scaling."""
-    return {name: sha256(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)}
+    return {name: sha256(folder / name) for name in (WEIGHTS, CONFIG)}

@@ -21,3 +21,9 @@ def default_checkpoint(*places: Path) -> Path:
     """The first of ``places`` that is there; else the starter checkpoint; else the last of ``places``."""
     found = next((place for place in places if place.is_dir()), None)
     return found or starter_checkpoint() or places[-1]
+
+
+def usual_checkpoint(runs: Path) -> Path:
+    """What is used where no checkpoint is named: what `meteora train` left in ``runs``, else the quickstart's checkpoint there, else the starter."""
+    own = runs / "meteora"
+    return default_checkpoint(own, runs / "quickstart" / "meteora", own)

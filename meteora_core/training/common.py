@@ -12,7 +12,7 @@ import torch
 
 from meteora_core.data.rows import Row, read_rows, split_path
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
-from meteora_core.files import read_json, sha256
+from meteora_core.files import holds_other_things, read_json, sha256
 from meteora_core.model.base import BaseReference
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
@@ -195,11 +195,7 @@ def check_checkpoint_folder(folder: Path) -> None:
 
 def check_adapter_folder(folder: Path) -> None:
     """Whether a trained adapter may take this folder's place: it is a new place, an empty folder, or an adapter. Raises UsageError."""
-    if folder.is_dir():
-        foreign = not (folder / "adapter_config.json").is_file() and any(folder.iterdir())
-    else:
-        foreign = folder.exists()
-    if foreign:
+    if holds_other_things(folder, "adapter_config.json"):
         raise UsageError(f"{folder} is no adapter, so it is not replaced", hint="choose another folder with --out, or move this one away")
 
 

@@ -12,10 +12,11 @@ from meteora_core.chat.engine import Finished, Reading, Sampling, Written
 from meteora_core.chat.options import OPTIONS, check_option, options_for
 from meteora_core.chat.prompts import Encoded
 from meteora_core.chat.session import ChatSession, Mode, routing_mode, unframe
-from meteora_core.chat.speaker import Speaker, default_checkpoint, load_speaker
+from meteora_core.chat.speaker import Speaker, load_speaker
 from meteora_core.errors import AdapterError, CheckpointError, DataError, UsageError
 from meteora_core.model.base import BaseReference
 from meteora_core.settings import Settings, load_settings
+from meteora_core.starter import usual_checkpoint
 
 
 @pytest.fixture
@@ -312,7 +313,7 @@ def settings_of(world, **sections) -> Settings:
 def test_speakers_by_flag(world, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = settings_of(world)
-    assert default_checkpoint(settings) == world.checkpoint
+    assert usual_checkpoint(settings.paths.runs) == world.checkpoint
     gates = load_speaker(settings)
     assert (gates.kind, gates.adapter, gates.routing.names) == ("meteora", None, NAMES)
     base = load_speaker(settings, base=str(world.base))
@@ -345,13 +346,13 @@ def test_speakers_that_are_not_there(world, tmp_path, monkeypatch) -> None:
 def test_what_was_trained_comes_before_the_quickstarts_checkpoint(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("meteora_core.starter.starter_checkpoint", lambda: None)
-    assert str(default_checkpoint(load_settings())) == "runs/meteora"
+    assert str(usual_checkpoint(load_settings().paths.runs)) == "runs/meteora"
     (tmp_path / "runs" / "quickstart" / "meteora").mkdir(parents=True)
-    assert str(default_checkpoint(load_settings())) == "runs/quickstart/meteora"
+    assert str(usual_checkpoint(load_settings().paths.runs)) == "runs/quickstart/meteora"
     (tmp_path / "runs" / "meteora").mkdir()
-    assert str(default_checkpoint(load_settings())) == "runs/meteora"
+    assert str(usual_checkpoint(load_settings().paths.runs)) == "runs/meteora"
     elsewhere = load_settings(None, {"paths": {"runs": tmp_path / "elsewhere"}})
-    assert default_checkpoint(elsewhere) == tmp_path / "elsewhere" / "meteora"
+    assert usual_checkpoint(elsewhere.paths.runs) == tmp_path / "elsewhere" / "meteora"
 
 
 def test_the_world_is_what_it_seems(world) -> None:
