@@ -150,6 +150,13 @@ def read_json(path: Path, *, error: type[MeteoraError] = DataError, hint: str | 
         raise error(f"{path} is not UTF-8 text (byte {broken.start})", hint=hint) from broken
     except json.JSONDecodeError as broken:
         raise error(f"{path}:{broken.lineno}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
+    except (ValueError, RecursionError) as broken:
+        raise error(f"{path} cannot be read as JSON: {broken}", hint=hint) from broken
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -158,7 +165,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     with atomic_write(path) as handle:
         for row in rows:
             line = json.dumps(row, ensure_ascii=False)
-            handle.write((line if line.isascii() or not _SURROGATE.search(line) else json.dumps(row)) + "\n")
+            handle.write((json.dumps(row) if has_surrogate(line) else line) + "\n")
             count += 1
     return count
 
@@ -189,6 +196,8 @@ def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None =
                 raise DataError(f"{path}:{number}:{broken.start + 1} is not UTF-8 text", hint=hint) from broken
             except json.JSONDecodeError as broken:
                 raise DataError(f"{path}:{number}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
+            except (ValueError, RecursionError) as broken:
+                raise DataError(f"{path}:{number} cannot be read as JSON: {broken}", hint=hint) from broken
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number} is not a JSON object", hint=hint)
             for key in required:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from meteora_core.errors import DataError
-from meteora_core.files import read_jsonl
+from meteora_core.files import has_surrogate, read_jsonl
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -45,6 +45,8 @@ def iter_rows(path: Path, *, hint: str | None = None) -> Iterator[Row]:
         for key in ("prompt", "response"):
             if not isinstance(row[key], str):
                 raise DataError(f"{path}: row {number}: {key!r} is not a text", hint=hint)
+            if has_surrogate(row[key]):
+                raise DataError(f"{path}: row {number}: {key!r} holds half of a character (a lone surrogate), which no tokenizer takes", hint=hint)
         yield Row(row["prompt"], row["response"])
 
 

@@ -79,6 +79,13 @@ def test_written_files_follow_the_umask(tmp_path) -> None:
     assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o640
 
 
+def test_json_beyond_the_readers_limits(tmp_path) -> None:
+    for text in ("9" * 5000, "[" * 100_000):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(DataError, match=r"x\.json cannot be read as JSON"):
+            read_json(tmp_path / "x.json")
+
+
 def test_json_lines(tmp_path) -> None:
     path = tmp_path / "x.jsonl"
     rows = [{"a": "ü\n\u2028"}, {"a": "lone \ud800"}]
@@ -88,6 +95,8 @@ def test_json_lines(tmp_path) -> None:
         ('{"a": 1}\n{"a": 1\n', r"x\.jsonl:2:\d+ is not valid JSON"),
         ("[1]\n", r"x\.jsonl:1 is not a JSON object"),
         ('{"b": 1}\n', r"x\.jsonl:1 has no field 'a'"),
+        ('{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", r"x\.jsonl:2 cannot be read as JSON"),
+        ('{"a": ' + "[" * 100_000 + "\n", r"x\.jsonl:1 cannot be read as JSON"),
     ]:
         path.write_text(text)
         with pytest.raises(DataError, match=message):
