@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.paper.children import Starter, start_child
-from examples.paper.plan import Experiment, Step, fill, settings_text
+from examples.paper.plan import PARTS, Experiment, Step, fill, settings_text
 from meteora_core.data.manifest import NAME as MANIFEST
 from meteora_core.data.rows import available_tasks
 from meteora_core.errors import MeteoraError, UsageError
@@ -82,10 +82,11 @@ class Engine:
         return self.experiment.work / "steps" / f"{step.name}.json"
 
     def values(self) -> dict[str, Any]:
-        """What fills placeholders; ``total_rank`` is the rank of all adapters together, ``config`` the settings file."""
+        """What fills placeholders: besides the values ``total_rank``, of all adapters together, ``tasks_1`` and so on, every fourth task, and ``config``."""
         values = self.experiment.values
         singles = [name for name in available_tasks(self.experiment.data) if not name.startswith("composite_")]
-        return {**values, "total_rank": int(values["rank"]) * len(singles), "config": str(self.config)}
+        parts = {f"tasks_{turn + 1}": ",".join(singles[turn::PARTS]) for turn in range(PARTS)}
+        return {**values, **parts, "total_rank": int(values["rank"]) * len(singles), "config": str(self.config)}
 
     def command_line(self, step: Step) -> str:
         """The step's command as one would type it."""
@@ -226,7 +227,7 @@ class Engine:
         if arguments[0] not in ("train", "eval"):
             return False
         named = arguments[arguments.index("--task") + 1] if "--task" in arguments else "singles"
-        if arguments[0] == "train" or named in ("singles", "all"):
+        if named in ("singles", "all"):
             return (named == "all" and arguments[0] == "eval") or not dataset.startswith("composite_")
         return dataset in named.split(",")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shlex
 import tomllib
@@ -14,6 +15,9 @@ from meteora_core.errors import UsageError, did_you_mean
 
 HERE = Path(__file__).parent
 STEPS_FILE = HERE / "steps.toml"
+
+PARTS = 4
+"""Adapters are trained by so many commands, each the tasks of its turn."""
 
 SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train --stage adapters": ("train_adapters",), "eval": ("eval", "routing")}
 """Sections of the settings that a command's outcome depends on, besides ``model``; the longest beginning of a command counts."""
@@ -131,9 +135,10 @@ def load_experiment(
     for entry in listed["steps"]:
         if entry["name"] in left_out:
             continue
-        needs = tuple(name for name in entry.get("needs", ()) if name not in left_out)
+        known = [each.name for each in steps]
+        needs = tuple(name for need in entry.get("needs", ()) if need not in left_out for name in (fnmatch.filter(known, need) or [need]))
         step = Step(**{**entry, "needs": needs, "makes": tuple(entry.get("makes", ()))})
-        missing = [name for name in step.needs if name not in {each.name for each in steps}]
+        missing = [name for name in step.needs if name not in known]
         if missing:
             raise UsageError(f"step {step.name} needs {', '.join(missing)}, which does not come before it")
         steps.append(step)

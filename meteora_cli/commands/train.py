@@ -274,10 +274,10 @@ def _launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder
     launch = settings.launch
     devices = 0 if settings.model.device == "cpu" else torch.cuda.device_count()
     count = process_count(launch, devices, planned=dry_run)
-    file = folder.parent / f".launch-{launch.launcher}-{launch.machine_rank}.json"
+    file = folder.parent / f".launch-{launch.launcher}-{launch.machine_rank}-{os.getpid()}.json"  # launches may go on side by side
     files: dict[Path, dict[str, Any]] = {}
     if launch.launcher == "deepspeed":
-        zero_file = file.with_name(f".zero-{launch.machine_rank}.json").resolve()
+        zero_file = file.with_name(f".zero-{launch.machine_rank}-{os.getpid()}.json").resolve()
         planned = torch.bfloat16 if settings.model.dtype == "auto" and not devices else settings.model.dtype
         files[zero_file] = zero_config(launch, optim, pick_dtype(planned, torch.device("cuda")))
         files[file] = launch_config(launch, count, zero_file)

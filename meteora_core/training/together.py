@@ -38,7 +38,7 @@ from meteora_core.training.adapters import (
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.common import check_adapter_folder, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs
+from meteora_core.training.common import check_adapter_folder, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, short_hash
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.plan import Pick, plan_batches
@@ -133,7 +133,8 @@ def _train(
     parts = [encoded_rows(data_dir, task, tokenizer, index, max_length=own[task].max_length, **source) for index, task in enumerate(tasks)]
     encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
     rows = [each.rows for each in encoded]
-    states = out_dir / ".together.states"
+    title = f"together-{short_hash(tasks)}"  # runs of other tasks may go on beside this one
+    states = out_dir / f".{title}.states"
     attach(model, fresh_bank(model, tasks, base, settings), top_k=1, init="zeros", dropout=settings.dropout)
     try:
         for _, layer in meteora_layers(model):
@@ -160,7 +161,7 @@ def _train(
             names=tuple(tasks),
             response_only=response_only,
             evaluate=evaluate,
-            log_dir=out_dir / "tensorboard" / "together",
+            log_dir=out_dir / "tensorboard" / title,
             batches=joint_batches(rows, settings, runtime.world, [own[task] for task in tasks]),
             clip=partial(clip_each, count=len(tasks)),
         )

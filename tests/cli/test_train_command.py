@@ -411,3 +411,41 @@ def test_the_sharding_configuration() -> None:
     assert config["distributed_type"] == "FSDP"
     assert config["fsdp_config"]["fsdp_version"] == 2
     assert config["fsdp_config"]["fsdp_offload_params"] is True
+
+
+SIDE_BY_SIDE = """
+import json, sys, time
+from pathlib import Path
+from meteora_core.training import launch
+from meteora_cli.app import main
+
+def waits_for_the_other(command, *, threads=None):
+    Path(f"began-{name}").touch()
+    until = time.monotonic() + 60
+    while len(list(Path().glob("began-*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    print(json.loads(Path(command[command.index("--config_file") + 1]).read_text())["num_processes"])
+    return 0
+
+name = sys.argv.pop()
+launch.run_command = waits_for_the_other
+main()
+"""
+
+
+def test_launches_side_by_side_keep_their_own_configuration(place) -> None:
+    variables = {**os.environ, **ENVIRONMENT, "METEORA_CACHE": str(place / "cache")}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", SIDE_BY_SIDE, *command("--launcher", "ddp", "--num-processes", count, "--out", f"beside-{count}")[3:], count],
+            cwd=place,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for count in ("1", "2")
+    ]
+    said = [child.communicate(timeout=120) for child in children]
+    assert [out.strip() for out, _ in said] == ["1", "2"], said
+    assert not list(place.glob(".launch*"))

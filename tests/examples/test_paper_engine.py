@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from examples.paper.engine import Engine, Stopped
-from examples.paper.plan import HERE, Experiment, Step, load_experiment, settings_text
+from examples.paper.plan import HERE, PARTS, Experiment, Step, load_experiment, settings_text
 from meteora_core.errors import MeteoraError, UsageError
 
 
@@ -130,7 +130,7 @@ def test_every_placeholder_of_the_sizes_is_filled(sizes, tmp_path, monkeypatch) 
 
 def test_a_setting_of_the_gates_does_not_touch_the_adapters() -> None:
     experiment = load_experiment("toy")
-    assert set(experiment.relevant_settings(experiment.step("adapters"))) == {"model", "train_adapters"}
+    assert set(experiment.relevant_settings(experiment.step("adapters-1"))) == {"model", "train_adapters"}
     assert set(experiment.relevant_settings(experiment.step("gates-ridge"))) == {"model", "train_gates"}
     assert set(experiment.relevant_settings(experiment.step("eval-base"))) == {"model", "eval"}
     assert set(experiment.relevant_settings(experiment.step("starter"))) == {"model"}
@@ -161,3 +161,21 @@ def test_mistakes_in_a_sizes_file(tmp_path) -> None:
     engine = Engine(load_experiment(tmp_path / "short.toml"), "x", Fake(), lambda line: None)
     with pytest.raises(UsageError, match=r"nothing fills .gate_rows."):
         engine.command_line(engine.experiment.step("gates-ridge"))
+
+
+def test_adapters_are_trained_in_parts_that_make_the_whole(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = load_experiment("toy")
+    assert set(experiment.step("gates-ridge").needs) == {f"adapters-{part}" for part in range(1, PARTS + 1)}
+    tasks = sorted(experiment.values["tasks"].split(","))
+    for task in tasks:
+        (experiment.data / task).mkdir(parents=True)
+        (experiment.data / task / "train.jsonl").write_text("{}\n")
+    engine = Engine(experiment, "x", Fake(), lambda line: None)
+    parts = [experiment.step(name) for name in experiment.step("gates-ridge").needs]
+    trained = [step.arguments(engine.values())[step.arguments(engine.values()).index("--task") + 1].split(",") for step in parts]
+    assert sorted(task for part in trained for task in part) == tasks
+    assert max(map(len, trained)) - min(map(len, trained)) <= 1
+    assert sorted(path.name for step in parts for path in engine.makes(step)) == tasks
+    for step, part in zip(parts, trained, strict=True):
+        assert [task for task in tasks if engine.uses(step, task)] == sorted(part)
