@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,15 @@ class GroupRule:
     """One line of the table for fused groups above :data:`FEW_TOKENS`: where all of its conditions hold, the group is computed this way.
 
     Attributes:
-        order: "packed" (one GEMM over base, gates and A, then B on top) or "split" (gates and A, then B, then the base on top).
+        order: "stream" (all in one launch, by :mod:`triton_stream`), "packed" (one GEMM over base, gates and A, then B on top) or "split" (gates
+            and A, then B, then the base on top).
         least_tokens, most_tokens: M lies between them, both included.
         pieces: The product with the gates and A (in "packed" also the base) comes as so many float32 partial sums; 0: rounded to the
-            model's dtype. Lines with pieces hold for 16-bit dtypes only: float32 would gain nothing.
-        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of :mod:`triton_products`, which computes the pieces; None: the library does.
+            model's dtype. Lines with pieces hold for 16-bit dtypes only: float32 would gain nothing. In "stream" it is the base's sums that are
+            cut into so many pieces.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of :mod:`triton_products`, which computes the pieces; None: the library does. In "stream"
+            those of its kernel, which takes all tokens in one block.
+        gate_pieces: In "stream", the pieces of the sums for gates and A.
         least_outputs: Outputs of all members together, at least.
         least_hidden: h, at least.
 
@@ -48,18 +53,23 @@ class GroupRule:
     most_tokens: int
     pieces: int = 0
     tile: tuple[int, int, int, int, int] | None = None
+    gate_pieces: int = 0
     least_outputs: int = 0
     least_hidden: int = 0
 
     def __post_init__(self) -> None:
-        if self.order not in ("packed", "split"):
-            raise ValueError(f"no such order: {self.order!r}; there are 'packed' and 'split'")
+        if self.order not in ("stream", "packed", "split"):
+            raise ValueError(f"no such order: {self.order!r}; there are 'stream', 'packed' and 'split'")
         if not FEW_TOKENS < self.least_tokens <= self.most_tokens:
             raise ValueError(f"tokens {self.least_tokens} to {self.most_tokens}: must be a range above {FEW_TOKENS}")
         if self.pieces < 0 or (self.tile is not None and not self.pieces):
             raise ValueError(f"{self.pieces} pieces: must be 0 or more, and 1 or more with a tile")
         if self.tile is not None and (min(self.tile[:3]) < 16 or min(self.tile) < 1 or any(size & (size - 1) for size in self.tile[:4])):
             raise ValueError(f"tile {self.tile}: blocks must be powers of two from 16 on, warps a power of two, stages at least 1")
+        if (self.order == "stream") != (self.gate_pieces > 0) or self.gate_pieces < 0:
+            raise ValueError(f"{self.gate_pieces} pieces of gates and A: 'stream' has 1 or more, the other orders have none")
+        if self.order == "stream" and (self.tile is None or self.most_tokens > self.tile[0] or self.pieces * 16 > self.tile[1]):
+            raise ValueError(f"tile {self.tile}: 'stream' needs one that holds all tokens, and 16 outputs for every piece")
 
     def fits(self, tokens: int, outputs: int, hidden: int, dtype: torch.dtype) -> bool:
         return (
@@ -71,6 +81,12 @@ class GroupRule:
 
 
 GROUPS: tuple[GroupRule, ...] = (
+    # One launch. Measured at 64 tokens: 203 us for the four groups in turn against 218 in two launches, and the output is rounded once, too. Below
+    # 33 tokens two launches are as fast or faster.
+    GroupRule("stream", 33, 64, pieces=1, tile=(64, 128, 128, 4, 4), gate_pieces=4, least_outputs=16384),
+    GroupRule("stream", 33, 64, pieces=4, tile=(64, 128, 64, 4, 4), gate_pieces=16, least_hidden=8192),
+    GroupRule("stream", 33, 64, pieces=1, tile=(64, 64, 64, 4, 6), gate_pieces=8, least_outputs=6144),
+    GroupRule("stream", 33, 64, pieces=2, tile=(64, 64, 64, 4, 6), gate_pieces=8),
     # Measured at 64 tokens: four groups 217.5 us against 220.4 with rounded products, and the output is rounded once.
     GroupRule("packed", 17, 64, pieces=1, tile=(64, 64, 128, 4, 3), least_outputs=16384),
     GroupRule("packed", 17, 64, pieces=2, least_hidden=8192),
@@ -192,10 +208,18 @@ def path(tokens: int, total_rank: int, top_k: int, max_rank: int) -> str:
     return "many"
 
 
-def group_rule(tokens: int, outputs: int, hidden: int, dtype: torch.dtype) -> GroupRule:
-    """How a fused group is computed above :data:`FEW_TOKENS`: the first line of :data:`GROUPS` that fits."""
+def group_rule(tokens: int, outputs: int, hidden: int, dtype: torch.dtype, *, can_stream: Callable[[GroupRule], bool] | None = None) -> GroupRule:
+    """How a fused group is computed above :data:`FEW_TOKENS`: the first line of :data:`GROUPS` that fits.
+
+    Args:
+        tokens: M.
+        outputs: Of all members together.
+        hidden: h.
+        dtype: Of the input.
+        can_stream: Whether a line of the order "stream" can run with this group's tensors; None: it cannot.
+    """
     for rule in GROUPS:
-        if rule.fits(tokens, outputs, hidden, dtype):
+        if rule.fits(tokens, outputs, hidden, dtype) and (rule.order != "stream" or (can_stream is not None and can_stream(rule))):
             return rule
     raise AssertionError("the lines without pieces fit every case")
 

@@ -13,6 +13,7 @@ from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_middle import middle
 from meteora_kernels.triton_products import library_products, products
+from meteora_kernels.triton_stream import can_stream, stream
 
 __all__ = ["group_forward", "group_op", "new_flags"]
 
@@ -64,8 +65,15 @@ def group_forward(
         return decode(
             x, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
         )
+
+    def streams(rule: plan.GroupRule) -> bool:
+        return rule.tile is not None and can_stream(x, packed, members, gate_rows, rank, rule.tile, rule.gate_pieces)
+
+    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype, can_stream=streams)
+    if rule.order == "stream" and rule.tile is not None:
+        sizes = (widths, rank, gate_rows, stacked, top_k, temperature)
+        return stream(x, packed, b, bias, scaling, offsets, flags, *sizes, allowed, rule.tile, rule.pieces, rule.gate_pieces)
     y = x.new_empty(tokens, outputs)
-    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype)
     if rule.order == "packed":
         whole = product_of(x, packed, rule)
         found, base = whole[..., outputs:], whole[..., :outputs]

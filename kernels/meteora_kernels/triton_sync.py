@@ -26,6 +26,14 @@ def wait_flag(flag, target):
 
 
 @triton.jit
+def clear_when_last(flags, counter):
+    """Count this program, which looks at flags no more, in ``flags[counter]``; the last one puts all 1,024 flags back to 0."""
+    tl.debug_barrier()
+    if tl.atomic_add(flags + counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(flags + tl.arange(0, 1024), tl.zeros([1024], dtype=tl.int32))
+
+
+@triton.jit
 def finish(flags, used):
     """Count this program as ended in ``flags[used]``; the last one puts all ``used + 1`` flags back to 0."""
     tl.debug_barrier()

@@ -166,7 +166,7 @@ def test_group_asks_the_plan_with_its_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     """And decoding does not ask."""
     asked = []
 
-    def rule(*case: object) -> plan.GroupRule:
+    def rule(*case: object, **_: object) -> plan.GroupRule:
         asked.append(case)
         raise LookupError
 

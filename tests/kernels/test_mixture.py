@@ -102,6 +102,26 @@ def test_plan_of_groups(outputs: int, hidden: int, up_to_64: object, from_257: o
         plan.group_rule(16, outputs, hidden, torch.bfloat16)
 
 
+def test_plan_of_groups_streams_where_it_can() -> None:
+    """Above 32 tokens and in 16 bits, after asking whether that very line can run."""
+    asked = []
+
+    def can(rule: plan.GroupRule) -> bool:
+        asked.append(rule)
+        return rule.least_hidden > 0
+
+    for outputs, hidden in ((28672, 4096), (6144, 4096), (4096, 4096), (4096, 14336)):
+        for dtype in (torch.bfloat16, torch.float16):
+            assert [plan.group_rule(count, outputs, hidden, dtype, can_stream=can).order for count in (17, 32, 65)] == ["packed"] * 3
+        assert plan.group_rule(64, outputs, hidden, torch.float32, can_stream=can).order == "packed"
+        assert asked == []
+        assert [plan.group_rule(count, outputs, hidden, torch.bfloat16, can_stream=can).order for count in (33, 64)] == [
+            "stream" if hidden > 8192 else "packed"
+        ] * 2
+        assert {(rule.order, rule.most_tokens) for rule in asked} == {("stream", 64)}
+        asked.clear()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -113,6 +133,11 @@ def test_plan_of_groups(outputs: int, hidden: int, up_to_64: object, from_257: o
         (("packed", 17, 64, 1, (64, 64, 8, 4, 3)), "from 16 on"),
         (("packed", 17, 64, 1, (64, 96, 128, 4, 3)), "powers of two"),
         (("packed", 17, 64, 1, (64, 64, 128, 4, 0)), "stages"),
+        (("packed", 17, 64, 1, (64, 64, 128, 4, 3), 2), "the other orders have none"),
+        (("stream", 17, 64, 1, (64, 64, 128, 4, 3)), "1 or more"),
+        (("stream", 17, 64, 1, None, 2), "holds all tokens"),
+        (("stream", 17, 65, 1, (64, 64, 128, 4, 3), 2), "holds all tokens"),
+        (("stream", 17, 64, 5, (64, 64, 128, 4, 3), 2), "16 outputs for every piece"),
     ],
 )
 def test_plan_of_groups_refuses_lines_without_sense(arguments: tuple[object, ...], message: str) -> None:

@@ -1,0 +1,374 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""A group of linears at a few dozen tokens: every weight is read once, base and adapters in one launch, and the output is rounded once.
+
+:func:`stream_kernel` is to some dozens of tokens what :func:`meteora_kernels.triton_decode.decode_kernel` is to 16. The first programs of its
+grid compute the gates and ``A x`` as float32 partial sums, route, and write the masked and scaled middle of the layer; the others stream the
+base weights meanwhile, add ``middle B`` and write the output. Where a group has too few outputs to keep the GPU busy, the sum over h is cut into
+pieces, which meet in memory. Whoever needs a whole sum adds its pieces in their order, so two runs are bit-equal; there are no floating-point
+atomics.
+
+Who waits for whom: the programs of one member's gates for each other, the pieces of one tile of the output for each other, and all tiles for the
+gates. Those that wait for each other are neighbours in the grid and fewer than the GPU runs at once (:func:`can_stream`), and the gates come
+first, so everybody gets what they wait for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from meteora_kernels import plan
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
+from meteora_kernels.triton_route import summed
+from meteora_kernels.triton_sync import clear_when_last, raise_flag, wait_flag
+
+_FIRST_TILE = tl.constexpr(8)
+"""Flags: 0 to 2 gate programs that have stored their sums, per member; 3 to 5 those whose tokens are routed; 6 programs that no longer look at
+flags; from here on the pieces of every tile of outputs."""
+
+
+@triton.jit
+def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
+    """Count this program as one of ``target`` that have stored their part of something, and share out the work on the whole.
+
+    Returns:
+        first, step: The shares first, first + step, ... below ``shares`` are this program's. CONCURRENT: each does its own, after waiting for
+        the others. Otherwise (the interpreter runs one program after the other) the last to come does all, and nobody waits.
+    """
+    tl.debug_barrier()
+    come = tl.atomic_add(flag, 1, sem="acq_rel", scope="gpu")
+    if CONCURRENT:
+        first = mine
+        step = target
+    else:
+        tl.debug_barrier()
+        first = tl.where(come == target - 1, 0, shares)
+        step = 1
+    return first, step
+
+
+@triton.jit
+def write_middle(
+    mid,
+    stride_split,
+    stride_mid,
+    gate_rows,
+    middle,
+    stride_middle,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    temperature,
+    block,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """Route the ``block``-th BLOCK tokens and write ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past the rank."""
+    tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    mask = tokens < tokens_total
+    picks, shares = routes_of_tile(
+        mid, tokens, stride_mid, allowed, mid, mid, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
+    )
+    scaled = shares * tl.load(scaling + picks)
+    first = tl.load(offsets + picks)
+    last = tl.load(offsets + picks + 1)
+    for chunk in tl.static_range(CHUNKS):
+        rows = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+        values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, mask & (rows < rank), SPLITS, True)
+        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+        values = tl.where(factor == 0.0, 0.0, values * factor)
+        tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_up(
+    total,
+    middle,
+    stride_middle,
+    b,
+    width,
+    rank,
+    columns,
+    live,
+    MP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """float32 ``total`` (MP, C) plus ``middle`` (MP, R) times the columns (1, C) of ``b`` (R, width)."""
+    tokens = tl.arange(0, MP)[:, None]
+    for chunk in range(CHUNKS):
+        rows = chunk * CHUNK + tl.arange(0, CHUNK)
+        values = tl.load(middle + tokens * stride_middle + rows[None, :], mask=live, other=0.0, cache_modifier=".cg")
+        up = tl.load(b + rows[:, None] * width + columns, mask=(rows[:, None] < rank) & (columns < width), other=0.0)
+        total = tl.dot(values, up, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def stream_kernel(
+    x,
+    packed,
+    b,
+    bias,
+    allowed,
+    scaling,
+    offsets,
+    mid,
+    middle,
+    parts,
+    flags,
+    y,
+    tokens_total,
+    hidden,
+    outputs,
+    count,
+    gate_rows,
+    stacked,
+    rank,
+    width0,
+    width1,
+    width2,
+    temperature,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATE_PIECES: tl.constexpr,
+    PIECES: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONCURRENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A group of up to three linears that share x, base and adapters, in one launch.
+
+    Shapes: x (M, h), M <= MP, and packed (P, h), tensor descriptors with blocks (MP, BK) and (BN, BK); packed: O base rows of all members, then
+    per member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b: per member (R, width); bias (O,). Scratch: mid
+    float32 (GATE_PIECES, MP, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (MP, MEMBERS * CHUNKS * CHUNK) in the dtype of
+    b; parts float32 (tiles, PIECES, MP, BN) where PIECES > 1. flags int32 (1024,), all 0 before and after; y (M, O).
+    Grid, one dimension: per member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then per member ceil(width / BN) * PIECES
+    programs. SHARES, a power of two up to PIECES: so many of a tile's programs write a part of it each.
+    """
+    pid = tl.program_id(0)
+    width_mid = gate_rows + rank
+    per_member = tl.cdiv(width_mid, BN) * GATE_PIECES
+    gate_programs = per_member * MEMBERS
+    is_gate = pid < gate_programs
+    index = (pid - gate_programs) // PIECES
+    tile = tl.where(is_gate, (pid % per_member) // GATE_PIECES, index)
+    piece = tl.where(is_gate, pid % GATE_PIECES, (pid - gate_programs) % PIECES)
+    member = tl.where(is_gate, pid // per_member, 0)
+    before = tl.where(is_gate, outputs + member * stacked, 0)
+    width = tl.where(is_gate, width_mid, width0)
+    if MEMBERS > 1:
+        tiles0 = tl.cdiv(width0, BN)
+        if (not is_gate) & (tile >= tiles0):
+            tile -= tiles0
+            member += 1
+            before += width0
+            width = width * 0 + width1
+            if MEMBERS > 2:
+                tiles1 = tl.cdiv(width1, BN)
+                if tile >= tiles1:
+                    tile -= tiles1
+                    member += 1
+                    before += width1
+                    width = width * 0 + width2
+    blocks = tl.cdiv(hidden, BK)
+    pieces = tl.where(is_gate, GATE_PIECES, PIECES)
+    row = before + tile * BN
+    total = tl.zeros([MP, BN], dtype=tl.float32)
+    for step in tl.range(blocks * piece // pieces, blocks * (piece + 1) // pieces, num_stages=STAGES):
+        total = tl.dot(x.load([0, step * BK]), packed.load([row, step * BK]).T, total, input_precision=PRECISION)
+    tokens = tl.arange(0, MP)[:, None]
+    columns = tl.arange(0, BN)[None, :]
+    live = tokens < tokens_total
+    across = tile * BN + columns
+    stride_middle = MEMBERS * CHUNKS * CHUNK
+    inner = middle + member * (CHUNKS * CHUNK)
+    if is_gate:
+        here = mid + member * width_mid
+        stride_mid = width_mid * MEMBERS
+        stride_split = stride_mid * MP
+        tl.store(here + piece * stride_split + tokens * stride_mid + across, total, mask=live & (across < width_mid))
+        token_blocks = tl.cdiv(tokens_total, BLOCK)
+        first, step = share_out(flags + member, per_member, pid % per_member, token_blocks, CONCURRENT)
+        if CONCURRENT:
+            wait_flag(flags + member, per_member)
+        for block in range(first, token_blocks, step):
+            write_middle(
+                here,
+                stride_split,
+                stride_mid,
+                gate_rows,
+                inner,
+                stride_middle,
+                allowed,
+                scaling,
+                offsets,
+                tokens_total,
+                count,
+                rank,
+                temperature,
+                block,
+                TOP_K,
+                SLOTS,
+                PADDED,
+                BLOCK,
+                CHUNK,
+                CHUNKS,
+                GATE_PIECES,
+                HAS_ALLOWED,
+            )
+        raise_flag(flags + 3 + member)
+        clear_when_last(flags, 6)
+    elif PIECES == 1:
+        up = b + before.to(tl.int64) * rank
+        if HAS_BIAS:
+            total += tl.load(bias + before + across, mask=across < width, other=0.0).to(tl.float32)
+        wait_flag(flags + 3 + member, per_member)
+        clear_when_last(flags, 6)
+        total = add_up(total, inner, stride_middle, up, width, rank, across, live, MP, CHUNK, CHUNKS, PRECISION)
+        tl.store(y + tokens * outputs + before + across, total.to(y.dtype.element_ty), mask=live & (across < width))
+    else:
+        up = b + before.to(tl.int64) * rank
+        here = parts + index.to(tl.int64) * (PIECES * MP * BN)
+        tl.store(here + piece * (MP * BN) + tokens * BN + columns, total)
+        arrived = flags + _FIRST_TILE + index
+        first, step = share_out(arrived, PIECES, piece, SHARES, CONCURRENT)
+        if first < SHARES:
+            wait_flag(flags + 3 + member, per_member)
+        # One turn where CONCURRENT, since SHARES <= PIECES.
+        for share in range(first, SHARES, step):
+            some = share * (BN // SHARES) + tl.arange(0, BN // SHARES)[None, :]
+            places = tile * BN + some
+            sums = tl.zeros([MP, BN // SHARES], dtype=tl.float32)
+            # B first: the other pieces arrive meanwhile.
+            sums = add_up(sums, inner, stride_middle, up, width, rank, places, live, MP, CHUNK, CHUNKS, PRECISION)
+            if CONCURRENT:
+                wait_flag(arrived, PIECES)
+            sums += summed(here, tokens * BN + some, MP * BN, live, PIECES, True)
+            if HAS_BIAS:
+                sums += tl.load(bias + before + places, mask=places < width, other=0.0).to(tl.float32)
+            tl.store(y + tokens * outputs + before + places, sums.to(y.dtype.element_ty), mask=live & (places < width))
+        clear_when_last(flags, 6)
+
+
+_AT_ONCE = 224
+"""So many programs of base outputs run at once beside those of gates and A, with two on each of 132 multiprocessors."""
+
+
+@lru_cache(maxsize=32)
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU with matrix units and a copy engine as the kernel wants them (compute capability 9); 0 for others."""
+    facts = torch.cuda.get_device_properties(device)
+    return int(facts.multi_processor_count) if facts.major == 9 else 0
+
+
+def gate_programs_of(members: int, gate_rows: int, rank: int, tile: tuple[int, int, int, int, int], gate_pieces: int) -> int:
+    """How many programs compute gates and A."""
+    return members * ceil_div(gate_rows + rank, tile[1]) * gate_pieces
+
+
+def can_stream(x: Tensor, packed: Tensor, members: int, gate_rows: int, rank: int, tile: tuple[int, int, int, int, int], gate_pieces: int) -> bool:
+    """Whether :func:`stream` can run here: a Hopper GPU that runs all gate programs at once, and rows that its copy engine can read."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or any(tensor.data_ptr() % 16 or tensor.stride(0) % 8 or tensor.stride(1) != 1 for tensor in (x, packed)):
+        return False
+    if x.device.type != "cuda":
+        return plan.interpreted()
+    return gate_programs_of(members, gate_rows, rank, tile, gate_pieces) <= _multiprocessors(x.device)
+
+
+def stream(
+    x: Tensor,
+    packed: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor,
+    offsets: Tensor,
+    flags: Tensor,
+    widths: list[int],
+    rank: int,
+    gate_rows: int,
+    stacked: int,
+    top_k: int,
+    temperature: float,
+    allowed: Tensor | None,
+    tile: tuple[int, int, int, int, int],
+    pieces: int,
+    gate_pieces: int,
+) -> Tensor:
+    """Base and adapters of a group of linears, for some dozens of tokens; where :func:`can_stream` says so.
+
+    Args:
+        x: (M, h), columns contiguous, 1 <= M <= BLOCK_M, float16 or bfloat16.
+        packed: (P, h), columns contiguous: O base rows, then per member ``stacked`` rows: N gate rows, padding to ``gate_rows``, R rows of A,
+            padding; then rows that do not matter.
+        b: Per member (R, width), contiguous, one behind the other.
+        bias: (O,) or None.
+        scaling: float32 (N,).
+        offsets: int64 (N + 1,).
+        flags: As :func:`meteora_kernels.triton_decode.new_flags` makes them.
+        widths: Outputs of each of one to three members.
+        rank: R.
+        gate_rows: Where A starts in a member's part of ``packed``.
+        stacked: Rows of a member's part.
+        top_k: k.
+        temperature: T.
+        allowed: bool (N,) or None.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
+        pieces: Of the sums over h for base outputs; fewer where there are so many outputs that the pieces would not all run at once.
+        gate_pieces: Of the sums over h for gates and A.
+
+    Returns:
+        (M, O), contiguous, the dtype of x.
+    """
+    tokens, hidden = x.shape
+    count, members, outputs = scaling.shape[0], len(widths), sum(widths)
+    mp, bn, bk, warps, stages = tile
+    tiles = sum(ceil_div(width, bn) for width in widths)
+    pieces = max(1, min(pieces, _AT_ONCE // tiles))
+    shares = 1 << (pieces.bit_length() - 1)
+    gate_programs = gate_programs_of(members, gate_rows, rank, tile, gate_pieces)
+    chunk = 32
+    chunks = ceil_div(rank, chunk)
+    mid = torch.empty(gate_pieces, mp, members * (gate_rows + rank), dtype=torch.float32, device=x.device)
+    middle = torch.empty(mp, members * chunks * chunk, dtype=x.dtype, device=x.device)
+    parts = torch.empty(tiles, pieces, mp, bn, dtype=torch.float32, device=x.device) if pieces > 1 else mid
+    y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    padded = (*widths, 0, 0)
+    stream_kernel[(gate_programs + tiles * pieces,)](
+        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [mp, bk]), TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]),
+        b, bias if bias is not None else scaling, allowed if allowed is not None else scaling, scaling, offsets, mid, middle, parts, flags, y,
+        tokens, hidden, outputs, count, gate_rows, stacked, rank, padded[0], padded[1], padded[2], temperature,
+        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), MP=mp, BN=bn, BK=bk, GATE_PIECES=gate_pieces,
+        PIECES=pieces, SHARES=shares, BLOCK=max(1, power_of_two(ceil_div(mp * members, gate_programs))), CHUNK=chunk, CHUNKS=chunks,
+        HAS_ALLOWED=allowed is not None, HAS_BIAS=bias is not None, CONCURRENT=not plan.interpreted(), STAGES=stages, PRECISION="ieee",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
