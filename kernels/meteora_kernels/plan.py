@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from meteora_kernels.wide import Wide
+
 FEW_TOKENS = 16
 """Up to here (one tile of a matrix unit) decoding kernels win."""
 INLINE_TOKENS = 64
@@ -21,7 +23,8 @@ GROUPED_WORK = 4 << 20
 GROUPED_GAIN = 16
 CHOSEN_RANK = 3072
 """While decoding: from this total rank on, A's chosen rows are read after the gates, not all rows along with them."""
-
+WIDE_SHARE = 8
+"""In 16 bits a fused group's weights lie beside their B^T where all columns for B^T are at most one in so many of h."""
 
 EVER = 1 << 30
 """More tokens than there are."""
@@ -32,17 +35,19 @@ class GroupRule:
     """One line of the table for fused groups above :data:`FEW_TOKENS`: where all of its conditions hold, the group is computed this way.
 
     Attributes:
-        order: "stream" (all in one launch, by :mod:`triton_stream`), "packed" (one GEMM over base, gates and A, then B on top) or "split" (gates
-            and A, then B, then the base on top).
+        order: "stream" (all in one launch, by :mod:`triton_stream`), "packed" (one GEMM over base, gates and A, then B on top), "split" (gates and
+            A, then B, then the base on top) or "wide" (gates and A, then base and B in one product; for groups whose B^T lies beside their
+            weights, :func:`lies_beside`).
         least_tokens, most_tokens: M lies between them, both included.
         pieces: The product with the gates and A (in "packed" also the base) comes as so many float32 partial sums; 0: rounded to the
             model's dtype. Lines with pieces hold for 16-bit dtypes only: float32 would gain nothing. In "stream" it is the base's sums that are
             cut into so many pieces.
-        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of :mod:`triton_products`, which computes the pieces; None: the library does. In "stream"
-            those of its kernel, which takes all tokens in one block.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of :mod:`triton_products`, which computes the pieces and, for "wide" where x is to be
+            copied, copies it on the way; None: the library does. In "stream" those of its kernel, which takes all tokens in one block.
         gate_pieces: In "stream", the pieces of the sums for gates and A.
         least_outputs: Outputs of all members together, at least.
         least_hidden: h, at least.
+        in_place: Only where x lies in a buffer with columns for h already, so that it need not be copied ("wide" only).
 
     Raises:
         ValueError: The line makes no sense.
@@ -56,14 +61,17 @@ class GroupRule:
     gate_pieces: int = 0
     least_outputs: int = 0
     least_hidden: int = 0
+    in_place: bool = False
 
     def __post_init__(self) -> None:
-        if self.order not in ("stream", "packed", "split"):
-            raise ValueError(f"no such order: {self.order!r}; there are 'stream', 'packed' and 'split'")
+        if self.order not in ("stream", "packed", "split", "wide"):
+            raise ValueError(f"no such order: {self.order!r}; there are 'stream', 'packed', 'split' and 'wide'")
         if not FEW_TOKENS < self.least_tokens <= self.most_tokens:
             raise ValueError(f"tokens {self.least_tokens} to {self.most_tokens}: must be a range above {FEW_TOKENS}")
         if self.pieces < 0 or (self.tile is not None and not self.pieces):
             raise ValueError(f"{self.pieces} pieces: must be 0 or more, and 1 or more with a tile")
+        if self.in_place and self.order != "wide":
+            raise ValueError(f"in place: only 'wide' has columns beside x, not {self.order!r}")
         if self.tile is not None and (min(self.tile[:3]) < 16 or min(self.tile) < 1 or any(size & (size - 1) for size in self.tile[:4])):
             raise ValueError(f"tile {self.tile}: blocks must be powers of two from 16 on, warps a power of two, stages at least 1")
         if (self.order == "stream") != (self.gate_pieces > 0) or self.gate_pieces < 0:
@@ -71,9 +79,11 @@ class GroupRule:
         if self.order == "stream" and (self.tile is None or self.most_tokens > self.tile[0] or self.pieces * 16 > self.tile[1]):
             raise ValueError(f"tile {self.tile}: 'stream' needs one that holds all tokens, and 16 outputs for every piece")
 
-    def fits(self, tokens: int, outputs: int, hidden: int, dtype: torch.dtype) -> bool:
+    def fits(self, tokens: int, outputs: int, hidden: int, dtype: torch.dtype, *, beside: bool = False, in_place: bool = False) -> bool:
         return (
-            self.least_tokens <= tokens <= self.most_tokens
+            (beside or self.order != "wide")
+            and (in_place or not self.in_place)
+            and self.least_tokens <= tokens <= self.most_tokens
             and outputs >= self.least_outputs
             and hidden >= self.least_hidden
             and (not self.pieces or dtype in (torch.float16, torch.bfloat16))
@@ -91,13 +101,34 @@ GROUPS: tuple[GroupRule, ...] = (
     GroupRule("packed", 17, 64, pieces=1, tile=(64, 64, 128, 4, 3), least_outputs=16384),
     GroupRule("packed", 17, 64, pieces=2, least_hidden=8192),
     GroupRule("packed", 17, 64, pieces=1),
-    # Measured at 512 tokens: holds for half as many to twice as many.
+    # Measured at 128 tokens, used for half as many to twice as many; float32 so that the output is rounded once.
+    GroupRule("wide", 65, 256, pieces=4, least_outputs=16384, in_place=True),
+    GroupRule("wide", 65, 256, pieces=4, least_hidden=8192, in_place=True),
+    GroupRule("packed", 65, 256, pieces=2, least_hidden=8192),
+    GroupRule("packed", 65, 256, pieces=1),
+    # Measured at 512 and 1,024 tokens. The copies of x cost more than rounding twice saves where it is long and nobody wrote it in place.
+    GroupRule("wide", 257, 1024, pieces=4, least_hidden=8192, in_place=True),
+    GroupRule("wide", 257, 1024, pieces=2, in_place=True),
     GroupRule("split", 257, 1024, pieces=2, least_outputs=16384),
-    # Above, the pass over the output that B needs in "packed" costs more.
+    GroupRule("packed", 257, 1024, least_hidden=8192),
+    GroupRule("wide", 257, 512, pieces=8, tile=(64, 128, 64, 4, 3)),
+    GroupRule("wide", 513, 1024, pieces=4, tile=(64, 128, 64, 4, 3)),
+    # Measured at 2,048 and 4,096 tokens.
+    GroupRule("wide", 1025, EVER, pieces=2, least_hidden=8192, in_place=True),
+    GroupRule("wide", 1025, EVER, in_place=True),
+    GroupRule("split", 1025, EVER, least_hidden=8192),
+    GroupRule("wide", 1025, EVER, least_outputs=16384),
+    GroupRule("wide", 1025, 2048, pieces=4, tile=(128, 128, 64, 8, 3)),
+    GroupRule("wide", 2049, EVER, pieces=2, tile=(128, 128, 64, 8, 3)),
+    # Without B^T beside the weights. Above, the pass over the output that B needs in "packed" costs more.
     GroupRule("packed", 17, 1024),
     GroupRule("split", 1025, EVER),
 )
-"""First match wins. The limits on outputs and hidden tell Llama-3-8B's groups apart (gate and up: 28,672 outputs; down: 14,336 hidden)."""
+"""First match wins. The limits on outputs and hidden tell Llama-3-8B's groups apart (gate and up: 28,672 outputs; down: 14,336 hidden); o is
+the one whose input nobody writes in place."""
+
+PAIRED = False
+"""Whether "wide" multiplies the windows of two members of one width as a batch of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,18 +239,36 @@ def path(tokens: int, total_rank: int, top_k: int, max_rank: int) -> str:
     return "many"
 
 
-def group_rule(tokens: int, outputs: int, hidden: int, dtype: torch.dtype, *, can_stream: Callable[[GroupRule], bool] | None = None) -> GroupRule:
+def lies_beside(hidden: int, rank: int, members: int, dtype: torch.dtype) -> bool:
+    """Whether a fused group keeps B^T beside its weights, so that "wide" can run: in 16 bits, and where R is small against h."""
+    return dtype in (torch.float16, torch.bfloat16) and Wide(hidden, rank, members).right * WIDE_SHARE <= hidden
+
+
+def group_rule(
+    tokens: int,
+    outputs: int,
+    hidden: int,
+    dtype: torch.dtype,
+    *,
+    beside: bool = False,
+    in_place: bool = False,
+    can_stream: Callable[[GroupRule], bool] | None = None,
+) -> GroupRule:
     """How a fused group is computed above :data:`FEW_TOKENS`: the first line of :data:`GROUPS` that fits.
 
     Args:
         tokens: M.
         outputs: Of all members together.
         hidden: h.
-        dtype: Of the input.
+        dtype: Of x and the weights.
+        beside: B^T lies beside the weights and is what B is now.
+        in_place: x lies in a buffer with columns for h.
         can_stream: Whether a line of the order "stream" can run with this group's tensors; None: it cannot.
     """
     for rule in GROUPS:
-        if rule.fits(tokens, outputs, hidden, dtype) and (rule.order != "stream" or (can_stream is not None and can_stream(rule))):
+        if rule.order == "stream" and (can_stream is None or not can_stream(rule)):
+            continue
+        if rule.fits(tokens, outputs, hidden, dtype, beside=beside, in_place=in_place):
             return rule
     raise AssertionError("the lines without pieces fit every case")
 

@@ -26,6 +26,7 @@ def rows_times_tokens(
     x,
     tokens_total,
     hidden,
+    stride_w,
     BN: tl.constexpr,
     BK: tl.constexpr,
     MP: tl.constexpr,
@@ -33,7 +34,7 @@ def rows_times_tokens(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """float32 (BN, MP): the rows (BN, 1) of ``w`` (., hidden) times the tokens of ``x`` (M, hidden), M <= MP. MP = 1 or MP >= 16.
+    """float32 (BN, MP): the rows (BN, 1) of ``w`` (., hidden), ``stride_w`` apart, times the tokens of ``x`` (M, hidden), M <= MP. MP = 1 or MP >= 16.
 
     EVEN: hidden is a multiple of BK. STAGES: tiles of w in flight.
     """
@@ -42,11 +43,11 @@ def rows_times_tokens(
         wide = tl.zeros([BN, BK], dtype=tl.float32)
         for start in tl.range(0, hidden, BK, num_stages=STAGES):
             if EVEN:
-                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
+                weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
                 values = tl.load(x + start + steps)
             else:
                 inside = start + steps < hidden
-                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
+                weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
                 values = tl.load(x + start + steps, mask=inside, other=0.0)
             wide += weights.to(tl.float32) * values.to(tl.float32)[None, :]
         total = tl.sum(wide, axis=1)[:, None]
@@ -55,11 +56,11 @@ def rows_times_tokens(
         tokens = tl.arange(0, MP)[None, :]
         for start in tl.range(0, hidden, BK, num_stages=STAGES):
             if EVEN:
-                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
+                weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
                 values = tl.load(x + tokens * hidden + start + steps[:, None], mask=tokens < tokens_total, other=0.0)
             else:
                 inside = start + steps < hidden
-                weights = tl.load(w + rows * hidden + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
+                weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
                 values = tl.load(x + tokens * hidden + start + steps[:, None], mask=(tokens < tokens_total) & inside[:, None], other=0.0)
             total = tl.dot(weights, values, total, input_precision=PRECISION)
     return total
@@ -146,6 +147,7 @@ def decode_kernel(
     y,
     tokens_total,
     hidden,
+    stride_w,
     count,
     gate_rows,
     stacked,
@@ -180,7 +182,8 @@ def decode_kernel(
     """A group of up to three linears that share x, base and adapters, in one launch.
 
     Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one behind the other, O = sum of widths; ga: per member N gate
-    rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``, (MEMBERS * stacked, h); b: per member (R, width); bias (O,);
+    rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``, (MEMBERS * stacked, h); rows of w and of ga are ``stride_w`` apart;
+    b: per member (R, width); bias (O,);
     mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x (DENSE_DOWN only); plan_rows
     int32 and plan_values float32 scratch (M, MEMBERS * TOP_K * RANK_P); flags int32 (8,), all 0 before and after; y (M, O).
     Grid, one dimension: first the gate programs (BG rows of ga each, DENSE_DOWN: all rows, otherwise only the gates'), of which the last
@@ -198,7 +201,7 @@ def decode_kernel(
         member = pid // gate_tiles
         local = (pid % gate_tiles) * BG + tl.arange(0, BG)[:, None]
         mask = local < first_rows
-        total = rows_times_tokens(ga, (member * stacked + local).to(tl.int64), mask, x, tokens_total, hidden, BG, BKG, MP, EVEN, STAGES, PRECISION)
+        total = rows_times_tokens(ga, (member * stacked + local).to(tl.int64), mask, x, tokens_total, hidden, stride_w, BG, BKG, MP, EVEN, STAGES, PRECISION)
         tokens = tl.arange(0, MP)[None, :]
         here = mid + member * member_mid
         tl.store(here + tokens * stride_mid + local, total, mask=mask & (tokens < tokens_total))
@@ -237,8 +240,8 @@ def decode_kernel(
         wait_flag(flags + 3 + member, 1)
         a_rows = tl.load(plan_rows + spot, cache_modifier=".cg").to(tl.int64)
         factors = tl.load(plan_values + spot, cache_modifier=".cg")
-        a = ga + (member * stacked + gate_rows).to(tl.int64) * hidden
-        down = rows_times_tokens(a, a_rows, inner >= 0, x + token * hidden, 1, hidden, ROWS, BKC, 1, False, 1, "ieee")
+        a = ga + (member * stacked + gate_rows).to(tl.int64) * stride_w
+        down = rows_times_tokens(a, a_rows, inner >= 0, x + token * hidden, 1, hidden, stride_w, ROWS, BKC, 1, False, 1, "ieee")
         tl.store(plan_values + spot, factors * down)
         raise_flag(flags + 3 + member)
     else:
@@ -262,7 +265,7 @@ def decode_kernel(
                         width = width * 0 + width2
         columns = tile * BN + tl.arange(0, BN)[:, None]
         column_mask = columns < width
-        total = rows_times_tokens(w, (before + columns).to(tl.int64), column_mask, x, tokens_total, hidden, BN, BK, MP, EVEN, STAGES, PRECISION)
+        total = rows_times_tokens(w, (before + columns).to(tl.int64), column_mask, x, tokens_total, hidden, stride_w, BN, BK, MP, EVEN, STAGES, PRECISION)
         if HAS_BIAS:
             total += tl.load(bias + before + columns, mask=column_mask, other=0.0).to(tl.float32)
         wait_flag(flags + 3 + member, 1 if DENSE_DOWN else 1 + per_member * pieces)
@@ -321,8 +324,8 @@ def decode(
 
     Args:
         x: (M, h), contiguous, 1 <= M <= 16.
-        w: (O, h), contiguous rows.
-        ga: (members * stacked, h): per member N gate rows, padding to ``gate_rows``, R rows of A, padding.
+        w: (O, h), columns contiguous.
+        ga: (members * stacked, h), its rows as far apart as those of w: per member N gate rows, padding to ``gate_rows``, R rows of A, padding.
         b: Per member (R, width), contiguous, one behind the other.
         bias: (O,) or None.
         scaling: float32 (N,).
@@ -361,7 +364,7 @@ def decode(
     padded = (*widths, 0, 0)
     decode_kernel[(programs,)](
         x, w, ga, b, bias if bias is not None else x, allowed if allowed is not None else x, scaling, offsets, mid, plan_rows, plan_values,
-        flags, y, tokens, hidden, count, gate_rows, stacked, rank, mid.stride(0), member_mid, plan_rows.stride(0), padded[0], padded[1],
+        flags, y, tokens, hidden, w.stride(0), count, gate_rows, stacked, rank, mid.stride(0), member_mid, plan_rows.stride(0), padded[0], padded[1],
         padded[2], temperature,
         MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), RANK_P=rank_p,
         ROWS=rows, CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, BKC=1024, DENSE_DOWN=dense_down, HAS_ALLOWED=allowed is not None,

@@ -14,6 +14,7 @@ from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_middle import middle
 from meteora_kernels.triton_products import library_products, products
 from meteora_kernels.triton_stream import can_stream, stream
+from meteora_kernels.wide import Wide
 
 __all__ = ["group_forward", "group_op", "new_flags"]
 
@@ -32,12 +33,14 @@ def group_forward(
     max_rank: int,
     top_k: int,
     temperature: float,
+    beside: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
-    """Base outputs of one to three linears with their adapters' share; :data:`group_op` is the same as an operator.
+    """Base outputs of one to three linears with their adapters' share.
 
     Args:
-        x: (M, h), contiguous.
-        packed: (P, h): the members' base rows (O = sum of widths), then per member ``stacked`` rows: N gate rows, padding to
+        x: (M, h), columns contiguous.
+        packed: (P, h), columns contiguous: the members' base rows (O = sum of widths), then per member ``stacked`` rows: N gate rows, padding to
             ``gate_rows_of(N)``, R rows of A, padding; then rows that do not matter. Rows of a member beyond R hold zeros.
         b: Per member (R, width), contiguous, one behind the other.
         bias: (O,) or None.
@@ -50,6 +53,8 @@ def group_forward(
         max_rank: The largest rank.
         top_k: k.
         temperature: T.
+        beside: ``packed`` is a block of :class:`meteora_kernels.wide.Wide` and the columns beside its rows hold B^T as ``b`` is now.
+        in_place: x is what :meth:`Wide.new_rows` gave, and the columns around it may be written.
 
     Returns:
         (M, O) in the dtype of x; for some sizes rows are further apart than O.
@@ -62,14 +67,19 @@ def group_forward(
     weights, ga = packed[:outputs], packed[outputs : outputs + members * stacked]
     if tokens <= plan.FEW_TOKENS:
         sparse = plan.chosen_rows_only(rank, top_k, max_rank)
+        rows = x.contiguous()
         return decode(
-            x, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
+            rows, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
         )
 
     def streams(rule: plan.GroupRule) -> bool:
         return rule.tile is not None and can_stream(x, packed, members, gate_rows, rank, rule.tile, rule.gate_pieces)
 
-    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype, can_stream=streams)
+    def routed(found: Tensor, out: tuple[Tensor, int, int, int] | None = None) -> Tensor:
+        down = found[..., gate_rows:]
+        return middle(found, down, scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype, out)
+
+    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype, beside=beside, in_place=in_place, can_stream=streams)
     if rule.order == "stream" and rule.tile is not None:
         sizes = (widths, rank, gate_rows, stacked, top_k, temperature)
         return stream(x, packed, b, bias, scaling, offsets, flags, *sizes, allowed, rule.tile, rule.pieces, rule.gate_pieces)
@@ -83,11 +93,31 @@ def group_forward(
             routing = (found, scaling, offsets, top_k, temperature, allowed)
             delta(found[..., gate_rows:], b, base, y, tuple(widths), rank, stacked, routing)
         else:
-            inner = middle(found, found[..., gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype)
+            inner = routed(found)
             delta(inner, b, base, y, tuple(widths), rank, rank)
         return y
+    if rule.order == "wide":
+        wide = Wide(x.shape[1], rank, members)
+        if in_place:
+            found, rows = product_of(x, ga, rule), x
+        else:
+            rows = wide.new_rows(tokens, x)
+            if rule.tile is None:
+                found = product_of(x, ga, rule)
+                rows.copy_(x)
+            else:
+                found = products(x, ga, rule.pieces, rule.tile, rows)
+        buffer = wide.whole(rows)
+        routed(found, (buffer, *wide.places, wide.pad))
+        if plan.PAIRED and members == 2 and widths[0] == widths[1]:
+            left, right = wide.pair(buffer, packed, widths[0])
+            torch.bmm(left, right.transpose(1, 2), out=y.view(tokens, 2, -1).transpose(0, 1))
+        else:
+            for columns, rows, place in wide.windows(packed, widths):
+                torch.mm(buffer[:, columns], rows.t(), out=y[:, place])
+        return y if bias is None else y.add_(bias)
     found = product_of(x, ga, rule)
-    inner = middle(found, found[..., gate_rows:], scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype)
+    inner = routed(found)
     start = 0
     for member, width in enumerate(widths):
         torch.mm(inner[:, member * rank : (member + 1) * rank], b[rank * start : rank * (start + width)].view(rank, width), out=y[:, start : start + width])
@@ -103,7 +133,26 @@ def product_of(x: Tensor, rows: Tensor, rule: plan.GroupRule) -> Tensor:
     return library_products(x, rows, rule.pieces) if rule.tile is None else products(x, rows, rule.pieces, rule.tile)
 
 
-group_op = operator("group", mutates=("flags",))(group_forward)
+def _group(
+    x: Tensor,
+    packed: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor,
+    offsets: Tensor,
+    allowed: Tensor | None,
+    flags: Tensor,
+    widths: list[int],
+    rank: int,
+    max_rank: int,
+    top_k: int,
+    temperature: float,
+) -> Tensor:
+    """:func:`group_forward` for compilers, which cannot see whether B^T beside the weights is what B is now."""
+    return group_forward(x, packed, b, bias, scaling, offsets, allowed, flags, widths, rank, max_rank, top_k, temperature)
+
+
+group_op = operator("group", mutates=("flags",))(_group)
 
 
 @torch.library.register_fake("meteora::group")

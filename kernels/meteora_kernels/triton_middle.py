@@ -79,7 +79,10 @@ def middle_kernel(
     stride_middle,
     member_logits,
     member_down,
+    first_middle,
+    second_middle,
     member_middle,
+    padded_rank,
     temperature,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -90,12 +93,14 @@ def middle_kernel(
     GIVEN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere.
+    """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
     logits (M, N) and down (M, R) in the model's dtype, or SPLITS partial sums of them in float32, ``stride_split`` apart; middle (M, R) in
-    the model's dtype. A fused group has several members side by side, ``member_*`` columns apart. Grid: (ceil(M / BLOCK), members).
+    the model's dtype. A fused group has several members side by side, ``member_*`` columns apart; in ``middle`` the first stands at column
+    ``first_middle``, the others from ``second_middle`` on. Grid: (ceil(M / BLOCK), members).
     """
     member = tl.program_id(1)
+    column = tl.where(member == 0, first_middle, second_middle + (member - 1) * member_middle)
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     mask = tokens < tokens_total
     picks, shares = routes_of_tile(
@@ -119,14 +124,14 @@ def middle_kernel(
     scaled = shares * tl.load(scaling + picks)
     first = tl.load(offsets + picks)
     last = tl.load(offsets + picks + 1)
-    for start in range(0, rank, CHUNK):
+    for start in range(0, padded_rank, CHUNK):
         rows = start + tl.arange(0, CHUNK)[None, :]
         inside = mask & (rows < rank)
         factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
         values = summed(down + member * member_down, tokens * stride_down + rows, stride_split, inside, SPLITS)
         # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
         values = tl.where(factor == 0.0, 0.0, values * factor)
-        tl.store(middle + member * member_middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=inside)
+        tl.store(middle + tokens * stride_middle + column + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < padded_rank))
 
 
 @triton.jit
@@ -213,6 +218,12 @@ def block_of(padded: int, tokens: int) -> int:
     return max(1, min(32, 4096 // max(padded, 64), power_of_two(tokens // 256 + 1)))
 
 
+def tile_of(padded: int, tokens: int) -> tuple[int, int]:
+    """Tokens a program and warps of :func:`middle`. More than 8 tokens were no faster at 2,048 and 4,096."""
+    block = min(8, block_of(padded, tokens))
+    return block, 1 if block <= 2 else 4
+
+
 def middle(
     logits: Tensor,
     down: Tensor,
@@ -227,6 +238,8 @@ def middle(
     adapters: int | None = None,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    out: tuple[Tensor, int, int, int] | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Tensor:
     """``down`` scaled by its route and 0 where not chosen: the middle of the one big LoRA.
 
@@ -241,17 +254,22 @@ def middle(
         routes: indices int64 and weights float32 (M, k) instead of logits.
         members: Layers side by side in ``logits`` and ``down``, ``member_stride`` columns apart; then the result is (M, members * R).
         dtype: Of the result; None: that of ``down``.
+        out: Where to write instead of a new tensor: (M, .), columns contiguous; the column of the first member; that of the second, behind
+            which the others follow; and how many columns each gets: R, the rest 0.
+        tile: Tokens a program and warps instead of the default.
 
     Returns:
-        (M, members * R) in the dtype asked for.
+        (M, members * R) in the dtype asked for, or what was given as ``out``.
     """
     tokens = down.shape[-2]
     adapters = scaling.shape[0] if adapters is None else adapters
     rank = down.shape[-1] if rank is None else rank
     splits = down.shape[0] if down.dim() == 3 else 1
-    result = torch.empty(tokens, members * rank, dtype=dtype or down.dtype, device=down.device)
+    if out is None:
+        out = (torch.empty(tokens, members * rank, dtype=dtype or down.dtype, device=down.device), 0, rank, rank)
+    result, first, second, columns = out
     padded = power_of_two(adapters)
-    block = block_of(padded, tokens)
+    block, warps = tile or tile_of(padded, tokens)
     nothing = scaling
     indices, weights = routes if routes is not None else (nothing, nothing)
     middle_kernel[(ceil_div(tokens, block), members)](
@@ -272,17 +290,20 @@ def middle(
         result.stride(0),
         member_stride,
         member_stride,
-        rank,
+        first,
+        second,
+        columns,
+        columns,
         temperature,
         TOP_K=top_k,
         SLOTS=power_of_two(top_k),
         PADDED=padded,
         BLOCK=block,
-        CHUNK=min(256, power_of_two(rank)),
+        CHUNK=min(256, power_of_two(columns)),
         HAS_ALLOWED=allowed is not None,
         GIVEN=routes is not None,
         SPLITS=splits,
-        num_warps=1 if block <= 2 else 4,
+        num_warps=warps,
     )
     return result
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_core.bench.shapes import ModelShape
-from meteora_kernels import lora_mixture, reference
+from meteora_kernels import lora_mixture, plan, reference
 
 
 @dataclass
@@ -29,13 +29,22 @@ class Linear:
 
 @dataclass
 class Group:
-    """Linears that share their input; ``fused`` holds what :func:`meteora_kernels.triton_group.group_forward` wants."""
+    """Linears that share their input; the rest is what :func:`meteora_kernels.triton_group.group_forward` wants.
+
+    Attributes:
+        hidden: h.
+        linears: The members.
+        fed: Whether a fused model writes this input where the group reads it (by a norm or an activation), as :func:`lay_input` does.
+        packed, up, flags, beside: Of the fused group.
+    """
 
     hidden: int
     linears: list[Linear]
+    fed: bool = True
     packed: Tensor | None = None
     up: Tensor | None = None
     flags: Tensor | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: 
         return (torch.randn(*size, device=device, dtype=torch.float32) * scale).to(dtype)
 
     groups = []
-    for hidden, widths in shape.groups:
+    for index, (hidden, widths) in enumerate(shape.groups):
         linears = [
             Linear(
                 draw(width, hidden, scale=hidden**-0.5),
@@ -69,7 +78,7 @@ def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: 
             )
             for width in widths
         ]
-        group = Group(hidden, linears)
+        group = Group(hidden, linears, fed=index != 1)  # what attention gives to o comes as it is
         if fused:
             _fuse(group, setting)
         groups.append(group)
@@ -80,19 +89,35 @@ def _fuse(group: Group, setting: Setting) -> None:
     """Lay the group's weights out as the fused kernels want them; the linears become views of that."""
     from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
     from meteora_kernels.triton_group import new_flags
+    from meteora_kernels.wide import Wide
 
     total = setting.adapters * setting.rank
     stacked, begin = stacked_rows_of(setting.adapters, total), gate_rows_of(setting.adapters)
     widths = [linear.weight.shape[0] for linear in group.linears]
     first = group.linears[0].weight
     rows = -(-(sum(widths) + len(widths) * stacked) // 128) * 128
-    packed = first.new_zeros(rows, group.hidden)
+    wide = Wide(group.hidden, total, len(widths))
+    group.beside = plan.lies_beside(group.hidden, total, len(widths), first.dtype)
+    packed = wide.new_block(rows, first) if group.beside else first.new_zeros(rows, group.hidden)
     for index, (linear, start) in enumerate(zip(group.linears, itertools.accumulate(widths, initial=0), strict=False)):
         extra = sum(widths) + index * stacked
         for tensor, at, name in ((linear.weight, start, "weight"), (linear.gate, extra, "gate"), (linear.lora_A, extra + begin, "lora_A")):
             packed[at : at + tensor.shape[0]] = tensor
             setattr(linear, name, packed[at : at + tensor.shape[0]])
     group.packed, group.up, group.flags = packed, torch.cat([linear.lora_B.reshape(-1) for linear in group.linears]), new_flags(first.device)
+    if group.beside:
+        wide.place_up(packed, group.up, widths)
+
+
+def lay_input(group: Group, x: Tensor) -> Tensor:
+    """``x`` as a fused model gives it to this group: where the plan wants it, columns of a wider buffer."""
+    from meteora_kernels.wide import Wide
+
+    if not (group.fed and group.beside) or x.shape[0] <= plan.FEW_TOKENS:
+        return x
+    widths = [linear.lora_B.shape[1] for linear in group.linears]
+    rule = plan.group_rule(x.shape[0], sum(widths), group.hidden, x.dtype, beside=True, in_place=True)
+    return Wide(group.hidden, group.linears[0].lora_B.shape[0], len(widths)).new_rows(x.shape[0], x).copy_(x) if rule.order == "wide" else x
 
 
 def run_linear(name: str, linear: Linear, x: Tensor, setting: Setting) -> Tensor:
@@ -123,7 +148,7 @@ def run_linear(name: str, linear: Linear, x: Tensor, setting: Setting) -> Tensor
 
 
 def run_group(name: str, group: Group, x: Tensor, setting: Setting) -> list[Tensor]:
-    """Outputs of all linears of a group; ``fused`` does base and adapters of all in one call."""
+    """Outputs of all linears of a group; ``fused`` does base and adapters of all in one call, on x as :func:`lay_input` gives it."""
     if name != "fused":
         return [run_linear(name, linear, x, setting) for linear in group.linears]
     from meteora_kernels.triton_group import group_forward
@@ -134,7 +159,7 @@ def run_group(name: str, group: Group, x: Tensor, setting: Setting) -> list[Tens
     first = group.linears[0]
     widths = [linear.lora_B.shape[1] for linear in group.linears]
     arguments = (first.scaling, first.offsets, None, group.flags, widths, first.lora_A.shape[0], setting.rank, setting.top_k, 1.0)
-    return list(torch.split(group_forward(x, group.packed, group.up, None, *arguments), widths, dim=-1))
+    return list(torch.split(group_forward(x, group.packed, group.up, None, *arguments, group.beside, not x.is_contiguous()), widths, dim=-1))
 
 
 def _loop(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: Tensor, setting: Setting) -> Tensor:

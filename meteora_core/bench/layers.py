@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_core.bench.contenders import Group, Setting, gather_bytes, make_layer, run_group
+from meteora_core.bench.contenders import Group, Setting, gather_bytes, lay_input, make_layer, run_group
 from meteora_core.bench.shapes import ModelShape
 from meteora_core.bench.timing import capture, ceilings, medians, peak_memory
 from meteora_core.errors import UsageError
@@ -110,6 +110,9 @@ def bench_layers(
     progress: Progress = SILENT,
 ) -> LayerBench:
     """Time every contender at every token count, in turn, in one process.
+
+    The fused groups get x as a fused model gives it to them: for q, k, v, for gate, up and for down in the columns of a wider buffer, where the
+    model's norms and activation write it (their own time is nobody's here); for o as it is, a copy being part of the time.
 
     Args:
         shape: Of the layer.
@@ -243,11 +246,13 @@ def _least(shape: ModelShape, setting: Setting, tokens: int, itemsize: int, name
 
 
 def _inference(name: str, sets: list[list[Group]], inputs: dict[int, Tensor], setting: Setting) -> Callable[[], None]:
+    given = [lay_input(group, inputs[group.hidden]) if name == "fused" else inputs[group.hidden] for group in sets[0]]
+
     def work() -> None:
         with torch.no_grad():
             for groups in sets:
-                for group in groups:
-                    run_group(name, group, inputs[group.hidden], setting)
+                for group, x in zip(groups, given, strict=True):
+                    run_group(name, group, x, setting)
 
     return work
 
@@ -295,7 +300,7 @@ def _error(name: str, groups: list[Group], inputs: dict[int, Tensor], setting: S
     for group in groups:
         x = inputs[group.hidden][:_CHECKED]
         with torch.no_grad():
-            outputs = run_group(name, group, inputs[group.hidden], setting)
+            outputs = run_group(name, group, lay_input(group, inputs[group.hidden]) if name == "fused" else inputs[group.hidden], setting)
         for linear, output in zip(group.linears, outputs, strict=True):
             wide = F.linear(x.double(), linear.weight.double())
             if name == "peft":

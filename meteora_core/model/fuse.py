@@ -8,6 +8,7 @@ or another backend is asked for, the layers run as they did before.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
+from meteora_core.model.feeders import feed, starve
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import routing_state
 from meteora_kernels import pick_backend, plan
@@ -40,11 +42,14 @@ class FusedGroup:
         layers: The members, in the order in which their model calls them.
         packed: (P, h): all base weights, then per member its gate and A with padding.
         up: All B, flat.
+        wide: Where B^T and the input lie for prefill.
+        beside: Whether B^T lies beside the weights too, as a copy of ``up`` that :meth:`refresh` keeps up to date.
     """
 
     def __init__(self, layers: list[MeteoraLinear]) -> None:
         from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
         from meteora_kernels.triton_group import new_flags
+        from meteora_kernels.wide import Wide
 
         self.layers = layers
         first = layers[0]
@@ -56,10 +61,12 @@ class FusedGroup:
         stacked = stacked_rows_of(len(first.ranks), self.rank)
         outputs = sum(self.widths)
         weight = first.weight
-        with torch.no_grad():
+        self.wide = Wide(first.in_features, self.rank, len(layers))
+        seen = not any(layer.lora_B.is_inference() for layer in layers)  # inference tensors do not tell that they changed
+        self.beside = seen and plan.lies_beside(first.in_features, self.rank, len(layers), weight.dtype)
+        with torch.inference_mode(False), torch.no_grad():
             rows = -(-(outputs + len(layers) * stacked) // 128) * 128
-            packed = torch.zeros(rows, first.in_features, dtype=weight.dtype, device=weight.device)
-            self.packed: Tensor = packed
+            self.packed: Tensor = self.wide.new_block(rows, weight) if self.beside else weight.new_zeros(rows, first.in_features)
             self.up: Tensor = torch.empty(self.rank * outputs, dtype=weight.dtype, device=weight.device)
             biases = [layer.bias for layer in layers]
             self.bias: Tensor | None = None
@@ -89,6 +96,8 @@ class FusedGroup:
             )
             if parameter is not None
         ]
+        self.versions: list[int] = []
+        self.handed: weakref.ref[Tensor] | None = None
         self.seen: Tensor | None = None
         self.version = (0, 0)
         self.waiting: list[Tensor | None] = [None] * len(layers)
@@ -108,6 +117,30 @@ class FusedGroup:
     def in_place(self) -> bool:
         """Whether every weight still lies in the block, so that the block holds what the layers would use."""
         return all(holder[name] is parameter and parameter.data_ptr() == place for holder, name, parameter, place in self.placed)
+
+    def refresh(self) -> None:
+        """Copy B beside the weights again where it changed."""
+        versions = [layer.lora_B._version for layer in self.layers]
+        if self.beside and versions != self.versions:
+            with torch.no_grad():
+                self.wide.place_up(self.packed, self.up, self.widths)
+            self.versions = versions
+
+    def new_input(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """An unwritten tensor for this group's next input, (..., h): where the plan wants it, with columns around it that :meth:`run` uses."""
+        tokens = shape[:-1].numel()
+        if tokens > plan.FEW_TOKENS and self.beside:
+            rule = plan.group_rule(tokens, sum(self.widths), self.wide.hidden, like.dtype, beside=True, in_place=True)
+            if rule.order == "wide":
+                rows = self.wide.new_rows(tokens, like).view(shape)
+                self.handed = weakref.ref(rows)
+                return rows
+        return like.new_empty(shape)
+
+    def is_handed(self, x: Tensor) -> bool:
+        """Whether (M, h) ``x`` is what :meth:`new_input` gave last, or a view of all of it: while that lives, nothing else lies at its address."""
+        handed = None if self.handed is None else self.handed()
+        return handed is not None and x.data_ptr() == handed.data_ptr() and x.numel() == handed.numel() and x.stride() == (self.wide.row, 1)
 
     def run(self, index: int, x: Tensor) -> Tensor:
         """The output of member ``index``; the first member that meets a new ``x`` computes all."""
@@ -157,28 +190,23 @@ class FusedGroup:
         from meteora_kernels import triton_group
 
         state, layer = self.state, self.layers[0]
+        flat = x.reshape(-1, x.shape[-1])
+        weights = (self.packed, self.up, self.bias, layer.scaling, layer.offsets, layer._allowed(), self.flags)
+        sizes = (self.widths, self.rank, self.max_rank, state.top_k, state.temperature)
         with on_device_of(x):
-            output = (triton_group.group_forward if eager(x) else triton_group.group_op)(
-                x.reshape(-1, x.shape[-1]).contiguous(),
-                self.packed,
-                self.up,
-                self.bias,
-                layer.scaling,
-                layer.offsets,
-                layer._allowed(),
-                self.flags,
-                self.widths,
-                self.rank,
-                self.max_rank,
-                state.top_k,
-                state.temperature,
-            )
-        return output.view(*x.shape[:-1], -1).split(self.widths, dim=-1)
+            if eager(x):
+                self.refresh()
+                in_place = self.beside and self.is_handed(flat)
+                output = triton_group.group_forward(flat if in_place else flat.contiguous(), *weights, *sizes, self.beside, in_place)
+            else:
+                output = triton_group.group_op(flat.contiguous(), *weights, *sizes)
+        return torch.split(output.view(*x.shape[:-1], -1), self.widths, dim=-1)
 
 
 def fuse(model: nn.Module) -> int:
     """Run linears that share an input as one, in place; for inference on a CUDA GPU. Logits stay the same up to rounding.
 
+    Norms and gated activations right before such linears run as one kernel each (:mod:`meteora_core.model.feeders`).
     Layers that cannot take part (quantised bases, adapters of rank 0 only) stay as they are; calling it twice is harmless.
 
     Args:
@@ -191,7 +219,8 @@ def fuse(model: nn.Module) -> int:
         UsageError: Nothing is attached, or the GPU kernels cannot run where the model is.
     """
     routing_state(model)
-    made = 0
+    made: dict[MeteoraLinear, FusedGroup] = {}
+    count = 0
     for layers in list(_groups(model)):
         reason = plan.why_not_triton(layers[0].weight.device.type, layers[0].weight.dtype)
         if reason is not None:
@@ -199,9 +228,11 @@ def fuse(model: nn.Module) -> int:
         group = FusedGroup(layers)
         for index, layer in enumerate(layers):
             layer.forward = _member(group, index)  # type: ignore[method-assign,assignment]
-        made += 1
-    _log.debug("fused %d groups", made)
-    return made
+            made[layer] = group
+        count += 1
+    replaced = feed(model, made)
+    _log.debug("fused %d groups; %d modules before them write where they read", count, replaced)
+    return count
 
 
 def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "auto") -> int:
@@ -237,6 +268,7 @@ def unfuse(model: nn.Module) -> int:
     """Undo :func:`fuse`: every weight gets its own memory again. Returns how many layers were released."""
     routing_state(model)
     released = 0
+    starve(model)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, MeteoraLinear) and "forward" in vars(module):

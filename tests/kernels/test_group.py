@@ -166,14 +166,14 @@ def test_group_asks_the_plan_with_its_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     """And decoding does not ask."""
     asked = []
 
-    def rule(*case: object, **_: object) -> plan.GroupRule:
-        asked.append(case)
+    def rule(*case: object, can_stream: object, **state: bool) -> plan.GroupRule:
+        asked.append((*case, state))
         raise LookupError
 
     monkeypatch.setattr(plan, "group_rule", rule)
     with pytest.raises(LookupError):
         group_forward(*members((24, 9), 17, False, torch.float16).arguments())  # type: ignore[arg-type]
-    assert asked == [(17, 33, 72, torch.float16)]
+    assert asked == [(17, 33, 72, torch.float16, {"beside": False, "in_place": False})]
     group_forward(*members((24, 9), 16, False, torch.float16).arguments())  # type: ignore[arg-type]
     assert len(asked) == 1
 
@@ -205,6 +205,10 @@ def test_products_are_partial_sums(tokens: int, rows: int, hidden: int, splits: 
     found = products(x, weights, splits, TILE)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.stack(exact).float(), rtol=1e-5, atol=2e-5)
+    copied = torch.full((tokens, hidden + 9), float("nan"), dtype=dtype, device=DEVICE)
+    assert torch.equal(products(x, weights, splits, TILE, copied[:, 4 : hidden + 4]), found)
+    assert torch.equal(copied[:, 4 : hidden + 4], x)
+    assert bool(copied[:, [0, 3, hidden + 4, hidden + 8]].isnan().all())
     found = library_products(x, weights, splits)
     equal = hidden % (8 * splits) == 0
     assert (found.dtype, found.shape) == (torch.float32, (splits if equal else 1, tokens, rows))

@@ -77,27 +77,61 @@ def test_paths() -> None:
     assert not plan.chosen_rows_only(224, 2, 8)
 
 
+ROUNDED, LATE, ONCE, TWICE = ("packed", 0, None), ("split", 0, None), ("packed", 1, None), ("packed", 2, None)
+KERNEL, BROAD = ("packed", 1, (64, 64, 128, 4, 3)), ("split", 2, None)
+COPYING = [("wide", pieces, (64, 128, 64, 4, 3)) for pieces in (8, 8, 4)] + [("wide", pieces, (128, 128, 64, 8, 3)) for pieces in (4, 2, 2)]
+TOKENS = (17, 64, 65, 256, 257, 512, 1024, 1025, 4096, 1 << 20)
+
+
 @pytest.mark.parametrize(
-    ("outputs", "hidden", "up_to_64", "from_257"),
+    ("outputs", "hidden", "apart", "beside", "in_place"),
     [
-        pytest.param(6144, 4096, ("packed", 1, None), ("packed", 0, None), id="qkv"),
-        pytest.param(4096, 4096, ("packed", 1, None), ("packed", 0, None), id="o"),
-        pytest.param(28672, 4096, ("packed", 1, (64, 64, 128, 4, 3)), ("split", 2, None), id="gate-up"),
-        pytest.param(4096, 14336, ("packed", 2, None), ("packed", 0, None), id="down"),
-        pytest.param(16383, 8191, ("packed", 1, None), ("packed", 0, None), id="below-the-limits"),
-        pytest.param(16384, 8192, ("packed", 1, (64, 64, 128, 4, 3)), ("split", 2, None), id="at-both-limits"),
+        pytest.param(
+            6144,
+            4096,
+            [ONCE] * 4 + [ROUNDED] * 3 + [LATE] * 3,
+            [ONCE] * 4 + COPYING,
+            [ONCE] * 4 + [("wide", 2, None)] * 3 + [("wide", 0, None)] * 3,
+            id="qkv-and-o",
+        ),
+        pytest.param(
+            28672,
+            4096,
+            [KERNEL] * 2 + [ONCE] * 2 + [BROAD] * 3 + [LATE] * 3,
+            [KERNEL] * 2 + [ONCE] * 2 + [BROAD] * 3 + [("wide", 0, None)] * 3,
+            [KERNEL] * 2 + [("wide", 4, None)] * 2 + [("wide", 2, None)] * 3 + [("wide", 0, None)] * 3,
+            id="gate-up",
+        ),
+        pytest.param(
+            4096,
+            14336,
+            [TWICE] * 4 + [ROUNDED] * 3 + [LATE] * 3,
+            [TWICE] * 4 + [ROUNDED] * 3 + [LATE] * 3,
+            [TWICE] * 2 + [("wide", 4, None)] * 5 + [("wide", 2, None)] * 3,
+            id="down",
+        ),
+        pytest.param(
+            16383,
+            8191,
+            [ONCE] * 4 + [ROUNDED] * 3 + [LATE] * 3,
+            [ONCE] * 4 + COPYING,
+            [ONCE] * 4 + [("wide", 2, None)] * 3 + [("wide", 0, None)] * 3,
+            id="below-the-limits",
+        ),
     ],
 )
-def test_plan_of_groups(outputs: int, hidden: int, up_to_64: object, from_257: object) -> None:
+def test_plan_of_groups(outputs: int, hidden: int, apart: list[object], beside: list[object], in_place: list[object]) -> None:
     """Llama-3-8B's groups, and both sides of every limit; float32 has no use for float32 sums."""
-    plain, late = ("packed", 0, None), ("split", 0, None)
-    tokens = (17, 64, 65, 256, 257, 512, 1024, 1025, 4096, 1 << 20)
-    expected = [up_to_64, up_to_64, plain, plain, from_257, from_257, from_257, late, late, late]
+
+    def found(dtype: torch.dtype, **state: bool) -> list[object]:
+        rules = [plan.group_rule(count, outputs, hidden, dtype, **state) for count in TOKENS]
+        return [(rule.order, rule.pieces, rule.tile) for rule in rules]
+
     for dtype in (torch.bfloat16, torch.float16):
-        rules = [plan.group_rule(count, outputs, hidden, dtype) for count in tokens]
-        assert [(rule.order, rule.pieces, rule.tile) for rule in rules] == expected
-    rules = [plan.group_rule(count, outputs, hidden, torch.float32) for count in tokens]
-    assert [(rule.order, rule.pieces, rule.tile) for rule in rules] == [plain] * 7 + [late] * 3
+        assert found(dtype) == apart
+        assert found(dtype, beside=True) == beside
+        assert found(dtype, beside=True, in_place=True) == in_place
+    assert found(torch.float32) == [ROUNDED] * 7 + [LATE] * 3
     with pytest.raises(AssertionError):
         plan.group_rule(16, outputs, hidden, torch.bfloat16)
 
@@ -138,6 +172,7 @@ def test_plan_of_groups_streams_where_it_can() -> None:
         (("stream", 17, 64, 1, None, 2), "holds all tokens"),
         (("stream", 17, 65, 1, (64, 64, 128, 4, 3), 2), "holds all tokens"),
         (("stream", 17, 64, 5, (64, 64, 128, 4, 3), 2), "16 outputs for every piece"),
+        (("packed", 17, 64, 0, None, 0, 0, 0, True), "only 'wide'"),
     ],
 )
 def test_plan_of_groups_refuses_lines_without_sense(arguments: tuple[object, ...], message: str) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from meteora_core.bench import ModelShape, bench_end_to_end, bench_layers, plot_layers
-from meteora_core.bench.contenders import Setting, make_layer, run_group
+from meteora_core.bench.contenders import Setting, lay_input, make_layer, run_group
 from meteora_core.bench.shapes import SHAPES, shape_named
 from meteora_core.bench.timing import medians
 from meteora_core.errors import UsageError
+from meteora_kernels import plan
 
 TINY = ModelShape("tiny", 32, 16, 48, 4, 2, 2, 64)
 CPU = torch.device("cpu")
@@ -35,6 +36,22 @@ def test_all_contenders_compute_the_same() -> None:
         base = run_group("base", group, x, setting)
         assert all(not torch.allclose(one, other) for one, other in zip(expected, base, strict=True))
         assert all(not torch.allclose(one, other) for one, other in zip(run_group("peft", group, x, setting), base, strict=True))
+
+
+def test_fused_gets_its_input_as_a_fused_model_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For q, k, v, for gate, up and for down in the columns of a wider buffer, for o as it is; all four are right."""
+    monkeypatch.setattr(plan, "WIDE_SHARE", 0)
+    monkeypatch.setattr(plan, "GROUPS", (plan.GroupRule("wide", 17, plan.EVER, pieces=1),))
+    device, setting, wide = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Setting(3, 4, 2), []
+    for group in make_layer(TINY, setting, torch.float16, device, fused=True):
+        assert lay_input(group, few := torch.randn(3, group.hidden).to(device, torch.float16)) is few
+        x = torch.randn(18, group.hidden).to(device, torch.float16)
+        given = lay_input(group, x)
+        assert torch.equal(given, x)
+        wide.append(not given.is_contiguous())
+        for one, other in zip(run_group("reference", group, x, setting), run_group("fused", group, given, setting), strict=True):
+            assert float(((one - other).norm(dim=1) / one.norm(dim=1)).median()) < 2e-3
+    assert wide == [True, False, True, True]
 
 
 def test_rows_cover_every_contender_and_size() -> None:

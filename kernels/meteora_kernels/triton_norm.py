@@ -1,0 +1,52 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The root-mean-square norm of Llama and its kin in one launch, written where the linears behind it want their input."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.sizes import power_of_two
+
+MOST_COLUMNS = 16384
+"""A row lies in the registers of one program."""
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, out, hidden, stride_x, stride_out, epsilon, BLOCK: tl.constexpr):
+    """out[t] = weight * round(x[t] / sqrt(mean(x[t]^2) + epsilon)), sums in float32; round: to the dtype of x.
+
+    x (M, h) and out (M, h), columns contiguous; weight (h,). The formula is that of RMSNorm (Zhang and Sennrich, arXiv 1910.07467), rounded where
+    transformers' LlamaRMSNorm rounds. Grid: (M,).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < hidden
+    values = tl.load(x + token * stride_x + columns, mask=mask, other=0.0).to(tl.float32)
+    factors = tl.load(weight + columns, mask=mask, other=0.0)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / hidden + epsilon)
+    rounded = (values * scale).to(x.dtype.element_ty).to(tl.float32)
+    tl.store(out + token * stride_out + columns, (rounded * factors.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> None:
+    """Write the normalised, weighted rows of ``x`` into ``out``.
+
+    Args:
+        x: (M, h), columns contiguous, h up to :data:`MOST_COLUMNS`.
+        weight: (h,), contiguous, the dtype of x.
+        epsilon: Added to the mean square.
+        out: (M, h), columns contiguous, the dtype of x.
+    """
+    tokens, hidden = x.shape
+    block = power_of_two(hidden)
+    if tokens:
+        rms_norm_kernel[(tokens,)](x, weight, out, hidden, x.stride(0), out.stride(0), epsilon, BLOCK=block, num_warps=max(1, min(8, block // 512)))
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The same by the library, for x (..., h), in the dtype of x."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)

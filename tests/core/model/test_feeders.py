@@ -1,0 +1,198 @@
+"""Norms and gated activations that write where fused groups read: the same logits, their own forward wherever it matters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from meteora_core import AdapterBank, attach, detach, fuse, unfuse
+from meteora_core.model.attach import meteora_layers
+from meteora_core.model.feeders import Feeder
+from meteora_core.routing import record_routes, routing_state
+from meteora_kernels import plan, triton_group
+from meteora_kernels.wide import Wide
+from tiny_models import make_tiny_llama
+
+IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINES = (
+    plan.GroupRule("wide", 17, plan.EVER, pieces=1, in_place=True),
+    plan.GroupRule("wide", 17, plan.EVER, pieces=1),
+    plan.GroupRule("split", 17, plan.EVER),
+)
+
+
+def attached(make_adapter, base: nn.Module) -> nn.Module:
+    folders = {name: make_adapter(name, seed, r=4, target_modules=NAMES) for seed, name in enumerate(("one", "two", "three"))}
+    model = attach(base.half(), AdapterBank.from_peft(folders), top_k=3)  # all of them: no near ties
+    return model.cuda() if torch.cuda.is_available() else model
+
+
+@pytest.fixture
+def model(make_adapter, monkeypatch: pytest.MonkeyPatch):
+    """A tiny Llama in float16 whose groups all keep B^T beside their weights, and run so from 17 tokens on."""
+    monkeypatch.setattr(plan, "WIDE_SHARE", 0)
+    monkeypatch.setattr(plan, "GROUPS", LINES)
+    return attached(make_adapter, make_tiny_llama())
+
+
+def fed(model: nn.Module) -> list[str]:
+    return sorted(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Feeder))
+
+
+def logits_of(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS.to(next(model.parameters()).device)).logits.float()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_all_but_the_attention_output_lie_wide(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = logits_of(model)
+    assert fuse(model) == 8
+    assert fed(model) == sorted(["input_layernorm", "post_attention_layernorm", "mlp"] * 2)
+    seen, forward = [], triton_group.group_forward
+
+    def watched(x: torch.Tensor, *others: object) -> torch.Tensor:
+        seen.append((x.shape[1], len(others[7]), others[-1]))  # type: ignore[arg-type]
+        return forward(x, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_group, "group_forward", watched)
+    found = logits_of(model)
+    assert close(found, expected)
+    assert seen == [(32, 3, True), (32, 1, False), (32, 2, True), (48, 1, True)] * 2
+    assert torch.equal(logits_of(model), found)
+    with torch.no_grad():
+        one = model(IDS[:1, :1].to(found.device)).logits.float()
+    assert close(one, found[:1, :1])
+    assert unfuse(model) == 14
+    assert fed(model) == []
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_a_checkpoint_loaded_later_is_seen_by_prefill_and_decoding(model) -> None:
+    fuse(model)
+    before = logits_of(model)
+    state = {name: tensor * -1.5 if name.endswith("lora_B") else tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    found = logits_of(model)
+    ids = IDS[:, :2].to(found.device)
+    with torch.no_grad():
+        few = model(ids).logits.float()
+        unfuse(model)
+        assert close(few, model(ids).logits.float())
+    assert close(found, logits_of(model))
+    assert not close(found, before)
+
+
+def test_a_copy_has_norms_of_its_own(model) -> None:
+    fuse(model)
+    expected = logits_of(model)
+    twin = copy.deepcopy(model)
+    assert fed(twin) == []
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if name.endswith("layernorm.weight"):
+                parameter.zero_()
+    assert not close(logits_of(twin), expected)
+    assert torch.equal(logits_of(model), expected)
+    assert fuse(twin) == 8
+    assert len(fed(twin)) == 6
+    detach(twin)
+    assert fed(twin) == []
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_own_forwards_where_the_group_does_not_run(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, recorders, other backends, a disabled mixture: neither kernel is called."""
+    fuse(model)
+    ids, state = IDS.to(next(model.parameters()).device), routing_state(model)
+
+    def never(*_: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr("meteora_kernels.triton_norm.rms_norm", never)
+    monkeypatch.setattr("meteora_kernels.triton_gated.silu_times", never)
+    model(ids)
+    with torch.no_grad():
+        with record_routes(model):
+            model(ids)
+        with state.disabled():
+            model(ids)
+        state.backend = "dense"
+        model(ids)
+        state.backend = "auto"
+        with pytest.raises(AssertionError, match="called"):
+            model(ids)
+
+
+def test_hooks_still_run(model) -> None:
+    fuse(model)
+    called: list[str] = []
+    norm = next(module for name, module in model.named_modules() if name.endswith("input_layernorm"))
+    norm.register_forward_hook(lambda *_: called.append("norm"))
+    next(layer for path, layer in meteora_layers(model) if path.endswith("gate_proj")).register_forward_hook(lambda *_: called.append("gate"))
+    logits_of(model)
+    assert called == ["norm", "gate"]
+
+
+@pytest.mark.parametrize("kind", ["norm", "activation"])
+def test_other_forms_stay_as_they_are(make_adapter, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that multiplies by 1 + weight, an activation that is no SiLU."""
+    from transformers.models.llama import modeling_llama
+
+    base = make_tiny_llama()
+    if kind == "norm":
+
+        class Other(modeling_llama.LlamaRMSNorm):
+            def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+                return super().forward(hidden_states) * 2
+
+        for module in list(base.modules()):
+            if type(module) is modeling_llama.LlamaRMSNorm:
+                module.__class__ = Other
+    else:
+        for module in base.modules():
+            if hasattr(module, "act_fn"):
+                module.act_fn = nn.GELU()
+    model = attached(make_adapter, base)
+    expected = logits_of(model)
+    fuse(model)
+    assert fed(model) == (["mlp"] * 2 if kind == "norm" else sorted(["input_layernorm", "post_attention_layernorm"] * 2))
+    assert close(logits_of(model), expected)
+
+
+def test_only_what_was_handed_out_counts_as_lying_wide(model) -> None:
+    """A view of it does; a copy, a part, and rows of somebody else's matrix with the same strides do not."""
+    fuse(model)
+    q = next(layer for path, layer in meteora_layers(model) if path.endswith("q_proj"))
+    feeders = [vars(module).get("forward") for module in model.modules()]
+    group = next(feeder.group for feeder in feeders if isinstance(feeder, Feeder) and feeder.group.layers[0] is q)
+    like = torch.zeros(2, 9, 32, dtype=torch.float16, device=q.gate.device)
+    given = group.new_input(like.shape, like)
+    flat = given.view(-1, 32)
+    assert flat.stride() == (Wide(32, 12, 3).row, 1)
+    assert group.is_handed(flat)
+    assert group.is_handed(given.reshape(3, 6, 32).reshape(-1, 32))
+    assert not group.is_handed(flat[:17])
+    assert not group.is_handed(flat[1:])
+    assert not group.is_handed(flat.clone())
+    assert not group.is_handed(torch.zeros(18, Wide(32, 12, 3).row, dtype=torch.float16, device=like.device)[:, 64:96])
+    del given, flat
+    assert group.handed() is None
+    assert group.new_input(torch.Size((1, 1, 32)), like).is_contiguous()
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break(model) -> None:
+    expected = logits_of(model)
+    fuse(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert close(compiled(IDS.to(expected.device)).logits.float(), expected)
