@@ -266,9 +266,9 @@ def group_rule(
         can_stream: Whether a line of the order "stream" can run with this group's tensors; None: it cannot.
     """
     for rule in GROUPS:
-        if rule.order == "stream" and (can_stream is None or not can_stream(rule)):
-            continue
-        if rule.fits(tokens, outputs, hidden, dtype, beside=beside, in_place=in_place):
+        if rule.fits(tokens, outputs, hidden, dtype, beside=beside, in_place=in_place) and (
+            rule.order != "stream" or (can_stream is not None and can_stream(rule))
+        ):
             return rule
     raise AssertionError("the lines without pieces fit every case")
 
