@@ -52,7 +52,7 @@ def test_every_line_of_the_plan(widths: tuple[int, ...], hidden: int, dtype: tor
         base = F.linear(few, weight.double()).split(widths, dim=1)
         exact = torch.cat(
             [
-                lora_mixture(few, part, case.gate.double(), case.lora_A.double(), case.lora_B.double(), case.scaling, case.offsets, backend="reference")
+                lora_mixture(few, part, case.gate.double(), case.lora_A.double(), case.lora_B.double(), cases[0].scaling, case.offsets, backend="reference")
                 for part, case in zip(base, cases, strict=True)
             ],
             dim=1,
