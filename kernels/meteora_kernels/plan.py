@@ -127,9 +127,6 @@ GROUPS: tuple[GroupRule, ...] = (
 """First match wins. The limits on outputs and hidden tell Llama-3-8B's groups apart (gate and up: 28,672 outputs; down: 14,336 hidden); o is
 the one whose input nobody writes in place."""
 
-PAIRED = False
-"""Whether "wide" multiplies the windows of two members of one width as a batch of two."""
-
 
 @dataclass(frozen=True, slots=True)
 class Case:

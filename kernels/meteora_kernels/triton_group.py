@@ -109,12 +109,8 @@ def group_forward(
                 found = products(x, ga, rule.pieces, rule.tile, rows)
         buffer = wide.whole(rows)
         routed(found, (buffer, *wide.places, wide.pad))
-        if plan.PAIRED and members == 2 and widths[0] == widths[1]:
-            left, right = wide.pair(buffer, packed, widths[0])
-            torch.bmm(left, right.transpose(1, 2), out=y.view(tokens, 2, -1).transpose(0, 1))
-        else:
-            for columns, rows, place in wide.windows(packed, widths):
-                torch.mm(buffer[:, columns], rows.t(), out=y[:, place])
+        for columns, rows, place in wide.windows(packed, widths):
+            torch.mm(buffer[:, columns], rows.t(), out=y[:, place])
         return y if bias is None else y.add_(bias)
     found = product_of(x, ga, rule)
     inner = routed(found)

@@ -90,12 +90,6 @@ class Wide:
             yield slice(begin, end), packed.as_strided((size, end - begin), (self.weight_row, 1), origin), slice(row, row + size)
             row += size
 
-    def pair(self, buffer: Tensor, packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Of two members with ``width`` outputs each, both windows of x's buffer (2, M, left + h) and both of the weights (2, width, left + h)."""
-        size, origin = self.left + self.hidden, packed.storage_offset() - self.left
-        left = buffer.as_strided((2, buffer.shape[0], size), (self.left, self.row, 1), buffer.storage_offset())
-        return left, packed.as_strided((2, width, size), (width * self.weight_row + self.left, self.weight_row, 1), origin)
-
     def place_up(self, packed: Tensor, up: Tensor, widths: list[int]) -> None:
         """Copy every member's B (R, width), one behind the other in ``up``, into its columns of the block, transposed."""
         row = 0

@@ -86,7 +86,7 @@ def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: 
 
 
 def _fuse(group: Group, setting: Setting) -> None:
-    """Lay the group's weights out as the fused kernels want them; the linears become views of that."""
+    """Lay a copy of the group's weights out as the fused kernels want them; the other contenders keep their own, whose rows lie close together."""
     from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
     from meteora_kernels.triton_group import new_flags
     from meteora_kernels.wide import Wide
@@ -101,9 +101,8 @@ def _fuse(group: Group, setting: Setting) -> None:
     packed = wide.new_block(rows, first) if group.beside else first.new_zeros(rows, group.hidden)
     for index, (linear, start) in enumerate(zip(group.linears, itertools.accumulate(widths, initial=0), strict=False)):
         extra = sum(widths) + index * stacked
-        for tensor, at, name in ((linear.weight, start, "weight"), (linear.gate, extra, "gate"), (linear.lora_A, extra + begin, "lora_A")):
+        for tensor, at in ((linear.weight, start), (linear.gate, extra), (linear.lora_A, extra + begin)):
             packed[at : at + tensor.shape[0]] = tensor
-            setattr(linear, name, packed[at : at + tensor.shape[0]])
     group.packed, group.up, group.flags = packed, torch.cat([linear.lora_B.reshape(-1) for linear in group.linears]), new_flags(first.device)
     if group.beside:
         wide.place_up(packed, group.up, widths)

@@ -97,17 +97,6 @@ def test_wide_groups_round_once(
     assert float(errors(outputs[0]).median()) <= (1.6 if masked else 1.2) * float(own.median())
 
 
-def test_two_members_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both windows in one product give what two products give."""
-    group, wide = widened(members((24, 24), 21, False, torch.float16))
-    use(monkeypatch, "wide", 2)
-    _, *others = group.arguments()
-    apart = group_forward(laid(group.x, wide), *others, beside=True, in_place=True)  # type: ignore[arg-type]
-    monkeypatch.setattr(plan, "PAIRED", True)
-    together = group_forward(laid(group.x, wide), *others, beside=True, in_place=True)  # type: ignore[arg-type]
-    torch.testing.assert_close(together, apart, rtol=2e-3, atol=2e-3)
-
-
 def test_wide_rows_serve_every_other_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding (all of A, and the chosen rows), "packed" and "split" read the same block, whose rows are further apart than h."""
     for tokens in (3, 21):

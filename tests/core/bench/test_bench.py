@@ -44,6 +44,7 @@ def test_fused_gets_its_input_as_a_fused_model_gives_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(plan, "GROUPS", (plan.GroupRule("wide", 17, plan.EVER, pieces=1),))
     device, setting, wide = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Setting(3, 4, 2), []
     for group in make_layer(TINY, setting, torch.float16, device, fused=True):
+        assert all(tensor.is_contiguous() for linear in group.linears for tensor in (linear.weight, linear.gate, linear.lora_A)), "the others' rows lie close"
         assert lay_input(group, few := torch.randn(3, group.hidden).to(device, torch.float16)) is few
         x = torch.randn(18, group.hidden).to(device, torch.float16)
         given = lay_input(group, x)
