@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from meteora_core.data.rows import check_texts
 from meteora_core.evaluation.decode import Batch, Decoder
 from meteora_core.evaluation.limits import end_tokens
 
@@ -32,7 +33,8 @@ class Prompt:
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Tokenise prompts as they were tokenised in training; an EOS that the tokenizer adds at the end is taken away."""
+    """Tokenise prompts as they were tokenised in training; an EOS that the tokenizer adds at the end is taken away. Raises DataError for what is no text."""
+    check_texts(prompts)
     encoded = []
     for index, ids in enumerate(tokenizer(list(prompts), return_attention_mask=False)["input_ids"] if prompts else []):
         while ids and ids[-1] == tokenizer.eos_token_id:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from meteora_core.data.rows import Row
+from meteora_core.data.rows import Row, check_texts
 from meteora_core.errors import DataError
 from meteora_core.routing import IGNORE
 
@@ -71,7 +71,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
         max_length: Longest sequence, in tokens.
 
     Raises:
-        DataError: There are no rows.
+        DataError: There are no rows, or one is no text that can be tokenised.
     """
     if not rows:
         raise DataError("no training rows", hint="build the dataset again, without --max-train")
@@ -116,6 +116,7 @@ def tokenised(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBa
     """Per text: its number, the response's first token, the token ids with one EOS at the end, the tokens' offsets (without the EOS)."""
     for first in range(0, len(texts), CHUNK):
         part = [prompt + response for prompt, response in texts[first : first + CHUNK]]
+        check_texts(part)
         found = tokenizer(part, return_offsets_mapping=True, return_attention_mask=False)
         for place, (tokens, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True), start=first):
             yield place, *_ended(list(tokens), offsets, len(texts[place][0]), int(tokenizer.eos_token_id))

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from meteora_core import AdapterBank, attach
+from meteora_core.errors import DataError
 from meteora_core.evaluation import generate
 from meteora_core.evaluation.generate import Prompt, encode_prompts, generate_all, plan
 from tiny_models import make_tiny_llama
@@ -128,3 +129,8 @@ def test_fixed_caches_can_be_turned_on_and_off(model, monkeypatch, wanted) -> No
     monkeypatch.setattr(generate, "Decoder", Watched)
     assert answers(model, 5, cuda_graphs=wanted) == plain
     assert (made[0]._fixed is not None) == (wanted == "on")
+
+
+def test_half_a_character_is_said() -> None:
+    with pytest.raises(DataError, match="half of a character"):
+        encode_prompts(["fine", "half \ud83d"], letters())
