@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,8 @@ class FusedGroup:
                         _move(bias, place)
             start, extra, before = 0, outputs, 0
             for layer, width in zip(layers, self.widths, strict=True):
+                if _rows_close not in layer._state_dict_hooks.values():
+                    layer.register_state_dict_post_hook(_rows_close)  # type: ignore[no-untyped-call]
                 place = self.packed[start : start + width]
                 _move(layer.weight, place)
                 _move(layer.gate, self.packed[extra : extra + len(layer.ranks)])
@@ -289,6 +291,14 @@ def _member(group: FusedGroup, index: int) -> Callable[[Tensor], Tensor]:
         return group.run(index, x)
 
     return forward
+
+
+def _rows_close(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Of weights whose rows lie apart a state dict has copies whose rows lie close: who saves them (``save_pretrained``) takes no others."""
+    for name, parameter in layer.named_parameters():
+        tensor = state.get(prefix + name)
+        if tensor is not None and tensor is not parameter and not tensor.is_contiguous():
+            state[prefix + name] = tensor.contiguous()
 
 
 def _move(parameter: Tensor, place: Tensor) -> None:

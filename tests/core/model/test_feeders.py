@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from meteora_core import AdapterBank, attach, detach, fuse, unfuse
@@ -88,6 +89,22 @@ def test_a_checkpoint_loaded_later_is_seen_by_prefill_and_decoding(model) -> Non
         assert close(few, model(ids).logits.float())
     assert close(found, logits_of(model))
     assert not close(found, before)
+
+
+def test_a_fused_model_is_saved_as_it_was(model, tmp_path) -> None:
+    """By transformers too, which takes no tensors whose rows lie apart; calling fuse again adds nothing."""
+    model.save_pretrained(tmp_path / "apart")
+    fuse(model)
+    assert any(not parameter.is_contiguous() for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "fused")
+    apart, fused = (load_file(tmp_path / name / "model.safetensors") for name in ("apart", "fused"))
+    assert apart.keys() == fused.keys()
+    assert all(torch.equal(tensor, fused[name]) for name, tensor in apart.items())
+    state = model.state_dict(keep_vars=True)
+    assert all(state[name] is parameter for name, parameter in model.named_parameters())
+    unfuse(model)
+    fuse(model)
+    assert {len(module._state_dict_hooks) for _, module in meteora_layers(model)} == {1}
 
 
 def test_a_copy_has_norms_of_its_own(model) -> None:
