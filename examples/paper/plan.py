@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 STEPS_FILE = HERE / "steps.toml"
 
 PARTS = 4
-"""Adapters are trained by so many commands, each the tasks of its turn."""
+"""Adapters are trained by so many commands, each the tasks of its turn; fewer tasks have fewer commands."""
 
 SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train --stage adapters": ("train_adapters",), "eval": ("eval", "routing")}
 """Sections of the settings that a command's outcome depends on, besides ``model``; the longest beginning of a command counts."""
@@ -131,6 +131,7 @@ def load_experiment(
         settings.setdefault("data", {})["raw_dir"] = str(raw_dir)
     values = {**table["values"], "work": str(folder), "gates": str(folder / "gates"), "eval": str(folder / "eval"), "base": settings["model"]["base"]}
     left_out = set(table.get("without", [])) | ({"base"} if Path(settings["model"]["base"]).is_dir() else set())
+    left_out |= {f"adapters-{part}" for part in range(len(table["values"]["tasks"].split(",")) + 1, PARTS + 1)}
     steps: list[Step] = []
     for entry in listed["steps"]:
         if entry["name"] in left_out:

@@ -179,3 +179,12 @@ def test_adapters_are_trained_in_parts_that_make_the_whole(tmp_path, monkeypatch
     assert sorted(path.name for step in parts for path in engine.makes(step)) == tasks
     for step, part in zip(parts, trained, strict=True):
         assert [task for task in tasks if engine.uses(step, task)] == sorted(part)
+
+
+def test_fewer_tasks_than_parts_have_fewer_commands(tmp_path) -> None:
+    toy = (HERE / "toy.toml").read_text()
+    tasks = next(line for line in toy.splitlines() if line.startswith("tasks = "))
+    (tmp_path / "two.toml").write_text(toy.replace(tasks, 'tasks = "gsm8k,strategyqa"'))
+    experiment = load_experiment(tmp_path / "two.toml")
+    assert [step.name for step in experiment.steps if step.name.startswith("adapters-")] == ["adapters-1", "adapters-2"]
+    assert experiment.step("gates-ridge").needs == ("adapters-1", "adapters-2")
