@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,15 @@ def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the machine must not reach a test."""
     for name in [name for name in os.environ if name.startswith("METEORA_") and name != "METEORA_CACHE"]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_still_run() -> Iterator[None]:
+    """A test after which ``auto`` leaves the GPU kernels alone would change what the tests behind it test."""
+    from meteora_kernels.mixture import _broken
+
+    yield
+    assert not _broken
 
 
 @pytest.fixture(autouse=True)

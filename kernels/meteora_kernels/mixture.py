@@ -16,8 +16,8 @@ from meteora_kernels.operators import on_device_of
 BACKENDS: tuple[str, ...] = ("auto", "reference", "dense", "triton")
 
 _log = logging.getLogger(__name__)
-_broken: set[str] = set()
-"""Devices on which the Triton backend failed to start; ``auto`` leaves it alone there."""
+_broken: dict[str, str] = {}
+"""Devices on which the Triton backend failed to start, and why; ``auto`` leaves it alone there."""
 
 
 @lru_cache(maxsize=64)
@@ -38,7 +38,7 @@ def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, train
     """
     device = x.device.type
     if str(x.device) in _broken:
-        return "dense", "the GPU kernels failed on this device before"
+        return "dense", f"the GPU kernels failed on this device before ({_broken[str(x.device)]})"
     capability = _capability(x.device) if device == "cuda" else 0
     return plan.choose(plan.Case(x.numel() // max(x.shape[-1], 1), adapters, total_rank, top_k, x.dtype, device, capability, training))
 
@@ -133,11 +133,9 @@ def _triton_or_dense(arguments: tuple[Tensor, ...], options: dict[str, Any], max
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
-        device = str(arguments[0].device)
-        _broken.add(device)
-        _log.warning(
-            "GPU kernels cannot run on %s (%s); the dense backend runs instead", device, str(error).splitlines()[0] if str(error) else type(error).__name__
-        )
+        device, reason = str(arguments[0].device), str(error).splitlines()[0] if str(error) else type(error).__name__
+        _broken[device] = reason
+        _log.warning("GPU kernels cannot run on %s (%s); the dense backend runs instead", device, reason)
         return dense.lora_mixture(*arguments, **options)
 
 

@@ -111,6 +111,18 @@ def test_grid(ranks: list[int], hidden: int, out: int, top_k: int, dtype: torch.
     assert lora_mixture(*empty.arguments, **options).shape == (0, out)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("adapters", [2, 3, 4])
+@torch.no_grad()
+def test_few_small_adapters(adapters: int, rank: int, top_k: int) -> None:
+    """Tiles of a few numbers, which compilers seldom see."""
+    for tokens in (1, 5, 20, 100):
+        case, _ = layer([rank] * adapters, 64, 48, tokens, SINGLE)
+        got = lora_mixture(*case.arguments, top_k=top_k, backend="triton", max_rank=rank)
+        assert error(got, exact(case, top_k)) < 1e-5, tokens  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 48, 300])
 @pytest.mark.parametrize("ranks", [[8] * 28, [16] * 512], ids=["28x8", "512x16"])
 @torch.no_grad()

@@ -196,7 +196,7 @@ def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch, caplo
         return fail
 
     monkeypatch.setattr(mixture, "_implementation", broken)
-    monkeypatch.setattr(mixture, "_broken", set())
+    monkeypatch.setattr(mixture, "_broken", {})
     monkeypatch.setattr(plan, "choose", lambda case: ("triton", "test"))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
