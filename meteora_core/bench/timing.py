@@ -1,7 +1,8 @@
-"""Honest timings: warm-up, contenders in turn, medians, CUDA graphs where asked."""
+"""Honest timings: warm-up, contenders in turn and in changing order, medians, CUDA graphs where asked."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +29,9 @@ def capture(work: Work) -> Work:
 def medians(works: dict[str, Work], device: torch.device, *, repeats: int, seconds: float) -> dict[str, float]:
     """Median milliseconds of each, run in turn so that a drift of the machine meets all of them.
 
+    Every round has an order of its own, drawn with a fixed seed: the clock that a GPU runs at, and what its cache holds, depend on who ran
+    before, so nobody may always follow the same one.
+
     Args:
         works: Name -> what to run.
         device: Where it runs; CUDA work is timed by events.
@@ -37,12 +41,12 @@ def medians(works: dict[str, Work], device: torch.device, *, repeats: int, secon
     for work in works.values():
         work()
     taken: dict[str, list[float]] = {name: [] for name in works}
-    started = time.perf_counter()
+    started, order = time.perf_counter(), random.Random(0)
     for done in range(repeats):
         if done >= 5 and time.perf_counter() - started > seconds:
             break
-        for name, work in works.items():
-            taken[name].append(_once(work, device))
+        for name in order.sample(list(works), len(works)):
+            taken[name].append(_once(works[name], device))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 

@@ -108,11 +108,22 @@ def test_shapes() -> None:
     assert set(SHAPES) == {"llama3-8b", "llama2-13b", "smollm2-135m"}
 
 
-def test_medians_run_in_turn() -> None:
-    order: list[str] = []
-    found = medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=6, seconds=0.0)
-    assert order == ["a", "b"] * 6
-    assert set(found) == {"a", "b"}
+def test_medians_run_in_turn_and_nobody_always_behind_the_same() -> None:
+    def run() -> list[str]:
+        order: list[str] = []
+        found = medians({name: lambda name=name: order.append(name) for name in "abc"}, CPU, repeats=20, seconds=60.0)  # type: ignore[misc]
+        assert set(found) == set("abc")
+        return order
+
+    order = run()
+    rounds = [tuple(order[start : start + 3]) for start in range(0, 63, 3)]
+    assert rounds[0] == ("a", "b", "c")  # the warm-up
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len({one[0] for one in rounds}) == 3
+    assert run() == order
+    few: list[int] = []
+    medians({"a": lambda: few.append(1)}, CPU, repeats=20, seconds=0.0)
+    assert len(few) == 6
 
 
 def test_plot_is_an_image(tmp_path: Path) -> None:
