@@ -92,6 +92,7 @@ def middle_kernel(
     HAS_ALLOWED: tl.constexpr,
     GIVEN: tl.constexpr,
     SPLITS: tl.constexpr,
+    CHOSEN: tl.constexpr = False,
 ):
     """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
@@ -128,10 +129,59 @@ def middle_kernel(
         rows = start + tl.arange(0, CHUNK)[None, :]
         inside = mask & (rows < rank)
         factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        if CHOSEN:
+            inside = inside & (factor != 0.0)
         values = summed(down + member * member_down, tokens * stride_down + rows, stride_split, inside, SPLITS)
         # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
         values = tl.where(factor == 0.0, 0.0, values * factor)
         tl.store(middle + tokens * stride_middle + column + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < padded_rank))
+
+
+@triton.jit
+def write_middle(
+    mid,
+    stride_split,
+    stride_mid,
+    gate_rows,
+    middle,
+    stride_middle,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    temperature,
+    block,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    CHOSEN: tl.constexpr = False,
+):
+    """Route the ``block``-th BLOCK tokens and write ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past the rank."""
+    tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    mask = tokens < tokens_total
+    picks, shares = routes_of_tile(
+        mid, tokens, stride_mid, allowed, mid, mid, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
+    )
+    scaled = shares * tl.load(scaling + picks)
+    first = tl.load(offsets + picks)
+    last = tl.load(offsets + picks + 1)
+    for chunk in tl.static_range(CHUNKS):
+        rows = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        inside = mask & (rows < rank)
+        if CHOSEN:
+            inside = inside & (factor != 0.0)
+        values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, inside, SPLITS, True)
+        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+        values = tl.where(factor == 0.0, 0.0, values * factor)
+        tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -240,6 +290,7 @@ def middle(
     dtype: torch.dtype | None = None,
     out: tuple[Tensor, int, int, int] | None = None,
     tile: tuple[int, int] | None = None,
+    chosen: bool = False,
 ) -> Tensor:
     """``down`` scaled by its route and 0 where not chosen: the middle of the one big LoRA.
 
@@ -303,6 +354,7 @@ def middle(
         HAS_ALLOWED=allowed is not None,
         GIVEN=routes is not None,
         SPLITS=splits,
+        CHOSEN=chosen,
         num_warps=warps,
     )
     return result

@@ -24,76 +24,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from meteora_kernels import plan
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
+from meteora_kernels.triton_middle import write_middle
 from meteora_kernels.triton_route import summed
-from meteora_kernels.triton_sync import clear_when_last, raise_flag, wait_flag
+from meteora_kernels.triton_sync import clear_when_last, raise_flag, share_out, wait_flag
 
 _FIRST_TILE = tl.constexpr(8)
 """Flags: 0 to 2 gate programs that have stored their sums, per member; 3 to 5 those whose tokens are routed; 6 programs that no longer look at
 flags; from here on the pieces of every tile of outputs."""
-
-
-@triton.jit
-def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
-    """Count this program as one of ``target`` that have stored their part of something, and share out the work on the whole.
-
-    Returns:
-        first, step: The shares first, first + step, ... below ``shares`` are this program's. CONCURRENT: each does its own, after waiting for
-        the others. Otherwise (the interpreter runs one program after the other) the last to come does all, and nobody waits.
-    """
-    tl.debug_barrier()
-    come = tl.atomic_add(flag, 1, sem="acq_rel", scope="gpu")
-    if CONCURRENT:
-        first = mine
-        step = target
-    else:
-        tl.debug_barrier()
-        first = tl.where(come == target - 1, 0, shares)
-        step = 1
-    return first, step
-
-
-@triton.jit
-def write_middle(
-    mid,
-    stride_split,
-    stride_mid,
-    gate_rows,
-    middle,
-    stride_middle,
-    allowed,
-    scaling,
-    offsets,
-    tokens_total,
-    count,
-    rank,
-    temperature,
-    block,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-):
-    """Route the ``block``-th BLOCK tokens and write ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past the rank."""
-    tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
-    mask = tokens < tokens_total
-    picks, shares = routes_of_tile(
-        mid, tokens, stride_mid, allowed, mid, mid, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
-    )
-    scaled = shares * tl.load(scaling + picks)
-    first = tl.load(offsets + picks)
-    last = tl.load(offsets + picks + 1)
-    for chunk in tl.static_range(CHUNKS):
-        rows = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
-        values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, mask & (rows < rank), SPLITS, True)
-        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
-        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
-        values = tl.where(factor == 0.0, 0.0, values * factor)
-        tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask)
 
 
 @triton.jit

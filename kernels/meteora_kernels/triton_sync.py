@@ -26,6 +26,35 @@ def wait_flag(flag, target):
 
 
 @triton.jit
+def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
+    """Count this program as one of ``target`` that have stored their part of something, and share out the work on the whole.
+
+    Returns:
+        first, step: The shares first, first + step, ... below ``shares`` are this program's. CONCURRENT: each does its own, after waiting for
+        the others. Otherwise (the interpreter runs one program after the other) the last to come does all, and nobody waits.
+    """
+    tl.debug_barrier()
+    come = tl.atomic_add(flag, 1, sem="acq_rel", scope="gpu")
+    if CONCURRENT:
+        first = mine
+        step = target
+    else:
+        tl.debug_barrier()
+        first = tl.where(come == target - 1, 0, shares)
+        step = 1
+    return first, step
+
+
+@triton.jit
+def leave(flags, target):
+    """Count this program in ``flags[1]`` as one of ``target`` that look at ``flags[0]`` no more; the last one puts both back to 0."""
+    tl.debug_barrier()
+    if tl.atomic_add(flags + 1, 1, sem="acq_rel", scope="gpu") == target - 1:
+        tl.store(flags, 0)
+        tl.store(flags + 1, 0)
+
+
+@triton.jit
 def clear_when_last(flags, counter):
     """Count this program, which looks at flags no more, in ``flags[counter]``; the last one puts all 1,024 flags back to 0."""
     tl.debug_barrier()
