@@ -11,9 +11,11 @@ from meteora_kernels.operators import operator
 from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
+from meteora_kernels.triton_inner import can_inner
 from meteora_kernels.triton_middle import middle
 from meteora_kernels.triton_products import library_products, products
 from meteora_kernels.triton_stream import can_stream, stream
+from meteora_kernels.triton_sync import readable
 from meteora_kernels.wide import Wide
 
 __all__ = ["group_forward", "group_op", "new_flags"]
@@ -72,14 +74,17 @@ def group_forward(
             rows, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
         )
 
-    def streams(rule: plan.GroupRule) -> bool:
-        return rule.tile is not None and can_stream(x, packed, members, gate_rows, rank, rule.tile, rule.gate_pieces)
+    def can_run(rule: plan.GroupRule) -> bool:
+        assert rule.tile is not None
+        if rule.order == "stream":
+            return can_stream(x, packed, members, gate_rows, rank, rule.tile, rule.gate_pieces)
+        return readable(x) and can_inner(ga, tokens, members, gate_rows + rank, rule.tile, rule.gate_pieces)
 
     def routed(found: Tensor, out: tuple[Tensor, int, int, int] | None = None) -> Tensor:
         down = found[..., gate_rows:]
-        return middle(found, down, scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype, out)
+        return middle(found, down, scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype, out, None, max_rank)
 
-    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype, beside=beside, in_place=in_place, can_stream=streams)
+    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype, beside=beside, in_place=in_place, can_run=can_run)
     if rule.order == "stream" and rule.tile is not None:
         sizes = (widths, rank, gate_rows, stacked, top_k, temperature)
         return stream(x, packed, b, bias, scaling, offsets, flags, *sizes, allowed, rule.tile, rule.pieces, rule.gate_pieces)

@@ -19,10 +19,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from meteora_kernels import plan
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.triton_middle import coefficients_of, write_middle
-from meteora_kernels.triton_route import top_of_tile
-from meteora_kernels.triton_sync import leave, share_out, wait_flag
+from meteora_kernels.triton_middle import clear_rows, ranks_of, routes_of_tile, write_chosen
+from meteora_kernels.triton_sync import leave, multiprocessors, readable, share_out, wait_flag
 
+MOST_BLOCKS = 512
+"""Blocks of tokens, times members, that have two flags each."""
 COPY_TILE = (8, 1024)
 """Tokens and columns that a program copies."""
 
@@ -51,6 +52,7 @@ def inner_kernel(
     first_inner,
     second_inner,
     x_column,
+    padded,
     temperature,
     members,
     TOP_K: tl.constexpr,
@@ -63,14 +65,11 @@ def inner_kernel(
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    REST: tl.constexpr,
+    RANKS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     COPY: tl.constexpr,
     COPY_M: tl.constexpr,
     COPY_N: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    REGISTERS: tl.constexpr,
     CONCURRENT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -103,60 +102,25 @@ def inner_kernel(
                 tl.store(target + tokens * stride_buffer + over, values, mask=inside)
         columns = tl.arange(0, BN)[None, :]
         left = tokens_total - block * BM
-        column = tl.where(member == 0, first_inner, second_inner + (member - 1) * (CHUNKS * CHUNK))
+        column = tl.where(member == 0, first_inner, second_inner + (member - 1) * padded)
         inner = buffer + (block * BM).to(tl.int64) * stride_buffer + column
-        if REGISTERS:
-            live = tokens < left
-            logits = total
-            if HAS_ALLOWED:
-                permitted = tl.load(allowed + columns, mask=columns < count, other=1)
-                logits = tl.where(permitted != 0, logits, float("-inf"))
-            picks, shares = top_of_tile(logits, columns, count, temperature, TOP_K, SLOTS)
-            scaled = shares * tl.load(scaling + picks)
-            first = tl.load(offsets + picks)
-            last = tl.load(offsets + picks + 1)
-            rows = columns - gate_rows
-            factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
-            values = tl.where(factor == 0.0, 0.0, total * factor)
-            tl.store(inner + tokens * stride_buffer + rows, values.to(buffer.dtype.element_ty), mask=live & (rows >= 0) & (rows < CHUNKS * CHUNK))
-            if REST > 0:
-                behind = BN - gate_rows + tl.arange(0, REST)[None, :]
-                tl.store(inner + tokens * stride_buffer + behind, tl.zeros([BM, REST], dtype=buffer.dtype.element_ty), mask=live & (behind < CHUNKS * CHUNK))
-        else:
-            width_mid = gate_rows + rank
-            here = mid + index.to(tl.int64) * (PIECES * BM * width_mid)
-            across = tile * BN + columns
-            tl.store(here + piece * (BM * width_mid) + tokens * width_mid + across, total, mask=across < width_mid)
-            start, step = share_out(flags + 2 * index, TILES * PIECES, pid % (TILES * PIECES), BM // BLOCK, CONCURRENT)
-            if CONCURRENT:
-                wait_flag(flags + 2 * index, TILES * PIECES)
-            for share in range(start, BM // BLOCK, step):
-                write_middle(
-                    here,
-                    BM * width_mid,
-                    width_mid,
-                    gate_rows,
-                    inner,
-                    stride_buffer,
-                    allowed,
-                    scaling,
-                    offsets,
-                    left,
-                    count,
-                    rank,
-                    temperature,
-                    share,
-                    TOP_K,
-                    SLOTS,
-                    PADDED,
-                    BLOCK,
-                    CHUNK,
-                    CHUNKS,
-                    PIECES,
-                    HAS_ALLOWED,
-                    CHOSEN,
-                )
-            leave(flags + 2 * index, TILES * PIECES)
+        width_mid = gate_rows + rank
+        here = mid + index.to(tl.int64) * (PIECES * BM * width_mid)
+        across = tile * BN + columns
+        tl.store(here + piece * (BM * width_mid) + tokens * width_mid + across, total, mask=across < width_mid)
+        own = (pid % (TILES * PIECES)) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        clear_rows(inner, stride_buffer, own, own < tl.minimum(left, BM), padded, CHUNK)
+        start, step = share_out(flags + 2 * index, TILES * PIECES, pid % (TILES * PIECES), BM // BLOCK, CONCURRENT)
+        if CONCURRENT:
+            wait_flag(flags + 2 * index, TILES * PIECES)
+        for share in range(start, BM // BLOCK, step):
+            some = share * BLOCK + tl.arange(0, BLOCK)[:, None]
+            mask = some < left
+            picks, shares = routes_of_tile(
+                here, some, width_mid, allowed, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, BM * width_mid, PIECES
+            )
+            write_chosen(here + gate_rows, width_mid, BM * width_mid, inner, stride_buffer, scaling, offsets, some, mask, picks, shares, TOP_K, SLOTS, RANKS, PIECES, True)
+        leave(flags + 2 * index, TILES * PIECES)
     elif COPY_M > 0:
         strips = tl.cdiv(hidden, COPY_N)
         part = pid - multiplying
@@ -166,8 +130,16 @@ def inner_kernel(
         tl.store(buffer + copied * stride_buffer + x_column + places, tl.load(x_pointer + copied * stride_x + places, mask=within), mask=within)
 
 
-def inner(x, ga, scaling, offsets, allowed, flags, members, rank, gate_rows, stacked, top_k, temperature, buffer, places, pad, x_column, tile, pieces,
-          copy=None, chosen=False, registers=None):  # fmt: skip
+def can_inner(ga: Tensor, tokens: int, members: int, width: int, tile: tuple[int, int, int, int, int], pieces: int) -> bool:
+    """Whether :func:`inner` can run here: a Hopper GPU that runs all programs at once that wait for each other, and flags enough for all blocks of tokens."""
+    if not readable(ga) or ceil_div(tokens, tile[0]) * members > MOST_BLOCKS:
+        return False
+    if ga.device.type != "cuda":
+        return plan.interpreted()
+    return ceil_div(width, tile[1]) * pieces <= multiprocessors(ga.device)
+
+
+def inner(x, ga, scaling, offsets, allowed, flags, members, rank, gate_rows, stacked, max_rank, top_k, temperature, buffer, places, pad, x_column, tile, pieces, copy=None):  # fmt: skip
     tokens, hidden = x.shape
     count = scaling.shape[0]
     bm, bn, bk, warps, stages = tile
@@ -177,18 +149,16 @@ def inner(x, ga, scaling, offsets, allowed, flags, members, rank, gate_rows, sta
     multiplying = index * tiles * pieces
     copy_m, copy_n = (COPY_TILE[0], min(COPY_TILE[1], power_of_two(hidden))) if copy == 3 else (0, 0)
     copying = ceil_div(tokens, copy_m) * ceil_div(hidden, copy_n) if copy == 3 else 0
-    alone = tiles * pieces == 1 if registers is None else registers
-    mid = scaling if alone else torch.empty(index, pieces, bm, width, dtype=torch.float32, device=x.device)
-    chunk = min(256, pad & -pad)
+    mid = torch.empty(index, pieces, bm, width, dtype=torch.float32, device=x.device)
     rows = TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk])
     again = TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk]) if copy == 1 else rows
     inner_kernel[(multiplying + copying,)](
         rows, again, TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk]),
         x, buffer, allowed if allowed is not None else scaling, scaling, offsets, mid, flags,
-        tokens, hidden, count, gate_rows, stacked, rank, multiplying, x.stride(0), buffer.stride(0), places[0], places[1], x_column, temperature, members,
-         TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces,
-        BLOCK=max(1, bm // (1 << ((tiles * pieces).bit_length() - 1))), CHUNK=chunk, CHUNKS=pad // chunk,
-        REST=power_of_two(max(0, pad - (bn - gate_rows))) if alone else 0, HAS_ALLOWED=allowed is not None, COPY=copy if copy in (1, 2) else 0,
-        COPY_M=copy_m, COPY_N=copy_n, CHOSEN=chosen, REGISTERS=alone, CONCURRENT=not plan.interpreted(), STAGES=stages, PRECISION="ieee",
+        tokens, hidden, count, gate_rows, stacked, rank, multiplying, x.stride(0), buffer.stride(0), places[0], places[1], x_column, pad, temperature, members,
+        TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces,
+        BLOCK=max(1, bm // (1 << ((tiles * pieces).bit_length() - 1))), CHUNK=min(256, pad & -pad), RANKS=ranks_of(max_rank, top_k, pad),
+        HAS_ALLOWED=allowed is not None, COPY=copy if copy in (1, 2) else 0,
+        COPY_M=copy_m, COPY_N=copy_n, CONCURRENT=not plan.interpreted(), STAGES=stages, PRECISION="ieee",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

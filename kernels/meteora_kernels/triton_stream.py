@@ -14,8 +14,6 @@ first, so everybody gets what they wait for.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -24,13 +22,56 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from meteora_kernels import plan
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.triton_middle import write_middle
+from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
 from meteora_kernels.triton_route import summed
-from meteora_kernels.triton_sync import clear_when_last, raise_flag, share_out, wait_flag
+from meteora_kernels.triton_sync import clear_when_last, multiprocessors, raise_flag, readable, share_out, wait_flag
 
 _FIRST_TILE = tl.constexpr(8)
 """Flags: 0 to 2 gate programs that have stored their sums, per member; 3 to 5 those whose tokens are routed; 6 programs that no longer look at
 flags; from here on the pieces of every tile of outputs."""
+
+
+@triton.jit
+def write_middle(
+    mid,
+    stride_split,
+    stride_mid,
+    gate_rows,
+    middle,
+    stride_middle,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    temperature,
+    block,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """Route the ``block``-th BLOCK tokens and write ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past the rank."""
+    tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    mask = tokens < tokens_total
+    picks, shares = routes_of_tile(
+        mid, tokens, stride_mid, allowed, mid, mid, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
+    )
+    scaled = shares * tl.load(scaling + picks)
+    first = tl.load(offsets + picks)
+    last = tl.load(offsets + picks + 1)
+    for chunk in tl.static_range(CHUNKS):
+        rows = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+        values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, mask & (rows < rank), SPLITS, True)
+        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+        values = tl.where(factor == 0.0, 0.0, values * factor)
+        tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -220,13 +261,6 @@ _AT_ONCE = 224
 """So many programs of base outputs run at once beside those of gates and A, with two on each of 132 multiprocessors."""
 
 
-@lru_cache(maxsize=32)
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU with matrix units and a copy engine as the kernel wants them (compute capability 9); 0 for others."""
-    facts = torch.cuda.get_device_properties(device)
-    return int(facts.multi_processor_count) if facts.major == 9 else 0
-
-
 def gate_programs_of(members: int, gate_rows: int, rank: int, tile: tuple[int, int, int, int, int], gate_pieces: int) -> int:
     """How many programs compute gates and A."""
     return members * ceil_div(gate_rows + rank, tile[1]) * gate_pieces
@@ -234,11 +268,11 @@ def gate_programs_of(members: int, gate_rows: int, rank: int, tile: tuple[int, i
 
 def can_stream(x: Tensor, packed: Tensor, members: int, gate_rows: int, rank: int, tile: tuple[int, int, int, int, int], gate_pieces: int) -> bool:
     """Whether :func:`stream` can run here: a Hopper GPU that runs all gate programs at once, and rows that its copy engine can read."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or any(tensor.data_ptr() % 16 or tensor.stride(0) % 8 or tensor.stride(1) != 1 for tensor in (x, packed)):
+    if not (readable(x) and readable(packed)):
         return False
     if x.device.type != "cuda":
         return plan.interpreted()
-    return gate_programs_of(members, gate_rows, rank, tile, gate_pieces) <= _multiprocessors(x.device)
+    return gate_programs_of(members, gate_rows, rank, tile, gate_pieces) <= multiprocessors(x.device)
 
 
 def stream(

@@ -6,8 +6,12 @@ Programs that raise a flag come first in the grid and wait for nothing that come
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -69,3 +73,15 @@ def finish(flags, used):
     if tl.atomic_add(flags + used, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         for index in range(used + 1):
             tl.store(flags + index, 0)
+
+
+@lru_cache(maxsize=32)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU with matrix units and a copy engine as kernels with tensor descriptors want them (compute capability 9); 0 for others."""
+    facts = torch.cuda.get_device_properties(device)
+    return int(facts.multi_processor_count) if facts.major == 9 else 0
+
+
+def readable(rows: Tensor) -> bool:
+    """Whether the copy engine can read these rows: 16-bit numbers, columns contiguous, every row 16 bytes aligned."""
+    return rows.dtype in (torch.float16, torch.bfloat16) and not rows.data_ptr() % 16 and not rows.stride(0) % 8 and rows.stride(1) == 1

@@ -146,10 +146,10 @@ def test_plan_of_groups_streams_where_it_can() -> None:
 
     for outputs, hidden in ((28672, 4096), (6144, 4096), (4096, 4096), (4096, 14336)):
         for dtype in (torch.bfloat16, torch.float16):
-            assert [plan.group_rule(count, outputs, hidden, dtype, can_stream=can).order for count in (17, 32, 65)] == ["packed"] * 3
-        assert plan.group_rule(64, outputs, hidden, torch.float32, can_stream=can).order == "packed"
+            assert [plan.group_rule(count, outputs, hidden, dtype, can_run=can).order for count in (17, 32, 65)] == ["packed"] * 3
+        assert plan.group_rule(64, outputs, hidden, torch.float32, can_run=can).order == "packed"
         assert asked == []
-        assert [plan.group_rule(count, outputs, hidden, torch.bfloat16, can_stream=can).order for count in (33, 64)] == [
+        assert [plan.group_rule(count, outputs, hidden, torch.bfloat16, can_run=can).order for count in (33, 64)] == [
             "stream" if hidden > 8192 else "packed"
         ] * 2
         assert {(rule.order, rule.most_tokens) for rule in asked} == {("stream", 64)}
