@@ -109,9 +109,10 @@ GROUPS: tuple[GroupRule, ...] = (
     GroupRule("packed", 17, 64, pieces=1, tile=(64, 64, 128, 4, 3), least_outputs=16384),
     GroupRule("packed", 17, 64, pieces=2, least_hidden=8192),
     GroupRule("packed", 17, 64, pieces=1),
-    # Measured at 128 tokens, used for half as many to twice as many; float32 so that the output is rounded once.
+    # Measured at 128 and 256 tokens; float32 so that the output is rounded once.
     GroupRule("wide", 65, 256, pieces=4, least_outputs=16384, in_place=True),
-    GroupRule("wide", 65, 256, pieces=4, least_hidden=8192, in_place=True),
+    GroupRule("wide", 129, 256, pieces=8, least_hidden=8192, in_place=True),
+    GroupRule("wide", 65, 128, pieces=4, least_hidden=8192, in_place=True),
     GroupRule("packed", 65, 256, pieces=2, least_hidden=8192),
     GroupRule("packed", 65, 256, pieces=1),
     # Measured at 512 and 1,024 tokens. The copies of x cost more than rounding twice saves where it is long and nobody wrote it in place.
@@ -119,13 +120,19 @@ GROUPS: tuple[GroupRule, ...] = (
     GroupRule("wide", 257, 1024, pieces=2, in_place=True),
     GroupRule("split", 257, 1024, pieces=2, least_outputs=16384),
     GroupRule("packed", 257, 1024, least_hidden=8192),
+    GroupRule("wide", 257, 512, tile=(64, 128, 64, 4, 4), gate_pieces=8),
+    GroupRule("wide", 513, 1024, tile=(64, 128, 64, 4, 4), gate_pieces=4),
     GroupRule("wide", 257, 512, pieces=8, tile=(64, 128, 64, 4, 3)),
     GroupRule("wide", 513, 1024, pieces=4, tile=(64, 128, 64, 4, 3)),
-    # Measured at 2,048 and 4,096 tokens.
-    GroupRule("wide", 1025, EVER, pieces=2, least_hidden=8192, in_place=True),
+    # Measured at 2,048 and 4,096 tokens, the copies of x at 8,192 too.
+    GroupRule("wide", 1025, 2048, pieces=4, least_hidden=8192, in_place=True),
+    GroupRule("wide", 2049, EVER, pieces=2, least_hidden=8192, in_place=True),
+    GroupRule("wide", 1025, 2048, pieces=2, least_outputs=16384, in_place=True),
     GroupRule("wide", 1025, EVER, in_place=True),
     GroupRule("split", 1025, EVER, least_hidden=8192),
     GroupRule("wide", 1025, EVER, least_outputs=16384),
+    GroupRule("wide", 1025, 2048, tile=(64, 256, 64, 8, 4), gate_pieces=4),
+    GroupRule("wide", 2049, EVER, tile=(64, 256, 64, 8, 4), gate_pieces=2),
     GroupRule("wide", 1025, 2048, pieces=4, tile=(128, 128, 64, 8, 3)),
     GroupRule("wide", 2049, EVER, pieces=2, tile=(128, 128, 64, 8, 3)),
     # Without B^T beside the weights. Above, the pass over the output that B needs in "packed" costs more.
@@ -271,9 +278,7 @@ def group_rule(
         can_run: Whether a line whose programs wait for each other (those with ``gate_pieces``) can run with this group's tensors; None: it cannot.
     """
     for rule in GROUPS:
-        if rule.fits(tokens, outputs, hidden, dtype, beside=beside, in_place=in_place) and (
-            not rule.gate_pieces or (can_run is not None and can_run(rule))
-        ):
+        if rule.fits(tokens, outputs, hidden, dtype, beside=beside, in_place=in_place) and (not rule.gate_pieces or (can_run is not None and can_run(rule))):
             return rule
     raise AssertionError("the lines without pieces fit every case")
 

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """Flags between the programs of one launch: no floating-point atomics, and every flag is 0 again when the launch ends.
 
-Programs that raise a flag come first in the grid and wait for nothing that comes later, so those that wait always get their flag.
+Programs that raise a flag come first in the grid and wait for nothing that comes later, or for a few neighbours that all run at once, so those that wait always
+get their flag.
 """
 
 from __future__ import annotations
