@@ -44,7 +44,8 @@ class GroupRule:
             cut into so many pieces.
         tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of :mod:`triton_products`, which computes the pieces and, for "wide" where x is to be
             copied, copies it on the way; None: the library does. In "stream" those of its kernel, which takes all tokens in one block.
-        gate_pieces: In "stream", the pieces of the sums for gates and A.
+        gate_pieces: The pieces of the sums for gates and A in "stream", and in "wide" where one launch also routes and writes h (:mod:`triton_inner`;
+            ``tile`` is its tile then). 0 in other lines.
         least_outputs: Outputs of all members together, at least.
         least_hidden: h, at least.
         in_place: Only where x lies in a buffer with columns for h already, so that it need not be copied ("wide" only).
@@ -68,16 +69,23 @@ class GroupRule:
             raise ValueError(f"no such order: {self.order!r}; there are 'stream', 'packed', 'split' and 'wide'")
         if not FEW_TOKENS < self.least_tokens <= self.most_tokens:
             raise ValueError(f"tokens {self.least_tokens} to {self.most_tokens}: must be a range above {FEW_TOKENS}")
-        if self.pieces < 0 or (self.tile is not None and not self.pieces):
+        if self.pieces < 0 or (self.tile is not None and not self.pieces and not self.routes):
             raise ValueError(f"{self.pieces} pieces: must be 0 or more, and 1 or more with a tile")
         if self.in_place and self.order != "wide":
             raise ValueError(f"in place: only 'wide' has columns beside x, not {self.order!r}")
         if self.tile is not None and (min(self.tile[:3]) < 16 or min(self.tile) < 1 or any(size & (size - 1) for size in self.tile[:4])):
             raise ValueError(f"tile {self.tile}: blocks must be powers of two from 16 on, warps a power of two, stages at least 1")
-        if (self.order == "stream") != (self.gate_pieces > 0) or self.gate_pieces < 0:
-            raise ValueError(f"{self.gate_pieces} pieces of gates and A: 'stream' has 1 or more, the other orders have none")
+        if self.gate_pieces < 0 or (self.order == "stream" and not self.gate_pieces) or (self.order in ("packed", "split") and self.gate_pieces):
+            raise ValueError(f"{self.gate_pieces} pieces of gates and A: 'stream' has 1 or more, 'wide' may have, the other orders have none")
+        if self.routes and (self.tile is None or self.pieces):
+            raise ValueError("one launch before 'wide' needs a tile, and its pieces are those of gates and A")
         if self.order == "stream" and (self.tile is None or self.most_tokens > self.tile[0] or self.pieces * 16 > self.tile[1]):
             raise ValueError(f"tile {self.tile}: 'stream' needs one that holds all tokens, and 16 outputs for every piece")
+
+    @property
+    def routes(self) -> bool:
+        """Whether :mod:`triton_inner` does all that comes before the product of "wide"."""
+        return self.order == "wide" and self.gate_pieces > 0
 
     def fits(self, tokens: int, outputs: int, hidden: int, dtype: torch.dtype, *, beside: bool = False, in_place: bool = False) -> bool:
         return (
@@ -101,9 +109,10 @@ GROUPS: tuple[GroupRule, ...] = (
     GroupRule("packed", 17, 64, pieces=1, tile=(64, 64, 128, 4, 3), least_outputs=16384),
     GroupRule("packed", 17, 64, pieces=2, least_hidden=8192),
     GroupRule("packed", 17, 64, pieces=1),
-    # Measured at 128 tokens, used for half as many to twice as many; float32 so that the output is rounded once.
+    # Measured at 128 and 256 tokens; float32 so that the output is rounded once.
     GroupRule("wide", 65, 256, pieces=4, least_outputs=16384, in_place=True),
-    GroupRule("wide", 65, 256, pieces=4, least_hidden=8192, in_place=True),
+    GroupRule("wide", 129, 256, pieces=8, least_hidden=8192, in_place=True),
+    GroupRule("wide", 65, 128, pieces=4, least_hidden=8192, in_place=True),
     GroupRule("packed", 65, 256, pieces=2, least_hidden=8192),
     GroupRule("packed", 65, 256, pieces=1),
     # Measured at 512 and 1,024 tokens. The copies of x cost more than rounding twice saves where it is long and nobody wrote it in place.
@@ -111,13 +120,19 @@ GROUPS: tuple[GroupRule, ...] = (
     GroupRule("wide", 257, 1024, pieces=2, in_place=True),
     GroupRule("split", 257, 1024, pieces=2, least_outputs=16384),
     GroupRule("packed", 257, 1024, least_hidden=8192),
+    GroupRule("wide", 257, 512, tile=(64, 128, 64, 4, 4), gate_pieces=8),
+    GroupRule("wide", 513, 1024, tile=(64, 128, 64, 4, 4), gate_pieces=4),
     GroupRule("wide", 257, 512, pieces=8, tile=(64, 128, 64, 4, 3)),
     GroupRule("wide", 513, 1024, pieces=4, tile=(64, 128, 64, 4, 3)),
-    # Measured at 2,048 and 4,096 tokens.
-    GroupRule("wide", 1025, EVER, pieces=2, least_hidden=8192, in_place=True),
+    # Measured at 2,048 and 4,096 tokens, the copies of x at 8,192 too.
+    GroupRule("wide", 1025, 2048, pieces=4, least_hidden=8192, in_place=True),
+    GroupRule("wide", 2049, EVER, pieces=2, least_hidden=8192, in_place=True),
+    GroupRule("wide", 1025, 2048, pieces=2, least_outputs=16384, in_place=True),
     GroupRule("wide", 1025, EVER, in_place=True),
     GroupRule("split", 1025, EVER, least_hidden=8192),
     GroupRule("wide", 1025, EVER, least_outputs=16384),
+    GroupRule("wide", 1025, 2048, tile=(64, 256, 64, 8, 4), gate_pieces=4),
+    GroupRule("wide", 2049, EVER, tile=(64, 256, 64, 8, 4), gate_pieces=2),
     GroupRule("wide", 1025, 2048, pieces=4, tile=(128, 128, 64, 8, 3)),
     GroupRule("wide", 2049, EVER, pieces=2, tile=(128, 128, 64, 8, 3)),
     # Without B^T beside the weights. Above, the pass over the output that B needs in "packed" costs more.
@@ -249,7 +264,7 @@ def group_rule(
     *,
     beside: bool = False,
     in_place: bool = False,
-    can_stream: Callable[[GroupRule], bool] | None = None,
+    can_run: Callable[[GroupRule], bool] | None = None,
 ) -> GroupRule:
     """How a fused group is computed above :data:`FEW_TOKENS`: the first line of :data:`GROUPS` that fits.
 
@@ -260,12 +275,10 @@ def group_rule(
         dtype: Of x and the weights.
         beside: B^T lies beside the weights and is what B is now.
         in_place: x lies in a buffer with columns for h.
-        can_stream: Whether a line of the order "stream" can run with this group's tensors; None: it cannot.
+        can_run: Whether a line whose programs wait for each other (those with ``gate_pieces``) can run with this group's tensors; None: it cannot.
     """
     for rule in GROUPS:
-        if rule.fits(tokens, outputs, hidden, dtype, beside=beside, in_place=in_place) and (
-            rule.order != "stream" or (can_stream is not None and can_stream(rule))
-        ):
+        if rule.fits(tokens, outputs, hidden, dtype, beside=beside, in_place=in_place) and (not rule.gate_pieces or (can_run is not None and can_run(rule))):
             return rule
     raise AssertionError("the lines without pieces fit every case")
 

@@ -11,9 +11,11 @@ from meteora_kernels.operators import operator
 from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
-from meteora_kernels.triton_middle import middle
+from meteora_kernels.triton_inner import can_inner, inner
+from meteora_kernels.triton_middle import middle, ranks_of
 from meteora_kernels.triton_products import library_products, products
 from meteora_kernels.triton_stream import can_stream, stream
+from meteora_kernels.triton_sync import readable
 from meteora_kernels.wide import Wide
 
 __all__ = ["group_forward", "group_op", "new_flags"]
@@ -72,14 +74,18 @@ def group_forward(
             rows, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
         )
 
-    def streams(rule: plan.GroupRule) -> bool:
-        return rule.tile is not None and can_stream(x, packed, members, gate_rows, rank, rule.tile, rule.gate_pieces)
+    def can_run(rule: plan.GroupRule) -> bool:
+        assert rule.tile is not None
+        if rule.order == "stream":
+            return can_stream(x, packed, members, gate_rows, rank, rule.tile, rule.gate_pieces)
+        ranks = ranks_of(max_rank, top_k, Wide(x.shape[1], rank, members).pad)
+        return readable(x) and can_inner(ga, tokens, members, gate_rows + rank, ranks, rule.tile, rule.gate_pieces)
 
     def routed(found: Tensor, out: tuple[Tensor, int, int, int] | None = None) -> Tensor:
         down = found[..., gate_rows:]
-        return middle(found, down, scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype, out)
+        return middle(found, down, scaling, offsets, top_k, temperature, allowed, None, members, stacked, count, rank, x.dtype, out, None, max_rank)
 
-    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype, beside=beside, in_place=in_place, can_stream=streams)
+    rule = plan.group_rule(tokens, outputs, x.shape[1], x.dtype, beside=beside, in_place=in_place, can_run=can_run)
     if rule.order == "stream" and rule.tile is not None:
         sizes = (widths, rank, gate_rows, stacked, top_k, temperature)
         return stream(x, packed, b, bias, scaling, offsets, flags, *sizes, allowed, rule.tile, rule.pieces, rule.gate_pieces)
@@ -93,30 +99,30 @@ def group_forward(
             routing = (found, scaling, offsets, top_k, temperature, allowed)
             delta(found[..., gate_rows:], b, base, y, tuple(widths), rank, stacked, routing)
         else:
-            inner = routed(found)
-            delta(inner, b, base, y, tuple(widths), rank, rank)
+            delta(routed(found), b, base, y, tuple(widths), rank, rank)
         return y
     if rule.order == "wide":
         wide = Wide(x.shape[1], rank, members)
-        if in_place:
-            found, rows = product_of(x, ga, rule), x
-        else:
-            rows = wide.new_rows(tokens, x)
-            if rule.tile is None:
-                found = product_of(x, ga, rule)
-                rows.copy_(x)
-            else:
-                found = products(x, ga, rule.pieces, rule.tile, rows)
+        rows = x if in_place else wide.new_rows(tokens, x)
         buffer = wide.whole(rows)
-        routed(found, (buffer, *wide.places, wide.pad))
+        out = (buffer, *wide.places, wide.pad)
+        if rule.routes and rule.tile is not None:
+            facts = (members, rank, max_rank, gate_rows, stacked)
+            copy = None if in_place else rows
+            inner(x, ga, scaling, offsets, flags, *facts, top_k, temperature, allowed, out, rule.tile, rule.gate_pieces, copy)
+        elif in_place or rule.tile is None:
+            routed(product_of(x, ga, rule), out)
+            if not in_place:
+                rows.copy_(x)
+        else:
+            routed(products(x, ga, rule.pieces, rule.tile, rows), out)
         for columns, rows, place in wide.windows(packed, widths):
             torch.mm(buffer[:, columns], rows.t(), out=y[:, place])
         return y if bias is None else y.add_(bias)
-    found = product_of(x, ga, rule)
-    inner = routed(found)
+    found = routed(product_of(x, ga, rule))
     start = 0
     for member, width in enumerate(widths):
-        torch.mm(inner[:, member * rank : (member + 1) * rank], b[rank * start : rank * (start + width)].view(rank, width), out=y[:, start : start + width])
+        torch.mm(found[:, member * rank : (member + 1) * rank], b[rank * start : rank * (start + width)].view(rank, width), out=y[:, start : start + width])
         start += width
     y.addmm_(x, weights.t())
     return y if bias is None else y.add_(bias)

@@ -49,7 +49,7 @@ def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS
     """Per token and row of A: the sum of ``w_j s_j`` over the slots j whose adapter owns the row, float32 (M, C).
 
     Args:
-        rows: int32 (1, C).
+        rows: int32 (1, C) or (M, C).
         picks, scaled, first, last: (M, SLOTS): adapter, ``w_j * s_j``, first row and one past the last row of each slot's adapter.
     """
     slots = tl.arange(0, SLOTS)[None, :]
@@ -58,6 +58,58 @@ def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS
         inside = (rows >= slot_of(first, slots, slot)) & (rows < slot_of(last, slots, slot))
         total += tl.where(inside, slot_of(scaled, slots, slot), 0.0)
     return total
+
+
+@triton.jit
+def clear_rows(middle, stride_middle, tokens, mask, columns, CHUNK: tl.constexpr):
+    """Zeros into the first ``columns`` of ``middle`` for a tile of tokens (M, 1), by wide stores."""
+    for start in range(0, columns, CHUNK):
+        rows = start + tl.arange(0, CHUNK)[None, :]
+        zeros = tl.zeros([tokens.shape[0], CHUNK], dtype=middle.dtype.element_ty)
+        tl.store(middle + tokens * stride_middle + rows, zeros, mask=mask & (rows < columns))
+
+
+@triton.jit
+def write_chosen(
+    down,
+    stride_down,
+    stride_split,
+    middle,
+    stride_middle,
+    scaling,
+    offsets,
+    tokens,
+    mask,
+    picks,
+    shares,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FRESH: tl.constexpr,
+):
+    """``A x`` times ``w_j s_j`` for the rows that the slots' adapters own, RANKS at most each; ``middle`` is 0 everywhere else, by :func:`clear_rows`.
+
+    Only these rows of the partial sums are read, as :func:`meteora_kernels.triton_route.summed` does, and only they are written.
+    """
+    scaled = shares * tl.load(scaling + picks)
+    first = tl.load(offsets + picks).to(tl.int32)
+    last = tl.load(offsets + picks + 1).to(tl.int32)
+    slots = tl.arange(0, SLOTS)[None, :]
+    places = tl.arange(0, SLOTS * RANKS)[None, :]
+    begin = tl.zeros([tokens.shape[0], SLOTS * RANKS], dtype=tl.int32)
+    end = begin
+    for slot in tl.static_range(TOP_K):
+        begin = tl.where(places // RANKS == slot, slot_of(first, slots, slot), begin)
+        end = tl.where(places // RANKS == slot, slot_of(last, slots, slot), end)
+    rows = begin + places % RANKS
+    owned = mask & (rows < end)
+    # Where two slots have the same adapter, both write the sum.
+    factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+    values = summed(down, tokens * stride_down + rows, stride_split, owned, SPLITS, FRESH)
+    values = tl.where(factor == 0.0, 0.0, values * factor)
+    tl.debug_barrier()  # other threads' zeros come first
+    tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=owned)
 
 
 @triton.jit
@@ -92,17 +144,21 @@ def middle_kernel(
     HAS_ALLOWED: tl.constexpr,
     GIVEN: tl.constexpr,
     SPLITS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
     logits (M, N) and down (M, R) in the model's dtype, or SPLITS partial sums of them in float32, ``stride_split`` apart; middle (M, R) in
     the model's dtype. A fused group has several members side by side, ``member_*`` columns apart; in ``middle`` the first stands at column
-    ``first_middle``, the others from ``second_middle`` on. Grid: (ceil(M / BLOCK), members).
+    ``first_middle``, the others from ``second_middle`` on. RANKS: no adapter has more rows, and only rows of chosen adapters are read; 0: all are.
+    Grid: (ceil(M / BLOCK), members).
     """
     member = tl.program_id(1)
     column = tl.where(member == 0, first_middle, second_middle + (member - 1) * member_middle)
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     mask = tokens < tokens_total
+    if RANKS > 0:
+        clear_rows(middle + column, stride_middle, tokens, mask, padded_rank, CHUNK)
     picks, shares = routes_of_tile(
         logits + member * member_logits,
         tokens,
@@ -121,17 +177,37 @@ def middle_kernel(
         stride_split,
         SPLITS,
     )
-    scaled = shares * tl.load(scaling + picks)
-    first = tl.load(offsets + picks)
-    last = tl.load(offsets + picks + 1)
-    for start in range(0, padded_rank, CHUNK):
-        rows = start + tl.arange(0, CHUNK)[None, :]
-        inside = mask & (rows < rank)
-        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
-        values = summed(down + member * member_down, tokens * stride_down + rows, stride_split, inside, SPLITS)
-        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
-        values = tl.where(factor == 0.0, 0.0, values * factor)
-        tl.store(middle + tokens * stride_middle + column + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < padded_rank))
+    if RANKS > 0:
+        write_chosen(
+            down + member * member_down,
+            stride_down,
+            stride_split,
+            middle + column,
+            stride_middle,
+            scaling,
+            offsets,
+            tokens,
+            mask,
+            picks,
+            shares,
+            TOP_K,
+            SLOTS,
+            RANKS,
+            SPLITS,
+            False,
+        )
+    else:
+        scaled = shares * tl.load(scaling + picks)
+        first = tl.load(offsets + picks)
+        last = tl.load(offsets + picks + 1)
+        for start in range(0, padded_rank, CHUNK):
+            rows = start + tl.arange(0, CHUNK)[None, :]
+            inside = mask & (rows < rank)
+            factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+            values = summed(down + member * member_down, tokens * stride_down + rows, stride_split, inside, SPLITS)
+            # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+            values = tl.where(factor == 0.0, 0.0, values * factor)
+            tl.store(middle + tokens * stride_middle + column + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < padded_rank))
 
 
 @triton.jit
@@ -224,6 +300,12 @@ def tile_of(padded: int, tokens: int) -> tuple[int, int]:
     return block, 1 if block <= 2 else 4
 
 
+def ranks_of(max_rank: int, top_k: int, columns: int) -> int:
+    """RANKS of the kernels: the largest rank as a power of two, or 0 where the chosen adapters' rows are not few against all ``columns``."""
+    ranks = power_of_two(max_rank)
+    return ranks if 2 * power_of_two(top_k) * ranks <= columns else 0
+
+
 def middle(
     logits: Tensor,
     down: Tensor,
@@ -240,6 +322,7 @@ def middle(
     dtype: torch.dtype | None = None,
     out: tuple[Tensor, int, int, int] | None = None,
     tile: tuple[int, int] | None = None,
+    max_rank: int = 0,
 ) -> Tensor:
     """``down`` scaled by its route and 0 where not chosen: the middle of the one big LoRA.
 
@@ -257,6 +340,7 @@ def middle(
         out: Where to write instead of a new tensor: (M, .), columns contiguous; the column of the first member; that of the second, behind
             which the others follow; and how many columns each gets: R, the rest 0.
         tile: Tokens a program and warps instead of the default.
+        max_rank: The largest rank, if known: where the chosen adapters' rows are few, only these are read.
 
     Returns:
         (M, members * R) in the dtype asked for, or what was given as ``out``.
@@ -303,6 +387,7 @@ def middle(
         HAS_ALLOWED=allowed is not None,
         GIVEN=routes is not None,
         SPLITS=splits,
+        RANKS=ranks_of(max_rank, top_k, columns),
         num_warps=warps,
     )
     return result

@@ -14,8 +14,6 @@ first, so everybody gets what they wait for.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -26,31 +24,11 @@ from meteora_kernels import plan
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
 from meteora_kernels.triton_route import summed
-from meteora_kernels.triton_sync import clear_when_last, raise_flag, wait_flag
+from meteora_kernels.triton_sync import clear_when_last, multiprocessors, raise_flag, readable, share_out, wait_flag
 
 _FIRST_TILE = tl.constexpr(8)
 """Flags: 0 to 2 gate programs that have stored their sums, per member; 3 to 5 those whose tokens are routed; 6 programs that no longer look at
 flags; from here on the pieces of every tile of outputs."""
-
-
-@triton.jit
-def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
-    """Count this program as one of ``target`` that have stored their part of something, and share out the work on the whole.
-
-    Returns:
-        first, step: The shares first, first + step, ... below ``shares`` are this program's. CONCURRENT: each does its own, after waiting for
-        the others. Otherwise (the interpreter runs one program after the other) the last to come does all, and nobody waits.
-    """
-    tl.debug_barrier()
-    come = tl.atomic_add(flag, 1, sem="acq_rel", scope="gpu")
-    if CONCURRENT:
-        first = mine
-        step = target
-    else:
-        tl.debug_barrier()
-        first = tl.where(come == target - 1, 0, shares)
-        step = 1
-    return first, step
 
 
 @triton.jit
@@ -283,13 +261,6 @@ _AT_ONCE = 224
 """So many programs of base outputs run at once beside those of gates and A, with two on each of 132 multiprocessors."""
 
 
-@lru_cache(maxsize=32)
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU with matrix units and a copy engine as the kernel wants them (compute capability 9); 0 for others."""
-    facts = torch.cuda.get_device_properties(device)
-    return int(facts.multi_processor_count) if facts.major == 9 else 0
-
-
 def gate_programs_of(members: int, gate_rows: int, rank: int, tile: tuple[int, int, int, int, int], gate_pieces: int) -> int:
     """How many programs compute gates and A."""
     return members * ceil_div(gate_rows + rank, tile[1]) * gate_pieces
@@ -297,11 +268,11 @@ def gate_programs_of(members: int, gate_rows: int, rank: int, tile: tuple[int, i
 
 def can_stream(x: Tensor, packed: Tensor, members: int, gate_rows: int, rank: int, tile: tuple[int, int, int, int, int], gate_pieces: int) -> bool:
     """Whether :func:`stream` can run here: a Hopper GPU that runs all gate programs at once, and rows that its copy engine can read."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or any(tensor.data_ptr() % 16 or tensor.stride(0) % 8 or tensor.stride(1) != 1 for tensor in (x, packed)):
+    if not (readable(x) and readable(packed)):
         return False
     if x.device.type != "cuda":
         return plan.interpreted()
-    return gate_programs_of(members, gate_rows, rank, tile, gate_pieces) <= _multiprocessors(x.device)
+    return gate_programs_of(members, gate_rows, rank, tile, gate_pieces) <= multiprocessors(x.device)
 
 
 def stream(

@@ -1,13 +1,18 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """Flags between the programs of one launch: no floating-point atomics, and every flag is 0 again when the launch ends.
 
-Programs that raise a flag come first in the grid and wait for nothing that comes later, so those that wait always get their flag.
+Programs that raise a flag come first in the grid and wait for nothing that comes later, or for a few neighbours that all run at once, so those that wait always
+get their flag.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -26,6 +31,35 @@ def wait_flag(flag, target):
 
 
 @triton.jit
+def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
+    """Count this program as one of ``target`` that have stored their part of something, and share out the work on the whole.
+
+    Returns:
+        first, step: The shares first, first + step, ... below ``shares`` are this program's. CONCURRENT: each does its own, after waiting for
+        the others. Otherwise (the interpreter runs one program after the other) the last to come does all, and nobody waits.
+    """
+    tl.debug_barrier()
+    come = tl.atomic_add(flag, 1, sem="acq_rel", scope="gpu")
+    if CONCURRENT:
+        first = mine
+        step = target
+    else:
+        tl.debug_barrier()
+        first = tl.where(come == target - 1, 0, shares)
+        step = 1
+    return first, step
+
+
+@triton.jit
+def leave(flags, target):
+    """Count this program in ``flags[1]`` as one of ``target`` that look at ``flags[0]`` no more; the last one puts both back to 0."""
+    tl.debug_barrier()
+    if tl.atomic_add(flags + 1, 1, sem="acq_rel", scope="gpu") == target - 1:
+        tl.store(flags, 0)
+        tl.store(flags + 1, 0)
+
+
+@triton.jit
 def clear_when_last(flags, counter):
     """Count this program, which looks at flags no more, in ``flags[counter]``; the last one puts all 1,024 flags back to 0."""
     tl.debug_barrier()
@@ -40,3 +74,15 @@ def finish(flags, used):
     if tl.atomic_add(flags + used, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         for index in range(used + 1):
             tl.store(flags + index, 0)
+
+
+@lru_cache(maxsize=32)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU with matrix units and a copy engine as kernels with tensor descriptors want them (compute capability 9); 0 for others."""
+    facts = torch.cuda.get_device_properties(device)
+    return int(facts.multi_processor_count) if facts.major == 9 else 0
+
+
+def readable(rows: Tensor) -> bool:
+    """Whether the copy engine can read these rows: 16-bit numbers, columns contiguous, every row 16 bytes aligned."""
+    return rows.dtype in (torch.float16, torch.bfloat16) and not rows.data_ptr() % 16 and not rows.stride(0) % 8 and rows.stride(1) == 1

@@ -32,7 +32,7 @@ GROUPS = [
 @pytest.mark.parametrize(("widths", "hidden"), GROUPS)
 @torch.no_grad()
 def test_every_line_of_the_plan(widths: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
-    """Odd numbers of tokens on both sides of every limit; x in place, with NaN around it, and as it comes."""
+    """Numbers of tokens on both sides of every limit; x in place, with NaN around it, and as it comes."""
     cases = [make(RANKS, hidden, width, (4097,), torch.float32, seed=seed, device="cuda") for seed, width in enumerate(widths)]
     for case in cases:
         case.lora_B *= 0.2
@@ -46,7 +46,7 @@ def test_every_line_of_the_plan(widths: tuple[int, ...], hidden: int, dtype: tor
     wide.place_up(packed, up, list(widths))
     others = (packed, up, None, cases[0].scaling, cases[0].offsets, None, new_flags(packed.device), list(widths), sum(RANKS), 8, 2, 1.0, True)
     some = torch.randperm(4097, generator=torch.Generator().manual_seed(1))[:CHECKED].cuda()
-    for tokens in (3, 17, 65, 256, 257, 513, 1025, 4097):
+    for tokens in (3, 17, 65, 129, 256, 257, 513, 1025, 2049, 4097):
         x, pick = cases[0].x[:tokens], some % tokens
         few = x[pick].double()
         base = F.linear(few, weight.double()).split(widths, dim=1)
@@ -71,10 +71,32 @@ def test_every_line_of_the_plan(widths: tuple[int, ...], hidden: int, dtype: tor
                     given.copy_(x)
                 outputs.append(group_forward(given, *others, in_place))
             assert torch.equal(*outputs), (tokens, in_place)
+            assert int(others[6].abs().sum()) == 0, (tokens, in_place)
             assert bool(outputs[0].isfinite().all()), (tokens, in_place)
             rule = plan.group_rule(max(tokens, 17), sum(widths), hidden, dtype, beside=True, in_place=in_place)
             most = 1.6 if rule.order == "split" or (rule.order == "packed" and not rule.pieces) else 1.2  # these two round twice
             assert error(outputs[0][pick], exact) <= most * own, (tokens, in_place, rule, own)
+
+
+@pytest.mark.parametrize("tokens", [300, 1000, 3000])
+@torch.no_grad()
+def test_a_token_keeps_its_nan(tokens: int) -> None:
+    """x as it comes, in one launch with its copy: the other tokens' outputs stay what they were, to the bit."""
+    case = make(RANKS, 4096, 1024, (tokens,), torch.bfloat16, seed=0, device="cuda")
+    wide = Wide(4096, sum(RANKS), 1)
+    weight = torch.randn(1024, 4096, device="cuda").bfloat16() * 4096**-0.5
+    rows = torch.cat([weight, pack(case.gate, case.lora_A)])
+    packed, up = wide.new_block(len(rows), rows), case.lora_B.reshape(-1)
+    packed.copy_(rows)
+    wide.place_up(packed, up, [1024])
+    others = (packed, up, None, case.scaling, case.offsets, None, new_flags(packed.device), [1024], sum(RANKS), 8, 2, 1.0, True)
+    clean = group_forward(case.x, *others)
+    x = case.x.clone()
+    x[tokens // 2, 7] = float("nan")
+    got = group_forward(x, *others)
+    assert bool(got[tokens // 2].isnan().all())
+    keep = torch.arange(tokens, device="cuda") != tokens // 2
+    assert torch.equal(got[keep], clean[keep])
 
 
 @pytest.mark.parametrize("tokens", [100, 300, 1500])

@@ -71,9 +71,9 @@ def members(widths: tuple[int, ...], tokens: int, bias: bool, dtype: torch.dtype
     return Members(cases, weight, shift, packed, up, new_flags(cases[0].x.device), widths)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, order: str, pieces: int = 0, tile: tuple[int, int, int, int, int] | None = None) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, order: str, pieces: int = 0, tile: tuple[int, int, int, int, int] | None = None, gate_pieces: int = 0) -> None:
     """A plan of one line."""
-    monkeypatch.setattr(plan, "GROUPS", (plan.GroupRule(order, 17, plan.EVER, pieces, tile),))
+    monkeypatch.setattr(plan, "GROUPS", (plan.GroupRule(order, 17, plan.EVER, pieces, tile, gate_pieces),))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -166,7 +166,7 @@ def test_group_asks_the_plan_with_its_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     """And decoding does not ask."""
     asked = []
 
-    def rule(*case: object, can_stream: object, **state: bool) -> plan.GroupRule:
+    def rule(*case: object, can_run: object, **state: bool) -> plan.GroupRule:
         asked.append((*case, state))
         raise LookupError
 

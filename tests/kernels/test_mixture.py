@@ -99,7 +99,7 @@ TOKENS = (17, 64, 65, 256, 257, 512, 1024, 1025, 4096, 1 << 20)
             4096,
             [KERNEL] * 2 + [ONCE] * 2 + [BROAD] * 3 + [LATE] * 3,
             [KERNEL] * 2 + [ONCE] * 2 + [BROAD] * 3 + [("wide", 0, None)] * 3,
-            [KERNEL] * 2 + [("wide", 4, None)] * 2 + [("wide", 2, None)] * 3 + [("wide", 0, None)] * 3,
+            [KERNEL] * 2 + [("wide", 4, None)] * 2 + [("wide", 2, None)] * 4 + [("wide", 0, None)] * 2,
             id="gate-up",
         ),
         pytest.param(
@@ -107,7 +107,7 @@ TOKENS = (17, 64, 65, 256, 257, 512, 1024, 1025, 4096, 1 << 20)
             14336,
             [TWICE] * 4 + [ROUNDED] * 3 + [LATE] * 3,
             [TWICE] * 4 + [ROUNDED] * 3 + [LATE] * 3,
-            [TWICE] * 2 + [("wide", 4, None)] * 5 + [("wide", 2, None)] * 3,
+            [TWICE] * 2 + [("wide", pieces, None) for pieces in (4, 8, 4, 4, 4, 4, 2, 2)],
             id="down",
         ),
         pytest.param(
@@ -146,19 +146,33 @@ def test_plan_of_groups_streams_where_it_can() -> None:
 
     for outputs, hidden in ((28672, 4096), (6144, 4096), (4096, 4096), (4096, 14336)):
         for dtype in (torch.bfloat16, torch.float16):
-            assert [plan.group_rule(count, outputs, hidden, dtype, can_stream=can).order for count in (17, 32, 65)] == ["packed"] * 3
-        assert plan.group_rule(64, outputs, hidden, torch.float32, can_stream=can).order == "packed"
+            assert [plan.group_rule(count, outputs, hidden, dtype, can_run=can).order for count in (17, 32, 65)] == ["packed"] * 3
+        assert plan.group_rule(64, outputs, hidden, torch.float32, can_run=can).order == "packed"
         assert asked == []
-        assert [plan.group_rule(count, outputs, hidden, torch.bfloat16, can_stream=can).order for count in (33, 64)] == [
+        assert [plan.group_rule(count, outputs, hidden, torch.bfloat16, can_run=can).order for count in (33, 64)] == [
             "stream" if hidden > 8192 else "packed"
         ] * 2
         assert {(rule.order, rule.most_tokens) for rule in asked} == {("stream", 64)}
         asked.clear()
 
 
+def test_plan_of_groups_routes_in_one_launch_where_it_can() -> None:
+    """For x that nobody wrote in place, above 256 tokens; who asks without saying so gets the lines that run everywhere."""
+    for tokens, tile, pieces in ((257, (64, 128, 64, 4, 4), 8), (1024, (64, 128, 64, 4, 4), 4), (2048, (64, 256, 64, 8, 4), 4), (2049, (64, 256, 64, 8, 4), 2)):
+        for can in (lambda rule: True, lambda rule: False, None):
+            rule = plan.group_rule(tokens, 4096, 4096, torch.bfloat16, beside=True, can_run=can)
+            assert rule.order == "wide"
+            assert (rule.routes, rule.tile == tile, rule.gate_pieces) == ((True, True, pieces) if can is not None and can(rule) else (False, False, 0))
+        in_place = plan.group_rule(tokens, 4096, 4096, torch.bfloat16, beside=True, in_place=True, can_run=lambda rule: True)
+        assert (in_place.order, in_place.routes, in_place.in_place) == ("wide", False, True)
+        assert plan.group_rule(tokens, 4096, 4096, torch.bfloat16, can_run=lambda rule: True).order != "wide"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("wide", 17, 64, 0, None, 2), "needs a tile"),
+        (("wide", 17, 64, 2, (64, 64, 128, 4, 3), 2), "those of gates and A"),
         (("apart", 17, 64), "no such order"),
         (("packed", 16, 64), "above 16"),
         (("packed", 65, 64), "must be a range"),

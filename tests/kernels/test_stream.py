@@ -15,6 +15,7 @@ from meteora_kernels.triton_backend import gate_rows_of, pack, stacked_rows_of
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_stream import can_stream, stream
+from meteora_kernels.triton_sync import multiprocessors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = (64, 32, 16, 4, 3)
@@ -190,7 +191,7 @@ def test_gates_must_all_run_at_once(major: int, processors: int, expected: bool,
     """Their programs wait for each other: a part of a GPU with too few multiprocessors must not start them."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, multi_processor_count=processors))
     monkeypatch.setattr(triton_stream, "torch", torch)
-    monkeypatch.setattr(triton_stream, "_multiprocessors", triton_stream._multiprocessors.__wrapped__)
+    monkeypatch.setattr(triton_stream, "multiprocessors", multiprocessors.__wrapped__)
 
     def tensor(*size: int) -> SimpleNamespace:
         return SimpleNamespace(dtype=torch.bfloat16, data_ptr=lambda: 256, stride=lambda axis: (4096, 1)[axis], device=torch.device("cuda:0"))

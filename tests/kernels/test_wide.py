@@ -60,7 +60,11 @@ def test_windows_hold_weights_and_b_side_by_side(members: int, rank: int) -> Non
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["copied", "in-place"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "bias-and-mask"])
-@pytest.mark.parametrize(("pieces", "tile"), [(0, None), (2, None), (3, TILE)], ids=["rounded", "library-2", "kernel-3"])
+@pytest.mark.parametrize(
+    ("pieces", "tile", "gate_pieces"),
+    [(0, None, 0), (2, None, 0), (3, TILE, 0), (0, (16, 32, 16, 4, 2), 3), pytest.param(0, (32, 64, 16, 4, 2), 1, marks=pytest.mark.slow)],
+    ids=["rounded", "library-2", "kernel-3", "one-launch-3", "one-launch-1"],
+)
 @pytest.mark.parametrize(
     ("widths", "tokens"), [((24, 9, 33), 21), pytest.param((24, 9), 67, marks=pytest.mark.slow), pytest.param((40,), 18, marks=pytest.mark.slow)]
 )
@@ -69,6 +73,7 @@ def test_wide_groups_round_once(
     tokens: int,
     pieces: int,
     tile: tuple[int, int, int, int, int] | None,
+    gate_pieces: int,
     masked: bool,
     in_place: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -77,7 +82,7 @@ def test_wide_groups_round_once(
     group, wide = widened(members(widths, tokens, masked, torch.float16))
     allowed = torch.tensor([True, False, True, False, True], device=DEVICE) if masked else None
     expected = group.exact(allowed=allowed)
-    use(monkeypatch, "wide", pieces, tile)
+    use(monkeypatch, "wide", pieces, tile, gate_pieces)
     x, *others = group.arguments(allowed=allowed)
     outputs = []
     for _ in range(2):
@@ -91,7 +96,8 @@ def test_wide_groups_round_once(
         return (got.double() - expected).norm(dim=1) / expected.norm(dim=1)
 
     own = errors(expected.half())
-    if pieces:
+    assert int(group.flags.abs().sum()) == 0
+    if pieces or gate_pieces:
         assert float(errors(outputs[0]).max()) <= 3 * float(own.max())
     # Rounded logits may send a near tie elsewhere; PyTorch before 2.13 rounds before it adds a bias on some ways.
     assert float(errors(outputs[0]).median()) <= (1.6 if masked else 1.2) * float(own.median())

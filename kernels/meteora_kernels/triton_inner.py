@@ -1,0 +1,189 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""All that comes before the product in "wide" in one launch: gates and ``A x``, the routing, and h written where that product reads it.
+
+For groups whose x nobody writes in place (:mod:`meteora_kernels.wide`): the programs that multiply x copy it as well. Every program owns a tile of
+``[G; A] x`` and one piece of the sum over x's columns, and stores it as float32. Once all tiles and pieces of a block of tokens and a member
+are there, their programs share these tokens out, route them, and write h. Pieces are added in their order, so two runs are bit-equal; there are no
+floating-point atomics.
+
+Who waits for whom: the programs of one block of tokens and one member for each other, and nobody else. They are neighbours in the grid and at most as
+many as the GPU runs at once (:func:`can_inner`), so those of the first block that is not done are all running or about to start, whatever comes after.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from meteora_kernels import plan
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.triton_middle import clear_rows, ranks_of, routes_of_tile, write_chosen
+from meteora_kernels.triton_sync import leave, multiprocessors, readable, share_out, wait_flag
+
+MOST_BLOCKS = 512
+"""Blocks of tokens, times members, that have two flags each."""
+
+
+@triton.jit(do_not_specialize=["tokens_total"])
+def inner_kernel(
+    x,
+    ga,
+    source,
+    target,
+    h,
+    allowed,
+    scaling,
+    offsets,
+    mid,
+    flags,
+    tokens_total,
+    hidden,
+    count,
+    members,
+    gate_rows,
+    stacked,
+    rank,
+    stride_source,
+    stride_row,
+    first_h,
+    second_h,
+    padded_rank,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TILES: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RANKS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    COPY: tl.constexpr,
+    CONCURRENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``h[t, row] = (A x)[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
+
+    Shapes: x (M, h) and ga (P, h), tensor descriptors with blocks (BM, BK) and (BN, BK); ga: per member N gate rows, padding to ``gate_rows``, R rows of
+    A, padding to ``stacked``; ``h``: rows ``stride_row`` apart, in the dtype of x; the first member's columns start at ``first_h``, the others' from
+    ``second_h`` on. COPY: x, of which ``source`` is the pointer, is also copied to ``target``, with rows as far apart as those of ``h``.
+    Scratch: mid float32 (blocks of BM tokens * members, PIECES, BM, gate_rows + R), partial sums. flags int32, two for each block and member, all 0
+    before and after. BLOCK: tokens that a program routes. Grid, one dimension: ceil(M / BM) * members * PIECES * TILES programs, with
+    TILES = ceil((gate_rows + R) / BN).
+    """
+    pid = tl.program_id(0)
+    together = TILES * PIECES
+    mine = pid % together
+    index = pid // together
+    member = index % members
+    begin = index // members * BM
+    left = tokens_total - begin
+    tile = mine % TILES
+    piece = mine // TILES
+    row = member * stacked + tile * BN
+    tokens = tl.arange(0, BM)[:, None]
+    steps = tl.cdiv(hidden, BK)
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for step in tl.range(steps * piece // PIECES, steps * (piece + 1) // PIECES, num_stages=STAGES):
+        total = tl.dot(x.load([begin, step * BK]), ga.load([row, step * BK]).T, total, input_precision=PRECISION)
+        if COPY:
+            # Not the tile that is multiplied: Triton 3.6 and 3.7 give a loaded tile that has another user one buffer too few, and the copy engine
+            # overwrites it while the matrix unit reads it.
+            over = step * BK + tl.arange(0, BK)[None, :]
+            inside = (tile == 0) & (member == 0) & (tokens < left) & (over < hidden)
+            values = tl.load(source + begin.to(tl.int64) * stride_source + tokens * stride_source + over, mask=inside)
+            tl.store(target + begin.to(tl.int64) * stride_row + tokens * stride_row + over, values, mask=inside)
+    column = tl.where(member == 0, first_h, second_h + (member - 1) * padded_rank)
+    own = h + begin.to(tl.int64) * stride_row + column
+    width = gate_rows + rank
+    here = mid + index.to(tl.int64) * (PIECES * BM * width)
+    across = tile * BN + tl.arange(0, BN)[None, :]
+    tl.store(here + piece * (BM * width) + tokens * width + across, total, mask=across < width)
+    cleared = mine * BLOCK + tl.arange(0, BLOCK)[:, None]
+    clear_rows(own, stride_row, cleared, cleared < tl.minimum(left, BM), padded_rank, CHUNK)
+    first, step = share_out(flags + 2 * index, together, mine, BM // BLOCK, CONCURRENT)
+    if CONCURRENT:
+        wait_flag(flags + 2 * index, together)
+    for share in range(first, BM // BLOCK, step):
+        some = share * BLOCK + tl.arange(0, BLOCK)[:, None]
+        mask = some < left
+        picks, shares = routes_of_tile(
+            here, some, width, allowed, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, BM * width, PIECES
+        )
+        write_chosen(here + gate_rows, width, BM * width, own, stride_row, scaling, offsets, some, mask, picks, shares, TOP_K, SLOTS, RANKS, PIECES, True)
+    leave(flags + 2 * index, together)
+
+
+def can_inner(ga: Tensor, tokens: int, members: int, width: int, ranks: int, tile: tuple[int, int, int, int, int], pieces: int) -> bool:
+    """Whether :func:`inner` can run here: a Hopper GPU that runs all programs at once that wait for each other, rows that its copy engine can read,
+    flags for all blocks of tokens, and few chosen rows (``ranks``, of :func:`ranks_of`) among ``width`` of gates and A."""
+    if not ranks or not readable(ga) or ceil_div(tokens, tile[0]) * members > MOST_BLOCKS:
+        return False
+    if ga.device.type != "cuda":
+        return plan.interpreted()
+    return ceil_div(width, tile[1]) * pieces <= multiprocessors(ga.device)
+
+
+def inner(
+    x: Tensor,
+    ga: Tensor,
+    scaling: Tensor,
+    offsets: Tensor,
+    flags: Tensor,
+    members: int,
+    rank: int,
+    max_rank: int,
+    gate_rows: int,
+    stacked: int,
+    top_k: int,
+    temperature: float,
+    allowed: Tensor | None,
+    out: tuple[Tensor, int, int, int],
+    tile: tuple[int, int, int, int, int],
+    pieces: int,
+    copy: Tensor | None,
+) -> None:
+    """Gates, ``A x`` and routing of a group, and h beside x; where :func:`can_inner` says so.
+
+    Args:
+        x: (M, h), columns contiguous, M >= 1, rows 16 bytes aligned, float16 or bfloat16.
+        ga: (members * stacked, h), likewise: per member N gate rows, padding to ``gate_rows``, R rows of A, padding.
+        scaling: float32 (N,).
+        offsets: int64 (N + 1,).
+        flags: As :func:`meteora_kernels.triton_decode.new_flags` makes them; zero before and after.
+        members: 1 to 3.
+        rank: R.
+        max_rank: The largest rank.
+        gate_rows: Where A starts in a member's part of ``ga``.
+        stacked: Rows of a member's part.
+        top_k: k.
+        temperature: T.
+        allowed: bool (N,) or None.
+        out: Where h goes: (M, .), columns contiguous; the column of the first member; that of the second, behind which the third's stands; and
+            how many columns each gets: R, the rest 0.
+        tile: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
+        pieces: Of the sums over x's columns.
+        copy: (M, h), columns of ``out``'s rows: x is copied there. None: it lies there already.
+    """
+    tokens, hidden = x.shape
+    result, first, second, padded = out
+    bm, bn, bk, warps, stages = tile
+    width, count = gate_rows + rank, scaling.shape[0]
+    tiles, index = ceil_div(width, bn), ceil_div(tokens, bm) * members
+    mid = torch.empty(index, pieces, bm, width, dtype=torch.float32, device=x.device)
+    inner_kernel[(index * pieces * tiles,)](
+        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk]), TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk]),
+        x, copy if copy is not None else x, result, allowed if allowed is not None else scaling, scaling, offsets, mid, flags,
+        tokens, hidden, count, members, gate_rows, stacked, rank, x.stride(0), result.stride(0), first, second, padded, temperature,
+        TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces,
+        BLOCK=max(1, bm >> ((tiles * pieces).bit_length() - 1)), CHUNK=min(256, padded & -padded), RANKS=ranks_of(max_rank, top_k, padded),
+        HAS_ALLOWED=allowed is not None, COPY=copy is not None, CONCURRENT=not plan.interpreted(), STAGES=stages, PRECISION="ieee",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
