@@ -99,12 +99,19 @@ class GroupRule:
 
 
 GROUPS: tuple[GroupRule, ...] = (
-    # One launch. Measured at 64 tokens: 203 us for the four groups in turn against 218 in two launches, and the output is rounded once, too. Below
-    # 33 tokens two launches are as fast or faster.
+    # One launch. Measured at 17, 32, 48, 64, 96 and 128 tokens; the pieces of gates and A for o, and for down at 17 to 32, are by 64 tokens' measure.
+    GroupRule("stream", 17, 32, pieces=1, tile=(32, 128, 128, 4, 4), gate_pieces=4, least_outputs=16384),
+    GroupRule("stream", 17, 32, pieces=1, tile=(32, 64, 256, 4, 4), gate_pieces=8, least_hidden=8192),
+    GroupRule("stream", 17, 32, pieces=1, tile=(32, 64, 128, 4, 8), gate_pieces=3, least_outputs=6144),
+    GroupRule("stream", 17, 32, pieces=1, tile=(32, 64, 128, 4, 8), gate_pieces=8),
     GroupRule("stream", 33, 64, pieces=1, tile=(64, 128, 128, 4, 4), gate_pieces=4, least_outputs=16384),
-    GroupRule("stream", 33, 64, pieces=4, tile=(64, 128, 64, 4, 4), gate_pieces=16, least_hidden=8192),
-    GroupRule("stream", 33, 64, pieces=1, tile=(64, 64, 64, 4, 6), gate_pieces=8, least_outputs=6144),
-    GroupRule("stream", 33, 64, pieces=2, tile=(64, 64, 64, 4, 6), gate_pieces=8),
+    GroupRule("stream", 33, 64, pieces=1, tile=(64, 64, 128, 4, 7), gate_pieces=8, least_hidden=8192),
+    GroupRule("stream", 33, 64, pieces=1, tile=(64, 64, 128, 4, 6), gate_pieces=3, least_outputs=6144),
+    GroupRule("stream", 33, 64, pieces=1, tile=(64, 64, 128, 4, 7), gate_pieces=8),
+    GroupRule("stream", 65, 128, pieces=1, tile=(128, 128, 64, 4, 3), gate_pieces=4, least_outputs=16384),
+    GroupRule("stream", 65, 128, pieces=3, tile=(128, 128, 128, 8, 3), gate_pieces=18, least_hidden=8192),
+    GroupRule("stream", 65, 128, pieces=1, tile=(128, 64, 128, 4, 4), gate_pieces=3, least_outputs=6144),
+    GroupRule("stream", 65, 128, pieces=1, tile=(128, 64, 128, 4, 4), gate_pieces=8),
     # Measured at 64 tokens: four groups 217.5 us against 220.4 with rounded products, and the output is rounded once.
     GroupRule("packed", 17, 64, pieces=1, tile=(64, 64, 128, 4, 3), least_outputs=16384),
     GroupRule("packed", 17, 64, pieces=2, least_hidden=8192),

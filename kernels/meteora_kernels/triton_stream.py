@@ -7,9 +7,13 @@ base weights meanwhile, add ``middle B`` and write the output. Where a group has
 pieces, which meet in memory. Whoever needs a whole sum adds its pieces in their order, so two runs are bit-equal; there are no floating-point
 atomics.
 
+A program's time is spent on its stream of weights: what counts is how much is on its way at once, in pieces of 256 bytes a row or more, so that one
+program takes all shared memory of a multiprocessor, and that gates and base together are no more programs than multiprocessors or fill two waves.
+
 Who waits for whom: the programs of one member's gates for each other, the pieces of one tile of the output for each other, and all tiles for the
-gates. Those that wait for each other are neighbours in the grid and fewer than the GPU runs at once (:func:`can_stream`), and the gates come
-first, so everybody gets what they wait for.
+gates. Programs start in the order of the grid. The gates come first and are fewer than the multiprocessors (:func:`can_stream`), so all of them run
+at once and end without waiting for anybody else. Of the tiles that are not finished, the pieces of the first have started or are the next to start,
+since earlier tiles end and later ones start after them; so everybody gets what they wait for, whatever the pieces and however few run at once.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from meteora_kernels import plan
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
 from meteora_kernels.triton_route import summed
-from meteora_kernels.triton_sync import clear_when_last, multiprocessors, raise_flag, readable, share_out, wait_flag
+from meteora_kernels.triton_sync import clear_when_last, count_out, multiprocessors, raise_flag, readable, share_out, wait_flag
 
 _FIRST_TILE = tl.constexpr(8)
 """Flags: 0 to 2 gate programs that have stored their sums, per member; 3 to 5 those whose tokens are routed; 6 programs that no longer look at
@@ -52,11 +56,12 @@ def write_middle(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
 ):
-    """Route the ``block``-th BLOCK tokens and write ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past the rank."""
+    """Route the ``block``-th BLOCK tokens and write ROWS columns, ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past
+    the rank. CHUNK columns at once, as many as registers hold: chunks wait for each other's loads."""
     tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
     mask = tokens < tokens_total
     picks, shares = routes_of_tile(
@@ -65,13 +70,13 @@ def write_middle(
     scaled = shares * tl.load(scaling + picks)
     first = tl.load(offsets + picks)
     last = tl.load(offsets + picks + 1)
-    for chunk in tl.static_range(CHUNKS):
-        rows = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+    for start in tl.static_range(0, ROWS, CHUNK):
+        rows = start + tl.arange(0, CHUNK)[None, :]
         values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, mask & (rows < rank), SPLITS, True)
         factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
         # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
         values = tl.where(factor == 0.0, 0.0, values * factor)
-        tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask)
+        tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < ROWS))
 
 
 @triton.jit
@@ -89,13 +94,13 @@ def add_up(
     CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """float32 ``total`` (MP, C) plus ``middle`` (MP, R) times the columns (1, C) of ``b`` (R, width)."""
+    """float32 ``total`` (C, MP) plus the columns (1, C) of ``b`` (R, width), transposed, times the transpose of ``middle`` (MP, R)."""
     tokens = tl.arange(0, MP)[:, None]
-    for chunk in range(CHUNKS):
+    for chunk in tl.range(CHUNKS, num_stages=5):
         rows = chunk * CHUNK + tl.arange(0, CHUNK)
         values = tl.load(middle + tokens * stride_middle + rows[None, :], mask=live, other=0.0, cache_modifier=".cg")
         up = tl.load(b + rows[:, None] * width + columns, mask=(rows[:, None] < rank) & (columns < width), other=0.0)
-        total = tl.dot(values, up, total, input_precision=PRECISION)
+        total = tl.dot(up.T, values.T, total, input_precision=PRECISION)
     return total
 
 
@@ -137,9 +142,11 @@ def stream_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    WIDE: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CONCURRENT: tl.constexpr,
+    THREADS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -148,9 +155,10 @@ def stream_kernel(
     Shapes: x (M, h), M <= MP, and packed (P, h), tensor descriptors with blocks (MP, BK) and (BN, BK); packed: O base rows of all members, then
     per member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b: per member (R, width); bias (O,). Scratch: mid
     float32 (GATE_PIECES, MP, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (MP, MEMBERS * CHUNKS * CHUNK) in the dtype of
-    b; parts float32 (tiles, PIECES, MP, BN) where PIECES > 1. flags int32 (1024,), all 0 before and after; y (M, O).
+    b; parts float32 (tiles, PIECES, BN, MP) where PIECES > 1. flags int32 (1024,), all 0 before and after; y (M, O).
     Grid, one dimension: per member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then per member ceil(width / BN) * PIECES
-    programs. SHARES, a power of two up to PIECES: so many of a tile's programs write a part of it each.
+    programs. SHARES, a power of two up to PIECES: so many of a tile's programs write a part of it each. Sums are (outputs, tokens): the matrix units
+    take 64 rows of the left side at least, but any multiple of 8 of the right one, so that fewer tokens cost less.
     """
     pid = tl.program_id(0)
     width_mid = gate_rows + rank
@@ -180,9 +188,9 @@ def stream_kernel(
     blocks = tl.cdiv(hidden, BK)
     pieces = tl.where(is_gate, GATE_PIECES, PIECES)
     row = before + tile * BN
-    total = tl.zeros([MP, BN], dtype=tl.float32)
+    total = tl.zeros([BN, MP], dtype=tl.float32)
     for step in tl.range(blocks * piece // pieces, blocks * (piece + 1) // pieces, num_stages=STAGES):
-        total = tl.dot(x.load([0, step * BK]), packed.load([row, step * BK]).T, total, input_precision=PRECISION)
+        total = tl.dot(packed.load([row, step * BK]), x.load([0, step * BK]).T, total, input_precision=PRECISION)
     tokens = tl.arange(0, MP)[:, None]
     columns = tl.arange(0, BN)[None, :]
     live = tokens < tokens_total
@@ -193,7 +201,7 @@ def stream_kernel(
         here = mid + member * width_mid
         stride_mid = width_mid * MEMBERS
         stride_split = stride_mid * MP
-        tl.store(here + piece * stride_split + tokens * stride_mid + across, total, mask=live & (across < width_mid))
+        tl.store(here + piece * stride_split + tokens * stride_mid + across, total.T, mask=live & (across < width_mid))
         token_blocks = tl.cdiv(tokens_total, BLOCK)
         first, step = share_out(flags + member, per_member, pid % per_member, token_blocks, CONCURRENT)
         if CONCURRENT:
@@ -218,47 +226,56 @@ def stream_kernel(
                 SLOTS,
                 PADDED,
                 BLOCK,
-                CHUNK,
-                CHUNKS,
+                WIDE,
+                CHUNKS * CHUNK,
                 GATE_PIECES,
                 HAS_ALLOWED,
             )
         raise_flag(flags + 3 + member)
-        clear_when_last(flags, 6)
+        come = count_out(flags + 6, THREADS)
     elif PIECES == 1:
         up = b + before.to(tl.int64) * rank
-        if HAS_BIAS:
-            total += tl.load(bias + before + across, mask=across < width, other=0.0).to(tl.float32)
         wait_flag(flags + 3 + member, per_member)
-        clear_when_last(flags, 6)
+        come = count_out(flags + 6, THREADS)
         total = add_up(total, inner, stride_middle, up, width, rank, across, live, MP, CHUNK, CHUNKS, PRECISION)
-        tl.store(y + tokens * outputs + before + across, total.to(y.dtype.element_ty), mask=live & (across < width))
+        result = total.T
+        if HAS_BIAS:
+            result += tl.load(bias + before + across, mask=across < width, other=0.0).to(tl.float32)
+        tl.store(y + tokens * outputs + before + across, result.to(y.dtype.element_ty), mask=live & (across < width))
     else:
         up = b + before.to(tl.int64) * rank
         here = parts + index.to(tl.int64) * (PIECES * MP * BN)
-        tl.store(here + piece * (MP * BN) + tokens * BN + columns, total)
+        along = tl.arange(0, MP)[None, :]
+        tl.store(here + piece * (MP * BN) + tl.arange(0, BN)[:, None] * MP + along, total)
         arrived = flags + _FIRST_TILE + index
         first, step = share_out(arrived, PIECES, piece, SHARES, CONCURRENT)
+        come = tl.zeros([THREADS], dtype=tl.int32)
         if first < SHARES:
             wait_flag(flags + 3 + member, per_member)
+        elif CONCURRENT:
+            come = count_out(flags + 6, THREADS)
         # One turn where CONCURRENT, since SHARES <= PIECES.
         for share in range(first, SHARES, step):
-            some = share * (BN // SHARES) + tl.arange(0, BN // SHARES)[None, :]
-            places = tile * BN + some
-            sums = tl.zeros([MP, BN // SHARES], dtype=tl.float32)
+            some = share * (BN // SHARES) + tl.arange(0, BN // SHARES)
+            places = tile * BN + some[None, :]
+            sums = tl.zeros([BN // SHARES, MP], dtype=tl.float32)
             # B first: the other pieces arrive meanwhile.
             sums = add_up(sums, inner, stride_middle, up, width, rank, places, live, MP, CHUNK, CHUNKS, PRECISION)
             if CONCURRENT:
                 wait_flag(arrived, PIECES)
-            sums += summed(here, tokens * BN + some, MP * BN, live, PIECES, True)
+                come = count_out(flags + 6, THREADS)
+            sums += summed(here, some[:, None] * MP + along, MP * BN, along < tokens_total, PIECES, True)
+            result = sums.T
             if HAS_BIAS:
-                sums += tl.load(bias + before + places, mask=places < width, other=0.0).to(tl.float32)
-            tl.store(y + tokens * outputs + before + places, sums.to(y.dtype.element_ty), mask=live & (places < width))
-        clear_when_last(flags, 6)
+                result += tl.load(bias + before + places, mask=places < width, other=0.0).to(tl.float32)
+            tl.store(y + tokens * outputs + before + places, result.to(y.dtype.element_ty), mask=live & (places < width))
+        if not CONCURRENT:
+            come = count_out(flags + 6, THREADS)
+    clear_when_last(flags, come, THREADS)
 
 
-_AT_ONCE = 224
-"""So many programs of base outputs run at once beside those of gates and A, with two on each of 132 multiprocessors."""
+_AT_ONCE = 132
+"""So many programs run at once on an H100: one on each multiprocessor, whose shared memory it fills with what is on its way."""
 
 
 def gate_programs_of(members: int, gate_rows: int, rank: int, tile: tuple[int, int, int, int, int], gate_pieces: int) -> int:
@@ -323,23 +340,25 @@ def stream(
     count, members, outputs = scaling.shape[0], len(widths), sum(widths)
     mp, bn, bk, warps, stages = tile
     tiles = sum(ceil_div(width, bn) for width in widths)
-    pieces = max(1, min(pieces, _AT_ONCE // tiles))
-    shares = 1 << (pieces.bit_length() - 1)
     gate_programs = gate_programs_of(members, gate_rows, rank, tile, gate_pieces)
+    pieces = max(1, min(pieces, (_AT_ONCE - gate_programs) // tiles))
+    shares = 1 << (pieces.bit_length() - 1)
+    block = max(1, power_of_two(ceil_div(mp * members, gate_programs)))
     chunk = 32
     chunks = ceil_div(rank, chunk)
     mid = torch.empty(gate_pieces, mp, members * (gate_rows + rank), dtype=torch.float32, device=x.device)
     middle = torch.empty(mp, members * chunks * chunk, dtype=x.dtype, device=x.device)
-    parts = torch.empty(tiles, pieces, mp, bn, dtype=torch.float32, device=x.device) if pieces > 1 else mid
+    parts = torch.empty(tiles, pieces, bn, mp, dtype=torch.float32, device=x.device) if pieces > 1 else mid
     y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     padded = (*widths, 0, 0)
     stream_kernel[(gate_programs + tiles * pieces,)](
         TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [mp, bk]), TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]),
         b, bias if bias is not None else scaling, allowed if allowed is not None else scaling, scaling, offsets, mid, middle, parts, flags, y,
         tokens, hidden, outputs, count, gate_rows, stacked, rank, padded[0], padded[1], padded[2], temperature,
-        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), MP=mp, BN=bn, BK=bk, GATE_PIECES=gate_pieces,
-        PIECES=pieces, SHARES=shares, BLOCK=max(1, power_of_two(ceil_div(mp * members, gate_programs))), CHUNK=chunk, CHUNKS=chunks,
-        HAS_ALLOWED=allowed is not None, HAS_BIAS=bias is not None, CONCURRENT=not plan.interpreted(), STAGES=stages, PRECISION="ieee",
+        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(8, power_of_two(count)), MP=mp, BN=bn, BK=bk, GATE_PIECES=gate_pieces,
+        PIECES=pieces, SHARES=shares, BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
+        WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_ALLOWED=allowed is not None, HAS_BIAS=bias is not None,
+        CONCURRENT=not plan.interpreted(), THREADS=32 * warps, STAGES=stages, PRECISION="ieee",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y

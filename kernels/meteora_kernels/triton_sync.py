@@ -38,12 +38,13 @@ def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
         first, step: The shares first, first + step, ... below ``shares`` are this program's. CONCURRENT: each does its own, after waiting for
         the others. Otherwise (the interpreter runs one program after the other) the last to come does all, and nobody waits.
     """
-    tl.debug_barrier()
-    come = tl.atomic_add(flag, 1, sem="acq_rel", scope="gpu")
     if CONCURRENT:
+        raise_flag(flag)
         first = mine
         step = target
     else:
+        tl.debug_barrier()
+        come = tl.atomic_add(flag, 1, sem="acq_rel", scope="gpu")
         tl.debug_barrier()
         first = tl.where(come == target - 1, 0, shares)
         step = 1
@@ -60,10 +61,20 @@ def leave(flags, target):
 
 
 @triton.jit
-def clear_when_last(flags, counter):
-    """Count this program, which looks at flags no more, in ``flags[counter]``; the last one puts all 1,024 flags back to 0."""
-    tl.debug_barrier()
-    if tl.atomic_add(flags + counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+def count_out(counter, THREADS: tl.constexpr):
+    """Count this program, which looks at flags no more. Relaxed, since what it saw of the flags it has waited for.
+
+    Returns:
+        int32 (THREADS,), one number a thread: how many were counted before, in the first place. Nobody waits for it until it is used.
+    """
+    lanes = tl.arange(0, THREADS)
+    return tl.atomic_add(counter + lanes * 0, 1, mask=lanes == 0, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def clear_when_last(flags, come, THREADS: tl.constexpr):
+    """The last program to :func:`count_out`, by what that gave as ``come``, puts all 1,024 flags back to 0."""
+    if tl.max(tl.where(tl.arange(0, THREADS) == 0, come, 0), axis=0) == tl.num_programs(0) - 1:
         tl.store(flags + tl.arange(0, 1024), tl.zeros([1024], dtype=tl.int32))
 
 

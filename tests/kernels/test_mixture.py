@@ -137,7 +137,7 @@ def test_plan_of_groups(outputs: int, hidden: int, apart: list[object], beside: 
 
 
 def test_plan_of_groups_streams_where_it_can() -> None:
-    """Above 32 tokens and in 16 bits, after asking whether that very line can run."""
+    """Up to 128 tokens and in 16 bits, after asking whether that very line can run."""
     asked = []
 
     def can(rule: plan.GroupRule) -> bool:
@@ -146,14 +146,14 @@ def test_plan_of_groups_streams_where_it_can() -> None:
 
     for outputs, hidden in ((28672, 4096), (6144, 4096), (4096, 4096), (4096, 14336)):
         for dtype in (torch.bfloat16, torch.float16):
-            assert [plan.group_rule(count, outputs, hidden, dtype, can_run=can).order for count in (17, 32, 65)] == ["packed"] * 3
+            assert plan.group_rule(129, outputs, hidden, dtype, can_run=can).order == "packed"
         assert plan.group_rule(64, outputs, hidden, torch.float32, can_run=can).order == "packed"
         assert asked == []
-        assert [plan.group_rule(count, outputs, hidden, torch.bfloat16, can_run=can).order for count in (33, 64)] == [
-            "stream" if hidden > 8192 else "packed"
-        ] * 2
-        assert {(rule.order, rule.most_tokens) for rule in asked} == {("stream", 64)}
-        asked.clear()
+        for count in (17, 32, 33, 64, 65, 128):
+            assert plan.group_rule(count, outputs, hidden, torch.bfloat16, can_run=can).order == ("stream" if hidden > 8192 else "packed")
+            most = max(32, 1 << (count - 1).bit_length())
+            assert {(rule.order, rule.most_tokens) for rule in asked} == {("stream", most)}
+            asked.clear()
 
 
 def test_plan_of_groups_routes_in_one_launch_where_it_can() -> None:
@@ -166,6 +166,16 @@ def test_plan_of_groups_routes_in_one_launch_where_it_can() -> None:
         in_place = plan.group_rule(tokens, 4096, 4096, torch.bfloat16, beside=True, in_place=True, can_run=lambda rule: True)
         assert (in_place.order, in_place.routes, in_place.in_place) == ("wide", False, True)
         assert plan.group_rule(tokens, 4096, 4096, torch.bfloat16, can_run=lambda rule: True).order != "wide"
+
+
+def test_plan_of_groups_lets_gates_run_at_once() -> None:
+    """28 adapters of rank 8 in Llama-3-8B's groups: the programs that wait for each other are fewer than an H100's multiprocessors."""
+    for outputs, hidden, members in ((28672, 4096, 2), (6144, 4096, 3), (4096, 4096, 1), (4096, 14336, 1)):
+        for count in (17, 33, 65):
+            rule = plan.group_rule(count, outputs, hidden, torch.bfloat16, can_run=lambda rule: True)
+            assert rule.order == "stream"
+            assert rule.tile is not None
+            assert members * -(-256 // rule.tile[1]) * rule.gate_pieces <= 64
 
 
 @pytest.mark.parametrize(

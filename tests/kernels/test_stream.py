@@ -111,17 +111,17 @@ def test_stream_equals_its_members(widths: tuple[int, ...], tokens: int, pieces:
 @needs_stream
 @pytest.mark.parametrize(
     ("ranks", "top_k", "hidden"),
-    [((1,), 1, 8), ((2, 70, 0), 3, 24), ((4,) * 9, 8, 136), pytest.param((1,) * 300, 2, 64, marks=pytest.mark.slow)],
-    ids=["one-adapter", "a-rank-above-h", "top-8", "many"],
+    [((1,), 1, 8), ((2, 70, 0), 3, 24), ((300, 20), 1, 24), ((4,) * 9, 8, 136), pytest.param((1,) * 300, 2, 64, marks=pytest.mark.slow)],
+    ids=["one-adapter", "a-rank-above-h", "more-rows-than-a-chunk", "top-8", "many"],
 )
 def test_stream_takes_any_ranks(ranks: tuple[int, ...], top_k: int, hidden: int) -> None:
     check(Group((40, 24), 19, ranks=ranks, hidden=hidden), top_k=top_k, pieces=2, gate_pieces=2)
 
 
 @needs_stream
-@pytest.mark.parametrize("tokens", [32, 100])
-def test_stream_takes_other_blocks_of_tokens(tokens: int) -> None:
-    check(Group((40, 24), tokens), pieces=2, tile=(32 if tokens == 32 else 128, 32, 16, 4, 2))
+@pytest.mark.parametrize(("tokens", "pieces"), [(17, 1), (32, 2), (100, 1), (128, 3)])
+def test_stream_takes_other_blocks_of_tokens(tokens: int, pieces: int) -> None:
+    check(Group((40, 24), tokens), pieces=pieces, tile=(32 if tokens <= 32 else 128, 64, 16, 4, 2))
 
 
 @needs_stream
@@ -204,8 +204,19 @@ def test_gates_must_all_run_at_once(major: int, processors: int, expected: bool,
 @needs_stream
 @pytest.mark.parametrize(
     ("widths", "hidden", "tokens"),
-    [((4096, 1024, 1024), 4096, 64), ((4096,), 4096, 64), ((4096,), 14336, 64), ((8192, 8192), 1024, 64), ((1500, 777, 31), 1000, 37), ((576,), 1536, 33)],
-    ids=["qkv", "o", "down", "wide", "odd", "small"],
+    [
+        ((4096, 1024, 1024), 4096, 64),
+        ((4096,), 4096, 64),
+        ((4096,), 14336, 64),
+        ((8192, 8192), 1024, 64),
+        ((1500, 777, 31), 1000, 37),
+        ((576,), 1536, 33),
+        ((4096, 1024, 1024), 4096, 17),
+        ((4096,), 14336, 32),
+        ((4096,), 14336, 100),
+        ((8192, 8192), 1024, 128),
+    ],
+    ids=["qkv", "o", "down", "wide", "odd", "small", "qkv-17", "down-32", "down-100", "wide-128"],
 )
 def test_a_graph_replays_with_new_inputs(widths: tuple[int, ...], hidden: int, tokens: int) -> None:
     """As the plan has it, at sizes that fill the GPU; whatever order its programs run in, the output is the same."""
