@@ -65,6 +65,7 @@ def inner_kernel(
     RANKS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     COPY: tl.constexpr,
+    COPIERS: tl.constexpr,
     CONCURRENT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,7 +74,8 @@ def inner_kernel(
 
     Shapes: x (M, h) and ga (P, h), tensor descriptors with blocks (BM, BK) and (BN, BK); ga: per member N gate rows, padding to ``gate_rows``, R rows of
     A, padding to ``stacked``; ``h``: rows ``stride_row`` apart, in the dtype of x; the first member's columns start at ``first_h``, the others' from
-    ``second_h`` on. COPY: x, of which ``source`` is the pointer, is also copied to ``target``, with rows as far apart as those of ``h``.
+    ``second_h`` on. COPY: x, of which ``source`` is the pointer, is also copied to ``target``, with rows as far apart as those of ``h``;
+    the first COPIERS (a power of two up to TILES) tiles of a block copy a part of its tokens each.
     Scratch: mid float32 (blocks of BM tokens * members, PIECES, BM, gate_rows + R), partial sums. flags int32, two for each block and member, all 0
     before and after. BLOCK: tokens that a program routes. Grid, one dimension: ceil(M / BM) * members * PIECES * TILES programs, with
     TILES = ceil((gate_rows + R) / BN).
@@ -91,15 +93,19 @@ def inner_kernel(
     tokens = tl.arange(0, BM)[:, None]
     steps = tl.cdiv(hidden, BK)
     total = tl.zeros([BM, BN], dtype=tl.float32)
+    lines = tile * (BM // COPIERS) + tl.arange(0, BM // COPIERS)[:, None]
+    copied = (tile < COPIERS) & (member == 0) & (lines < left)
+    origin = source + begin.to(tl.int64) * stride_source + lines * stride_source
+    goal = target + begin.to(tl.int64) * stride_row + lines * stride_row
     for step in tl.range(steps * piece // PIECES, steps * (piece + 1) // PIECES, num_stages=STAGES):
-        total = tl.dot(x.load([begin, step * BK]), ga.load([row, step * BK]).T, total, input_precision=PRECISION)
+        over = step * BK + tl.arange(0, BK)[None, :]
         if COPY:
             # Not the tile that is multiplied: Triton 3.6 and 3.7 give a loaded tile that has another user one buffer too few, and the copy engine
             # overwrites it while the matrix unit reads it.
-            over = step * BK + tl.arange(0, BK)[None, :]
-            inside = (tile == 0) & (member == 0) & (tokens < left) & (over < hidden)
-            values = tl.load(source + begin.to(tl.int64) * stride_source + tokens * stride_source + over, mask=inside)
-            tl.store(target + begin.to(tl.int64) * stride_row + tokens * stride_row + over, values, mask=inside)
+            values = tl.load(origin + over, mask=copied & (over < hidden))
+        total = tl.dot(x.load([begin, step * BK]), ga.load([row, step * BK]).T, total, input_precision=PRECISION)
+        if COPY:
+            tl.store(goal + over, values, mask=copied & (over < hidden))
     column = tl.where(member == 0, first_h, second_h + (member - 1) * padded_rank)
     own = h + begin.to(tl.int64) * stride_row + column
     width = gate_rows + rank
@@ -182,8 +188,8 @@ def inner(
         TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk]), TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk]),
         x, copy if copy is not None else x, result, allowed if allowed is not None else scaling, scaling, offsets, mid, flags,
         tokens, hidden, count, members, gate_rows, stacked, rank, x.stride(0), result.stride(0), first, second, padded, temperature,
-        TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces,
+        TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(8, power_of_two(count)), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces,
         BLOCK=max(1, bm >> ((tiles * pieces).bit_length() - 1)), CHUNK=min(256, padded & -padded), RANKS=ranks_of(max_rank, top_k, padded),
-        HAS_ALLOWED=allowed is not None, COPY=copy is not None, CONCURRENT=not plan.interpreted(), STAGES=stages, PRECISION="ieee",
-        num_warps=warps, num_stages=stages,
+        HAS_ALLOWED=allowed is not None, COPY=copy is not None, COPIERS=min(bm, 1 << (tiles.bit_length() - 1)), CONCURRENT=not plan.interpreted(),
+        STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
