@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""A group of linears at few tokens (decoding) with many adapters: of A and B only the rows of the chosen adapters are read.
+"""A group of linears at few tokens (decoding): every base weight and every gate is read once, of A and B only the rows of the chosen adapters.
 
-:func:`chosen_kernel` is to many adapters what :func:`meteora_kernels.triton_decode.decode_kernel` is to few. A cannot be read before the gates are
-known, so there is a chain: gates, routing, chosen rows of A, chosen rows of B. It must be over before the base weights are, which take 12 us for
-4096 x 4096. Hence every link takes one trip to the memory: the sums over h of gates and of A are cut into pieces, each a program of its own
-that has all its loads in flight at once, and whoever needs a whole sum adds its pieces in their order (so two runs are bit-equal; there are no
-floating-point atomics). Each program of A routes its token itself, which is faster than to wait for another one's route, and asks for
-the chosen rows of B to be brought into L2, where they are when the base weights end.
+:func:`chosen_kernel` does a whole group of linears that share their input in ONE launch, as :func:`meteora_kernels.triton_decode.decode_kernel`
+does with all rows of A. A cannot be read before the gates are known, so there is a chain: gates, routing, chosen rows of A, chosen rows of B.
+It must be over before the base weights are, which take 12 us for 4096 x 4096. Hence every link takes one trip to the memory: the sums over h of
+gates and of A are cut into pieces, each a program of its own that has its loads in flight at once, and whoever needs a whole sum adds its
+pieces in their order. Each program of A routes its token itself, which is faster than to wait for another one's route. No floating-point
+atomics: two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -18,32 +18,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels import plan
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.triton_decode import add_chosen, chunk_of, member_of, rows_times_tokens
+from meteora_kernels.triton_decode import add_chosen, chunk_of, member_of, padded_adapters, rows_times_tokens
 from meteora_kernels.triton_route import bounded_logits, top_of_tile
 from meteora_kernels.triton_sync import finish, raise_flag, wait_flag
-
-_LINE = tl.constexpr(128)
-"""Bytes that one request brings into L2."""
-_LINES = tl.constexpr(8)
 
 
 class Tile(NamedTuple):
     """How the work of :func:`chosen_kernel` is cut.
 
     Attributes:
-        gate_rows, gate_columns, gate_step: Rows and columns of G a program, and how many columns of them at a time.
-        down_rows, down_columns, down_step: Likewise chosen rows of A.
-        outputs, step: Rows of W a program, and how many columns at a time.
+        pieces: The sums over h of gates and A are cut into so many, as far as their steps allow.
+        gate_rows, gate_step: Rows of G a program, and how many columns at a time.
+        down_rows, down_step: Likewise chosen rows of A, powers of two.
+        outputs, step: Likewise rows of W.
         warps, stages: Of every program; steps in flight.
     """
 
+    pieces: int
     gate_rows: int
-    gate_columns: int
     gate_step: int
     down_rows: int
-    down_columns: int
     down_step: int
     outputs: int
     step: int
@@ -83,20 +78,6 @@ def route_of_token(
     rows = tl.load(offsets + pick) + places % RANK_P
     inside = (places < TOP_K * RANK_P) & (rows < tl.load(offsets + pick + 1))
     return tl.where(inside, rows, -1), tl.where(inside, share * tl.load(scaling + pick), 0.0)
-
-
-@triton.jit
-def fetch_rows(b, rows, width, piece, pieces):
-    """Ask for a ``piece`` of ``pieces`` of the ``rows`` (P, 1) of b (R, width) to be brought into L2; row -1: none."""
-    lines = tl.cdiv(tl.cdiv(width * (b.dtype.element_ty.primitive_bitwidth // 8), _LINE), pieces)
-    row = b + tl.maximum(rows, 0) * width
-    for start in range(0, lines, _LINES):
-        line = piece * lines + start + tl.arange(0, _LINES)[None, :]
-        column = line * (_LINE // (b.dtype.element_ty.primitive_bitwidth // 8))
-        wanted = (rows >= 0) & (column < width) & (line < (piece + 1) * lines)
-        # Who wants nothing asks for the first line of b again.
-        address = tl.where(wanted, row + column, b).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -145,7 +126,7 @@ def chosen_kernel(
     HAS_ALLOWED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
-    FETCH: tl.constexpr,
+    WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -154,7 +135,7 @@ def chosen_kernel(
     Shapes: x, w, ga, b, bias, flags and y as :func:`meteora_kernels.triton_decode.decode_kernel` has them. Scratch: logits float32 (GATE_PIECES, M,
     MEMBERS * count), partial sums; plan_rows int32 (M, MEMBERS * TOP_K * RANK_P), the chosen rows, and plan_values float32 (DOWN_PIECES, M,
     MEMBERS * TOP_K * RANK_P), partial sums of A x times ``w_j s_j``.
-    EVEN: h is a multiple of the spans and of BK, and the spans are of their steps.
+    EVEN: h is a multiple of BK, BKG and BKD. WHOLE: h is a multiple of GATE_SPAN and DOWN_SPAN, the columns of a piece.
     Grid, one dimension: per member ceil(count / BG) * GATE_PIECES programs for the gates; then per member M * ceil(TOP_K * RANK_P / ROWS) *
     DOWN_PIECES for the chosen rows of A; then per member ceil(width / BN). Nobody waits for a program that comes later.
     """
@@ -171,7 +152,7 @@ def chosen_kernel(
         local = (pid % gate_programs) // GATE_PIECES * BG + tl.arange(0, BG)[:, None]
         real = local < count
         begin = piece * GATE_SPAN
-        length = GATE_SPAN if EVEN else tl.minimum(hidden - begin, GATE_SPAN)
+        length = GATE_SPAN if WHOLE else tl.minimum(hidden - begin, GATE_SPAN)
         gates = (member * stacked + local).to(tl.int64)
         sums = rows_times_tokens(ga + begin, gates, real, x + begin, tokens_total, length, hidden, stride_w, BG, BKG, MP, EVEN, STAGES, PRECISION)
         across = tl.arange(0, MP)[None, :]
@@ -205,12 +186,8 @@ def chosen_kernel(
             HAS_ALLOWED,
         )
         a = ga + (member * stacked + gate_rows).to(tl.int64) * stride_w
-        if FETCH:
-            before = tl.where(member == 0, 0, tl.where(member == 1, width0, width0 + width1))
-            width = tl.where(member == 0, width0, tl.where(member == 1, width1, width2))
-            fetch_rows(b + before.to(tl.int64) * rank, chosen, width, piece, DOWN_PIECES)
         start = piece * DOWN_SPAN
-        some = DOWN_SPAN if EVEN else tl.minimum(hidden - start, DOWN_SPAN)
+        some = DOWN_SPAN if WHOLE else tl.minimum(hidden - start, DOWN_SPAN)
         here = x + token * hidden + start
         down = rows_times_tokens(a + start, chosen, chosen >= 0, here, 1, some, hidden, stride_w, ROWS, BKD, 1, EVEN, STAGES, PRECISION)
         spot = token * stride_plan + member * PLACES + places
@@ -240,10 +217,17 @@ def chosen_kernel(
 def chosen_tile(hidden: int, outputs: int) -> Tile:
     """The fastest of the tiles tried on an H100 (docs/performance.md)."""
     if outputs >= 16384:
-        return Tile(16, 1024, 128, 16, 1024, 256, 64, 128, 4, 4)
+        return Tile(4, 16, 128, 16, 256, 64, 128, 4, 4)
     if hidden >= 8192:
-        return Tile(16, 2048, 256, 16, 2048, 256, 32, 256, 2, 4)
-    return Tile(16, 1024, 128, 16, 1024, 256, 32, 128, 2, 5)
+        return Tile(4, 16, 256, 16, 256, 32, 256, 2, 4)
+    if outputs >= 6144:
+        return Tile(4, 16, 128, 16, 256, 32, 128, 2, 5)
+    return Tile(4, 16, 256, 8, 256, 32, 128, 2, 5)
+
+
+def span(hidden: int, pieces: int, step: int) -> int:
+    """Columns of a piece: h in so many pieces of whole steps, of which the last may be shorter (and some missing)."""
+    return ceil_div(ceil_div(hidden, pieces), step) * step
 
 
 def decode_chosen(
@@ -280,7 +264,8 @@ def decode_chosen(
     places = top_k * rank_p
     cut = tile or chosen_tile(hidden, sum(widths))
     rows = min(cut.down_rows, power_of_two(places))
-    gate_pieces, down_pieces = ceil_div(hidden, cut.gate_columns), ceil_div(hidden, cut.down_columns)
+    gate_span, down_span = span(hidden, cut.pieces, cut.gate_step), span(hidden, cut.pieces, cut.down_step)
+    gate_pieces, down_pieces = ceil_div(hidden, gate_span), ceil_div(hidden, down_span)
     logits = torch.empty(gate_pieces, tokens, members * count, dtype=torch.float32, device=x.device)
     plan_rows = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     plan_values = torch.empty(down_pieces, tokens, members * places, dtype=torch.float32, device=x.device)
@@ -288,15 +273,14 @@ def decode_chosen(
     programs = members * (ceil_div(count, cut.gate_rows) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
     programs += sum(ceil_div(width, cut.outputs) for width in widths)
     padded = (*widths, 0, 0)
-    even = not any(hidden % size for size in (cut.gate_columns, cut.down_columns, cut.step))
-    even = even and cut.gate_columns % cut.gate_step == 0 and cut.down_columns % cut.down_step == 0
     chosen_kernel[(programs,)](
         x, w, ga, b, bias if bias is not None else x, allowed if allowed is not None else x, scaling, offsets, logits, plan_rows, plan_values,
         flags, y, tokens, hidden, w.stride(0), count, gate_rows, ga.shape[0] // members, rank, padded[0], padded[1], padded[2], temperature,
-        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), RANK_P=rank_p,
-        CHUNK=chunk_of(places, mp, cut.outputs), MP=mp, BG=cut.gate_rows, BKG=cut.gate_step, GATE_SPAN=cut.gate_columns, GATE_PIECES=gate_pieces,
-        ROWS=rows, BKD=cut.down_step, DOWN_SPAN=cut.down_columns, DOWN_PIECES=down_pieces, BN=cut.outputs, BK=cut.step, HAS_ALLOWED=allowed is not None,
-        HAS_BIAS=bias is not None, EVEN=even, FETCH=not plan.interpreted(), STAGES=cut.stages, PRECISION="ieee",
+        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded_adapters(count), RANK_P=rank_p,
+        CHUNK=chunk_of(places, mp, cut.outputs), MP=mp, BG=cut.gate_rows, BKG=cut.gate_step, GATE_SPAN=gate_span, GATE_PIECES=gate_pieces,
+        ROWS=rows, BKD=cut.down_step, DOWN_SPAN=down_span, DOWN_PIECES=down_pieces, BN=cut.outputs, BK=cut.step, HAS_ALLOWED=allowed is not None,
+        HAS_BIAS=bias is not None, EVEN=not any(hidden % step for step in (cut.step, cut.gate_step, cut.down_step)),
+        WHOLE=hidden % gate_span == 0 and hidden % down_span == 0, STAGES=cut.stages, PRECISION="ieee",
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return y

@@ -2,8 +2,9 @@
 """A group of linears at few tokens (decoding): every weight is read once, at the rate of the memory, and the adapters ride along.
 
 :func:`decode_kernel` does a whole group of linears that share their input (q, k, v or gate, up, or one alone) in ONE launch. Its first
-programs compute the gates and ``A x``, raise a flag, and end; the others stream the base weights meanwhile, wait for the flag (which is up
-by then), route, add the chosen rows of B, and write the output. No floating-point atomics: two runs are bit-equal.
+programs compute the gates and ``A x`` of all rows of A, the last of them routes and raises a flag; the others stream the base weights meanwhile, wait
+for the flag (which is up by then), add the chosen rows of B, and write the output. No floating-point atomics: two runs are bit-equal.
+Where many tokens choose many rows of a small A this is faster than :mod:`meteora_kernels.triton_chosen`, which reads chosen rows only.
 """
 
 from __future__ import annotations
@@ -308,6 +309,11 @@ def chunk_of(places: int, tokens: int, outputs: int) -> int:
     return min(16, places & -places, max(1, 8192 // (tokens * outputs)))
 
 
+def padded_adapters(count: int) -> int:
+    """Columns of a tile of logits: a power of two, at least 8 (Triton 3.6 cannot compile some kernels with fewer)."""
+    return max(8, power_of_two(count))
+
+
 def decode_tile(hidden: int, outputs: int) -> tuple[int, int, int, int, int, int]:
     """The fastest of the tiles tried on an H100 (docs/performance.md): BG, BN, BK, BKG, warps, stages."""
     if outputs >= 16384:
@@ -378,7 +384,7 @@ def decode(
         x, w, ga, b, bias if bias is not None else x, allowed if allowed is not None else x, scaling, offsets, mid, plan_rows, plan_values,
         flags, y, tokens, hidden, w.stride(0), count, gate_rows, stacked, rank, mid.stride(0), member_mid, plan_rows.stride(0), padded[0], padded[1],
         padded[2], temperature,
-        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), RANK_P=rank_p,
+        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded_adapters(count), RANK_P=rank_p,
         CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, HAS_ALLOWED=allowed is not None, HAS_BIAS=bias is not None,
         EVEN=hidden % bk == 0 and hidden % bkg == 0, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -67,7 +67,7 @@ def group_forward(
     tokens = x.shape[0]
     weights, ga = packed[:outputs], packed[outputs : outputs + members * stacked]
     if tokens <= plan.FEW_TOKENS:
-        run = decode_chosen if plan.chosen_rows_only(rank, top_k, max_rank) else decode
+        run = decode_chosen if plan.group_takes_chosen_rows(tokens, rank, top_k, max_rank) else decode
         rows, parts = x.contiguous(), tuple(widths)
         return run(rows, weights, ga, b, bias, scaling, offsets, flags, parts, rank, gate_rows, max_rank, top_k, temperature, allowed)
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan, triton_chosen, triton_group
 from meteora_kernels.triton_backend import gate_rows_of, pack
-from meteora_kernels.triton_chosen import Tile, chosen_tile, decode_chosen
+from meteora_kernels.triton_chosen import Tile, chosen_tile, decode_chosen, span
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = (3, 0, 8, 1, 5)
-SMALL = Tile(16, 32, 16, 4, 32, 16, 16, 16, 2, 2)
+SMALL = Tile(3, 16, 16, 4, 16, 16, 16, 2, 2)
 """Steps and pieces so short that 72 columns are several, and that the last is cut short."""
-TALL = Tile(16, 64, 32, 16, 16, 16, 32, 32, 2, 3)
+TALL = Tile(5, 16, 32, 16, 16, 32, 32, 2, 3)
 NAN = float("nan")
 
 
@@ -158,19 +158,21 @@ def test_group_takes_it_where_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton_group, "decode_chosen", lambda *arguments: [taken.append(1), decode_chosen(*arguments)][1])
     outputs = []
     for answer in (True, False):
-        monkeypatch.setattr(plan, "chosen_rows_only", lambda *sizes, answer=answer: [asked.append(sizes), answer][1])
+        monkeypatch.setattr(plan, "group_takes_chosen_rows", lambda *sizes, answer=answer: [asked.append(sizes), answer][1])
         packed = torch.cat([given.weight, given.ga])
         sizes = (list(given.widths), sum(MIXED), max(MIXED), 2, 1.0)
         outputs.append(group_forward(case.x, packed, given.up, None, case.scaling, case.offsets, None, given.flags, *sizes))
-    assert asked == [(sum(MIXED), 2, max(MIXED))] * 2
+    assert asked == [(4, sum(MIXED), 2, max(MIXED))] * 2
     assert taken == [1]
     torch.testing.assert_close(*outputs, rtol=2e-4, atol=2e-4)
 
 
-def test_default_tiles_cut_llamas_groups_evenly() -> None:
-    """So that no load of theirs needs a mask for columns."""
-    for hidden, outputs in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)):
-        tile = chosen_tile(hidden, outputs)
-        assert not any(hidden % columns for columns in (tile.gate_columns, tile.down_columns, tile.step))
-        assert not tile.gate_columns % tile.gate_step
-        assert not tile.down_columns % tile.down_step
+def test_spans_cover_the_columns_in_whole_steps() -> None:
+    for hidden in (20, 72, 4096, 11008, 14336):
+        tile = chosen_tile(hidden, 4096)
+        for step in (tile.gate_step, tile.down_step, 16):
+            columns = span(hidden, tile.pieces, step)
+            assert columns % step == 0
+            assert (tile.pieces - 1) * columns < hidden + tile.pieces * step
+            assert columns * tile.pieces >= hidden
+    assert [span(hidden, 4, 256) for hidden in (4096, 11008, 14336)] == [1024, 2816, 3584]
