@@ -22,7 +22,10 @@ GROUPED_WORK = 4 << 20
 """From this many tokens times total rank on, and from GROUPED_GAIN times the chosen rank, the chosen rows alone beat products with all rows."""
 GROUPED_GAIN = 16
 CHOSEN_RANK = 3072
-"""While decoding: from this total rank on, A's chosen rows are read after the gates, not all rows along with them."""
+"""While decoding on top of a finished base output: from this total rank on, A's chosen rows are read after the gates, not all rows along with them."""
+CHOSEN_ROWS = 256
+"""While decoding in a fused group: up to so many rows of A that its tokens choose, counted once a token, and above up to as many as A has, those are
+read after the gates, not all rows along with them."""
 WIDE_SHARE = 8
 """In 16 bits a fused group's weights lie beside their B^T where all columns for B^T are at most one in so many of h."""
 
@@ -290,5 +293,10 @@ def group_rule(
 
 
 def chosen_rows_only(total_rank: int, top_k: int, max_rank: int) -> bool:
-    """While decoding: read A's chosen rows after the gates (True) or all of A with them."""
+    """While decoding on top of a finished base output: read A's chosen rows after the gates (True) or all of A with them."""
     return total_rank >= max(CHOSEN_RANK, GROUPED_GAIN * top_k * max_rank)
+
+
+def group_takes_chosen_rows(tokens: int, total_rank: int, top_k: int, max_rank: int) -> bool:
+    """While decoding in a fused group: read A's chosen rows after the gates (:mod:`triton_chosen`) or all of A with them (:mod:`triton_decode`)."""
+    return tokens * top_k * max_rank <= max(CHOSEN_ROWS, total_rank)

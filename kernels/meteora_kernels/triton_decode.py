@@ -2,8 +2,9 @@
 """A group of linears at few tokens (decoding): every weight is read once, at the rate of the memory, and the adapters ride along.
 
 :func:`decode_kernel` does a whole group of linears that share their input (q, k, v or gate, up, or one alone) in ONE launch. Its first
-programs compute the gates and ``A x``, raise a flag, and end; the others stream the base weights meanwhile, wait for the flag (which is up
-by then), route, add the chosen rows of B, and write the output. No floating-point atomics: two runs are bit-equal.
+programs compute the gates and ``A x`` of all rows of A, the last of them routes and raises a flag; the others stream the base weights meanwhile, wait
+for the flag (which is up by then), add the chosen rows of B, and write the output. No floating-point atomics: two runs are bit-equal.
+Where many tokens choose many rows of a small A this is faster than :mod:`meteora_kernels.triton_chosen`, which reads chosen rows only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
+from meteora_kernels.triton_route import bounded_logits, slot_of, summed, top_of_tile
 from meteora_kernels.triton_sync import finish, raise_flag, wait_flag
 
 
@@ -25,7 +26,8 @@ def rows_times_tokens(
     row_mask,
     x,
     tokens_total,
-    hidden,
+    length,
+    stride_x,
     stride_w,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -34,19 +36,19 @@ def rows_times_tokens(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """float32 (BN, MP): the rows (BN, 1) of ``w`` (., hidden), ``stride_w`` apart, times the tokens of ``x`` (M, hidden), M <= MP. MP = 1 or MP >= 16.
+    """float32 (BN, MP): the rows (BN, 1) of ``w`` (., length), ``stride_w`` apart, times the tokens of ``x`` (M, length), ``stride_x`` apart, M <= MP.
 
-    EVEN: hidden is a multiple of BK. STAGES: tiles of w in flight.
+    MP = 1 or MP >= 16. EVEN: length is a multiple of BK. STAGES: tiles of w in flight.
     """
     steps = tl.arange(0, BK)
     if MP == 1:
         wide = tl.zeros([BN, BK], dtype=tl.float32)
-        for start in tl.range(0, hidden, BK, num_stages=STAGES):
+        for start in tl.range(0, length, BK, num_stages=STAGES):
             if EVEN:
                 weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
                 values = tl.load(x + start + steps)
             else:
-                inside = start + steps < hidden
+                inside = start + steps < length
                 weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
                 values = tl.load(x + start + steps, mask=inside, other=0.0)
             wide += weights.to(tl.float32) * values.to(tl.float32)[None, :]
@@ -54,14 +56,14 @@ def rows_times_tokens(
     else:
         total = tl.zeros([BN, MP], dtype=tl.float32)
         tokens = tl.arange(0, MP)[None, :]
-        for start in tl.range(0, hidden, BK, num_stages=STAGES):
+        for start in tl.range(0, length, BK, num_stages=STAGES):
             if EVEN:
                 weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")
-                values = tl.load(x + tokens * hidden + start + steps[:, None], mask=tokens < tokens_total, other=0.0)
+                values = tl.load(x + tokens * stride_x + start + steps[:, None], mask=tokens < tokens_total, other=0.0)
             else:
-                inside = start + steps < hidden
+                inside = start + steps < length
                 weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask & inside[None, :], other=0.0)
-                values = tl.load(x + tokens * hidden + start + steps[:, None], mask=(tokens < tokens_total) & inside[:, None], other=0.0)
+                values = tl.load(x + tokens * stride_x + start + steps[:, None], mask=(tokens < tokens_total) & inside[:, None], other=0.0)
             total = tl.dot(weights, values, total, input_precision=PRECISION)
     return total
 
@@ -91,6 +93,65 @@ def routes_of_few(
 
 
 @triton.jit
+def member_of(tile, width0, width1, width2, BN: tl.constexpr, MEMBERS: tl.constexpr):
+    """The ``tile``-th block of BN outputs of all members: its number within its member, the member, the outputs before that one, and its width."""
+    member = tile * 0
+    before = tile * 0
+    width = before + width0
+    if MEMBERS > 1:
+        tiles0 = tl.cdiv(width0, BN)
+        if tile >= tiles0:
+            tile -= tiles0
+            member += 1
+            before += width0
+            width = width * 0 + width1
+            if MEMBERS > 2:
+                tiles1 = tl.cdiv(width1, BN)
+                if tile >= tiles1:
+                    tile -= tiles1
+                    member += 1
+                    before += width1
+                    width = width * 0 + width2
+    return tile, member, before, width
+
+
+@triton.jit
+def add_chosen(
+    total,
+    b,
+    width,
+    columns,
+    column_mask,
+    rows_in,
+    values_in,
+    stride_plan,
+    stride_split,
+    tokens_total,
+    PLACES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """float32 ``total`` (BN, MP) plus, per token, its chosen rows of ``b`` (R, width) at ``columns`` (BN, 1), each times its value.
+
+    rows_in int32 and values_in float32 (M, PLACES), rows ``stride_plan`` apart, CHUNK places at a time; row -1: nothing is chosen there. The
+    values are the sum of SPLITS that lie ``stride_split`` apart.
+    """
+    tokens = tl.arange(0, MP)[:, None]
+    live = tokens < tokens_total
+    across = tl.trans(columns)
+    across_mask = tl.trans(column_mask)
+    for start in tl.static_range(0, PLACES, CHUNK):
+        place = tokens * stride_plan + start + tl.arange(0, CHUNK)[None, :]
+        rows = tl.load(rows_in + place, mask=live, other=-1, cache_modifier=".cg")
+        values = summed(values_in, place, stride_split, live, SPLITS, True)
+        wanted = live[:, :, None] & across_mask[None, :, :] & (rows >= 0)[:, :, None]
+        chosen = tl.load(b + rows[:, :, None].to(tl.int64) * width + across[None, :, :], mask=wanted, other=0.0)
+        total += tl.trans(tl.sum(values[:, :, None] * chosen.to(tl.float32), axis=1))
+    return total
+
+
+@triton.jit
 def write_plan(
     here,
     stride_mid,
@@ -109,11 +170,9 @@ def write_plan(
     PADDED: tl.constexpr,
     RANK_P: tl.constexpr,
     MP: tl.constexpr,
-    DENSE_DOWN: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
 ):
-    """Route every token; per token, slot and place up to RANK_P, write the row of A and B (0 past the rank) and ``w_j s_j`` (times ``A x``
-    where it is there already; 0 past the rank)."""
+    """Route every token; per token, slot and place up to RANK_P, write the row of A and B (-1 past the rank) and ``w_j s_j`` times ``A x``."""
     _, scaled, first, last = routes_of_few(here, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED)
     tokens = tl.arange(0, MP)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
@@ -123,10 +182,9 @@ def write_plan(
         rows = slot_of(first, slots, slot) + inner
         inside = live & (rows < slot_of(last, slots, slot))
         values = tl.where(inside, slot_of(scaled, slots, slot), 0.0)
-        if DENSE_DOWN:
-            values *= tl.load(here + tokens * stride_mid + gate_rows + rows, mask=inside, other=0.0, cache_modifier=".cg")
+        values *= tl.load(here + tokens * stride_mid + gate_rows + rows, mask=inside, other=0.0, cache_modifier=".cg")
         place = tokens * stride_plan + slot * RANK_P + inner
-        tl.store(rows_out + place, tl.where(inside, rows, 0).to(tl.int32), mask=live)
+        tl.store(rows_out + place, tl.where(inside, rows, -1).to(tl.int32), mask=live)
         tl.store(values_out + place, values, mask=live)
 
 
@@ -164,15 +222,12 @@ def decode_kernel(
     SLOTS: tl.constexpr,
     PADDED: tl.constexpr,
     RANK_P: tl.constexpr,
-    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     MP: tl.constexpr,
     BG: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BKG: tl.constexpr,
-    BKC: tl.constexpr,
-    DENSE_DOWN: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -184,37 +239,33 @@ def decode_kernel(
     Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one behind the other, O = sum of widths; ga: per member N gate
     rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``, (MEMBERS * stacked, h); rows of w and of ga are ``stride_w`` apart;
     b: per member (R, width); bias (O,);
-    mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x (DENSE_DOWN only); plan_rows
+    mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x; plan_rows
     int32 and plan_values float32 scratch (M, MEMBERS * TOP_K * RANK_P); flags int32 (8,), all 0 before and after; y (M, O).
-    Grid, one dimension: first the gate programs (BG rows of ga each, DENSE_DOWN: all rows, otherwise only the gates'), of which the last
-    to end routes; then without DENSE_DOWN programs of ROWS chosen rows of A for every member, token and slot; then per member
-    ceil(width / BN) programs.
+    Grid, one dimension: first the gate programs (BG rows of ga each), of which the last to end routes; then per member ceil(width / BN) programs.
     """
     pid = tl.program_id(0)
-    first_rows = gate_rows + rank if DENSE_DOWN else count
+    first_rows = gate_rows + rank
     gate_tiles = tl.cdiv(first_rows, BG)
     first_phase = gate_tiles * MEMBERS
-    per_member = tokens_total * TOP_K
-    pieces = RANK_P // ROWS
-    second_phase = 0 if DENSE_DOWN else MEMBERS * per_member * pieces
+    PLACES: tl.constexpr = TOP_K * RANK_P
     if pid < first_phase:
         member = pid // gate_tiles
         local = (pid % gate_tiles) * BG + tl.arange(0, BG)[:, None]
         mask = local < first_rows
-        total = rows_times_tokens(ga, (member * stacked + local).to(tl.int64), mask, x, tokens_total, hidden, stride_w, BG, BKG, MP, EVEN, STAGES, PRECISION)
+        gates = (member * stacked + local).to(tl.int64)
+        sums = rows_times_tokens(ga, gates, mask, x, tokens_total, hidden, hidden, stride_w, BG, BKG, MP, EVEN, STAGES, PRECISION)
         tokens = tl.arange(0, MP)[None, :]
         here = mid + member * member_mid
-        tl.store(here + tokens * stride_mid + local, total, mask=mask & (tokens < tokens_total))
+        tl.store(here + tokens * stride_mid + local, sums, mask=mask & (tokens < tokens_total))
         tl.debug_barrier()
         if tl.atomic_add(flags + member, 1, sem="acq_rel", scope="gpu") == gate_tiles - 1:
             tl.debug_barrier()
-            plan = member * TOP_K * RANK_P
             write_plan(
                 here,
                 stride_mid,
                 gate_rows,
-                plan_rows + plan,
-                plan_values + plan,
+                plan_rows + member * PLACES,
+                plan_values + member * PLACES,
                 stride_plan,
                 allowed,
                 scaling,
@@ -227,59 +278,21 @@ def decode_kernel(
                 PADDED,
                 RANK_P,
                 MP,
-                DENSE_DOWN,
                 HAS_ALLOWED,
             )
             raise_flag(flags + 3 + member)
-    elif pid < first_phase + second_phase:
-        index = (pid - first_phase) // pieces
-        member = index // per_member
-        token = (index // TOP_K) % tokens_total
-        inner = ((pid - first_phase) % pieces) * ROWS + tl.arange(0, ROWS)[:, None]
-        spot = token * stride_plan + (member * TOP_K + index % TOP_K) * RANK_P + inner
-        wait_flag(flags + 3 + member, 1)
-        a_rows = tl.load(plan_rows + spot, cache_modifier=".cg").to(tl.int64)
-        factors = tl.load(plan_values + spot, cache_modifier=".cg")
-        a = ga + (member * stacked + gate_rows).to(tl.int64) * stride_w
-        down = rows_times_tokens(a, a_rows, inner >= 0, x + token * hidden, 1, hidden, stride_w, ROWS, BKC, 1, False, 1, "ieee")
-        tl.store(plan_values + spot, factors * down)
-        raise_flag(flags + 3 + member)
     else:
-        tile = pid - first_phase - second_phase
-        member = tile * 0
-        before = tile * 0
-        width = before + width0
-        if MEMBERS > 1:
-            tiles0 = tl.cdiv(width0, BN)
-            if tile >= tiles0:
-                tile -= tiles0
-                member += 1
-                before += width0
-                width = width * 0 + width1
-                if MEMBERS > 2:
-                    tiles1 = tl.cdiv(width1, BN)
-                    if tile >= tiles1:
-                        tile -= tiles1
-                        member += 1
-                        before += width1
-                        width = width * 0 + width2
+        tile, member, before, width = member_of(pid - first_phase, width0, width1, width2, BN, MEMBERS)
         columns = tile * BN + tl.arange(0, BN)[:, None]
         column_mask = columns < width
-        total = rows_times_tokens(w, (before + columns).to(tl.int64), column_mask, x, tokens_total, hidden, stride_w, BN, BK, MP, EVEN, STAGES, PRECISION)
+        rows = (before + columns).to(tl.int64)
+        total = rows_times_tokens(w, rows, column_mask, x, tokens_total, hidden, hidden, stride_w, BN, BK, MP, EVEN, STAGES, PRECISION)
         if HAS_BIAS:
             total += tl.load(bias + before + columns, mask=column_mask, other=0.0).to(tl.float32)
-        wait_flag(flags + 3 + member, 1 if DENSE_DOWN else 1 + per_member * pieces)
+        wait_flag(flags + 3 + member, 1)
         up = b + before.to(tl.int64) * rank
-        across = tl.trans(columns)
-        live = tl.arange(0, MP)[:, None] < tokens_total
-        for start in tl.static_range(0, TOP_K * RANK_P, CHUNK):
-            place = tl.arange(0, MP)[:, None] * stride_plan + member * TOP_K * RANK_P + start + tl.arange(0, CHUNK)[None, :]
-            rows = tl.load(plan_rows + place, mask=live, other=0, cache_modifier=".cg")
-            values = tl.load(plan_values + place, mask=live, other=0.0, cache_modifier=".cg")
-            chosen = tl.load(
-                up + rows[:, :, None].to(tl.int64) * width + across[None, :, :], mask=live[:, :, None] & tl.trans(column_mask)[None, :, :], other=0.0
-            )
-            total += tl.trans(tl.sum(values[:, :, None] * chosen.to(tl.float32), axis=1))
+        plan = member * PLACES
+        total = add_chosen(total, up, width, columns, column_mask, plan_rows + plan, plan_values + plan, stride_plan, 0, tokens_total, PLACES, CHUNK, MP, 1)
         tokens = tl.arange(0, MP)[None, :]
         outputs = width0 + width1 + width2
         tl.store(y + tokens * outputs + before + columns, total.to(y.dtype.element_ty), mask=column_mask & (tokens < tokens_total))
@@ -289,6 +302,16 @@ def decode_kernel(
 def new_flags(device: torch.device) -> Tensor:
     """The zeroed flags that :func:`decode` needs; one per group of linears and stream."""
     return torch.zeros(1024, dtype=torch.int32, device=device)
+
+
+def chunk_of(places: int, tokens: int, outputs: int) -> int:
+    """How many places :func:`add_chosen` takes at a time: a power of two that divides ``places``, for tiles of ``tokens`` by ``outputs``."""
+    return min(16, places & -places, max(1, 8192 // (tokens * outputs)))
+
+
+def padded_adapters(count: int) -> int:
+    """Columns of a tile of logits: a power of two, at least 8 (Triton 3.6 cannot compile some kernels with fewer)."""
+    return max(8, power_of_two(count))
 
 
 def decode_tile(hidden: int, outputs: int) -> tuple[int, int, int, int, int, int]:
@@ -317,7 +340,6 @@ def decode(
     temperature: float,
     allowed: Tensor | None = None,
     *,
-    dense_down: bool = True,
     tile: tuple[int, int, int, int, int, int] | None = None,
 ) -> Tensor:
     """Base and adapters of a group of linears, for few tokens.
@@ -338,7 +360,6 @@ def decode(
         top_k: k.
         temperature: T.
         allowed: bool (N,) or None.
-        dense_down: All rows of A, or (after the gates) only the chosen ones.
         tile: BG, BN, BK, BKG, warps, stages instead of the default.
 
     Returns:
@@ -351,24 +372,20 @@ def decode(
     mp = 16
     rank_p = max(1, power_of_two(max_rank))
     bg, bn, bk, bkg, warps, stages = tile or decode_tile(hidden, sum(widths))
-    chunk = min(16, (top_k * rank_p) & -(top_k * rank_p), max(1, 8192 // (mp * bn)))
-    member_mid = gate_rows + (rank if dense_down else 0)
+    chunk = chunk_of(top_k * rank_p, mp, bn)
+    member_mid = gate_rows + rank
     mid = torch.empty(tokens, members * member_mid, dtype=torch.float32, device=x.device)
     plan_rows = torch.empty(tokens, members * top_k * rank_p, dtype=torch.int32, device=x.device)
     plan_values = torch.empty(tokens, members * top_k * rank_p, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
-    programs = members * ceil_div(gate_rows + rank if dense_down else count, bg)
-    rows = min(rank_p, 2)
-    programs += 0 if dense_down else members * tokens * top_k * (rank_p // rows)
-    programs += sum(ceil_div(width, bn) for width in widths)
+    programs = members * ceil_div(gate_rows + rank, bg) + sum(ceil_div(width, bn) for width in widths)
     padded = (*widths, 0, 0)
     decode_kernel[(programs,)](
         x, w, ga, b, bias if bias is not None else x, allowed if allowed is not None else x, scaling, offsets, mid, plan_rows, plan_values,
         flags, y, tokens, hidden, w.stride(0), count, gate_rows, stacked, rank, mid.stride(0), member_mid, plan_rows.stride(0), padded[0], padded[1],
         padded[2], temperature,
-        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(2, power_of_two(count)), RANK_P=rank_p,
-        ROWS=rows, CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, BKC=1024, DENSE_DOWN=dense_down, HAS_ALLOWED=allowed is not None,
-        HAS_BIAS=bias is not None, EVEN=hidden % bk == 0 and hidden % bkg == 0, STAGES=stages,
-        PRECISION="ieee", num_warps=warps, num_stages=stages,
+        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded_adapters(count), RANK_P=rank_p,
+        CHUNK=chunk, MP=mp, BG=bg, BN=bn, BK=bk, BKG=bkg, HAS_ALLOWED=allowed is not None, HAS_BIAS=bias is not None,
+        EVEN=hidden % bk == 0 and hidden % bkg == 0, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y

@@ -135,7 +135,7 @@ def chosen_down(
     inner = tl.arange(0, RANK_P)
     rows = (begin + inner).to(tl.int64)[:, None]
     mask = rows < tl.load(offsets + pick + 1)
-    total = rows_times_tokens(a, rows, mask, x + token * hidden, 1, hidden, hidden, RANK_P, BK, 1, EVEN, 1, "ieee")
+    total = rows_times_tokens(a, rows, mask, x + token * hidden, 1, hidden, hidden, hidden, RANK_P, BK, 1, EVEN, 1, "ieee")
     tl.store(mid_down + slot * RANK_P + inner[:, None], total)
 
 
@@ -163,11 +163,11 @@ def gates_kernel(
     gate_tiles = tl.cdiv(count, BG)
     if pid < gate_tiles:
         local = pid * BG + tl.arange(0, BG)[:, None]
-        total = rows_times_tokens(gate, local.to(tl.int64), local < count, x, tokens_total, hidden, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
+        total = rows_times_tokens(gate, local.to(tl.int64), local < count, x, tokens_total, hidden, hidden, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
         tl.store(mid + tokens * stride_mid + local, total, mask=(local < count) & (tokens < tokens_total))
     else:
         local = (pid - gate_tiles) * BG + tl.arange(0, BG)[:, None]
-        total = rows_times_tokens(a, local.to(tl.int64), local < rank, x, tokens_total, hidden, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
+        total = rows_times_tokens(a, local.to(tl.int64), local < rank, x, tokens_total, hidden, hidden, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
         tl.store(mid + tokens * stride_mid + count + local, total, mask=(local < rank) & (tokens < tokens_total))
 
 

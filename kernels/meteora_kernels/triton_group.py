@@ -9,6 +9,7 @@ from torch import Tensor
 from meteora_kernels import plan
 from meteora_kernels.operators import operator
 from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_inner import can_inner, inner
@@ -68,11 +69,9 @@ def group_forward(
     tokens = x.shape[0]
     weights, ga = packed[:outputs], packed[outputs : outputs + members * stacked]
     if tokens <= plan.FEW_TOKENS:
-        sparse = plan.chosen_rows_only(rank, top_k, max_rank)
-        rows = x.contiguous()
-        return decode(
-            rows, weights, ga, b, bias, scaling, offsets, flags, tuple(widths), rank, gate_rows, max_rank, top_k, temperature, allowed, dense_down=not sparse
-        )
+        run = decode_chosen if plan.group_takes_chosen_rows(tokens, rank, top_k, max_rank) else decode
+        rows, parts = x.contiguous(), tuple(widths)
+        return run(rows, weights, ga, b, bias, scaling, offsets, flags, parts, rank, gate_rows, max_rank, top_k, temperature, allowed)
 
     def can_run(rule: plan.GroupRule) -> bool:
         assert rule.tile is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan, triton_group
 from meteora_kernels.triton_backend import gate_rows_of, pack, stacked_rows_of
+from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_group import group_forward, group_op
 from meteora_kernels.triton_products import library_products, products
@@ -89,8 +90,8 @@ def test_group_equals_its_members(widths: tuple[int, ...], tokens: int, bias: bo
     if tokens <= 16:
         weight, ga = group.packed[: sum(widths)], group.packed[sum(widths) : -SPARE]
         case, sizes = group.cases[0], (sum(RANKS), gate_rows_of(len(RANKS)), max(RANKS), 2, 1.0)
-        for dense_down in (True, False):
-            got = decode(group.x, weight, ga, group.up, group.bias, case.scaling, case.offsets, group.flags, widths, *sizes, dense_down=dense_down)
+        for run in (decode, decode_chosen):
+            got = run(group.x, weight, ga, group.up, group.bias, case.scaling, case.offsets, group.flags, widths, *sizes)
             torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
             assert int(group.flags.sum()) == 0
 

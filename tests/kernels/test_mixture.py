@@ -77,6 +77,14 @@ def test_paths() -> None:
     assert not plan.chosen_rows_only(224, 2, 8)
 
 
+def test_fused_groups_read_chosen_rows_unless_tokens_choose_more_than_there_are() -> None:
+    assert plan.group_takes_chosen_rows(16, 224, 2, 8)
+    assert plan.group_takes_chosen_rows(1, 24, 2, 8)
+    assert plan.group_takes_chosen_rows(16, 8192, 2, 16)
+    assert not plan.group_takes_chosen_rows(16, 448, 2, 16)
+    assert not plan.group_takes_chosen_rows(16, 128, 8, 8)
+
+
 ROUNDED, LATE, ONCE, TWICE = ("packed", 0, None), ("split", 0, None), ("packed", 1, None), ("packed", 2, None)
 KERNEL, BROAD = ("packed", 1, (64, 64, 128, 4, 3)), ("split", 2, None)
 COPYING = [("wide", pieces, (64, 128, 64, 4, 3)) for pieces in (8, 8, 4)] + [("wide", pieces, (128, 128, 64, 8, 3)) for pieces in (4, 2, 2)]
