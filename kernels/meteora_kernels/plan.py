@@ -131,7 +131,7 @@ GROUPS: tuple[GroupRule, ...] = (
     GroupRule("split", 257, 1024, pieces=2, least_outputs=16384),
     GroupRule("packed", 257, 1024, least_hidden=8192),
     GroupRule("wide", 257, 512, tile=(64, 128, 64, 4, 4), gate_pieces=8),
-    GroupRule("wide", 513, 2048, tile=(64, 128, 64, 4, 4), gate_pieces=4),
+    GroupRule("wide", 513, 1024, tile=(64, 128, 64, 4, 4), gate_pieces=4),
     GroupRule("wide", 257, 512, pieces=8, tile=(64, 128, 64, 4, 3)),
     GroupRule("wide", 513, 1024, pieces=4, tile=(64, 128, 64, 4, 3)),
     # Measured at 2,048 and 4,096 tokens, the copies of x at 8,192 too.
@@ -141,6 +141,7 @@ GROUPS: tuple[GroupRule, ...] = (
     GroupRule("wide", 1025, EVER, in_place=True),
     GroupRule("split", 1025, EVER, least_hidden=8192),
     GroupRule("wide", 1025, EVER, least_outputs=16384),
+    GroupRule("wide", 1025, 2048, tile=(64, 128, 64, 4, 4), gate_pieces=4),
     GroupRule("wide", 2049, EVER, tile=(64, 128, 64, 4, 4), gate_pieces=2),
     GroupRule("wide", 1025, 2048, pieces=4, tile=(128, 128, 64, 8, 3)),
     GroupRule("wide", 2049, EVER, pieces=2, tile=(128, 128, 64, 8, 3)),

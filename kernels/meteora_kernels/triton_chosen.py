@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.triton_decode import add_chosen, chunk_of, member_of, padded_adapters, rows_times_tokens
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
+from meteora_kernels.triton_decode import add_chosen, chunk_of, member_of, rows_times_tokens
 from meteora_kernels.triton_route import bounded_logits, top_of_tile
 from meteora_kernels.triton_sync import finish, raise_flag, wait_flag
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 from meteora_kernels.triton_route import bounded_logits, slot_of, summed, top_of_tile
 from meteora_kernels.triton_sync import finish, raise_flag, wait_flag
 
@@ -307,11 +307,6 @@ def new_flags(device: torch.device) -> Tensor:
 def chunk_of(places: int, tokens: int, outputs: int) -> int:
     """How many places :func:`add_chosen` takes at a time: a power of two that divides ``places``, for tiles of ``tokens`` by ``outputs``."""
     return min(16, places & -places, max(1, 8192 // (tokens * outputs)))
-
-
-def padded_adapters(count: int) -> int:
-    """Columns of a tile of logits: a power of two, at least 8 (Triton 3.6 cannot compile some kernels with fewer)."""
-    return max(8, power_of_two(count))
 
 
 def decode_tile(hidden: int, outputs: int) -> tuple[int, int, int, int, int, int]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
 from meteora_kernels.triton_route import summed
 
@@ -191,7 +191,7 @@ def delta(
         ROUTE=routing is not None,
         TOP_K=top_k,
         SLOTS=power_of_two(top_k),
-        PADDED=max(2, power_of_two(count)),
+        PADDED=padded_adapters(count),
         HAS_ALLOWED=allowed is not None,
         HAS_BASE=base is not None,
         SPLITS=middle.shape[0] if middle.dim() == 3 else 1,

@@ -8,14 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 from meteora_kernels.triton_decode import routes_of_few, rows_times_tokens
 from meteora_kernels.triton_middle import coefficients_of
 from meteora_kernels.triton_route import bounded_logits, slot_of, top_of_tile
-
-LEAST_PADDED = 8
-"""Columns of a tile of logits at least. With fewer, and as many as rows of an adapter or fewer, Triton 3.6 mixes up the layouts of two tiles and then refuses
-its own code (16 tokens, up to 4 adapters, ranks up to 4)."""
 
 
 @triton.jit
@@ -321,7 +317,7 @@ def mix_few(
     dense_down = dense_down or not gather
     mid = torch.empty(tokens, count + (rank if dense_down else top_k * rank_p), dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, width, dtype=base.dtype, device=x.device)
-    slots, padded = power_of_two(top_k), max(LEAST_PADDED, power_of_two(count))
+    slots, padded = power_of_two(top_k), padded_adapters(count)
     permitted = allowed if allowed is not None else x
     bg, bk, stages = (4, 1024, 4) if mp == 1 else (16, 512, 3)
     gates_kernel[(ceil_div(count, bg) + (ceil_div(rank, bg) if dense_down else 0),)](

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from meteora_kernels import plan
-from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 from meteora_kernels.triton_middle import clear_rows, ranks_of, routes_of_tile, write_chosen
 from meteora_kernels.triton_sync import leave, multiprocessors, readable, share_out, wait_flag
 
@@ -188,7 +188,7 @@ def inner(
         TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk]), TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk]),
         x, copy if copy is not None else x, result, allowed if allowed is not None else scaling, scaling, offsets, mid, flags,
         tokens, hidden, count, members, gate_rows, stacked, rank, x.stride(0), result.stride(0), first, second, padded, temperature,
-        TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(8, power_of_two(count)), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces,
+        TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded_adapters(count), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces,
         BLOCK=max(1, bm >> ((tiles * pieces).bit_length() - 1)), CHUNK=min(256, padded & -padded), RANKS=ranks_of(max_rank, top_k, padded),
         HAS_ALLOWED=allowed is not None, COPY=copy is not None, COPIERS=min(bm, 1 << (tiles.bit_length() - 1)), CONCURRENT=not plan.interpreted(),
         STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,

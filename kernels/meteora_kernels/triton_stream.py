@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from meteora_kernels import plan
-from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 from meteora_kernels.triton_middle import coefficients_of, routes_of_tile
 from meteora_kernels.triton_route import summed
 from meteora_kernels.triton_sync import clear_when_last, count_out, multiprocessors, raise_flag, readable, share_out, wait_flag
@@ -355,7 +355,7 @@ def stream(
         TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [mp, bk]), TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]),
         b, bias if bias is not None else scaling, allowed if allowed is not None else scaling, scaling, offsets, mid, middle, parts, flags, y,
         tokens, hidden, outputs, count, gate_rows, stacked, rank, padded[0], padded[1], padded[2], temperature,
-        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=max(8, power_of_two(count)), MP=mp, BN=bn, BK=bk, GATE_PIECES=gate_pieces,
+        MEMBERS=members, TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded_adapters(count), MP=mp, BN=bn, BK=bk, GATE_PIECES=gate_pieces,
         PIECES=pieces, SHARES=shares, BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
         WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_ALLOWED=allowed is not None, HAS_BIAS=bias is not None,
         CONCURRENT=not plan.interpreted(), THREADS=32 * warps, STAGES=stages, PRECISION="ieee",
