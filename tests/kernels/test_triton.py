@@ -214,7 +214,7 @@ def test_operator_is_sound_for_compilers() -> None:
 def test_fake_tensors_reach_no_kernel(tokens: int, grad: bool) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    case = make([4] * 6, 16, 9, (2, tokens), torch.float32)
+    case = make([4] * 6, 16, 9, (2, tokens), torch.float32, device=DEVICE)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, torch.set_grad_enabled(grad):
         fake = Case(*(mode.from_tensor(tensor) for tensor in (*case.floats, case.scaling, case.offsets)))
         if grad:

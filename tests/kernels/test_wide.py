@@ -9,6 +9,7 @@ from torch import Tensor
 
 from meteora_kernels import plan
 from meteora_kernels.triton_backend import gate_rows_of
+from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode
 from meteora_kernels.triton_group import group_forward, group_op
 from meteora_kernels.wide import Wide
@@ -116,8 +117,9 @@ def test_wide_rows_serve_every_other_order(monkeypatch: pytest.MonkeyPatch) -> N
         if tokens == 3:
             weight, ga = group.packed[:66], group.packed[66:-5]
             case, sizes = group.cases[0], (sum(RANKS), gate_rows_of(len(RANKS)), max(RANKS), 2, 1.0)
-            got = decode(group.x, weight, ga, group.up, group.bias, case.scaling, case.offsets, group.flags, group.widths, *sizes, dense_down=False)
-            torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+            for run in (decode, decode_chosen):
+                got = run(group.x, weight, ga, group.up, group.bias, case.scaling, case.offsets, group.flags, group.widths, *sizes)
+                torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_only_who_says_that_b_lies_beside_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
