@@ -251,10 +251,8 @@ def decode_chosen(
 ) -> Tensor:
     """Base and adapters of a group of linears, for few tokens; of A only the chosen rows are read.
 
-    Args:
-        tile: Instead of the default.
-
-    The others and the result are those of :func:`meteora_kernels.triton_decode.decode`.
+    Args and result are those of :func:`meteora_kernels.triton_decode.decode`, shapes and dtypes included, but for ``tile``: a :class:`Tile` instead of
+    :func:`chosen_tile`'s.
     """
     tokens, hidden = x.shape
     count = scaling.shape[0]

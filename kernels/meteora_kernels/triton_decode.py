@@ -300,7 +300,7 @@ def decode_kernel(
 
 
 def new_flags(device: torch.device) -> Tensor:
-    """The zeroed flags that :func:`decode` needs; one per group of linears and stream."""
+    """The zeroed flags by which the programs of a launch wait for each other, in every kernel of fused groups; one tensor per group and CUDA stream."""
     return torch.zeros(1024, dtype=torch.int32, device=device)
 
 

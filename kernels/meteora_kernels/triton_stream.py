@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """A group of linears at a few dozen tokens: every weight is read once, base and adapters in one launch, and the output is rounded once.
 
-:func:`stream_kernel` is to some dozens of tokens what :func:`meteora_kernels.triton_decode.decode_kernel` is to 16. The first programs of its
+:func:`stream_kernel` is to some dozens of tokens what :mod:`triton_chosen` and :mod:`triton_decode` are to 16. The first programs of its
 grid compute the gates and ``A x`` as float32 partial sums, route, and write the masked and scaled middle of the layer; the others stream the
 base weights meanwhile, add ``middle B`` and write the output. Where a group has too few outputs to keep the GPU busy, the sum over h is cut into
 pieces, which meet in memory. Whoever needs a whole sum adds its pieces in their order, so two runs are bit-equal; there are no floating-point
