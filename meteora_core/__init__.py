@@ -49,3 +49,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'meteora_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, so that tab completion and ``help`` show them before they are first used."""
+    return sorted({*globals(), *__all__})

@@ -65,7 +65,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MeteoraError("matplotlib is not installed", hint="pip install 'meteora[plot]'") from error
+        raise MeteoraError("matplotlib is not installed", hint="pip install 'meteora-lora[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -18,7 +18,7 @@ def plot_layers(bench: LayerBench, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("plots need matplotlib", hint="pip install 'meteora[plot]'") from None
+        raise UsageError("plots need matplotlib", hint="pip install 'meteora-lora[plot]'") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

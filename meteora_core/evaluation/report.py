@@ -209,7 +209,7 @@ def plot(comparison: Comparison, path: Path, kind: str = "bar") -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MeteoraError("matplotlib is not installed", hint="pip install 'meteora[plot]'") from error
+        raise MeteoraError("matplotlib is not installed", hint="pip install 'meteora-lora[plot]'") from error
     figure = _bars(Figure, comparison.columns, values) if kind == "bar" else _radar(Figure, comparison.columns, values)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=ending, dpi=150, bbox_inches="tight")

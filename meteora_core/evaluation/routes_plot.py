@@ -32,7 +32,7 @@ def plot_routing(summaries: Mapping[str, RoutingSummary], path: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MeteoraError("matplotlib is not installed", hint="pip install 'meteora[plot]'") from error
+        raise MeteoraError("matplotlib is not installed", hint="pip install 'meteora-lora[plot]'") from error
     tasks, first = list(summaries), next(iter(summaries.values()))
     own = {task: values for task, summary in summaries.items() if (values := summary.own_by_layer("answer")) is not None}
     width = max(4.0, 0.4 * len(first.names)) + (max(2.5, 0.4 * len(own)) + 3.5 if own else 0)

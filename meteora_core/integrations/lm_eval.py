@@ -1,4 +1,4 @@
-"""MeteoRA models in EleutherAI's lm-evaluation-harness (``pip install 'meteora[lm-eval]'``).
+"""MeteoRA models in EleutherAI's lm-evaluation-harness (``pip install 'meteora-lora[lm-eval]'``).
 
 Importing this module registers the model "meteora" with the harness. The harness's own command looks for models in its own package only, so
 this module is also its runner; everything after its name is the harness's command line::
@@ -60,7 +60,7 @@ def load_for_harness(checkpoint: str, **arguments: Any) -> tuple[Any, Any]:
 def model_class() -> type[Any]:
     """The harness's model class "meteora", registered with it. Raises UsageError when lm-eval is not installed."""
     if find_spec("lm_eval") is None:
-        raise UsageError("lm-evaluation-harness is not installed", hint="pip install 'meteora[lm-eval]'")
+        raise UsageError("lm-evaluation-harness is not installed", hint="pip install 'meteora-lora[lm-eval]'")
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 

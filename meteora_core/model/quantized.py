@@ -29,7 +29,7 @@ def quantized_loading(quantization: str, dtype: torch.dtype, device: torch.devic
     if device.type != "cuda" or not torch.cuda.is_available():
         raise UsageError(f"{article} {quantization} base model needs a CUDA GPU, and the device is {device}", hint="leave out the quantisation on this machine")
     if find_spec("bitsandbytes") is None:
-        raise UsageError(f"{article} {quantization} base model needs bitsandbytes, which is not installed", hint="pip install 'meteora[quantized]'")
+        raise UsageError(f"{article} {quantization} base model needs bitsandbytes, which is not installed", hint="pip install 'meteora-lora[quantized]'")
     from transformers import BitsAndBytesConfig
 
     if quantization == "4bit":

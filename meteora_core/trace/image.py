@@ -52,7 +52,7 @@ def to_png(picture: RoutePicture, title: str = "Routing") -> bytes:
         from matplotlib.figure import Figure
     except ImportError as missing:
         raise UsageError(
-            "PNG pictures need matplotlib, which is not installed", hint="pip install 'meteora[plot]', or choose a name that ends in .html"
+            "PNG pictures need matplotlib, which is not installed", hint="pip install 'meteora-lora[plot]', or choose a name that ends in .html"
         ) from missing
 
     pieces, cut = visible_pieces(picture)

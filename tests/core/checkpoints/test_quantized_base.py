@@ -104,7 +104,7 @@ def test_what_quantised_loading_needs_is_said(make_authors: Callable[..., Any], 
     monkeypatch.setattr("meteora_core.model.quantized.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs bitsandbytes, which is not installed") as caught:
         quantized_loading("8bit", torch.bfloat16, torch.device("cuda"))
-    assert caught.value.hint == "pip install 'meteora[quantized]'"
+    assert caught.value.hint == "pip install 'meteora-lora[quantized]'"
     monkeypatch.setattr("meteora_core.model.quantized.find_spec", lambda name: object())
     passed = quantized_loading("4bit", torch.bfloat16, torch.device("cuda:1"))
     assert (passed["device_map"], passed["quantization_config"].bnb_4bit_compute_dtype) == ({"": 1}, torch.bfloat16)

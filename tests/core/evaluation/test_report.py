@@ -101,4 +101,4 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MeteoraError, match="matplotlib is not installed") as missing:
         plot(table, tmp_path / "x.png")
-    assert missing.value.hint == "pip install 'meteora[plot]'"
+    assert missing.value.hint == "pip install 'meteora-lora[plot]'"

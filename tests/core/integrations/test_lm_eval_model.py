@@ -117,7 +117,7 @@ def test_the_harness_scores_a_local_task_or_says_what_to_install(authors: Author
     ran = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=280, check=False)
     if find_spec("lm_eval") is None:
         assert ran.returncode == 1
-        assert ran.stderr.splitlines()[-2:] == ["error: lm-evaluation-harness is not installed", "hint: pip install 'meteora[lm-eval]'"]
+        assert ran.stderr.splitlines()[-2:] == ["error: lm-evaluation-harness is not installed", "hint: pip install 'meteora-lora[lm-eval]'"]
         with pytest.raises(UsageError, match="is not installed"):
             integration.model_class()
         return

@@ -66,4 +66,4 @@ def test_without_matplotlib_it_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UsageError, match="need matplotlib") as raised:
         to_png(make_picture(["a", "b", "c"]))
-    assert "meteora[plot]" in raised.value.hint
+    assert "meteora-lora[plot]" in raised.value.hint

@@ -1,0 +1,61 @@
+"""The rules of the house that a reader relies on: which package may import which, and how long a module may become."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"meteora_cli": ROOT / "meteora_cli", "meteora_core": ROOT / "meteora_core", "meteora_kernels": ROOT / "kernels" / "meteora_kernels"}
+FORBIDDEN = {
+    "meteora_cli": set(),
+    "meteora_core": {"meteora_cli", "typer", "rich", "click"},
+    "meteora_kernels": {"meteora_cli", "meteora_core", "typer", "rich", "click", "transformers", "peft"},
+}
+LONGEST = 500
+
+
+def modules(package: str) -> list[Path]:
+    return sorted(PACKAGES[package].rglob("*.py"))
+
+
+def imported(module: Path) -> Iterator[tuple[str, int]]:
+    """The top-level package of every import in a module, those inside functions included, and its line."""
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").partition(".")[0], node.lineno
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_imports_run_from_the_command_line_to_the_library_to_the_kernels(package: str) -> None:
+    found = [f"{module.relative_to(ROOT)}:{line} imports {name}" for module in modules(package) for name, line in imported(module) if name in FORBIDDEN[package]]
+    assert modules(package)
+    assert not found
+
+
+def test_the_library_never_prints_and_never_exits() -> None:
+    found = []
+    for module in modules("meteora_core"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit", "exit", "quit", "os._exit"):
+                found.append(f"{module.relative_to(ROOT)}:{node.lineno} calls {ast.unparse(node.func)}")
+    allowed = {module for module in found if "/integrations/" in module}  # entry points of other programs
+    assert sorted(set(found) - allowed) == []
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_no_module_is_longer_than_500_lines(package: str) -> None:
+    lengths = {str(module.relative_to(ROOT)): len(module.read_text(encoding="utf-8").splitlines()) for module in modules(package)}
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_dir_and_help_show_the_public_names_before_they_are_used() -> None:
+    program = "import sys, meteora_core as m; assert set(m.__all__) <= set(dir(m)); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
