@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -120,6 +120,17 @@ def _exchange(one: Path, other: Path) -> bool:
 def holds_other_things(path: Path, marker: str) -> bool:
     """Whether something is at ``path`` that must not be replaced: a file, or a folder that is neither empty nor marked by a file ``marker``."""
     return any(path.iterdir()) and not (path / marker).is_file() if path.is_dir() else path.exists()
+
+
+def other_entries(folder: Path, ours: Iterable[str]) -> list[str]:
+    """The names in ``folder`` that are not among ``ours``, sorted; a folder that does not exist has none."""
+    known = {*ours, ".DS_Store", ".gitattributes"}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.is_dir() else []
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` names, separated by commas, and an ellipsis if there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def sha256(path: Path) -> str:

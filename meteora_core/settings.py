@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
 
 from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.names import problem_of
 
 DEFAULT_FILE = Path("meteora.toml")
 
@@ -20,6 +21,16 @@ Switch = Literal["auto", "on", "off"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+_Value = TypeVar("_Value")
+
+
+def _named(tasks: dict[str, _Value]) -> dict[str, _Value]:
+    for name in tasks:
+        if problem := problem_of(name):
+            raise ValueError(f"{name!r} cannot name a task: {problem}")
+    return tasks
 
 
 class PathSettings(_Section):
@@ -113,6 +124,11 @@ class AdapterStageSettings(AdapterTrainSettings):
     """`meteora train --stage adapters`: one PEFT LoRA per task, on all linear layers."""
 
     tasks: dict[str, AdapterTaskSettings] = Field({}, description="What single tasks differ in; wins over the rest of the section, and flags win over it.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _task_names(cls, tasks: dict[str, AdapterTaskSettings]) -> dict[str, AdapterTaskSettings]:
+        return _named(tasks)
 
 
 class GateTrainSettings(OptimSettings):
@@ -210,10 +226,7 @@ class Settings(BaseSettings):
     @field_validator("tasks")
     @classmethod
     def _task_names(cls, tasks: dict[str, UserTask]) -> dict[str, UserTask]:
-        for name in tasks:
-            if not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(f"task name {name!r} may hold letters, digits, '_' and '-' only")
-        return tasks
+        return _named(tasks)
 
 
 def load_settings(file: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:

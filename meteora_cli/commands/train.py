@@ -199,6 +199,7 @@ def train(
     runtime = start_runtime(settings.model.device)
     each: dict[str, AdapterTrainSettings] = {}
     if stage is Stage.adapters:
+        _check_targets(settings, out_dir, names, name if balanced else None)
         given = {name: value for name, value in {**shared, **own}.items() if value is not None}
         each = _task_settings(settings, [name] if balanced else names, given)
     if settings.launch.launcher != "none" and runtime.kind == "none":
@@ -339,15 +340,29 @@ def _adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) -
     from meteora_core.data.rows import available_tasks, check_rows
     from meteora_core.data.tasks import TASKS
     from meteora_core.errors import UsageError
+    from meteora_core.names import check_names
 
     if names == ["all"]:
         composites = {name for name, task in TASKS.items() if task.is_composite}
         names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_") and name not in composites]
     if not names:
         raise UsageError("no task given", hint="meteora train --stage adapters --task NAME[,NAME] | all; `meteora data list` shows them")
+    check_names(names)
     for name in names:
         check_rows(settings.paths.data, name, "train", max_rows)
     return list(dict.fromkeys(names))
+
+
+def _check_targets(settings: Settings, out_dir: Path | None, names: list[str], balanced: str | None) -> None:
+    """Refuse names that cannot be adapters' names, paths outside the folder of adapters, and a ``--name`` that a dataset has."""
+    from meteora_core.data.rows import available_tasks
+    from meteora_core.errors import UsageError
+    from meteora_core.training.common import check_targets
+
+    root = out_dir or settings.paths.adapters
+    check_targets(root, names if balanced is None else [balanced], replaced=())
+    if balanced in available_tasks(settings.paths.data):
+        raise UsageError(f"--name {balanced} is the name of a dataset, whose own adapter would be replaced", hint="choose another --name")
 
 
 def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) -> dict[str, AdapterTrainSettings]:
@@ -392,21 +407,20 @@ def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings
 
 
 def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
-    from meteora_core.data.tasks import check_name
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
-    from meteora_core.training.adapters import train_adapter
-    from meteora_core.training.common import check_adapter_folder
+    from meteora_core.training.adapters import adapter_inputs, adapter_is_current, train_adapter
+    from meteora_core.training.common import check_targets
     from meteora_core.training.jobs import JobPlan, job_devices, train_side_by_side
     from meteora_core.training.together import train_together
 
-    if balanced is not None:
-        check_name(balanced)
     if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
         raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
     out_dir = run.out_dir or run.settings.paths.adapters
-    for name in each:
-        check_adapter_folder(out_dir / name)
+    source: dict[str, Any] = {"base": run.base, "dtype": run.dtype, "data_dir": run.settings.paths.data, "max_rows": run.max_rows}
+    source |= {"tasks": names if balanced is not None else None, "processes": run.runtime.world}
+    current = {name for name, settings in each.items() if adapter_is_current(out_dir / name, adapter_inputs(task=name, settings=settings, **source))}
+    check_targets(out_dir, [name for name in each if run.force or name not in current])
     shared: dict[str, Any] = {
         "base": run.base,
         "data_dir": run.settings.paths.data,

@@ -12,6 +12,7 @@ from meteora_core.data.tasks import TASKS, BigBench, Records
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.results import load_results
 from meteora_core.files import atomic_write, sha256
+from meteora_core.names import is_name
 
 CARD_FILE = "README.md"
 
@@ -69,7 +70,8 @@ def write_card(
     lines += _model_lines(config, folder)
     lines += ["", "## Tasks and data", "", "| task | rows from | licence of the rows | train rows (SHA-256) | mean rank |", "| --- | --- | --- | --- | ---: |"]
     for place, name in enumerate(names):
-        manifest = read_manifest(Path(data_dir) / name) if data_dir is not None and (Path(data_dir) / name).is_dir() else None
+        built = data_dir is not None and is_name(name) and (Path(data_dir) / name).is_dir()
+        manifest = read_manifest(Path(str(data_dir)) / name) if built else None
         origin, licence = _origin(name, manifest, (licences or {}).get(name))
         entry = manifest.files.get("train.jsonl") if manifest else None
         known = training.get("inputs", {}).get("data", {}).get(name)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
-from meteora_core.files import atomic_folder, holds_other_things, read_json, sha256, write_json
+from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, read_json, sha256, write_json
 from meteora_core.model.attach import attach, detach, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
+from meteora_core.names import is_name
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 
@@ -142,9 +143,18 @@ def save_checkpoint(
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Whether a checkpoint may be written there: it is a new place, an empty folder, or a checkpoint. Raises UsageError."""
-    if holds_other_things(Path(folder), CONFIG_FILE):
-        raise UsageError(f"{folder} is no checkpoint, so it is not replaced", hint="choose another folder")
+    """Check that a checkpoint may replace ``folder``: it does not exist, is empty, or holds a checkpoint and nothing else.
+
+    Raises:
+        UsageError: It holds something else, which would be lost; the message names it.
+    """
+    folder = Path(folder)
+    if holds_other_things(folder, CONFIG_FILE):
+        raise UsageError(f"{folder} is not a checkpoint, so it is not replaced", hint="choose another folder")
+    if others := other_entries(folder, (CONFIG_FILE, WEIGHT_FILE, "README.md")):
+        raise UsageError(
+            f"{folder} holds other files beside the checkpoint, which would be lost: {listed(others)}", hint="choose another folder, or move them away"
+        )
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
@@ -311,9 +321,10 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
         return AdapterBank(infos, stacks)
     folders = {}
     for info in infos:
-        places = [Path(info.source), folder / info.source, folder / "adapters" / info.name]
-        if adapters_dir is not None:
-            places.insert(0, adapters_dir / info.name)
+        places = [Path(info.source), folder / info.source]
+        if is_name(info.name):  # the configuration may have been written by anyone
+            places.append(folder / "adapters" / info.name)
+            places[:0] = [] if adapters_dir is None else [adapters_dir / info.name]
         found = next((place for place in places if (place / WEIGHTS).is_file()), None)
         if found is None:
             raise CheckpointError(

@@ -17,6 +17,7 @@ from meteora_core.data.sources import extract
 from meteora_core.data.tasks import BigBench, Files, Task, get_task
 from meteora_core.data.writer import check_target, dataset_folder, prompt_key, write_rows
 from meteora_core.errors import DataError, MeteoraError, UsageError
+from meteora_core.names import folder_of
 from meteora_core.progress import SILENT, Progress
 
 
@@ -58,7 +59,7 @@ def build_task(
     for option, value in (("max_train", max_train), ("max_test", max_test)):
         if value is not None and value < 1:
             raise UsageError(f"{option} must be at least 1, not {value}")
-    folder = Path(out_dir) / task.name
+    folder = folder_of(out_dir, task.name)
     check_target(folder, task.name)
     if isinstance(task.source, Files) and task.source.train is not None and task.source.train.resolve() == split_path(out_dir, task.name, "train").resolve():
         return _built_from_itself(task, folder, keep=not force and max_train is None and max_test is None)

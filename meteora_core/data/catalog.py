@@ -17,6 +17,7 @@ from meteora_core.data.userdata import task_in
 from meteora_core.data.writer import check_target
 from meteora_core.downloads import downloads_dir
 from meteora_core.errors import DataError, UsageError, did_you_mean
+from meteora_core.names import check_names
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def verify(data_dir: Path | str, tasks: Sequence[str] | None = None) -> list[Rep
         DataError: There is no dataset at all.
     """
     root = Path(data_dir)
+    check_names(tasks or (), "dataset")
     names = list(tasks) if tasks else available_tasks(root)
     if not names:
         raise DataError(f"no datasets in {root}", hint="build one: meteora data build --task NAME")

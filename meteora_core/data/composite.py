@@ -15,11 +15,12 @@ from typing import Any
 
 from meteora_core.data.manifest import Manifest, read_manifest, write_manifest
 from meteora_core.data.rows import Row, read_rows, split_path
-from meteora_core.data.tasks import COMPOSITES, RESERVED, Task, check_name, composite_task, default_members
+from meteora_core.data.tasks import COMPOSITES, RESERVED, Task, composite_task, default_members
 from meteora_core.data.userdata import task_in
 from meteora_core.data.writer import check_target, dataset_folder, prompt_key, write_rows
 from meteora_core.errors import DataError, UsageError
 from meteora_core.files import sha256
+from meteora_core.names import check_name, folder_of
 from meteora_core.progress import SILENT, Progress
 
 SEED = 47
@@ -195,7 +196,7 @@ def plan_composite(
         if task_in(data_dir, member).is_composite:
             raise UsageError(f"{member} is a composite itself", hint="name its tasks instead")
     chosen = composite_name(members, name)
-    check_name(chosen)
+    check_name(chosen, "composite")
     if chosen in RESERVED:
         raise UsageError(f"{chosen!r} is one of the 28 built-in tasks", hint="choose another --name")
     task = composite_task(members, chosen, resolve=lambda member: task_in(data_dir, member))
@@ -208,7 +209,7 @@ def plan_composite(
         numbers = list(range(len(rows)))
         rng.shuffle(numbers)
         order.append(numbers[:count])
-    check_target(Path(data_dir) / chosen, chosen, composite=True)
+    check_target(folder_of(data_dir, chosen, "composite"), chosen, composite=True)
     return Plan(task, count, seed, test, order, solved)
 
 

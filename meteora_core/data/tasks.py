@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.names import check_name
 
 Metric = Literal["exact", "contains", "final_number", "yes_no_text", "text", "bleu", "composite"]
 """How a task is scored: accuracy (exact, reference contained, final number), BLEU + ROUGE + yes/no accuracy, BLEU + ROUGE, BLEU, or per sub-task."""
@@ -249,12 +250,6 @@ def get_task(name: str) -> Task:
     if numbered:
         return composite_task(default_members(int(numbered.group(1))), name)
     raise UsageError(f"unknown task {name!r}", hint=did_you_mean(name, TASKS) or "`meteora data list` shows all tasks")
-
-
-def check_name(name: str) -> None:
-    """Raise UsageError when ``name`` cannot be a task's and its folder's name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UsageError(f"{name!r} cannot name a task", hint="use letters, digits, '.', '_' and '-'")
 
 
 def register_task(task: Task) -> None:

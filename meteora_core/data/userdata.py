@@ -15,6 +15,7 @@ from meteora_core.data.sources import extract
 from meteora_core.data.tasks import METRICS, RESERVED, TASKS, Files, Metric, Task, composite_task, get_task, register_task
 from meteora_core.data.writer import check_target
 from meteora_core.errors import DataError, UsageError, did_you_mean
+from meteora_core.names import folder_of, is_name
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def preview(task: Task, data_dir: Path | str) -> dict[str, int]:
     Raises:
         DataError: A file is missing, broken or empty, or the target folder holds another dataset.
     """
-    check_target(Path(data_dir) / task.name, task.name)
+    check_target(folder_of(data_dir, task.name), task.name)
     raw = extract(task)
     counts = {str(split): sum(1 for _ in raw.rows(split)) for split in raw.splits}
     for split, count in counts.items():
@@ -140,7 +141,7 @@ def task_in(data_dir: Path | str, name: str) -> Task:
         UsageError: There is no such task; the closest name is offered.
         DataError: Its dataset is broken, and nothing else says what it is.
     """
-    if name not in RESERVED:
+    if name not in RESERVED and is_name(name):
         try:
             task = _built(Path(data_dir), name)
         except DataError:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from meteora_core.data.manifest import NAME, FileEntry, read_manifest
-from meteora_core.data.rows import Row
+from meteora_core.data.rows import SPLITS, Row
 from meteora_core.errors import DataError
-from meteora_core.files import atomic_folder, storage_errors
+from meteora_core.files import atomic_folder, listed, other_entries, storage_errors
 from meteora_core.progress import Task as ProgressTask
 
 _BATCH = 512
@@ -98,6 +98,8 @@ def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
         raise DataError(f"{folder} holds a dataset that is no composite", hint="choose another --name, or move this one away")
     if manifest.metric == "composite" and not composite:
         raise DataError(f"{folder} holds a composite", hint="choose another name, or move this one away")
+    if others := other_entries(folder, (NAME, *(f"{split}.jsonl" for split in SPLITS))):
+        raise DataError(f"{folder} holds other files beside the dataset, which would be lost: {listed(others)}", hint=hint)
 
 
 def _remove_stale(folder: Path) -> None:

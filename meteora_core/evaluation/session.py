@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
 from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
 from meteora_core.files import atomic_write, sha256, write_jsonl
+from meteora_core.names import LONGEST
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -278,7 +280,11 @@ def _rows_in(plan: EvalPlan, task: Task) -> int:
 
 
 def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+    """A model's name or path as the name of one folder, which is never ``.`` or ``..``."""
+    shown = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+    if len(shown) > LONGEST:
+        shown = f"{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:12]}_{shown[-LONGEST + 13 :]}"
+    return "_" + shown if shown.strip(".") == "" else shown
 
 
 def _adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:

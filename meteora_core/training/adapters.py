@@ -17,6 +17,7 @@ from meteora_core.adapters.peft_folder import WEIGHTS
 from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder, read_json, write_json
 from meteora_core.model.base import BaseReference
+from meteora_core.names import check_names, folder_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
@@ -120,10 +121,11 @@ def train_adapter(
 
     Raises:
         DataError: The dataset is missing or broken.
-        UsageError: ``out_dir/<task>`` holds something else than an adapter.
+        UsageError: A name is not a valid name, or ``out_dir/<task>`` leads elsewhere or holds something that Meteora did not train.
         MeteoraError: The loss is not finite, or memory ran out.
     """
-    folder, dtype = out_dir / task, next(model.parameters()).dtype
+    check_names(tasks or ())
+    folder, dtype = folder_of(out_dir, task, "adapter"), next(model.parameters()).dtype
     inputs = adapter_inputs(base, dtype, data_dir, task, settings, max_rows, tasks=tasks, processes=runtime.world)
     if not force and adapter_is_current(folder, inputs):
         return finished_adapter(task, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ import torch
 
 from meteora_core.data.rows import Row, read_rows, split_path
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
-from meteora_core.files import holds_other_things, read_json, sha256
+from meteora_core.files import holds_other_things, listed, other_entries, read_json, sha256
 from meteora_core.model.base import BaseReference
+from meteora_core.names import folder_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.rows import Encoded, TrainRow, encode_rows
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 INFO_FILE = "meteora_training.json"
 """Beside an adapter's weights: how it was trained."""
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", INFO_FILE)
+"""What :func:`meteora_core.training.adapters.save_adapter` writes."""
 
 HELD_OUT = 64
 """At most so many train rows of a task are kept out of training, to watch it by; test rows are never looked at."""
@@ -40,6 +44,22 @@ def split_held_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]
     """Train rows and held-out rows; see :func:`split_places`."""
     train, held = split_places(len(rows), seed)
     return [rows[place] for place in train], [rows[place] for place in held]
+
+
+def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] | None = None) -> None:
+    """Check the names of adapters that will be written below ``root``, and that nothing of anyone else is in their places.
+
+    Args:
+        root: The folder of all adapters.
+        names: The adapters' names.
+        replaced: Those that will be trained, and so replaced; None: all.
+
+    Raises:
+        UsageError: A name cannot be a name, a path leaves ``root``, or a folder holds something that Meteora did not train.
+    """
+    folders = {name: folder_of(root, name, "adapter") for name in names}
+    for name in folders if replaced is None else replaced:
+        check_adapter_folder(folders[name])
 
 
 def train_rows(data_dir: Path, task: str, seed: int, max_rows: int | None = None) -> tuple[list[Row], list[Row]]:
@@ -176,27 +196,27 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
 
 
 def check_checkpoint_folder(folder: Path) -> None:
-    """Whether a trained checkpoint may take this folder's place: whatever lies in it goes.
-
-    Args:
-        folder: Of the checkpoint; it need not be there.
-
-    Raises:
-        UsageError: The folder holds other things than a checkpoint, or folders (runs, for example) beside one.
-    """
+    """Check that a trained checkpoint may replace ``folder``; see :func:`meteora_core.checkpoints.native.check_replaceable`. Raises UsageError."""
     from meteora_core.checkpoints.native import check_replaceable
 
     check_replaceable(folder)
-    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []
-    if inside:
-        listed = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
-        raise UsageError(f"{folder} holds folders, which a checkpoint in its place would remove: {listed}", hint="choose another folder, or move them away")
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Whether a trained adapter may take this folder's place: it is a new place, an empty folder, or an adapter. Raises UsageError."""
+    """Check that a trained adapter may replace ``folder``: it does not exist, is empty, or holds an adapter that Meteora trained and nothing else.
+
+    Raises:
+        UsageError: It holds something else; the message names it.
+    """
+    hint = "choose another folder with --out, or move this one away"
     if holds_other_things(folder, "adapter_config.json"):
-        raise UsageError(f"{folder} is no adapter, so it is not replaced", hint="choose another folder with --out, or move this one away")
+        raise UsageError(f"{folder} is not an adapter, so it is not replaced", hint=hint)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / INFO_FILE).is_file():
+        raise UsageError(f"{folder} holds an adapter that was not trained by Meteora, so it is not replaced", hint=hint)
+    if others := other_entries(folder, _ADAPTER_FILES):
+        raise UsageError(f"{folder} holds other files beside the adapter, which would be lost: {listed(others)}", hint=hint)
 
 
 def check_bases(folders: Mapping[str, Path], base: str) -> str | None:
@@ -220,8 +240,8 @@ def check_bases(folders: Mapping[str, Path], base: str) -> str | None:
             named.setdefault(short, []).append(name)
             shown[short] = origin
     if len(named) > 1:
-        listed = "; ".join(f"{shown[short]}: {', '.join(names)}" for short, names in named.items())
-        raise UsageError(f"the adapters belong to different base models: {listed}", hint="name those of one base with --task, or train the others again")
+        bases = "; ".join(f"{shown[short]}: {', '.join(names)}" for short, names in named.items())
+        raise UsageError(f"the adapters belong to different base models: {bases}", hint="name those of one base with --task, or train the others again")
     if named and _short_name(base) not in named:
         return f"the adapters name {next(iter(shown.values()))} as their base, and are used with {base}"
     return None

@@ -19,6 +19,7 @@ from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import read_json
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
+from meteora_core.names import check_names
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
@@ -154,6 +155,7 @@ def train_gates(
             range, or a rate of the adapters' own with DeepSpeed.
         MeteoraError: The loss is not finite, or memory ran out.
     """
+    check_names(bank.names, "adapter")
     check_checkpoint_folder(folder)
     adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) if settings.trainable == "gates+adapters" else settings.learning_rate
     if runtime.kind == "deepspeed" and adapter_rate != settings.learning_rate:

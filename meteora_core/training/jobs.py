@@ -26,7 +26,7 @@ from meteora_core.model.base import BaseReference, load_base, load_tokenizer, lo
 from meteora_core.progress import SILENT, Progress, Task
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.adapters import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
-from meteora_core.training.common import check_adapter_folder
+from meteora_core.training.common import check_targets
 
 PAUSE = 0.2
 """Seconds between two reports of one worker's bar."""
@@ -102,14 +102,14 @@ def train_side_by_side(plan: JobPlan, *, progress: Progress = SILENT) -> JobsOut
         UsageError: A task's folder holds something else than an adapter; nothing was trained.
         MeteoraError: A worker process died (its task is named), or could not load the base; the others were stopped, and what they saved can be resumed.
     """
+    check_targets(plan.out_dir, plan.settings, replaced=())
     outcome, finished = JobsOutcome(), dict[str, TrainedAdapter]()
     for task, settings in plan.settings.items():
         folder = plan.out_dir / task
         if not plan.force and adapter_is_current(folder, adapter_inputs(plan.base, plan.dtype, plan.data_dir, task, settings, plan.max_rows)):
             finished[task] = finished_adapter(task, folder)
     todo = [task for task in plan.settings if task not in finished]
-    for task in todo:
-        check_adapter_folder(plan.out_dir / task)
+    check_targets(plan.out_dir, todo)
     if todo:
         locate_base(plan.base, progress=progress)
         workers = _Workers(plan, todo, progress)

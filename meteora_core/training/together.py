@@ -38,7 +38,7 @@ from meteora_core.training.adapters import (
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.common import check_adapter_folder, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, short_hash
+from meteora_core.training.common import check_targets, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, short_hash
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.plan import Pick, plan_batches
@@ -88,6 +88,7 @@ def train_together(
             folder holds something else than an adapter.
         MeteoraError: The loss is not finite, or memory ran out.
     """
+    check_targets(out_dir, tasks, replaced=())
     if settings.packing:
         raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
     if runtime.kind in ("fsdp", "deepspeed"):
@@ -99,8 +100,7 @@ def train_together(
     inputs = {task: adapter_inputs(base, dtype, data_dir, task, own[task], max_rows, processes=runtime.world) for task in tasks}
     todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]
     done = {task: finished_adapter(task, out_dir / task) for task in tasks if task not in todo}
-    for task in todo:
-        check_adapter_folder(out_dir / task)
+    check_targets(out_dir, todo)
     if todo:
         done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, token_cache, resume, runtime, progress)
     return [done[task] for task in tasks]

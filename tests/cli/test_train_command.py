@@ -331,8 +331,8 @@ def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
         (("--stage", "adapters"), "no task given"),
         (("--composite-rows", "2"), "composite_rows"),
         (("--task", "nothing"), "no adapter 'nothing'"),
-        (("--out", "datasets"), "datasets is no checkpoint"),
-        (("--stage", "adapters", "--task", "shout", "--balanced", "--name", "shout", "--out", "datasets"), "datasets/shout is no adapter"),
+        (("--out", "datasets"), "datasets is not a checkpoint"),
+        (("--stage", "adapters", "--task", "shout", "--out", "datasets"), "datasets/shout is not an adapter"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, monkeypatch, flags, message) -> None:
@@ -340,6 +340,26 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, mon
     assert ran.code == 2
     assert ran.out == ""
     assert message in ran.err
+
+
+def test_names_that_leave_the_folder_are_refused_and_nothing_is_replaced(meteora, place, monkeypatch, tmp_path) -> None:
+    shutil.copytree(place / "datasets", tmp_path / "datasets")
+    shutil.copytree(place / "datasets" / "count", tmp_path / "mydata")
+
+    def refused(*flags: str) -> str:
+        ran = inside(meteora, monkeypatch, tmp_path, "--stage", "adapters", *flags)
+        assert (ran.code, ran.out) == (2, "")
+        return ran.err
+
+    for task in ("../mydata", "./count", "count/", "count,../mydata"):
+        assert "cannot name a task" in refused("--task", task)
+    assert "cannot name an adapter" in refused("--task", "count", "--balanced", "--name", "../mydata")
+    assert "name of a dataset" in refused("--task", "count,shout", "--balanced", "--name", "count")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "count").symlink_to(tmp_path / "mydata")
+    assert "outside" in refused("--task", "count")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "datasets", "mydata"]
+    assert sorted(path.name for path in (tmp_path / "mydata").iterdir()) == ["test.jsonl", "train.jsonl"]
 
 
 def test_dry_run_of_adapters_shows_what_each_would_be_trained_with(meteora, place, monkeypatch, tmp_path) -> None:

@@ -40,7 +40,7 @@ def test_meteora_toml_of_the_working_directory_is_read(tmp_path, monkeypatch) ->
         ("[train_adapters.tasks.gsm8k]\nbatch = 2\n", r"unknown setting 'train_adapters\.tasks\.gsm8k\.batch'"),
         ("[routing]\ntop_k = 'two'\n", r"routing\.top_k = 'two'"),
         ("[eval\n", "not valid TOML"),
-        ('[tasks."../x"]\ntrain = "a"\ntest = "b"\n', "task name"),
+        ('[tasks."../x"]\ntrain = "a"\ntest = "b"\n', "cannot name a task"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, text, message) -> None:

@@ -36,7 +36,7 @@ def test_a_folder_of_other_things_is_not_replaced(bank, tmp_path: Path) -> None:
     file.write_text("text")
     empty.mkdir()
     for place in (mine, file):
-        with pytest.raises(UsageError, match="is no checkpoint, so it is not replaced"):
+        with pytest.raises(UsageError, match="is not a checkpoint, so it is not replaced"):
             save_checkpoint(model, place)
     assert (mine / "data" / "rows.jsonl").read_text() == "{}\n"
     assert file.read_text() == "text"

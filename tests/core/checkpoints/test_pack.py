@@ -111,5 +111,5 @@ def test_what_is_there_is_replaced_only_on_request(source, tmp_path) -> None:
         pack_checkpoint(source, tmp_path / "packed")
     pack_checkpoint(source, tmp_path / "packed", overwrite=True)
     (tmp_path / "other" / "mine").mkdir(parents=True)
-    with pytest.raises(UsageError, match="no checkpoint"):
+    with pytest.raises(UsageError, match="not a checkpoint"):
         pack_checkpoint(source, tmp_path / "other", overwrite=True)

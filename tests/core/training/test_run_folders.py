@@ -99,11 +99,11 @@ def test_a_folder_of_other_things_is_not_replaced_by_a_checkpoint(data, adapters
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("mine")
     kill_at(monkeypatch, 1)
-    with pytest.raises(UsageError, match="no checkpoint"):
+    with pytest.raises(UsageError, match="not a checkpoint"):
         gates(data, adapters, tmp_path / "notes")
     (tmp_path / "notes" / "meteora_config.json").write_text("{}")
     (tmp_path / "notes" / "run").mkdir()
-    with pytest.raises(UsageError, match=r"holds folders.*: run$"):
+    with pytest.raises(UsageError, match=r"other files.*: run, thesis.txt$"):
         gates(data, adapters, tmp_path / "notes")
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
 
@@ -113,12 +113,12 @@ def test_a_folder_of_other_things_is_not_replaced_by_an_adapter(data, tmp_path, 
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
     kill_at(monkeypatch, 1)
-    with pytest.raises(UsageError, match="no adapter"):
+    with pytest.raises(UsageError, match="not an adapter"):
         adapter(data, tmp_path / "a")
-    with pytest.raises(UsageError, match="no adapter"):
+    with pytest.raises(UsageError, match="not an adapter"):
         train_together(model(), letters(), ["count", "shout"], **options(data, tmp_path / "a"))
     settings = options(data, tmp_path)["settings"]
-    with pytest.raises(UsageError, match="no adapter"):
+    with pytest.raises(UsageError, match="not an adapter"):
         train_side_by_side(JobPlan({"count": settings, "shout": settings}, BASE, torch.float32, ["cpu"], data, tmp_path / "a"))
     assert kept.read_text() == "mine"
     kept.unlink()
