@@ -1,5 +1,5 @@
 """``python -m meteora_cli``."""
 
-from meteora_cli.app import main
+from meteora_cli.app import entry
 
-main()
+entry()

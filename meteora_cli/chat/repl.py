@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from meteora_cli.chat.answer import show_answer
 from meteora_cli.chat.render import Painter
 from meteora_cli.chat.slash import COMMANDS, FILE_COMMANDS, Chat, Quit, run_command
+from meteora_cli.interrupts import handled
 from meteora_core.errors import MeteoraError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def run_repl(chat: Chat, read: Callable[[], str]) -> None:
                 pass
             return
         except KeyboardInterrupt:  # it came between two prompts, where nothing waits for it
-            continue
+            handled()
 
 
 def _turn(chat: Chat, read: Callable[[], str]) -> bool:
@@ -61,6 +62,7 @@ def _turn(chat: Chat, read: Callable[[], str]) -> bool:
     try:
         line = read()
     except KeyboardInterrupt:
+        handled()
         chat.say("Ctrl-D leaves")
         return True
     except EOFError:
@@ -72,6 +74,7 @@ def _turn(chat: Chat, read: Callable[[], str]) -> bool:
     except MeteoraError as error:
         chat.fail(error)
     except KeyboardInterrupt:
+        handled()
         chat.say("stopped")
     return True
 

@@ -1,0 +1,85 @@
+"""What Ctrl-C and a request to terminate do: end the command with 130 or 143, without a traceback, after everything has been cleaned up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+PAUSE = 0.05
+"""Seconds after which a signal that arrived within an import is delivered again."""
+
+LONGEST = 40
+"""How often it is put off at most."""
+
+_received: list[int] = []
+_put_off = 0
+
+
+@contextmanager
+def answer_signals() -> Iterator[None]:
+    """Within the block, SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, and whatever error comes of either ends the process with 128 + its number.
+
+    A library that is interrupted while it is being imported may turn the interrupt into an ImportError of its own, or pass over it. A signal is
+    therefore put off while modules are being imported, for two seconds at most. Signals that the process was told to ignore stay ignored, and a
+    process that a launcher started (``RANK``) leaves SIGTERM alone: it may be waiting for other processes in native code.
+    """
+    global _put_off
+    numbers = [signal.SIGINT] if "RANK" in os.environ else [signal.SIGINT, signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    _received.clear()
+    _put_off = 0
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _handle)
+    try:
+        yield
+    except BaseException as error:
+        received = _received[-1] if _received else None
+        if received is None or (isinstance(error, SystemExit) and not error.code):
+            raise
+        sys.exit(128 + received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()
+
+
+def interrupted() -> bool:
+    """Whether a signal has arrived that nothing has handled yet."""
+    return bool(_received)
+
+
+def handled() -> None:
+    """Tell that an interrupt has been answered, and the command goes on (``meteora chat`` stops an answer, and waits for the next message)."""
+    _received.clear()
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _put_off
+    _received.append(number)
+    if _put_off < LONGEST and _importing(frame):
+        _put_off += 1
+        again = threading.Timer(PAUSE, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
+    _put_off = 0
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether the interpreter is within an import statement."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
