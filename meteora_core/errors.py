@@ -51,6 +51,10 @@ class StorageError(MeteoraError):
     """A file could not be written: full disk, no permission."""
 
 
+class BusyError(StorageError):
+    """Another process is writing the same file or folder."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str | None:
     """Return a hint that names the closest of ``choices`` to ``name``, or None when nothing is close."""
     from difflib import get_close_matches

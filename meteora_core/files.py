@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from meteora_core.errors import DataError, MeteoraError, StorageError
+from meteora_core.locks import claim, exclusive, scratch_folder, sweep
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -28,22 +29,52 @@ def cache_dir() -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "meteora"
 
 
+_REASONS = {
+    errno.ENOSPC: ("no space left on the disk", "free some space, or choose another folder"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another folder"),
+    errno.EFBIG: ("the file is larger than this process or the file system allows", "see `ulimit -f`, or choose another folder"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
+    errno.ELOOP: ("its links form a loop", "remove the link, or choose another folder"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another folder"),
+    errno.EEXIST: ("a part of the path is a file, not a folder", "choose another folder"),
+    errno.ENOENT: ("the folder was removed meanwhile", "start the same command again"),
+}
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of a write to ``path`` into a :class:`StorageError` that says what to do."""
+    """Turn what goes wrong when ``path`` is written into a :class:`StorageError` that says what to do.
+
+    An OSError is meant, and the errors of safetensors that stand for one.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"no space left on the disk while writing {path}", hint="free some space, or choose another folder") from error
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", hint="check that the folder exists and is writable") from error
+    except MeteoraError:
+        raise
+    except Exception as error:
+        failed = _os_error(error)
+        if failed is None:
+            raise
+        reason, hint = _REASONS.get(failed.errno or 0, (failed.strerror or str(failed), "check that the folder exists and is writable"))
+        raise StorageError(f"cannot write {path}: {reason}", hint=hint) from error
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """The OSError that an error stands for; None when it is something else."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and "Symlink loop" in str(error):
+        return OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(found.group(1)), os.strerror(int(found.group(1))))
+    return None
 
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` and rename it over ``path`` when the block ends without an error.
 
-    A reader sees the old file or the new one, never a half. Text is UTF-8 with ``\\n`` line ends.
+    A reader sees the old file or the new one, never a half. Text is UTF-8 with ``\\n`` line ends. Temporary files that a killed process left are removed.
 
     Args:
         path: The file to write; its folder is made when missing.
@@ -53,12 +84,15 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         StorageError: The disk is full or the folder is not writable.
     """
     path = Path(path)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with storage_errors(path):
+    with storage_errors(path), _parents(path):
+        sweep(path)
+        while True:
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            temporary = Path(name)
+            if (claimed := claim(temporary)) is not None:
+                break
+            os.close(descriptor)
+        try:
             text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
             with os.fdopen(descriptor, mode, **text) as handle:
                 yield handle
@@ -66,8 +100,27 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
                 os.fsync(handle.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(claimed)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the folders above ``path``; those that were not there are removed again when the block fails and they are empty."""
+    made: list[Path] = []
+    folder = path.parent
+    while not folder.exists():
+        made.append(folder)
+        folder = folder.parent
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _umask() -> int:
@@ -77,32 +130,60 @@ def _umask() -> int:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, lock: bool = True, wait: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``path`` when the block ends without an error, and is removed otherwise.
 
-    Where ``path`` is a link, what it points to is replaced.
+    Where ``path`` is a link, what it points to is replaced. Temporary folders that a killed process left are removed.
+
+    Args:
+        path: The folder to write; its parent is made when missing.
+        lock: Hold the lock of ``path`` meanwhile; see :func:`meteora_core.locks.exclusive`.
+        wait: Wait for another process that writes it, instead of raising.
 
     Raises:
         StorageError: The disk is full or the parent is not writable.
+        BusyError: Another process writes it.
     """
     with storage_errors(path):
         path = Path(path).resolve()
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
+    with storage_errors(path), _parents(path), exclusive(path, wait=wait) if lock else nullcontext(), scratch_folder(path.parent, path.name) as temporary:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        if not path.exists():
+            os.rename(temporary, path)
+        elif not _exchange(temporary, path):
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            os.rename(path, old / "x")
+            os.rename(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only process that writes ``path`` while the block runs; its parent is made when missing, and removed again if it stays empty.
+
+    Raises:
+        BusyError: Another process writes it, and ``wait`` is False.
+        StorageError: The parent is not writable.
+    """
+    with ExitStack() as stack:
         with storage_errors(path):
-            yield temporary
-            os.chmod(temporary, 0o777 & ~_umask())
-            if not path.exists():
-                os.rename(temporary, path)
-            elif not _exchange(temporary, path):
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-                os.rename(path, old / "x")
-                os.rename(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            stack.enter_context(_parents(Path(path)))
+            stack.enter_context(exclusive(path, wait=wait))
+        yield
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Write tensors as a safetensors file that any user may read, the same bytes for the same tensors.
+
+    Raises:
+        StorageError: The disk is full or the folder is not writable.
+    """
+    from safetensors.torch import save_file
+
+    with storage_errors(path):
+        save_file(dict(tensors), path, metadata={"format": "pt"})  # one key alone: safetensors writes several in random order
+        path.chmod(0o666 & ~_umask())
 
 
 def _exchange(one: Path, other: Path) -> bool:

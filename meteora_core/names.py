@@ -71,10 +71,16 @@ def inside(root: Path | str, path: Path | str) -> Path:
     try:
         top, target = root.resolve(), path.resolve()
     except (OSError, RuntimeError) as loop:
-        raise UsageError(f"{path} cannot be followed: its links form a loop", hint="remove the link, or choose another folder") from loop
+        raise _loop(path) from loop
+    if target.is_symlink():
+        raise _loop(path)
     if target == top or top not in target.parents:
         raise UsageError(f"{path} is outside {root}: it leads to {target}", hint="remove the link, or name the other folder with --out")
     return path
+
+
+def _loop(path: Path) -> UsageError:
+    return UsageError(f"{path} cannot be followed: its links form a loop", hint="remove the link, or choose another folder")
 
 
 def folder_of(root: Path | str, name: str, what: str = "task") -> Path:

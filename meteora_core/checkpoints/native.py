@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
-from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, read_json, sha256, write_json
+from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, read_json, save_tensors, sha256, write_json
 from meteora_core.model.attach import attach, detach, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
 from meteora_core.names import is_name
@@ -159,15 +159,8 @@ def check_replaceable(folder: str | Path) -> None:
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """Write the two files of a checkpoint, atomically; adds the hash of the weights to the configuration. Raises StorageError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     with atomic_folder(folder) as temporary:
-        try:
-            save_file(tensors, temporary / WEIGHT_FILE, metadata={"format": "pt", "producer": "meteora"})
-        except SafetensorError as error:
-            raise OSError(28 if "No space" in str(error) else 5, str(error)) from error
-        (temporary / WEIGHT_FILE).chmod(0o644)
+        save_tensors(tensors, temporary / WEIGHT_FILE)
         write_json(temporary / CONFIG_FILE, {**config, "weights_sha256": sha256(temporary / WEIGHT_FILE)})
     return folder
 

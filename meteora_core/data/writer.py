@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,6 @@ from meteora_core.files import atomic_folder, listed, other_entries, storage_err
 from meteora_core.progress import Task as ProgressTask
 
 _BATCH = 512
-_STALE_SECONDS = 3600
 
 
 def row_line(row: Row) -> bytes:
@@ -66,7 +63,6 @@ def dataset_folder(folder: Path, task: str, *, composite: bool = False) -> Itera
         StorageError: It cannot be written.
     """
     check_target(folder, task, composite=composite)
-    _remove_stale(folder)
     with atomic_folder(folder) as work:
         yield work
 
@@ -100,12 +96,3 @@ def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
         raise DataError(f"{folder} holds a composite", hint="choose another name, or move this one away")
     if others := other_entries(folder, (NAME, *(f"{split}.jsonl" for split in SPLITS))):
         raise DataError(f"{folder} holds other files beside the dataset, which would be lost: {listed(others)}", hint=hint)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what builds that were killed more than an hour ago left beside ``folder``."""
-    if not folder.parent.is_dir():
-        return
-    for entry in folder.parent.glob(f".{folder.name}.*"):
-        if entry.suffix in (".tmp", ".old") and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(entry, ignore_errors=True)

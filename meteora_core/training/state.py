@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import atomic_folder, read_json, write_json
+from meteora_core.files import atomic_folder, read_json, save_tensors, write_json
 from meteora_core.training.common import with_order
 from meteora_core.training.runtime import assign, assign_states, full_tensor, optimizer_states
 
@@ -78,8 +78,6 @@ def save_state(
         inputs: What fixes the run (settings, data and adapter hashes); a resumed run must have the same.
         write: Whether this process is the one that writes.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {f"best.{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in parameters.items():
         whole = {f"param.{name}": full_tensor(parameter)}
@@ -88,8 +86,8 @@ def save_state(
     if not write:
         return
     target = folder / f"{_PREFIX}{state.step}"
-    with atomic_folder(target) as temporary:
-        save_file(tensors, temporary / _STATE)
+    with atomic_folder(target, lock=False) as temporary:  # the run holds the lock of what it trains
+        save_tensors(tensors, temporary / _STATE)
         info = {key: getattr(state, key) for key in _KEPT}
         write_json(temporary / INFO, {**info, "best_value": None if state.best_step < 0 else state.best_value, "inputs": inputs})
     for other in saved_states(folder):

@@ -7,9 +7,10 @@ import json
 import os
 
 import pytest
+import torch
 
 from meteora_core.errors import DataError, StorageError
-from meteora_core.files import atomic_folder, atomic_write, cache_dir, read_json, read_jsonl, sha256, write_json, write_jsonl
+from meteora_core.files import atomic_folder, atomic_write, cache_dir, read_json, read_jsonl, save_tensors, sha256, storage_errors, write_json, write_jsonl
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
@@ -44,7 +45,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch, number) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match="no space left" if number != errno.EACCES else "cannot write") as caught:
+    with pytest.raises(StorageError, match="Permission denied" if number == errno.EACCES else "no space left|quota") as caught:
         write_json(tmp_path / "x.json", 2)
     assert "x.json" in caught.value.message
     assert caught.value.hint
@@ -123,3 +124,45 @@ def test_hash_and_cache_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("METEORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert str(cache_dir()) == "/x/meteora"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EFBIG, "x"), "larger than"),
+        (OSError(errno.ENAMETOOLONG, "x"), "name is too long"),
+        (OSError(errno.ELOOP, "x"), "loop"),
+        (OSError(errno.ENOTDIR, "x"), "is a file"),
+        (OSError(errno.ENOENT, "x"), "removed meanwhile"),
+        (RuntimeError("Symlink loop from '/x'"), "loop"),
+    ],
+)
+def test_what_can_go_wrong_in_writing_is_one_line(tmp_path, error, reason) -> None:
+    with pytest.raises(StorageError, match=reason) as caught, storage_errors(tmp_path / "x"):
+        raise error
+    assert caught.value.hint
+
+
+def test_safetensors_own_errors_are_storage_errors_too(tmp_path) -> None:
+    with pytest.raises(StorageError, match=r"cannot write .*/x: "):
+        save_tensors({"a": torch.zeros(2)}, tmp_path / "not there" / "x")
+    with pytest.raises(StorageError, match="is a file"):
+        (tmp_path / "file").write_text("")
+        write_json(tmp_path / "file" / "x.json", 1)
+
+
+def test_equal_tensors_are_equal_bytes(tmp_path) -> None:
+    save_tensors({"a": torch.zeros(2), "b": torch.ones(3)}, tmp_path / "x")
+    assert b'"__metadata__":{"format":"pt"}' in (tmp_path / "x").read_bytes()
+
+
+def test_folders_that_a_failed_write_made_are_removed(tmp_path) -> None:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "b" / "c"):
+        raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "a" / "x"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "b" / "c"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
