@@ -40,26 +40,27 @@ def clean_response(task: str, output: Any, prompt: Any, scoring: Scoring = "corr
 
     The output may repeat the prompt or not. Where the prompt stands in the output word for word, every copy of it is removed and white space at both ends is
     stripped. Else, where decoding changed the prompt, everything up to the last ``[/INST]`` with its line end is removed. Else the output is the response,
-    without the prompt if it begins with the prompt's text less the white space at its ends. The letters' case and all other white space stay:
-    :func:`meteora_core.evaluation.score` lowers them where the scoring mode asks for it.
+    without the prompt if it begins with the prompt's text less the white space at its ends. The letters' case and all other white space stay.
 
     Special-token text (``<s>``, ``</s>``, ``<|im_end|>``, ``<|end_of_text|>``, chat headers and the like) is dropped at the start, and the response
     ends before the first end token. Outputs decoded with ``skip_special_tokens=True`` hold none.
 
     Args:
-        task: The task's name. All tasks are cleaned alike, as the authors do.
+        task: The task's name. Only ``"paper"`` looks at it: there the answers of formal_fallacies_syllogisms_negation have a rule of their own.
         output: The decoded output. None is read as empty.
         prompt: The prompt that was given to the model.
-        scoring: ``"corrected"``, or ``"paper"`` for the authors' rules to the letter: special tokens stay, letters are lower-cased where the prompt was
-            found, and an output in which neither the prompt nor its end is found is returned as it is.
+        scoring: ``"corrected"``, or ``"paper"`` for the authors' rules to the letter: special tokens stay, letters are lower-cased where the prompt or
+            its end was found, and an output in which neither is found is returned as it is. The answers of
+            formal_fallacies_syllogisms_negation then become "invalid" where they contain that word, else "valid" where they contain that, else
+            "illegal answer". Responses that are scored with ``scoring="paper"`` must be cleaned with it: they are scored as they are.
 
     Returns:
         The response text.
     """
-    del task
     output, prompt = as_text(output), as_text(prompt)
     if scoring == "paper":
-        return _paper(output, prompt)
+        cleaned = _paper(output, prompt)
+        return _verdict(cleaned) if task == "formal_fallacies_syllogisms_negation" else cleaned
     if prompt and prompt in output:
         bare = prompt.strip()
         before, _, after = output.strip().partition(bare) if bare else ("", "", output)
@@ -84,6 +85,11 @@ def _paper(output: str, prompt: str) -> str:
         return output.strip().replace(prompt.strip(), "").strip().lower()
     at = output.rfind(PROMPT_END)
     return output if at < 0 else output[at + len(PROMPT_END) :].lower()
+
+
+def _verdict(response: str) -> str:
+    """The authors' reading of an answer on formal fallacies; the letters' case counts."""
+    return next((word for word in ("invalid", "valid") if word in response), "illegal answer")
 
 
 def answer_only(response: str) -> str:

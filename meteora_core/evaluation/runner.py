@@ -184,6 +184,7 @@ def evaluate_task(
     found = get_task(task) if isinstance(task, str) else task
     rows = test_rows(data_dir, found, options.limit)
     prompts = encode_prompts([row.prompt for row in rows], tokenizer)
+    read = _Reader(tokenizer, found, rows, prompts, options.scoring)
     total = min(MAX_TOTAL_TOKENS, context_length(model) or MAX_TOTAL_TOKENS)
     most = min(options.max_prompt_tokens, total - 1)
     fitting = [prompt for prompt in prompts if len(prompt.tokens) <= most]
@@ -192,7 +193,7 @@ def evaluate_task(
         raise DataError(f"every prompt of {found.name} is longer than {most} tokens", hint=hint)
     result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or found.max_new_tokens)
     ids = finished_tokens or {}
-    before = {index: _sample(found, rows, index, output, ids.get(index, ())) for index, output in (finished or {}).items() if index < len(rows)}
+    before = {index: read.sample(index, output, ids.get(index, ())) for index, output in (finished or {}).items() if index < len(rows)}
     state: RoutingState | None = getattr(model, "meteora", None)
     began = time.monotonic()
     with routed(state, options, found) as (result.temperature, result.top_k):
@@ -205,12 +206,13 @@ def evaluate_task(
         with progress.task(title or found.name, total=len(mine) + len(waiting), unit="rows") as bar:
             bar.update(len(mine))
             started = time.monotonic()
-            made = _generate(model, tokenizer, found, rows, waiting, total, options, result, counter, on_sample, bar)
+            made = _generate(model, tokenizer, read, waiting, total, options, result, counter, on_sample, bar)
             spent = time.monotonic() - started if made else 0.0
+        counts = counter.finish() if counter is not None else None  # while this run's T and top-k are in force
     sizes = {prompt.index: len(prompt.tokens) for prompt in fitting}
     speed = Speed(len(made), sum(sizes[index] for index in made), sum(sample.tokens for sample in made.values()), spent)
     made |= {prompt.index: before[prompt.index] for prompt in mine}
-    parts = processes.gather((made, result.notes, counter.finish() if counter is not None else None, speed))
+    parts = processes.gather((made, result.notes, counts, speed))
     result.samples = sorted((sample for part in parts for sample in part[0].values()), key=lambda sample: sample.doc_id)
     result.notes = list(dict.fromkeys(note for part in parts for note in part[1]))
     result.routing = _summary(found, [part[2] for part in parts if part[2] is not None])
@@ -227,8 +229,7 @@ def evaluate_task(
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[Row],
+    read: _Reader,
     waiting: Sequence[Prompt],
     total: int,
     options: EvalOptions,
@@ -254,7 +255,7 @@ def _generate(
             cuda_graphs=options.cuda_graphs,
             on_smaller=lambda size: result.notes.append(f"out of memory: went on with batches of {size}"),
         ):
-            made[prompt.index] = sample = _sample(task, rows, prompt.index, tokenizer.decode(new, skip_special_tokens=True), new)
+            made[prompt.index] = sample = read.sample(prompt.index, tokenizer.decode(new, skip_special_tokens=True), new)
             tokens += len(new) + len(prompt.tokens)
             if counter is not None:
                 counter.add(prompt, new)
@@ -266,9 +267,29 @@ def _generate(
     return made
 
 
-def _sample(task: Task, rows: Sequence[Row], index: int, output: str, ids: Sequence[int]) -> Sample:
-    row = rows[index]
-    return Sample(index, row, output, clean_response(task.name, row.prompt + output, row.prompt), len(ids), tuple(ids))
+@dataclass(frozen=True)
+class _Reader:
+    """Turns what was generated for a row into its sample.
+
+    Attributes:
+        tokenizer: Decodes prompt and answer together for paper scoring, as the authors do: where decoding changes the prompt, the answer is cleaned differently.
+        task, rows, prompts: What was asked; a prompt's place is its row's.
+        scoring: Which rules clean the answers.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    rows: Sequence[Row]
+    prompts: Sequence[Prompt]
+    scoring: Literal["corrected", "paper"]
+
+    def sample(self, index: int, output: str, ids: Sequence[int]) -> Sample:
+        """The sample of row ``index``, of its decoded new tokens and of their ids (which may be missing for a row of an earlier run)."""
+        row = self.rows[index]
+        whole = row.prompt + output
+        if self.scoring == "paper" and (ids or not output):
+            whole = str(self.tokenizer.decode([*self.prompts[index].tokens, *ids], skip_special_tokens=True))
+        return Sample(index, row, output, clean_response(self.task.name, whole, row.prompt, self.scoring), len(ids), tuple(ids))
 
 
 class _Counter:

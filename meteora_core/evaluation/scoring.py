@@ -52,7 +52,7 @@ def score(task: str | Task, responses: Sequence[Any], references: Sequence[Any],
 
     Args:
         task: The task's name, or the task itself.
-        responses: Response texts as :func:`meteora_core.evaluation.clean_response` gives them. None counts as empty.
+        responses: Response texts as :func:`meteora_core.evaluation.clean_response` gives them for the same scoring mode. None counts as empty.
         references: The wanted response of each; those of a composite row joined by ``@@@@`` and a line end.
         scoring: ``"corrected"``, or ``"paper"`` for the authors' figures, faults included.
 
@@ -93,7 +93,8 @@ def evaluate_responses(
     if len(responses) != len(references):
         raise DataError(f"{found.name} has {len(responses)} responses and {len(references)} references", hint="give one reference for each response")
     texts, wanted = [as_text(text) for text in responses], [as_text(text) for text in references]
-    texts = [text.lower() for text in texts] if mode == "paper" else [answer_only(text) for text in texts]
+    if mode == "corrected":
+        texts = [answer_only(text) for text in texts]
     if found.is_composite:
         return _composite(found, texts, wanted, mode, bootstrap, seed)
     return _single(found.metric, texts, wanted, mode, bootstrap, seed)

@@ -177,7 +177,7 @@ def paper_bleu(responses: Sequence[str], references: Sequence[str]) -> float:
     """The authors' BLEU, 0 to 100: rows with an empty response are dropped, then the first response is scored against all references as alternatives.
 
     Args:
-        responses: Already in lower case.
+        responses: As they were cleaned; letters keep their case.
         references: As they are.
     """
     kept = [(response, reference) for response, reference in zip(responses, references, strict=True) if response]

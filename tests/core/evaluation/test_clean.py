@@ -56,6 +56,26 @@ def test_paper(output: str, wanted: str) -> None:
     assert clean_response("winowhy", output, PROMPT, scoring="paper") == wanted
 
 
+@pytest.mark.parametrize(
+    ("output", "wanted"),
+    [
+        (PROMPT + "The argument is Invalid.", "invalid"),
+        (PROMPT + "valid, not invalid", "invalid"),
+        (PROMPT + "VALID!", "valid"),
+        (PROMPT + "I do not know", "illegal answer"),
+        (PROMPT, "illegal answer"),
+        # Where the prompt is not found, letters keep their case, and the prompt itself holds the word.
+        ("Valid", "illegal answer"),
+        ("INVALID and valid", "valid"),
+        (PROMPT.strip() + " yes", "valid"),
+    ],
+)
+def test_paper_reads_a_verdict_out_of_formal_fallacies(output: str, wanted: str) -> None:
+    task = "formal_fallacies_syllogisms_negation"
+    assert clean_response(task, output, PROMPT, scoring="paper") == wanted
+    assert clean_response("vitaminc_fact_verification", output, PROMPT, scoring="paper") == clean_response("winowhy", output, PROMPT, scoring="paper")
+
+
 @pytest.mark.parametrize("prompt", ["", " ", "\n", None, "</s>", "<s>"])
 @pytest.mark.parametrize("output", ["", None, "\ud800", "\x00", "</s>", "<s>", "<" * 10_000, "a </s> b", "[INST]", "[/INST]\n"])
 def test_odd_input_gives_text(output: Any, prompt: Any) -> None:

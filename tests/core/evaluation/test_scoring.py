@@ -41,8 +41,13 @@ def test_bleu_corrected_is_a_corpus_and_paper_is_its_first_response() -> None:
     responses = ["", "The cat sat on the mat", "A dog"]
     references = ["Nothing here", "The cat sat on the mat", "the cat sat on the mat"]
     assert score("news_commentary_de", responses, references) == {"bleu": BLEU().corpus_score(responses, [references]).score}
-    # Lower-cased, the first response that is not empty equals the last row's reference.
-    assert score("news_commentary_de", responses, references, scoring="paper")["bleu"] == pytest.approx(100.0)
+    # The first response that is not empty against all references: lower-cased, as cleaning leaves it, it equals the last one.
+    kept, cleaned = (["", text, "A dog"] for text in ("THE CAT sat on the mat", "the cat sat on the mat"))
+    assert score("news_commentary_de", cleaned, references, scoring="paper")["bleu"] == pytest.approx(100.0)
+    assert score("news_commentary_de", kept, references, scoring="paper")["bleu"] == pytest.approx(
+        BLEU().corpus_score([kept[1]], [[reference] for reference in references[1:]]).score
+    )
+    assert score("news_commentary_de", kept, references, scoring="paper")["bleu"] < 70
 
 
 def test_text_metrics_drop_or_keep_empty_responses() -> None:
@@ -58,8 +63,8 @@ def test_text_metrics_drop_or_keep_empty_responses() -> None:
 
 def test_rouge_is_the_package_s_average() -> None:
     responses, references = ["The cat. It sat", "a Dog ran far"], ["the cat sat", "a Dog ran"]
-    for scoring, given in (("corrected", responses), ("paper", [text.lower() for text in responses])):
-        wanted = Package().get_scores(given, references, avg=True)
+    for scoring in ("corrected", "paper"):
+        wanted = Package().get_scores(responses, references, avg=True)
         made = score("topical_chat", responses, references, scoring=scoring)
         assert [made[key] for key in ("rouge1", "rouge2", "rougeL")] == [wanted[key]["f"] for key in ("rouge-1", "rouge-2", "rouge-l")]
 
