@@ -47,6 +47,10 @@ class DownloadError(MeteoraError):
     """A download failed, or what arrived is not what was promised."""
 
 
+class NonFiniteError(MeteoraError):
+    """A model computed NaN or infinity: its weights are broken, or its dtype's range is too small."""
+
+
 class StorageError(MeteoraError):
     """A file could not be written: full disk, no permission."""
 

@@ -20,6 +20,8 @@ from meteora_core.chat.fixed import FixedCache
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.decode import can_be_fixed
 from meteora_core.evaluation.limits import context_length, end_tokens
+from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
+from meteora_core.model.caches import cache_argument, cache_of, can_be_cut, new_cache, pieces_are_safe
 from meteora_core.routing import record_routes
 from meteora_core.trace.record import CHUNK, TextDecoder, last_logits_only
 
@@ -130,6 +132,9 @@ class Engine:
         self.context = context_length(model)
         self._ends = end_tokens(model, tokenizer)
         self._arguments = last_logits_only(model)
+        self._cache_name = cache_argument(model)
+        # Some models with states misread a text that goes on in pieces of several tokens: they read it anew each time, at once.
+        self._in_pieces = pieces_are_safe(model)
         self._cache: Any = None
         self._cached: list[int] = []
         self._key: Hashable = None
@@ -167,6 +172,7 @@ class Engine:
 
         Raises:
             UsageError: The prompt is empty, or leaves no room in the model's context.
+            NonFiniteError: The model's logits are NaN or infinite.
         """
         if not ids:
             raise UsageError("the prompt is empty", hint="write something first")
@@ -182,10 +188,11 @@ class Engine:
         reason: Finish = "stopped"
         logits: Tensor | None = None
         routes: tuple[Tensor, Tensor] | None = None
-        for start in range(reused, len(ids), CHUNK):
+        size = CHUNK if self._in_pieces else len(ids)
+        for start in range(reused, len(ids), size):
             if stop():
                 break
-            part = list(ids[start : start + CHUNK])
+            part = list(ids[start : start + size])
             logits, routes, paths = self._forward(part, scope, record)
             yield Reading(start + len(part) - reused, len(ids) - reused, reused, routes)
         else:
@@ -211,10 +218,8 @@ class Engine:
 
     def _reuse(self, ids: Sequence[int], key: Hashable, most: int) -> int:
         """Cut the cache to what it shares with ``ids``, at most so many tokens; return how many there are."""
-        from transformers import DynamicCache
-
         shared = 0
-        if self._cached and self._key == key:
+        if self._in_pieces and self._cached and self._key == key:
             limit = min(len(self._cached), most)
             while shared < limit and self._cached[shared] == ids[shared]:
                 shared += 1
@@ -223,11 +228,14 @@ class Engine:
             self._fixed.cut(shared)
         elif shared and excess:
             try:
-                self._cache.crop(-excess)
+                if can_be_cut(self._cache):
+                    self._cache.crop(-excess)
+                else:
+                    shared = 0
             except (RuntimeError, ValueError):
                 shared = 0
         if not shared and self._fixed is None:
-            self._cache = DynamicCache(config=self.model.config)
+            self._cache = new_cache(self.model)
         self._cached, self._key = list(ids[:shared]), key
         return shared
 
@@ -245,8 +253,11 @@ class Engine:
                     _log.info("routes are recorded by eager code: tokens are not written by CUDA graphs meanwhile")
                 logits = self._fixed.read(tokens, None if record else (self._key,))
             else:
-                output = self.model(torch.tensor([tokens], device=self.model.device), past_key_values=cache, use_cache=True, **self._arguments)
-                logits, cache = output.logits[0, -1].float(), output.past_key_values
+                arguments = {self._cache_name: cache, **self._arguments}
+                output = self.model(torch.tensor([tokens], device=self.model.device), use_cache=True, **arguments)
+                logits, cache = output.logits[0, -1].float(), cache_of(self.model, output)
+        if bool(not_finite(logits)):
+            raise non_finite_error(self.model, known + tokens, scope)
         # Only now does the cache hold these tokens in every layer; a pass that was broken off leaves no cache behind.
         self._cache, self._cached = cache, known + tokens
         return (logits, None, ()) if routes is None else (logits, routes.packed(), routes.paths)

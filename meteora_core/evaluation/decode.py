@@ -18,9 +18,13 @@ from torch import Tensor
 
 from meteora_core.evaluation.constants import RememberedConstants
 from meteora_core.evaluation.no_repeat import NOTHING, NoRepeat
+from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
+from meteora_core.model.caches import Reader, padding_is_safe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from meteora_core.errors import MeteoraError
 
 _log = logging.getLogger(__name__)
 
@@ -103,44 +107,72 @@ def _is_end(token: Tensor, ends: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_growing(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
-    """Decode with the model's own growing cache; rows that are done leave the batch when enough of them are.
+    """Decode with the model's own growing cache; rows that are done leave the batch when enough of them are, if the cache can shrink.
+
+    Where padding would change what a model with recurrent states computes, rows are batched with rows of the same length only.
 
     Returns:
         Per row, the new tokens up to (without) the end.
+
+    Raises:
+        NonFiniteError: The model's logits are NaN or infinite.
+        CheckpointError: The model has no cache.
     """
-    model, options = plain(model), _arguments(plain(model))
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    model = plain(model)
+    if not padding_is_safe(model) and not bool(batch.mask.all()):
+        return _by_length(model, batch)
+    reader = Reader(model, **_arguments(model))
     device, steps = batch.ids.device, max(batch.room)
     no_repeat = NoRepeat(batch.text(batch.width + steps), batch.width, batch.no_repeat)
     written = torch.full((len(batch.room), steps), batch.eos, device=device)
     rows = torch.arange(len(batch.room), device=device)
     room = torch.tensor(list(batch.room), device=device)
     done = torch.zeros(len(batch.room), dtype=torch.bool, device=device)
+    broken = torch.zeros_like(done)
     ends = torch.tensor(batch.ends, device=device)
-    ids, mask, positions, cache = batch.ids, batch.mask, batch.positions(), None
+    ids, mask, positions = batch.ids, batch.mask, batch.positions()
     look = LOOK if device.type == "cuda" else 1
     for step in range(steps):
-        places = {"position_ids": positions} if takes_positions else {}
-        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places, **options)
-        cache = output.past_key_values
-        token = no_repeat.ban(output.logits[:, -1].float()).argmax(-1)
+        logits = reader.read(ids, mask, positions).float()
+        broken = broken | (not_finite(logits) & ~done)
+        token = no_repeat.ban(logits).argmax(-1)
         token = torch.where(done, batch.eos, token)
         written[rows, step] = token
         no_repeat.add(token, torch.tensor([batch.width + step], device=device))
         done = done | _is_end(token, ends) | (room <= step + 1)
         positions = positions[:, -1:] + (~done).unsqueeze(1)  # a row that is done stays within the model's context
-        if step % look == look - 1:
-            going = int((~done).sum())
+        if step % look == look - 1 or step == steps - 1:
+            # One copy from the device for both.
+            finished, unusable = torch.stack([done, broken]).tolist()
+            if any(unusable):
+                raise _broken_row(model, no_repeat.text[unusable.index(True)])
+            going = len(rows) - sum(finished)
             if not going:
                 break
-            if going <= SHRINK * len(rows) and hasattr(cache, "batch_select_indices"):
-                keep = (~done).nonzero().flatten()
-                cache.batch_select_indices(keep)
-                no_repeat, rows, room, done = no_repeat.select(keep), rows[keep], room[keep], done[keep]
+            if going <= SHRINK * len(rows) and reader.keep(keep := (~done).nonzero().flatten()):
+                no_repeat, rows, room, done, broken = no_repeat.select(keep), rows[keep], room[keep], done[keep], broken[keep]
                 token, mask, positions = token[keep], mask[keep], positions[keep]
         ids = token.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [_cut(row, most, batch.ends) for row, most in zip(written.tolist(), batch.room, strict=True)]
+
+
+def _by_length(model: PreTrainedModel, batch: Batch) -> list[list[int]]:
+    """Decode a batch in parts whose rows have the same length, so that nothing is padded."""
+    lengths = batch.mask.sum(1).tolist()
+    made: list[list[int]] = [[]] * len(lengths)
+    for length in dict.fromkeys(lengths):
+        places = [place for place, other in enumerate(lengths) if other == length]
+        room = [batch.room[place] for place in places]
+        part = Batch(batch.ids[places, -length:], batch.mask[places, -length:], room, batch.eos, batch.no_repeat, batch.more_ends)
+        for place, answer in zip(places, decode_growing(model, part), strict=True):
+            made[place] = answer
+    return made
+
+
+def _broken_row(model: Any, text: Tensor) -> MeteoraError:
+    """The error for a row whose logits are not finite; ``text`` is its tokens so far, int64 (width,)."""
+    return non_finite_error(model, text[text != NOTHING].tolist())
 
 
 class FixedDecoder:
@@ -176,6 +208,7 @@ class FixedDecoder:
             self.slot = torch.zeros(1, dtype=torch.int64, device=device)
             self.mask = torch.zeros(rows, 1, 1, capacity, dtype=torch.bool, device=device)
             self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+            self.usable = torch.ones(rows, dtype=torch.bool, device=device)  # false once a row's logits were NaN or infinite
             self.last = torch.zeros(rows, dtype=torch.int64, device=device)
             self.graph = None
             self.constants = RememberedConstants()  # lives as long as the graph, whose kernels read them
@@ -206,7 +239,8 @@ class FixedDecoder:
         self.positions.add_((~self.done).unsqueeze(1))  # a row that is done stays within the model's context
 
     def _choose(self, logits: Tensor) -> None:
-        token = self.text.ban(logits.float()).argmax(-1)
+        best, token = self.text.ban(logits.float()).max(-1)
+        self.usable.logical_and_((best < float("inf")) | self.done)  # false for NaN; minus infinity if all tokens are banned
         token = torch.where(self.done, self.eos, token)
         self.slot.add_(1)
         self.text.add(token, self.slot)
@@ -219,6 +253,9 @@ class FixedDecoder:
 
         Returns:
             Per row, the new tokens up to (without) the end.
+
+        Raises:
+            NonFiniteError: The model's logits are NaN or infinite.
         """
         count, width, steps = len(batch.room), batch.width, max(batch.room)
         assert count <= self.rows
@@ -233,11 +270,13 @@ class FixedDecoder:
         self.mask[:, 0, 0, :width] = mask.bool()
         self.last.copy_(torch.tensor(list(batch.room), device=mask.device)[spare] + (width - 1))
         self.done.copy_(torch.arange(self.rows, device=mask.device) >= count)
+        self.usable.fill_(True)
         self.positions.copy_(mask.sum(1, keepdim=True))
         positions = batch.positions()[spare]
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, **self.options)
         self._choose(output.logits[:, -1])
         self._run(1, steps)
+        self._check()
         made = self.text.text[:count, width : width + steps].tolist()
         return [_cut(row, most, (self.eos, *self.more_ends)) for row, most in zip(made, batch.room, strict=True)]
 
@@ -246,7 +285,9 @@ class FixedDecoder:
         for now in range(step, steps):
             if now % LOOK == 1:
                 keep = (~self.done).nonzero().flatten()
-                if not len(keep):
+                if len(keep):
+                    self._check()
+                else:
                     return
                 if len(keep) * TAIL <= self.rows and self.rows >= 2 * TAIL and steps - now >= TAIL_STEPS:
                     self._hand_over(keep, now, steps)
@@ -262,6 +303,7 @@ class FixedDecoder:
             self.tail = FixedDecoder(self.model, self.rows // TAIL, self.capacity, self.eos, self.text.size, self.more_ends)
         self.tail._take(self, keep)
         self.tail._run(step, steps)
+        self.tail._check()
         self.text.text[keep] = self.tail.text.text[: len(keep)]
 
     def _take(self, other: FixedDecoder, keep: Tensor) -> None:
@@ -279,6 +321,13 @@ class FixedDecoder:
         for name in ("token", "positions", "mask", "last"):
             getattr(self, name).copy_(getattr(other, name)[spare])
         self.done.copy_(torch.arange(self.rows, device=keep.device) >= len(keep))
+        self.usable.fill_(True)
+
+    def _check(self) -> None:
+        """Raise NonFiniteError if a row's logits were not finite. Waits for the device."""
+        usable = self.usable.tolist()
+        if not all(usable):
+            raise _broken_row(self.model, self.text.text[usable.index(False)])
 
 
 def can_be_fixed(model: PreTrainedModel) -> bool:

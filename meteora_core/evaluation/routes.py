@@ -20,6 +20,8 @@ from meteora_core.routing import Routes, routing_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from meteora_core.errors import NonFiniteError
+
 PARTS = ("prompt", "answer")
 KINDS = ("top1", "chosen", "weight")
 """What is counted per token: its likeliest adapter, all its top-k adapters, and their weights."""
@@ -84,6 +86,7 @@ def count_routes(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts
 
     Raises:
         torch.OutOfMemoryError: Even one row does not fit.
+        NonFiniteError: A gate's weights are NaN or infinite.
     """
     waiting = [list(texts)] if texts else []
     while waiting:
@@ -118,6 +121,21 @@ def _count(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts: Rout
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         state.recorder = before
+    totals = [made[:, KINDS.index("weight")].sum().cpu() for made in counts.counts.values()]
+    if totals and not bool(torch.stack(totals).isfinite().all()):
+        raise _broken(model, texts)
+
+
+def _broken(model: PreTrainedModel, texts: Sequence[Text]) -> NonFiniteError:
+    """The error for the first text that has a layer whose output is not finite."""
+    from meteora_core.evaluation.nonfinite import first_nonfinite_module, non_finite_error
+
+    device = next(model.parameters()).device
+    for prompt, answer in texts:
+        ids = [*prompt, *answer]
+        if first_nonfinite_module(model, lambda ids=ids: model(input_ids=torch.tensor([ids], device=device), use_cache=False)):  # type: ignore[misc]
+            return non_finite_error(model, ids)
+    return non_finite_error(model, [*texts[0][0], *texts[0][1]])
 
 
 @dataclass(frozen=True)

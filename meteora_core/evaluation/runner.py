@@ -272,7 +272,7 @@ class _Reader:
     """Turns what was generated for a row into its sample.
 
     Attributes:
-        tokenizer: Decodes prompt and answer together for paper scoring, as the authors do: where decoding changes the prompt, the answer is cleaned differently.
+        tokenizer: Decodes prompt and answer together for paper scoring, as the authors do; where that changes the prompt, the answer is cleaned differently.
         task, rows, prompts: What was asked; a prompt's place is its row's.
         scoring: Which rules clean the answers.
     """

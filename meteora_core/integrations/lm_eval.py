@@ -19,6 +19,7 @@ from typing import Any
 
 from meteora_core.checkpoints.opening import open_checkpoint
 from meteora_core.errors import MeteoraError, UsageError
+from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
 from meteora_core.model.base import load_tokenizer
 from meteora_core.model.fuse import fuse_for_inference
 
@@ -114,6 +115,23 @@ def model_class() -> type[Any]:
                 self.accelerator = accelerator
                 self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
+        def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+            """The harness's forward pass; NaN or infinity in it ends the run instead of becoming a score."""
+            logits = super()._model_call(inps, attn_mask, labels)
+            broken = not_finite(logits).any(-1).tolist()
+            if any(broken):
+                raise non_finite_error(self.model, inps[broken.index(True)].tolist())
+            return logits
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
+            """The harness's generation; NaN or infinity in a step's logits ends the run instead of becoming an answer."""
+            from transformers import LogitsProcessorList
+
+            processors = LogitsProcessorList(
+                [*generation_kwargs.pop("logits_processor", []), _only_finite(self.model, generation_kwargs.get("attention_mask"))]
+            )
+            return super()._model_generate(context, max_length, stop, logits_processor=processors, **generation_kwargs)
+
         def get_model_info(self) -> dict[str, Any]:
             """What the harness writes into its results about the model."""
             state = self.model.meteora
@@ -122,6 +140,20 @@ def model_class() -> type[Any]:
 
     register_model(NAME)(MeteoraLM)
     return MeteoraLM
+
+
+def _only_finite(model: Any, mask: Any) -> Any:
+    """A logits processor that raises NonFiniteError; ``mask`` (batch, width) marks the padding at the left of the prompts."""
+
+    def check(ids: Any, scores: Any) -> Any:
+        broken = not_finite(scores).tolist()
+        if any(broken):
+            row = broken.index(True)
+            padding = 0 if mask is None else int(mask[row].argmax())
+            raise non_finite_error(model, ids[row, padding:].tolist())
+        return scores
+
+    return check
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from meteora_core.checkpoints.catalog import CATALOG, download_base, is_ready, model_folder
 from meteora_core.errors import CheckpointError, UsageError, did_you_mean
+from meteora_core.model.caches import check_decoding
 from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress
 
@@ -145,7 +146,7 @@ def load_base(
         progress: Where to report.
 
     Raises:
-        CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named.
+        CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named. Or it is a model that cannot decode with a cache.
         UsageError: Quantisation is asked for without a GPU or without bitsandbytes, or by an unknown name.
     """
     from safetensors import SafetensorError
@@ -169,7 +170,9 @@ def load_base(
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load("model", reference, error) from error
     setattr(model, _REFERENCE, reference)
-    return (model if quantized else model.to(device)).eval()
+    model = (model if quantized else model.to(device)).eval()
+    check_decoding(model)
+    return model
 
 
 def loaded_by(model: nn.Module) -> BaseReference | None:

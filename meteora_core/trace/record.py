@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
+from meteora_core.model.caches import cache_argument, cache_of, new_cache, pieces_are_safe
 from meteora_core.routing import record_routes, routing_state
 from meteora_core.trace.picture import Role, RoutePicture, Token
 
@@ -41,21 +43,29 @@ def trace_tokens(
 
     Raises:
         UsageError: Nothing is attached to the model.
+        NonFiniteError: The model's logits or its gates' weights are NaN or infinite.
         ValueError: There are no tokens, or not one role a token, or the first token is an answer.
     """
     if not ids or len(ids) != len(roles) or roles[0] != "prompt":
         raise ValueError("a trace needs at least one token, one role a token, and a prompt before an answer")
-    from transformers import DynamicCache
-
     names = routing_state(model).names
-    cache = DynamicCache(config=model.config)
+    name, cache = cache_argument(model), new_cache(model)
     passes = len(ids) - 1 if roles[-1] == "answer" else len(ids)
-    with torch.inference_mode(), record_routes(model) as routes:
-        for start in range(0, passes, CHUNK):
-            chunk = torch.tensor([ids[start : min(start + CHUNK, passes)]], device=model.device)
-            model(chunk, past_key_values=cache, use_cache=True, **last_logits_only(model))
-            on_read(chunk.shape[1])
+    with torch.inference_mode():
+        piece = CHUNK if pieces_are_safe(model) else passes
+        with record_routes(model) as routes:
+            for start in range(0, passes, piece):
+                chunk = torch.tensor([ids[start : min(start + piece, passes)]], device=model.device)
+                output = model(chunk, use_cache=True, **{name: cache}, **last_logits_only(model))
+                cache, broken = cache_of(model, output), bool(not_finite(output.logits[0, -1]))
+                if broken:
+                    break
+                on_read(chunk.shape[1])
+    if broken:
+        raise non_finite_error(model, ids)
     indices, weights = routes.packed()
+    if not bool(weights.isfinite().all()):
+        raise non_finite_error(model, ids)
     rows = torch.tensor([position - (role == "answer") for position, role in enumerate(roles)])
     return RoutePicture(make_tokens(tokenizer, ids, roles), names, routes.paths, indices[rows], weights[rows], about or {})
 

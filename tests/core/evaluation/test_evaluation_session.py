@@ -13,31 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaluation_plans import plan_of, run
 from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 from meteora_core.data.tasks import TASKS as TASK_TABLE
 from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
 from meteora_core.evaluation import results
-from meteora_core.evaluation.runner import EvalOptions
-from meteora_core.evaluation.session import EvalPlan, ModelResults, choose_tasks, evaluate
+from meteora_core.evaluation.session import ModelResults, choose_tasks
 from meteora_core.files import write_jsonl
-from meteora_core.model.base import BaseReference
-
-
-def plan_of(place: Workspace, tasks: tuple[str, ...], models: tuple[str, ...], *, save: bool = True, **options: Any) -> EvalPlan:
-    return EvalPlan(
-        tasks=tasks,
-        models=models,
-        data_dir=place.data,
-        adapters_dir=place.adapters,
-        checkpoint=place.checkpoint,
-        base=BaseReference(str(place.base)),
-        options=EvalOptions(**{"max_new_tokens": 8, "no_repeat_ngram_size": 4, **options}),
-        out_dir=place.folder / "runs" / "eval" if save else None,
-    )
-
-
-def run(plan: EvalPlan, **arguments: Any) -> list[ModelResults]:
-    return evaluate(plan, device=torch.device("cpu"), dtype=torch.float32, **arguments)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from evaluation_plans import plan_of, run
 from evaluation_workspace import TASKS, make_workspace
 from meteora_core import AdapterBank, attach
 from meteora_core.data.tasks import get_task
@@ -126,7 +127,6 @@ def test_a_picture_of_few_and_of_many(tmp_path) -> None:
 
 
 def test_an_evaluation_writes_table_counts_and_picture(tmp_path, make_adapter) -> None:
-    from test_evaluation_session import plan_of, run
 
     place = make_workspace(tmp_path, make_adapter)
     single = run(plan_of(place, TASKS[:1], ("meteora",), routing=True, max_new_tokens=3, top_k=1, save=False))[0]

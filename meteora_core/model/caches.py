@@ -1,0 +1,226 @@
+"""Models with caches of several kinds: keys and values, states of convolutions and recurrences, or both.
+
+transformers calls a model's cache ``past_key_values``, or ``cache_params`` where it holds states only (Mamba). States have no token axis: they cannot be cut
+back to a shorter text, and whether padding leaves them alone, and whether a text may be read in pieces, is up to the model. Here that is tried out once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.errors import CheckpointError
+
+CacheArgument = Literal["past_key_values", "cache_params"]
+
+_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_pieces: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+_MISFITS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+_PIECE = 3
+"""Tokens of the texts that are read to try a model out; shorter than the kernels of the usual convolutions."""
+
+
+def cache_argument(model: nn.Module) -> CacheArgument:
+    """What the model calls its cache. Raises CheckpointError for a model without a cache that it takes and gives back."""
+    known = inspect.signature(model.forward).parameters
+    if "past_key_values" in known:
+        return "past_key_values"
+    if "cache_params" in known:
+        return "cache_params"
+    raise _unusable(model, "they take no cache (past_key_values or cache_params)")
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty cache, or None where the model makes its own."""
+    if cache_argument(model) == "cache_params":
+        return None
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def cache_of(model: nn.Module, output: Any) -> Any:
+    """The cache in a model's output. Raises CheckpointError when there is none."""
+    cache = getattr(output, cache_argument(model), None)
+    if cache is None:
+        raise _unusable(model, f"their output holds no {cache_argument(model)}")
+    return cache
+
+
+def check_decoding(model: nn.Module) -> None:
+    """Raise CheckpointError for a model that cannot decode with a cache, before any work is put into it."""
+    padding_is_safe(model)
+
+
+def _unusable(model: nn.Module, reason: str) -> CheckpointError:
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return CheckpointError(f"{kind} models cannot be used: {reason}", hint="choose a base model of another kind")
+
+
+def has_states(model: nn.Module) -> bool:
+    """Whether the model's cache holds states of convolutions or recurrences; True also where that cannot be known."""
+    if cache_argument(model) == "cache_params":
+        return True
+    from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin
+
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return True
+    return any(not isinstance(layer, CacheLayerMixin) or hasattr(layer, "conv_states") for layer in layers if type(layer).__name__ != "DummyLayer")
+
+
+def can_be_cut(cache: Any) -> bool:
+    """Whether a cache can be cut back to a shorter text: it holds keys and values only."""
+    return hasattr(cache, "crop") and not any(hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))
+
+
+def keep_rows(cache: Any, rows: Tensor) -> bool:
+    """Keep some rows of the batch in a cache.
+
+    Args:
+        cache: Changed in place.
+        rows: int64 (kept,), their indices.
+
+    Returns:
+        Whether the cache could do it; if not, it is unchanged.
+    """
+    from transformers import Cache
+
+    layers = getattr(cache, "layers", None)
+    if layers and all(hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in layers):
+        cache.batch_select_indices(rows)
+        return True
+    if isinstance(cache, Cache) and hasattr(cache, "reorder_cache"):
+        cache.reorder_cache(rows)  # an index of every row to keep, as in beam search
+        return True
+    return False
+
+
+@torch.inference_mode()
+def padding_is_safe(model: nn.Module) -> bool:
+    """Whether padding at the left leaves a row's logits as they are without it, in the first pass and in the next step.
+
+    True for attention alone. A model with states is tried out with a short text, once.
+
+    Raises:
+        CheckpointError: The model cannot decode with a cache.
+    """
+    if not has_states(model):
+        return True
+    if model not in _padding:
+        text = _text(model, _PIECE)
+        padded = torch.cat([text[:, :1].expand(1, _PIECE), text], 1)
+        mask = torch.ones_like(padded)
+        mask[:, :_PIECE] = 0
+        try:
+            alone = _first_and_next(model, text, torch.ones_like(text))
+        except _MISFITS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _unusable(model, str(error).strip().split("\n")[0] or type(error).__name__) from error
+        try:
+            _padding[model] = _alike(alone, _first_and_next(model, padded, mask))
+        except _MISFITS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            _padding[model] = False
+    return _padding[model]
+
+
+@torch.inference_mode()
+def pieces_are_safe(model: nn.Module) -> bool:
+    """Whether reading a text in pieces of several tokens gives the logits of reading it at once.
+
+    True for attention alone. A model with states is tried out with a short text, once.
+    """
+    if not has_states(model):
+        return True
+    if model not in _pieces:
+        text, name = _text(model, 2 * _PIECE), cache_argument(model)
+        whole = model(input_ids=text, use_cache=True).logits[:, -1]
+        cache = cache_of(model, model(input_ids=text[:, :_PIECE], use_cache=True))
+        try:
+            parts = model(input_ids=text[:, _PIECE:], use_cache=True, **{name: cache}).logits[:, -1]
+            _pieces[model] = _alike([whole], [parts])
+        except _MISFITS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            _pieces[model] = False
+    return _pieces[model]
+
+
+def _text(model: nn.Module, length: int) -> Tensor:
+    """Some tokens, int64 (1, length)."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return (torch.arange(length, device=next(model.parameters()).device) * 7 + rows // 3)[None] % rows
+
+
+def _first_and_next(model: nn.Module, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    reader = Reader(model)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    first = reader.read(ids, mask, positions)
+    mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+    return [first, reader.read(ids[:, -1:], mask, positions[:, -1:] + 1)]
+
+
+def _alike(made: list[Tensor], wanted: list[Tensor]) -> bool:
+    for one, other in zip(made, wanted, strict=True):
+        allowed = 1e-3 if one.dtype in (torch.float32, torch.float64) else 3e-2
+        scale = other.float().abs().amax().clamp_min(1.0)
+        if not bool((one.float() - other.float()).abs().amax() <= allowed * scale):
+            return False
+    return True
+
+
+class Reader:
+    """Reads a batch piece by piece, with the model's own growing cache.
+
+    Args:
+        model: A causal LM in evaluation mode.
+        options: More keyword arguments of its forward.
+
+    Attributes:
+        cache: The cache, once something was read.
+
+    Raises:
+        CheckpointError: The model has no cache.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.model, self.options = model, options
+        self.name = cache_argument(model)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.cache: Any = None
+
+    def read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Read on.
+
+        Args:
+            ids: int64 (batch, tokens), the next ones.
+            mask: int64 (batch, all tokens so far): 1 for tokens, 0 for padding.
+            positions: int64 (batch, tokens).
+
+        Returns:
+            The last position's logits (batch, vocabulary).
+        """
+        arguments: dict[str, Any] = {self.name: self.cache}
+        if self.name == "past_key_values" or self.cache is None:  # states hold what the mask said of the text before
+            arguments["attention_mask"] = mask
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        output = self.model(input_ids=ids, use_cache=True, **arguments, **self.options)
+        self.cache = cache_of(self.model, output)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def keep(self, rows: Tensor) -> bool:
+        """Keep some rows of the batch; False where the cache cannot, and all rows stay."""
+        return keep_rows(self.cache, rows)

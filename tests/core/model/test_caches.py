@@ -1,0 +1,108 @@
+"""Models with states beside or instead of keys and values: batches, padding, conversations, pictures; and models without a cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chat_world import byte_tokenizer
+from meteora_core.chat.engine import Engine, Finished, Sampling
+from meteora_core.errors import CheckpointError
+from meteora_core.evaluation import decode
+from meteora_core.evaluation.decode import Batch, decode_growing
+from meteora_core.model import caches
+from tiny_hybrids import make_hybrid
+from tiny_models import make_tiny_llama
+
+USABLE = ("lfm2", "qwen3_next", "falcon_h1", "granitemoehybrid", "bamba", "mamba")
+LENGTHS, ROOM = (2, 5, 11), (3, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """One model of each kind."""
+    return {kind: make_hybrid(kind) for kind in USABLE}
+
+
+def texts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(4, 64, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def batch_of(rows: list[int]) -> Batch:
+    width = max(LENGTHS[row] for row in rows)
+    ids, mask = torch.full((len(rows), width), 3), torch.zeros(len(rows), width, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, width - LENGTHS[row] :] = torch.tensor(texts()[row])
+        mask[place, width - LENGTHS[row] :] = 1
+    return Batch(ids, mask, [ROOM[row] for row in rows], 2)
+
+
+def by_transformers(model, ids: list[int], count: int) -> list[int]:
+    made = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=3, eos_token_id=2)[0, len(ids) :].tolist()
+    return made[: made.index(2)] if 2 in made else made
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_rows_leave_the_batch_and_answer_as_alone_and_as_by_transformers(models, kind, monkeypatch) -> None:
+    model, kept = models[kind], []
+    real = caches.keep_rows
+    monkeypatch.setattr(caches, "keep_rows", lambda cache, rows: kept.append(real(cache, rows)) or kept[-1])
+    together = decode_growing(model, batch_of([0, 1, 2]))
+    assert kept
+    assert all(kept)
+    assert together == [by_transformers(model, ids, count) for ids, count in zip(texts(), ROOM, strict=True)]
+    # A cache that cannot shrink keeps its rows.
+    monkeypatch.setattr(caches, "keep_rows", lambda cache, rows: False)
+    assert decode_growing(model, batch_of([0, 1, 2])) == together
+    # Padding that would change a row's states is left out: rows of one length go together.
+    monkeypatch.setattr(decode, "padding_is_safe", lambda model: False)
+    assert decode_growing(model, batch_of([2, 0, 1])) == [together[2], together[0], together[1]]
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_a_conversation_answers_as_if_it_were_new(models, kind) -> None:
+    model, tokenizer = models[kind], byte_tokenizer()
+
+    def answer(engine: Engine, ids: list[int]) -> tuple[list[int], int]:
+        *_, finished = engine.generate(ids, Sampling(max_new_tokens=4))
+        assert isinstance(finished, Finished)
+        return list(finished.ids), finished.reused
+
+    engine = Engine(model, tokenizer)
+    first, second, other = texts()[2], texts()[1], texts()[0]
+    begun, _ = answer(engine, first)
+    for ids in (first + begun + second, first + other, first[:4] + other, [*first, *begun, *second, 9, 8]):
+        assert answer(engine, ids)[0] == by_transformers(model, ids, 4)
+
+
+def test_mamba_reads_a_text_again_where_its_states_would_be_misread(models) -> None:
+    assert not caches.can_be_cut(decode_cache(models["mamba"]))
+    assert caches.can_be_cut(decode_cache(make_tiny_llama()))
+    assert caches.padding_is_safe(models["mamba"])
+    assert caches.pieces_are_safe(make_tiny_llama())
+
+
+def decode_cache(model) -> object:
+    with torch.inference_mode():
+        return caches.cache_of(model, model(input_ids=torch.tensor([[5, 6]]), use_cache=True))
+
+
+def test_models_without_a_cache_are_refused_in_one_line(monkeypatch) -> None:
+    with pytest.raises(CheckpointError, match="recurrent_gemma models cannot be used: their output holds no past_key_values"):
+        caches.check_decoding(make_hybrid("recurrent_gemma"))
+
+    class NoCache(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+    with pytest.raises(CheckpointError, match="NoCache models cannot be used: they take no cache"):
+        caches.check_decoding(NoCache())
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("states of a wrong shape\nmore")
+
+    model = make_hybrid("mamba")
+    monkeypatch.setattr(model.backbone, "forward", broken)
+    with pytest.raises(CheckpointError, match=r"mamba models cannot be used: states of a wrong shape$"):
+        caches.check_decoding(model)
