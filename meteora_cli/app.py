@@ -33,12 +33,13 @@ def main() -> None:
 
 
 def _run() -> None:
-    from meteora_cli.console import accept_all_text, report_error
+    from meteora_cli.console import accept_all_text, guard_messages, report_error
     from meteora_cli.interrupts import interrupted
     from meteora_cli.tree import app
     from meteora_core.errors import MeteoraError
 
     accept_all_text()
+    guard_messages()
     debug = os.environ.get("METEORA_DEBUG") == "1"
     try:
         app(prog_name="meteora")

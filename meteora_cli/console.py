@@ -1,4 +1,4 @@
-"""What the commands share: two consoles, JSON on stdout, progress bars, settings from the flags.
+"""What the commands share: JSON and text on stdout, progress bars, settings from the flags.
 
 Results go to stdout, everything else to stderr.
 """
@@ -8,16 +8,22 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import math
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-from rich.console import Console
+
+from meteora_cli.display import console, error_lines, say
+from meteora_core.text import one_line, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -25,12 +31,6 @@ if TYPE_CHECKING:
 
     from meteora_core.progress import Progress, Task
     from meteora_core.settings import Settings
-
-console = Console(stderr=True, highlight=False)
-"""For people: notes, progress, errors. Goes to stderr."""
-
-out = Console(highlight=False)
-"""For results: tables and text. Goes to stdout."""
 
 
 @dataclass
@@ -58,6 +58,12 @@ def emit_json(value: Any) -> None:
     if not _is_utf8(sys.stdout) or not _has_utf8(text):
         text = json.dumps(value, ensure_ascii=True, indent=2, default=str)
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_text(text: str) -> None:
+    """Write running text to stdout at once, such as a piece of an answer or a whole document; see :func:`meteora_core.text.printable`."""
+    sys.stdout.write(printable(text, multiline=True))
     sys.stdout.flush()
 
 
@@ -91,6 +97,28 @@ def accept_all_text() -> None:
             stream.reconfigure(errors="replace")
 
 
+class _PrintableRecord(logging.LogRecord):
+    """A log record whose message is safe to print, whichever handler prints it."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage(), multiline=True)
+
+
+def guard_messages() -> None:
+    """Make log messages, warnings and tracebacks safe to print: they quote names from files just as errors do."""
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = _format_warning
+    sys.excepthook = _show_traceback
+
+
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    return printable(f"{filename}:{lineno}: {category.__name__}: {message}\n", multiline=True)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace)), multiline=True))
+
+
 def valid_text(text: str, name: str) -> str:
     """What was given on the command line as text that can be encoded; bytes that are not UTF-8 are replaced, and a note says so.
 
@@ -113,8 +141,7 @@ def valid_text(text: str, name: str) -> str:
 
 def note_replaced(name: str, place: int) -> None:
     """Say on stderr that bytes were replaced, the first of them at ``place`` (from 0) of what ``name`` stands for."""
-    note = f"note: {name} is not UTF-8 at byte {place + 1}; what cannot be read is replaced by \N{REPLACEMENT CHARACTER}"
-    console.print(note, style="yellow", markup=False)
+    say(f"note: {name} is not UTF-8 at byte {place + 1}; what cannot be read is replaced by \N{REPLACEMENT CHARACTER}", style="yellow")
 
 
 def settings_from(ctx: typer.Context, **flags: Any) -> Settings:
@@ -175,7 +202,7 @@ class _RichTask:
 
     def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:
         self._fields.update(fields)
-        extra = "  ".join(f"{key} {value}" for key, value in self._fields.items())
+        extra = "  ".join(f"{key} {printable(value)}" for key, value in self._fields.items())
         self._bars.update(self._id, advance=advance, extra=extra, **({} if total is None else {"total": total}))  # type: ignore[arg-type]
 
 
@@ -186,8 +213,8 @@ class _RichProgress:
     @contextmanager
     def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
         if self._plain:
-            console.print(f"{title} …", markup=False)
-        identity = self._bars.add_task(title, total=total, unit=unit, extra="")
+            say(f"{title} …")
+        identity = self._bars.add_task(printable(title), total=total, unit=unit, extra="")
         try:
             yield _RichTask(self._bars, identity)
             task = next(task for task in self._bars.tasks if task.id == identity)
@@ -196,7 +223,7 @@ class _RichProgress:
             self._bars.stop_task(identity)
 
     def note(self, message: str) -> None:
-        self._bars.console.print(message, markup=False)
+        self._bars.console.print(one_line(message), soft_wrap=True)
 
 
 class _Quiet:
@@ -226,9 +253,4 @@ def progress(ctx: typer.Context | None = None) -> Iterator[Progress]:
 
 def report_error(error: BaseException) -> None:
     """One line on stderr, and the hint below it."""
-    from rich.text import Text
-
-    message, hint = getattr(error, "message", str(error)), getattr(error, "hint", None)
-    console.print(Text.assemble(("error: ", "bold red"), str(message)), soft_wrap=True)
-    if hint:
-        console.print(Text.assemble(("hint: ", "bold yellow"), str(hint)), soft_wrap=True)
+    console.print(error_lines(getattr(error, "message", str(error)), getattr(error, "hint", None)), soft_wrap=True)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.style import Style
-from rich.text import Text
 
+from meteora_cli.display import cell
 from meteora_core.chat.engine import Finished, Reading, Written
 from meteora_core.chat.prompts import Encoded
 from meteora_core.trace.picture import mean_weights, speakers
@@ -73,7 +73,7 @@ def show_answer(session: ChatSession, message: str, out: Console, notes: Console
                 if isinstance(event, Encoded):
                     encoded = event
                     if event.notice:
-                        notes.print(Text(f"note: {event.notice}", "yellow"))
+                        notes.print(cell(f"note: {event.notice}", "yellow"))
                 elif isinstance(event, Reading):
                     if event.total > LONG_READ:
                         status.start()
@@ -104,7 +104,7 @@ def show_answer(session: ChatSession, message: str, out: Console, notes: Console
     assert finished is not None
     if painter is not None and total is not None:
         notes.print(painter.legend(total / written))
-    notes.print(Text(figures(finished), "dim"))
+    notes.print(cell(figures(finished), "dim"))
     return finished
 
 

@@ -54,17 +54,16 @@ def write_picture(picture: RoutePicture, path: Path, title: str) -> None:
 def to_svg(picture: RoutePicture, title: str, width: int = 96) -> str:
     """The coloured text as a terminal shows it, by Rich's SVG export, without the web font that it would fetch."""
     from rich._export_format import CONSOLE_SVG_FORMAT
-    from rich.console import Console
-    from rich.text import Text
 
     from meteora_cli.chat.render import Painter, picture_text
+    from meteora_cli.display import Terminal, cell
 
-    console = Console(record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", no_color=False, highlight=False)
+    console = Terminal(record=True, file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", no_color=False)
     painter = Painter(console, picture.names)
     answer = any(token.role == "answer" for token in picture.tokens)
     console.print(picture_text(picture, painter))
     console.print()
     console.print(painter.legend(picture.total("answer" if answer else None), most=32))
-    console.print(Text(" · ".join(f"{key} {value}" for key, value in picture.about.items()), style="dim"))
+    console.print(cell(" · ".join(f"{key} {value}" for key, value in picture.about.items()), style="dim"))
     local = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     return console.export_svg(title=title, code_format=local)

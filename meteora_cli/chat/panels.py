@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from meteora_cli.chat.answer import interruptible
-from meteora_cli.chat.render import Painter, harmless
+from meteora_cli.chat.render import Painter
+from meteora_cli.display import DataTable, body, cell, panel
 from meteora_core.chat.engine import Finished, Written
 from meteora_core.chat.options import options_for
+from meteora_core.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +29,8 @@ SPANS = 40
 """Rows of /why at most."""
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+def _table(*columns: str) -> DataTable:
+    table = DataTable(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -67,12 +67,12 @@ def show_adapters(out: Console, session: ChatSession) -> None:
         mode = session.mode
         status = "forced" if mode.forced == adapter.name else "muted" if adapter.name in mode.muted else ""
         mark, style = painter.swatch(index)
-        name = Text(adapter.name, "bold")
+        name = cell(adapter.name, "bold")
         if narrow:
             table.add_row(Text(mark, style), name.append(f" {status}", "not bold"), str(adapter.rank))
         else:
             alpha = f"{adapter.alpha:g}" + (" rs" if adapter.rslora else "")
-            table.add_row(Text(mark, style), name, str(adapter.rank), alpha, harmless(adapter.source), status)
+            table.add_row(Text(mark, style), name, str(adapter.rank), alpha, adapter.source, status)
     out.print(table)
 
 
@@ -88,7 +88,7 @@ def show_why(out: Console, picture: RoutePicture) -> None:
     table = _table("", "tokens", "text", "mean weights")
     for span in spans[:SPANS]:
         mark, style = painter.swatch(span.adapter)
-        text = harmless(span.text).replace("\n", "⏎")
+        text = printable(span.text, multiline=True).replace("\n", "⏎")
         shown = text if len(text) <= 60 else f"{text[:40]} … {text[-16:]}"
         table.add_row(Text(mark, style), f"{span.start}–{span.end - 1}", Text(shown), _top(picture.names, span.shares))
     out.print(table)
@@ -116,16 +116,16 @@ def show_comparison(out: Console, notes: Console, session: ChatSession, adapter:
                 ends.append("")
             if isinstance(item.event, Written):
                 texts[item.column] += item.event.text
-                status.update(f"{item.column + 1} of {item.columns}: {item.label}, {len(texts[item.column])} characters")
+                status.update(cell(f"{item.column + 1} of {item.columns}: {item.label}, {len(texts[item.column])} characters"))
             elif isinstance(item.event, Finished):
                 texts[item.column] = item.event.text
                 cut = {"end": "", "length": ", cut", "context": ", cut", "stopped": ", stopped"}[item.event.reason]
                 ends[item.column] = f"{len(item.event.ids)} tokens{cut}"
-    panels = [Panel(Text(harmless(text).strip()), title=Text(label), subtitle=Text(end, "dim")) for label, text, end in zip(labels, texts, ends, strict=True)]
+    panels = [panel(body(text.strip()), label, subtitle=cell(end, "dim")) for label, text, end in zip(labels, texts, ends, strict=True)]
     if out.width < NARROW or not panels:
         out.print(Group(*panels))
         return
-    grid = Table.grid(expand=True)
+    grid = DataTable.grid(expand=True)
     for _ in panels:
         grid.add_column(ratio=1)
     grid.add_row(*panels)

@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
+from meteora_core.text import printable
 from meteora_core.trace.palette import HUES, look, tint
 
 if TYPE_CHECKING:
@@ -29,12 +30,6 @@ _SIXTEEN = (
     "white on magenta",
 )
 """For terminals of 16 colours, where tints would fall together: one pair a hue of the palette."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def harmless(text: str) -> str:
-    """Text without control characters but line ends and tabs, so that nothing in it can steer the terminal."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 class Painter:
@@ -66,7 +61,7 @@ class Painter:
         """A token as styled pieces; without colour the first of an adapter brings its name along."""
         pieces = [(text, self.style(adapter, weight))]
         if self.system is None and adapter != self._last and text:
-            pieces.insert(0, (f"<{self.names[adapter]}> ", Style.null()))
+            pieces.insert(0, (f"<{printable(self.names[adapter])}> ", Style.null()))
         if text:
             self._last = adapter
         return pieces
@@ -86,7 +81,7 @@ class Painter:
         text = Text()
         for index in order[:most]:
             text.append(*self.swatch(index))
-            text.append(f" {self.names[index]} {100 * values[index]:.0f} %   ")
+            text.append(f" {printable(self.names[index])} {100 * values[index]:.0f} %   ")
         if len(order) > most:
             text.append(f"and {len(order) - most} more", style="dim")
         text.rstrip()
@@ -107,7 +102,7 @@ class StreamPrinter:
 
     def add(self, text: str, style: Style) -> None:
         """Print a piece; a word at its end waits until it is complete."""
-        for run in re.findall(r"\n|[^\S\n]+|\S+", harmless(text)):
+        for run in re.findall(r"\n|[^\S\n]+|\S+", printable(text, multiline=True)):
             if run == "\n":
                 self.flush()
                 self._newline()
@@ -153,6 +148,6 @@ def picture_text(picture: RoutePicture, painter: Painter, *, role: str | None = 
     for position, token in enumerate(picture.tokens):
         if role in (None, token.role):
             adapter = who[position]
-            for piece, style in painter.pieces(harmless(token.text), adapter, float(shares[position, adapter])):
+            for piece, style in painter.pieces(printable(token.text, multiline=True), adapter, float(shares[position, adapter])):
                 text.append(piece, style)
     return text

@@ -11,6 +11,7 @@ from meteora_cli.chat.render import Painter
 from meteora_cli.chat.slash import COMMANDS, FILE_COMMANDS, Chat, Quit, run_command
 from meteora_cli.interrupts import handled
 from meteora_core.errors import MeteoraError
+from meteora_core.text import printable
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -103,7 +104,7 @@ def make_reader(chat: Chat, history: Path) -> Callable[[], str]:
         complete_while_typing=True,
         multiline=True,
         key_bindings=_keys(pastes),
-        bottom_toolbar=lambda: FormattedText([("", _toolbar(chat))]),
+        bottom_toolbar=lambda: FormattedText([("", printable(_toolbar(chat)))]),
         prompt_continuation=lambda width, number, soft: "· ".rjust(width),
         enable_history_search=False,
         reserve_space_for_menu=6,
@@ -195,6 +196,6 @@ def _completer(chat: Chat) -> Completer:
             elif name in COMMANDS and " " not in argument:
                 for word in COMMANDS[name].complete(chat):
                     if word.startswith(argument):
-                        yield Completion(word, -len(argument))
+                        yield Completion(word, -len(argument), display=printable(word))
 
     return SlashCompleter()

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
 from meteora_cli.chat import panels
+from meteora_cli.display import body, error_lines
 from meteora_core.chat.options import options_for
 from meteora_core.errors import MeteoraError, UsageError, did_you_mean
 
@@ -41,13 +40,11 @@ class Chat:
 
     def say(self, text: str) -> None:
         """One note."""
-        self.notes.print(text, markup=False, style="dim")
+        self.notes.print(body(text, "dim"), soft_wrap=True)
 
     def fail(self, error: MeteoraError) -> None:
         """What went wrong, and what to do about it."""
-        self.notes.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
-        if error.hint:
-            self.notes.print(Text.assemble(("hint: ", "bold yellow"), error.hint), soft_wrap=True)
+        self.notes.print(error_lines(error.message, error.hint), soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meteora_cli.console import console, emit_json, out, progress
+from meteora_cli.console import emit_json, progress
+from meteora_cli.display import DataTable, out, put, say
 
 if TYPE_CHECKING:
     from meteora_core.bench import EndToEnd, LayerBench
@@ -47,7 +48,7 @@ def bench_kernels(
     except ValueError:
         raise UsageError(f"--tokens {tokens!r} is no list of numbers", hint="for example --tokens 1,64,1024") from None
     if not gpu:
-        console.print("no CUDA GPU here: the CPU backends run instead")
+        say("no CUDA GPU here: the CPU backends run instead")
     wanted = [part.strip() for part in contenders.split(",") if part.strip()] or None
     with progress(ctx) as bars:
         bench = bench_layers(
@@ -88,11 +89,9 @@ def bench_kernels(
 
 
 def _show_layers(bench: LayerBench) -> None:
-    from rich.table import Table
-
     what = "forward and backward" if bench.backward else "forward"
     title = f"{bench.shape}: 7 linears of a layer, {what}; {bench.adapters} adapters of rank {bench.rank}, top-{bench.top_k}, {bench.dtype}; {bench.machine}"
-    table = Table(title=title)
+    table = DataTable(title=title)
     for column in ("tokens", "contender", "ms", "x base", "GB/s", "roofline", "peak MiB", "error", "mode"):
         table.add_column(column, justify="left" if column in ("contender", "mode") else "right")
     last = None
@@ -112,17 +111,15 @@ def _show_layers(bench: LayerBench) -> None:
             row.mode,
         )
     out.print(table)
-    out.print(f"ceilings measured here: {bench.copy_gbps:.0f} GB/s, {bench.gemm_tflops:.3g} TFLOP/s")
+    put(f"ceilings measured here: {bench.copy_gbps:.0f} GB/s, {bench.gemm_tflops:.3g} TFLOP/s")
     for count, reason in bench.chosen.items():
-        out.print(f"auto at {count} tokens: {reason}")
+        put(f"auto at {count} tokens: {reason}")
     for note in bench.skipped:
-        out.print(f"not run: {note}")
+        put(f"not run: {note}")
 
 
 def _show_model(whole: EndToEnd) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{whole.shape}, {whole.layers} layers, random weights; {whole.dtype}; {whole.machine}")
+    table = DataTable(title=f"{whole.shape}, {whole.layers} layers, random weights; {whole.dtype}; {whole.machine}")
     for column in ("work", "model", "ms", "tokens/s", "x base", "peak MiB", "mode"):
         table.add_column(column, justify="left" if column in ("work", "model", "mode") else "right")
     for row in whole.rows:
@@ -130,4 +127,4 @@ def _show_model(whole: EndToEnd) -> None:
         table.add_row(row.work, row.name, f"{row.milliseconds:.4g}", f"{row.tokens_per_second:.0f}", f"{row.ratio:.2f}", peak, row.mode)
     out.print(table)
     for note in whole.skipped:
-        out.print(f"not run: {note}")
+        put(f"not run: {note}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, emit_json, globals_of, note_replaced, out, progress, quantization_of, settings_from, valid_text
+from meteora_cli.console import emit_json, globals_of, note_replaced, progress, quantization_of, settings_from, valid_text, write_text
+from meteora_cli.display import console, out, say
 
 if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
@@ -176,15 +177,13 @@ def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: b
     with interruptible() as stop:
         for event in session.ask(message, stop=stop.is_set):
             if isinstance(event, Encoded) and event.notice:
-                console.print(f"note: {event.notice}", style="yellow", markup=False)
+                say(f"note: {event.notice}", style="yellow")
             elif isinstance(event, Written):
-                sys.stdout.write(event.text)
-                sys.stdout.flush()
+                write_text(event.text)
             elif isinstance(event, Finished):
-                sys.stdout.write("\n")
-                sys.stdout.flush()
+                write_text("\n")
                 if verbose:
-                    console.print(figures(event), style="dim", markup=False)
+                    say(figures(event), style="dim")
     if stop.is_set():
         raise KeyboardInterrupt
 

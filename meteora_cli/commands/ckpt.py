@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import emit_json, out, progress
+from meteora_cli.console import emit_json, progress
+from meteora_cli.display import DataTable, out, put
 
 if TYPE_CHECKING:
     from meteora_core.checkpoints.convert import BaseTensors
@@ -68,14 +69,14 @@ def download(
             }
         )
         return
-    out.print(f"{name}: {got.path}", markup=False, soft_wrap=True)
+    put(f"{name}: {got.path}")
     commit = f" at {got.revision[:12]}" if got.revision else ""
-    out.print(f"{len(got.files)} files, {_size(got.size)} ({_size(got.fetched)} fetched now), {got.repository}{commit}", markup=False, soft_wrap=True)
+    put(f"{len(got.files)} files, {_size(got.size)} ({_size(got.fetched)} fetched now), {got.repository}{commit}")
     if short in KNOWN:
         place = got.path / KNOWN[short].include[0].removesuffix("/*")
         adapters = got.path / KNOWN[short].include[1].removesuffix("/*")
         example = f"meteora ckpt convert {place} runs/{short} --base {KNOWN[short].base} --adapters {adapters}"
-        out.print(f"next: {example}", markup=False, soft_wrap=True)
+        put(f"next: {example}")
 
 
 def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, to: Path | None, force: bool, as_json: bool) -> None:
@@ -91,7 +92,7 @@ def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, 
     if as_json:
         emit_json({"name": name, "kind": "base", "path": str(path), "sha256": sha256(path / "model.safetensors"), "description": entry.description})
     else:
-        out.print(f"{name}: {path}", markup=False, soft_wrap=True)
+        put(f"{name}: {path}")
 
 
 @app.command("inspect")
@@ -166,9 +167,9 @@ def convert(
             }
         )
         return
-    out.print(f"{done.folder}: {len(done.adapters)} adapters of rank {done.rank} on {done.layers} linears, {_size(done.size)}", markup=False, soft_wrap=True)
+    put(f"{done.folder}: {len(done.adapters)} adapters of rank {done.rank} on {done.layers} linears, {_size(done.size)}")
     if done.base_tensors:
-        out.print(f"{len(done.base_tensors)} base tensors are stored too, since they are not those of {base}", markup=False, soft_wrap=True)
+        put(f"{len(done.base_tensors)} base tensors are stored too, since they are not those of {base}")
 
 
 @app.command("pack")
@@ -212,13 +213,11 @@ def pack(
             {"path": str(done.folder), "adapters": list(done.adapters), "ranks": done.ranks, "kept": done.kept, "bytes": done.size, "sha256": done.sha256}
         )
         return
-    from rich.table import Table
-
-    table = Table("adapter", "mean rank", "squared norm kept")
+    table = DataTable("adapter", "mean rank", "squared norm kept")
     for name in done.adapters:
         table.add_row(name, f"{done.ranks[name]:.2f}", f"{done.kept[name]:.1%}")
     out.print(table)
-    out.print(f"{done.folder}: {len(done.adapters)} adapters and their gates, {_size(done.size)}", markup=False, soft_wrap=True)
+    put(f"{done.folder}: {len(done.adapters)} adapters and their gates, {_size(done.size)}")
 
 
 @app.command("card")
@@ -241,7 +240,7 @@ def card(
         if not (name.strip() and equals and text.strip()):
             raise UsageError(f"--licence {entry!r} is not TASK=TEXT", hint="--licence 'gsm8k=MIT'")
         stated[name.strip()] = text.strip()
-    out.print(str(write_card(folder, title=title, results=results, data_dir=data, licences=stated)), markup=False, soft_wrap=True)
+    put(str(write_card(folder, title=title, results=results, data_dir=data, licences=stated)))
 
 
 def _size(count: int) -> str:
@@ -259,10 +258,8 @@ _KINDS = {
 
 
 def _show(facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    out.print(f"{facts['path']}: {_KINDS[facts['kind']]}", markup=False, soft_wrap=True)
-    table = Table.grid(padding=(0, 2))
+    put(f"{facts['path']}: {_KINDS[facts['kind']]}")
+    table = DataTable.grid(padding=(0, 2))
     base = facts.get("base")
     if base:
         table.add_row("base", ", ".join(f"{key} {value}" for key, value in base.items() if value is not None and not isinstance(value, dict)))
@@ -283,10 +280,10 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row("refused", f"{', '.join(facts['refused'])} (pickle, never read)")
     out.print(table)
     if "adapters" in facts:
-        listed = Table("adapter", "rank", "alpha", "sha256", "source")
+        listed = DataTable("adapter", "rank", "alpha", "sha256", "source")
         for adapter in facts["adapters"]:
             alpha = f"{adapter['alpha']}{' (rsLoRA)' if adapter['rslora'] else ''}"
             listed.add_row(adapter["name"], str(adapter["rank"]), alpha, (adapter["sha256"] or "-")[:12], str(adapter["source"]))
         out.print(listed)
     for file in facts["files"][:20]:
-        out.print(f"{file['name']}  {_size(file['bytes'])}  {file['sha256'] or ''}", markup=False, soft_wrap=True)
+        put(f"{file['name']}  {_size(file['bytes'])}  {file['sha256'] or ''}")

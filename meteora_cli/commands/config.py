@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from meteora_cli.console import emit_json, out, settings_from
+from meteora_cli.console import emit_json, settings_from, write_text
+from meteora_cli.display import DataTable, out
 
 app = typer.Typer(help="Look at the settings in force.", no_args_is_help=True)
 
@@ -21,17 +22,15 @@ def show(
     from meteora_core.settings import default_file_text
 
     if defaults:
-        typer.echo(default_file_text(), nl=False)
+        write_text(default_file_text())
         return
     settings = settings_from(ctx)
     values = settings.model_dump(mode="json")
     if as_json:
         emit_json(values)
         return
-    from rich.table import Table
-
     standard = type(settings).model_construct().model_dump(mode="json")
-    table = Table("setting", "value", "default")
+    table = DataTable("setting", "value", "default")
     for section, entries in values.items():
         for name, value in entries.items():
             default = standard.get(section, {}).get(name)

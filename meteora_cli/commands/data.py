@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, emit_json, out, progress, settings_from
+from meteora_cli.console import emit_json, progress, settings_from
+from meteora_cli.display import DataTable, out, panel, say
 
 if TYPE_CHECKING:
     from meteora_core.data.manifest import Manifest
@@ -86,7 +87,7 @@ def build(
         _table(manifests)
     if failures:
         for name, error in failures.items():
-            console.print(f"{name}: {error.message}", markup=False, soft_wrap=True)
+            say(f"{name}: {error.message}")
         hint = next((error.hint for error in failures.values() if error.hint), None)
         raise DataError(f"{len(failures)} of {len(names)} tasks could not be built: {', '.join(failures)}", hint=hint)
 
@@ -192,12 +193,9 @@ def show(
     if as_json:
         emit_json({"task": known.name, "split": split, "metric": known.metric, "rows": [asdict(row) for row in rows]})
         return
-    from rich.panel import Panel
-    from rich.text import Text
-
     for number, row in enumerate(rows):
-        out.print(Panel(Text(row.prompt.rstrip("\n")), title=f"{known.name} · {split} · row {number}", title_align="left"))
-        out.print(Panel(Text(row.response), title="response", title_align="left", border_style="green"))
+        out.print(panel(row.prompt.rstrip("\n"), f"{known.name} · {split} · row {number}", title_align="left"))
+        out.print(panel(row.response, "response", title_align="left", border_style="green"))
 
 
 @app.command("verify")
@@ -243,10 +241,8 @@ def _show(value: Any, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]],
         emit_json(value)
         return
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    table = DataTable(*columns, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        table.add_row(*row)
     out.print(table)

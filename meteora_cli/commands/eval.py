@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meteora_cli.console import console, emit_json, out, quantization_of, settings_from
+from meteora_cli.console import emit_json, quantization_of, settings_from, write_text
+from meteora_cli.display import console, out, say
 
 if TYPE_CHECKING:
     import torch
@@ -187,12 +188,12 @@ def evaluate(
             out.print(table)
         for line in (*warnings_of(outcomes), speed_line(outcomes)):
             if line is not None:
-                console.print(line, markup=False, soft_wrap=True)
+                say(line)
     for outcome in outcomes:
         if outcome.file is not None:
-            console.print(f"saved {outcome.file}", markup=False, soft_wrap=True)
+            say(f"saved {outcome.file}")
         if outcome.picture is not None:
-            console.print(f"saved {outcome.picture}", markup=False, soft_wrap=True)
+            say(f"saved {outcome.picture}")
 
 
 @app.command("report")
@@ -220,11 +221,11 @@ def report(
     comparison = compare([load_results(file) for file in files], label or None)
     if picture is not None:
         plot(comparison, picture, kind.value)
-        console.print(f"saved {picture}", markup=False, soft_wrap=True)
+        say(f"saved {picture}")
     if as_json:
         emit_json(as_document(comparison, files))
     elif markdown:
-        typer.echo(to_markdown(comparison), nl=False)
+        write_text(to_markdown(comparison))
     else:
         from meteora_cli.commands.eval_tables import comparison_table
 

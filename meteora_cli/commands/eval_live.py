@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
 from meteora_cli.commands.eval_tables import result_line, short_warnings
-from meteora_cli.console import _columns, _RichProgress, console, globals_of, progress
+from meteora_cli.console import _columns, _RichProgress, globals_of, progress
+from meteora_cli.display import DataTable, cell, console
 
 if TYPE_CHECKING:
     from meteora_core.evaluation.runner import TaskResult
@@ -58,12 +57,12 @@ class EvalTable(_RichProgress):
         self.warnings.setdefault(result.task.name, []).extend(f"{model}: {text}" for text in short_warnings(result))
 
     def __rich__(self) -> RenderableType:
-        table = Table("task", *map(escape, self.models), "warnings")
+        table = DataTable("task", *self.models, "warnings")
         room = max(3, console.height - len(self.bars.tasks) - 7)
         first = max(0, min(self.current - room // 2, len(self.tasks) - room))
         for task in self.tasks[first : first + room]:
             cells = [self.cells.get(f"{model}: {task}", Text("·", style="dim")) for model in self.models]
-            table.add_row(Text(task), *cells, Text("; ".join(self.warnings.get(task, ())), style="yellow", overflow="ellipsis", no_wrap=True))
+            table.add_row(task, *cells, cell("; ".join(self.warnings.get(task, ())), "yellow", overflow="ellipsis", no_wrap=True))
         hidden = len(self.tasks) - min(room, len(self.tasks))
         if hidden:
             table.caption = f"{hidden} more tasks"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
+
+from meteora_cli.display import DataTable, body, cell
 
 if TYPE_CHECKING:
     from meteora_core.evaluation.report import Cell, Comparison
@@ -27,9 +28,9 @@ def result_line(model: str, result: TaskResult) -> str:
     return f"{model}: {result.task.name}: {name} {value:.3f} over {len(result.samples)} rows, {result.seconds:.0f} s"
 
 
-def results_table(outcomes: list[ModelResults]) -> Table:
+def results_table(outcomes: list[ModelResults]) -> DataTable:
     """All metrics with their standard errors, one column a model."""
-    table = Table()
+    table = DataTable()
     table.add_column("task")
     table.add_column("metric")
     table.add_column("rows", justify="right")
@@ -90,18 +91,18 @@ def speed_line(outcomes: list[ModelResults]) -> str | None:
     return "speed: " + "; ".join(parts) if parts else None
 
 
-def samples_table(model: str, result: TaskResult) -> Table:
+def samples_table(model: str, result: TaskResult) -> DataTable:
     """The first rows' prompt, answer and reference side by side."""
     rows: list[dict[str, Any]] = result.scores.rows or []
-    table = Table("prompt", "answer", "reference", title=f"{model}: {result.task.name}", show_lines=True)
+    table = DataTable("prompt", "answer", "reference", title=f"{model}: {result.task.name}", show_lines=True)
     for place, sample in enumerate(result.samples[:DEBUG_ROWS]):
         right = (rows[place] if place < len(rows) else {}).get("accuracy")
         style = "" if right is None else "green" if right else "red"
-        table.add_row(Text(sample.row.prompt[-600:]), Text(sample.response, style=style), Text(sample.row.response))
+        table.add_row(body(sample.row.prompt[-600:]), body(sample.response, style), body(sample.row.response))
     return table
 
 
-def routing_table(outcome: ModelResults) -> Table | None:
+def routing_table(outcome: ModelResults) -> DataTable | None:
     """Tasks by adapters: the share of answer tokens whose top-1 adapter it was, over all layers; None when no routing was counted.
 
     With more than :data:`WIDE` adapters, the three most chosen stand for all.
@@ -111,27 +112,27 @@ def routing_table(outcome: ModelResults) -> Table | None:
         return None
     names = next(iter(found.values())).names
     wide = len(names) > WIDE
-    table = Table("task", title="routing: top-1 adapters of the answers' tokens, all layers")
+    table = DataTable("task", title="routing: top-1 adapters of the answers' tokens, all layers")
     for column in ("own, answer", "own, all", *(["most chosen"] if wide else names)):
-        table.add_column(Text(column), justify="left" if column == "most chosen" else "right")
+        table.add_column(column, justify="left" if column == "most chosen" else "right")
     for task, routing in found.items():
         own = ["–" if (share := routing.own_share(part)) is None else f"{share:.1%}" for part in ("answer", "all")]
         shares = routing.shares("top1", "answer").tolist()
         best = sorted(range(len(names)), key=lambda place: (-shares[place], place))
         if wide:
-            cells = [Text(", ".join(f"{names[place]} {shares[place]:.1%}" for place in best[:3]))]
+            cells = [cell(", ".join(f"{names[place]} {shares[place]:.1%}" for place in best[:3]))]
         else:
             cells = [Text(f"{share:.1%}", style="bold" if names[place] in routing.own else "") for place, share in enumerate(shares)]
-        table.add_row(Text(task), *own, *cells)
+        table.add_row(task, *own, *cells)
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: Comparison) -> DataTable:
     """Several runs side by side, the best value of each row in bold."""
-    table = Table("task", "metric")
+    table = DataTable("task", "metric")
     table.add_column("rows", justify="right")
     for column in comparison.columns:
-        table.add_column(Text(column), justify="right")
+        table.add_column(column, justify="right")
     last = None
     for line in comparison.rows:
         if last not in (None, line.task):
@@ -141,7 +142,7 @@ def comparison_table(comparison: Comparison) -> Table:
         rows = "–" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
         digits = 1 if line.metric.rpartition("/")[2].startswith("bleu") else 3
         cells = [Text(_figure(cell, digits), style="bold green" if place in line.best else "") for place, cell in enumerate(line.cells)]
-        table.add_row(Text(line.task), Text(line.metric), rows, *cells)
+        table.add_row(line.task, line.metric, rows, *cells)
     return table
 
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, emit_json, out, progress, settings_from
+from meteora_cli.console import emit_json, progress, settings_from
+from meteora_cli.display import DataTable, out, say
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from meteora_core.settings import Settings
 
 _MODELS = {"base": "base", "adapter": "own adapter (PEFT)", "meteora": "MeteoRA"}
@@ -64,8 +63,8 @@ def quickstart(
     out.print(_table(result.scores, result.rows, settings.model.base, _MODELS))
     accuracy = result.held_out.get("gate_accuracy")
     if accuracy is not None:
-        console.print(f"Gates choose the right adapter for {accuracy:.1%} of the answer tokens of held-out rows (top-1, all layers but the first).")
-    console.print(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
+        say(f"Gates choose the right adapter for {accuracy:.1%} of the answer tokens of held-out rows (top-1, all layers but the first).")
+    say(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
     _next(next_commands(plan.folder))
 
 
@@ -91,23 +90,23 @@ def _starter(
         return
     out.print(_table(result.scores, result.rows, settings.model.base, {"base": "base", "meteora": "MeteoRA (starter)"}))
     if result.own_share is not None:
-        console.print(f"In the picture's answer {result.own_share:.0%} of the tokens' first choices are adapters of the prompt's own tasks (all layers).")
-    console.print(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
+        say(f"In the picture's answer {result.own_share:.0%} of the tokens' first choices are adapters of the prompt's own tasks (all layers).")
+    say(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
     for picture in result.pictures:
-        console.print(f"saved {picture}", markup=False, soft_wrap=True)
+        say(f"saved {picture}")
     _next(next_commands(plan))
 
 
 def _next(commands: list[tuple[str, str]]) -> None:
-    console.print("\nTry next:")
+    say("")
+    say("Try next:")
     for command, purpose in commands:
-        console.print(f"  [bold]{command}[/bold]\n    {purpose}", soft_wrap=True)
+        say(f"  {command}", style="bold")
+        say(f"    {purpose}")
 
 
-def _table(scores: dict[str, dict[str, dict[str, float]]], rows: dict[str, int], base: str, labels: dict[str, str]) -> Table:
-    from rich.table import Table
-
-    table = Table(
+def _table(scores: dict[str, dict[str, dict[str, float]]], rows: dict[str, int], base: str, labels: dict[str, str]) -> DataTable:
+    table = DataTable(
         title=f"{base}: test rows never seen in training",
         caption="accuracy: the answer holds the right one; exact: it is the right one; correct: right sub-tasks per prompt",
     )

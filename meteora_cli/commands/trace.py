@@ -25,7 +25,8 @@ from meteora_cli.commands.chat import (
     answer_document,
     open_session,
 )
-from meteora_cli.console import console, emit_json, globals_of, out, quantization_of, settings_from, valid_text
+from meteora_cli.console import emit_json, globals_of, quantization_of, settings_from, valid_text
+from meteora_cli.display import console, put, say
 
 if TYPE_CHECKING:
     from meteora_core.settings import Settings
@@ -95,7 +96,7 @@ def trace(
     with interruptible() as stop, console.status("answering"):
         for event in session.ask(message, stop=stop.is_set):
             if isinstance(event, Encoded) and event.notice:
-                console.print(f"note: {event.notice}", style="yellow", markup=False)
+                say(f"note: {event.notice}", style="yellow")
             elif isinstance(event, Finished):
                 finished = event
         if stop.is_set() or finished is None:
@@ -103,8 +104,8 @@ def trace(
         picture = session.picture()
     write_picture(picture, target, title)
     if not globals_of(ctx).quiet:
-        console.print(figures(finished), style="dim", markup=False)
-    out.print(str(target), markup=False, soft_wrap=True)
+        say(figures(finished), style="dim")
+    put(str(target))
 
 
 def _message(settings: Settings, prompt: str | None, file: Path | None, task: str | None, row: int) -> tuple[str, str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import console, emit_json, globals_of, out, progress, settings_from
+from meteora_cli.console import emit_json, globals_of, progress, settings_from
+from meteora_cli.display import DataTable, console, out, put, say
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +213,7 @@ def train(
     kind = pick_dtype(settings.model.dtype, place)
     if runtime.is_main and not dry_run:
         spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
-        console.print(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}{spread}", markup=False)
+        say(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}{spread}")
     run = _Run(ctx, settings, reference, place, kind, out_dir, max_rows, resume, force, runtime, as_json)
     if dry_run:
         _show_plan(run, names, each, balanced=name if balanced else None)
@@ -403,7 +404,7 @@ def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings
     for entry in report:
         changes = ", ".join(f"{name} {value}" for name, value in others[entry["task"]].items())
         state = "is there already" if entry["trained_already"] else "to train"
-        out.print(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}", markup=False, soft_wrap=True)
+        put(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}")
 
 
 def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
@@ -451,7 +452,7 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
     for adapter in done if run.runtime.is_main else []:
         state = "was there already" if adapter.skipped else f"{adapter.steps} steps, {adapter.seconds:.0f} s"
         note = f", {adapter.cut} rows cut to {each[adapter.task].max_length} tokens" if adapter.cut else ""
-        console.print(f"{adapter.folder}: loss {adapter.loss:.3f} ({state}{note})", markup=False)
+        say(f"{adapter.folder}: loss {adapter.loss:.3f} ({state}{note})")
     if outcome is not None:
         outcome.check()
     return [{**adapter.__dict__, "folder": str(adapter.folder)} for adapter in done]
@@ -467,7 +468,7 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     folder = run.out_dir or settings.paths.runs / "meteora"
     check_checkpoint_folder(folder)
     if run.runtime.is_main and (note := check_bases(folders, settings.model.base)):
-        console.print(f"note: {note}", markup=False)
+        say(f"note: {note}")
     with run.progress() as bars:
         bank = AdapterBank.from_peft(folders, progress=bars)
         place = run.device if settings.train_gates.init == "ridge" else run.runtime.loading_device(run.device)  # ridge runs the whole model first
@@ -497,16 +498,14 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     if done.memory and not done.skipped:
         state += f", {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s, at most {max(done.memory['peak']) / 2**30:.1f} GiB of a GPU"
     note = f", {done.cut} rows cut to {settings.train_gates.max_length} tokens" if done.cut else ""
-    console.print(f"{done.folder}: loss {done.loss:.3f} ({state}{note})", markup=False)
-    from rich.table import Table
-
+    say(f"{done.folder}: loss {done.loss:.3f} ({state}{note})")
     if done.sampled and done.steps:
-        table = Table("task", "train rows", "drawn", "passes", "tokens", "share")
+        table = DataTable("task", "train rows", "drawn", "passes", "tokens", "share")
         for name, seen in done.sampled.items():
             table.add_row(name, *(f"{seen[key]:,.0f}" for key in ("rows", "drawn")), f"{seen['passes']:.2f}", f"{seen['tokens']:,.0f}", f"{seen['share']:.1%}")
         (console if run.as_json else out).print(table)
     if done.held_out:
-        table = Table("held-out train rows", "value")
+        table = DataTable("held-out train rows", "value")
         for name, value in done.held_out.items():
             table.add_row(name, f"{value:.1%}" if "accuracy" in name else f"{value:.3f}")
         (console if run.as_json else out).print(table)

@@ -34,7 +34,7 @@ def meteora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 
     def run(*arguments: str | Path) -> Ran:
         from meteora_cli import app
-        from meteora_cli.console import console, out
+        from meteora_cli.display import console, out
 
         for each in (console, out):  # they read COLUMNS when they are made, which may have been in an earlier test
             monkeypatch.setattr(each, "_width", 160)

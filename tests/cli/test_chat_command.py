@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.style import Style
 
 from chat_world import NAMES, World, build_world, open_speaker, without_ends
-from meteora_cli.chat.render import Painter, StreamPrinter, harmless
+from meteora_cli.chat.render import Painter, StreamPrinter
 from meteora_cli.chat.repl import LARGE_PASTE, Pastes, run_repl
 from meteora_cli.chat.slash import COMMANDS, Chat, Quit, run_command
 from meteora_core.chat.engine import Sampling
@@ -360,10 +360,6 @@ def test_ctrl_c_between_two_prompts_keeps_the_session(world, monkeypatch) -> Non
     run_repl(chat, read)
     assert said[0] == "Ctrl-D leaves"
     assert "unknown command /quitt" in shown(chat.notes)
-
-
-def test_control_characters_cannot_steer_the_terminal() -> None:
-    assert harmless("a\x1b[2Jb\x07\r\nc\td\x9b") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\nc\td\N{REPLACEMENT CHARACTER}"
 
 
 def test_large_pastes_stand_as_marks() -> None:

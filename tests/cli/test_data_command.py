@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from meteora_cli.commands import data as command
 from meteora_cli.console import Globals
+from meteora_cli.display import console, out
 from meteora_core.errors import DataError, MeteoraError, UsageError
 
 THREE = "logical_deduction,question_selection,strategyqa"
@@ -37,8 +38,8 @@ def meteora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METEORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(command, "console", type(command.console)(stderr=True, width=200))
-    monkeypatch.setattr(command, "out", type(command.out)(width=200))
+    for each in (console, out):  # they read COLUMNS when they are made
+        monkeypatch.setattr(each, "_width", 200)
     before = dict(tasks.TASKS)
     app = typer.Typer()
 

@@ -1,0 +1,51 @@
+"""Text of unknown origin: what may be shown of it, and which parts of a URL are secret."""
+
+from __future__ import annotations
+
+import re
+
+# Code points that a terminal or a reader is steered by: C0, DEL and C1; line and paragraph separators; the format characters (Unicode's Cf)
+# without the Arabic, Syriac and Kaithi number signs, which are visible; halves of surrogate pairs.
+_FORMAT = (
+    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f\ud800-\udfff"
+)
+_JOINERS = "\u200c\u200d"
+_ALWAYS = re.compile(f"[\x00-\x1f\x7f-\x9f{_FORMAT}]")
+_IN_TEXT = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f]|(?![{_JOINERS}])[{_FORMAT}]|(?<=[\x00-\x9f{_FORMAT}])[{_JOINERS}]|[{_JOINERS}](?=[\x00-\x9f{_FORMAT}])")
+
+
+def printable(text: str, *, multiline: bool = False) -> str:
+    r"""Return ``text`` with everything escaped that could steer a terminal or mislead a reader.
+
+    Control characters (C0, DEL, C1), bidirectional overrides, zero-width and other format characters, line and paragraph separators, and lone
+    surrogates become Python's escapes, such as ``\x1b`` and ``\u202e``. All other characters stay, so the result is for display, not for parsing.
+
+    Args:
+        text: Any string, such as a name from a file or a model's answer.
+        multiline: Whether ``text`` is running text: line feeds and tabs stay, ``\r\n`` becomes ``\n``, and the zero-width joiners stay where
+            scripts and emoji need them, between characters beyond ASCII. By default ``text`` is shown within one line, and all of these are escaped.
+
+    Returns:
+        A string that is safe to print.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    if multiline:
+        text = text.replace("\r\n", "\n")
+    return (_IN_TEXT if multiline else _ALWAYS).sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
+
+
+def one_line(text: str, *, limit: int = 4000) -> str:
+    """Return ``text`` in one line that is safe to print: line breaks with the blanks around them become one space, the rest is :func:`printable`.
+
+    Args:
+        text: Any string, such as the message of another library's error.
+        limit: Longer texts are cut to this many characters.
+    """
+    joined = printable(" ".join(part.strip() for part in re.split(r"[\r\n\v\f\x85\u2028\u2029]+", text) if part.strip()))
+    return joined if len(joined) <= limit else f"{joined[: limit - 2]} …"
