@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Ran:
 
 
 @pytest.fixture
-def meteora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
+def meteora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Ran]]:
     """``meteora("data", "list")`` in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
@@ -48,4 +48,9 @@ def meteora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         captured = capfd.readouterr()
         return Ran(int(code or 0), captured.out, captured.err)
 
-    return run
+    from meteora_core.data.tasks import TASKS
+
+    before = dict(TASKS)
+    yield run
+    TASKS.clear()  # commands register the tasks that they find
+    TASKS.update(before)
