@@ -37,6 +37,7 @@ def _run() -> None:
     from meteora_cli.interrupts import interrupted
     from meteora_cli.tree import app
     from meteora_core.errors import MeteoraError
+    from meteora_core.unexpected import known_failure
 
     accept_all_text()
     guard_messages()
@@ -51,6 +52,12 @@ def _run() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        failure = None if debug or interrupted() else known_failure(error)
+        if failure is None:
+            raise
+        report_error(failure)
+        sys.exit(failure.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 from meteora_core.errors import DataError, MeteoraError, StorageError
 from meteora_core.locks import claim, exclusive, scratch_folder, sweep
+from meteora_core.reading import open_regular, parse_json, read_errors, read_text
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -214,9 +216,9 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as handle:
+def sha256(path: Path, *, error: type[MeteoraError] = DataError) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits. Raises ``error`` when it is missing, no regular file, or cannot be read."""
+    with open_regular(path, error) as handle, read_errors(path, error):
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -228,18 +230,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, by the rules of :data:`meteora_core.reading.STRICT_DECODER`; a byte-order mark is passed over.
 
     Raises:
-        MeteoraError: (of the type ``error``) the file is missing, or is not JSON; the line and column are named.
+        MeteoraError: (of the type ``error``) the file is missing or cannot be read, or is not JSON; the line and column are named.
     """
-    path = Path(path)
+    text = read_text(path, error, hint=hint)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as missing:
-        raise error(f"no such file: {path}", hint=hint) from missing
-    except UnicodeDecodeError as broken:
-        raise error(f"{path} is not UTF-8 text (byte {broken.start})", hint=hint) from broken
+        return parse_json(text)
     except json.JSONDecodeError as broken:
         raise error(f"{path}:{broken.lineno}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
     except (ValueError, RecursionError) as broken:
@@ -263,7 +261,9 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file; blank lines are passed over.
+    """Yield the objects of a JSON-lines file, by the rules of :data:`meteora_core.reading.STRICT_DECODER`.
+
+    Blank lines and a byte-order mark are passed over.
 
     Args:
         path: The file.
@@ -271,19 +271,16 @@ def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None =
         hint: Shown with an error.
 
     Raises:
-        DataError: The file is missing, or a line is not a JSON object or lacks a key; file, line and column are named.
+        DataError: The file is missing or cannot be read, or a line is not a JSON object or lacks a key; file, line and column are named.
     """
-    path = Path(path)
-    try:
-        handle = path.open("rb")
-    except FileNotFoundError as missing:
-        raise DataError(f"no such file: {path}", hint=hint) from missing
-    with handle:
-        for number, raw in enumerate(handle, start=1):
+    with open_regular(path, hint=hint) as handle:
+        for number, raw in enumerate(_lines(handle, path, hint), start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
+                row = parse_json(raw.rstrip(b"\r\n").decode("utf-8"))
             except UnicodeDecodeError as broken:
                 raise DataError(f"{path}:{number}:{broken.start + 1} is not UTF-8 text", hint=hint) from broken
             except json.JSONDecodeError as broken:
@@ -296,3 +293,13 @@ def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None =
                 if key not in row:
                     raise DataError(f"{path}:{number} has no field {key!r}", hint=hint)
             yield row
+
+
+def _lines(handle: IO[bytes], path: Path, hint: str | None) -> Iterator[bytes]:
+    """The lines of an open file; only what reading them raises is translated, not what happens to a caller between two lines."""
+    while True:
+        with read_errors(path, hint=hint):
+            line = handle.readline()
+        if not line:
+            return
+        yield line

@@ -110,19 +110,15 @@ def trace(
 
 def _message(settings: Settings, prompt: str | None, file: Path | None, task: str | None, row: int) -> tuple[str, str]:
     """The message that the flags name, and the picture's title."""
-    from meteora_core.errors import DataError, UsageError
+    from meteora_core.errors import UsageError
+    from meteora_core.reading import read_text
 
     if sum(source is not None for source in (prompt, file, task)) != 1:
         raise UsageError("give exactly one of --prompt, --file and --task", hint='for example: meteora trace --prompt "a question"')
     if prompt is not None:
         return valid_text(prompt, "--prompt"), "Routing of a prompt"
     if file is not None:
-        try:
-            return file.read_text(encoding="utf-8").strip("\n"), f"Routing of {file.name}"
-        except UnicodeDecodeError as broken:
-            raise DataError(f"{file} is not UTF-8 text (byte {broken.start + 1})") from broken
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from error
+        return read_text(file).strip("\n"), f"Routing of {file.name}"
     from meteora_core.data.rows import read_rows
 
     assert task is not None

@@ -10,6 +10,7 @@ The rules are those of BIG-bench's own programming interface as far as a zero-sh
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ def _text(value: Any, name: str) -> str:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name!r} is not a text")
+    if not math.isfinite(value):
+        raise ValueError(f"{name!r} is {value}, which is neither a text nor a number")
     return str(value)
 
 

@@ -18,6 +18,7 @@ from meteora_core.data.writer import check_target
 from meteora_core.downloads import downloads_dir
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.names import check_names
+from meteora_core.reading import open_regular, read_errors
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _status(root: Path, name: str) -> TaskStatus:
 
 
 def _lines(path: Path) -> int:
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle, read_errors(path):
         return sum(1 for line in handle if line.strip())
 
 

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from meteora_core.errors import DataError
+from meteora_core.reading import STRICT_DECODER, open_regular, parse_json, read_errors
 
 _PIECE = 1 << 20
 _SPACE = " \t\n\r"
-_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ExampleReader:
         self._handle: IO[bytes] | None = None
 
     def __enter__(self) -> ExampleReader:
-        self._handle = open(self.index.path, "rb")
+        self._handle = open_regular(self.index.path)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -73,13 +73,13 @@ class ExampleReader:
         start, end = self.index.starts[number], self.index.ends[number]
         self._handle.seek(start)
         try:
-            return json.loads(self._handle.read(end - start))
+            return parse_json(self._handle.read(end - start).decode())
         except ValueError as changed:
             raise DataError(f"{self.index.path} changed while it was read", hint="run the command again") from changed
 
     def place(self, number: int) -> str:
         """``file:line:column`` of an example, for a message."""
-        with open(self.index.path, "rb") as handle:
+        with open_regular(self.index.path) as handle:
             before = handle.read(self.index.starts[number])
         line = before.count(b"\n") + 1
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8", errors="replace")) + 1
@@ -92,13 +92,11 @@ def index_file(path: Path) -> IndexedFile:
     Raises:
         DataError: The file is missing, is not UTF-8, or is not a JSON object; file, line and column are named.
     """
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
     fields: dict[str, Any] = {}
     starts, ends = array("q"), array("q")
     total, has_examples = 0, False
     seen: set[bytes] = set()
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle, read_errors(path):
         window = _Window(path, handle)
         for key in window.members():
             if key != "examples":
@@ -154,10 +152,12 @@ class _Window:
         size = _PIECE
         while True:
             try:
-                found, end = _DECODER.raw_decode(self.text, self.at)
+                found, end = STRICT_DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as broken:
                 if self.ended:
                     raise self._error(broken.msg, broken.pos) from broken
+            except ValueError as broken:
+                raise self._error(str(broken), self.at) from broken
             except RecursionError as deep:
                 raise self._error("nested too deeply", self.at) from deep
             else:

@@ -14,6 +14,7 @@ from meteora_core.data.rows import Row, Split
 from meteora_core.data.tasks import BigBench, Records, Task
 from meteora_core.errors import DataError
 from meteora_core.files import read_jsonl, sha256
+from meteora_core.reading import check_regular
 
 TEST_FILES = ("test.jsonl", "validation.jsonl")
 
@@ -95,8 +96,7 @@ def from_files(task: Task, train: Path | None, test: Path | None, origin: dict[s
     train_cap, test_cap = (task.source.train_cap, task.source.test_cap) if isinstance(task.source, Records) else (None, None)
     paths = [path for path in (train, test) if path is not None]
     for path in paths:
-        if not path.is_file():
-            raise DataError(f"no such file: {path}")
+        check_regular(path)
     origin = {**origin, "files": [{"path": path.name, "sha256": sha256(path)} for path in paths]}
     if train is None:
         assert test is not None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from meteora_core.data.rows import SPLITS, iter_rows
 from meteora_core.errors import DataError
-from meteora_core.files import read_json, write_json
+from meteora_core.files import read_json, sha256, write_json
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -136,7 +135,7 @@ def problems_of(folder: Path, manifest: Manifest, *, rows: bool = True) -> list[
         size = path.stat().st_size
         if size != entry.bytes:
             problems.append(f"{path} has {size} bytes, and the manifest says {entry.bytes}")
-        elif _hash(path) != entry.sha256:
+        elif sha256(path) != entry.sha256:
             problems.append(f"{path} was changed: its SHA-256 is not the manifest's")
         if rows:
             try:
@@ -154,8 +153,3 @@ def problems_of(folder: Path, manifest: Manifest, *, rows: bool = True) -> list[
     if folder.name != manifest.task:
         problems.append(f"{folder} holds the dataset of {manifest.task}")
     return problems
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

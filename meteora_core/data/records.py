@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
@@ -48,7 +49,7 @@ def record_to_row(task: Task, record: Any) -> Row:
 
 
 def fill(template: str, record: Mapping[str, Any]) -> str:
-    """Put a record's fields into a template; numbers become text.
+    """Put a record's fields into a template; finite numbers become text as Python writes them (``7``, ``0.5``).
 
     Raises:
         ValueError: The template is broken, or the record lacks one of its fields.
@@ -100,6 +101,8 @@ def _text(record: Mapping[str, Any], name: str) -> str:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"field {name!r} is not a text")
+    if not math.isfinite(value):
+        raise ValueError(f"field {name!r} is {value}, which is neither a text nor a number")
     return str(value)
 
 

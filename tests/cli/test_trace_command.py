@@ -72,7 +72,7 @@ def test_forced_and_single_adapters(meteora, world, tmp_path) -> None:
         (("--prompt", "a", "--task", "b"), 2, "exactly one"),
         (("--prompt", "a", "--out", "x.gif"), 2, "cannot tell the format of x.gif"),
         (("--prompt", " "), 2, "the message is empty"),
-        (("--file", "none.txt"), 1, "cannot read none.txt"),
+        (("--file", "none.txt"), 1, "no such file: none.txt"),
         (("--file", "latin.txt"), 1, "not UTF-8 text (byte 4)"),
         (("--task", "gsm8k"), 1, "no test rows of gsm8k"),
         (("--prompt", "a", "--out", "latin.txt/x.html"), 1, "cannot write"),

@@ -1,0 +1,176 @@
+"""Reading files of unknown origin: regular files only, and every failure named in one line."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from meteora_core.errors import DataError, MeteoraError
+from meteora_core.text import printable
+
+Error = type[MeteoraError]
+
+_SHOWN = 200
+"""Longer paths are cut in messages."""
+
+
+def shown_path(path: object) -> str:
+    """A path for a message: printable, and cut in its middle when it is very long."""
+    text = printable(os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path))
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 4 :]}"
+
+
+def describe(error: OSError, path: object) -> str:
+    """Say in one line what is wrong with ``path``.
+
+    Args:
+        error: What the system answered when the file or folder was read.
+        path: The file or folder.
+    """
+    name, code = shown_path(path), error.errno
+    if code == errno.ENOENT:
+        if isinstance(path, str | os.PathLike) and Path(path).is_symlink():
+            return f"{name} is a link to something that does not exist"
+        return f"no such file: {name}"
+    if code in (errno.EACCES, errno.EPERM):
+        return f"no permission to read {name}"
+    if code == errno.EISDIR:
+        return f"{name} is a folder, not a file"
+    if code == errno.ENOTDIR:
+        return f"{name} cannot exist: a part of this path is a file, not a folder"
+    if code == errno.ELOOP:
+        return f"{name} is a link that leads back to itself"
+    if code == errno.ENAMETOOLONG:
+        return f"the file name is too long: {name}"
+    return f"cannot read {name}: {error.strerror or one_word(error)}"
+
+
+def one_word(error: BaseException) -> str:
+    """An error's message, or its type's name where it has none."""
+    return printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+
+
+@contextmanager
+def read_errors(path: object, error: Error = DataError, *, hint: str | None = None) -> Iterator[None]:
+    """Turn whatever the system answers to reading ``path`` into an ``error`` that names the path and what is wrong with it.
+
+    Args:
+        path: The file or folder that is read.
+        error: The type to raise.
+        hint: Its hint.
+    """
+    try:
+        yield
+    except OSError as failed:
+        raise error(describe(failed, path), hint=hint) from failed
+
+
+def kind_of(mode: int) -> str:
+    """What a file of that mode is, in words."""
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((name for test, name in kinds if test(mode)), "a file")
+
+
+def check_regular(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> None:
+    """Raise ``error`` unless ``path`` is a regular file, or a link to one. The file is not opened."""
+    if "\0" in str(path):
+        raise error(f"{shown_path(path)} holds a NUL character, which no path can", hint=hint)
+    with read_errors(path, error, hint=hint):
+        mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise error(f"{shown_path(path)} is {kind_of(mode)}, not a file", hint=hint)
+
+
+def open_regular(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> io.BufferedReader:
+    """Open a regular file for reading bytes. A folder, pipe, socket or device is refused and never opened, so that nothing waits for a writer.
+
+    Args:
+        path: The file.
+        error: The type to raise.
+        hint: Its hint.
+
+    Returns:
+        The open file.
+
+    Raises:
+        MeteoraError: (of the type ``error``) it is missing, no regular file, or cannot be opened.
+    """
+    check_regular(path, error, hint=hint)
+    with read_errors(path, error, hint=hint):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    handle = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was exchanged in between
+        handle.close()
+        raise error(f"{shown_path(path)} is not a regular file", hint=hint)
+    return handle
+
+
+def read_bytes(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> bytes:
+    """Read a regular file at once; arguments and errors are those of :func:`open_regular`."""
+    with open_regular(path, error, hint=hint) as handle, read_errors(path, error, hint=hint):
+        return handle.read()
+
+
+def read_text(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> str:
+    """Read a UTF-8 text file, with or without a byte-order mark; line ends become ``\\n``.
+
+    Raises:
+        MeteoraError: (of the type ``error``) as for :func:`open_regular`, or it is not UTF-8.
+    """
+    raw = read_bytes(path, error, hint=hint)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as broken:
+        raise error(f"{shown_path(path)} is not UTF-8 text (byte {broken.start + 1})", hint=hint) from broken
+    return io.StringIO(text, newline=None).read()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"a number of {len(digits)} digits is too large") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {printable(twice[:80])!r} stands twice in one object")
+    return found
+
+
+STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_integer, object_pairs_hook=_unique_keys)
+"""Decodes JSON as the standard has it: NaN and infinities (also a number that overflows to one), integers of thousands of digits, and keys that stand
+twice are refused with a ValueError."""
+
+
+def parse_json(text: str) -> Any:
+    """Decode a JSON document by :data:`STRICT_DECODER`. Raises ValueError (for bad syntax, json.JSONDecodeError) or RecursionError."""
+    return STRICT_DECODER.decode(text)
