@@ -23,6 +23,7 @@ from meteora_core.names import check_names
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
+from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.common import (
     check_checkpoint_folder,
     disable_checkpointing,
@@ -371,7 +372,7 @@ class GateObjective:
 
     def __call__(self, model: nn.Module, batch: Batch, counts: Counts) -> StepLoss:
         """Forward and backward pass on one process."""
-        with self.around(model, batch):
+        with self.around(model, batch), without_cudnn_attention():
             loss, parts, tallies = self.compute(model, batch, counts)
             loss.backward()  # type: ignore[no-untyped-call]
         return StepLoss(loss.detach(), parts, tallies)

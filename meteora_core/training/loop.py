@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from meteora_core.errors import MeteoraError
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
+from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.nonfinite import first_nonfinite_layer
 from meteora_core.training.packing import check_packing
 from meteora_core.training.plan import Pick, plan_batches, plan_packed
@@ -308,7 +309,8 @@ class _Stepper:
         shares = []
         for place, sequences in enumerate(batches):
             batch = self.source.batch(runtime.mine(sequences)).to(self.device)
-            with runtime.accumulate(last=place == len(batches) - 1), self.task.objective.around(self.task.model, batch):
+            around = self.task.objective.around(self.task.model, batch)
+            with runtime.accumulate(last=place == len(batches) - 1), without_cudnn_attention(), around:
                 loss, parts, tallies = runtime.run(lambda model, batch=batch: self.task.objective.compute(model, batch, counts))  # type: ignore[misc]
                 self._check(loss, batch, number, place, sequences)
                 runtime.backward(loss)

@@ -1,0 +1,26 @@
+"""Which attention kernels the training stages may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep :func:`torch.nn.functional.scaled_dot_product_attention` away from cuDNN in this block; its other kernels stay as they were chosen.
+
+    With an explicit mask, 16-bit tensors and a length of 64 modulo 128, cuDNN's backward pass on Hopper GPUs gives NaN for the gradient of every
+    query whose log-sum-exp is below -88.7 (pytorch/pytorch issue 196678, seen with PyTorch 2.11 to 2.13). The forward pass is right. Large biases on
+    queries and keys, as in Qwen2, lead there. PyTorch's flash, memory-efficient and math kernels are not affected.
+
+    The setting belongs to the process. Put the backward pass in the block too: gradient checkpointing runs the forward pass there once more.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
