@@ -18,7 +18,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
     The setting belongs to the process. Put the backward pass in the block too: gradient checkpointing runs the forward pass there once more.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
