@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from meteora_core.adapters.peft_folder import AdapterInfo
 
 _log = logging.getLogger(__name__)
+
+GateOrigin = Literal["untrained", "closed form", "trained"]
+"""How the gates of a model came to be: at their random or zero start, computed without gradients (Arrow, ridge regression), or trained."""
 
 IGNORE = -100
 """The label of a position that no loss counts (as in PyTorch and transformers)."""
@@ -167,6 +170,8 @@ class RoutingState:
 
     Attributes:
         version: Grows with every change of anything here.
+        gates: How the gates came to be, as far as it is known; "untrained" is checked against the weights before it is believed
+            (:func:`meteora_core.model.attach.gate_origin`).
 
     Raises:
         UsageError: top_k or temperature is out of range, or the backend is unknown.
@@ -176,6 +181,8 @@ class RoutingState:
         self.version = 0
         self.adapters = adapters
         self.base_probe: list[float] | None = None
+        self.gates: GateOrigin = "trained"
+        self.start: tuple[str, int, tuple[str, ...]] | None = None  # how `attach` started the gates: init, seed, and the layers in order
         self.embedded = False  # the adapters are not those of their folders: a checkpoint has to hold them
         self.enabled = True
         self.allowed: Tensor | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meteora_core.files import write_jsonl
-from tiny_models import make_tiny_llama
+from tiny_models import declare_trained, make_tiny_llama
 
 SIZES = {"vocab_size": 112, "max_position_embeddings": 1024}
 TASKS = ("logical_deduction", "question_selection", "strategyqa")
@@ -53,7 +53,7 @@ def make_workspace(folder: Path, make_adapter: Callable[..., Path], count: int =
     model.save_pretrained(base)
     make_tokenizer().save_pretrained(base)
     folders = {task: make_adapter(task, seed, llama=SIZES) for seed, task in enumerate(TASKS)}
-    save_checkpoint(attach(model, AdapterBank.from_peft(folders), seed=3), checkpoint, base=BaseReference(str(base)))
+    save_checkpoint(declare_trained(attach(model, AdapterBank.from_peft(folders), seed=3)), checkpoint, base=BaseReference(str(base)))
     for task in TASKS:
         write_jsonl(data / task / "test.jsonl", rows(task, count))
     composite = [

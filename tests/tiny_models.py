@@ -20,3 +20,9 @@ def make_tiny_llama(seed: int = 0, **changes: int):
     torch.manual_seed(seed)
     config = LlamaConfig(**{**sizes, **changes}, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return LlamaForCausalLM(config).eval()
+
+
+def declare_trained(model):
+    """Mark the random gates of an attached model as trained, for tests that only need some gates; returns the model."""
+    model.meteora.gates = "trained"
+    return model

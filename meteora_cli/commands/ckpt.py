@@ -271,6 +271,8 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row("routing", f"top-{facts['top_k']}, T = {facts['temperature']}")
     if "contains" in facts:
         table.add_row("holds", ", ".join(facts["contains"]))
+    if facts.get("gates"):
+        table.add_row("gates", facts["gates"])
     if "parameters" in facts:
         table.add_row("parameters", ", ".join(f"{part} {count:,}" for part, count in facts["parameters"].items()))
         table.add_row("dtypes", ", ".join(facts["dtypes"]))

@@ -17,6 +17,7 @@ from meteora_core.errors import CheckpointError, MeteoraError, UsageError
 from meteora_core.model.attach import attach, meteora_layers
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
+from meteora_core.routing import routing_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,6 +98,7 @@ def load_authors_checkpoint(
     with torch.no_grad():
         for path, layer in meteora_layers(model):
             layer.gate.copy_(layout.tensors.read(key_of(path, "moe_gate")))
+    routing_state(model).gates = "trained"
     note_base_changes(model, *_copy_base(layout, targets, progress))
     return model.eval()
 

@@ -253,6 +253,7 @@ def _config(
         "top_k": top_k,
         "temperature": temperature,
         "adapters": [asdict(info) for info in infos],
+        "gates": "trained",
         "contains": ["gates", "adapters", *(["base"] if kept else [])],
         "base_tensors": list(kept),
         "base_rounded": rounding_table(rounded),

@@ -84,6 +84,7 @@ def _native(folder: Path, hashes: bool, progress: Progress) -> Facts:
         "format": config["format"],
         "base": {"name": config["base"].get("name"), "revision": config["base"].get("revision")},
         "contains": config.get("contains", ["gates"]),
+        "gates": config.get("gates"),
         "base_tensors": config.get("base_tensors", []),
         "top_k": config["top_k"],
         "temperature": config["temperature"],

@@ -7,6 +7,7 @@ that what is loaded is what was trained, or an error.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
 from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, read_json, save_tensors, sha256, write_json
-from meteora_core.model.attach import attach, detach, meteora_layers, same_base
+from meteora_core.model.attach import attach, detach, gate_origin, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
 from meteora_core.names import is_name
 from meteora_core.progress import SILENT, Progress
@@ -28,6 +29,8 @@ from meteora_core.routing import routing_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 CONFIG_FILE = "meteora_config.json"
 WEIGHT_FILE = "meteora.safetensors"
@@ -122,6 +125,9 @@ def save_checkpoint(
             "ranks": list(layer.ranks),
             "scaling": [float(value) for value in layer.scaling.cpu()],
         }
+    origin = gate_origin(model)
+    if origin == "untrained":
+        _log.warning("the gates saved in %s are untrained: they are still at the start that attach gave them", folder)
     changed = base_changes(model)
     known = _base_tensors(model) if changed else {}
     for name in changed:
@@ -133,6 +139,8 @@ def save_checkpoint(
         "top_k": state.top_k,
         "temperature": state.temperature,
         "adapters": [asdict(adapter) for adapter in state.adapters],
+        "gates": origin,
+        **({"gates_start": {"init": state.start[0], "seed": state.start[1]}} if origin == "untrained" and state.start else {}),
         "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
         "base_tensors": list(changed),
         "base_rounded": rounding_table(getattr(model, _ROUNDED, {})),
@@ -183,6 +191,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return dict(config)
 
 
+def refuse_untrained(folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where the configuration of a checkpoint says that its gates are untrained."""
+    if config.get("gates") == "untrained":
+        raise CheckpointError(
+            f"the gates of {folder} are untrained: they choose adapters at random",
+            hint="train them with `meteora train`; in Python, load_checkpoint(..., allow_untrained=True) loads them as they are",
+        )
+
+
 def load_checkpoint(
     folder: str | Path,
     base_model: PreTrainedModel | str | Path | None = None,
@@ -192,6 +209,7 @@ def load_checkpoint(
     backend: str = "auto",
     adapters_dir: str | Path | None = None,
     trust_remote_code: bool = False,
+    allow_untrained: bool = False,
     progress: Progress = SILENT,
 ) -> PreTrainedModel:
     """Load a native checkpoint onto its base model.
@@ -204,17 +222,20 @@ def load_checkpoint(
         backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
         adapters_dir: Where the adapter folders lie now, if they were moved; each is looked up there by its name.
         trust_remote_code: Whether code of the base model's repository may run.
+        allow_untrained: Whether gates that were saved before any training are loaded.
         progress: Where to report.
 
     Returns:
         The model, in evaluation mode, with ``model.meteora`` set.
 
     Raises:
-        CheckpointError: Files are missing or broken, keys are missing or extra (the first five named), the base model differs, or an
-            adapter is not the one that the gates were trained with.
+        CheckpointError: Files are missing or broken, keys are missing or extra (the first five named), the base model differs, an
+            adapter is not the one that the gates were trained with, or the gates are untrained.
         UsageError: The model has adapters attached already, or an unknown backend.
     """
     folder = Path(folder)
+    if not allow_untrained:
+        refuse_untrained(folder, read_config(folder))
     config, tensors, bank = read_checkpoint(folder, adapters_dir, progress)
     if base_model is None or isinstance(base_model, str | Path):
         place = pick_device(device)
@@ -239,6 +260,8 @@ def load_checkpoint(
     with torch.no_grad():
         for path, layer in meteora_layers(model):
             layer.gate.copy_(tensors[f"{path}.gate"])
+    state.gates, start = config.get("gates") or "trained", config.get("gates_start")
+    state.start = (start["init"], start["seed"], tuple(bank.modules)) if start else None
     if "adapters" in config["contains"]:
         state.embedded = True
     _restore_base(model, folder, config, tensors)

@@ -11,7 +11,7 @@ import torch
 
 from meteora_core.checkpoints.authors import load_authors_checkpoint
 from meteora_core.checkpoints.layout import describe_adapters, is_authors, read_layout
-from meteora_core.checkpoints.native import CONFIG_FILE, load_checkpoint, read_config
+from meteora_core.checkpoints.native import CONFIG_FILE, load_checkpoint, read_config, refuse_untrained
 from meteora_core.checkpoints.tensor_files import PICKLES, TensorFiles
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import sha256
@@ -69,11 +69,12 @@ def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None 
         adapters_dir: The folder of PEFT folders that names the adapters of the authors' layout; None: the 28 tasks, or numbers.
 
     Raises:
-        CheckpointError: There is none, it is broken, or the folder of adapters does not fit it.
+        CheckpointError: There is none, it is broken, its gates are untrained, or the folder of adapters does not fit it.
     """
     checkpoint = Path(checkpoint)
     if (checkpoint / CONFIG_FILE).is_file() or not checkpoint.exists() or (checkpoint.is_dir() and not _holds_weights(checkpoint)):
         config = read_config(checkpoint)
+        refuse_untrained(checkpoint, config)
         names = tuple(str(entry["name"]) for entry in config["adapters"])
         return CheckpointFacts(checkpoint, True, config["base"]["name"], config["base"].get("revision"), names, config.get("weights_sha256"))
     if not is_authors(list(TensorFiles(checkpoint).entries)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.layer import MeteoraLinear
-from meteora_core.routing import RoutingState, routing_state
+from meteora_core.routing import GateOrigin, RoutingState, routing_state
 
 Model = TypeVar("Model", bound=nn.Module)
 Trainable = Literal["none", "gates", "gates+adapters"]
@@ -57,6 +57,8 @@ def attach(
     state = RoutingState(bank.adapters, top_k, temperature, backend)
     targets = {path: _target(model, path, stack) for path, stack in bank.modules.items()}
     state.base_probe = probe_base(targets)
+    state.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
+    state.start = (init, seed, tuple(bank.modules))
     generator = torch.Generator().manual_seed(seed)
     for path, stack in bank.modules.items():
         _replace(model, path, _wrap(targets[path], path, stack, state, init, generator, dropout))
@@ -104,6 +106,40 @@ def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
             parameter.requires_grad_(True)
             trained.append(parameter)
     return trained
+
+
+def gate_origin(model: nn.Module) -> GateOrigin:
+    """How the gates of an attached model came to be.
+
+    Gates that nobody declared trained are compared with the start that :func:`attach` gave them: where a single number differs, they are "trained".
+
+    Raises:
+        UsageError: Nothing is attached.
+    """
+    state = routing_state(model)
+    if state.gates != "untrained" or state.start is None:
+        return state.gates
+    init, seed, paths = state.start
+    generator = torch.Generator().manual_seed(seed)
+    layers = dict(meteora_layers(model))
+    for path in paths:
+        gate = layers[path].gate.detach()
+        if gate.is_meta:
+            continue
+        now = gate.to("cpu", torch.float32)
+        start = torch.zeros(now.shape) if init == "zeros" else _normal_gate(now.shape, generator)
+        if not any(torch.equal(now, rounded) for rounded in _roundings(start)):
+            return "trained"
+    return "untrained"
+
+
+def _roundings(start: Tensor) -> Iterator[Tensor]:
+    """``start`` as it is after a model's changes of dtype."""
+    yield start
+    for dtype in (torch.bfloat16, torch.float16):
+        yield start.to(dtype).float()
+    yield start.to(torch.bfloat16).to(torch.float16).float()
+    yield start.to(torch.float16).to(torch.bfloat16).float()
 
 
 def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
@@ -168,7 +204,7 @@ def start_gate(stack: Stack, init: GateInit, generator: torch.Generator) -> Tens
     if init == "zeros":
         return torch.zeros(len(stack.ranks), stack.in_features)
     if init == "normal":
-        return torch.randn(len(stack.ranks), stack.in_features, generator=generator) * 0.02
+        return _normal_gate((len(stack.ranks), stack.in_features), generator)
     rows, start = [], 0
     for rank in stack.ranks:
         A, B = stack.A[start : start + rank].float(), stack.B[start : start + rank].float().t()
@@ -181,6 +217,10 @@ def start_gate(stack: Stack, init: GateInit, generator: torch.Generator) -> Tens
         vector = q @ torch.linalg.svd(middle).Vh[0]
         rows.append(vector * torch.sign(vector[vector.abs().argmax()]))
     return torch.stack(rows)
+
+
+def _normal_gate(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator) * 0.02
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

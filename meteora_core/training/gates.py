@@ -227,6 +227,8 @@ def train_gates(
             disable_checkpointing(model)
     measured = measure(runtime.run, progress)
     gather_trained(model)
+    if state.step:
+        routing_state(model).gates = "trained"
     loss = state.history[-1]["loss"] if state.history else float("nan")
     training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
     training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "sampled": state.sampled, "history": state.history}

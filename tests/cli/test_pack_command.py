@@ -9,14 +9,14 @@ from meteora_core.checkpoints.card import write_card
 from meteora_core.checkpoints.native import read_config
 from meteora_core.errors import UsageError
 from meteora_core.files import write_json, write_jsonl
-from tiny_models import make_tiny_llama
+from tiny_models import declare_trained, make_tiny_llama
 
 
 @pytest.fixture
 def source(tmp_path, make_adapter):
     """A checkpoint of gates over two adapters in folders."""
     folders = {name: make_adapter(name, seed) for seed, name in enumerate("ab")}
-    model = attach(make_tiny_llama(), AdapterBank.from_peft(folders), seed=3)
+    model = declare_trained(attach(make_tiny_llama(), AdapterBank.from_peft(folders), seed=3))
     return save_checkpoint(model, tmp_path / "source", training={"steps": 3, "held_out": {"gate_accuracy": 0.5}})
 
 

@@ -13,7 +13,7 @@ from meteora_core.checkpoints.native import read_config
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.model.attach import set_trainable
 from meteora_core.model.base import BaseReference, load_base
-from tiny_models import make_tiny_llama
+from tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
@@ -74,7 +74,7 @@ def test_adapters_that_trained_are_in_the_checkpoint(bank, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("changes", [{"lora_alpha": 64}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}], ids=lambda changes: next(iter(changes)))
 def test_another_scaling_than_at_training_is_noticed(bank, tmp_path: Path, changes) -> None:
-    save_checkpoint(attach(make_tiny_llama(), bank), tmp_path / "saved")
+    save_checkpoint(declare_trained(attach(make_tiny_llama(), bank)), tmp_path / "saved")
     load_checkpoint(tmp_path / "saved", make_tiny_llama())
     file = Path(bank.adapters[1].source) / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -97,7 +97,7 @@ def test_scalings_stay_exact_when_the_dtype_changes(make_adapter) -> None:
 
 
 def test_what_is_wrong_with_the_model_is_said_as_it_is(bank, tmp_path: Path) -> None:
-    save_checkpoint(attach(make_tiny_llama(), bank), tmp_path / "saved")
+    save_checkpoint(declare_trained(attach(make_tiny_llama(), bank)), tmp_path / "saved")
     with pytest.raises(UsageError, match="already"):
         load_checkpoint(tmp_path / "saved", attach(make_tiny_llama(), bank))
     with pytest.raises(UsageError, match="nonesuch"):
@@ -111,7 +111,7 @@ def test_the_base_keeps_the_name_that_it_was_loaded_by(bank, tmp_path: Path) -> 
     reference = BaseReference(str(tmp_path / "base"), trust_remote_code=True)
     model = load_base(reference)
     model.config._name_or_path = model.name_or_path = "/elsewhere/in/a/cache"
-    save_checkpoint(attach(model, bank), tmp_path / "saved")
+    save_checkpoint(declare_trained(attach(model, bank)), tmp_path / "saved")
     assert read_config(tmp_path / "saved")["base"]["name"] == str(tmp_path / "base")
     assert torch.equal(logits(load_checkpoint(tmp_path / "saved", tmp_path / "base")), logits(model))
 

@@ -11,7 +11,7 @@ from meteora_core import AdapterBank, attach, load_checkpoint, save_checkpoint
 from meteora_core.checkpoints.native import read_config
 from meteora_core.checkpoints.pack import pack_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
-from tiny_models import make_tiny_llama
+from tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
@@ -24,7 +24,7 @@ def source(tmp_path, make_adapter):
         "b": make_adapter("b", 1, r=2, target_modules=["q_proj", "v_proj"]),
         "c": make_adapter("c", 2),
     }
-    model = attach(make_tiny_llama(), AdapterBank.from_peft(folders), seed=3)
+    model = declare_trained(attach(make_tiny_llama(), AdapterBank.from_peft(folders), seed=3))
     save_checkpoint(model, tmp_path / "source", training={"steps": 3, "history": [{"loss": 1.0}], "held_out": {"gate_accuracy": 0.5}, "inputs": {}})
     return tmp_path / "source"
 
@@ -81,7 +81,7 @@ def test_a_low_rank_keeps_the_largest_singular_values(source, tmp_path) -> None:
 def test_a_rank_above_a_layers_width(tmp_path, make_adapter) -> None:
     """k and v have 16 outputs and adapters of rank 24: no more than 16 singular values."""
     names = {name: make_adapter(name, seed, r=24, target_modules=["k_proj", "q_proj"]) for seed, name in enumerate("ab")}
-    save_checkpoint(attach(make_tiny_llama(), AdapterBank.from_peft(names), seed=3), tmp_path / "source")
+    save_checkpoint(declare_trained(attach(make_tiny_llama(), AdapterBank.from_peft(names), seed=3)), tmp_path / "source")
     expected = logits(tmp_path / "source")
     pack_checkpoint(tmp_path / "source", tmp_path / "packed", rank=20, dtype=torch.float32)
     ranks = {path.rpartition(".")[2]: module["ranks"] for path, module in read_config(tmp_path / "packed")["modules"].items()}

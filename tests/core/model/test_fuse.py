@@ -15,7 +15,7 @@ from meteora_core.model.attach import meteora_layers
 from meteora_core.model.fuse import fuse_for_inference, is_fused
 from meteora_core.routing import record_routes, routing_state
 from meteora_kernels import triton_group
-from tiny_models import make_tiny_llama
+from tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 
@@ -25,7 +25,7 @@ def model(make_adapter):
     """A tiny Llama with three adapters of rank 4 on all linears, on the device that the kernels run on."""
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     folders = {name: make_adapter(name, seed, r=4, target_modules=names) for seed, name in enumerate(("one", "two", "three"))}
-    attached = attach(make_tiny_llama(), AdapterBank.from_peft(folders))
+    attached = declare_trained(attach(make_tiny_llama(), AdapterBank.from_peft(folders)))
     return attached.cuda() if torch.cuda.is_available() else attached
 
 
