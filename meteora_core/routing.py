@@ -54,12 +54,16 @@ class RoutingDecision:
 class Routes:
     """What every layer chose while :func:`record_routes` was on, in the order of the forward calls.
 
+    An output layer (``lm_head``) with adapters is recorded apart, since it may see only the last token of every row: :meth:`steps` has what it chose,
+    :attr:`paths`, :meth:`packed` and :meth:`shares` leave it out.
+
     Attributes:
         names: The adapters' names, by index.
     """
 
     names: tuple[str, ...]
     _steps: dict[str, list[RoutingDecision]] = field(default_factory=dict)
+    _outputs: dict[str, list[RoutingDecision]] = field(default_factory=dict)
 
     def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
         """Append the choice of layer ``path`` for one forward call; shapes (batch, tokens, k) or (tokens, k).
@@ -67,12 +71,11 @@ class Routes:
         Raises:
             UsageError: A CUDA graph is being captured: its replays would never come here.
         """
-        if indices.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise UsageError("routes cannot be recorded while a CUDA graph is captured", hint="leave record_routes before the capture")
-        indices, weights = indices.detach(), weights.detach().float()
-        if indices.ndim == 2:
-            indices, weights = indices[None], weights[None]
-        self._steps.setdefault(path, []).append(RoutingDecision(indices, weights))
+        self._steps.setdefault(path, []).append(_decision(indices, weights))
+
+    def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
+        """The same for a layer that makes logits; see the class."""
+        self._outputs.setdefault(path, []).append(_decision(indices, weights))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -81,7 +84,7 @@ class Routes:
 
     def steps(self, path: str) -> list[RoutingDecision]:
         """The decisions of one layer, one per forward call."""
-        return self._steps[path]
+        return self._steps[path] if path in self._steps else self._outputs[path]
 
     def layer(self, path: str) -> RoutingDecision:
         """All calls of one layer joined along the tokens, on the CPU.
@@ -91,7 +94,7 @@ class Routes:
         Raises:
             ValueError: The batch size changed between calls.
         """
-        steps = self._steps[path]
+        steps = self.steps(path)
         if len({step.indices.shape[0] for step in steps}) > 1:
             raise ValueError(f"{path}: the batch size changed while routes were recorded; use steps() instead")
         return RoutingDecision(torch.cat([step.indices.cpu() for step in steps], 1), torch.cat([step.weights.cpu() for step in steps], 1))
@@ -112,15 +115,16 @@ class Routes:
             return empty.long(), empty
         indices, weights = [], []
         for call in zip(*self._steps.values(), strict=True):
-            indices.append(torch.stack([decision.indices for decision in call], 2)[row].cpu())
-            weights.append(torch.stack([decision.weights for decision in call], 2)[row].cpu())
+            place = call[0].indices.device  # the layers of a model may be spread over several
+            indices.append(torch.stack([decision.indices.to(place) for decision in call], 2)[row].cpu())
+            weights.append(torch.stack([decision.weights.to(place) for decision in call], 2)[row].cpu())
         width = max(part.shape[-1] for part in indices)
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in (*indices, *weights)]
         return torch.cat(padded[: len(indices)]), torch.cat(padded[len(indices) :])
 
     def clear(self) -> None:
         """Forget what was recorded so far; the layers' order is kept."""
-        for steps in self._steps.values():
+        for steps in (*self._steps.values(), *self._outputs.values()):
             steps.clear()
 
     def shares(self, paths: Iterable[str] | None = None) -> Tensor:
@@ -138,6 +142,26 @@ class Routes:
         if total is None:
             return torch.zeros(0, 0, len(self.names))
         return total / len(paths)
+
+
+def _decision(indices: Tensor, weights: Tensor) -> RoutingDecision:
+    if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UsageError("routes cannot be recorded while a CUDA graph is captured", hint="leave record_routes before the capture")
+    indices, weights = indices.detach(), weights.detach().float()
+    return RoutingDecision(indices[None], weights[None]) if indices.ndim == 2 else RoutingDecision(indices, weights)
+
+
+@dataclass
+class LastCall:
+    """The batch that the model was called with last, while layers are observed.
+
+    Attributes:
+        shape: (batch, tokens); None when it is not known.
+        scattered: Logits are wanted at positions that a tensor names, so that an output layer cannot tell which tokens it sees.
+    """
+
+    shape: torch.Size | None = None
+    scattered: bool = False
 
 
 @dataclass
@@ -192,6 +216,7 @@ class RoutingState:
         self.keep_hits = False
         self.gates_alone = False
         self.recorder: Routes | None = None
+        self.last_call = LastCall()
         self._masks: dict[frozenset[str], Tensor] = {}
         self._singles: dict[int, Tensor] = {}
         self._copies: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()
@@ -278,6 +303,7 @@ class RoutingState:
             alone: The gate loss has gradients for each layer's own gate alone, none for what computed its input.
         """
         observations = GateObservations()
+        self.last_call = LastCall()
         self.gate_labels, self.observations, self.keep_hits, self.gates_alone = labels, observations, keep_hits, alone
         try:
             yield observations
@@ -296,6 +322,7 @@ class RoutingState:
                 with torch.inference_mode(False):
                     self._singles[adapters] = torch.tensor([adapters])
             adapters = self._singles[adapters]
+        self.last_call = LastCall()
         before, self.forced = self.forced, adapters
         try:
             yield
@@ -354,7 +381,7 @@ def record_routes(model: nn.Module) -> Iterator[Routes]:
     routes, before = Routes(state.names), state.recorder
     if is_compiled(model):
         _log.warning("routes are recorded by eager code: the compiled or captured code of this model is not used meanwhile")
-    state.recorder = routes
+    state.recorder, state.last_call = routes, LastCall()
     try:
         with torch.compiler.set_stance("force_eager"):
             yield routes

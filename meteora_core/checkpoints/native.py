@@ -23,6 +23,7 @@ from meteora_core.errors import AdapterError, CheckpointError, UsageError
 from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, read_json, save_tensors, sha256, write_json
 from meteora_core.model.attach import attach, detach, gate_origin, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
+from meteora_core.model.offload import real_tensor
 from meteora_core.names import is_name
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
@@ -115,8 +116,8 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for path, layer in meteora_layers(model):
-        kept = {"gate": layer.gate, "lora_A": layer.lora_A, "lora_B": layer.lora_B} if adapters else {"gate": layer.gate}
-        for name, parameter in kept.items():
+        for name in ("gate", "lora_A", "lora_B") if adapters else ("gate",):
+            parameter = real_tensor(layer, name, path)
             tensor = parameter.detach().to("cpu", dtype or parameter.dtype)
             tensors[f"{path}.{name}"] = tensor.contiguous()
         modules[path] = {
@@ -277,9 +278,11 @@ def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensor
     known = _base_tensors(model)
     for name in names:
         target, stored = known.get(name), tensors[BASE + name]
-        if target is None or not target.is_floating_point() or target.shape != stored.shape:
+        if target is None or not target.is_floating_point() or target.shape != stored.shape or target.is_meta:
             detach(model)
-            mine = "it has no such tensor" if target is None else f"its own is {target.dtype} of shape {list(target.shape)}"
+            mine = "it has no such tensor"
+            if target is not None:
+                mine = "its own is offloaded" if target.is_meta else f"its own is {target.dtype} of shape {list(target.shape)}"
             raise CheckpointError(
                 f"the base model cannot take {name} {list(stored.shape)} of the checkpoint {folder}: {mine}",
                 hint=f"it was trained on {config['base']['name']}; tensors of a quantised base cannot be replaced",

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.layer import MeteoraLinear
+from meteora_core.model.offload import compute_device, real_tensor
+from meteora_core.model.resize import Resizer
+from meteora_core.model.tokens import is_output_layer, stop_watching, watch_calls
 from meteora_core.routing import GateOrigin, RoutingState, routing_state
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,20 +51,30 @@ def attach(
 
     Raises:
         AdapterError: A target is missing in the model, is no linear, or has other shapes; layer and shapes are named. The model is unchanged.
-        UsageError: top_k, temperature, backend or init is out of range, or adapters are attached already.
+        UsageError: top_k, temperature, backend or init is out of range; or adapters are attached already, by Meteora or by PEFT; or a target has no
+            weights (it is on the device "meta", and accelerate has no values for it).
     """
     if getattr(model, "meteora", None) is not None:
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
     if init not in ("normal", "zeros", "arrow"):
         raise UsageError(f"unknown gate start {init!r}", hint="choose from: normal, zeros, arrow")
+    _refuse_peft(model)
     state = RoutingState(bank.adapters, top_k, temperature, backend)
     targets = {path: _target(model, path, stack) for path, stack in bank.modules.items()}
+    _refuse_shared(targets)
+    for path, module in targets.items():
+        compute_device(module, path)  # raises before anything is changed
     state.base_probe = probe_base(targets)
     state.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
     state.start = (init, seed, tuple(bank.modules))
     generator = torch.Generator().manual_seed(seed)
     for path, stack in bank.modules.items():
-        _replace(model, path, _wrap(targets[path], path, stack, state, init, generator, dropout))
+        layer = _wrap(targets[path], path, stack, state, init, generator, dropout)
+        layer.is_output = is_output_layer(model, path)
+        if layer.is_output:
+            model.resize_token_embeddings = Resizer(model, path)  # type: ignore[assignment]
+        _replace(model, path, layer)
+    watch_calls(model, state)
     model.meteora = state  # type: ignore[assignment]
     set_trainable(model, "gates")
     return model
@@ -74,6 +87,9 @@ def detach(model: Model) -> Model:
     unfuse(model)
     for path, layer in dict(meteora_layers(model)).items():
         _replace(model, path, layer.base_layer)
+    stop_watching(model)
+    if isinstance(vars(model).get("resize_token_embeddings"), Resizer):
+        del model.resize_token_embeddings
     del model.meteora
     return model
 
@@ -123,10 +139,7 @@ def gate_origin(model: nn.Module) -> GateOrigin:
     generator = torch.Generator().manual_seed(seed)
     layers = dict(meteora_layers(model))
     for path in paths:
-        gate = layers[path].gate.detach()
-        if gate.is_meta:
-            continue
-        now = gate.to("cpu", torch.float32)
+        now = real_tensor(layers[path], "gate", path).detach().to("cpu", torch.float32)
         start = torch.zeros(now.shape) if init == "zeros" else _normal_gate(now.shape, generator)
         if not any(torch.equal(now, rounded) for rounded in _roundings(start)):
             return "trained"
@@ -143,13 +156,14 @@ def _roundings(start: Tensor) -> Iterator[Tensor]:
 
 
 def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
-    """A few weights of up to 16 of the linears, to recognise the base model by; None when they are quantised or not materialised."""
+    """A few weights of up to 16 of the linears, to recognise the base model by; None when they are quantised."""
     paths = sorted(linears, key=natural_order)
     values: list[float] = []
     for path in paths[:: max(1, len(paths) // 16)][:16]:
         weight = linears[path].weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta or weight.ndim != 2:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
             return None
+        weight = real_tensor(linears[path], "weight", path)
         flat = weight.detach().reshape(-1)
         step = max(1, flat.shape[0] // 4)
         values += [float(value) for value in flat[::step][:4].float().cpu()]
@@ -163,16 +177,40 @@ def same_base(mine: list[float] | None, theirs: list[float] | None) -> bool:
     return len(mine) == len(theirs) and all(abs(a - b) <= 1e-2 * max(abs(a), abs(b)) + 1e-6 for a, b in zip(mine, theirs, strict=True))
 
 
+def _refuse_peft(model: nn.Module) -> None:
+    """PEFT's layers in a model would be wrapped, or hide the linears."""
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            where = f" (at {path})" if path else ""
+            raise UsageError(
+                f"this model carries adapters that PEFT put on it{where}",
+                hint="attach to the base model alone: Meteora reads the adapters from their folders, AdapterBank.from_peft({name: folder})",
+            )
+
+
+def _refuse_shared(targets: dict[str, nn.Module]) -> None:
+    """Two stacks cannot be put on one linear that the model has under two names."""
+    seen: dict[int, str] = {}
+    for path, module in targets.items():
+        other = seen.setdefault(id(module), path)
+        if other != path:
+            raise AdapterError(f"{other} and {path} are one and the same linear in this model, and the adapters have weights for both")
+
+
 def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
     try:
         module = model.get_submodule(path)
     except AttributeError:
+        wrapped = isinstance(getattr(model, "module", None), nn.Module)
         raise AdapterError(
             f"the adapters target {path}, which {type(model).__name__} does not have",
-            hint="the adapters were trained on another base model",
+            hint="attach to the model inside the wrapper, model.module, before it is wrapped" if wrapped else "the adapters were trained on another base model",
         ) from None
     if not isinstance(module, nn.Linear):
-        raise AdapterError(f"the adapters target {path}, which is a {type(module).__name__}; only linear layers can be wrapped")
+        raise AdapterError(
+            f"the adapters target {path}, which is a {type(module).__name__}; only nn.Linear and its subclasses can carry adapters",
+            hint="use adapters of other modules, or another base model",
+        )
     if (module.in_features, module.out_features) != (stack.in_features, stack.out_features):
         raise AdapterError(
             f"{path}: the adapters map {stack.in_features} to {stack.out_features} features, the base layer {module.in_features} to {module.out_features}",
@@ -185,11 +223,8 @@ def _wrap(base: nn.Module, path: str, stack: Stack, state: RoutingState, init: G
     weight = base.weight
     assert isinstance(weight, Tensor)
     dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
-    place = {"device": weight.device, "dtype": dtype}
-    if weight.is_meta:
-        gate = torch.empty(len(stack.ranks), stack.in_features)
-    else:
-        gate = start_gate(stack, init, generator)
+    place = {"device": compute_device(base, path), "dtype": dtype}
+    gate = start_gate(stack, init, generator)
     A, B = stack.A.to(**place, copy=True), stack.B.to(**place, copy=True)  # type: ignore[call-overload]  # the bank's own stay as they are
     layer = MeteoraLinear(base, path, gate.to(**place), A, B, stack.scaling, stack.ranks, state, dropout)  # type: ignore[call-overload]
     return layer.train(base.training)

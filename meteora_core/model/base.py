@@ -183,6 +183,9 @@ def loaded_by(model: nn.Module) -> BaseReference | None:
 def _cannot_load(what: str, reference: BaseReference, error: Exception) -> CheckpointError:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = "check the name and the network; a gated model needs `hf auth login` or HF_TOKEN; a cached one works offline with HF_HUB_OFFLINE=1"
-    if "trust_remote_code" in text:
+    if "Unrecognized configuration class" in text:
+        text = text.partition(".\n")[0]
+        hint = "Meteora needs a causal language model; encoder-decoder models such as T5 and encoders such as BERT are of another kind"
+    if "trust_remote_code" in str(error):
         hint = "this model ships its own code; pass --trust-remote-code only if you trust its authors"
     return CheckpointError(f"cannot load the {what} of {reference.name}: {text}", hint=hint)

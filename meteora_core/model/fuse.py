@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -229,7 +229,7 @@ def fuse(model: nn.Module) -> int:
             raise UsageError(f"this model cannot be fused: {reason}", hint="fusing speeds up inference on a CUDA GPU; without it the model runs as it is")
         group = FusedGroup(layers)
         for index, layer in enumerate(layers):
-            layer.forward = _member(group, index)  # type: ignore[method-assign,assignment]
+            layer.forward = _Member(group, index)  # type: ignore[method-assign]
             made[layer] = group
         count += 1
     replaced = feed(model, made)
@@ -273,7 +273,7 @@ def unfuse(model: nn.Module) -> int:
     starve(model)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, MeteoraLinear) and "forward" in vars(module):
+            if isinstance(module, MeteoraLinear) and _is_member(module):
                 del module.forward
                 for parameter in (module.weight, module.gate, module.lora_A, module.lora_B, *([] if module.bias is None else [module.bias])):
                     parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
@@ -283,14 +283,21 @@ def unfuse(model: nn.Module) -> int:
 
 def is_fused(model: nn.Module) -> bool:
     """Whether any layer of the model runs as part of a fused group."""
-    return any(isinstance(module, MeteoraLinear) and "forward" in vars(module) for module in model.modules())
+    return any(isinstance(module, MeteoraLinear) and _is_member(module) for module in model.modules())
 
 
-def _member(group: FusedGroup, index: int) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return group.run(index, x)
+class _Member:
+    """The forward of a layer that runs as part of a group."""
 
-    return forward
+    def __init__(self, group: FusedGroup, index: int) -> None:
+        self.group, self.index = group, index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.group.run(self.index, x)
+
+
+def _is_member(layer: MeteoraLinear) -> bool:
+    return isinstance(vars(layer).get("forward"), _Member)
 
 
 def _rows_close(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

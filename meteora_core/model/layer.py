@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meteora_core.errors import UsageError
+from meteora_core.model.tokens import forced_routes, token_shape
 from meteora_core.routing import IGNORE, RoutingState
 from meteora_kernels import lora_mixture, route
 
@@ -29,6 +31,9 @@ class MeteoraLinear(nn.Module):
         ranks: One rank an adapter; 0 where an adapter does not target this layer.
         state: Shared by all layers of the model.
         dropout: Probability, applied in training to what the adapters (not the gate) see.
+
+    Attributes:
+        is_output: Whether this layer makes the model's logits; it may be called with the last tokens of every row alone.
     """
 
     scaling: Tensor
@@ -52,6 +57,7 @@ class MeteoraLinear(nn.Module):
         self.ranks = ranks
         self.max_rank = max(ranks)
         self.dropout = dropout
+        self.is_output = False
         self.state = state
         self.gate = nn.Parameter(gate)
         self.lora_A = nn.Parameter(lora_A, requires_grad=False)
@@ -75,6 +81,13 @@ class MeteoraLinear(nn.Module):
         if self.scaling.dtype != exact.dtype and not exact.is_meta:
             self.scaling = exact.to(self.scaling.device)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """``weight`` and ``bias`` are the base layer's: a model that ties its output layer to the embedding sets them here."""
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def in_features(self) -> int:
@@ -138,44 +151,52 @@ class MeteoraLinear(nn.Module):
         arguments = (x, output, gate, lora_A, lora_B, self.scaling, self.offsets)
         top_k, temperature, allowed = state.top_k, state.temperature, self._allowed()
         if state.forced is not None:
-            routes = _forced_routes(state.on(state.forced, x.device), x)
+            routes = forced_routes(self, state.on(state.forced, x.device), x)
             mixed = lora_mixture(*arguments, lora_x=lora_x, routes=routes, top_k=1, backend=state.backend, max_rank=self.max_rank)
             assert isinstance(mixed, Tensor)
-            if state.recorder is not None:
-                state.recorder.add(self.path, *routes)
+            self._record(x, *routes)
             return mixed
         mixed, logits = lora_mixture(
             *arguments, lora_x=lora_x, top_k=top_k, temperature=temperature, allowed=allowed, backend=state.backend, max_rank=self.max_rank, return_logits=True
         )
         if state.recorder is not None:
-            state.recorder.add(self.path, *route(logits.detach(), top_k, temperature, allowed))
+            self._record(x, *route(logits.detach(), top_k, temperature, allowed))
         if state.gate_labels is not None and state.observations is not None:
-            labels = state.gate_labels.reshape(-1)
-            seen = F.linear(x.detach(), gate) if state.gates_alone else logits
-            flat = seen.reshape(-1, seen.shape[-1])
-            wide = flat if flat.dtype == torch.float64 else flat.float()
-            weights = state.observations.weights  # autocast leaves float32 alone here
-            losses = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum" if weights is None else "none")
-            state.observations.loss_sums.append(losses if weights is None else (losses * weights).sum())
-            if state.keep_hits:
-                state.observations.hits[self.path] = flat.detach().argmax(-1) == labels
+            self._label(F.linear(x.detach(), gate) if state.gates_alone else logits, token_shape(self, x))
         return mixed
+
+    def _record(self, x: Tensor, indices: Tensor, weights: Tensor) -> None:
+        recorder = self.state.recorder
+        if recorder is not None:
+            shape = (*token_shape(self, x), indices.shape[-1])
+            add = recorder.add_output if self.is_output else recorder.add
+            add(self.path, indices.reshape(shape), weights.reshape(shape))
+
+    def _label(self, logits: Tensor, shape: torch.Size) -> None:
+        """Compare gate logits, of tokens laid out as ``shape``, with the labels; an output layer may see the last tokens of every row alone."""
+        state = self.state
+        labels, observations = state.gate_labels, state.observations
+        assert labels is not None
+        assert observations is not None
+        last = shape[-1] if self.is_output and labels.ndim == len(shape) == 2 else labels.shape[-1]
+        seen = labels[..., labels.shape[-1] - last :]
+        if seen.numel() != shape.numel():
+            raise UsageError(
+                f"gates are labelled for a batch of shape {tuple(labels.shape)}, but {self.path} sees one of shape {tuple(shape)}",
+                hint="give labels for the very batch that the model gets",
+            )
+        flat = logits.reshape(-1, logits.shape[-1])
+        wide = flat if flat.dtype == torch.float64 else flat.float()
+        weights = observations.weights  # autocast leaves float32 alone here
+        targets = seen.reshape(-1).to(flat.device)
+        losses = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum" if weights is None else "none")
+        if weights is not None:
+            losses = (losses * weights.reshape(labels.shape)[..., labels.shape[-1] - last :].reshape(-1).to(flat.device)).sum()
+        observations.loss_sums.append(losses.to(labels.device))
+        if state.keep_hits:
+            hits = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+            hits[..., labels.shape[-1] - last :] = (flat.detach().argmax(-1) == targets).reshape(seen.shape).to(labels.device)
+            observations.hits[self.path] = hits.reshape(-1)
 
     def extra_repr(self) -> str:
         return f"adapters={len(self.ranks)}, total_rank={sum(self.ranks)}, in={self.in_features}, out={self.out_features}"
-
-
-def _forced_routes(forced: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and weights (..., 1) that send every token of ``x`` to its forced adapter.
-
-    ``forced`` is int64 (1,), (batch,) or (batch, tokens).
-    """
-    shape = x.shape[:-1]
-    if forced.numel() == 1:
-        indices = forced.reshape(()).expand(shape)
-    elif forced.ndim == 1:
-        indices = forced.reshape(-1, *([1] * (len(shape) - 1))).expand(shape)
-    else:
-        indices = forced.reshape(shape)
-    indices = indices.unsqueeze(-1)
-    return indices, torch.ones(indices.shape, device=x.device, dtype=torch.float32)

@@ -19,6 +19,7 @@ from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import read_json
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
+from meteora_core.model.tokens import check_observable
 from meteora_core.names import check_names
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
@@ -152,12 +153,13 @@ def train_gates(
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: ``folder`` holds something that a checkpoint may not replace, ``resume`` with other inputs (the differences are listed), values out of
-            range, or a rate of the adapters' own with DeepSpeed.
+        UsageError: ``folder`` holds something that a checkpoint may not replace, an adapter targets one expert of many, ``resume`` with other inputs
+            (the differences are listed), values out of range, or a rate of the adapters' own with DeepSpeed.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     check_names(bank.names, "adapter")
     check_checkpoint_folder(folder)
+    check_observable(bank.modules, "the training of gates")
     adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) if settings.trainable == "gates+adapters" else settings.learning_rate
     if runtime.kind == "deepspeed" and adapter_rate != settings.learning_rate:
         # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second

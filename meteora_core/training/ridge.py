@@ -72,7 +72,8 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
     hooks = [layer.register_forward_pre_hook(sums.hook) for layer in layers.values()]
     seen = torch.zeros(adapters)
     model.eval()
-    decoder = getattr(model, "base_model", model)
+    whole = any(layer.is_output for layer in layers.values())  # the output layer is no part of the decoder
+    decoder = model if whole else getattr(model, "base_model", model)
     try:
         with progress.task("gates: closed-form start", total=total, unit="batches") as bar:
             for batch in batches:

@@ -23,6 +23,7 @@ from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, LoraWeights
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference
+from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings
@@ -135,7 +136,9 @@ def _train(
     rows = [each.rows for each in encoded]
     title = f"together-{short_hash(tasks)}"  # runs of other tasks may go on beside this one
     states = out_dir / f".{title}.states"
-    attach(model, fresh_bank(model, tasks, base, settings), top_k=1, init="zeros", dropout=settings.dropout)
+    bank = fresh_bank(model, tasks, base, settings)
+    check_observable(bank.modules, "--together")
+    attach(model, bank, top_k=1, init="zeros", dropout=settings.dropout)
     try:
         for _, layer in meteora_layers(model):
             layer.gate.requires_grad_(False)

@@ -1,0 +1,145 @@
+"""Which tokens of the batch a layer sees: layers may get (batch, tokens, h), all tokens in one dimension, or only the last tokens of every row.
+
+A hook on the model notes the shape of the batch of each call, so that a layer can tell which row and which position each of its tokens belongs to.
+Only forced routes, gate labels and recorders need to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from meteora_core.model.layer import MeteoraLinear
+    from meteora_core.routing import RoutingState
+
+_INPUTS = ("input_ids", "inputs_embeds")
+
+
+class CallWatcher:
+    """A forward pre-hook that notes (batch, tokens) of a call in the routing state while layers are observed."""
+
+    def __init__(self, state: RoutingState) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.state.observed:
+            return
+        given = [kwargs.get(name) for name in _INPUTS] + list(args[:1])
+        found = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
+        if found is not None:
+            self.state.last_call.shape = found.shape[:2]
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            self.state.last_call.scattered = True
+
+
+def watch_calls(model: nn.Module, state: RoutingState) -> None:
+    """Let the model, and the decoder inside it, note the shapes of their batches in ``state``."""
+    for module in _callers(model):
+        module.register_forward_pre_hook(CallWatcher(state), with_kwargs=True)
+
+
+def stop_watching(model: nn.Module) -> None:
+    """Undo :func:`watch_calls`."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, CallWatcher)]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _callers(model: nn.Module) -> list[nn.Module]:
+    """The modules that are called with token ids or embeddings."""
+    decoder = None
+    with suppress(AttributeError, NotImplementedError):  # not every model has one
+        decoder = model.get_decoder()  # type: ignore[operator]
+    found: list[nn.Module] = []
+    for module in (model, getattr(model, "base_model", None), decoder):
+        if isinstance(module, nn.Module) and not any(module is other for other in found):
+            found.append(module)
+    return found
+
+
+def is_output_layer(model: nn.Module, path: str) -> bool:
+    """Whether a layer makes the logits: it is not part of the decoder, and may be called with the last tokens of every row alone."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and head is model.get_submodule(path)
+
+
+def is_routed_expert(path: str) -> bool:
+    """Whether a layer belongs to one expert of many, which sees some of the tokens in an order of its own."""
+    return "experts" in path.split(".")
+
+
+def check_observable(paths: Iterable[str], what: str) -> None:
+    """Raise UsageError where a layer cannot tell its tokens apart, before any work is done.
+
+    Args:
+        paths: The layers with adapters.
+        what: What needs to tell them apart, as the subject of a sentence.
+    """
+    for path in paths:
+        if is_routed_expert(path):
+            raise UsageError(
+                f"{what} cannot tell which tokens {path} sees: it is one expert of many, to which the model sends some of the tokens",
+                hint="use adapters that do not target the experts (attention and shared experts can be targets)",
+            )
+
+
+def token_shape(layer: MeteoraLinear, x: Tensor) -> torch.Size:
+    """How the tokens of a layer's input (..., in) are laid out as (batch, tokens): all of the batch, or the last tokens of every row.
+
+    Raises:
+        UsageError: The layer sees other tokens than those of the batch, or in another order.
+    """
+    shape = x.shape[:-1]
+    call = layer.state.last_call
+    if call.shape is None:
+        return shape
+    if is_routed_expert(layer.path):
+        check_observable([layer.path], "forcing, labelling or recording routes")
+    if layer.is_output:
+        if len(shape) == 2 and shape[0] == call.shape[0] and shape[1] <= call.shape[1] and not call.scattered:
+            return shape
+    elif shape == call.shape:
+        return shape
+    if shape.numel() == call.shape.numel() and (len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)):
+        return call.shape
+    raise UsageError(
+        f"{layer.path} sees an input of shape {tuple(x.shape)} in a batch of {call.shape[0]} x {call.shape[1]} tokens: which token is which is not known there",
+        hint="routes cannot be forced by row, labelled or recorded in this layer; use adapters that do not target it",
+    )
+
+
+def forced_routes(layer: MeteoraLinear, forced: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and weights (..., 1) that send every token of ``x`` (..., in) to its forced adapter.
+
+    Args:
+        layer: The layer.
+        forced: int64 (1,), (batch,) or (batch, tokens).
+        x: Its input.
+
+    Raises:
+        UsageError: ``forced`` is of another batch.
+    """
+    shape = x.shape[:-1]
+    if forced.numel() == 1:
+        indices = forced.reshape(()).expand(shape)
+    else:
+        rows = token_shape(layer, x)
+        if forced.ndim == 1 and forced.shape[0] == rows[0]:
+            indices = forced.reshape(-1, *([1] * (len(rows) - 1))).expand(rows)
+        elif forced.ndim == 2 and forced.shape[0] == rows[0] and len(rows) == 2 and forced.shape[1] >= rows[1] and (layer.is_output or forced.shape == rows):
+            indices = forced[:, forced.shape[1] - rows[1] :]
+        else:
+            raise UsageError(
+                f"routes are forced for a batch of shape {tuple(forced.shape)}, but {layer.path} sees one of shape {tuple(rows)}",
+                hint="force one adapter, one for each row, or one for each token of the very batch that the model gets",
+            )
+    indices = indices.reshape(shape).unsqueeze(-1)
+    return indices, torch.ones(indices.shape, device=x.device, dtype=torch.float32)
