@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from types import FrameType
 
 from meteora_core.data.extract import Extract
 from meteora_core.data.manifest import Manifest, intact, read_manifest, write_manifest
@@ -19,6 +22,7 @@ from meteora_core.data.writer import check_target, dataset_folder, prompt_key, w
 from meteora_core.errors import DataError, MeteoraError, UsageError
 from meteora_core.names import folder_of
 from meteora_core.progress import SILENT, Progress
+from meteora_core.workers import end_processes, follow_parent, interrupts_held
 
 
 def build_task(
@@ -147,27 +151,44 @@ def build_tasks(
         return list(done.values())
     waiting = [task for task in tasks if force or existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test) is None]
     _prepare(waiting, source, raw_dir, progress)
-    with (
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent) as pool,
-        progress.task("building", total=len(tasks), unit="tasks") as bar,
-    ):
-        running: dict[Future[Manifest], str] = {pool.submit(build, task): task.name for task in tasks}
-        try:
-            while running:
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    name = running.pop(future)
+    with progress.task("building", total=len(tasks), unit="tasks") as bar, _worker_pool(jobs) as pool:
+        with interrupts_held():  # the workers are started here, and never see Ctrl-C
+            running: dict[Future[Manifest], str] = {pool.submit(build, task): task.name for task in tasks}
+        while running:
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                name = running.pop(future)
+                try:
                     collect(name, future.result)
-                    bar.update(1, task=name)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                except BrokenProcessPool as died:
+                    raise MeteoraError("a process that built datasets was killed", hint="if memory ran out, lower --jobs; the same command goes on") from died
+                bar.update(1, task=name)
     return [done[task.name] for task in tasks if task.name in done]
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    """Ctrl-C reaches every process of a terminal; only the parent shall answer it."""
+@contextmanager
+def _worker_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are ended at once when the block fails: they are asked to stop, which removes what they had half written, and then killed."""
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin_worker)
+    try:
+        yield pool
+    except BaseException:
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_processes(workers)
+        raise
+    pool.shutdown()
+
+
+def _begin_worker() -> None:
+    """Ctrl-C reaches every process of a terminal, and only the parent answers it; a worker whose parent was killed ends too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop_working)
+    follow_parent()
+
+
+def _stop_working(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _prepare(tasks: Sequence[Task], source: str, raw_dir: Path | str | None, progress: Progress) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from meteora_core.errors import MeteoraError, UsageError
+from meteora_core.workers import tied
 
 Value = TypeVar("Value")
 
@@ -111,7 +112,7 @@ def launch(command: Sequence[str], count: int) -> int:
     try:
         for rank in range(count):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running.append(subprocess.Popen(list(command), env=environment, stdin=subprocess.DEVNULL))
+            running.append(subprocess.Popen(tied(command), env=environment, stdin=subprocess.DEVNULL))
         while True:
             codes = [process.poll() for process in running]
             failed = [code for code in codes if code]

@@ -27,6 +27,7 @@ from meteora_core.progress import SILENT, Progress, Task
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.adapters import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
 from meteora_core.training.common import check_targets
+from meteora_core.workers import follow_parent
 
 PAUSE = 0.2
 """Seconds between two reports of one worker's bar."""
@@ -238,6 +239,7 @@ def _close(bar: AbstractContextManager[Task], *, well: bool) -> None:
 def _work(number: int, plan: JobPlan, threads: int, ends: Sequence[Connection]) -> None:
     """A worker process: load the base, then train what the main process hands out until nothing is left."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    follow_parent()
     _hold_interrupts(False)
     for place, end in enumerate(ends):
         if place != number:

@@ -20,6 +20,7 @@ from meteora_core.errors import UsageError
 from meteora_core.settings import LaunchSettings
 from meteora_core.training.runtime import cannot_shard
 from meteora_core.training.zero import check_deepspeed
+from meteora_core.workers import tied
 
 GRACE = 40.0
 """Seconds that the processes have to end by themselves after Ctrl-C (the launcher itself waits 30 s before it kills them)."""
@@ -121,7 +122,7 @@ def run_command(command: Sequence[str], *, threads: int | None = None) -> int:
     environment = dict(os.environ)
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    child = subprocess.Popen(list(command), env=environment, start_new_session=True)
+    child = subprocess.Popen(tied(command), env=environment, start_new_session=True)
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,80 @@
+"""Processes that end with the process that started them, even when that one is killed.
+
+``python -m meteora_core.workers PROGRAM ...`` runs a program that the system terminates when its parent ends (on Linux).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+GRACE = 1.0
+"""Seconds that a worker has to clean up."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def follow_parent() -> None:
+    """End this process, which multiprocessing started, when its parent ends: by SIGTERM, and a second later by force."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="follow_parent", daemon=True).start()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold back Ctrl-C while the block starts processes, which inherit that; it is let through at the end."""
+    hold = hasattr(signal, "pthread_sigmask") and threading.current_thread() is threading.main_thread()
+    if hold:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if hold:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def end_processes(processes: Sequence[Any], grace: float = GRACE) -> None:
+    """End processes of multiprocessing: ask all of them to terminate, and kill those that have not after ``grace`` seconds."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + grace
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """The command line that runs ``command``, and has it terminated when this process ends; elsewhere than on Linux, ``command`` itself."""
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():  # the system watches the thread that starts it
+        return list(command)
+    return [sys.executable, "-m", __name__, str(os.getpid()), *command]
+
+
+def _main(parent: int, command: list[str]) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # it survives exec
+    if os.getppid() != parent:
+        sys.exit(128 + signal.SIGTERM)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), sys.argv[2:])
