@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def follow_parent() -> None:
-    """End this process, which multiprocessing started, when its parent ends: by SIGTERM, and a second later by force."""
+    """End this process, which multiprocessing started, when its parent ends: by SIGTERM, and a second later by SIGKILL."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -32,7 +32,7 @@ def follow_parent() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="follow_parent", daemon=True).start()
 
@@ -72,7 +72,7 @@ def tied(command: Sequence[str]) -> list[str]:
 def _main(parent: int, command: list[str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # it survives exec
     if os.getppid() != parent:
-        sys.exit(128 + signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)
     os.execvp(command[0], command)
 
 
