@@ -35,7 +35,9 @@ def imported(module: Path) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_imports_run_from_the_command_line_to_the_library_to_the_kernels(package: str) -> None:
-    found = [f"{module.relative_to(ROOT)}:{line} imports {name}" for module in modules(package) for name, line in imported(module) if name in FORBIDDEN[package]]
+    found = [
+        f"{module.relative_to(ROOT)}:{line} imports {name}" for module in modules(package) for name, line in imported(module) if name in FORBIDDEN[package]
+    ]
     assert modules(package)
     assert not found
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meteora_cli.console import emit_json, globals_of, progress, settings_from
+from meteora_cli.commands.train_launch import launch, launched_sizes
+from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, console, out, put, say
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from meteora_core.model.base import BaseReference
     from meteora_core.progress import Progress
-    from meteora_core.settings import AdapterTrainSettings, OptimSettings, Settings
+    from meteora_core.settings import AdapterTrainSettings, Settings
     from meteora_core.training.runtime import Runtime
 
 
@@ -74,9 +75,6 @@ class LogTo(StrEnum):
     none = "none"
     tensorboard = "tensorboard"
     wandb = "wandb"
-
-
-LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "jobs", "dry_run")
 
 
 def train(
@@ -204,8 +202,8 @@ def train(
         given = {name: value for name, value in {**shared, **own}.items() if value is not None}
         each = _task_settings(settings, [name] if balanced else names, given)
     if settings.launch.launcher != "none" and runtime.kind == "none":
-        sizes = _launched_sizes(settings, each)
-        raise typer.Exit(_launch(ctx, settings, sizes, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
+        sizes = launched_sizes(settings, each)
+        raise typer.Exit(launch(ctx, settings, sizes, out_dir or settings.paths.runs, dry_run=dry_run, as_json=as_json))
     if dry_run and stage is Stage.gates:
         raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp or fsdp")
     reference = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
@@ -259,77 +257,6 @@ class _Run:
         from meteora_core.progress import SILENT
 
         return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
-
-
-def _launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder: Path, *, dry_run: bool, as_json: bool) -> int:
-    """Start the processes, wait for them, return their exit code."""
-    import os
-
-    import torch
-
-    from meteora_core.errors import MeteoraError
-    from meteora_core.files import write_json
-    from meteora_core.model.base import pick_dtype
-    from meteora_core.training.launch import launch_command, launch_config, process_count, run_command
-    from meteora_core.training.zero import zero_config
-
-    launch = settings.launch
-    devices = 0 if settings.model.device == "cpu" else torch.cuda.device_count()
-    count = process_count(launch, devices, planned=dry_run)
-    file = folder.parent / f".launch-{launch.launcher}-{launch.machine_rank}-{os.getpid()}.json"  # launches may go on side by side
-    files: dict[Path, dict[str, Any]] = {}
-    if launch.launcher == "deepspeed":
-        zero_file = file.with_name(f".zero-{launch.machine_rank}-{os.getpid()}.json").resolve()
-        planned = torch.bfloat16 if settings.model.dtype == "auto" and not devices else settings.model.dtype
-        files[zero_file] = zero_config(launch, optim, pick_dtype(planned, torch.device("cuda")))
-        files[file] = launch_config(launch, count, zero_file)
-    else:
-        files[file] = launch_config(launch, count)
-    command = launch_command(file, worker_arguments(ctx))
-    if dry_run:
-        zero = {"deepspeed_config": next(iter(files.values()))} if len(files) > 1 else {}
-        emit_json({"command": command, "config": files[file], **zero} if as_json else command)
-        return 0
-    for path, content in files.items():
-        write_json(path, content)
-    threads = None if devices else max(1, (os.cpu_count() or 1) * launch.num_machines // count)
-    try:
-        code = run_command(command, threads=threads)
-    finally:
-        for path in files:
-            path.unlink(missing_ok=True)
-    if 0 < code < 128:  # beyond, a signal ended it: the user's own wish as a rule
-        raise MeteoraError(
-            f"the {count} processes of this training have ended: one of them failed or was killed, as said above (launcher's exit code {code})",
-            hint="when the cause is mended, the same command with --resume goes on from the last saved state",
-        )
-    return code
-
-
-def worker_arguments(ctx: typer.Context) -> list[str]:
-    """The command line of this call, for a process that a launcher starts: the same flags without the launch flags."""
-    given = globals_of(ctx)
-    arguments = ["--config", str(given.config)] if given.config else []
-    arguments += ["-v"] * given.verbose + (["-q"] if given.quiet else [])
-    arguments.append("train")
-    for parameter in ctx.command.params:
-        value = ctx.params.get(parameter.name or "")
-        if parameter.name in LAUNCH_FLAGS or value is None or value == parameter.get_default(ctx):
-            continue
-        if isinstance(value, bool):
-            arguments.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            arguments += [parameter.opts[0], str(value.value if isinstance(value, StrEnum) else value)]
-    return [*arguments, "--launcher", "none"]
-
-
-def _launched_sizes(settings: Settings, each: dict[str, AdapterTrainSettings]) -> OptimSettings:
-    """Batch size, accumulation and clipping of the launched run, which DeepSpeed wants to know beforehand: of the gates, or of the one adapter."""
-    from meteora_core.errors import UsageError
-
-    if settings.launch.launcher == "deepspeed" and len(each) > 1:
-        raise UsageError("--launcher deepspeed trains one adapter a run", hint="name one --task, or use --launcher ddp")
-    return next(iter(each.values()), settings.train_gates)
 
 
 def _names(task: str | None) -> list[str]:
