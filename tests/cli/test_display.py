@@ -191,7 +191,7 @@ def test_inspecting_hostile_adapters(meteora, tmp_path: Path) -> None:
 
 
 def test_settings_and_reports(meteora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("METEORA_MODEL__BASE", HOSTILE)
+    monkeypatch.setenv("METEORA_LAUNCH__MAIN_PROCESS_IP", HOSTILE)
     ran = meteora("config", "show")
     check(ran.out)
     ran = meteora("data", "list", "--out", tmp_path / HOSTILE)

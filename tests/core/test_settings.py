@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -53,10 +54,111 @@ def test_a_broken_file_is_named(tmp_path, text, message) -> None:
 
 
 def test_a_missing_file_and_a_broken_variable(tmp_path, monkeypatch) -> None:
-    with pytest.raises(UsageError, match="no such configuration file"):
+    with pytest.raises(UsageError, match="no such file"):
         load_settings(tmp_path / "none.toml")
     monkeypatch.setenv("METEORA_EVAL", "{broken")
     with pytest.raises(UsageError, match="environment"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("METEORA_EVAL_LIMIT", "METEORA_EVAL__LIMIT"),
+        ("meteora_eval_limit", "METEORA_EVAL__LIMIT"),
+        ("METEORA_TRAIN_GATES_BETA", "METEORA_TRAIN_GATES__BETA"),
+        ("METEORA_EVALL__LIMIT", "METEORA_EVAL__LIMIT"),
+        ("METEORA__EVAL__LIMIT", "METEORA_EVAL__LIMIT"),
+        ("METEORA_CACHE_DIR", "METEORA_CACHE"),
+        ("METEORA_DEBUGG", "METEORA_DEBUG"),
+        ("METEORA_EVAL_WHATEVER_IT_IS", "METEORA_SECTION__NAME"),
+        ("METEORA_QQQQ__ZZZZ", "METEORA_SECTION__NAME"),
+        ("METEORA_EVAL__LIMITT", "eval.limit"),
+    ],
+)
+def test_variables_that_look_like_settings_are_refused(monkeypatch, name, hint) -> None:
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(UsageError) as caught:
+        load_settings()
+    assert caught.value.hint is not None
+    assert hint in caught.value.hint
+
+
+def test_other_variables_are_only_warned_of(monkeypatch, caplog) -> None:
+    for name in ("METEORA_CACHE", "METEORA_DEBUG", "METEORA_RUN_LOG", "METEORAL", "METEORA_EVAL__LIMIT"):
+        monkeypatch.setenv(name, "1")
+    assert load_settings().eval.limit == 1
+    assert not caplog.records
+    monkeypatch.setenv("METEORA_STATION_TOKEN", "x")
+    load_settings()
+    assert "METEORA_STATION_TOKEN is not used" in caplog.text
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch) -> None:
+    for name in ("METEORA_EVAL__LIMIT", "METEORA_MODEL__BASE", "METEORA_PATHS__DATA", "METEORA_EVAL"):
+        monkeypatch.setenv(name, "")
+    assert load_settings() == Settings.model_construct() or load_settings().model.base == "smollm2-135m"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[eval]\nlimit = " + "9" * 5000, "not valid TOML: .*4300"),
+        ("[eval]\nlimit = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("[eval]\nlimit = 1" + "0" * 30, r"eval\.limit = 1000"),
+        ("[eval]\nlimit = true", None),
+        ("[eval]\nlimit = 1979-05-27", r"eval\.limit"),
+        ("[routing]\ntemperature = inf", r"routing\.temperature = inf"),
+        ("[chat]\ntemperature = inf", r"chat\.temperature = inf"),
+        ("[chat]\ntop_p = nan", r"chat\.top_p = nan"),
+        ("[train_gates]\nbeta = inf", r"train_gates\.beta = inf"),
+        ("[train_adapters]\nlearning_rate = inf", r"train_adapters\.learning_rate = inf"),
+        ('[model]\ndevice = "meta"', r"unknown device"),
+        ('[model]\nbase = ""', r"model\.base = ''"),
+        ('[model]\nbase = "a\\u001bb"', r"control or invisible"),
+        ('[paths]\ndata = ""', r"paths\.data = ''"),
+        ('[paths]\ndata = "a\\u0000b"', "NUL"),
+        ("[paths]\ndata = 3", r"paths\.data = 3"),
+        ("eval = 3", r"setting eval = 3"),
+        ("[[eval]]\nlimit = 3", r"setting eval"),
+    ],
+    ids=lambda text: (text or "")[:40],
+)
+def test_values_that_no_setting_takes(tmp_path, text, message) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text(text + "\n")
+    if message is None:
+        assert load_settings(file).eval.limit == 1
+        return
+    with pytest.raises(UsageError, match=message) as caught:
+        load_settings(file)
+    assert len(caught.value.message) < 600
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, '{"limit": ' + "9" * 5000 + "}", '{"limit": NaN}', '{"limit": 1e999}', "3", "[]"], ids=lambda text: text[:12])
+def test_values_that_no_variable_takes(monkeypatch, value) -> None:
+    monkeypatch.setenv("METEORA_EVAL", value)
+    with pytest.raises(UsageError):
+        load_settings()
+
+
+def test_a_settings_file_that_cannot_be_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("meteora.toml")
+    with pytest.raises(UsageError, match=r"meteora\.toml is a pipe, not a file"):
+        load_settings()
+    Path("meteora.toml").unlink()
+    Path("meteora.toml").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="link to something that does not exist"):
+        load_settings()
+    with pytest.raises(UsageError, match="is a folder, not a file"):
+        load_settings(tmp_path)
+    Path("meteora.toml").unlink()
+    Path("meteora.toml").write_bytes("[eval]\nlimit = 3\n".encode("utf-8-sig"))
+    assert load_settings().eval.limit == 3
+    Path("meteora.toml").write_bytes("[eval]\nlimit = 3\n".encode("utf-16"))
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
         load_settings()
 
 

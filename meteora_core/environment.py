@@ -1,0 +1,51 @@
+"""The environment variables that begin with ``METEORA_``: which there are, and what to do about one that is not among them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from meteora_core.errors import UsageError
+from meteora_core.text import printable
+
+PREFIX = "METEORA_"
+OTHERS = ("METEORA_CACHE", "METEORA_DEBUG", "METEORA_RUN_LOG")
+"""Variables that are no settings: where downloads are kept, whether errors show their traceback, where the test run logs."""
+
+_CLOSE = 0.75
+_log = logging.getLogger(__name__)
+
+
+def check_environment(sections: Mapping[str, Iterable[str]], environment: Mapping[str, str] | None = None) -> None:
+    """Refuse variables that look like settings and are none, since they would be ignored without a word.
+
+    A variable that resembles no setting, which may belong to another program, is logged as a warning.
+
+    Args:
+        sections: The settings: each section with the names in it.
+        environment: ``os.environ`` by default.
+
+    Raises:
+        UsageError: A variable names a section with a single underscore behind it, or is close to a known variable.
+    """
+    known = {f"{PREFIX}{section}__{name}".upper(): None for section, names in sections.items() for name in names}
+    for variable in os.environ if environment is None else environment:
+        upper = variable.upper()
+        section, separator, _ = upper.removeprefix(PREFIX).partition("__")
+        if not upper.startswith(PREFIX) or upper in OTHERS or section.lower() in sections:
+            continue
+        shown = printable(variable)
+        plain = {re.sub("_+", "_", name): name for name in (*known, *OTHERS)}
+        match = plain.get(re.sub("_+", "_", upper)) or next(iter(get_close_matches(upper, (*known, *OTHERS), n=1, cutoff=_CLOSE)), None)
+        if match:
+            reason = " Two underscores separate a section from a setting." if "__" in match and not separator else ""
+            raise UsageError(f"the environment variable {shown} is no setting", hint=f"did you mean {match}?{reason}")
+        if separator or any(upper.startswith(f"{PREFIX}{name}_".upper()) for name in sections):
+            raise UsageError(
+                f"the environment variable {shown} is no setting",
+                hint="write METEORA_SECTION__NAME, such as METEORA_EVAL__LIMIT; `meteora config show` lists all settings",
+            )
+        _log.warning("the environment variable %s is not used: it is no setting", shown)
