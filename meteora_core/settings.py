@@ -13,15 +13,12 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.names import problem_of
+from meteora_core.ranges import MOST_PROCESSES, MOST_ROWS, MOST_TOKENS
 from meteora_core.reading import read_text
 from meteora_core.text import one_line, printable
 
 DEFAULT_FILE = Path("meteora.toml")
 
-MOST_ROWS = 10**12
-"""The largest number of rows that a setting or flag may ask for."""
-MOST_TOKENS = 1 << 24
-"""The largest number of tokens that a setting or flag may ask for."""
 
 Switch = Literal["auto", "on", "off"]
 
@@ -203,7 +200,9 @@ class LaunchSettings(_Section):
     reshard_after_forward: bool = Field(True, description="fsdp: free a layer's weights after its forward pass; less memory, more traffic.")
     cpu_offload: bool = Field(False, description="fsdp, deepspeed: keep the shards in main memory.")
     zero_stage: Literal[2, 3] = Field(2, description="deepspeed: 2 shards gradients and optimiser states, 3 the weights too.")
-    jobs: int = Field(1, ge=1, le=1024, description="Adapters that are trained at once, each by a process of its own (`--stage adapters`, no launcher).")
+    jobs: int = Field(
+        1, ge=1, le=MOST_PROCESSES, description="Adapters that are trained at once, each by a process of its own (`--stage adapters`, no launcher)."
+    )
 
 
 class EvalSettings(_Section):

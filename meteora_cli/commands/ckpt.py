@@ -138,7 +138,10 @@ def convert(
 
     from meteora_core.checkpoints.convert import convert_authors
     from meteora_core.model.base import BaseReference
+    from meteora_core.ranges import check_range
 
+    if alpha is not None:
+        check_range("--alpha", alpha, 0, 10**9, above=True)
     with progress(ctx) as bars:
         done = convert_authors(
             checkpoint,
@@ -179,7 +182,7 @@ def pack(
     folder: Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)],
     adapters: Annotated[Path | None, typer.Option("--adapters", help="Where its adapter folders lie now, if they were moved.", show_default=False)] = None,
     task: Annotated[str | None, typer.Option("--task", help="Only these adapters, a,b,c, in this order.", show_default=False)] = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=1, help="At most this rank in every layer.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="At most this rank in every layer.", show_default=False)] = None,
     max_mb: Annotated[float | None, typer.Option("--max-mb", help="Size of the folder in MB (millions of bytes), at most.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
@@ -193,7 +196,12 @@ def pack(
 
     from meteora_core.checkpoints.pack import pack_checkpoint
     from meteora_core.errors import UsageError
+    from meteora_core.ranges import check_range
 
+    if rank is not None:
+        check_range("--rank", rank, 1, 65536)
+    if max_mb is not None:
+        check_range("--max-mb", max_mb, 0, 10**9, above=True)
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UsageError(f"unknown dtype {dtype!r}", hint="bfloat16, float16 or float32")
     with progress(ctx) as bars:

@@ -175,7 +175,7 @@ def list_(ctx: typer.Context, folder: Out = None, as_json: Json = False) -> None
 def show(
     ctx: typer.Context,
     task: Annotated[str, typer.Argument(help="The task.", show_default=False)],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many rows.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, max=10**9, help="How many rows.")] = 1,
     split: Annotated[str, typer.Option("--split", help="train or test.")] = "test",
     folder: Out = None,
     as_json: Json = False,

@@ -79,7 +79,9 @@ def evaluate(
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to 4 bits by bitsandbytes (needs a CUDA GPU).")] = False,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="The same to 8 bits.")] = False,
     launcher: Annotated[Launcher, typer.Option(help="ddp: processes share the rows; or `accelerate launch -m meteora_cli eval …`.")] = Launcher.none,
-    processes: Annotated[int | None, typer.Option(min=1, help="With --launcher ddp: how many; default: one for each GPU.", show_default=False)] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="With --launcher ddp: how many; default: one for each GPU.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The results document on stdout; with several models a list of them.")] = False,
 ) -> None:
     """Generate greedy answers to test rows and score them.
@@ -105,7 +107,7 @@ def evaluate(
         model__quantization=quantization_of(load_in_4bit, load_in_8bit),
         routing__top_k=top_k,
         routing__temperature=temperature,
-        eval__batch_size=int(batch_size) if batch_size and batch_size.lstrip("-").isdigit() else batch_size,
+        eval__batch_size=batch_size,
         eval__max_new_tokens=max_new_tokens,
         eval__limit=limit,
         eval__scoring=scoring and scoring.value,

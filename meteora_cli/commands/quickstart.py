@@ -33,6 +33,11 @@ def quickstart(
     CPU cores. Without: compare the starter checkpoint with its base and draw its routing, in about two. Stop it when you like: the same
     command goes on where it was.
     """
+    from meteora_core.ranges import check_range
+
+    for flag, value in {"--adapter-steps": adapter_steps, "--gate-steps": gate_steps, "--test-rows": test_rows, "--composite-rows": composite_rows}.items():
+        if value is not None:
+            check_range(flag, value, 0, 10**6)
     settings = settings_from(ctx, model__device=device)
     from meteora_core.starter import starter_checkpoint
 

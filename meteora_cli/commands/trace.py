@@ -37,7 +37,7 @@ def trace(
     prompt: Annotated[str | None, typer.Option("--prompt", help="The message.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option("--file", help="A file that holds the message.", show_default=False)] = None,
     task: Annotated[str | None, typer.Option("--task", help="Take a row of a built dataset.", show_default=False)] = None,
-    row: Annotated[int, typer.Option("--row", min=0, help="Which row of the task's test file, from 0.")] = 0,
+    row: Annotated[int, typer.Option("--row", min=0, max=10**9, help="Which row of the task's test file, from 0.")] = 0,
     target: Annotated[Path, typer.Option("--out", help="The picture: .html, .png, .svg or .json.")] = Path("trace.html"),
     checkpoint: Checkpoint = None,
     base: Base = None,

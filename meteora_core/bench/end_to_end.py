@@ -15,6 +15,7 @@ from meteora_core.bench.shapes import ModelShape
 from meteora_core.bench.timing import capture, medians, peak_memory
 from meteora_core.errors import UsageError
 from meteora_core.progress import SILENT, Progress
+from meteora_core.ranges import check_range
 
 if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
@@ -149,7 +150,7 @@ def bench_end_to_end(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     graph = graph and device.type == "cuda"
     torch.manual_seed(0)
-    count = layers or shape.layers
+    count = shape.layers if layers is None else check_range("layers", layers, 1, 1024)
     result = EndToEnd(shape.name, count, adapters, rank, top_k, str(dtype).removeprefix("torch."), machine_name(device))
     model = random_model(shape, count, dtype, device)
     ids = torch.randint(0, shape.vocabulary, (max(batches), max(prefill, training, context)), device=device)

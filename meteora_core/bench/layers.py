@@ -16,6 +16,7 @@ from meteora_core.bench.shapes import ModelShape
 from meteora_core.bench.timing import capture, ceilings, medians, peak_memory
 from meteora_core.errors import UsageError
 from meteora_core.progress import SILENT, Progress
+from meteora_core.ranges import check_range
 from meteora_kernels import lora_mixture, pick_backend, plan
 
 _log = logging.getLogger(__name__)
@@ -132,8 +133,11 @@ def bench_layers(
         UsageError: A number is out of range, or a contender is unknown.
     """
     setting = Setting(adapters, rank, top_k)
-    if min(adapters, rank, top_k, *tokens) < 1 or top_k > adapters:
-        raise UsageError("tokens, adapters, rank and top-k must be at least 1, and top-k at most the number of adapters")
+    check_range("adapters", adapters, 1, 4096)
+    check_range("rank", rank, 1, 65536)
+    check_range("top-k", top_k, 1, adapters)
+    for count in tokens:
+        check_range("tokens", count, 1, 1 << 20)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = _contenders(device, dtype, contenders, backward=backward)
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from meteora_core.data.writer import check_target, dataset_folder, prompt_key, w
 from meteora_core.errors import DataError, MeteoraError, UsageError
 from meteora_core.names import folder_of
 from meteora_core.progress import SILENT, Progress
+from meteora_core.ranges import MOST_PROCESSES, MOST_ROWS, check_range
 from meteora_core.workers import end_processes, follow_parent, interrupts_held
 
 
@@ -61,8 +62,8 @@ def build_task(
     """
     task = get_task(name) if isinstance(name, str) else name
     for option, value in (("max_train", max_train), ("max_test", max_test)):
-        if value is not None and value < 1:
-            raise UsageError(f"{option} must be at least 1, not {value}")
+        if value is not None:
+            check_range(option, value, 1, MOST_ROWS)
     folder = folder_of(out_dir, task.name)
     check_target(folder, task.name)
     if isinstance(task.source, Files) and task.source.train is not None and task.source.train.resolve() == split_path(out_dir, task.name, "train").resolve():
@@ -128,8 +129,7 @@ def build_tasks(
     Raises:
         MeteoraError: As for :func:`build_task`; datasets that were finished before stay.
     """
-    if jobs < 1:
-        raise UsageError(f"jobs must be at least 1, not {jobs}")
+    check_range("jobs", jobs, 1, MOST_PROCESSES)
     tasks = [get_task(name) for name in dict.fromkeys(names)]
     build = partial(build_task, out_dir=out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test, force=force)
     jobs = min(jobs, len(tasks))

@@ -22,7 +22,10 @@ from meteora_core.errors import DataError, UsageError
 from meteora_core.files import sha256
 from meteora_core.names import check_name, folder_of
 from meteora_core.progress import SILENT, Progress
+from meteora_core.ranges import MOST_ROWS, check_range
 
+MOST_EXAMPLES = 1000
+"""The largest number of solved examples that may be asked for."""
 SEED = 47
 NUM_SAMPLES = 200
 EXAMPLES = 2
@@ -190,8 +193,9 @@ def plan_composite(
 ) -> Plan:
     """Do all of :func:`build_composite` but the writing; the arguments and errors are the same."""
     members = choose_members(n, tasks)
-    if examples < 0 or (num_samples is not None and num_samples < 1):
-        raise UsageError("a composite needs at least one row, and no fewer than 0 solved examples")
+    check_range("examples", examples, 0, MOST_EXAMPLES)
+    if num_samples is not None:
+        check_range("num_samples", num_samples, 1, MOST_ROWS)
     for member in members:
         if task_in(data_dir, member).is_composite:
             raise UsageError(f"{member} is a composite itself", hint="name its tasks instead")

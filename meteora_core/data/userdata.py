@@ -17,6 +17,7 @@ from meteora_core.data.writer import check_target
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.names import folder_of, is_name
 from meteora_core.progress import SILENT, Progress
+from meteora_core.ranges import MOST_TOKENS, check_range
 
 if TYPE_CHECKING:
     from meteora_core.settings import Settings
@@ -50,8 +51,8 @@ def own_task(
     """
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}", hint=did_you_mean(metric, METRICS) or f"one of {', '.join(METRICS)}")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if max_new_tokens is not None:
+        check_range("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     for text in (template, target):
         try:
             template_fields(text)

@@ -60,7 +60,7 @@ def errors(ran) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "message", "hint"),
     [
-        (("--config", "none.toml", "config", "show"), 2, "no such configuration file: none.toml", "--config"),
+        (("--config", "none.toml", "config", "show"), 2, "no such file: none.toml", "--config"),
         (("eval", "--task", "strategyqq"), 2, "strategyqq", "strategyqa"),
         (("eval", "--task", "strategyqa"), 1, "no test rows of strategyqa", "meteora data build --task strategyqa"),
         (("eval", "--task", "strategyqa", "--T", "0"), 2, "routing.temperature = 0", "flags"),
@@ -168,3 +168,44 @@ def test_text_of_the_command_line_is_made_valid(capfd) -> None:
     assert valid_text("caf\udce9?", "--x") == "caf\N{REPLACEMENT CHARACTER}?"
     assert "note: --x is not UTF-8 at byte 4" in capfd.readouterr().err
     assert "\N{REPLACEMENT CHARACTER}" in valid_text("a\ud800", "--x")
+
+
+HUGE = str(10**30)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ckpt", "pack", "x", "y", "--rank", str(2**32)),
+        ("ckpt", "pack", "x", "y", "--max-mb", "nan"),
+        ("ckpt", "pack", "x", "y", "--max-mb", "inf"),
+        ("ckpt", "pack", "x", "y", "--max-mb", "0"),
+        ("ckpt", "convert", "x", "y", "--base", "z", "--alpha", "nan"),
+        ("data", "build", "--task", "strategyqa", "--max-train", HUGE),
+        ("data", "build", "--task", "strategyqa", "--max-test", HUGE),
+        ("data", "build", "--task", "strategyqa", "--jobs", HUGE),
+        ("data", "composite", "--n", "3", "--num-samples", HUGE),
+        ("data", "composite", "--n", "3", "--examples", HUGE),
+        ("data", "composite", "--n", HUGE),
+        ("data", "add", "mine", "--train", "x", "--max-new-tokens", HUGE),
+        ("data", "show", "strategyqa", "-n", HUGE),
+        ("eval", "--task", "strategyqa", "--limit", HUGE),
+        ("eval", "--task", "strategyqa", "--batch-size", "9" * 5000),
+        ("eval", "--task", "strategyqa", "--batch-size", "²"),
+        ("eval", "--task", "strategyqa", "--T", "inf"),
+        ("eval", "--task", "strategyqa", "--top-k", HUGE),
+        ("eval", "--task", "strategyqa", "--device", "meta"),
+        ("trace", "--prompt", "x", "--max-new-tokens", HUGE),
+        ("trace", "--task", "strategyqa", "--row", HUGE),
+        ("quickstart", "--gate-steps", HUGE),
+        ("bench-kernels", "--rank", HUGE),
+        ("bench-kernels", "--tokens", HUGE),
+        ("bench-kernels", "--adapters", HUGE),
+    ],
+    ids=" ".join,
+)
+def test_numbers_out_of_range_are_refused(meteora, arguments) -> None:
+    ran = meteora(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Traceback" not in ran.err
+    assert len(ran.err) < 1500

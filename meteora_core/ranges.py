@@ -1,0 +1,38 @@
+"""Numbers that a caller gives: one check for arguments and flags that no settings model checks."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+from meteora_core.errors import UsageError
+
+MOST_ROWS = 10**12
+"""The largest number of rows that a setting, argument or flag may ask for."""
+MOST_TOKENS = 1 << 24
+"""The largest number of tokens that one may ask for."""
+MOST_PROCESSES = 1024
+"""The largest number of processes on one machine that one may ask for."""
+
+Number = TypeVar("Number", int, float)
+
+
+def check_range(what: str, value: Number, low: float, high: float, *, above: bool = False) -> Number:
+    """Return ``value`` if it lies in a range.
+
+    Args:
+        what: The argument or flag, for the message.
+        value: A number.
+        low: The smallest value that is allowed.
+        high: The largest one.
+        above: Whether ``low`` itself is excluded.
+
+    Raises:
+        UsageError: The value is outside, or is no number at all (NaN).
+    """
+    inside = (value > low if above else value >= low) and value <= high
+    if not inside:
+        text = str(value) if isinstance(value, float) or abs(value) < 10**20 else f"a number of {int(math.log10(abs(value))) + 1} digits"
+        border = "above" if above else "at least"
+        raise UsageError(f"{what} must be {border} {low:,} and at most {high:,}, not {text}", hint=f"give {what} a number in this range")
+    return value
