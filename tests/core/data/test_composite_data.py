@@ -139,7 +139,7 @@ def test_problems(data: Path, tmp_path: Path, write_lines: Any) -> None:
     assert "meteora data build --task gsm8k" in (caught.value.hint or "")
     with pytest.raises(UsageError, match="unknown task"):
         build_composite(data, tasks=["strategyqa", "nothing"])
-    with pytest.raises(UsageError, match="at least one row"):
+    with pytest.raises(UsageError, match="num_samples must be at least 1"):
         build_composite(data, n=3, num_samples=0)
     with pytest.raises(UsageError, match="cannot name"):
         build_composite(data, n=3, name="../up")
