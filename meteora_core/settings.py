@@ -210,7 +210,13 @@ class EvalSettings(_Section):
 
     batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field("auto", description="Prompts generated at once; auto: as many as fit.")
     max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer; absent: each task's default.")
-    max_prompt_tokens: int = Field(4096, ge=1, le=MOST_TOKENS, description="Longer prompts are skipped and counted.")
+    max_prompt_tokens: int | None = Field(
+        None,
+        examples=[4096],
+        ge=1,
+        le=MOST_TOKENS,
+        description="Longer prompts are skipped and counted; absent: what the model's context holds; paper scoring: 4096 with the answer.",
+    )
     no_repeat_ngram_size: int = Field(30, ge=0, le=MOST_TOKENS, description="An n-gram of this size may not repeat in the text; 0: off.")
     limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Only the first so many test rows.")
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")

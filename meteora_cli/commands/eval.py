@@ -62,6 +62,9 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: the checkpoint's.", show_default=False)] = None,
     batch_size: Annotated[str | None, typer.Option(help="Prompts at once: a number or auto.", show_default=False)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.", show_default=False)] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Skip longer prompts; default: what the model's context holds; paper scoring: 4096 with the answer.", show_default=False)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many test rows.", show_default=False)] = None,
     scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
@@ -109,6 +112,7 @@ def evaluate(
         routing__temperature=temperature,
         eval__batch_size=batch_size,
         eval__max_new_tokens=max_new_tokens,
+        eval__max_prompt_tokens=max_prompt_tokens,
         eval__limit=limit,
         eval__scoring=scoring and scoring.value,
     )
@@ -130,6 +134,7 @@ def evaluate(
         tasks=tasks,
         models=models,
         data_dir=settings.paths.data,
+        other_data=(settings.paths.runs / "starter" / "datasets", settings.paths.runs / "quickstart" / "datasets"),
         adapters_dir=settings.paths.adapters,
         checkpoint=checkpoint or usual_checkpoint(settings.paths.runs),
         base=BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code),

@@ -25,7 +25,8 @@ def result_line(model: str, result: TaskResult) -> str:
     from meteora_core.evaluation.runner import headline
 
     name, value = headline(result)
-    return f"{model}: {result.task.name}: {name} {value:.3f} over {len(result.samples)} rows, {result.seconds:.0f} s"
+    skipped = f" ({result.skipped} skipped as too long)" if result.skipped else ""
+    return f"{model}: {result.task.name}: {name} {value:.3f} over {len(result.samples)} rows{skipped}, {result.seconds:.0f} s"
 
 
 def results_table(outcomes: list[ModelResults]) -> DataTable:
@@ -39,9 +40,11 @@ def results_table(outcomes: list[ModelResults]) -> DataTable:
     tasks = dict.fromkeys(task for outcome in outcomes for task in outcome.results)
     for task in tasks:
         metrics = dict.fromkeys(metric for outcome in outcomes if task in outcome.results for metric in outcome.results[task].scores.metrics)
-        rows = max(len(outcome.results[task].samples) for outcome in outcomes if task in outcome.results)
+        found = [outcome.results[task] for outcome in outcomes if task in outcome.results]
+        rows, skipped = max(len(result.samples) for result in found), max(result.skipped for result in found)
+        counted = f"{rows} ({skipped} skipped)" if skipped else str(rows)
         for metric in metrics:
-            table.add_row(task, metric, str(rows), *[_cell(outcome.results.get(task), metric) for outcome in outcomes])
+            table.add_row(task, metric, counted, *[_cell(outcome.results.get(task), metric) for outcome in outcomes])
         table.add_section()
     return table
 

@@ -22,6 +22,7 @@ from meteora_core.evaluation.decode import can_be_fixed
 from meteora_core.evaluation.limits import context_length, end_tokens
 from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
 from meteora_core.model.caches import cache_argument, cache_of, can_be_cut, new_cache, pieces_are_safe
+from meteora_core.model.vocabulary import check_tokens
 from meteora_core.routing import record_routes
 from meteora_core.trace.record import CHUNK, TextDecoder, last_logits_only
 
@@ -172,12 +173,14 @@ class Engine:
 
         Raises:
             UsageError: The prompt is empty, or leaves no room in the model's context.
+            DataError: The prompt has a token that the model's embedding does not have.
             NonFiniteError: The model's logits are NaN or infinite.
         """
         if not ids:
             raise UsageError("the prompt is empty", hint="write something first")
         if self.context is not None and len(ids) >= self.context:
             raise UsageError(f"the prompt is {len(ids)} tokens, the model's context {self.context}", hint="shorten it, or start anew with /new")
+        check_tokens(self.model, self.tokenizer, [ids])
         begin = time.perf_counter()
         pick = _picker(sampling, self.model.device)
         decoder = TextDecoder(self.tokenizer)

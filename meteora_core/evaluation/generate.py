@@ -11,6 +11,7 @@ import torch
 from meteora_core.data.rows import check_texts
 from meteora_core.evaluation.decode import Batch, Decoder
 from meteora_core.evaluation.limits import end_tokens
+from meteora_core.model.vocabulary import padding_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +101,7 @@ def generate_batch(
         Per prompt, the new token ids up to (without) the first end token: the tokenizer's, or one of the model's generation configuration.
     """
     width = max(len(prompt.tokens) for prompt in prompts)
-    ids = torch.full((len(prompts), width), int(tokenizer.pad_token_id))
+    ids = torch.full((len(prompts), width), padding_token(model, tokenizer))
     mask = torch.zeros_like(ids)
     for place, prompt in enumerate(prompts):
         ids[place, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)

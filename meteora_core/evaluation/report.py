@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,13 +295,13 @@ def _figures(document: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _samples(document: Mapping[str, Any], task: str) -> int | None:
     found = document.get("n-samples", {}).get(task, {})
     size = found.get("effective") if isinstance(found, Mapping) else None
-    return size if isinstance(size, int) else None
+    return size if type(size) is int and size >= 0 else None
 
 
 def _higher(document: Mapping[str, Any], task: str, metric: str) -> bool:

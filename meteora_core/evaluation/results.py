@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ class SampleWriter:
             first = handle.readline()
             try:
                 head = json.loads(first)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return 0
             if not first.endswith(b"\n") or not isinstance(head, dict) or head.get("inputs") != self._inputs:
                 return 0
@@ -89,14 +90,10 @@ class SampleWriter:
             for raw in handle:
                 if not raw.endswith(b"\n"):
                     break
-                try:
-                    row = json.loads(raw)
-                except ValueError:
+                row = _finished_row(raw)
+                if row is None:
                     break
-                if not isinstance(row, dict) or not {"doc_id", "output", "tokens"} <= row.keys():
-                    break
-                self.done[int(row["doc_id"])] = str(row["output"])
-                self.tokens[int(row["doc_id"])] = tuple(row["tokens"])
+                self.done[row[0]], self.tokens[row[0]] = row[1], row[2]
                 keep += len(raw)
         return keep
 
@@ -125,6 +122,19 @@ class SampleWriter:
 
     def __exit__(self, *_: object) -> None:
         self._handle.close()
+
+
+def _finished_row(line: bytes) -> tuple[int, str, tuple[int, ...]] | None:
+    """A finished row's place, answer and token ids; None for a line that is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not {"doc_id", "output", "tokens"} <= row.keys():
+        return None
+    place, output, tokens = row["doc_id"], row["output"], row["tokens"]
+    whole = isinstance(output, str) and isinstance(tokens, list) and all(type(number) is int and number >= 0 for number in (place, *tokens))
+    return (place, output, tuple(tokens)) if whole else None
 
 
 @dataclass
@@ -267,7 +277,7 @@ def load_results(path: Path) -> dict[str, Any]:
     """Read a results file, or the newest one of a folder.
 
     Raises:
-        DataError: There is none, or it is not a results file.
+        DataError: There is none, it is not a results file, or one of its figures is no finite number.
     """
     if path.is_dir():
         found = sorted(path.glob("results_*.json"), key=os.path.getmtime)
@@ -277,4 +287,20 @@ def load_results(path: Path) -> dict[str, Any]:
     document = read_json(path, error=DataError)
     if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
         raise DataError(f"{path} is not a results file", hint="pass a results_*.json that `meteora eval` wrote")
+    for part in ("results", "n-samples", "higher_is_better", "config"):
+        if not isinstance(document.get(part, {}), dict):
+            raise DataError(f"{path} is not a results file: {part!r} is no object", hint="pass a results_*.json that `meteora eval` wrote")
+    for task, values in document["results"].items():
+        if not isinstance(values, dict):
+            raise DataError(f"{path} is not a results file: the results of {task!r} are no object", hint="pass a results_*.json that `meteora eval` wrote")
+        for key, value in values.items():
+            if "," in key and not _is_figure(value):
+                raise DataError(f"{path}: {key!r} of {task!r} is {str(value)[:40]!r}, which is no finite number", hint="run the evaluation again")
     return document
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a results file may hold the value: a finite number, or a word such as N/A for none."""
+    if isinstance(value, str):
+        return value.strip() in ("", "N/A")
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

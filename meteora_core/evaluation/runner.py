@@ -17,6 +17,7 @@ from meteora_core.evaluation.generate import Prompt, auto_budget, encode_prompts
 from meteora_core.evaluation.limits import context_length
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.scoring import Scores, evaluate_responses
+from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress
 from meteora_core.progress import Task as Bar
 from meteora_core.routing import RoutingState
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from meteora_core.evaluation.routes import RouteCounts, RoutingSummary
 
-MAX_TOTAL_TOKENS = 4096
-"""Prompt and answer together, as the authors evaluate; less where the model's context is shorter."""
+PAPER_TOKENS = 4096
+"""Prompt and answer together, as the authors evaluate: the limit of paper scoring where no other is given."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class EvalOptions:
     Attributes:
         batch_size: Rows generated at once, or "auto".
         max_new_tokens: Longest answer; None takes the task's.
-        max_prompt_tokens: Longer prompts are skipped and counted, and so are those that leave no room for an answer.
+        max_prompt_tokens: Longer prompts are skipped and counted; None sets no limit. Prompts that leave no room for an answer in
+            :attr:`max_total_tokens` or in the model's context are skipped and counted too.
         no_repeat_ngram_size: 0 is off.
         limit: Only the first so many test rows; None takes the task's cap.
         scoring: "corrected" or "paper".
@@ -131,7 +133,7 @@ class EvalOptions:
 
     batch_size: int | Literal["auto"] = "auto"
     max_new_tokens: int | None = None
-    max_prompt_tokens: int = 4096
+    max_prompt_tokens: int | None = None
     no_repeat_ngram_size: int = 30
     limit: int | None = None
     scoring: Literal["corrected", "paper"] = "corrected"
@@ -139,6 +141,11 @@ class EvalOptions:
     top_k: int | None = None
     routing: bool = False
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
+
+    @property
+    def max_total_tokens(self) -> int | None:
+        """The most tokens of prompt and answer together, beside the model's context: :data:`PAPER_TOKENS` for paper scoring without a limit on prompts."""
+        return PAPER_TOKENS if self.scoring == "paper" and self.max_prompt_tokens is None else None
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
@@ -177,7 +184,8 @@ def evaluate_task(
         processes: Those that share the rows; each must call this with the same arguments, and gets the same result.
 
     Raises:
-        DataError: The dataset is missing or broken, or every prompt is too long.
+        DataError: The dataset is missing or broken, a prompt is empty or has a token that the model lacks, or every prompt is too long.
+        NonFiniteError: The model's logits are NaN or infinite.
         UsageError: An unknown task, or routing values out of range.
         MeteoraError: A single prompt does not fit the GPU's memory.
     """
@@ -185,12 +193,12 @@ def evaluate_task(
     rows = test_rows(data_dir, found, options.limit)
     prompts = encode_prompts([row.prompt for row in rows], tokenizer)
     read = _Reader(tokenizer, found, rows, prompts, options.scoring)
-    total = min(MAX_TOTAL_TOKENS, context_length(model) or MAX_TOTAL_TOKENS)
-    most = min(options.max_prompt_tokens, total - 1)
-    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= most]
+    check_prompts(model, tokenizer, found, prompts)
+    total = min((limit for limit in (options.max_total_tokens, context_length(model)) if limit is not None), default=None)
+    most = min((limit for limit in (options.max_prompt_tokens, None if total is None else total - 1) if limit is not None), default=None)
+    fitting = [prompt for prompt in prompts if most is None or len(prompt.tokens) <= most]
     if not fitting:
-        hint = "raise eval.max_prompt_tokens" if most == options.max_prompt_tokens else f"prompt and answer together may have {total} tokens with this model"
-        raise DataError(f"every prompt of {found.name} is longer than {most} tokens", hint=hint)
+        raise _all_skipped(found, prompts, options, context_length(model))
     result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or found.max_new_tokens)
     ids = finished_tokens or {}
     before = {index: read.sample(index, output, ids.get(index, ())) for index, output in (finished or {}).items() if index < len(rows)}
@@ -226,12 +234,31 @@ def evaluate_task(
     return result
 
 
+def check_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Prompt]) -> None:
+    """Raise DataError for a prompt without tokens, or with one that the model's embedding does not have."""
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise DataError(f"the prompt of test row {prompt.index} of {task.name} is empty", hint="take the row out of the dataset")
+    check_tokens(model, tokenizer, (prompt.tokens for prompt in prompts))
+
+
+def _all_skipped(task: Task, prompts: Sequence[Prompt], options: EvalOptions, context: int | None) -> DataError:
+    shortest = min(len(prompt.tokens) for prompt in prompts)
+    message = f"all {len(prompts)} prompts of {task.name} are too long, the shortest has {shortest:,} tokens"
+    if options.max_prompt_tokens is not None and shortest > options.max_prompt_tokens:
+        return DataError(f"{message} and --max-prompt-tokens is {options.max_prompt_tokens:,}", hint="raise --max-prompt-tokens (eval.max_prompt_tokens)")
+    if options.max_total_tokens is not None and (context is None or context > options.max_total_tokens):
+        hint = "use --scoring corrected, or set another limit with --max-prompt-tokens"
+        return DataError(f"{message} and paper scoring allows {options.max_total_tokens:,} for prompt and answer together", hint=hint)
+    return DataError(f"{message} and the model's context of {context:,} leaves no room for an answer", hint="use a base model with a longer context")
+
+
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     read: _Reader,
     waiting: Sequence[Prompt],
-    total: int,
+    total: int | None,
     options: EvalOptions,
     result: TaskResult,
     counter: _Counter | None,
@@ -298,7 +325,7 @@ class _Counter:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: RoutingState) -> None:
         from meteora_core.evaluation.routes import RouteCounts
 
-        self.model, self.pad = model, int(tokenizer.pad_token_id)
+        self.model, self.pad = model, padding_token(model, tokenizer)
         self.budget = auto_budget(next(model.parameters()).device) // 2
         self.counts = RouteCounts(state.names)
         self.texts: list[tuple[Sequence[int], Sequence[int]]] = []

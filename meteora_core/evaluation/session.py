@@ -16,6 +16,7 @@ from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
 from meteora_core.evaluation.arrow import ARROW, ArrowRouter
+from meteora_core.evaluation.available import check_built
 from meteora_core.evaluation.fingerprint import adapter_files, base_files
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
@@ -46,6 +47,7 @@ class EvalPlan:
         tasks: Task names.
         models: "base", "meteora", "own" (each task's own adapter), "peft-arrow" (PEFT's Arrow routing over all adapters), or an adapter's name or folder.
         data_dir, adapters_dir: Datasets and adapters.
+        other_data: Folders of datasets to name in the hint when ``data_dir`` lacks what they have.
         checkpoint: For "meteora".
         base: The base model; for "meteora" the checkpoint's own base wins.
         base_given: Whether ``base`` was chosen on purpose; a checkpoint in the authors' layout names none, and needs that.
@@ -72,6 +74,7 @@ class EvalPlan:
     quantization: str | None = None
     out_dir: Path | None = None
     seed: int = 42
+    other_data: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -141,7 +144,7 @@ def evaluate(
     """
     loader, pairs = prepare(plan, device, dtype, progress)
     outcomes = []
-    for model in plan.models:
+    for model in pairs:
         outcome = ModelResults(model)
         began, stamp = time.time(), time.strftime("%Y-%m-%dT%H-%M-%S")
         builder = ResultsBuilder(model, loader.config(model))
@@ -169,13 +172,19 @@ def evaluate(
 
 def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress = SILENT) -> tuple[_Loader, dict[str, list[tuple[Task, Path | None]]]]:
     """Check all that can be checked before a model is loaded, and return what :func:`evaluate` goes on with. Raises as it does."""
-    tasks = [get_task(name) for name in plan.tasks]
+    tasks = [get_task(name) for name in dict.fromkeys(plan.tasks)]
+    check_built(tasks, plan.data_dir, plan.other_data)
     for task in tasks:
         if not test_rows(plan.data_dir, task, plan.options.limit):
             raise UsageError("no rows to evaluate", hint="choose --limit 1 or more")
     if plan.options.routing and "meteora" not in plan.models:
         raise UsageError("only the model meteora routes", hint="leave out --routing, or choose --model meteora")
     pairs = {model: [(task, _adapter_of(plan, model, task)) for task in tasks] for model in plan.models}
+    folders: dict[str, str] = {}
+    for model in pairs:
+        other = folders.setdefault(_safe(model), model)
+        if other != model:
+            raise UsageError(f"the results of {other!r} and {model!r} would lie in one folder", hint="evaluate them one after the other, with another --out")
     for model in plan.models:
         if model == OWN and all(adapter is None for _, adapter in pairs[model]):
             raise UsageError("a composite has no adapter of its own", hint="choose --model base, meteora, or an adapter's name")
@@ -229,6 +238,7 @@ def _inputs(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Pa
     """All that a row's answer depends on."""
     adapters = [adapter] if adapter is not None else list(loader.arrow.folders.values()) if model == ARROW else []
     options = {key: value for key, value in asdict(plan.options).items() if key not in FREE_OPTIONS}
+    options["max_total_tokens"] = plan.options.max_total_tokens
     options["max_new_tokens"] = plan.options.max_new_tokens or task.max_new_tokens
     options["temperature"] = plan.options.temperature if plan.options.temperature is not None else task.temperature
     return {

@@ -10,6 +10,7 @@ import torch
 
 from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
 from meteora_core.model.caches import cache_argument, cache_of, new_cache, pieces_are_safe
+from meteora_core.model.vocabulary import check_tokens
 from meteora_core.routing import record_routes, routing_state
 from meteora_core.trace.picture import Role, RoutePicture, Token
 
@@ -43,12 +44,14 @@ def trace_tokens(
 
     Raises:
         UsageError: Nothing is attached to the model.
+        DataError: A token is beyond the model's embedding.
         NonFiniteError: The model's logits or its gates' weights are NaN or infinite.
         ValueError: There are no tokens, or not one role a token, or the first token is an answer.
     """
     if not ids or len(ids) != len(roles) or roles[0] != "prompt":
         raise ValueError("a trace needs at least one token, one role a token, and a prompt before an answer")
     names = routing_state(model).names
+    check_tokens(model, tokenizer, [ids])
     name, cache = cache_argument(model), new_cache(model)
     passes = len(ids) - 1 if roles[-1] == "answer" else len(ids)
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from meteora_core.adapters.peft_folder import WEIGHTS
 from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder, read_json, write_json
 from meteora_core.model.base import BaseReference
+from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names, folder_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE
@@ -134,8 +135,9 @@ def train_adapter(
     source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
     parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
     encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
+    check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
     states = out_dir / f".{task}.states"
-    pad = int(tokenizer.pad_token_id)
+    pad = padding_token(model, tokenizer)
     torch.manual_seed(settings.seed)
     peft_model = with_lora(model, base, settings)
     try:

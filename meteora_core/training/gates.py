@@ -20,6 +20,7 @@ from meteora_core.files import read_json
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable
+from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
@@ -172,9 +173,10 @@ def train_gates(
         return TrainedGates(folder, True, **known, cut=done["rows_cut"], sampled=done.get("sampled", {}), memory=done.get("memory", {}))
     sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
     rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
+    check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
     start = "zeros" if settings.init == "ridge" else settings.init
     attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
-    states, pad = folder.parent / f".{folder.name}.states", int(tokenizer.pad_token_id)
+    states, pad = folder.parent / f".{folder.name}.states", padding_token(model, tokenizer)
     if not resume and runtime.is_main:
         shutil.rmtree(states, ignore_errors=True)
     runtime.wait()

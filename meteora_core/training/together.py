@@ -24,6 +24,7 @@ from meteora_core.errors import UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable
+from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings
@@ -129,10 +130,11 @@ def _train(
     runtime: Runtime,
     progress: Progress,
 ) -> dict[str, TrainedAdapter]:
-    dtype, pad, response_only = next(model.parameters()).dtype, int(tokenizer.pad_token_id), settings.loss_on == "response"
+    dtype, pad, response_only = next(model.parameters()).dtype, padding_token(model, tokenizer), settings.loss_on == "response"
     source: dict[str, Any] = {"seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache, "progress": progress}
     parts = [encoded_rows(data_dir, task, tokenizer, index, max_length=own[task].max_length, **source) for index, task in enumerate(tasks)]
     encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
+    check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
     rows = [each.rows for each in encoded]
     title = f"together-{short_hash(tasks)}"  # runs of other tasks may go on beside this one
     states = out_dir / f".{title}.states"

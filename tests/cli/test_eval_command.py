@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +176,28 @@ def test_warnings_are_counted(meteora, place) -> None:
     assert "base: strategyqa: " in ran.err
     assert "1 references that cannot be scored" in ran.err
     assert not (place.folder / "runs" / "eval").exists()
+
+
+def test_skipped_prompts_stand_in_the_table(meteora, place) -> None:
+    ran = evaluate(meteora, place, "--task", "strategyqa", "--model", "base", "--no-save", "--max-prompt-tokens", "25")
+    assert re.search(r"strategyqa\s+.\s+accuracy\s+.\s+\d+ \(\d skipped\)", ran.out), ran.out
+    assert re.search(r"over \d rows \(\d skipped as too long\)", ran.err)
+    ran = evaluate(meteora, place, "--task", "strategyqa", "--model", "base", "--no-save", "--max-prompt-tokens", "3")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.splitlines()[-1] == "hint: raise --max-prompt-tokens (eval.max_prompt_tokens)"
+
+
+def test_the_hint_for_a_composite_builds_it(meteora, place) -> None:
+    shutil.rmtree(place.data / "composite_3")
+    for task in TASKS:
+        write_jsonl(place.data / task / "train.jsonl", [{"prompt": f"[INST] train {i} [/INST]\n", "response": "yes"} for i in range(4)])
+    arguments = ("--task", "composite_3", "--model", "base", "--limit", "1", "--max-new-tokens", "2", "--no-save")
+    ran = evaluate(meteora, place, *arguments)
+    assert ran.code == 1
+    assert "no test rows of composite_3 in datasets" in ran.err
+    command = shlex.split(re.findall("`([^`]+)`", ran.err)[0])
+    assert meteora(*command[1:]).code == 0, command
+    assert evaluate(meteora, place, *arguments).code == 0
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path, monkeypatch) 
     monkeypatch.setenv("METEORA_EVAL__LIMIT", "2")
     monkeypatch.setenv("METEORA_EVAL__BATCH_SIZE", "2")
     settings = load_settings(file, {"eval": {"limit": 3}}).eval
-    assert (settings.limit, settings.batch_size, settings.no_repeat_ngram_size, settings.max_prompt_tokens) == (3, 2, 1, 4096)
+    assert (settings.limit, settings.batch_size, settings.no_repeat_ngram_size, settings.max_prompt_tokens) == (3, 2, 1, None)
 
 
 def test_meteora_toml_of_the_working_directory_is_read(tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from evaluation_plans import plan_of, run
 from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 from meteora_core.data.tasks import TASKS as TASK_TABLE
 from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
-from meteora_core.evaluation import results
+from meteora_core.evaluation import results, runner
 from meteora_core.evaluation.session import ModelResults, choose_tasks
 from meteora_core.files import write_jsonl
 
@@ -312,8 +313,63 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(place) -> None:
     kept = [index for index, row in enumerate(rows(TASKS[0], 7)) if len(row["prompt"]) <= 25]
     assert 0 < skipped == 7 - len(kept)
     assert [row["doc_id"] for row in samples(outcome, TASKS[0])] == kept
-    with pytest.raises(DataError, match="every prompt of logical_deduction is longer than 3 tokens"):
+    with pytest.raises(DataError, match="all 7 prompts of logical_deduction are too long, the shortest has 21 tokens and --max-prompt-tokens is 3") as raised:
         run(plan_of(place, TASKS[:1], ("base",), max_prompt_tokens=3))
+    assert raised.value.hint == "raise --max-prompt-tokens (eval.max_prompt_tokens)"
+
+
+def test_the_papers_limit_is_for_paper_scoring(place, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "PAPER_TOKENS", 26)
+    plan = plan_of(place, TASKS[:1], ("base",), scoring="paper", max_new_tokens=64)
+    options = (plan.options, replace(plan.options, scoring="corrected"), replace(plan.options, max_prompt_tokens=30))
+    paper, corrected, asked = (run(replace(plan, options=each))[0].results[TASKS[0]] for each in options)
+    sizes = [len(row["prompt"]) for row in rows(TASKS[0], 7)]
+    assert [paper.skipped, corrected.skipped, asked.skipped] == [sum(size > 25 for size in sizes), 0, sum(size > 30 for size in sizes)]
+    assert max(len(sample.row.prompt) + sample.tokens for sample in paper.samples) <= 26
+    assert max(len(sample.row.prompt) + sample.tokens for sample in corrected.samples) > 26
+    monkeypatch.setattr(runner, "PAPER_TOKENS", 9)
+    with pytest.raises(DataError, match="and paper scoring allows 9 for prompt and answer together") as raised:
+        run(plan)
+    assert raised.value.hint == "use --scoring corrected, or set another limit with --max-prompt-tokens"
+
+
+def test_rows_under_another_limit_are_not_taken(place, monkeypatch) -> None:
+    plan = plan_of(place, TASKS[:1], ("base",), batch_size=1)
+    for change in ({"max_prompt_tokens": 900}, {"scoring": "paper"}):
+        stop_after(monkeypatch, 3)
+        with pytest.raises(Stop):
+            run(plan)
+        monkeypatch.undo()
+        counted = run(replace(plan, options=replace(plan.options, **change)))[0].document["meteora"]["speed"]
+        assert counted["rows"] == 7
+
+
+def test_rows_that_cannot_be_read_are_named(place) -> None:
+    file = place.data / TASKS[0] / "test.jsonl"
+    write_jsonl(file, [*rows(TASKS[0], 2), {"prompt": "", "response": "x"}])
+    tokenizer = json.loads((place.base / "tokenizer_config.json").read_text())
+    (place.base / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "add_bos_token": False}))
+    with pytest.raises(DataError, match="the prompt of test row 2 of logical_deduction is empty"):
+        run(plan_of(place, TASKS[:1], ("base",)))
+
+
+def test_tasks_and_models_named_twice_run_once(place) -> None:
+    outcomes = run(plan_of(place, (TASKS[0], TASKS[0]), ("base", "base"), save=False))
+    assert len(outcomes) == 1
+    assert outcomes[0].document["meteora"]["speed"]["rows"] == 7
+    with pytest.raises(UsageError, match=r"the results of '.*logical_deduction' and '.*logical_deduction' would lie in one folder"):
+        twin = place.folder / "adapters_logical_deduction"
+        shutil.copytree(place.adapters / TASKS[0], twin)
+        run(plan_of(place, TASKS[:1], (str(place.adapters / TASKS[0]), str(twin))))
+
+
+def test_results_stay_in_their_folder(place, monkeypatch) -> None:
+    inside = place.adapters / TASKS[0] / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    outcome = run(plan_of(place, TASKS[:1], ("..",)))[0]
+    assert outcome.file is not None
+    assert outcome.file.parent.parent == place.folder / "runs" / "eval"
 
 
 def test_prompts_that_fill_the_models_context_are_skipped_and_answers_stay_within_it(place) -> None:
@@ -325,9 +381,9 @@ def test_prompts_that_fill_the_models_context_are_skipped_and_answers_stay_withi
     result = outcome.results[TASKS[0]]
     assert max(len(sample.row.prompt) + sample.tokens for sample in result.samples) == longest
     (place.base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 5}))
-    with pytest.raises(DataError, match="longer than 4 tokens") as raised:
+    with pytest.raises(DataError, match="and the model's context of 5 leaves no room for an answer") as raised:
         run(plan_of(place, TASKS[:1], ("base",)))
-    assert raised.value.hint == "prompt and answer together may have 5 tokens with this model"
+    assert raised.value.hint == "use a base model with a longer context"
 
 
 def test_what_is_missing_is_named_before_a_model_is_loaded(place, monkeypatch) -> None:

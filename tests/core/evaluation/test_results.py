@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -48,6 +49,53 @@ def test_other_inputs_begin_anew(tmp_path) -> None:
     other.close()
     with SampleWriter(path, {"model": "a"}) as first:
         assert first.done == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"doc_id": 1, "output": "b", "tok\n',
+        b'{"doc_id": "1", "output": "b", "tokens": []}\n',
+        b'{"doc_id": -1, "output": "b", "tokens": []}\n',
+        b'{"doc_id": true, "output": "b", "tokens": []}\n',
+        b'{"doc_id": 1, "output": null, "tokens": []}\n',
+        b'{"doc_id": 1, "output": "b", "tokens": 5}\n',
+        b'{"doc_id": 1, "output": "b", "tokens": ["5"]}\n',
+        b'{"doc_id": 1, "output": "b", "tokens": [-5]}\n',
+        b'{"doc_id": 1, "output": "b"}\n',
+        b"[" * 100_000 + b"\n",
+        b"\xff\n",
+        b"[]\n",
+    ],
+)
+def test_a_damaged_row_and_those_behind_it_are_run_again(tmp_path, line) -> None:
+    path = tmp_path / "s.jsonl"
+    with SampleWriter(path, {}) as writer:
+        writer.add(0, "a", [5, 6])
+    before = path.read_bytes()
+    path.write_bytes(before + line + b'{"doc_id": 2, "output": "c", "tokens": []}\n')
+    with SampleWriter(path, {}) as again:
+        assert (again.done, again.tokens) == ({0: "a"}, {0: (5, 6)})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"results": {"winowhy": 5}}, "the results of 'winowhy' are no object"),
+        ({"results": {"winowhy": {"acc,none": float("nan")}}}, "'acc,none' of 'winowhy' is 'nan', which is no finite number"),
+        ({"results": {"winowhy": {"acc_stderr,none": float("inf")}}}, "is 'inf', which"),
+        ({"results": {"winowhy": {"acc,none": "0.5"}}}, "is '0.5', which"),
+        ({"results": {"winowhy": {"acc,none": True}}}, "is 'True', which"),
+        ({"results": {"winowhy": {"acc,none": 10**400}}}, "which is no finite number"),
+        ({"results": {}, "n-samples": []}, "'n-samples' is no object"),
+        ({"results": {}, "higher_is_better": 5}, "'higher_is_better' is no object"),
+    ],
+)
+def test_figures_that_are_none_are_refused(tmp_path, document, message) -> None:
+    (tmp_path / "results_x.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_results(tmp_path)
 
 
 def test_the_document_has_the_harness_shape(tmp_path) -> None:
