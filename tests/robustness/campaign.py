@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from . import kinds_data, kinds_models, kinds_settings
+from . import kinds_data, kinds_models, kinds_names, kinds_settings
 from .cases import Case, Kind, plain
 from .forks import Outcome, run
 from .world import build_world, copy_world
@@ -35,9 +35,9 @@ KINDS: dict[str, Kind] = {
     "toml": kinds_settings.toml,
     "environment": kinds_settings.environment,
     "numbers": kinds_settings.numbers,
-    "names": kinds_settings.names,
-    "texts": kinds_settings.texts,
-    "network": kinds_settings.network,
+    "names": kinds_names.names,
+    "texts": kinds_names.texts,
+    "network": kinds_names.network,
 }
 WEIGHTS = {"adapter": 5, "checkpoint": 5, "authors": 2, "rows": 3, "names": 2, "numbers": 2, "texts": 2}
 """How often a kind comes, where it is not once."""

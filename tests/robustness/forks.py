@@ -75,7 +75,7 @@ def import_everything() -> None:
                 importlib.import_module(module.name)
     import typer.main
 
-    from meteora_cli.app import app
+    from meteora_cli.tree import app
 
     built, build = typer.main.get_command(app), typer.main.get_command  # Typer builds its commands anew at every call, which takes longer than most cases
     typer.main.get_command = lambda instance: built if instance is app else build(instance)
