@@ -325,7 +325,8 @@ class Chaos:
                 if first.code not in (1, 2) or "Traceback" in first.said or first.said.count("error: ") != 1:
                     last = [line for line in first.said.strip().splitlines() if line.strip()][-1:]
                     faults.append(f"no one-line error: code {first.code}, {plain(' '.join(last))[:160]}")
-                faults += [f"left behind by the failure: {path}" for path in strays(place, before, operation)][:2]
+                kept = [path for path in strays(place, before, operation) if ".states" not in path]
+                faults += [f"left behind by the failure: {path}" for path in kept][:2]
             again = operation.again if first.code else operation.argv
             second = self.command(operation, place, again) if first.code else first
             if second.code:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-MEMORY = 12 << 30
+MEMORY = 6 << 30
 """Most address space of a child, in bytes (torch alone maps several GB)."""
 
 PROCESSOR_SECONDS = 20
@@ -213,10 +213,10 @@ def call(prepare: Callable[[], None] | None = None) -> int:
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8", errors="strict", line_buffering=os.isatty(1))
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), encoding="utf-8", errors="backslashreplace", line_buffering=True)
     tempfile.tempdir = None
-    from meteora_cli import app, console
+    from meteora_cli import app, display
 
-    console.console.__init__(stderr=True, highlight=False)  # type: ignore[misc]
-    console.out.__init__(highlight=False)  # type: ignore[misc]
+    display.console.__init__(stderr=True)  # type: ignore[misc]
+    display.out.__init__()  # type: ignore[misc]
     try:
         if prepare is not None:
             prepare()

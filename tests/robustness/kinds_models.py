@@ -225,26 +225,7 @@ def authors(rng: Random) -> Case:
     else:
         argv = ["chat", "--checkpoint", str(place), "--base", "base", *RAW]
         case = Case(what, argv, stdin=ASK.encode(), check=same_ids(meaning, ASK.strip("\n"), 5))
-    return judged(case, partial(_authors_usable, meaning))
-
-
-def _authors_usable(meaning: object) -> None:
-    """A file with other base tensors than the base model's may be right, but the reference cannot say what it means."""
-    try:
-        _usable(meaning)
-    except reference.Invalid as broken:
-        if "differs" in str(broken) or "B or base" in str(broken):
-            need(_finite_and_whole(), str(broken))
-            return
-        raise
-
-
-def _finite_and_whole() -> bool:
-    try:
-        tensors = reference.read_tensors(Path("theirs/model.safetensors"))
-    except reference.Invalid:
-        return False
-    return bool(tensors)
+    return judged(case, partial(_usable, meaning))
 
 
 def _converted(outcome: Outcome) -> str | None:

@@ -32,6 +32,10 @@ class Invalid(Exception):
     """What was read means nothing, or nothing that may be used."""
 
 
+class Unknown(Invalid):
+    """What was read may mean something, but this reference cannot say what."""
+
+
 def need(condition: object, reason: str) -> None:
     """Raise Invalid unless ``condition`` holds."""
     if not condition:
@@ -41,6 +45,8 @@ def need(condition: object, reason: str) -> None:
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object without NaN, infinities and numbers that overflow."""
 
+    need(file.is_file(), f"no {file.name}")
+
     def refuse(word: str) -> Any:
         raise Invalid(f"{word} in {file.name}")
 
@@ -49,7 +55,7 @@ def read_object(file: Path) -> dict[str, Any]:
         return float(text)
 
     try:
-        value = json.loads(file.read_bytes().decode("utf-8"), parse_constant=refuse, parse_float=number)
+        value = json.loads(file.read_bytes().decode("utf-8-sig"), parse_constant=refuse, parse_float=number)
     except (OSError, ValueError, RecursionError) as broken:
         raise Invalid(str(broken)) from broken
     need(isinstance(value, dict), f"{file.name} is no object")
@@ -192,6 +198,7 @@ def _native(folder: Path, root: Path, config: dict[str, Any]) -> Mixture:
     outside = []
     if not embedded:
         for entry in config["adapters"]:
+            need(isinstance(entry["source"], str), "source")
             place = root / entry["source"]
             outside.append(read_adapter(place))
             need(hashlib.sha256((place / "adapter_model.safetensors").read_bytes()).hexdigest() == entry["sha256"], "adapter's hash")
@@ -227,6 +234,7 @@ def read_authors(file: Path, alpha: float = 16.0, top_k: int = 2, temperature: f
     base = read_tensors(Path("base/model.safetensors"))
     prefix = "base_model.model."
     known = set()
+    other_base = False
     adapters: list[Weights] = [{} for _ in range(count)]
     gates = {}
     for path, (width, out) in linear_shapes().items():
@@ -235,7 +243,8 @@ def read_authors(file: Path, alpha: float = 16.0, top_k: int = 2, temperature: f
         known |= set(keys)
         gate, A, B, plain = (tensors[key] for key in keys)
         need(gate.shape == (count, width) and A.ndim == 2 and A.shape[1] == width and A.shape[0] % count == 0 and A.shape[0], f"{path}: shape")
-        need(B.shape == (out, A.shape[0]) and torch.equal(plain, base[f"{path}.weight"]), f"{path}: B or base")
+        need(B.shape == (out, A.shape[0]) and plain.shape == (out, width), f"{path}: B or base")
+        other_base |= not torch.equal(plain, base[f"{path}.weight"])
         rank = A.shape[0] // count
         gates[path] = gate
         for number in range(count):
@@ -244,9 +253,12 @@ def read_authors(file: Path, alpha: float = 16.0, top_k: int = 2, temperature: f
     for name, tensor in base.items():
         if name.rpartition(".")[0] not in linear_shapes():
             key = prefix + name
-            need(key in tensors and torch.equal(tensors[key], tensor), f"{name} differs")
+            need(key in tensors and tensors[key].shape == tensor.shape, f"{name} differs")
+            other_base |= not torch.equal(tensors[key], tensor)
             known.add(key)
     need(set(tensors) == known, "unknown tensors")
+    if other_base:
+        raise Unknown("it has base tensors of its own")
     return Mixture(tuple(map(str, range(count))), tuple(adapters), gates, top_k, temperature)
 
 
