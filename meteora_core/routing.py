@@ -207,6 +207,7 @@ class RoutingState:
         self.base_probe: list[float] | None = None
         self.gates: GateOrigin = "trained"
         self.start: tuple[str, int, tuple[str, ...]] | None = None  # how `attach` started the gates: init, seed, and the layers in order
+        self.renamed: dict[str, str] = {}  # modules that the adapters' folders call otherwise: their name there -> here
         self.embedded = False  # the adapters are not those of their folders: a checkpoint has to hold them
         self.enabled = True
         self.allowed: Tensor | None = None

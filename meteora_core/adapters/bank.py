@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from meteora_core.adapters.fitting import Claim
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, read_adapter
-from meteora_core.errors import AdapterError, UsageError
+from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.progress import SILENT, Progress
 
 
@@ -46,10 +47,12 @@ class AdapterBank:
     Attributes:
         adapters: What each adapter is; the position is the adapter's index in gates and labels.
         modules: A stack for every linear that at least one adapter targets, by module path.
+        claims: What adapters that were read from folders say of their base model.
     """
 
     adapters: tuple[AdapterInfo, ...]
     modules: dict[str, Stack]
+    claims: tuple[Claim, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,8 +67,6 @@ class AdapterBank:
 
     def index(self, name: str) -> int:
         """The position of adapter ``name``. Raises UsageError (with the nearest name) when there is none."""
-        from meteora_core.errors import did_you_mean
-
         if name not in self.names:
             raise UsageError(f"no adapter named {name!r} in the bank", hint=did_you_mean(name, self.names) or f"there are: {', '.join(self.names)}")
         return self.names.index(name)
@@ -95,7 +96,9 @@ class AdapterBank:
     def stack(cls, adapters: list[Adapter], *, dtype: torch.dtype | None = None) -> AdapterBank:
         """Stack adapters that were read before. Raises AdapterError when two of them disagree about a layer's shape."""
         paths = sorted({path for adapter in adapters for path in adapter.modules}, key=natural_order)
-        return cls(tuple(adapter.info for adapter in adapters), {path: _stack_layer(path, adapters, dtype) for path in paths})
+        modules = {path: _stack_layer(path, adapters, dtype) for path in paths}
+        claims = (Claim(adapter.info.name, adapter.config, adapter.copies, frozenset(adapter.modules)) for adapter in adapters if adapter.config)
+        return cls(tuple(adapter.info for adapter in adapters), modules, tuple(claims))
 
 
 def natural_order(path: str) -> tuple[tuple[int, int | str], ...]:

@@ -1,22 +1,33 @@
-"""One ordinary PEFT LoRA folder: what can be stacked is read, the rest is refused by name."""
+"""One ordinary PEFT LoRA folder: what can be stacked is read and checked, the rest is refused by name.
+
+Every use of an adapter goes through :func:`read_adapter`: banks, evaluation of one adapter by PEFT, chat, Arrow.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from meteora_core.errors import AdapterError
-from meteora_core.files import read_json, sha256
+from meteora_core.adapters.config import CONFIG, WEIGHTS, AdapterConfig, find_adapter, read_adapter_config
+from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor, refuse_peak
+from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, read_header
+from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.files import sha256
+from meteora_core.json_files import is_regular
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "AdapterInfo", "BaseCopy", "LoraWeights", "check_adapter", "find_adapter", "read_adapter"]
+
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+_COPY = re.compile(r"^(?P<path>(?:.+\.)?(?:lm_head|embed_out|output_layer))\.base_layer\.weight$")
+_AGAIN = "copy or download the file again"
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,35 @@ class LoraWeights:
 
 
 @dataclass(frozen=True)
+class BaseCopy:
+    """A tensor of the base model that PEFT saved with the adapter (it does for an adapted ``lm_head``); it must be the base's own.
+
+    Attributes:
+        path: The module in the base model.
+        entry: Where the copy is: file, dtype, shape.
+        key: Its name in the file.
+    """
+
+    path: str
+    entry: TensorEntry
+    key: str
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """One adapter: what it is, and its weights by module path (``model.layers.0.self_attn.q_proj``)."""
+    """One adapter: what it is, its weights by module path (``model.layers.0.self_attn.q_proj``), and what it asks of the base model.
+
+    Attributes:
+        info: Name, source, hash, rank, alpha.
+        modules: Weights by module path.
+        config: Its configuration, which says what modules should be adapted; None where it comes from no folder.
+        copies: Tensors of the base model that came along.
+    """
 
     info: AdapterInfo
     modules: dict[str, LoraWeights]
+    config: AdapterConfig | None = None
+    copies: tuple[BaseCopy, ...] = ()
 
 
 def read_adapter(name: str, folder: str | Path) -> Adapter:
@@ -66,103 +101,139 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
 
     Args:
         name: The name it gets.
-        folder: The folder.
+        folder: The folder, or one with a single adapter in a sub-folder (PEFT saves a named adapter so).
 
     Returns:
-        The adapter, its tensors in the dtype of the file.
+        The adapter, its tensors in the dtype of the file (float16, bfloat16, float32 or float64).
 
     Raises:
-        AdapterError: The folder is missing or broken, holds pickled weights only, or is of a kind that cannot be stacked (DoRA, bias,
-            modules_to_save, embeddings, other PEFT methods); the reason is named.
+        AdapterError: The folder is missing or broken, holds pickled weights only, is of a kind that cannot be stacked (DoRA, bias, modules_to_save,
+            embeddings, other PEFT methods), or its weights cannot be computed with (integers, NaN, infinity, numbers that overflow); the reason is named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise AdapterError(f"adapter {name!r}: no such folder: {folder}", hint="train it with `meteora train --stage adapters`, or correct the path")
-    config = read_json(folder / CONFIG, error=AdapterError, hint=f"{folder} should be a folder written by PEFT's save_pretrained")
-    if not isinstance(config, dict):
-        raise AdapterError(f"adapter {name!r}: {folder / CONFIG} is not a JSON object")
-    _refuse_unsupported(name, config)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        pickled = next((file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
-        if pickled:
-            raise AdapterError(f"adapter {name!r}: {pickled} is a pickle file, which is never read", hint="save it again as safetensors with a recent PEFT")
-        raise AdapterError(f"adapter {name!r}: {folder} holds no {WEIGHTS}")
+    place, config, entries = _open(name, Path(folder))
+    weights = place / WEIGHTS
+    paths, copies = _paths(name, entries, config)
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError, ValueError) as broken:
-        raise AdapterError(f"adapter {name!r}: {weights} cannot be read: {broken}", hint="copy or download the file again") from broken
-    modules = _pair(name, tensors, config)
+        raise AdapterError(f"adapter {name!r}: {weights} cannot be read: {broken}", hint=_AGAIN) from broken
+    modules = {path: _weights(name, path, tensors[sides["A"]], tensors[sides["B"]], config) for path, sides in paths.items()}
     info = AdapterInfo(
         name=name,
-        source=str(folder),
+        source=str(place),
         sha256=sha256(weights),
-        base=config.get("base_model_name_or_path"),
-        rank=int(config.get("r", 8)),
-        alpha=float(config.get("lora_alpha", 8)),
-        rslora=bool(config.get("use_rslora", False)),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        base=config.base_model_name_or_path,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
     )
-    return Adapter(info, modules)
+    return Adapter(info, modules, config, copies)
 
 
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's initialisations that subtract from the base model, or quantise it, each time the adapter is put on."""
+def check_adapter(name: str, folder: str | Path) -> None:
+    """The checks of :func:`read_adapter` that need no tensor: configuration, names, shapes and dtypes. Raises AdapterError."""
+    _, config, entries = _open(name, Path(folder))
+    _paths(name, entries, config)
 
 
-def _refuse_unsupported(name: str, config: dict[str, Any]) -> None:
-    kind = str(config.get("peft_type", "LORA")).upper()
-    if kind != "LORA":
-        raise AdapterError(f"adapter {name!r} is a {kind} adapter; only LORA can be stacked")
-    start = config.get("init_lora_weights")
-    reasons = {
-        "DoRA (use_dora)": config.get("use_dora"),
-        "QALoRA (use_qalora)": config.get("use_qalora"),
-        f"bias={config.get('bias')!r}": config.get("bias", "none") != "none",
-        "lora_bias": config.get("lora_bias"),
-        f"modules_to_save={config.get('modules_to_save')}": config.get("modules_to_save"),
-        f"target_parameters={config.get('target_parameters')}": config.get("target_parameters"),
-        f"trainable_token_indices={config.get('trainable_token_indices')}": config.get("trainable_token_indices"),
-        "fan_in_fan_out": config.get("fan_in_fan_out"),
-        f"init_lora_weights={start!r}, which changed its base model": isinstance(start, str) and start.startswith(_CHANGES_BASE),
-        "activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
-    }
-    for reason, present in reasons.items():
-        if present:
-            raise AdapterError(f"adapter {name!r} uses {reason}, which cannot be stacked", hint="train a plain LoRA: bias='none', no DoRA, no modules_to_save")
+def _open(name: str, folder: Path) -> tuple[Path, AdapterConfig, dict[str, TensorEntry]]:
+    """The folder that holds the adapter, its configuration, and the header of its weights."""
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError) as broken:
+        raise AdapterError(f"adapter {name!r}: {str(folder)!r} cannot be read: {broken}", hint="correct the path") from broken
+    if not there:
+        raise AdapterError(f"adapter {name!r}: no such folder: {folder}", hint="train it with `meteora train --stage adapters`, or correct the path")
+    place = find_adapter(folder) or folder
+    config = read_adapter_config(name, place)
+    weights = place / WEIGHTS
+    if not is_regular(weights):
+        pickled = next((file.name for file in sorted(place.iterdir()) if file.suffix in PICKLES), None)
+        if pickled:
+            raise AdapterError(f"adapter {name!r}: {pickled} is a pickle file, which is never read", hint="save it again as safetensors with a recent PEFT")
+        raise AdapterError(f"adapter {name!r}: {place} holds no {WEIGHTS}", hint="copy or train the adapter again")
+    try:
+        entries, _ = read_header(weights)
+    except CheckpointError as broken:
+        raise AdapterError(f"adapter {name!r} cannot be read: {broken.message}", hint=broken.hint) from broken
+    return place, config, entries
 
 
-def _pattern(patterns: dict[str, Any], path: str, default: float) -> float:
-    """PEFT's rank_pattern / alpha_pattern: a key matches the end of a module path, as a regular expression."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return float(value)
-    return default
+def module_path(key: str) -> str:
+    """A tensor's name without what wrappers put before and between its parts (PEFT, ``torch.compile``, FSDP, DDP), once or several times."""
+    key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    while True:
+        bare = key.removeprefix("module.").removeprefix(_PREFIX)
+        if bare == key:
+            return key
+        key = bare
 
 
-def _pair(name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, LoraWeights]:
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.match(key.removeprefix(_PREFIX))
+def _paths(name: str, entries: dict[str, TensorEntry], config: AdapterConfig) -> tuple[dict[str, dict[str, str]], tuple[BaseCopy, ...]]:
+    """The keys of both sides by module path, and the copies of base tensors. Raises AdapterError for anything else."""
+    sides: dict[str, dict[str, str]] = {}
+    copies, adapters = [], Counter[str]()
+    for key, entry in entries.items():
+        bare = module_path(key)
+        if copied := _COPY.match(bare):
+            copies.append(BaseCopy(copied["path"], entry, key))
+            continue
+        match = _KEY.match(bare)
         if match is None:
-            what = "an embedding adapter" if "lora_embedding" in key else "not a LoRA weight"
-            raise AdapterError(f"adapter {name!r}: {key} is {what}; it cannot be stacked")
-        if tensor.ndim != 2:
-            raise AdapterError(f"adapter {name!r}: {key} has shape {tuple(tensor.shape)}; only adapters of linear layers can be stacked")
-        sides.setdefault(match["path"], {})[match["side"]] = tensor
+            raise AdapterError(f"adapter {name!r}: {key} is {_what(bare)}; it cannot be stacked", hint=_without(bare))
+        if entry.dtype not in WEIGHT_NAMES:
+            raise AdapterError(f"adapter {name!r}: {key} has dtype {entry.dtype}; weights are F16, BF16, F32 or F64", hint="save it in a floating dtype")
+        if len(entry.shape) != 2:
+            raise AdapterError(f"adapter {name!r}: {key} has shape {entry.shape}; only adapters of linear layers can be stacked")
+        pair = sides.setdefault(match["path"], {})
+        if match["side"] in pair:
+            raise AdapterError(
+                f"adapter {name!r} holds two tensors for lora_{match['side']} of {match['path']}: {pair[match['side']]} and {key}",
+                hint="save one adapter a folder",
+            )
+        pair[match["side"]] = key
+        adapters[match["adapter"] or ""] += 1
     if not sides:
-        raise AdapterError(f"adapter {name!r} holds no weights")
-    modules = {}
+        raise AdapterError(f"adapter {name!r} holds no weights", hint="copy or train the adapter again")
+    if len(adapters) > 1:
+        raise AdapterError(f"adapter {name!r} holds several adapters: {', '.join(sorted(adapters))}", hint="save one adapter a folder")
     for path, pair in sides.items():
         if set(pair) != {"A", "B"}:
-            raise AdapterError(f"adapter {name!r}: {path} has lora_{next(iter(pair))} but not its partner")
-        rank = pair["A"].shape[0]
-        if pair["B"].shape[1] != rank or rank == 0:
-            raise AdapterError(f"adapter {name!r}: {path} has A {tuple(pair['A'].shape)} and B {tuple(pair['B'].shape)}, whose ranks differ or are 0")
-        alpha = _pattern(config.get("alpha_pattern") or {}, path, float(config.get("lora_alpha", 8)))
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        modules[path] = LoraWeights(pair["A"], pair["B"], scaling)
-    return modules
+            raise AdapterError(f"adapter {name!r}: {path} has lora_{next(iter(pair))} but not its partner", hint=_AGAIN)
+        first, second = entries[pair["A"]].shape, entries[pair["B"]].shape
+        rank, wanted = first[0], config.rank_of(path)
+        if second[1] != rank or 0 in (*first, *second):
+            raise AdapterError(f"adapter {name!r}: {path} has A {first} and B {second}, whose ranks differ or are 0", hint=_AGAIN)
+        if rank != wanted:
+            raise AdapterError(f"adapter {name!r}: {path} has rank {rank}, and {CONFIG} says {wanted}", hint="correct r or rank_pattern there")
+    for copy in copies:
+        if copy.path not in sides:
+            raise AdapterError(f"adapter {name!r}: {copy.key} belongs to no adapted module; it cannot be stacked", hint=_without(copy.key))
+    return dict(sides), tuple(copies)
+
+
+def _what(key: str) -> str:
+    if "lora_embedding" in key:
+        return "an embedding adapter"
+    if re.search(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.(?:base_layer\.)?weight$", key):
+        return "a tensor of the base model (PEFT saves embeddings that were resized or trained)"
+    return "not a LoRA weight"
+
+
+def _without(key: str) -> str:
+    if "embed" in key or "lm_head" in key or "wte" in key:
+        return "train on linear layers of an unchanged base model, and save with save_embedding_layers=False"
+    return "only plain LoRA on linear layers can be stacked"
+
+
+def _weights(name: str, path: str, A: Tensor, B: Tensor, config: AdapterConfig) -> LoraWeights:
+    for side, tensor in (("lora_A", A), ("lora_B", B)):
+        check_tensor(f"adapter {name!r}: {side} of {path}", tensor, error=AdapterError)
+    rank, alpha = A.shape[0], config.alpha_of(path)
+    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    refuse_peak(f"adapter {name!r}: the scaling of {path}", abs(scaling), torch.float32, AdapterError)
+    return LoraWeights(A, B, scaling)

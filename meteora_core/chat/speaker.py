@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from meteora_core.adapters.config import find_adapter
 from meteora_core.errors import UsageError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
@@ -74,7 +75,7 @@ def load_speaker(
         UsageError: No such adapter, device or dtype.
     """
     if adapter is not None and checkpoint is None:
-        folder = next((place for place in (Path(adapter), settings.paths.adapters / adapter) if (place / "adapter_config.json").is_file()), None)
+        folder = next((place for place in (Path(adapter), settings.paths.adapters / adapter) if find_adapter(place) is not None), None)
         if folder is not None:
             return _single_adapter(settings, folder, base, progress)
     if base is not None and checkpoint is None and adapter is None:

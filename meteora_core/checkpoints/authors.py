@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import note_base_changes
 from meteora_core.checkpoints.tensor_files import shown
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError
-from meteora_core.model.attach import attach, meteora_layers
+from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
@@ -87,19 +88,29 @@ def load_authors_checkpoint(
     with progress.task("reading adapters and gates", total=len(layout.modules), unit="layers") as task:
         stacks = {}
         for path in layout.modules:
-            stacks[path] = layout.stack(path, scaling)
+            stacks[path] = layout.stack(path, scaling, [info.name for info in infos])
             task.update(1)
+    gates = {path: layout.gate(path) for path in layout.modules}
+    changed, rounded = _compare_base(layout, targets, progress)
     try:
         attach(model, AdapterBank(infos, stacks), top_k=top_k, temperature=temperature, backend=backend, init="zeros")
     except UsageError:
         raise
     except MeteoraError as error:
         raise CheckpointError(f"the checkpoint {checkpoint} does not fit this base model: {error.message}", hint=error.hint) from error
+    try:
+        for path, layer in meteora_layers(model):
+            check_tensor(key_of(path, "moe_gate"), gates[path], dtype=layer.gate.dtype)
+    except CheckpointError:
+        detach(model)
+        raise
     with torch.no_grad():
         for path, layer in meteora_layers(model):
-            layer.gate.copy_(layout.tensors.read(key_of(path, "moe_gate")))
+            layer.gate.copy_(gates[path])
+        for name in (*changed, *rounded):
+            targets[name].detach().copy_(layout.tensors.read(layout.base[name]))
     routing_state(model).gates = "trained"
-    note_base_changes(model, *_copy_base(layout, targets, progress))
+    note_base_changes(model, changed, rounded)
     return model.eval()
 
 
@@ -170,21 +181,23 @@ def _check_tied(layout: AuthorsLayout, targets: dict[str, Tensor]) -> None:
             )
 
 
-def _copy_base(layout: AuthorsLayout, targets: dict[str, Tensor], progress: Progress) -> tuple[list[str], dict[str, torch.dtype]]:
-    """Copy the base tensors into the model.
+def _compare_base(layout: AuthorsLayout, targets: dict[str, Tensor], progress: Progress) -> tuple[list[str], dict[str, torch.dtype]]:
+    """Which base tensors have other numbers than the base model's, and which are the base model's rounded to a dtype; nothing is written.
 
-    Returns:
-        The names of those that have other numbers than the base model's, and of those that are the base model's rounded to a dtype.
+    Raises:
+        CheckpointError: One holds a number that the base model's dtype cannot hold.
     """
     changed, rounded = [], {}
-    with progress.task("reading base tensors", total=len(targets), unit="tensors") as task, torch.no_grad():
+    with progress.task("comparing base tensors", total=len(targets), unit="tensors") as task:
         for name, target in targets.items():
             before, tensor = target.detach(), layout.tensors.read(layout.base[name]).to(target.device)
             if not torch.equal(before.to(tensor.dtype), tensor):
+                if not tensor.is_floating_point():
+                    raise CheckpointError(f"{layout.base[name]} of {layout.tensors.path} has dtype {tensor.dtype}, the base model's has {before.dtype}")
+                check_tensor(layout.base[name], tensor, dtype=target.dtype, margin=False)
                 changed.append(name)
             elif not torch.equal(before, tensor.to(before.dtype)):
                 rounded[name] = tensor.dtype
-            before.copy_(tensor)
             task.update(1)
     if left := [name for name in layout.base if name not in targets]:
         progress.note(f"{len(left)} linears of the base model are quantised and keep their own weights")

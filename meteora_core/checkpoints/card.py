@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meteora_core.checkpoints.native import CONFIG_FILE, WEIGHT_FILE, read_config
+from meteora_core.checkpoints.native_config import CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
 from meteora_core.data.manifest import Manifest, read_manifest
 from meteora_core.data.tasks import TASKS, BigBench, Records
 from meteora_core.errors import UsageError
@@ -54,6 +54,7 @@ def write_card(
     """
     folder = Path(folder)
     config = read_config(folder)
+    check_weights(folder, config)
     names = [adapter["name"] for adapter in config["adapters"]]
     unknown = sorted(set(licences or {}) - set(names))
     if unknown:

@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 import torch
 
+from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor
 from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
-from meteora_core.checkpoints.native import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_replaceable, rounding_table
+from meteora_core.checkpoints.native import check_replaceable, rounding_table
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
 from meteora_core.checkpoints.tensor_files import CHUNK, TensorFiles, TensorPlan, shown, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import atomic_folder, storage_errors, write_json
@@ -107,13 +109,14 @@ def convert_authors(
         _check_base(layout, theirs, reference)
         kept, rounded = _differences(layout, theirs, progress)
         probe = _probe(layout, theirs)
+    _check_numbers(layout, infos, kept, progress)
     plans = list(_plans(layout, kept))
+    config = _config(layout, infos, reference, probe, kept, rounded, top_k, temperature)
     total = sum(plan.size for plan in plans)
     _check_space(folder, total)
     with atomic_folder(folder) as temporary:
         with progress.task("writing the checkpoint", total=total, unit="B") as task:
-            digest = write_tensors(temporary / WEIGHT_FILE, plans, {"format": "pt", "producer": "meteora"}, on_bytes=task.update)
-        config = _config(layout, infos, reference, probe, kept, rounded, top_k, temperature)
+            digest = write_tensors(temporary / WEIGHT_FILE, plans, weight_metadata(config), on_bytes=task.update)
         write_json(temporary / CONFIG_FILE, {**config, "weights_sha256": digest})
         size = (temporary / WEIGHT_FILE).stat().st_size
     return Converted(folder, tuple(info.name for info in infos), layout.rank, len(layout.modules), kept, size, digest)
@@ -205,6 +208,24 @@ def _probe(layout: AuthorsLayout, theirs: TensorFiles) -> list[float]:
         count = prod(theirs.entries[name].shape)
         values += theirs.sample(name, range(0, count, max(1, count // 4))[:4])
     return values
+
+
+def _check_numbers(layout: AuthorsLayout, infos: tuple[AdapterInfo, ...], kept: tuple[str, ...], progress: Progress) -> None:
+    """Refuse gates, adapters and stored base tensors that hold NaN, infinity, or numbers whose use overflows. Raises CheckpointError."""
+    scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32)
+    names = [info.name for info in infos]
+    with progress.task("checking the numbers", total=len(layout.modules) + len(kept), unit="tensors") as task:
+        for path in layout.modules:
+            layout.gate(path)
+            layout.stack(path, scaling, names)
+            task.update(1)
+        for name in kept:
+            entry = layout.tensors.entries[layout.base[name]]
+            if entry.dtype not in WEIGHT_NAMES:
+                raise CheckpointError(f"{layout.base[name]} has dtype {entry.dtype}; weights are F16, BF16, F32 or F64", hint="choose --base-tensors changed")
+            for block in layout.tensors.chunks(layout.base[name]):
+                check_tensor(layout.base[name], torch.frombuffer(bytearray(block), dtype=entry.torch_dtype), margin=False)
+            task.update(1)
 
 
 def _plans(layout: AuthorsLayout, kept: tuple[str, ...]) -> Iterator[TensorPlan]:

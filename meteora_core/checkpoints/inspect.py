@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from meteora_core.adapters.peft_folder import CONFIG as ADAPTER_CONFIG
-from meteora_core.adapters.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
+from meteora_core.adapters.config import CONFIG as ADAPTER_CONFIG
+from meteora_core.adapters.config import WEIGHTS as ADAPTER_WEIGHTS
+from meteora_core.adapters.config import AdapterConfig, find_adapter
 from meteora_core.checkpoints.layout import is_authors, read_layout
-from meteora_core.checkpoints.native import BASE, CONFIG_FILE, WEIGHT_FILE, read_config
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
 from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, TensorFiles, refuse_pickle
 from meteora_core.errors import AdapterError, CheckpointError
-from meteora_core.files import read_json, sha256
+from meteora_core.files import sha256
+from meteora_core.json_files import is_regular, read_model, read_object, require_regular
 from meteora_core.progress import SILENT, Progress
 
 Facts = dict[str, Any]
@@ -38,20 +40,28 @@ def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progr
     """
     path = Path(path)
     refuse_pickle(path)
-    if not path.exists():
+    try:
+        there, folder = path.exists(), path.is_dir()
+    except (OSError, ValueError) as broken:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {broken}", hint="correct the path") from broken
+    if not there:
         raise CheckpointError(f"no such file or folder: {path}", hint="correct the path")
-    if path.is_file():
-        if path.name == CONFIG_FILE or (path.name == WEIGHT_FILE and (path.parent / CONFIG_FILE).is_file()):
+    if not folder:
+        require_regular(path, error=CheckpointError, hint="correct the path")
+        if path.name == CONFIG_FILE or (path.name == WEIGHT_FILE and is_regular(path.parent / CONFIG_FILE)):
             path = path.parent
         elif path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             return _unknown(path)
     if path.is_dir():
-        if (path / CONFIG_FILE).is_file():
+        if is_regular(path / CONFIG_FILE):
             return _native(path, hashes, progress)
-        if (path / ADAPTER_CONFIG).is_file():
+        if is_regular(path / ADAPTER_CONFIG):
             return _adapter(path, hashes, progress)
-        if not any(path.glob("*.safetensors")) and any(path.glob(f"*/{ADAPTER_CONFIG}")):
-            return _adapters(path, hashes, progress)
+        if not any(path.glob("*.safetensors")):
+            if is_regular(path / "default" / ADAPTER_CONFIG):
+                return _adapter(path / "default", hashes, progress)
+            if any(find_adapter(place) for place in path.iterdir() if place.is_dir()):
+                return _adapters(path, hashes, progress)
         if not any(path.glob("*.safetensors")):
             return _unknown(path)
     tensors = TensorFiles(path)
@@ -68,8 +78,7 @@ def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progr
 
 def _native(folder: Path, hashes: bool, progress: Progress) -> Facts:
     config = read_config(folder)
-    if not (folder / WEIGHT_FILE).is_file():
-        raise CheckpointError(f"{folder} holds no {WEIGHT_FILE}", hint="copy the checkpoint again")
+    check_weights(folder, config)
     tensors = TensorFiles(folder / WEIGHT_FILE)
 
     def part(name: str) -> str:
@@ -118,10 +127,8 @@ def _authors(path: Path, tensors: TensorFiles, hashes: bool, progress: Progress)
 
 
 def _adapter(folder: Path, hashes: bool, progress: Progress) -> Facts:
-    config = read_json(folder / ADAPTER_CONFIG, error=AdapterError)
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder / ADAPTER_CONFIG} is not a JSON object")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    config = read_model(folder / ADAPTER_CONFIG, AdapterConfig, error=AdapterError)
+    if not is_regular(folder / ADAPTER_WEIGHTS):
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         what = f"only {pickled[0]}, a pickle file, which is never read" if pickled else f"no {ADAPTER_WEIGHTS}"
         raise CheckpointError(f"the adapter {folder} holds {what}", hint="save it again as safetensors with a recent PEFT")
@@ -129,17 +136,17 @@ def _adapter(folder: Path, hashes: bool, progress: Progress) -> Facts:
     facts = _facts("adapter", folder, tensors, hashes, progress)
     described = {
         "name": folder.name,
-        "method": config.get("peft_type", "LORA"),
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "rslora": bool(config.get("use_rslora", False)),
+        "method": config.peft_type,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "rslora": config.use_rslora,
         "sha256": facts["files"][0]["sha256"],
         "source": str(folder),
     }
     return {
         **facts,
         "parameters": _count(tensors.entries.items(), lambda name: "adapters"),
-        "base": {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")},
+        "base": {"name": config.base_model_name_or_path, "revision": (config.model_extra or {}).get("revision")},
         **_lora_facts(tensors),
         "adapters": [described],
     }
@@ -147,7 +154,8 @@ def _adapter(folder: Path, hashes: bool, progress: Progress) -> Facts:
 
 def _adapters(folder: Path, hashes: bool, progress: Progress) -> Facts:
     """A folder of PEFT folders."""
-    single = [_adapter(file.parent, hashes, progress) for file in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))]
+    places = {path.name: place for path in folder.iterdir() if not path.name.startswith(".") and (place := find_adapter(path)) is not None}
+    single = [_named(_adapter(places[name], hashes, progress), name) for name in sorted(places)]
     parameters = sum(facts["parameters"]["total"] for facts in single)
     dtypes: Counter[str] = Counter()
     for facts in single:
@@ -166,8 +174,14 @@ def _adapters(folder: Path, hashes: bool, progress: Progress) -> Facts:
     }
 
 
+def _named(facts: Facts, name: str) -> Facts:
+    """Facts of one adapter, under the name of the folder that it is looked up by."""
+    facts["adapters"][0]["name"] = name
+    return facts
+
+
 def _unknown(path: Path) -> Facts:
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    files = [path] if is_regular(path) else sorted(file for file in path.iterdir() if is_regular(file))
     pickled = [file.name for file in files if file.suffix in PICKLES]
     facts: Facts = {"kind": "unknown", "path": str(path), "files": [{"name": file.name, "bytes": file.stat().st_size, "sha256": None} for file in files]}
     if pickled:
@@ -198,7 +212,7 @@ def _facts(kind: str, path: Path, tensors: TensorFiles, hashes: bool, progress: 
 
 
 def _count(entries: Iterable[tuple[str, TensorEntry]], part: Any) -> dict[str, int]:
-    counts: Counter[str] = Counter()
+    counts = Counter({"total": 0})
     for name, entry in entries:
         counts[part(name)] += entry.count
         counts["total"] += entry.count
@@ -221,12 +235,12 @@ def _lora_facts(tensors: TensorFiles) -> Facts:
 
 def _model_config(folder: Path) -> Facts | None:
     """What config.json says of a base model; None when there is none."""
-    if not (folder / "config.json").is_file():
+    if not is_regular(folder / "config.json"):
         return None
-    config = read_json(folder / "config.json", error=CheckpointError)
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_object(folder / "config.json", error=CheckpointError)
+    if "model_type" not in config:
         return None
     names = ("model_type", "architectures", "hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "tie_word_embeddings")
     source = folder / "meteora_source.json"
     described = {name: config[name] for name in names if name in config}
-    return {**described, "source": read_json(source, error=CheckpointError)} if source.is_file() else described
+    return {**described, "source": read_object(source, error=CheckpointError)} if is_regular(source) else described

@@ -8,18 +8,20 @@ adapter ``i`` owns rows (of A) and columns (of B) ``r i`` to ``r (i + 1)``. Norm
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from meteora_core.adapters.bank import Stack, natural_order
-from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS, AdapterInfo
+from meteora_core.adapters.config import find_adapter, read_adapter_config
+from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_stack, check_tensor
+from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.checkpoints.tensor_files import TensorEntry, TensorFiles, read_header, shown
 from meteora_core.data.tasks import TASK_ORDER
 from meteora_core.errors import AdapterError, CheckpointError
-from meteora_core.files import read_json
+from meteora_core.json_files import is_regular
 
 PREFIX = "base_model.model."
 DEFAULT_ALPHA = 16.0
@@ -53,10 +55,27 @@ class AuthorsLayout:
         """The entry of ``moe_gate``, ``lora_A`` or ``lora_B`` of one linear."""
         return self.tensors.entries[key_of(path, part)]
 
-    def stack(self, path: str, scaling: torch.Tensor) -> Stack:
-        """The adapters of one linear, read into memory; ``scaling`` is float32 (N,)."""
+    def stack(self, path: str, scaling: torch.Tensor, names: Sequence[str]) -> Stack:
+        """The adapters of one linear, read into memory and checked.
+
+        Args:
+            path: The linear.
+            scaling: float32 (N,).
+            names: The adapters' names.
+
+        Raises:
+            CheckpointError: A number is NaN, infinite, or so large that its use overflows.
+        """
         A, B = self.tensors.read(key_of(path, "lora_A")), self.tensors.read(key_of(path, "lora_B"))
-        return Stack(A, B.t().contiguous(), (self.rank,) * self.count, scaling)
+        made = Stack(A, B.t().contiguous(), (self.rank,) * self.count, scaling)
+        check_stack(path, made, names, A.dtype, CheckpointError)
+        return made
+
+    def gate(self, path: str) -> torch.Tensor:
+        """The gate (N, in) of one linear. Raises CheckpointError as :meth:`stack`."""
+        gate = self.tensors.read(key_of(path, "moe_gate"))
+        check_tensor(key_of(path, "moe_gate"), gate)
+        return gate
 
 
 def key_of(path: str, part: str) -> str:
@@ -139,6 +158,9 @@ def _measure(checkpoint: str | Path, tensors: TensorFiles, paths: list[str], bas
         if f"{path}.weight" in base:
             expected["base_layer"] = (out, width)
         for part, wanted in expected.items():
+            dtype = tensors.entries[key_of(path, part)].dtype
+            if dtype not in WEIGHT_NAMES:
+                raise CheckpointError(f"{checkpoint}: {key_of(path, part)} has dtype {dtype}; weights are F16, BF16, F32 or F64", hint=_AGAIN)
             if shape(path, part) != wanted:
                 raise CheckpointError(f"{checkpoint}: {key_of(path, part)} has shape {list(shape(path, part))}, expected {list(wanted)}", hint=_AGAIN)
         modules[path] = (width, out)
@@ -173,7 +195,8 @@ def describe_adapters(
     folder = Path(adapter_dir)
     if not folder.is_dir():
         raise CheckpointError(f"no such folder of adapters: {folder}", hint="pass the folder that holds one folder per task, such as llama3_8b_peft")
-    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    places = {path.name: place for path in folder.iterdir() if not path.name.startswith(".") and (place := find_adapter(path)) is not None}
+    found = sorted(places)
     order = tuple(names) if names is not None else TASK_ORDER if layout.count == len(TASK_ORDER) else tuple(found)
     absent, extra = [name for name in order if name not in found], [name for name in found if name not in order]
     if absent or (extra and names is None):
@@ -183,8 +206,8 @@ def describe_adapters(
             hint="pass the folder that the checkpoint was trained with, or the adapters' names in their order",
         )
     _check_names(layout, order)
-    infos = tuple(_info(name, folder / name, layout, source) for name in order)
-    _check_order(layout, folder, order)
+    infos = tuple(_info(name, places[name], layout, source) for name in order)
+    _check_order(layout, places, order)
     return infos
 
 
@@ -201,28 +224,25 @@ def _check_names(layout: AuthorsLayout, order: Sequence[str]) -> None:
 
 
 def _info(name: str, folder: Path, layout: AuthorsLayout, source: str) -> AdapterInfo:
-    config = read_json(folder / CONFIG, error=AdapterError)
-    if not isinstance(config, dict) or str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise AdapterError(f"adapter {name!r}: {folder / CONFIG} does not describe a LoRA adapter")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise AdapterError(f"adapter {name!r} uses {key}, which the authors' layout cannot hold")
-    rank = int(config.get("r", 8))
-    if rank != layout.rank:
-        raise CheckpointError(f"adapter {name!r} has rank {rank}, and the adapters in {source} have rank {layout.rank}", hint="these are other adapters")
+    config = read_adapter_config(name, folder)
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        if patterns:
+            raise AdapterError(f"adapter {name!r} uses {key}, which the authors' layout cannot hold", hint="its adapters have one rank and one alpha")
+    if config.r != layout.rank:
+        raise CheckpointError(f"adapter {name!r} has rank {config.r}, and the adapters in {source} have rank {layout.rank}", hint="these are other adapters")
     return AdapterInfo(
         name=name,
         source=source,
         sha256="",
-        base=config.get("base_model_name_or_path"),
-        rank=rank,
-        alpha=float(config.get("lora_alpha", 8)),
-        rslora=bool(config.get("use_rslora", False)),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        base=config.base_model_name_or_path,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
     )
 
 
-def _check_order(layout: AuthorsLayout, folder: Path, order: Sequence[str]) -> None:
+def _check_order(layout: AuthorsLayout, places: Mapping[str, Path], order: Sequence[str]) -> None:
     """Refuse an order that contradicts the checkpoint: a slot holds, number for number, the weights of an adapter that should be elsewhere.
 
     Adapters that were trained further with the gates match no folder; nothing can be said about them then.
@@ -232,8 +252,8 @@ def _check_order(layout: AuthorsLayout, folder: Path, order: Sequence[str]) -> N
     dtype = layout.entry(path, "lora_A").torch_dtype
     theirs = {}
     for name in order:
-        file = folder / name / WEIGHTS
-        if not file.is_file():
+        file = places[name] / WEIGHTS
+        if not is_regular(file):
             continue
         entries, _ = read_header(file)
         key = next((key for key in entries if key.startswith(f"{PREFIX}{path}.lora_A.")), None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
+from meteora_core.adapters.config import find_adapter
+from meteora_core.adapters.fitting import OTHER_BASE
+from meteora_core.adapters.magnitudes import check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_weights, read_config, weight_metadata
+from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, shown, tensor_bytes, write_tensors
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
-from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, read_json, save_tensors, sha256, write_json
+from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, sha256, write_json
+from meteora_core.json_files import finite, is_regular
 from meteora_core.model.attach import attach, detach, gate_origin, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
 from meteora_core.model.offload import real_tensor
@@ -31,13 +38,11 @@ from meteora_core.routing import routing_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_log = logging.getLogger(__name__)
+    from meteora_core.adapters.fitting import Claim
 
-CONFIG_FILE = "meteora_config.json"
-WEIGHT_FILE = "meteora.safetensors"
-FORMAT = 1
-BASE = "base."
-"""Before the names of base tensors in the weight file."""
+__all__ = ["BASE", "CONFIG_FILE", "FORMAT", "WEIGHT_FILE", "load_checkpoint", "read_config", "save_checkpoint"]
+
+_log = logging.getLogger(__name__)
 
 _CHANGES = "meteora_base_changes"
 _ROUNDED = "meteora_base_rounded"
@@ -146,6 +151,7 @@ def save_checkpoint(
         "base_tensors": list(changed),
         "base_rounded": rounding_table(getattr(model, _ROUNDED, {})),
         "modules": modules,
+        **({"renamed": state.renamed} if state.renamed else {}),
         "training": training or {},
     }
     return write_checkpoint(Path(folder), config, tensors)
@@ -167,29 +173,20 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write the two files of a checkpoint, atomically; adds the hash of the weights to the configuration. Raises StorageError."""
+    """Write the two files of a checkpoint, atomically; adds the hash of the weights to the configuration. Equal tensors make equal files.
+
+    Raises:
+        StorageError: The disk is full or not writable.
+    """
+    plans = [TensorPlan(name, dtype_name(tensor.dtype), tuple(tensor.shape), partial(_bytes_of, tensor)) for name, tensor in tensors.items()]
     with atomic_folder(folder) as temporary:
-        save_tensors(tensors, temporary / WEIGHT_FILE)
-        write_json(temporary / CONFIG_FILE, {**config, "weights_sha256": sha256(temporary / WEIGHT_FILE)})
+        digest = write_tensors(temporary / WEIGHT_FILE, plans, weight_metadata(config))
+        write_json(temporary / CONFIG_FILE, finite({**config, "weights_sha256": digest}))
     return folder
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Read and check ``meteora_config.json``. Raises CheckpointError when it is missing, broken, or of a newer format."""
-    folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        what = "no such folder" if not folder.is_dir() else f"{folder} holds no {CONFIG_FILE}"
-        raise CheckpointError(
-            f"no checkpoint at {folder}: {what}" if not folder.is_dir() else f"not a meteora checkpoint: {what}",
-            hint="train one with `meteora train`, make one with `meteora quickstart --train`, or correct the path",
-        )
-    config = read_json(folder / CONFIG_FILE, error=CheckpointError)
-    missing = [key for key in ("format", "base", "adapters", "modules", "top_k", "temperature") if not isinstance(config, dict) or key not in config]
-    if missing:
-        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {', '.join(missing)}", hint="it is not a meteora checkpoint, or it was cut short")
-    if config["format"] > FORMAT:
-        raise CheckpointError(f"{folder} has format {config['format']}, this version reads up to {FORMAT}", hint="upgrade meteora")
-    return dict(config)
+def _bytes_of(tensor: Tensor) -> list[bytes]:
+    return [tensor_bytes(tensor)]
 
 
 def refuse_untrained(folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -248,9 +245,8 @@ def load_checkpoint(
     try:
         attach(model, bank, top_k=config["top_k"], temperature=config["temperature"], backend=backend, init="zeros")
     except AdapterError as error:
-        raise CheckpointError(
-            f"the checkpoint {folder} does not fit this base model: {error.message}", hint=f"it was trained on {config['base']['name']}"
-        ) from error
+        hint = f"it was trained on {config['base']['name']}" if error.hint in (None, OTHER_BASE) else error.hint
+        raise CheckpointError(f"the checkpoint {folder} does not fit this base model: {error.message}", hint=hint) from error
     state = routing_state(model)
     if not same_base(state.base_probe, config["base"].get("probe")):
         detach(model)
@@ -258,6 +254,12 @@ def load_checkpoint(
             f"the base model's weights are not those that {folder} was trained on",
             hint=f"it was trained on {config['base']['name']}" + (f" (revision {config['base']['revision']})" if config["base"].get("revision") else ""),
         )
+    try:
+        for path, layer in meteora_layers(model):
+            check_tensor(f"the gate of {path} in {folder}", tensors[f"{path}.gate"], dtype=layer.gate.dtype)
+    except CheckpointError:
+        detach(model)
+        raise
     with torch.no_grad():
         for path, layer in meteora_layers(model):
             layer.gate.copy_(tensors[f"{path}.gate"])
@@ -272,7 +274,7 @@ def load_checkpoint(
 def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Copy the base tensors that the checkpoint carries into the model; on an error nothing is copied and the adapters are out again."""
     names = config.get("base_tensors", [])
-    rounded = {name: _dtype(folder, dtype) for dtype, listed in (config.get("base_rounded") or {}).items() for name in listed}
+    rounded = {name: getattr(torch, dtype) for dtype, listed in config["base_rounded"].items() for name in listed}
     if not names and not rounded:
         return
     known = _base_tensors(model)
@@ -287,6 +289,11 @@ def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensor
                 f"the base model cannot take {name} {list(stored.shape)} of the checkpoint {folder}: {mine}",
                 hint=f"it was trained on {config['base']['name']}; tensors of a quantised base cannot be replaced",
             )
+        try:
+            check_tensor(f"{name} in {folder}", stored, dtype=target.dtype, margin=False)
+        except CheckpointError:
+            detach(model)
+            raise
     with torch.no_grad():
         for name in names:
             known[name].copy_(tensors[BASE + name])
@@ -296,70 +303,43 @@ def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensor
     note_base_changes(model, names, rounded)
 
 
-def _dtype(folder: Path, name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise CheckpointError(f"{folder / CONFIG_FILE} names an unknown dtype {name!r}")
-    return found
-
-
 def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = folder / WEIGHT_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{folder} holds no {WEIGHT_FILE}", hint="copy the checkpoint again")
-    if config.get("weights_sha256") and sha256(file) != config["weights_sha256"]:
+    check_weights(folder, config)
+    if sha256(file) != config["weights_sha256"]:
         raise CheckpointError(f"{file} is not the file that was saved: its hash differs", hint="copy or download the checkpoint again")
     try:
         tensors = load_file(file)
     except (SafetensorError, ValueError, OSError) as broken:
         raise CheckpointError(f"{file} cannot be read: {broken}", hint="copy or download the checkpoint again") from broken
-    names = ("gate", "lora_A", "lora_B") if "adapters" in config["contains"] else ("gate",)
-    expected = {f"{path}.{name}" for path in config["modules"] for name in names} | {BASE + name for name in config.get("base_tensors", [])}
-    for what, keys in (("lacks", expected - tensors.keys()), ("has unknown", tensors.keys() - expected)):
-        if keys:
-            shown = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise CheckpointError(f"{file} {what} tensors: {shown}", hint="copy or download the checkpoint again")
-    for path, module in config["modules"].items():
-        wanted = (len(config["adapters"]), module["in_features"])
-        if tuple(tensors[f"{path}.gate"].shape) != wanted:
-            raise CheckpointError(f"{path}.gate has shape {tuple(tensors[f'{path}.gate'].shape)}, expected {wanted}")
+    for name, tensor in tensors.items():
+        check_tensor(f"{name} in {file}", tensor, margin=not name.startswith(BASE))
     return tensors
 
 
 def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adapters_dir: Path | None, progress: Progress) -> AdapterBank:
     """The adapters that the gates were trained with: out of the checkpoint, or from their folders, whose hashes must agree."""
-    infos = tuple(AdapterInfo(**entry) for entry in config["adapters"])
+    infos = tuple(AdapterInfo(**{field.name: entry[field.name] for field in fields(AdapterInfo)}) for entry in config["adapters"])
     if "adapters" in config["contains"]:
         stacks = {}
         for path in sorted(config["modules"], key=natural_order):
             module = config["modules"][path]
-            stacks[path] = Stack(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], tuple(module["ranks"]), torch.tensor(module["scaling"]))
+            scaling = torch.tensor(module["scaling"], dtype=torch.float32)
+            stacks[path] = Stack(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], tuple(module["ranks"]), scaling)
+            check_stack(path, stacks[path], [info.name for info in infos], stacks[path].A.dtype, CheckpointError)
         return AdapterBank(infos, stacks)
-    folders = {}
-    for info in infos:
-        places = [Path(info.source), folder / info.source]
-        if is_name(info.name):  # the configuration may have been written by anyone
-            places.append(folder / "adapters" / info.name)
-            places[:0] = [] if adapters_dir is None else [adapters_dir / info.name]
-        found = next((place for place in places if (place / WEIGHTS).is_file()), None)
-        if found is None:
-            raise CheckpointError(
-                f"adapter {info.name!r} of the checkpoint {folder} is not at {info.source}",
-                hint="pass --adapters DIR, the folder that holds the adapter folders",
-            )
-        if sha256(found / WEIGHTS) != info.sha256:
-            raise CheckpointError(
-                f"adapter {info.name!r} at {found} is not the one that the gates were trained with: its hash differs",
-                hint="train the gates again, or restore the adapter",
-            )
-        folders[info.name] = found
+    folders = {info.name: _folder_of(info, folder, adapters_dir) for info in infos}
     bank = AdapterBank.from_peft(folders, progress=progress)
+    renamed = config["renamed"]
+    bank = replace(bank, modules={renamed.get(path, path): stack for path, stack in bank.modules.items()})
     if set(bank.modules) != set(config["modules"]):
-        different = sorted(set(bank.modules) ^ set(config["modules"]))[:5]
-        raise CheckpointError(f"the adapters' layers are not those of the checkpoint {folder}: {', '.join(different)}")
+        different = shown(sorted(set(bank.modules) ^ set(config["modules"])))
+        raise CheckpointError(
+            f"the adapters' layers are not those of the checkpoint {folder}: {different}", hint="restore the adapters that it was trained with"
+        )
     for path, stack in bank.modules.items():
         saved = config["modules"][path]
         for place, info in enumerate(infos):
@@ -370,7 +350,37 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
                     f" {now[0]} and {now[1]:g}, and were {then[0]} and {then[1]:g}",
                     hint="restore r, lora_alpha, use_rslora and the patterns in its adapter_config.json, or train the gates again",
                 )
-    return AdapterBank(infos, bank.modules)
+    return replace(bank, adapters=infos, claims=tuple(_renamed(claim, renamed) for claim in bank.claims))
+
+
+def _renamed(claim: Claim, renamed: Mapping[str, str]) -> Claim:
+    """A claim whose modules have their names in the base model; its targets were checked when the checkpoint was made."""
+    if not renamed:
+        return claim
+    copies = tuple(replace(copy, path=renamed.get(copy.path, copy.path)) for copy in claim.copies)
+    return replace(claim, config=None, copies=copies, paths=frozenset(renamed.get(path, path) for path in claim.paths))
+
+
+def _folder_of(info: AdapterInfo, folder: Path, adapters_dir: Path | None) -> Path:
+    """Where an adapter's folder is now, holding the weights that the gates were trained with."""
+    places = [Path(info.source), folder / info.source]
+    if is_name(info.name):  # the configuration may have been written by anyone
+        places.append(folder / "adapters" / info.name)
+        places[:0] = [] if adapters_dir is None else [adapters_dir / info.name]
+    found = next((place for place in map(find_adapter, places) if place is not None and is_regular(place / WEIGHTS)), None)
+    if found is None:
+        where = f"{info.source} (seen from {Path.cwd()})" if not Path(info.source).is_absolute() else info.source
+        looked = f", and not in {adapters_dir} either" if adapters_dir is not None else ""
+        raise CheckpointError(
+            f"adapter {info.name!r} of the checkpoint {folder} is not at {where}{looked}",
+            hint="pass --adapters DIR, the folder that holds the adapter folders, or run from the folder where it was trained",
+        )
+    if sha256(found / WEIGHTS) != info.sha256:
+        raise CheckpointError(
+            f"adapter {info.name!r} at {found} is not the one that the gates were trained with: its hash differs",
+            hint="restore the adapter, pass --adapters DIR with the right folders, or train the gates again",
+        )
+    return found
 
 
 def read_checkpoint(

@@ -11,10 +11,12 @@ import torch
 
 from meteora_core.checkpoints.authors import load_authors_checkpoint
 from meteora_core.checkpoints.layout import describe_adapters, is_authors, read_layout
-from meteora_core.checkpoints.native import CONFIG_FILE, load_checkpoint, read_config, refuse_untrained
+from meteora_core.checkpoints.native import load_checkpoint, refuse_untrained
+from meteora_core.checkpoints.native_config import CONFIG_FILE, check_weights, read_config
 from meteora_core.checkpoints.tensor_files import PICKLES, TensorFiles
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import sha256
+from meteora_core.json_files import is_regular
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
@@ -72,9 +74,14 @@ def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None 
         CheckpointError: There is none, it is broken, its gates are untrained, or the folder of adapters does not fit it.
     """
     checkpoint = Path(checkpoint)
-    if (checkpoint / CONFIG_FILE).is_file() or not checkpoint.exists() or (checkpoint.is_dir() and not _holds_weights(checkpoint)):
+    try:
+        there, folder = checkpoint.exists(), checkpoint.is_dir()
+    except (OSError, ValueError) as broken:
+        raise CheckpointError(f"{str(checkpoint)!r} cannot be read: {broken}", hint="correct the path") from broken
+    if is_regular(checkpoint / CONFIG_FILE) or not there or (folder and not _holds_weights(checkpoint)):
         config = read_config(checkpoint)
         refuse_untrained(checkpoint, config)
+        check_weights(checkpoint, config)
         names = tuple(str(entry["name"]) for entry in config["adapters"])
         return CheckpointFacts(checkpoint, True, config["base"]["name"], config["base"].get("revision"), names, config.get("weights_sha256"))
     if not is_authors(list(TensorFiles(checkpoint).entries)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, write_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.progress import SILENT, Progress
@@ -81,6 +82,8 @@ def pack_checkpoint(
         raise UsageError(f"{folder} is there already", hint="pass --force to replace it, or choose another folder")
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}", hint="choose 1 or more")
+    if max_bytes is not None and max_bytes < 1:
+        raise UsageError(f"the largest size is {max_bytes} bytes", hint="choose a size above 0")
     config, tensors, bank = read_checkpoint(source, adapters_dir, progress)
     check_replaceable(folder)
     places = [bank.index(name) for name in (tasks or bank.names)]
@@ -112,6 +115,8 @@ def pack_checkpoint(
     for path, pairs in layers.items():
         made[f"{path}.lora_A"] = torch.cat([a[:size] for (a, _), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
         made[f"{path}.lora_B"] = torch.cat([b[:size] for (_, b), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
+    for name, tensor in made.items():
+        check_tensor(f"{name} of {source} in {str(tensor.dtype).removeprefix('torch.')}", tensor, margin=not name.startswith(BASE))
     names = tuple(bank.names[place] for place in places)
     shares = {name: round(share, 4) for name, share in zip(names, kept, strict=True)}
     written = _configuration(config, bank, places, ranks, shares if cut else {})
@@ -223,5 +228,7 @@ def _info(info: AdapterInfo, rank: int, cut: bool) -> AdapterInfo:
     source = Path(info.source).name if info.source else ""
     if not cut:
         return replace(info, source=source, sha256="")
+    if not info.rank:
+        return replace(info, source=source, sha256="", rank=rank)
     scale = info.alpha / info.rank**0.5 if info.rslora else info.alpha / info.rank
     return replace(info, source=source, sha256="", rank=rank, alpha=scale * rank, rslora=False)

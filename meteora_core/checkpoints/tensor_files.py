@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from meteora_core.errors import CheckpointError
-from meteora_core.files import read_json, storage_errors
+from meteora_core.files import storage_errors
+from meteora_core.json_files import is_regular, parse_json, read_object, require_regular
 
 CHUNK = 8 << 20
 """How many bytes are moved at once."""
@@ -30,6 +31,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
 
 _AGAIN = "copy or download the file again"
 _MAX_HEADER = 100_000_000
+_MAX_DIMENSIONS = 64
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -81,38 +83,56 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors of one safetensors file, by name, and its metadata; no tensor is read.
 
     Raises:
-        CheckpointError: The file is missing, a pickle, no safetensors file, or shorter or longer than its header says.
+        CheckpointError: The file is missing, a pickle, no ordinary file, no safetensors file, or other than its header says: shorter, longer, with tensors
+            that overlap or do not fit their shapes.
     """
     file = Path(file)
     refuse_pickle(file)
-    if not file.is_file():
-        raise CheckpointError(f"no such file: {file}", hint="correct the path")
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        start = handle.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
-            raise CheckpointError(f"{file} is not a safetensors file, or it was cut short: it has {size} bytes and no complete header", hint=_AGAIN)
-        raw = handle.read(length)
+    size = require_regular(file, error=CheckpointError, hint="correct the path")
     try:
-        header = json.loads(raw.decode("utf-8"))
-        metadata = header.pop("__metadata__", {})
-        entries = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            entries[name] = TensorEntry(file, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), 8 + length + int(begin), 8 + length + int(end))
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as broken:
-        raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read", hint=_AGAIN) from broken
-    for name, entry in entries.items():
-        known = _DTYPES.get(entry.dtype)
-        if not 8 + length <= entry.begin <= entry.end or (known is not None and entry.end - entry.begin != entry.count * known.itemsize):
-            raise CheckpointError(f"{file} is broken: the bytes of {name} do not fit its shape {list(entry.shape)} in {entry.dtype}", hint=_AGAIN)
-    expected = max((entry.end for entry in entries.values()), default=8 + length)
-    if size < expected:
-        raise CheckpointError(f"{file} was cut short: it has {size} bytes, its header promises {expected}", hint=_AGAIN)
-    if size > expected:
-        raise CheckpointError(f"{file} has {size} bytes, its header promises {expected}: it is not the file that was saved", hint=_AGAIN)
-    return entries, metadata if isinstance(metadata, dict) else {}
+        with file.open("rb") as handle:
+            start = handle.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(_MAX_HEADER, max(size - 8, 0)):
+                raise CheckpointError(f"{file} is not a safetensors file, or it was cut short: it has {size} bytes and no complete header", hint=_AGAIN)
+            raw = handle.read(length)
+    except OSError as broken:
+        raise CheckpointError(f"{file} cannot be read: {broken.strerror or broken}", hint=_AGAIN) from broken
+    header = parse_json(raw, f"{file} is not a safetensors file: its header", error=CheckpointError, hint=_AGAIN)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object", hint=_AGAIN)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file} is broken: its metadata are not texts", hint=_AGAIN)
+    entries = {name: _entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    place = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != place:
+            what = "overlap those of another tensor" if entry.begin < place else "leave a gap before them"
+            raise CheckpointError(f"{file} is broken: the bytes of {name} {what}", hint=_AGAIN)
+        place = entry.end
+    if size > place:
+        raise CheckpointError(f"{file} has {size} bytes, its header promises {place}: it is not the file that was saved", hint=_AGAIN)
+    return entries, metadata
+
+
+def _entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorEntry:
+    """One tensor of a header, checked against itself and the file's size."""
+
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and len(value) <= _MAX_DIMENSIONS and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
+
+    known = isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and counts(entry.get("shape")) and counts(entry.get("data_offsets"))
+    if not known or len(entry["data_offsets"]) != 2:
+        raise CheckpointError(f"{file} is broken: its header does not give dtype, shape and bytes of {name}", hint=_AGAIN)
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    made = TensorEntry(file, dtype, shape, start + begin, start + end)
+    width = _DTYPES[dtype].itemsize if dtype in _DTYPES else None
+    if end < begin or (width is not None and end - begin != made.count * width):
+        raise CheckpointError(f"{file} is broken: the bytes of {name} do not fit its shape {list(shape)} in {dtype}", hint=_AGAIN)
+    if made.end > size:
+        raise CheckpointError(f"{file} was cut short: it has {size} bytes, its header promises {made.end}", hint=_AGAIN)
+    return made
 
 
 def refuse_pickle(path: Path) -> None:
@@ -183,12 +203,12 @@ class TensorFiles:
 
 
 def _find_files(path: Path) -> list[Path]:
-    if path.is_file():
+    if is_regular(path):
         return _shards(path) if path.name.endswith(".index.json") else [path]
     refuse_pickle(path)
-    if not path.is_dir():
+    if not _is_folder(path):
         raise CheckpointError(f"no such file or folder: {path}", hint="correct the path")
-    if (path / SINGLE_FILE).is_file():
+    if is_regular(path / SINGLE_FILE):
         return [path / SINGLE_FILE]
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
@@ -212,16 +232,22 @@ def _find_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    content = read_json(index, error=CheckpointError)
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = read_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index} has no weight_map: it is not an index of shards", hint=_AGAIN)
     files = sorted({index.parent / name for name in names.values()})
     if outside := [file for file in files if file.parent != index.parent]:
         raise CheckpointError(f"{index} names a file outside its folder: {outside[0]}")
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not is_regular(file)]:
         raise CheckpointError(f"{index.parent} lacks shards that its index names: {shown(missing)}", hint="copy or download them again")
     return files
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError) as broken:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {broken}", hint="correct the path") from broken
 
 
 def shown(names: Iterable[Any]) -> str:

@@ -1,14 +1,24 @@
-"""One adapter alone, by PEFT: what MeteoRA is compared with."""
+"""One adapter alone, by PEFT: what MeteoRA is compared with.
+
+The folder is read by :func:`meteora_core.adapters.peft_folder.read_adapter`, as for a bank; PEFT gets the checked weights under the exact names of the
+base model's modules, and none of the folder's patterns. So what a bank refuses (DoRA, bias, ...) is refused here too, and nothing can be left out quietly.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
+from torch import Tensor
+
+from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.adapters.fitting import fit_to_base
+from meteora_core.adapters.magnitudes import check_stack
+from meteora_core.adapters.peft_folder import find_adapter, read_adapter
 from meteora_core.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -16,18 +26,70 @@ if TYPE_CHECKING:
 
 
 def check_adapter(folder: Path) -> None:
-    """Whether PEFT can read the folder without touching a pickle file.
+    """Whether an adapter can be used: all checks that need no base model, of its weights too.
 
     Raises:
-        AdapterError: Something is missing.
+        AdapterError: It is missing or broken, is of a kind that cannot be used, or holds numbers that cannot be computed with.
     """
-    if not (folder / CONFIG).is_file():
+    if find_adapter(folder) is None:
         raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train --stage adapters --task NAME`, or correct the path")
-    if not (folder / WEIGHTS).is_file():
-        pickled = next((file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
-        if pickled:
-            raise AdapterError(f"{folder / pickled} is a pickle file, which is never read", hint="save the adapter again as safetensors with a recent PEFT")
-        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="copy or train the adapter again")
+    read_adapter(folder.name, folder)
+
+
+def read_for_base(folder: Path, model: PreTrainedModel) -> AdapterBank:
+    """A bank of one adapter, fitted to a base model.
+
+    Raises:
+        AdapterError: The folder is missing or broken, or the adapter does not fit the base.
+    """
+    from meteora_core.model.attach import computing_dtype, find_targets
+
+    try:
+        bank, _ = fit_to_base(AdapterBank.from_peft({folder.name: folder}), model)
+        targets = find_targets(model, bank)
+    except AdapterError as error:
+        raise AdapterError(f"the adapter {folder} does not fit this base model: {error.message}", hint=error.hint) from error
+    for path, module in targets.items():
+        check_stack(path, bank.modules[path], bank.names, computing_dtype(module, bank.modules[path]))
+    return bank
+
+
+def peft_parts(bank: AdapterBank) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's configuration and state of a bank of one adapter: modules by their exact names, ranks and alphas as they are."""
+    from peft import LoraConfig
+
+    ranks: dict[int, list[str]] = {}
+    alphas: dict[float, list[str]] = {}
+    state = {}
+    for path, stack in bank.modules.items():
+        rank = stack.ranks[0]
+        ranks.setdefault(rank, []).append(path)
+        alphas.setdefault(_alpha(stack), []).append(path)
+        state[f"base_model.model.{path}.lora_A.weight"] = stack.A
+        state[f"base_model.model.{path}.lora_B.weight"] = stack.B.t().contiguous()
+    usual_rank, usual_alpha = max(ranks, key=lambda rank: len(ranks[rank])), max(alphas, key=lambda alpha: len(alphas[alpha]))
+    config = LoraConfig(
+        r=usual_rank,
+        lora_alpha=usual_alpha,
+        target_modules=sorted(bank.modules),
+        rank_pattern={_exactly(paths): rank for rank, paths in ranks.items() if rank != usual_rank},
+        alpha_pattern={_exactly(paths): alpha for alpha, paths in alphas.items() if alpha != usual_alpha},
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    return config, state
+
+
+def _alpha(stack: Stack) -> float:
+    """The alpha that gives the stack's scaling as alpha / rank."""
+    alpha = float(stack.scaling[0]) * stack.ranks[0]
+    return float(round(alpha)) if abs(alpha - round(alpha)) < 1e-6 * abs(alpha) else alpha
+
+
+def _exactly(paths: list[str]) -> str:
+    """A key of rank_pattern or alpha_pattern that matches these modules and no others."""
+    return f"^(?:{'|'.join(re.escape(path) for path in paths)})"
 
 
 @contextmanager
@@ -42,20 +104,21 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
         The PEFT model, in evaluation mode.
 
     Raises:
-        AdapterError: The folder is missing or does not fit the base.
+        AdapterError: The folder is missing or broken, or the adapter does not fit the base.
     """
-    from peft import PeftModel
+    from peft import get_peft_model, set_peft_model_state_dict
 
-    check_adapter(folder)
+    if find_adapter(folder) is None:
+        raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train --stage adapters --task NAME`, or correct the path")
+    config, state = peft_parts(read_for_base(folder, model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, OSError) as error:
-        text = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error).strip().splitlines()[0])
-        raise AdapterError(f"the adapter {folder} does not fit this base model: {text}", hint="it was trained on another base model") from error
-    try:
+        loaded = set_peft_model_state_dict(adapted, state)
+        absent = [key for key in loaded.missing_keys if ".lora_" in key] + list(loaded.unexpected_keys)
+        if absent:
+            raise AdapterError(f"PEFT cannot load the adapter {folder} onto this base model: {absent[0]}", hint="its modules have other names in this model")
         yield adapted.eval()
     finally:
         adapted.unload()
-        model.eval()

@@ -10,15 +10,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from meteora_core.adapters.peft_folder import WEIGHTS
+from meteora_core.adapters.peft_folder import WEIGHTS, find_adapter
 from meteora_core.errors import AdapterError, UsageError
-from meteora_core.evaluation.adapters import check_adapter
+from meteora_core.evaluation.adapters import check_adapter, peft_parts, read_for_base
 from meteora_core.files import sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora_core.adapters.bank import AdapterBank
 
 ARROW = "peft-arrow"
 """The model name that stands for it."""
@@ -54,14 +57,15 @@ def with_arrow(model: PreTrainedModel, folders: Mapping[str, Path], *, top_k: in
     """
     from peft import ArrowConfig, create_arrow_model
 
-    for folder in folders.values():
-        check_adapter(folder)
+    banks = [read_for_base(folder, model) for folder in folders.values()]
     config = ArrowConfig(top_k=arrow_top_k(top_k, len(folders)), router_temperature=temperature, rng_seed=seed)
     had_none = set(dict(model.named_modules()))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), TemporaryDirectory(prefix="meteora-arrow-") as temporary:
             warnings.simplefilter("ignore")
-            adapted = create_arrow_model(model, [str(folder) for folder in folders.values()], config, autocast_adapter_dtype=False)
+            checked = [_write(bank, Path(temporary) / str(place)) for place, bank in enumerate(banks)]
+            del banks
+            adapted = create_arrow_model(model, checked, config, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, OSError) as error:
         _unload(model, had_none)
         text = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).strip().splitlines()[0])
@@ -71,6 +75,16 @@ def with_arrow(model: PreTrainedModel, folders: Mapping[str, Path], *, top_k: in
     finally:
         adapted.unload()
         model.eval()
+
+
+def _write(bank: AdapterBank, folder: Path) -> str:
+    """A bank of one adapter as the PEFT folder that PEFT's Arrow reads: the checked weights, and a configuration without patterns of others."""
+    from safetensors.torch import save_file
+
+    config, state = peft_parts(bank)
+    config.save_pretrained(folder)
+    save_file(state, folder / WEIGHTS)
+    return str(folder)
 
 
 def _unload(model: PreTrainedModel, names: set[str]) -> None:
@@ -113,7 +127,7 @@ class ArrowRouter:
 
     def hashes(self) -> dict[str, str]:
         """Adapter -> SHA-256 of its weights."""
-        return {name: sha256(folder / WEIGHTS) for name, folder in self.folders.items()}
+        return {name: sha256((find_adapter(folder) or folder) / WEIGHTS) for name, folder in self.folders.items()}
 
     def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Put the adapters into a base model. Raises AdapterError."""

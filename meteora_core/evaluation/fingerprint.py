@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
+from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS, find_adapter
 from meteora_core.checkpoints.catalog import CATALOG
 from meteora_core.files import sha256
 
@@ -37,4 +37,5 @@ def base_files(reference: BaseReference) -> dict[str, Any] | None:
 
 def adapter_files(folder: Path) -> dict[str, str]:
     """The SHA-256 of an adapter's weights and of its configuration, which holds its scaling."""
-    return {name: sha256(folder / name) for name in (WEIGHTS, CONFIG)}
+    place = find_adapter(folder) or folder
+    return {name: sha256(place / name) for name in (WEIGHTS, CONFIG)}

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from meteora_core.adapters.config import find_adapter
 from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
@@ -305,11 +306,11 @@ def _adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
         if task.is_composite:
             return None
         folder = plan.adapters_dir / task.name
-        if not (folder / "adapter_config.json").is_file():
+        if find_adapter(folder) is None:
             raise UsageError(f"no adapter for {task.name} in {plan.adapters_dir}", hint=f"meteora train --stage adapters --task {task.name}")
         return folder
     for folder in (plan.adapters_dir / model, Path(model)):
-        if (folder / "adapter_config.json").is_file():
+        if find_adapter(folder) is not None:
             return folder
     present = sorted(path.name for path in plan.adapters_dir.iterdir() if path.is_dir()) if plan.adapters_dir.is_dir() else []
     known = ["base", "meteora", "own", ARROW, "all", *present]

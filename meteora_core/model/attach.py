@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
+from meteora_core.adapters.fitting import fit_to_base
+from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.offload import compute_device, real_tensor
@@ -50,7 +52,8 @@ def attach(
         The same model.
 
     Raises:
-        AdapterError: A target is missing in the model, is no linear, or has other shapes; layer and shapes are named. The model is unchanged.
+        AdapterError: A target is missing in the model, is no linear, or has other shapes; an adapter does not have what its configuration says, was
+            trained on a changed base model, or overflows in the model's dtype. The model is unchanged.
         UsageError: top_k, temperature, backend or init is out of range; or adapters are attached already, by Meteora or by PEFT; or a target has no
             weights (it is on the device "meta", and accelerate has no values for it).
     """
@@ -60,10 +63,12 @@ def attach(
         raise UsageError(f"unknown gate start {init!r}", hint="choose from: normal, zeros, arrow")
     _refuse_peft(model)
     state = RoutingState(bank.adapters, top_k, temperature, backend)
-    targets = {path: _target(model, path, stack) for path, stack in bank.modules.items()}
+    bank, state.renamed = fit_to_base(bank, model)
+    targets = find_targets(model, bank)
     _refuse_shared(targets)
     for path, module in targets.items():
         compute_device(module, path)  # raises before anything is changed
+        check_stack(path, bank.modules[path], bank.names, computing_dtype(module, bank.modules[path]))
     state.base_probe = probe_base(targets)
     state.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
     state.start = (init, seed, tuple(bank.modules))
@@ -197,6 +202,18 @@ def _refuse_shared(targets: dict[str, nn.Module]) -> None:
             raise AdapterError(f"{other} and {path} are one and the same linear in this model, and the adapters have weights for both")
 
 
+def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
+    """The linear layers of a model that a bank targets, by path. Raises AdapterError for one that is missing, is no linear, or has other shapes."""
+    return {path: _target(model, path, stack) for path, stack in bank.modules.items()}
+
+
+def computing_dtype(base: nn.Module, stack: Stack) -> torch.dtype:
+    """The dtype that adapters of a linear have beside it: its own, or the stack's where it is quantised."""
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
+
+
 def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
     try:
         module = model.get_submodule(path)
@@ -222,8 +239,7 @@ def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
 def _wrap(base: nn.Module, path: str, stack: Stack, state: RoutingState, init: GateInit, generator: torch.Generator, dropout: float) -> MeteoraLinear:
     weight = base.weight
     assert isinstance(weight, Tensor)
-    dtype = weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
-    place = {"device": compute_device(base, path), "dtype": dtype}
+    place = {"device": compute_device(base, path), "dtype": computing_dtype(base, stack)}
     gate = start_gate(stack, init, generator)
     A, B = stack.A.to(**place, copy=True), stack.B.to(**place, copy=True)  # type: ignore[call-overload]  # the bank's own stay as they are
     layer = MeteoraLinear(base, path, gate.to(**place), A, B, stack.scaling, stack.ranks, state, dropout)  # type: ignore[call-overload]

@@ -16,13 +16,23 @@ from torch import Tensor, nn
 from meteora_core.adapters.peft_folder import WEIGHTS
 from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder, read_json, write_json
+from meteora_core.json_files import finite
 from meteora_core.model.base import BaseReference
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names, folder_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.common import INFO_FILE, check_adapter_folder, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, with_order
+from meteora_core.training.common import (
+    INFO_FILE,
+    check_adapter_folder,
+    disable_checkpointing,
+    enable_checkpointing,
+    encoded_rows,
+    read_training_info,
+    run_inputs,
+    with_order,
+)
 from meteora_core.training.loop import Computed, Counts, Run, Task, train
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.measure import by_task
@@ -74,13 +84,14 @@ def adapter_is_current(folder: Path, inputs: dict[str, Any]) -> bool:
     """Whether a finished adapter with the same inputs lies in ``folder``."""
     if not (folder / WEIGHTS).is_file() or not (folder / INFO_FILE).is_file():
         return False
-    return bool(with_order(read_json(folder / INFO_FILE, error=CheckpointError).get("inputs") or {}) == inputs)
+    return bool(with_order(read_training_info(folder).inputs) == inputs)
 
 
 def finished_adapter(task: str, folder: Path) -> TrainedAdapter:
     """What is known of an adapter that is there already."""
-    done = read_json(folder / INFO_FILE)
-    return TrainedAdapter(task, folder, True, done["steps"], done["loss"], done["tokens"], done["seconds"], done["rows_cut"])
+    done = read_training_info(folder)
+    loss = float("nan") if done.loss is None else done.loss
+    return TrainedAdapter(task, folder, True, done.steps, loss, done.tokens, done.seconds, done.rows_cut)
 
 
 def train_adapter(
@@ -212,7 +223,7 @@ def save_adapter(
         info = {"inputs": inputs, "steps": state.step, "loss": loss, "tokens": state.tokens, "seconds": state.seconds, "rows_cut": cut}
         info |= {"tasks": list(tasks)} if tasks else {}
         info |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
-        write_json(temporary / INFO_FILE, {**info, "history": state.history})
+        write_json(temporary / INFO_FILE, finite({**info, "history": state.history}))
 
 
 def with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTrainSettings) -> Any:

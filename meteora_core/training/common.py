@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 
+from meteora_core.adapters.base_names import same_base_name
+from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.data.rows import Row, read_rows, split_path
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
-from meteora_core.files import holds_other_things, listed, other_entries, read_json, sha256
+from meteora_core.files import holds_other_things, listed, other_entries, sha256
+from meteora_core.json_files import FileModel, checked, is_regular, read_object
 from meteora_core.model.base import BaseReference
 from meteora_core.names import folder_of
 from meteora_core.progress import SILENT, Progress
@@ -184,7 +188,7 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     from meteora_core.data.tasks import TASK_ORDER
 
     inside = root.iterdir() if root.is_dir() else ()
-    present = sorted(path.name for path in inside if not path.name.startswith(".") and (path / "adapter_config.json").is_file())
+    present = sorted(path.name for path in inside if not path.name.startswith(".") and find_adapter(path) is not None)
     if not present:
         raise UsageError(f"no adapters in {root}", hint="train some with `meteora train --stage adapters --task NAME`, or pass --adapters DIR")
     for name in names:
@@ -219,37 +223,66 @@ def check_adapter_folder(folder: Path) -> None:
         raise UsageError(f"{folder} holds other files beside the adapter, which would be lost: {listed(others)}", hint=hint)
 
 
-def check_bases(folders: Mapping[str, Path], base: str) -> str | None:
-    """Compare the bases that adapters name in their adapter_config.json (by the last part of a name: a hub id and a local copy count as one).
+def check_bases(folders: Mapping[str, Path], base: str, *, any_base: bool = False) -> str | None:
+    """Compare the base models that adapters name in their adapter_config.json, by :func:`meteora_core.adapters.base_names.same_base_name`.
 
     Args:
         folders: Adapter folders by name.
         base: What they are to be attached to.
+        any_base: Return a note where they name different base models, instead of refusing them.
 
     Returns:
-        A note when they all name another base than ``base``, else None.
+        A note when they name another base model than ``base``, else None.
 
     Raises:
-        UsageError: They name different bases; each is listed with its adapters.
+        AdapterError: A configuration is missing, broken, or of an adapter that cannot be stacked.
+        UsageError: They name different base models; each is listed with its adapters.
     """
     named: dict[str, list[str]] = {}
-    shown: dict[str, str] = {}
     for name, folder in folders.items():
-        origin = str(read_json(folder / "adapter_config.json", error=AdapterError).get("base_model_name_or_path") or "")
-        if short := _short_name(origin):
-            named.setdefault(short, []).append(name)
-            shown[short] = origin
+        origin = read_adapter_config(name, find_adapter(folder) or folder).base_model_name_or_path
+        if origin:
+            named.setdefault(next((known for known in named if same_base_name(known, origin)), origin), []).append(name)
     if len(named) > 1:
-        bases = "; ".join(f"{shown[short]}: {', '.join(names)}" for short, names in named.items())
-        raise UsageError(f"the adapters belong to different base models: {bases}", hint="name those of one base with --task, or train the others again")
-    if named and _short_name(base) not in named:
-        return f"the adapters name {next(iter(shown.values()))} as their base, and are used with {base}"
+        bases = "; ".join(f"{origin}: {', '.join(names)}" for origin, names in named.items())
+        if any_base:
+            return f"the adapters name different base models ({bases}), and are used with {base}"
+        raise UsageError(
+            f"the adapters belong to different base models: {bases}",
+            hint="name those of one base with --task, or pass --any-base if these are names of one model",
+        )
+    if named and not same_base_name(next(iter(named)), base):
+        return f"the adapters name {next(iter(named))} as their base, and are used with {base}"
     return None
 
 
-def _short_name(base: str) -> str:
-    return base.rstrip("/").rpartition("/")[2].lower()
-
-
 def _several_tasks(folder: Path) -> bool:
-    return (folder / INFO_FILE).is_file() and bool(read_json(folder / INFO_FILE).get("tasks"))
+    place = find_adapter(folder) or folder
+    return is_regular(place / INFO_FILE) and bool(read_training_info(place).tasks)
+
+
+class TrainingInfo(FileModel):
+    """``meteora_training.json``: how an adapter was trained.
+
+    Attributes:
+        inputs: What fixed the run (:func:`run_inputs`).
+        tasks: Of one LoRA over several tasks.
+        steps, tokens, rows_cut: Counts.
+        loss: The last logged one; None where nothing was logged.
+        seconds: How long it took.
+    """
+
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    tasks: list[str] | None = None
+    steps: int = Field(0, ge=0)
+    tokens: int = Field(0, ge=0)
+    rows_cut: int = Field(0, ge=0)
+    loss: float | None = None
+    seconds: float = 0.0
+
+
+def read_training_info(folder: Path) -> TrainingInfo:
+    """Read an adapter's ``meteora_training.json``. Raises AdapterError when it is missing or broken."""
+    hint = f"remove {INFO_FILE}, or train the adapter again"
+    raw = read_object(folder / INFO_FILE, notes="*", error=AdapterError, hint=hint)
+    return checked(TrainingInfo, raw, str(folder / INFO_FILE), error=AdapterError, hint=hint)

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from meteora_core.adapters.bank import AdapterBank
-from meteora_core.checkpoints.native import CONFIG_FILE, save_checkpoint
-from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import read_json
+from meteora_core.checkpoints.native import save_checkpoint
+from meteora_core.checkpoints.native_config import CONFIG_FILE, read_config
+from meteora_core.errors import UsageError
+from meteora_core.json_files import is_regular
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable
@@ -102,10 +103,9 @@ def gate_inputs(
 
 def gates_are_current(folder: Path, inputs: dict[str, Any]) -> bool:
     """Whether a finished checkpoint with the same inputs lies in ``folder``."""
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_regular(folder / CONFIG_FILE):
         return False
-    stored = read_json(folder / CONFIG_FILE, error=CheckpointError).get("training", {}).get("inputs") or {}
-    return bool(with_order(stored) == inputs)
+    return bool(with_order(read_config(folder)["training"].get("inputs", {})) == inputs)
 
 
 def train_gates(
@@ -168,8 +168,9 @@ def train_gates(
     dtype = next(model.parameters()).dtype
     inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
     if not force and gates_are_current(folder, inputs):
-        done = read_json(folder / CONFIG_FILE)["training"]
-        known = {key: done[key] for key in ("steps", "loss", "tokens", "seconds", "held_out")}
+        done = read_config(folder)["training"]
+        known = {key: done[key] for key in ("steps", "tokens", "seconds", "held_out")}
+        known["loss"] = float("nan") if done.get("loss") is None else done["loss"]
         return TrainedGates(folder, True, **known, cut=done["rows_cut"], sampled=done.get("sampled", {}), memory=done.get("memory", {}))
     sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
     rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)

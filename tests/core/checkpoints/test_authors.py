@@ -301,8 +301,8 @@ def test_adapters_that_do_not_fit_the_checkpoint(make_authors: Make) -> None:
     ("change", "kind", "message"),
     [
         ({"r": 4}, CheckpointError, "'task_01' has rank 4, and the adapters in .* have rank 8"),
-        ({"peft_type": "IA3"}, AdapterError, "'task_01'.* does not describe a LoRA"),
-        ({"use_dora": True}, AdapterError, "'task_01' uses use_dora"),
+        ({"peft_type": "IA3"}, AdapterError, "'task_01' is a 'IA3' adapter"),
+        ({"use_dora": True}, AdapterError, r"'task_01' uses DoRA \(use_dora\)"),
         ({"alpha_pattern": {"q_proj": 1}}, AdapterError, "'task_01' uses alpha_pattern"),
     ],
 )

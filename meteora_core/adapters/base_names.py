@@ -1,0 +1,95 @@
+"""Whether two names of a base model mean the same one: hub ids, local copies, paths of the hub's cache, quantised copies of others."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from meteora_core.checkpoints.tensor_files import TensorFiles
+from meteora_core.errors import MeteoraError
+from meteora_core.files import read_json
+from meteora_core.json_files import is_regular
+
+_CACHED = re.compile(r"(?:^|/)models--(?:[^/]+?--)?(?P<name>[^/]+?)(?:/snapshots(?:/[^/]*)?)?$")
+_QUANTISED = re.compile(r"(?:-unsloth)?-bnb-[48]bit$")
+_TENSORS = 16
+
+
+def short_name(base: str) -> str:
+    """What is left of a name when owner, folder, the hub's cache, letter case and the mark of a quantised copy are taken away.
+
+    ``meta-llama/Llama-3.1-8B``, ``/cache/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f`` and ``unsloth/Meta-Llama-3.1-8B-bnb-4bit`` are all
+    ``llama-3.1-8b``.
+    """
+    path = base.strip().replace("\\", "/").rstrip("/")
+    cached = _CACHED.search(path)
+    name = cached["name"] if cached else path.rpartition("/")[2]
+    name = _QUANTISED.sub("", name.lower())
+    return name.removeprefix("meta-") if name.startswith("meta-llama-") else name
+
+
+def same_base_name(one: str, other: str) -> bool:
+    """Whether two names mean one base model.
+
+    By :func:`short_name`, by what a local copy says it is a copy of, or by a few of their weights where both are here.
+    """
+    return bool(_names(one) & _names(other)) or _same_weights(one, other)
+
+
+def _names(base: str) -> set[str]:
+    found = {short_name(base)}
+    folder = _folder(base)
+    if folder is not None and is_regular(folder / "config.json"):
+        try:
+            config = read_json(folder / "config.json")
+        except MeteoraError:
+            return found
+        origin = config.get("_name_or_path") if isinstance(config, dict) else None
+        if isinstance(origin, str) and origin:
+            found.add(short_name(origin))
+    return found - {""}
+
+
+def _folder(base: str) -> Path | None:
+    """Where a base model's files are, if they are here: a folder, a model of the catalog, or the hub's cache."""
+    from meteora_core.checkpoints.catalog import CATALOG, is_ready, model_folder
+
+    if base in CATALOG:
+        return model_folder(base) if is_ready(base) else None
+    try:
+        if Path(base).is_dir():
+            return Path(base)
+    except (OSError, ValueError):
+        return None
+    if base.count("/") != 1 or base.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(base, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+@cache
+def _same_weights(one: str, other: str) -> bool:
+    """Whether both models' files are here and hold the same tensors, by a few numbers of some of them."""
+    folders = (_folder(one), _folder(other))
+    if folders[0] is None or folders[1] is None:
+        return False
+    try:
+        mine, theirs = TensorFiles(folders[0]), TensorFiles(folders[1])
+        names = [name for name, entry in sorted(mine.entries.items()) if len(entry.shape) == 2]
+        if not names or any(name not in theirs or theirs.entries[name].shape != mine.entries[name].shape for name in names):
+            return False
+        for name in names[:: max(1, len(names) // _TENSORS)]:
+            count = mine.entries[name].count
+            places = range(0, count, max(1, count // 8))
+            if any(abs(a - b) > 1e-2 * max(abs(a), abs(b)) + 1e-6 for a, b in zip(mine.sample(name, places), theirs.sample(name, places), strict=True)):
+                return False
+    except MeteoraError:
+        return False
+    return True

@@ -1,0 +1,266 @@
+"""``adapter_config.json``: what it may hold, what of it is read, and which adapters it describes that cannot be stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator
+
+from meteora_core.adapters.patterns import Patterns, PatternTable
+from meteora_core.errors import AdapterError
+from meteora_core.json_files import FileModel, is_regular, read_model
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+PLAIN = "train a plain LoRA: bias='none', no DoRA, no modules_to_save"
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT's initialisations that subtract from the base model, or quantise it, each time the adapter is put on."""
+
+_UNSTACKABLE = {
+    "use_dora": "DoRA (use_dora)",
+    "use_qalora": "QALoRA (use_qalora)",
+    "use_bdlora": "BD-LoRA (use_bdlora)",
+    "lora_bias": "lora_bias",
+    "fan_in_fan_out": "fan_in_fan_out",
+    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
+    "modules_to_save": "modules_to_save",
+    "target_parameters": "target_parameters",
+    "trainable_token_indices": "trainable_token_indices",
+    "layer_replication": "layer_replication",
+    "arrow_config": "Arrow routing (arrow_config)",
+    "kasa_config": "KaSA (kasa_config)",
+    "monteclora_config": "MonteCLoRA (monteclora_config)",
+    "velora_config": "VeLoRA (velora_config)",
+    "megatron_config": "Megatron layers (megatron_config)",
+}
+"""Keys that change what is computed: how an error calls each."""
+
+_LISTED = frozenset({"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"})
+"""Of these, the error shows the value."""
+
+_HARMLESS = frozenset(
+    {
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "revision",
+        "inference_mode",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+        "merge_weights",
+        "base_model_class",
+        "parent_library",
+        "_name_or_path",
+        "unsloth_fixed",
+    }
+)
+"""Keys without an effect on what a trained plain LoRA computes: how it started, where it came from, how it is run."""
+
+
+def _patterns(values: dict[str, Any] | None) -> dict[str, Any]:
+    return values or {}
+
+
+class AdapterConfig(FileModel):
+    """What is read of ``adapter_config.json``; absent keys have PEFT's defaults.
+
+    Attributes:
+        peft_type: "LORA", in any case.
+        base_model_name_or_path: The base model, if it is named.
+        r: The usual rank.
+        lora_alpha: The usual alpha.
+        lora_dropout: In training, 0 <= p < 1.
+        use_rslora: Whether the scaling is alpha / sqrt(rank).
+        rank_pattern, alpha_pattern: Other ranks and alphas, by module-name pattern.
+        target_modules: Which modules are adapted: names, an expression, or "all-linear".
+        exclude_modules: Which are not.
+        layers_to_transform, layers_pattern: Only these layers of a numbered list, and the list's name.
+        bias: "none", or a kind that cannot be stacked.
+        init_lora_weights: How training started.
+    """
+
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    r: int = Field(8, ge=1, le=1_000_000)
+    lora_alpha: float = 8.0
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: bool = False
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1)]] | None, AfterValidator(_patterns)] = Field(default_factory=dict)
+    alpha_pattern: Annotated[dict[str, float] | None, AfterValidator(_patterns)] = Field(default_factory=dict)
+    target_modules: Any = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    bias: str = "none"
+    init_lora_weights: Any = True
+    _source: str = PrivateAttr(CONFIG)
+
+    @field_validator("target_modules", "exclude_modules", "layers_pattern")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return value
+        raise ValueError("it should be a text or a list of texts")
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list) else [value]
+        if value is None or all(type(number) is int and number >= 0 for number in numbers):
+            return value
+        raise ValueError("it should be the number of a layer, or a list of such numbers")
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _start(cls, value: Any) -> Any:
+        if value is None or isinstance(value, bool | str):
+            return value
+        raise ValueError("it should be true, false or the name of an initialisation")
+
+    @cached_property
+    def _runner(self) -> Patterns:
+        return Patterns(self._source)
+
+    @cached_property
+    def _ranks(self) -> PatternTable:
+        return PatternTable(self.rank_pattern or {}, self._runner)
+
+    @cached_property
+    def _alphas(self) -> PatternTable:
+        return PatternTable(self.alpha_pattern or {}, self._runner)
+
+    def rank_of(self, path: str) -> int:
+        """The rank that a module's adapter should have. Raises AdapterError for a pattern that cannot be matched."""
+        return int(self._ranks.get(path, self.r))
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of a module's adapter. Raises AdapterError for a pattern that cannot be matched."""
+        return float(self._alphas.get(path, self.lora_alpha))
+
+    def targets(self, paths: Iterable[str], head: str | None = None) -> set[str]:
+        """Which of a model's modules the configuration says are adapted; none where it does not say.
+
+        Args:
+            paths: The model's modules that LoRA can adapt, by their names.
+            head: The output layer among them, which "all-linear" leaves out.
+
+        Raises:
+            AdapterError: A pattern is invalid or takes too long to match.
+        """
+        if self.target_modules is None:
+            return set()
+        return {path for path in paths if self._targeted(path, head)}
+
+    def _targeted(self, path: str, head: str | None) -> bool:
+        excluded, targets = self.exclude_modules, self.target_modules
+        if excluded and (self._runner.full(excluded, path) if isinstance(excluded, str) else _named(path, self._excluded)):
+            return False
+        if isinstance(targets, str):
+            return path != head if targets == "all-linear" else self._runner.full(targets, path)
+        return path in self._names_targeted or (_named(path, self._names_targeted) and self._in_layers(path))
+
+    @cached_property
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self.exclude_modules or ())
+
+    @cached_property
+    def _names_targeted(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
+
+    def _in_layers(self, path: str) -> bool:
+        wanted = self.layers_to_transform
+        if wanted is None or wanted == []:
+            return True
+        index = _layer_of(path) if not self.layers_pattern else self._listed_layer(path)
+        return index is not None and index in (wanted if isinstance(wanted, list) else [wanted])
+
+    def _listed_layer(self, path: str) -> int | None:
+        """The number behind the name of the list of layers, PEFT's rule with ``layers_pattern``."""
+        listed = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        parts = path.split(".")
+        for pattern in listed:
+            for place in range(1, len(parts) - 1):
+                if parts[place].isdecimal() and self._runner.tail(pattern, ".".join(parts[:place])):
+                    return int(parts[place])
+        return None
+
+
+def _named(path: str, names: frozenset[str]) -> bool:
+    """Whether a name is the path, or follows one of its dots to its end."""
+    parts = path.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+
+def _layer_of(path: str) -> int | None:
+    """The first number in a path that has two parts or more before it, and one behind."""
+    parts = path.split(".")
+    return next((int(parts[place]) for place in range(2, len(parts) - 1) if parts[place].isdecimal()), None)
+
+
+def find_adapter(folder: str | Path) -> Path | None:
+    """The folder that holds ``adapter_config.json``: ``folder``, its ``default`` (PEFT's place for a named adapter), or the only sub-folder that has one.
+
+    Returns:
+        None where there is none, or several.
+    """
+    folder = Path(folder)
+    if is_regular(folder / CONFIG):
+        return folder
+    if is_regular(folder / "default" / CONFIG):
+        return folder / "default"
+    try:
+        below = [place for place in folder.iterdir() if not place.name.startswith(".") and is_regular(place / CONFIG)]
+    except (OSError, ValueError):
+        return None
+    return below[0] if len(below) == 1 else None
+
+
+def read_adapter_config(name: str, folder: Path) -> AdapterConfig:
+    """Read and check ``adapter_config.json``.
+
+    Args:
+        name: How errors call the adapter.
+        folder: The folder that holds the file.
+
+    Raises:
+        AdapterError: It is missing or broken, a value has the wrong type or is out of range, or it describes an adapter that cannot be stacked.
+    """
+    config = read_model(folder / CONFIG, AdapterConfig, error=AdapterError, hint=f"{folder} should be a folder written by PEFT's save_pretrained")
+    config._source = f"adapter {name!r}: {folder / CONFIG}"
+    _refuse_unsupported(name, config)
+    return config
+
+
+def _refuse_unsupported(name: str, config: AdapterConfig) -> None:
+    if config.peft_type.upper() != "LORA":
+        raise AdapterError(f"adapter {name!r} is a {config.peft_type[:40]!r} adapter; only LORA can be stacked", hint="train a LoRA with PEFT's LoraConfig")
+    start, more = config.init_lora_weights, config.model_extra or {}
+    reasons = []
+    if config.bias != "none":
+        reasons.append(f"bias={config.bias!r}")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        reasons.append(f"init_lora_weights={start!r}, which changed its base model")
+    reasons += [f"{said}={more[key]}" if key in _LISTED else said for key, said in _UNSTACKABLE.items() if more.get(key)]
+    if reasons:
+        raise AdapterError(f"adapter {name!r} uses {_cut(reasons[0])}, which cannot be stacked", hint=PLAIN)
+    for key, value in more.items():
+        if value and key not in _HARMLESS and key not in _UNSTACKABLE:
+            raise AdapterError(
+                f"adapter {name!r}: {CONFIG} sets {_cut(repr(key))} to {_cut(repr(value))}, a setting that this version does not know",
+                hint=f"upgrade meteora; if the setting has no effect on a trained adapter, remove it from {CONFIG}",
+            )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,0 +1,157 @@
+"""What adapters ask of a base model: their modules under its names, no target without weights, and base tensors that are its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.adapters.config import CONFIG, AdapterConfig
+from meteora_core.adapters.peft_folder import BaseCopy
+from meteora_core.checkpoints.tensor_files import TensorFiles, shown
+from meteora_core.errors import AdapterError, CheckpointError
+
+if TYPE_CHECKING:
+    from meteora_core.adapters.bank import AdapterBank
+
+OTHER_BASE = "the adapters were trained on another base model"
+_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one adapter says of its base model.
+
+    Attributes:
+        name: The adapter's name.
+        config: Which modules it should adapt; None where it was not read from a folder.
+        copies: Base tensors that were saved with it.
+        paths: The modules that it has weights for.
+    """
+
+    name: str
+    config: AdapterConfig | None
+    copies: tuple[BaseCopy, ...]
+    paths: frozenset[str]
+
+
+def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[str, str]]:
+    """A bank whose modules have the names that they have in a model, after checking what the adapters say of their base.
+
+    Adapters of models whose modules were renamed since (``language_model.model.layers`` became ``model.language_model.layers``) are read by
+    transformers' own table of renamings, which PEFT uses too.
+
+    Args:
+        bank: The adapters.
+        model: The base model, without adapters.
+
+    Returns:
+        The bank, and the names that changed (old -> new).
+
+    Raises:
+        AdapterError: A module is not in the model; an adapter lacks weights for a module that its configuration targets; or a base tensor that was
+            saved with it is not the model's own.
+    """
+    known = {name for name, _ in model.named_modules()}
+    unknown = [path for path in bank.modules if path not in known]
+    renamed = _renamed(model, unknown) if unknown else {}
+    renamed = {old: new for old, new in renamed.items() if new in known and new not in bank.modules}
+    if len(set(renamed.values())) != len(renamed):
+        renamed = {}
+    if absent := [path for path in unknown if path not in renamed]:
+        raise AdapterError(f"the adapters target {shown(absent)}, which {type(model).__name__} does not have", hint=_why_absent(absent[0], known))
+    if renamed:
+        bank = replace(bank, modules={renamed.get(path, path): stack for path, stack in bank.modules.items()})
+    for claim in bank.claims:
+        _check_targets(claim, model, renamed)
+        for copy in claim.copies:
+            _check_copy(claim.name, copy, model.get_submodule(renamed.get(copy.path, copy.path)))
+    return bank, renamed
+
+
+def _renamed(model: nn.Module, paths: list[str]) -> dict[str, str]:
+    """Other names of the paths, by transformers' table for checkpoints of earlier versions."""
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return {}
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming) and hasattr(entry, "rename_source_key")]
+    made = {}
+    for path in paths:
+        key = f"{path}.weight"
+        for entry in renamings:
+            key = entry.rename_source_key(key)[0]
+        if (new := key.removesuffix(".weight")) != path:
+            made[path] = new
+    return made
+
+
+def _why_absent(path: str, known: set[str]) -> str:
+    expert = _EXPERT.match(path)
+    if expert:
+        return "it holds its experts in one fused tensor, and only linear layers can be adapted; leave the experts out of target_modules"
+    tail = path.split("layers.", 1)[-1]
+    if other := next((name for name in sorted(known) if tail != path and name.endswith(f"layers.{tail}")), None):
+        return f"it calls such a module {other}: rename the adapter's tensors, or load the model with the class that it was trained with"
+    return OTHER_BASE
+
+
+def _check_targets(claim: Claim, model: nn.Module, renamed: Mapping[str, str]) -> None:
+    """Refuse an adapter that has no weights for a module which its configuration targets: PEFT would run that module without it."""
+    if claim.config is None:
+        return
+    have = {renamed.get(path, path) for path in claim.paths}
+    old = {new: path for path, new in renamed.items()}
+    linears = {name for name, module in model.named_modules() if _adaptable(module)}
+    head = _head(model)
+    wanted = claim.config.targets(linears | {old[path] for path in linears if path in old}, head)
+    if missing := sorted({renamed.get(path, path) for path in wanted} - have):
+        raise AdapterError(
+            f"adapter {claim.name!r} has no weights for {shown(missing)}, which target_modules in its {CONFIG} names",
+            hint="copy or download the adapter again; if it was trained without these modules, list them in exclude_modules there",
+        )
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(module).__name__ == "Conv1D"
+
+
+def _head(model: Any) -> str | None:
+    """The name of the output layer."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return None if head is None else next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _check_copy(name: str, copy: BaseCopy, module: nn.Module) -> None:
+    """Refuse an adapter whose copy of a base tensor is not the base model's own: it was trained on a changed base."""
+    own = getattr(module, "weight", None)
+    if not isinstance(own, Tensor) or not own.is_floating_point() or own.is_meta:
+        return
+    try:
+        theirs = TensorFiles(copy.entry.file).read(copy.key)
+    except CheckpointError as broken:
+        raise AdapterError(f"adapter {name!r}: {broken.message}", hint=broken.hint) from broken
+    if not theirs.is_floating_point() or theirs.shape != own.shape or not _same(own.detach().cpu(), theirs):
+        raise AdapterError(
+            f"adapter {name!r} holds a {copy.path}.weight that is not the base model's own: it was trained on a changed base model",
+            hint="use the base model that it was trained on",
+        )
+
+
+def _same(own: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same numbers, or one is the other rounded to its dtype; two 16-bit types may differ by what rounding leaves."""
+    if own.dtype == theirs.dtype:
+        return torch.equal(own, theirs)
+    if own.dtype.itemsize == theirs.dtype.itemsize:
+        return bool(torch.allclose(own.float(), theirs.float(), rtol=1e-2, atol=1e-6))
+    narrow = own.dtype if own.dtype.itemsize < theirs.dtype.itemsize else theirs.dtype
+    return torch.equal(own.to(narrow), theirs.to(narrow))

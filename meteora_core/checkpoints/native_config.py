@@ -1,0 +1,217 @@
+"""``meteora_config.json``: what a native checkpoint says of itself, checked when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from meteora_core.adapters.magnitudes import WEIGHT_NAMES
+from meteora_core.checkpoints.tensor_files import TensorEntry, read_header, shown
+from meteora_core.errors import CheckpointError
+from meteora_core.json_files import FileModel, checked, is_regular, read_object
+
+CONFIG_FILE = "meteora_config.json"
+WEIGHT_FILE = "meteora.safetensors"
+FORMAT = 1
+BASE = "base."
+"""Before the names of base tensors in the weight file."""
+
+ROUTING_DIGEST = "routing_sha256"
+"""In the weight file's metadata: :func:`routing_digest` of the configuration that it was saved with."""
+
+_AGAIN = "copy or download the checkpoint again"
+_NOT_OURS = "it is not a meteora checkpoint, or it was cut short"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 40)]
+
+
+class BaseEntry(FileModel):
+    """The base model: its name, revision, and a few of its weights."""
+
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    probe: list[float] | None = None
+
+
+class AdapterEntry(FileModel):
+    """One adapter, as :class:`meteora_core.adapters.peft_folder.AdapterInfo` has it. The hash is empty where the checkpoint holds the weights."""
+
+    name: str = Field(min_length=1)
+    source: str
+    sha256: Literal[""] | Sha256
+    base: str | None
+    rank: Count
+    alpha: float
+    rslora: bool
+    dropout: float = Field(ge=0, lt=1)
+
+
+class ModuleEntry(FileModel):
+    """One adapted linear: its features, and every adapter's rank and scaling there (0 where it has none)."""
+
+    in_features: int = Field(ge=1, lt=1 << 40)
+    out_features: int = Field(ge=1, lt=1 << 40)
+    ranks: list[Count]
+    scaling: list[float]
+
+
+class GateStart(FileModel):
+    """How untrained gates were drawn."""
+
+    init: str
+    seed: int
+
+
+class InputsEntry(FileModel):
+    """What fixed the run: hashes of the rows by task, and settings."""
+
+    data: dict[str, str] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class PackedEntry(FileModel):
+    """What a packed checkpoint was made from, and which share of each adapter was kept."""
+
+    kept: dict[str, float] = Field(default_factory=dict)
+    adapters: dict[str, str] = Field(default_factory=dict)
+
+
+class TrainingEntry(FileModel):
+    """How it was made, for cards and for runs that ask whether they are done. Numbers that were not finite are None."""
+
+    inputs: InputsEntry = Field(default_factory=InputsEntry)
+    held_out: dict[str, float | None] = Field(default_factory=dict)
+    packed: PackedEntry = Field(default_factory=PackedEntry)
+    steps: Count = 0
+    tokens: Count = 0
+    seconds: float | None = None
+    loss: float | None = None
+
+
+class NativeConfig(FileModel):
+    """The whole file."""
+
+    format: int = Field(ge=1)
+    base: BaseEntry
+    top_k: int = Field(ge=1)
+    temperature: float = Field(gt=0)
+    adapters: list[AdapterEntry] = Field(min_length=1)
+    gates: Literal["untrained", "closed form", "trained"] | None = None
+    gates_start: GateStart | None = None
+    contains: list[Literal["gates", "adapters", "base"]]
+    base_tensors: list[str] = Field(default_factory=list)
+    base_rounded: dict[str, list[str]] | None = None
+    modules: dict[str, ModuleEntry] = Field(min_length=1)
+    renamed: dict[str, str] = Field(default_factory=dict)
+    training: TrainingEntry = Field(default_factory=TrainingEntry)
+    weights_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _agree(self) -> NativeConfig:
+        """What the parts say of each other."""
+        count = len(self.adapters)
+        if twice := [name for name, times in Counter(adapter.name for adapter in self.adapters).items() if times > 1]:
+            raise ValueError(f"two adapters have the name {twice[0]!r}")
+        if self.top_k > count:
+            raise ValueError(f"top_k is {self.top_k}, and there are {count} adapters")
+        if "gates" not in self.contains:
+            raise ValueError("contains does not list gates")
+        for path, module in self.modules.items():
+            if len(module.ranks) != count or len(module.scaling) != count:
+                raise ValueError(f"modules.{path} has {len(module.ranks)} ranks and {len(module.scaling)} scalings, and there are {count} adapters")
+            if not any(module.ranks):
+                raise ValueError(f"modules.{path} has no adapter of a rank above 0")
+        if bool(self.base_tensors) != ("base" in self.contains):
+            raise ValueError("base_tensors and contains disagree")
+        for name in self.base_rounded or {}:
+            dtype = getattr(torch, name, None)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise ValueError(f"base_rounded names an unknown dtype {name!r}")
+        return self
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read and check ``meteora_config.json``.
+
+    Returns:
+        Its content; ``base_tensors``, ``base_rounded``, ``renamed`` and ``training`` are there in any case.
+
+    Raises:
+        CheckpointError: It is missing, broken, or of a newer format; a value has the wrong type or is out of range, or two disagree.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG_FILE
+    if not is_regular(file):
+        try:
+            there = folder.is_dir()
+        except (OSError, ValueError) as broken:
+            raise CheckpointError(f"{str(folder)!r} cannot be read: {broken}", hint="correct the path") from broken
+        raise CheckpointError(
+            f"not a meteora checkpoint: {folder} holds no {CONFIG_FILE}" if there else f"no checkpoint at {folder}: no such folder",
+            hint="train one with `meteora train`, make one with `meteora quickstart --train`, or correct the path",
+        )
+    raw = read_object(file, notes="training", error=CheckpointError, hint=_NOT_OURS)
+    form = raw.get("format")
+    if type(form) is int and form > FORMAT:
+        raise CheckpointError(f"{folder} has format {form}, this version reads up to {FORMAT}", hint="upgrade meteora")
+    config = checked(NativeConfig, raw, str(file), error=CheckpointError, hint=_NOT_OURS).model_dump(exclude_unset=True)
+    return {"base_tensors": [], "base_rounded": {}, "renamed": {}, "training": {}} | {key: value for key, value in config.items() if value is not None}
+
+
+def routing_digest(config: Mapping[str, Any]) -> str:
+    """A hash over what ties weights to their places: every adapter's name, hash and position, and every layer's ranks and scalings."""
+    adapters = [[place, adapter["name"], adapter["sha256"]] for place, adapter in enumerate(config["adapters"])]
+    modules = {path: [module["ranks"], [float(value) for value in module["scaling"]]] for path, module in config["modules"].items()}
+    return hashlib.sha256(json.dumps([adapters, modules], sort_keys=True).encode()).hexdigest()
+
+
+def weight_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of the weight file."""
+    return {"format": "pt", "producer": "meteora", ROUTING_DIGEST: routing_digest(config)}
+
+
+def check_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """Compare the header of a checkpoint's weight file with its configuration; no tensor is read.
+
+    Returns:
+        The tensors, by name.
+
+    Raises:
+        CheckpointError: The file is missing or broken; it lacks tensors or has unknown ones; a shape or dtype is not what the configuration says; or the
+            adapters of the configuration are not those, or not in the order, that the weights were saved with.
+    """
+    file = folder / WEIGHT_FILE
+    if not is_regular(file):
+        raise CheckpointError(f"{folder} holds no {WEIGHT_FILE}", hint="copy the checkpoint again")
+    entries, metadata = read_header(file)
+    count = len(config["adapters"])
+    expected: dict[str, tuple[int, ...] | None] = {BASE + name: None for name in config["base_tensors"]}
+    for path, module in config["modules"].items():
+        expected[f"{path}.gate"] = (count, module["in_features"])
+        if "adapters" in config["contains"]:
+            expected[f"{path}.lora_A"] = (sum(module["ranks"]), module["in_features"])
+            expected[f"{path}.lora_B"] = (sum(module["ranks"]), module["out_features"])
+    for what, keys in (("lacks", expected.keys() - entries.keys()), ("has unknown", entries.keys() - expected.keys())):
+        if keys:
+            raise CheckpointError(f"{file} {what} tensors: {shown(sorted(keys))}", hint=_AGAIN)
+    for name, shape in expected.items():
+        entry = entries[name]
+        if shape is not None and entry.shape != shape:
+            raise CheckpointError(f"{name} in {file} has shape {list(entry.shape)}, expected {list(shape)}", hint=_AGAIN)
+        if entry.dtype not in WEIGHT_NAMES:
+            raise CheckpointError(f"{name} in {file} has dtype {entry.dtype}; weights are F16, BF16, F32 or F64", hint=_AGAIN)
+    saved = metadata.get(ROUTING_DIGEST)
+    if saved is not None and saved != routing_digest(config):
+        raise CheckpointError(
+            f"the adapters in {folder / CONFIG_FILE} are not those, or not in the order, that {WEIGHT_FILE} was saved with",
+            hint="restore the order, ranks and scalings of adapters and modules there, or copy the checkpoint again",
+        )
+    return entries
