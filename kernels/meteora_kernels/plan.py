@@ -18,9 +18,8 @@ FEW_TOKENS = 16
 """Up to here (one tile of a matrix unit) decoding kernels win."""
 INLINE_TOKENS = 64
 """Up to here every program of the pass over the output routes its tokens itself; above, one kernel before it does."""
-GROUPED_WORK = 4 << 20
-"""From this many tokens times total rank on, and from GROUPED_GAIN times the chosen rank, the chosen rows alone beat products with all rows."""
 GROUPED_GAIN = 16
+"""Chosen rows alone are worth reading where all rows are at least so many times as many."""
 CHOSEN_RANK = 3072
 """While decoding on top of a finished base output: from this total rank on, A's chosen rows are read after the gates, not all rows along with them."""
 CHOSEN_ROWS = 256
@@ -154,6 +153,43 @@ the one whose input nobody writes in place."""
 
 
 @dataclass(frozen=True, slots=True)
+class ManyRule:
+    """One line of the table for many adapters above :data:`FEW_TOKENS`.
+
+    Attributes:
+        way: "few" (each token with its own rows) or "sorted" (tokens sorted by adapter), both in :mod:`many_adapters`.
+        least_tokens, most_tokens: M lies between them, both included.
+        least_rank: R, at least.
+        fused: Whether the line is for fused groups or for layers on top of a finished base output.
+    """
+
+    way: str
+    least_tokens: int
+    most_tokens: int
+    least_rank: int
+    fused: bool
+
+    def fits(self, tokens: int, total_rank: int, chosen_rank: int, *, fused: bool) -> bool:
+        return (
+            fused == self.fused
+            and self.least_tokens <= tokens <= self.most_tokens
+            and total_rank >= self.least_rank
+            and total_rank >= GROUPED_GAIN * chosen_rank
+        )
+
+
+MANY: tuple[ManyRule, ...] = (
+    # Measured on one H200 with 256 adapters of rank 8 (bfloat16, Llama-3-8B shapes, top-2) at 64, 128, 512 and 4,096 tokens.
+    ManyRule("few", 17, 128, 1024, fused=True),
+    ManyRule("sorted", 2048, EVER, 1024, fused=True),
+    ManyRule("few", 17, 128, 1024, fused=False),
+    ManyRule("sorted", 1024, EVER, 4096, fused=False),
+    ManyRule("sorted", 2048, EVER, 2048, fused=False),
+)
+"""First match wins; where none fits, all rows are multiplied."""
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """What a choice depends on.
 
@@ -253,12 +289,26 @@ def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
 
 
 def path(tokens: int, total_rank: int, top_k: int, max_rank: int) -> str:
-    """The Triton backend's way for inference: "few", "many" or "grouped"."""
+    """The Triton backend's way for inference: "few", "many" or "chosen" (:mod:`many_adapters`)."""
     if tokens <= FEW_TOKENS:
         return "few"
-    if tokens * total_rank >= GROUPED_WORK and total_rank >= GROUPED_GAIN * top_k * max_rank:
-        return "grouped"
-    return "many"
+    return "many" if many_adapters_way(tokens, total_rank, top_k, max_rank, fused=False) is None else "chosen"
+
+
+def many_adapters_way(tokens: int, total_rank: int, top_k: int, max_rank: int, *, fused: bool = True) -> str | None:
+    """How :mod:`many_adapters` computes a layer above :data:`FEW_TOKENS`, "few" or "sorted"; None where products with all rows are faster.
+
+    Args:
+        tokens: M.
+        total_rank: R.
+        top_k: k.
+        max_rank: The largest rank.
+        fused: Base and adapters of a group together (True), or the adapters on top of a finished base output.
+    """
+    for rule in MANY:
+        if rule.fits(tokens, total_rank, top_k * max_rank, fused=fused):
+            return rule.way
+    return None
 
 
 def lies_beside(hidden: int, rank: int, members: int, dtype: torch.dtype) -> bool:

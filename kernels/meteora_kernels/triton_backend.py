@@ -4,7 +4,7 @@ Paths (``plan.py`` holds the limits):
 
 - ``few``: decoding; gates and A in one launch, routing and B in a second (a third between them for many adapters);
 - ``many``: prefill and training; GEMMs over all R rows with :mod:`triton_middle` between them, and the same backwards;
-- ``grouped``: prefill with a large total rank; only the chosen adapters' rows, by :mod:`triton_grouped`.
+- ``chosen``: a large total rank; only the chosen adapters' rows, by :mod:`many_adapters`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from meteora_kernels import plan
 from meteora_kernels.layout import layout_of
+from meteora_kernels.many_adapters import Adapters, Routing, layer_forward
 from meteora_kernels.operators import eager, operator
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
-from meteora_kernels.triton_grouped import mix_grouped
 from meteora_kernels.triton_middle import middle, middle_backward
 
 
@@ -92,7 +92,7 @@ def _(
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], gate.shape[0]), dtype=torch.float32)
 
 
-def _mix_grouped(
+def _mix_chosen(
     x: Tensor,
     base: Tensor,
     gate: Tensor,
@@ -105,14 +105,17 @@ def _mix_grouped(
     top_k: int,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`triton_grouped.mix_grouped`."""
-    return mix_grouped(x, base, gate, lora_A, lora_B, scaling, offsets, max_rank, top_k, temperature, allowed)
+    """:func:`many_adapters.layer_forward`, and the gate's logits (M, N)."""
+    logits = torch.mm(x, gate.t())
+    adapters = Adapters(gate, lora_A, lora_B, 0, (lora_B.shape[1],), max_rank, scaling, offsets)
+    way = plan.many_adapters_way(x.shape[0], lora_A.shape[0], top_k, max_rank, fused=False)
+    return layer_forward(way or "sorted", x, base, logits, adapters, Routing(top_k, temperature, allowed)), logits
 
 
-mix_grouped_op = operator("mix_grouped")(_mix_grouped)
+mix_chosen_op = operator("mix_chosen")(_mix_chosen)
 
 
-@torch.library.register_fake("meteora::mix_grouped")
+@torch.library.register_fake("meteora::mix_chosen")
 def _(
     x: Tensor,
     base: Tensor,
@@ -426,8 +429,8 @@ def _flat(
     if path == "few":
         sparse = plan.chosen_rows_only(rank, top_k, max_rank or 0)
         output, logits = (_mix_few if directly else mix_few_op)(tokens, base, *tensors, max_rank or 0, top_k, temperature, not sparse)
-    elif path == "grouped":
-        output, logits = (_mix_grouped if directly else mix_grouped_op)(tokens, base, *tensors, max_rank or 0, top_k, temperature)
+    elif path == "chosen":
+        output, logits = (_mix_chosen if directly else mix_chosen_op)(tokens, base, *tensors, max_rank or 0, top_k, temperature)
     else:
         flat_lora_x = None if lora_x is None else lora_x.reshape(-1, hidden)
         output, logits = (_mix_many if directly else mix_many_op)(tokens, flat_lora_x, base, *tensors, indices, weights, top_k, temperature)

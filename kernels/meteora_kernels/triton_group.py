@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels import plan
+from meteora_kernels import many_adapters, plan
 from meteora_kernels.operators import operator
 from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_chosen import decode_chosen
@@ -72,6 +72,12 @@ def group_forward(
         run = decode_chosen if plan.group_takes_chosen_rows(tokens, rank, top_k, max_rank) else decode
         rows, parts = x.contiguous(), tuple(widths)
         return run(rows, weights, ga, b, bias, scaling, offsets, flags, parts, rank, gate_rows, max_rank, top_k, temperature, allowed)
+    way = plan.many_adapters_way(tokens, rank, top_k, max_rank)
+    if way is not None:
+        adapters = many_adapters.Adapters(ga, ga[gate_rows:], b, stacked, tuple(widths), max_rank, scaling, offsets)
+        choice = many_adapters.Routing(top_k, temperature, allowed)
+        if many_adapters.can_run(adapters, choice, x.dtype) is None:
+            return many_adapters.run(way, x, weights, bias, adapters, choice)
 
     def can_run(rule: plan.GroupRule) -> bool:
         assert rule.tile is not None

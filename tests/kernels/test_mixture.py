@@ -71,8 +71,11 @@ def test_the_first_rule_that_fits_wins() -> None:
 def test_paths() -> None:
     assert plan.path(1, 224, 2, 8) == "few"
     assert plan.path(4096, 224, 2, 8) == "many"
-    assert plan.path(4096, 4096, 2, 16) == "grouped"
+    assert plan.path(4096, 4096, 2, 16) == "chosen"
     assert plan.path(4096, 4096, 8, 512) == "many"
+    assert plan.many_adapters_way(64, 2048, 2, 8) == "few"
+    assert plan.many_adapters_way(4096, 2048, 2, 8) == "sorted"
+    assert plan.many_adapters_way(64, 224, 2, 8) is None
     assert plan.chosen_rows_only(4096, 2, 16)
     assert not plan.chosen_rows_only(224, 2, 8)
 

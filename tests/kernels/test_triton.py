@@ -7,10 +7,10 @@ import torch
 from mixture_cases import Case, by_loop, make
 
 from meteora_kernels import lora_mixture, plan, reference
+from meteora_kernels.many_adapters import Adapters, Routing, layer_forward
 from meteora_kernels.triton_backend import mix_many_op
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
-from meteora_kernels.triton_grouped import blocks_of, mix_grouped
 from meteora_kernels.triton_middle import middle
 from meteora_kernels.triton_route import route
 
@@ -146,45 +146,23 @@ def test_few_reads_all_or_only_the_chosen_rows(tokens: int, dense_down: bool) ->
     close(output, routed(case, 3).float())
 
 
-@pytest.mark.parametrize("ranks", [[16] * 10, [3, 0, 20, 1, 5]])
+@pytest.mark.parametrize("way", ["few", "sorted"])
 @pytest.mark.parametrize("one", [False, True])
-def test_grouped(ranks: list[int], one: bool) -> None:
-    """Random routes, and all tokens on one adapter."""
-    case = make(ranks, 20, 40, (50,), torch.float32, device=DEVICE)
-    if one:
-        case.x[:] = case.x[0].clone()
-    output, _ = mix_grouped(*case.arguments, max(ranks), 2, 1.5, None)
-    close(output, routed(case, 2).float())
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_grouped_rounds_the_output_once(top_k: int) -> None:
-    """Shares a fifth of the output; the error is that of rounding the exact result."""
-    wide = make([5, 17, 3, 9, 16, 1], 20, 64, (40,), torch.float64, device=DEVICE)
+def test_chosen_rows_on_top_of_a_base(way: str, one: bool) -> None:
+    """Random routes, and all tokens on one adapter; on an output that was rounded before, the result is rounded once."""
+    wide = make([5, 17, 3, 0, 9, 1], 20, 40, (18,), torch.float64, device=DEVICE)
     wide.lora_B *= 0.2
+    if one:
+        wide.x[:] = wide.x[0].clone()
     case = wide.copy(torch.float16)
-    expected = lora_mixture(*case.copy(torch.float64).arguments, top_k=top_k, backend="reference")
-    assert isinstance(expected, torch.Tensor)
-    output, _ = mix_grouped(*case.arguments, 17, top_k, 1.0, None)
+    adapters = Adapters(case.gate, case.lora_A, case.lora_B, 0, (40,), 17, case.scaling.float(), case.offsets)
+    output = layer_forward(way, case.x, case.base, case.x @ case.gate.t(), adapters, Routing(2, 1.5))
+    expected = routed(case.copy(torch.float64), 2)
 
     def error(got: torch.Tensor) -> float:
         return float(((got.double() - expected).norm(dim=1) / expected.norm(dim=1)).median())
 
     assert error(output) <= 1.15 * error(expected.half())
-
-
-def test_blocks_hold_every_pair_once() -> None:
-    indices = torch.tensor([[0, 2], [2, 0], [2, 1], [0, 1], [2, 0]])
-    order, adapter, start, end = blocks_of(indices, 4, 2)
-    seen = []
-    for owner, first, last in zip(adapter.tolist(), start.tolist(), end.tolist(), strict=True):
-        if owner < 0:
-            continue
-        pairs = order[first:last].tolist()
-        assert 1 <= len(pairs) <= 2
-        assert all(indices[pair % 5, pair // 5] == owner for pair in pairs)
-        seen += pairs
-    assert sorted(seen) == list(range(10))
 
 
 def test_delta_with_and_without_base() -> None:

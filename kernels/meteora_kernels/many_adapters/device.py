@@ -1,0 +1,414 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The kernels of :mod:`meteora_kernels.many_adapters`; :mod:`~meteora_kernels.many_adapters.launch` has the shapes and calls them.
+
+Every kernel reads only what an earlier launch wrote, so programs never wait for each other. There are no atomics, and every sum is added in a fixed order,
+so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from meteora_kernels.triton_chosen import route_of_token
+from meteora_kernels.triton_decode import member_of, rows_times_tokens
+from meteora_kernels.triton_middle import routes_of_tile
+from meteora_kernels.triton_route import summed
+
+
+@triton.jit
+def gates_kernel(
+    x,
+    gates,
+    logits,
+    tokens_total,
+    hidden,
+    count,
+    stride_x,
+    stride_gates,
+    member_rows,
+    MEMBERS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``logits[piece, t, member * N + n]``: the sum over the ``piece``-th SPAN columns of ``x[t] * gates[member * member_rows + n]``.
+
+    SPAN is a multiple of BK. WHOLE: h is a multiple of SPAN. Grid, one dimension: ceil(N / BN) * MEMBERS * ceil(M / BM) * ceil(h / SPAN).
+    """
+    pid = tl.program_id(0)
+    row_tiles = tl.cdiv(count, BN)
+    token_tiles = tl.cdiv(tokens_total, BM)
+    member = pid // row_tiles % MEMBERS
+    piece = pid // (row_tiles * MEMBERS * token_tiles)
+    tokens = (pid // (row_tiles * MEMBERS) % token_tiles * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    columns = pid % row_tiles * BN + tl.arange(0, BN)[None, :]
+    steps = tl.arange(0, BK)
+    begin = piece * SPAN
+    # Rows past the end are read from the start again; their sums are not stored.
+    left = x + (tokens % tokens_total) * stride_x + begin + steps[None, :]
+    right = gates + (member * member_rows + columns % count).to(tl.int64) * stride_gates + begin + steps[:, None]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for step in range(SPAN // BK):
+        if WHOLE:
+            values = tl.load(left)
+            factors = tl.load(right)
+        else:
+            inside = begin + step * BK + steps < hidden
+            values = tl.load(left, mask=inside[None, :], other=0.0)
+            factors = tl.load(right, mask=inside[:, None], other=0.0)
+        total = tl.dot(values, factors, total, input_precision=PRECISION)
+        left += BK
+        right += BK
+    place = logits + (piece * tokens_total + tokens) * (MEMBERS * count) + member * count + columns
+    tl.store(place, total, mask=(tokens < tokens_total) & (columns < count))
+
+
+@triton.jit
+def tokens_down_kernel(
+    x,
+    a,
+    logits,
+    allowed,
+    scaling,
+    offsets,
+    rows_out,
+    values_out,
+    tokens_total,
+    hidden,
+    count,
+    stride_x,
+    stride_a,
+    member_rows,
+    temperature,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    SPAN: tl.constexpr,
+    PIECES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Route one token and multiply it with ROWS of its chosen rows of A, over the ``piece``-th SPAN columns.
+
+    Writes ``rows_out`` int32 (M, MEMBERS * TOP_K * RANK_P), the rows (-1: none), and ``values_out`` float32 (PIECES, M, the same), ``A x`` times ``w_j s_j``.
+    Grid, one dimension: PIECES * ceil(TOP_K * RANK_P / ROWS) * M * MEMBERS.
+    """
+    pid = tl.program_id(0)
+    PLACES: tl.constexpr = TOP_K * RANK_P
+    BLOCKS: tl.constexpr = (PLACES + ROWS - 1) // ROWS
+    piece = pid % PIECES
+    block = pid // PIECES % BLOCKS
+    token = pid // (PIECES * BLOCKS) % tokens_total
+    member = pid // (PIECES * BLOCKS) // tokens_total
+    places = block * ROWS + tl.arange(0, ROWS)[:, None]
+    stride_logits = MEMBERS * count
+    chosen, factors = route_of_token(
+        logits + member * count,
+        stride_logits,
+        stride_logits * tokens_total,
+        token,
+        places,
+        allowed,
+        scaling,
+        offsets,
+        count,
+        temperature,
+        TOP_K,
+        SLOTS,
+        PADDED,
+        RANK_P,
+        SPLITS,
+        HAS_ALLOWED,
+    )
+    own = a + (member * member_rows).to(tl.int64) * stride_a
+    start = piece * SPAN
+    length = SPAN if WHOLE else tl.minimum(hidden - start, SPAN)
+    here = x + token.to(tl.int64) * stride_x + start
+    down = rows_times_tokens(own + start, chosen, chosen >= 0, here, 1, length, hidden, stride_a, ROWS, BK, 1, EVEN, STAGES, "ieee")
+    spot = token * (MEMBERS * PLACES) + member * PLACES + places
+    tl.store(values_out + piece * tokens_total * (MEMBERS * PLACES) + spot, factors * down, mask=places < PLACES)
+    tl.store(rows_out + spot, chosen.to(tl.int32), mask=(places < PLACES) & (piece == 0))
+
+
+@triton.jit
+def tokens_up_kernel(
+    base,
+    bias,
+    b,
+    rows_in,
+    values_in,
+    y,
+    tokens_total,
+    rank,
+    stride_split,
+    stride_base,
+    stride_y,
+    width0,
+    width1,
+    width2,
+    MEMBERS: tl.constexpr,
+    PLACES: tl.constexpr,
+    PIECES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """``y = base + bias +`` per token its chosen rows of B times their values, as :func:`tokens_down_kernel` wrote both.
+
+    base: SPLITS partial sums (M, O), ``stride_split`` apart. Grid: (sum of ceil(width / BN) over the members, ceil(M / BM)).
+    """
+    tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BN, MEMBERS)
+    tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    columns = tile * BN + tl.arange(0, BN)[None, :]
+    live = tokens < tokens_total
+    inside = columns < width
+    total = summed(base, tokens * stride_base + before + columns, stride_split, live & inside, SPLITS)
+    if HAS_BIAS:
+        total += tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
+    up = b + before.to(tl.int64) * rank
+    stride_plan = MEMBERS * PLACES
+    for place in tl.range(0, PLACES, num_stages=1, loop_unroll_factor=8):
+        spot = tokens * stride_plan + member * PLACES + place
+        rows = tl.load(rows_in + spot, mask=live, other=-1)
+        values = summed(values_in, spot, tokens_total * stride_plan, live, PIECES)
+        chosen = tl.load(up + rows.to(tl.int64) * width + columns, mask=(rows >= 0) & inside, other=0.0)
+        total += values * chosen.to(tl.float32)
+    tl.store(y + tokens * stride_y + before + columns, total.to(y.dtype.element_ty), mask=live & inside)
+
+
+@triton.jit
+def routes_kernel(
+    logits,
+    allowed,
+    scaling,
+    picks_out,
+    factors_out,
+    tokens_total,
+    count,
+    stride_logits,
+    stride_split,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """The adapters of every token, ``picks_out`` int32 (members, TOP_K, M), and ``w_j s_j``, ``factors_out`` float32, likewise.
+
+    logits: SPLITS partial sums (M, members * N), ``stride_split`` apart. Grid: (ceil(M / BLOCK), members).
+    """
+    member = tl.program_id(1)
+    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    mask = tokens < tokens_total
+    here = logits + member * count
+    picks, shares = routes_of_tile(
+        here, tokens, stride_logits, allowed, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
+    )
+    slots = tl.arange(0, SLOTS)[None, :]
+    place = (member * TOP_K + slots) * tokens_total + tokens
+    keep = mask & (slots < TOP_K)
+    tl.store(picks_out + place, picks, mask=keep)
+    tl.store(factors_out + place, shares * tl.load(scaling + picks), mask=keep)
+
+
+@triton.jit
+def sort_kernel(
+    picks,
+    offsets,
+    order,
+    owners,
+    begins,
+    ends,
+    firsts,
+    lasts,
+    tokens_total,
+    most_blocks,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Sort the tokens of one member and slot by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE.
+
+    Shapes: picks int32 (G, M), G = members * slots; order int32 (G, M), tokens; the others int32 (G, most_blocks): a block's adapter (-1: there is no
+    block), its first place in ``order`` and one past its last, the adapter's first row and one past its last. With S pairs of adapters before it, adapter
+    i's blocks start at ``S // SIZE + i``: ``(S + c) // SIZE + 1`` is at least ``S // SIZE + ceil(c / SIZE)``, so blocks never overlap and no program needs
+    to know how many blocks others have. Grid: (N, G).
+    """
+    adapter = tl.program_id(0)
+    group = tl.program_id(1)
+    here = picks + group * tokens_total
+    steps = tl.arange(0, CHUNK)
+    less = 0
+    same = 0
+    for start in range(0, tokens_total, CHUNK):
+        found = tl.load(here + start + steps, mask=start + steps < tokens_total, other=1 << 30)
+        less += tl.sum((found < adapter).to(tl.int32), axis=0)
+        same += tl.sum((found == adapter).to(tl.int32), axis=0)
+    if same > 0:
+        place = less
+        for start in range(0, tokens_total, CHUNK):
+            found = tl.load(here + start + steps, mask=start + steps < tokens_total, other=1 << 30)
+            mine = (found == adapter).to(tl.int32)
+            tl.store(order + group * tokens_total + place + tl.cumsum(mine, axis=0) - mine, start + steps, mask=mine == 1)
+            place += tl.sum(mine, axis=0)
+    begin = less // SIZE + adapter
+    table = group * most_blocks + begin
+    first = tl.load(offsets + adapter).to(tl.int32)
+    last = tl.load(offsets + adapter + 1).to(tl.int32)
+    for index in range((less + same) // SIZE + adapter + 1 - begin):
+        tl.store(owners + table + index, tl.where(index * SIZE < same, adapter, -1))
+        tl.store(begins + table + index, less + index * SIZE)
+        tl.store(ends + table + index, tl.minimum(less + index * SIZE + SIZE, less + same))
+        tl.store(firsts + table + index, first)
+        tl.store(lasts + table + index, last)
+
+
+@triton.jit
+def blocks_down_kernel(
+    x,
+    a,
+    factors,
+    order,
+    owners,
+    begins,
+    ends,
+    firsts,
+    lasts,
+    middle,
+    tokens_total,
+    hidden,
+    most_blocks,
+    groups,
+    stride_x,
+    stride_a,
+    member_rows,
+    TOP_K: tl.constexpr,
+    RANK_P: tl.constexpr,
+    RANK_D: tl.constexpr,
+    SIZE: tl.constexpr,
+    BK: tl.constexpr,
+    SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PIECES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``middle[piece, group, token, i] = w s (A x)_i`` over the ``piece``-th SPAN columns, for the tokens of one block and the rows i of its adapter.
+
+    middle float32 (PIECES, G, M, RANK_P). RANK_D: RANK_P, or 16 if that is more. Grid, one dimension: PIECES * G * most_blocks.
+    """
+    pid = tl.program_id(0)
+    piece = pid % PIECES
+    block = pid // PIECES
+    if tl.load(owners + block) >= 0:
+        group = block // most_blocks
+        places = tl.load(begins + block) + tl.arange(0, SIZE)
+        live = places < tl.load(ends + block)
+        first = tl.load(firsts + block)
+        inner = tl.arange(0, RANK_D)
+        real = inner < tl.load(lasts + block) - first
+        tokens = tl.load(order + group * tokens_total + places, mask=live, other=0)
+        rows = (group // TOP_K * member_rows).to(tl.int64) + first + inner
+        steps = piece * SPAN + tl.arange(0, BK)
+        left = x + tokens.to(tl.int64)[:, None] * stride_x + steps[None, :]
+        right = a + rows[None, :] * stride_a + steps[:, None]
+        total = tl.zeros([SIZE, RANK_D], dtype=tl.float32)
+        for step in range(SPAN // BK):
+            if WHOLE:
+                values = tl.load(left, mask=live[:, None], other=0.0)
+                down = tl.load(right, mask=real[None, :], other=0.0)
+            else:
+                inside = steps + step * BK < hidden
+                values = tl.load(left, mask=live[:, None] & inside[None, :], other=0.0)
+                down = tl.load(right, mask=real[None, :] & inside[:, None], other=0.0)
+            total = tl.dot(values, down, total, input_precision=PRECISION)
+            left += BK
+            right += BK
+        factor = tl.load(factors + group * tokens_total + tokens, mask=live, other=0.0)
+        place = middle + ((piece * groups + group).to(tl.int64) * tokens_total + tokens[:, None]) * RANK_P + inner[None, :]
+        tl.store(place, total * factor[:, None], mask=live[:, None] & (inner < RANK_P)[None, :])
+
+
+@triton.jit
+def blocks_up_kernel(
+    middle,
+    b,
+    base,
+    bias,
+    out,
+    order,
+    owners,
+    begins,
+    ends,
+    firsts,
+    lasts,
+    tokens_total,
+    rank,
+    most_blocks,
+    groups,
+    stride_split,
+    stride_base,
+    stride_out,
+    width0,
+    width1,
+    width2,
+    SLOT: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK_P: tl.constexpr,
+    RANK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SIZE: tl.constexpr,
+    BN: tl.constexpr,
+    PIECES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add one slot's ``middle B`` for one block's tokens and BN columns; one launch for every slot, in turn.
+
+    The first slots leave their share in ``out``, in its dtype; the last adds base, bias, share and its own product in float32 and rounds once.
+    Grid: (most_blocks, sum of ceil(width / BN) over the members).
+    """
+    tile, member, before, width = member_of(tl.program_id(1), width0, width1, width2, BN, MEMBERS)
+    group = member * TOP_K + SLOT
+    block = group * most_blocks + tl.program_id(0)
+    if tl.load(owners + block) >= 0:
+        places = tl.load(begins + block) + tl.arange(0, SIZE)
+        live = places < tl.load(ends + block)
+        first = tl.load(firsts + block)
+        last = tl.load(lasts + block)
+        tokens = tl.load(order + group * tokens_total + places, mask=live, other=0).to(tl.int64)[:, None]
+        columns = tile * BN + tl.arange(0, BN)[None, :]
+        inside = columns < width
+        mask = live[:, None] & inside
+        up = b + before.to(tl.int64) * rank
+        here = middle + (group * tokens_total + tokens) * RANK_P
+        place = out + tokens * stride_out + before + columns
+        total = tl.zeros([SIZE, BN], dtype=tl.float32)
+        if SLOT > 0:
+            total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        if SLOT == TOP_K - 1:
+            total += summed(base, tokens * stride_base + before + columns, stride_split, mask, SPLITS)
+            if HAS_BIAS:
+                total += tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
+        for start in tl.static_range(0, RANK_D, BLOCK_R):
+            inner = start + tl.arange(0, BLOCK_R)
+            rows = (first + inner).to(tl.int64)
+            known = live[:, None] & (inner < RANK_P)[None, :]
+            left = summed(here, inner[None, :], groups.to(tl.int64) * tokens_total * RANK_P, known, PIECES)
+            right = tl.load(up + rows[:, None] * width + columns, mask=(rows < last)[:, None] & inside, other=0.0)
+            total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=PRECISION)
+        tl.store(place, total.to(out.dtype.element_ty), mask=mask)
