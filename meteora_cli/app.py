@@ -35,7 +35,7 @@ def main() -> None:
 def _run() -> None:
     from meteora_cli.console import accept_all_text, guard_messages, report_error
     from meteora_cli.interrupts import interrupted
-    from meteora_cli.tree import app
+    from meteora_cli.tree import command
     from meteora_core.errors import MeteoraError
     from meteora_core.unexpected import known_failure
 
@@ -43,7 +43,7 @@ def _run() -> None:
     guard_messages()
     debug = os.environ.get("METEORA_DEBUG") == "1"
     try:
-        app(prog_name="meteora")
+        command()(prog_name="meteora")
     except MeteoraError as error:
         if debug or interrupted():
             raise

@@ -13,6 +13,7 @@ import typer
 from meteora_cli.commands.train_launch import launch, launched_sizes
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, console, out, put, say
+from meteora_cli.flags import given_flags, refuse_panels, refuse_without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,11 @@ class LogTo(StrEnum):
     wandb = "wandb"
 
 
+GATES = "Only with --stage gates"
+ADAPTERS = "Only with --stage adapters"
+LAUNCH = "Several processes"
+
+
 def train(
     ctx: typer.Context,
     stage: Annotated[Stage, typer.Option(help="adapters: one LoRA per task; gates: the gates over all adapters.")] = Stage.gates,
@@ -104,31 +110,48 @@ def train(
     log_to: Annotated[LogTo | None, typer.Option(help="Where curves go.", show_default=False)] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many train rows of a task.", show_default=False)] = None,
     loss_on: Annotated[LossOn | None, typer.Option(help="Tokens that the language-model loss counts.", show_default=False)] = None,
-    rank: Annotated[int | None, typer.Option(help="adapters: LoRA rank.", show_default=False)] = None,
-    alpha: Annotated[float | None, typer.Option(help="adapters: LoRA alpha.", show_default=False)] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="adapters: so many at once, each in a process (and on a GPU) of its own.", show_default=False)] = None,
-    together: Annotated[bool, typer.Option("--together", help="adapters: all tasks in one run, each row by its own adapter.")] = False,
-    balanced: Annotated[bool, typer.Option("--balanced", help="adapters: one LoRA over all the tasks, mixed evenly.")] = False,
-    name: Annotated[str, typer.Option(help="adapters: the name of the --balanced LoRA.")] = "balanced",
-    beta: Annotated[float | None, typer.Option(help="gates: weight of the gate loss.", show_default=False)] = None,
-    answer_share: Annotated[float | None, typer.Option(help="gates: share of the gate loss that answers have together.", show_default=False)] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="gates: adapters per token.", show_default=False)] = None,
-    temperature: Annotated[float | None, typer.Option("--T", help="gates: routing temperature.", show_default=False)] = None,
-    trainable: Annotated[Trainable | None, typer.Option(help="gates: what trains.", show_default=False)] = None,
-    adapter_lr: Annotated[float | None, typer.Option(help="gates: peak learning rate of adapters that train along.", show_default=False)] = None,
-    init: Annotated[Init | None, typer.Option(help="gates: how they start.", show_default=False)] = None,
-    composite_rows: Annotated[float | None, typer.Option(help="gates: share of the rows that are composites of tasks.", show_default=False)] = None,
-    composite_max: Annotated[int | None, typer.Option(help="gates: most tasks in a composite row.", show_default=False)] = None,
-    sampling: Annotated[Sampling | None, typer.Option(help="gates: as many tokens of every task, or every row as often.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option(rich_help_panel=ADAPTERS, help="LoRA rank.", show_default=False)] = None,
+    alpha: Annotated[float | None, typer.Option(rich_help_panel=ADAPTERS, help="LoRA alpha.", show_default=False)] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=ADAPTERS, help="So many at once, each in a process (and on a GPU) of its own.", show_default=False)
+    ] = None,
+    together: Annotated[bool, typer.Option("--together", rich_help_panel=ADAPTERS, help="All tasks in one run, each row by its own adapter.")] = False,
+    balanced: Annotated[bool, typer.Option("--balanced", rich_help_panel=ADAPTERS, help="One LoRA over all the tasks, mixed evenly.")] = False,
+    name: Annotated[str, typer.Option(rich_help_panel=ADAPTERS, help="The name of the --balanced LoRA.")] = "balanced",
+    beta: Annotated[float | None, typer.Option(rich_help_panel=GATES, help="Weight of the gate loss.", show_default=False)] = None,
+    answer_share: Annotated[
+        float | None, typer.Option(rich_help_panel=GATES, help="Share of the gate loss that answers have together.", show_default=False)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", rich_help_panel=GATES, help="Adapters per token.", show_default=False)] = None,
+    temperature: Annotated[float | None, typer.Option("--T", rich_help_panel=GATES, help="Routing temperature.", show_default=False)] = None,
+    trainable: Annotated[Trainable | None, typer.Option(rich_help_panel=GATES, help="What trains.", show_default=False)] = None,
+    adapter_lr: Annotated[
+        float | None, typer.Option(rich_help_panel=GATES, help="Peak learning rate of adapters that train along.", show_default=False)
+    ] = None,
+    init: Annotated[Init | None, typer.Option(rich_help_panel=GATES, help="How they start.", show_default=False)] = None,
+    composite_rows: Annotated[
+        float | None, typer.Option(rich_help_panel=GATES, help="Share of the rows that are composites of tasks.", show_default=False)
+    ] = None,
+    composite_max: Annotated[int | None, typer.Option(rich_help_panel=GATES, help="Most tasks in a composite row.", show_default=False)] = None,
+    sampling: Annotated[
+        Sampling | None, typer.Option(rich_help_panel=GATES, help="As many tokens of every task, or every row as often.", show_default=False)
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
-    backend: Annotated[str | None, typer.Option(help="gates: mixture kernels.", show_default=False)] = None,
-    launcher: Annotated[Launcher | None, typer.Option(help="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.", show_default=False)] = None,
-    num_processes: Annotated[int | None, typer.Option(help="Processes over all machines; default: one a GPU.", show_default=False)] = None,
-    num_machines: Annotated[int | None, typer.Option(help="Machines.", show_default=False)] = None,
-    machine_rank: Annotated[int | None, typer.Option(help="Which machine this is, from 0.", show_default=False)] = None,
-    main_process_ip: Annotated[str | None, typer.Option(help="Address of machine 0.", show_default=False)] = None,
-    main_process_port: Annotated[int | None, typer.Option(help="Port on machine 0.", show_default=False)] = None,
+    backend: Annotated[str | None, typer.Option(rich_help_panel=GATES, help="Mixture kernels.", show_default=False)] = None,
+    launcher: Annotated[
+        Launcher | None,
+        typer.Option(
+            rich_help_panel=LAUNCH, help="ddp: one copy of the model on each device; fsdp: the model is sharded; deepspeed: ZeRO.", show_default=False
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(rich_help_panel=LAUNCH, help="Processes over all machines; default: one a GPU.", show_default=False)
+    ] = None,
+    num_machines: Annotated[int | None, typer.Option(rich_help_panel=LAUNCH, help="Machines.", show_default=False)] = None,
+    machine_rank: Annotated[int | None, typer.Option(rich_help_panel=LAUNCH, help="Which machine this is, from 0.", show_default=False)] = None,
+    main_process_ip: Annotated[str | None, typer.Option(rich_help_panel=LAUNCH, help="Address of machine 0.", show_default=False)] = None,
+    main_process_port: Annotated[int | None, typer.Option(rich_help_panel=LAUNCH, help="Port on machine 0.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command, or each adapter's settings, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Train even if the same result is there.")] = False,
@@ -138,6 +161,10 @@ def train(
 
     Adapters and datasets are matched by name: adapters/gsm8k learns from, and its gate is labelled by, datasets/gsm8k.
     """
+    if stage is Stage.adapters:
+        refuse_panels(ctx, [GATES], "--stage gates", hint="leave that out, or train the gates (leave out --stage adapters)")
+    else:
+        refuse_panels(ctx, [ADAPTERS], "--stage adapters", hint="add --stage adapters, or leave that out")
     section = "train_adapters" if stage is Stage.adapters else "train_gates"
     shared: dict[str, Any] = {
         "max_steps": max_steps,
@@ -184,13 +211,12 @@ def train(
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.training.runtime import start_runtime
 
+    _refuse_without_effect(ctx, settings, stage, balanced=balanced)
     register_all(settings)
     names = _names(task)
     folders = _gate_folders(settings, names, max_rows) if stage is Stage.gates else {}
     if stage is Stage.adapters:
         names = _adapter_tasks(settings, names, max_rows)
-    elif together or balanced or jobs:
-        raise UsageError("--together, --balanced and --jobs belong to --stage adapters", hint="add --stage adapters")
     if together and balanced:
         raise UsageError("--together trains an adapter a task, --balanced one for all: choose one")
     if jobs and (together or balanced or settings.launch.launcher != "none"):
@@ -259,6 +285,27 @@ class _Run:
         return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
 
 
+def _refuse_without_effect(ctx: typer.Context, settings: Settings, stage: Stage, *, balanced: bool) -> None:
+    """Refuse flags that have an effect only together with others."""
+    gates, optim = settings.train_gates, settings.train_gates if stage is Stage.gates else settings.train_adapters
+    launched, several = settings.launch.launcher != "none", settings.launch.num_machines > 1
+    several_machines = dict.fromkeys(("machine_rank", "main_process_ip", "main_process_port"), (launched and several, "--launcher and --num-machines"))
+    refuse_without_effect(
+        ctx,
+        {
+            "adapter_lr": (gates.trainable == "gates+adapters", "--trainable gates+adapters"),
+            "composite_max": (gates.composite_rows > 0, "--composite-rows"),
+            "answer_share": (gates.beta > 0, "--beta above 0"),
+            "patience": (optim.eval_steps > 0, "--eval-steps"),
+            "name": (balanced, "--balanced"),
+            "adapters": (stage is Stage.gates or "out_dir" not in given_flags(ctx), "a run without --out, which says the same"),
+            "num_processes": (launched, "--launcher ddp, fsdp or deepspeed"),
+            "num_machines": (launched, "--launcher ddp, fsdp or deepspeed"),
+            **several_machines,
+        },
+    )
+
+
 def _names(task: str | None) -> list[str]:
     return [name.strip() for name in (task or "").split(",") if name.strip()]
 
@@ -324,12 +371,15 @@ def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings
     for name, settings in each.items():
         inputs = adapter_inputs(run.base, run.dtype, run.settings.paths.data, name, settings, run.max_rows, tasks=names if balanced else None)
         there = not run.force and adapter_is_current(out_dir / name, inputs)
-        report.append({"task": name, "folder": str(out_dir / name), "trained_already": there, "settings": settings.model_dump(mode="json")})
+        report.append(
+            {"task": name, "folder": str(out_dir / name), "trained_already": there, "settings": settings.model_dump(mode="json"), "max_rows": run.max_rows}
+        )
     if run.as_json:
         emit_json(report)
         return
     for entry in report:
-        changes = ", ".join(f"{name} {value}" for name, value in others[entry["task"]].items())
+        changed = others[entry["task"]] | ({} if run.max_rows is None else {"max_rows": run.max_rows})
+        changes = ", ".join(f"{name} {value}" for name, value in changed.items())
         state = "is there already" if entry["trained_already"] else "to train"
         put(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}")
 

@@ -1,0 +1,190 @@
+"""Every flag of `meteora train` has an effect in its stage, or is refused: asked of all parameters that the command has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from meteora_cli.tree import command
+
+COMMAND = command().commands["train"]
+SAME = {"stage": "it chooses the stage", "as_json": "it changes the output alone", "dry_run": "nothing is trained"}
+VALUES = {
+    "task": "other",
+    "out_dir": "elsewhere",
+    "data": "datasets/../datasets",
+    "adapters": "adapters/../adapters",
+    "base": "other/base",
+    "loss_on": "response",
+    "log_to": "none",
+    "name": "mixture",
+    "answer_share": "0.25",
+    "trainable": "gates+adapters",
+    "init": "zeros",
+    "composite_rows": "0.25",
+    "sampling": "proportional",
+    "dtype": "float16",
+    "device": "meta",
+    "backend": "reference",
+    "launcher": "ddp",
+    "main_process_ip": "10.0.0.1",
+    "top_k": "1",
+    "max_length": "99",
+    "eval_steps": "7",
+}
+WITH = {
+    "patience": ["--eval-steps", "5"],
+    "composite_max": ["--composite-rows", "0.5"],
+    "adapter_lr": ["--trainable", "gates+adapters"],
+    "name": ["--balanced"],
+    "num_processes": ["--launcher", "ddp"],
+    "num_machines": ["--launcher", "ddp", "--num-processes", "6", "--main-process-ip", "x"],
+    "machine_rank": ["--launcher", "ddp", "--num-processes", "6", "--main-process-ip", "x", "--num-machines", "6"],
+    "main_process_ip": ["--launcher", "ddp", "--num-processes", "6", "--main-process-ip", "x", "--num-machines", "6"],
+    "main_process_port": ["--launcher", "ddp", "--num-processes", "6", "--main-process-ip", "x", "--num-machines", "6"],
+    "launcher": ["--num-processes", "2", "--launcher", "fsdp"],
+}
+"""What a flag needs to have an effect; without it, it is refused (but for ``launcher``)."""
+
+
+class Called(Exception):
+    """What would be trained."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("flags")
+    for task in ("count", "other", "shout"):
+        (folder / "datasets" / task).mkdir(parents=True)
+        rows = "".join(json.dumps({"prompt": f"{task} {i}", "response": "a"}) + "\n" for i in range(20))
+        for split in ("train", "test"):
+            (folder / "datasets" / task / f"{split}.jsonl").write_text(rows)
+        (folder / "adapters" / task).mkdir(parents=True)
+        for name in ("adapter_config.json", "meteora_training.json"):
+            (folder / "adapters" / task / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def outcome(meteora, monkeypatch, place):
+    """The exit code, what is said, and what would be trained with which arguments."""
+    import meteora_cli.commands.train_launch as command
+    from meteora_core.adapters.bank import AdapterBank
+    from meteora_core.model import base
+    from meteora_core.training import adapters, gates, jobs, launch, runtime, together
+
+    called = []
+
+    def record(name):
+        def call(*args, **kwargs):
+            called.append((name, repr((args, kwargs))))
+            raise Called
+
+        return call
+
+    monkeypatch.setattr(base, "load_base", lambda reference, **options: (reference, options))
+    monkeypatch.setattr(base, "load_tokenizer", lambda reference, **_: "tokenizer")
+    monkeypatch.setattr(base, "pick_device", torch.device)
+    monkeypatch.setattr(AdapterBank, "from_peft", lambda folders, **_: sorted(folders.items()))
+    monkeypatch.setattr(adapters, "train_adapter", record("adapter"))
+    monkeypatch.setattr(together, "train_together", record("together"))
+    monkeypatch.setattr(jobs, "train_side_by_side", record("jobs"))
+    monkeypatch.setattr(gates, "train_gates", record("gates"))
+    monkeypatch.setattr(launch, "launch_config", record("launch"))
+    monkeypatch.setattr(launch, "cannot_shard", lambda: Called("shard"))
+    monkeypatch.setattr(runtime.Runtime, "__repr__", lambda _: "runtime")
+    assert command.launch
+
+    def run(*flags: str):
+        monkeypatch.chdir(place)
+        monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+        called.clear()
+        try:
+            ran = meteora("train", *flags)
+        except Called as by:
+            return None, str(by), list(called)
+        return ran.code, ran.err, list(called)
+
+    return run
+
+
+def value_of(parameter) -> list[str]:
+    """The flag and a value that is not the default."""
+    flag = max(parameter.opts, key=len)
+    if getattr(parameter, "is_flag", False):
+        return [flag]
+    return [flag, VALUES.get(parameter.name, "3")]
+
+
+@pytest.mark.parametrize("stage", ["gates", "adapters"])
+def test_every_flag_has_an_effect_or_is_refused(outcome, stage) -> None:
+    own = ["--stage", stage, "--task", "count,shout"]
+    silent, refused, plain = [], set(), outcome(*own)
+    for parameter in COMMAND.params:
+        if parameter.name in SAME or parameter.name == "help" or isinstance(parameter, typer.core.TyperArgument):
+            continue
+        given = value_of(parameter)
+        code, said, called = outcome(*own, *given)
+        if parameter.name in WITH and code == 2:
+            assert given[0] in said or parameter.name == "launcher"
+            without = [*own, *WITH[parameter.name]]
+            before, (code, said, called) = outcome(*without), outcome(*without, *given)
+        else:
+            before = plain
+        if code == 2:
+            assert given[0] in said
+            refused.add(parameter.name)
+        elif (code, called) == (before[0], before[2]):
+            silent.append(parameter.name)
+        else:
+            assert code is None, said
+    assert silent == []
+    of_one_stage = {"gates": {"rank", "alpha", "jobs", "together", "balanced", "name"}, "adapters": {"beta", "top_k", "temperature", "init", "trainable"}}
+    assert of_one_stage[stage] <= refused
+
+
+def test_the_panels_agree_with_the_settings() -> None:
+    from meteora_cli.commands.train import ADAPTERS, GATES
+    from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
+
+    settings_of = {"lr": "learning_rate", "adapter_lr": "adapter_learning_rate"}
+    for parameter in COMMAND.params:
+        name = settings_of.get(parameter.name or "", parameter.name or "")
+        of_adapters, of_gates = name in AdapterTrainSettings.model_fields, name in GateTrainSettings.model_fields
+        if of_adapters or of_gates:
+            expected = None if of_adapters and of_gates else ADAPTERS if of_adapters else GATES
+            assert parameter.rich_help_panel == expected, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--stage", "adapters", "--beta", "3", "--T", "2", "--init", "ridge"], "--beta, --T and --init belong to --stage gates"),
+        (["--rank", "16"], "--rank belongs to --stage adapters"),
+        (["--together"], "--together belongs to --stage adapters"),
+        (["--patience", "2"], "--patience has no effect here: it needs --eval-steps"),
+        (["--num-processes", "2"], "--num-processes has no effect here: it needs --launcher"),
+    ],
+)
+def test_the_message_names_the_flag_and_where_it_belongs(outcome, flags, said) -> None:
+    code, err, called = outcome(*flags)
+    assert (code, called) == (2, [])
+    assert err.startswith(f"error: {said}")
+
+
+def test_settings_of_the_other_stage_may_be_in_the_environment(outcome, monkeypatch) -> None:
+    monkeypatch.setenv("METEORA_TRAIN_ADAPTERS__RANK", "4")
+    monkeypatch.setenv("METEORA_TRAIN_GATES__COMPOSITE_MAX", "4")
+    assert outcome("--task", "count,shout")[0] is None
+
+
+def test_a_dry_run_names_all_that_is_not_the_default(meteora, monkeypatch, place) -> None:
+    monkeypatch.chdir(place)
+    flags = ["--stage", "adapters", "--task", "count", "--out", "new", "--dry-run"]
+    assert "all settings at their defaults" in meteora("train", *flags).out
+    ran = meteora("train", *flags, "--rank", "3", "--max-rows", "9")
+    assert "rank 3, max_rows 9" in ran.out
