@@ -9,6 +9,7 @@ import typer
 
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import DataTable, out, put, say
+from meteora_cli.flags import refuse_without_effect
 
 if TYPE_CHECKING:
     from meteora_core.bench import EndToEnd, LayerBench
@@ -37,6 +38,7 @@ def bench_kernels(
     from meteora_core.bench.shapes import shape_named
     from meteora_core.errors import UsageError
 
+    refuse_without_effect(ctx, {"layers": (end_to_end, "--end-to-end")})
     gpu = torch.cuda.is_available()
     chosen = shape_named(shape or ("llama3-8b" if gpu else "smollm2-135m"))
     name = dtype or ("bfloat16" if gpu else "float32")

@@ -10,6 +10,7 @@ import typer
 
 from meteora_cli.console import emit_json, globals_of, note_replaced, progress, quantization_of, settings_from, valid_text, write_text
 from meteora_cli.display import console, out, say
+from meteora_cli.flags import refuse_without_effect
 
 if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
@@ -111,6 +112,11 @@ def open_session(
     from meteora_core.chat.speaker import load_speaker
     from meteora_core.data.userdata import register_all
 
+    alone, mixed = adapter is not None, "a checkpoint whose adapters are mixed (leave out --adapter and a --base alone)"
+    bare = base is not None and checkpoint is None and not alone
+    needs = dict.fromkeys(("temperature", "top_k"), (not alone and not bare, mixed))
+    needs |= {"adapters_dir": (not bare, "a checkpoint"), "backend": (not bare, "a checkpoint or --adapter")}
+    refuse_without_effect(ctx, needs)
     settings = settings_from(ctx, chat__template=template, **flags)
     register_all(settings)
     system = None if system is None else valid_text(system, "--system")

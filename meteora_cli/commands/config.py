@@ -8,6 +8,7 @@ import typer
 
 from meteora_cli.console import emit_json, settings_from, write_text
 from meteora_cli.display import DataTable, out
+from meteora_cli.flags import refuse_without_effect
 
 app = typer.Typer(help="Look at the settings in force.", no_args_is_help=True)
 
@@ -21,6 +22,7 @@ def show(
     """Print the settings in force (flags > METEORA_* environment > meteora.toml > defaults)."""
     from meteora_core.settings import default_file_text
 
+    refuse_without_effect(ctx, {"as_json": (not defaults, "a run without --defaults, which prints TOML")})
     if defaults:
         write_text(default_file_text())
         return

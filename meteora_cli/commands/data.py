@@ -11,6 +11,7 @@ import typer
 
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, panel, say
+from meteora_cli.flags import refuse_without_effect
 
 if TYPE_CHECKING:
     from meteora_core.data.manifest import Manifest
@@ -55,6 +56,7 @@ def build(
 
     settings, data_dir = _prepare(ctx, folder)
     source = source or settings.data.source
+    refuse_without_effect(ctx, {"raw_dir": (source in ("auto", "local"), "--source auto or local")})
     raw_dir = raw_dir or settings.data.raw_dir
     max_train = settings.data.max_train if max_train is None else max_train
     max_test = settings.data.max_test if max_test is None else max_test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 
 from meteora_cli.console import emit_json, quantization_of, settings_from, write_text
 from meteora_cli.display import console, out, say
+from meteora_cli.flags import given_flags, refuse_without_effect
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +118,8 @@ def evaluate(
         eval__limit=limit,
         eval__scoring=scoring and scoring.value,
     )
+    models = ("base", "own", "meteora") if model == "all" else tuple(name.strip() for name in model.split(",") if name.strip())
+    _refuse_without_effect(ctx, models, launcher, save=save)
     from meteora_core.data.userdata import register_all
     from meteora_core.evaluation.processes import join_processes, leave_processes
     from meteora_core.evaluation.runner import EvalOptions
@@ -129,7 +133,6 @@ def evaluate(
     place = pick_device(settings.model.device)
     kind = pick_dtype(settings.model.dtype, place)
     tasks = choose_tasks(names, settings.paths.data)
-    models = ("base", "own", "meteora") if model == "all" else tuple(name.strip() for name in model.split(",") if name.strip())
     plan = EvalPlan(
         tasks=tasks,
         models=models,
@@ -205,6 +208,7 @@ def evaluate(
 
 @app.command("report")
 def report(
+    ctx: typer.Context,
     runs: Annotated[
         list[Path],
         typer.Argument(metavar="RUN...", help="Results files, folders of them (the newest counts), or a folder of such folders.", show_default=False),
@@ -224,6 +228,7 @@ def report(
 
     if markdown and as_json:
         raise UsageError("--markdown and --json exclude each other", hint="choose one of them")
+    refuse_without_effect(ctx, {"kind": (picture is not None, "--plot")})
     files = find_results(runs)
     comparison = compare([load_results(file) for file in files], label or None)
     if picture is not None:
@@ -243,12 +248,27 @@ def _refuse_options(ctx: typer.Context) -> None:
     """Options before the word report would have no effect: say so. Raises UsageError."""
     from meteora_core.errors import UsageError
 
-    for item in ctx.command.params:
-        source = ctx.get_parameter_source(item.name) if item.name else None
-        if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(
-                f"{max(item.opts, key=len)} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report behind the word report"
-            )
+    for flag in given_flags(ctx).values():
+        raise UsageError(f"{flag} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report behind the word report")
+
+
+def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: Launcher, *, save: bool) -> None:
+    """Refuse flags that do nothing for the models that are evaluated, or without another flag."""
+    from meteora_core.evaluation.arrow import ARROW
+
+    routed = "meteora" in models or ARROW in models
+    refuse_without_effect(
+        ctx,
+        {
+            "checkpoint": ("meteora" in models, "--model meteora"),
+            "backend": ("meteora" in models, "--model meteora"),
+            "temperature": (routed, "--model meteora or peft-arrow"),
+            "top_k": (routed, "--model meteora or peft-arrow"),
+            "adapters": (tuple(models) != ("base",), "a --model with adapters"),
+            "out_dir": (save, "--save"),
+            "processes": (launcher is Launcher.ddp, "--launcher ddp"),
+        },
+    )
 
 
 def _launch(processes: int | None, place: torch.device) -> None:

@@ -27,6 +27,7 @@ from meteora_cli.commands.chat import (
 )
 from meteora_cli.console import emit_json, globals_of, quantization_of, settings_from, valid_text
 from meteora_cli.display import console, put, say
+from meteora_cli.flags import refuse_without_effect
 
 if TYPE_CHECKING:
     from meteora_core.settings import Settings
@@ -65,6 +66,7 @@ def trace(
     from meteora_core.chat.prompts import Encoded
     from meteora_core.chat.session import unframe
 
+    refuse_without_effect(ctx, {"row": (task is not None, "--task"), "target": (not as_json, "a run without --json, which draws no picture")})
     settings = settings_from(ctx)
     if not as_json:
         check_format(target)

@@ -85,6 +85,8 @@ def pack_checkpoint(
     if max_bytes is not None and max_bytes < 1:
         raise UsageError(f"the largest size is {max_bytes} bytes", hint="choose a size above 0")
     config, tensors, bank = read_checkpoint(source, adapters_dir, progress)
+    if adapters_dir is not None and "adapters" in config["contains"]:
+        raise UsageError(f"{source} holds its adapters, so another folder of them has no effect", hint="leave out --adapters")
     check_replaceable(folder)
     places = [bank.index(name) for name in (tasks or bank.names)]
     if len(set(places)) != len(places):
