@@ -28,7 +28,7 @@ VALUES = {
     "composite_rows": "0.25",
     "sampling": "proportional",
     "dtype": "float16",
-    "device": "meta",
+    "device": "cuda:1",
     "backend": "reference",
     "launcher": "ddp",
     "main_process_ip": "10.0.0.1",
