@@ -6,33 +6,25 @@ Nothing in the archive is run or imported.
 
 from __future__ import annotations
 
-import gzip
 import re
-import shutil
-import tarfile
-import tempfile
-import zlib
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import IO
 
+from meteora_core.archives import tar_gz_members
 from meteora_core.data.extract import Extract
 from meteora_core.data.local import from_bigbench
 from meteora_core.data.tasks import TASKS, BigBench, Task
-from meteora_core.downloads import CHUNK, download, downloads_dir, find_pypi_file
+from meteora_core.downloads import download, downloads_dir, find_pypi_file
 from meteora_core.errors import DataError
 from meteora_core.files import cache_dir, sha256, storage_errors
+from meteora_core.locks import scratch_folder
 from meteora_core.progress import SILENT, Progress
 
 PROJECT, VERSION = "bigbench", "1.0.0"
 SDIST = f"{PROJECT}-{VERSION}.tar.gz"
 SDIST_SHA256 = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
-MAX_MEMBER = 1 << 30
-"""A task file larger than this (1 GiB) is not believed."""
-
-_TAR_BUFFER = 1 << 16
-"""Compressed bytes in one step: small, since what they unpack to is held in memory."""
-
 _MEMBER = re.compile(r"[^/]+/bigbench/benchmark_tasks/(?P<folder>[^/]+)/(?:(?P<part>[^/]+)/)?task\.json")
 
 
@@ -102,59 +94,29 @@ def unpack(archive: Path, folders: Iterable[str], root: Path, progress: Progress
         The folders that were found.
 
     Raises:
-        DataError: The archive is broken, or it holds a member with an absolute path, with ``..``, or that is a link or a device: then nothing is written.
+        DataError: The archive is broken, too large, or unsafe (see :func:`meteora_core.archives.tar_gz_members`): then nothing is written.
     """
     wanted = set(folders)
-    with storage_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=root, prefix=".unpack.", suffix=".tmp"))
-    try:
-        with progress.task(f"reading {archive.name}", total=archive.stat().st_size, unit="B") as task, open(archive, "rb") as raw:
-            done = 0
-            try:
-                with tarfile.open(fileobj=raw, mode="r|gz", bufsize=_TAR_BUFFER) as tar:
-                    for member in tar:
-                        _check(archive, member)
-                        match = _MEMBER.fullmatch(member.name)
-                        if match and member.isfile() and match["folder"] in wanted:
-                            _write(tar, member, work / match["folder"] / (match["part"] or ""))
-                        task.update(raw.tell() - done)
-                        done = raw.tell()
-            except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as broken:
-                raise DataError(f"{archive} is not a complete tar.gz file: {broken}", hint="delete it and run the command again") from broken
+    size = archive.stat().st_size if archive.is_file() else None
+    with ExitStack() as stack:
+        with storage_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(scratch_folder(root, "unpack"))
+        with progress.task(f"reading {archive.name}", total=size, unit="B") as task:
+            for member, copy in tar_gz_members(archive, task.update):
+                match = _MEMBER.fullmatch(member.name)
+                if match and member.isfile() and match["folder"] in wanted:
+                    _write(copy, work / match["folder"] / (match["part"] or ""))
         found = sorted(entry.name for entry in work.iterdir())
         with storage_errors(root):
             for name in found:
                 if not (root / name).exists():
                     (work / name).rename(root / name)
         return found
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
-def _check(archive: Path, member: tarfile.TarInfo) -> None:
-    path = PurePosixPath(member.name.replace("\\", "/"))
-    reason = None
-    if path.is_absolute() or re.match(r"[A-Za-z]:", member.name):
-        reason = "an absolute path"
-    elif ".." in path.parts:
-        reason = "a path with '..'"
-    elif member.issym() or member.islnk():
-        reason = "a link"
-    elif not (member.isfile() or member.isdir()):
-        reason = "neither a file nor a folder"
-    if reason:
-        raise DataError(
-            f"{archive} is refused: its member {member.name!r} is {reason}", hint="nothing was extracted; get the archive from a source that you trust"
-        )
-
-
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    if member.size > MAX_MEMBER:
-        raise DataError(f"{member.name} claims to be {member.size / 1e9:.1f} GB, which no BIG-bench task is", hint="nothing was extracted")
-    source: IO[bytes] | None = tar.extractfile(member)
-    assert source is not None
+def _write(copy: Callable[[IO[bytes]], None], folder: Path) -> None:
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "task.json", "wb") as target:
-            shutil.copyfileobj(source, target, CHUNK)
+            copy(target)
