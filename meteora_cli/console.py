@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from meteora_cli.display import console, error_lines, say
-from meteora_core.text import one_line, printable
+from meteora_core.text import one_line, printable, redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -101,7 +101,7 @@ class _PrintableRecord(logging.LogRecord):
     """A log record whose message is safe to print, whichever handler prints it."""
 
     def getMessage(self) -> str:
-        return printable(super().getMessage(), multiline=True)
+        return printable(redact(super().getMessage()), multiline=True)
 
 
 def guard_messages() -> None:
@@ -112,11 +112,11 @@ def guard_messages() -> None:
 
 
 def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    return printable(f"{filename}:{lineno}: {category.__name__}: {message}\n", multiline=True)
+    return printable(redact(f"{filename}:{lineno}: {category.__name__}: {message}\n"), multiline=True)
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace)), multiline=True))
+    sys.stderr.write(printable(redact("".join(traceback.format_exception(kind, error, trace))), multiline=True))
 
 
 def valid_text(text: str, name: str) -> str:
@@ -223,7 +223,7 @@ class _RichProgress:
             self._bars.stop_task(identity)
 
     def note(self, message: str) -> None:
-        self._bars.console.print(one_line(message), soft_wrap=True)
+        self._bars.console.print(one_line(redact(message)), soft_wrap=True)
 
 
 class _Quiet:

@@ -18,7 +18,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from meteora_core.text import one_line, printable
+from meteora_core.text import one_line, printable, redact
 
 
 class Terminal(Console):
@@ -126,7 +126,7 @@ def put(text: str, *, style: str = "") -> None:
 
 def error_lines(message: object, hint: object = None) -> Text:
     """An error's message and its hint, one line each."""
-    text = Text.assemble(("error: ", "bold red"), one_line(str(message)))
+    text = Text.assemble(("error: ", "bold red"), one_line(redact(str(message))))
     if hint:
-        text.append("\n").append("hint: ", "bold yellow").append(one_line(str(hint)))
+        text.append("\n").append("hint: ", "bold yellow").append(one_line(redact(str(hint))))
     return text

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import re
 import shutil
+import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -98,6 +100,34 @@ def tar_gz_members(archive: Path, advance: Callable[[int], None] = lambda count:
                 done = position
             with _damage(archive):
                 stream.finish()
+
+
+def copy_zip_member(archive: Path, name: str, target: IO[bytes]) -> None:
+    """Copy one member of a zip file, such as a wheel, into an open file, within this module's limits; its CRC is checked.
+
+    Raises:
+        DataError: The archive is missing or damaged, has no such member or two of them, or the member is encrypted or larger than it may be.
+    """
+    with open_regular(archive) as packed:
+        size = packed.seek(0, 2)
+        try:
+            with zipfile.ZipFile(packed) as opened:
+                if len(opened.infolist()) > MAX_MEMBERS:
+                    raise DataError(f"{archive} has more than {MAX_MEMBERS:,} members, which is refused", hint=_REFUSED)
+                found = [info for info in opened.infolist() if info.filename == name]
+                if len(found) != 1:
+                    raise DataError(f"{archive} has {len(found) or 'no'} members named {printable(name)}", hint=_BROKEN)
+                most = min(MAX_MEMBER, max(FREE_BYTES, MAX_RATIO * size))
+                left = min(found[0].file_size, most) + 1
+                with opened.open(found[0]) as source:
+                    while block := source.read(min(_CHUNK, left)):
+                        target.write(block)
+                        left -= len(block)
+                        if left <= 0:
+                            raise DataError(f"{archive} is refused: {printable(name)} unpacks to more than it may", hint=_REFUSED)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError, struct.error) as broken:
+            reason = printable(str(broken).partition("\n")[0])[:200] or type(broken).__name__
+            raise DataError(f"{archive} is not a complete zip file: {reason}", hint=_BROKEN) from broken
 
 
 @contextmanager

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from meteora_core.errors import DownloadError, StorageError
 from meteora_core.files import cache_dir, storage_errors
+from meteora_core.network import final_failure, http_client, refuse, without_credentials
 from meteora_core.progress import SILENT, Progress, Task
+from meteora_core.reading import open_regular, read_errors
+from meteora_core.text import one_line, redact
 
 if TYPE_CHECKING:
     import httpx
@@ -52,12 +55,6 @@ class PypiFile:
 def downloads_dir() -> Path:
     """Where downloaded files are kept."""
     return cache_dir() / "downloads"
-
-
-def without_credentials(url: str) -> str:
-    """``url`` without a user name, password or query, for messages and manifests."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def find_pypi_file(project: str, version: str, filename_suffix: str) -> PypiFile:
@@ -127,24 +124,6 @@ def download(url: str, dest: Path, *, sha256: str | None = None, size: int | Non
         lock.release()
 
 
-@contextmanager
-def http_client() -> Iterator[httpx.Client]:
-    """A client that trusts pip's certificate bundle and uses pip's proxy where those are set."""
-    import httpx
-
-    from meteora_core.package_index import pip_settings
-
-    settings = pip_settings()
-    verify: ssl.SSLContext | bool = True
-    if settings.cert and Path(settings.cert).is_dir():
-        verify = ssl.create_default_context(capath=settings.cert)
-    elif settings.cert and Path(settings.cert).is_file():
-        verify = ssl.create_default_context(cafile=settings.cert)
-    timeout = httpx.Timeout(60.0, connect=20.0)
-    with httpx.Client(verify=verify, proxy=settings.proxy, timeout=timeout, follow_redirects=True, headers={"User-Agent": "meteora"}) as client:
-        yield client
-
-
 def local_path(url: str) -> Path:
     """The path of a file:// URL."""
     return Path(url2pathname(unquote(urlsplit(url).path)))
@@ -206,22 +185,24 @@ class _Fetch:
     def copy(self) -> None:
         """Take a file:// URL."""
         source = local_path(self.url)
-        try:
-            with open(source, "rb") as reader, self._open("wb") as writer:
-                self._start(source.stat().st_size)
-                while block := reader.read(CHUNK):
-                    self._take(writer, block)
-        except FileNotFoundError as missing:
-            raise DownloadError(f"no such file: {source}", hint="the package index names a file that is not there") from missing
+        with open_regular(source, DownloadError, hint="the package index names a file that is not there") as reader, self._open("wb") as writer:
+            self._start(os.fstat(reader.fileno()).st_size)
+            while block := self._block(reader, source):
+                self._take(writer, block)
         if self.sha256 is not None and self.digest.hexdigest() != self.sha256:
             self._restart()
             raise DownloadError(f"{source} is not the expected file: its SHA-256 is {self.digest.hexdigest()}, not {self.sha256}")
+
+    @staticmethod
+    def _block(reader: IO[bytes], source: Path) -> bytes:
+        with read_errors(source, DownloadError):
+            return reader.read(CHUNK)
 
     def _load_part(self) -> bool:
         """Take up an earlier part file; return whether there is one."""
         if not self.part.is_file():
             return False
-        with open(self.part, "rb") as reader:
+        with open_regular(self.part, StorageError) as reader, read_errors(self.part, StorageError):
             while block := reader.read(CHUNK):
                 self.digest.update(block)
                 self.done += len(block)
@@ -254,27 +235,31 @@ class _Fetch:
                     self._restart()
                     mode = "wb"
                 length = response.headers.get("Content-Length", "")
-                expected = self.done + int(length) if length.isdigit() else None
+                expected = self.done + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
                 self._start(expected if expected is not None else self.size)
                 with self._open(mode) as writer:
                     for block in response.iter_raw():
                         self._take(writer, block)
+                        if self.size is not None and self.done > self.size:
+                            raise DownloadError(
+                                f"{self.name} is longer than the {self.size:,} bytes that the index states", hint="try again from another index"
+                            )
                 if expected is not None and self.done < expected:
                     raise _Cut(f"the connection was closed after {self.done} of {expected} bytes")
-        except httpx.UnsupportedProtocol as wrong:
-            raise DownloadError(f"cannot download {self.name}: {wrong}") from wrong
-        except (httpx.TransportError, httpx.StreamError) as error:
-            raise _Cut(str(error) or type(error).__name__) from error
-        except httpx.HTTPError as error:
-            raise DownloadError(f"cannot download {self.name}: {error}") from error
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+            if failure := final_failure(error, self.name):
+                raise failure from None
+            reason = one_line(redact(str(error)), limit=200) or type(error).__name__
+            if isinstance(error, httpx.TransportError | httpx.StreamError):
+                raise _Cut(reason) from None
+            raise DownloadError(f"cannot download {self.name}: {reason}") from None
 
     def _check_status(self, response: httpx.Response) -> None:
         status = response.status_code
         if status in (408, 425, 429) or status >= 500:
             raise _Cut(f"the server answered {status}")
         if status >= 400:
-            hint = "this address needs a login" if status in (401, 403) else None
-            raise DownloadError(f"cannot download {self.name}: the server answered {status}", hint=hint)
+            refuse(self.name, status)
 
     def _continues(self, response: httpx.Response) -> bool:
         """Whether the response is the rest of the file from where the part ends."""

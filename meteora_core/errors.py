@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from meteora_core.text import redact
+
 
 class MeteoraError(Exception):
     """A known failure.
 
     Args:
-        message: What happened, in one line.
+        message: What happened, in one line. Passwords and tokens in it are replaced by :func:`meteora_core.text.redact`.
         hint: What the user can do about it, in one line.
     """
 
     exit_code: int = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = redact(message)
         super().__init__(message)
         self.message = message
         self.hint = hint

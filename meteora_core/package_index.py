@@ -6,11 +6,12 @@ Reads the simple repository API, in JSON and in HTML, over http(s) and from file
 from __future__ import annotations
 
 import ast
-import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from html.parser import HTMLParser
@@ -18,9 +19,15 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urldefrag, urljoin, urlsplit
 
 from meteora_core.errors import DownloadError
+from meteora_core.network import check_url, final_failure, http_client, refuse, without_credentials
+from meteora_core.reading import parse_json, read_bytes
+from meteora_core.text import one_line, redact
 
 PUBLIC_INDEX = "https://pypi.org/simple"
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
+
+MAX_PAGE = 64 << 20
+"""A longer answer (64 MiB) is no list of a project's files."""
 
 Found = tuple[str, str | None, int | None]
 """A file's URL, its SHA-256 and its length where they are known."""
@@ -65,7 +72,7 @@ def _pip_listing(config_file: str | None) -> str:
 def _literal(text: str) -> str:
     try:
         return str(ast.literal_eval(text))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         return text
 
 
@@ -75,6 +82,9 @@ def find_file(project: str, version: str, suffix: str) -> Found:
 
     settings = pip_settings()
     name = canonicalize_name(project)
+    for index in settings.indexes:
+        if scheme_of(index) != "file":
+            check_url("the index of pip (PIP_INDEX_URL or PIP_EXTRA_INDEX_URL)", index)
     places = [*settings.find_links, *(f"{index.rstrip('/')}/{name}/" for index in settings.indexes)]
     failures: list[str] = []
     fallback: Found | None = None
@@ -101,7 +111,10 @@ def _is_release(url: str, name: str, version: str, suffix: str) -> bool:
     from packaging.utils import InvalidSdistFilename, InvalidWheelFilename, parse_sdist_filename, parse_wheel_filename
     from packaging.version import InvalidVersion, Version
 
-    filename = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+    try:
+        filename = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+    except ValueError:
+        return False
     if not filename.endswith(suffix):
         return False
     try:
@@ -115,9 +128,11 @@ def _files(place: str) -> Iterator[Found]:
     """The files that a project's page, or a find-links page or folder, lists. A missing page lists nothing."""
     from meteora_core.downloads import local_path
 
-    scheme = urlsplit(place).scheme
+    scheme = scheme_of(place)
     if scheme in ("http", "https"):
-        yield from _remote(place)
+        for url, digest, size in _remote(place):
+            if scheme_of(url) in ("http", "https"):  # a server must not name files of this machine
+                yield url, digest, size
         return
     path = local_path(place) if scheme == "file" else Path(place).expanduser()
     if path.is_dir() and (path / "index.html").is_file():
@@ -127,33 +142,58 @@ def _files(place: str) -> Iterator[Found]:
             if entry.is_file():
                 yield entry.resolve().as_uri(), None, entry.stat().st_size
     elif path.is_file():
-        yield from _links(path.read_text(encoding="utf-8", errors="replace"), path.resolve().as_uri())
+        yield from _links(read_bytes(path, DownloadError).decode(errors="replace"), path.resolve().as_uri())
 
 
 def _remote(url: str) -> Iterator[Found]:
     import httpx
 
-    from meteora_core.downloads import http_client, without_credentials
-
+    name = without_credentials(url)
     try:
-        with http_client() as client:
-            response = client.get(url, headers={"Accept": ACCEPT})
-    except httpx.HTTPError as error:
-        raise DownloadError(f"{without_credentials(url)}: {error}") from error
-    if response.status_code == 404:
-        return
-    if response.status_code >= 400:
-        raise DownloadError(f"{without_credentials(url)} answered {response.status_code}")
+        with http_client() as client, client.stream("GET", url, headers={"Accept": ACCEPT}) as response:
+            if response.status_code == 404:
+                return
+            if response.status_code >= 400:
+                refuse(name, response.status_code)
+            body = bytearray()
+            for block in response.iter_bytes():
+                body += block
+                if len(body) > MAX_PAGE:
+                    raise DownloadError(f"{name} answered with more than {MAX_PAGE >> 20} MB, which is no package list")
+    except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+        failure = final_failure(error, name) or DownloadError(f"cannot reach {name}: {one_line(redact(str(error)), limit=200) or type(error).__name__}")
+        raise failure from None
     base = str(response.url)
+    text = body.decode(errors="replace")
     if "json" not in response.headers.get("Content-Type", ""):
-        yield from _links(response.text, base)
+        yield from _links(text, base)
         return
     try:
-        for entry in response.json()["files"]:
-            digest = (entry.get("hashes") or {}).get("sha256")
-            yield _with_login(urljoin(base, entry["url"]), base), digest, entry.get("size")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as broken:
-        raise DownloadError(f"{without_credentials(url)} did not answer with a package list") from broken
+        entries = [(str(entry["url"]), (entry.get("hashes") or {}).get("sha256"), entry.get("size")) for entry in parse_json(text)["files"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DownloadError(f"{name} did not answer with a package list") from None
+    for target, digest, size in entries:
+        if full := _joined(base, target):
+            known = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)
+            yield _with_login(full, base), digest if known else None, size if isinstance(size, int) and 0 <= size < 1 << 50 else None
+
+
+def _joined(base: str, target: str) -> str | None:
+    """An absolute URL out of a page's link; None for one that is malformed."""
+    try:
+        full = urljoin(base, target)
+        urlsplit(full)
+    except ValueError:
+        return None
+    return full
+
+
+def scheme_of(url: str) -> str:
+    """The scheme of a URL; empty for a path or for what cannot be parsed."""
+    try:
+        return urlsplit(url).scheme
+    except ValueError:
+        return ""
 
 
 class _Anchors(HTMLParser):
@@ -172,18 +212,22 @@ class _Anchors(HTMLParser):
 
 def _links(page: str, base: str) -> Iterator[Found]:
     anchors = _Anchors()
-    anchors.feed(page)
+    with suppress(AssertionError):  # Python's parser gives up on a malformed declaration; what came before it counts
+        anchors.feed(page)
     if anchors.base:
-        base = urljoin(base, anchors.base)
+        base = _joined(base, anchors.base) or base
     for target in anchors.targets:
-        url, fragment = urldefrag(urljoin(base, target))
+        full = _joined(base, target)
+        if full is None:
+            continue
+        url, fragment = urldefrag(full)
         yield _with_login(url, base), parse_qs(fragment).get("sha256", [None])[0], None
 
 
 def _with_login(url: str, base: str) -> str:
-    """Carry the login of an index over to its files on the same host, as pip does."""
+    """Carry the login of an index over to its files on the same host, as pip does, but never from https to http."""
     login, at, host = urlsplit(base).netloc.rpartition("@")
     parts = urlsplit(url)
-    if not at or parts.netloc != host:
+    if not at or parts.netloc != host or (urlsplit(base).scheme == "https" and parts.scheme != "https"):
         return url
     return parts._replace(netloc=f"{login}@{host}").geturl()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable, Mapping
+from urllib.parse import unquote
 
 # Code points that a terminal or a reader is steered by: C0, DEL and C1; line and paragraph separators; the format characters (Unicode's Cf)
 # without the Arabic, Syriac and Kaithi number signs, which are visible; halves of surrogate pairs.
@@ -49,3 +52,60 @@ def one_line(text: str, *, limit: int = 4000) -> str:
     """
     joined = printable(" ".join(part.strip() for part in re.split(r"[\r\n\v\f\x85\u2028\u2029]+", text) if part.strip()))
     return joined if len(joined) <= limit else f"{joined[: limit - 2]} …"
+
+
+_SECRET_VARIABLES = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY)$|_(TOKEN|PASSWORD|SECRET)_")
+_URL_VARIABLES = re.compile(r"(^PIP_|^UV_|PROXY$|^HF_ENDPOINT$|INDEX|URL$|LINKS$)")
+_SHORTEST = 4
+"""Shorter secrets are found by their place in a URL alone, not wherever the same letters stand."""
+
+_LOGIN = re.compile(r"(?<=://)[^\s/?#'\"]*@")
+_BARE_LOGIN = re.compile(r"(?<![\w/@.%:+-])[\w.%+~!$*-]+:[^\s@/'\"]+@(?=[\w\[])")
+_QUERY = re.compile(r"(?i)(?<=[?&;])([\w.-]*(?:token|key|auth|pass|secret|sig|credential|policy)[\w.-]*=)[^\s&;#'\"]+")
+_HEADER = re.compile(r"((?i:authorization)['\"]?\s*[:=]\s*['\"]?)(?:(?i:basic|bearer|token)\s+)?[^\s'\",]+|\b(?:Bearer|Basic)\s+[\w.~+/=-]{20,}")
+_HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
+
+
+def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """Return ``text`` without passwords and tokens: ``***`` stands where they stood.
+
+    Logins in URLs and in addresses without a scheme (``user:password@host``), secret query parameters, authorization headers, the hub's tokens, and
+    every secret that the environment holds in a variable such as ``HF_TOKEN`` or in the URL of an index or a proxy, also percent-decoded.
+
+    Args:
+        text: Any message.
+        environment: ``os.environ`` by default.
+    """
+    for secret in _secrets(os.environ if environment is None else environment):
+        if secret in text:
+            text = text.replace(secret, "***")
+    if "@" in text:
+        text = _BARE_LOGIN.sub("***@", _LOGIN.sub("***@", text))
+    if "=" in text:
+        text = _QUERY.sub(r"\1***", text)
+    text = _HEADER.sub(lambda match: f"{match[1] or ''}***", text)
+    return _HUB_TOKEN.sub("***", text) if "hf_" in text else text
+
+
+def _secrets(environment: Mapping[str, str]) -> list[str]:
+    """The secrets in the environment, longest first, so that one that holds another goes as a whole."""
+    found: set[str] = set()
+    for name, value in environment.items():
+        upper = name.upper()
+        if _SECRET_VARIABLES.search(upper):
+            found.add(value.strip())
+        elif "@" in value and _URL_VARIABLES.search(upper):
+            for part in value.split():
+                found.update(_logins(part))
+    return sorted((each for each in found if len(each) >= _SHORTEST), key=lambda each: (-len(each), each))
+
+
+def _logins(url: str) -> Iterable[str]:
+    """The password, or a login without one (a token), in a URL, as it is written and percent-decoded."""
+    login = url.partition("://")[2] or url
+    login = login.rpartition("@")[0]
+    user, colon, password = login.partition(":")
+    for secret in (login, password if colon else user):
+        if secret:
+            yield secret
+            yield unquote(secret)

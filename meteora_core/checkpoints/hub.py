@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from meteora_core.checkpoints.hub_access import ALLOWED, REFUSED, Counter, Gone, Request, Unreachable, explain
 from meteora_core.errors import DownloadError, MeteoraError, StorageError, UsageError
 from meteora_core.files import sha256, storage_errors
+from meteora_core.network import check_hub_environment
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def download_repo(
     request = Request(repository, revision, None if folder is None else str(folder), None if cache is None else str(cache), endpoint, include)
     if constants.HF_HUB_OFFLINE:
         return _from_disk(request)
+    check_hub_environment(endpoint or constants.ENDPOINT)
     try:
         plan = _plan(request)
     except Unreachable as unreachable:

@@ -17,6 +17,7 @@ from meteora_core.data.records import SOURCE_SPLIT, SPLIT_RULE, VALIDATION_SPLIT
 from meteora_core.data.rows import Row, Split
 from meteora_core.data.tasks import BigBench, Records, Task
 from meteora_core.errors import DataError, DownloadError
+from meteora_core.network import check_hub_environment
 
 BIGBENCH = "tasksource/bigbench"
 AUTHORS = "NJUDeepEngine/meteora_dataset"
@@ -130,6 +131,8 @@ def _check_reachable(repository: str) -> None:
     """Ask the hub once, without the client libraries' long retries. Raises DownloadError when it does not answer."""
     from huggingface_hub import constants
 
+    if not constants.HF_HUB_OFFLINE:
+        check_hub_environment(constants.ENDPOINT)
     if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
         raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import IO
 import pytest
 
 from meteora_core import archives
-from meteora_core.archives import tar_gz_members
+from meteora_core.archives import copy_zip_member, tar_gz_members
 from meteora_core.errors import DataError
 
 
@@ -111,3 +112,32 @@ def test_a_huge_header_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pyt
     content = packer.compress(header.tobuf(tarfile.USTAR_FORMAT)) + packer.compress(bytes(1 << 23)) + packer.flush()
     with pytest.raises(DataError, match="unpacks to more than"):
         read(tmp_path / "a.tar.gz", content)
+
+
+def wheel(*members: tuple[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def test_a_member_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.whl"
+    whole = wheel(("x", bytes(range(256)) * 99), ("y", b"2"))
+    file.write_bytes(whole)
+    assert copied(lambda target: copy_zip_member(file, "x", target)) == bytes(range(256)) * 99
+    at = whole.index(b"x", 30) + 20
+    for content, message in (
+        (whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :], "not a complete zip file"),
+        (whole[:-30], "not a complete zip file"),
+        (b"", "not a complete zip file"),
+        (wheel(("z", b"")), "no members named x"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            copy_zip_member(file, "x", io.BytesIO())
+    monkeypatch.setattr(archives, "FREE_BYTES", 1000)
+    file.write_bytes(wheel(("x", bytes(1 << 20))))
+    with pytest.raises(DataError, match="unpacks to more than it may"):
+        copy_zip_member(file, "x", io.BytesIO())
