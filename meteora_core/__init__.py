@@ -47,6 +47,7 @@ def __getattr__(name: str) -> Any:
     if name in _PLACES:
         from importlib import import_module
 
+        import_module("meteora_core.checkpoints.auto").register()
         return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'meteora_core' has no attribute {name!r}")
 

@@ -7,11 +7,9 @@ that what is loaded is what was trained, or an error.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +21,25 @@ from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.fitting import OTHER_BASE
 from meteora_core.adapters.magnitudes import check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
-from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_weights, read_config, weight_metadata
-from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, shown, tensor_bytes, write_tensors
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_weights, read_config
+from meteora_core.checkpoints.parts import (
+    TRANSFORMERS_CONFIG,
+    TRANSFORMERS_WEIGHTS,
+    base_changes,
+    base_tensors,
+    checkpoint_parts,
+    is_changed,
+    is_ours,
+    note_base_changes,
+    rounding_table,
+    write_files,
+)
+from meteora_core.checkpoints.tensor_files import shown
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
-from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, sha256, write_json
-from meteora_core.json_files import finite, is_regular
-from meteora_core.model.attach import attach, detach, gate_origin, meteora_layers, same_base
-from meteora_core.model.base import BaseReference, load_base, loaded_by, pick_device, pick_dtype
-from meteora_core.model.offload import real_tensor
+from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, sha256
+from meteora_core.json_files import is_regular
+from meteora_core.model.attach import attach, detach, meteora_layers, same_base
+from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.names import is_name
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
@@ -40,51 +49,23 @@ if TYPE_CHECKING:
 
     from meteora_core.adapters.fitting import Claim
 
-__all__ = ["BASE", "CONFIG_FILE", "FORMAT", "WEIGHT_FILE", "load_checkpoint", "read_config", "save_checkpoint"]
-
-_log = logging.getLogger(__name__)
-
-_CHANGES = "meteora_base_changes"
-_ROUNDED = "meteora_base_rounded"
-
-
-def note_base_changes(model: nn.Module, names: Iterable[str], rounded: Mapping[str, torch.dtype] | None = None) -> None:
-    """Note on the model which tensors of its base are not the base's own any more, so that :func:`save_checkpoint` keeps that.
-
-    The names are those in the base model (``model.norm.weight``, without ``base_layer``).
-
-    Args:
-        model: The model.
-        names: Tensors with other numbers; they are stored.
-        rounded: Tensors that are the base's own, rounded to a dtype; only that is noted.
-    """
-    setattr(model, _CHANGES, tuple(sorted(names)))
-    setattr(model, _ROUNDED, dict(sorted((rounded or {}).items())))
-
-
-def rounding_table(rounded: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
-    """What a configuration says of rounded base tensors: dtype -> names."""
-    table: dict[str, list[str]] = {}
-    for name, dtype in sorted(rounded.items()):
-        table.setdefault(str(dtype).removeprefix("torch."), []).append(name)
-    return table
-
-
-def base_changes(model: nn.Module) -> tuple[str, ...]:
-    """What :func:`note_base_changes` noted."""
-    return tuple(getattr(model, _CHANGES, ()))
-
-
-def is_changed(model: nn.Module) -> bool:
-    """Whether any number of the base is not the base's own any more."""
-    return bool(base_changes(model) or getattr(model, _ROUNDED, {}))
-
-
-def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of an attached model's base, by their names in the base model."""
-    own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets")}
-    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in named.items() if name not in own}
+__all__ = [
+    "BASE",
+    "CONFIG_FILE",
+    "FORMAT",
+    "WEIGHT_FILE",
+    "base_changes",
+    "check_replaceable",
+    "is_changed",
+    "load_checkpoint",
+    "note_base_changes",
+    "read_checkpoint",
+    "read_config",
+    "refuse_untrained",
+    "rounding_table",
+    "save_checkpoint",
+    "write_checkpoint",
+]
 
 
 def save_checkpoint(
@@ -115,45 +96,8 @@ def save_checkpoint(
         UsageError: Nothing is attached, or the folder holds something that is no checkpoint.
         StorageError: The disk is full or not writable.
     """
-    state = routing_state(model)
     check_replaceable(folder)
-    adapters = adapters or state.embedded or not all(adapter.sha256 for adapter in state.adapters)
-    tensors: dict[str, Tensor] = {}
-    modules: dict[str, Any] = {}
-    for path, layer in meteora_layers(model):
-        for name in ("gate", "lora_A", "lora_B") if adapters else ("gate",):
-            parameter = real_tensor(layer, name, path)
-            tensor = parameter.detach().to("cpu", dtype or parameter.dtype)
-            tensors[f"{path}.{name}"] = tensor.contiguous()
-        modules[path] = {
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "ranks": list(layer.ranks),
-            "scaling": [float(value) for value in layer.scaling.cpu()],
-        }
-    origin = gate_origin(model)
-    if origin == "untrained":
-        _log.warning("the gates saved in %s are untrained: they are still at the start that attach gave them", folder)
-    changed = base_changes(model)
-    known = _base_tensors(model) if changed else {}
-    for name in changed:
-        tensors[BASE + name] = known[name].detach().to("cpu", dtype or known[name].dtype).contiguous()
-    reference = base or loaded_by(model) or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
-    config = {
-        "format": FORMAT,
-        "base": {"name": reference.name, "revision": reference.revision, "probe": state.base_probe},
-        "top_k": state.top_k,
-        "temperature": state.temperature,
-        "adapters": [asdict(adapter) for adapter in state.adapters],
-        "gates": origin,
-        **({"gates_start": {"init": state.start[0], "seed": state.start[1]}} if origin == "untrained" and state.start else {}),
-        "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
-        "base_tensors": list(changed),
-        "base_rounded": rounding_table(getattr(model, _ROUNDED, {})),
-        "modules": modules,
-        **({"renamed": state.renamed} if state.renamed else {}),
-        "training": training or {},
-    }
+    config, tensors = checkpoint_parts(model, place=folder, base=base, adapters=adapters, dtype=dtype, training=training)
     return write_checkpoint(Path(folder), config, tensors)
 
 
@@ -166,27 +110,22 @@ def check_replaceable(folder: str | Path) -> None:
     folder = Path(folder)
     if holds_other_things(folder, CONFIG_FILE):
         raise UsageError(f"{folder} is not a checkpoint, so it is not replaced", hint="choose another folder")
-    if others := other_entries(folder, (CONFIG_FILE, WEIGHT_FILE, "README.md")):
+    ours = (TRANSFORMERS_CONFIG, TRANSFORMERS_WEIGHTS) if is_ours(folder) else ()
+    if others := other_entries(folder, (CONFIG_FILE, WEIGHT_FILE, "README.md", *ours)):
         raise UsageError(
             f"{folder} holds other files beside the checkpoint, which would be lost: {listed(others)}", hint="choose another folder, or move them away"
         )
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write the two files of a checkpoint, atomically; adds the hash of the weights to the configuration. Equal tensors make equal files.
+    """Write the files of a checkpoint, atomically; adds the hash of the weights to the configuration. Equal tensors make equal files.
 
     Raises:
         StorageError: The disk is full or not writable.
     """
-    plans = [TensorPlan(name, dtype_name(tensor.dtype), tuple(tensor.shape), partial(_bytes_of, tensor)) for name, tensor in tensors.items()]
     with atomic_folder(folder) as temporary:
-        digest = write_tensors(temporary / WEIGHT_FILE, plans, weight_metadata(config))
-        write_json(temporary / CONFIG_FILE, finite({**config, "weights_sha256": digest}))
+        write_files(temporary, config, tensors)
     return folder
-
-
-def _bytes_of(tensor: Tensor) -> list[bytes]:
-    return [tensor_bytes(tensor)]
 
 
 def refuse_untrained(folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -277,7 +216,7 @@ def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensor
     rounded = {name: getattr(torch, dtype) for dtype, listed in config["base_rounded"].items() for name in listed}
     if not names and not rounded:
         return
-    known = _base_tensors(model)
+    known = base_tensors(model)
     for name in names:
         target, stored = known.get(name), tensors[BASE + name]
         if target is None or not target.is_floating_point() or target.shape != stored.shape or target.is_meta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -81,6 +81,10 @@ def attach(
         _replace(model, path, layer)
     watch_calls(model, state)
     model.meteora = state  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained"):
+        from meteora_core.checkpoints.pretrained import NativeSaver
+
+        model.save_pretrained = NativeSaver(model)  # type: ignore[assignment]
     set_trainable(model, "gates")
     return model
 
@@ -93,6 +97,8 @@ def detach(model: Model) -> Model:
     for path, layer in dict(meteora_layers(model)).items():
         _replace(model, path, layer.base_layer)
     stop_watching(model)
+    if "save_pretrained" in vars(model):
+        del model.save_pretrained
     if isinstance(vars(model).get("resize_token_embeddings"), Resizer):
         del model.resize_token_embeddings
     del model.meteora
@@ -129,10 +135,14 @@ def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
     return trained
 
 
-def gate_origin(model: nn.Module) -> GateOrigin:
+def gate_origin(model: nn.Module, gates: Mapping[str, Tensor] | None = None) -> GateOrigin:
     """How the gates of an attached model came to be.
 
     Gates that nobody declared trained are compared with the start that :func:`attach` gave them: where a single number differs, they are "trained".
+
+    Args:
+        model: A model with adapters attached.
+        gates: The gates by layer, where the model's own are sharded; None takes the model's.
 
     Raises:
         UsageError: Nothing is attached.
@@ -144,7 +154,8 @@ def gate_origin(model: nn.Module) -> GateOrigin:
     generator = torch.Generator().manual_seed(seed)
     layers = dict(meteora_layers(model))
     for path in paths:
-        now = real_tensor(layers[path], "gate", path).detach().to("cpu", torch.float32)
+        gate = real_tensor(layers[path], "gate", path) if gates is None else gates[path]
+        now = gate.detach().to("cpu", torch.float32)
         start = torch.zeros(now.shape) if init == "zeros" else _normal_gate(now.shape, generator)
         if not any(torch.equal(now, rounded) for rounded in _roundings(start)):
             return "trained"

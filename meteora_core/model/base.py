@@ -169,10 +169,15 @@ def load_base(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load("model", reference, error) from error
-    setattr(model, _REFERENCE, reference)
+    name_reference(model, reference)
     model = (model if quantized else model.to(device)).eval()
     check_decoding(model)
     return model
+
+
+def name_reference(model: nn.Module, reference: BaseReference) -> None:
+    """Note on a base model how it was named; :func:`loaded_by` reads it."""
+    setattr(model, _REFERENCE, reference)
 
 
 def loaded_by(model: nn.Module) -> BaseReference | None:

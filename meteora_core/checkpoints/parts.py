@@ -1,0 +1,227 @@
+"""What a native checkpoint is made of: the configuration and the tensors of an attached model, and the files that hold them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
+from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
+from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.files import read_json, write_json
+from meteora_core.json_files import finite
+from meteora_core.model.attach import gate_origin, meteora_layers, probe_base, same_base
+from meteora_core.model.base import BaseReference, loaded_by
+from meteora_core.model.offload import real_tensor
+from meteora_core.routing import routing_state
+
+_log = logging.getLogger(__name__)
+
+_CHANGES = "meteora_base_changes"
+_ROUNDED = "meteora_base_rounded"
+
+
+def note_base_changes(model: nn.Module, names: Iterable[str], rounded: Mapping[str, torch.dtype] | None = None) -> None:
+    """Note on the model which tensors of its base are not the base's own any more, so that :func:`save_checkpoint` keeps that.
+
+    The names are those in the base model (``model.norm.weight``, without ``base_layer``).
+
+    Args:
+        model: The model.
+        names: Tensors with other numbers; they are stored.
+        rounded: Tensors that are the base's own, rounded to a dtype; only that is noted.
+    """
+    setattr(model, _CHANGES, tuple(sorted(names)))
+    setattr(model, _ROUNDED, dict(sorted((rounded or {}).items())))
+
+
+def rounding_table(rounded: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
+    """What a configuration says of rounded base tensors: dtype -> names."""
+    table: dict[str, list[str]] = {}
+    for name, dtype in sorted(rounded.items()):
+        table.setdefault(str(dtype).removeprefix("torch."), []).append(name)
+    return table
+
+
+def base_changes(model: nn.Module) -> tuple[str, ...]:
+    """What :func:`note_base_changes` noted."""
+    return tuple(getattr(model, _CHANGES, ()))
+
+
+def is_changed(model: nn.Module) -> bool:
+    """Whether any number of the base is not the base's own any more."""
+    return bool(base_changes(model) or getattr(model, _ROUNDED, {}))
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the base model, by its name in the attached one."""
+    return name.replace(".base_layer.", ".")
+
+
+def _base_names(model: nn.Module) -> list[str]:
+    """The names of all parameters and buffers of an attached model's base, in the attached model."""
+    own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets")}
+    named = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
+    return [name for name in named if name not in own]
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of an attached model's base, by their names in the base model."""
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return {base_name(name): named[name] for name in _base_names(model)}
+
+
+HOW_TO_LOAD = "load this folder with meteora_core.load_checkpoint(folder)"
+MODEL_TYPE = f"meteora: {HOW_TO_LOAD}"
+"""The ``model_type`` of a checkpoint's ``config.json``; transformers says it where it does not know it (``meteora_core`` is not imported)."""
+TRANSFORMERS_CONFIG = "config.json"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What wrappers of a model put into the names of its state dict."""
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the ``config.json`` in a folder is that of a native checkpoint."""
+    try:
+        config = read_json(folder / TRANSFORMERS_CONFIG, error=CheckpointError)
+    except CheckpointError:
+        return False
+    return isinstance(config, dict) and str(config.get("model_type")).partition(":")[0] == "meteora"
+
+
+def whole_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None) -> Tensor:
+    """A parameter or buffer by its name in the model, with its values: out of a gathered state dict, off accelerate's offload, or gathered here.
+
+    Args:
+        model: A model with adapters attached.
+        name: As in ``model.named_parameters()``.
+        state_dict: The whole model's; None takes the model's own. Where that is sharded, every process must call this.
+
+    Raises:
+        UsageError: The state dict lacks it, or the parameter has no values.
+    """
+    if state_dict is not None:
+        if name in state_dict:
+            return state_dict[name].detach()
+        clean = {".".join(part for part in key.split(".") if part not in _WRAPPERS): key for key in state_dict}
+        if name not in clean:
+            raise UsageError(
+                f"the state dict to be saved lacks {name}", hint="pass the state dict of the whole model, such as accelerator.get_state_dict(model)"
+            )
+        return state_dict[clean[name]].detach()
+    path, _, last = name.rpartition(".")
+    tensor = real_tensor(model.get_submodule(path), last, path)
+    if _is_spread(tensor):
+        from meteora_core.training.runtime import full_tensor
+
+        return full_tensor(tensor)
+    return tensor.detach()
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor's values are spread over several processes (FSDP, tensor parallelism, DeepSpeed)."""
+    return any(hasattr(tensor, name) for name in ("full_tensor", "ds_id", "_hp_mapping"))
+
+
+def _changed_base(model: nn.Module) -> dict[str, str]:
+    """Tensors of the base that a checkpoint must hold, by their names in the base: those that were noted, and those that train; the values are their
+    names in the model.
+
+    Raises:
+        UsageError: Others have changed since the adapters were attached.
+    """
+    names = {base_name(name): name for name in _base_names(model)}
+    training = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    changed = {name: names[name] for name in sorted({*base_changes(model), *training}) if name in names}
+    linears = {path: layer.base_layer for path, layer in meteora_layers(model)}
+    if any(f"{path}.weight" in changed for path in linears) or any(isinstance(m.weight, Tensor) and _is_spread(m.weight) for m in linears.values()):
+        return changed
+    if not same_base(routing_state(model).base_probe, probe_base(linears)):
+        raise UsageError(
+            "the weights of the base model have changed since the adapters were attached, and a checkpoint does not hold them",
+            hint="name what changed with meteora_core.checkpoints.native.note_base_changes(model, names), and it is saved too",
+        )
+    return changed
+
+
+def checkpoint_parts(
+    model: nn.Module,
+    *,
+    place: str | Path,
+    base: BaseReference | None = None,
+    adapters: bool = False,
+    dtype: torch.dtype | None = None,
+    training: dict[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a checkpoint of an attached model.
+
+    Parameters of the base that train (``requires_grad``) are among the tensors, too.
+
+    Args:
+        model: A model with adapters attached.
+        place: Where it is going to be saved, for the log.
+        base, adapters, dtype, training: As for :func:`meteora_core.save_checkpoint`.
+        state_dict: The whole model's, gathered, where the model's own is sharded; see :func:`whole_tensor`.
+
+    Raises:
+        UsageError: Nothing is attached, the base has changed since then, or the state dict lacks tensors.
+    """
+    state = routing_state(model)
+    adapters = adapters or state.embedded or not all(adapter.sha256 for adapter in state.adapters)
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, Any] = {}
+    for path, layer in meteora_layers(model):
+        for name in ("gate", "lora_A", "lora_B") if adapters else ("gate",):
+            tensor = whole_tensor(model, f"{path}.{name}", state_dict)
+            tensors[f"{path}.{name}"] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+        modules[path] = {
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "ranks": list(layer.ranks),
+            "scaling": [float(value) for value in layer.scaling.cpu()],
+        }
+    origin = gate_origin(model, {path: tensors[f"{path}.gate"] for path in modules})
+    if origin == "untrained":
+        _log.warning("the gates saved in %s are untrained: they are still at the start that attach gave them", place)
+    changed = _changed_base(model)
+    for name, inside in changed.items():
+        tensor = whole_tensor(model, inside, state_dict)
+        tensors[BASE + name] = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
+    reference = base or loaded_by(model) or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
+    config = {
+        "format": FORMAT,
+        "base": {"name": reference.name, "revision": reference.revision, "probe": state.base_probe},
+        "top_k": state.top_k,
+        "temperature": state.temperature,
+        "adapters": [asdict(adapter) for adapter in state.adapters],
+        "gates": origin,
+        **({"gates_start": {"init": state.start[0], "seed": state.start[1]}} if origin == "untrained" and state.start else {}),
+        "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
+        "base_tensors": list(changed),
+        "base_rounded": rounding_table(getattr(model, _ROUNDED, {})),
+        "modules": modules,
+        **({"renamed": state.renamed} if state.renamed else {}),
+        "training": training or {},
+    }
+    return config, tensors
+
+
+def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write the files of a checkpoint into a folder that exists; adds the hash of the weights to the configuration. Raises StorageError."""
+    plans = [TensorPlan(name, dtype_name(tensor.dtype), tuple(tensor.shape), partial(_bytes_of, tensor)) for name, tensor in tensors.items()]
+    digest = write_tensors(folder / WEIGHT_FILE, plans, weight_metadata(config))
+    write_json(folder / CONFIG_FILE, finite({**config, "weights_sha256": digest}))
+    # The vocabulary's size is a text: whoever loads this by the class of the base model gets an error that says it, and no random weights.
+    write_json(folder / TRANSFORMERS_CONFIG, {"model_type": MODEL_TYPE, "vocab_size": HOW_TO_LOAD})
+
+
+def _bytes_of(tensor: Tensor) -> list[bytes]:
+    return [tensor_bytes(tensor)]

@@ -1,0 +1,135 @@
+"""``save_pretrained`` and ``push_to_hub`` of a model with adapters attached: they write Meteora's checkpoint.
+
+transformers' own method would write the wrapped linears under names that no ``from_pretrained`` knows, and such a folder loads with random linears.
+The folder written here holds a native checkpoint with the adapters in it, and two files for transformers:
+
+- ``config.json`` names a model type that ``AutoModelForCausalLM`` knows once ``meteora_core`` is imported (:mod:`meteora_core.checkpoints.auto`).
+  Without it, and with the class of the base model, loading ends in an error that says how to load the folder.
+- ``model.safetensors`` holds what trains under the names of the model's state dict, from which ``Trainer`` resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from meteora_core.checkpoints.native_config import CONFIG_FILE, WEIGHT_FILE
+from meteora_core.checkpoints.parts import TRANSFORMERS_CONFIG as CONFIG
+from meteora_core.checkpoints.parts import TRANSFORMERS_WEIGHTS as WEIGHTS
+from meteora_core.checkpoints.parts import checkpoint_parts, is_ours, whole_tensor, write_files
+from meteora_core.errors import UsageError
+from meteora_core.files import save_tensors, storage_errors
+
+FILES = (WEIGHTS, WEIGHT_FILE, CONFIG_FILE, CONFIG)
+"""What is written, in the order in which the files are put in place: the configuration that has the hash comes after the weights."""
+
+_REFUSED = {
+    "safe_serialization": (True, "only safetensors is written"),
+    "variant": (None, "the files of a checkpoint have fixed names"),
+    "distributed_checkpoint": (False, "a checkpoint is one file; gates and adapters are gathered"),
+}
+"""Arguments of transformers' method that must have this value, and why."""
+_WITHOUT_EFFECT = ("save_peft_format", "save_original_format", "save_function")
+
+
+class NativeSaver:
+    """``save_pretrained`` of a model while adapters are attached to it.
+
+    transformers has no hook that replaces the format of a model, so :func:`meteora_core.model.attach.attach` puts this object in the place of the
+    model's method and :func:`meteora_core.model.attach.detach` takes it away again. Copies and pickles of the model have their own.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the checkpoint into a folder; files of other names that are there stay.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process writes.
+            state_dict: The whole model's state dict, as ``accelerator.get_state_dict(model)`` gathers it; None takes the model's own weights, and
+                gathers sharded ones (then every process must call this).
+            push_to_hub: Upload what was written to the repository ``repo_id`` (by default the folder's name); ``commit_message``, ``create_pr``,
+                ``private`` and ``token`` are passed on.
+            max_shard_size: Must not be smaller than the weights: there is one file.
+            kwargs: As above.
+
+        Raises:
+            UsageError: The folder holds another model; or an argument asks for something that a checkpoint cannot be.
+            StorageError: The disk is full or not writable.
+        """
+        for name, (value, why) in _REFUSED.items():
+            if kwargs.pop(name, value) != value:
+                raise UsageError(f"save_pretrained of a model with Meteora's adapters does not take {name}: {why}", hint=f"leave out {name}")
+        hub = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
+        folder = Path(save_directory)
+        _check_folder(folder)
+        config, tensors = checkpoint_parts(self.model, adapters=True, state_dict=state_dict, place=folder)
+        resumed = _trained(self.model, state_dict)
+        if not is_main_process:
+            return
+        _check_size(tensors, max_shard_size)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".meteora.", suffix=".tmp") as made:
+                temporary = Path(made)
+                write_files(temporary, config, tensors)
+                save_tensors(resumed, temporary / WEIGHTS)
+                for name in FILES:
+                    os.replace(temporary / name, folder / name)
+        if push_to_hub:
+            _upload(folder, hub)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, so no model can be saved there", hint="choose a folder")
+    others = ("adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    found = [name for name in others if (folder / name).exists()]
+    if not is_ours(folder):
+        found += [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+    if found:
+        raise UsageError(f"{folder} holds another model ({found[0]}), so this one is not saved there", hint="choose another folder")
+
+
+def _check_size(tensors: Mapping[str, Tensor], most: int | str | None) -> None:
+    if most is None:
+        return
+    from transformers.utils.hub import convert_file_size_to_int
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > convert_file_size_to_int(most):
+        raise UsageError(f"max_shard_size is {most}, but the gates and adapters have {size:,} bytes in one file", hint="leave out max_shard_size")
+
+
+def _trained(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What trains, by its name in the model's state dict, on the CPU; all gates where nothing does."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = names or {name for name, _ in model.named_parameters() if name.endswith(".gate")}
+    return {name: whole_tensor(model, name, state_dict).to("cpu", copy=True).contiguous() for name in sorted(names)}
+
+
+def _upload(folder: Path, options: dict[str, Any]) -> None:
+    from huggingface_hub import create_repo, upload_folder
+
+    message, create_pr = options.pop("commit_message", None), options.pop("create_pr", False)
+    token = options.get("token")
+    repository = create_repo(options.pop("repo_id", folder.resolve().name), exist_ok=True, **options).repo_id
+    upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES), commit_message=message, create_pr=create_pr, token=token)
