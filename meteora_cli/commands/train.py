@@ -93,6 +93,7 @@ def train(
     data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
     adapters: Annotated[Path | None, typer.Option(help="Adapter folders.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help="Base model: a catalog name, a folder or a hub id.", show_default=False)] = None,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Take adapters even if they name different base models.", rich_help_panel=GATES)] = False,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in one forward pass.", show_default=False)] = None,
     accumulation: Annotated[int | None, typer.Option(help="Forward passes in one step.", show_default=False)] = None,
@@ -214,7 +215,7 @@ def train(
     _refuse_without_effect(ctx, settings, stage, balanced=balanced)
     register_all(settings)
     names = _names(task)
-    folders = _gate_folders(settings, names, max_rows) if stage is Stage.gates else {}
+    folders = _gate_folders(settings, names, max_rows, any_base=any_base) if stage is Stage.gates else {}
     if stage is Stage.adapters:
         names = _adapter_tasks(settings, names, max_rows)
     if together and balanced:
@@ -347,8 +348,8 @@ def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) 
     return {name: task_settings(settings.train_adapters, name, given) for name in names}
 
 
-def _gate_folders(settings: Settings, names: list[str], max_rows: int | None) -> dict[str, Path]:
-    """Adapters and their folders, each with a dataset that can be read."""
+def _gate_folders(settings: Settings, names: list[str], max_rows: int | None, *, any_base: bool) -> dict[str, Path]:
+    """Adapters and their folders, each with a dataset that can be read; they name one base model, unless ``any_base``."""
     from meteora_core.data.rows import available_tasks, check_rows
     from meteora_core.training.common import adapter_folders, check_bases
     from meteora_core.training.gates import check_pairs
@@ -357,7 +358,7 @@ def _gate_folders(settings: Settings, names: list[str], max_rows: int | None) ->
     check_pairs(tuple(folders), available_tasks(settings.paths.data))
     for name in folders:
         check_rows(settings.paths.data, name, "train", max_rows)
-    check_bases(folders, settings.model.base)
+    check_bases(folders, settings.model.base, any_base=any_base)
     return folders
 
 
@@ -444,7 +445,7 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     settings = run.settings
     folder = run.out_dir or settings.paths.runs / "meteora"
     check_checkpoint_folder(folder)
-    if run.runtime.is_main and (note := check_bases(folders, settings.model.base)):
+    if run.runtime.is_main and (note := check_bases(folders, settings.model.base, any_base=True)):
         say(f"note: {note}")
     with run.progress() as bars:
         bank = AdapterBank.from_peft(folders, progress=bars)
