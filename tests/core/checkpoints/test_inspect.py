@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from meteora_core.checkpoints.convert import convert_authors
 from meteora_core.checkpoints.inspect import inspect_checkpoint
 from meteora_core.errors import CheckpointError
 from meteora_core.files import sha256
+from support.adapter_files import raw_safetensors, write_adapter
 
 Make = Callable[..., Any]
 
@@ -103,3 +105,37 @@ def test_a_checkpoint_loaded_from_the_authors_says_so_when_saved(make_authors: M
     facts = inspect_checkpoint(tmp_path / "native")
     assert facts["contains"] == ["gates", "adapters"]
     assert [(adapter["sha256"], adapter["source"]) for adapter in facts["adapters"]] == [(None, str(made.checkpoint))] * 2
+
+
+def test_files_that_lie_are_refused_in_one_line(tmp_path: Path) -> None:
+    headers: list[Any] = [
+        b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b'{"a": {"dtype": "F32", "shape": [1e309], "data_offsets": [0, 4]}}',
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}},
+    ]
+    for place, header in enumerate(headers):
+        file = tmp_path / f"{place}.safetensors"
+        file.write_bytes(raw_safetensors(header, b"\0" * 4))
+        with pytest.raises(CheckpointError) as caught:
+            inspect_checkpoint(file)
+        assert "\n" not in caught.value.message
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    unusable = ((tmp_path / "pipe.safetensors", "not an ordinary file"), (tmp_path / ("n" * 300), "cannot be read"), (tmp_path / "a\0b", "no such file"))
+    for path, message in unusable:
+        with pytest.raises(CheckpointError, match=message):
+            inspect_checkpoint(path)
+    empty = tmp_path / "empty.safetensors"
+    empty.write_bytes(raw_safetensors({}))
+    assert inspect_checkpoint(empty)["parameters"] == {"total": 0}
+    adapters = tmp_path / "adapters"
+    write_adapter(adapters / "a" / "default")
+    write_adapter(adapters / "b")
+    write_adapter(adapters / "none", {})
+    facts = inspect_checkpoint(adapters)
+    assert [adapter["name"] for adapter in facts["adapters"]] == ["a", "b", "none"]
+    assert inspect_checkpoint(adapters / "a")["kind"] == "adapter"
+    (adapters / "b" / "adapter_config.json").unlink()
+    os.mkfifo(adapters / "b" / "adapter_config.json")
+    assert inspect_checkpoint(adapters)["adapter_count"] == 2

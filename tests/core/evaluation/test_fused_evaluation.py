@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from authors_files import Authors, write_authors
 from evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace
 from meteora_core import load_authors_checkpoint, load_checkpoint
+from meteora_core.checkpoints.native import write_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.evaluation.runner import EvalOptions
 from meteora_core.evaluation.session import EvalPlan, ModelResults, evaluate
@@ -122,9 +123,8 @@ def test_a_native_checkpoint_may_change_the_base_too(place, tmp_path) -> None:
     file = place.checkpoint / "meteora.safetensors"
     config = json.loads((place.checkpoint / "meteora_config.json").read_text())
     model = load_checkpoint(place.checkpoint, device="cpu")
-    save_file({**load_file(file), "base.model.norm.weight": -model.model.norm.weight.detach()}, file)
-    config |= {"base_tensors": ["model.norm.weight"], "contains": [*config["contains"], "base"], "weights_sha256": None}
-    (place.checkpoint / "meteora_config.json").write_text(json.dumps(config))
+    config |= {"base_tensors": ["model.norm.weight"], "contains": [*config["contains"], "base"]}
+    write_checkpoint(place.checkpoint, config, {**load_file(file), "base.model.norm.weight": -model.model.norm.weight.detach()})
     base = tokens(plan_of(place, ("base",)))["base"]
     both = tokens(plan_of(place, ("meteora", "base")))
     assert both["base"] == base != both["meteora"]
