@@ -120,12 +120,8 @@ def test_a_wrong_value_is_named_by_every_reader(saved: Path, path: list[str], va
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
     "path",
     [["format"], ["base"], ["base", "name"], ["adapters"], ["adapters", "0", "alpha"], ["contains"], ["weights_sha256"], ["top_k"]],
-=======
-    "path", [["format"], ["base"], ["base", "name"], ["adapters"], ["adapters", "0", "alpha"], ["contains"], ["weights_sha256"], ["top_k"]]
->>>>>>> 4397b4f (Adapters whose modules were renamed since: tests; lying files are refused by inspect)
 )
 def test_a_missing_key_is_named_by_every_reader(saved: Path, path: list[str]) -> None:
     change(saved, *path, drop=True)
