@@ -91,11 +91,11 @@ def test_settings_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, variable:
     assert "\n" not in caught.value.message
 
 
-def test_a_proxy_without_a_scheme_is_an_http_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_without_a_scheme_is_an_http_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert proxy_url("x", f"user:{PASSWORD}@host:3128") == f"http://user:{PASSWORD}@host:3128"
     monkeypatch.setenv("PIP_PROXY", f"user:{PASSWORD}@127.0.0.1:9")
     with pytest.raises(DownloadError) as caught:
-        download("http://host.invalid/x", Path("x"))
+        download("http://host.invalid/x", tmp_path / "x")
     assert PASSWORD not in str(caught.value)
 
 
