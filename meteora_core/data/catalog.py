@@ -116,7 +116,7 @@ def verify(data_dir: Path | str, tasks: Sequence[str] | None = None) -> list[Rep
 def _report(root: Path, name: str) -> Report:
     folder = root / name
     if not folder.is_dir():
-        return Report(name, False, (f"{folder} is not built; run `{build_command(name)}`",), (), {})
+        return Report(name, False, (f"{folder} is not built; run `{build_command(name, root)}`",), (), {})
     try:
         manifest = read_manifest(folder)
     except DataError as broken:

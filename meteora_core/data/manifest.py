@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from meteora_core.data.rows import SPLITS, iter_rows
 from meteora_core.errors import DataError
 from meteora_core.files import read_json, sha256, write_json
+from meteora_core.names import problem_of
+from meteora_core.ranges import MOST_TOKENS
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -72,6 +76,69 @@ class Manifest:
         return asdict(self)
 
 
+_HINT = "build the dataset anew, or add it again from its own files"
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _name(value: str) -> str:
+    if problem := problem_of(value):
+        raise ValueError(f"it holds no name: {problem}")
+    return value
+
+
+_Name = Annotated[str, AfterValidator(_name)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class _Entry(_Strict):
+    rows: _Count
+    bytes: _Count
+    sha256: _Digest
+
+
+class _Member(_Strict):
+    task: _Name
+    sha256: _Digest
+
+
+class _Members(_Strict):
+    members: list[_Member] = []
+
+
+class _File(_Strict):
+    """What the file must hold; see :class:`Manifest`."""
+
+    task: _Name
+    metric: str
+    source: dict[str, Any]
+    split_rule: str
+    seed: int | None
+    files: dict[Literal["train.jsonl", "test.jsonl"], _Entry]
+    duplicates: dict[str, _Count] = {}
+    max_train: _Count | None = None
+    max_test: _Count | None = None
+    members: list[_Name] = []
+    examples: list[list[_Count]] = []
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    format: int = FORMAT
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, source: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(source.get("kind"), str):
+            raise ValueError("it has no text 'kind'")
+        try:
+            _Members.model_validate(source)
+        except ValidationError as broken:
+            first = broken.errors(include_url=False)[0]
+            raise ValueError(f"{'.'.join(str(part)[:80] for part in first['loc'])}: {first['msg'].removeprefix('Value error, ')}") from None
+        return source
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest`` into a dataset's folder. Raises StorageError."""
     write_json(folder / NAME, manifest.to_json())
@@ -86,18 +153,21 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / NAME
     if not path.is_file():
         return None
-    raw = read_json(path, hint="build the dataset anew")
+    raw = read_json(path, hint=_HINT)
+    if isinstance(raw, dict) and raw.get("format") != FORMAT:
+        shown = repr(raw.get("format"))[:40]
+        raise DataError(f"{path} has format {shown}, and this version reads format {FORMAT}", hint=_HINT)
     try:
-        if raw["format"] != FORMAT:
-            raise DataError(f"{path} has format {raw['format']!r}, and this version reads format {FORMAT}", hint="build the dataset anew")
-        known = {item.name for item in fields(Manifest)}
-        values = {key: value for key, value in raw.items() if key in known}
-        values["files"] = {name: FileEntry(**entry) for name, entry in values["files"].items()}
-        values["members"] = tuple(values.get("members", ()))
-        values["examples"] = tuple(tuple(example) for example in values.get("examples", ()))
-        return Manifest(**values)
-    except (KeyError, TypeError, AttributeError) as broken:
-        raise DataError(f"{path} is not a dataset's manifest: {broken}", hint="build the dataset anew") from broken
+        read = _File.model_validate(raw)
+    except ValidationError as broken:
+        first = broken.errors(include_url=False)[0]
+        place = ".".join(str(part)[:80] for part in first["loc"]) or "the file"
+        raise DataError(f"{path} is not a dataset's manifest: {place}: {first['msg'].removeprefix('Value error, ')}", hint=_HINT) from broken
+    values = {name: getattr(read, name) for name in _File.model_fields}
+    values["files"] = {name: FileEntry(entry.rows, entry.bytes, entry.sha256) for name, entry in read.files.items()}
+    values["members"] = tuple(read.members)
+    values["examples"] = tuple(tuple(example) for example in read.examples)
+    return Manifest(**values)
 
 
 def nested_members(data_dir: Path, manifest: Manifest) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from meteora_core.data.tasks import RESERVED, TASK_ORDER, TASKS, Files
 from meteora_core.errors import DataError
 from meteora_core.files import has_surrogate, read_jsonl
 
@@ -22,12 +25,39 @@ class Row:
     response: str
 
 
-def build_command(task: str) -> str:
-    """The command that builds ``task``."""
-    kind, _, number = task.partition("_")
-    if kind == "composite" and number.isdigit():
-        return f"meteora data composite --n {number}"
-    return f"meteora data build --task {task}"
+def build_command(task: str, data_dir: Path | str = "datasets") -> str:
+    """The command that makes the dataset of ``task``; one that works when it is typed, but for the name of a file of the user's own.
+
+    Args:
+        task: The task's name.
+        data_dir: The folder of all datasets.
+    """
+    return build_commands([task], data_dir)[0]
+
+
+def build_commands(tasks: Sequence[str], data_dir: Path | str = "datasets") -> list[str]:
+    """The commands that make the datasets of ``tasks``: built-in and declared tasks are built, the user's own are added, composites come last."""
+    to = "" if str(data_dir) == "datasets" else f" --out {shlex.quote(str(data_dir))}"
+    built = [name for name in dict.fromkeys(tasks) if _can_be_built(name, data_dir)]
+    numbered = [name for name in dict.fromkeys(tasks) if _composite_size(name)]
+    own = [name for name in dict.fromkeys(tasks) if name not in built and name not in numbered]
+    commands = [f"meteora data build --task {','.join(built)}{to}"] if built else []
+    commands += [f"meteora data add {shlex.quote(name)} --train FILE{to}" for name in own]
+    return [*commands, *(f"meteora data composite --n {_composite_size(name)}{to}" for name in numbered)]
+
+
+def _can_be_built(name: str, data_dir: Path | str) -> bool:
+    """Whether `data build` knows where the rows of a task come from: a task of the table, or one that the settings declare."""
+    if name in RESERVED:
+        return True
+    task = TASKS.get(name)
+    return task is not None and isinstance(task.source, Files) and task.source.train != split_path(data_dir, name, "train")
+
+
+def _composite_size(name: str) -> int | None:
+    found = re.fullmatch(r"composite_([0-9]{1,2})", name)
+    size = int(found.group(1)) if found else 0
+    return size if 2 <= size <= len(TASK_ORDER) else None
 
 
 def split_path(data_dir: Path | str, task: str, split: str) -> Path:
@@ -62,16 +92,16 @@ def stream_rows(data_dir: Path | str, task: str, split: str, limit: int | None =
     """
     path = split_path(data_dir, task, split)
     if not path.is_file():
-        raise DataError(f"no {split} rows of {task} in {data_dir}", hint=f"run `{build_command(task)}`")
+        raise DataError(f"no {split} rows of {task} in {data_dir}", hint=f"run `{build_command(task, data_dir)}`")
     count = 0
     if limit is None or limit > 0:
-        for row in iter_rows(path, hint=f"run `{build_command(task)}` to build it anew"):
+        for row in iter_rows(path, hint=f"run `{build_command(task, data_dir)}` to make it anew"):
             yield row
             count += 1
             if limit is not None and count >= limit:
                 return
         if not count:
-            raise DataError(f"{path} has no rows", hint=f"run `{build_command(task)}` to build it anew")
+            raise DataError(f"{path} has no rows", hint=f"run `{build_command(task, data_dir)}` to make it anew")
 
 
 def read_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from meteora_core.errors import UsageError, did_you_mean
-from meteora_core.names import check_name
+from meteora_core.names import check_name, is_name
 
 Metric = Literal["exact", "contains", "final_number", "yes_no_text", "text", "bleu", "composite"]
 """How a task is scored: accuracy (exact, reference contained, final number), BLEU + ROUGE + yes/no accuracy, BLEU + ROUGE, BLEU, or per sub-task."""
@@ -249,7 +249,11 @@ def get_task(name: str) -> Task:
     numbered = _COMPOSITE_NAME.fullmatch(name)
     if numbered:
         return composite_task(default_members(int(numbered.group(1))), name)
-    raise UsageError(f"unknown task {name!r}", hint=did_you_mean(name, TASKS) or "`meteora data list` shows all tasks")
+    raise UsageError(f"unknown task {name!r}", hint=did_you_mean(name, TASKS) or f"`meteora data list` shows all tasks; {_own_hint(name)}")
+
+
+def _own_hint(name: str) -> str:
+    return f"to add your own rows: meteora data add {name if is_name(name) else 'NAME'} --train FILE"
 
 
 def register_task(task: Task) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from meteora_core.data.rows import SPLITS, split_path
+from meteora_core.data.rows import build_commands as make_commands
 from meteora_core.data.tasks import COMPOSITES, Task
 from meteora_core.errors import DataError
 
@@ -37,7 +38,7 @@ def build_commands(tasks: Sequence[Task], data_dir: Path) -> str:
     for task in composites:
         singles += [name for name in task.members if not all(split_path(data_dir, name, split).is_file() for split in SPLITS)]
     to = "" if str(data_dir) == "datasets" else f" --out {shlex.quote(str(data_dir))}"
-    commands = [f"meteora data build --task {','.join(dict.fromkeys(singles))}{to}"] if singles else []
+    commands = make_commands(singles, data_dir)
     for task in composites:
         if COMPOSITES.get(task.name) == task.members:
             commands.append(f"meteora data composite --n {len(task.members)}{to}")

@@ -16,6 +16,7 @@ from torch import nn
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.checkpoints.native import save_checkpoint
 from meteora_core.checkpoints.native_config import CONFIG_FILE, read_config
+from meteora_core.data.rows import build_commands
 from meteora_core.errors import UsageError
 from meteora_core.json_files import is_regular
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
@@ -389,4 +390,4 @@ def check_pairs(bank_names: tuple[str, ...], datasets: list[str]) -> None:
     """Raise UsageError that lists adapters without a dataset."""
     missing = [name for name in bank_names if name not in datasets]
     if missing:
-        raise UsageError(f"no dataset for: {', '.join(missing)}", hint=f"meteora data build --task {','.join(missing)}")
+        raise UsageError(f"no dataset for: {', '.join(missing)}", hint=f"run {', then '.join(f'`{command}`' for command in build_commands(missing))}")

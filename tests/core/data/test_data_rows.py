@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from meteora_core.data.rows import Row, available_tasks, read_rows
+from meteora_core.data.rows import Row, available_tasks, build_commands, read_rows
+from meteora_core.data.tasks import TASKS, Files
 from meteora_core.errors import DataError
 
 
@@ -22,7 +24,15 @@ def test_read(tmp_path: Path) -> None:
     assert read_rows(tmp_path, "a", "test", limit=0) == []
 
 
-@pytest.mark.parametrize(("task", "command"), [("gsm8k", "meteora data build --task gsm8k"), ("composite_3", "meteora data composite --n 3")])
+@pytest.mark.parametrize(
+    ("task", "command"),
+    [
+        ("gsm8k", "meteora data build --task gsm8k"),
+        ("composite_3", "meteora data composite --n 3"),
+        ("composite_99", "meteora data add composite_99 --train FILE"),
+        ("pirate", "meteora data add pirate --train FILE"),
+    ],
+)
 def test_missing(tmp_path: Path, task: str, command: str) -> None:
     with pytest.raises(DataError, match="no test rows") as caught:
         read_rows(tmp_path, task, "test")
@@ -59,3 +69,27 @@ def test_available(tmp_path: Path) -> None:
     put(tmp_path / ".b.x.tmp", "")
     (tmp_path / "c").mkdir()
     assert available_tasks(tmp_path) == ["a", "b"]
+
+
+def test_commands_for_several_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = replace(TASKS["gsm8k"], name="declared", source=Files(tmp_path / "rows.jsonl", None))
+    added = replace(declared, name="added", source=Files(tmp_path / "added" / "train.jsonl", None))
+    monkeypatch.setitem(TASKS, "declared", declared)
+    monkeypatch.setitem(TASKS, "added", added)
+    assert build_commands(["pirate", "gsm8k", "declared", "added", "gsm8k", "composite_3"], tmp_path) == [
+        f"meteora data build --task gsm8k,declared --out {tmp_path}",
+        f"meteora data add pirate --train FILE --out {tmp_path}",
+        f"meteora data add added --train FILE --out {tmp_path}",
+        f"meteora data composite --n 3 --out {tmp_path}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["NaN", "Infinity", "-Infinity", "1e999", "null", "[]", "{}", "true", "9" * 5000, '"a", "prompt": "b"', "[" * 5000], ids=lambda text: text[:12]
+)
+def test_prompts_that_are_no_text(tmp_path: Path, value: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "test.jsonl").write_text('{"prompt": ' + value + ', "response": "r"}\n')
+    with pytest.raises(DataError, match=r"test\.jsonl") as caught:
+        read_rows(tmp_path, "a", "test")
+    assert len(caught.value.message) < 400
