@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,26 +148,26 @@ class AdapterConfig(FileModel):
         """The alpha of a module's adapter. Raises AdapterError for a pattern that cannot be matched."""
         return float(self._alphas.get(path, self.lora_alpha))
 
-    def targets(self, paths: Iterable[str], head: str | None = None) -> set[str]:
+    def targets(self, paths: Iterable[str], every_linear: Collection[str] = ()) -> set[str]:
         """Which of a model's modules the configuration says are adapted; none where it does not say.
 
         Args:
             paths: The model's modules that LoRA can adapt, by their names.
-            head: The output layer among them, which "all-linear" leaves out.
+            every_linear: Those that "all-linear" means: linear layers but the output layer.
 
         Raises:
             AdapterError: A pattern is invalid or takes too long to match.
         """
         if self.target_modules is None:
             return set()
-        return {path for path in paths if self._targeted(path, head)}
+        return {path for path in paths if self._targeted(path, every_linear)}
 
-    def _targeted(self, path: str, head: str | None) -> bool:
+    def _targeted(self, path: str, every_linear: Collection[str]) -> bool:
         excluded, targets = self.exclude_modules, self.target_modules
         if excluded and (self._runner.full(excluded, path) if isinstance(excluded, str) else _named(path, self._excluded)):
             return False
         if isinstance(targets, str):
-            return path != head if targets == "all-linear" else self._runner.full(targets, path)
+            return path in every_linear if targets.lower() == "all-linear" else self._runner.full(targets, path)
         return path in self._names_targeted or (_named(path, self._names_targeted) and self._in_layers(path))
 
     @cached_property

@@ -110,9 +110,11 @@ def _check_targets(claim: Claim, model: nn.Module, renamed: Mapping[str, str]) -
         return
     have = {renamed.get(path, path) for path in claim.paths}
     old = {new: path for path, new in renamed.items()}
-    linears = {name for name, module in model.named_modules() if _adaptable(module)}
+    modules = {name: module for name, module in model.named_modules() if _adaptable(module)}
+    names = {**{name: name for name in modules}, **{old[name]: name for name in modules if name in old}}
     head = _head(model)
-    wanted = claim.config.targets(linears | {old[path] for path in linears if path in old}, head)
+    every_linear = {name for name, now in names.items() if not isinstance(modules[now], nn.Embedding) and modules[now] is not head}
+    wanted = claim.config.targets(names, every_linear)
     if missing := sorted({renamed.get(path, path) for path in wanted} - have):
         raise AdapterError(
             f"adapter {claim.name!r} has no weights for {shown(missing)}, which target_modules in its {CONFIG} names",
@@ -124,11 +126,10 @@ def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(module).__name__ == "Conv1D"
 
 
-def _head(model: Any) -> str | None:
-    """The name of the output layer."""
+def _head(model: Any) -> nn.Module | None:
+    """The output layer."""
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return None if head is None else next((name for name, module in model.named_modules() if module is head), None)
+    return find() if callable(find) else None
 
 
 def _check_copy(name: str, copy: BaseCopy, module: nn.Module) -> None:

@@ -275,6 +275,15 @@ def test_targets_are_read_as_peft_reads_them(tmp_path, changes) -> None:
     attach(make_tiny_llama(), AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", **changes)}), top_k=1)
 
 
+def test_all_linear_means_every_linear_but_the_head(tmp_path) -> None:
+    bank = AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", target_modules="all-linear")})
+    with pytest.raises(AdapterError, match="no weights for") as caught:
+        attach(make_tiny_llama(), bank, top_k=1)
+    assert "embed" not in caught.value.message
+    assert "lm_head" not in caught.value.message
+    assert "and 5 more" in caught.value.message, "5 of 7 linears in each of 2 layers"
+
+
 def test_layers_of_another_model_are_refused(tmp_path) -> None:
     tensors = {name.replace("layers.0", "layers.77"): tensor for name, tensor in lora_tensors().items()}
     with pytest.raises(AdapterError, match=r"layers\.77\.self_attn\.q_proj.*does not have") as caught:
