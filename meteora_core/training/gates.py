@@ -33,8 +33,10 @@ from meteora_core.training.common import (
     disable_checkpointing,
     enable_checkpointing,
     encoded_rows,
+    only_writer,
     run_inputs,
     short_hash,
+    tidy,
     train_rows,
     with_order,
 )
@@ -46,7 +48,7 @@ from meteora_core.training.plan import plan_batches
 from meteora_core.training.ridge import ridge_gates, token_weights
 from meteora_core.training.rows import Batch, TrainRow, collate, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
-from meteora_core.training.state import saved_states
+from meteora_core.training.state import last_loss, saved_states
 from meteora_core.training.zero import is_zero
 
 if TYPE_CHECKING:
@@ -168,88 +170,91 @@ def train_gates(
         raise UsageError("--launcher deepspeed trains gates and adapters at one rate", hint="leave out --adapter-lr, or use --launcher fsdp")
     dtype = next(model.parameters()).dtype
     inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
+    states = folder.parent / f".{folder.name}.states"
     if not force and gates_are_current(folder, inputs):
+        tidy(folder, states, is_main=runtime.is_main)
         done = read_config(folder)["training"]
         known = {key: done[key] for key in ("steps", "tokens", "seconds", "held_out")}
         known["loss"] = float("nan") if done.get("loss") is None else done["loss"]
         return TrainedGates(folder, True, **known, cut=done["rows_cut"], sampled=done.get("sampled", {}), memory=done.get("memory", {}))
-    sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
-    rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
-    check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
-    start = "zeros" if settings.init == "ridge" else settings.init
-    attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
-    states, pad = folder.parent / f".{folder.name}.states", padding_token(model, tokenizer)
-    if not resume and runtime.is_main:
-        shutil.rmtree(states, ignore_errors=True)
-    runtime.wait()
+    with only_writer([folder], is_main=runtime.is_main):
+        sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
+        rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
+        check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
+        start = "zeros" if settings.init == "ridge" else settings.init
+        attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
+        pad = padding_token(model, tokenizer)
+        if not resume and runtime.is_main:
+            shutil.rmtree(states, ignore_errors=True)
+        runtime.wait()
 
-    def measure(run: Run | None = None, bars: Progress = SILENT) -> dict[str, float]:
-        return measure_gates(
-            model,
-            rows.held_out,
-            pad,
-            bank.names,
-            settings.batch_size,
-            composites=rows.held_out_composites,
-            response_only=settings.loss_on == "response",
-            runtime=runtime,
-            run=run,
-            progress=bars,
-        )
+        def measure(run: Run | None = None, bars: Progress = SILENT) -> dict[str, float]:
+            return measure_gates(
+                model,
+                rows.held_out,
+                pad,
+                bank.names,
+                settings.batch_size,
+                composites=rows.held_out_composites,
+                response_only=settings.loss_on == "response",
+                runtime=runtime,
+                run=run,
+                progress=bars,
+            )
 
-    def evaluate(run: Run) -> dict[str, float]:
-        measured = measure(run)
-        return {**measured, "loss": measured["lm_loss"] + settings.beta * measured["gate_loss"]} if measured else {}
+        def evaluate(run: Run) -> dict[str, float]:
+            measured = measure(run)
+            return {**measured, "loss": measured["lm_loss"] + settings.beta * measured["gate_loss"]} if measured else {}
 
-    try:
-        if settings.init == "ridge" and not saved_states(states):
-            ridge_start(model, rows.train, pad, settings, composites=rows.composites, processes=runtime.world, progress=progress)
-        trainable_in_float32(model, settings.trainable)
-        if settings.gradient_checkpointing:
-            enable_checkpointing(model)
-        run = Task(
-            model,
-            rows.train,
-            GateObjective(settings.beta, alone=settings.trainable == "gates+adapters", answer_share=settings.answer_share),
-            pad,
-            states,
-            inputs,
-            "gates",
-            names=bank.names,
-            response_only=settings.loss_on == "response",
-            balanced=settings.sampling == "balanced",
-            extra=rows.composites,
-            extra_share=settings.composite_rows,
-            evaluate=evaluate,
-            log_dir=folder.parent / "tensorboard" / folder.name,
-            rate=lambda name: adapter_rate / settings.learning_rate if name.endswith(("lora_A", "lora_B")) else 1.0,
-        )
-        state = train(run, settings, resume=resume, runtime=runtime, progress=progress)
-    except BaseException:
-        detach(model)
-        raise
-    finally:
-        if settings.gradient_checkpointing:
-            disable_checkpointing(model)
-    measured = measure(runtime.run, progress)
-    gather_trained(model)
-    if state.step:
-        routing_state(model).gates = "trained"
-    loss = state.history[-1]["loss"] if state.history else float("nan")
-    training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
-    training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "sampled": state.sampled, "history": state.history}
-    training |= {"processes": runtime.world, "memory": state.memory} if state.memory else {}
-    training |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
-    kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    if runtime.is_main:
-        save_checkpoint(model, folder, base=base, adapters=settings.trainable == "gates+adapters", dtype=kept, training=training)
-        shutil.rmtree(states, ignore_errors=True)
-    for _, layer in meteora_layers(model) if runtime.kind in ("none", "ddp") else ():
-        for parameter in (layer.gate, layer.lora_A, layer.lora_B):
-            parameter.data = parameter.data.to(kept).to(dtype)
-    set_trainable(model, "none")
-    runtime.wait()
-    return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled, state.memory)
+        try:
+            if settings.init == "ridge" and not saved_states(states):
+                ridge_start(model, rows.train, pad, settings, composites=rows.composites, processes=runtime.world, progress=progress)
+            trainable_in_float32(model, settings.trainable)
+            if settings.gradient_checkpointing:
+                enable_checkpointing(model)
+            run = Task(
+                model,
+                rows.train,
+                GateObjective(settings.beta, alone=settings.trainable == "gates+adapters", answer_share=settings.answer_share),
+                pad,
+                states,
+                inputs,
+                "gates",
+                names=bank.names,
+                response_only=settings.loss_on == "response",
+                balanced=settings.sampling == "balanced",
+                extra=rows.composites,
+                extra_share=settings.composite_rows,
+                evaluate=evaluate,
+                log_dir=folder.parent / "tensorboard" / folder.name,
+                rate=lambda name: adapter_rate / settings.learning_rate if name.endswith(("lora_A", "lora_B")) else 1.0,
+            )
+            state = train(run, settings, resume=resume, runtime=runtime, progress=progress)
+        except BaseException:
+            detach(model)
+            raise
+        finally:
+            if settings.gradient_checkpointing:
+                disable_checkpointing(model)
+        measured = measure(runtime.run, progress)
+        gather_trained(model)
+        if state.step:
+            routing_state(model).gates = "trained"
+        loss = last_loss(state.history)
+        training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
+        training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "sampled": state.sampled, "history": state.history}
+        training |= {"processes": runtime.world, "memory": state.memory} if state.memory else {}
+        training |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
+        kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        if runtime.is_main:
+            save_checkpoint(model, folder, base=base, adapters=settings.trainable == "gates+adapters", dtype=kept, training=training)
+            shutil.rmtree(states, ignore_errors=True)
+        for _, layer in meteora_layers(model) if runtime.kind in ("none", "ddp") else ():
+            for parameter in (layer.gate, layer.lora_A, layer.lora_B):
+                parameter.data = parameter.data.to(kept).to(dtype)
+        set_trainable(model, "none")
+        runtime.wait()
+        return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled, state.memory)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from meteora_core.model.base import BaseReference, load_base, load_tokenizer, lo
 from meteora_core.progress import SILENT, Progress, Task
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.adapters import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
-from meteora_core.training.common import check_targets
+from meteora_core.training.common import check_targets, tidy
 from meteora_core.workers import follow_parent
 
 PAUSE = 0.2
@@ -108,6 +108,7 @@ def train_side_by_side(plan: JobPlan, *, progress: Progress = SILENT) -> JobsOut
     for task, settings in plan.settings.items():
         folder = plan.out_dir / task
         if not plan.force and adapter_is_current(folder, adapter_inputs(plan.base, plan.dtype, plan.data_dir, task, settings, plan.max_rows)):
+            tidy(folder, plan.out_dir / f".{task}.states", is_main=True)
             finished[task] = finished_adapter(task, folder)
     todo = [task for task in plan.settings if task not in finished]
     check_targets(plan.out_dir, todo)

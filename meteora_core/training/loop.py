@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +156,7 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
     runtime.wait()
     tracker = open_tracker(settings.log_to if runtime.is_main else "none", task.log_dir, task.title, task.inputs, state.step)
     began, before, start_tokens = time.monotonic(), state.seconds, state.tokens
-    log = _Log(runtime)
+    log = _Log(runtime, state.pending, stepper.device)
     with progress.task(task.title, total=settings.max_steps, unit="steps") as bar:
         bar.update(state.step)
         try:
@@ -174,6 +174,7 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
                     _evaluate(task, state, parameters, runtime, tracker)
                 bar.update(1, total=None, **_shown(state, start_tokens, time.monotonic() - began))
                 if state.step % settings.save_steps == 0 and not last:
+                    state.pending = log.pending()
                     save_state(task.folder, state, parameters, optimizer, task.inputs, write=runtime.is_main)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
@@ -367,12 +368,24 @@ def _add(shares: list[StepLoss]) -> StepLoss:
 
 
 class _Log:
-    """Means of the logged parts since the last line, over all processes."""
+    """Means of the logged parts since the last line, over all processes.
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.steps = runtime, 0
-        self.sums: dict[str, Tensor] = {}
-        self.tallies: dict[str, Tensor] = {}
+    Args:
+        runtime: The processes.
+        pending: The sums of an interrupted run since its last line, as :meth:`pending` gave them; the main process takes them over.
+        device: Of the sums.
+    """
+
+    def __init__(self, runtime: Runtime, pending: Mapping[str, Any], device: torch.device) -> None:
+        self.runtime, self.steps = runtime, int(pending.get("steps", 0))
+        mine = 1.0 if runtime.is_main else 0.0
+        self.sums = {name: mine * torch.tensor(value, device=device) for name, value in pending.get("sums", {}).items()}
+        self.tallies = {name: mine * torch.tensor(value, device=device) for name, value in pending.get("tallies", {}).items()}
+
+    def pending(self) -> dict[str, Any]:
+        """The sums of all processes since the last line, for JSON; every process must call this."""
+        sums = {name: float(self.runtime.total(value.float())) for name, value in self.sums.items()}
+        return {"steps": self.steps, "sums": sums, "tallies": {name: self.runtime.total(value.float()).tolist() for name, value in self.tallies.items()}}
 
     def add(self, share: StepLoss) -> None:
         self.steps += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import atomic_folder, read_json, save_tensors, write_json
+from meteora_core.files import atomic_folder, listed, read_json, save_tensors, write_json
 from meteora_core.training.common import with_order
 from meteora_core.training.runtime import assign, assign_states, full_tensor, optimizer_states
 
@@ -23,6 +24,8 @@ _STATE = "state.safetensors"
 INFO = "state.json"
 _PREFIX = "step-"
 _KEPT = ("step", "history", "tokens", "seconds", "evaluations", "best_step", "worse")
+_LATER = ("pending",)
+"""What states of earlier versions lack."""
 
 
 @dataclass
@@ -38,6 +41,7 @@ class RunState:
         best_step, best_value: Of the best evaluation so far (the lowest ``loss``); -1 and infinity before the first.
         worse: Evaluations since then.
         best: The weights of that step, by parameter name, on the CPU.
+        pending: The sums since the last log line, as the loop's log gives them.
         sampled: Per task, at the end of a run: ``rows`` there are, rows ``drawn``, ``passes`` over them, ``tokens`` seen and their ``share``. It follows
             from the plan, and is not saved.
         memory: Of each process's GPU, at the end of a run, in bytes: ``start`` (what was allocated before the first step: weights, or a process's share of
@@ -53,6 +57,7 @@ class RunState:
     best_value: float = math.inf
     worse: int = 0
     best: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    pending: dict[str, Any] = field(default_factory=dict, repr=False)
     sampled: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: dict[str, list[int]] = field(default_factory=dict)
 
@@ -88,7 +93,7 @@ def save_state(
     target = folder / f"{_PREFIX}{state.step}"
     with atomic_folder(target, lock=False) as temporary:  # the run holds the lock of what it trains
         save_tensors(tensors, temporary / _STATE)
-        info = {key: getattr(state, key) for key in _KEPT}
+        info = {key: getattr(state, key) for key in (*_KEPT, *_LATER)}
         write_json(temporary / INFO, {**info, "best_value": None if state.best_step < 0 else state.best_value, "inputs": inputs})
     for other in saved_states(folder):
         if other != target:
@@ -119,21 +124,31 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     states = saved_states(folder)
     if not states:
         return None
-    info = read_json(states[-1] / INFO, error=CheckpointError, hint=f"remove {states[-1]} to go on from the start")
+    hint = f"remove {states[-1]} to go on from the start"
+    info = read_json(states[-1] / INFO, error=CheckpointError, hint=hint)
+    if not isinstance(info, dict) or {*_KEPT, "inputs", "best_value"} - info.keys() or not isinstance(info["inputs"], dict):
+        raise CheckpointError(f"{states[-1] / INFO} is not the state of a run", hint=hint)
     if different := differences(with_order(info["inputs"]), inputs):
         raise UsageError(f"cannot resume {folder.parent}: {'; '.join(different[:5])}", hint="start anew without --resume, or use the old settings")
     try:
         tensors = load_file(states[-1] / _STATE)
     except (SafetensorError, OSError) as broken:
-        raise CheckpointError(f"{states[-1]} is broken: {broken}", hint=f"remove {states[-1]} to go on from the start") from broken
+        raise CheckpointError(f"{states[-1]} is broken: {broken}", hint=hint) from broken
+    if missing := [name for name, parameter in parameters.items() if f"param.{name}" not in tensors]:
+        raise CheckpointError(f"{states[-1]} lacks {listed(missing)}", hint=hint)
     for name, parameter in parameters.items():
         assign(parameter, tensors[f"param.{name}"])
         moments = {key.split(".")[1]: value for key, value in tensors.items() if key.startswith("adam.") and key.split(".", 2)[2] == name}
         if moments:
             assign_states(parameter, optimizer, moments)
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
-    kept = {key: info[key] for key in _KEPT}
+    kept = {key: info[key] for key in (*_KEPT, *_LATER) if key in info}
     return RunState(**kept, best_value=math.inf if info["best_value"] is None else info["best_value"], best=best)
+
+
+def last_loss(history: Sequence[Mapping[str, float]]) -> float:
+    """The loss of the last log line that has one; NaN before the first."""
+    return next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

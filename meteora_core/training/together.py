@@ -40,12 +40,13 @@ from meteora_core.training.adapters import (
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.common import check_targets, disable_checkpointing, enable_checkpointing, encoded_rows, run_inputs, short_hash
+from meteora_core.training.common import check_targets, disable_checkpointing, enable_checkpointing, encoded_rows, only_writer, run_inputs, short_hash, tidy
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.plan import Pick, plan_batches
 from meteora_core.training.rows import Batch, TrainRow, row_lengths
 from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
+from meteora_core.training.state import last_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,8 +104,11 @@ def train_together(
     todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]
     done = {task: finished_adapter(task, out_dir / task) for task in tasks if task not in todo}
     check_targets(out_dir, todo)
+    for task in done:
+        tidy(out_dir / task, out_dir / f".{task}.states", is_main=runtime.is_main)
     if todo:
-        done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, token_cache, resume, runtime, progress)
+        with only_writer([out_dir / task for task in todo], is_main=runtime.is_main):
+            done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, token_cache, resume, runtime, progress)
     return [done[task] for task in tasks]
 
 
@@ -186,7 +190,7 @@ def _train(
             if runtime.is_main:
                 weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, place).items()}
                 save_adapter(peft_model, out_dir / task, inputs[task], alone, encoded[place].cut, weights=weights)
-            loss = history[-1]["loss"] if history else float("nan")
+            loss = last_loss(history)
             done[task] = TrainedAdapter(task, out_dir / task, False, state.step, loss, state.tokens, state.seconds, encoded[place].cut)
     finally:
         peft_model.unload()
@@ -297,4 +301,5 @@ def _slices(part: tuple[tuple[int, ...], Tensor, Tensor], place: int) -> dict[st
 def _of_task(entry: dict[str, float], task: str) -> dict[str, float]:
     """A line of the common log as one task's."""
     kept = {name: value for name, value in entry.items() if "/" not in name}
-    return {**kept, "loss": entry.get(f"lm/{task}", float("nan"))}
+    kept.pop("loss", None)
+    return kept if f"lm/{task}" not in entry else {**kept, "loss": entry[f"lm/{task}"]}

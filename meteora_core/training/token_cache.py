@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from meteora_core.data.rows import split_path, stream_rows
-from meteora_core.errors import MeteoraError
-from meteora_core.files import sha256, storage_errors
+from meteora_core.errors import MeteoraError, StorageError
+from meteora_core.files import locked, sha256, storage_errors
 from meteora_core.progress import SILENT, Progress
 from meteora_core.training.rows import TrainRow, fit_row, leading_special_tokens, tokenised
 
@@ -105,12 +105,17 @@ def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, r
 
     for last in (False, True):
         try:
-            return datasets.Dataset.from_generator(generate, features=features, cache_dir=str(folder), fingerprint=key)
+            with storage_errors(folder), locked(folder, wait=True):
+                return datasets.Dataset.from_generator(generate, features=features, cache_dir=str(folder), fingerprint=key)
         except DatasetGenerationError as failed:
             with storage_errors(folder):
                 raise (failed.__cause__ if isinstance(failed.__cause__, MeteoraError | OSError) else failed) from failed
-        except (ArrowInvalid, FileNotFoundError):
+        except ArrowInvalid:
             if last:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+        except StorageError as failed:  # a file of the entry is missing, for one
+            if last or not isinstance(failed.__cause__, FileNotFoundError):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
     raise AssertionError("unreachable")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from meteora_core.errors import UsageError
+from meteora_core.files import storage_errors
 
 
 class Tracker(Protocol):
@@ -33,14 +34,18 @@ class _TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+        self.folder = folder
+        with storage_errors(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with storage_errors(self.folder):
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        with storage_errors(self.folder):
+            self.writer.close()
 
 
 class _Wandb:

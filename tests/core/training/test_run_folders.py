@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_stages import BASE, Killed, adapter, adapters, data, gates, kill_at, model
 from test_together import options
 from test_training_rows import letters
 
 from meteora_core import AdapterBank
-from meteora_core.errors import UsageError
+from meteora_core.errors import BusyError, CheckpointError, StorageError, UsageError
+from meteora_core.files import sha256
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.adapters import train_adapter
 from meteora_core.training.gates import train_gates
 from meteora_core.training.jobs import JobPlan, train_side_by_side
-from meteora_core.training.state import RunState, save_state
+from meteora_core.training.state import RunState, load_state, save_state
 from meteora_core.training.together import train_together
 
 __all__ = ["adapters", "data"]
@@ -124,3 +128,101 @@ def test_a_folder_of_other_things_is_not_replaced_by_an_adapter(data, tmp_path, 
     kept.unlink()
     with pytest.raises(Killed):
         adapter(data, tmp_path / "a")
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(data, tmp_path, monkeypatch) -> None:
+    settings = {"max_steps": 7, "log_steps": 3, "save_steps": 2}
+    for name, step in (("whole", 99), ("cut", 6)):
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            with suppress(Killed):
+                adapter(data, tmp_path / name, **settings)
+    resumed = adapter(data, tmp_path / "cut", **settings)
+    whole, cut = (json.loads((tmp_path / name / "shout" / "meteora_training.json").read_text()) for name in ("whole", "cut"))
+    for run in (whole, cut):
+        for entry in run["history"]:
+            assert entry.pop("seconds") >= 0
+    assert [entry["step"] for entry in whole["history"]] == [3, 6, 7]
+    assert cut["history"] == whole["history"]
+    assert resumed.loss == whole["loss"] == whole["history"][-1]["loss"]
+
+
+def test_a_state_without_what_later_versions_keep_is_resumed(data, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            adapter(data, tmp_path / "a")
+    file = tmp_path / "a" / ".shout.states" / "step-2" / "state.json"
+    info = json.loads(file.read_text())
+    del info["pending"]
+    file.write_text(json.dumps(info))
+    assert adapter(data, tmp_path / "a").steps == 6
+
+
+@pytest.mark.parametrize("broken", ["[]", "{}", '{"inputs": 3}'])
+def test_a_broken_state_is_one_line(tmp_path, broken) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight])
+    save_state(tmp_path, RunState(step=3), {"weight": weight}, optimizer, {})
+    with pytest.raises(CheckpointError, match="lacks other"):
+        load_state(tmp_path, {"other": weight}, optimizer, {})
+    (tmp_path / "step-3" / "state.json").write_text(broken)
+    with pytest.raises(CheckpointError, match="not the state of a run") as caught:
+        load_state(tmp_path, {"weight": weight}, optimizer, {})
+    assert "remove" in (caught.value.hint or "")
+
+
+def test_the_second_run_of_the_same_adapter_or_gates_is_refused(data, adapters, tmp_path, monkeypatch) -> None:
+    def busy(path, **_):
+        raise BusyError(f"{path} is being written by process 1")
+
+    monkeypatch.setattr("meteora_core.files.exclusive", busy)
+    with pytest.raises(BusyError, match="count"):
+        adapter(data, tmp_path / "new", "count")
+    with pytest.raises(BusyError, match="count"):
+        train_together(model(), letters(), ["count", "shout"], **options(data, tmp_path / "new"))
+    with pytest.raises(BusyError, match="x is being"):
+        gates(data, adapters, tmp_path / "new" / "x")
+    assert not (tmp_path / "new").exists()
+    assert adapter(data, tmp_path / "adapters", "count").skipped
+
+
+def test_the_next_run_removes_what_a_killed_one_left(data, adapters, tmp_path) -> None:
+    gates(data, adapters, tmp_path / "x")
+    for folder, name in ((adapters, "count"), (tmp_path, "x")):
+        (folder / f".{name}.states" / "step-2").mkdir(parents=True)
+        (folder / f".{name}.abcdefgh.tmp").mkdir()
+        (folder / f".{name}.lock").write_text("")
+    assert adapter(data, adapters, "count").skipped
+    assert gates(data, adapters, tmp_path / "x")[1].skipped
+    assert [path.name for folder in (adapters, tmp_path) for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(data, tmp_path, monkeypatch) -> None:
+    whole = adapter(data, tmp_path / "whole")
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for place in ("safetensors.torch.save_file", "peft.peft_model.safe_save_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(StorageError, match="no space left"):
+                adapter(data, tmp_path / "cut")
+        assert not (tmp_path / "cut" / "shout").exists()
+        assert [path.name for path in (tmp_path / "cut").glob("**/*.tmp")] == []
+    resumed = adapter(data, tmp_path / "cut")
+    assert sha256(resumed.folder / "adapter_model.safetensors") == sha256(whole.folder / "adapter_model.safetensors")
+    assert sha256(resumed.folder / "adapter_config.json") == sha256(whole.folder / "adapter_config.json")
+
+
+def test_module_names_in_the_configuration_are_sorted(data, tmp_path) -> None:
+    config = json.loads((adapter(data, tmp_path).folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_no_steps_have_no_loss(data, tmp_path) -> None:
+    done = adapter(data, tmp_path, max_steps=0)
+    assert done.steps == 0
+    assert math.isnan(done.loss)
+    assert json.loads((done.folder / "meteora_training.json").read_text())["loss"] is None
