@@ -15,7 +15,7 @@ from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.offload import compute_device, real_tensor
 from meteora_core.model.resize import Resizer
-from meteora_core.model.tokens import is_output_layer, stop_watching, watch_calls
+from meteora_core.model.tokens import is_head, is_output_layer, stop_watching, watch_calls
 from meteora_core.routing import GateOrigin, RoutingState, routing_state
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,11 +61,10 @@ def attach(
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
     if init not in ("normal", "zeros", "arrow"):
         raise UsageError(f"unknown gate start {init!r}", hint="choose from: normal, zeros, arrow")
-    _refuse_peft(model)
+    _refuse_wrapped(model, bank)
     state = RoutingState(bank.adapters, top_k, temperature, backend)
     bank, state.renamed = fit_to_base(bank, model)
     targets = find_targets(model, bank)
-    _refuse_shared(targets)
     for path, module in targets.items():
         compute_device(module, path)  # raises before anything is changed
         check_stack(path, bank.modules[path], bank.names, computing_dtype(module, bank.modules[path]))
@@ -76,7 +75,7 @@ def attach(
     for path, stack in bank.modules.items():
         layer = _wrap(targets[path], path, stack, state, init, generator, dropout)
         layer.is_output = is_output_layer(model, path)
-        if layer.is_output:
+        if is_head(model, path):
             model.resize_token_embeddings = Resizer(model, path)  # type: ignore[assignment]
         _replace(model, path, layer)
     watch_calls(model, state)
@@ -176,7 +175,7 @@ def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
     paths = sorted(linears, key=natural_order)
     values: list[float] = []
     for path in paths[:: max(1, len(paths) // 16)][:16]:
-        weight = linears[path].weight
+        weight = getattr(linears[path], "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
             return None
         weight = real_tensor(linears[path], "weight", path)
@@ -193,8 +192,10 @@ def same_base(mine: list[float] | None, theirs: list[float] | None) -> bool:
     return len(mine) == len(theirs) and all(abs(a - b) <= 1e-2 * max(abs(a), abs(b)) + 1e-6 for a, b in zip(mine, theirs, strict=True))
 
 
-def _refuse_peft(model: nn.Module) -> None:
-    """PEFT's layers in a model would be wrapped, or hide the linears."""
+def _refuse_wrapped(model: nn.Module, bank: AdapterBank) -> None:
+    """Refuse what is no bare model: PEFT's layers would be wrapped, or hide the linears, and a wrapper such as DDP changes all names."""
+    if isinstance(getattr(model, "module", None), nn.Module) and not any(path.startswith("module.") for path in bank.modules):
+        raise UsageError(f"the model is wrapped in a {type(model).__name__}", hint="attach adapters to the model itself (model.module), then wrap it")
     for path, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             where = f" (at {path})" if path else ""
@@ -204,15 +205,6 @@ def _refuse_peft(model: nn.Module) -> None:
             )
 
 
-def _refuse_shared(targets: dict[str, nn.Module]) -> None:
-    """Two stacks cannot be put on one linear that the model has under two names."""
-    seen: dict[int, str] = {}
-    for path, module in targets.items():
-        other = seen.setdefault(id(module), path)
-        if other != path:
-            raise AdapterError(f"{other} and {path} are one and the same linear in this model, and the adapters have weights for both")
-
-
 def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
     """The linear layers of a model that a bank targets, by path. Raises AdapterError for one that is missing, is no linear, or has other shapes."""
     return {path: _target(model, path, stack) for path, stack in bank.modules.items()}
@@ -220,19 +212,17 @@ def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
 
 def computing_dtype(base: nn.Module, stack: Stack) -> torch.dtype:
     """The dtype that adapters of a linear have beside it: its own, or the stack's where it is quantised."""
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    return weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
+    weight = getattr(base, "weight", None)  # some quantised linears have none of that name
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
 
 
 def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        wrapped = isinstance(getattr(model, "module", None), nn.Module)
         raise AdapterError(
             f"the adapters target {path}, which {type(model).__name__} does not have",
-            hint="attach to the model inside the wrapper, model.module, before it is wrapped" if wrapped else "the adapters were trained on another base model",
+            hint="the adapters were trained on another base model",
         ) from None
     if not isinstance(module, nn.Linear):
         raise AdapterError(
@@ -248,8 +238,6 @@ def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
 
 
 def _wrap(base: nn.Module, path: str, stack: Stack, state: RoutingState, init: GateInit, generator: torch.Generator, dropout: float) -> MeteoraLinear:
-    weight = base.weight
-    assert isinstance(weight, Tensor)
     place = {"device": compute_device(base, path), "dtype": computing_dtype(base, stack)}
     gate = start_gate(stack, init, generator)
     A, B = stack.A.to(**place, copy=True), stack.B.to(**place, copy=True)  # type: ignore[call-overload]  # the bank's own stay as they are

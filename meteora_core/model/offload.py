@@ -15,15 +15,14 @@ from meteora_core.errors import UsageError
 
 
 def compute_device(module: nn.Module, path: str) -> torch.device:
-    """The device on which a linear computes: that of its weight, or the one that accelerate's hook moves the weight to.
+    """The device on which a linear computes: that of its weights, or the one that accelerate's hook moves them to.
 
     Raises:
         UsageError: The weight is on the device "meta" and nothing knows its values.
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not weight.is_meta:
-        return weight.device
+    weights = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if weights and not weights[0].is_meta:
+        return weights[0].device
     return torch.device(_hook(module, path).execution_device)
 
 

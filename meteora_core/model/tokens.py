@@ -65,10 +65,17 @@ def _callers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def is_head(model: nn.Module, path: str) -> bool:
+    """Whether a layer is the model's output embedding (``lm_head``), which may be tied and is resized with the vocabulary."""
+    with suppress(AttributeError, NotImplementedError):
+        return model.get_output_embeddings() is model.get_submodule(path)  # type: ignore[operator]
+    return False
+
+
 def is_output_layer(model: nn.Module, path: str) -> bool:
-    """Whether a layer makes the logits: it is not part of the decoder, and may be called with the last tokens of every row alone."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and head is model.get_submodule(path)
+    """Whether a layer comes after the decoder, and so may be called with the last tokens of every row alone."""
+    decoder, prefix = getattr(model, "base_model", model), getattr(model, "base_model_prefix", "")
+    return is_head(model, path) or (decoder is not model and not path.startswith(f"{prefix}."))
 
 
 def is_routed_expert(path: str) -> bool:

@@ -239,3 +239,24 @@ def test_a_package_called_kernels_is_not_shadowed() -> None:
     assert done.returncode == 0, done.stderr
     assert "meteora_kernels" in done.stdout
     assert not (root / "kernels" / "__init__.py").exists()
+
+
+def test_models_that_carry_other_adapters_or_wrappers_are_refused_by_name(bank, make_adapter) -> None:
+    inside = make_tiny_llama()
+    inside.load_adapter(str(make_adapter("four")))
+    for model in (PeftModel.from_pretrained(make_tiny_llama(), make_adapter("five")), inside):
+        with pytest.raises(UsageError, match="carries adapters that PEFT put on it") as caught:
+            attach(model, bank)
+        assert "AdapterBank.from_peft" in str(caught.value.hint)
+    wrapped = torch.nn.Module()
+    wrapped.module = make_tiny_llama()
+    with pytest.raises(UsageError, match="the model is wrapped in a Module"):
+        attach(wrapped, bank)
+
+
+def test_one_linear_under_two_names_is_refused(bank) -> None:
+    model = make_tiny_llama()
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(AdapterError, match=r"the adapters target model\.layers\.1"):
+        attach(model, bank)
+    assert not list(meteora_layers(model))

@@ -40,3 +40,13 @@ def test_a_folder_is_loaded_and_pickles_are_not(tmp_path) -> None:
     torch.save(model.state_dict(), tmp_path / "safe" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot load the model"):
         load_base(BaseReference(str(tmp_path / "safe")))
+
+
+def test_an_encoder_decoder_is_refused_for_what_it_is(tmp_path) -> None:
+    from transformers import T5Config
+
+    T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="T5Config") as caught:
+        load_base(BaseReference(str(tmp_path)))
+    assert "causal language model" in str(caught.value.hint)
+    assert "network" not in str(caught.value.hint)
