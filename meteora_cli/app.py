@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    from meteora_cli.console import accept_all_text, guard_messages, report_error
+    from meteora_cli.console import accept_all_text, guard_messages, report_error, usage_failure
     from meteora_cli.interrupts import interrupted
     from meteora_cli.tree import command
     from meteora_core.errors import MeteoraError
@@ -43,7 +43,9 @@ def _run() -> None:
     guard_messages()
     debug = os.environ.get("METEORA_DEBUG") == "1"
     try:
-        command()(prog_name="meteora")
+        code = command()(prog_name="meteora", standalone_mode=False)
+        if isinstance(code, int) and code:
+            sys.exit(code)
     except MeteoraError as error:
         if debug or interrupted():
             raise
@@ -53,7 +55,7 @@ def _run() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        failure = None if debug or interrupted() else known_failure(error)
+        failure = usage_failure(error) or (None if debug or interrupted() else known_failure(error))
         if failure is None:
             raise
         report_error(failure)

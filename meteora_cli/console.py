@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from meteora_cli.display import console, error_lines, say
-from meteora_core.text import one_line, printable, redact
+from meteora_core.text import json_printable, one_line, printable, redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import ProgressColumn, TaskID
 
+    from meteora_core.errors import MeteoraError
     from meteora_core.progress import Progress, Task
     from meteora_core.settings import Settings
 
@@ -50,14 +51,14 @@ def globals_of(ctx: typer.Context) -> Globals:
 def emit_json(value: Any) -> None:
     """Print one JSON document on stdout.
 
-    Characters that it cannot hold, and halves of surrogate pairs, stand there as JSON's own escapes; a number that is NaN or infinite, which JSON
-    has no word for, as null.
+    Characters that it cannot hold, halves of surrogate pairs, and control and format characters are written as JSON's own escapes, so that the
+    document is exact and safe to show; a number that is NaN or infinite, which JSON has no word for, is written as null.
     """
     value = _finite(value)
     text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
     if not _is_utf8(sys.stdout) or not _has_utf8(text):
         text = json.dumps(value, ensure_ascii=True, indent=2, default=str)
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(json_printable(text) + "\n")
     sys.stdout.flush()
 
 
@@ -249,6 +250,26 @@ def progress(ctx: typer.Context | None = None) -> Iterator[Progress]:
     bars = Bars(*_columns(), console=console, transient=False, disable=not console.is_terminal, refresh_per_second=4)
     with bars:
         yield _RichProgress(bars, plain=not console.is_terminal)
+
+
+def usage_failure(error: BaseException) -> MeteoraError | None:
+    """The error to report for a command line that Typer does not understand; None for any other error.
+
+    Raises:
+        SystemExit: The command line asked for nothing, and the help has been shown instead.
+    """
+    from meteora_core.errors import UsageError
+
+    kind = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")  # of click, or of Typer's own copy of it
+    if isinstance(error, typer.Abort):
+        return UsageError("stopped")
+    if not isinstance(error, kind):
+        return None
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        sys.exit(2)
+    path = getattr(context, "command_path", "meteora")
+    return UsageError(error.format_message(), hint=f"`{path} --help` lists the arguments and options")  # type: ignore[attr-defined]
 
 
 def report_error(error: BaseException) -> None:

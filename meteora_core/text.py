@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -41,6 +42,15 @@ def printable(text: str, *, multiline: bool = False) -> str:
 
 def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode("ascii")
+
+
+def json_printable(document: str) -> str:
+    """A JSON document with the same content, in which control and format characters are written as JSON's escapes; its line feeds stay."""
+    return (
+        _ALWAYS.sub(lambda match: match[0] if match[0] == "\n" else json.dumps(match[0])[1:-1], document)
+        if not document.isascii() or "\x7f" in document
+        else document
+    )
 
 
 def one_line(text: str, *, limit: int = 4000) -> str:

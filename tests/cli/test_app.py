@@ -209,3 +209,29 @@ def test_numbers_out_of_range_are_refused(meteora, arguments) -> None:
     assert (ran.code, ran.out) == (2, "")
     assert "Traceback" not in ran.err
     assert len(ran.err) < 1500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (("train", "x\u202ey"), r"x\u202ey", "`meteora train --help`"),
+        (("eval", "--taks", "a"), "No such option", "`meteora eval --help`"),
+        (("data", "nothing"), "No such command", "`meteora data --help`"),
+        (("data", "show"), "Missing argument", "`meteora data show --help`"),
+        (("data", "show", "a", "-n", "[/x]"), "Invalid value for '-n'", "`meteora data show --help`"),
+        (("nothing",), "No such command", "`meteora --help`"),
+    ],
+)
+def test_command_lines_that_cannot_be_understood(meteora, arguments, message, hint) -> None:
+    ran = meteora(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    error, behind = ran.err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint in behind
+
+
+def test_no_arguments_show_the_help(meteora) -> None:
+    ran = meteora()
+    assert ran.code == 2
+    assert "Usage: meteora" in ran.out + ran.err

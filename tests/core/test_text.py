@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import unicodedata
 
 import pytest
 
-from meteora_core.text import one_line, printable, redact
+from meteora_core.text import json_printable, one_line, printable, redact
 
 _VISIBLE = {0x600, 0x601, 0x602, 0x603, 0x604, 0x605, 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
 """Signs that Unicode counts as format characters though they are seen."""
@@ -42,6 +43,14 @@ def test_names_and_running_text(text: str, line: str, running: str) -> None:
     assert printable(text) == line
     assert printable(text, multiline=True) == running
     assert printable(printable(text)) == line
+
+
+def test_json_is_exact_and_printable() -> None:
+    value = {"a\x7f": ["\x9b\u202e\U000e0041\u200d", "Größe 数\n\t", "\x1b"]}
+    document = json_printable(json.dumps(value, ensure_ascii=False, indent=2))
+    assert json.loads(document) == value
+    assert printable(document, multiline=True) == document
+    assert "Größe 数" in document
 
 
 def test_one_line() -> None:
