@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meteora_cli.chat.answer import show_answer
+from meteora_cli.chat.answer import show_answer, unechoed
 from meteora_cli.chat.render import Painter
 from meteora_cli.chat.slash import COMMANDS, FILE_COMMANDS, Chat, Quit, run_command
 from meteora_cli.interrupts import handled
@@ -69,7 +69,8 @@ def _turn(chat: Chat, read: Callable[[], str]) -> bool:
     except EOFError:
         return False
     try:
-        take(chat, line)
+        with unechoed():
+            take(chat, line)
     except Quit:
         return False
     except MeteoraError as error:

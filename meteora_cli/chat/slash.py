@@ -188,7 +188,7 @@ def _use_names(chat: Chat) -> Iterator[str]:
 
 COMMANDS: dict[str, Command] = {
     "help": Command("", "this list", _help),
-    "new": Command("", "forget the conversation; settings stay", _new),
+    "new": Command("", "forget the conversation; settings stay (also /clear)", _new),
     "system": Command("[TEXT|off]", "text that stands before the conversation", _system),
     "set": Command("[NAME VALUE]", "change a setting; alone: show them with their ranges", _set, _settings),
     "adapters": Command("", "the adapters, their ranks, and where they are from", _adapters),
@@ -200,9 +200,11 @@ COMMANDS: dict[str, Command] = {
     "save": Command("FILE", "the conversation as training rows (JSON lines)", _save),
     "load": Command("FILE", "go on from saved rows", _load),
     "export": Command("FILE", "a picture of the routes: .html, .png, .svg or .json", _export),
-    "quit": Command("", "leave (so does Ctrl-D)", _quit),
+    "quit": Command("", "leave (so do /exit and Ctrl-D)", _quit),
 }
 FILE_COMMANDS = ("save", "load", "export")
+ALIASES = {"exit": "quit", "clear": "new"}
+"""Names that other chat programs have for the same."""
 
 
 def run_command(chat: Chat, line: str) -> None:
@@ -213,6 +215,7 @@ def run_command(chat: Chat, line: str) -> None:
         Quit: The user wants to leave.
     """
     name, _, argument = line[1:].strip().partition(" ")
+    name = ALIASES.get(name, name)
     if name not in COMMANDS:
         begun = [command for command in COMMANDS if name and command.startswith(name)]
         near = did_you_mean(begun[0] if begun else name, COMMANDS)

@@ -86,7 +86,7 @@ def chat(
     if route:
         session.state()
     if interactive:
-        _converse(session, route=route, quiet=globals_of(ctx).quiet)
+        _converse(session, settings_from(ctx).paths.data, route=route, quiet=globals_of(ctx).quiet)
     elif as_json:
         emit_json(answer_document(session, message))
     else:
@@ -159,14 +159,22 @@ def read_message() -> str:
     return text
 
 
-def _converse(session: ChatSession, *, route: bool, quiet: bool) -> None:
+def _converse(session: ChatSession, data_dir: Path, *, route: bool, quiet: bool) -> None:
     from meteora_cli.chat.repl import make_reader, run_repl
     from meteora_cli.chat.slash import Chat
+    from meteora_core.chat.welcome import welcome
     from meteora_core.files import cache_dir
 
     talk = Chat(session, out, console, route)
     if not quiet:
         talk.say(f"{session.speaker.title} · /help")
+        greeting = welcome(session.speaker, data_dir)
+        if greeting.skills:
+            talk.say(greeting.skills)
+        if greeting.prompts:
+            talk.say("Try one of these:")
+            for prompt in greeting.prompts:
+                talk.say(f"  {prompt}")
     run_repl(talk, make_reader(talk, cache_dir() / "chat_history"))
 
 

@@ -121,9 +121,16 @@ def _message(settings: Settings, prompt: str | None, file: Path | None, task: st
         return valid_text(prompt, "--prompt"), "Routing of a prompt"
     if file is not None:
         return read_text(file).strip("\n"), f"Routing of {file.name}"
-    from meteora_core.data.rows import read_rows
+    from meteora_core.data.rows import read_rows, split_path
+    from meteora_core.data.tasks import get_task
+    from meteora_core.data.userdata import register_all
+    from meteora_core.evaluation.available import check_built
 
     assert task is not None
+    if not split_path(settings.paths.data, task, "test").is_file():
+        register_all(settings)
+        others = (settings.paths.runs / "starter" / "datasets", settings.paths.runs / "quickstart" / "datasets")
+        check_built([get_task(task)], settings.paths.data, others, take="set `METEORA_PATHS__DATA={}`")
     rows = read_rows(settings.paths.data, task, "test", limit=row + 1)
     if row >= len(rows):
         raise UsageError(f"{task} has {len(rows)} test rows, so there is no row {row}", hint=f"choose --row from 0 to {len(rows) - 1}")

@@ -78,6 +78,14 @@ def with_system(message: str, system: str | None) -> str:
     return f"{system}\n\n{message}" if system else message
 
 
+def unframe(prompt: str) -> str:
+    """The message inside a training row's prompt; a prompt without the frame is itself the message."""
+    before, _, after = PROMPT_TEMPLATE.partition("{inputs}")
+    if prompt.startswith(before) and prompt.rstrip().endswith(after.rstrip()) and len(prompt.rstrip()) >= len(before) + len(after.rstrip()):
+        return prompt[len(before) : len(prompt.rstrip()) - len(after.rstrip())]
+    return prompt
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn]) -> Encoded:
     """A conversation as tokens; the last turn's answer is left out if it has one.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from meteora_core.chat.engine import Engine, Event, Finished, Sampling, Written
 from meteora_core.chat.options import check_option
-from meteora_core.chat.prompts import Encoded, Template, Turn, encode, fit, pick_template, with_system
+from meteora_core.chat.prompts import Encoded, Template, Turn, encode, fit, pick_template, unframe, with_system
 from meteora_core.chat.speaker import Speaker
 from meteora_core.data.rows import iter_rows
 from meteora_core.data.tasks import PROMPT_TEMPLATE
@@ -114,7 +114,8 @@ class ChatSession:
             stop: Asked before every pass; True ends the answer.
 
         Yields:
-            First the encoded prompt (its ``notice`` says what was left out), then the events of :meth:`Engine.generate`. Without any
+            First the encoded prompt (its ``notice`` says what was left out, or that the message had its frame already),
+            then the events of :meth:`Engine.generate`. Without any
             token and stopped, the turn is forgotten.
 
         Raises:
@@ -122,8 +123,11 @@ class ChatSession:
         """
         if not message.strip():
             raise UsageError("the message is empty", hint="write something first")
+        message, note = self._bare(message)
         turns = [*self.turns, Turn(message)]
         encoded = fit(self.speaker.tokenizer, self.template, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
+        if note:
+            encoded = replace(encoded, notice="; ".join(filter(None, (note, encoded.notice))))
         mode = self.mode
         yield encoded
         for event in self._generate(self.engine, encoded, mode, record and mode.enabled, stop):
@@ -132,6 +136,13 @@ class ChatSession:
                 self._first_turn = encoded.first_turn
                 self._last = (encoded, mode)
             yield event
+
+    def _bare(self, message: str) -> tuple[str, str | None]:
+        """A message without the frame that the template puts around it, and what to say if it had one."""
+        bare = unframe(message) if self.template != "raw" else message
+        if bare == message or not bare.strip() or "[INST]" in bare or "[/INST]" in bare:
+            return message, None
+        return bare, "the message stands in [INST] … [/INST] already, so it is not framed again"
 
     def _generate(self, engine: Engine, encoded: Encoded, mode: Mode, record: bool, stop: Callable[[], bool]) -> Iterator[Event]:
         read_from = encoded.last_start if record else None
@@ -250,7 +261,7 @@ class ChatSession:
         self._known(adapter)
         if message is None and not self.turns:
             raise UsageError("there is nothing to compare yet", hint="ask something first, or write /compare NAME QUESTION")
-        turns = [*self.turns, Turn(message)] if message is not None else [*self.turns[:-1], Turn(self.turns[-1].message)]
+        turns = [*self.turns, Turn(self._bare(message)[0])] if message is not None else [*self.turns[:-1], Turn(self.turns[-1].message)]
         adapter = adapter or self.mode.forced or self._main_adapter(state)
         columns = [("base", replace(self.mode, enabled=False)), (f"adapter {adapter}", replace(self.mode, forced=adapter))]
         if self.speaker.kind == "meteora":
@@ -310,14 +321,6 @@ class ChatSession:
         fits = self.engine.context is None or len(encoded.ids) + len(ids) <= self.engine.context
         self._last = (encoded, self.mode) if fits else None
         return len(turns)
-
-
-def unframe(prompt: str) -> str:
-    """The message inside a training row's prompt; a prompt without the frame is itself the message."""
-    before, _, after = PROMPT_TEMPLATE.partition("{inputs}")
-    if prompt.startswith(before) and prompt.rstrip().endswith(after.rstrip()) and len(prompt.rstrip()) >= len(before) + len(after.rstrip()):
-        return prompt[len(before) : len(prompt.rstrip()) - len(after.rstrip())]
-    return prompt
 
 
 @contextmanager

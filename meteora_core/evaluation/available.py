@@ -12,13 +12,14 @@ from meteora_core.data.tasks import COMPOSITES, Task
 from meteora_core.errors import DataError
 
 
-def check_built(tasks: Sequence[Task], data_dir: Path, others: Iterable[Path] = ()) -> None:
+def check_built(tasks: Sequence[Task], data_dir: Path, others: Iterable[Path] = (), *, take: str = "add `--data {}`") -> None:
     """Raise DataError when a task has no test rows; its hint is the commands that build all that is missing, or a folder that has it.
 
     Args:
         tasks: What is to be evaluated.
         data_dir: The folder of all datasets.
         others: More folders of datasets, such as the quickstart's.
+        take: How to take one of those instead, for the hint.
     """
     missing = [task for task in tasks if not split_path(data_dir, task.name, "test").is_file()]
     if not missing:
@@ -27,7 +28,7 @@ def check_built(tasks: Sequence[Task], data_dir: Path, others: Iterable[Path] = 
     commands = build_commands(missing, data_dir)
     other = next((folder for folder in others if all(split_path(folder, task.name, "test").is_file() for task in tasks)), None)
     if other is not None:
-        raise DataError(message, hint=f"add `--data {shlex.quote(str(other))}`, where the quickstart has them, or run {commands}")
+        raise DataError(message, hint=f"{take.format(shlex.quote(str(other)))}, where the quickstart has them, or run {commands}")
     raise DataError(message, hint=f"run {commands}")
 
 

@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.style import Style
 
 from chat_world import NAMES, World, build_world, open_speaker, without_ends
+from meteora_cli.chat.answer import unechoed
 from meteora_cli.chat.render import Painter, StreamPrinter
 from meteora_cli.chat.repl import LARGE_PASTE, Pastes, run_repl
 from meteora_cli.chat.slash import COMMANDS, Chat, Quit, run_command
 from meteora_core.chat.engine import Sampling
 from meteora_core.chat.session import ChatSession
 from meteora_core.errors import DataError, MeteoraError
+from meteora_core.files import write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,47 @@ def test_a_conversation(world) -> None:
     assert any(name in notes for name in NAMES)
     assert "48;2;" in chat.out.file.getvalue()
     assert "[INST] Colours? [/INST]" in shown(chat.out).replace("\n", " ").replace("  ", " ")
+
+
+def test_names_of_other_programs_are_taken(world) -> None:
+    chat = make_chat(world)
+    feed(chat, "Hello", "/clear", "Again", "/exit", "never read")
+    assert [turn.message for turn in chat.session.turns] == ["Again"]
+
+
+def test_what_is_typed_while_it_writes_is_not_shown(monkeypatch) -> None:
+    """The terminal's echo is off within, and back afterwards, whatever happened; without a terminal nothing is done."""
+    termios = pytest.importorskip("termios")
+    master, slave = os.openpty()
+    try:
+        with os.fdopen(slave) as terminal:
+            monkeypatch.setattr(sys, "stdin", terminal)
+
+            def echo() -> bool:
+                return bool(termios.tcgetattr(terminal.fileno())[3] & termios.ECHO)
+
+            with pytest.raises(KeyboardInterrupt), unechoed():
+                assert not echo()
+                raise KeyboardInterrupt
+            assert echo()
+    finally:
+        os.close(master)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with unechoed():
+        pass
+
+
+def test_the_first_lines_say_what_the_model_can_do(world, tmp_path, monkeypatch) -> None:
+    from meteora_cli.chat import repl
+    from meteora_cli.commands import chat as command
+
+    notes = make_console()
+    monkeypatch.setattr(repl, "make_reader", lambda chat, history: lambda: (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(command, "console", notes)
+    write_jsonl(tmp_path / "beta" / "test.jsonl", [{"prompt": "[INST] Say hello [/INST]\n", "response": "x"}])
+    command._converse(ChatSession(open_speaker(world)), tmp_path, route=False, quiet=False)
+    assert "trained for 3 tasks and answers everything as one of them: alpha, beta, gamma." in shown(notes)
+    assert "Try one of these:\n  Say hello" in shown(notes)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(world) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from chat_world import World, build_world
+from meteora_core.files import write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,21 @@ def test_a_file_and_a_row_of_a_task(meteora, world, tmp_path) -> None:
     outside = meteora("trace", "--task", "mine", "--row", "2", *common)
     assert outside.code == 2
     assert "choose --row from 0 to 1" in outside.err
+
+
+def test_a_prompt_in_its_frame_is_not_framed_again(meteora, world) -> None:
+    common = ("--checkpoint", world.checkpoint, "--max-new-tokens", "1", "--json")
+    plain, framed = (meteora("trace", "--prompt", prompt, *common).json for prompt in ("Is the sky blue?", "[INST] Is the sky blue? [/INST]"))
+    assert plain["prompt_ids"] == framed["prompt_ids"]
+    assert plain["notice"] is None
+    assert framed["notice"] == "the message stands in [INST] … [/INST] already, so it is not framed again"
+
+
+def test_rows_of_the_quickstart_are_named(meteora, world, tmp_path) -> None:
+    write_jsonl(tmp_path / "runs" / "starter" / "datasets" / "strategyqa" / "test.jsonl", [{"prompt": "a", "response": "b"}])
+    ran = meteora("trace", "--task", "strategyqa", "--checkpoint", world.checkpoint)
+    assert ran.code == 1
+    assert "set `METEORA_PATHS__DATA=runs/starter/datasets`, where the quickstart has them, or run `meteora data build --task strategyqa`" in ran.err
 
 
 def test_forced_and_single_adapters(meteora, world, tmp_path) -> None:

@@ -60,6 +60,20 @@ def test_a_stopped_answer_is_kept_and_an_empty_one_forgotten(session) -> None:
     assert len(ask(session, "Two?").ids) == 10
 
 
+def test_a_message_in_its_frame_is_not_framed_again(session) -> None:
+    first, *_ = session.ask("Hello there")
+    ask(session, "[INST] Hello there [/INST]\n")
+    assert session.turns[0].message == "Hello there"
+    assert session._last[0].ids == first.ids
+    assert first.notice is None
+    assert "not framed again" in session._last[0].notice
+    for other in ("[INST] a [/INST] and more", "[INST] a [/INST] b [INST] c [/INST]", "[INST] [/INST]"):
+        session.new()
+        assert next(session.ask(other)).notice is None
+    session.template = "raw"
+    assert next(session.ask("[INST] Hello [/INST]\n")).notice is None
+
+
 def test_empty_messages_are_refused(session) -> None:
     with pytest.raises(UsageError, match="empty"):
         ask(session, "  \n ")
