@@ -80,10 +80,10 @@ def test_a_question_on_stdin_is_answered_on_stdout(meteora, world, say) -> None:
 
 
 def test_flags_reach_the_conversation(meteora, world, say) -> None:
-    flags = ("--T", "15", "--top-k", "1", "--template", "raw", "--system", "Brief.", "--max-new-tokens", "3", "--temperature", "0.7", "--adapter", "beta")
+    flags = ("--T", "15", "--top-k", "1", "--template", "raw", "--system", "Brief.", "--max-new-tokens", "3", "--temperature", "0.7")
     say(b"Hello")
     document = meteora("chat", "--checkpoint", world.checkpoint, *flags, "--json").json
-    assert document["mode"] == "forced: beta"
+    assert document["mode"] == "gates: top 1, T 15"
     assert document["settings"] == {"max-new-tokens": 3, "temperature": 0.7, "top-p": 1.0, "seed": 0, "T": 15.0, "top-k": 1}
     assert "".join(token["text"] for token in document["routes"]["tokens"] if token["role"] == "prompt") == "Brief.\n\nHello"
 

@@ -62,6 +62,7 @@ def test_a_stopped_answer_is_kept_and_an_empty_one_forgotten(session) -> None:
 
 def test_a_message_in_its_frame_is_not_framed_again(session) -> None:
     first, *_ = session.ask("Hello there")
+    session.new()
     ask(session, "[INST] Hello there [/INST]\n")
     assert session.turns[0].message == "Hello there"
     assert session._last[0].ids == first.ids
