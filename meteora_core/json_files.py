@@ -65,7 +65,7 @@ def require_regular(path: Path, *, error: type[MeteoraError] = DataError, hint: 
 
 
 def parse_json(raw: bytes, source: str, *, notes: str | None = None, error: type[MeteoraError] = DataError, hint: str | None = None) -> Any:
-    """Parse strict JSON: UTF-8, no NaN or Infinity, no key twice in one object.
+    """Parse strict JSON: UTF-8 (a byte order mark is passed over), no NaN or Infinity, no key twice in one object.
 
     Args:
         raw: The text.
@@ -90,7 +90,7 @@ def parse_json(raw: bytes, source: str, *, notes: str | None = None, error: type
         return made
 
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=float if notes else refuse, object_pairs_hook=pairs)
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=float if notes else refuse, object_pairs_hook=pairs)
         if notes == "*":
             return finite(value)
         if notes and isinstance(value, dict):

@@ -33,7 +33,8 @@ def peak(tensor: Tensor) -> float:
     """The largest magnitude in a floating tensor; NaN where it holds one, 0 where it is empty. One pass, without a copy."""
     if not tensor.numel() or tensor.is_meta:
         return 0.0
-    return float(torch.linalg.vector_norm(tensor.detach(), float("inf")))
+    low, high = torch.aminmax(tensor.detach())  # several times as fast as isfinite or a norm; NaN comes out as NaN
+    return max(-float(low), float(high))
 
 
 def check_tensor(what: str, tensor: Tensor, *, dtype: torch.dtype | None = None, margin: bool = True, error: type[MeteoraError] = CheckpointError) -> None:
@@ -78,7 +79,7 @@ def check_stack(path: str, stack: Stack, names: Sequence[str], dtype: torch.dtyp
     """
     if stack.A.is_meta or not stack.A.shape[0]:
         return
-    rows = [torch.linalg.vector_norm(side, float("inf"), dim=1).double() for side in (stack.A, stack.B)]
+    rows = [torch.maximum(-side.amin(dim=1), side.amax(dim=1)).double() for side in (stack.A, stack.B)]
     ranks = torch.tensor(stack.ranks)
     scaling = torch.repeat_interleave(stack.scaling.detach().cpu().double().abs(), ranks)
     products = (rows[0] * rows[1]).cpu() * scaling

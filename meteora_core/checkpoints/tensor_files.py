@@ -98,6 +98,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             raw = handle.read(length)
     except OSError as broken:
         raise CheckpointError(f"{file} cannot be read: {broken.strerror or broken}", hint=_AGAIN) from broken
+    if not raw.startswith(b"{"):
+        raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object", hint=_AGAIN)
     header = parse_json(raw, f"{file} is not a safetensors file: its header", error=CheckpointError, hint=_AGAIN)
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object", hint=_AGAIN)

@@ -90,7 +90,7 @@ def test_settings_without_an_effect_are_passed_over(tmp_path, changes) -> None:
         ('{"r": 1e400}', "r is inf"),
         ('{"a": ' + "[" * 100_000, "cannot be read as JSON|nested"),
         ('{"r": ' + "9" * 5000 + "}", "cannot be read as JSON"),
-        ("\ufeff{}", "cannot be read as JSON|is not valid JSON"),
+        ("\ufeff[]", "is not a JSON object"),
     ],
 )
 def test_a_configuration_that_is_not_plain_json_is_refused(tmp_path, text, message) -> None:
