@@ -17,7 +17,7 @@ from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
 from meteora_core.evaluation.arrow import ARROW, ArrowRouter
-from meteora_core.evaluation.available import check_built
+from meteora_core.evaluation.available import build_commands, check_built
 from meteora_core.evaluation.fingerprint import adapter_files, base_files
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
@@ -110,11 +110,16 @@ def choose_tasks(names: Sequence[str], data_dir: Path) -> tuple[str, ...]:
         if name in ("all", "singles", "composites"):
             found = [task for task in ordered if name == "all" or get_task(task).is_composite == (name == "composites")]
             if not found:
-                raise UsageError(f"no {name} are built in {data_dir}", hint="build some with `meteora data build --task NAME`")
+                raise UsageError(f"no {'datasets' if name == 'all' else name} are built in {data_dir}", hint=f"for example: {_first_commands(name, data_dir)}")
             chosen += found
         else:
             chosen.append(get_task(name).name)
     return tuple(dict.fromkeys(chosen))
+
+
+def _first_commands(kind: str, data_dir: Path) -> str:
+    """The commands that build a first dataset of a kind."""
+    return build_commands([get_task("composite_3" if kind == "composites" else "strategyqa")], data_dir)
 
 
 def evaluate(

@@ -12,10 +12,11 @@ from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.errors import AdapterError, UsageError
+from meteora_core.model.caches import bypassed
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.offload import compute_device, real_tensor
 from meteora_core.model.resize import Resizer
-from meteora_core.model.tokens import is_head, is_output_layer, stop_watching, watch_calls
+from meteora_core.model.tokens import is_head, is_output_layer, is_routed_expert, stop_watching, watch_calls
 from meteora_core.routing import GateOrigin, RoutingState, routing_state
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,6 +69,11 @@ def attach(
     for path, module in targets.items():
         compute_device(module, path)  # raises before anything is changed
         check_stack(path, bank.modules[path], bank.names, computing_dtype(module, bank.modules[path]))
+    if unused := bypassed(model, {path: module for path, module in targets.items() if not is_routed_expert(path)}):
+        raise AdapterError(
+            f"adapters of {unused[0]} would have no effect: this model computes with its weight and never calls it",
+            hint="use adapters that do not target such modules (train them again without, or list them in exclude_modules)",
+        )
     state.base_probe = probe_base(targets)
     state.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
     state.start = (init, seed, tuple(bank.modules))

@@ -7,6 +7,7 @@ back to a shorter text, and whether padding leaves them alone, and whether a tex
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -155,6 +156,33 @@ def pieces_are_safe(model: nn.Module) -> bool:
                 raise
             _pieces[model] = False
     return _pieces[model]
+
+
+@torch.inference_mode()
+def bypassed(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Which modules a model with states never calls, because it computes with their weights itself (dt_proj of Mamba): an adapter would do nothing there.
+
+    Args:
+        model: A causal language model; one without states is taken at its word.
+        modules: Path to module, without the experts of a mixture, which see some of the tokens only.
+    """
+    try:
+        if not hasattr(model, "config") or not has_states(model):
+            return []
+    except CheckpointError:  # a model that is no causal language model, which cannot be tried out
+        return []
+    called: set[str] = set()
+    hooks = [module.register_forward_hook(lambda *_, path=path: called.add(path)) for path, module in modules.items()]
+    try:
+        model(input_ids=_text(model, _PIECE), use_cache=True)
+    except _MISFITS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [path for path in modules if path not in called]
 
 
 def _text(model: nn.Module, length: int) -> Tensor:

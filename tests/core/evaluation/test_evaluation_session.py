@@ -431,3 +431,9 @@ def test_names_of_groups(place) -> None:
     assert set(choose_tasks(["all"], place.data)) == {*TASKS, "composite_3"}
     with pytest.raises(UsageError, match="no singles are built"):
         choose_tasks(["singles"], place.folder / "nowhere")
+    with pytest.raises(UsageError, match="no datasets are built in nowhere") as caught:
+        choose_tasks(["all"], Path("nowhere"))
+    assert caught.value.hint == "for example: `meteora data build --task strategyqa --out nowhere`"
+    with pytest.raises(UsageError, match="no composites are built") as caught:
+        choose_tasks(["composites"], Path("datasets"))
+    assert str(caught.value.hint).endswith("`meteora data composite --n 3`")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from chat_world import byte_tokenizer
+from meteora_core import AdapterBank, attach
 from meteora_core.chat.engine import Engine, Finished, Sampling
-from meteora_core.errors import CheckpointError
+from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.evaluation import decode
 from meteora_core.evaluation.decode import Batch, decode_growing
 from meteora_core.model import caches
+from meteora_core.routing import record_routes
+from meteora_core.trace.record import trace_tokens
 from tiny_hybrids import make_hybrid
 from tiny_models import make_tiny_llama
 
@@ -106,3 +110,32 @@ def test_models_without_a_cache_are_refused_in_one_line(monkeypatch) -> None:
     monkeypatch.setattr(model.backbone, "forward", broken)
     with pytest.raises(CheckpointError, match=r"mamba models cannot be used: states of a wrong shape$"):
         caches.check_decoding(model)
+
+
+def bank_of(tmp_path, **config: object) -> AdapterBank:
+    """Two random adapters of the tiny Mamba, made by PEFT."""
+    folders = {}
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(make_hybrid("mamba"), LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **config))
+        adapted.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+    return AdapterBank.from_peft(folders)
+
+
+def test_mamba_with_adapters_decodes_and_draws(tmp_path) -> None:
+    model = attach(make_hybrid("mamba"), bank_of(tmp_path, target_modules=["in_proj", "x_proj"]), top_k=1)
+    together = decode_growing(model, batch_of([0, 1, 2]))
+    assert together == [by_transformers(model, ids, count) for ids, count in zip(texts(), ROOM, strict=True)]
+    assert together != decode_growing(make_hybrid("mamba"), batch_of([0, 1, 2]))
+    ids = texts()[2]
+    picture = trace_tokens(model, byte_tokenizer(), ids, ["prompt"] * len(ids))
+    with record_routes(model) as routes, torch.inference_mode():
+        model(torch.tensor([ids]))
+    assert torch.equal(picture.indices, routes.packed()[0])
+
+
+def test_adapters_of_modules_that_are_never_called_are_refused(tmp_path) -> None:
+    with pytest.raises(AdapterError, match=r"adapters of backbone\.layers\.0\.mixer\.dt_proj would have no effect"):
+        attach(make_hybrid("mamba"), bank_of(tmp_path, target_modules=["in_proj", "dt_proj"]))
+    assert caches.bypassed(make_tiny_llama(), {"nothing": torch.nn.Identity()}) == []
