@@ -95,6 +95,18 @@ def check_regular(path: Path | str, error: Error = DataError, *, hint: str | Non
         raise error(f"{shown_path(path)} is {kind_of(mode)}, not a file", hint=hint)
 
 
+def present(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> bool:
+    """Whether there is a regular file at ``path``; False when there is nothing. Raises ``error`` for anything else that is there, or may be."""
+    try:
+        Path(path).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        pass  # the check says what is wrong
+    check_regular(path, error, hint=hint)
+    return True
+
+
 def open_regular(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> io.BufferedReader:
     """Open a regular file for reading bytes. A folder, pipe, socket or device is refused and never opened, so that nothing waits for a writer.
 

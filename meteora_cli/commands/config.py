@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from meteora_cli.console import emit_json, settings_from, write_text
 from meteora_cli.display import DataTable, out
 from meteora_cli.flags import refuse_without_effect
+from meteora_core.text import redact
 
 app = typer.Typer(help="Look at the settings in force.", no_args_is_help=True)
 
@@ -27,7 +28,7 @@ def show(
         write_text(default_file_text())
         return
     settings = settings_from(ctx)
-    values = settings.model_dump(mode="json")
+    values = _without_secrets(settings.model_dump(mode="json"))
     if as_json:
         emit_json(values)
         return
@@ -39,3 +40,12 @@ def show(
             same = value == default
             table.add_row(f"{section}.{name}", str(value), "" if same else str(default), style="" if same else "bold")
     out.print(table)
+
+
+def _without_secrets(value: Any) -> Any:
+    """The same settings with passwords and tokens in their texts replaced."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(each) for each in value]
+    return redact(value) if isinstance(value, str) else value

@@ -218,7 +218,8 @@ def _write(task: Task, folder: Path, raw: Extract, limits: dict[str, int | None]
 
             entry = write_rows(work / f"{split}.jsonl", rows(), bar)
             if entry.rows == 0:
-                raise DataError(f"the {split} split of {task.name} is empty in this source")
+                hint = "give more rows, or test rows of their own with --test FILE" if isinstance(task.source, Files) else None
+                raise DataError(f"the {split} split of {task.name} is empty in this source", hint=hint)
             asked = limits[split]
             if asked is not None and entry.rows < asked:
                 progress.note(f"{task.name}: the source has {entry.rows} {split} rows, fewer than the {asked} that were asked for")

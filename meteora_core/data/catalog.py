@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from meteora_core.data.writer import check_target
 from meteora_core.downloads import downloads_dir
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.names import check_names
-from meteora_core.reading import open_regular, read_errors
+from meteora_core.ranges import MOST_ROWS, check_range
+from meteora_core.reading import open_regular, present, read_errors
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ def _status(root: Path, name: str) -> TaskStatus:
         manifest = None
     rows: dict[str, int] = manifest.rows if manifest else {}
     if manifest is None:
-        rows.update({split: _lines(split_path(root, name, split)) for split in SPLITS if split_path(root, name, split).is_file()})
+        for split in SPLITS:
+            with suppress(DataError):  # `data verify` and every use of it say what is wrong
+                if present(split_path(root, name, split)):
+                    rows[split] = _lines(split_path(root, name, split))
     origin = str(manifest.source.get("kind")) if manifest else None
     if task is None:
         return TaskStatus(name, None, "unknown", "unknown", (), bool(rows), origin, rows)
@@ -165,6 +170,9 @@ def plan_build(
     """
     if source not in SOURCES:
         raise UsageError(f"unknown source {source!r}", hint=did_you_mean(source, SOURCES) or f"one of {', '.join(SOURCES)}")
+    for option, value in (("max_train", max_train), ("max_test", max_test)):
+        if value is not None:
+            check_range(option, value, 1, MOST_ROWS)
     plans = []
     for name in names:
         task = get_task(name)

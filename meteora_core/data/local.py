@@ -14,7 +14,7 @@ from meteora_core.data.rows import Row, Split
 from meteora_core.data.tasks import BigBench, Records, Task
 from meteora_core.errors import DataError
 from meteora_core.files import read_jsonl, sha256
-from meteora_core.reading import check_regular
+from meteora_core.reading import check_regular, kind_of
 
 TEST_FILES = ("test.jsonl", "validation.jsonl")
 
@@ -48,6 +48,8 @@ def extract_local(task: Task, raw_dir: Path) -> Extract:
         DataError: The folder's files are not of a known layout, or are broken.
     """
     if not raw_dir.is_dir():
+        if raw_dir.exists():
+            raise DataError(f"{raw_dir} is {kind_of(raw_dir.stat().st_mode)}, not a folder of raw tasks or an archive", hint="name another with --raw-dir")
         raise NotHere(f"no such folder: {raw_dir}", hint="give the folder that holds one folder per raw task with --raw-dir")
     folder = find_folder(task, raw_dir)
     if folder is None:

@@ -13,6 +13,7 @@ from meteora_core.errors import DataError
 from meteora_core.files import read_json, sha256, write_json
 from meteora_core.names import problem_of
 from meteora_core.ranges import MOST_TOKENS
+from meteora_core.reading import present
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -151,7 +152,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         DataError: It is broken, or of a newer format.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not present(path, hint=_HINT):
         return None
     raw = read_json(path, hint=_HINT)
     if isinstance(raw, dict) and raw.get("format") != FORMAT:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -101,6 +101,7 @@ def unpack(archive: Path, folders: Iterable[str], root: Path, progress: Progress
     with ExitStack() as stack:
         with storage_errors(root):
             root.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_if_empty, root)
             work = stack.enter_context(scratch_folder(root, "unpack"))
         with progress.task(f"reading {archive.name}", total=size, unit="B") as task:
             for member, copy in tar_gz_members(archive, task.update):
@@ -113,6 +114,11 @@ def unpack(archive: Path, folders: Iterable[str], root: Path, progress: Progress
                 if not (root / name).exists():
                     (work / name).rename(root / name)
         return found
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _write(copy: Callable[[IO[bytes]], None], folder: Path) -> None:

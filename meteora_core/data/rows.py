@@ -12,6 +12,7 @@ from typing import Literal
 from meteora_core.data.tasks import RESERVED, TASK_ORDER, TASKS, Files
 from meteora_core.errors import DataError
 from meteora_core.files import has_surrogate, read_jsonl
+from meteora_core.reading import present
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -91,7 +92,7 @@ def stream_rows(data_dir: Path | str, task: str, split: str, limit: int | None =
         DataError: The dataset is not built (the hint is the command that builds it), a line is broken, or there is no row.
     """
     path = split_path(data_dir, task, split)
-    if not path.is_file():
+    if not present(path):
         raise DataError(f"no {split} rows of {task} in {data_dir}", hint=f"run `{build_command(task, data_dir)}`")
     count = 0
     if limit is None or limit > 0:

@@ -183,6 +183,7 @@ HUGE = str(10**30)
         ("ckpt", "convert", "x", "y", "--base", "z", "--alpha", "nan"),
         ("data", "build", "--task", "strategyqa", "--max-train", HUGE),
         ("data", "build", "--task", "strategyqa", "--max-test", HUGE),
+        ("data", "build", "--task", "strategyqa", "--dry-run", "--max-train", "-1"),
         ("data", "build", "--task", "strategyqa", "--jobs", HUGE),
         ("data", "composite", "--n", "3", "--num-samples", HUGE),
         ("data", "composite", "--n", "3", "--examples", HUGE),

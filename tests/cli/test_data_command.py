@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +164,31 @@ def test_failures(meteora: Any, raw: Path) -> None:
     Path("datasets/strategyqa/test.jsonl").write_text("")
     error = meteora("verify", "--json", fails=DataError)
     assert json.loads(error.stdout)[0]["ok"] is False
+
+
+def test_datasets_that_are_no_files(meteora: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "datasets" / "strategyqa"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "test.jsonl")
+    (folder / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    listed = {entry["name"]: entry for entry in json.loads(meteora("list", "--json").stdout)}
+    assert listed["strategyqa"]["rows"] == {"train": 1}
+    assert re.search(r"test\.jsonl is a pipe, not a file", meteora("show", "strategyqa", fails=DataError).exception.message)
+    (folder / "manifest.json").symlink_to("manifest.json")
+    assert re.search(
+        "leads back to itself", meteora("build", "--task", "strategyqa", "--source", "local", "--raw-dir", "raw", fails=DataError).exception.message
+    )
+    shutil.rmtree(folder)
+    assert re.search(
+        "is a device, not a folder", meteora("build", "--task", "strategyqa", "--source", "local", "--raw-dir", os.devnull, fails=DataError).exception.message
+    )
+
+
+def test_a_refused_archive_leaves_nothing(meteora: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"no archive")
+    assert re.search(
+        r"not a complete tar\.gz", meteora("build", "--task", "strategyqa", "--source", "local", "--raw-dir", "a.tar.gz", fails=DataError).exception.message
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.tar.gz"]
+    assert not (tmp_path / "datasets").exists()
+    assert not list((tmp_path / "cache" / "archives").iterdir())

@@ -204,6 +204,14 @@ def test_settings_and_reports(meteora, tmp_path: Path, monkeypatch: pytest.Monke
         assert not STEERS.search(ran.out + ran.err)
 
 
+def test_secrets_in_settings_are_not_shown(meteora, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METEORA_MODEL__BASE", "https://user:sw0rd-fish@host/model")
+    for flags in ((), ("--json",)):
+        ran = meteora("config", "show", *flags)
+        assert "https://***@host/model" in ran.out
+        assert "sw0rd" not in ran.out + ran.err
+
+
 FORBIDDEN_IMPORTS = ("rich.markup", "rich.table", "rich.panel", "rich.status", "rich.prompt", "rich.pretty", "rich.markdown", "rich.columns", "rich.tree")
 OWNERS = ("display.py", "console.py")
 
