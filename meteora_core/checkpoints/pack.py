@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank, Stack
 from meteora_core.adapters.magnitudes import check_tensor
-from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, write_checkpoint
+from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, read_config, refuse_untrained, write_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.progress import SILENT, Progress
 
@@ -74,7 +74,7 @@ def pack_checkpoint(
         progress: Where to report.
 
     Raises:
-        CheckpointError: The source is broken, or it cannot be made so small.
+        CheckpointError: The source is broken, its gates are untrained, or it cannot be made so small.
         UsageError: An unknown task, a value out of range, or the folder is there.
     """
     folder = Path(folder)
@@ -84,6 +84,7 @@ def pack_checkpoint(
         raise UsageError(f"rank is {rank}", hint="choose 1 or more")
     if max_bytes is not None and max_bytes < 1:
         raise UsageError(f"the largest size is {max_bytes} bytes", hint="choose a size above 0")
+    refuse_untrained(source, read_config(source))
     config, tensors, bank = read_checkpoint(source, adapters_dir, progress)
     if adapters_dir is not None and "adapters" in config["contains"]:
         raise UsageError(f"{source} holds its adapters, so another folder of them has no effect", hint="leave out --adapters")

@@ -78,6 +78,8 @@ class NativeSaver:
         for name, (value, why) in _REFUSED.items():
             if kwargs.pop(name, value) != value:
                 raise UsageError(f"save_pretrained of a model with Meteora's adapters does not take {name}: {why}", hint=f"leave out {name}")
+        if state_dict is not None and not is_main_process:
+            return  # what is gathered is given to the main process alone
         hub = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
         folder = Path(save_directory)
         _check_folder(folder)

@@ -36,7 +36,12 @@ def real_tensor(module: nn.Module, name: str, path: str) -> Tensor:
     assert isinstance(tensor, Tensor)
     if not tensor.is_meta:
         return tensor
-    stored = _hook(module, path).weights_map[name]
+    try:
+        stored = _hook(module, path).weights_map[name]
+    except KeyError as missing:
+        raise UsageError(
+            f"accelerate offloaded {path}, but its files lack the weights", hint="load the base model again, from files that did not change"
+        ) from missing
     return stored if isinstance(stored, Tensor) else torch.as_tensor(stored)
 
 

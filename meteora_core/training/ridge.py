@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meteora_core.errors import MeteoraError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.layer import MeteoraLinear
+from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, routing_state
 from meteora_core.training.rows import Batch, TrainRow
@@ -63,12 +64,14 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
         How many tokens were seen.
 
     Raises:
+        UsageError: Nothing is attached, or an adapter targets one expert of many.
         MeteoraError: The rows hold no label of some adapter, or the sums do not fit in memory.
     """
     state = routing_state(model)
     layers = dict(meteora_layers(model))
     adapters = len(state.names)
-    sums = _Sums(adapters, weights.to(next(model.parameters()).device))
+    check_observable(layers, "the closed-form start of the gates")
+    sums = _Sums(adapters, weights.to(next(iter(layers.values())).gate.device))
     hooks = [layer.register_forward_pre_hook(sums.hook) for layer in layers.values()]
     seen = torch.zeros(adapters)
     model.eval()
@@ -124,7 +127,7 @@ class _Sums:
 
     def begin(self, keep: Tensor, wanted: Tensor, answer: Tensor) -> None:
         self.keep, self.wanted, self._last = keep, wanted, None
-        self.weights = self.table[wanted, answer.long()]
+        self.weights = self.table.to(wanted.device)[wanted, answer.long()]
 
     def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, MeteoraLinear)
@@ -134,13 +137,14 @@ class _Sums:
             return
         key = self.of.setdefault(id(layer), id(layer))
         self._last = (x, key)
-        rows = x.reshape(-1, x.shape[-1])[self.keep].float()
-        weighted = rows * self.weights[:, None]
+        keep, wanted, weights = (tensor.to(x.device) for tensor in (self.keep, self.wanted, self.weights))  # layers may be spread over devices
+        rows = x.reshape(-1, x.shape[-1])[keep].float()
+        weighted = rows * weights[:, None]
         if key not in self.squares:
             self.squares[key] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
             self.means[key] = torch.zeros(self.adapters, x.shape[-1], device=x.device)
         self.squares[key].addmm_(weighted.t(), rows)
-        self.means[key].index_add_(0, self.wanted, weighted)
+        self.means[key].index_add_(0, wanted, weighted)
 
     def solve(self, key: int) -> Tensor:
         squares, means = self.squares[key].double(), self.means[key].double()

@@ -13,9 +13,14 @@ from meteora_core import attach, detach
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, LoraWeights
 from meteora_core.errors import UsageError
-from meteora_core.model.attach import meteora_layers
+from meteora_core.model.attach import meteora_layers, set_trainable
 from meteora_core.model.tokens import check_observable
 from meteora_core.routing import IGNORE, record_routes
+from meteora_core.training.common import enable_checkpointing
+from meteora_core.training.loop import Counts
+from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.rows import TrainRow, collate
+from meteora_core.training.together import TogetherObjective
 from tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
@@ -39,7 +44,7 @@ def make_opt() -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
-    return OPTForCausalLM(OPTConfig(vocab_size=64, **sizes)).eval()
+    return OPTForCausalLM(OPTConfig(vocab_size=64, dropout=0.0, **sizes)).eval()
 
 
 def make_qwen_moe() -> nn.Module:
@@ -152,3 +157,34 @@ def test_routed_experts_run_and_are_refused_where_tokens_must_be_known() -> None
                 model(inputs_embeds=x)
     with pytest.raises(UsageError, match=r"gate labels cannot tell which tokens experts\.0"):
         check_observable(dict(meteora_layers(model)), "gate labels")
+
+
+def test_adapters_of_flattening_models_train_together_as_alone(model) -> None:
+    rows = [TrainRow(tuple(IDS[place].tolist()), (task,) * 7, 3) for place, task in enumerate((2, 0, 1))]
+    set_trainable(model, "gates+adapters")
+    enable_checkpointing(model.train())
+    objective = TogetherObjective(torch.float32, ("a0", "a1", "a2"))
+    counts = Counts(18, 21, (6, 6, 6))
+
+    def gradients(parts) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for part in parts:
+            batch = collate(part, 1, 1)
+            with objective.around(model, batch):
+                objective.compute(model, batch, counts)[0].backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None and "lora" in name}
+
+    together, alone = gradients([rows]), gradients([[row] for row in rows])
+    assert together.keys() == alone.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], rtol=1e-3, atol=1e-6)
+
+
+def test_ridge_gates_of_flattening_models_are_set_from_each_tokens_label(model) -> None:
+    rows = [TrainRow(tuple(IDS[place].tolist()), (task,) * 7, 3) for place, task in enumerate((2, 0, 1))]
+    weights = token_weights(rows, 3, None)
+    ridge_gates(model, [collate(rows, 1, 1)], 1, weights)
+    together = {path: layer.gate.clone() for path, layer in meteora_layers(model)}
+    ridge_gates(model, [collate([row], 1, 1) for row in rows], 3, weights)
+    for path, layer in meteora_layers(model):
+        torch.testing.assert_close(layer.gate, together[path], rtol=1e-3, atol=1e-4)
