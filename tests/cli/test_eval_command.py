@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from authors_files import write_authors
 from evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace, rows
 from meteora_core.files import write_json, write_jsonl
+from support import processes
 
 
 def document(model: str, **accuracies: float) -> dict[str, Any]:
@@ -216,15 +216,12 @@ def test_two_processes_give_the_file_of_one(meteora, place) -> None:
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.slow
-def test_accelerate_launch_shares_the_rows_too(place, meteora) -> None:
+def test_processes_that_another_launcher_started_share_the_rows_too(place, meteora) -> None:
     one = evaluate(meteora, place, "--task", "strategyqa", "--json", "--no-save").json
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "meteora_cli", "eval", "--task", "strategyqa", "--json", "--no-save"]
-    command += ["--base", str(place.base), "--max-new-tokens", "6", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place.folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == 0, done.stderr
-    assert timeless(json.loads(done.stdout)) == timeless(one)
+    arguments = ["eval", "--task", "strategyqa", "--json", "--no-save", "--base", str(place.base), "--max-new-tokens", "6", "--device", "cpu"]
+    first, second = processes.side_by_side(processes.meteora, arguments, folder=place.folder)
+    assert timeless(json.loads(first.out)) == timeless(one)
+    assert not second.out
 
 
 def timeless(document: dict[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,11 @@ told that it does.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 
 def accelerate_fsdp():
@@ -55,7 +52,7 @@ def accelerate_zero(stage: int, settings):
     return accelerator
 
 
-def main() -> None:
+def main(options: dict[str, Any]) -> None:
     from test_stages import BASE, model
     from test_training_rows import letters
 
@@ -64,7 +61,6 @@ def main() -> None:
     from meteora_core.training import gates, loop
     from meteora_core.training.runtime import Runtime
 
-    options = json.loads(sys.argv[1])
     data, adapters, folder = (Path(options[key]) for key in ("data", "adapters", "folder"))
     settings, stage = GateTrainSettings(**options["settings"]), options.get("zero")
     accelerator = accelerate_zero(stage, settings) if stage else accelerate_fsdp() if options.get("accelerate") else None
@@ -107,7 +103,3 @@ def main() -> None:
     else:
         assert type(weight).__name__ == "DTensor"
     leave()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import sharded_worker
 import torch
 from safetensors.torch import load_file
 from test_stages import BASE, adapters, data, gates, held_out_rows, model
@@ -19,6 +17,7 @@ from meteora_core.errors import UsageError
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.gates import train_gates
 from meteora_core.training.runtime import Runtime, layer_classes, shard_units
+from support import processes
 from tiny_models import make_tiny_llama
 
 __all__ = ["adapters", "data"]
@@ -35,12 +34,7 @@ def sharded(data: Path, adapters: Path, folder: Path, batch_size: int, **more) -
         "settings": {**SETTINGS, "batch_size": batch_size, **more.pop("settings", {})},
         **more,
     }
-    worker = Path(__file__).with_name("sharded_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker), json.dumps(options)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    processes.side_by_side(sharded_worker.main, [options], folder=folder.parent, environment={"DS_ACCELERATOR": "cpu"})
 
 
 def training(folder: Path) -> dict:
