@@ -15,9 +15,20 @@ from meteora_core.model.attach import meteora_layers
 from meteora_core.model.fuse import fuse_for_inference, is_fused
 from meteora_core.routing import record_routes, routing_state
 from meteora_kernels import triton_group
+from plain_groups import use_plain_groups
 from tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+BY_KERNELS = ("test_logits_are_the_same_for_decoding_and_prefill", "test_compiles_without_a_graph_break", "test_new_biases_are_seen")
+"""Tests that run the kernels themselves on every machine; the others are about the layers around them, and the interpreter needs seconds a pass."""
+
+
+@pytest.fixture(autouse=True)
+def _plain_groups(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available() and request.node.originalname not in BY_KERNELS:
+        use_plain_groups(monkeypatch)
 
 
 @pytest.fixture
@@ -100,10 +111,10 @@ def test_a_copy_of_a_fused_model_has_weights_of_its_own(model) -> None:
         for _, layer in meteora_layers(twin):
             layer.weight.zero_()
         assert not torch.allclose(twin(ids).logits, expected, atol=1e-2)
-        assert torch.equal(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
         assert fuse(twin) == 8
         assert not torch.allclose(twin(ids).logits, expected, atol=1e-2)
-        assert torch.equal(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_steps_aside_for_gradients_recorders_and_other_backends(model) -> None:
