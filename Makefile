@@ -9,13 +9,14 @@ FUZZ_SEED ?= 1
 SECONDS ?= 3600
 CHAOS_ARGS ?= --moments 12 --failures 8
 
-.PHONY: help install quickstart quickstart-train test test-fast check fuzz fuzz-coverage chaos format clean
+.PHONY: help install quickstart quickstart-train test test-fast lint check fuzz fuzz-coverage chaos format clean
 
 help:
 	@echo "make quickstart        a trained checkpoint against its base model, and a picture of its routing (a minute and a half on two cores)"
 	@echo "make quickstart-train  train adapters and gates, and compare (about ten minutes on two cores)"
 	@echo "make test              all tests, the real end-to-end run included"
 	@echo "make test-fast         only the fast tests"
+	@echo "make lint              ruff and mypy"
 	@echo "make check             ruff, mypy and all tests"
 	@echo "make fuzz              FUZZ_CASES=5000 malformed inputs through the command line"
 	@echo "make fuzz-coverage     the readers under a coverage-guided fuzzer for SECONDS=3600"
@@ -44,11 +45,12 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-check: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint test
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.robustness --seed $(FUZZ_SEED) --cases $(FUZZ_CASES)
