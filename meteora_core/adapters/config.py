@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator
 
 from meteora_core.adapters.patterns import Patterns, PatternTable
 from meteora_core.errors import AdapterError
-from meteora_core.json_files import FileModel, is_regular, read_model
+from meteora_core.json_files import FileModel, read_model
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -215,12 +216,11 @@ def find_adapter(folder: str | Path) -> Path | None:
         None where there is none, or several.
     """
     folder = Path(folder)
-    if is_regular(folder / CONFIG):
-        return folder
-    if is_regular(folder / "default" / CONFIG):
-        return folder / "default"
+    for place in (folder, folder / "default"):
+        if os.path.lexists(place / CONFIG):  # whatever it is: reading it says what is wrong with it
+            return place
     try:
-        below = [place for place in folder.iterdir() if not place.name.startswith(".") and is_regular(place / CONFIG)]
+        below = [place for place in folder.iterdir() if not place.name.startswith(".") and os.path.lexists(place / CONFIG)]
     except (OSError, ValueError):
         return None
     return below[0] if len(below) == 1 else None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
 
 OTHER_BASE = "the adapters were trained on another base model"
-_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.\d+\.")
+_EXPERT = re.compile(r"^.+\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[
         AdapterError: A module is not in the model; an adapter lacks weights for a module that its configuration targets; or a base tensor that was
             saved with it is not the model's own.
     """
-    known = {name for name, _ in model.named_modules()}
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     unknown = [path for path in bank.modules if path not in known]
     renamed = _renamed(model, unknown) if unknown else {}
     renamed = {old: new for old, new in renamed.items() if new in known and new not in bank.modules}
@@ -95,8 +95,7 @@ def _renamed(model: nn.Module, paths: list[str]) -> dict[str, str]:
 
 
 def _why_absent(path: str, known: set[str]) -> str:
-    expert = _EXPERT.match(path)
-    if expert:
+    if _EXPERT.match(path) and any(name.endswith(".experts") for name in known):
         return "it holds its experts in one fused tensor, and only linear layers can be adapted; leave the experts out of target_modules"
     tail = path.split("layers.", 1)[-1]
     if other := next((name for name in sorted(known) if tail != path and name.endswith(f"layers.{tail}")), None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,12 +54,12 @@ def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progr
         elif path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             return _unknown(path)
     if path.is_dir():
-        if is_regular(path / CONFIG_FILE):
+        if os.path.lexists(path / CONFIG_FILE):
             return _native(path, hashes, progress)
-        if is_regular(path / ADAPTER_CONFIG):
+        if os.path.lexists(path / ADAPTER_CONFIG):
             return _adapter(path, hashes, progress)
         if not any(path.glob("*.safetensors")):
-            if is_regular(path / "default" / ADAPTER_CONFIG):
+            if os.path.lexists(path / "default" / ADAPTER_CONFIG):
                 return _adapter(path / "default", hashes, progress)
             if any(find_adapter(place) for place in path.iterdir() if place.is_dir()):
                 return _adapters(path, hashes, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES
 from meteora_core.checkpoints.tensor_files import TensorEntry, read_header, shown
 from meteora_core.errors import CheckpointError
-from meteora_core.json_files import FileModel, checked, is_regular, read_object
+from meteora_core.json_files import FileModel, checked, is_regular, read_object, require_regular
 
 CONFIG_FILE = "meteora_config.json"
 WEIGHT_FILE = "meteora.safetensors"
@@ -149,7 +150,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     file = folder / CONFIG_FILE
-    if not is_regular(file):
+    if os.path.lexists(file):
+        require_regular(file, error=CheckpointError, hint=_NOT_OURS)
+    else:
         try:
             there = folder.is_dir()
         except (OSError, ValueError) as broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from meteora_core.checkpoints.native_config import CONFIG_FILE, check_weights, r
 from meteora_core.checkpoints.tensor_files import PICKLES, TensorFiles
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import sha256
-from meteora_core.json_files import is_regular
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
@@ -78,7 +78,7 @@ def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None 
         there, folder = checkpoint.exists(), checkpoint.is_dir()
     except (OSError, ValueError) as broken:
         raise CheckpointError(f"{str(checkpoint)!r} cannot be read: {broken}", hint="correct the path") from broken
-    if is_regular(checkpoint / CONFIG_FILE) or not there or (folder and not _holds_weights(checkpoint)):
+    if os.path.lexists(checkpoint / CONFIG_FILE) or not there or (folder and not _holds_weights(checkpoint)):
         config = read_config(checkpoint)
         refuse_untrained(checkpoint, config)
         check_weights(checkpoint, config)

@@ -25,6 +25,7 @@ from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_tas
 from meteora_core.files import atomic_write, sha256, write_jsonl
 from meteora_core.names import LONGEST
 from meteora_core.progress import SILENT, Progress
+from meteora_core.training.common import check_bases
 
 if TYPE_CHECKING:
     import torch
@@ -194,12 +195,15 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
     for model in plan.models:
         if model == OWN and all(adapter is None for _, adapter in pairs[model]):
             raise UsageError("a composite has no adapter of its own", hint="choose --model base, meteora, or an adapter's name")
-    for adapter in dict.fromkeys(adapter for listed in pairs.values() for _, adapter in listed if adapter is not None):
+    alone = {str(adapter): adapter for listed in pairs.values() for _, adapter in listed if adapter is not None}
+    for adapter in alone.values():
         check_adapter(adapter)
     loader = _Loader(plan, device, dtype, progress)
     if ARROW in plan.models:
         loader.arrow.prepare()
     loader.check(plan.models)
+    if note := check_bases(alone | {str(folder): folder for folder in loader.arrow.folders.values()}, loader.base.name, any_base=True):
+        progress.note(note)
     return loader, pairs
 
 

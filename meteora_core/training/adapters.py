@@ -221,6 +221,9 @@ def save_adapter(
         tasks: Of one LoRA over several tasks.
     """
     loss = last_loss(state.history)
+    config = peft_model.peft_config["default"]
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # PEFT writes a set in another order in every process
     with atomic_folder(folder) as temporary:
         named = {} if weights is None else {"state_dict": weights}
         peft_model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False, **named)

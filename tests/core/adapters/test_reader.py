@@ -289,10 +289,18 @@ def test_layers_of_another_model_are_refused(tmp_path) -> None:
     with pytest.raises(AdapterError, match=r"layers\.77\.self_attn\.q_proj.*does not have") as caught:
         attach(make_tiny_llama(), AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", tensors)}), top_k=1)
     assert "another base model" in str(caught.value.hint)
-    experts = {name.replace("mlp.down_proj", "mlp.experts.3.w1"): tensor for name, tensor in lora_tensors().items()}
-    with pytest.raises(AdapterError, match=r"experts\.3\.w1") as caught:
-        attach(make_tiny_llama(), AdapterBank.from_peft({"x": write_adapter(tmp_path / "y", experts)}), top_k=1)
-    assert "fused" in str(caught.value.hint)
+
+
+def test_experts_that_are_fused_by_now_are_called_so(tmp_path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {name.replace("mlp.down_proj", "block_sparse_moe.experts.3.w1"): tensor for name, tensor in lora_tensors().items()}
+    bank = AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", experts, target_modules=["q_proj", "w1"])})
+    for model, hint in ((MixtralForCausalLM(MixtralConfig(**sizes)), "in one fused tensor"), (make_tiny_llama(), "another base model")):
+        with pytest.raises(AdapterError, match=r"experts\.3\.w1") as caught:
+            attach(model, bank, top_k=1)
+        assert hint in str(caught.value.hint)
 
 
 def test_a_copy_of_the_head_must_be_the_base_models_own(tmp_path) -> None:

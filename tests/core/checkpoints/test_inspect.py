@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from meteora_core import load_authors_checkpoint, save_checkpoint
 from meteora_core.checkpoints.convert import convert_authors
 from meteora_core.checkpoints.inspect import inspect_checkpoint
-from meteora_core.errors import CheckpointError
+from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.files import sha256
 from support.adapter_files import raw_safetensors, write_adapter
 
@@ -138,4 +138,5 @@ def test_files_that_lie_are_refused_in_one_line(tmp_path: Path) -> None:
     assert inspect_checkpoint(adapters / "a")["kind"] == "adapter"
     (adapters / "b" / "adapter_config.json").unlink()
     os.mkfifo(adapters / "b" / "adapter_config.json")
-    assert inspect_checkpoint(adapters)["adapter_count"] == 2
+    with pytest.raises(AdapterError, match="not an ordinary file"):
+        inspect_checkpoint(adapters)
