@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from meteora_core.environment import check_environment
@@ -43,6 +43,11 @@ def _named(tasks: dict[str, _Value]) -> dict[str, _Value]:
         if problem := problem_of(name):
             raise ValueError(f"{name!r} cannot name a task: {problem}")
     return tasks
+
+
+MOST_STEPS = 10_000_000
+MOST_DRAWN = 20_000_000
+"""Rows that a training run draws at most: its whole plan is in memory."""
 
 
 class PathSettings(_Section):
@@ -110,46 +115,53 @@ class OptimSettings(_Section):
     """What both training stages share."""
 
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of start values, row order and dropout.")
-    max_steps: int = Field(300, ge=0, description="Optimiser steps.")
-    batch_size: int = Field(8, ge=1, description="Rows in one forward pass, per device.")
-    accumulation: int = Field(1, ge=1, description="Forward passes in one optimiser step.")
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    max_steps: int = Field(300, ge=0, le=MOST_STEPS, description="Optimiser steps.")
+    batch_size: int = Field(8, ge=1, le=65536, description="Rows in one forward pass, per device.")
+    accumulation: int = Field(1, ge=1, le=65536, description="Forward passes in one optimiser step.")
+    learning_rate: float = Field(5e-4, gt=0, le=10, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, le=100, description="Weight decay of AdamW.")
     warmup_ratio: float = Field(0.005, ge=0, lt=1, description="Share of the steps that the learning rate rises for; then it falls as a cosine.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never.")
-    max_length: int = Field(1024, ge=8, description="Longer rows are cut (prompt from the left) and counted.")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e9, description="Gradients are scaled down to this norm; 0: never.")
+    max_length: int = Field(1024, ge=8, le=MOST_TOKENS, description="Longer rows are cut (prompt from the left) and counted.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
-    log_steps: int = Field(10, ge=1, description="Steps between two log lines.")
-    save_steps: int = Field(100, ge=1, description="Steps between two resumable checkpoints.")
-    eval_steps: int = Field(0, ge=0, description="Steps between two held-out evaluations; the best weights are kept. 0: none.")
-    patience: int = Field(0, ge=0, description="Stop after so many held-out evaluations without a better one; 0: never.")
+    log_steps: int = Field(10, ge=1, le=MOST_STEPS, description="Steps between two log lines.")
+    save_steps: int = Field(100, ge=1, le=MOST_STEPS, description="Steps between two resumable checkpoints.")
+    eval_steps: int = Field(0, ge=0, le=MOST_STEPS, description="Steps between two held-out evaluations; the best weights are kept. 0: none.")
+    patience: int = Field(0, ge=0, le=MOST_STEPS, description="Stop after so many held-out evaluations without a better one; 0: never.")
     packing: bool = Field(False, description="Put several rows into each sequence of max_length; rows do not see each other.")
     log_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Where curves go besides the checkpoint; tensorboard: if installed.")
+
+    @model_validator(mode="after")
+    def _plan(self) -> Self:
+        drawn = self.max_steps * self.batch_size * self.accumulation
+        if drawn > MOST_DRAWN:
+            raise ValueError(f"max_steps times batch_size times accumulation is {drawn:,} rows, more than the {MOST_DRAWN:,} that a run can draw")
+        return self
 
 
 class AdapterTrainSettings(OptimSettings):
     """`meteora train --stage adapters`: one PEFT LoRA per task, on all linear layers."""
 
-    rank: int = Field(8, ge=1, description="LoRA rank.")
-    alpha: float = Field(16.0, gt=0, description="LoRA alpha; the scaling is alpha / rank.")
+    rank: int = Field(8, ge=1, le=4096, description="LoRA rank.")
+    alpha: float = Field(16.0, gt=0, le=1e6, description="LoRA alpha; the scaling is alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
     loss_on: Literal["all", "response"] = Field("all", description="Tokens that the loss counts: prompt and response, or the response alone.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
-    together_rows: int = Field(32, ge=1, description="With --together: rows in one forward pass.")
+    together_rows: int = Field(32, ge=1, le=65536, description="With --together: rows in one forward pass.")
 
 
 class AdapterTaskSettings(_Section):
     """What one task's adapter is trained with instead, `[train_adapters.tasks.NAME]`; all may be left out."""
 
-    max_steps: int | None = Field(None, ge=0)
-    batch_size: int | None = Field(None, ge=1)
-    accumulation: int | None = Field(None, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
-    weight_decay: float | None = Field(None, ge=0)
-    max_length: int | None = Field(None, ge=8)
+    max_steps: int | None = Field(None, ge=0, le=MOST_STEPS)
+    batch_size: int | None = Field(None, ge=1, le=65536)
+    accumulation: int | None = Field(None, ge=1, le=65536)
+    learning_rate: float | None = Field(None, gt=0, le=10)
+    weight_decay: float | None = Field(None, ge=0, le=100)
+    max_length: int | None = Field(None, ge=8, le=MOST_TOKENS)
     loss_on: Literal["all", "response"] | None = None
-    rank: int | None = Field(None, ge=1)
-    alpha: float | None = Field(None, gt=0)
+    rank: int | None = Field(None, ge=1, le=4096)
+    alpha: float | None = Field(None, gt=0, le=1e6)
     dropout: float | None = Field(None, ge=0, lt=1)
 
 
@@ -169,9 +181,9 @@ class GateTrainSettings(OptimSettings):
 
     trainable: Literal["gates", "gates+adapters"] = Field("gates", description="What trains.")
     adapter_learning_rate: float | None = Field(
-        None, examples=[5e-4], gt=0, description="With gates+adapters: peak learning rate of the adapters; absent: that of the gates."
+        None, examples=[5e-4], gt=0, le=10, description="With gates+adapters: peak learning rate of the adapters; absent: that of the gates."
     )
-    beta: float = Field(50.0, ge=0, description="Weight of the gate loss beside the language-model loss.")
+    beta: float = Field(50.0, ge=0, le=1e6, description="Weight of the gate loss beside the language-model loss.")
     loss_on: Literal["all", "response"] = Field("all", description="Tokens that the language-model loss counts: prompt and response, or the response alone.")
     answer_share: float | None = Field(
         None, examples=[0.5], gt=0, lt=1, description="Share of the gate loss that answers' tokens have together; absent: every token weighs the same."
@@ -179,13 +191,13 @@ class GateTrainSettings(OptimSettings):
     init: Literal["normal", "zeros", "arrow", "ridge"] = Field(
         "normal", description="How gates start: normal or zeros; arrow: from the adapters alone; ridge: closed form on train rows."
     )
-    ridge_tokens: int = Field(16_000, ge=1, description="Train tokens that the ridge start looks at.")
+    ridge_tokens: int = Field(16_000, ge=1, le=100_000_000, description="Train tokens that the ridge start looks at.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
     sampling: Literal["balanced", "proportional"] = Field(
         "balanced", description="balanced: as many tokens of every task; proportional: every row as often, so large tasks weigh more."
     )
     composite_rows: float = Field(0.0, ge=0, le=1, description="Share of the training rows that are composites of several tasks.")
-    composite_max: int = Field(3, ge=2, description="Most tasks in a composite training row.")
+    composite_max: int = Field(3, ge=2, le=65536, description="Most tasks in a composite training row.")
 
 
 class LaunchSettings(_Section):

@@ -11,7 +11,6 @@ The folder written here holds a native checkpoint with the adapters in it, and t
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from meteora_core.checkpoints.parts import TRANSFORMERS_WEIGHTS as WEIGHTS
 from meteora_core.checkpoints.parts import checkpoint_parts, is_ours, whole_tensor, write_files
 from meteora_core.errors import UsageError
 from meteora_core.files import save_tensors, storage_errors
+from meteora_core.locks import scratch_folder
 
 FILES = (WEIGHTS, WEIGHT_FILE, CONFIG_FILE, CONFIG)
 """What is written, in the order in which the files are put in place: the configuration that has the hash comes after the weights."""
@@ -90,8 +90,7 @@ class NativeSaver:
         _check_size(tensors, max_shard_size)
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".meteora.", suffix=".tmp") as made:
-                temporary = Path(made)
+            with scratch_folder(folder, "meteora") as temporary:
                 write_files(temporary, config, tensors)
                 save_tensors(resumed, temporary / WEIGHTS)
                 for name in FILES:

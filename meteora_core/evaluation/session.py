@@ -22,7 +22,7 @@ from meteora_core.evaluation.fingerprint import adapter_files, base_files
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
 from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
-from meteora_core.files import atomic_write, sha256, write_jsonl
+from meteora_core.files import atomic_write, locked, sha256, write_jsonl
 from meteora_core.names import LONGEST
 from meteora_core.progress import SILENT, Progress
 from meteora_core.training.common import check_bases
@@ -271,6 +271,8 @@ def _one(
         writer = None
         if plan.out_dir is not None:
             folder = plan.out_dir / _safe(model)
+            if processes.rank == 0:
+                stack.enter_context(locked(partial_file(folder, task.name, 0)))
             writer = stack.enter_context(SampleWriter(partial_file(folder, task.name, processes.rank), inputs, partial_files(folder, task.name), stamp))
             if writer.done:
                 progress.note(f"{task.name}: {len(writer.done)} rows were done before")

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from meteora_core.errors import UsageError
 from meteora_core.settings import AdapterStageSettings, AdapterTrainSettings
 
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -31,6 +34,8 @@ def task_settings(settings: AdapterStageSettings, task: str, flags: Mapping[str,
 
     Batch size and accumulation belong together: where either is given anywhere, the table's pair does not apply.
 
+    Raises UsageError where the parts do not go together.
+
     Args:
         settings: Of the stage; what was not given explicitly must not be set in it (``model_fields_set``).
         task: Its name.
@@ -43,7 +48,11 @@ def task_settings(settings: AdapterStageSettings, task: str, flags: Mapping[str,
     default = TASK_DEFAULTS.get(task, {})
     if any(name in explicit for name in _PAIR):
         default = {name: value for name, value in default.items() if name not in _PAIR}
-    return AdapterTrainSettings(**{**default, **explicit})
+    try:
+        return AdapterTrainSettings(**{**default, **explicit})
+    except ValidationError as broken:
+        reason = broken.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"the settings of {task} do not go together: {reason}", hint=f"see [train_adapters.tasks.{task}] and the flags") from broken
 
 
 def differing(settings: Mapping[str, AdapterTrainSettings]) -> dict[str, dict[str, Any]]:

@@ -186,3 +186,29 @@ def test_seeds_fit_every_generator(name) -> None:
     for seed in (-1, 2**32):
         with pytest.raises(UsageError, match="seed"):
             load_settings(None, {name: {"seed": seed}})
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "reason"),
+    [
+        ("train_gates", {"max_length": 10**30}, "max_length"),
+        ("train_gates", {"batch_size": 2**31}, "batch_size"),
+        ("train_adapters", {"accumulation": 2**31}, "accumulation"),
+        ("train_adapters", {"rank": 2**32}, "rank"),
+        ("train_gates", {"learning_rate": float("inf")}, "learning_rate"),
+        ("train_gates", {"beta": float("inf")}, "beta"),
+        ("train_adapters", {"alpha": float("inf")}, "alpha"),
+        ("train_gates", {"max_steps": 10_000, "batch_size": 2048, "accumulation": 2}, "40,960,000 rows, more than the 20,000,000"),
+    ],
+)
+def test_training_has_upper_limits(tmp_path, section, values, reason) -> None:
+    with pytest.raises(UsageError, match=reason):
+        load_settings(None, {section: values})
+
+
+def test_the_settings_of_one_task_must_go_together() -> None:
+    from meteora_core.settings import AdapterStageSettings
+    from meteora_core.training.task_defaults import task_settings
+
+    with pytest.raises(UsageError, match=r"settings of gsm8k do not go together: max_steps times .* rows"):
+        task_settings(AdapterStageSettings(tasks={"gsm8k": {"max_steps": 10_000, "batch_size": 4096}}), "gsm8k")

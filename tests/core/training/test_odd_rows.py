@@ -1,0 +1,45 @@
+"""Training on rows as people have them: empty answers, one row, the same row everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from test_training_rows import letters
+
+from meteora_core import AdapterBank
+from meteora_core.model.base import BaseReference
+from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
+from meteora_core.training.adapters import train_adapter
+from meteora_core.training.gates import train_gates
+from tiny_models import make_tiny_llama
+
+BASE = BaseReference("tiny")
+ROWS = {
+    "one row": [("say a\n", "A")],
+    "empty answers": [("say a\n", "")] * 12,
+    "empty prompts": [("", "A")] * 12,
+    "nothing at all": [("", "")] * 12,
+    "the same row": [("say a\n", "A")] * 30,
+}
+
+
+@pytest.mark.parametrize("loss_on", ["response"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_odd_rows_train_or_are_refused(tmp_path, kind, loss_on) -> None:
+    lines = "".join(json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in ROWS[kind])
+    for task in ("one", "other"):
+        (tmp_path / "datasets" / task).mkdir(parents=True)
+        for split in ("train", "test"):
+            (tmp_path / "datasets" / task / f"{split}.jsonl").write_text(lines)
+    shared = {"max_steps": 2, "batch_size": 2, "log_to": "none", "eval_steps": 1, "loss_on": loss_on}
+    places = {"base": BASE, "data_dir": tmp_path / "datasets"}
+    model = make_tiny_llama(vocab_size=98)
+    for task in ("one", "other"):
+        done = train_adapter(model, letters(), task, **places, out_dir=tmp_path / "adapters", settings=AdapterTrainSettings(**shared, rank=2))
+        assert math.isfinite(done.loss)
+    bank = AdapterBank.from_peft({task: tmp_path / "adapters" / task for task in ("one", "other")})
+    settings = GateTrainSettings(**shared, init="ridge", ridge_tokens=64, composite_rows=0.5)
+    gates = train_gates(model, letters(), bank, **places, folder=tmp_path / "gates", settings=settings)
+    assert math.isfinite(gates.loss)
