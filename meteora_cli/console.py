@@ -9,7 +9,6 @@ import codecs
 import io
 import json
 import logging
-import math
 import sys
 import traceback
 import warnings
@@ -54,7 +53,9 @@ def emit_json(value: Any) -> None:
     Characters that it cannot hold, halves of surrogate pairs, and control and format characters are written as JSON's own escapes, so that the
     document is exact and safe to show; a number that is NaN or infinite, which JSON has no word for, is written as null.
     """
-    value = _finite(value)
+    from meteora_core.reading import finite
+
+    value = finite(value)
     text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
     if not _is_utf8(sys.stdout) or not _has_utf8(text):
         text = json.dumps(value, ensure_ascii=True, indent=2, default=str)
@@ -66,14 +67,6 @@ def write_text(text: str) -> None:
     """Write running text to stdout at once, such as a piece of an answer or a whole document; see :func:`meteora_core.text.printable`."""
     sys.stdout.write(printable(text, multiline=True))
     sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _is_utf8(stream: TextIO) -> bool:

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from meteora_core.errors import DataError, MeteoraError, StorageError
 from meteora_core.locks import claim, exclusive, scratch_folder, sweep
-from meteora_core.reading import open_regular, parse_json, read_errors, read_text
+from meteora_core.reading import finite, open_regular, parse_json, read_errors, read_text
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -223,9 +223,9 @@ def sha256(path: Path, *, error: type[MeteoraError] = DataError) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically. Raises StorageError."""
+    """Write ``value`` as indented JSON, atomically; NaN and infinite numbers, which JSON does not have, become null. Raises StorageError."""
     with atomic_write(path) as handle:
-        json.dump(value, handle, ensure_ascii=False, indent=2)
+        json.dump(finite(value), handle, ensure_ascii=False, indent=2, allow_nan=False)
         handle.write("\n")
 
 

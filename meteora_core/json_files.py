@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from meteora_core.errors import DataError, MeteoraError
+from meteora_core.reading import finite
 
 MAX_BYTES = 256 << 20
 """Size of the largest JSON file that is read."""
@@ -137,15 +138,6 @@ def checked(model: type[Model], value: Any, source: str, *, error: type[MeteoraE
 def read_model(path: Path, model: type[Model], *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Model:
     """Read a JSON file and check it; see :func:`read_object` and :func:`checked`."""
     return checked(model, read_object(path, error=error, hint=hint), str(path), error=error, hint=hint)
-
-
-def finite(value: Any) -> Any:
-    """A JSON-able value in which NaN and infinite numbers are None: JSON has no such numbers."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _constant(value: Any) -> str | None:

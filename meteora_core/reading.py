@@ -183,6 +183,15 @@ STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_
 twice are refused with a ValueError."""
 
 
+def finite(value: Any) -> Any:
+    """A value for JSON in which NaN and infinite numbers are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def parse_json(text: str) -> Any:
     """Decode a JSON document by :data:`STRICT_DECODER`. Raises ValueError (for bad syntax, json.JSONDecodeError) or RecursionError."""
     return STRICT_DECODER.decode(text)

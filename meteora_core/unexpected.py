@@ -28,6 +28,12 @@ def known_failure(error: BaseException) -> MeteoraError | None:
         return DownloadError(f"a connection failed: {_text(error)}", hint="check the network connection and the proxy")
     if isinstance(error, OSError):
         return _system(error)
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return StorageError("the home directory cannot be determined", hint="set HOME, or write the whole path")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return StorageError(f"a link leads back to itself: {_text(error)}", hint="check the path")
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return DataError("a path holds a NUL character, which no path can", hint="METEORA_DEBUG=1 shows where")
     if isinstance(error, MemoryError):
         return MeteoraError("there is not enough memory", hint="use a smaller batch or model, or end other programs")
     if isinstance(error, RecursionError):
@@ -54,6 +60,8 @@ def _system(error: OSError) -> MeteoraError:
         return StorageError("no space left on the disk", hint="free some space, or set METEORA_CACHE to a folder on a larger disk")
     if error.errno == errno.EMFILE:
         return StorageError("too many files are open", hint="raise the limit with `ulimit -n`")
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return StorageError("the working directory does not exist any more", hint="change to another one")
     if error.errno is None or error.filename is None:
         return StorageError(_text(error), hint="METEORA_DEBUG=1 shows where")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -16,10 +16,10 @@ from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WE
 from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import read_json, write_json
-from meteora_core.json_files import finite
 from meteora_core.model.attach import gate_origin, meteora_layers, probe_base, same_base
 from meteora_core.model.base import BaseReference, loaded_by
 from meteora_core.model.offload import real_tensor
+from meteora_core.reading import finite
 from meteora_core.routing import routing_state
 
 _log = logging.getLogger(__name__)

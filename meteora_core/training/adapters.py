@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
 from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder, read_json, write_json
-from meteora_core.json_files import finite
 from meteora_core.model.base import BaseReference
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names, folder_of
 from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import finite
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.common import (

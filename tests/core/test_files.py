@@ -166,3 +166,8 @@ def test_folders_that_a_failed_write_made_are_removed(tmp_path) -> None:
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a" / "b" / "c"):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_numbers_that_json_does_not_have_are_written_as_null(tmp_path) -> None:
+    write_json(tmp_path / "x.json", {"loss": float("nan"), "parts": (1.5, [float("inf")])})
+    assert read_json(tmp_path / "x.json") == {"loss": None, "parts": [1.5, [None]]}
