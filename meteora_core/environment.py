@@ -29,12 +29,14 @@ def check_environment(sections: Mapping[str, Iterable[str]], environment: Mappin
         environment: ``os.environ`` by default.
 
     Raises:
-        UsageError: A variable names a section with a single underscore behind it, or is close to a known variable.
+        UsageError: A variable names a section with a single underscore behind it, is close to a known variable, or makes a section null.
     """
     known = {f"{PREFIX}{section}__{name}".upper(): None for section, names in sections.items() for name in names}
-    for variable in os.environ if environment is None else environment:
+    for variable, value in (os.environ if environment is None else environment).items():
         upper = variable.upper()
         section, separator, _ = upper.removeprefix(PREFIX).partition("__")
+        if upper.startswith(PREFIX) and section.lower() in sections and not separator and value.strip() == "null":
+            raise UsageError(f"the environment variable {printable(variable)} is null, not an object of settings", hint="unset it to use the defaults")
         if not upper.startswith(PREFIX) or upper in OTHERS or section.lower() in sections:
             continue
         shown = printable(variable)

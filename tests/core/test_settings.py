@@ -136,7 +136,9 @@ def test_values_that_no_setting_takes(tmp_path, text, message) -> None:
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("value", ["[" * 5000, '{"limit": ' + "9" * 5000 + "}", '{"limit": NaN}', '{"limit": 1e999}', "3", "[]"], ids=lambda text: text[:12])
+@pytest.mark.parametrize(
+    "value", ["[" * 5000, '{"limit": ' + "9" * 5000 + "}", '{"limit": NaN}', '{"limit": 1e999}', "3", "[]", "null"], ids=lambda text: text[:12]
+)
 def test_values_that_no_variable_takes(monkeypatch, value) -> None:
     monkeypatch.setenv("METEORA_EVAL", value)
     with pytest.raises(UsageError):
