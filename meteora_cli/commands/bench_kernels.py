@@ -28,6 +28,7 @@ def bench_kernels(
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also a whole random model: decode, prefill, a training step.")] = False,
     layers: Annotated[int | None, typer.Option("--layers", help="Decoder layers of the whole model.", show_default=False)] = None,
     contenders: Annotated[str, typer.Option("--contenders", help="Only these: peft,loop,gather,reference,dense,triton,fused.", show_default=False)] = "",
+    routes: Annotated[str, typer.Option("--routes", help="How tokens choose: uniform (at random), local (neighbours share adapters).")] = "uniform,local",
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -63,6 +64,7 @@ def bench_kernels(
             backward=backward,
             graph=graph,
             contenders=wanted,
+            routes=[part.strip() for part in routes.split(",") if part.strip()],
             progress=bars,
         )
         whole = None
@@ -94,15 +96,16 @@ def _show_layers(bench: LayerBench) -> None:
     what = "forward and backward" if bench.backward else "forward"
     title = f"{bench.shape}: 7 linears of a layer, {what}; {bench.adapters} adapters of rank {bench.rank}, top-{bench.top_k}, {bench.dtype}; {bench.machine}"
     table = DataTable(title=title)
-    for column in ("tokens", "contender", "ms", "x base", "GB/s", "roofline", "peak MiB", "error", "mode"):
-        table.add_column(column, justify="left" if column in ("contender", "mode") else "right")
+    for column in ("tokens", "routes", "contender", "ms", "x base", "GB/s", "roofline", "peak MiB", "error", "mode"):
+        table.add_column(column, justify="left" if column in ("routes", "contender", "mode") else "right")
     last = None
     for row in bench.rows:
-        if last not in (None, row.tokens):
+        if last not in (None, (row.tokens, row.routes)):
             table.add_section()
-        last = row.tokens
+        last = (row.tokens, row.routes)
         table.add_row(
             str(row.tokens),
+            row.routes,
             row.name,
             f"{row.milliseconds:.4g}",
             f"{row.ratio:.2f}",
@@ -114,6 +117,7 @@ def _show_layers(bench: LayerBench) -> None:
         )
     out.print(table)
     put(f"ceilings measured here: {bench.copy_gbps:.0f} GB/s, {bench.gemm_tflops:.3g} TFLOP/s")
+    put(f"base: {bench.base}")
     for count, reason in bench.chosen.items():
         put(f"auto at {count} tokens: {reason}")
     for note in bench.skipped:

@@ -12,6 +12,9 @@ from torch import Tensor
 from meteora_core.bench.shapes import ModelShape
 from meteora_kernels import lora_mixture, plan, reference
 
+RUN, POOL = 8, 16
+"""Local routes: so many neighbours share their adapters, which are so many in a batch, at most."""
+
 
 @dataclass
 class Linear:
@@ -117,6 +120,27 @@ def lay_input(group: Group, x: Tensor) -> Tensor:
     widths = [linear.lora_B.shape[1] for linear in group.linears]
     rule = plan.group_rule(x.shape[0], sum(widths), group.hidden, x.dtype, beside=True, in_place=True)
     return Wide(group.hidden, group.linears[0].lora_B.shape[0], len(widths)).new_rows(x.shape[0], x).copy_(x) if rule.order == "wide" else x
+
+
+def local_input(group: Group, x: Tensor, setting: Setting) -> Tensor:
+    """``x`` turned so that runs of :data:`RUN` neighbours choose the same top_k adapters, out of :data:`POOL` in the whole batch, as tokens of a text do.
+
+    Args:
+        group: The linears that read it; each chooses by its own gate.
+        x: (M, h).
+        setting: N and k.
+    """
+    generator = torch.Generator().manual_seed(x.shape[0])
+    pool = torch.randperm(setting.adapters, generator=generator)[: max(POOL, setting.top_k)]
+    runs = -(-x.shape[0] // RUN)
+    picks = torch.stack([pool[torch.randperm(len(pool), generator=generator)[: setting.top_k]] for _ in range(runs)])
+    picks = picks.repeat_interleave(RUN, dim=0)[: x.shape[0]].to(x.device)
+    turned = x.float()
+    for linear in group.linears:
+        gate = linear.gate.float()
+        for slot in range(setting.top_k):
+            turned = turned + (12.0 - slot / setting.top_k) * F.normalize(gate, dim=1)[picks[:, slot]]
+    return turned.to(x.dtype)
 
 
 def run_linear(name: str, linear: Linear, x: Tensor, setting: Setting) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_core.bench.contenders import Group, Setting, gather_bytes, lay_input, make_layer, run_group
+from meteora_core.bench.contenders import Group, Setting, gather_bytes, lay_input, local_input, make_layer, run_group
 from meteora_core.bench.shapes import ModelShape
 from meteora_core.bench.timing import capture, ceilings, medians, peak_memory
 from meteora_core.errors import UsageError
@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 _CACHE_BYTES = {"cuda": 100 << 20, "cpu": 48 << 20}
 """Weights are spread over so many bytes that no run finds them in a cache."""
 _GATHER_LIMIT = 4 << 30
+ROUTES = ("uniform", "local")
 _CHECKED = 64
 """Tokens whose error against float64 is computed."""
 
@@ -42,6 +43,7 @@ class LayerRow:
         peak_mib: Memory on top of weights and inputs; None off CUDA.
         error: Relative error against float64, median over tokens, largest over the linears; None with ``backward``.
         mode: "graph" or "eager".
+        routes: "uniform" (every token chooses at random) or "local" (neighbours share their adapters).
     """
 
     tokens: int
@@ -53,6 +55,7 @@ class LayerRow:
     peak_mib: float | None
     error: float | None
     mode: str
+    routes: str = "uniform"
 
 
 @dataclass
@@ -64,6 +67,7 @@ class LayerBench:
         machine: The device's name.
         copy_gbps: Measured memory rate.
         gemm_tflops: Measured arithmetic rate.
+        base: What the ratios compare with.
         chosen: What ``auto`` picks per token count, and why.
         rows: The measurements.
         skipped: What did not run, and why.
@@ -79,6 +83,7 @@ class LayerBench:
     machine: str
     copy_gbps: float
     gemm_tflops: float
+    base: str = ""
     chosen: dict[int, str] = field(default_factory=dict)
     rows: list[LayerRow] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -107,6 +112,7 @@ def bench_layers(
     backward: bool = False,
     graph: bool = True,
     contenders: Sequence[str] | None = None,
+    routes: Sequence[str] = ("uniform",),
     seconds: float = 2.0,
     progress: Progress = SILENT,
 ) -> LayerBench:
@@ -126,11 +132,12 @@ def bench_layers(
         backward: Forward and backward (inputs and gates get gradients; the plain LoRA trains).
         graph: On CUDA, replay CUDA graphs; contenders that cannot be captured run eagerly and say so.
         contenders: Names to run instead of all; ``base`` always runs.
-        seconds: Time per token count and mode, about.
+        routes: How tokens choose adapters, one run each: "uniform" at random, "local" with neighbours sharing theirs, as in texts.
+        seconds: Time per token count, kind of routes and mode, about.
         progress: Where to report.
 
     Raises:
-        UsageError: A number is out of range, or a contender is unknown.
+        UsageError: A number is out of range, or a contender or a kind of routes is unknown.
     """
     setting = Setting(adapters, rank, top_k)
     check_range("adapters", adapters, 1, 4096)
@@ -138,6 +145,8 @@ def bench_layers(
     check_range("top-k", top_k, 1, adapters)
     for count in tokens:
         check_range("tokens", count, 1, 1 << 20)
+    if not routes or not set(routes) <= set(ROUTES):
+        raise UsageError(f"unknown routes: {', '.join(routes) or 'none given'}", hint=f"choose from: {', '.join(ROUTES)}")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = _contenders(device, dtype, contenders, backward=backward)
     torch.manual_seed(0)
@@ -156,14 +165,18 @@ def bench_layers(
         copy_rate,
         gemm_rate,
     )
+    captured = graph and device.type == "cuda"
+    bench.base = f"F.linear for each linear, as transformers' eager code calls it, {'in a CUDA graph' if captured else 'launched one by one'}"
     sets = [make_layer(shape, setting, dtype, device, fused=fused) for _ in range(copies)]
-    with progress.task("timing", total=len(tokens), unit="sizes") as task:
+    with progress.task("timing", total=len(tokens) * len(routes), unit="sizes") as task:
         for count in tokens:
-            inputs = {hidden: torch.randn(count, hidden, device=device).to(dtype) for hidden, _ in shape.groups}
-            backend, reason = pick_backend(inputs[shape.hidden], adapters, adapters * rank, top_k, training=backward)
+            plain = {hidden: torch.randn(count, hidden, device=device).to(dtype) for hidden, _ in shape.groups}
+            backend, reason = pick_backend(plain[shape.hidden], adapters, adapters * rank, top_k, training=backward)
             bench.chosen[count] = f"{backend}: {reason}"
-            _one_size(bench, shape, setting, sets, inputs, count, names, graph=graph and device.type == "cuda", seconds=seconds)
-            task.update(1)
+            for kind in routes:
+                given = [[local_input(group, plain[group.hidden], setting) if kind == "local" else plain[group.hidden] for group in groups] for groups in sets]
+                _one_size(bench, shape, setting, sets, given, kind, names, graph=captured, seconds=seconds)
+                task.update(1)
     return bench
 
 
@@ -186,15 +199,14 @@ def _one_size(
     shape: ModelShape,
     setting: Setting,
     sets: list[list[Group]],
-    inputs: dict[int, Tensor],
-    count: int,
+    inputs: list[list[Tensor]],
+    routes: str,
     names: list[str],
     *,
     graph: bool,
     seconds: float,
 ) -> None:
-    device = next(iter(inputs.values())).device
-    itemsize = next(iter(inputs.values())).element_size()
+    device, count, itemsize = inputs[0][0].device, inputs[0][0].shape[0], inputs[0][0].element_size()
     eager: dict[str, Callable[[], object]] = {}
     for name in names:
         if name == "gather" and gather_bytes(shape, setting, count, itemsize) > _GATHER_LIMIT:
@@ -229,8 +241,9 @@ def _one_size(
                     flow / milliseconds / 1e6,
                     least / milliseconds,
                     peak_memory(eager[name], device),
-                    None if bench.backward else _error(name, sets[0], inputs, setting),
+                    None if bench.backward else _error(name, sets[0], inputs[0], setting),
                     mode,
+                    routes,
                 )
             )
 
@@ -249,35 +262,39 @@ def _least(shape: ModelShape, setting: Setting, tokens: int, itemsize: int, name
     return (size + weights) * itemsize, flops
 
 
-def _inference(name: str, sets: list[list[Group]], inputs: dict[int, Tensor], setting: Setting) -> Callable[[], None]:
-    given = [lay_input(group, inputs[group.hidden]) if name == "fused" else inputs[group.hidden] for group in sets[0]]
+def _inference(name: str, sets: list[list[Group]], inputs: list[list[Tensor]], setting: Setting) -> Callable[[], None]:
+    laid: dict[tuple[int, int], Tensor] = {}
+    jobs = []
+    for groups, given in zip(sets, inputs, strict=True):
+        for index, (group, x) in enumerate(zip(groups, given, strict=True)):
+            if name == "fused":
+                x = laid.setdefault((index, id(x)), lay_input(group, x))
+            jobs.append((group, x))
 
     def work() -> None:
         with torch.no_grad():
-            for groups in sets:
-                for group, x in zip(groups, given, strict=True):
-                    run_group(name, group, x, setting)
+            for group, x in jobs:
+                run_group(name, group, x, setting)
 
     return work
 
 
-def _training(name: str, sets: list[list[Group]], inputs: dict[int, Tensor], setting: Setting) -> Callable[[], None]:
+def _training(name: str, sets: list[list[Group]], inputs: list[list[Tensor]], setting: Setting) -> Callable[[], None]:
     """Forward and backward; x and what trains get gradients (gates with a cross-entropy on their logits; the plain LoRA's A and B)."""
-    leaves = {hidden: x.detach().clone().requires_grad_() for hidden, x in inputs.items()}
+    leaves = {id(x): x.detach().clone().requires_grad_() for given in inputs for x in given}
     jobs = []
-    for groups in sets:
-        for group in groups:
+    for groups, given in zip(sets, inputs, strict=True):
+        for group, x in zip(groups, given, strict=True):
             for linear in group.linears:
                 gate = linear.gate.detach().clone().requires_grad_()
                 one = (linear.one_A.detach().clone().requires_grad_(), linear.one_B.detach().clone().requires_grad_())
-                jobs.append((group.hidden, linear, gate, one, torch.randn(inputs[group.hidden].shape[0], linear.weight.shape[0]).to(linear.weight)))
-    labels = torch.zeros(next(iter(inputs.values())).shape[0], dtype=torch.int64, device=next(iter(inputs.values())).device)
+                jobs.append((leaves[id(x)], linear, gate, one, torch.randn(x.shape[0], linear.weight.shape[0]).to(linear.weight)))
+    labels = torch.zeros(inputs[0][0].shape[0], dtype=torch.int64, device=inputs[0][0].device)
 
     def work() -> None:
         outputs: list[Tensor] = []
         slopes: list[Tensor | None] = []
-        for hidden, linear, gate, one, slope in jobs:
-            x = leaves[hidden]
+        for x, linear, gate, one, slope in jobs:
             output = F.linear(x, linear.weight)
             if name == "peft":
                 output = output + F.linear(F.linear(x, one[0]), one[1]) * 2.0
@@ -298,13 +315,13 @@ def _training(name: str, sets: list[list[Group]], inputs: dict[int, Tensor], set
     return work
 
 
-def _error(name: str, groups: list[Group], inputs: dict[int, Tensor], setting: Setting) -> float:
+def _error(name: str, groups: list[Group], inputs: list[Tensor], setting: Setting) -> float:
     """Relative error of the outputs against float64 on the same weights: median over tokens, largest over the linears."""
     worst = 0.0
-    for group in groups:
-        x = inputs[group.hidden][:_CHECKED]
+    for group, given in zip(groups, inputs, strict=True):
+        x = given[:_CHECKED]
         with torch.no_grad():
-            outputs = run_group(name, group, lay_input(group, inputs[group.hidden]) if name == "fused" else inputs[group.hidden], setting)
+            outputs = run_group(name, group, lay_input(group, given) if name == "fused" else given, setting)
         for linear, output in zip(group.linears, outputs, strict=True):
             wide = F.linear(x.double(), linear.weight.double())
             if name == "peft":

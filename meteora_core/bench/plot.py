@@ -22,9 +22,10 @@ def plot_layers(bench: LayerBench, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name in dict.fromkeys(row.name for row in bench.rows):
-        rows = sorted((row for row in bench.rows if row.name == name), key=lambda row: row.tokens)
-        axes.plot([row.tokens for row in rows], [row.ratio for row in rows], marker="o", label=name)
+    for name, routes in dict.fromkeys((row.name, row.routes) for row in bench.rows):
+        rows = sorted((row for row in bench.rows if (row.name, row.routes) == (name, routes)), key=lambda row: row.tokens)
+        label, style = (name, "-") if routes == "uniform" else (f"{name}, {routes} routes", "--")
+        axes.plot([row.tokens for row in rows], [row.ratio for row in rows], style, marker="o", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("tokens")

@@ -87,6 +87,10 @@ def sorted_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Ad
     return y
 
 
+FORWARDS = {"few": few_forward, "sorted": sorted_forward}
+"""The ways, by the names that the plan uses."""
+
+
 def layer_forward(way: str, x: Tensor, base: Tensor, logits: Tensor, adapters: Adapters, routing: Routing) -> Tensor:
     """One linear's adapters on top of a finished output.
 
@@ -124,4 +128,4 @@ def run(way: str, x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Ada
     Returns:
         (M, O), contiguous, the dtype of x.
     """
-    return (few_forward if way == "few" else sorted_forward)(x, weights, bias, adapters, routing)
+    return FORWARDS[way](x, weights, bias, adapters, routing)

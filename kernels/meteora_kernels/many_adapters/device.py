@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """The kernels of :mod:`meteora_kernels.many_adapters`; :mod:`~meteora_kernels.many_adapters.launch` has the shapes and calls them.
 
-Every kernel reads only what an earlier launch wrote, so programs never wait for each other. There are no atomics, and every sum is added in a fixed order,
-so two runs give the same bits.
+Programs never wait for each other: what a kernel reads was written by an earlier launch, or by programs that have all been counted as done. There are no
+floating-point atomics, and every sum is added in a fixed order, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -226,26 +226,40 @@ def routes_kernel(
 
 
 @triton.jit
+def _write_blocks(table, fields, group, adapter, less, same, first, last, most_blocks, SIZE: tl.constexpr):
+    """One adapter's blocks of up to SIZE tokens, for ``same`` tokens behind ``less`` others; see :func:`sort_kernel`."""
+    begin = less // SIZE + adapter
+    here = table + group * most_blocks + begin
+    for index in range((less + same) // SIZE + adapter + 1 - begin):
+        tl.store(here + index, tl.where(index * SIZE < same, adapter, -1))
+        tl.store(here + fields + index, less + index * SIZE)
+        tl.store(here + 2 * fields + index, tl.minimum(less + index * SIZE + SIZE, less + same))
+        tl.store(here + 3 * fields + index, first)
+        tl.store(here + 4 * fields + index, last)
+        tl.store(here + 5 * fields + index, 0)
+
+
+@triton.jit
 def sort_kernel(
     picks,
     offsets,
     order,
-    owners,
-    begins,
-    ends,
-    firsts,
-    lasts,
+    table,
+    short_table,
     tokens_total,
+    groups,
     most_blocks,
+    most_short,
     SIZE: tl.constexpr,
+    SHORT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sort the tokens of one member and slot by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE.
+    """Sort the tokens of one member and slot by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE, and of up to SHORT.
 
-    Shapes: picks int32 (G, M), G = members * slots; order int32 (G, M), tokens; the others int32 (G, most_blocks): a block's adapter (-1: there is no
-    block), its first place in ``order`` and one past its last, the adapter's first row and one past its last. With S pairs of adapters before it, adapter
-    i's blocks start at ``S // SIZE + i``: ``(S + c) // SIZE + 1`` is at least ``S // SIZE + ceil(c / SIZE)``, so blocks never overlap and no program needs
-    to know how many blocks others have. Grid: (N, G).
+    Shapes: picks int32 (G, M), G = members * slots; order int32 (G, M), tokens; table int32 (6, G, most_blocks): a block's adapter (-1: there is no
+    block), its first place in ``order`` and one past its last, the adapter's first row and one past its last, and 0; short_table likewise. With S pairs of
+    adapters before it, adapter i's blocks start at ``S // SIZE + i``: ``(S + c) // SIZE + 1`` is at least ``S // SIZE + ceil(c / SIZE)``, so blocks never
+    overlap and no program needs to know how many blocks others have. Grid: (N, G).
     """
     adapter = tl.program_id(0)
     group = tl.program_id(1)
@@ -264,16 +278,11 @@ def sort_kernel(
             mine = (found == adapter).to(tl.int32)
             tl.store(order + group * tokens_total + place + tl.cumsum(mine, axis=0) - mine, start + steps, mask=mine == 1)
             place += tl.sum(mine, axis=0)
-    begin = less // SIZE + adapter
-    table = group * most_blocks + begin
     first = tl.load(offsets + adapter).to(tl.int32)
     last = tl.load(offsets + adapter + 1).to(tl.int32)
-    for index in range((less + same) // SIZE + adapter + 1 - begin):
-        tl.store(owners + table + index, tl.where(index * SIZE < same, adapter, -1))
-        tl.store(begins + table + index, less + index * SIZE)
-        tl.store(ends + table + index, tl.minimum(less + index * SIZE + SIZE, less + same))
-        tl.store(firsts + table + index, first)
-        tl.store(lasts + table + index, last)
+    _write_blocks(table, groups * most_blocks, group, adapter, less, same, first, last, most_blocks, SIZE)
+    if SHORT > 0:
+        _write_blocks(short_table, groups * most_short, group, adapter, less, same, first, last, most_short, SHORT)
 
 
 @triton.jit
@@ -282,11 +291,8 @@ def blocks_down_kernel(
     a,
     factors,
     order,
-    owners,
-    begins,
-    ends,
-    firsts,
-    lasts,
+    table,
+    parts,
     middle,
     tokens_total,
     hidden,
@@ -305,20 +311,23 @@ def blocks_down_kernel(
     PIECES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``middle[piece, group, token, i] = w s (A x)_i`` over the ``piece``-th SPAN columns, for the tokens of one block and the rows i of its adapter.
+    """``middle[group, token, i] = w s (A x)_i`` for the tokens of one block and the rows i of its adapter.
 
-    middle float32 (PIECES, G, M, RANK_P). RANK_D: RANK_P, or 16 if that is more. Grid, one dimension: PIECES * G * most_blocks.
+    middle float32 (G, M, RANK_P). RANK_D: RANK_P, or 16 if that is more. With PIECES > 1 every program computes the sum over SPAN columns, in ``parts``
+    float32 (PIECES, G * most_blocks, SIZE, RANK_D), and the last of a block's programs, counted in the table's last field, adds them up in their order.
+    Grid, one dimension: PIECES * G * most_blocks.
     """
     pid = tl.program_id(0)
     piece = pid % PIECES
     block = pid // PIECES
-    if tl.load(owners + block) >= 0:
+    fields = groups * most_blocks
+    if tl.load(table + block) >= 0:
         group = block // most_blocks
-        places = tl.load(begins + block) + tl.arange(0, SIZE)
-        live = places < tl.load(ends + block)
-        first = tl.load(firsts + block)
+        places = tl.load(table + fields + block) + tl.arange(0, SIZE)
+        live = places < tl.load(table + 2 * fields + block)
+        first = tl.load(table + 3 * fields + block)
         inner = tl.arange(0, RANK_D)
-        real = inner < tl.load(lasts + block) - first
+        real = inner < tl.load(table + 4 * fields + block) - first
         tokens = tl.load(order + group * tokens_total + places, mask=live, other=0)
         rows = (group // TOP_K * member_rows).to(tl.int64) + first + inner
         steps = piece * SPAN + tl.arange(0, BK)
@@ -336,9 +345,21 @@ def blocks_down_kernel(
             total = tl.dot(values, down, total, input_precision=PRECISION)
             left += BK
             right += BK
-        factor = tl.load(factors + group * tokens_total + tokens, mask=live, other=0.0)
-        place = middle + ((piece * groups + group).to(tl.int64) * tokens_total + tokens[:, None]) * RANK_P + inner[None, :]
-        tl.store(place, total * factor[:, None], mask=live[:, None] & (inner < RANK_P)[None, :])
+        last = True
+        if PIECES > 1:
+            spots = tl.arange(0, SIZE)[:, None] * RANK_D + inner[None, :]
+            here = parts + block.to(tl.int64) * (SIZE * RANK_D)
+            split = fields.to(tl.int64) * (SIZE * RANK_D)
+            tl.store(here + piece * split + spots, total)
+            tl.debug_barrier()
+            last = tl.atomic_add(table + 5 * fields + block, 1, sem="acq_rel", scope="gpu") == PIECES - 1
+            tl.debug_barrier()
+            if last:
+                total = summed(here, spots, split, spots >= 0, PIECES, True)
+        if last:
+            factor = tl.load(factors + group * tokens_total + tokens, mask=live, other=0.0)
+            goal = middle + (group * tokens_total + tokens.to(tl.int64)[:, None]) * RANK_P + inner[None, :]
+            tl.store(goal, total * factor[:, None], mask=live[:, None] & (inner < RANK_P)[None, :])
 
 
 @triton.jit
@@ -349,11 +370,7 @@ def blocks_up_kernel(
     bias,
     out,
     order,
-    owners,
-    begins,
-    ends,
-    firsts,
-    lasts,
+    table,
     tokens_total,
     rank,
     most_blocks,
@@ -372,12 +389,11 @@ def blocks_up_kernel(
     BLOCK_R: tl.constexpr,
     SIZE: tl.constexpr,
     BN: tl.constexpr,
-    PIECES: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one slot's ``middle B`` for one block's tokens and BN columns; one launch for every slot, in turn.
+    """Add one slot's ``middle B`` for one block's tokens and BN columns; one launch for every slot, in turn. middle float32 (G, M, RANK_P).
 
     The first slots leave their share in ``out``, in its dtype; the last adds base, bias, share and its own product in float32 and rounds once.
     Grid: (most_blocks, sum of ceil(width / BN) over the members).
@@ -385,11 +401,12 @@ def blocks_up_kernel(
     tile, member, before, width = member_of(tl.program_id(1), width0, width1, width2, BN, MEMBERS)
     group = member * TOP_K + SLOT
     block = group * most_blocks + tl.program_id(0)
-    if tl.load(owners + block) >= 0:
-        places = tl.load(begins + block) + tl.arange(0, SIZE)
-        live = places < tl.load(ends + block)
-        first = tl.load(firsts + block)
-        last = tl.load(lasts + block)
+    fields = groups * most_blocks
+    if tl.load(table + block) >= 0:
+        places = tl.load(table + fields + block) + tl.arange(0, SIZE)
+        live = places < tl.load(table + 2 * fields + block)
+        first = tl.load(table + 3 * fields + block)
+        last = tl.load(table + 4 * fields + block)
         tokens = tl.load(order + group * tokens_total + places, mask=live, other=0).to(tl.int64)[:, None]
         columns = tile * BN + tl.arange(0, BN)[None, :]
         inside = columns < width
@@ -408,7 +425,93 @@ def blocks_up_kernel(
             inner = start + tl.arange(0, BLOCK_R)
             rows = (first + inner).to(tl.int64)
             known = live[:, None] & (inner < RANK_P)[None, :]
-            left = summed(here, inner[None, :], groups.to(tl.int64) * tokens_total * RANK_P, known, PIECES)
+            left = tl.load(here + inner[None, :], mask=known, other=0.0)
             right = tl.load(up + rows[:, None] * width + columns, mask=(rows < last)[:, None] & inside, other=0.0)
             total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=PRECISION)
         tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _token(order, place, end):
+    """One token of a block, and whether there is one."""
+    return tl.load(order + place, mask=place < end, other=0).to(tl.int64), place < end
+
+
+@triton.jit
+def fours_up_kernel(
+    middle,
+    b,
+    base,
+    bias,
+    out,
+    order,
+    table,
+    tokens_total,
+    rank,
+    most_blocks,
+    groups,
+    stride_split,
+    stride_base,
+    stride_out,
+    width0,
+    width1,
+    width2,
+    SLOT: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """:func:`blocks_up_kernel` for blocks of up to four tokens, without matrix units: one row of B after the other."""
+    tile, member, before, width = member_of(tl.program_id(1), width0, width1, width2, BN, MEMBERS)
+    group = member * TOP_K + SLOT
+    block = group * most_blocks + tl.program_id(0)
+    fields = groups * most_blocks
+    if tl.load(table + block) >= 0:
+        begin = tl.load(table + fields + block)
+        end = tl.load(table + 2 * fields + block)
+        first = tl.load(table + 3 * fields + block)
+        last = tl.load(table + 4 * fields + block)
+        own = order + group * tokens_total
+        token0, live0 = _token(own, begin, end)
+        token1, live1 = _token(own, begin + 1, end)
+        token2, live2 = _token(own, begin + 2, end)
+        token3, live3 = _token(own, begin + 3, end)
+        columns = tile * BN + tl.arange(0, BN)
+        inside = columns < width
+        up = b + before.to(tl.int64) * rank + columns
+        here = middle + (group * tokens_total).to(tl.int64) * RANK_P
+        goal = out + before + columns
+        total0 = tl.zeros([BN], dtype=tl.float32)
+        total1 = tl.zeros([BN], dtype=tl.float32)
+        total2 = tl.zeros([BN], dtype=tl.float32)
+        total3 = tl.zeros([BN], dtype=tl.float32)
+        if SLOT > 0:
+            total0 += tl.load(goal + token0 * stride_out, mask=inside & live0, other=0.0).to(tl.float32)
+            total1 += tl.load(goal + token1 * stride_out, mask=inside & live1, other=0.0).to(tl.float32)
+            total2 += tl.load(goal + token2 * stride_out, mask=inside & live2, other=0.0).to(tl.float32)
+            total3 += tl.load(goal + token3 * stride_out, mask=inside & live3, other=0.0).to(tl.float32)
+        if SLOT == TOP_K - 1:
+            source = before + columns
+            total0 += summed(base, token0 * stride_base + source, stride_split, inside & live0, SPLITS)
+            total1 += summed(base, token1 * stride_base + source, stride_split, inside & live1, SPLITS)
+            total2 += summed(base, token2 * stride_base + source, stride_split, inside & live2, SPLITS)
+            total3 += summed(base, token3 * stride_base + source, stride_split, inside & live3, SPLITS)
+            if HAS_BIAS:
+                shift = tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
+                total0 += shift
+                total1 += shift
+                total2 += shift
+                total3 += shift
+        for row in tl.static_range(RANK_P):
+            right = tl.load(up + (first + row).to(tl.int64) * width, mask=(first + row < last) & inside, other=0.0).to(tl.float32)
+            total0 += tl.load(here + token0 * RANK_P + row, mask=live0, other=0.0) * right
+            total1 += tl.load(here + token1 * RANK_P + row, mask=live1, other=0.0) * right
+            total2 += tl.load(here + token2 * RANK_P + row, mask=live2, other=0.0) * right
+            total3 += tl.load(here + token3 * RANK_P + row, mask=live3, other=0.0) * right
+        tl.store(goal + token0 * stride_out, total0.to(out.dtype.element_ty), mask=inside)
+        tl.store(goal + token1 * stride_out, total1.to(out.dtype.element_ty), mask=inside & live1)
+        tl.store(goal + token2 * stride_out, total2.to(out.dtype.element_ty), mask=inside & live2)
+        tl.store(goal + token3 * stride_out, total3.to(out.dtype.element_ty), mask=inside & live3)

@@ -12,6 +12,7 @@ from torch import Tensor
 from meteora_kernels.many_adapters.device import (
     blocks_down_kernel,
     blocks_up_kernel,
+    fours_up_kernel,
     gates_kernel,
     routes_kernel,
     sort_kernel,
@@ -22,7 +23,7 @@ from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 
 UP_TILE = (256, 4)
 """Columns of a program of :func:`blocks_up`, and its warps."""
-DOWN_TILE = (128, 2, 4, 4096)
+DOWN_TILE = (128, 1, 4, 4096)
 """Columns a step of :func:`blocks_down`, warps, stages, and how many programs to aim at by cutting its sums."""
 
 
@@ -75,20 +76,29 @@ class Routing:
     allowed: Tensor | None = None
 
 
+SIZE, SHORT = 16, 4
+"""Tokens of a block, at most."""
+MOST_FOURS = 16
+"""Up to this rank, a power of two, :func:`blocks_up` does without matrix units."""
+FOURS_UP = (256, 1)
+"""Columns of a program of :func:`fours_up_kernel`, and its warps."""
+
+
 class Sorted(NamedTuple):
     """Tokens sorted by adapter, for every member and slot, in blocks of one adapter each; G = members * top_k.
 
     Attributes:
         factors: float32 (G, M), ``w_j s_j`` of every token.
         order: int32 (G, M), tokens sorted by adapter, then by number.
-        table: int32 (5, G, B): a block's adapter (-1: none), its first place in ``order``, one past its last, the adapter's first row, one past its last.
-        size: Tokens in a block, at most.
+        table: int32 (6, G, B), blocks of up to SIZE tokens: a block's adapter (-1: none), its first place in ``order``, one past its last, the adapter's first
+            row, one past its last, and a counter, 0.
+        short_table: int32 (6, G, C), likewise of up to SHORT tokens, for ranks up to MOST_FOURS; otherwise empty.
     """
 
     factors: Tensor
     order: Tensor
     table: Tensor
-    size: int
+    short_table: Tensor
 
 
 def span_of(hidden: int, pieces: int, step: int) -> int:
@@ -96,7 +106,7 @@ def span_of(hidden: int, pieces: int, step: int) -> int:
     return ceil_div(ceil_div(hidden, pieces), step) * step
 
 
-def _pieces(programs: int, wanted: int, steps: int) -> int:
+def pieces_of(programs: int, wanted: int, steps: int) -> int:
     """Into how many pieces to cut a sum of so many steps so that about ``wanted`` programs run; none has fewer than four steps."""
     return max(1, min(ceil_div(wanted, programs), steps // 4))
 
@@ -110,7 +120,7 @@ def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
     bn = min(128 if tokens > 64 else 64, max(16, power_of_two(count)))
     bk = 64 if x.element_size() == 2 else 32
     programs = ceil_div(count, bn) * members * ceil_div(tokens, bm)
-    span = span_of(hidden, _pieces(programs, 132, ceil_div(hidden, bk)), bk)
+    span = span_of(hidden, pieces_of(programs, 132, ceil_div(hidden, bk)), bk)
     pieces = ceil_div(hidden, span)
     logits = torch.empty(pieces, tokens, members * count, dtype=torch.float32, device=x.device)
     gates_kernel[(programs * pieces,)](
@@ -154,46 +164,56 @@ def tokens_up(base: Tensor, bias: Tensor | None, chosen: tuple[Tensor, Tensor], 
     )  # fmt: skip
 
 
-def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing, size: int = 16) -> Sorted:
-    """Route all tokens and sort them by adapter, with no host wait. logits: (M, members * N), or (S, M, members * N), partial sums."""
-    tokens, top_k, count = logits.shape[-2], routing.top_k, adapters.count
-    members = len(adapters.widths)
-    groups = members * top_k
-    most = tokens // size + count
-    device = logits.device
-    picks = torch.empty(groups, tokens, dtype=torch.int32, device=device)
-    factors = torch.empty(groups, tokens, dtype=torch.float32, device=device)
-    padded = padded_adapters(count)
+def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Every token's adapters, int32 (members * k, M), and ``w_j s_j``, float32, likewise. logits: (M, members * N), or (S, M, members * N), partial sums."""
+    tokens, top_k, members = logits.shape[-2], routing.top_k, len(adapters.widths)
+    picks = torch.empty(members * top_k, tokens, dtype=torch.int32, device=logits.device)
+    factors = torch.empty(members * top_k, tokens, dtype=torch.float32, device=logits.device)
+    padded = padded_adapters(adapters.count)
     block = max(1, min(16, 2048 // padded, tokens // 128))
     block = 1 << (block.bit_length() - 1)
     routes_kernel[(ceil_div(tokens, block), members)](
-        logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, picks, factors, tokens, count,
+        logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, picks, factors, tokens, adapters.count,
         logits.stride(-2), logits.stride(0) if logits.dim() == 3 else 0, routing.temperature,
         TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded, BLOCK=block, SPLITS=logits.shape[0] if logits.dim() == 3 else 1,
         HAS_ALLOWED=routing.allowed is not None, num_warps=4,
     )  # fmt: skip
-    order = torch.empty(groups, tokens, dtype=torch.int32, device=device)
-    table = torch.empty(5, groups, most, dtype=torch.int32, device=device)
-    sort_kernel[(count, groups)](
-        picks, adapters.offsets, order, *table.unbind(0), tokens, most, SIZE=size, CHUNK=min(4096, max(16, power_of_two(tokens))), num_warps=4
-    )
-    return Sorted(factors, order, table, size)
+    return picks, factors
+
+
+def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> Sorted:
+    """Route all tokens and sort them by adapter, with no host wait; logits as in :func:`route_tokens`."""
+    picks, factors = route_tokens(logits, adapters, routing)
+    groups, tokens = picks.shape
+    short = SHORT if adapters.rank_p <= MOST_FOURS else 0
+    most = tokens // SIZE + adapters.count
+    most_short = tokens // short + adapters.count if short else 0
+    order = torch.empty(groups, tokens, dtype=torch.int32, device=logits.device)
+    table = torch.empty(6, groups, most, dtype=torch.int32, device=logits.device)
+    short_table = torch.empty(6, groups, most_short, dtype=torch.int32, device=logits.device)
+    sort_kernel[(adapters.count, groups)](
+        picks, adapters.offsets, order, table, short_table, tokens, groups, most, most_short,
+        SIZE=SIZE, SHORT=short, CHUNK=min(4096, max(16, power_of_two(tokens))), num_warps=4,
+    )  # fmt: skip
+    return Sorted(factors, order, table, short_table)
 
 
 def blocks_down(x: Tensor, found: Sorted, adapters: Adapters, top_k: int) -> Tensor:
-    """``A x`` times ``w_j s_j`` for every token, member and slot: float32 partial sums (S, G, M, P)."""
+    """``A x`` times ``w_j s_j`` for every token, member and slot: float32 (G, M, P)."""
     tokens, hidden = x.shape
     _, groups, most = found.table.shape
     rank_p = adapters.rank_p
+    rank_d = max(16, rank_p)
     bk, warps, stages, programs = DOWN_TILE
-    bk = min(bk, (128 if rank_p <= 64 else 64) * 2 // x.element_size())
-    span = span_of(hidden, _pieces(min(tokens, most) * groups, programs, ceil_div(hidden, bk)), bk)
+    bk, warps = min(bk, (128 if rank_p <= 64 else 64) * 2 // x.element_size()), warps if rank_p <= MOST_FOURS else 4
+    span = span_of(hidden, pieces_of(min(tokens, most) * groups, programs, ceil_div(hidden, bk)), bk)
     pieces = ceil_div(hidden, span)
-    middle = torch.empty(pieces, groups, tokens, rank_p, dtype=torch.float32, device=x.device)
+    middle = torch.empty(groups, tokens, rank_p, dtype=torch.float32, device=x.device)
+    parts = torch.empty(pieces, groups * most, SIZE, rank_d, dtype=torch.float32, device=x.device) if pieces > 1 else middle
     blocks_down_kernel[(pieces * groups * most,)](
-        x, adapters.a, found.factors, found.order, *found.table.unbind(0), middle,
+        x, adapters.a, found.factors, found.order, found.table, parts, middle,
         tokens, hidden, most, groups, x.stride(0), adapters.a.stride(0), adapters.member_rows,
-        TOP_K=top_k, RANK_P=rank_p, RANK_D=max(16, rank_p), SIZE=found.size, BK=bk, SPAN=span, WHOLE=hidden % span == 0, PIECES=pieces,
+        TOP_K=top_k, RANK_P=rank_p, RANK_D=rank_d, SIZE=SIZE, BK=bk, SPAN=span, WHOLE=hidden % span == 0, PIECES=pieces,
         PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return middle
@@ -201,19 +221,22 @@ def blocks_down(x: Tensor, found: Sorted, adapters: Adapters, top_k: int) -> Ten
 
 def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
     """``y = base + bias +`` the slots' ``middle B``, for ``middle`` of :func:`blocks_down`. base: (M, O), or (S, M, O), partial sums; not ``y`` itself."""
-    tokens, members = y.shape[0], len(adapters.widths)
-    _, groups, most = found.table.shape
-    top_k = groups // members
-    rank_p = adapters.rank_p
-    rank_d = max(16, rank_p)
-    bn, warps = min(UP_TILE[0], max(16, power_of_two(max(adapters.widths)))), UP_TILE[1]
+    tokens, members, rank_p = y.shape[0], len(adapters.widths), adapters.rank_p
+    fours = rank_p <= MOST_FOURS
+    table = found.short_table if fours else found.table
+    _, groups, most = table.shape
+    columns, warps = FOURS_UP if fours else UP_TILE
+    bn = min(columns, max(16, power_of_two(max(adapters.widths))))
+    splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
     padded = (*adapters.widths, 0, 0)
-    for slot in range(top_k):
-        blocks_up_kernel[(most, sum(ceil_div(width, bn) for width in adapters.widths))](
-            middle, adapters.b, base, bias if bias is not None else base, y, found.order, *found.table.unbind(0),
-            tokens, adapters.total_rank, most, groups, base.stride(0) if base.dim() == 3 else 0, base.stride(-2), y.stride(0),
-            padded[0], padded[1], padded[2],
-            SLOT=slot, MEMBERS=members, TOP_K=top_k, RANK_P=rank_p, RANK_D=rank_d, BLOCK_R=min(rank_d, 32), SIZE=found.size, BN=bn,
-            PIECES=middle.shape[0], SPLITS=base.shape[0] if base.dim() == 3 else 1, HAS_BIAS=bias is not None, PRECISION="ieee",
-            num_warps=warps, num_stages=2,
-        )  # fmt: skip
+    grid = (most, sum(ceil_div(width, bn) for width in adapters.widths))
+    arguments = (
+        middle, adapters.b, base, bias if bias is not None else base, y, found.order, table, tokens, adapters.total_rank, most, groups,
+        stride_split, base.stride(-2), y.stride(0), padded[0], padded[1], padded[2],
+    )  # fmt: skip
+    for slot in range(groups // members):
+        facts = {"SLOT": slot, "MEMBERS": members, "TOP_K": groups // members, "RANK_P": rank_p, "BN": bn, "SPLITS": splits, "HAS_BIAS": bias is not None}
+        if fours:
+            fours_up_kernel[grid](*arguments, **facts, num_warps=warps)
+        else:
+            blocks_up_kernel[grid](*arguments, **facts, RANK_D=rank_p, BLOCK_R=32, SIZE=SIZE, PRECISION="ieee", num_warps=warps, num_stages=2)

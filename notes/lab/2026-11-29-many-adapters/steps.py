@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch
 from common import SHAPES, Group, capture, check, graphs, times
 
-from meteora_kernels import many_adapters
+from meteora_kernels import many_adapters, plan
 from meteora_kernels.many_adapters import Adapters, Routing, base_product, few_forward, sorted_forward
 from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, sort_tokens, tokens_down, tokens_up
 from meteora_kernels.triton_group import group_forward
 
 ADAPTERS, RANK = int(os.environ.get("ADAPTERS", "256")), int(os.environ.get("RANK", "8"))
-MOST_FEW = 128
+MOST_FEW, LEAST_SORTED = 256, 128
 ROUTING = Routing(2, 1.0)
 
 
@@ -28,6 +28,7 @@ def adapters_of(group: Group) -> Adapters:
 
 
 def old(group: Group, x: torch.Tensor) -> torch.Tensor:
+    plan.MANY = ()
     sizes = (list(group.widths), group.total, group.rank, 2, 1.0)
     return group_forward(x, group.packed, group.up, None, group.scaling, group.offsets, None, group.flags, *sizes)
 
@@ -42,7 +43,7 @@ def steps_of(group: Group, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     if len(x) <= MOST_FEW:
         chosen = tokens_down(x, logits, adapters, ROUTING)
         steps |= {"tdown": lambda: tokens_down(x, logits, adapters, ROUTING), "tup": lambda: tokens_up(base, None, chosen, adapters, y)}
-    if len(x) >= MOST_FEW:
+    if len(x) >= LEAST_SORTED:
         found = sort_tokens(logits, adapters, ROUTING)
         middle = blocks_down(x, found, adapters, 2)
 
@@ -62,9 +63,9 @@ def main() -> None:
         groups = [Group(name, ADAPTERS, RANK) for _ in range(1 if mode == "check" else {"qkv": 4, "o": 5, "gu": 1, "down": 2}[name])]
         for tokens in map(int, rest):
             ways = {}
-            if tokens <= MOST_FEW:
+            if 16 < tokens <= MOST_FEW:
                 ways["few"] = few_forward
-            if tokens >= MOST_FEW:
+            if tokens >= LEAST_SORTED:
                 ways["sorted"] = sorted_forward
             if mode == "check":
                 for kind, pool in (("uniform", 0), ("local", 16)):
@@ -84,27 +85,28 @@ def main() -> None:
                 pairs = list(zip(groups, inputs, strict=True))
                 if not pool:
                     works["base"] = capture(lambda pairs=pairs: [group.base(x) for group, x in pairs])
-                    if "OLD" in os.environ:
-                        works["old"] = capture(lambda pairs=pairs: [old(group, x) for group, x in pairs])
                 for way, forward in ways.items():
                     call = lambda pairs=pairs, forward=forward: [forward(x, g.packed[: g.outputs], None, adapters_of(g), ROUTING) for g, x in pairs]
                     works[way + kind] = capture(call)
-                    if not pool:
+                    if not pool and way == "few":
                         plain, many_adapters.beside = many_adapters.beside, ALONE
                         works[way + "-one-stream"] = capture(call)
                         many_adapters.beside = plain
-                every = [steps_of(group, x) for group, x in pairs]
+                if "OLD" in os.environ or tokens <= 16:
+                    works["old" + kind] = capture(lambda pairs=pairs: [old(group, x) for group, x in pairs])
+                every = [steps_of(group, x) for group, x in pairs] if "STEPS" in os.environ else [{}]
                 for step in every[0]:
                     works[f".{step}{kind}"] = capture(lambda every=every, step=step: [steps[step]() for steps in every])
             found = {key: value / len(groups) for key, value in times(works, 15).items()}
             graphs.clear()
             for key, value in found.items():
                 totals[tokens, key] = totals.get((tokens, key), 0.0) + value
-            print(name, tokens, " ".join(f"{key} {value:.1f}" for key, value in found.items()), flush=True)
+            if "STEPS" in os.environ:
+                print(name, tokens, " ".join(f"{key} {value:.1f}" for key, value in found.items()), flush=True)
     for tokens in map(int, rest):
         if mode == "time":
             mine = {key: value for (count, key), value in totals.items() if count == tokens}
-            print("ALL", tokens, " ".join(f"{key} {value:.0f}" + ("" if key[0] == "." else f" ({value / mine['base']:.3f})") for key, value in mine.items()))
+            print(f"{ADAPTERS} x {RANK}", tokens, " ".join(f"{key} {value:.0f}" + ("" if key[0] == "." else f" ({value / mine['base']:.3f})") for key, value in mine.items()))
 
 
 class ALONE:

@@ -10,12 +10,13 @@ from common import SHAPES, Group, capture, graphs, times
 from steps import ROUTING, adapters_of
 
 from meteora_kernels import many_adapters
-from meteora_kernels.many_adapters import base_product, launch
+from meteora_kernels.many_adapters import base_product, launch, tiled
 from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, sort_tokens
 
-SIZES = (16, 32, 64)
-UPS = ((128, 4), (256, 4), (512, 4), (512, 8), (256, 2))
-DOWNS = ((128, 4, 4, 1600), (128, 4, 4, 8192), (128, 4, 6, 4096), (128, 2, 4, 4096), (128, 2, 4, 16384))
+UPS = ((256, 1), (512, 2), (512, 1))
+DOWNS = ((128, 2, 4, 4096), (128, 1, 4, 4096), (128, 1, 3, 8192))
+TILED_UPS = ((128, 64, 4, 4), (128, 128, 8, 3), (128, 64, 8, 3), (256, 64, 8, 3), (128, 128, 4, 2), (64, 128, 4, 3))
+TILED_DOWNS = ((128, 64, 4, 4, 128), (128, 64, 8, 4, 128), (256, 64, 8, 3, 128), (128, 128, 8, 3, 128), (64, 64, 4, 5, 128), (128, 64, 4, 4, 32))
 
 
 def works_of(group: Group, x: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -23,23 +24,31 @@ def works_of(group: Group, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     logits = gate_sums(x, adapters)
     y = torch.empty(len(x), group.outputs, dtype=x.dtype, device="cuda")
     base = base_product(x, group.packed[: group.outputs], len(x) <= many_adapters.EXACT_TOKENS)
+    works["route"] = lambda: launch.route_tokens(logits, adapters, ROUTING)
     works["sort"] = lambda: sort_tokens(logits, adapters, ROUTING)
-    for size in SIZES:
-        found = sort_tokens(logits, adapters, ROUTING, size)
-        middle = blocks_down(x, found, adapters, 2)
+    works["list"] = lambda: tiled.list_tiles(logits, adapters, ROUTING)
+    found, tiles = sort_tokens(logits, adapters, ROUTING), tiled.list_tiles(logits, adapters, ROUTING)
+    middle, inner = blocks_down(x, found, adapters, 2), tiled.tiled_down(x, tiles, adapters, 2)
 
-        def up(tile: tuple[int, int], found: launch.Sorted = found, middle: torch.Tensor = middle) -> None:
-            launch.UP_TILE = tile
-            blocks_up(base, None, middle, found, adapters, y)
+    def up(tile: tuple[int, ...]) -> None:
+        launch.FOURS_UP = tile
+        blocks_up(base, None, middle, found, adapters, y)
 
-        def down(tile: tuple[int, int, int, int], found: launch.Sorted = found) -> None:
-            launch.DOWN_TILE = tile
-            blocks_down(x, found, adapters, 2)
+    def down(tile: tuple[int, ...]) -> None:
+        launch.DOWN_TILE = tile
+        blocks_down(x, found, adapters, 2)
 
-        for tile in UPS:
-            works[f"up{size}:{tile[0]},{tile[1]}"] = lambda tile=tile, up=up: up(tile)
-        for tile in DOWNS:
-            works[f"dn{size}:{tile[1]},{tile[2]},{tile[3]}"] = lambda tile=tile, down=down: down(tile)
+    def tiled_up(tile: tuple[int, ...]) -> None:
+        tiled.UP_TILE = tile
+        tiled.tiled_up(base, None, inner, tiles, adapters, y)
+
+    def tiled_down(tile: tuple[int, ...]) -> None:
+        tiled.DOWN_TILE = tile
+        tiled.tiled_down(x, tiles, adapters, 2)
+
+    for name, run, choices in (("up", up, UPS), ("dn", down, DOWNS), ("lup", tiled_up, TILED_UPS), ("ldn", tiled_down, TILED_DOWNS)):
+        for tile in choices:
+            works[f"{name}{tile}".replace(" ", "")] = lambda tile=tile, run=run: run(tile)
     return works
 
 

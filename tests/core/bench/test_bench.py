@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meteora_core.bench import ModelShape, bench_end_to_end, bench_layers, plot_layers
-from meteora_core.bench.contenders import Setting, lay_input, make_layer, run_group
+from meteora_core.bench.contenders import POOL, RUN, Setting, lay_input, local_input, make_layer, run_group
 from meteora_core.bench.shapes import SHAPES, shape_named
 from meteora_core.bench.timing import medians
 from meteora_core.errors import UsageError
@@ -69,6 +69,26 @@ def test_rows_cover_every_contender_and_size() -> None:
         assert (row.ratio == 1.0) == (row.name == "base")
     assert bench.chosen[9].startswith("dense: ")
     assert bench.to_json()["rows"][0]["name"] == "base"
+
+
+def test_local_routes_are_shared_by_neighbours() -> None:
+    setting, tokens = Setting(40, 2, 2), 5 * RUN - 3
+    shape = ModelShape("shallow", 512, 8, 600, 4, 2, 2, 64)  # gates of 512 columns are nearly orthogonal
+    for group in make_layer(shape, setting, torch.float32, CPU, fused=False):
+        x = local_input(group, torch.randn(tokens, group.hidden), setting)
+        for linear in group.linears:
+            chosen = (x @ linear.gate.t()).topk(2, dim=1).indices.sort(dim=1).values.tolist()
+            assert all(chosen[token] == chosen[token // RUN * RUN] for token in range(tokens))
+            assert 2 < len({adapter for pair in chosen for adapter in pair}) <= POOL
+
+
+def test_both_kinds_of_routes_are_timed() -> None:
+    bench = bench_layers(TINY, (6,), adapters=5, rank=4, dtype=torch.float32, device=CPU, contenders=["dense"], routes=("uniform", "local"), seconds=0.01)
+    assert [(row.name, row.routes) for row in bench.rows] == [(name, routes) for routes in ("uniform", "local") for name in ("base", "dense")]
+    assert all(row.error is not None and row.error < 1e-5 for row in bench.rows)
+    assert bench.base == "F.linear for each linear, as transformers' eager code calls it, launched one by one"
+    with pytest.raises(UsageError, match="unknown routes: near"):
+        bench_layers(TINY, (6,), device=CPU, routes=("near",))
 
 
 def test_backward_and_a_choice_of_contenders() -> None:
