@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +63,9 @@ class Running:
         pid: Its id.
     """
 
-    def __init__(self, process: Any, streams: tempfile.TemporaryDirectory[str]) -> None:
-        self._process, self._kept, self._streams = process, streams, Path(streams.name)
+    def __init__(self, process: Any, streams: Path) -> None:
+        self._process, self._streams = process, streams
+        weakref.finalize(self, shutil.rmtree, streams, ignore_errors=True)
         self.pid: int = process.pid
 
     @property
@@ -100,10 +103,10 @@ def start(work: Callable[..., object], *arguments: Any, folder: Path, environmen
         environment: The variables that differ from this process's.
         stdin: What it reads.
     """
-    streams = tempfile.TemporaryDirectory(prefix="streams-", ignore_cleanup_errors=True)
-    Path(streams.name, "in").write_text(stdin)
+    streams = Path(tempfile.mkdtemp(prefix="streams-"))
+    (streams / "in").write_text(stdin)
     variables = {**os.environ, **(environment or {})}
-    process = _server.Process(target=_child, args=(work, arguments, folder, variables, Path(streams.name)))
+    process = _server.Process(target=_child, args=(work, arguments, folder, variables, streams))
     process.start()
     return Running(process, streams)
 
