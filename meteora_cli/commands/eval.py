@@ -118,7 +118,7 @@ def evaluate(
         eval__limit=limit,
         eval__scoring=scoring and scoring.value,
     )
-    models = ("base", "own", "meteora") if model == "all" else tuple(name.strip() for name in model.split(",") if name.strip())
+    models = ("base", "own", "meteora") if model == "all" else tuple(dict.fromkeys(name.strip() for name in model.split(",") if name.strip()))
     _refuse_without_effect(ctx, models, launcher, save=save)
     from meteora_core.data.userdata import register_all
     from meteora_core.evaluation.processes import join_processes, leave_processes

@@ -151,7 +151,7 @@ def evaluate(
     """
     loader, pairs = prepare(plan, device, dtype, progress)
     outcomes = []
-    for model in pairs:
+    for model in plan.models:
         outcome = ModelResults(model)
         began, stamp = time.time(), time.strftime("%Y-%m-%dT%H-%M-%S")
         builder = ResultsBuilder(model, loader.config(model))
