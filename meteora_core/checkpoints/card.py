@@ -121,11 +121,11 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
     shown: tuple[str, ...] = ("init", "seed", "batch_size", "accumulation", "learning_rate", "beta", "answer_share", "max_length", "ridge_tokens")
     shown += ("composite_rows", "composite_max", "trainable", "adapter_learning_rate", "loss_on")
     if "steps" in training:
-        lines.append(f"- Gates: {training['steps']} optimiser steps, {training.get('tokens', 0):,} tokens, {training.get('seconds', 0):.0f} s")
+        lines.append(f"- Gates: {training['steps']} optimiser steps, {training.get('tokens', 0):,} tokens, {training.get('seconds') or 0:.0f} s")
     if settings:
         lines.append("- Settings: " + ", ".join(f"{name} {settings[name]}" for name in shown if settings.get(name) is not None))
     held_out = training.get("held_out", {})
-    if "gate_accuracy" in held_out:
+    if held_out.get("gate_accuracy") is not None:
         lines.append(f"- Top-1 gate accuracy on answer tokens of held-out train rows, all layers but the first: {held_out['gate_accuracy']:.1%}")
     packed = training.get("packed")
     if packed:

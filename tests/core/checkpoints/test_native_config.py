@@ -141,6 +141,8 @@ def test_notes_of_earlier_versions_may_hold_nan(saved: Path) -> None:
     training = read_config(saved)["training"]
     assert training == {"loss": None, "history": [{"loss": None}], "new": 1}
     load_checkpoint(saved, make_tiny_llama())
+    file.write_text(file.read_text().replace('"new": 1', '"steps": 3, "seconds": NaN, "held_out": {"gate_accuracy": NaN}'))
+    assert "3 optimiser steps, 0 tokens, 0 s" in write_card(saved).read_text()
 
 
 def test_nan_is_not_written(saved: Path) -> None:
