@@ -16,7 +16,7 @@ from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WE
 from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import read_json, write_json
-from meteora_core.model.attach import gate_origin, meteora_layers, probe_base, same_base
+from meteora_core.model.attach import gate_origin, is_same_or_rounded, meteora_layers, probe_base
 from meteora_core.model.base import BaseReference, loaded_by
 from meteora_core.model.offload import real_tensor
 from meteora_core.reading import finite
@@ -141,9 +141,10 @@ def _changed_base(model: nn.Module) -> dict[str, str]:
     training = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     changed = {name: names[name] for name in sorted({*base_changes(model), *training}) if name in names}
     linears = {path: layer.base_layer for path, layer in meteora_layers(model)}
-    if any(f"{path}.weight" in changed for path in linears) or any(isinstance(m.weight, Tensor) and _is_spread(m.weight) for m in linears.values()):
+    weights = [getattr(linear, "weight", None) for linear in linears.values()]
+    if any(f"{path}.weight" in changed for path in linears) or any(isinstance(weight, Tensor) and _is_spread(weight) for weight in weights):
         return changed
-    if not same_base(routing_state(model).base_probe, probe_base(linears)):
+    if not is_same_or_rounded(routing_state(model).base_probe, probe_base(linears)):
         raise UsageError(
             "the weights of the base model have changed since the adapters were attached, and a checkpoint does not hold them",
             hint="name what changed with meteora_core.checkpoints.native.note_base_changes(model, names), and it is saved too",

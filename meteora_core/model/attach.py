@@ -191,6 +191,14 @@ def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
     return values
 
 
+def is_same_or_rounded(before: list[float] | None, now: list[float] | None) -> bool:
+    """Whether a model that was probed twice has the very same weights, or those after changes of its dtype; True when either is unknown."""
+    if before is None or now is None:
+        return True
+    after = torch.tensor(now)
+    return any(torch.equal(after, rounded) for rounded in _roundings(torch.tensor(before)))
+
+
 def same_base(mine: list[float] | None, theirs: list[float] | None) -> bool:
     """Whether two probes come from the same weights, allowing for the rounding of 16-bit types; True when either is unknown."""
     if mine is None or theirs is None:
