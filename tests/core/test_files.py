@@ -54,19 +54,19 @@ def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch, number) -> None:
 
 
 def test_a_full_disk_under_a_checkpoint_leaves_the_old_one(tmp_path, monkeypatch) -> None:
-    import safetensors.torch
     import torch
 
+    from meteora_core.checkpoints import parts
     from meteora_core.checkpoints.native import write_checkpoint
 
-    write_checkpoint(tmp_path / "c", {"n": 1}, {"x": torch.zeros(2)})
+    write_checkpoint(tmp_path / "c", {"n": 1, "adapters": [], "modules": {}}, {"x": torch.zeros(2)})
 
     def full(*_, **__) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(parts, "write_tensors", full)
     with pytest.raises(StorageError, match="no space left"):
-        write_checkpoint(tmp_path / "c", {"n": 2}, {"x": torch.zeros(2)})
+        write_checkpoint(tmp_path / "c", {"n": 2, "adapters": [], "modules": {}}, {"x": torch.zeros(2)})
     assert json.loads((tmp_path / "c" / "meteora_config.json").read_text())["n"] == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
