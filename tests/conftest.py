@@ -27,9 +27,29 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; to be known before Triton is first imported
 
 
+LONGEST = (
+    "test_end_to_end.py",
+    "test_train_command.py",
+    "test_real_bigbench.py",
+    "test_evaluation_session.py",
+    "test_real_model_batches.py",
+    "test_sharding.py",
+    "test_chat_command.py",
+    "test_jobs.py",
+    "test_stages.py",
+    "test_lm_eval_model.py",
+    "test_eval_command.py",
+    "test_fused_evaluation.py",
+    "test_fuse.py",
+    "test_fused_chat.py",
+)
+"""The files that take longest, in the order in which they begin: the many short ones behind them end together on all workers."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file goes first, so that the others run beside it."""
-    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+    """The longest files go first."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -51,3 +51,11 @@ class InProcess:
         except SystemExit as end:
             return int(end.code or 0)
         return 0
+
+
+def experiment(*arguments: str) -> None:
+    """``python -m examples.paper`` with its commands in the same process, as work for :func:`support.processes.start`."""
+    from examples.paper.__main__ import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        sys.exit(main(list(arguments), run_command=InProcess(patch)))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -30,16 +28,15 @@ def test_every_command_explains_itself(meteora, command) -> None:
     assert "Usage: meteora" in ran.out
 
 
-def test_help_is_quick_and_loads_neither_torch_nor_transformers() -> None:
+def test_help_loads_little_and_neither_torch_nor_transformers() -> None:
+    """What is imported is what it costs: with these modules it takes half a second, each of the large libraries takes as long again or much longer."""
     code = "import sys, runpy; sys.argv = ['meteora', '--help']\ntry:\n runpy.run_module('meteora_cli', run_name='__main__')\nexcept SystemExit: pass\n"
-    code += "print([name for name in ('torch', 'transformers', 'peft', 'pydantic', 'numpy') if name in sys.modules], file=sys.stderr)"
-    seconds = []
-    for _ in range(4):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "TERM": "dumb"})
-        seconds.append(time.perf_counter() - began)
-        assert done.stderr.strip().splitlines()[-1] == "[]"
-    assert statistics.median(seconds[1:]) < 1.0, seconds
+    code += "print([name for name in ('torch', 'transformers', 'peft', 'pydantic', 'numpy') if name in sys.modules], file=sys.stderr)\n"
+    code += "print(len(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "TERM": "dumb"})
+    large, count = done.stderr.strip().splitlines()[-2:]
+    assert large == "[]"
+    assert int(count) < 500
 
 
 def test_settings_come_from_file_environment_and_flags(meteora, tmp_path, monkeypatch) -> None:

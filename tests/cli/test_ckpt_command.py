@@ -122,7 +122,7 @@ def test_the_whole_command_against_a_hub(tmp_path: Path) -> None:
 
         def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
             line = [sys.executable, "-m", "meteora_cli", "ckpt", "download", *arguments]
-            return subprocess.run(line, capture_output=True, text=True, env={**environment, **changes}, timeout=120, check=False)
+            return subprocess.run(line, capture_output=True, text=True, env={**environment, **changes}, timeout=900, check=False)
 
         first = run("someone/model@main", "--json")
         assert first.returncode == 0, first.stderr

@@ -44,7 +44,7 @@ def test_workers_end_with_a_killed_parent(tmp_path, number) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(number)
-    child.communicate(timeout=120)  # until nobody holds the pipe
+    child.communicate(timeout=900)  # until nobody holds the pipe
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
@@ -55,7 +55,7 @@ def test_a_tied_program_ends_with_its_parent() -> None:
     assert parent.stdout is not None
     assert parent.stdout.readline() == "1\n"
     parent.kill()
-    parent.communicate(timeout=120)
+    parent.communicate(timeout=900)
 
 
 def test_a_tied_program_is_the_program() -> None:

@@ -43,7 +43,7 @@ def begun():
 note("+")
 try:
     print(todo.get("text", ""))
-    until = time.monotonic() + 20
+    until = time.monotonic() + 600
     while not set(todo.get("meet", ())) <= set(begun()):
         if time.monotonic() > until:
             sys.exit("nobody came")
@@ -68,7 +68,7 @@ class World:
         (folder / "meteora_cli.py").write_text(SCRIPT)
         (folder / "events").touch()
 
-    def engine(self, jobs: int, *steps: Step, seconds: float = 60.0, deadline: float = float("inf"), **todo: dict[str, object]) -> Engine:
+    def engine(self, jobs: int, *steps: Step, seconds: float = 600.0, deadline: float = float("inf"), **todo: dict[str, object]) -> Engine:
         """An engine over the steps; ``todo`` says what the script does for each."""
         (self.folder / "todo.json").write_text(json.dumps(todo))
         values = {"work": "w", "rank": 8, "base": "x"}
@@ -81,7 +81,7 @@ class World:
 
     def wait_for(self, count: int) -> None:
         """Until so many commands have begun."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 600
         while len(self.events()) < count:
             assert time.monotonic() < until, "they do not begin"
             time.sleep(0.02)
@@ -176,7 +176,7 @@ def test_a_need_that_is_neither_chosen_nor_done_is_found_before_anything_starts(
 
 def test_when_the_time_of_the_call_is_over_all_are_ended_even_those_that_do_not_listen(world, monkeypatch) -> None:
     monkeypatch.setattr(children, "GRACE", 0.3)
-    engine = world.engine(2, step("a"), step("b"), step("c"), deadline=time.monotonic() + 1.5, a={"sleep": 60}, b={"sleep": 60, "deaf": True})
+    engine = world.engine(2, step("a"), step("b"), step("c"), deadline=time.monotonic() + 1.5, a={"sleep": 600}, b={"sleep": 600, "deaf": True})
     with pytest.raises(Stopped):
         run_side_by_side(engine)
     assert world.alive() == []
@@ -192,7 +192,7 @@ def test_when_the_time_of_the_call_is_over_all_are_ended_even_those_that_do_not_
 
 
 def test_a_command_over_its_limit_goes_on_in_another_part(world) -> None:
-    engine = world.engine(2, step("a"), step("b"), seconds=1.5, a={"sleep": 60})
+    engine = world.engine(2, step("a"), step("b"), seconds=3, a={"sleep": 600})
     assert sorted(run_side_by_side(engine)) == ["a", "b"]
     parts = json.loads(engine.record_file(engine.experiment.step("a")).read_text())["parts"]
     assert parts >= 2
@@ -203,7 +203,7 @@ def test_a_command_over_its_limit_goes_on_in_another_part(world) -> None:
 
 @pytest.mark.parametrize(("jobs", "sign", "code"), [(2, signal.SIGINT, 130), (2, signal.SIGTERM, 143), (1, signal.SIGTERM, 143)])
 def test_a_signal_ends_the_program_and_all_its_commands(world, jobs, sign, code) -> None:
-    world.engine(2, download={"sleep": 60}, build={"sleep": 60})
+    world.engine(2, download={"sleep": 600}, build={"sleep": 600})
     script = world.folder / "meteora_cli.py"
     script.write_text(SCRIPT.replace("sys.argv[3]", "sys.argv[4]"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -212,7 +212,7 @@ def test_a_signal_ends_the_program_and_all_its_commands(world, jobs, sign, code)
     try:
         world.wait_for(jobs)
         program.send_signal(sign)
-        said = program.communicate(timeout=20)[1]
+        said = program.communicate(timeout=600)[1]
     finally:
         program.kill()
         program.wait()

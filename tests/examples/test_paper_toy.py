@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from examples.paper.__main__ import main
-from paper_world import InProcess, make_base, make_raw
+from paper_world import InProcess, experiment, make_base, make_raw
+from support import processes
 
-ROOT = Path(__file__).parent.parent.parent
 PLACES = ("--work", "runs/toy", "--docs", "docs", "--raw-dir", "raw", "--base", "base", "--device", "cpu")
 
 
@@ -123,22 +118,19 @@ def test_the_whole_experiment_and_its_report(place, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(place) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "HF_HUB_OFFLINE": "1"}
-    call = [sys.executable, "-m", "examples.paper", "toy", *PLACES, "--only", "datasets", "adapters-*", "gates-ridge", "eval-base"]
-    child = subprocess.Popen(call, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    call = ("toy", *PLACES, "--only", "datasets", "adapters-*", "gates-ridge", "eval-base")
+    child = processes.start(experiment, *call, folder=place)
     record = place / "runs/toy/steps/adapters-4.json"
-    until = time.monotonic() + 300
-    while not record.exists() and child.poll() is None and time.monotonic() < until:
+    while not record.exists() and not child.ended:
         time.sleep(0.1)
-    assert child.poll() is None, "the run ended before it could be killed"
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    assert not child.ended, "the run ended before it could be killed"
+    child.kill()
     before = record.stat().st_mtime_ns
-    short = subprocess.run([*call, "--for", "0"], cwd=place, env=environment, capture_output=True, text=True, check=False)
-    assert short.returncode == 75, short.stderr
-    assert "the same command goes on" in short.stderr
-    done = subprocess.run(call, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    short = processes.run(experiment, *call, "--for", "0", folder=place)
+    assert short.code == 75, short.err
+    assert "the same command goes on" in short.err
+    done = processes.run(experiment, *call, folder=place)
+    assert done.code == 0, done.err[-2000:]
     assert record.stat().st_mtime_ns == before
-    assert "--stage adapters" not in done.stdout
+    assert "--stage adapters" not in done.out
     assert (place / "runs/toy/eval/base/base").is_dir()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HANG = 900
+HANG = 1500
 """Seconds after which a process is taken for one that hangs. No test depends on how fast the machine is."""
 
 _IMPORTED = [

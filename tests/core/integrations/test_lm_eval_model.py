@@ -114,7 +114,7 @@ def test_the_harness_scores_a_local_task_or_says_what_to_install(authors: Author
         str(tmp_path / "out"),
     ]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    ran = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=900, check=False)
     if find_spec("lm_eval") is None:
         assert ran.returncode == 1
         assert ran.stderr.splitlines()[-2:] == ["error: lm-evaluation-harness is not installed", "hint: pip install 'meteora-lora[lm-eval]'"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,10 +114,8 @@ def test_a_dead_worker_is_named_and_the_others_are_stopped(base, data, tmp_path)
             os.kill(children[0].pid, signal.SIGKILL)
 
     settings = {task: AdapterTrainSettings(**{**SETTINGS, "max_steps": 100_000}) for task in ("shout", "count")}
-    began = time.monotonic()
     with pytest.raises(MeteoraError, match=r"(the process that trained (shout|count)|worker process 0) ended: terminated with signal SIGKILL"):
         train_side_by_side(plan(base, data, tmp_path / "o", **settings), progress=Recorder(kill_one))
-    assert time.monotonic() - began < 60
     assert not active_children()
 
 
