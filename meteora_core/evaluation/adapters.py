@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_IN_A_BANK = "train gates over it, and evaluate with --model meteora"
+
+
 def check_adapter(folder: Path) -> None:
     """Whether an adapter can be used: all checks that need no base model, of its weights too.
 
@@ -92,6 +95,17 @@ def _exactly(paths: list[str]) -> str:
     return f"^(?:{'|'.join(re.escape(path) for path in paths)})"
 
 
+def remove_lora(model: PreTrainedModel, names: set[str]) -> None:
+    """Remove the LoRA layers that a failed start left in modules with these names; the model is in evaluation mode afterwards."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer) and path in names:
+            parent = model.get_submodule(path.rpartition(".")[0])
+            setattr(parent, path.rpartition(".")[2], module.get_base_layer())
+    model.eval()
+
+
 @contextmanager
 def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
     """Within the block, the base with one un-merged PEFT adapter, in the base's dtype; afterwards the base is as it was.
@@ -111,14 +125,22 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
     if find_adapter(folder) is None:
         raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train --stage adapters --task NAME`, or correct the path")
     config, state = peft_parts(read_for_base(folder, model))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted, names = None, set(dict(model.named_modules()))
     try:
-        loaded = set_peft_model_state_dict(adapted, state)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+            loaded = set_peft_model_state_dict(adapted, state)
+        except (RuntimeError, ValueError) as error:
+            text = str(error).strip().splitlines()[0]
+            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: {text}", hint=_IN_A_BANK) from error
         absent = [key for key in loaded.missing_keys if ".lora_" in key] + list(loaded.unexpected_keys)
         if absent:
-            raise AdapterError(f"PEFT cannot load the adapter {folder} onto this base model: {absent[0]}", hint="its modules have other names in this model")
+            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: it has no place for {absent[0]}", hint=_IN_A_BANK)
         yield adapted.eval()
     finally:
-        adapted.unload()
+        if adapted is None:
+            remove_lora(model, names)
+        else:
+            adapted.unload()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.adapters.peft_folder import WEIGHTS, find_adapter
 from meteora_core.errors import AdapterError, UsageError
-from meteora_core.evaluation.adapters import check_adapter, peft_parts, read_for_base
+from meteora_core.evaluation.adapters import check_adapter, peft_parts, read_for_base, remove_lora
 from meteora_core.files import sha256
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def with_arrow(model: PreTrainedModel, folders: Mapping[str, Path], *, top_k: in
             del banks
             adapted = create_arrow_model(model, checked, config, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, OSError) as error:
-        _unload(model, had_none)
+        remove_lora(model, had_none)
         text = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).strip().splitlines()[0])
         raise AdapterError(f"PEFT's Arrow cannot route over these adapters: {text}", hint="it needs one base model, one rank and one set of targets") from error
     try:
@@ -85,17 +85,6 @@ def _write(bank: AdapterBank, folder: Path) -> str:
     config.save_pretrained(folder)
     save_file(state, folder / WEIGHTS)
     return str(folder)
-
-
-def _unload(model: PreTrainedModel, names: set[str]) -> None:
-    """Take the LoRA layers out again that a failed start left in the model."""
-    from peft.tuners.lora import LoraLayer
-
-    for path, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer) and path in names:
-            parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, path.rpartition(".")[2], module.get_base_layer())
-    model.eval()
 
 
 class ArrowRouter:

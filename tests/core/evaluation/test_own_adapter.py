@@ -119,3 +119,19 @@ def test_what_is_not_there_is_said(tmp_path) -> None:
     os.mkfifo(tmp_path / "adapter_config.json")
     with pytest.raises(AdapterError, match="not an ordinary file"):
         check_adapter(tmp_path)
+
+
+def test_what_peft_cannot_place_is_an_error_and_the_base_stays(tmp_path, monkeypatch) -> None:
+    import peft
+
+    folder, base = write_adapter(tmp_path / "x"), make_tiny_llama()
+    load = peft.set_peft_model_state_dict
+    monkeypatch.setattr(
+        peft, "set_peft_model_state_dict", lambda model, state: load(model, {key.replace("q_proj", "k_proj"): value for key, value in state.items()})
+    )
+    with pytest.raises(AdapterError, match=r"has no place for .*q_proj"), with_adapter(base, folder):
+        pass
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", lambda model, state: (_ for _ in ()).throw(ValueError("Cannot convert\nmore")))
+    with pytest.raises(AdapterError, match=r"onto this base model: Cannot convert$"), with_adapter(base, folder):
+        pass
+    assert not any("lora" in key for key, _ in base.named_parameters())
