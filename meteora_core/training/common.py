@@ -64,6 +64,8 @@ def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] |
     Raises:
         UsageError: A name cannot be a name, a path leaves ``root``, or a folder holds something that Meteora did not train.
     """
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file, so no adapter can be written into it", hint="choose a folder with --out")
     folders = {name: folder_of(root, name, "adapter") for name in names}
     for name in folders if replaced is None else replaced:
         check_adapter_folder(folders[name])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import atomic_folder, listed, read_json, save_tensors, write_json
+from meteora_core.files import atomic_folder, listed, read_json, save_tensors, sha256, write_json
 from meteora_core.training.common import with_order
 from meteora_core.training.runtime import assign, assign_states, full_tensor, optimizer_states
 
@@ -93,7 +93,7 @@ def save_state(
     target = folder / f"{_PREFIX}{state.step}"
     with atomic_folder(target, lock=False) as temporary:  # the run holds the lock of what it trains
         save_tensors(tensors, temporary / _STATE)
-        info = {key: getattr(state, key) for key in (*_KEPT, *_LATER)}
+        info = {key: getattr(state, key) for key in (*_KEPT, *_LATER)} | {"sha256": sha256(temporary / _STATE)}
         write_json(temporary / INFO, {**info, "best_value": None if state.best_step < 0 else state.best_value, "inputs": inputs})
     for other in saved_states(folder):
         if other != target:
@@ -131,6 +131,8 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     if different := differences(with_order(info["inputs"]), inputs):
         raise UsageError(f"cannot resume {folder.parent}: {'; '.join(different[:5])}", hint="start anew without --resume, or use the old settings")
     try:
+        if info.get("sha256", digest := sha256(states[-1] / _STATE)) != digest:
+            raise CheckpointError(f"{states[-1] / _STATE} is not the file that was saved: its hash differs", hint=hint)
         tensors = load_file(states[-1] / _STATE)
     except (SafetensorError, OSError) as broken:
         raise CheckpointError(f"{states[-1]} is broken: {broken}", hint=hint) from broken

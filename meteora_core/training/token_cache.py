@@ -110,9 +110,9 @@ def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, r
         except DatasetGenerationError as failed:
             with storage_errors(folder):
                 raise (failed.__cause__ if isinstance(failed.__cause__, MeteoraError | OSError) else failed) from failed
-        except ArrowInvalid:
+        except (ArrowInvalid, ValueError, TypeError, KeyError, AttributeError) as broken:  # what `datasets` makes of an entry that is cut or changed
             if last:
-                raise
+                raise StorageError(f"the cache of tokens at {folder} cannot be used: {broken}", hint="remove that folder, or set METEORA_CACHE") from broken
             shutil.rmtree(folder, ignore_errors=True)
         except StorageError as failed:  # a file of the entry is missing, for one
             if last or not isinstance(failed.__cause__, FileNotFoundError):

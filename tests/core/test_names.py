@@ -17,7 +17,7 @@ from meteora_core.errors import DataError, UsageError
 from meteora_core.names import KEYWORDS, LONGEST, check_name, folder_of, inside, is_name, problem_of
 from meteora_core.settings import load_settings
 from meteora_core.training.adapters import train_adapter
-from meteora_core.training.common import INFO_FILE, check_adapter_folder
+from meteora_core.training.common import INFO_FILE, check_adapter_folder, check_targets
 from meteora_core.training.jobs import JobPlan, train_side_by_side
 from meteora_core.training.together import train_together
 
@@ -137,6 +137,12 @@ def test_a_dataset_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "datasets" / "my_task" / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"other files.*notes\.txt"):
         build_task(task, tmp_path / "datasets", force=True)
+
+
+def test_adapters_are_not_written_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file"):
+        check_targets(tmp_path / "file", ["count"])
 
 
 def test_keywords_are_lower_case() -> None:

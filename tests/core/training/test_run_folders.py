@@ -166,6 +166,11 @@ def test_a_broken_state_is_one_line(tmp_path, broken) -> None:
     save_state(tmp_path, RunState(step=3), {"weight": weight}, optimizer, {})
     with pytest.raises(CheckpointError, match="lacks other"):
         load_state(tmp_path, {"other": weight}, optimizer, {})
+    weights = tmp_path / "step-3" / "state.safetensors"
+    saved = weights.read_bytes()
+    weights.write_bytes(saved[:-1] + bytes([saved[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="its hash differs"):
+        load_state(tmp_path, {"weight": weight}, optimizer, {})
     (tmp_path / "step-3" / "state.json").write_text(broken)
     with pytest.raises(CheckpointError, match="not the state of a run") as caught:
         load_state(tmp_path, {"weight": weight}, optimizer, {})

@@ -12,7 +12,7 @@ from test_stages import BASE, Killed, adapters, data, held_out_rows, kill_at, mo
 from test_training_rows import letters
 
 from meteora_core import AdapterBank
-from meteora_core.errors import DataError
+from meteora_core.errors import DataError, StorageError
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import token_cache
 from meteora_core.training.adapters import train_adapter
@@ -86,6 +86,20 @@ def test_a_broken_entry_is_made_anew(data, tmp_path, made) -> None:
     file.unlink()
     assert list(cached_rows(data, "shout", letters(), tmp_path)) == whole
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"features": 3}'])
+def test_a_broken_description_of_an_entry_is_made_anew(data, tmp_path, made, content) -> None:
+    rows = [entry["tokens"] for entry in cached_rows(data, "shout", letters(), tmp_path / "cache")]
+    (description,) = (tmp_path / "cache").rglob("dataset_info.json")
+    description.write_text(content)
+    assert [entry["tokens"] for entry in cached_rows(data, "shout", letters(), tmp_path / "cache")] == rows
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(data, tmp_path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(StorageError, match="is a file"):
+        cached_rows(data, "shout", letters(), tmp_path / "cache")
 
 
 def test_a_broken_dataset_is_named_and_leaves_no_entry(data, tmp_path) -> None:
