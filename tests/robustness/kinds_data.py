@@ -169,7 +169,7 @@ def _shown(file: Path) -> Any:
 
 def _verified(folder: Path) -> None:
     """Raises Invalid unless the dataset's files are those that its manifest names."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8-sig"))
     need({path.name for path in folder.glob("*.jsonl")} == set(manifest["files"]), "files")
     for name, entry in manifest["files"].items():
         need((folder / name).is_file(), name)
