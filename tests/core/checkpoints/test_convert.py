@@ -203,3 +203,27 @@ def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "model.safetensors"), str(tmp_path / "native"), str(tmp_path / "base")]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout.split()[-1])
     assert 0 < grown < 100_000
+
+
+@pytest.mark.parametrize("key", ["moe_gate", "lora_A", "lora_B", "base_layer"])
+def test_numbers_that_cannot_be_computed_with_are_refused(make_authors: Make, tmp_path: Path, key: str) -> None:
+    made = make_authors(count=3)
+    name = f"base_model.model.model.layers.1.mlp.down_proj.{key}.weight"
+    made.tensors[name][0, 0] = float("nan")
+    made.rewrite(made.tensors)
+    base = LlamaForCausalLM.from_pretrained(made.base)
+    before = {path: tensor.clone() for path, tensor in base.state_dict().items()}
+    for use in (
+        lambda: load_authors_checkpoint(base, made.adapters, made.checkpoint),
+        lambda: convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters),
+    ):
+        with pytest.raises(CheckpointError, match=r"down_proj.* holds NaN"):
+            use()
+    assert all(torch.equal(tensor, before[path]) for path, tensor in base.state_dict().items())
+    assert not (tmp_path / "native").exists()
+
+
+def test_an_alpha_that_is_no_number_is_refused(make_authors: Make, tmp_path: Path) -> None:
+    made = make_authors(count=3)
+    with pytest.raises(CheckpointError, match=r"the scaling of .* holds NaN"):
+        convert_authors(made.checkpoint, tmp_path / "native", str(made.base), alpha=float("nan"))
