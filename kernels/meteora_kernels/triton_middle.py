@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 from meteora_kernels.triton_route import bounded_logits, slot_of, summed, top_of_tile
 
 
@@ -352,7 +352,7 @@ def middle(
     if out is None:
         out = (torch.empty(tokens, members * rank, dtype=dtype or down.dtype, device=down.device), 0, rank, rank)
     result, first, second, columns = out
-    padded = power_of_two(adapters)
+    padded = padded_adapters(adapters)
     block, warps = tile or tile_of(padded, tokens)
     nothing = scaling
     indices, weights = routes if routes is not None else (nothing, nothing)
@@ -421,7 +421,7 @@ def middle_backward(
     """
     tokens, rank = down.shape
     adapters = scaling.shape[0]
-    padded = power_of_two(adapters)
+    padded = padded_adapters(adapters)
     block = block_of(padded, tokens)
     nothing = scaling
     again = torch.empty(tokens, rank, dtype=down.dtype, device=down.device) if want_middle else None

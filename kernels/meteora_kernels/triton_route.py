@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 
 _NAN_KEY = tl.constexpr(2147483647)
 _MINUS_INF_KEY = tl.constexpr(-2139095041)
@@ -128,7 +128,7 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
     tokens, adapters = logits.shape
     indices = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    padded = power_of_two(adapters)
+    padded = padded_adapters(adapters)
     block = max(1, min(32, 2048 // padded))
     if tokens:
         route_kernel[(ceil_div(tokens, block),)](

@@ -15,6 +15,7 @@ from meteora_kernels.triton_backend import gate_rows_of, pack
 from meteora_kernels.triton_chosen import Tile, chosen_tile, decode_chosen, span
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
+from support.nan_scratch import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = (3, 0, 8, 1, 5)
@@ -75,15 +76,7 @@ def group(ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, tokens: 
 @pytest.fixture(autouse=True)
 def _nan_where_nothing_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and scratch are NaN, and rows that do not exist, so that whatever is read or returned must have been written."""
-
-    class Poisoned:
-        float32, int32 = torch.float32, torch.int32
-
-        @staticmethod
-        def empty(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-            return torch.full(size, NAN if dtype.is_floating_point else 1 << 30, dtype=dtype, device=device)
-
-    monkeypatch.setattr(triton_chosen, "torch", Poisoned)
+    poison(monkeypatch, triton_chosen)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, pytest.param(16, marks=pytest.mark.slow)])

@@ -14,6 +14,7 @@ from torch import Tensor
 from meteora_kernels import lora_mixture, many_adapters
 from meteora_kernels.many_adapters import Adapters, Routing, can_run, few_forward, launch, reference, sorted_forward
 from meteora_kernels.triton_backend import gate_rows_of, pack
+from support.nan_scratch import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXED = (3, 0, 8, 1, 5)
@@ -68,19 +69,7 @@ def group(ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, tokens: 
 @pytest.fixture(autouse=True)
 def _nan_where_nothing_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and scratch hold NaN or a large number at first, so that whatever is read or returned must have been written."""
-
-    class Poisoned:
-        float32, int32 = torch.float32, torch.int32
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(torch, name)
-
-        @staticmethod
-        def empty(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-            return torch.full(size, NAN if dtype.is_floating_point else 1 << 28, dtype=dtype, device=device)
-
-    for module in (launch, many_adapters):
-        monkeypatch.setattr(module, "torch", Poisoned())
+    poison(monkeypatch, launch, many_adapters)
 
 
 @pytest.mark.parametrize(

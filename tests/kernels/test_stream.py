@@ -16,6 +16,7 @@ from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_stream import can_stream, stream
 from meteora_kernels.triton_sync import multiprocessors
+from support.nan_scratch import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = (64, 32, 16, 4, 3)
@@ -70,12 +71,7 @@ class Group:
 @pytest.fixture(autouse=True)
 def _nan_where_nothing_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and scratch are NaN beforehand, so that whatever is read or returned must have been written."""
-
-    def empty(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(size, float("nan"), dtype=dtype, device=device)
-
-    names = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "cuda")}
-    monkeypatch.setattr(triton_stream, "torch", SimpleNamespace(empty=empty, **names))
+    poison(monkeypatch, triton_stream)
 
 
 def errors(found: Tensor, exact: Tensor) -> Tensor:
