@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from meteora_core import AdapterBank, attach
+from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, LoraWeights
 from meteora_core.evaluation.decode import Batch, FixedDecoder
 from meteora_core.evaluation.generate import encode_prompts, generate_all
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
+
+NEW = 12
+"""Tokens of an answer."""
 
 PROMPTS = [
     "[INST] Is the sky of the Earth blue on a clear day? [/INST]\n",
@@ -22,37 +26,35 @@ PROMPTS = [
 ]
 
 
-def make_adapters(folder: Path) -> dict[str, Path]:
-    """Three random adapters, large enough to change answers."""
-    from peft import LoraConfig, get_peft_model
-
-    made = {}
+def some_bank(base: PreTrainedModel) -> AdapterBank:
+    """Three random adapters on all linears of the decoder layers, large enough to change answers."""
+    made = []
     for seed, name in enumerate(("one", "two", "three")):
-        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(load_base(BaseReference("smollm2-135m")), config)
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_" in key:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        model.save_pretrained(folder / name)
-        made[name] = folder / name
-    return made
+        linears = [(path, module) for path, module in base.named_modules() if isinstance(module, nn.Linear) and ".layers." in path]
+        weights = {
+            path: LoraWeights(
+                torch.randn(4, module.in_features, generator=generator) * 0.02, torch.randn(module.out_features, 4, generator=generator) * 0.02, 2.0
+            )
+            for path, module in linears
+        }
+        made.append(Adapter(AdapterInfo(name=name, source="", sha256="", base="smollm2-135m", rank=4, alpha=8.0, rslora=False, dropout=0.0), weights))
+    return AdapterBank.stack(made)
 
 
 @pytest.mark.slow
-def test_batches_of_1_8_and_auto_answer_token_for_token_alike(tmp_path) -> None:
+def test_batches_of_1_8_and_auto_answer_token_for_token_alike() -> None:
     tokenizer = load_tokenizer(BaseReference("smollm2-135m"))
     prompts = encode_prompts(PROMPTS, tokenizer)
     base = load_base(BaseReference("smollm2-135m"))
 
     def answers(batch_size) -> dict[int, list[int]]:
-        made = generate_all(base, tokenizer, prompts, batch_size=batch_size, max_new_tokens=24, no_repeat_ngram_size=6)
+        made = generate_all(base, tokenizer, prompts, batch_size=batch_size, max_new_tokens=NEW, no_repeat_ngram_size=6)
         return {prompt.index: tokens for prompt, tokens in made}
 
     alone = answers(1)
-    assert answers(8) == answers("auto") == alone
-    attach(base, AdapterBank.from_peft(make_adapters(tmp_path)), seed=1)
+    assert answers(8) == alone
+    attach(base, some_bank(base), seed=1)
     routed = answers(1)
     assert answers(8) == answers("auto") == routed
     assert routed != alone
@@ -62,6 +64,6 @@ def test_batches_of_1_8_and_auto_answer_token_for_token_alike(tmp_path) -> None:
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
         mask[row, width - len(prompt.tokens) :] = 1
-    batch = Batch(ids, mask, [24] * len(prompts), int(tokenizer.eos_token_id), 6)
-    fixed = FixedDecoder(base, 8, 256, batch.eos, 6).decode(batch)
+    batch = Batch(ids, mask, [NEW] * len(prompts), int(tokenizer.eos_token_id), 6)
+    fixed = FixedDecoder(base, 8, 128, batch.eos, 6).decode(batch)
     assert dict(enumerate(fixed)) == routed
