@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from mixture_cases import Case, make
 from torch import Tensor
 
-from meteora_kernels import lora_mixture, many_adapters
+from meteora_kernels import lora_mixture, many_adapters, plan
 from meteora_kernels.many_adapters import Adapters, Routing, can_run, few_forward, launch, reference, sorted_forward
 from meteora_kernels.triton_backend import gate_rows_of, pack
+from meteora_kernels.triton_decode import new_flags
+from meteora_kernels.triton_group import group_forward
 from support.nan_scratch import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,3 +193,22 @@ def test_says_what_it_cannot_do() -> None:
     assert "up to 16" in (can_run(adapters, Routing(17, 1.0), torch.float16) or "")
     assert "not float64" in (can_run(adapters, Routing(1, 1.0), torch.float64) or "")
     assert can_run(group(MIXED, (9,), 16, 2).adapters, Routing(2, 1.0), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("way", ["few", "sorted"])
+def test_the_plan_s_way_is_taken_by_groups_and_by_layers(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 17 tokens on, where the table says so; what the kernels cannot do goes on to products with all rows."""
+    monkeypatch.setattr(plan, "MANY", tuple(plan.ManyRule(way, 17, plan.EVER, 0, fused) for fused in (True, False)))
+    monkeypatch.setattr(plan, "GROUPED_GAIN", 1)
+    given, routing = group((1,) * 4, (5,), 16, 17, bias=True), Routing(1, 1.0)
+    case, adapters, taken = given.cases[0], given.adapters, []
+    plain = many_adapters.FORWARDS[way]
+    monkeypatch.setitem(many_adapters.FORWARDS, way, lambda *arguments: [taken.append(way), plain(*arguments)][1])
+    packed = torch.cat([given.weight, adapters.gates])
+    tensors = (case.x, packed, adapters.b, given.bias, case.scaling.float(), case.offsets, None, new_flags(packed.device))
+    found = group_forward(*tensors, [5], 4, 1, 1, 1.0)
+    torch.testing.assert_close(found, given.exact(routing).float(), rtol=2e-4, atol=2e-4)
+    assert taken == [way]
+    mixed = lora_mixture(*case.arguments, top_k=1, backend="triton")
+    exact = lora_mixture(*case.copy(torch.float64).arguments, top_k=1, backend="reference")
+    torch.testing.assert_close(mixed, exact.float(), rtol=2e-4, atol=2e-4)  # type: ignore[union-attr]

@@ -19,8 +19,9 @@ class Poisoned:
         return getattr(torch, name)
 
     @staticmethod
-    def empty(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(size, float("nan") if dtype.is_floating_point else NO_ROW, dtype=dtype, device=device)
+    def empty(*size: int | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        shape = torch.empty(*size, device="meta").shape  # type: ignore[arg-type]
+        return torch.full(shape, float("nan") if dtype.is_floating_point else NO_ROW, dtype=dtype, device=device)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
