@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from . import kinds_data, kinds_models, kinds_names, kinds_settings
+from . import kinds_data, kinds_leftovers, kinds_models, kinds_names, kinds_settings
 from .cases import Case, Kind, plain
 from .forks import Outcome, run
 from .reference import Unknown
@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "names": kinds_names.names,
     "texts": kinds_names.texts,
     "network": kinds_names.network,
+    "leftovers": kinds_leftovers.leftovers,
 }
 WEIGHTS = {"adapter": 5, "checkpoint": 5, "authors": 2, "rows": 3, "names": 2, "numbers": 2, "texts": 2}
 """How often a kind comes, where it is not once."""
@@ -83,13 +84,37 @@ class Campaign:
         build = run([], self.root, prepare=lambda: _build(self.world))
         if not (self.world / "done").exists():
             raise RuntimeError(f"the world could not be built:\n{build.said}")
-        argv = ["eval", "--task", "alpha,beta", "--model", "base", "--base", "base", "--limit", "2", "--max-new-tokens", "3", "--out", "results", "--quiet"]
-        argv.insert(0, argv.pop())
-        done = run(argv, self.world)
-        if done.code:
-            raise RuntimeError(f"the world's results could not be made:\n{done.said}")
+        argv = ["--quiet", "eval", "--task", "alpha,beta", "--model", "base", "--base", "base", "--limit", "2", "--max-new-tokens", "3", "--out", "results"]
+        self._run(argv)
         shutil.rmtree(self.world / "cache", ignore_errors=True)
+        if "leftovers" in self.schedule:
+            self._stop_commands()
         self._before = snapshot(self.world)
+
+    def _run(self, argv: list[str], prepare: Callable[[], None] | None = None, *, killed: bool = False) -> None:
+        done = run(argv, self.world, prepare=prepare)
+        if done.code != (-9 if killed else 0):
+            raise RuntimeError(f"the world could not be made: {argv[0]} ended with {done.code}:\n{done.said}")
+
+    def _stop_commands(self) -> None:
+        """Keep what a training and an evaluation leave when they are killed, and what they make when they are not."""
+        from .chaos import killed_at
+
+        for argv in (kinds_leftovers.GATES, kinds_leftovers.EVAL):
+            self._run(argv)
+        with _inside(self.world):
+            expected = kinds_leftovers.essence()
+            for name in ("runs/new", "out", "cache"):
+                shutil.rmtree(name)
+            self._run(kinds_leftovers.GATES, killed_at(9, False), killed=True)
+            self._run(kinds_leftovers.EVAL, killed_at(0, False), killed=True)
+            kinds_leftovers.STOPPED.mkdir()
+            (kinds_leftovers.STOPPED / "expected.json").write_text(json.dumps(expected))
+            shutil.move("out", kinds_leftovers.STOPPED / "out")
+            shutil.move("cache", kinds_leftovers.STOPPED / "cache")
+            (kinds_leftovers.STOPPED / "runs").mkdir()
+            for path in [path for path in Path("runs").iterdir() if path.name != "meteora"]:
+                shutil.move(path, kinds_leftovers.STOPPED / "runs" / path.name)
 
     def run_case(self, number: int, *, keep: bool = False) -> Verdict:
         """Make, run and judge case ``number``."""
@@ -233,6 +258,8 @@ def _files(case: Case, outcome: Outcome, before: dict[str, str], after: dict[str
     faults = []
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     for path in changed:
+        if path not in after and any(_LEFT.search(part) for part in Path(path).parts):
+            continue  # the remains of a killed command were removed, as they should be
         inner = path.removeprefix("work/")
         allowed = any(inner == place or inner.startswith(f"{place}/") or place.startswith(f"{inner}/") for place in case.writes)
         if path == "work" or inner.partition("/")[0] in ("cache", "home"):
@@ -242,7 +269,7 @@ def _files(case: Case, outcome: Outcome, before: dict[str, str], after: dict[str
             faults.append(f"left behind: {plain(inner)}")
         elif not allowed:
             faults.append(f"written elsewhere: {plain(inner)}")
-        elif outcome.code and path in after and after[path] != "d" and not Path(inner).name.startswith(".") and not inner.endswith(".lock"):
+        elif outcome.code and path in after and after[path] != "d" and not any(part.startswith(".") for part in Path(inner).parts):
             faults.append(f"half done: {plain(inner)} after an error")
     return faults[:3]
 

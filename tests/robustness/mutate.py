@@ -140,7 +140,7 @@ def mutate_json(rng: Random, value: Any) -> tuple[str, Any]:
 
 def mutate_bytes(rng: Random, raw: bytes) -> tuple[str, bytes]:
     """Bytes cut, flipped, or with something before or behind them."""
-    action = rng.randrange(9)
+    action = rng.randrange(9) if raw else 3
     place = rng.randrange(max(1, len(raw)))
     if action == 0:
         return "empty", b""
