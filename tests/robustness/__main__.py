@@ -7,7 +7,13 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .campaign import Campaign, Verdict
+    from .chaos import Trial
 
 
 def main() -> int:
@@ -23,6 +29,7 @@ def main() -> int:
     parser.add_argument("--failures", type=int, default=8, help="with --chaos: failing writes of each command (default: 8)")
     parser.add_argument("--every", type=int, default=1, help="with --chaos: kill at every so many renames and fsyncs (default: 1)")
     parser.add_argument("--operations", default="", help="with --chaos: only these, separated by commas")
+    parser.add_argument("--kills", action="store_true", help="a few kills and failing writes too, as in the ordinary test suite")
     parser.add_argument("--report", type=Path, help="write counts and failures there, as JSON")
     options = parser.parse_args()
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
@@ -46,9 +53,9 @@ def main() -> int:
             print("faults:", verdict.faults or "none")
             return int(bool(verdict.faults))
 
-        def told(verdict: object) -> None:
-            report.add(verdict)  # type: ignore[arg-type]
-            if report.failures and report.failures[-1]["case"] == verdict.number:  # type: ignore[attr-defined]
+        def told(verdict: Verdict) -> None:
+            report.add(verdict)
+            if report.failures and report.failures[-1]["case"] == verdict.number:
                 failure = report.failures[-1]
                 kinds = f" --kinds {options.kinds}" if options.kinds else ""
                 print(f"{failure['kind']}: {failure['changed']}: {'; '.join(failure['faults'])}", flush=True)
@@ -56,33 +63,43 @@ def main() -> int:
                 print(f"    python -m tests.robustness --seed {options.seed}{kinds} --case {failure['case']}", flush=True)
 
         campaign.run_all(range(options.first, options.first + options.cases), told)
+        wrong = _kills(campaign) if options.kills else 0
     print(report.table())
     print(f"{time.monotonic() - started:.0f} s")
     if options.report:
         options.report.write_text(
             json.dumps({"seed": options.seed, "cases": report.cases, "failures": report.failures, "refused though nothing was found": report.strict}, indent=1)
         )
-    return int(bool(report.failures))
+    return int(bool(report.failures or wrong))
 
 
 def _pipes(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if Path(folder, name).is_fifo()]
 
 
-def _chaos(campaign: object, options: argparse.Namespace) -> int:
-    from .chaos import Trial, run_all
+def _chaos(campaign: Campaign, options: argparse.Namespace) -> int:
+    from .chaos import run_all
 
     bad: list[Trial] = []
-
-    def told(trial: Trial) -> None:
-        if trial.faults:
-            bad.append(trial)
-            print(f"{trial.operation}: {trial.disturbance}: {'; '.join(trial.faults)}", flush=True)
-
     names = tuple(filter(None, options.operations.split(",")))
-    count = run_all(campaign, options.moments, options.failures, names, told, every=options.every, seed=options.seed)  # type: ignore[arg-type]
+    count = run_all(campaign, options.moments, options.failures, names, partial(_told, bad), every=options.every, seed=options.seed)
     print(f"{count} trials, {len(bad)} with faults")
     return int(bool(bad))
+
+
+def _kills(campaign: Campaign) -> int:
+    from .chaos import run_few
+
+    bad: list[Trial] = []
+    count = run_few(campaign, partial(_told, bad))
+    print(f"{count} kills and failing writes, {len(bad)} with faults")
+    return len(bad)
+
+
+def _told(bad: list[Trial], trial: Trial) -> None:
+    if trial.faults:
+        bad.append(trial)
+        print(f"{trial.operation}: {trial.disturbance}: {'; '.join(trial.faults)}", flush=True)
 
 
 if __name__ == "__main__":

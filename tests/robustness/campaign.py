@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -282,6 +281,7 @@ class Report:
     cases: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
     strict: list[dict[str, Any]] = field(default_factory=list)
 
@@ -289,6 +289,7 @@ class Report:
         """Count one verdict."""
         self.cases[verdict.kind] += 1
         self.refused[verdict.kind] += verdict.outcome.code != 0
+        self.seconds[verdict.kind] += verdict.outcome.seconds  # type: ignore[assignment]
         entry = {
             "case": verdict.number,
             "kind": verdict.kind,
@@ -306,10 +307,10 @@ class Report:
 
     def table(self) -> str:
         """The counts, a line a kind."""
-        lines = [f"{'kind':<12} {'cases':>6} {'refused':>8} {'faults':>7}"]
+        lines = [f"{'kind':<12} {'cases':>6} {'refused':>8} {'faults':>7} {'seconds':>8}"]
         bad = Counter(failure["kind"] for failure in self.failures)
-        lines += [f"{kind:<12} {count:>6} {self.refused[kind]:>8} {bad[kind]:>7}" for kind, count in sorted(self.cases.items())]
-        lines.append(f"{'all':<12} {sum(self.cases.values()):>6} {sum(self.refused.values()):>8} {len(self.failures):>7}")
+        lines += [f"{kind:<12} {count:>6} {self.refused[kind]:>8} {bad[kind]:>7} {self.seconds[kind]:>8.1f}" for kind, count in sorted(self.cases.items())]
+        lines.append(f"{'all':<12} {sum(self.cases.values()):>6} {sum(self.refused.values()):>8} {len(self.failures):>7} {self.seconds.total():>8.1f}")
         lines += [f"  {fault}: {count}" for fault, count in self.faults.most_common()]
         return "\n".join(lines)
 
@@ -319,8 +320,3 @@ def workplace() -> Iterator[Path]:
     """A temporary folder, away from the repository."""
     with tempfile.TemporaryDirectory(prefix="meteora-robustness-") as folder:
         yield Path(folder).resolve()
-
-
-def timed(start: float) -> str:
-    """How long it took since ``start``."""
-    return f"{time.monotonic() - start:.0f} s"

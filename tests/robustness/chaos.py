@@ -422,3 +422,18 @@ def run_all(campaign: Campaign, moments: int, failures: int, names: tuple[str, .
             for trial in chaos.failures(operation, failures, rng):
                 told(trial)
         return chaos.counts.total()
+
+
+def run_few(campaign: Campaign, told: Callable[[Trial], None]) -> int:
+    """A small part of the campaign: kills around the step that makes a result final, and in the middle; return how many trials there were."""
+    with serving(campaign.world / "archive.tar.gz") as environment:
+        chaos = Chaos(campaign, environment)
+        for name in ("add", "download", "pack", "gates"):
+            operation = OPERATIONS[name]
+            chaos.measure(operation)
+            calls = chaos.used[name][0]
+            for place, after in ((calls // 2, True), (calls - 1, False), (calls - 1, True)):
+                told(chaos.trial(operation, f"killed {'after' if after else 'before'} call {place} of {calls}", killed_at(place, after)))
+            place = chaos.used[name][1] // 2
+            told(chaos.trial(operation, f"ENOSPC from call {place}", failing_at(place, errno.ENOSPC), refused=True))
+        return chaos.counts.total()
