@@ -19,7 +19,7 @@ from meteora_core.data.tasks import TASKS, BigBench, Task
 from meteora_core.downloads import download, downloads_dir, find_pypi_file
 from meteora_core.errors import DataError
 from meteora_core.files import cache_dir, sha256, storage_errors
-from meteora_core.locks import scratch_folder
+from meteora_core.locks import scratch_folder, sweep
 from meteora_core.progress import SILENT, Progress
 
 PROJECT, VERSION = "bigbench", "1.0.0"
@@ -67,6 +67,7 @@ def unpacked(folder: str, progress: Progress = SILENT) -> Path:
     from filelock import FileLock
 
     root = unpacked_dir()
+    sweep_unpacked(root)
     if (root / folder).is_dir():
         return root / folder
     with storage_errors(root):
@@ -79,6 +80,11 @@ def unpacked(folder: str, progress: Progress = SILENT) -> Path:
     if not (root / folder).is_dir():
         raise DataError(f"{SDIST} has no task {folder!r}")
     return root / folder
+
+
+def sweep_unpacked(root: Path) -> None:
+    """Remove from ``root`` what killed processes were unpacking there."""
+    sweep(root / "unpack")
 
 
 def unpack(archive: Path, folders: Iterable[str], root: Path, progress: Progress = SILENT) -> list[str]:

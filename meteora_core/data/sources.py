@@ -7,7 +7,7 @@ from pathlib import Path
 
 from meteora_core.data.extract import Extract, NotHere
 from meteora_core.data.local import extract_local, from_bigbench, from_files
-from meteora_core.data.pypi import extract_pypi, unpack
+from meteora_core.data.pypi import extract_pypi, sweep_unpacked, unpack
 from meteora_core.data.tasks import BigBench, Combined, Files, Task
 from meteora_core.errors import DataError, DownloadError, MeteoraError, UsageError, did_you_mean
 from meteora_core.files import cache_dir, sha256
@@ -92,6 +92,7 @@ def _from_archive(task: Task, archive: Path, progress: Progress) -> Extract:
         raise NotHere(f"{task.name} is not a BIG-bench task, so it is not in {archive.name}")
     digest = sha256(archive)
     root = cache_dir() / "archives" / digest[:16]
+    sweep_unpacked(root)
     if not (root / task.source.folder).is_dir():
         unpack(archive, [task.source.folder], root, progress)
     if not (root / task.source.folder).is_dir():

@@ -269,7 +269,7 @@ def mutate_tensors(rng: Random, file: Path) -> str:
             what = f"{one} as {new_name!a:.70}"
         elif action in (17, 18, 19):
             value = rng.choice([math.nan, math.inf, -math.inf, 3e38, 1e30, 0.0])
-            tensor.view(-1)[rng.randrange(tensor.numel())] = value
+            tensor.view(-1)[rng.randrange(max(1, tensor.numel()))] = value
             what = f"{one}: {value} in it"
         elif action == 20:
             tensors = {name: torch.full_like(each, rng.choice([0.0, 1e20, 3e38])) for name, each in tensors.items()}
@@ -281,9 +281,9 @@ def mutate_tensors(rng: Random, file: Path) -> str:
             tensors = {name: each.to(dtype) for name, each in tensors.items()}
             what = f"all as {dtype}"
         elif action == 25:
-            tensors[one] = rng.choice(
-                [tensor.t().contiguous(), tensor[:-1], tensor[:, :-1].contiguous(), tensor[None], tensor[:0], tensor.reshape(-1), tensor.sum()]
-            )
+            odd = [torch.zeros(3), tensor[None], tensor.reshape(-1)[:0], tensor.sum()]
+            odd += [tensor.t().contiguous(), tensor[:-1], tensor[:, :-1].contiguous()] if tensor.ndim == 2 else []
+            tensors[one] = rng.choice(odd)
             what = f"{one} of shape {list(tensors[one].shape)}"
         elif action == 26:
             tensors["extra"] = torch.zeros(2, 2)
