@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from meteora_core.checkpoints.native import CONFIG_FILE, WEIGHT_FILE, load_checkpoint, read_config, refuse_untrained
 from meteora_core.checkpoints.parts import MODEL_TYPE
-from meteora_core.model.base import BaseReference, locate_base, name_reference
+from meteora_core.model.base import BaseReference, check_whole, locate_base, name_reference
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -57,12 +57,13 @@ class MeteoraForCausalLM:
             kwargs.setdefault("attn_implementation", attention)
         trust = bool(kwargs.pop("trust_remote_code", None))
         base = BaseReference(saved["base"]["name"], saved["base"].get("revision"), trust)
-        options = {"use_safetensors": True, "trust_remote_code": trust, **kwargs}
-        loaded = AutoModelForCausalLM.from_pretrained(locate_base(base), *args, revision=base.revision or "main", **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with_info = bool(kwargs.pop("output_loading_info", False))
+        options = {"use_safetensors": True, "trust_remote_code": trust, **kwargs, "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(locate_base(base), *args, revision=base.revision or "main", **options)
+        check_whole(model, base, info)
         name_reference(model, base)
         load_checkpoint(place, model)
-        return loaded
+        return (model, info) if with_info else model
 
 
 def register() -> None:

@@ -281,6 +281,12 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
         )
     for path, stack in bank.modules.items():
         saved = config["modules"][path]
+        sizes, recorded = (stack.in_features, stack.out_features), (saved["in_features"], saved["out_features"])
+        if sizes != recorded:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} says that {path} maps {recorded[0]} to {recorded[1]} features; its adapters map {sizes[0]} to {sizes[1]}",
+                hint="copy or download the checkpoint again",
+            )
         for place, info in enumerate(infos):
             now, then = (stack.ranks[place], float(stack.scaling[place])), (saved["ranks"][place], saved["scaling"][place])
             if now[0] != then[0] or not math.isclose(now[1], then[1], rel_tol=1e-2):

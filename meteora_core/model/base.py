@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from meteora_core.checkpoints.catalog import CATALOG, download_base, is_ready, model_folder
-from meteora_core.errors import CheckpointError, UsageError, did_you_mean
+from meteora_core.errors import CheckpointError, MeteoraError, UsageError, did_you_mean
 from meteora_core.model.caches import check_decoding
 from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress
@@ -117,7 +117,10 @@ def load_tokenizer(reference: BaseReference, *, progress: Progress = SILENT) -> 
     place = locate_base(reference, progress=progress)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=reference.revision or "main", trust_remote_code=reference.trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer("a")  # some broken configurations are only noticed here
+    except (MeteoraError, MemoryError):
+        raise
+    except Exception as error:  # whatever a broken file makes transformers raise
         raise _cannot_load("tokenizer", reference, error) from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"the tokenizer of {reference.name} has no end-of-sequence token", hint="set eos_token in its tokenizer_config.json")
@@ -146,10 +149,10 @@ def load_base(
         progress: Where to report.
 
     Raises:
-        CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named. Or it is a model that cannot decode with a cache.
+        CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named. Or its files lack weights, which transformers
+            would draw at random; or its end tokens are no tokens; or it is a model that cannot decode with a cache.
         UsageError: Quantisation is asked for without a GPU or without bitsandbytes, or by an unknown name.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -158,17 +161,21 @@ def load_base(
     place = locate_base(reference, progress=progress)
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             place,
             revision=reference.revision or "main",
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=reference.trust_remote_code,
+            output_loading_info=True,
             **({} if attention is None else {"attn_implementation": attention}),
             **quantized,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (MeteoraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a broken file makes transformers raise
         raise _cannot_load("model", reference, error) from error
+    check_whole(model, reference, info)
     name_reference(model, reference)
     model = (model if quantized else model.to(device)).eval()
     check_decoding(model)
@@ -185,9 +192,37 @@ def loaded_by(model: nn.Module) -> BaseReference | None:
     return getattr(model, _REFERENCE, None)
 
 
+def check_whole(model: PreTrainedModel, reference: BaseReference, info: dict[str, Any]) -> None:
+    """Whether a base model's files held all that it needs.
+
+    Args:
+        model: As transformers loaded it.
+        reference: Its name, for the message.
+        info: What ``from_pretrained(..., output_loading_info=True)`` said.
+
+    Raises:
+        CheckpointError: Weights were missing, which transformers draws at random, or an end token is no token id.
+    """
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(f"the files of {reference.name} lack weights of the model: {shown}", hint="copy or download the base model again")
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for end in ends if isinstance(ends, list | tuple) else [ends]:
+        if end is not None and (isinstance(end, bool) or not isinstance(end, int)):
+            raise CheckpointError(
+                f"{reference.name} names {end!r} as an end token, which is no token id", hint="correct eos_token_id in its generation_config.json"
+            )
+
+
 def _cannot_load(what: str, reference: BaseReference, error: Exception) -> CheckpointError:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    broken = "copy or download its files again; METEORA_DEBUG=1 shows where transformers failed"
     hint = "check the name and the network; a gated model needs `hf auth login` or HF_TOKEN; a cached one works offline with HF_HUB_OFFLINE=1"
+    if Path(reference.name).is_dir():
+        hint = broken
+    if not isinstance(error, OSError | ValueError):
+        text, hint = f"{type(error).__name__}: {text}", broken
     if "Unrecognized configuration class" in text:
         text = text.partition(".\n")[0]
         hint = "Meteora needs a causal language model; encoder-decoder models such as T5 and encoders such as BERT are of another kind"

@@ -70,12 +70,12 @@ def document(outcome: Outcome) -> Any:
     return json.loads(outcome.out)
 
 
-def same_ids(change: Callable[[], reference.Change], prompt: str, count: int) -> Check:
+def same_ids(change: Callable[[], reference.Change], prompt: str, count: int, base: Callable[[], Any] = lambda: Path("base")) -> Check:
     """Checks the token ids of a ``--json`` answer to ``prompt`` against the reference."""
 
     def check(outcome: Outcome) -> str | None:
         got = document(outcome)["ids"]
-        expected, whole = reference.answer(Path("base"), change(), reference.encode(prompt), count)
+        expected, whole = reference.answer(base(), change(), reference.encode(prompt), count)
         got = [*got, reference.END] if whole and len(got) < len(expected) and expected[-1] == reference.END else got
         return None if got[: len(expected)] == expected and (not whole or len(got) == len(expected)) else f"answered {got}, the reference {expected}"
 

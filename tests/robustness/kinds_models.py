@@ -16,6 +16,7 @@ from .mutate import dumps, mutate_document, mutate_json, mutate_tensors, strange
 from .reference import need
 
 ASK = "say 7\n"
+EVALUATE = ["--task", "alpha", "--model", "base", "--base", "base", "--limit", "1", "--max-new-tokens", "2", "--out", "out"]
 RAW = ["--template", "raw", "--max-new-tokens", "5", "--json"]
 
 
@@ -250,16 +251,19 @@ def base(rng: Random) -> Case:
     what = _odd_file(rng, file) if action < 0.1 else mutate_tensors(rng, file) if name.endswith("safetensors") else mutate_document(rng, file)
     if rng.random() < 0.2:
         return Case(what, ["ckpt", "inspect", "base", "--json"])
-    argv = rng.choice([["chat", "--base", "base", *RAW], ["chat", "--checkpoint", "packed", *RAW]])
-    case = Case(what, argv, stdin=ASK.encode(), check=_finite_routes)
     if name == "model.safetensors":
-        return judged(case, lambda: _base_usable(file))
-    return case
+        argv = ["chat", "--base", "base", *RAW]
+        model = lambda: reference.changed_base(Path("base"))  # noqa: E731
+        change = reference.one_adapter({})
+        case = Case(what, argv, stdin=ASK.encode(), check=same_ids(lambda: change, ASK.strip("\n"), 5, model))
+        return judged(case, _base_usable)
+    argv = rng.choice([["chat", "--base", "base", *RAW], ["chat", "--checkpoint", "packed", *RAW], ["eval", *EVALUATE]])
+    return Case(what, argv, stdin=ASK.encode(), check=None if argv[0] == "eval" else _finite_routes, writes=("out",))
 
 
-def _base_usable(file: Path) -> None:
-    tensors = reference.read_tensors(file)
-    need(len(tensors) >= 2, "too few tensors")
+def _base_usable() -> None:
+    """Raises Invalid where weights are missing or an answer is not finite."""
+    reference.answer(reference.changed_base(Path("base")), reference.one_adapter({}), reference.encode(ASK), 3)
 
 
 def _finite_routes(outcome: Outcome) -> str | None:

@@ -62,8 +62,8 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in float64, where the file keeps to the format: ranges without gap or overlap, finite floating-point numbers."""
+def read_tensors(file: Path, *, finite: bool = True) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in float64, where the file keeps to the format: ranges without gap or overlap, (finite) floating-point numbers."""
     need(file.is_file(), f"no {file.name}")
     raw = file.read_bytes()
     need(len(raw) >= 8, "cut")
@@ -78,13 +78,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             begin, end = entry["data_offsets"]
             shape = entry["shape"]
             need(all(type(n) is int and n >= 0 for n in (begin, end, *shape)), "numbers")
-            need(begin == place and entry["dtype"] in TYPES, f"{name}: place or dtype")
+            need(begin == place, f"{name}: place")
+            if entry["dtype"] not in TYPES:
+                raise (Invalid if finite else Unknown)(f"{name}: dtype {entry['dtype']}")
             dtype = TYPES[entry["dtype"]]
             need(end - begin == math.prod(shape) * dtype.itemsize and end <= len(body), f"{name}: size")
             place = end
             values = torch.frombuffer(bytearray(body[begin:end]), dtype=dtype) if end > begin else torch.zeros(0, dtype=dtype)
             tensors[name] = values.to(torch.float64).reshape(shape)
-            need(tensors[name].isfinite().all(), f"{name}: not finite")
+            need(not finite or tensors[name].isfinite().all(), f"{name}: not finite")
         need(place == len(body), "bytes behind the last tensor")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as broken:
         raise Invalid(f"header: {broken}") from broken
@@ -315,9 +317,22 @@ def decode(ids: Sequence[int]) -> str:
     return "".join(LETTERS.get(number, "") for number in ids)
 
 
-def answer(base: Path, change: Change, ids: Sequence[int], count: int) -> tuple[list[int], bool]:
+def changed_base(folder: Path) -> nn.Module:
+    """A model of the world's architecture with the weights that lie in ``folder`` now. Raises Invalid where they are not all there."""
+    import copy
+
+    plain = copy.deepcopy(_base(str(folder)))
+    tensors = read_tensors(folder / "model.safetensors", finite=False)
+    own = plain.state_dict()
+    missing = [name for name, tensor in own.items() if name not in tensors or tensors[name].shape != tensor.shape]
+    need(not missing, f"no such weights: {missing[:2]}")
+    plain.load_state_dict({name: tensors[name] for name in own})
+    return plain
+
+
+def answer(base: Path | nn.Module, change: Change, ids: Sequence[int], count: int) -> tuple[list[int], bool]:
     """A greedy answer of at most ``count`` tokens, END included; and whether every choice was clear (else the answer stops before the unclear one)."""
-    model = _base(str(base))
+    model = base if isinstance(base, nn.Module) else _base(str(base))
     handles = [model.get_submodule(path).register_forward_hook(_hook(change, path)) for path in linear_shapes()]
     try:
         written: list[int] = []

@@ -50,3 +50,42 @@ def test_an_encoder_decoder_is_refused_for_what_it_is(tmp_path) -> None:
         load_base(BaseReference(str(tmp_path)))
     assert "causal language model" in str(caught.value.hint)
     assert "network" not in str(caught.value.hint)
+
+
+def test_a_base_that_lacks_weights_or_is_broken_is_refused_in_one_line(tmp_path) -> None:
+    """transformers would draw what is missing at random, with a warning."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    make_tiny_llama().save_pretrained(tmp_path)
+    reference, file = BaseReference(str(tmp_path)), tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file({name: tensor for name, tensor in whole.items() if "layers.0.self_attn.q_proj" not in name}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lack weights of the model: model\.layers\.0\.self_attn\.q_proj\.weight"):
+        load_base(reference)
+    save_file({**whole, "model.norm.weight": torch.ones(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="cannot load the model"):
+        load_base(reference)
+    save_file(whole, file, metadata={"format": "pt"})
+    load_base(reference)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ["2"]}))
+    with pytest.raises(CheckpointError, match="end token"):
+        load_base(reference)
+
+
+def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path) -> None:
+    import json
+
+    from evaluation_workspace import make_tokenizer
+    from meteora_core.model.base import load_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    load_tokenizer(BaseReference(str(tmp_path)))
+    good = (tmp_path / "tokenizer_config.json").read_text()
+    for name, content in (("tokenizer.json", "3"), ("tokenizer_config.json", json.dumps({**json.loads(good), "model_max_length": {}}))):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
+            load_tokenizer(BaseReference(str(tmp_path)))
+        (tmp_path / name).write_text(before)
