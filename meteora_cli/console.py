@@ -53,7 +53,7 @@ def emit_json(value: Any) -> None:
     Characters that it cannot hold, halves of surrogate pairs, and control and format characters are written as JSON's own escapes, so that the
     document is exact and safe to show; a number that is NaN or infinite, which JSON has no word for, is written as null.
     """
-    from meteora_core.reading import finite
+    from meteora_core.json_files import finite
 
     value = finite(value)
     text = json.dumps(value, ensure_ascii=False, indent=2, default=str)

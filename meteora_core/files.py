@@ -1,25 +1,21 @@
-"""Files: atomic writes, hashes, JSON and JSON lines, and the places where things are kept."""
+"""Files: atomic writes, locks, hashes, and the folder of downloads."""
 
 from __future__ import annotations
 
-import codecs
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from meteora_core.errors import DataError, MeteoraError, StorageError
 from meteora_core.locks import claim, exclusive, scratch_folder, sweep
-from meteora_core.reading import finite, open_regular, parse_json, read_errors, read_text
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
+from meteora_core.reading import open_regular, read_errors
 
 
 def cache_dir() -> Path:
@@ -211,95 +207,7 @@ def other_entries(folder: Path, ours: Iterable[str]) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.is_dir() else []
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first ``most`` names, separated by commas, and an ellipsis if there are more."""
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
-
-
 def sha256(path: Path, *, error: type[MeteoraError] = DataError) -> str:
     """The SHA-256 of a file, as 64 hexadecimal digits. Raises ``error`` when it is missing, no regular file, or cannot be read."""
     with open_regular(path, error) as handle, read_errors(path, error):
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN and infinite numbers, which JSON does not have, become null. Raises StorageError."""
-    with atomic_write(path) as handle:
-        json.dump(finite(value), handle, ensure_ascii=False, indent=2, allow_nan=False)
-        handle.write("\n")
-
-
-def read_json(path: Path, *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Any:
-    """Read a JSON file, by the rules of :data:`meteora_core.reading.STRICT_DECODER`; a byte-order mark is passed over.
-
-    Raises:
-        MeteoraError: (of the type ``error``) the file is missing or cannot be read, or is not JSON; the line and column are named.
-    """
-    text = read_text(path, error, hint=hint)
-    try:
-        return parse_json(text)
-    except json.JSONDecodeError as broken:
-        raise error(f"{path}:{broken.lineno}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
-    except (ValueError, RecursionError) as broken:
-        raise error(f"{path} cannot be read as JSON: {broken}", hint=hint) from broken
-
-
-def has_surrogate(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
-    return not text.isascii() and _SURROGATE.search(text) is not None
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one JSON object a line, atomically; return how many. Raises StorageError."""
-    count = 0
-    with atomic_write(path) as handle:
-        for row in rows:
-            line = json.dumps(row, ensure_ascii=False)
-            handle.write((json.dumps(row) if has_surrogate(line) else line) + "\n")
-            count += 1
-    return count
-
-
-def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file, by the rules of :data:`meteora_core.reading.STRICT_DECODER`.
-
-    Blank lines and a byte-order mark are passed over.
-
-    Args:
-        path: The file.
-        required: Keys that every row must have.
-        hint: Shown with an error.
-
-    Raises:
-        DataError: The file is missing or cannot be read, or a line is not a JSON object or lacks a key; file, line and column are named.
-    """
-    with open_regular(path, hint=hint) as handle:
-        for number, raw in enumerate(_lines(handle, path, hint), start=1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if not raw.strip():
-                continue
-            try:
-                row = parse_json(raw.rstrip(b"\r\n").decode("utf-8"))
-            except UnicodeDecodeError as broken:
-                raise DataError(f"{path}:{number}:{broken.start + 1} is not UTF-8 text", hint=hint) from broken
-            except json.JSONDecodeError as broken:
-                raise DataError(f"{path}:{number}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
-            except (ValueError, RecursionError) as broken:
-                raise DataError(f"{path}:{number} cannot be read as JSON: {broken}", hint=hint) from broken
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number} is not a JSON object", hint=hint)
-            for key in required:
-                if key not in row:
-                    raise DataError(f"{path}:{number} has no field {key!r}", hint=hint)
-            yield row
-
-
-def _lines(handle: IO[bytes], path: Path, hint: str | None) -> Iterator[bytes]:
-    """The lines of an open file; only what reading them raises is translated, not what happens to a caller between two lines."""
-    while True:
-        with read_errors(path, hint=hint):
-            line = handle.readline()
-        if not line:
-            return
-        yield line

@@ -1,181 +1,199 @@
-"""Configuration files from elsewhere: read as JSON, checked against a pydantic model, and refused in one line that names file and key."""
+"""JSON and JSON lines, decoded strictly and written so that every reader can decode them."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
-import stat
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import IO, Any, NoReturn
 
 from meteora_core.errors import DataError, MeteoraError
-from meteora_core.reading import finite
+from meteora_core.files import atomic_write
+from meteora_core.reading import check_regular, first_line, open_regular, read_bytes, read_errors, shown_path
+from meteora_core.text import shown
 
-MAX_BYTES = 256 << 20
-"""Size of the largest JSON file that is read."""
+Error = type[MeteoraError]
 
-_SHOWN = 60
+MAX_OBJECT_BYTES = 256 << 20
+"""Size of the largest configuration file that is read."""
 
-
-class FileModel(BaseModel):
-    """Base of the models: types are strict, numbers are finite, and keys that the model does not know are kept."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-Model = TypeVar("Model", bound=BaseModel)
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def is_regular(path: Path) -> bool:
-    """Whether an ordinary file (or a link to one) is at ``path``; False also where that cannot be found out."""
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def _integer(digits: str) -> int:
     try:
-        return stat.S_ISREG(Path(path).stat().st_mode)
-    except (OSError, ValueError):
-        return False
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"a number of {len(digits)} digits is too large") from None
 
 
-def require_regular(path: Path, *, error: type[MeteoraError] = DataError, hint: str | None = None) -> int:
-    """Refuse anything but an ordinary file, without opening it.
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(repeated)} occurs twice in one object")
+    return found
+
+
+STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_integer, object_pairs_hook=_unique_keys)
+"""Decodes JSON as the standard defines it. NaN, infinities (also a number that overflows to one), integers of thousands of digits, and keys that occur
+twice in one object raise ValueError."""
+
+_LENIENT_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_unique_keys)
+"""The same, with NaN and infinities."""
+
+
+def decode_json(text: str) -> Any:
+    """Decode a JSON document with :data:`STRICT_DECODER`. Raises ValueError (json.JSONDecodeError for bad syntax) or RecursionError."""
+    return STRICT_DECODER.decode(text)
+
+
+def parse_json(raw: bytes, source: str, *, line: int | None = None, nullable: str | None = None, error: Error = DataError, hint: str | None = None) -> Any:
+    """Decode a JSON document of unknown origin: UTF-8, with or without a byte-order mark, by the rules of :data:`STRICT_DECODER`.
+
+    Args:
+        raw: The document.
+        source: Its name in error messages.
+        line: Its line number in a file of JSON lines.
+        nullable: A key of the outermost object, or "*" for all of them. NaN and infinities below it, which earlier versions wrote, are read as None.
+        error: The type of the error that is raised.
+        hint: The hint of that error.
+
+    Raises:
+        MeteoraError: (of the type ``error``) The document is not UTF-8 or not strict JSON. The message gives the place where it is known.
+    """
+    where = source if line is None else f"{source}:{line}"
+    try:
+        text = raw.decode("utf-8-sig" if line is None or line == 1 else "utf-8")
+        return _with_nulls(_LENIENT_DECODER.decode(text), nullable) if nullable else STRICT_DECODER.decode(text)
+    except UnicodeDecodeError as broken:
+        place = f"{where} is not UTF-8 text (byte {broken.start + 1})" if line is None else f"{where}:{broken.start + 1} is not UTF-8 text"
+        raise error(place, hint=hint) from broken
+    except json.JSONDecodeError as broken:
+        row = broken.lineno if line is None else line
+        raise error(f"{source}:{row}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
+    except (ValueError, RecursionError) as broken:
+        raise error(f"{where} cannot be read as JSON: {first_line(broken)}", hint=hint) from broken
+
+
+def _with_nulls(value: Any, nullable: str) -> Any:
+    """``value`` with None for the numbers below the key ``nullable`` that are not finite. Raises ValueError for such a number elsewhere."""
+    if nullable == "*":
+        return finite(value)
+    for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
+        if key != nullable:
+            _require_finite(entry)
+    return {**value, nullable: finite(value[nullable])} if isinstance(value, dict) and nullable in value else value
+
+
+def _require_finite(value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a JSON number")
+    for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _require_finite(entry)
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, with None for every NaN and infinite number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text contains half of a surrogate pair, which JSON can express and UTF-8 cannot."""
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+def read_json(path: Path, *, error: Error = DataError, hint: str | None = None) -> Any:
+    """Read a JSON file.
 
     Args:
         path: The file.
         error: The type of the error that is raised.
-        hint: Shown with the error.
-
-    Returns:
-        Its size in bytes.
+        hint: The hint of that error.
 
     Raises:
-        MeteoraError: (of the type ``error``) There is no such file, it cannot be looked at, or it is a folder, a pipe, a socket or a device.
+        MeteoraError: (of the type ``error``) The file is missing, cannot be read or is no regular file, or :func:`parse_json` refuses its content.
     """
-    try:
-        facts = Path(path).stat()
-    except (FileNotFoundError, NotADirectoryError) as missing:
-        raise error(f"no such file: {path}", hint=hint) from missing
-    except OSError as broken:
-        raise error(f"{path} cannot be read: {broken.strerror or broken}", hint=hint) from broken
-    except ValueError as broken:
-        raise error(f"{str(path)!r} is not a path: {broken}", hint=hint) from broken
-    if stat.S_ISDIR(facts.st_mode):
-        raise error(f"{path} is a folder, not a file", hint=hint)
-    if not stat.S_ISREG(facts.st_mode):
-        raise error(f"{path} is not an ordinary file: pipes, sockets and devices are not read", hint=hint)
-    return facts.st_size
+    return parse_json(read_bytes(path, error, hint=hint), shown_path(path), error=error, hint=hint)
 
 
-def parse_json(raw: bytes, source: str, *, notes: str | None = None, error: type[MeteoraError] = DataError, hint: str | None = None) -> Any:
-    """Parse strict JSON: UTF-8 (a byte order mark is passed over), no NaN or Infinity, no key twice in one object.
-
-    Args:
-        raw: The text.
-        source: How errors name it.
-        notes: A key of the outermost object under which NaN and Infinity may stand, as earlier versions wrote them, or "*" for all keys; they become None.
-        error: The type of the error that is raised.
-        hint: Shown with the error.
-
-    Raises:
-        MeteoraError: (of the type ``error``) It is not JSON; where the parser knows them, line and column are named.
-    """
-
-    def refuse(name: str) -> NoReturn:
-        raise error(f"{source} holds {name}, which is not a number in JSON", hint=hint)
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(items)
-        if len(made) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise error(f"{source} has the key {_short(twice)} twice in one object", hint=hint)
-        return made
-
-    try:
-        value = json.loads(raw.decode("utf-8-sig"), parse_constant=float if notes else refuse, object_pairs_hook=pairs)
-        if notes == "*":
-            return finite(value)
-        if notes and isinstance(value, dict):
-            for key, entry in value.items():
-                if key != notes and (name := _constant(entry)):
-                    refuse(name)
-            if notes in value:
-                value[notes] = finite(value[notes])
-        return value
-    except UnicodeDecodeError as broken:
-        raise error(f"{source} is not UTF-8 text (byte {broken.start})", hint=hint) from broken
-    except json.JSONDecodeError as broken:
-        raise error(f"{source}:{broken.lineno}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
-    except (ValueError, RecursionError) as broken:
-        raise error(f"{source} cannot be read as JSON: {_first_line(broken)}", hint=hint) from broken
-
-
-def read_object(path: Path, *, notes: str | None = None, error: type[MeteoraError] = DataError, hint: str | None = None) -> dict[str, Any]:
-    """Read a file that holds one JSON object; :func:`require_regular` and :func:`parse_json` say what is refused."""
-    path = Path(path)
-    size = require_regular(path, error=error, hint=hint)
-    if size > MAX_BYTES:
-        raise error(f"{path} has {size} bytes, more than a configuration can have", hint=hint)
-    try:
-        raw = path.read_bytes()
-    except OSError as broken:
-        raise error(f"{path} cannot be read: {broken.strerror or broken}", hint=hint) from broken
-    value = parse_json(raw, str(path), notes=notes, error=error, hint=hint)
+def read_object(path: Path, *, nullable: str | None = None, error: Error = DataError, hint: str | None = None) -> dict[str, Any]:
+    """Read a configuration file, which is one JSON object; arguments and errors are those of :func:`read_json` and :func:`parse_json`."""
+    size = check_regular(path, error, hint=hint)
+    if size > MAX_OBJECT_BYTES:
+        raise error(f"{shown_path(path)} has {size:,} bytes, more than a configuration file can have ({MAX_OBJECT_BYTES:,})", hint=hint)
+    value = parse_json(read_bytes(path, error, hint=hint), shown_path(path), nullable=nullable, error=error, hint=hint)
     if not isinstance(value, dict):
-        raise error(f"{path} is not a JSON object", hint=hint)
+        raise error(f"{shown_path(path)} is not a JSON object", hint=hint)
     return value
 
 
-def checked(model: type[Model], value: Any, source: str, *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Model:
-    """``value`` as the model, or an error in one line that names the first key that is wrong, its value, and what it should be."""
-    try:
-        return model.model_validate(value)
-    except ValidationError as wrong:
-        raise error(f"{source}: {_explain(wrong)}", hint=hint) from wrong
-    except RecursionError as deep:
-        raise error(f"{source} is nested too deeply", hint=hint) from deep
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN and infinite numbers, which JSON does not have, become null. Raises StorageError."""
+    with atomic_write(path) as handle:
+        json.dump(finite(value), handle, ensure_ascii=False, indent=2, allow_nan=False)
+        handle.write("\n")
 
 
-def read_model(path: Path, model: type[Model], *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Model:
-    """Read a JSON file and check it; see :func:`read_object` and :func:`checked`."""
-    return checked(model, read_object(path, error=error, hint=hint), str(path), error=error, hint=hint)
+def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file. Blank lines and a byte-order mark are skipped.
+
+    Args:
+        path: The file.
+        required: Keys that every row must have.
+        hint: The hint of an error.
+
+    Raises:
+        DataError: The file is missing or cannot be read, or a line is not a strict JSON object or lacks a key. The message gives file, line and column.
+    """
+    with open_regular(path, hint=hint) as handle:
+        for number, raw in enumerate(_lines(handle, path, hint), start=1):
+            if not (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip():
+                continue
+            row = parse_json(raw.rstrip(b"\r\n"), str(path), line=number, hint=hint)
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number} is not a JSON object", hint=hint)
+            for key in required:
+                if key not in row:
+                    raise DataError(f"{path}:{number} has no field {key!r}", hint=hint)
+            yield row
 
 
-def _constant(value: Any) -> str | None:
-    """The first NaN or infinite number in a value, as text."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else str(value)
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((name for entry in inside if (name := _constant(entry))), None)
+def _lines(handle: IO[bytes], path: Path, hint: str | None) -> Iterator[bytes]:
+    """The lines of an open file. Only the errors of reading them are translated, not those of a caller between two lines."""
+    while True:
+        with read_errors(path, hint=hint):
+            line = handle.readline()
+        if not line:
+            return
+        yield line
 
 
-def _explain(wrong: ValidationError) -> str:
-    first = wrong.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"the key {_short(key)} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    message = message.replace("input should be", "it should be")
-    if not key:
-        return message
-    return f"{_bare(key)} is {_short(first['input'])}; {message}"
-
-
-def _bare(key: str) -> str:
-    return key if len(key) <= _SHOWN and key.isprintable() else _short(key)
-
-
-def _short(value: Any) -> str:
-    """A value in a message: ``repr``, without control characters, and cut where it is long."""
-    if isinstance(value, dict | list) and len(value) > 8:
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
-    try:
-        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    except (RecursionError, ValueError):
-        return f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _first_line(broken: BaseException) -> str:
-    lines = str(broken).strip().splitlines()
-    return lines[0] if lines else type(broken).__name__
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object per line, atomically, and return the number of rows. Raises StorageError."""
+    count = 0
+    with atomic_write(path) as handle:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False)
+            handle.write((json.dumps(row) if has_surrogate(line) else line) + "\n")
+            count += 1
+    return count

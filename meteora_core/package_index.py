@@ -19,8 +19,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urldefrag, urljoin, urlsplit
 
 from meteora_core.errors import DownloadError
+from meteora_core.json_files import decode_json
 from meteora_core.network import check_url, final_failure, http_client, refuse, without_credentials
-from meteora_core.reading import parse_json, read_bytes
+from meteora_core.reading import read_bytes
 from meteora_core.text import one_line, redact
 
 PUBLIC_INDEX = "https://pypi.org/simple"
@@ -169,7 +170,7 @@ def _remote(url: str) -> Iterator[Found]:
         yield from _links(text, base)
         return
     try:
-        entries = [(str(entry["url"]), (entry.get("hashes") or {}).get("sha256"), entry.get("size")) for entry in parse_json(text)["files"]]
+        entries = [(str(entry["url"]), (entry.get("hashes") or {}).get("sha256"), entry.get("size")) for entry in decode_json(text)["files"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DownloadError(f"{name} did not answer with a package list") from None
     for target, digest, size in entries:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.data.rows import split_path
 from meteora_core.data.tasks import COMPOSITES, get_task
-from meteora_core.files import read_json, sha256, write_json
+from meteora_core.files import sha256
+from meteora_core.json_files import read_json, write_json
 from meteora_core.memory import release_memory
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings

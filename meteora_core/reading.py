@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
-import json
-import math
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.text import printable
@@ -50,11 +47,11 @@ def describe(error: OSError, path: object) -> str:
         return f"{name} is a link that leads back to itself"
     if code == errno.ENAMETOOLONG:
         return f"the file name is too long: {name}"
-    return f"cannot read {name}: {error.strerror or one_word(error)}"
+    return f"cannot read {name}: {error.strerror or first_line(error)}"
 
 
-def one_word(error: BaseException) -> str:
-    """An error's message, or its type's name where it has none."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has none."""
     return printable(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
@@ -85,14 +82,27 @@ def kind_of(mode: int) -> str:
     return next((name for test, name in kinds if test(mode)), "a file")
 
 
-def check_regular(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> None:
-    """Raise ``error`` unless ``path`` is a regular file, or a link to one. The file is not opened."""
+def is_regular(path: Path | str) -> bool:
+    """Whether there is a regular file, or a link to one, at ``path``; False also when the path cannot be looked up."""
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def check_regular(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> int:
+    """Raise ``error`` unless ``path`` is a regular file, or a link to one. The file is not opened.
+
+    Returns:
+        Its size in bytes.
+    """
     if "\0" in str(path):
-        raise error(f"{shown_path(path)} holds a NUL character, which no path can", hint=hint)
+        raise error(f"{shown_path(path)} contains a NUL character, which no path can", hint=hint)
     with read_errors(path, error, hint=hint):
-        mode = Path(path).stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise error(f"{shown_path(path)} is {kind_of(mode)}, not a file", hint=hint)
+        facts = Path(path).stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise error(f"{shown_path(path)} is {kind_of(facts.st_mode)}, not a file", hint=hint)
+    return facts.st_size
 
 
 def present(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> bool:
@@ -149,49 +159,3 @@ def read_text(path: Path | str, error: Error = DataError, *, hint: str | None = 
     except UnicodeDecodeError as broken:
         raise error(f"{shown_path(path)} is not UTF-8 text (byte {broken.start + 1})", hint=hint) from broken
     return io.StringIO(text, newline=None).read()
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite_float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"the number {digits[:40]} is too large")
-    return value
-
-
-def _integer(digits: str) -> int:
-    try:
-        return int(digits)
-    except ValueError:
-        raise ValueError(f"a number of {len(digits)} digits is too large") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {printable(twice[:80])!r} stands twice in one object")
-    return found
-
-
-STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_integer, object_pairs_hook=_unique_keys)
-"""Decodes JSON as the standard has it: NaN and infinities (also a number that overflows to one), integers of thousands of digits, and keys that stand
-twice are refused with a ValueError."""
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON in which NaN and infinite numbers are None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def parse_json(text: str) -> Any:
-    """Decode a JSON document by :data:`STRICT_DECODER`. Raises ValueError (for bad syntax, json.JSONDecodeError) or RecursionError."""
-    return STRICT_DECODER.decode(text)

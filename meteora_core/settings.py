@@ -15,7 +15,7 @@ from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.names import problem_of
 from meteora_core.ranges import MOST_PROCESSES, MOST_ROWS, MOST_TOKENS
 from meteora_core.reading import read_text
-from meteora_core.text import one_line, printable
+from meteora_core.text import one_line, printable, shown
 
 DEFAULT_FILE = Path("meteora.toml")
 
@@ -345,14 +345,6 @@ def fields_of(section: str) -> list[str]:
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a list of as many levels
-        return "…"
-    return text if len(text) <= 120 else f"{text[:119]}…"
-
-
 def _explain(broken: ValidationError, file: Path) -> UsageError:
     first = broken.errors(include_url=False)[0]
     key = ".".join(str(part)[:80] for part in first["loc"])
@@ -362,7 +354,7 @@ def _explain(broken: ValidationError, file: Path) -> UsageError:
         siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
         return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(wanted, known) or f"known here: {', '.join(siblings)}")
     value = first.get("input")
-    return UsageError(f"setting {key} = {_shown(value)}: {first['msg'].removeprefix('Value error, ')}", hint=f"check {file}, METEORA_* variables and flags")
+    return UsageError(f"setting {key} = {shown(value)}: {first['msg'].removeprefix('Value error, ')}", hint=f"check {file}, METEORA_* variables and flags")
 
 
 def setting_names() -> list[str]:

@@ -64,6 +64,33 @@ def one_line(text: str, *, limit: int = 4000) -> str:
     return joined if len(joined) <= limit else f"{joined[: limit - 2]} …"
 
 
+def shown(value: object, *, limit: int = 60) -> str:
+    """Return ``repr(value)`` for a message: printable, and cut after ``limit`` characters.
+
+    Args:
+        value: A value out of a file, such as a key or a number. Of a long list or an object only the length is given.
+        limit: The largest number of characters.
+    """
+    if isinstance(value, dict | list) and len(value) > 8:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} entries"
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except (RecursionError, ValueError):  # deeply nested, or an integer of thousands of digits
+        return f"a {type(value).__name__}"
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return ``text``, cut after ``limit`` characters and marked by an ellipsis if it is longer."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """Return the first ``most`` names, separated by commas, and the number of the others: ``a, b and 3 more``."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
 _SECRET_VARIABLES = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY)$|_(TOKEN|PASSWORD|SECRET)_")
 _URL_VARIABLES = re.compile(r"(^PIP_|^UV_|PROXY$|^HF_ENDPOINT$|INDEX|URL$|LINKS$)")
 _SHORTEST = 4

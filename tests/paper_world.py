@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evaluation_workspace import SIZES, make_tokenizer
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 from tiny_models import make_tiny_llama
 
 with open(Path(__file__).parent.parent / "examples" / "paper" / "toy.toml", "rb") as _toy:

@@ -16,7 +16,8 @@ from examples.paper.plan import PARTS, Experiment, Step, fill, settings_text
 from meteora_core.data.manifest import NAME as MANIFEST
 from meteora_core.data.rows import available_tasks
 from meteora_core.errors import MeteoraError, UsageError
-from meteora_core.files import atomic_write, read_json, sha256, write_json
+from meteora_core.files import atomic_write, sha256
+from meteora_core.json_files import read_json, write_json
 
 Runner = Callable[[list[str], float], int | None]
 """Runs ``meteora ARGUMENTS`` for at most so many seconds; returns the exit code, or None when the time was over."""

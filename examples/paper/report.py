@@ -15,7 +15,8 @@ from examples.paper.plots import draw_all
 from meteora_core.checkpoints.native import CONFIG_FILE
 from meteora_core.errors import MeteoraError
 from meteora_core.evaluation.results import load_results
-from meteora_core.files import atomic_write, read_json, write_json
+from meteora_core.files import atomic_write
+from meteora_core.json_files import read_json, write_json
 
 PAGE = "results.md"
 

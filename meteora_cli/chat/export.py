@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora_core.errors import UsageError
-from meteora_core.files import atomic_write, write_json
+from meteora_core.files import atomic_write
+from meteora_core.json_files import write_json
 
 if TYPE_CHECKING:
     from meteora_core.trace.picture import RoutePicture

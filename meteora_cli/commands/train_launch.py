@@ -23,7 +23,8 @@ def launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder:
     import torch
 
     from meteora_core.errors import MeteoraError
-    from meteora_core.files import storage_errors, write_json
+    from meteora_core.files import storage_errors
+    from meteora_core.json_files import write_json
     from meteora_core.locks import scratch_folder
     from meteora_core.model.base import pick_dtype
     from meteora_core.training.launch import launch_command, launch_config, process_count, run_command

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from meteora_core.checkpoints.tensor_files import TensorFiles
 from meteora_core.errors import MeteoraError
-from meteora_core.files import read_json
-from meteora_core.json_files import is_regular
+from meteora_core.json_files import read_json
+from meteora_core.reading import is_regular
 
 _CACHED = re.compile(r"(?:^|/)models--(?:[^/]+?--)?(?P<name>[^/]+?)(?:/snapshots(?:/[^/]*)?)?$")
 _QUANTISED = re.compile(r"(?:-unsloth)?-bnb-[48]bit$")

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator
 
 from meteora_core.adapters.patterns import Patterns, PatternTable
 from meteora_core.errors import AdapterError
-from meteora_core.json_files import FileModel, read_model
+from meteora_core.file_models import FileModel, read_model
+from meteora_core.text import shortened, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -253,14 +254,10 @@ def _refuse_unsupported(name: str, config: AdapterConfig) -> None:
         reasons.append(f"init_lora_weights={start!r}, which changed its base model")
     reasons += [f"{said}={more[key]}" if key in _LISTED else said for key, said in _UNSTACKABLE.items() if more.get(key)]
     if reasons:
-        raise AdapterError(f"adapter {name!r} uses {_cut(reasons[0])}, which cannot be stacked", hint=PLAIN)
+        raise AdapterError(f"adapter {name!r} uses {shortened(reasons[0], 80)}, which cannot be stacked", hint=PLAIN)
     for key, value in more.items():
         if value and key not in _HARMLESS and key not in _UNSTACKABLE:
             raise AdapterError(
-                f"adapter {name!r}: {CONFIG} sets {_cut(repr(key))} to {_cut(repr(value))}, a setting that this version does not know",
+                f"adapter {name!r}: {CONFIG} sets {shown(key)} to {shown(value)}, a setting that this version does not know",
                 hint=f"upgrade meteora; if the setting has no effect on a trained adapter, remove it from {CONFIG}",
             )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.config import CONFIG, AdapterConfig
 from meteora_core.adapters.peft_folder import BaseCopy
-from meteora_core.checkpoints.tensor_files import TensorFiles, shown
+from meteora_core.checkpoints.tensor_files import TensorFiles
 from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.text import listed
 
 if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
@@ -63,7 +64,7 @@ def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[
     if len(set(renamed.values())) != len(renamed):
         renamed = {}
     if absent := [path for path in unknown if path not in renamed]:
-        raise AdapterError(f"the adapters target {shown(absent)}, which {type(model).__name__} does not have", hint=_why_absent(absent[0], known))
+        raise AdapterError(f"the adapters target {listed(absent)}, which {type(model).__name__} does not have", hint=_why_absent(absent[0], known))
     if renamed:
         bank = replace(bank, modules={renamed.get(path, path): stack for path, stack in bank.modules.items()})
     for claim in bank.claims:
@@ -116,7 +117,7 @@ def _check_targets(claim: Claim, model: nn.Module, renamed: Mapping[str, str]) -
     wanted = claim.config.targets(names, every_linear)
     if missing := sorted({renamed.get(path, path) for path in wanted} - have):
         raise AdapterError(
-            f"adapter {claim.name!r} has no weights for {shown(missing)}, which target_modules in its {CONFIG} names",
+            f"adapter {claim.name!r} has no weights for {listed(missing)}, which target_modules in its {CONFIG} names",
             hint="copy or download the adapter again; if it was trained without these modules, list them in exclude_modules there",
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 import regex
 
 from meteora_core.errors import AdapterError
+from meteora_core.text import shown
 
 SECONDS = 5.0
 """What all expressions of one configuration may take together."""
@@ -55,7 +56,7 @@ class Patterns:
                 self._compiled[pattern] = self._compile(pattern)
             found = self._compiled[pattern].fullmatch(text, timeout=max(self.left, 1e-3))
         except TimeoutError as slow:
-            raise AdapterError(f"{self.source}: the regular expression {_shown(pattern)} takes too long to match", hint=_PLAIN) from slow
+            raise AdapterError(f"{self.source}: the regular expression {shown(pattern)} takes too long to match", hint=_PLAIN) from slow
         self.left -= time.monotonic() - began
         return found is not None
 
@@ -65,7 +66,7 @@ class Patterns:
         try:
             return regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError, ValueError) as broken:
-            raise AdapterError(f"{self.source}: {_shown(pattern)} is not a regular expression: {broken}", hint=_PLAIN) from broken
+            raise AdapterError(f"{self.source}: {shown(pattern)} is not a regular expression: {broken}", hint=_PLAIN) from broken
 
 
 class PatternTable:
@@ -134,8 +135,3 @@ def _plain(key: str) -> tuple[str, bool, bool] | None:
     if not _SPECIAL.intersection(bare):  # a dot that is left here is not escaped, so it is special too
         return key.replace("\\", ""), False, anchored
     return None
-
-
-def _shown(pattern: str) -> str:
-    text = ascii(pattern)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -19,7 +19,7 @@ from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor, refuse_
 from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, read_header
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.files import sha256
-from meteora_core.json_files import is_regular
+from meteora_core.reading import is_regular
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "AdapterInfo", "BaseCopy", "LoraWeights", "check_adapter", "find_adapter", "read_adapter"]
 

@@ -15,7 +15,7 @@ from meteora_core.chat.speaker import Speaker
 from meteora_core.data.rows import iter_rows
 from meteora_core.data.tasks import PROMPT_TEMPLATE
 from meteora_core.errors import UsageError, did_you_mean
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 from meteora_core.routing import RoutingState
 from meteora_core.trace.picture import Role, RoutePicture
 from meteora_core.trace.record import trace_tokens

@@ -11,10 +11,12 @@ from meteora_core.chat.prompts import unframe
 from meteora_core.chat.speaker import Speaker
 from meteora_core.data.rows import iter_rows, split_path
 from meteora_core.errors import MeteoraError
+from meteora_core.text import listed
 
 PROMPTS = 3
 """Messages that are shown."""
 
+_LISTED = 12
 _LOOKED_AT = 20
 _LONGEST = 160
 
@@ -53,12 +55,10 @@ def welcome(speaker: Speaker, data_dir: Path) -> Welcome:
         return Welcome("", ())
     names = [speaker.adapter] if speaker.kind == "adapter" and speaker.adapter else list(speaker.routing.names)
     what = "one task and answers everything as such" if len(names) == 1 else f"{len(names)} tasks and answers everything as one of them"
-    return Welcome(f"This model was trained for {what}: {_listed(names)}.", tuple(islice(_prompts(names, data_dir), PROMPTS)))
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more (/adapters)" if rest > 0 else "")
+    return Welcome(
+        f"This model was trained for {what}: {listed(names, _LISTED)}{' (/adapters)' if len(names) > _LISTED else ''}.",
+        tuple(islice(_prompts(names, data_dir), PROMPTS)),
+    )
 
 
 def _prompts(names: Sequence[str], data_dir: Path) -> Iterator[str]:

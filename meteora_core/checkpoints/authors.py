@@ -13,12 +13,12 @@ from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import note_base_changes
-from meteora_core.checkpoints.tensor_files import shown
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
+from meteora_core.text import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,13 +134,13 @@ def _base_targets(layout: AuthorsLayout, model: nn.Module) -> dict[str, Tensor]:
             raise _other_base(checkpoint, model, name, tuple(target.shape), shape)
         targets[name] = target
     if unknown := [layout.base[name] for name in layout.base if name not in known]:
-        raise CheckpointError(f"{checkpoint} has tensors that {_called(model)} lacks: {shown(unknown)}", hint="the checkpoint belongs to another base model")
+        raise CheckpointError(f"{checkpoint} has tensors that {_called(model)} lacks: {listed(unknown)}", hint="the checkpoint belongs to another base model")
     if layout.base:
         given = {id(known[name]) for name in layout.base}
         missing = [name for name, tensor in known.items() if id(tensor) not in given and name.rpartition(".")[0] not in quantized]
         if missing:
             raise CheckpointError(
-                f"{checkpoint} lacks tensors of {_called(model)}: {shown(_file_key(layout, name) for name in missing)}",
+                f"{checkpoint} lacks tensors of {_called(model)}: {listed(_file_key(layout, name) for name in missing)}",
                 hint="the checkpoint is incomplete, or belongs to another base model",
             )
     _check_tied(layout, targets)

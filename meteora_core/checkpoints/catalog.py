@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.archives import copy_zip_member
 from meteora_core.errors import CheckpointError, DataError, DownloadError, UsageError, did_you_mean
-from meteora_core.files import atomic_folder, cache_dir, locked, read_json, sha256, storage_errors, write_json
+from meteora_core.files import atomic_folder, cache_dir, locked, sha256, storage_errors
+from meteora_core.json_files import read_json, write_json
 from meteora_core.locks import scratch_folder, sweep
 from meteora_core.progress import SILENT, Progress
 

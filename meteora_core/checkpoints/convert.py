@@ -16,11 +16,13 @@ from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import check_replaceable, rounding_table
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
-from meteora_core.checkpoints.tensor_files import CHUNK, TensorFiles, TensorPlan, shown, tensor_bytes, write_tensors
+from meteora_core.checkpoints.tensor_files import CHUNK, TensorFiles, TensorPlan, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, StorageError, UsageError
-from meteora_core.files import atomic_folder, storage_errors, write_json
+from meteora_core.files import atomic_folder, storage_errors
+from meteora_core.json_files import write_json
 from meteora_core.model.base import BaseReference, locate_base
 from meteora_core.progress import SILENT, Progress, Task
+from meteora_core.text import listed
 
 BaseTensors = Literal["changed", "all"]
 _EMBEDDINGS = "model.embed_tokens.weight"
@@ -155,12 +157,12 @@ def _check_base(layout: AuthorsLayout, theirs: TensorFiles, reference: BaseRefer
             raise CheckpointError(f"{reference.name} has a vocabulary of {shape[0]} tokens, the checkpoint {source} one of {mine[0]}", hint=_OTHER_BASE)
         raise CheckpointError(f"{reference.name} has {name} of shape {list(shape)}, the checkpoint {source} of shape {list(mine)}", hint=_OTHER_BASE)
     if absent := sorted(name for name, theirs_name in found.items() if theirs_name is None):
-        raise CheckpointError(f"{source} has tensors that {reference.name} lacks: {shown(absent)}", hint=_OTHER_BASE)
+        raise CheckpointError(f"{source} has tensors that {reference.name} lacks: {listed(absent)}", hint=_OTHER_BASE)
     if layout.base:
         missing = sorted(name for name in theirs.entries if name not in wanted and not name.endswith("rotary_emb.inv_freq"))
         missing = [name for name in missing if name != _HEAD or _compare(layout.tensors, layout.base[_EMBEDDINGS], theirs, name) == "changed"]
         if missing:
-            raise CheckpointError(f"{source} lacks tensors of {reference.name}: {shown(missing)}", hint="copy or download the checkpoint again")
+            raise CheckpointError(f"{source} lacks tensors of {reference.name}: {listed(missing)}", hint="copy or download the checkpoint again")
 
 
 def _differences(layout: AuthorsLayout, theirs: TensorFiles, progress: Progress) -> tuple[tuple[str, ...], dict[str, torch.dtype]]:

@@ -15,9 +15,11 @@ from meteora_core.checkpoints.layout import is_authors, read_layout
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
 from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, TensorFiles, refuse_pickle
 from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.file_models import read_model
 from meteora_core.files import sha256
-from meteora_core.json_files import is_regular, read_model, read_object, require_regular
+from meteora_core.json_files import read_object
 from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import check_regular, is_regular
 
 Facts = dict[str, Any]
 
@@ -48,7 +50,7 @@ def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progr
     if not there:
         raise CheckpointError(f"no such file or folder: {path}", hint="correct the path")
     if not folder:
-        require_regular(path, error=CheckpointError, hint="correct the path")
+        check_regular(path, CheckpointError, hint="correct the path")
         if path.name == CONFIG_FILE or (path.name == WEIGHT_FILE and is_regular(path.parent / CONFIG_FILE)):
             path = path.parent
         elif path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
@@ -238,7 +240,7 @@ def _model_config(folder: Path) -> Facts | None:
     """What config.json says of a base model; None when there is none."""
     if not is_regular(folder / "config.json"):
         return None
-    config = read_object(folder / "config.json", error=CheckpointError)
+    config = read_object(folder / "config.json", nullable="*", error=CheckpointError)
     if "model_type" not in config:
         return None
     names = ("model_type", "architectures", "hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "tie_word_embeddings")

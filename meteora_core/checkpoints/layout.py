@@ -18,10 +18,11 @@ from meteora_core.adapters.bank import Stack, natural_order
 from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
-from meteora_core.checkpoints.tensor_files import TensorEntry, TensorFiles, read_header, shown
+from meteora_core.checkpoints.tensor_files import TensorEntry, TensorFiles, read_header
 from meteora_core.data.tasks import TASK_ORDER
 from meteora_core.errors import AdapterError, CheckpointError
-from meteora_core.json_files import is_regular
+from meteora_core.reading import is_regular
+from meteora_core.text import listed
 
 PREFIX = "base_model.model."
 DEFAULT_ALPHA = 16.0
@@ -102,7 +103,7 @@ def read_layout(checkpoint: str | Path) -> AuthorsLayout:
     if not is_authors(list(tensors.entries)):
         raise CheckpointError(
             f"{checkpoint} is not a checkpoint in the authors' layout: it has no {PREFIX}….moe_gate.weight",
-            hint=f"it holds {shown(tensors.entries)}; `meteora ckpt inspect` says what it is",
+            hint=f"it holds {listed(tensors.entries)}; `meteora ckpt inspect` says what it is",
         )
     parts: dict[str, set[str]] = {}
     base: dict[str, str] = {}
@@ -121,11 +122,11 @@ def read_layout(checkpoint: str | Path) -> AuthorsLayout:
             if match["part"] == "base_layer":
                 base[f"{match['path']}.{match['kind']}"] = key
     if unknown:
-        raise CheckpointError(f"{checkpoint} has unknown tensors: {shown(sorted(unknown))}", hint=f"every key of the authors' layout starts with {PREFIX}")
+        raise CheckpointError(f"{checkpoint} has unknown tensors: {listed(sorted(unknown))}", hint=f"every key of the authors' layout starts with {PREFIX}")
     wanted = (*_PARTS, "base_layer") if base else _PARTS
     missing = [key_of(path, part) for path in sorted(_grid(list(parts)), key=natural_order) for part in wanted if part not in parts.get(path, ())]
     if missing:
-        raise CheckpointError(f"{checkpoint} lacks tensors: {shown(missing)}", hint=_AGAIN)
+        raise CheckpointError(f"{checkpoint} lacks tensors: {listed(missing)}", hint=_AGAIN)
     return _measure(checkpoint, tensors, sorted(parts, key=natural_order), base)
 
 
@@ -200,7 +201,7 @@ def describe_adapters(
     order = tuple(names) if names is not None else TASK_ORDER if layout.count == len(TASK_ORDER) else tuple(found)
     absent, extra = [name for name in order if name not in found], [name for name in found if name not in order]
     if absent or (extra and names is None):
-        parts = ([f"lacks {shown(absent)}"] if absent else []) + ([f"has also {shown(extra)}"] if extra else [])
+        parts = ([f"lacks {listed(absent)}"] if absent else []) + ([f"has also {listed(extra)}"] if extra else [])
         raise CheckpointError(
             f"the checkpoint {source} has {layout.count} adapters, and {folder} has {len(found)}: it {' and '.join(parts)}",
             hint="pass the folder that the checkpoint was trained with, or the adapters' names in their order",
@@ -219,7 +220,7 @@ def scaling_of(info: AdapterInfo) -> float:
 def _check_names(layout: AuthorsLayout, order: Sequence[str]) -> None:
     twice = sorted({name for name in order if list(order).count(name) > 1})
     if twice or len(order) != layout.count:
-        what = f"names given twice: {shown(twice)}" if twice else f"{len(order)} names: {shown(order)}"
+        what = f"names given twice: {listed(twice)}" if twice else f"{len(order)} names: {listed(order)}"
         raise CheckpointError(f"the checkpoint {layout.tensors.path} has {layout.count} adapters, and there are {what}", hint="give one name per adapter")
 
 

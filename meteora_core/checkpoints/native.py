@@ -34,15 +34,15 @@ from meteora_core.checkpoints.parts import (
     rounding_table,
     write_files,
 )
-from meteora_core.checkpoints.tensor_files import shown
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
-from meteora_core.files import atomic_folder, holds_other_things, listed, other_entries, sha256
-from meteora_core.json_files import is_regular
+from meteora_core.files import atomic_folder, holds_other_things, other_entries, sha256
 from meteora_core.model.attach import attach, detach, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.names import is_name
 from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import is_regular
 from meteora_core.routing import routing_state
+from meteora_core.text import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -275,7 +275,7 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
     renamed = config["renamed"]
     bank = replace(bank, modules={renamed.get(path, path): stack for path, stack in bank.modules.items()})
     if set(bank.modules) != set(config["modules"]):
-        different = shown(sorted(set(bank.modules) ^ set(config["modules"])))
+        different = listed(sorted(set(bank.modules) ^ set(config["modules"])))
         raise CheckpointError(
             f"the adapters' layers are not those of the checkpoint {folder}: {different}", hint="restore the adapters that it was trained with"
         )

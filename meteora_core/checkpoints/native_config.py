@@ -14,9 +14,12 @@ import torch
 from pydantic import Field, model_validator
 
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES
-from meteora_core.checkpoints.tensor_files import TensorEntry, read_header, shown
+from meteora_core.checkpoints.tensor_files import TensorEntry, read_header
 from meteora_core.errors import CheckpointError
-from meteora_core.json_files import FileModel, checked, is_regular, read_object, require_regular
+from meteora_core.file_models import FileModel, check_model
+from meteora_core.json_files import read_object
+from meteora_core.reading import check_regular, is_regular
+from meteora_core.text import listed
 
 CONFIG_FILE = "meteora_config.json"
 WEIGHT_FILE = "meteora.safetensors"
@@ -151,7 +154,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     file = folder / CONFIG_FILE
     if os.path.lexists(file):
-        require_regular(file, error=CheckpointError, hint=_NOT_OURS)
+        check_regular(file, CheckpointError, hint=_NOT_OURS)
     else:
         try:
             there = folder.is_dir()
@@ -161,11 +164,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"not a meteora checkpoint: {folder} holds no {CONFIG_FILE}" if there else f"no checkpoint at {folder}: no such folder",
             hint="train one with `meteora train`, make one with `meteora quickstart --train`, or correct the path",
         )
-    raw = read_object(file, notes="training", error=CheckpointError, hint=_NOT_OURS)
+    raw = read_object(file, nullable="training", error=CheckpointError, hint=_NOT_OURS)
     form = raw.get("format")
     if type(form) is int and form > FORMAT:
         raise CheckpointError(f"{folder} has format {form}, this version reads up to {FORMAT}", hint="upgrade meteora")
-    config = checked(NativeConfig, raw, str(file), error=CheckpointError, hint=_NOT_OURS).model_dump(exclude_unset=True)
+    config = check_model(NativeConfig, raw, str(file), error=CheckpointError, hint=_NOT_OURS).model_dump(exclude_unset=True)
     return {"base_tensors": [], "base_rounded": {}, "renamed": {}, "training": {}} | {key: value for key, value in config.items() if value is not None}
 
 
@@ -204,7 +207,7 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorEn
             expected[f"{path}.lora_B"] = (sum(module["ranks"]), module["out_features"])
     for what, keys in (("lacks", expected.keys() - entries.keys()), ("has unknown", entries.keys() - expected.keys())):
         if keys:
-            raise CheckpointError(f"{file} {what} tensors: {shown(sorted(keys))}", hint=_AGAIN)
+            raise CheckpointError(f"{file} {what} tensors: {listed(sorted(keys))}", hint=_AGAIN)
     for name, shape in expected.items():
         entry = entries[name]
         if shape is not None and entry.shape != shape:

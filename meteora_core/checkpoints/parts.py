@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
 from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import read_json, write_json
+from meteora_core.json_files import read_json, write_json
 from meteora_core.model.attach import gate_origin, is_same_or_rounded, meteora_layers, probe_base
 from meteora_core.model.base import BaseReference, loaded_by
 from meteora_core.model.offload import real_tensor
-from meteora_core.reading import finite
 from meteora_core.routing import routing_state
 
 _log = logging.getLogger(__name__)
@@ -219,7 +218,7 @@ def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     """Write the files of a checkpoint into a folder that exists; adds the hash of the weights to the configuration. Raises StorageError."""
     plans = [TensorPlan(name, dtype_name(tensor.dtype), tuple(tensor.shape), partial(_bytes_of, tensor)) for name, tensor in tensors.items()]
     digest = write_tensors(folder / WEIGHT_FILE, plans, weight_metadata(config))
-    write_json(folder / CONFIG_FILE, finite({**config, "weights_sha256": digest}))
+    write_json(folder / CONFIG_FILE, {**config, "weights_sha256": digest})
     # The vocabulary's size is a text: whoever loads this by the class of the base model gets an error that says it, and no random weights.
     write_json(folder / TRANSFORMERS_CONFIG, {"model_type": MODEL_TYPE, "vocab_size": HOW_TO_LOAD})
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from meteora_core.errors import CheckpointError
 from meteora_core.files import storage_errors
-from meteora_core.json_files import is_regular, parse_json, read_object, require_regular
+from meteora_core.json_files import parse_json, read_object
+from meteora_core.reading import check_regular, is_regular
+from meteora_core.text import listed
 
 CHUNK = 8 << 20
 """How many bytes are moved at once."""
@@ -88,7 +90,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """
     file = Path(file)
     refuse_pickle(file)
-    size = require_regular(file, error=CheckpointError, hint="correct the path")
+    size = check_regular(file, CheckpointError, hint="correct the path")
     try:
         with file.open("rb") as handle:
             start = handle.read(8)
@@ -161,7 +163,7 @@ class TensorFiles:
         for file in self.files:
             entries, _ = read_header(file)
             if twice := sorted(entries.keys() & self.entries.keys()):
-                raise CheckpointError(f"{file} repeats tensors of another shard: {shown(twice)}", hint=_AGAIN)
+                raise CheckpointError(f"{file} repeats tensors of another shard: {listed(twice)}", hint=_AGAIN)
             self.entries.update(entries)
 
     def __contains__(self, name: str) -> bool:
@@ -220,17 +222,17 @@ def _find_files(path: Path) -> list[Path]:
         return found
     if found:
         raise CheckpointError(
-            f"{path} holds {len(found)} safetensors files and no {INDEX_FILE}: {shown([file.name for file in found])}",
+            f"{path} holds {len(found)} safetensors files and no {INDEX_FILE}: {listed([file.name for file in found])}",
             hint="name the file, or copy the index too",
         )
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     if pickled:
         raise CheckpointError(
-            f"{path} holds no safetensors file, only pickle files, which are never read: {shown(pickled)}",
+            f"{path} holds no safetensors file, only pickle files, which are never read: {listed(pickled)}",
             hint="convert it to safetensors where it was made",
         )
     below = sorted(str(file.relative_to(path)) for pattern in ("*/*.safetensors", "*/*/*.safetensors") for file in path.glob(pattern))
-    raise CheckpointError(f"{path} holds no safetensors file", hint=f"below it there is: {shown(below)}" if below else "correct the path")
+    raise CheckpointError(f"{path} holds no safetensors file", hint=f"below it there is: {listed(below)}" if below else "correct the path")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -241,7 +243,7 @@ def _shards(index: Path) -> list[Path]:
     if outside := [file for file in files if file.parent != index.parent]:
         raise CheckpointError(f"{index} names a file outside its folder: {outside[0]}")
     if missing := [file.name for file in files if not is_regular(file)]:
-        raise CheckpointError(f"{index.parent} lacks shards that its index names: {shown(missing)}", hint="copy or download them again")
+        raise CheckpointError(f"{index.parent} lacks shards that its index names: {listed(missing)}", hint="copy or download them again")
     return files
 
 
@@ -250,12 +252,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError) as broken:
         raise CheckpointError(f"{str(path)!r} cannot be read: {broken}", hint="correct the path") from broken
-
-
-def shown(names: Iterable[Any]) -> str:
-    """The first five of ``names``, and how many more there are."""
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 @dataclass(frozen=True)

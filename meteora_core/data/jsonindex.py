@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from meteora_core.errors import DataError
-from meteora_core.reading import STRICT_DECODER, open_regular, parse_json, read_errors
+from meteora_core.json_files import STRICT_DECODER, decode_json
+from meteora_core.reading import open_regular, read_errors
 
 _PIECE = 1 << 20
 _SPACE = " \t\n\r"
@@ -73,7 +74,7 @@ class ExampleReader:
         start, end = self.index.starts[number], self.index.ends[number]
         self._handle.seek(start)
         try:
-            return parse_json(self._handle.read(end - start).decode())
+            return decode_json(self._handle.read(end - start).decode())
         except ValueError as changed:
             raise DataError(f"{self.index.path} changed while it was read", hint="run the command again") from changed
 

@@ -13,7 +13,8 @@ from meteora_core.data.records import SOURCE_SPLIT, SPLIT_RULE, VALIDATION_SPLIT
 from meteora_core.data.rows import Row, Split
 from meteora_core.data.tasks import BigBench, Records, Task
 from meteora_core.errors import DataError
-from meteora_core.files import read_jsonl, sha256
+from meteora_core.files import sha256
+from meteora_core.json_files import read_jsonl
 from meteora_core.reading import check_regular, kind_of
 
 TEST_FILES = ("test.jsonl", "validation.jsonl")

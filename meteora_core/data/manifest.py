@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from meteora_core.data.rows import SPLITS, iter_rows
 from meteora_core.errors import DataError
-from meteora_core.files import read_json, sha256, write_json
+from meteora_core.files import sha256
+from meteora_core.json_files import read_json, write_json
 from meteora_core.names import problem_of
 from meteora_core.ranges import MOST_TOKENS
 from meteora_core.reading import present

@@ -11,7 +11,7 @@ from typing import Literal
 
 from meteora_core.data.tasks import RESERVED, TASK_ORDER, TASKS, Files
 from meteora_core.errors import DataError
-from meteora_core.files import has_surrogate, read_jsonl
+from meteora_core.json_files import has_surrogate, read_jsonl
 from meteora_core.reading import present
 
 Split = Literal["train", "test"]

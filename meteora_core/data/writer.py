@@ -11,8 +11,9 @@ from pathlib import Path
 from meteora_core.data.manifest import NAME, FileEntry, read_manifest
 from meteora_core.data.rows import SPLITS, Row
 from meteora_core.errors import DataError
-from meteora_core.files import atomic_folder, listed, other_entries, storage_errors
+from meteora_core.files import atomic_folder, other_entries, storage_errors
 from meteora_core.progress import Task as ProgressTask
+from meteora_core.text import listed
 
 _BATCH = 512
 

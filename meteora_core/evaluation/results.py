@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.errors import DataError
 from meteora_core.evaluation.scoring import harness_metrics
-from meteora_core.files import read_json, storage_errors, write_json
+from meteora_core.files import storage_errors
+from meteora_core.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from meteora_core.evaluation.runner import Speed

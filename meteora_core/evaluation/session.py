@@ -22,7 +22,8 @@ from meteora_core.evaluation.fingerprint import adapter_files, base_files
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
 from meteora_core.evaluation.runner import EvalOptions, TaskResult, evaluate_task, test_rows
-from meteora_core.files import atomic_write, locked, sha256, write_jsonl
+from meteora_core.files import atomic_write, locked, sha256
+from meteora_core.json_files import write_jsonl
 from meteora_core.names import LONGEST
 from meteora_core.progress import SILENT, Progress
 from meteora_core.training.common import check_bases

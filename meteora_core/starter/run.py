@@ -14,7 +14,8 @@ from meteora_core.checkpoints.native import load_checkpoint, read_config
 from meteora_core.data.rows import split_path
 from meteora_core.data.tasks import COMPOSITES, get_task
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import atomic_write, read_json, sha256, write_json
+from meteora_core.files import atomic_write, sha256
+from meteora_core.json_files import read_json, write_json
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
 from meteora_core.errors import CheckpointError
-from meteora_core.files import atomic_folder, read_json, write_json
+from meteora_core.files import atomic_folder
+from meteora_core.json_files import read_json, write_json
 from meteora_core.model.base import BaseReference
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names, folder_of
 from meteora_core.progress import SILENT, Progress
-from meteora_core.reading import finite
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.common import (
@@ -232,7 +232,7 @@ def save_adapter(
         info = {"inputs": inputs, "steps": state.step, "loss": loss, "tokens": state.tokens, "seconds": state.seconds, "rows_cut": cut}
         info |= {"tasks": list(tasks)} if tasks else {}
         info |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
-        write_json(temporary / INFO_FILE, finite({**info, "history": state.history}))
+        write_json(temporary / INFO_FILE, {**info, "history": state.history})
 
 
 def _in_order(file: Path) -> None:

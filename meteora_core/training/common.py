@@ -17,13 +17,16 @@ from meteora_core.adapters.base_names import same_base_name
 from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.data.rows import Row, read_rows, split_path
 from meteora_core.errors import AdapterError, StorageError, UsageError, did_you_mean
-from meteora_core.files import holds_other_things, listed, locked, other_entries, sha256
-from meteora_core.json_files import FileModel, checked, is_regular, read_object
+from meteora_core.file_models import FileModel, check_model
+from meteora_core.files import holds_other_things, locked, other_entries, sha256
+from meteora_core.json_files import read_object
 from meteora_core.locks import sweep
 from meteora_core.model.base import BaseReference
 from meteora_core.names import folder_of
 from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import is_regular
 from meteora_core.settings import OptimSettings
+from meteora_core.text import listed
 from meteora_core.training.rows import Encoded, TrainRow, encode_rows
 
 if TYPE_CHECKING:
@@ -307,5 +310,5 @@ class TrainingInfo(FileModel):
 def read_training_info(folder: Path) -> TrainingInfo:
     """Read an adapter's ``meteora_training.json``. Raises AdapterError when it is missing or broken."""
     hint = f"remove {INFO_FILE}, or train the adapter again"
-    raw = read_object(folder / INFO_FILE, notes="*", error=AdapterError, hint=hint)
-    return checked(TrainingInfo, raw, str(folder / INFO_FILE), error=AdapterError, hint=hint)
+    raw = read_object(folder / INFO_FILE, nullable="*", error=AdapterError, hint=hint)
+    return check_model(TrainingInfo, raw, str(folder / INFO_FILE), error=AdapterError, hint=hint)

@@ -18,13 +18,13 @@ from meteora_core.checkpoints.native import save_checkpoint
 from meteora_core.checkpoints.native_config import CONFIG_FILE, read_config
 from meteora_core.data.rows import build_commands
 from meteora_core.errors import UsageError
-from meteora_core.json_files import is_regular
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names
 from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import is_regular
 from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.attention import without_cudnn_attention

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.files import atomic_folder, listed, read_json, save_tensors, sha256, write_json
+from meteora_core.files import atomic_folder, save_tensors, sha256
+from meteora_core.json_files import read_json, write_json
+from meteora_core.text import listed
 from meteora_core.training.common import with_order
 from meteora_core.training.runtime import assign, assign_states, full_tensor, optimizer_states
 

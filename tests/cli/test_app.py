@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from meteora_cli.console import emit_json, valid_text
-from meteora_core.files import write_json
+from meteora_core.json_files import write_json
 
 
 def test_version_and_help(meteora) -> None:

@@ -23,7 +23,7 @@ from meteora_cli.chat.slash import COMMANDS, Chat, Quit, run_command
 from meteora_core.chat.engine import Sampling
 from meteora_core.chat.session import ChatSession
 from meteora_core.errors import DataError, MeteoraError
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 
 
 @pytest.fixture(scope="module")

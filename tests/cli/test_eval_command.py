@@ -16,7 +16,7 @@ import pytest
 
 from authors_files import write_authors
 from evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace, rows
-from meteora_core.files import write_json, write_jsonl
+from meteora_core.json_files import write_json, write_jsonl
 from support import processes
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chat_world import World, build_world
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import os
 import pytest
 import torch
 
-from meteora_core.errors import DataError, StorageError
-from meteora_core.files import atomic_folder, atomic_write, cache_dir, read_json, read_jsonl, save_tensors, sha256, storage_errors, write_json, write_jsonl
+from meteora_core.errors import StorageError
+from meteora_core.files import atomic_folder, atomic_write, cache_dir, save_tensors, sha256, storage_errors
+from meteora_core.json_files import read_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
@@ -78,42 +79,6 @@ def test_written_files_follow_the_umask(tmp_path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o640
-
-
-def test_json_beyond_the_readers_limits(tmp_path) -> None:
-    for text in ("9" * 5000, "[" * 100_000):
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(DataError, match=r"x\.json cannot be read as JSON"):
-            read_json(tmp_path / "x.json")
-
-
-def test_json_lines(tmp_path) -> None:
-    path = tmp_path / "x.jsonl"
-    rows = [{"a": "ü\n\u2028"}, {"a": "lone \ud800"}]
-    assert write_jsonl(path, rows) == 2
-    assert list(read_jsonl(path)) == rows
-    for text, message in [
-        ('{"a": 1}\n{"a": 1\n', r"x\.jsonl:2:\d+ is not valid JSON"),
-        ("[1]\n", r"x\.jsonl:1 is not a JSON object"),
-        ('{"b": 1}\n', r"x\.jsonl:1 has no field 'a'"),
-        ('{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", r"x\.jsonl:2 cannot be read as JSON"),
-        ('{"a": ' + "[" * 100_000 + "\n", r"x\.jsonl:1 cannot be read as JSON"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(DataError, match=message):
-            list(read_jsonl(path, required=("a",)))
-    path.write_bytes(b'{"a": "\xff"}\n')
-    with pytest.raises(DataError, match=r"x\.jsonl:1:\d+ is not UTF-8"):
-        list(read_jsonl(path))
-    with pytest.raises(DataError, match="no such file"):
-        list(read_jsonl(tmp_path / "none"))
-
-
-def test_json_errors_name_line_and_column(tmp_path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text('{\n "a": ]\n')
-    with pytest.raises(DataError, match=r"x\.json:2:7"):
-        read_json(path)
 
 
 def test_hash_and_cache_folder(tmp_path, monkeypatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from chat_world import NAMES
 from meteora_core.chat.welcome import PROMPTS, welcome
 from meteora_core.data.tasks import PROMPT_TEMPLATE
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 
 
 class Bank:

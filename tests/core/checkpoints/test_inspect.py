@@ -122,7 +122,7 @@ def test_files_that_lie_are_refused_in_one_line(tmp_path: Path) -> None:
             inspect_checkpoint(file)
         assert "\n" not in caught.value.message
     os.mkfifo(tmp_path / "pipe.safetensors")
-    unusable = ((tmp_path / "pipe.safetensors", "not an ordinary file"), (tmp_path / ("n" * 300), "cannot be read"), (tmp_path / "a\0b", "no such file"))
+    unusable = ((tmp_path / "pipe.safetensors", "is a pipe"), (tmp_path / ("n" * 300), "cannot be read"), (tmp_path / "a\0b", "no such file"))
     for path, message in unusable:
         with pytest.raises(CheckpointError, match=message):
             inspect_checkpoint(path)
@@ -138,5 +138,5 @@ def test_files_that_lie_are_refused_in_one_line(tmp_path: Path) -> None:
     assert inspect_checkpoint(adapters / "a")["kind"] == "adapter"
     (adapters / "b" / "adapter_config.json").unlink()
     os.mkfifo(adapters / "b" / "adapter_config.json")
-    with pytest.raises(AdapterError, match="not an ordinary file"):
+    with pytest.raises(AdapterError, match="is a pipe, not a file"):
         inspect_checkpoint(adapters)

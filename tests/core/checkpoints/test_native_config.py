@@ -132,7 +132,7 @@ def test_a_missing_key_is_named_by_every_reader(saved: Path, path: list[str]) ->
 def test_numbers_that_are_not_finite_are_refused(saved: Path, number: str) -> None:
     file = saved / "meteora_config.json"
     file.write_text(file.read_text().replace('"temperature": 1.0', f'"temperature": {number}'))
-    refused(saved, "which is not a number in JSON|temperature is inf|holds inf")
+    refused(saved, "(NaN|nan|-?inf) is not a JSON number")
 
 
 def test_notes_of_earlier_versions_may_hold_nan(saved: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_pipe_is_not_opened(saved: Path) -> None:
     for read in readers(saved):
         with pytest.raises(CheckpointError):
             read()
-    with pytest.raises(CheckpointError, match="not an ordinary file"):
+    with pytest.raises(CheckpointError, match="is a pipe, not a file"):
         inspect_checkpoint(saved / "meteora_config.json")
 
 

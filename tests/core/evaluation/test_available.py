@@ -12,7 +12,7 @@ from meteora_core.data.tasks import COMPOSITES, Task, get_task
 from meteora_core.data.tasks import Combined as CombinedSource
 from meteora_core.errors import DataError
 from meteora_core.evaluation.available import check_built
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 
 ROW = [{"prompt": "[INST] a [/INST]\n", "response": "b"}]
 

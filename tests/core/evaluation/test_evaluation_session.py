@@ -20,7 +20,7 @@ from meteora_core.data.tasks import TASKS as TASK_TABLE
 from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
 from meteora_core.evaluation import results, runner
 from meteora_core.evaluation.session import ModelResults, choose_tasks
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_what_is_not_there_is_said(tmp_path) -> None:
         with pytest.raises(AdapterError, match="no adapter at"):
             check_adapter(folder)
     os.mkfifo(tmp_path / "adapter_config.json")
-    with pytest.raises(AdapterError, match="not an ordinary file"):
+    with pytest.raises(AdapterError, match="is a pipe, not a file"):
         check_adapter(tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from meteora_core.errors import MeteoraError, UsageError
 from meteora_core.evaluation.report import Cell, compare, headlines, load_results, plot, to_markdown
-from meteora_core.files import write_json
+from meteora_core.json_files import write_json
 
 
 def _document(model: str, results: dict[str, dict[str, Any]], rows: int = 4) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from evaluation_plans import plan_of, run
 from evaluation_workspace import TASKS, make_workspace, rows
 from meteora_core.chat.engine import Engine, Sampling
 from meteora_core.errors import CheckpointError, DataError
-from meteora_core.files import write_jsonl
+from meteora_core.json_files import write_jsonl
 from meteora_core.model.base import BaseReference, load_tokenizer
 from meteora_core.model.vocabulary import check_tokens, embedding_rows, padding_token
 from meteora_core.trace.record import trace_tokens

@@ -1,0 +1,64 @@
+"""Configuration files of unknown origin, checked against a pydantic model and refused in one line that names file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from meteora_core.errors import DataError, MeteoraError
+from meteora_core.json_files import read_object
+from meteora_core.reading import shown_path
+from meteora_core.text import shown
+
+
+class FileModel(BaseModel):
+    """Base of the models of files: types are strict, numbers are finite, and keys that the model does not know are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def check_model(model: type[Model], value: Any, source: str, *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Model:
+    """Validate ``value``.
+
+    Args:
+        model: The model.
+        value: What the file contains.
+        source: The name of the file in error messages.
+        error: The type of the error that is raised.
+        hint: The hint of that error.
+
+    Returns:
+        An instance of the model.
+
+    Raises:
+        MeteoraError: (of the type ``error``) ``value`` does not fit. The message names the first wrong key, its value, and what it should be.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as wrong:
+        raise error(f"{source}: {_explain(wrong)}", hint=hint) from wrong
+    except RecursionError as deep:
+        raise error(f"{source} is nested too deeply", hint=hint) from deep
+
+
+def read_model(path: Path, model: type[Model], *, error: type[MeteoraError] = DataError, hint: str | None = None) -> Model:
+    """Read a JSON file and validate it; see :func:`meteora_core.json_files.read_object` and :func:`check_model`."""
+    return check_model(model, read_object(path, error=error, hint=hint), shown_path(path), error=error, hint=hint)
+
+
+def _explain(wrong: ValidationError) -> str:
+    first = wrong.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"the key {shown(key)} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    message = message.replace("input should be", "it should be")
+    if not key:
+        return message
+    return f"{key if len(key) <= 60 and key.isprintable() else shown(key)} is {shown(first['input'])}; {message}"
