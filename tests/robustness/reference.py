@@ -5,6 +5,7 @@ Nothing here uses Meteora. The base model is transformers' own, in float64; adap
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -80,7 +81,8 @@ def read_tensors(file: Path, *, finite: bool = True) -> dict[str, Tensor]:
             need(all(type(n) is int and n >= 0 for n in (begin, end, *shape)), "numbers")
             need(begin == place, f"{name}: place")
             if entry["dtype"] not in TYPES:
-                raise (Invalid if finite else Unknown)(f"{name}: dtype {entry['dtype']}")
+                of_base = name.startswith("base_model.model.") and ".lora_" not in name and ".moe_gate." not in name
+                raise (Unknown if of_base or not finite else Invalid)(f"{name}: dtype {entry['dtype']}")
             dtype = TYPES[entry["dtype"]]
             need(end - begin == math.prod(shape) * dtype.itemsize and end <= len(body), f"{name}: size")
             place = end
@@ -176,8 +178,6 @@ def read_native(folder: Path, root: Path) -> Mixture:
 
 
 def _native(folder: Path, root: Path, config: dict[str, Any]) -> Mixture:
-    import hashlib
-
     need(type(config["format"]) is int and config["format"] == 1, "format")
     need(isinstance(config["base"]["name"], str), "base")
     top_k, temperature = config["top_k"], config["temperature"]
@@ -201,9 +201,11 @@ def _native(folder: Path, root: Path, config: dict[str, Any]) -> Mixture:
     if not embedded:
         for entry in config["adapters"]:
             need(isinstance(entry["source"], str), "source")
-            place = root / entry["source"]
+            tried = [root / entry["source"], folder / entry["source"], folder / "adapters" / entry["name"], root / "adapters" / entry["name"]]
+            place = next((place for place in tried if _is_the_one(place, entry["sha256"])), None)
+            need(place, "no adapter with that hash")
+            assert place is not None
             outside.append(read_adapter(place))
-            need(hashlib.sha256((place / "adapter_model.safetensors").read_bytes()).hexdigest() == entry["sha256"], "adapter's hash")
         need({path for each in outside for path in each} == set(modules), "layers")
     for path, module in modules.items():
         width, out = linear_shapes()[path]
@@ -228,6 +230,11 @@ def _native(folder: Path, root: Path, config: dict[str, Any]) -> Mixture:
                     need(math.isclose(weights[path][2], scaling[number], rel_tol=1e-2), "scaling")
                     adapters[number][path] = weights[path]
     return Mixture(names, tuple(adapters), {path: tensors[f"{path}.gate"] for path in modules}, top_k, float(temperature))
+
+
+def _is_the_one(folder: Path, digest: str) -> bool:
+    file = folder / "adapter_model.safetensors"
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
 
 
 def read_authors(file: Path, alpha: float = 16.0, top_k: int = 2, temperature: float = 1.0, count: int = 2) -> Mixture:
