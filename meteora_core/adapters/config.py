@@ -20,6 +20,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 PLAIN = "train a plain LoRA: bias='none', no DoRA, no modules_to_save"
 
+_KEEPS_BASE = ("gaussian", "orthogonal", "eva", "mica")
+"""PEFT's other initialisations: a trained adapter does not show which was used."""
+
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's initialisations that subtract from the base model, or quantise it, each time the adapter is put on."""
 
@@ -126,9 +129,9 @@ class AdapterConfig(FileModel):
     @field_validator("init_lora_weights")
     @classmethod
     def _start(cls, value: Any) -> Any:
-        if value is None or isinstance(value, bool | str):
+        if value is None or isinstance(value, bool) or (isinstance(value, str) and value.lower().startswith((*_KEEPS_BASE, *_CHANGES_BASE))):
             return value
-        raise ValueError("it should be true, false or the name of an initialisation")
+        raise ValueError("it should be true, false or the name of an initialisation that PEFT has")
 
     @cached_property
     def _runner(self) -> Patterns:
@@ -250,7 +253,7 @@ def _refuse_unsupported(name: str, config: AdapterConfig) -> None:
     reasons = []
     if config.bias != "none":
         reasons.append(f"bias={config.bias!r}")
-    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         reasons.append(f"init_lora_weights={start!r}, which changed its base model")
     reasons += [f"{said}={more[key]}" if key in _LISTED else said for key, said in _UNSTACKABLE.items() if more.get(key)]
     if reasons:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from functools import partial
@@ -62,15 +63,22 @@ def main() -> int:
                 print(f"    meteora {' '.join(failure['command'])}", flush=True)
                 print(f"    python -m tests.robustness --seed {options.seed}{kinds} --case {failure['case']}", flush=True)
 
-        campaign.run_all(range(options.first, options.first + options.cases), told)
-        wrong = _kills(campaign) if options.kills else 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        stopped = False
+        try:
+            campaign.run_all(range(options.first, options.first + options.cases), told)
+        except KeyboardInterrupt:
+            stopped = True
+        wrong = _kills(campaign) if options.kills and not stopped else 0
     print(report.table())
+    if stopped:
+        print("stopped before all cases had been run")
     print(f"{time.monotonic() - started:.0f} s")
     if options.report:
         options.report.write_text(
             json.dumps({"seed": options.seed, "cases": report.cases, "failures": report.failures, "refused though nothing was found": report.strict}, indent=1)
         )
-    return int(bool(report.failures or wrong))
+    return int(bool(report.failures or wrong or stopped))
 
 
 def _pipes(folder: str, names: list[str]) -> list[str]:

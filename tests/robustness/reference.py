@@ -114,7 +114,7 @@ def _pattern(patterns: Any, path: str, default: float) -> float:
 
 
 MUST_BE_ABSENT = ("use_dora", "use_qalora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "fan_in_fan_out")
-MUST_BE_ABSENT += ("alora_invocation_tokens", "layer_replication", "megatron_config", "arrow_config", "eva_config", "corda_config", "lora_ga_config")
+MUST_BE_ABSENT += ("alora_invocation_tokens", "layer_replication", "megatron_config", "arrow_config", "corda_config", "lora_ga_config")
 
 Weights = dict[str, tuple[Tensor, Tensor, float]]
 """By module path: A (r, in), B (out, r) and the scaling."""
@@ -128,7 +128,7 @@ def read_adapter(folder: Path) -> Weights:
     for key in MUST_BE_ABSENT:
         need(not config.get(key), key)
     start = config.get("init_lora_weights")
-    need(start is None or isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva"), "init_lora_weights")
+    need(start is None or isinstance(start, bool) or str(start).lower() in ("gaussian", "orthogonal", "eva", "mica"), "init_lora_weights")
     rank, alpha = config.get("r", 8), _number(config, "lora_alpha", 8)
     need(type(rank) is int and rank >= 1, "r")
     need(0 <= _number(config, "lora_dropout", 0) <= 1, "lora_dropout")

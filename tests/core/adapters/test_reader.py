@@ -56,6 +56,8 @@ def refusal(folder) -> AdapterError:
         ({"arrow_config": {"top_k": 3}}, "Arrow"),
         ({"megatron_config": {"a": 1}}, "Megatron"),
         ({"init_lora_weights": "lora_ga"}, "changed its base model"),
+        ({"init_lora_weights": "PiSSA_niter_4"}, "changed its base model"),
+        ({"init_lora_weights": "something"}, "init_lora_weights is .something.; it should be true, false or the name"),
         ({"use_something_new": True}, "'use_something_new' to True, a setting that this version does not know"),
         ({"peft_type": "OFT"}, "'OFT' adapter"),
     ],
