@@ -1,0 +1,47 @@
+"""On a machine without a GPU, kernels run in Triton's interpreter, which takes seconds a pass: of large grids of cases only a covering part runs there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from support.covering import covering
+
+STRENGTH = {
+    "test_chosen.py::test_equals_the_reference": 1,
+    "test_group.py::test_group_equals_its_members": 2,
+    "test_group.py::test_partial_sums_in_every_order": 2,
+    "test_many_adapters.py::test_equals_the_reference": 1,
+    "test_stream.py::test_stream_equals_its_members": 2,
+    "test_wide.py::test_wide_groups_round_once": 2,
+}
+"""2: every two values of two parameters meet in some case; 1: every value of every parameter is in some case. On a GPU all cases run."""
+
+
+def values(item: Any) -> dict[str, str]:
+    """The values of a case, those of one ``parametrize`` together."""
+    found = {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        found[str(mark.args[0])] = repr([item.callspec.params[name.strip()] for name in names])
+    return found
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases that are not needed."""
+    if torch.cuda.is_available():
+        return
+    grids: dict[str, list[Any]] = {}
+    for item in items:
+        name = f"{item.path.name}::{getattr(item, 'originalname', '')}"
+        if name in STRENGTH and item.path.parent.name == "kernels":
+            grids.setdefault(name, []).append(item)
+    dropped = set()
+    for name, cases in grids.items():
+        kept = covering([values(item) for item in cases], STRENGTH[name])
+        dropped |= {item for place, item in enumerate(cases) if place not in kept}
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
