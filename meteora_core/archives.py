@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from meteora_core.errors import DataError
-from meteora_core.reading import open_regular
+from meteora_core.reading import first_line, open_regular
 from meteora_core.text import printable
 
 MAX_MEMBERS = 100_000
@@ -27,7 +27,7 @@ MAX_MEMBER = 1 << 30
 MAX_RATIO = 100
 """An archive that unpacks to more than this many times its size is refused, beyond :data:`FREE_BYTES`; BIG-bench's unpacks to 5 times its size."""
 FREE_BYTES = 64 << 20
-"""So many bytes may be unpacked whatever the ratio."""
+"""The number of bytes that may be unpacked whatever the ratio."""
 
 _CHUNK = 1 << 16
 _REFUSED = "nothing was extracted; get the archive from a source that you trust"
@@ -52,20 +52,20 @@ class _Stream:
         """Read on to the end, where gzip checks the CRC and the length; only zeros may come after the last member."""
         while block := self.read(_CHUNK):
             if block.strip(b"\0"):
-                raise DataError(f"{self._archive} holds other data after its last member", hint=_BROKEN)
+                raise DataError(f"{self._archive} has other data after its last member", hint=_BROKEN)
 
 
 def tar_gz_members(archive: Path, advance: Callable[[int], None] = lambda count: None) -> Iterator[tuple[tarfile.TarInfo, Callable[[IO[bytes]], None]]]:
-    """Go through a ``.tar.gz`` file from its beginning to its end.
+    """Iterate over the members of a ``.tar.gz`` file.
 
-    Unpack into a temporary folder and use its content only after the last member, since the CRC stands at the end of the file.
+    Unpack into a temporary folder and use its content only after the last member, because the CRC is at the end of the file.
 
     Args:
         archive: The file.
-        advance: Told how many packed bytes were read, again and again.
+        advance: Called with the number of packed bytes that were read since the last call.
 
     Yields:
-        Each member that is a file or a folder, and a function that copies the content of a file into an open one, until the next member is asked for.
+        Each member that is a file or a folder, and a function that copies the content of a file into an open one, usable until the next member is requested.
 
     Raises:
         DataError: The file is missing, incomplete or damaged; a member has an absolute path, a path with ``..``, the name of another, or is a link,
@@ -126,7 +126,7 @@ def copy_zip_member(archive: Path, name: str, target: IO[bytes]) -> None:
                         if left <= 0:
                             raise DataError(f"{archive} is refused: {printable(name)} unpacks to more than it may", hint=_REFUSED)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError, struct.error) as broken:
-            reason = printable(str(broken).partition("\n")[0])[:200] or type(broken).__name__
+            reason = first_line(broken)[:200]
             raise DataError(f"{archive} is not a complete zip file: {reason}", hint=_BROKEN) from broken
 
 
@@ -136,7 +136,7 @@ def _damage(archive: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError) as broken:
-        reason = printable(str(broken).partition("\n")[0])[:200] or type(broken).__name__
+        reason = first_line(broken)[:200]
         raise DataError(f"{archive} is not a complete tar.gz file: {reason}", hint=_BROKEN) from broken
 
 

@@ -204,8 +204,6 @@ def pack(
         check_range("--max-mb", max_mb, 0, 10**9, above=True)
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UsageError(f"unknown dtype {dtype!r}", hint="bfloat16, float16 or float32")
-    if max_mb is not None and not (0 < max_mb < 1e12):
-        raise UsageError(f"--max-mb is {max_mb}", hint="choose a number of MB above 0")
     with progress(ctx) as bars:
         done = pack_checkpoint(
             checkpoint,

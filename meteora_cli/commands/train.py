@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meteora_cli.commands.train_checks import adapter_tasks, check_adapter_targets, gate_folders, refuse_idle_flags
 from meteora_cli.commands.train_launch import launch, launched_sizes
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, console, out, put, say
-from meteora_cli.flags import given_flags, refuse_panels, refuse_without_effect
+from meteora_cli.flags import refuse_panels
 
 if TYPE_CHECKING:
     import torch
@@ -213,12 +214,12 @@ def train(
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.training.runtime import start_runtime
 
-    _refuse_without_effect(ctx, settings, stage, balanced=balanced)
+    refuse_idle_flags(ctx, settings, gates=stage is Stage.gates, balanced=balanced)
     register_all(settings)
-    names = _names(task)
-    folders = _gate_folders(settings, names, max_rows, any_base=any_base) if stage is Stage.gates else {}
+    names = [name.strip() for name in (task or "").split(",") if name.strip()]
+    folders = gate_folders(settings, names, max_rows, any_base=any_base) if stage is Stage.gates else {}
     if stage is Stage.adapters:
-        names = _adapter_tasks(settings, names, max_rows)
+        names = adapter_tasks(settings, names, max_rows)
     if together and balanced:
         raise UsageError("--together trains an adapter a task, --balanced one for all: choose one")
     if jobs and (together or balanced or settings.launch.launcher != "none"):
@@ -226,7 +227,7 @@ def train(
     runtime = start_runtime(settings.model.device)
     each: dict[str, AdapterTrainSettings] = {}
     if stage is Stage.adapters:
-        _check_targets(settings, out_dir, names, name if balanced else None)
+        check_adapter_targets(settings, out_dir, names, name if balanced else None)
         given = {name: value for name, value in {**shared, **own}.items() if value is not None}
         each = _task_settings(settings, [name] if balanced else names, given)
     if settings.launch.launcher != "none" and runtime.kind == "none":
@@ -287,80 +288,11 @@ class _Run:
         return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
 
 
-def _refuse_without_effect(ctx: typer.Context, settings: Settings, stage: Stage, *, balanced: bool) -> None:
-    """Refuse flags that have an effect only together with others."""
-    gates, optim = settings.train_gates, settings.train_gates if stage is Stage.gates else settings.train_adapters
-    launched, several = settings.launch.launcher != "none", settings.launch.num_machines > 1
-    several_machines = dict.fromkeys(("machine_rank", "main_process_ip", "main_process_port"), (launched and several, "--launcher and --num-machines"))
-    refuse_without_effect(
-        ctx,
-        {
-            "adapter_lr": (gates.trainable == "gates+adapters", "--trainable gates+adapters"),
-            "composite_max": (gates.composite_rows > 0, "--composite-rows"),
-            "answer_share": (gates.beta > 0, "--beta above 0"),
-            "patience": (optim.eval_steps > 0, "--eval-steps"),
-            "name": (balanced, "--balanced"),
-            "adapters": (stage is Stage.gates or "out_dir" not in given_flags(ctx), "a run without --out, which says the same"),
-            "num_processes": (launched, "--launcher ddp, fsdp or deepspeed"),
-            "num_machines": (launched, "--launcher ddp, fsdp or deepspeed"),
-            **several_machines,
-        },
-    )
-
-
-def _names(task: str | None) -> list[str]:
-    return [name.strip() for name in (task or "").split(",") if name.strip()]
-
-
-def _adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) -> list[str]:
-    """The tasks to train on; every dataset is read, so that a broken one is known before anything is loaded."""
-    from meteora_core.data.rows import available_tasks, check_rows
-    from meteora_core.data.tasks import TASKS
-    from meteora_core.errors import UsageError
-    from meteora_core.names import check_names
-
-    if names == ["all"]:
-        composites = {name for name, task in TASKS.items() if task.is_composite}
-        names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_") and name not in composites]
-    if not names:
-        raise UsageError("no task given", hint="meteora train --stage adapters --task NAME[,NAME] | all; `meteora data list` shows them")
-    check_names(names)
-    for name in names:
-        check_rows(settings.paths.data, name, "train", max_rows)
-    return list(dict.fromkeys(names))
-
-
-def _check_targets(settings: Settings, out_dir: Path | None, names: list[str], balanced: str | None) -> None:
-    """Refuse names that cannot be adapters' names, paths outside the folder of adapters, and a ``--name`` that a dataset has."""
-    from meteora_core.data.rows import available_tasks
-    from meteora_core.errors import UsageError
-    from meteora_core.training.common import check_targets
-
-    root = out_dir or settings.paths.adapters
-    check_targets(root, names if balanced is None else [balanced], replaced=())
-    if balanced in available_tasks(settings.paths.data):
-        raise UsageError(f"--name {balanced} is the name of a dataset, whose own adapter would be replaced", hint="choose another --name")
-
-
 def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) -> dict[str, AdapterTrainSettings]:
     """How each adapter is trained; the flags that were given win over what the table and the file say of single tasks."""
     from meteora_core.training.task_defaults import task_settings
 
     return {name: task_settings(settings.train_adapters, name, given) for name in names}
-
-
-def _gate_folders(settings: Settings, names: list[str], max_rows: int | None, *, any_base: bool) -> dict[str, Path]:
-    """Adapters and their folders, each with a dataset that can be read; they name one base model, unless ``any_base``."""
-    from meteora_core.data.rows import available_tasks, check_rows
-    from meteora_core.training.common import adapter_folders, check_bases
-    from meteora_core.training.gates import check_pairs
-
-    folders = adapter_folders(settings.paths.adapters, [] if names == ["all"] else names)
-    check_pairs(tuple(folders), available_tasks(settings.paths.data))
-    for name in folders:
-        check_rows(settings.paths.data, name, "train", max_rows)
-    check_bases(folders, settings.model.base, any_base=any_base)
-    return folders
 
 
 def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, balanced: str | None) -> None:
@@ -401,9 +333,13 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
     if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
         raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
     out_dir = run.out_dir or run.settings.paths.adapters
-    source: dict[str, Any] = {"base": run.base, "dtype": run.dtype, "data_dir": run.settings.paths.data, "max_rows": run.max_rows}
-    source |= {"tasks": names if balanced is not None else None, "processes": run.runtime.world}
-    current = {name for name, settings in each.items() if adapter_is_current(out_dir / name, adapter_inputs(task=name, settings=settings, **source))}
+    members = names if balanced is not None else None
+    current = set()
+    for name, settings in each.items():
+        source = (run.base, run.dtype, run.settings.paths.data, name, settings, run.max_rows)
+        inputs = adapter_inputs(*source, tasks=members, processes=run.runtime.world)
+        if adapter_is_current(out_dir / name, inputs):
+            current.add(name)
     check_targets(out_dir, [name for name in each if run.force or name not in current])
     shared: dict[str, Any] = {
         "base": run.base,

@@ -14,11 +14,8 @@ from meteora_core.errors import AdapterError, CheckpointError, MeteoraError
 if TYPE_CHECKING:
     from meteora_core.adapters.bank import Stack
 
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The dtypes that weights may have: those that PyTorch computes in on every device."""
-
 WEIGHT_NAMES = frozenset({"F16", "BF16", "F32", "F64"})
-"""The same, as safetensors names them."""
+"""The dtypes that weights may have, by their names in safetensors: those that PyTorch computes in on every device."""
 
 
 def largest(dtype: torch.dtype) -> float:

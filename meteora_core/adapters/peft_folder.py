@@ -24,7 +24,8 @@ from meteora_core.reading import is_regular
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "AdapterInfo", "BaseCopy", "LoraWeights", "check_adapter", "find_adapter", "read_adapter"]
 
 _PREFIX = "base_model.model."
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Parts that ``torch.compile`` and FSDP insert into the names of a model's parameters."""
 _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 _COPY = re.compile(r"^(?P<path>(?:.+\.)?(?:lm_head|embed_out|output_layer))\.base_layer\.weight$")
 _AGAIN = "copy or download the file again"
@@ -53,6 +54,12 @@ class AdapterInfo:
     alpha: float
     rslora: bool
     dropout: float
+
+    @classmethod
+    def from_config(cls, name: str, source: str, sha256: str, config: AdapterConfig) -> AdapterInfo:
+        """The facts of an adapter whose configuration was read."""
+        base, rank, alpha = config.base_model_name_or_path, config.r, config.lora_alpha
+        return cls(name, source, sha256, base, rank, alpha, config.use_rslora, config.lora_dropout)
 
 
 @dataclass(frozen=True)
@@ -121,16 +128,7 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
     except (SafetensorError, OSError, ValueError) as broken:
         raise AdapterError(f"adapter {name!r}: {weights} cannot be read: {broken}", hint=_AGAIN) from broken
     modules = {path: _weights(name, path, tensors[sides["A"]], tensors[sides["B"]], config) for path, sides in paths.items()}
-    info = AdapterInfo(
-        name=name,
-        source=str(place),
-        sha256=sha256(weights),
-        base=config.base_model_name_or_path,
-        rank=config.r,
-        alpha=config.lora_alpha,
-        rslora=config.use_rslora,
-        dropout=config.lora_dropout,
-    )
+    info = AdapterInfo.from_config(name, str(place), sha256(weights), config)
     return Adapter(info, modules, config, copies)
 
 
@@ -165,7 +163,7 @@ def _open(name: str, folder: Path) -> tuple[Path, AdapterConfig, dict[str, Tenso
 
 def module_path(key: str) -> str:
     """A tensor's name without what wrappers put before and between its parts (PEFT, ``torch.compile``, FSDP, DDP), once or several times."""
-    key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    key = ".".join(part for part in key.split(".") if part not in WRAPPERS)
     while True:
         bare = key.removeprefix("module.").removeprefix(_PREFIX)
         if bare == key:

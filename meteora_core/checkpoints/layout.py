@@ -231,16 +231,7 @@ def _info(name: str, folder: Path, layout: AuthorsLayout, source: str) -> Adapte
             raise AdapterError(f"adapter {name!r} uses {key}, which the authors' layout cannot hold", hint="its adapters have one rank and one alpha")
     if config.r != layout.rank:
         raise CheckpointError(f"adapter {name!r} has rank {config.r}, and the adapters in {source} have rank {layout.rank}", hint="these are other adapters")
-    return AdapterInfo(
-        name=name,
-        source=source,
-        sha256="",
-        base=config.base_model_name_or_path,
-        rank=config.r,
-        alpha=config.lora_alpha,
-        rslora=config.use_rslora,
-        dropout=config.lora_dropout,
-    )
+    return AdapterInfo.from_config(name, source, "", config)
 
 
 def _check_order(layout: AuthorsLayout, places: Mapping[str, Path], order: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meteora_core.adapters.peft_folder import WRAPPERS
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
 from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, UsageError
@@ -82,8 +83,8 @@ MODEL_TYPE = f"meteora: {HOW_TO_LOAD}"
 """The ``model_type`` of a checkpoint's ``config.json``; transformers says it where it does not know it (``meteora_core`` is not imported)."""
 TRANSFORMERS_CONFIG = "config.json"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What wrappers of a model put into the names of its state dict."""
+_WRAPPERS = WRAPPERS | {"module"}
+"""Parts that wrappers of a model insert into the names of its state dict."""
 
 
 def is_ours(folder: Path) -> bool:

@@ -100,7 +100,7 @@ def format_example(example: Any, style: Style) -> Example:
         raise ValueError("an example has no field 'input'")
     if "target" not in example and "target_scores" not in example:
         raise ValueError("an example has neither 'target' nor 'target_scores'")
-    shown = _text(example["input"], "input")
+    shown = text_of(example["input"], "'input'")
     scores = example.get("target_scores")
     choices: tuple[str, ...] = ()
     if scores is not None:
@@ -120,7 +120,7 @@ def first_target(target: Any) -> str:
         if not target:
             raise ValueError("'target' is an empty list")
         target = target[0]
-    return _text(target, "target")
+    return text_of(target, "'target'")
 
 
 def best_choice(scores: Any) -> str:
@@ -136,13 +136,22 @@ def best_choice(scores: Any) -> str:
     return next(choice for choice, score in scores.items() if score == best)
 
 
-def _text(value: Any, name: str) -> str:
+def text_of(value: Any, what: str) -> str:
+    """A text, or a finite number as Python writes it.
+
+    Args:
+        value: A value out of a JSON document.
+        what: The name of its field, for the message.
+
+    Raises:
+        ValueError: ``value`` is neither.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name!r} is not a text")
+        raise ValueError(f"{what} is not a text")
     if not math.isfinite(value):
-        raise ValueError(f"{name!r} is {value}, which is neither a text nor a number")
+        raise ValueError(f"{what} is {value}, which is neither a text nor a finite number")
     return str(value)
 
 

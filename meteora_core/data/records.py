@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-from meteora_core.data.bigbench import SEED, Example, first_target, to_row
+from meteora_core.data.bigbench import SEED, Example, first_target, text_of, to_row
 from meteora_core.data.rows import Row
 from meteora_core.data.tasks import PROMPT_TEMPLATE, BigBench, Records, Task
 
@@ -96,14 +95,7 @@ def _bigbench(task: Task, record: Mapping[str, Any]) -> Row:
 def _text(record: Mapping[str, Any], name: str) -> str:
     if name not in record:
         raise ValueError(_missing(name, record))
-    value = record[name]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"field {name!r} is not a text")
-    if not math.isfinite(value):
-        raise ValueError(f"field {name!r} is {value}, which is neither a text nor a number")
-    return str(value)
+    return text_of(record[name], f"field {name!r}")
 
 
 def _missing(name: str, record: Mapping[str, Any]) -> str:

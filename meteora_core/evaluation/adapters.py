@@ -20,6 +20,7 @@ from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.adapters.peft_folder import find_adapter, read_adapter
 from meteora_core.errors import AdapterError
+from meteora_core.reading import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,8 +134,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
                 adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
             loaded = set_peft_model_state_dict(adapted, state)
         except (RuntimeError, ValueError) as error:
-            text = str(error).strip().splitlines()[0]
-            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: {text}", hint=_IN_A_BANK) from error
+            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: {first_line(error)}", hint=_IN_A_BANK) from error
         absent = [key for key in loaded.missing_keys if ".lora_" in key] + list(loaded.unexpected_keys)
         if absent:
             raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: it has no place for {absent[0]}", hint=_IN_A_BANK)

@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from meteora_core.data.rows import SPLITS, split_path
-from meteora_core.data.rows import build_commands as make_commands
+from meteora_core.data.rows import SPLITS, build_commands, split_path
 from meteora_core.data.tasks import COMPOSITES, Task
 from meteora_core.errors import DataError
 
@@ -16,30 +15,30 @@ def check_built(tasks: Sequence[Task], data_dir: Path, others: Iterable[Path] = 
     """Raise DataError when a task has no test rows; its hint is the commands that build all that is missing, or a folder that has it.
 
     Args:
-        tasks: What is to be evaluated.
+        tasks: The tasks of the evaluation.
         data_dir: The folder of all datasets.
-        others: More folders of datasets, such as the quickstart's.
-        take: How to take one of those instead, for the hint.
+        others: Other folders of datasets, such as the quickstart's, to be named in the hint.
+        take: How the hint says to use one of those; ``{}`` is the folder.
     """
     missing = [task for task in tasks if not split_path(data_dir, task.name, "test").is_file()]
     if not missing:
         return
     message = f"no test rows of {', '.join(task.name for task in missing)} in {data_dir}"
-    commands = build_commands(missing, data_dir)
+    commands = commands_for(missing, data_dir)
     other = next((folder for folder in others if all(split_path(folder, task.name, "test").is_file() for task in tasks)), None)
     if other is not None:
         raise DataError(message, hint=f"{take.format(shlex.quote(str(other)))}, where the quickstart has them, or run {commands}")
     raise DataError(message, hint=f"run {commands}")
 
 
-def build_commands(tasks: Sequence[Task], data_dir: Path) -> str:
-    """The commands that build some tasks, in order: first the single ones, among them the members of composites that lack rows, then the composites."""
+def commands_for(tasks: Sequence[Task], data_dir: Path) -> str:
+    """The commands that build the datasets of ``tasks``, for a hint: single tasks first, with the members of composites that lack rows, then composites."""
     singles = [task.name for task in tasks if not task.is_composite]
     composites = [task for task in tasks if task.is_composite]
     for task in composites:
         singles += [name for name in task.members if not all(split_path(data_dir, name, split).is_file() for split in SPLITS)]
     to = "" if str(data_dir) == "datasets" else f" --out {shlex.quote(str(data_dir))}"
-    commands = make_commands(singles, data_dir)
+    commands = build_commands(singles, data_dir)
     for task in composites:
         if COMPOSITES.get(task.name) == task.members:
             commands.append(f"meteora data composite --n {len(task.members)}{to}")

@@ -1,4 +1,4 @@
-"""NaN and infinity while decoding: where they come from, and the error that says so."""
+"""NaN and infinity in a model's logits: finding them, and the error that names the layer they come from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import NonFiniteError
+from meteora_core.model.nonfinite import first_nonfinite_module
 
 
 def not_finite(logits: Tensor) -> Tensor:
@@ -20,45 +21,13 @@ def not_finite(logits: Tensor) -> Tensor:
     return ~torch.isfinite(logits.amax(-1))
 
 
-@torch.inference_mode()
-def first_nonfinite_module(model: nn.Module, run: Callable[[], object]) -> tuple[str, nn.Module] | None:
-    """Run a model and find the first module whose output is not finite.
-
-    Modules are looked at in the order in which they finish, so the innermost one is found.
-
-    Args:
-        model: Any module; hooks are put on its modules for the length of this call.
-        run: Calls the model.
-
-    Returns:
-        The module's path and the module; None when all outputs are finite.
-    """
-    found: list[tuple[str, nn.Module]] = []
-
-    def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, _arguments: Any, output: Any) -> None:
-            for tensor in output if isinstance(output, tuple | list) else [output]:
-                if not found and isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    found.append((path, module))
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(path)) for path, module in model.named_modules() if path]
-    try:
-        run()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return found[0] if found else None
-
-
 def non_finite_error(model: nn.Module, ids: Sequence[int], scope: Callable[[], AbstractContextManager[Any]] = nullcontext) -> NonFiniteError:
-    """The error for a model whose logits are not finite after the tokens ``ids``; the tokens are read once more to find the layer.
+    """The error for a model whose logits after the tokens ``ids`` are not finite. The model reads the tokens once more, to find the layer.
 
     Args:
         model: A causal language model in evaluation mode.
-        ids: The text that it had read.
-        scope: A context manager that the reading runs in (forced routes, adapters off).
+        ids: The tokens up to the first logits that are not finite.
+        scope: A context manager for that forward pass, such as forced routes or disabled adapters.
     """
     device = next(model.parameters()).device
 

@@ -17,7 +17,7 @@ from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
 from meteora_core.evaluation.arrow import ARROW, ArrowRouter
-from meteora_core.evaluation.available import build_commands, check_built
+from meteora_core.evaluation.available import check_built, commands_for
 from meteora_core.evaluation.fingerprint import adapter_files, base_files
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
@@ -121,7 +121,7 @@ def choose_tasks(names: Sequence[str], data_dir: Path) -> tuple[str, ...]:
 
 def _first_commands(kind: str, data_dir: Path) -> str:
     """The commands that build a first dataset of a kind."""
-    return build_commands([get_task("composite_3" if kind == "composites" else "strategyqa")], data_dir)
+    return commands_for([get_task("composite_3" if kind == "composites" else "strategyqa")], data_dir)
 
 
 def evaluate(

@@ -13,6 +13,8 @@ from meteora_core.errors import CheckpointError, MeteoraError, UsageError, did_y
 from meteora_core.model.caches import check_decoding
 from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import first_line
+from meteora_core.text import listed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,7 +185,7 @@ def load_base(
 
 
 def name_reference(model: nn.Module, reference: BaseReference) -> None:
-    """Note on a base model how it was named; :func:`loaded_by` reads it."""
+    """Record on a base model the name that it was loaded by; :func:`loaded_by` returns it."""
     setattr(model, _REFERENCE, reference)
 
 
@@ -193,30 +195,29 @@ def loaded_by(model: nn.Module) -> BaseReference | None:
 
 
 def check_whole(model: PreTrainedModel, reference: BaseReference, info: dict[str, Any]) -> None:
-    """Whether a base model's files held all that it needs.
+    """Check that the files of a base model contained all of its weights.
 
     Args:
         model: As transformers loaded it.
         reference: Its name, for the message.
-        info: What ``from_pretrained(..., output_loading_info=True)`` said.
+        info: The loading info of ``from_pretrained(..., output_loading_info=True)``.
 
     Raises:
         CheckpointError: Weights were missing, which transformers draws at random, or an end token is no token id.
     """
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise CheckpointError(f"the files of {reference.name} lack weights of the model: {shown}", hint="copy or download the base model again")
+        raise CheckpointError(f"the files of {reference.name} lack weights of the model: {listed(missing)}", hint="copy or download the base model again")
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     for end in ends if isinstance(ends, list | tuple) else [ends]:
         if end is not None and (isinstance(end, bool) or not isinstance(end, int)):
             raise CheckpointError(
-                f"{reference.name} names {end!r} as an end token, which is no token id", hint="correct eos_token_id in its generation_config.json"
+                f"{reference.name} names {end!r} as an end token, which is not a token id", hint="correct eos_token_id in its generation_config.json"
             )
 
 
 def _cannot_load(what: str, reference: BaseReference, error: Exception) -> CheckpointError:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     broken = "copy or download its files again; METEORA_DEBUG=1 shows where transformers failed"
     hint = "check the name and the network; a gated model needs `hf auth login` or HF_TOKEN; a cached one works offline with HF_HUB_OFFLINE=1"
     if Path(reference.name).is_dir():

@@ -1,7 +1,8 @@
 """Models with caches of several kinds: keys and values, states of convolutions and recurrences, or both.
 
-transformers calls a model's cache ``past_key_values``, or ``cache_params`` where it holds states only (Mamba). States have no token axis: they cannot be cut
-back to a shorter text, and whether padding leaves them alone, and whether a text may be read in pieces, is up to the model. Here that is tried out once.
+transformers calls a model's cache ``past_key_values``, or ``cache_params`` where it consists of states only (Mamba). States have no token axis: they
+cannot be cut back to a shorter text, and it depends on the model whether they ignore padding and whether a text may be read in pieces. Both are tested
+once per model, with a short text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError
+from meteora_core.reading import first_line
 
 CacheArgument = Literal["past_key_values", "cache_params"]
 
@@ -126,7 +128,7 @@ def padding_is_safe(model: nn.Module) -> bool:
         except _MISFITS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise _unusable(model, str(error).strip().split("\n")[0] or type(error).__name__) from error
+            raise _unusable(model, first_line(error)) from error
         try:
             _padding[model] = _alike(alone, _first_and_next(model, padded, mask))
         except _MISFITS as error:

@@ -149,8 +149,20 @@ def train_adapter(
     check_adapter_folder(folder)
     with only_writer([folder], is_main=runtime.is_main):
         names = list(tasks or [task])
-        source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
-        parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
+        parts = [
+            encoded_rows(
+                data_dir,
+                name,
+                tokenizer,
+                index,
+                max_length=settings.max_length,
+                seed=settings.seed,
+                max_rows=max_rows,
+                token_cache=token_cache,
+                progress=progress,
+            )
+            for index, name in enumerate(names)
+        ]
         encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
         check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
         pad = padding_token(model, tokenizer)

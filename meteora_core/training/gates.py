@@ -178,8 +178,7 @@ def train_gates(
         known["loss"] = float("nan") if done.get("loss") is None else done["loss"]
         return TrainedGates(folder, True, **known, cut=done["rows_cut"], sampled=done.get("sampled", {}), memory=done.get("memory", {}))
     with only_writer([folder], is_main=runtime.is_main):
-        sources: dict[str, Any] = {"token_cache": token_cache, "processes": runtime.world, "progress": progress}
-        rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, **sources)
+        rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, token_cache=token_cache, processes=runtime.world, progress=progress)
         check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
         start = "zeros" if settings.init == "ridge" else settings.init
         attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)

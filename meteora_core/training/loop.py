@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import MeteoraError
+from meteora_core.model.nonfinite import first_nonfinite_module
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.attention import without_cudnn_attention
-from meteora_core.training.nonfinite import first_nonfinite_layer
 from meteora_core.training.packing import check_packing
 from meteora_core.training.plan import Pick, plan_batches, plan_packed
 from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
@@ -328,11 +328,11 @@ class _Stepper:
         value = float(loss.detach())
         if not float(self.runtime.total(torch.tensor(float(not math.isfinite(value)), device=self.device))):
             return
-        layer = self.runtime.run(lambda model: first_nonfinite_layer(model, batch))
+        found = self.runtime.run(lambda model: first_nonfinite_module(model, lambda: model(**batch.model_inputs(), use_cache=False)))
         names = (*self.task.names, "composite") if self.task.names else ()
         rows = [f"{names[which]} {row}" if which < len(names) else str(row) for sequence in sequences for which, row in sequence]
         named = ", ".join(rows[:6]) + (", …" if len(rows) > 6 else "")
-        where = f"the first layer whose output is not finite is {layer}" if layer else "every layer's output is finite"
+        where = f"the first layer whose output is not finite is {found[0]}" if found else "every layer's output is finite"
         shown = value if not math.isfinite(value) else "not finite in another process"
         raise MeteoraError(f"the loss is {shown} at step {number + 1}, batch {place + 1} (training rows {named}); {where}", hint=_LOWER)
 
