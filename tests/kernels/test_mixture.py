@@ -74,7 +74,8 @@ def test_paths() -> None:
     assert plan.path(4096, 4096, 2, 16) == "chosen"
     assert plan.path(4096, 4096, 8, 512) == "many"
     assert plan.many_adapters_way(64, 2048, 2, 8) == "few"
-    assert plan.many_adapters_way(4096, 2048, 2, 8) == "sorted"
+    assert plan.many_adapters_way(4096, 2048, 2, 8) is None
+    assert plan.many_adapters_way(4096, 2048, 2, 8, fused=False) == "sorted"
     assert plan.many_adapters_way(64, 224, 2, 8) is None
     assert plan.chosen_rows_only(4096, 2, 16)
     assert not plan.chosen_rows_only(224, 2, 8)

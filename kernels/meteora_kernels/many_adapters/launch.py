@@ -9,16 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meteora_kernels.many_adapters.device import (
-    blocks_down_kernel,
-    blocks_up_kernel,
-    fours_up_kernel,
-    gates_kernel,
-    routes_kernel,
-    sort_kernel,
-    tokens_down_kernel,
-    tokens_up_kernel,
-)
+from meteora_kernels.many_adapters.device_sorted import blocks_down_kernel, blocks_up_kernel, fours_up_kernel, routes_kernel, sort_kernel
+from meteora_kernels.many_adapters.device_tokens import gates_kernel, tokens_down_kernel, tokens_up_kernel
 from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 
 UP_TILE = (256, 4)
