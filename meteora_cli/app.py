@@ -1,4 +1,4 @@
-"""The entry point of ``meteora``: it imports almost nothing, so that Ctrl-C ends the process quietly from its first moment to its last."""
+"""The entry point of ``meteora``: it imports almost nothing, so that Ctrl-C ends the process without a traceback at any time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 def entry() -> None:
-    """Run :func:`main` as a process of its own: before and after it, Ctrl-C and a request to terminate end the process at once."""
+    """Run :func:`main`; before and after it, SIGINT and SIGTERM end the process at once."""
     from_now_on = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     for number in from_now_on:
         signal.signal(number, _end_now)

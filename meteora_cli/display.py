@@ -96,7 +96,7 @@ class DataTable(Table):
         super().add_column(cell(header) if isinstance(header, str) else header, cell(footer) if isinstance(footer, str) else footer, **options)
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """Like Rich's; a string is shown as it is, a long one in several lines."""
+        """Like Rich's; a string is shown as it is, wrapped if it is long."""
         super().add_row(*(cell(each, overflow="fold") if isinstance(each, str) else each for each in cells), **options)
 
 

@@ -38,8 +38,8 @@ def refuse_without_effect(ctx: typer.Context, needs: Mapping[str, tuple[bool, st
     """Raise UsageError for a flag that was given although it has no effect.
 
     Args:
-        ctx: Of the command.
-        needs: Parameter name to whether the flag has an effect, and what it would need for that, such as ``"--launcher ddp"``.
+        ctx: The context of the command.
+        needs: For each parameter, whether its flag has an effect, and what it would need to have one, such as ``"--launcher ddp"``.
     """
     from meteora_core.errors import UsageError
 

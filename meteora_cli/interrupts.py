@@ -1,4 +1,4 @@
-"""What Ctrl-C and a request to terminate do: end the command with 130 or 143, without a traceback, after everything has been cleaned up."""
+"""Handlers of SIGINT and SIGTERM: they end the command with code 130 or 143, without a traceback, after its clean-up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAUSE = 0.05
 """Seconds after which a signal that arrived within an import is delivered again."""
 
 LONGEST = 40
-"""How often it is put off at most."""
+"""The number of times a signal is deferred at most."""
 
 _received: list[int] = []
 _put_off = 0
@@ -22,10 +22,10 @@ _put_off = 0
 
 @contextmanager
 def answer_signals() -> Iterator[None]:
-    """Within the block, SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, and whatever error comes of either ends the process with 128 + its number.
+    """In this block, SIGINT raises KeyboardInterrupt and SIGTERM raises SystemExit. Any error that follows ends the process with 128 + the signal's number.
 
-    A library that is interrupted while it is being imported may turn the interrupt into an ImportError of its own, or pass over it. A signal is
-    therefore put off while modules are being imported, for two seconds at most. Signals that the process was told to ignore stay ignored, and a
+    A library that is interrupted while it is being imported may turn the interrupt into an ImportError of its own, or swallow it. A signal is
+    therefore deferred while modules are being imported, for two seconds at most. Signals that the process was told to ignore stay ignored, and a
     process that a launcher started (``RANK``) leaves SIGTERM alone: it may be waiting for other processes in native code.
     """
     global _put_off
@@ -57,7 +57,7 @@ def interrupted() -> bool:
 
 
 def handled() -> None:
-    """Tell that an interrupt has been answered, and the command goes on (``meteora chat`` stops an answer, and waits for the next message)."""
+    """Mark an interrupt as handled: the command continues (``meteora chat`` stops an answer and waits for the next message)."""
     _received.clear()
 
 

@@ -66,5 +66,5 @@ def options(
 
 @cache
 def command() -> Callable[..., Any]:
-    """The commands as Typer makes them of the functions above, once: that takes longer than many a command."""
+    """The command tree that Typer builds from the functions above, built once because that takes longer than many commands."""
     return typer.main.get_command(app)

@@ -1,4 +1,4 @@
-"""The environment variables that begin with ``METEORA_``: which there are, and what to do about one that is not among them."""
+"""Checks of the environment variables that begin with ``METEORA_``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from meteora_core.text import printable
 
 PREFIX = "METEORA_"
 OTHERS = ("METEORA_CACHE", "METEORA_DEBUG", "METEORA_RUN_LOG")
-"""Variables that are no settings: where downloads are kept, whether errors show their traceback, where the test run logs."""
+"""Variables that are not settings: the folder of downloads, whether errors show their traceback, the log file of the test run."""
 
 _CLOSE = 0.75
 _log = logging.getLogger(__name__)
 
 
 def check_environment(sections: Mapping[str, Iterable[str]], environment: Mapping[str, str] | None = None) -> None:
-    """Refuse variables that look like settings and are none, since they would be ignored without a word.
+    """Refuse variables that look like settings but are not, because they would be ignored silently.
 
     A variable that resembles no setting, which may belong to another program, is logged as a warning.
 
@@ -44,10 +44,10 @@ def check_environment(sections: Mapping[str, Iterable[str]], environment: Mappin
         match = plain.get(re.sub("_+", "_", upper)) or next(iter(get_close_matches(upper, (*known, *OTHERS), n=1, cutoff=_CLOSE)), None)
         if match:
             reason = " Two underscores separate a section from a setting." if "__" in match and not separator else ""
-            raise UsageError(f"the environment variable {shown} is no setting", hint=f"did you mean {match}?{reason}")
+            raise UsageError(f"the environment variable {shown} is not a setting", hint=f"did you mean {match}?{reason}")
         if separator or any(upper.startswith(f"{PREFIX}{name}_".upper()) for name in sections):
             raise UsageError(
-                f"the environment variable {shown} is no setting",
+                f"the environment variable {shown} is not a setting",
                 hint="write METEORA_SECTION__NAME, such as METEORA_EVAL__LIMIT; `meteora config show` lists all settings",
             )
-        _log.warning("the environment variable %s is not used: it is no setting", shown)
+        _log.warning("the environment variable %s is ignored: it is not a setting", shown)

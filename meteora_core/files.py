@@ -41,9 +41,9 @@ _REASONS = {
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong when ``path`` is written into a :class:`StorageError` that says what to do.
+    """Translate errors of writing ``path`` into a :class:`StorageError` that says what to do.
 
-    An OSError is meant, and the errors of safetensors that stand for one.
+    This applies to every OSError, and to errors of safetensors that wrap one.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def _os_error(error: Exception) -> OSError | None:
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path`` and rename it over ``path`` when the block ends without an error.
+    """Open a temporary file next to ``path`` and rename it over ``path`` when the block ends without an error.
 
     A reader sees the old file or the new one, never a half. Text is UTF-8 with ``\\n`` line ends. Temporary files that a killed process left are removed.
 

@@ -1,4 +1,4 @@
-"""Who writes what: one process at a time for a target, and temporary files that are known to be abandoned.
+"""Locks, so that one process at a time writes a target, and temporary files that can be recognised as abandoned.
 
 Both rest on ``flock``, which the system releases when a process ends, however it ends. Where the system or a network file system has no ``flock``,
 nothing is locked (a warning says so) and no temporary file of another process is removed.
@@ -61,7 +61,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def exclusive(path: Path | str, *, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes ``path`` while the block runs; within one process it may be nested.
 
-    The lock is a file beside the target (``.NAME.lock``, removed at the end) that says who holds it. A process that was killed holds nothing.
+    The lock is a file next to the target (``.NAME.lock``, removed at the end) that names its holder. A killed process releases its locks.
 
     Args:
         path: A file or folder, which need not exist; its parent folder must.
@@ -89,7 +89,7 @@ def exclusive(path: Path | str, *, wait: bool = False) -> Iterator[None]:
         del _held[key]
         if descriptor is not None:
             with suppress(OSError):
-                file.unlink()  # before the lock is released: whoever waits sees that the file is another one by then
+                file.unlink()  # before the lock is released, so that a waiting process sees that the file was replaced
             os.close(descriptor)
 
 

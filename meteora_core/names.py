@@ -12,7 +12,7 @@ LONGEST = 120
 """Characters in a name. File systems allow 255 bytes, and temporary files and saved states add their own prefixes and suffixes."""
 
 KEYWORDS = frozenset({"all", "base", "own", "meteora", "peft-arrow", "singles", "composites", "bigbench", "tensorboard"})
-"""Words that ``--task`` and ``--model`` understand, and folders that training writes beside adapters and checkpoints."""
+"""Words that ``--task`` and ``--model`` understand, and folders that training writes next to adapters and checkpoints."""
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 
@@ -26,7 +26,7 @@ def problem_of(name: str) -> str | None:
     if not _NAME.fullmatch(name) or ".." in name:
         return "a name consists of letters, digits, '_' and '-', with single dots inside"
     if name.lower() in KEYWORDS:
-        return "the word has a meaning of its own here"
+        return "it is a reserved word"
     return None
 
 
@@ -75,7 +75,7 @@ def inside(root: Path | str, path: Path | str) -> Path:
     if target.is_symlink():
         raise _loop(path)
     if target == top or top not in target.parents:
-        raise UsageError(f"{path} is outside {root}: it leads to {target}", hint="remove the link, or name the other folder with --out")
+        raise UsageError(f"{path} is outside {root}: its links lead to {target}", hint="remove the link, or name the other folder with --out")
     return path
 
 

@@ -48,7 +48,7 @@ def problem_of_url(url: str, schemes: tuple[str, ...]) -> str | None:
         schemes: Those that are allowed.
     """
     if re.search(r"[\x00-\x20\x7f]", url):
-        return "it holds a blank or a control character"
+        return "it contains a blank or a control character"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -101,7 +101,7 @@ def certificates(variable: str, path: str) -> ssl.SSLContext:
     except FileNotFoundError:
         raise UsageError(f"{variable} names {shown_path(path)}, which does not exist", hint=hint) from None
     except ssl.SSLError:
-        raise UsageError(f"{variable} names {shown_path(path)}, which holds no certificates", hint=hint) from None
+        raise UsageError(f"{variable} names {shown_path(path)}, which contains no certificates", hint=hint) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{variable} names {shown_path(path)}, which cannot be read: {one_line(str(error), limit=200)}", hint=hint) from None
 
@@ -121,7 +121,7 @@ def check_hub_environment(endpoint: str) -> None:
     check_url("HF_ENDPOINT", endpoint)
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise UsageError("HF_TOKEN holds blanks, control characters or letters beyond ASCII", hint="copy the token again, or unset HF_TOKEN")
+        raise UsageError("HF_TOKEN contains blanks, control characters or letters beyond ASCII", hint="copy the token again, or unset HF_TOKEN")
     check_network_environment()
 
 

@@ -18,7 +18,7 @@ Number = TypeVar("Number", int, float)
 
 
 def check_range(what: str, value: Number, low: float, high: float, *, above: bool = False) -> Number:
-    """Return ``value`` if it lies in a range.
+    """Return ``value`` if it is in a range.
 
     Args:
         what: The argument or flag, for the message.
@@ -28,7 +28,7 @@ def check_range(what: str, value: Number, low: float, high: float, *, above: boo
         above: Whether ``low`` itself is excluded.
 
     Raises:
-        UsageError: The value is outside, or is no number at all (NaN).
+        UsageError: The value is outside the range, or NaN.
     """
     inside = (value > low if above else value >= low) and value <= high
     if not inside:

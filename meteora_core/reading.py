@@ -29,7 +29,7 @@ def describe(error: OSError, path: object) -> str:
     """Say in one line what is wrong with ``path``.
 
     Args:
-        error: What the system answered when the file or folder was read.
+        error: The error of the system call that read it.
         path: The file or folder.
     """
     name, code = shown_path(path), error.errno
@@ -57,10 +57,10 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def read_errors(path: object, error: Error = DataError, *, hint: str | None = None) -> Iterator[None]:
-    """Turn whatever the system answers to reading ``path`` into an ``error`` that names the path and what is wrong with it.
+    """Translate every OSError in this block into an ``error`` that names ``path`` and the problem.
 
     Args:
-        path: The file or folder that is read.
+        path: The file or folder that is read in the block.
         error: The type to raise.
         hint: Its hint.
     """
@@ -135,7 +135,7 @@ def open_regular(path: Path | str, error: Error = DataError, *, hint: str | None
     with read_errors(path, error, hint=hint):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     handle = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was exchanged in between
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced in between
         handle.close()
         raise error(f"{shown_path(path)} is not a regular file", hint=hint)
     return handle

@@ -27,7 +27,7 @@ def _usable_path(value: Any) -> Any:
     """Refuse texts that are no paths: an empty one would mean the working directory. Raises ValueError."""
     text = str(value)
     if not text.strip() or "\0" in text:
-        raise ValueError("a path is neither empty nor holds a NUL character")
+        raise ValueError("a path must not be empty or contain a NUL character")
     return value
 
 
@@ -87,7 +87,7 @@ class ModelSettings(_Section):
     @classmethod
     def _name(cls, value: str | None) -> str | None:
         if value is not None and printable(value) != value:
-            raise ValueError("a name holds no control or invisible characters")
+            raise ValueError("a name must not contain control or invisible characters")
         return value
 
 
@@ -107,8 +107,8 @@ class DataSettings(_Section):
         "auto", description="Where raw tasks come from; auto tries local, pypi, hub; authors: their ready-made dataset."
     )
     raw_dir: Path | None = Field(None, examples=["raw"], description="A folder of raw tasks for the local source.")
-    max_train: int | None = Field(None, examples=[1000], ge=1, le=MOST_ROWS, description="Keep at most so many train rows a task.")
-    max_test: int | None = Field(None, examples=[200], ge=1, le=MOST_ROWS, description="Keep at most so many test rows a task.")
+    max_train: int | None = Field(None, examples=[1000], ge=1, le=MOST_ROWS, description="Largest number of train rows per task.")
+    max_test: int | None = Field(None, examples=[200], ge=1, le=MOST_ROWS, description="Largest number of test rows per task.")
 
 
 class OptimSettings(_Section):
@@ -127,7 +127,7 @@ class OptimSettings(_Section):
     log_steps: int = Field(10, ge=1, le=MOST_STEPS, description="Steps between two log lines.")
     save_steps: int = Field(100, ge=1, le=MOST_STEPS, description="Steps between two resumable checkpoints.")
     eval_steps: int = Field(0, ge=0, le=MOST_STEPS, description="Steps between two held-out evaluations; the best weights are kept. 0: none.")
-    patience: int = Field(0, ge=0, le=MOST_STEPS, description="Stop after so many held-out evaluations without a better one; 0: never.")
+    patience: int = Field(0, ge=0, le=MOST_STEPS, description="Number of held-out evaluations without an improvement after which training stops; 0: never.")
     packing: bool = Field(False, description="Put several rows into each sequence of max_length; rows do not see each other.")
     log_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Where curves go besides the checkpoint; tensorboard: if installed.")
 
@@ -183,7 +183,7 @@ class GateTrainSettings(OptimSettings):
     adapter_learning_rate: float | None = Field(
         None, examples=[5e-4], gt=0, le=10, description="With gates+adapters: peak learning rate of the adapters; absent: that of the gates."
     )
-    beta: float = Field(50.0, ge=0, le=1e6, description="Weight of the gate loss beside the language-model loss.")
+    beta: float = Field(50.0, ge=0, le=1e6, description="Weight of the gate loss, relative to the language-model loss.")
     loss_on: Literal["all", "response"] = Field("all", description="Tokens that the language-model loss counts: prompt and response, or the response alone.")
     answer_share: float | None = Field(
         None, examples=[0.5], gt=0, lt=1, description="Share of the gate loss that answers' tokens have together; absent: every token weighs the same."
@@ -230,7 +230,7 @@ class EvalSettings(_Section):
         description="Longer prompts are skipped and counted; absent: what the model's context holds; paper scoring: 4096 with the answer.",
     )
     no_repeat_ngram_size: int = Field(30, ge=0, le=MOST_TOKENS, description="An n-gram of this size may not repeat in the text; 0: off.")
-    limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Only the first so many test rows.")
+    limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Number of test rows to evaluate, from the first on.")
     scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, lt=2**32, description="Recorded; greedy decoding does not use it.")
     fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")

@@ -1,4 +1,4 @@
-"""Text of unknown origin: what may be shown of it, and which parts of a URL are secret."""
+"""Text of unknown origin: escaping, shortening and redaction for messages."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 _SECRET_VARIABLES = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY)$|_(TOKEN|PASSWORD|SECRET)_")
 _URL_VARIABLES = re.compile(r"(^PIP_|^UV_|PROXY$|^HF_ENDPOINT$|INDEX|URL$|LINKS$)")
 _SHORTEST = 4
-"""Shorter secrets are found by their place in a URL alone, not wherever the same letters stand."""
+"""Shorter secrets are recognised by their place in a URL only, not wherever the same letters occur."""
 
 _LOGIN = re.compile(r"(?<=://)[^\s/?#'\"]*@")
 _BARE_LOGIN = re.compile(r"(?<![\w/@.%:+-])[\w.%+~!$*-]+:[^\s@/'\"]+@(?=[\w\[])")
@@ -104,7 +104,7 @@ _HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """Return ``text`` without passwords and tokens: ``***`` stands where they stood.
+    """Return ``text`` with passwords and tokens replaced by ``***``.
 
     Logins in URLs and in addresses without a scheme (``user:password@host``), secret query parameters, authorization headers, the hub's tokens, and
     every secret that the environment holds in a variable such as ``HF_TOKEN`` or in the URL of an index or a proxy, also percent-decoded.
@@ -125,7 +125,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:
-    """The secrets in the environment, longest first, so that one that holds another goes as a whole."""
+    """The secrets in the environment, longest first, so that one that contains another is replaced as a whole."""
     found: set[str] = set()
     for name, value in environment.items():
         upper = name.upper()

@@ -1,4 +1,4 @@
-"""The last net: failures of the system and of other libraries that no place of its own translates, as errors of one line."""
+"""Failures of the system and of other libraries that no other module translates, as one-line errors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LONGEST = 500
 
 
 def known_failure(error: BaseException) -> MeteoraError | None:
-    """Say in one line what went wrong, where that can be known from the error alone.
+    """Translate an error that any command may end with.
 
     Args:
-        error: What a command ended with.
+        error: The error that a command ended with.
 
     Returns:
-        The error to report, or None for one that nobody expected: a fault of the program, which should show its traceback.
+        The error to report, or None for an unexpected one: a bug, whose traceback should be shown.
     """
     if isinstance(error, ssl.SSLError):
         return DownloadError(f"a secure connection failed: {_text(error)}", hint="check PIP_CERT, SSL_CERT_FILE, REQUESTS_CA_BUNDLE and the proxy")
@@ -33,7 +33,7 @@ def known_failure(error: BaseException) -> MeteoraError | None:
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return StorageError(f"a link leads back to itself: {_text(error)}", hint="check the path")
     if isinstance(error, ValueError) and str(error).startswith("embedded null"):
-        return DataError("a path holds a NUL character, which no path can", hint="METEORA_DEBUG=1 shows where")
+        return DataError("a path contains a NUL character, which no path can", hint="METEORA_DEBUG=1 shows where")
     if isinstance(error, MemoryError):
         return MeteoraError("there is not enough memory", hint="use a smaller batch or model, or end other programs")
     if isinstance(error, RecursionError):

@@ -51,7 +51,7 @@ def interrupts_held() -> Iterator[None]:
 
 
 def end_processes(processes: Sequence[Any], grace: float = GRACE) -> None:
-    """End processes of multiprocessing: ask all of them to terminate, and kill those that have not after ``grace`` seconds."""
+    """End processes of multiprocessing: send SIGTERM to all, then kill those that still run after ``grace`` seconds."""
     for process in processes:
         process.terminate()
     until = time.monotonic() + grace

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
 
 LONG_READ = 600
-"""From so many prompt tokens on, a note shows how far the reading is."""
+"""The number of prompt tokens from which a note shows how many have been read."""
 SHOWN_PROMPT = 400
 """Prompt tokens that are shown in colour at most; the page of /export shows all."""
 
@@ -50,7 +50,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """Within the block, the terminal does not show what is typed; it waits for the next input line instead of standing in the answer."""
+    """Turn off the terminal's echo in this block, so that text typed meanwhile is kept for the next input line and not shown within the answer."""
     try:
         import termios
     except ImportError:  # not on Windows

@@ -65,9 +65,9 @@ def evaluate(
     batch_size: Annotated[str | None, typer.Option(help="Prompts at once: a number or auto.", show_default=False)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.", show_default=False)] = None,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Skip longer prompts; default: what the model's context holds; paper scoring: 4096 with the answer.", show_default=False)
+        int | None, typer.Option(help="Skip longer prompts; default: the model's context; for paper scoring, 4096 tokens with the answer.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many test rows.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of test rows to evaluate, from the first on.", show_default=False)] = None,
     scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where results go, a folder a model; default: runs/eval.", show_default=False)] = None,

@@ -107,16 +107,17 @@ def train(
     ] = None,
     packing: Annotated[bool | None, typer.Option("--packing/--no-packing", help="Several rows in each sequence of --max-length.", show_default=False)] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between held-out evaluations; the best weights are kept.", show_default=False)] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.", show_default=False)] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after this many evaluations without an improvement.", show_default=False)] = None,
     log_steps: Annotated[int | None, typer.Option(help="Steps between log lines.", show_default=False)] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between resumable states.", show_default=False)] = None,
     log_to: Annotated[LogTo | None, typer.Option(help="Where curves go.", show_default=False)] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many train rows of a task.", show_default=False)] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Use only the first N train rows of each task.", show_default=False)] = None,
     loss_on: Annotated[LossOn | None, typer.Option(help="Tokens that the language-model loss counts.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(rich_help_panel=ADAPTERS, help="LoRA rank.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(rich_help_panel=ADAPTERS, help="LoRA alpha.", show_default=False)] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=ADAPTERS, help="So many at once, each in a process (and on a GPU) of its own.", show_default=False)
+        int | None,
+        typer.Option(min=1, rich_help_panel=ADAPTERS, help="Adapters trained at once, each in its own process (and on its own GPU).", show_default=False),
     ] = None,
     together: Annotated[bool, typer.Option("--together", rich_help_panel=ADAPTERS, help="All tasks in one run, each row by its own adapter.")] = False,
     balanced: Annotated[bool, typer.Option("--balanced", rich_help_panel=ADAPTERS, help="One LoRA over all the tasks, mixed evenly.")] = False,
@@ -221,9 +222,11 @@ def train(
     if stage is Stage.adapters:
         names = adapter_tasks(settings, names, max_rows)
     if together and balanced:
-        raise UsageError("--together trains an adapter a task, --balanced one for all: choose one")
+        raise UsageError("--together trains one adapter per task, --balanced one for all tasks", hint="choose one of the two")
     if jobs and (together or balanced or settings.launch.launcher != "none"):
-        raise UsageError("--jobs trains each adapter in a process of its own; it goes with no --launcher, --together or --balanced", hint="choose one")
+        raise UsageError(
+            "--jobs trains each adapter in its own process, and cannot be combined with --launcher, --together or --balanced", hint="choose one of them"
+        )
     runtime = start_runtime(settings.model.device)
     each: dict[str, AdapterTrainSettings] = {}
     if stage is Stage.adapters:

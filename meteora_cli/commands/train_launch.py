@@ -53,15 +53,15 @@ def launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder:
     threads = None if devices else max(1, (os.cpu_count() or 1) * wish.num_machines // count)
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(folder.parent, "launch") as place:  # launches may go on side by side
+    with scratch_folder(folder.parent, "launch") as place:  # several launches may run at the same time
         files, command = written(place)
         for path, content in files.items():
             write_json(path, content)
         code = run_command(command, threads=threads)
-    if 0 < code < 128:  # beyond, a signal ended it: the user's own wish as a rule
+    if 0 < code < 128:  # from 128 on, a signal ended it, usually Ctrl-C
         raise MeteoraError(
-            f"the {count} processes of this training have ended: one of them failed or was killed, as said above (launcher's exit code {code})",
-            hint="when the cause is mended, the same command with --resume goes on from the last saved state",
+            f"the {count} processes of this training ended because one of them failed or was killed; see its error above (exit code {code} of the launcher)",
+            hint="fix the cause, then run the same command with --resume to continue from the last saved state",
         )
     return code
 

@@ -47,7 +47,7 @@ class AdapterBank:
     Attributes:
         adapters: What each adapter is; the position is the adapter's index in gates and labels.
         modules: A stack for every linear that at least one adapter targets, by module path.
-        claims: What adapters that were read from folders say of their base model.
+        claims: The base-model requirements of adapters that were read from folders.
     """
 
     adapters: tuple[AdapterInfo, ...]

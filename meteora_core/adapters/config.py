@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what it may hold, what of it is read, and which adapters it describes that cannot be stacked."""
+"""``adapter_config.json``: its model, and the adapters that are refused because they cannot be stacked."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _UNSTACKABLE = {
     "velora_config": "VeLoRA (velora_config)",
     "megatron_config": "Megatron layers (megatron_config)",
 }
-"""Keys that change what is computed: how an error calls each."""
+"""Keys that change what is computed, with their names in errors."""
 
 _LISTED = frozenset({"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"})
-"""Of these, the error shows the value."""
+"""Keys among these whose value is shown in the error."""
 
 _HARMLESS = frozenset(
     {
@@ -70,7 +70,7 @@ _HARMLESS = frozenset(
         "unsloth_fixed",
     }
 )
-"""Keys without an effect on what a trained plain LoRA computes: how it started, where it came from, how it is run."""
+"""Keys without an effect on what a trained plain LoRA computes: initialisation, origin, and options of the run."""
 
 
 def _patterns(values: dict[str, Any] | None) -> dict[str, Any]:

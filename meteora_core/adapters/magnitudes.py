@@ -1,4 +1,4 @@
-"""Numbers that a model cannot compute with: NaN, infinity, and finite ones so large that their use overflows."""
+"""Checks for numbers that a model cannot compute with: NaN, infinity, and finite numbers large enough to overflow in use."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def check_tensor(what: str, tensor: Tensor, *, dtype: torch.dtype | None = None,
     """Refuse a tensor that holds a number which cannot be computed with.
 
     Args:
-        what: How the error calls it.
+        what: The tensor's name in the error.
         tensor: Of a floating dtype.
-        dtype: That it is going to be computed in; None is its own.
+        dtype: The dtype of the computation; None for the tensor's own.
         margin: Whether the limit is :func:`largest`; else it is the dtype's own largest number, as for tensors of a base model.
         error: The type of the error.
 

@@ -18,7 +18,7 @@ from meteora_core.errors import AdapterError
 from meteora_core.text import shown
 
 SECONDS = 5.0
-"""What all expressions of one configuration may take together."""
+"""The time that all expressions of one configuration may take together."""
 
 MAX_LENGTH = 20_000
 MAX_EXPRESSIONS = 500
@@ -31,7 +31,7 @@ class Patterns:
 
     Args:
         source: How errors name the configuration.
-        seconds: The allowance.
+        seconds: The time that all expressions may take together.
     """
 
     def __init__(self, source: str, seconds: float = SECONDS) -> None:

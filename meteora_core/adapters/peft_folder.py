@@ -1,4 +1,4 @@
-"""One ordinary PEFT LoRA folder: what can be stacked is read and checked, the rest is refused by name.
+"""One ordinary PEFT LoRA folder: stackable adapters are read and checked, all others are refused by name.
 
 Every use of an adapter goes through :func:`read_adapter`: banks, evaluation of one adapter by PEFT, chat, Arrow.
 """

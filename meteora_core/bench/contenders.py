@@ -13,7 +13,7 @@ from meteora_core.bench.shapes import ModelShape
 from meteora_kernels import lora_mixture, plan, reference
 
 RUN, POOL = 8, 16
-"""Local routes: so many neighbours share their adapters, which are so many in a batch, at most."""
+"""Local routes: the number of neighbours that share their adapters, and the largest number of different adapters in a batch."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ def lay_input(group: Group, x: Tensor) -> Tensor:
 
 
 def local_input(group: Group, x: Tensor, setting: Setting) -> Tensor:
-    """``x`` turned so that runs of :data:`RUN` neighbours choose the same top_k adapters, out of :data:`POOL` in the whole batch, as tokens of a text do.
+    """``x`` rotated so that runs of :data:`RUN` neighbours choose the same top_k adapters, out of :data:`POOL` in the whole batch, as tokens of a text do.
 
     Args:
         group: The linears that read it; each chooses by its own gate.

@@ -134,7 +134,7 @@ class Engine:
         self._ends = end_tokens(model, tokenizer)
         self._arguments = last_logits_only(model)
         self._cache_name = cache_argument(model)
-        # Some models with states misread a text that goes on in pieces of several tokens: they read it anew each time, at once.
+        # Some models with states misread a text in pieces of several tokens: they read the whole text again each time.
         self._in_pieces = pieces_are_safe(model)
         self._cache: Any = None
         self._cached: list[int] = []

@@ -114,7 +114,7 @@ class ChatSession:
             stop: Asked before every pass; True ends the answer.
 
         Yields:
-            First the encoded prompt (its ``notice`` says what was left out, or that the message had its frame already),
+            First the encoded prompt (its ``notice`` names what was left out, or that the message already had its frame),
             then the events of :meth:`Engine.generate`. Without any
             token and stopped, the turn is forgotten.
 
@@ -138,11 +138,11 @@ class ChatSession:
             yield event
 
     def _bare(self, message: str) -> tuple[str, str | None]:
-        """A message without the frame that the template puts around it, and what to say if it had one."""
+        """A message without the frame that the template puts around it, and the notice for a message that had one."""
         bare = unframe(message) if self.template != "raw" else message
         if bare == message or not bare.strip() or "[INST]" in bare or "[/INST]" in bare:
             return message, None
-        return bare, "the message stands in [INST] … [/INST] already, so it is not framed again"
+        return bare, "the message already contains [INST] … [/INST], so the template is not applied again"
 
     def _generate(self, engine: Engine, encoded: Encoded, mode: Mode, record: bool, stop: Callable[[], bool]) -> Iterator[Event]:
         read_from = encoded.last_start if record else None

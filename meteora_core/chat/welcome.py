@@ -33,7 +33,7 @@ _EXAMPLES = {
 
 @dataclass(frozen=True)
 class Welcome:
-    """What to say before the first message.
+    """The greeting before the first message.
 
     Attributes:
         skills: What the model can do, in a sentence; empty for a base model.
@@ -49,7 +49,7 @@ def welcome(speaker: Speaker, data_dir: Path) -> Welcome:
 
     Args:
         speaker: The model.
-        data_dir: The folder of all datasets; rows that are built there give messages for tasks of one's own.
+        data_dir: The folder of all datasets; its test rows supply messages for the user's own tasks.
     """
     if speaker.routing is None:
         return Welcome("", ())
@@ -71,6 +71,6 @@ def _prompts(names: Sequence[str], data_dir: Path) -> Iterator[str]:
             continue
         try:
             messages = [unframe(row.prompt).strip() for row in islice(iter_rows(file), _LOOKED_AT)]
-        except MeteoraError:  # the dataset is broken; what reads it for good says so
+        except MeteoraError:  # a broken dataset is reported by the commands that use it
             continue
         yield from [message for message in messages if message and len(message) <= _LONGEST and message.isprintable()][:1]

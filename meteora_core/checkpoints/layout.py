@@ -183,8 +183,8 @@ def describe_adapters(
         N entries. Their hash is empty, since the weights come out of the checkpoint and not out of the folders.
 
     Raises:
-        CheckpointError: The names or their number do not fit the checkpoint, a rank differs, or the folders' weights lie in the checkpoint in
-            another order.
+        CheckpointError: The names or their number do not fit the checkpoint, a rank differs, or the folders' weights are in another order in the
+            checkpoint.
         AdapterError: A configuration is missing, broken or of another kind of adapter.
     """
     source = str(layout.tensors.path)
@@ -264,6 +264,6 @@ def _check_order(layout: AuthorsLayout, places: Mapping[str, Path], order: Seque
         other = next((other for other, weights in theirs.items() if torch.equal(slots[slot], weights)), None)
         if other is not None:
             raise CheckpointError(
-                f"the adapters stand in another order than in the checkpoint: place {slot} of {layout.tensors.path} holds {other!r}, not {name!r}",
+                f"the order of the adapters is not that of the checkpoint: place {slot} of {layout.tensors.path} holds {other!r}, not {name!r}",
                 hint="give the adapters' names in the order of the checkpoint",
             )

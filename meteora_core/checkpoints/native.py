@@ -113,7 +113,7 @@ def check_replaceable(folder: str | Path) -> None:
     ours = (TRANSFORMERS_CONFIG, TRANSFORMERS_WEIGHTS) if is_ours(folder) else ()
     if others := other_entries(folder, (CONFIG_FILE, WEIGHT_FILE, "README.md", *ours)):
         raise UsageError(
-            f"{folder} holds other files beside the checkpoint, which would be lost: {listed(others)}", hint="choose another folder, or move them away"
+            f"{folder} contains files that do not belong to the checkpoint and would be lost: {listed(others)}", hint="choose another folder, or move them away"
         )
 
 

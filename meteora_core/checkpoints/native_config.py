@@ -1,4 +1,4 @@
-"""``meteora_config.json``: what a native checkpoint says of itself, checked when it is read."""
+"""``meteora_config.json``: the description of a native checkpoint, validated when it is read."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class NativeConfig(FileModel):
 
     @model_validator(mode="after")
     def _agree(self) -> NativeConfig:
-        """What the parts say of each other."""
+        """Check the parts against each other."""
         count = len(self.adapters)
         if twice := [name for name, times in Counter(adapter.name for adapter in self.adapters).items() if times > 1]:
             raise ValueError(f"two adapters have the name {twice[0]!r}")

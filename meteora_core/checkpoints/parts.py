@@ -1,4 +1,4 @@
-"""What a native checkpoint is made of: the configuration and the tensors of an attached model, and the files that hold them."""
+"""The contents of a native checkpoint: configuration and tensors of an attached model, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROUNDED = "meteora_base_rounded"
 
 
 def note_base_changes(model: nn.Module, names: Iterable[str], rounded: Mapping[str, torch.dtype] | None = None) -> None:
-    """Note on the model which tensors of its base are not the base's own any more, so that :func:`save_checkpoint` keeps that.
+    """Record on the model which tensors of its base differ from the base's own, so that :func:`save_checkpoint` stores them.
 
     The names are those in the base model (``model.norm.weight``, without ``base_layer``).
 
@@ -80,7 +80,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 HOW_TO_LOAD = "load this folder with meteora_core.load_checkpoint(folder)"
 MODEL_TYPE = f"meteora: {HOW_TO_LOAD}"
-"""The ``model_type`` of a checkpoint's ``config.json``; transformers says it where it does not know it (``meteora_core`` is not imported)."""
+"""The ``model_type`` of a checkpoint's ``config.json``; transformers shows it in its error when ``meteora_core`` is not imported."""
 TRANSFORMERS_CONFIG = "config.json"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 _WRAPPERS = WRAPPERS | {"module"}
@@ -220,7 +220,7 @@ def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     plans = [TensorPlan(name, dtype_name(tensor.dtype), tuple(tensor.shape), partial(_bytes_of, tensor)) for name, tensor in tensors.items()]
     digest = write_tensors(folder / WEIGHT_FILE, plans, weight_metadata(config))
     write_json(folder / CONFIG_FILE, {**config, "weights_sha256": digest})
-    # The vocabulary's size is a text: whoever loads this by the class of the base model gets an error that says it, and no random weights.
+    # The vocabulary's size is a text, so that loading with the class of the base model fails with that text and does not draw random weights.
     write_json(folder / TRANSFORMERS_CONFIG, {"model_type": MODEL_TYPE, "vocab_size": HOW_TO_LOAD})
 
 

@@ -53,7 +53,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
+    """The place of one tensor.
 
     Attributes:
         file: The safetensors file.
@@ -107,7 +107,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raise CheckpointError(f"{file} is not a safetensors file: its header is not a JSON object", hint=_AGAIN)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{file} is broken: its metadata are not texts", hint=_AGAIN)
+        raise CheckpointError(f"{file} is broken: its metadata values are not strings", hint=_AGAIN)
     entries = {name: _entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
     place = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -232,7 +232,7 @@ def _find_files(path: Path) -> list[Path]:
             hint="convert it to safetensors where it was made",
         )
     below = sorted(str(file.relative_to(path)) for pattern in ("*/*.safetensors", "*/*/*.safetensors") for file in path.glob(pattern))
-    raise CheckpointError(f"{path} holds no safetensors file", hint=f"below it there is: {listed(below)}" if below else "correct the path")
+    raise CheckpointError(f"{path} holds no safetensors file", hint=f"sub-folders contain: {listed(below)}" if below else "correct the path")
 
 
 def _shards(index: Path) -> list[Path]:

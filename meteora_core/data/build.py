@@ -161,7 +161,9 @@ def build_tasks(
                 try:
                     collect(name, future.result)
                 except BrokenProcessPool as died:
-                    raise MeteoraError("a process that built datasets was killed", hint="if memory ran out, lower --jobs; the same command goes on") from died
+                    raise MeteoraError(
+                        "a process that built datasets was killed", hint="if memory ran out, lower --jobs; the same command continues the build"
+                    ) from died
                 bar.update(1, task=name)
     return [done[task.name] for task in tasks if task.name in done]
 

@@ -78,14 +78,14 @@ class Manifest:
         return asdict(self)
 
 
-_HINT = "build the dataset anew, or add it again from its own files"
+_HINT = "build the dataset again, or add it again from its files"
 _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _name(value: str) -> str:
     if problem := problem_of(value):
-        raise ValueError(f"it holds no name: {problem}")
+        raise ValueError(f"it is not a valid name: {problem}")
     return value
 
 

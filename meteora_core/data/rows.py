@@ -96,13 +96,13 @@ def stream_rows(data_dir: Path | str, task: str, split: str, limit: int | None =
         raise DataError(f"no {split} rows of {task} in {data_dir}", hint=f"run `{build_command(task, data_dir)}`")
     count = 0
     if limit is None or limit > 0:
-        for row in iter_rows(path, hint=f"run `{build_command(task, data_dir)}` to make it anew"):
+        for row in iter_rows(path, hint=f"run `{build_command(task, data_dir)}` to build it again"):
             yield row
             count += 1
             if limit is not None and count >= limit:
                 return
         if not count:
-            raise DataError(f"{path} has no rows", hint=f"run `{build_command(task, data_dir)}` to make it anew")
+            raise DataError(f"{path} has no rows", hint=f"run `{build_command(task, data_dir)}` to build it again")
 
 
 def read_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> list[Row]:

@@ -96,4 +96,4 @@ def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
     if manifest.metric == "composite" and not composite:
         raise DataError(f"{folder} holds a composite", hint="choose another name, or move this one away")
     if others := other_entries(folder, (NAME, *(f"{split}.jsonl" for split in SPLITS))):
-        raise DataError(f"{folder} holds other files beside the dataset, which would be lost: {listed(others)}", hint=hint)
+        raise DataError(f"{folder} contains files that do not belong to the dataset and would be lost: {listed(others)}", hint=hint)

@@ -14,7 +14,7 @@ from meteora_core.model.nonfinite import first_nonfinite_module
 
 
 def not_finite(logits: Tensor) -> Tensor:
-    """Which rows of ``logits`` (..., vocabulary) hold NaN or plus infinity; bool (...).
+    """Which rows of ``logits`` (..., vocabulary) contain NaN or plus infinity; bool (...).
 
     A vocabulary entry of minus infinity only rules a token out. One reduction finds the rest, because a maximum with NaN in it is NaN.
     """

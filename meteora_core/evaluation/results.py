@@ -278,7 +278,7 @@ def load_results(path: Path) -> dict[str, Any]:
     """Read a results file, or the newest one of a folder.
 
     Raises:
-        DataError: There is none, it is not a results file, or one of its figures is no finite number.
+        DataError: There is none, it is not a results file, or one of its figures is not a finite number.
     """
     if path.is_dir():
         found = sorted(path.glob("results_*.json"), key=os.path.getmtime)
@@ -290,13 +290,13 @@ def load_results(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not a results file", hint="pass a results_*.json that `meteora eval` wrote")
     for part in ("results", "n-samples", "higher_is_better", "config"):
         if not isinstance(document.get(part, {}), dict):
-            raise DataError(f"{path} is not a results file: {part!r} is no object", hint="pass a results_*.json that `meteora eval` wrote")
+            raise DataError(f"{path} is not a results file: {part!r} is not an object", hint="pass a results_*.json that `meteora eval` wrote")
     for task, values in document["results"].items():
         if not isinstance(values, dict):
-            raise DataError(f"{path} is not a results file: the results of {task!r} are no object", hint="pass a results_*.json that `meteora eval` wrote")
+            raise DataError(f"{path} is not a results file: the results of {task!r} are not an object", hint="pass a results_*.json that `meteora eval` wrote")
         for key, value in values.items():
             if "," in key and not _is_figure(value):
-                raise DataError(f"{path}: {key!r} of {task!r} is {str(value)[:40]!r}, which is no finite number", hint="run the evaluation again")
+                raise DataError(f"{path}: {key!r} of {task!r} is {str(value)[:40]!r}, which is not a finite number", hint="run the evaluation again")
     return document
 
 

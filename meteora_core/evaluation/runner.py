@@ -144,7 +144,7 @@ class EvalOptions:
 
     @property
     def max_total_tokens(self) -> int | None:
-        """The most tokens of prompt and answer together, beside the model's context: :data:`PAPER_TOKENS` for paper scoring without a limit on prompts."""
+        """The limit on tokens of prompt and answer together, besides the context: :data:`PAPER_TOKENS` for paper scoring without a limit on prompts."""
         return PAPER_TOKENS if self.scoring == "paper" and self.max_prompt_tokens is None else None
 
 

@@ -192,7 +192,9 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
     for model in pairs:
         other = folders.setdefault(_safe(model), model)
         if other != model:
-            raise UsageError(f"the results of {other!r} and {model!r} would lie in one folder", hint="evaluate them one after the other, with another --out")
+            raise UsageError(
+                f"the results of {other!r} and {model!r} would be written to the same folder", hint="evaluate them one after the other, with another --out"
+            )
     for model in plan.models:
         if model == OWN and all(adapter is None for _, adapter in pairs[model]):
             raise UsageError("a composite has no adapter of its own", hint="choose --model base, meteora, or an adapter's name")

@@ -71,7 +71,7 @@ def attach(
         check_stack(path, bank.modules[path], bank.names, computing_dtype(module, bank.modules[path]))
     if unused := bypassed(model, {path: module for path, module in targets.items() if not is_routed_expert(path)}):
         raise AdapterError(
-            f"adapters of {unused[0]} would have no effect: this model computes with its weight and never calls it",
+            f"adapters of {unused[0]} would have no effect: this model uses its weight directly and never calls the module",
             hint="use adapters that do not target such modules (train them again without, or list them in exclude_modules)",
         )
     state.base_probe = probe_base(targets)
@@ -141,9 +141,9 @@ def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
 
 
 def gate_origin(model: nn.Module, gates: Mapping[str, Tensor] | None = None) -> GateOrigin:
-    """How the gates of an attached model came to be.
+    """The origin of the gates of an attached model.
 
-    Gates that nobody declared trained are compared with the start that :func:`attach` gave them: where a single number differs, they are "trained".
+    Gates that are not marked as trained are compared with the start that :func:`attach` gave them: where a single number differs, they are "trained".
 
     Args:
         model: A model with adapters attached.
@@ -225,7 +225,7 @@ def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
 
 
 def computing_dtype(base: nn.Module, stack: Stack) -> torch.dtype:
-    """The dtype that adapters of a linear have beside it: its own, or the stack's where it is quantised."""
+    """The dtype of the adapters of a linear: its own, or the stack's where it is quantised."""
     weight = getattr(base, "weight", None)  # some quantised linears have none of that name
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
 

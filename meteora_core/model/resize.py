@@ -14,7 +14,7 @@ from meteora_core.model.layer import MeteoraLinear
 class Resizer:
     """``resize_token_embeddings`` of a model whose output layer carries adapters: they are resized along.
 
-    transformers replaces the output layer by a new linear, which would take the adapters out without a word. New tokens get logits of the base model
+    transformers replaces the output layer by a new linear, which would remove the adapters silently. New tokens get logits of the base model
     alone (their columns of B are 0); columns of tokens that are removed are removed.
 
     Args:
@@ -26,7 +26,7 @@ class Resizer:
         self.model, self.path = model, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' method, which does the work."""
+        """Call transformers' method on the plain layer, then resize B; arguments and result are those of transformers."""
         resize: Any = type(self.model).resize_token_embeddings  # type: ignore[attr-defined]
         parent_path, _, name = self.path.rpartition(".")
         parent = self.model.get_submodule(parent_path)

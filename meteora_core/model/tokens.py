@@ -1,4 +1,4 @@
-"""Which tokens of the batch a layer sees: layers may get (batch, tokens, h), all tokens in one dimension, or only the last tokens of every row.
+"""The tokens of the batch that a layer sees: a layer may get (batch, tokens, h), all tokens in one dimension, or only the last tokens of every row.
 
 A hook on the model notes the shape of the batch of each call, so that a layer can tell which row and which position each of its tokens belongs to.
 Only forced routes, gate labels and recorders need to know.
@@ -88,7 +88,7 @@ def check_observable(paths: Iterable[str], what: str) -> None:
 
     Args:
         paths: The layers with adapters.
-        what: What needs to tell them apart, as the subject of a sentence.
+        what: The feature that needs to tell them apart, as the subject of the message.
     """
     for path in paths:
         if is_routed_expert(path):
@@ -118,7 +118,7 @@ def token_shape(layer: MeteoraLinear, x: Tensor) -> torch.Size:
     if shape.numel() == call.shape.numel() and (len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)):
         return call.shape
     raise UsageError(
-        f"{layer.path} sees an input of shape {tuple(x.shape)} in a batch of {call.shape[0]} x {call.shape[1]} tokens: which token is which is not known there",
+        f"{layer.path} sees an input of shape {tuple(x.shape)} in a batch of {call.shape[0]} x {call.shape[1]} tokens: the tokens cannot be told apart",
         hint="routes cannot be forced by row, labelled or recorded in this layer; use adapters that do not target it",
     )
 

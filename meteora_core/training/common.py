@@ -57,7 +57,7 @@ def split_held_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]
 
 
 def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] | None = None) -> None:
-    """Check the names of adapters that will be written below ``root``, and that nothing of anyone else is in their places.
+    """Check the names of adapters that will be written below ``root``, and that no foreign files would be replaced.
 
     Args:
         root: The folder of all adapters.
@@ -246,7 +246,7 @@ def check_adapter_folder(folder: Path) -> None:
     if not (folder / INFO_FILE).is_file():
         raise UsageError(f"{folder} holds an adapter that was not trained by Meteora, so it is not replaced", hint=hint)
     if others := other_entries(folder, _ADAPTER_FILES):
-        raise UsageError(f"{folder} holds other files beside the adapter, which would be lost: {listed(others)}", hint=hint)
+        raise UsageError(f"{folder} contains files that do not belong to the adapter and would be lost: {listed(others)}", hint=hint)
 
 
 def check_bases(folders: Mapping[str, Path], base: str, *, any_base: bool = False) -> str | None:

@@ -34,7 +34,7 @@ def task_settings(settings: AdapterStageSettings, task: str, flags: Mapping[str,
 
     Batch size and accumulation belong together: where either is given anywhere, the table's pair does not apply.
 
-    Raises UsageError where the parts do not go together.
+    Raises UsageError for settings that contradict each other.
 
     Args:
         settings: Of the stage; what was not given explicitly must not be set in it (``model_fields_set``).
@@ -52,7 +52,7 @@ def task_settings(settings: AdapterStageSettings, task: str, flags: Mapping[str,
         return AdapterTrainSettings(**{**default, **explicit})
     except ValidationError as broken:
         reason = broken.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"the settings of {task} do not go together: {reason}", hint=f"see [train_adapters.tasks.{task}] and the flags") from broken
+        raise UsageError(f"the settings of {task} contradict each other: {reason}", hint=f"see [train_adapters.tasks.{task}] and the flags") from broken
 
 
 def differing(settings: Mapping[str, AdapterTrainSettings]) -> dict[str, dict[str, Any]]:

@@ -64,7 +64,7 @@ def test_a_prompt_in_its_frame_is_not_framed_again(meteora, world) -> None:
     plain, framed = (meteora("trace", "--prompt", prompt, *common).json for prompt in ("Is the sky blue?", "[INST] Is the sky blue? [/INST]"))
     assert plain["prompt_ids"] == framed["prompt_ids"]
     assert plain["notice"] is None
-    assert framed["notice"] == "the message stands in [INST] … [/INST] already, so it is not framed again"
+    assert framed["notice"] == "the message already contains [INST] … [/INST], so the template is not applied again"
 
 
 def test_rows_of_the_quickstart_are_named(meteora, world, tmp_path) -> None:

@@ -115,7 +115,7 @@ def test_an_adapter_that_meteora_did_not_train_is_not_replaced(tmp_path: Path) -
     (tmp_path / INFO_FILE).write_text("{}")
     check_adapter_folder(tmp_path)
     (tmp_path / "checkpoint-500").mkdir()
-    with pytest.raises(UsageError, match=r"other files.*checkpoint-500"):
+    with pytest.raises(UsageError, match=r"files that do not belong.*checkpoint-500"):
         check_adapter_folder(tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_with_other_files_is_not_replaced(tmp_path: Path, other: st
     (tmp_path / "README.md").write_text("")
     check_replaceable(tmp_path)
     (tmp_path / other).mkdir()
-    with pytest.raises(UsageError, match=rf"other files.*: {other}"):
+    with pytest.raises(UsageError, match=rf"files that do not belong.*: {other}"):
         check_replaceable(tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_a_dataset_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     build_task(task, tmp_path / "datasets")
     build_task(task, tmp_path / "datasets", force=True)
     (tmp_path / "datasets" / "my_task" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"other files.*notes\.txt"):
+    with pytest.raises(DataError, match=r"files that do not belong.*notes\.txt"):
         build_task(task, tmp_path / "datasets", force=True)
 
 

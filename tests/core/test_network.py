@@ -77,7 +77,7 @@ def server() -> Iterator[str]:
         ("http_proxy", f"foo://user:{PASSWORD}@host", "http_proxy is not a usable URL"),
         ("ALL_PROXY", f"http://user:{PASSWORD}@[::1", "ALL_PROXY is not a usable URL"),
         ("PIP_CERT", "/nowhere/cert.pem", "does not exist"),
-        ("PIP_CERT", __file__, "holds no certificates"),
+        ("PIP_CERT", __file__, "contains no certificates"),
         ("REQUESTS_CA_BUNDLE", __file__, "REQUESTS_CA_BUNDLE names"),
         ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE names"),
     ],

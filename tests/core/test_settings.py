@@ -91,7 +91,7 @@ def test_other_variables_are_only_warned_of(monkeypatch, caplog) -> None:
     assert not caplog.records
     monkeypatch.setenv("METEORA_STATION_TOKEN", "x")
     load_settings()
-    assert "METEORA_STATION_TOKEN is not used" in caplog.text
+    assert "METEORA_STATION_TOKEN is ignored" in caplog.text
 
 
 def test_an_empty_variable_is_as_good_as_none(monkeypatch) -> None:
@@ -212,5 +212,5 @@ def test_the_settings_of_one_task_must_go_together() -> None:
     from meteora_core.settings import AdapterStageSettings
     from meteora_core.training.task_defaults import task_settings
 
-    with pytest.raises(UsageError, match=r"settings of gsm8k do not go together: max_steps times .* rows"):
+    with pytest.raises(UsageError, match=r"settings of gsm8k contradict each other: max_steps times .* rows"):
         task_settings(AdapterStageSettings(tasks={"gsm8k": {"max_steps": 10_000, "batch_size": 4096}}), "gsm8k")

@@ -67,7 +67,7 @@ def test_a_message_in_its_frame_is_not_framed_again(session) -> None:
     assert session.turns[0].message == "Hello there"
     assert session._last[0].ids == first.ids
     assert first.notice is None
-    assert "not framed again" in session._last[0].notice
+    assert "not applied again" in session._last[0].notice
     for other in ("[INST] a [/INST] and more", "[INST] a [/INST] b [INST] c [/INST]", "[INST] [/INST]"):
         session.new()
         assert next(session.ask(other)).notice is None

@@ -356,7 +356,7 @@ def test_rows_that_cannot_be_read_are_named(place) -> None:
 def test_tasks_named_twice_run_once_and_models_keep_their_folders(place) -> None:
     outcome = run(plan_of(place, (TASKS[0], TASKS[0]), ("base",), save=False))[0]
     assert outcome.document["meteora"]["speed"]["rows"] == 7
-    with pytest.raises(UsageError, match=r"the results of '.*logical_deduction' and '.*logical_deduction' would lie in one folder"):
+    with pytest.raises(UsageError, match=r"the results of '.*logical_deduction' and '.*logical_deduction' would be written to the same folder"):
         twin = place.folder / "adapters_logical_deduction"
         shutil.copytree(place.adapters / TASKS[0], twin)
         run(plan_of(place, TASKS[:1], (str(place.adapters / TASKS[0]), str(twin))))

@@ -82,14 +82,14 @@ def test_a_damaged_row_and_those_behind_it_are_run_again(tmp_path, line) -> None
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"results": {"winowhy": 5}}, "the results of 'winowhy' are no object"),
-        ({"results": {"winowhy": {"acc,none": float("nan")}}}, "'acc,none' of 'winowhy' is 'nan', which is no finite number"),
-        ({"results": {"winowhy": {"acc_stderr,none": float("inf")}}}, "is 'inf', which"),
+        ({"results": {"winowhy": 5}}, "the results of 'winowhy' are not an object"),
+        ({"results": {"winowhy": {"acc,none": float("nan")}}}, "NaN is not a JSON number"),
+        ({"results": {"winowhy": {"acc_stderr,none": float("inf")}}}, "Infinity is not a JSON number"),
         ({"results": {"winowhy": {"acc,none": "0.5"}}}, "is '0.5', which"),
         ({"results": {"winowhy": {"acc,none": True}}}, "is 'True', which"),
-        ({"results": {"winowhy": {"acc,none": 10**400}}}, "which is no finite number"),
-        ({"results": {}, "n-samples": []}, "'n-samples' is no object"),
-        ({"results": {}, "higher_is_better": 5}, "'higher_is_better' is no object"),
+        ({"results": {"winowhy": {"acc,none": 10**400}}}, "which is not a finite number"),
+        ({"results": {}, "n-samples": []}, "'n-samples' is not an object"),
+        ({"results": {}, "higher_is_better": 5}, "'higher_is_better' is not an object"),
     ],
 )
 def test_figures_that_are_none_are_refused(tmp_path, document, message) -> None:

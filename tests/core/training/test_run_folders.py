@@ -107,7 +107,7 @@ def test_a_folder_of_other_things_is_not_replaced_by_a_checkpoint(data, adapters
         gates(data, adapters, tmp_path / "notes")
     (tmp_path / "notes" / "meteora_config.json").write_text("{}")
     (tmp_path / "notes" / "run").mkdir()
-    with pytest.raises(UsageError, match=r"other files.*: run, thesis.txt$"):
+    with pytest.raises(UsageError, match=r"files that do not belong.*: run, thesis.txt$"):
         gates(data, adapters, tmp_path / "notes")
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
 
