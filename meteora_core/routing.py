@@ -20,6 +20,7 @@ from meteora_core.errors import UsageError
 
 if TYPE_CHECKING:
     from meteora_core.adapters.peft_folder import AdapterInfo
+    from meteora_core.model.base_marks import Marks
 
 _log = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class RoutingState:
         self.version = 0
         self.adapters = adapters
         self.base_probe: list[float] | None = None
+        self.base_marks: Marks | None = None  # the base's weights when the adapters were attached
         self.gates: GateOrigin = "trained"
         self.start: tuple[str, int, tuple[str, ...]] | None = None  # how `attach` started the gates: init, seed, and the layers in order
         self.renamed: dict[str, str] = {}  # modules that the adapters' folders call otherwise: their name there -> here

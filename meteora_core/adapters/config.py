@@ -18,6 +18,9 @@ from meteora_core.text import shortened, shown
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What wrappers put between the parts of a module's name."""
+
 PLAIN = "train a plain LoRA: bias='none', no DoRA, no modules_to_save"
 
 _KEEPS_BASE = ("gaussian", "orthogonal", "eva", "mica")
@@ -181,7 +184,7 @@ class AdapterConfig(FileModel):
 
     @cached_property
     def _names_targeted(self) -> frozenset[str]:
-        return frozenset(self.target_modules or ())
+        return frozenset(_unwrapped(name) for name in self.target_modules or ())
 
     def _in_layers(self, path: str) -> bool:
         wanted = self.layers_to_transform
@@ -199,6 +202,11 @@ class AdapterConfig(FileModel):
                 if parts[place].isdecimal() and self._runner.tail(pattern, ".".join(parts[:place])):
                     return int(parts[place])
         return None
+
+
+def _unwrapped(name: str) -> str:
+    """A module's name without what ``torch.compile``, FSDP and DDP put into the names of the model that was trained."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("module.")
 
 
 def _named(path: str, names: frozenset[str]) -> bool:

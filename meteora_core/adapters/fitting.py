@@ -105,7 +105,8 @@ def _why_absent(path: str, known: set[str]) -> str:
 
 
 def _check_targets(claim: Claim, model: nn.Module, renamed: Mapping[str, str]) -> None:
-    """Refuse an adapter that has no weights for a module which its configuration targets: PEFT would run that module without it."""
+    """Refuse an adapter that has no weights for a module which its configuration targets, where PEFT would run that module without it, and one that
+    has weights for others, which PEFT would leave out."""
     if claim.config is None:
         return
     have = {renamed.get(path, path) for path in claim.paths}
@@ -119,6 +120,12 @@ def _check_targets(claim: Claim, model: nn.Module, renamed: Mapping[str, str]) -
         raise AdapterError(
             f"adapter {claim.name!r} has no weights for {listed(missing)}, which target_modules in its {CONFIG} names",
             hint="copy or download the adapter again; if it was trained without these modules, list them in exclude_modules there",
+        )
+    named = {renamed.get(path, path) for path in claim.config.targets({*claim.paths, *have}, every_linear)}
+    if claim.config.target_modules and (extra := sorted(have - named)):
+        raise AdapterError(
+            f"adapter {claim.name!r} has weights for {listed(extra)}, which target_modules in its {CONFIG} does not name",
+            hint="restore the adapter_config.json that was saved with the weights",
         )
 
 

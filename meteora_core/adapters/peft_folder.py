@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from meteora_core.adapters.config import CONFIG, WEIGHTS, AdapterConfig, find_adapter, read_adapter_config
+from meteora_core.adapters.config import CONFIG, PLAIN, WEIGHTS, WRAPPERS, AdapterConfig, find_adapter, read_adapter_config
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor, refuse_peak
 from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, read_header
 from meteora_core.errors import AdapterError, CheckpointError
@@ -24,8 +24,6 @@ from meteora_core.reading import is_regular
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "AdapterInfo", "BaseCopy", "LoraWeights", "check_adapter", "find_adapter", "read_adapter"]
 
 _PREFIX = "base_model.model."
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Parts that ``torch.compile`` and FSDP insert into the names of a model's parameters."""
 _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 _COPY = re.compile(r"^(?P<path>(?:.+\.)?(?:lm_head|embed_out|output_layer))\.base_layer\.weight$")
 _AGAIN = "copy or download the file again"
@@ -186,7 +184,7 @@ def _paths(name: str, entries: dict[str, TensorEntry], config: AdapterConfig) ->
         if entry.dtype not in WEIGHT_NAMES:
             raise AdapterError(f"adapter {name!r}: {key} has dtype {entry.dtype}; weights are F16, BF16, F32 or F64", hint="save it in a floating dtype")
         if len(entry.shape) != 2:
-            raise AdapterError(f"adapter {name!r}: {key} has shape {entry.shape}; only adapters of linear layers can be stacked")
+            raise AdapterError(f"adapter {name!r}: {key} has shape {entry.shape}; only adapters of linear layers can be stacked", hint=PLAIN)
         pair = sides.setdefault(match["path"], {})
         if match["side"] in pair:
             raise AdapterError(

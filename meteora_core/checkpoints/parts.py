@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.peft_folder import WRAPPERS
+from meteora_core.adapters.config import WRAPPERS
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
 from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.json_files import read_json, write_json
-from meteora_core.model.attach import gate_origin, is_same_or_rounded, meteora_layers, probe_base
+from meteora_core.model.attach import gate_origin, meteora_layers
 from meteora_core.model.base import BaseReference, loaded_by
+from meteora_core.model.base_marks import mark
 from meteora_core.model.offload import real_tensor
 from meteora_core.routing import routing_state
+from meteora_core.text import listed
 
 _log = logging.getLogger(__name__)
 
@@ -130,26 +132,41 @@ def _is_spread(tensor: Tensor) -> bool:
     return any(hasattr(tensor, name) for name in ("full_tensor", "ds_id", "_hp_mapping"))
 
 
-def _changed_base(model: nn.Module) -> dict[str, str]:
+def _changed_base(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, str]:
     """Tensors of the base that a checkpoint must hold, by their names in the base: those that were noted, and those that train; the values are their
     names in the model.
 
     Raises:
-        UsageError: Others have changed since the adapters were attached.
+        UsageError: Others have changed since the adapters were attached, or the shape of one has.
     """
     names = {base_name(name): name for name in _base_names(model)}
     training = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     changed = {name: names[name] for name in sorted({*base_changes(model), *training}) if name in names}
-    linears = {path: layer.base_layer for path, layer in meteora_layers(model)}
-    weights = [getattr(linear, "weight", None) for linear in linears.values()]
-    if any(f"{path}.weight" in changed for path in linears) or any(isinstance(weight, Tensor) and _is_spread(weight) for weight in weights):
+    before, now = routing_state(model).base_marks, _present(model, names, state_dict)
+    if before is None:
         return changed
-    if not is_same_or_rounded(routing_state(model).base_probe, probe_base(linears)):
+    differ = before.changed(mark(now))
+    if resized := [name for name in differ if before.shapes[name] != now[name].shape]:
+        was, shape = list(before.shapes[resized[0]]), list(now[resized[0]].shape)
         raise UsageError(
-            "the weights of the base model have changed since the adapters were attached, and a checkpoint does not hold them",
+            f"{resized[0]} of the base model had the shape {was} when the adapters were attached, and now has {shape}; a checkpoint cannot change that",
+            hint="resize the base model first, save it with its save_pretrained, load it again, and attach the adapters to that",
+        )
+    if lost := [name for name in differ if name not in changed and name not in getattr(model, _ROUNDED, {})]:
+        raise UsageError(
+            f"weights of the base model have changed since the adapters were attached, and a checkpoint does not hold them: {listed(lost)}",
             hint="name what changed with meteora_core.checkpoints.native.note_base_changes(model, names), and it is saved too",
         )
     return changed
+
+
+def _present(model: nn.Module, names: Mapping[str, str], state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The base's tensors by their names in the base: the model's own, or those of a gathered state dict that has them."""
+    if state_dict is None:
+        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    else:
+        own = {".".join(part for part in key.split(".") if part not in _WRAPPERS): tensor for key, tensor in state_dict.items()}
+    return {name: own[inside] for name, inside in names.items() if inside in own}
 
 
 def checkpoint_parts(
@@ -192,7 +209,7 @@ def checkpoint_parts(
     origin = gate_origin(model, {path: tensors[f"{path}.gate"] for path in modules})
     if origin == "untrained":
         _log.warning("the gates saved in %s are untrained: they are still at the start that attach gave them", place)
-    changed = _changed_base(model)
+    changed = _changed_base(model, state_dict)
     for name, inside in changed.items():
         tensor = whole_tensor(model, inside, state_dict)
         tensors[BASE + name] = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()

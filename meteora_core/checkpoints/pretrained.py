@@ -99,6 +99,31 @@ class NativeSaver:
             _upload(folder, hub)
 
 
+class PartSaver:
+    """``save_pretrained`` of a model inside an attached model, such as its decoder: transformers would write linears that no one can load."""
+
+    def __call__(self, save_directory: str | os.PathLike[str], *_args: Any, **_options: Any) -> None:
+        """Raises UsageError."""
+        raise UsageError(
+            f"this is only a part of the model that carries the adapters, so it is not saved at {save_directory}",
+            hint="call save_pretrained of the whole model, or meteora_core.detach(model) first",
+        )
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of an attached model write Meteora's checkpoint, and of the models inside it nothing."""
+    for inner in model.modules():
+        if hasattr(inner, "save_pretrained"):
+            inner.save_pretrained = NativeSaver(model) if inner is model else PartSaver()  # type: ignore[assignment]
+
+
+def unguard_saving(model: nn.Module) -> None:
+    """Give a model, and the models inside it, their own ``save_pretrained`` again."""
+    for inner in model.modules():
+        if isinstance(vars(inner).get("save_pretrained"), NativeSaver | PartSaver):
+            del inner.save_pretrained
+
+
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, so no model can be saved there", hint="choose a folder")

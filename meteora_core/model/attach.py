@@ -12,6 +12,7 @@ from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.errors import AdapterError, UsageError
+from meteora_core.model.base_marks import mark_base, roundings
 from meteora_core.model.caches import bypassed
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.offload import compute_device, real_tensor
@@ -58,6 +59,8 @@ def attach(
         UsageError: top_k, temperature, backend or init is out of range; or adapters are attached already, by Meteora or by PEFT; or a target has no
             weights (it is on the device "meta", and accelerate has no values for it).
     """
+    from meteora_core.checkpoints.pretrained import guard_saving
+
     if getattr(model, "meteora", None) is not None:
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
     if init not in ("normal", "zeros", "arrow"):
@@ -74,7 +77,7 @@ def attach(
             f"adapters of {unused[0]} would have no effect: this model uses its weight directly and never calls the module",
             hint="use adapters that do not target such modules (train them again without, or list them in exclude_modules)",
         )
-    state.base_probe = probe_base(targets)
+    state.base_probe, state.base_marks = probe_base(targets), mark_base(model)
     state.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
     state.start = (init, seed, tuple(bank.modules))
     generator = torch.Generator().manual_seed(seed)
@@ -86,24 +89,21 @@ def attach(
         _replace(model, path, layer)
     watch_calls(model, state)
     model.meteora = state  # type: ignore[assignment]
-    if hasattr(model, "save_pretrained"):
-        from meteora_core.checkpoints.pretrained import NativeSaver
-
-        model.save_pretrained = NativeSaver(model)  # type: ignore[assignment]
+    guard_saving(model)
     set_trainable(model, "gates")
     return model
 
 
 def detach(model: Model) -> Model:
     """Take all MeteoRA layers out, in place; the base linears are back as they were. Raises UsageError when nothing is attached."""
+    from meteora_core.checkpoints.pretrained import unguard_saving
     from meteora_core.model.fuse import unfuse
 
     unfuse(model)
     for path, layer in dict(meteora_layers(model)).items():
         _replace(model, path, layer.base_layer)
     stop_watching(model)
-    if "save_pretrained" in vars(model):
-        del model.save_pretrained
+    unguard_saving(model)
     if isinstance(vars(model).get("resize_token_embeddings"), Resizer):
         del model.resize_token_embeddings
     del model.meteora
@@ -162,18 +162,9 @@ def gate_origin(model: nn.Module, gates: Mapping[str, Tensor] | None = None) -> 
         gate = real_tensor(layers[path], "gate", path) if gates is None else gates[path]
         now = gate.detach().to("cpu", torch.float32)
         start = torch.zeros(now.shape) if init == "zeros" else _normal_gate(now.shape, generator)
-        if not any(torch.equal(now, rounded) for rounded in _roundings(start)):
+        if not any(torch.equal(now, rounded) for rounded in roundings(start)):
             return "trained"
     return "untrained"
-
-
-def _roundings(start: Tensor) -> Iterator[Tensor]:
-    """``start`` as it is after a model's changes of dtype."""
-    yield start
-    for dtype in (torch.bfloat16, torch.float16):
-        yield start.to(dtype).float()
-    yield start.to(torch.bfloat16).to(torch.float16).float()
-    yield start.to(torch.float16).to(torch.bfloat16).float()
 
 
 def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
@@ -189,14 +180,6 @@ def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
         step = max(1, flat.shape[0] // 4)
         values += [float(value) for value in flat[::step][:4].float().cpu()]
     return values
-
-
-def is_same_or_rounded(before: list[float] | None, now: list[float] | None) -> bool:
-    """Whether a model that was probed twice has the very same weights, or those after changes of its dtype; True when either is unknown."""
-    if before is None or now is None:
-        return True
-    after = torch.tensor(now)
-    return any(torch.equal(after, rounded) for rounded in _roundings(torch.tensor(before)))
 
 
 def same_base(mine: list[float] | None, theirs: list[float] | None) -> bool:

@@ -277,6 +277,19 @@ def test_targets_are_read_as_peft_reads_them(tmp_path, changes) -> None:
     attach(make_tiny_llama(), AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", **changes)}), top_k=1)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], r".*\.down_proj", ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"], ["elsewhere"]])
+def test_weights_that_no_target_names_are_refused(tmp_path, targets) -> None:
+    bank = AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", target_modules=targets)})
+    with pytest.raises(AdapterError, match=r"adapter 'x' has weights for .*, which target_modules in its adapter_config.json does not name"):
+        attach(make_tiny_llama(), bank, top_k=1)
+
+
+def test_targets_named_in_a_wrapped_model_are_read(tmp_path) -> None:
+    paths = [name.split("base_model.model.")[1].removesuffix(".lora_A.weight") for name in lora_tensors() if name.endswith("lora_A.weight")]
+    folder = write_adapter(tmp_path / "x", target_modules=["module._orig_mod." + path for path in paths])
+    attach(make_tiny_llama(), AdapterBank.from_peft({"x": folder}), top_k=1)
+
+
 def test_all_linear_means_every_linear_but_the_head(tmp_path) -> None:
     bank = AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", target_modules="all-linear")})
     with pytest.raises(AdapterError, match="no weights for") as caught:

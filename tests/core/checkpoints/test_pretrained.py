@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from meteora_core import AdapterBank, attach, detach, load_checkpoint, save_checkpoint
-from meteora_core.checkpoints.native import read_config
+from meteora_core.checkpoints.native import note_base_changes, read_config
 from meteora_core.checkpoints.parts import MODEL_TYPE
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
@@ -132,6 +132,35 @@ def test_parts_of_the_base_that_train_are_saved_and_other_changes_are_refused(mo
     set_trainable(model, "gates")
     with pytest.raises(UsageError, match="have changed since"):
         save_checkpoint(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_changes_of_tensors_without_adapters_are_noticed(model, base, tmp_path: Path, name: str) -> None:
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.5)
+    with pytest.raises(UsageError, match=f"a checkpoint does not hold them: .*{name}"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    note_base_changes(model, [name])
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load_checkpoint(tmp_path / "saved", base)), logits(model))
+
+
+def test_a_resized_vocabulary_is_refused_and_a_change_of_dtype_is_none(model, tmp_path: Path) -> None:
+    model.bfloat16().to(torch.float16).float().save_pretrained(tmp_path / "rounded")
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 8)
+    with pytest.raises(UsageError, match=rf"model.embed_tokens.weight of the base model had the shape \[{rows}, .* now has \[{rows + 8}, "):
+        save_checkpoint(model, tmp_path / "resized")
+
+
+def test_the_decoder_alone_is_not_saved_with_random_linears(model, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only a part of the model"):
+        model.model.save_pretrained(tmp_path / "part")
+    with pytest.raises(UsageError, match="only a part of the model"):
+        copy.deepcopy(model).model.save_pretrained(tmp_path / "part")
+    detach(model).model.save_pretrained(tmp_path / "part")
+    assert (tmp_path / "part" / "config.json").exists()
 
 
 def test_push_to_hub_uploads_the_checkpoint(model, tmp_path: Path, monkeypatch) -> None:
