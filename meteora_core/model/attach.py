@@ -203,8 +203,21 @@ def _refuse_wrapped(model: nn.Module, bank: AdapterBank) -> None:
 
 
 def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
-    """The linear layers of a model that a bank targets, by path. Raises AdapterError for one that is missing, is no linear, or has other shapes."""
-    return {path: _target(model, path, stack) for path, stack in bank.modules.items()}
+    """The linear layers of a model that a bank targets, by path.
+
+    Raises:
+        AdapterError: One is missing, is no linear, has other shapes, or is targeted under two names (a layer that the model uses twice).
+    """
+    targets: dict[str, nn.Module] = {}
+    names: dict[int, str] = {}
+    for path, stack in bank.modules.items():
+        targets[path] = _target(model, path, stack)
+        if (other := names.setdefault(id(targets[path]), path)) != path:
+            raise AdapterError(
+                f"the adapters target {path}, which is {other} under another name in this model: it can carry one of the two",
+                hint="the adapters were trained on another base model",
+            )
+    return targets
 
 
 def computing_dtype(base: nn.Module, stack: Stack) -> torch.dtype:
