@@ -199,7 +199,6 @@ def network(rng: Random) -> Case:
             "file:///nowhere",
             f"http://{secret}127.0.0.1:99999/",
             f"http://{secret}127.0.0.1:x/",
-            "",
             "x" * 5000,
             "http://",
             f"http://{secret}\x1b]0;PWN\x07/",

@@ -176,7 +176,7 @@ def environment(rng: Random) -> Case:
     check = None
     action = rng.randrange(10)
     if action == 0:
-        variable = rng.choice([f"METEORA_{section}_{key}", f"METEORA_{section}__{key}X", f"METEORA__{section}__{key}", f"METEORA_{key}"]).upper()
+        variable = rng.choice([f"METEORA_{section}_{key}", f"METEORA_{section}__{key}X", f"METEORA__{section}__{key}"]).upper()
         value = "3"
         expect = "fail"
     elif action == 1:
