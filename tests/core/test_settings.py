@@ -36,6 +36,8 @@ def test_meteora_toml_of_the_working_directory_is_read(tmp_path, monkeypatch) ->
         ("[eval]\nlimitt = 3\n", r"unknown setting 'eval\.limitt'"),
         ("[evall]\nlimit = 3\n", r"unknown setting 'evall'"),
         ("[eval]\nlimit = 0\n", r"eval\.limit = 0"),
+        ("[eval]\nlimit = true\n", r"eval\.limit = True: true and false are not allowed here"),
+        ("[routing]\ntemperature = true\n", r"routing\.temperature = True"),
         ("[routing]\ntemperature = 0\n", r"routing\.temperature = 0"),
         ("[train_adapters.tasks.gsm8k]\nrank = 0\n", r"train_adapters\.tasks\.gsm8k\.rank = 0"),
         ("[train_adapters.tasks.gsm8k]\nbatch = 2\n", r"unknown setting 'train_adapters\.tasks\.gsm8k\.batch'"),
