@@ -108,7 +108,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch) -> None:
         ("[eval]\nlimit = " + "9" * 5000, "not valid TOML: .*4300"),
         ("[eval]\nlimit = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
         ("[eval]\nlimit = 1" + "0" * 30, r"eval\.limit = 1000"),
-        ("[eval]\nlimit = true", None),
+        ("[eval]\nlimit = true", r"eval\.limit = True"),
         ("[eval]\nlimit = 1979-05-27", r"eval\.limit"),
         ("[routing]\ntemperature = inf", r"routing\.temperature = inf"),
         ("[chat]\ntemperature = inf", r"chat\.temperature = inf"),
@@ -129,9 +129,6 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch) -> None:
 def test_values_that_no_setting_takes(tmp_path, text, message) -> None:
     file = tmp_path / "m.toml"
     file.write_text(text + "\n")
-    if message is None:
-        assert load_settings(file).eval.limit == 1
-        return
     with pytest.raises(UsageError, match=message) as caught:
         load_settings(file)
     assert len(caught.value.message) < 600
