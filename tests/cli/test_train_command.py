@@ -162,8 +162,8 @@ def test_a_dead_worker_ends_the_job(place) -> None:
         child.kill()
     assert "SIGKILL" in done.err
     last, hint = done.err.strip().splitlines()[-2:]
-    assert last.startswith("error: the 2 processes of this training have ended: one of them failed or was killed")
-    assert "--resume goes on" in hint
+    assert last.startswith("error: the 2 processes of this training ended because one of them failed or was killed")
+    assert "--resume to continue" in hint
 
 
 def wait_for(condition, child: processes.Running) -> None:
@@ -322,8 +322,8 @@ def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
         (("--dry-run",), "--dry-run"),
         (("--together",), "--stage adapters"),
         (("--jobs", "2"), "--stage adapters"),
-        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--together"), "--jobs trains each adapter in a process of its own"),
-        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--launcher", "ddp"), "--jobs trains each adapter in a process of its own"),
+        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--together"), "--jobs trains each adapter in its own process"),
+        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--launcher", "ddp"), "--jobs trains each adapter in its own process"),
         (("--stage", "adapters", "--task", "all", "--together", "--balanced"), "choose one"),
         (("--stage", "adapters"), "no task given"),
         (("--composite-rows", "2"), "composite_rows"),
