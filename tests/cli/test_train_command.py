@@ -374,14 +374,14 @@ def test_dry_run_of_adapters_shows_what_each_would_be_trained_with(meteora, plac
 
 
 @pytest.mark.slow
-def test_jobs_train_all_and_a_failure_is_the_exit_code(place) -> None:
+def test_jobs_train_all_and_what_is_missing_is_said_before_they_begin(place) -> None:
     flags = ("--stage", "adapters", "--task", "all", "--max-steps", "3", "--rank", "2", "--out", "side", "--jobs", "2")
     done = json.loads(shell(place, *flags, "--json").out)
     assert [(entry["task"], entry["skipped"]) for entry in done] == [("count", False), ("shout", False)]
     assert all(entry["skipped"] for entry in json.loads(shell(place, *flags, "--json").out))
     assert {path.name.partition("-")[0] for path in (place / "cache" / "tokens").iterdir()} == {"count", "shout"}
-    failed = shell(place, *flags, "--task", "count", "--force", "--log-to", "wandb", code=1)
-    assert "1 of 1 tasks failed: count: " in failed.err
+    failed = shell(place, *flags, "--task", "count", "--force", "--log-to", "wandb", code=2)
+    assert 'log_to = "wandb", and wandb is not installed' in failed.err
     assert "Traceback" not in failed.err
 
 
