@@ -96,7 +96,8 @@ def write_authors(
     for name, alpha, weights in zip(names, alphas, adapters, strict=True):
         folder = tmp_path / "peft" / name
         folder.mkdir(parents=True)
-        description = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.1, "bias": "none", "target_modules": ["q_proj"]}
+        description = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.1, "bias": "none"}
+        description["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         (folder / "adapter_config.json").write_text(json.dumps(description))
         save_file(weights, folder / "adapter_model.safetensors")
     checkpoint = tmp_path / "top_2"
