@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from support import processes
+
 pytestmark = pytest.mark.slow
-SMALL = ("--adapter-steps", "3", "--gate-steps", "2", "--test-rows", "4", "--composite-rows", "1")
+SMALL = ("--adapter-steps", "2", "--gate-steps", "2", "--test-rows", "2", "--composite-rows", "1")
+ENVIRONMENT = {"METEORA_RUN_LOG": "", "NO_COLOR": "1", "COLUMNS": "160"}
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "meteora_cli", *arguments]
+def small_meteora(*arguments: str) -> None:
+    """The command, whose quickstart has smaller batches, a closed-form start on fewer tokens and fewer held-out rows: its defaults take minutes."""
+    from meteora_core import quickstart
+    from meteora_core.training import common
+
+    quickstart.QuickstartPlan = partial(quickstart.QuickstartPlan, adapter_batches=(2, 2, 2), gate_batch=2, ridge_tokens=4_000)
+    common.HELD_OUT = 8
+    processes.meteora(*arguments)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "METEORA_RUN_LOG": "", "NO_COLOR": "1", "COLUMNS": "160"}
-
-
-def run(folder: Path, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*arguments), cwd=folder, capture_output=True, text=True, input=stdin, env=environment(), check=False, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+def run(folder: Path, *arguments: str, stdin: str = "") -> processes.Ended:
+    done = processes.run(small_meteora, *arguments, folder=folder, environment=ENVIRONMENT, stdin=stdin)
+    assert done.code == 0, done.err[-3000:]
     return done
 
 
@@ -35,30 +39,32 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with a finished small quickstart, which was killed twice on its way."""
     folder = tmp_path_factory.mktemp("quickstart")
     for wait_for in ("runs/quickstart/adapters/.logical_deduction.states", "runs/quickstart/adapters/question_selection"):
-        child = subprocess.Popen(command("quickstart", *SMALL), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-        until = time.monotonic() + 600
-        while not (folder / wait_for).exists() and child.poll() is None and time.monotonic() < until:
-            time.sleep(0.2)
+        child = processes.start(small_meteora, "quickstart", *SMALL, folder=folder, environment=ENVIRONMENT)
+        while not (folder / wait_for).exists() and not child.ended:
+            time.sleep(0.1)
             if wait_for.endswith(".states") and (folder / "runs/quickstart/adapters/logical_deduction").exists():
                 break
-        assert child.poll() is None, "the run ended before it could be killed"
-        child.send_signal(signal.SIGKILL)
+        assert not child.ended, f"the run ended before it could be killed: {child.err[-3000:]}"
+        os.kill(child.pid, signal.SIGKILL)
         child.wait()
     run(folder, "quickstart", *SMALL)
     return folder
 
 
 def test_the_table_compares_all_models_and_is_kept(place) -> None:
-    began = time.monotonic()
-    report = json.loads(run(place, "quickstart", *SMALL, "--json").stdout)
-    assert time.monotonic() - began < 60
+    def made() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (place / "runs/quickstart").rglob("*") if path.is_file()}
+
+    before = made()
+    report = json.loads(run(place, "quickstart", *SMALL, "--json").out)
+    assert made() == before, "a finished run does nothing again"
     assert list(report["scores"]) == ["logical_deduction", "question_selection", "strategyqa", "composite_3"]
     for task, models in report["scores"].items():
         assert set(models) == {"base", "meteora"} | (set() if task == "composite_3" else {"adapter"})
     assert 0.4 < report["held_out"]["gate_accuracy"] <= 1
     text = run(place, "quickstart", *SMALL)
-    assert "MeteoRA" in text.stdout
-    assert "meteora chat --checkpoint" in text.stderr
+    assert "MeteoRA" in text.out
+    assert "meteora chat --checkpoint" in text.err
 
 
 def test_the_checkpoint_is_small_and_holds_only_gates(place) -> None:
@@ -83,7 +89,7 @@ def test_special_tokens_of_the_converted_base_are_fixed() -> None:
 def test_eval_writes_results_in_the_harness_shape(place) -> None:
     arguments = ("eval", "--task", "strategyqa,logical_deduction", "--model", "all", "--limit", "2", "--max-new-tokens", "8", "--json")
     folders = ("--data", "runs/quickstart/datasets", "--adapters", "runs/quickstart/adapters")
-    documents = json.loads(run(place, *arguments, *folders).stdout)
+    documents = json.loads(run(place, *arguments, *folders).out)
     assert [document["model_name"] for document in documents] == ["base", "own", "meteora"]
     for document in documents:
         assert document["n-samples"]["strategyqa"]["effective"] == 2
@@ -95,7 +101,7 @@ def test_eval_writes_results_in_the_harness_shape(place) -> None:
 
 def test_chat_answers_on_a_pipe(place) -> None:
     done = run(place, "chat", "--checkpoint", "runs/quickstart/meteora", stdin="Is the sky blue?\n")
-    assert done.stdout.strip()
+    assert done.out.strip()
 
 
 def test_train_and_eval_by_hand(place) -> None:
@@ -107,11 +113,11 @@ def test_train_and_eval_by_hand(place) -> None:
     done = run(
         place, "eval", "--task", "strategyqa", *data, "--checkpoint", "runs/own", "--limit", "1", "--max-new-tokens", "4", "--T", "2", "--top-k", "1", "--debug"
     )
-    assert "strategyqa" in done.stdout
+    assert "strategyqa" in done.out
 
 
 def test_a_top_k_above_the_number_of_adapters_is_refused(place) -> None:
-    arguments = command("eval", "--task", "strategyqa", "--data", "runs/quickstart/datasets", "--top-k", "4")
-    done = subprocess.run(arguments, cwd=place, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 2
-    assert "top_k is 4, but the checkpoint has 3 adapters" in done.stderr
+    arguments = ("eval", "--task", "strategyqa", "--data", "runs/quickstart/datasets", "--top-k", "4")
+    done = processes.run(small_meteora, *arguments, folder=place, environment=ENVIRONMENT)
+    assert done.code == 2
+    assert "top_k is 4, but the checkpoint has 3 adapters" in done.err
