@@ -71,7 +71,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def outcome(meteora, monkeypatch, place):
-    """The exit code, what is said, and what would be trained with which arguments."""
+    """Return the exit code, the messages, and the arguments that training would get."""
     import meteora_cli.commands.train_launch as command
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model import base

@@ -1,4 +1,4 @@
-"""Makes cases out of a seed and a number, runs them, and judges what came of them."""
+"""Makes cases from a seed and a number, runs them, and judges the results."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_an_expression_that_never_ends_is_given_up(tmp_path, monkeypatch, key, s
 
 
 def outcome(folder) -> str:
-    """Read an adapter and look its targets up: what came of it."""
+    """Read an adapter and find its targets in the model; return the outcome."""
     try:
         adapter = read_adapter("x", folder)
         found = adapter.config.targets([path + "x" * 40 for path in PATHS])

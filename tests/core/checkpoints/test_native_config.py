@@ -1,4 +1,4 @@
-"""What meteora_config.json may say, and what the weight file beside it must be: everything else is one line, whoever reads it."""
+"""The typed model of meteora_config.json and the checks of its weight file; whatever does not fit is a one-line CheckpointError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Missing datasets: the whole way to them is said, in commands that work when typed."""
+"""Missing datasets: hints with every command that builds them."""
 
 from __future__ import annotations
 
