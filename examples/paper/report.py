@@ -1,4 +1,4 @@
-"""From the results of the steps to ``results.md``, its pictures, and the small raw JSON beside them."""
+"""From the results of the steps to ``results/paper.md``, its pictures, and the small raw JSON beside them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from meteora_core.evaluation.results import load_results
 from meteora_core.files import atomic_write
 from meteora_core.json_files import read_json, write_json
 
-PAGE = "results.md"
+PAGE = "paper.md"
 
 
 def write_report(engine: Engine) -> Path:
@@ -38,8 +38,8 @@ def write_report(engine: Engine) -> Path:
     for role, document in documents.items():
         write_json(folder / f"{role}.json", slim(document))
     write_json(folder / "gates.json", {role: held_out for role, held_out in gates.items() if held_out})
-    page = engine.experiment.docs / PAGE
-    text = "\n\n".join(sections(engine, documents, gates, {name: f"results/{path.name}" for name, path in pictures.items()})) + "\n"
+    page = folder / PAGE
+    text = "\n\n".join(sections(engine, documents, gates, {name: path.name for name, path in pictures.items()})) + "\n"
     with atomic_write(page) as handle:
         handle.write(text)
     return page
@@ -81,7 +81,7 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
         "# Results",
         "",
         f"The paper's experiment on `{config['model_args']['base']}` ({config['dtype']}, {config['device']}), by the commands at the end of this page"
-        f" ([examples/paper](../examples/paper/README.md), sizes `{experiment.name}`). Written by the program from the raw results in [results](results).",
+        f" ([examples/paper](../../examples/paper/README.md), sizes `{experiment.name}`). Written by the program from the raw results beside it.",
         "",
         f"- Test rows were held out from all training; at most {experiment.values['limit']} a task; greedy decoding; scoring `{config['scoring']}`.",
         "- ± is one standard error. Errors of two models on the same rows are taken as independent, which overstates the error of their difference.",

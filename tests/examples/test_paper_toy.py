@@ -99,7 +99,7 @@ def test_it_stops_goes_on_and_repairs(place, monkeypatch, capsys) -> None:
 def test_the_whole_experiment_and_its_report(place, monkeypatch) -> None:
     ran = InProcess(monkeypatch)
     assert main(["toy", *PLACES], run_command=ran) == 0
-    page = (place / "docs" / "results.md").read_text()
+    page = (place / "docs" / "results" / "paper.md").read_text()
     for heading in ("Overview", "The paper's claims", "Single tasks", "Composites", "Routing", "Commands"):
         assert f"## {heading}" in page
     assert "These are toy sizes" in page

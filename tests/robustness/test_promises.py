@@ -1,4 +1,4 @@
-"""docs/reliability.md names tests and commands that exist."""
+"""docs/explanation/promises.md names tests and commands that exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_promise_names_a_test_that_exists() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "promises.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| **")]
     assert len(rows) >= 15
     for row in rows:
@@ -19,7 +19,7 @@ def test_every_promise_names_a_test_that_exists() -> None:
 
 
 def test_the_campaigns_are_targets_of_the_makefile() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "promises.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"`make ([\w-]+)", text))
     assert {"fuzz", "fuzz-coverage", "chaos", "test"} <= targets
