@@ -204,7 +204,7 @@ class _Session:
             build_composite(self.data, n=len(TASKS), progress=self.progress)
 
     def train_adapters(self) -> None:
-        from meteora_core.training.adapters import adapter_inputs, adapter_is_current, train_adapter
+        from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current, train_adapter
 
         for task in TASKS:
             settings = self.plan.adapter_settings(task)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from meteora_core.model.base import BaseReference
     from meteora_core.progress import Progress
     from meteora_core.settings import AdapterTrainSettings, Settings
-    from meteora_core.training.runtime import Runtime
+    from meteora_core.training.distributed import Runtime
 
 
 class Stage(StrEnum):
@@ -213,7 +213,7 @@ def train(
     from meteora_core.data.userdata import register_all
     from meteora_core.errors import MeteoraError, UsageError
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
-    from meteora_core.training.runtime import start_runtime
+    from meteora_core.training.distributed import start_runtime
 
     refuse_idle_flags(ctx, settings, gates=stage is Stage.gates, balanced=balanced)
     register_all(settings)
@@ -300,7 +300,7 @@ def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) 
 
 def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, balanced: str | None) -> None:
     """Print, for every adapter, what it would be trained with, and whether it is there already."""
-    from meteora_core.training.adapters import adapter_inputs, adapter_is_current
+    from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current
     from meteora_core.training.task_defaults import differing
 
     out_dir = run.out_dir or run.settings.paths.adapters
@@ -328,10 +328,10 @@ def _loss(value: float) -> str:
 def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
-    from meteora_core.training.adapters import adapter_inputs, adapter_is_current, train_adapter
     from meteora_core.training.common import check_targets
-    from meteora_core.training.jobs import JobPlan, job_devices, train_side_by_side
-    from meteora_core.training.together import train_together
+    from meteora_core.training.joint_adapters import train_together
+    from meteora_core.training.parallel_adapters import JobPlan, job_devices, train_side_by_side
+    from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current, train_adapter
 
     if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
         raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")

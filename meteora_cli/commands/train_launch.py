@@ -27,8 +27,8 @@ def launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder:
     from meteora_core.json_files import write_json
     from meteora_core.locks import scratch_folder
     from meteora_core.model.base import pick_dtype
-    from meteora_core.training.launch import launch_command, launch_config, process_count, run_command
-    from meteora_core.training.zero import zero_config
+    from meteora_core.training.accelerate_launch import launch_command, launch_config, process_count, run_command
+    from meteora_core.training.deepspeed_zero import zero_config
 
     wish = settings.launch
     devices = 0 if settings.model.device == "cpu" else torch.cuda.device_count()

@@ -121,7 +121,7 @@ def whole_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] |
     path, _, last = name.rpartition(".")
     tensor = real_tensor(model.get_submodule(path), last, path)
     if _is_spread(tensor):
-        from meteora_core.training.runtime import full_tensor
+        from meteora_core.training.distributed import full_tensor
 
         return full_tensor(tensor)
     return tensor.detach()

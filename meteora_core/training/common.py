@@ -27,7 +27,7 @@ from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import is_regular
 from meteora_core.settings import OptimSettings
 from meteora_core.text import listed
-from meteora_core.training.rows import Encoded, TrainRow, encode_rows
+from meteora_core.training.encoding import Encoded, TrainRow, encode_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ INFO_FILE = "meteora_training.json"
 """Beside an adapter's weights: how it was trained."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", INFO_FILE)
-"""What :func:`meteora_core.training.adapters.save_adapter` writes."""
+"""What :func:`meteora_core.training.single_adapter.save_adapter` writes."""
 
 HELD_OUT = 64
 """At most so many train rows of a task are kept out of training, to watch it by; test rows are never looked at."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from meteora_core.data.composite import FEWEST_CANDIDATES, SHORT_SHARE, compose, lead_text, numbered
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError
-from meteora_core.training.rows import Encoded, Labelled, encode_labelled
+from meteora_core.training.encoding import Encoded, Labelled, encode_labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,6 +28,7 @@ from meteora_core.reading import is_regular
 from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.attention import without_cudnn_attention
+from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.common import (
     check_checkpoint_folder,
     disable_checkpointing,
@@ -41,15 +42,14 @@ from meteora_core.training.common import (
     with_order,
 )
 from meteora_core.training.composites import POOL, make_composites
+from meteora_core.training.deepspeed_zero import is_zero
+from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
+from meteora_core.training.encoding import Batch, TrainRow, collate, row_lengths
+from meteora_core.training.gate_metrics import gate_tallies, hit_sum, measure_gates
 from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train
 from meteora_core.training.loss import lm_losses
-from meteora_core.training.measure import gate_tallies, hit_sum, measure_gates
-from meteora_core.training.plan import plan_batches
 from meteora_core.training.ridge import ridge_gates, token_weights
-from meteora_core.training.rows import Batch, TrainRow, collate, row_lengths
-from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import last_loss, saved_states
-from meteora_core.training.zero import is_zero
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class TrainedGates:
         folder: The checkpoint.
         skipped: It was there already, trained with the same inputs.
         steps, loss, tokens, seconds: Of the training.
-        held_out: Measured on train rows that were kept out of training; see :func:`meteora_core.training.measure.measure_gates`.
+        held_out: Measured on train rows that were kept out of training; see :func:`meteora_core.training.gate_metrics.measure_gates`.
         cut: How many rows were cut to the longest length.
         sampled: Per task, how much of it was seen; see :class:`meteora_core.training.state.RunState`.
         memory: Of the GPUs, as there.

@@ -18,10 +18,10 @@ from meteora_core.model.nonfinite import first_nonfinite_module
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.attention import without_cudnn_attention
+from meteora_core.training.batch_plan import Pick, plan_batches, plan_packed
+from meteora_core.training.distributed import SINGLE, Runtime, assign, full_tensor
+from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
 from meteora_core.training.packing import check_packing
-from meteora_core.training.plan import Pick, plan_batches, plan_packed
-from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
-from meteora_core.training.runtime import SINGLE, Runtime, assign, full_tensor
 from meteora_core.training.state import RunState, load_state, save_state, saved_states
 from meteora_core.training.trackers import Tracker, finite, open_tracker
 
@@ -66,7 +66,7 @@ class Objective(Protocol):
 
 
 Run = Callable[[Callable[[nn.Module], Any]], Any]
-"""Runs work on the model; see :meth:`meteora_core.training.runtime.Runtime.run`."""
+"""Runs work on the model; see :meth:`meteora_core.training.distributed.Runtime.run`."""
 
 
 @dataclass(frozen=True)

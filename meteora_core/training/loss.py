@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from meteora_core.routing import IGNORE
-from meteora_core.training.rows import Batch
-from meteora_core.training.zero import is_sharded
+from meteora_core.training.deepspeed_zero import is_sharded
+from meteora_core.training.encoding import Batch
 
 CHUNK = 256
 """Tokens whose logits exist at once."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
 from meteora_core.routing import IGNORE
-from meteora_core.training.rows import Batch, TrainRow, collate, collate_packed
+from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed
 
 _LENGTHS = (9, 7)
 """Tokens of the two rows of the probe; together a length that needs no padding."""

@@ -16,7 +16,7 @@ from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, routing_state
-from meteora_core.training.rows import Batch, TrainRow
+from meteora_core.training.encoding import Batch, TrainRow
 
 SHRINK = 1e-2
 """Ridge strength, as a share of the mean squared activation times the number of tokens."""

@@ -20,7 +20,7 @@ from meteora_core.data.rows import split_path, stream_rows
 from meteora_core.errors import MeteoraError, StorageError
 from meteora_core.files import locked, sha256, storage_errors
 from meteora_core.progress import SILENT, Progress
-from meteora_core.training.rows import TrainRow, fit_row, leading_special_tokens, tokenised
+from meteora_core.training.encoding import TrainRow, fit_row, leading_special_tokens, tokenised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ CHUNK = 512
 
 
 class CachedRows(Sequence[TrainRow]):
-    """Rows of a dataset as :func:`meteora_core.training.rows.encode_rows` would give them; each is read from disk when it is asked for.
+    """Rows of a dataset as :func:`meteora_core.training.encoding.encode_rows` would give them; each is read from disk when it is asked for.
 
     Args:
         dataset: With ``tokens``, ``start`` and ``length``.

@@ -233,8 +233,8 @@ def test_accelerate_takes_the_deepspeed_configuration(tmp_path, monkeypatch) -> 
     from accelerate.commands import launch as accelerate_launch
 
     from meteora_core.settings import GateTrainSettings, LaunchSettings
-    from meteora_core.training.launch import launch_command, launch_config
-    from meteora_core.training.zero import zero_config
+    from meteora_core.training.accelerate_launch import launch_command, launch_config
+    from meteora_core.training.deepspeed_zero import zero_config
 
     settings = LaunchSettings(launcher="deepspeed", zero_stage=2, cpu_offload=True)
     files = {
@@ -264,7 +264,7 @@ def test_accelerate_shards_by_fsdp_with_one_process_too(tmp_path, monkeypatch) -
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     from meteora_core.settings import LaunchSettings
-    from meteora_core.training.launch import launch_command, launch_config
+    from meteora_core.training.accelerate_launch import launch_command, launch_config
 
     (tmp_path / "launch.json").write_text(json.dumps(launch_config(LaunchSettings(launcher="fsdp"), 1)))
     arguments = accelerate_launch.launch_command_parser().parse_args(launch_command(tmp_path / "launch.json", ["train", "--launcher", "none"])[3:])
@@ -284,7 +284,7 @@ def test_sharding_that_accelerate_leaves_out_is_refused(monkeypatch) -> None:
     import accelerate
 
     from meteora_core.errors import UsageError
-    from meteora_core.training.runtime import start_runtime
+    from meteora_core.training.distributed import start_runtime
 
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_USE_FSDP": "true"}.items():
         monkeypatch.setenv(name, value)
@@ -298,10 +298,10 @@ def test_sharding_that_accelerate_leaves_out_is_refused(monkeypatch) -> None:
 def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
     from meteora_core.errors import UsageError
     from meteora_core.settings import LaunchSettings
-    from meteora_core.training import zero
-    from meteora_core.training.launch import process_count
+    from meteora_core.training import deepspeed_zero
+    from meteora_core.training.accelerate_launch import process_count
 
-    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed_zero, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="DeepSpeed is not installed") as missing:
         process_count(LaunchSettings(launcher="deepspeed"), 2)
     assert "--launcher fsdp" in (missing.value.hint or "")
@@ -420,7 +420,7 @@ def test_all_leaves_out_composites_of_any_name(meteora, place, monkeypatch) -> N
 
 def test_the_sharding_configuration() -> None:
     from meteora_core.settings import LaunchSettings
-    from meteora_core.training.launch import launch_config, process_count
+    from meteora_core.training.accelerate_launch import launch_config, process_count
 
     fsdp = LaunchSettings(launcher="fsdp", cpu_offload=True)
     assert process_count(fsdp, 8) == 8
@@ -433,7 +433,7 @@ def test_the_sharding_configuration() -> None:
 SIDE_BY_SIDE = """
 import json, sys, time
 from pathlib import Path
-from meteora_core.training import launch
+from meteora_core.training import accelerate_launch
 from meteora_cli.app import main
 
 def waits_for_the_other(command, *, threads=None):
@@ -445,7 +445,7 @@ def waits_for_the_other(command, *, threads=None):
     return 0
 
 name = sys.argv.pop()
-launch.run_command = waits_for_the_other
+accelerate_launch.run_command = waits_for_the_other
 main()
 """
 

@@ -75,7 +75,7 @@ def outcome(meteora, monkeypatch, place):
     import meteora_cli.commands.train_launch as command
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model import base
-    from meteora_core.training import adapters, gates, jobs, launch, runtime, together
+    from meteora_core.training import accelerate_launch, distributed, gates, joint_adapters, parallel_adapters, single_adapter
 
     called = []
 
@@ -90,13 +90,13 @@ def outcome(meteora, monkeypatch, place):
     monkeypatch.setattr(base, "load_tokenizer", lambda reference, **_: "tokenizer")
     monkeypatch.setattr(base, "pick_device", torch.device)
     monkeypatch.setattr(AdapterBank, "from_peft", lambda folders, **_: sorted(folders.items()))
-    monkeypatch.setattr(adapters, "train_adapter", record("adapter"))
-    monkeypatch.setattr(together, "train_together", record("together"))
-    monkeypatch.setattr(jobs, "train_side_by_side", record("jobs"))
+    monkeypatch.setattr(single_adapter, "train_adapter", record("adapter"))
+    monkeypatch.setattr(joint_adapters, "train_together", record("together"))
+    monkeypatch.setattr(parallel_adapters, "train_side_by_side", record("jobs"))
     monkeypatch.setattr(gates, "train_gates", record("gates"))
-    monkeypatch.setattr(launch, "launch_config", record("launch"))
-    monkeypatch.setattr(launch, "cannot_shard", lambda: Called("shard"))
-    monkeypatch.setattr(runtime.Runtime, "__repr__", lambda _: "runtime")
+    monkeypatch.setattr(accelerate_launch, "launch_config", record("launch"))
+    monkeypatch.setattr(accelerate_launch, "cannot_shard", lambda: Called("shard"))
+    monkeypatch.setattr(distributed.Runtime, "__repr__", lambda _: "runtime")
     assert command.launch
 
     def run(*flags: str):

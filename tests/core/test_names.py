@@ -16,10 +16,10 @@ from meteora_core.data.userdata import own_task
 from meteora_core.errors import DataError, UsageError
 from meteora_core.names import KEYWORDS, LONGEST, check_name, folder_of, inside, is_name, problem_of
 from meteora_core.settings import load_settings
-from meteora_core.training.adapters import train_adapter
 from meteora_core.training.common import INFO_FILE, check_adapter_folder, check_targets
-from meteora_core.training.jobs import JobPlan, train_side_by_side
-from meteora_core.training.together import train_together
+from meteora_core.training.joint_adapters import train_together
+from meteora_core.training.parallel_adapters import JobPlan, train_side_by_side
+from meteora_core.training.single_adapter import train_adapter
 
 BAD = [
     "",

@@ -8,7 +8,7 @@ from chat_world import CHAT_TEMPLATE, byte_tokenizer
 from meteora_core.chat.prompts import Turn, encode, fit, pick_template
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError
-from meteora_core.training.rows import encode_rows
+from meteora_core.training.encoding import encode_rows
 
 TOKENIZER = byte_tokenizer()
 ONE = tuple(TOKENIZER("one")["input_ids"])

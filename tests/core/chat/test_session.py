@@ -203,7 +203,7 @@ def test_a_saved_conversation_comes_back(session, tmp_path) -> None:
 
 def test_saved_rows_are_read_by_training(session, tmp_path) -> None:
     from meteora_core.data.rows import read_rows
-    from meteora_core.training.rows import encode_rows
+    from meteora_core.training.encoding import encode_rows
 
     ask(session, "One?")
     session.save(tmp_path / "mine" / "train.jsonl")

@@ -17,9 +17,9 @@ from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
 from meteora_core.routing import record_routes, routing_state
 from meteora_core.training.common import enable_checkpointing
+from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts
-from meteora_core.training.rows import TrainRow, collate
 from tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))

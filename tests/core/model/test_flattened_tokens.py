@@ -17,10 +17,10 @@ from meteora_core.model.attach import meteora_layers, set_trainable
 from meteora_core.model.tokens import check_observable
 from meteora_core.routing import IGNORE, record_routes
 from meteora_core.training.common import enable_checkpointing
+from meteora_core.training.encoding import TrainRow, collate
+from meteora_core.training.joint_adapters import TogetherObjective
 from meteora_core.training.loop import Counts
 from meteora_core.training.ridge import ridge_gates, token_weights
-from meteora_core.training.rows import TrainRow, collate
-from meteora_core.training.together import TogetherObjective
 from tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))

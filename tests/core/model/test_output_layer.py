@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from meteora_core import AdapterBank, attach, detach, load_checkpoint, save_checkpoint
 from meteora_core.model.attach import meteora_layers
 from meteora_core.routing import record_routes
+from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts
 from meteora_core.training.ridge import ridge_gates, token_weights
-from meteora_core.training.rows import TrainRow, collate
 from tiny_models import declare_trained, make_tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

@@ -19,7 +19,7 @@ def accelerate_fsdp():
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     from meteora_core.settings import LaunchSettings
-    from meteora_core.training.launch import launch_config
+    from meteora_core.training.accelerate_launch import launch_config
 
     config = launch_config(LaunchSettings(launcher="fsdp"), 2)["fsdp_config"]
     accelerator = Accelerator(cpu=True)
@@ -40,7 +40,7 @@ def accelerate_zero(stage: int, settings):
     from accelerate.utils import DistributedType
 
     from meteora_core.settings import LaunchSettings
-    from meteora_core.training.zero import zero_config
+    from meteora_core.training.deepspeed_zero import zero_config
 
     config = zero_config(LaunchSettings(launcher="deepspeed", zero_stage=stage), settings, torch.float32)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard weights as small as these too
@@ -59,7 +59,7 @@ def main(options: dict[str, Any]) -> None:
     from meteora_core import AdapterBank
     from meteora_core.settings import GateTrainSettings
     from meteora_core.training import gates, loop
-    from meteora_core.training.runtime import Runtime
+    from meteora_core.training.distributed import Runtime
 
     data, adapters, folder = (Path(options[key]) for key in ("data", "adapters", "folder"))
     settings, stage = GateTrainSettings(**options["settings"]), options.get("zero")

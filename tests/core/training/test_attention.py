@@ -7,12 +7,12 @@ import torch
 
 from meteora_core import AdapterBank, attach
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.adapters import LmObjective
 from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.common import enable_checkpointing
+from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts, Task, train
-from meteora_core.training.rows import TrainRow, collate
+from meteora_core.training.single_adapter import LmObjective
 from tiny_models import make_tiny_llama
 
 ROWS = [TrainRow((5, 6, 7, 8), (0,) * 4, 2)] * 4

@@ -8,9 +8,9 @@ from test_training_rows import letters
 from meteora_core.data.composite import compose, lead_text, numbered
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError
+from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.composites import composite_text, make_composites
-from meteora_core.training.plan import plan_batches
-from meteora_core.training.rows import encode_labelled
+from meteora_core.training.encoding import encode_labelled
 
 A, B, C = Row("[INST] one [/INST]\n", "first"), Row("[INST] two [/INST]\n", "x\ny"), Row("[INST] 1. one [/INST]\n", "1. third")
 

@@ -9,10 +9,10 @@ import torch
 
 from meteora_core import AdapterBank, attach
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
-from meteora_core.training.adapters import LmObjective, with_lora
+from meteora_core.training.encoding import TrainRow
 from meteora_core.training.gates import GateObjective, trainable_in_float32
 from meteora_core.training.loop import Objective, Task, train
-from meteora_core.training.rows import TrainRow
+from meteora_core.training.single_adapter import LmObjective, with_lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -83,6 +83,6 @@ def test_sixteen_bit_training_with_very_negative_scores(family: str, stage: str,
 def bank_of(base: Any) -> AdapterBank:
     """Two random adapters on the linears of the base."""
     from meteora_core.model.base import BaseReference
-    from meteora_core.training.together import fresh_bank
+    from meteora_core.training.joint_adapters import fresh_bank
 
     return fresh_bank(base, ["a", "b"], BaseReference("tiny"), AdapterTrainSettings(rank=4))

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from meteora_core.training import loss as loss_module
+from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.loss import lm_loss_sum
-from meteora_core.training.rows import TrainRow, collate
 from tiny_models import make_tiny_llama
 
 

@@ -11,8 +11,8 @@ from test_training_rows import letters
 from meteora_core import AdapterBank
 from meteora_core.model.base import BaseReference
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
-from meteora_core.training.adapters import train_adapter
 from meteora_core.training.gates import train_gates
+from meteora_core.training.single_adapter import train_adapter
 from tiny_models import make_tiny_llama
 
 BASE = BaseReference("tiny")

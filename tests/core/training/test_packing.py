@@ -10,13 +10,13 @@ from meteora_core import AdapterBank, attach
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.adapters import LmObjective
+from meteora_core.training.batch_plan import plan_packed
+from meteora_core.training.encoding import TrainRow, collate, collate_packed
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts, Task, train
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.packing import check_packing
-from meteora_core.training.plan import plan_packed
-from meteora_core.training.rows import TrainRow, collate, collate_packed
+from meteora_core.training.single_adapter import LmObjective
 from tiny_models import make_tiny_llama
 
 

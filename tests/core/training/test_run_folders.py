@@ -19,11 +19,11 @@ from meteora_core import AdapterBank
 from meteora_core.errors import BusyError, CheckpointError, StorageError, UsageError
 from meteora_core.files import sha256
 from meteora_core.settings import GateTrainSettings
-from meteora_core.training.adapters import train_adapter
 from meteora_core.training.gates import train_gates
-from meteora_core.training.jobs import JobPlan, train_side_by_side
+from meteora_core.training.joint_adapters import train_together
+from meteora_core.training.parallel_adapters import JobPlan, train_side_by_side
+from meteora_core.training.single_adapter import train_adapter
 from meteora_core.training.state import RunState, load_state, save_state
-from meteora_core.training.together import train_together
 
 __all__ = ["adapters", "data"]
 

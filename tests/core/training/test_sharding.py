@@ -15,8 +15,8 @@ from test_training_rows import letters
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import UsageError
 from meteora_core.settings import GateTrainSettings
+from meteora_core.training.distributed import Runtime, layer_classes, shard_units
 from meteora_core.training.gates import train_gates
-from meteora_core.training.runtime import Runtime, layer_classes, shard_units
 from support import processes
 from tiny_models import make_tiny_llama
 

@@ -19,13 +19,13 @@ from meteora_core.model.base import BaseReference
 from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import loop
-from meteora_core.training.adapters import train_adapter
+from meteora_core.training.encoding import TrainRow, collate, count_row_answers, encode_rows
+from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.gates import GateObjective, train_gates
 from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
-from meteora_core.training.measure import measure_gates
 from meteora_core.training.ridge import token_weights
-from meteora_core.training.rows import TrainRow, collate, count_row_answers, encode_rows
+from meteora_core.training.single_adapter import train_adapter
 from tiny_models import make_tiny_llama
 
 BASE = BaseReference("tiny")

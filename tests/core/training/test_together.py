@@ -12,8 +12,8 @@ from test_training_rows import letters
 
 from meteora_core.errors import UsageError
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.adapters import train_adapter
-from meteora_core.training.together import train_together
+from meteora_core.training.joint_adapters import train_together
+from meteora_core.training.single_adapter import train_adapter
 
 __all__ = ["adapters", "data"]
 TASKS = ("shout", "count")

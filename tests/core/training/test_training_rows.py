@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from meteora_core.data.rows import Row
 from meteora_core.errors import DataError
-from meteora_core.training.plan import plan_batches
-from meteora_core.training.rows import collate, encode_rows, leading_special_tokens
+from meteora_core.training.batch_plan import plan_batches
+from meteora_core.training.encoding import collate, encode_rows, leading_special_tokens
 
 
 def letters(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:

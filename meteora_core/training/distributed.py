@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
-from meteora_core.training.zero import check_deepspeed, is_zero, moments, set_moments, set_weight, whole_weight
+from meteora_core.training.deepspeed_zero import check_deepspeed, is_zero, moments, set_moments, set_weight, whole_weight
 
 T = TypeVar("T")
 Kind = Literal["none", "ddp", "fsdp", "deepspeed"]

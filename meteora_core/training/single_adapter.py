@@ -35,11 +35,11 @@ from meteora_core.training.common import (
     tidy,
     with_order,
 )
+from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
+from meteora_core.training.encoding import Batch, TrainRow, collate
+from meteora_core.training.gate_metrics import by_task
 from meteora_core.training.loop import Computed, Counts, Run, Task, train
 from meteora_core.training.loss import lm_losses
-from meteora_core.training.measure import by_task
-from meteora_core.training.rows import Batch, TrainRow, collate
-from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import INFO, RunState, differences, last_loss, saved_states
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def sixteen_bit(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def lm_tallies(batch: Batch, losses: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """The language-model loss per task; see :func:`meteora_core.training.measure.by_task`."""
+    """The language-model loss per task; see :func:`meteora_core.training.gate_metrics.by_task`."""
     return by_task("lm", losses, torch.where(batch.targets.reshape(-1) != IGNORE, batch.gate_labels.reshape(-1), IGNORE), names)
 
 

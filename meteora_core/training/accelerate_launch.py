@@ -18,8 +18,8 @@ from typing import Any
 
 from meteora_core.errors import UsageError
 from meteora_core.settings import LaunchSettings
-from meteora_core.training.runtime import cannot_shard
-from meteora_core.training.zero import check_deepspeed
+from meteora_core.training.deepspeed_zero import check_deepspeed
+from meteora_core.training.distributed import cannot_shard
 from meteora_core.workers import tied
 
 GRACE = 40.0

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
+from meteora_core.training.distributed import SINGLE, Runtime
+from meteora_core.training.encoding import Batch, TrainRow, collate
 from meteora_core.training.loss import lm_losses
-from meteora_core.training.rows import Batch, TrainRow, collate
-from meteora_core.training.runtime import SINGLE, Runtime
 
 COMPOSITES = "composites"
 """The name under which held-out composites are reported."""

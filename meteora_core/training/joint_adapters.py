@@ -28,7 +28,13 @@ from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.adapters import (
+from meteora_core.training.batch_plan import Pick, plan_batches
+from meteora_core.training.common import check_targets, disable_checkpointing, enable_checkpointing, encoded_rows, only_writer, run_inputs, short_hash, tidy
+from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
+from meteora_core.training.encoding import Batch, TrainRow, row_lengths
+from meteora_core.training.loop import Computed, Counts, Run, Task
+from meteora_core.training.loss import lm_losses
+from meteora_core.training.single_adapter import (
     TrainedAdapter,
     adapter_inputs,
     adapter_is_current,
@@ -40,12 +46,6 @@ from meteora_core.training.adapters import (
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.common import check_targets, disable_checkpointing, enable_checkpointing, encoded_rows, only_writer, run_inputs, short_hash, tidy
-from meteora_core.training.loop import Computed, Counts, Run, Task
-from meteora_core.training.loss import lm_losses
-from meteora_core.training.plan import Pick, plan_batches
-from meteora_core.training.rows import Batch, TrainRow, row_lengths
-from meteora_core.training.runtime import SINGLE, Runtime, full_tensor
 from meteora_core.training.state import last_loss
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def train_together(
         tokenizer: Its tokenizer.
         tasks: Built datasets in ``data_dir``.
         base, data_dir, out_dir, settings, max_rows, token_cache, resume, force, runtime, progress: As for
-            :func:`meteora_core.training.adapters.train_adapter`.
+            :func:`meteora_core.training.single_adapter.train_adapter`.
         per_task: The settings of single tasks; they may differ in ``max_length``, ``batch_size`` and ``accumulation`` alone.
 
     Returns:
@@ -202,7 +202,7 @@ def _train(
 
 
 def fresh_bank(model: PreTrainedModel, tasks: Sequence[str], base: BaseReference, settings: AdapterTrainSettings) -> AdapterBank:
-    """A bank in which every task has the very LoRA that :func:`meteora_core.training.adapters.train_adapter` would start from."""
+    """A bank in which every task has the very LoRA that :func:`meteora_core.training.single_adapter.train_adapter` would start from."""
     torch.manual_seed(settings.seed)
     peft_model = with_lora(model, base, settings)
     try:

@@ -25,8 +25,8 @@ from meteora_core.errors import MeteoraError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, locate_base, pick_device
 from meteora_core.progress import SILENT, Progress, Task
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.adapters import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
 from meteora_core.training.common import check_targets, tidy
+from meteora_core.training.single_adapter import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
 from meteora_core.workers import follow_parent
 
 PAUSE = 0.2
@@ -43,7 +43,7 @@ class JobPlan:
         settings: Per task, how its adapter is trained.
         base, dtype: The base model and its number type.
         devices: Of each worker.
-        data_dir, out_dir, max_rows, token_cache, resume, force: As for :func:`meteora_core.training.adapters.train_adapter`.
+        data_dir, out_dir, max_rows, token_cache, resume, force: As for :func:`meteora_core.training.single_adapter.train_adapter`.
     """
 
     settings: Mapping[str, AdapterTrainSettings]
@@ -88,7 +88,7 @@ def job_devices(wish: str, jobs: int) -> list[str]:
 
 
 def train_side_by_side(plan: JobPlan, *, progress: Progress = SILENT) -> JobsOutcome:
-    """Train one LoRA for each task of the plan, ``len(plan.devices)`` at a time; see :func:`meteora_core.training.adapters.train_adapter`.
+    """Train one LoRA for each task of the plan, ``len(plan.devices)`` at a time; see :func:`meteora_core.training.single_adapter.train_adapter`.
 
     A task that fails does not stop the others; adapters that are there with the same inputs are left alone.
 
