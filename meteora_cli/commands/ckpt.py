@@ -36,9 +36,9 @@ def download(
     as_json: AsJson = False,
 ) -> None:
     """Fetch a model or a checkpoint; what is there already is not fetched again, and a download that was cut goes on."""
-    from meteora_core.checkpoints.catalog import CATALOG
-    from meteora_core.checkpoints.hub import KNOWN, download_known, download_repo, split_revision
     from meteora_core.errors import UsageError, did_you_mean
+    from meteora_core.fetch.base_models import CATALOG
+    from meteora_core.fetch.hub import KNOWN, download_known, download_repo, split_revision
 
     short, _, revision = name.partition("@")
     if short in CATALOG:
@@ -80,8 +80,8 @@ def download(
 
 
 def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, to: Path | None, force: bool, as_json: bool) -> None:
-    from meteora_core.checkpoints.catalog import catalog_entry, download_base
     from meteora_core.errors import UsageError
+    from meteora_core.fetch.base_models import catalog_entry, download_base
     from meteora_core.files import sha256
 
     entry = catalog_entry(name)
@@ -239,8 +239,8 @@ def card(
     ] = None,
 ) -> None:
     """Write README.md beside a checkpoint: data, licences, training, scores, hashes."""
-    from meteora_core.checkpoints.card import write_card
     from meteora_core.errors import UsageError
+    from meteora_core.evaluation.card import write_card
 
     stated = {}
     for entry in licence or []:

@@ -6,10 +6,10 @@ import re
 from functools import cache
 from pathlib import Path
 
-from meteora_core.checkpoints.tensor_files import TensorFiles
 from meteora_core.errors import MeteoraError
 from meteora_core.json_files import read_json
 from meteora_core.reading import is_regular
+from meteora_core.tensor_files import TensorFiles
 
 _CACHED = re.compile(r"(?:^|/)models--(?:[^/]+?--)?(?P<name>[^/]+?)(?:/snapshots(?:/[^/]*)?)?$")
 _QUANTISED = re.compile(r"(?:-unsloth)?-bnb-[48]bit$")
@@ -53,7 +53,7 @@ def _names(base: str) -> set[str]:
 
 def _folder(base: str) -> Path | None:
     """Where a base model's files are, if they are here: a folder, a model of the catalog, or the hub's cache."""
-    from meteora_core.checkpoints.catalog import CATALOG, is_ready, model_folder
+    from meteora_core.fetch.base_models import CATALOG, is_ready, model_folder
 
     if base in CATALOG:
         return model_folder(base) if is_ready(base) else None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.config import CONFIG, AdapterConfig
 from meteora_core.adapters.peft_folder import BaseCopy
-from meteora_core.checkpoints.tensor_files import TensorFiles
 from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.tensor_files import TensorFiles
 from meteora_core.text import listed
 
 if TYPE_CHECKING:

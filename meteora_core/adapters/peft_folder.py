@@ -16,10 +16,10 @@ from torch import Tensor
 
 from meteora_core.adapters.config import CONFIG, PLAIN, WEIGHTS, WRAPPERS, AdapterConfig, find_adapter, read_adapter_config
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor, refuse_peak
-from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, read_header
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.files import sha256
 from meteora_core.reading import is_regular
+from meteora_core.tensor_files import PICKLES, TensorEntry, read_header
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "AdapterInfo", "BaseCopy", "LoraWeights", "check_adapter", "find_adapter", "read_adapter"]
 

@@ -16,12 +16,12 @@ from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import check_replaceable, rounding_table
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
-from meteora_core.checkpoints.tensor_files import CHUNK, TensorFiles, TensorPlan, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import atomic_folder, storage_errors
 from meteora_core.json_files import write_json
 from meteora_core.model.base import BaseReference, locate_base
 from meteora_core.progress import SILENT, Progress, Task
+from meteora_core.tensor_files import CHUNK, TensorFiles, TensorPlan, tensor_bytes, write_tensors
 from meteora_core.text import listed
 
 BaseTensors = Literal["changed", "all"]
@@ -127,7 +127,7 @@ def convert_authors(
 def _open_base(reference: BaseReference, progress: Progress) -> TensorFiles:
     place = locate_base(reference, progress=progress)
     if not Path(place).is_dir():
-        from meteora_core.checkpoints.hub import download_repo
+        from meteora_core.fetch.hub import download_repo
 
         place = str(download_repo(place, revision=reference.revision, progress=progress).path)
     return TensorFiles(place)

@@ -13,13 +13,13 @@ from meteora_core.adapters.config import WEIGHTS as ADAPTER_WEIGHTS
 from meteora_core.adapters.config import AdapterConfig, find_adapter
 from meteora_core.checkpoints.layout import is_authors, read_layout
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
-from meteora_core.checkpoints.tensor_files import PICKLES, TensorEntry, TensorFiles, refuse_pickle
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.file_models import read_model
 from meteora_core.files import sha256
 from meteora_core.json_files import read_object
 from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import check_regular, is_regular
+from meteora_core.tensor_files import PICKLES, TensorEntry, TensorFiles, refuse_pickle
 
 Facts = dict[str, Any]
 

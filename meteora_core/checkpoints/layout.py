@@ -18,10 +18,10 @@ from meteora_core.adapters.bank import Stack, natural_order
 from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
-from meteora_core.checkpoints.tensor_files import TensorEntry, TensorFiles, read_header
 from meteora_core.data.tasks import TASK_ORDER
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.reading import is_regular
+from meteora_core.tensor_files import TensorEntry, TensorFiles, read_header
 from meteora_core.text import listed
 
 PREFIX = "base_model.model."

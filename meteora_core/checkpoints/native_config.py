@@ -14,11 +14,11 @@ import torch
 from pydantic import Field, model_validator
 
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES
-from meteora_core.checkpoints.tensor_files import TensorEntry, read_header
 from meteora_core.errors import CheckpointError
 from meteora_core.file_models import FileModel, check_model
 from meteora_core.json_files import read_object
 from meteora_core.reading import check_regular, is_regular
+from meteora_core.tensor_files import TensorEntry, read_header
 from meteora_core.text import listed
 
 CONFIG_FILE = "meteora_config.json"

@@ -14,12 +14,12 @@ from meteora_core.checkpoints.authors import load_authors_checkpoint
 from meteora_core.checkpoints.layout import describe_adapters, is_authors, read_layout
 from meteora_core.checkpoints.native import load_checkpoint, refuse_untrained
 from meteora_core.checkpoints.native_config import CONFIG_FILE, check_weights, read_config
-from meteora_core.checkpoints.tensor_files import PICKLES, TensorFiles
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import sha256
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
+from meteora_core.tensor_files import PICKLES, TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

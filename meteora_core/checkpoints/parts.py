@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.config import WRAPPERS
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
-from meteora_core.checkpoints.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.json_files import read_json, write_json
 from meteora_core.model.attach import gate_origin, meteora_layers
@@ -22,6 +21,7 @@ from meteora_core.model.base import BaseReference, loaded_by
 from meteora_core.model.base_marks import mark
 from meteora_core.model.offload import real_tensor
 from meteora_core.routing import routing_state
+from meteora_core.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.text import listed
 
 _log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from meteora_core.data.sources import SOURCES, candidates
 from meteora_core.data.tasks import TASKS, BigBench, Task, get_task
 from meteora_core.data.userdata import task_in
 from meteora_core.data.writer import check_target
-from meteora_core.downloads import downloads_dir
 from meteora_core.errors import DataError, UsageError, did_you_mean
+from meteora_core.fetch.download import downloads_dir
 from meteora_core.names import check_names
 from meteora_core.ranges import MOST_ROWS, check_range
 from meteora_core.reading import open_regular, present, read_errors

@@ -17,7 +17,7 @@ from meteora_core.data.records import SOURCE_SPLIT, SPLIT_RULE, VALIDATION_SPLIT
 from meteora_core.data.rows import Row, Split
 from meteora_core.data.tasks import BigBench, Records, Task
 from meteora_core.errors import DataError, DownloadError
-from meteora_core.network import check_hub_environment
+from meteora_core.fetch.http import check_hub_environment
 
 BIGBENCH = "tasksource/bigbench"
 AUTHORS = "NJUDeepEngine/meteora_dataset"

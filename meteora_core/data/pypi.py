@@ -16,8 +16,9 @@ from meteora_core.archives import tar_gz_members
 from meteora_core.data.extract import Extract
 from meteora_core.data.local import from_bigbench
 from meteora_core.data.tasks import TASKS, BigBench, Task
-from meteora_core.downloads import download, downloads_dir, find_pypi_file
 from meteora_core.errors import DataError
+from meteora_core.fetch.download import download, downloads_dir
+from meteora_core.fetch.package_index import find_pypi_file
 from meteora_core.files import cache_dir, sha256, storage_errors
 from meteora_core.locks import scratch_folder, sweep
 from meteora_core.progress import SILENT, Progress

@@ -22,8 +22,8 @@ from hub_server import COMMIT, serving
 from authors_files import Authors, write_authors
 from meteora_cli.commands import ckpt as command
 from meteora_cli.console import Globals
-from meteora_core.checkpoints import catalog
 from meteora_core.errors import CheckpointError, DownloadError, MeteoraError, UsageError
+from meteora_core.fetch import base_models
 
 Run = Callable[..., Result]
 
@@ -99,11 +99,11 @@ def test_download_of_unknown_names(meteora: Run) -> None:
 def test_a_base_model_that_is_there_is_not_fetched_again(meteora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METEORA_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    folder = catalog.model_folder("smollm2-135m")
+    folder = base_models.model_folder("smollm2-135m")
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights")
-    entry = catalog.CATALOG["smollm2-135m"]
-    (folder / catalog.SOURCE_FILE).write_text(json.dumps({"member_sha256": entry.member_sha256, "conversion": catalog._CONVERSION}))
+    entry = base_models.CATALOG["smollm2-135m"]
+    (folder / base_models.SOURCE_FILE).write_text(json.dumps({"member_sha256": entry.member_sha256, "conversion": base_models._CONVERSION}))
     said = json.loads(meteora("download", "smollm2-135m", "--json").stdout)
     assert (said["name"], said["kind"], said["path"]) == ("smollm2-135m", "base", str(folder))
     assert said["sha256"] == hashlib.sha256(b"weights").hexdigest()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from meteora_core import AdapterBank, attach, save_checkpoint
-from meteora_core.checkpoints.card import write_card
 from meteora_core.checkpoints.native import read_config
 from meteora_core.errors import UsageError
+from meteora_core.evaluation.card import write_card
 from meteora_core.json_files import write_json, write_jsonl
 from tiny_models import declare_trained, make_tiny_llama
 

@@ -33,7 +33,7 @@ def _unpack(data: bytes) -> tuple[bytes, bytes]:
 
 def header(place: Path, data: bytes) -> None:
     """The header of a safetensors file."""
-    from meteora_core.checkpoints.tensor_files import read_header
+    from meteora_core.tensor_files import read_header
 
     (place / "x.safetensors").write_bytes(data)
     read_header(place / "x.safetensors")
@@ -79,7 +79,7 @@ def authors(place: Path, data: bytes) -> None:
 
 def shards(place: Path, data: bytes) -> None:
     """An index of shards."""
-    from meteora_core.checkpoints.tensor_files import TensorFiles
+    from meteora_core.tensor_files import TensorFiles
 
     index, weights = _unpack(data)
     (place / "model.safetensors.index.json").write_bytes(index)

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meteora_core import AdapterBank, attach, load_checkpoint, save_checkpoint
-from meteora_core.checkpoints.card import write_card
 from meteora_core.checkpoints.inspect import inspect_checkpoint
 from meteora_core.checkpoints.native import write_checkpoint
 from meteora_core.checkpoints.native_config import ROUTING_DIGEST, read_config
 from meteora_core.checkpoints.opening import describe_checkpoint
 from meteora_core.checkpoints.pack import pack_checkpoint
-from meteora_core.checkpoints.tensor_files import read_header
 from meteora_core.errors import CheckpointError
+from meteora_core.evaluation.card import write_card
+from meteora_core.tensor_files import read_header
 from support.adapter_files import DOWN, Q, lora_tensors, write_adapter
 from tiny_models import declare_trained, make_tiny_llama
 

@@ -104,7 +104,7 @@ def test_build_through_the_cache(tmp_path: Path, repository: Path, monkeypatch: 
 
 
 def test_cached_archive_needs_no_index(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from meteora_core.downloads import downloads_dir
+    from meteora_core.fetch.download import downloads_dir
 
     downloads_dir().mkdir(parents=True)
     archive = make_archive(downloads_dir() / pypi.SDIST, repository)

@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 
-from meteora_core import downloads, package_index
-from meteora_core.downloads import PypiFile, download, find_pypi_file, without_credentials
 from meteora_core.errors import DownloadError, StorageError
+from meteora_core.fetch import download as download_module
+from meteora_core.fetch import pip_settings as pip_module
+from meteora_core.fetch.download import download
+from meteora_core.fetch.http import without_credentials
+from meteora_core.fetch.package_index import PypiFile, find_pypi_file
+from meteora_core.fetch.pip_settings import pip_settings
 
 BODY = bytes(range(256)) * 2000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -77,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download_module.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Server() as running:
         running.pages["/file.bin"] = ("application/octet-stream", BODY)
@@ -96,10 +100,10 @@ def pip_config(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setattr(package_index.subprocess, "run", _no_pip)
-    package_index._pip_listing.cache_clear()
+    monkeypatch.setattr(pip_module.subprocess, "run", _no_pip)
+    pip_module._pip_listing.cache_clear()
     yield
-    package_index._pip_listing.cache_clear()
+    pip_module._pip_listing.cache_clear()
 
 
 def _no_pip(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +149,7 @@ def test_cut_connections_are_resumed(server: Server, tmp_path: Path) -> None:
 
 
 def test_gives_up_and_goes_on_later(server: Server, tmp_path: Path) -> None:
-    server.cuts = [1000] + [0] * downloads.ATTEMPTS
+    server.cuts = [1000] + [0] * download_module.ATTEMPTS
     target = tmp_path / "file.bin"
     with pytest.raises(DownloadError, match=r"connection was closed|peer closed") as caught:
         download(f"{server.url}/file.bin", target, sha256=DIGEST)
@@ -211,7 +215,7 @@ def test_no_network(tmp_path: Path, server: Server) -> None:
 
 
 def test_full_disk(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(StorageError, match="MB free") as caught:
         download(f"{server.url}/file.bin", tmp_path / "file.bin", sha256=DIGEST)
     assert "METEORA_CACHE" in (caught.value.hint or "")
@@ -281,15 +285,15 @@ def test_index_fails(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pip_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     listing = "global.index-url='http://one/simple'\nglobal.extra-index-url='http://two/simple\\nfile:///three'\n:env:.cert='/x'\nfreeze.timeout='1'\n"
-    monkeypatch.setattr(package_index.subprocess, "run", lambda *args, **kwargs: type("Done", (), {"stdout": listing})())
-    settings = package_index.pip_settings()
+    monkeypatch.setattr(pip_module.subprocess, "run", lambda *args, **kwargs: type("Done", (), {"stdout": listing})())
+    settings = pip_settings()
     assert settings.indexes == ("http://one/simple", "http://two/simple", "file:///three")
     assert settings.cert is None
 
 
 def test_a_changed_environment_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = package_index.pip_settings()
+    before = pip_settings()
     with monkeypatch.context() as patch:
         patch.setenv("PIP_NO_INDEX", "1")
-        assert package_index.pip_settings().indexes == ()
-    assert package_index.pip_settings() == before
+        assert pip_settings().indexes == ()
+    assert pip_settings() == before

@@ -5,80 +5,63 @@ Reads the simple repository API, in JSON and in HTML, over http(s) and from file
 
 from __future__ import annotations
 
-import ast
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urldefrag, urljoin, urlsplit
 
 from meteora_core.errors import DownloadError
+from meteora_core.fetch.http import check_url, final_failure, http_client, local_path, refuse, without_credentials
+from meteora_core.fetch.pip_settings import pip_settings
 from meteora_core.json_files import decode_json
-from meteora_core.network import check_url, final_failure, http_client, refuse, without_credentials
 from meteora_core.reading import read_bytes
 from meteora_core.text import one_line, redact
 
-PUBLIC_INDEX = "https://pypi.org/simple"
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 
 MAX_PAGE = 64 << 20
 """A longer answer (64 MiB) is no list of a project's files."""
 
-Found = tuple[str, str | None, int | None]
-"""A file's URL, its SHA-256 and its length where they are known."""
-
 
 @dataclass(frozen=True)
-class PipSettings:
-    """The part of pip's configuration that says where packages come from."""
+class PypiFile:
+    """A file of a release on the package index.
 
-    indexes: tuple[str, ...]
-    find_links: tuple[str, ...]
-    cert: str | None
-    proxy: str | None
+    Attributes:
+        url: Its address (http, https or file).
+        sha256: Its SHA-256; None when the index does not state it.
+        size: Its length in bytes; None when the index does not state it.
+    """
 
+    url: str
+    sha256: str | None
+    size: int | None
 
-def pip_settings() -> PipSettings:
-    """pip's configuration files, asked for once a process, and the ``PIP_*`` environment as it is now; without both, the public index."""
-    values: dict[str, str] = {}
-    for line in _pip_listing(os.environ.get("PIP_CONFIG_FILE")).splitlines():
-        key, _, value = line.partition("=")
-        scope, _, option = key.rpartition(".")
-        if scope in ("global", "install", "download"):
-            values[option.replace("_", "-")] = _literal(value)
-    for name, value in os.environ.items():
-        if name.startswith("PIP_") and value:
-            values[name[4:].lower().replace("_", "-")] = value
-    indexes = [] if values.get("no-index", "").lower() in ("1", "true", "yes", "on") else [values.get("index-url", PUBLIC_INDEX)]
-    if indexes:
-        indexes += values.get("extra-index-url", "").split()
-    return PipSettings(tuple(indexes), tuple(values.get("find-links", "").split()), values.get("cert"), values.get("proxy"))
+    @property
+    def filename(self) -> str:
+        """The file's name."""
+        return unquote(urlsplit(self.url).path).rsplit("/", 1)[-1]
 
 
-@lru_cache
-def _pip_listing(config_file: str | None) -> str:
-    """What ``pip config list`` prints, with ``PIP_CONFIG_FILE`` as given; "" without pip."""
-    try:
-        return subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
+def find_pypi_file(project: str, version: str, filename_suffix: str) -> PypiFile:
+    """Find a release's file on the index that pip is configured for.
 
+    pip's own configuration counts: ``index-url``, ``extra-index-url``, ``find-links``, ``no-index``, ``cert`` and ``proxy`` from its files and from ``PIP_*``.
 
-def _literal(text: str) -> str:
-    try:
-        return str(ast.literal_eval(text))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return text
+    Args:
+        project: The project's name; spelling variants (case, ``-`` and ``_``) are the same.
+        version: The release.
+        filename_suffix: The end of the file's name: ``".tar.gz"`` or ``"-py3-none-any.whl"``.
 
+    Returns:
+        The first match; one with a hash is preferred.
 
-def find_file(project: str, version: str, suffix: str) -> Found:
-    """Find a file of a release; see :func:`meteora_core.downloads.find_pypi_file`."""
+    Raises:
+        DownloadError: No index can be reached, or none has the file.
+    """
     from packaging.utils import canonicalize_name
 
     settings = pip_settings()
@@ -88,19 +71,19 @@ def find_file(project: str, version: str, suffix: str) -> Found:
             check_url("the index of pip (PIP_INDEX_URL or PIP_EXTRA_INDEX_URL)", index)
     places = [*settings.find_links, *(f"{index.rstrip('/')}/{name}/" for index in settings.indexes)]
     failures: list[str] = []
-    fallback: Found | None = None
+    fallback: PypiFile | None = None
     for place in places:
         try:
             for found in _files(place):
-                if _is_release(found[0], name, version, suffix):
-                    if found[1] is not None:
+                if _is_release(found, name, version, filename_suffix):
+                    if found.sha256 is not None:
                         return found
                     fallback = fallback or found
         except DownloadError as error:
             failures.append(error.message)
     if fallback is not None:
         return fallback
-    wanted = f"{project} {version} (*{suffix})"
+    wanted = f"{project} {version} (*{filename_suffix})"
     if failures:
         raise DownloadError(
             f"cannot look up {wanted} on the package index: {failures[0]}", hint="check the network connection, the proxy, and `pip config list`"
@@ -108,12 +91,12 @@ def find_file(project: str, version: str, suffix: str) -> Found:
     raise DownloadError(f"the package index has no {wanted}", hint="check the index that pip is configured for: `pip config list`")
 
 
-def _is_release(url: str, name: str, version: str, suffix: str) -> bool:
+def _is_release(file: PypiFile, name: str, version: str, suffix: str) -> bool:
     from packaging.utils import InvalidSdistFilename, InvalidWheelFilename, parse_sdist_filename, parse_wheel_filename
     from packaging.version import InvalidVersion, Version
 
     try:
-        filename = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+        filename = file.filename
     except ValueError:
         return False
     if not filename.endswith(suffix):
@@ -125,15 +108,13 @@ def _is_release(url: str, name: str, version: str, suffix: str) -> bool:
         return False
 
 
-def _files(place: str) -> Iterator[Found]:
+def _files(place: str) -> Iterator[PypiFile]:
     """The files that a project's page, or a find-links page or folder, lists. A missing page lists nothing."""
-    from meteora_core.downloads import local_path
-
     scheme = scheme_of(place)
     if scheme in ("http", "https"):
-        for url, digest, size in _remote(place):
-            if scheme_of(url) in ("http", "https"):  # a server must not name files of this machine
-                yield url, digest, size
+        for file in _remote(place):
+            if scheme_of(file.url) in ("http", "https"):  # a server must not name files of this machine
+                yield file
         return
     path = local_path(place) if scheme == "file" else Path(place).expanduser()
     if path.is_dir() and (path / "index.html").is_file():
@@ -141,12 +122,12 @@ def _files(place: str) -> Iterator[Found]:
     if path.is_dir():
         for entry in sorted(path.iterdir()):
             if entry.is_file():
-                yield entry.resolve().as_uri(), None, entry.stat().st_size
+                yield PypiFile(entry.resolve().as_uri(), None, entry.stat().st_size)
     elif path.is_file():
         yield from _links(read_bytes(path, DownloadError).decode(errors="replace"), path.resolve().as_uri())
 
 
-def _remote(url: str) -> Iterator[Found]:
+def _remote(url: str) -> Iterator[PypiFile]:
     import httpx
 
     name = without_credentials(url)
@@ -176,7 +157,7 @@ def _remote(url: str) -> Iterator[Found]:
     for target, digest, size in entries:
         if full := _joined(base, target):
             known = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)
-            yield _with_login(full, base), digest if known else None, size if isinstance(size, int) and 0 <= size < 1 << 50 else None
+            yield PypiFile(_with_login(full, base), digest if known else None, size if isinstance(size, int) and 0 <= size < 1 << 50 else None)
 
 
 def _joined(base: str, target: str) -> str | None:
@@ -211,7 +192,7 @@ class _Anchors(HTMLParser):
             self.base = href
 
 
-def _links(page: str, base: str) -> Iterator[Found]:
+def _links(page: str, base: str) -> Iterator[PypiFile]:
     anchors = _Anchors()
     with suppress(AssertionError):  # Python's parser gives up on a malformed declaration; what came before it counts
         anchors.feed(page)
@@ -222,7 +203,7 @@ def _links(page: str, base: str) -> Iterator[Found]:
         if full is None:
             continue
         url, fragment = urldefrag(full)
-        yield _with_login(url, base), parse_qs(fragment).get("sha256", [None])[0], None
+        yield PypiFile(_with_login(url, base), parse_qs(fragment).get("sha256", [None])[0], None)
 
 
 def _with_login(url: str, base: str) -> str:

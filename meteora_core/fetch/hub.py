@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from meteora_core.checkpoints.hub_access import ALLOWED, REFUSED, Counter, Gone, Request, Unreachable, explain
 from meteora_core.errors import DownloadError, MeteoraError, StorageError, UsageError
+from meteora_core.fetch.http import check_hub_environment
+from meteora_core.fetch.hub_access import ALLOWED, REFUSED, Counter, Gone, Request, Unreachable, explain
 from meteora_core.files import sha256, storage_errors
-from meteora_core.network import check_hub_environment
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:

