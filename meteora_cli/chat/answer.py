@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.style import Style
 
 from meteora_cli.display import cell
-from meteora_core.chat.engine import Finished, Reading, Written
 from meteora_core.chat.prompts import Encoded
+from meteora_core.generation.engine import Finished, Reading, Written
 from meteora_core.trace.picture import mean_weights, speakers
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _show_prompt(session: ChatSession, encoded: Encoded, routes: list[Any], prin
     """This turn's part of the prompt, coloured. The earlier turns were shown before."""
     import torch
 
-    from meteora_core.trace.record import token_texts
+    from meteora_core.generation.text import token_texts
 
     indices, weights = torch.cat([part[0] for part in routes]), torch.cat([part[1] for part in routes])
     count = min(len(encoded.ids) - encoded.last_start, indices.shape[0], SHOWN_PROMPT)

@@ -10,8 +10,8 @@ from rich.text import Text
 from meteora_cli.chat.answer import interruptible
 from meteora_cli.chat.render import Painter
 from meteora_cli.display import DataTable, body, cell, panel
-from meteora_core.chat.engine import Finished, Written
 from meteora_core.chat.options import options_for
+from meteora_core.generation.engine import Finished, Written
 from meteora_core.text import printable
 
 if TYPE_CHECKING:

@@ -107,10 +107,10 @@ def open_session(
     **flags: Any,
 ) -> ChatSession:
     """Load what the flags name and begin a conversation with it; ``flags`` are settings, as for ``settings_from``."""
-    from meteora_core.chat.engine import Sampling
     from meteora_core.chat.session import ChatSession
     from meteora_core.chat.speaker import load_speaker
     from meteora_core.data.userdata import register_all
+    from meteora_core.generation.engine import Sampling
 
     alone, mixed = adapter is not None, "a checkpoint whose adapters are mixed (leave out --adapter and a --base alone)"
     bare = base is not None and checkpoint is None and not alone
@@ -180,8 +180,8 @@ def _converse(session: ChatSession, data_dir: Path, *, route: bool, quiet: bool)
 
 def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: bool) -> None:
     from meteora_cli.chat.answer import figures, interruptible, show_answer
-    from meteora_core.chat.engine import Finished, Written
     from meteora_core.chat.prompts import Encoded
+    from meteora_core.generation.engine import Finished, Written
 
     if route:
         from meteora_cli.chat.render import Painter
@@ -205,8 +205,8 @@ def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: b
 def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
     """Answer one message; text, token ids, timings, and the routes where there are adapters."""
     from meteora_cli.chat.answer import interruptible
-    from meteora_core.chat.engine import Finished
     from meteora_core.chat.prompts import Encoded
+    from meteora_core.generation.engine import Finished
 
     prompt: list[int] = []
     finished: Finished | None = None

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from meteora_core.chat.engine import Engine, Event, Finished, Sampling, Written
 from meteora_core.chat.options import check_option
 from meteora_core.chat.prompts import Encoded, Template, Turn, encode, fit, pick_template, unframe, with_system
 from meteora_core.chat.speaker import Speaker
 from meteora_core.data.rows import iter_rows
 from meteora_core.data.tasks import PROMPT_TEMPLATE
 from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.generation.engine import Engine, Event, Finished, Sampling, Written
 from meteora_core.json_files import write_jsonl
 from meteora_core.routing import RoutingState
 from meteora_core.trace.picture import Role, RoutePicture
@@ -67,7 +67,7 @@ class ChatSession:
         template: "auto", "chat", "inst" or "raw".
         system: Text that stands before the conversation.
         top_k, temperature: Of the gates; None keeps the checkpoint's.
-        cuda_graphs: As :class:`~meteora_core.chat.engine.Engine` takes it.
+        cuda_graphs: As :class:`~meteora_core.generation.engine.Engine` takes it.
 
     Raises:
         UsageError: The template cannot be used, or top_k or temperature is out of range.

@@ -128,7 +128,7 @@ def _count(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts: Rout
 
 def _broken(model: PreTrainedModel, texts: Sequence[Text]) -> NonFiniteError:
     """The error for the first text that has a layer whose output is not finite."""
-    from meteora_core.evaluation.nonfinite import non_finite_error
+    from meteora_core.generation.nonfinite import non_finite_error
     from meteora_core.model.nonfinite import first_nonfinite_module
 
     device = next(model.parameters()).device

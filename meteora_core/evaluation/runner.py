@@ -13,10 +13,10 @@ from meteora_core.data.rows import Row, read_rows
 from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.evaluation.clean import clean_response
-from meteora_core.evaluation.generate import Prompt, auto_budget, encode_prompts, generate_all
-from meteora_core.evaluation.limits import context_length
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.scoring import Scores, evaluate_responses
+from meteora_core.generation.batches import Prompt, auto_budget, encode_prompts, generate_all
+from meteora_core.generation.limits import context_length
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress
 from meteora_core.progress import Task as Bar

@@ -19,7 +19,7 @@ from typing import Any
 
 from meteora_core.checkpoints.opening import open_checkpoint
 from meteora_core.errors import MeteoraError, UsageError
-from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
+from meteora_core.generation.nonfinite import non_finite_error, not_finite
 from meteora_core.model.base import load_tokenizer
 from meteora_core.model.fuse import fuse_for_inference
 

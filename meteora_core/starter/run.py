@@ -210,8 +210,8 @@ class _Session:
     def picture(self, task: str) -> tuple[list[Path], float | None]:
         """Draw the routing of the first row of a task and its answer; the files, and the share of answer tokens that went to the row's own tasks."""
         from meteora_core.errors import MeteoraError
-        from meteora_core.evaluation.generate import encode_prompts
         from meteora_core.evaluation.runner import EvalOptions, routed
+        from meteora_core.generation.batches import encode_prompts
         from meteora_core.trace.html import to_html
         from meteora_core.trace.image import to_png
         from meteora_core.trace.picture import Role

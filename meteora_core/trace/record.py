@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
+from meteora_core.generation.nonfinite import non_finite_error, not_finite
+from meteora_core.generation.text import token_texts
 from meteora_core.model.caches import cache_argument, cache_of, new_cache, pieces_are_safe
 from meteora_core.model.vocabulary import check_tokens
 from meteora_core.routing import record_routes, routing_state
@@ -81,55 +82,3 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
 def make_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], roles: Sequence[Role]) -> tuple[Token, ...]:
     """Tokens with their texts and roles."""
     return tuple(Token(*token) for token in zip(ids, token_texts(tokenizer, ids), roles, strict=True))
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the decoded text; joined they are the whole, special tokens included.
-
-    A character that is spread over several tokens belongs to the last of them; the others have an empty text.
-    """
-    decoder = TextDecoder(tokenizer, skip_special_tokens=False)
-    texts = [decoder.add(token) for token in ids]
-    if texts:
-        texts[-1] += decoder.flush()
-    return texts
-
-
-class TextDecoder:
-    """Turns tokens into text as they come, whole characters only.
-
-    Args:
-        tokenizer: Any tokenizer.
-        skip_special_tokens: Whether special tokens give no text.
-    """
-
-    _WINDOW = 8
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._context: list[int] = []
-        self._pending: list[int] = []
-
-    def add(self, token: int) -> str:
-        """The text that became complete with ``token``."""
-        self._pending.append(int(token))
-        text = self._text()
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._pending) < self._WINDOW:
-            return ""
-        self._context = (self._context + self._pending)[-self._WINDOW :]
-        self._pending = []
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: an incomplete character shows as U+FFFD."""
-        text = self._text() if self._pending else ""
-        self._pending = []
-        return text
-
-    def _text(self) -> str:
-        before = self._decode(self._context)
-        return self._decode(self._context + self._pending)[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)) if ids else ""

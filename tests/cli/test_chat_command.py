@@ -20,9 +20,9 @@ from meteora_cli.chat.answer import unechoed
 from meteora_cli.chat.render import Painter, StreamPrinter
 from meteora_cli.chat.repl import LARGE_PASTE, Pastes, run_repl
 from meteora_cli.chat.slash import COMMANDS, Chat, Quit, run_command
-from meteora_core.chat.engine import Sampling
 from meteora_core.chat.session import ChatSession
 from meteora_core.errors import DataError, MeteoraError
+from meteora_core.generation.engine import Sampling
 from meteora_core.json_files import write_jsonl
 
 
@@ -119,7 +119,7 @@ def test_a_system_text_that_is_not_utf8_is_said(meteora, world, say) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_answer_on_a_stdout_that_is_not_utf8(world, tmp_path, encoding) -> None:
-    code = "import sys\nfrom meteora_core.chat import engine\nengine.TextDecoder.add = lambda self, token: '\\u2013 \\U0001f600'\n"
+    code = "import sys\nfrom meteora_core.generation import engine\nengine.TextDecoder.add = lambda self, token: '\\u2013 \\U0001f600'\n"
     code += "from meteora_cli.app import main\nmain()"
     command = [sys.executable, "-c", code, "chat", "--checkpoint", str(world.checkpoint), "--max-new-tokens", "3"]
     done = subprocess.run(command, input=b"Hello", capture_output=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding})

@@ -12,13 +12,13 @@ import torch
 from chat_world import NAMES, build_world
 from evaluation_workspace import TASKS, make_workspace
 from meteora_core import AdapterBank, attach, detach, fuse, record_routes, unfuse
-from meteora_core.chat.engine import Engine, Sampling, Written
 from meteora_core.chat.session import ChatSession
 from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
-from meteora_core.evaluation.decode import Batch, Decoder, FixedDecoder, decode_growing
 from meteora_core.evaluation.runner import EvalOptions
 from meteora_core.evaluation.session import EvalPlan, evaluate
+from meteora_core.generation.batched import Batch, Decoder, FixedDecoder, decode_growing
+from meteora_core.generation.engine import Engine, Sampling, Written
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.base import BaseReference
 from meteora_core.model.fuse import fuse_for_inference, is_fused

@@ -9,11 +9,11 @@ import torch
 
 from authors_files import write_authors
 from chat_world import byte_tokenizer, without_ends
-from meteora_core.chat import fixed
-from meteora_core.chat.engine import Engine, Sampling
 from meteora_core.chat.session import ChatSession
 from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
+from meteora_core.generation import fixed_cache as fixed
+from meteora_core.generation.engine import Engine, Sampling
 from meteora_core.settings import load_settings
 from plain_groups import use_plain_groups
 

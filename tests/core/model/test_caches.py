@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 
 from chat_world import byte_tokenizer
 from meteora_core import AdapterBank, attach
-from meteora_core.chat.engine import Engine, Finished, Sampling
 from meteora_core.errors import AdapterError, CheckpointError
-from meteora_core.evaluation import decode
-from meteora_core.evaluation.decode import Batch, decode_growing
+from meteora_core.generation import batched as decode
+from meteora_core.generation.batched import Batch, decode_growing
+from meteora_core.generation.engine import Engine, Finished, Sampling
 from meteora_core.model import caches
 from meteora_core.routing import record_routes
 from meteora_core.trace.record import trace_tokens

@@ -8,8 +8,8 @@ import torch
 from chat_world import byte_llama, byte_tokenizer
 from evaluation_plans import plan_of, run
 from evaluation_workspace import TASKS, make_workspace, rows
-from meteora_core.chat.engine import Engine, Sampling
 from meteora_core.errors import CheckpointError, DataError
+from meteora_core.generation.engine import Engine, Sampling
 from meteora_core.json_files import write_jsonl
 from meteora_core.model.base import BaseReference, load_tokenizer
 from meteora_core.model.vocabulary import check_tokens, embedding_rows, padding_token

@@ -22,7 +22,7 @@ class FixedCache:
     """What a model has read, and a step of one token over it; on a CUDA GPU the step is a graph.
 
     Args:
-        model: A causal LM in evaluation mode that :func:`meteora_core.evaluation.decode.can_be_fixed`.
+        model: A causal LM in evaluation mode that :func:`meteora_core.generation.batched.can_be_fixed`.
         arguments: More keyword arguments of its forward.
         longest: The model's context, which bounds the cache; None when it has none.
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from chat_world import byte_llama, byte_tokenizer, without_ends
-from meteora_core.chat import engine as engine_module
-from meteora_core.chat.engine import Engine, Finished, Reading, Sampling, Written
 from meteora_core.errors import UsageError
-from meteora_core.evaluation.limits import context_length, end_tokens
+from meteora_core.generation import engine as engine_module
+from meteora_core.generation.engine import Engine, Finished, Reading, Sampling, Written
+from meteora_core.generation.limits import context_length, end_tokens
 from meteora_core.trace.record import trace_tokens
 
 PROMPT = list(b"What is the capital of France?")
@@ -200,7 +200,7 @@ def test_recording_does_not_change_the_answer(speaker) -> None:
 
 
 def test_text_comes_in_whole_characters(speaker) -> None:
-    from meteora_core.trace.record import TextDecoder, token_texts
+    from meteora_core.generation.text import TextDecoder, token_texts
 
     text = "h\u00e9llo 日本 🎉 end"
     ids = byte_tokenizer()(text)["input_ids"]

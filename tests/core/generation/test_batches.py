@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import DataError
-from meteora_core.evaluation import generate
-from meteora_core.evaluation.generate import Prompt, encode_prompts, generate_all, plan
+from meteora_core.generation import batches as generate
+from meteora_core.generation.batches import Prompt, encode_prompts, generate_all, plan
 from tiny_models import make_tiny_llama
 
 

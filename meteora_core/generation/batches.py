@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from meteora_core.data.rows import check_texts
-from meteora_core.evaluation.decode import Batch, Decoder
-from meteora_core.evaluation.limits import end_tokens
+from meteora_core.generation.batched import Batch, Decoder
+from meteora_core.generation.limits import end_tokens
 from meteora_core.model.vocabulary import padding_token
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def generate_all(
         model, tokenizer, prompts, max_new_tokens, no_repeat_ngram_size: As for :func:`generate_batch`.
         batch_size: Rows in a batch, or "auto".
         max_total_tokens: Longest prompt and answer together, of each row by itself.
-        cuda_graphs: As :class:`~meteora_core.evaluation.decode.Decoder` takes it.
+        cuda_graphs: As :class:`~meteora_core.generation.batched.Decoder` takes it.
         on_smaller: Called with the new size when a batch did not fit.
 
     Raises:

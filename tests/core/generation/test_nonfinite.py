@@ -11,12 +11,12 @@ from chat_world import byte_llama, byte_tokenizer
 from evaluation_plans import plan_of, run
 from evaluation_workspace import TASKS, Workspace, make_workspace
 from meteora_core import AdapterBank, attach
-from meteora_core.chat.engine import Engine, Sampling
 from meteora_core.errors import NonFiniteError
-from meteora_core.evaluation.decode import Batch, FixedDecoder, decode_growing
-from meteora_core.evaluation.nonfinite import not_finite
 from meteora_core.evaluation.routes import RouteCounts, count_routes
 from meteora_core.evaluation.runner import EvalOptions, evaluate_task
+from meteora_core.generation.batched import Batch, FixedDecoder, decode_growing
+from meteora_core.generation.engine import Engine, Sampling
+from meteora_core.generation.nonfinite import not_finite
 from meteora_core.trace.record import trace_tokens
 from tiny_models import make_tiny_llama
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from meteora_core.evaluation.arrow import with_arrow
-from meteora_core.evaluation.constants import RememberedConstants, is_plain
-from meteora_core.evaluation.decode import Batch, FixedDecoder, decode_growing
+from meteora_core.generation.batched import Batch, FixedDecoder, decode_growing
+from meteora_core.generation.constants import RememberedConstants, is_plain
 from tiny_models import make_tiny_llama
 
 

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from meteora_core.chat.fixed import FixedCache
 from meteora_core.errors import UsageError
-from meteora_core.evaluation.decode import can_be_fixed
-from meteora_core.evaluation.limits import context_length, end_tokens
-from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
+from meteora_core.generation.batched import can_be_fixed
+from meteora_core.generation.fixed_cache import FixedCache
+from meteora_core.generation.limits import context_length, end_tokens
+from meteora_core.generation.nonfinite import non_finite_error, not_finite
+from meteora_core.generation.text import TextDecoder
 from meteora_core.model.caches import cache_argument, cache_of, can_be_cut, new_cache, pieces_are_safe
 from meteora_core.model.vocabulary import check_tokens
 from meteora_core.routing import record_routes
-from meteora_core.trace.record import CHUNK, TextDecoder, last_logits_only
+from meteora_core.trace.record import CHUNK, last_logits_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

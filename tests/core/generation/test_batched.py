@@ -10,9 +10,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
 from meteora_core import AdapterBank, attach
-from meteora_core.evaluation import decode as decoding
-from meteora_core.evaluation.decode import Batch, Decoder, FixedDecoder, can_be_fixed, decode_growing
-from meteora_core.evaluation.no_repeat import NOTHING, NoRepeat
+from meteora_core.generation import batched as decoding
+from meteora_core.generation.batched import Batch, Decoder, FixedDecoder, can_be_fixed, decode_growing
+from meteora_core.generation.no_repeat import NOTHING, NoRepeat
 from tiny_models import make_tiny_llama
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from meteora_core.evaluation.constants import RememberedConstants
-from meteora_core.evaluation.no_repeat import NOTHING, NoRepeat
-from meteora_core.evaluation.nonfinite import non_finite_error, not_finite
+from meteora_core.generation.constants import RememberedConstants
+from meteora_core.generation.no_repeat import NOTHING, NoRepeat
+from meteora_core.generation.nonfinite import non_finite_error, not_finite
 from meteora_core.model.caches import Reader, padding_is_safe
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from meteora_core import AdapterBank, attach
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, LoraWeights
-from meteora_core.evaluation.decode import Batch, FixedDecoder
-from meteora_core.evaluation.generate import encode_prompts, generate_all
+from meteora_core.generation.batched import Batch, FixedDecoder
+from meteora_core.generation.batches import encode_prompts, generate_all
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
 
 NEW = 12
