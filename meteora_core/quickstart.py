@@ -261,7 +261,7 @@ class _Session:
         from meteora_core.adapters.peft_folder import WEIGHTS
         from meteora_core.checkpoints.native import WEIGHT_FILE
         from meteora_core.evaluation.metrics import exact_match
-        from meteora_core.training.common import short_hash
+        from meteora_core.training.run_inputs import short_hash
 
         limit = self.plan.composite_rows if task == COMPOSITE else self.plan.test_rows
         weights = {"base": None, "adapter": self.adapters / task / WEIGHTS, "meteora": self.checkpoint / WEIGHT_FILE}[kind]

@@ -21,11 +21,11 @@ ENVIRONMENT = {"METEORA_RUN_LOG": "", "NO_COLOR": "1", "COLUMNS": "160"}
 def small_meteora(*arguments: str) -> None:
     """The command, whose quickstart has smaller batches, a shorter closed-form start, fewer held-out rows and shorter answers: its defaults take minutes."""
     from meteora_core import quickstart
-    from meteora_core.training import common
+    from meteora_core.training import task_rows
 
     quickstart.QuickstartPlan = partial(quickstart.QuickstartPlan, adapter_batches=(2, 2, 2), gate_batch=2, ridge_tokens=4_000)
     quickstart._new_tokens = lambda task: 8
-    common.HELD_OUT = 8
+    task_rows.HELD_OUT = 8
     processes.meteora(*arguments)
 
 

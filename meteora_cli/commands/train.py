@@ -328,8 +328,8 @@ def _loss(value: float) -> str:
 def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
-    from meteora_core.training.common import check_targets
     from meteora_core.training.joint_adapters import train_together
+    from meteora_core.training.output_folders import check_targets
     from meteora_core.training.parallel_adapters import JobPlan, job_devices, train_side_by_side
     from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current, train_adapter
 
@@ -382,13 +382,14 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
 
 def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
     from meteora_core.adapters.bank import AdapterBank
+    from meteora_core.adapters.folders import check_bases
+    from meteora_core.checkpoints.native import check_replaceable
     from meteora_core.model.base import load_base, load_tokenizer
-    from meteora_core.training.common import check_bases, check_checkpoint_folder
     from meteora_core.training.gates import train_gates
 
     settings = run.settings
     folder = run.out_dir or settings.paths.runs / "meteora"
-    check_checkpoint_folder(folder)
+    check_replaceable(folder)
     if run.runtime.is_main and (note := check_bases(folders, settings.model.base, any_base=True)):
         say(f"note: {note}")
     with run.progress() as bars:

@@ -66,7 +66,7 @@ def check_adapter_targets(settings: Settings, out_dir: Path | None, names: list[
     """Refuse invalid adapter names, paths outside the folder of adapters, and a ``--name`` that is also the name of a dataset."""
     from meteora_core.data.rows import available_tasks
     from meteora_core.errors import UsageError
-    from meteora_core.training.common import check_targets
+    from meteora_core.training.output_folders import check_targets
 
     root = out_dir or settings.paths.adapters
     check_targets(root, names if balanced is None else [balanced], replaced=())
@@ -76,8 +76,8 @@ def check_adapter_targets(settings: Settings, out_dir: Path | None, names: list[
 
 def gate_folders(settings: Settings, names: list[str], max_rows: int | None, *, any_base: bool) -> dict[str, Path]:
     """The folders of the adapters to train gates for, by name. Every dataset is read, and all adapters must name one base model unless ``any_base``."""
+    from meteora_core.adapters.folders import adapter_folders, check_bases
     from meteora_core.data.rows import available_tasks, check_rows
-    from meteora_core.training.common import adapter_folders, check_bases
     from meteora_core.training.gates import check_pairs
 
     folders = adapter_folders(settings.paths.adapters, [] if names == ["all"] else names)

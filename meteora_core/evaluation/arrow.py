@@ -107,7 +107,7 @@ class ArrowRouter:
 
     def prepare(self) -> None:
         """Find and check the adapters. Raises AdapterError, UsageError."""
-        from meteora_core.training.common import adapter_folders
+        from meteora_core.adapters.folders import adapter_folders
 
         self.folders = adapter_folders(self.adapters_dir, [])
         for folder in self.folders.values():

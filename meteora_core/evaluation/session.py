@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from meteora_core.adapters.config import find_adapter
+from meteora_core.adapters.folders import check_bases
 from meteora_core.data.rows import available_tasks, split_path
 from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError, did_you_mean
@@ -26,7 +27,6 @@ from meteora_core.files import atomic_write, locked, sha256
 from meteora_core.json_files import write_jsonl
 from meteora_core.names import LONGEST
 from meteora_core.progress import SILENT, Progress
-from meteora_core.training.common import check_bases
 
 if TYPE_CHECKING:
     import torch

@@ -181,7 +181,7 @@ class _Session:
     def score(self, kind: str, task: str) -> dict[str, Any]:
         """Metrics and samples of one cell of the table, from the cache when nothing that they depend on has changed."""
         from meteora_core.evaluation.runner import EvalOptions, evaluate_task
-        from meteora_core.training.common import short_hash
+        from meteora_core.training.run_inputs import short_hash
 
         limit = self.plan.composite_rows if task == COMPOSITE else self.plan.test_rows
         questions = max(1, len(get_task(task).members))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from meteora_core.adapters.bank import AdapterBank
-from meteora_core.checkpoints.native import save_checkpoint
+from meteora_core.checkpoints.native import check_replaceable, save_checkpoint
 from meteora_core.checkpoints.native_config import CONFIG_FILE, read_config
 from meteora_core.data.rows import build_commands
 from meteora_core.errors import UsageError
@@ -29,18 +29,7 @@ from meteora_core.routing import IGNORE, GateObservations, routing_state
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.batch_plan import plan_batches
-from meteora_core.training.common import (
-    check_checkpoint_folder,
-    disable_checkpointing,
-    enable_checkpointing,
-    encoded_rows,
-    only_writer,
-    run_inputs,
-    short_hash,
-    tidy,
-    train_rows,
-    with_order,
-)
+from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
 from meteora_core.training.composites import POOL, make_composites
 from meteora_core.training.deepspeed_zero import is_zero
 from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
@@ -48,8 +37,11 @@ from meteora_core.training.encoding import Batch, TrainRow, collate, row_lengths
 from meteora_core.training.gate_metrics import gate_tallies, hit_sum, measure_gates
 from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train
 from meteora_core.training.loss import lm_losses
+from meteora_core.training.output_folders import only_writer, tidy
 from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.run_inputs import run_inputs, short_hash, with_order
 from meteora_core.training.state import last_loss, saved_states
+from meteora_core.training.task_rows import encoded_rows, train_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +91,7 @@ def gate_inputs(
     *,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """What fixes a gate run; see :func:`meteora_core.training.common.run_inputs`."""
+    """What fixes a gate run; see :func:`meteora_core.training.run_inputs.run_inputs`."""
     more = {"adapters": {adapter.name: adapter.sha256 for adapter in bank}, "top_k": top_k, "temperature": temperature, "max_rows": max_rows}
     return run_inputs("gates", base, dtype, data_dir, bank.names, settings, processes=processes, **more)
 
@@ -162,7 +154,7 @@ def train_gates(
         MeteoraError: The loss is not finite, or memory ran out.
     """
     check_names(bank.names, "adapter")
-    check_checkpoint_folder(folder)
+    check_replaceable(folder)
     check_observable(bank.modules, "the training of gates")
     adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) if settings.trainable == "gates+adapters" else settings.learning_rate
     if runtime.kind == "deepspeed" and adapter_rate != settings.learning_rate:

@@ -29,11 +29,13 @@ from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.batch_plan import Pick, plan_batches
-from meteora_core.training.common import check_targets, disable_checkpointing, enable_checkpointing, encoded_rows, only_writer, run_inputs, short_hash, tidy
+from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
 from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
 from meteora_core.training.encoding import Batch, TrainRow, row_lengths
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses
+from meteora_core.training.output_folders import check_targets, only_writer, tidy
+from meteora_core.training.run_inputs import run_inputs, short_hash
 from meteora_core.training.single_adapter import (
     TrainedAdapter,
     adapter_inputs,
@@ -47,6 +49,7 @@ from meteora_core.training.single_adapter import (
     with_lora,
 )
 from meteora_core.training.state import last_loss
+from meteora_core.training.task_rows import encoded_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from meteora_core.errors import MeteoraError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, locate_base, pick_device
 from meteora_core.progress import SILENT, Progress, Task
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.common import check_targets, tidy
+from meteora_core.training.output_folders import check_targets, tidy
 from meteora_core.training.single_adapter import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
 from meteora_core.workers import follow_parent
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from meteora_core.adapters.folders import INFO_FILE, read_training_info
 from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
 from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder
@@ -23,24 +24,16 @@ from meteora_core.names import check_names, folder_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.common import (
-    INFO_FILE,
-    check_adapter_folder,
-    disable_checkpointing,
-    enable_checkpointing,
-    encoded_rows,
-    only_writer,
-    read_training_info,
-    run_inputs,
-    tidy,
-    with_order,
-)
+from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
 from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
 from meteora_core.training.encoding import Batch, TrainRow, collate
 from meteora_core.training.gate_metrics import by_task
 from meteora_core.training.loop import Computed, Counts, Run, Task, train
 from meteora_core.training.loss import lm_losses
+from meteora_core.training.output_folders import check_adapter_folder, only_writer, tidy
+from meteora_core.training.run_inputs import run_inputs, with_order
 from meteora_core.training.state import INFO, RunState, differences, last_loss, saved_states
+from meteora_core.training.task_rows import encoded_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +71,7 @@ def adapter_inputs(
     tasks: Sequence[str] | None = None,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """What fixes an adapter's training; see :func:`meteora_core.training.common.run_inputs`. ``tasks``: of one LoRA over several tasks."""
+    """What fixes an adapter's training; see :func:`meteora_core.training.run_inputs.run_inputs`. ``tasks``: of one LoRA over several tasks."""
     return run_inputs("adapters", base, dtype, data_dir, list(tasks or [task]), settings, processes=processes, max_rows=max_rows)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from meteora_core.adapters.folders import INFO_FILE
 from meteora_core.checkpoints.native import check_replaceable
 from meteora_core.data.build import build_task
 from meteora_core.data.catalog import verify
@@ -16,8 +17,8 @@ from meteora_core.data.userdata import own_task
 from meteora_core.errors import DataError, UsageError
 from meteora_core.names import KEYWORDS, LONGEST, check_name, folder_of, inside, is_name, problem_of
 from meteora_core.settings import load_settings
-from meteora_core.training.common import INFO_FILE, check_adapter_folder, check_targets
 from meteora_core.training.joint_adapters import train_together
+from meteora_core.training.output_folders import check_adapter_folder, check_targets
 from meteora_core.training.parallel_adapters import JobPlan, train_side_by_side
 from meteora_core.training.single_adapter import train_adapter
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from meteora_core.adapters.base_names import same_base_name, short_name
+from meteora_core.adapters.folders import adapter_folders, check_bases
 from meteora_core.errors import UsageError
-from meteora_core.training.common import adapter_folders, check_bases
 from support.adapter_files import write_adapter
 
 

@@ -16,7 +16,7 @@ from meteora_core import AdapterBank, attach, detach
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
 from meteora_core.routing import record_routes, routing_state
-from meteora_core.training.common import enable_checkpointing
+from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts

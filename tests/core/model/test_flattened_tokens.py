@@ -16,7 +16,7 @@ from meteora_core.errors import UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
 from meteora_core.model.tokens import check_observable
 from meteora_core.routing import IGNORE, record_routes
-from meteora_core.training.common import enable_checkpointing
+from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.joint_adapters import TogetherObjective
 from meteora_core.training.loop import Counts

@@ -8,7 +8,7 @@ import torch
 from meteora_core import AdapterBank, attach
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.attention import without_cudnn_attention
-from meteora_core.training.common import enable_checkpointing
+from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts, Task, train

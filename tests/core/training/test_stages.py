@@ -248,7 +248,7 @@ def test_memory_that_runs_out_is_said_with_what_to_lower(data, tmp_path, monkeyp
 
 
 def test_adapters_of_different_bases_are_refused_and_listed(data, adapters) -> None:
-    from meteora_core.training.common import adapter_folders, check_bases
+    from meteora_core.adapters.folders import adapter_folders, check_bases
 
     def name(adapter: str, base: str) -> None:
         file = adapters / adapter / "adapter_config.json"
@@ -555,7 +555,7 @@ def test_what_is_logged_names_tasks_and_kinds_of_layer(data, adapters, tmp_path)
 
 
 def test_one_lora_over_all_tasks(data, tmp_path) -> None:
-    from meteora_core.training.common import adapter_folders
+    from meteora_core.adapters.folders import adapter_folders
 
     adapter(data, tmp_path / "a", "shout")
     settings = AdapterTrainSettings(max_steps=6, batch_size=4, rank=2, log_steps=1)

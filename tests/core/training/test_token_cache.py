@@ -15,10 +15,10 @@ from meteora_core import AdapterBank
 from meteora_core.errors import DataError, StorageError
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import token_cache
-from meteora_core.training.common import encoded_rows
 from meteora_core.training.encoding import row_lengths
 from meteora_core.training.gates import train_gates
 from meteora_core.training.single_adapter import train_adapter
+from meteora_core.training.task_rows import encoded_rows
 from meteora_core.training.token_cache import CachedRows, cached_rows, tokenizer_fingerprint
 
 __all__ = ["adapters", "data"]

@@ -1,0 +1,76 @@
+"""What a training run may write: names, folders that it may replace, locks, and what an earlier run left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora_core.errors import StorageError, UsageError
+from meteora_core.files import holds_other_things, locked, other_entries
+from meteora_core.locks import sweep
+from meteora_core.names import folder_of
+from meteora_core.text import listed
+
+if TYPE_CHECKING:
+    pass
+
+from meteora_core.adapters.folders import INFO_FILE
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", INFO_FILE)
+"""What :func:`meteora_core.training.single_adapter.save_adapter` writes."""
+
+
+def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] | None = None) -> None:
+    """Check the names of adapters that will be written below ``root``, and that no foreign files would be replaced.
+
+    Args:
+        root: The folder of all adapters.
+        names: The adapters' names.
+        replaced: Those that will be trained, and so replaced; None: all.
+
+    Raises:
+        UsageError: A name cannot be a name, a path leaves ``root``, or a folder holds something that Meteora did not train.
+    """
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file, so no adapter can be written into it", hint="choose a folder with --out")
+    folders = {name: folder_of(root, name, "adapter") for name in names}
+    for name in folders if replaced is None else replaced:
+        check_adapter_folder(folders[name])
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Check that a trained adapter may replace ``folder``: it does not exist, is empty, or holds an adapter that Meteora trained and nothing else.
+
+    Raises:
+        UsageError: It holds something else; the message names it.
+    """
+    hint = "choose another folder with --out, or move this one away"
+    if holds_other_things(folder, "adapter_config.json"):
+        raise UsageError(f"{folder} is not an adapter, so it is not replaced", hint=hint)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / INFO_FILE).is_file():
+        raise UsageError(f"{folder} holds an adapter that was not trained by Meteora, so it is not replaced", hint=hint)
+    if others := other_entries(folder, _ADAPTER_FILES):
+        raise UsageError(f"{folder} contains files that do not belong to the adapter and would be lost: {listed(others)}", hint=hint)
+
+
+@contextmanager
+def only_writer(folders: Iterable[Path], *, is_main: bool) -> Iterator[None]:
+    """Hold the locks of what will be trained, in the process that writes it; see :func:`meteora_core.files.locked`. Raises BusyError, StorageError."""
+    with ExitStack() as stack:
+        for folder in folders if is_main else ():
+            stack.enter_context(locked(folder))
+        yield
+
+
+def tidy(folder: Path, states: Path, *, is_main: bool) -> None:
+    """Remove what a run left that was killed after it had saved its result, unless another process is writing there."""
+    if is_main:
+        sweep(folder)
+        if states.is_dir():
+            with suppress(StorageError), locked(folder):
+                shutil.rmtree(states, ignore_errors=True)
