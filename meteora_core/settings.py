@@ -19,6 +19,8 @@ from meteora_core.text import one_line, printable, shown
 
 DEFAULT_FILE = Path("meteora.toml")
 
+FORMER_NAMES = {("chat", "temperature"): "sampling_temperature"}
+"""Settings that had another name before: files and environment variables may still use it."""
 
 Switch = Literal["auto", "on", "off"]
 
@@ -105,7 +107,7 @@ class RoutingSettings(_Section):
 
     top_k: int | None = Field(None, examples=[2], ge=1, le=65536, description="Adapters per token and layer; absent: the checkpoint's own, and 2 in training.")
     temperature: float | None = Field(
-        None, examples=[1.0], gt=0, le=1e6, description="T of the softmax over the chosen; absent: each task's default (1; composites 15-30)."
+        None, examples=[1.0], gt=0, le=1e6, description="Routing temperature T; absent: each task's default (1; composites 15-30)."
     )
 
 
@@ -250,7 +252,7 @@ class ChatSettings(_Section):
     """`meteora chat`."""
 
     max_new_tokens: int = Field(256, ge=1, le=MOST_TOKENS, description="Longest answer.")
-    temperature: float = Field(0.0, ge=0, le=1000, description="Sampling temperature; 0: greedy.")
+    sampling_temperature: float = Field(0.0, ge=0, le=1000, description="Sampling temperature; 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     template: Literal["auto", "chat", "inst", "raw"] = Field(
         "auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base."
@@ -322,7 +324,8 @@ def load_settings(file: Path | None = None, overrides: dict[str, Any] | None = N
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
+            environment = InitSettingsSource(settings_cls, _present_names(env_settings(), "the environment"))
+            return init_settings, environment, InitSettingsSource(settings_cls, values)
 
     try:
         return FileSettings(**(overrides or {}))
@@ -341,11 +344,22 @@ def _file_values(file: Path) -> dict[str, Any]:
     hint = "see meteora.toml in the repository for every setting"
     text = read_text(file, UsageError, hint="leave out --config to use the defaults, or correct the path")
     try:
-        return tomllib.loads(text)
+        return _present_names(tomllib.loads(text), str(file))
     except RecursionError as deep:
         raise UsageError(f"{file} is nested too deeply", hint=hint) from deep
     except ValueError as broken:  # not only TOMLDecodeError: an integer of thousands of digits too
         raise UsageError(f"{file} is not valid TOML: {one_line(str(broken), limit=300)}", hint=hint) from broken
+
+
+def _present_names(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """Values in which settings of :data:`FORMER_NAMES` have their present names. Raises UsageError where a value is set under both."""
+    for (section, former), present in FORMER_NAMES.items():
+        entries = values.get(section)
+        if isinstance(entries, dict) and former in entries:
+            if present in entries:
+                raise UsageError(f"{section}.{former} and {section}.{present} are one setting, and {place} has both", hint=f"leave out {section}.{former}")
+            values = {**values, section: {present if name == former else name: value for name, value in entries.items()}}
+    return values
 
 
 def fields_of(section: str) -> list[str]:

@@ -26,7 +26,7 @@ Checkpoint = Annotated[
 Base = Annotated[str | None, typer.Option("--base", help="A base model alone; with --checkpoint or --adapter: the one to load it onto.", show_default=False)]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="One adapter alone: a PEFT folder, or a name.", show_default=False)]
 AdaptersDir = Annotated[Path | None, typer.Option("--adapters", help="Where the checkpoint's adapter folders lie, if they were moved.", show_default=False)]
-RoutingT = Annotated[float | None, typer.Option("--T", help="Temperature of the mix; default: the checkpoint's.", show_default=False)]
+RoutingT = Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: the checkpoint's.", show_default=False)]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: the checkpoint's.", show_default=False)]
 System = Annotated[str | None, typer.Option("--system", help="Text that stands before the conversation.", show_default=False)]
 Template = Annotated[
@@ -46,12 +46,12 @@ def chat(
     base: Base = None,
     adapter: Adapter = None,
     adapters_dir: AdaptersDir = None,
-    temperature: RoutingT = None,
+    routing_temperature: RoutingT = None,
     top_k: TopK = None,
     system: System = None,
     template: Template = None,
     max_new_tokens: MaxNew = None,
-    sampling: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0: greedy.", show_default=False)] = None,
+    sampling_temperature: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0: greedy.", show_default=False)] = None,
     route: Annotated[bool, typer.Option("--route", help="Colour every token by the adapter that spoke.")] = False,
     device: Device = None,
     backend: Backend = None,
@@ -72,12 +72,12 @@ def chat(
         base=base,
         adapter=adapter,
         adapters_dir=adapters_dir,
-        routing_temperature=temperature,
+        routing_temperature=routing_temperature,
         top_k=top_k,
         system=system,
         template=template,
         chat__max_new_tokens=max_new_tokens,
-        chat__temperature=sampling,
+        chat__sampling_temperature=sampling_temperature,
         model__device=device,
         model__backend=backend,
         model__quantization=quantization_of(load_in_4bit, load_in_8bit),
@@ -114,7 +114,7 @@ def open_session(
 
     alone, mixed = adapter is not None, "a checkpoint whose adapters are mixed (leave out --adapter and a --base alone)"
     bare = base is not None and checkpoint is None and not alone
-    needs = dict.fromkeys(("temperature", "top_k"), (not alone and not bare, mixed))
+    needs = dict.fromkeys(("routing_temperature", "top_k"), (not alone and not bare, mixed))
     needs |= {"adapters_dir": (not bare, "a checkpoint"), "backend": (not bare, "a checkpoint or --adapter")}
     refuse_without_effect(ctx, needs)
     settings = settings_from(ctx, chat__template=template, **flags)
@@ -130,11 +130,11 @@ def open_session(
         routing_temperature = routing_temperature if routing_temperature is not None else settings.routing.temperature
     return ChatSession(
         speaker,
-        Sampling(wishes.max_new_tokens, wishes.temperature, wishes.top_p, wishes.seed),
+        Sampling(wishes.max_new_tokens, wishes.sampling_temperature, wishes.top_p, wishes.seed),
         template=wishes.template,
         system=system,
         top_k=top_k,
-        temperature=routing_temperature,
+        routing_temperature=routing_temperature,
         cuda_graphs=wishes.cuda_graphs,
     )
 

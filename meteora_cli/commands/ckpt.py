@@ -126,7 +126,7 @@ def convert(
     names: Annotated[str | None, typer.Option("--names", help="The adapters' names in the checkpoint's order, a,b,c.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha of all adapters, without --adapters; default: 16.", show_default=False)] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="Adapters per token, stored as the default.")] = 2,
-    temperature: Annotated[float, typer.Option("--T", help="Routing temperature, stored as the default.")] = 1.0,
+    routing_temperature: Annotated[float, typer.Option("--T", help="Routing temperature T, stored as the default.")] = 1.0,
     base_tensors: Annotated[
         str, typer.Option("--base-tensors", help="Which base tensors to store: changed (compares with the base model) or all.")
     ] = "changed",
@@ -151,7 +151,7 @@ def convert(
             names=None if names is None else [name.strip() for name in names.split(",") if name.strip()],
             alpha=alpha,
             top_k=top_k,
-            temperature=temperature,
+            routing_temperature=routing_temperature,
             base_tensors=cast("BaseTensors", base_tensors),
             overwrite=force,
             progress=bars,

@@ -58,8 +58,8 @@ def evaluate(
             help="Trained gates, native or in the authors' layout; default: runs/meteora, else the quickstart's, else the starter.", show_default=False
         ),
     ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--T", help="Routing temperature; default: the task's (1; composites 15 to 30).", show_default=False)
+    routing_temperature: Annotated[
+        float | None, typer.Option("--T", help="Routing temperature T; default: the task's (1; composites 15 to 30).", show_default=False)
     ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: the checkpoint's.", show_default=False)] = None,
     batch_size: Annotated[str | None, typer.Option(help="Prompts at once: a number or auto.", show_default=False)] = None,
@@ -111,7 +111,7 @@ def evaluate(
         model__backend=backend,
         model__quantization=quantization_of(load_in_4bit, load_in_8bit),
         routing__top_k=top_k,
-        routing__temperature=temperature,
+        routing__temperature=routing_temperature,
         eval__batch_size=batch_size,
         eval__max_new_tokens=max_new_tokens,
         eval__max_prompt_tokens=max_prompt_tokens,
@@ -155,7 +155,7 @@ def evaluate(
             no_repeat_ngram_size=settings.eval.no_repeat_ngram_size,
             limit=settings.eval.limit,
             scoring=settings.eval.scoring,
-            temperature=settings.routing.temperature,
+            routing_temperature=settings.routing.temperature,
             top_k=settings.routing.top_k,
             routing=routing,
             cuda_graphs=settings.eval.cuda_graphs,
@@ -262,7 +262,7 @@ def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: 
         {
             "checkpoint": ("meteora" in models, "--model meteora"),
             "backend": ("meteora" in models, "--model meteora"),
-            "temperature": (routed, "--model meteora or peft-arrow"),
+            "routing_temperature": (routed, "--model meteora or peft-arrow"),
             "top_k": (routed, "--model meteora or peft-arrow"),
             "adapters": (tuple(models) != ("base",), "a --model with adapters"),
             "out_dir": (save, "--save"),

@@ -42,7 +42,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("temperature", False, 0, 5, "sampling temperature; 0 takes the likeliest token"),
     Option("top-p", False, 0, 1, "draw from the likeliest tokens up to this sum of probabilities", open_low=True),
     Option("seed", True, 0, 2**32 - 1, "of the draws"),
-    Option("T", False, 0, 1000, "temperature of the mix between the chosen adapters", open_low=True, gates=True),
+    Option("T", False, 0, 1000, "routing temperature: the higher, the more evenly the chosen adapters are mixed", open_low=True, gates=True),
     Option("top-k", True, 1, math.inf, "adapters per token and layer", gates=True),
 )
 

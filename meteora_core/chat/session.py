@@ -26,14 +26,15 @@ class Mode:
     """How adapters are chosen: what cached keys and values depend on.
 
     Attributes:
-        top_k, temperature: Of the gates.
+        top_k: Adapters per token and layer.
+        routing_temperature: T of the gates' softmax.
         forced: The adapter that speaks alone, or None for the gates.
         muted: Adapters that are never chosen.
         enabled: False for the bare base model.
     """
 
     top_k: int = 1
-    temperature: float = 1.0
+    routing_temperature: float = 1.0
     forced: str | None = None
     muted: frozenset[str] = frozenset()
     enabled: bool = True
@@ -45,7 +46,7 @@ class Mode:
         if self.forced is not None:
             return f"forced: {self.forced}"
         muted = f", without {', '.join(sorted(self.muted))}" if self.muted else ""
-        return f"gates: top {self.top_k}, T {self.temperature:g}{muted}"
+        return f"gates: top {self.top_k}, T {self.routing_temperature:g}{muted}"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ class ChatSession:
         sampling: How tokens are chosen at first.
         template: "auto", "chat", "inst" or "raw".
         system: Text that stands before the conversation.
-        top_k, temperature: Of the gates; None keeps the checkpoint's.
+        top_k: Adapters per token and layer; None keeps the checkpoint's.
+        routing_temperature: T of the gates' softmax; None keeps the checkpoint's.
         cuda_graphs: As :class:`~meteora_core.generation.engine.Engine` takes it.
 
     Raises:
-        UsageError: The template cannot be used, or top_k or temperature is out of range.
+        UsageError: The template cannot be used, or top_k or routing_temperature is out of range.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class ChatSession:
         template: str = "auto",
         system: str | None = None,
         top_k: int | None = None,
-        temperature: float | None = None,
+        routing_temperature: float | None = None,
         cuda_graphs: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         self.speaker = speaker
@@ -95,13 +97,13 @@ class ChatSession:
         self._first_turn = 0
         self._last: tuple[Encoded, Mode] | None = None
         state = speaker.routing
-        for name, value in (("top-k", top_k), ("T", temperature)):
+        for name, value in (("top-k", top_k), ("T", routing_temperature)):
             if value is not None:
                 check_option(name, str(value), state)
         if state is None:
             self.mode = Mode(enabled=False)
         else:
-            self.mode = Mode(top_k or state.top_k, temperature or state.temperature, speaker.adapter)
+            self.mode = Mode(top_k or state.top_k, routing_temperature or state.temperature, speaker.adapter)
 
     # --- talking ---------------------------------------------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class ChatSession:
         """Change a setting. Raises UsageError for an unknown name (the nearest is named) or a bad value (the range is named)."""
         parsed = check_option(name, value, self.speaker.routing)
         if name == "T":
-            self.mode = replace(self.mode, temperature=float(parsed))
+            self.mode = replace(self.mode, routing_temperature=float(parsed))
         elif name == "top-k":
             self.mode = replace(self.mode, top_k=int(parsed))
         else:
@@ -215,7 +217,7 @@ class ChatSession:
             "top-p": sampling.top_p,
             "seed": sampling.seed,
         }
-        return values if self.speaker.routing is None else {**values, "T": self.mode.temperature, "top-k": self.mode.top_k}
+        return values if self.speaker.routing is None else {**values, "T": self.mode.routing_temperature, "top-k": self.mode.top_k}
 
     # --- looking back ----------------------------------------------------------------------------------------------------------
 
@@ -332,7 +334,7 @@ def routing_mode(state: RoutingState, mode: Mode) -> Iterator[None]:
             stack.enter_context(state.disabled())
         elif mode.forced is not None:
             stack.enter_context(state.force(mode.forced))
-        state.top_k, state.temperature = mode.top_k, mode.temperature
+        state.top_k, state.temperature = mode.top_k, mode.routing_temperature
         state.mute(mode.muted)
         try:
             yield

@@ -62,7 +62,7 @@ def convert_authors(
     names: Sequence[str] | None = None,
     alpha: float | None = None,
     top_k: int = 2,
-    temperature: float = 1.0,
+    routing_temperature: float = 1.0,
     base_tensors: BaseTensors = "changed",
     overwrite: bool = False,
     progress: Progress = SILENT,
@@ -80,14 +80,14 @@ def convert_authors(
             only noted with ``"all"``.
         adapter_dir, names, alpha: As in :func:`~meteora_core.load_authors_checkpoint`.
         top_k: Stored as the default of the checkpoint.
-        temperature: Stored as the default of the checkpoint.
+        routing_temperature: T of the gates' softmax, stored as the default of the checkpoint.
         base_tensors: "changed", or "all" to store every base tensor without a comparison.
         overwrite: Replace a folder that is there.
         progress: Where to report.
 
     Raises:
         CheckpointError: The checkpoint cannot be read or is incomplete, or the base model has another vocabulary or other shapes.
-        UsageError: top_k or temperature is out of range, the folder exists, or it holds something that is no checkpoint.
+        UsageError: top_k or routing_temperature is out of range, the folder exists, or it holds something that is no checkpoint.
         StorageError: The disk is full or not writable.
     """
     folder = Path(folder)
@@ -103,8 +103,8 @@ def convert_authors(
     infos = describe_adapters(layout, adapter_dir, names=names, alpha=alpha)
     if not 1 <= top_k <= layout.count:
         raise UsageError(f"top_k is {top_k}, but the checkpoint has {layout.count} adapters", hint=f"choose --top-k between 1 and {layout.count}")
-    if not 0 < temperature < float("inf"):
-        raise UsageError(f"the routing temperature T is {temperature}, it must be above 0 and finite")
+    if not 0 < routing_temperature < float("inf"):
+        raise UsageError(f"the routing temperature T is {routing_temperature}, it must be above 0 and finite")
     kept, rounded, probe = tuple(sorted(layout.base)), dict[str, torch.dtype](), None
     if base_tensors == "changed":
         theirs = _open_base(reference, progress)
@@ -113,7 +113,7 @@ def convert_authors(
         probe = _probe(layout, theirs)
     _check_numbers(layout, infos, kept, progress)
     plans = list(_plans(layout, kept))
-    config = _config(layout, infos, reference, probe, kept, rounded, top_k, temperature)
+    config = _config(layout, infos, reference, probe, kept, rounded, top_k, routing_temperature)
     total = sum(plan.size for plan in plans)
     _check_space(folder, total)
     with atomic_folder(folder) as temporary:
@@ -267,14 +267,14 @@ def _config(
     kept: tuple[str, ...],
     rounded: dict[str, torch.dtype],
     top_k: int,
-    temperature: float,
+    routing_temperature: float,
 ) -> dict[str, Any]:
     scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32).tolist()
     return {
         "format": FORMAT,
         "base": {"name": reference.name, "revision": reference.revision, "probe": probe},
         "top_k": top_k,
-        "temperature": temperature,
+        "temperature": routing_temperature,
         "adapters": [asdict(info) for info in infos],
         "gates": "trained",
         "contains": ["gates", "adapters", *(["base"] if kept else [])],

@@ -118,7 +118,7 @@ def open_checkpoint(
     adapters_dir: str | Path | None = None,
     alpha: float | None = None,
     top_k: int | None = None,
-    temperature: float | None = None,
+    routing_temperature: float | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
@@ -135,7 +135,7 @@ def open_checkpoint(
         adapters_dir: Where the adapter folders lie.
         alpha: Of the authors' layout without ``adapters_dir``.
         top_k: None takes the checkpoint's own, or 2.
-        temperature: None takes the checkpoint's own, or 1.
+        routing_temperature: T of the gates' softmax; None takes the checkpoint's own, or 1.
         dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU.
         device: None or "auto" is a GPU when there is one.
         backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
@@ -155,6 +155,6 @@ def open_checkpoint(
     state = routing_state(model)
     if top_k is not None:
         state.top_k = top_k
-    if temperature is not None:
-        state.temperature = temperature
+    if routing_temperature is not None:
+        state.temperature = routing_temperature
     return model, reference

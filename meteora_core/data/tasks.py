@@ -92,7 +92,7 @@ class Task:
         choices: For the tasks whose choices MeteoRA appends itself: the text between the input and the first ``choice: ...`` line; else None.
         eval_cap: At most so many test rows are evaluated, or None for all.
         max_new_tokens: How many tokens an answer may have.
-        temperature: The routing temperature of an evaluation when none is given.
+        routing_temperature: The routing temperature of an evaluation when none is given.
         members: A composite's tasks, in the order of its prompts; empty otherwise.
     """
 
@@ -105,7 +105,7 @@ class Task:
     choices: str | None = None
     eval_cap: int | None = None
     max_new_tokens: int = 64
-    temperature: float = 1.0
+    routing_temperature: float = 1.0
     members: tuple[str, ...] = field(default=())
 
     @property
@@ -190,7 +190,7 @@ _COMPOSITE_TEMPERATURES = {3: 15.0, 5: 20.0, 10: 30.0}
 _COMPOSITE_NAME = re.compile(r"composite_([1-9][0-9]*)")
 
 
-def composite_temperature(n: int) -> float:
+def composite_routing_temperature(n: int) -> float:
     """The routing temperature for a composite of ``n`` tasks: the authors' 15, 20 and 30 for 3, 5 and 10; the nearest of them for any other ``n``."""
     return _COMPOSITE_TEMPERATURES[min(_COMPOSITE_TEMPERATURES, key=lambda known: (abs(known - n), known))]
 
@@ -219,9 +219,9 @@ def composite_task(members: tuple[str, ...], name: str | None = None, resolve: C
         resolve: Looks a member up; :func:`get_task` by default.
     """
     tokens = sum((resolve or get_task)(member).max_new_tokens + 8 for member in members)
-    temperature = composite_temperature(len(members))
+    routing_temperature = composite_routing_temperature(len(members))
     name = name or f"composite_{len(members)}"
-    return Task(name, None, "composite", Combined(), max_new_tokens=tokens, temperature=temperature, members=members)
+    return Task(name, None, "composite", Combined(), max_new_tokens=tokens, routing_temperature=routing_temperature, members=members)
 
 
 def _numbered() -> dict[str, Task]:

@@ -38,14 +38,16 @@ def arrow_top_k(asked: int | None, count: int) -> int:
 
 
 @contextmanager
-def with_arrow(model: PreTrainedModel, folders: Mapping[str, Path], *, top_k: int | None = None, temperature: float = 1.0, seed: int = 42) -> Iterator[Any]:
+def with_arrow(
+    model: PreTrainedModel, folders: Mapping[str, Path], *, top_k: int | None = None, routing_temperature: float = 1.0, seed: int = 42
+) -> Iterator[Any]:
     """Within the block, the base with PEFT's Arrow routing over the adapters, in the base's dtype; afterwards the base is as it was.
 
     Args:
         model: A base model without adapters.
         folders: Adapter name -> PEFT LoRA folder. Ranks and target modules must be the same in all of them, which is PEFT's condition.
         top_k: Adapters per token; None is PEFT's default.
-        temperature: Of the softmax over the chosen.
+        routing_temperature: T of the softmax over the chosen adapters.
         seed: Start of the power iteration that finds the prototypes.
 
     Yields:
@@ -58,7 +60,7 @@ def with_arrow(model: PreTrainedModel, folders: Mapping[str, Path], *, top_k: in
     from peft import ArrowConfig, create_arrow_model
 
     banks = [read_for_base(folder, model) for folder in folders.values()]
-    config = ArrowConfig(top_k=arrow_top_k(top_k, len(folders)), router_temperature=temperature, rng_seed=seed)
+    config = ArrowConfig(top_k=arrow_top_k(top_k, len(folders)), router_temperature=routing_temperature, rng_seed=seed)
     had_none = set(dict(model.named_modules()))
     try:
         with warnings.catch_warnings(), TemporaryDirectory(prefix="meteora-arrow-") as temporary:
@@ -92,14 +94,14 @@ class ArrowRouter:
 
     Args:
         adapters_dir: The adapter folders; those of several tasks (``--balanced``) are left out.
-        top_k, temperature, seed: As for :func:`with_arrow`.
+        top_k, routing_temperature, seed: As for :func:`with_arrow`.
 
     Attributes:
         model, tokenizer: While it is in a model: that model with the adapters, and its tokenizer.
     """
 
-    def __init__(self, adapters_dir: Path, top_k: int | None, temperature: float, seed: int) -> None:
-        self.adapters_dir, self.top_k, self.temperature, self.seed = adapters_dir, top_k, temperature, seed
+    def __init__(self, adapters_dir: Path, top_k: int | None, routing_temperature: float, seed: int) -> None:
+        self.adapters_dir, self.top_k, self.routing_temperature, self.seed = adapters_dir, top_k, routing_temperature, seed
         self.folders: dict[str, Path] = {}
         self.model: Any = None
         self.tokenizer: Any = None
@@ -120,7 +122,7 @@ class ArrowRouter:
 
     def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Put the adapters into a base model. Raises AdapterError."""
-        made = with_arrow(model, self.folders, top_k=self.top_k, temperature=self.temperature, seed=self.seed)
+        made = with_arrow(model, self.folders, top_k=self.top_k, routing_temperature=self.routing_temperature, seed=self.seed)
         self.model, self.tokenizer = self._inside.enter_context(made), tokenizer
 
     def leave(self) -> None:

@@ -171,7 +171,7 @@ class ResultsBuilder:
             "metric": result.task.metric,
             "members": list(result.task.members),
             "generation_kwargs": {"do_sample": False, "max_gen_toks": result.max_new_tokens},
-            "temperature": result.temperature,
+            "temperature": result.routing_temperature,
             "top_k": result.top_k,
         }
         self.groups[name] = list(result.task.members)

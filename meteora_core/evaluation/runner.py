@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,7 +92,8 @@ class TaskResult:
         seconds: How long it took in this run, scoring and all.
         new_tokens, prompt_tokens: Of all rows.
         speed: Of the rows that were generated in this run.
-        temperature, top_k: Of the routing, when there is one.
+        routing_temperature: T that the gates were used with; None without gates.
+        top_k: Adapters per token and layer; None without gates.
         max_new_tokens: Longest answer.
         notes: What a reader should know, one line each.
         routing: Which adapters were chosen, if that was asked for.
@@ -106,7 +107,7 @@ class TaskResult:
     new_tokens: int = 0
     prompt_tokens: int = 0
     speed: Speed = Speed()
-    temperature: float | None = None
+    routing_temperature: float | None = None
     top_k: int | None = None
     max_new_tokens: int = 0
     notes: list[str] = field(default_factory=list)
@@ -125,7 +126,7 @@ class EvalOptions:
         no_repeat_ngram_size: 0 is off.
         limit: Only the first so many test rows; None takes the task's cap.
         scoring: "corrected" or "paper".
-        temperature: Routing T; None takes the task's.
+        routing_temperature: T of the gates' softmax; None takes the task's.
         top_k: Adapters per token; None keeps the model's.
         routing: Count which adapters are chosen (of a model with adapters attached).
         cuda_graphs: A cache of fixed size, each step replayed as a CUDA graph: "auto" (on a CUDA GPU, where the model allows it), "on" or "off".
@@ -137,7 +138,7 @@ class EvalOptions:
     no_repeat_ngram_size: int = 30
     limit: int | None = None
     scoring: Literal["corrected", "paper"] = "corrected"
-    temperature: float | None = None
+    routing_temperature: float | None = None
     top_k: int | None = None
     routing: bool = False
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
@@ -146,6 +147,10 @@ class EvalOptions:
     def max_total_tokens(self) -> int | None:
         """The limit on tokens of prompt and answer together, besides the context: :data:`PAPER_TOKENS` for paper scoring without a limit on prompts."""
         return PAPER_TOKENS if self.scoring == "paper" and self.max_prompt_tokens is None else None
+
+    def document(self) -> dict[str, Any]:
+        """The options as results files record them, where the routing temperature is called ``temperature``."""
+        return {"temperature" if name == "routing_temperature" else name: value for name, value in asdict(self).items()}
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
@@ -204,7 +209,7 @@ def evaluate_task(
     before = {index: read.sample(index, output, ids.get(index, ())) for index, output in (finished or {}).items() if index < len(rows)}
     state: RoutingState | None = getattr(model, "meteora", None)
     began = time.monotonic()
-    with routed(state, options, found) as (result.temperature, result.top_k):
+    with routed(state, options, found) as (result.routing_temperature, result.top_k):
         counter = _Counter(model, tokenizer, state) if options.routing and state is not None else None
         mine = processes.share([prompt for prompt in fitting if prompt.index in before])
         if counter is not None:
@@ -369,7 +374,7 @@ def routed(state: RoutingState | None, options: EvalOptions, task: Task) -> Iter
         yield None, None
         return
     before = state.temperature, state.top_k
-    state.temperature = options.temperature if options.temperature is not None else task.temperature
+    state.temperature = options.routing_temperature if options.routing_temperature is not None else task.routing_temperature
     state.top_k = options.top_k if options.top_k is not None else state.top_k
     try:
         yield state.temperature, state.top_k

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -250,10 +250,11 @@ def _save(folder: Path, outcome: ModelResults, begun: str, now: str, progress: P
 def _inputs(plan: EvalPlan, loader: _Loader, model: str, task: Task, adapter: Path | None) -> dict[str, Any]:
     """All that a row's answer depends on."""
     adapters = [adapter] if adapter is not None else list(loader.arrow.folders.values()) if model == ARROW else []
-    options = {key: value for key, value in asdict(plan.options).items() if key not in FREE_OPTIONS}
+    options = {key: value for key, value in plan.options.document().items() if key not in FREE_OPTIONS}
     options["max_total_tokens"] = plan.options.max_total_tokens
     options["max_new_tokens"] = plan.options.max_new_tokens or task.max_new_tokens
-    options["temperature"] = plan.options.temperature if plan.options.temperature is not None else task.temperature
+    wished = plan.options.routing_temperature
+    options["temperature"] = task.routing_temperature if wished is None else wished
     return {
         "model": {key: value for key, value in loader.config(model).items() if key not in (*FREE_OPTIONS, "options", "random_seed")},
         "base": loader.base_files(),
@@ -344,7 +345,7 @@ class _Loader:
         self._base_files: dict[str, Any] | None = None
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.temperature or 1.0, plan.seed)
+        self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.routing_temperature or 1.0, plan.seed)
 
     def check(self, models: Sequence[str]) -> None:
         """Read the checkpoint's configuration; its base is everyone's base, so that models are comparable."""
@@ -383,7 +384,7 @@ class _Loader:
 
         from meteora_core import __version__
 
-        options = asdict(self.plan.options)
+        options = self.plan.options.document()
         weights = self._hash if model == "meteora" else None
         return {
             "model_args": {

@@ -46,7 +46,7 @@ def load_for_harness(checkpoint: str, **arguments: Any) -> tuple[Any, Any]:
         adapters_dir=arguments.get("adapters"),
         alpha=arguments.get("alpha"),
         top_k=arguments.get("top_k"),
-        temperature=arguments.get("T"),
+        routing_temperature=arguments.get("T"),
         dtype=arguments.get("dtype"),
         device=arguments.get("device"),
         backend=arguments.get("backend") or "auto",

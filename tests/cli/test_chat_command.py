@@ -309,7 +309,7 @@ def test_commands_change_the_session(world, tmp_path) -> None:
     for line in ("/use beta", "/mute gamma", "/set T=15", "/set top-k 3", "/system Be brief.", "/route on"):
         run_command(chat, line)
     mode = chat.session.mode
-    assert (mode.forced, mode.muted, mode.temperature, mode.top_k) == ("beta", {"gamma"}, 15.0, 3)
+    assert (mode.forced, mode.muted, mode.routing_temperature, mode.top_k) == ("beta", {"gamma"}, 15.0, 3)
     assert (chat.session.system, chat.route) == ("Be brief.", True)
     for line in ("/use auto", "/mute gamma", "/system off", "/route"):
         run_command(chat, line)

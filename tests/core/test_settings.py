@@ -55,6 +55,18 @@ def test_a_broken_file_is_named(tmp_path, text, message) -> None:
     assert caught.value.hint
 
 
+def test_the_former_name_of_the_sampling_temperature_is_still_read(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text("[chat]\ntemperature = 0.5\n")
+    assert load_settings(file).chat.sampling_temperature == 0.5
+    monkeypatch.setenv("METEORA_CHAT__TEMPERATURE", "0.7")
+    assert load_settings(file).chat.sampling_temperature == 0.7
+    assert load_settings(file, {"chat": {"sampling_temperature": 0.9}}).chat.sampling_temperature == 0.9
+    file.write_text("[chat]\ntemperature = 0.5\nsampling_temperature = 0.6\n")
+    with pytest.raises(UsageError, match=r"chat.temperature and chat.sampling_temperature are one setting, and .*m.toml has both"):
+        load_settings(file)
+
+
 def test_a_missing_file_and_a_broken_variable(tmp_path, monkeypatch) -> None:
     with pytest.raises(UsageError, match="no such file"):
         load_settings(tmp_path / "none.toml")
@@ -111,7 +123,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch) -> None:
         ("[eval]\nlimit = true", r"eval\.limit = True"),
         ("[eval]\nlimit = 1979-05-27", r"eval\.limit"),
         ("[routing]\ntemperature = inf", r"routing\.temperature = inf"),
-        ("[chat]\ntemperature = inf", r"chat\.temperature = inf"),
+        ("[chat]\nsampling_temperature = inf", r"chat\.sampling_temperature = inf"),
         ("[chat]\ntop_p = nan", r"chat\.top_p = nan"),
         ("[train_gates]\nbeta = inf", r"train_gates\.beta = inf"),
         ("[train_adapters]\nlearning_rate = inf", r"train_adapters\.learning_rate = inf"),

@@ -39,7 +39,7 @@ SETTINGS: dict[str, tuple[str, float, float] | tuple[str, ...]] = {
     "eval.limit": ("int", 1, 2**31),
     "eval.max_new_tokens": ("int", 1, 2**31),
     "eval.no_repeat_ngram_size": ("int", 0, 2**31),
-    "chat.temperature": ("float", 0, 1e30),
+    "chat.sampling_temperature": ("float", 0, 1e30),
     "chat.top_p": ("float", 0, 1),
     "chat.max_new_tokens": ("int", 1, 2**31),
 }

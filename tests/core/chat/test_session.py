@@ -176,7 +176,7 @@ def test_a_bare_base_has_no_gates(world) -> None:
 
 
 def test_the_start_takes_top_k_and_temperature(speaker) -> None:
-    session = ChatSession(speaker, top_k=1, temperature=4.0)
+    session = ChatSession(speaker, top_k=1, routing_temperature=4.0)
     assert session.mode == Mode(1, 4.0)
     with pytest.raises(UsageError):
         ChatSession(speaker, top_k=9)

@@ -33,7 +33,7 @@ BATCH = {"input_ids": torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]]), "atte
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_converted_model_is_the_loaded_one_bit_for_bit(make_authors: Make, tmp_path: Path, shards: int, change: tuple[str, ...], tied: bool) -> None:
     made = make_authors(shards=shards, change=change, tied=tied, same_alpha=False)
-    done = convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, top_k=2, temperature=15)
+    done = convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, top_k=2, routing_temperature=15)
     assert done.adapters == made.names
     assert done.base_tensors == tuple(sorted(change))
     assert done.sha256 == sha256(tmp_path / "native" / "meteora.safetensors")
@@ -140,7 +140,7 @@ def test_arguments_that_are_refused(make_authors: Make, tmp_path: Path) -> None:
 
     for arguments, message in (
         ({"top_k": 3}, "top_k is 3"),
-        ({"temperature": 0}, "temperature T is 0"),
+        ({"routing_temperature": 0}, "temperature T is 0"),
         ({"alpha": 8, "adapter_dir": made.adapters}, "which states it"),
         ({"base_tensors": "none"}, "unknown choice of base tensors"),
     ):

@@ -36,7 +36,7 @@ def test_the_authors_layout(make_authors: Make) -> None:
 
 def test_native_checkpoints(make_authors: Make, tmp_path: Path) -> None:
     made = make_authors(count=3, change=("model.norm.weight",))
-    convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, temperature=20)
+    convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, routing_temperature=20)
     facts = inspect_checkpoint(tmp_path / "native")
     assert (facts["kind"], facts["adapter_count"], facts["ranks"], facts["temperature"], facts["intact"]) == ("native", 3, [8], 20, True)
     assert facts["base"] == {"name": str(made.base), "revision": None}

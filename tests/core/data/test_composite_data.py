@@ -109,7 +109,7 @@ def test_any_list_of_tasks(data: Path) -> None:
     assert build_composite(data, tasks=["strategyqa", "logical_deduction"], name="pair").task == "pair"
     register_built(data)
     assert get_task("pair").members == ("strategyqa", "logical_deduction")
-    assert get_task("pair").temperature == 15.0
+    assert get_task("pair").routing_temperature == 15.0
     assert get_task("pair").metric == "composite"
     assert task_in(data, "composite_2_custom").members == ("strategyqa", "logical_deduction")
 

@@ -40,8 +40,8 @@ def test_caps_choices_and_temperatures() -> None:
         "tracking_shuffled_objects",
         "unit_conversion",
     }
-    assert [get_task(f"composite_{n}").temperature for n in (3, 5, 10)] == [15.0, 20.0, 30.0]
-    assert {TASKS[name].temperature for name in TASK_ORDER} == {1.0}
+    assert [get_task(f"composite_{n}").routing_temperature for n in (3, 5, 10)] == [15.0, 20.0, 30.0]
+    assert {TASKS[name].routing_temperature for name in TASK_ORDER} == {1.0}
 
 
 def test_composites() -> None:

@@ -160,7 +160,7 @@ def test_rows_of_another_state_of_the_model_are_not_taken(place, monkeypatch, mo
     assert made.document["meteora"]["speed"]["rows"] == 7
 
 
-@pytest.mark.parametrize("change", [{"max_new_tokens": 3}, {"temperature": 9.0}])
+@pytest.mark.parametrize("change", [{"max_new_tokens": 3}, {"routing_temperature": 9.0}])
 def test_rows_of_another_definition_of_the_task_are_not_taken(place, monkeypatch, change) -> None:
     plan = plan_of(place, TASKS[:1], ("meteora",), batch_size=1, max_new_tokens=None)
     with monkeypatch.context() as patch, pytest.raises(Stop):

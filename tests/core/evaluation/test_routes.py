@@ -131,7 +131,7 @@ def test_an_evaluation_writes_table_counts_and_picture(tmp_path, make_adapter) -
     place = make_workspace(tmp_path, make_adapter)
     single = run(plan_of(place, TASKS[:1], ("meteora",), routing=True, max_new_tokens=3, top_k=1, save=False))[0]
     assert sum(single.document["meteora"]["routing"][TASKS[0]]["chosen"]["all"].values()) == pytest.approx(1, abs=1e-4)
-    cold, hot = (run(plan_of(place, TASKS[:1], ("meteora",), routing=True, max_new_tokens=3, temperature=t, save=False))[0] for t in (1e-3, 1e3))
+    cold, hot = (run(plan_of(place, TASKS[:1], ("meteora",), routing=True, max_new_tokens=3, routing_temperature=t, save=False))[0] for t in (1e-3, 1e3))
     weights = [sorted(each.document["meteora"]["routing"][TASKS[0]]["weight"]["all"].values())[-1] for each in (cold, hot)]
     assert weights[0] > weights[1], "T of the run, not of the checkpoint"
     outcome = run(plan_of(place, TASKS[:2], ("meteora",), routing=True, max_new_tokens=6))[0]

@@ -53,11 +53,11 @@ def authors(tmp_path: Path) -> Authors:
 
 def test_both_layouts_open_as_the_same_model(authors: Authors, tmp_path: Path) -> None:
     native = tmp_path / "native"
-    convert_authors(authors.checkpoint, native, str(authors.base), adapter_dir=authors.adapters, top_k=1, temperature=15)
+    convert_authors(authors.checkpoint, native, str(authors.base), adapter_dir=authors.adapters, top_k=1, routing_temperature=15)
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     opened, reference = open_checkpoint(native, device="cpu")
     assert (reference.name, opened.meteora.top_k, opened.meteora.temperature) == (str(authors.base), 1, 15.0)
-    foreign, _ = open_checkpoint(authors.checkpoint, base=str(authors.base), adapters_dir=authors.adapters, top_k=1, temperature=15, device="cpu")
+    foreign, _ = open_checkpoint(authors.checkpoint, base=str(authors.base), adapters_dir=authors.adapters, top_k=1, routing_temperature=15, device="cpu")
     with torch.no_grad():
         assert torch.equal(opened(**batch).logits, foreign(**batch).logits)
     with pytest.raises(UsageError, match="does not name its base model"):
