@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from meteora_core import hooks
+
 if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.checkpoints.authors import load_authors_checkpoint
@@ -41,6 +43,15 @@ __all__ = [
     "save_checkpoint",
     "unfuse",
 ]
+
+
+def _save_attached(model: Any, save_directory: Any, *args: Any, **options: Any) -> None:
+    from meteora_core.checkpoints.pretrained import save_attached
+
+    save_attached(model, save_directory, *args, **options)
+
+
+hooks.save_attached = _save_attached
 
 
 def __getattr__(name: str) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.config import CONFIG, AdapterConfig
-from meteora_core.adapters.peft_folder import BaseCopy
+from meteora_core.adapters.config import CONFIG
+from meteora_core.adapters.peft_folder import BaseCopy, Claim
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.tensor_files import TensorFiles
 from meteora_core.text import listed
@@ -21,23 +21,6 @@ if TYPE_CHECKING:
 
 OTHER_BASE = "the adapters were trained on another base model"
 _EXPERT = re.compile(r"^.+\.experts\.\d+\.")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What one adapter says of its base model.
-
-    Attributes:
-        name: The adapter's name.
-        config: Which modules it should adapt; None where it was not read from a folder.
-        copies: Base tensors that were saved with it.
-        paths: The modules that it has weights for.
-    """
-
-    name: str
-    config: AdapterConfig | None
-    copies: tuple[BaseCopy, ...]
-    paths: frozenset[str]
 
 
 def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from meteora_core.errors import AdapterError, CheckpointError, MeteoraError
 
 if TYPE_CHECKING:
-    from meteora_core.adapters.bank import Stack
+    from meteora_core.adapters.stack import Stack
 
 WEIGHT_NAMES = frozenset({"F16", "BF16", "F32", "F64"})
 """The dtypes that weights may have, by their names in safetensors: those that PyTorch computes in on every device."""

@@ -85,6 +85,23 @@ class BaseCopy:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What one adapter says of its base model.
+
+    Attributes:
+        name: The adapter's name.
+        config: Which modules it should adapt; None where it was not read from a folder.
+        copies: Base tensors that were saved with it.
+        paths: The modules that it has weights for.
+    """
+
+    name: str
+    config: AdapterConfig | None
+    copies: tuple[BaseCopy, ...]
+    paths: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One adapter: what it is, its weights by module path (``model.layers.0.self_attn.q_proj``), and what it asks of the base model.
 

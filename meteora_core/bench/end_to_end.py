@@ -94,8 +94,9 @@ def random_model(shape: ModelShape, layers: int, dtype: torch.dtype, device: tor
 
 def random_bank(model: nn.Module, adapters: int, rank: int, dtype: torch.dtype) -> AdapterBank:
     """Random adapters of one rank on all seven linears of every layer."""
-    from meteora_core.adapters.bank import AdapterBank, Stack
+    from meteora_core.adapters.bank import AdapterBank
     from meteora_core.adapters.peft_folder import AdapterInfo
+    from meteora_core.adapters.stack import Stack
 
     total = adapters * rank
     modules = {}

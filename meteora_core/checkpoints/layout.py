@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from meteora_core.adapters.bank import Stack, natural_order
+from meteora_core.adapters.bank import natural_order
 from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
+from meteora_core.adapters.stack import Stack
 from meteora_core.data.tasks import TASK_ORDER
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.reading import is_regular

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
+from meteora_core.adapters.bank import AdapterBank, natural_order
 from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.fitting import OTHER_BASE
 from meteora_core.adapters.magnitudes import check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
+from meteora_core.adapters.stack import Stack
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_weights, read_config
 from meteora_core.checkpoints.parts import (
     TRANSFORMERS_CONFIG,
@@ -47,7 +48,7 @@ from meteora_core.text import listed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from meteora_core.adapters.fitting import Claim
+    from meteora_core.adapters.peft_folder import Claim
 
 __all__ = [
     "BASE",

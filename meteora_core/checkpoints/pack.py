@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.magnitudes import check_tensor
+from meteora_core.adapters.stack import Stack
 from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, read_config, refuse_untrained, write_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.progress import SILENT, Progress

@@ -20,6 +20,7 @@ from meteora_core.model.attach import gate_origin, meteora_layers
 from meteora_core.model.base import BaseReference, loaded_by
 from meteora_core.model.base_marks import mark
 from meteora_core.model.offload import real_tensor
+from meteora_core.model.sharded import full_tensor, is_spread
 from meteora_core.routing import routing_state
 from meteora_core.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.text import listed
@@ -120,16 +121,7 @@ def whole_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] |
         return state_dict[clean[name]].detach()
     path, _, last = name.rpartition(".")
     tensor = real_tensor(model.get_submodule(path), last, path)
-    if _is_spread(tensor):
-        from meteora_core.training.distributed import full_tensor
-
-        return full_tensor(tensor)
-    return tensor.detach()
-
-
-def _is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor's values are spread over several processes (FSDP, tensor parallelism, DeepSpeed)."""
-    return any(hasattr(tensor, name) for name in ("full_tensor", "ds_id", "_hp_mapping"))
+    return full_tensor(tensor) if is_spread(tensor) else tensor.detach()
 
 
 def _changed_base(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, str]:

@@ -37,91 +37,54 @@ _REFUSED = {
 _WITHOUT_EFFECT = ("save_peft_format", "save_original_format", "save_function")
 
 
-class NativeSaver:
-    """``save_pretrained`` of a model while adapters are attached to it.
-
-    transformers has no hook that replaces the format of a model, so :func:`meteora_core.model.attach.attach` puts this object in the place of the
-    model's method and :func:`meteora_core.model.attach.detach` takes it away again. Copies and pickles of the model have their own.
+def save_attached(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write the checkpoint of an attached model into a folder; files of other names that are there stay.
 
     Args:
-        model: The model.
+        model: A model with adapters attached.
+        save_directory: The folder.
+        is_main_process: Whether this process writes.
+        state_dict: The whole model's state dict, as ``accelerator.get_state_dict(model)`` gathers it; None takes the model's own weights, and
+            gathers sharded ones (then every process must call this).
+        push_to_hub: Upload what was written to the repository ``repo_id`` (by default the folder's name); ``commit_message``, ``create_pr``,
+            ``private`` and ``token`` are passed on.
+        max_shard_size: Must not be smaller than the weights: there is one file.
+        kwargs: Options of the upload; other options of transformers' ``save_pretrained`` are refused by name, or have no effect.
+
+    Raises:
+        UsageError: The folder holds another model; or an argument asks for something that a checkpoint cannot be.
+        StorageError: The disk is full or not writable.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the checkpoint into a folder; files of other names that are there stay.
-
-        Args:
-            save_directory: The folder.
-            is_main_process: Whether this process writes.
-            state_dict: The whole model's state dict, as ``accelerator.get_state_dict(model)`` gathers it; None takes the model's own weights, and
-                gathers sharded ones (then every process must call this).
-            push_to_hub: Upload what was written to the repository ``repo_id`` (by default the folder's name); ``commit_message``, ``create_pr``,
-                ``private`` and ``token`` are passed on.
-            max_shard_size: Must not be smaller than the weights: there is one file.
-            kwargs: As above.
-
-        Raises:
-            UsageError: The folder holds another model; or an argument asks for something that a checkpoint cannot be.
-            StorageError: The disk is full or not writable.
-        """
-        for name, (value, why) in _REFUSED.items():
-            if kwargs.pop(name, value) != value:
-                raise UsageError(f"save_pretrained of a model with Meteora's adapters does not take {name}: {why}", hint=f"leave out {name}")
-        if state_dict is not None and not is_main_process:
-            return  # what is gathered is given to the main process alone
-        hub = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
-        folder = Path(save_directory)
-        _check_folder(folder)
-        config, tensors = checkpoint_parts(self.model, adapters=True, state_dict=state_dict, place=folder)
-        resumed = _trained(self.model, state_dict)
-        if not is_main_process:
-            return
-        _check_size(tensors, max_shard_size)
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with scratch_folder(folder, "meteora") as temporary:
-                write_files(temporary, config, tensors)
-                save_tensors(resumed, temporary / WEIGHTS)
-                for name in FILES:
-                    os.replace(temporary / name, folder / name)
-        if push_to_hub:
-            _upload(folder, hub)
-
-
-class PartSaver:
-    """``save_pretrained`` of a model inside an attached model, such as its decoder: transformers would write linears that no one can load."""
-
-    def __call__(self, save_directory: str | os.PathLike[str], *_args: Any, **_options: Any) -> None:
-        """Raises UsageError."""
-        raise UsageError(
-            f"this is only a part of the model that carries the adapters, so it is not saved at {save_directory}",
-            hint="call save_pretrained of the whole model, or meteora_core.detach(model) first",
-        )
-
-
-def guard_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of an attached model write Meteora's checkpoint, and of the models inside it nothing."""
-    for inner in model.modules():
-        if hasattr(inner, "save_pretrained"):
-            inner.save_pretrained = NativeSaver(model) if inner is model else PartSaver()  # type: ignore[assignment]
-
-
-def unguard_saving(model: nn.Module) -> None:
-    """Give a model, and the models inside it, their own ``save_pretrained`` again."""
-    for inner in model.modules():
-        if isinstance(vars(inner).get("save_pretrained"), NativeSaver | PartSaver):
-            del inner.save_pretrained
+    for name, (value, why) in _REFUSED.items():
+        if kwargs.pop(name, value) != value:
+            raise UsageError(f"save_pretrained of a model with Meteora's adapters does not take {name}: {why}", hint=f"leave out {name}")
+    if state_dict is not None and not is_main_process:
+        return  # what is gathered is given to the main process alone
+    hub = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
+    folder = Path(save_directory)
+    _check_folder(folder)
+    config, tensors = checkpoint_parts(model, adapters=True, state_dict=state_dict, place=folder)
+    resumed = _trained(model, state_dict)
+    if not is_main_process:
+        return
+    _check_size(tensors, max_shard_size)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(folder, "meteora") as temporary:
+            write_files(temporary, config, tensors)
+            save_tensors(resumed, temporary / WEIGHTS)
+            for name in FILES:
+                os.replace(temporary / name, folder / name)
+    if push_to_hub:
+        _upload(folder, hub)
 
 
 def _check_folder(folder: Path) -> None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from meteora_core.adapters.bank import AdapterBank, Stack
+from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.adapters.peft_folder import find_adapter, read_adapter
+from meteora_core.adapters.stack import Stack
 from meteora_core.errors import AdapterError
 from meteora_core.reading import first_line
 

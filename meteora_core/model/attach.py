@@ -8,15 +8,17 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from meteora_core.adapters.bank import AdapterBank, Stack, natural_order
+from meteora_core.adapters.bank import AdapterBank, natural_order
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
+from meteora_core.adapters.stack import Stack
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.base_marks import mark_base, roundings
 from meteora_core.model.caches import bypassed
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.offload import compute_device, real_tensor
 from meteora_core.model.resize import Resizer
+from meteora_core.model.saving import guard_saving, unguard_saving
 from meteora_core.model.tokens import is_head, is_output_layer, is_routed_expert, stop_watching, watch_calls
 from meteora_core.routing import GateOrigin, RoutingState, routing_state
 
@@ -59,8 +61,6 @@ def attach(
         UsageError: top_k, temperature, backend or init is out of range; or adapters are attached already, by Meteora or by PEFT; or a target has no
             weights (it is on the device "meta", and accelerate has no values for it).
     """
-    from meteora_core.checkpoints.pretrained import guard_saving
-
     if getattr(model, "meteora", None) is not None:
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
     if init not in ("normal", "zeros", "arrow"):
@@ -96,7 +96,6 @@ def attach(
 
 def detach(model: Model) -> Model:
     """Take all MeteoRA layers out, in place; the base linears are back as they were. Raises UsageError when nothing is attached."""
-    from meteora_core.checkpoints.pretrained import unguard_saving
     from meteora_core.model.fuse import unfuse
 
     unfuse(model)

@@ -56,38 +56,6 @@ def check_deepspeed(devices: int) -> None:
         raise UsageError("DeepSpeed is not installed", hint="pip install deepspeed, or use --launcher fsdp, which shards the same things")
 
 
-def is_zero(parameter: Tensor) -> bool:
-    """Whether a parameter belongs to DeepSpeed: sharded itself (stage 3), or trained with sharded states (stage 2)."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter's values are spread over the processes (stage 3), so that only a module's own forward sees them."""
-    return hasattr(parameter, "ds_id")
-
-
-def whole_weight(parameter: Tensor) -> Tensor:
-    """The parameter as a whole, float32 where it trains; every process must call this."""
-    if parameter.requires_grad:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        found = safe_get_full_fp32_param(parameter)
-        if found is not None:
-            return found.detach().float()
-    with _gathered(parameter):
-        return parameter.detach().clone()
-
-
-def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter that trains another value (whole, the same in every process), and its float32 copy too."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    value = value.to(parameter.device)
-    with _gathered(parameter, writer=0), torch.no_grad():
-        parameter.data.copy_(value)
-    safe_set_full_fp32_param(parameter, value.float())
-
-
 def moments(parameter: nn.Parameter, optimizer: Any) -> dict[str, Tensor]:
     """AdamW's states of a parameter as whole tensors, by name; every process must call this."""
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -112,9 +80,3 @@ def _adamw(optimizer: Any) -> torch.optim.Optimizer:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _gathered(parameter: Tensor, writer: int | None = None) -> Any:
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=writer, enabled=is_sharded(parameter))

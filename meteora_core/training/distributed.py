@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
-from meteora_core.training.deepspeed_zero import check_deepspeed, is_zero, moments, set_moments, set_weight, whole_weight
+from meteora_core.model.sharded import full_tensor, is_zero, like
+from meteora_core.training.deepspeed_zero import check_deepspeed, moments, set_moments
 
 T = TypeVar("T")
 Kind = Literal["none", "ddp", "fsdp", "deepspeed"]
@@ -62,37 +63,6 @@ def shard(step: TrainStep, *, reshard_after_forward: bool = True) -> TrainStep:
         fully_shard(unit, reshard_after_forward=reshard_after_forward)
     fully_shard(step)
     return step
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A parameter or moment as a whole on the CPU; for a sharded one every process must call this."""
-    from torch.distributed.tensor import DTensor
-
-    if is_zero(tensor):
-        return whole_weight(tensor).cpu().clone()
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.cpu().clone()
-
-
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, placed and sharded as ``parameter`` is; its dtype is kept."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    value = value.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
-
-
-def assign(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter another value, a whole tensor that is the same in every process."""
-    if is_zero(parameter):
-        set_weight(parameter, value)
-        return
-    with torch.no_grad():
-        parameter.copy_(like(value, parameter))
 
 
 def optimizer_states(parameter: nn.Parameter, optimizer: Any) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from meteora_core.data.rows import build_commands
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference
+from meteora_core.model.sharded import full_tensor, is_zero
 from meteora_core.model.tokens import check_observable
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names
@@ -31,8 +32,7 @@ from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
 from meteora_core.training.composites import POOL, make_composites
-from meteora_core.training.deepspeed_zero import is_zero
-from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
+from meteora_core.training.distributed import SINGLE, Runtime
 from meteora_core.training.encoding import Batch, TrainRow, collate, row_lengths
 from meteora_core.training.gate_metrics import gate_tallies, hit_sum, measure_gates
 from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train

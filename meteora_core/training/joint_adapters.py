@@ -23,6 +23,7 @@ from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, LoraWeights
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference
+from meteora_core.model.sharded import full_tensor
 from meteora_core.model.tokens import check_observable
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress
@@ -30,7 +31,7 @@ from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.batch_plan import Pick, plan_batches
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
-from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
+from meteora_core.training.distributed import SINGLE, Runtime
 from meteora_core.training.encoding import Batch, TrainRow, row_lengths
 from meteora_core.training.loop import Computed, Counts, Run, Task
 from meteora_core.training.loss import lm_losses

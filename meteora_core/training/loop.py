@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from meteora_core.errors import MeteoraError
 from meteora_core.model.nonfinite import first_nonfinite_module
+from meteora_core.model.sharded import assign, full_tensor
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.batch_plan import Pick, plan_batches, plan_packed
-from meteora_core.training.distributed import SINGLE, Runtime, assign, full_tensor
+from meteora_core.training.distributed import SINGLE, Runtime
 from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
 from meteora_core.training.packing import check_packing
 from meteora_core.training.state import RunState, load_state, save_state, saved_states

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from meteora_core.model.sharded import is_sharded
 from meteora_core.routing import IGNORE
-from meteora_core.training.deepspeed_zero import is_sharded
 from meteora_core.training.encoding import Batch
 
 CHUNK = 256

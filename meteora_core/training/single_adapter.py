@@ -19,13 +19,14 @@ from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder
 from meteora_core.json_files import read_json, write_json
 from meteora_core.model.base import BaseReference
+from meteora_core.model.sharded import full_tensor
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names, folder_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
-from meteora_core.training.distributed import SINGLE, Runtime, full_tensor
+from meteora_core.training.distributed import SINGLE, Runtime
 from meteora_core.training.encoding import Batch, TrainRow, collate
 from meteora_core.training.gate_metrics import by_task
 from meteora_core.training.loop import Computed, Counts, Run, Task, train

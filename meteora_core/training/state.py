@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import atomic_folder, save_tensors, sha256
 from meteora_core.json_files import read_json, write_json
+from meteora_core.model.sharded import assign, full_tensor
 from meteora_core.text import listed
-from meteora_core.training.distributed import assign, assign_states, full_tensor, optimizer_states
+from meteora_core.training.distributed import assign_states, optimizer_states
 from meteora_core.training.run_inputs import with_order
 
 _STATE = "state.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from meteora_core import AdapterBank, attach, detach, load_checkpoint, save_checkpoint
 from meteora_core.checkpoints.native import note_base_changes, read_config
@@ -83,6 +83,23 @@ def test_copies_save_themselves_and_detached_models_are_ordinary_again(model, tm
         assert torch.equal(logits(load_checkpoint(tmp_path / str(place))), logits(twin))
         assert not torch.equal(logits(twin), logits(model))
     detach(model).save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "plain")), logits(make_tiny_llama()))
+
+
+def test_the_method_called_on_the_class_saves_the_same_also_in_a_process_that_only_unpickled(model, tmp_path: Path, monkeypatch) -> None:
+    model.save_pretrained(tmp_path / "method")
+    PreTrainedModel.save_pretrained(model, tmp_path / "class")
+    pickled = pickle.dumps(model)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", PreTrainedModel.save_pretrained.__wrapped__)  # as in a process that attached nothing
+    twin = pickle.loads(pickled)
+    PreTrainedModel.save_pretrained(twin, tmp_path / "unpickled")
+    for name in ("class", "unpickled"):
+        assert {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} == {
+            file.name: file.read_bytes() for file in (tmp_path / "method").iterdir()
+        }
+    with pytest.raises(UsageError, match="only a part of the model"):
+        PreTrainedModel.save_pretrained(twin.model, tmp_path / "part")
+    PreTrainedModel.save_pretrained(detach(twin), tmp_path / "plain")
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "plain")), logits(make_tiny_llama()))
 
 
