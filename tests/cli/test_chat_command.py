@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 from rich.style import Style
 
-from chat_world import NAMES, World, build_world, open_speaker, without_ends
 from meteora_cli.chat.answer import unechoed
 from meteora_cli.chat.render import Painter, StreamPrinter
 from meteora_cli.chat.repl import LARGE_PASTE, Pastes, run_repl
@@ -24,6 +23,7 @@ from meteora_core.chat.session import ChatSession
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.generation.engine import Sampling
 from meteora_core.json_files import write_jsonl
+from support.chat_world import NAMES, World, build_world, open_speaker, without_ends
 
 
 @pytest.fixture(scope="module")

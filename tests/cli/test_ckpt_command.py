@@ -15,15 +15,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-sys.path.append(str(Path(__file__).parents[1] / "core" / "checkpoints"))
-
-from hub_server import COMMIT, serving
-
-from authors_files import Authors, write_authors
 from meteora_cli.commands import ckpt as command
 from meteora_cli.console import Globals
 from meteora_core.errors import CheckpointError, DownloadError, MeteoraError, UsageError
 from meteora_core.fetch import base_models
+from support.authors_files import Authors, write_authors
+from support.hub_server import COMMIT, serving
 
 Run = Callable[..., Result]
 

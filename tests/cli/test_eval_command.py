@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from authors_files import write_authors
-from evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace, rows
 from meteora_core.json_files import write_json, write_jsonl
 from support import processes
+from support.authors_files import write_authors
+from support.evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace, rows
 
 
 def document(model: str, **accuracies: float) -> dict[str, Any]:

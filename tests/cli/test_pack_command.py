@@ -9,7 +9,7 @@ from meteora_core.checkpoints.native import read_config
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.card import write_card
 from meteora_core.json_files import write_json, write_jsonl
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 
 @pytest.fixture

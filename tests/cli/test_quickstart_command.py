@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_workspace import TASKS, make_packed
+from support.evaluation_workspace import TASKS, make_packed
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_train_command import GATES, command, descendants, place, rank_of, shell, training, wait_for
 
-from evaluation_workspace import make_workspace
+from support.evaluation_workspace import make_workspace
 
 __all__ = ["place"]
 

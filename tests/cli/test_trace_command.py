@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from chat_world import World, build_world
 from meteora_core.json_files import write_jsonl
+from support.chat_world import World, build_world
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chat_world import World, build_world, open_speaker, without_ends
 from meteora_core.chat.speaker import Speaker
+from support.chat_world import World, build_world, open_speaker, without_ends
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from chat_world import NAMES, build_world
-from evaluation_workspace import TASKS, make_workspace
 from meteora_core import AdapterBank, attach, detach, fuse, record_routes, unfuse
 from meteora_core.chat.session import ChatSession
 from meteora_core.chat.speaker import load_speaker
@@ -24,7 +22,9 @@ from meteora_core.model.base import BaseReference
 from meteora_core.model.fuse import fuse_for_inference, is_fused
 from meteora_core.routing import routing_state
 from meteora_core.settings import load_settings
-from tiny_models import make_tiny_llama
+from support.chat_world import NAMES, build_world
+from support.evaluation_workspace import TASKS, make_workspace
+from support.tiny_models import make_tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,

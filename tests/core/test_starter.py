@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import meteora_core.starter as starter
-from evaluation_workspace import TASKS, make_packed
 from meteora_core.data.rows import split_path
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.json_files import write_json
 from meteora_core.starter import MAX_BYTES, default_checkpoint, starter_checkpoint
 from meteora_core.starter.run import StarterPlan, run_starter, starter_tasks
+from support.evaluation_workspace import TASKS, make_packed
 
 
 @pytest.fixture

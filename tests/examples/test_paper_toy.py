@@ -9,8 +9,8 @@ import time
 import pytest
 
 from examples.paper.__main__ import main
-from paper_world import InProcess, experiment, make_base, make_raw
 from support import processes
+from support.paper_world import InProcess, experiment, make_base, make_raw
 
 PLACES = ("--work", "runs/toy", "--docs", "docs", "--raw-dir", "raw", "--base", "base", "--device", "cpu")
 

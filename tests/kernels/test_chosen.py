@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture_cases import Case, make
 from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan, triton_chosen, triton_group
@@ -15,6 +14,7 @@ from meteora_kernels.triton_backend import gate_rows_of, pack
 from meteora_kernels.triton_chosen import Tile, chosen_tile, decode_chosen, span
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
+from support.mixture_cases import Case, make
 from support.nan_scratch import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixture_cases import by_loop, make
 
 from meteora_kernels import lora_mixture, reference
 from meteora_kernels.dense import choose, dots, sums, ways
 from meteora_kernels.layout import layout_of
+from support.mixture_cases import by_loop, make
 
 UNIFORM = [8] * 28
 MIXED = [3, 0, 8, 1, 5]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_groups import Group, error
 
 from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode
+from support.gpu_groups import Group, error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

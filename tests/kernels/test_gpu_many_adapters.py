@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_groups import Group, error
 from torch import Tensor
 
 from meteora_kernels.many_adapters import FORWARDS, Adapters, Routing
+from support.gpu_groups import Group, error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture_cases import Case, make
 from torch import Tensor
 
 from meteora_kernels import lora_mixture
+from support.mixture_cases import Case, make
 
 pytestmark = [
     pytest.mark.gpu,

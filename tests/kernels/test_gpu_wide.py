@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture_cases import make
 from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan
@@ -15,6 +14,7 @@ from meteora_kernels.triton_gated import silu_times, silu_times_reference
 from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_norm import rms_norm, rms_norm_reference
 from meteora_kernels.wide import Wide
+from support.mixture_cases import make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture_cases import Case, make
 from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan, triton_group
@@ -16,6 +15,7 @@ from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_group import group_forward, group_op
 from meteora_kernels.triton_products import library_products, products
+from support.mixture_cases import Case, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANKS = [3, 0, 8, 1, 5]

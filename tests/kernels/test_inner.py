@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixture_cases import make
 from test_group import use
 from test_wide import laid, widened
 from torch import Tensor
@@ -19,6 +18,7 @@ from meteora_kernels.triton_inner import can_inner, inner
 from meteora_kernels.triton_middle import ranks_of
 from meteora_kernels.triton_sync import multiprocessors
 from meteora_kernels.wide import Wide
+from support.mixture_cases import make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = (16, 32, 16, 4, 2)

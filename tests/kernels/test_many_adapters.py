@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture_cases import Case, make
 from torch import Tensor
 
 from meteora_kernels import lora_mixture, many_adapters, plan
@@ -16,6 +15,7 @@ from meteora_kernels.many_adapters import Adapters, Routing, can_run, few_forwar
 from meteora_kernels.triton_backend import gate_rows_of, pack
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
+from support.mixture_cases import Case, make
 from support.nan_scratch import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

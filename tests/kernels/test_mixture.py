@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from mixture_cases import make
 
 from meteora_kernels import lora_mixture, mixture, pick_backend, plan
+from support.mixture_cases import make
 
 
 @pytest.mark.parametrize(

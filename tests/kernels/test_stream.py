@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from mixture_cases import Case, make
 from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan, triton_group, triton_stream
@@ -16,6 +15,7 @@ from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_stream import can_stream, stream
 from meteora_kernels.triton_sync import multiprocessors
+from support.mixture_cases import Case, make
 from support.nan_scratch import poison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

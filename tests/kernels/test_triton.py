@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixture_cases import Case, by_loop, make
 
 from meteora_kernels import lora_mixture, plan, reference
 from meteora_kernels.many_adapters import Adapters, Routing, layer_forward
@@ -13,6 +12,7 @@ from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
 from meteora_kernels.triton_middle import middle
 from meteora_kernels.triton_route import route
+from support.mixture_cases import Case, by_loop, make
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

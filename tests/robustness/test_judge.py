@@ -68,7 +68,7 @@ def test_the_reference_is_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    from tiny_models import make_tiny_llama
+    from support.tiny_models import make_tiny_llama
 
     from .world import SIZES
 

@@ -45,12 +45,12 @@ def build_world(folder: Path) -> None:
 
 
 def _build() -> None:
-    from evaluation_workspace import make_tokenizer
     from meteora_core import AdapterBank, attach, save_checkpoint
     from meteora_core.checkpoints.pack import pack_checkpoint
     from meteora_core.data.userdata import add_task, own_task
     from meteora_core.model.base import BaseReference, load_base
-    from tiny_models import make_tiny_llama
+    from support.evaluation_workspace import make_tokenizer
+    from support.tiny_models import make_tiny_llama
 
     model = make_tiny_llama(initializer_range=0.3, **SIZES)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 2

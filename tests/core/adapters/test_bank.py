@@ -13,7 +13,7 @@ from meteora_core import AdapterBank, attach
 from meteora_core.adapters.peft_folder import read_adapter
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.routing import routing_state
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.0.self_attn.v_proj"

@@ -10,7 +10,7 @@ from meteora_core import AdapterBank, attach, load_checkpoint, save_checkpoint
 from meteora_core.errors import AdapterError
 from meteora_core.evaluation.adapters import with_adapter
 from support.adapter_files import write_adapter
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.arange(10, 30).reshape(2, 10)
 OLD, NEW = "language_model.model.", "model.language_model."

@@ -16,7 +16,7 @@ from meteora_core.adapters.magnitudes import check_tensor, largest, peak
 from meteora_core.adapters.peft_folder import check_adapter, read_adapter
 from meteora_core.errors import AdapterError, CheckpointError
 from support.adapter_files import DOWN, Q, lora_key, lora_tensors, raw_safetensors, write_adapter
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 
 def refusal(folder) -> AdapterError:

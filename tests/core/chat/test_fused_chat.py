@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from authors_files import write_authors
-from chat_world import byte_tokenizer, without_ends
 from meteora_core.chat.session import ChatSession
 from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
 from meteora_core.generation import fixed_cache as fixed
 from meteora_core.generation.engine import Engine, Sampling
 from meteora_core.settings import load_settings
-from plain_groups import use_plain_groups
+from support.authors_files import write_authors
+from support.chat_world import byte_tokenizer, without_ends
+from support.plain_groups import use_plain_groups
 
 
 def talk(session: ChatSession) -> list[object]:

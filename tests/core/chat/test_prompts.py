@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from chat_world import CHAT_TEMPLATE, byte_tokenizer
 from meteora_core.chat.prompts import Turn, encode, fit, pick_template
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError
 from meteora_core.training.encoding import encode_rows
+from support.chat_world import CHAT_TEMPLATE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 ONE = tuple(TOKENIZER("one")["input_ids"])

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from chat_world import NAMES, byte_llama, byte_tokenizer, open_speaker, without_ends
 from meteora_core.chat.options import OPTIONS, check_option, options_for
 from meteora_core.chat.prompts import Encoded
 from meteora_core.chat.session import ChatSession, Mode, routing_mode, unframe
@@ -17,6 +16,7 @@ from meteora_core.generation.engine import Finished, Reading, Sampling, Written
 from meteora_core.model.base import BaseReference
 from meteora_core.settings import Settings, load_settings
 from meteora_core.starter import usual_checkpoint
+from support.chat_world import NAMES, byte_llama, byte_tokenizer, open_speaker, without_ends
 
 
 @pytest.fixture

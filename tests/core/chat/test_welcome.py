@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from chat_world import NAMES
 from meteora_core.chat.welcome import PROMPTS, welcome
 from meteora_core.data.tasks import PROMPT_TEMPLATE
 from meteora_core.json_files import write_jsonl
+from support.chat_world import NAMES
 
 
 class Bank:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from authors_files import Authors, write_authors
+from support.authors_files import Authors, write_authors
 
 
 @pytest.fixture

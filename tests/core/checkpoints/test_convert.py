@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import huggingface_hub.constants
 import pytest
 import torch
-from hub_server import COMMIT, serving
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,6 +22,7 @@ from meteora_core.checkpoints.inspect import inspect_checkpoint
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import sha256
 from meteora_core.model.base import BaseReference
+from support.hub_server import COMMIT, serving
 
 Make = Callable[..., Any]
 BATCH = {"input_ids": torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])}

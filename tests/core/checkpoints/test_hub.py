@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import huggingface_hub.constants
 import pytest
-from hub_server import COMMIT, Hub, serving
 
 from meteora_core.errors import DownloadError, StorageError, UsageError
 from meteora_core.fetch import hub as hub_module
 from meteora_core.fetch.hub import KNOWN, download_known, download_repo, split_revision
+from support.hub_server import COMMIT, Hub, serving
 
 REPO = "someone/model"
 WEIGHTS = random.Random(0).randbytes(3_000_000)

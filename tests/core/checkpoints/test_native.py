@@ -13,7 +13,7 @@ from meteora_core.checkpoints.native import read_config
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.model.attach import set_trainable
 from meteora_core.model.base import BaseReference, load_base
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 

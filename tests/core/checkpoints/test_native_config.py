@@ -22,7 +22,7 @@ from meteora_core.errors import CheckpointError
 from meteora_core.evaluation.card import write_card
 from meteora_core.tensor_files import read_header
 from support.adapter_files import DOWN, Q, lora_tensors, write_adapter
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from meteora_core import AdapterBank, attach, load_checkpoint, save_checkpoint
 from meteora_core.checkpoints.native import read_config
 from meteora_core.checkpoints.pack import pack_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 

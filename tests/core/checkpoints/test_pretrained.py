@@ -16,7 +16,7 @@ from meteora_core.checkpoints.native import note_base_changes, read_config
 from meteora_core.checkpoints.parts import MODEL_TYPE
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 FILES = {"config.json", "meteora.safetensors", "meteora_config.json", "model.safetensors"}

@@ -13,7 +13,7 @@ from meteora_core.checkpoints.native import read_config
 from meteora_core.checkpoints.opening import describe_checkpoint
 from meteora_core.errors import CheckpointError
 from meteora_core.model.attach import gate_origin, meteora_layers
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation_plans import plan_of, run
-from evaluation_workspace import TASKS, Workspace, make_workspace, rows
 from meteora_core.data.tasks import TASKS as TASK_TABLE
 from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
 from meteora_core.evaluation import results, runner
 from meteora_core.evaluation.session import ModelResults, choose_tasks
 from meteora_core.json_files import write_jsonl
+from support.evaluation_plans import plan_of, run
+from support.evaluation_workspace import TASKS, Workspace, make_workspace, rows
 
 
 @pytest.fixture

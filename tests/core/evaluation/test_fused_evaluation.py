@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from authors_files import Authors, write_authors
-from evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace
 from meteora_core import load_authors_checkpoint, load_checkpoint
 from meteora_core.checkpoints.native import write_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.evaluation.runner import EvalOptions
 from meteora_core.evaluation.session import EvalPlan, ModelResults, evaluate
 from meteora_core.model.base import BaseReference
-from plain_groups import use_plain_groups
+from support.authors_files import Authors, write_authors
+from support.evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace
+from support.plain_groups import use_plain_groups
 
 TASK = TASKS[0]
 

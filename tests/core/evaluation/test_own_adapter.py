@@ -13,7 +13,7 @@ from meteora_core import AdapterBank, attach
 from meteora_core.errors import AdapterError
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
 from support.adapter_files import DOWN, Q, lora_key, lora_tensors, raw_safetensors, write_adapter
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 

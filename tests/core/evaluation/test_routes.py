@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
-from evaluation_plans import plan_of, run
-from evaluation_workspace import TASKS, make_workspace
 from meteora_core import AdapterBank, attach
 from meteora_core.data.tasks import get_task
 from meteora_core.evaluation.routes import KINDS, PARTS, RouteCounts, RoutingSummary, count_routes, counts_file
 from meteora_core.evaluation.routes_plot import plot_routing
 from meteora_core.routing import record_routes
-from tiny_models import make_tiny_llama
+from support.evaluation_plans import plan_of, run
+from support.evaluation_workspace import TASKS, make_workspace
+from support.tiny_models import make_tiny_llama
 
 TEXTS = [((1, 5, 9, 7), (8, 30)), ((1, 6), (40, 41, 42, 43, 44)), ((1, 50, 51, 52, 53, 54, 55), ())]
 

@@ -13,7 +13,7 @@ from meteora_core import AdapterBank, attach
 from meteora_core.generation import batched as decoding
 from meteora_core.generation.batched import Batch, Decoder, FixedDecoder, can_be_fixed, decode_growing
 from meteora_core.generation.no_repeat import NOTHING, NoRepeat
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 30])

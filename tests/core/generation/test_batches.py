@@ -13,7 +13,7 @@ from meteora_core import AdapterBank, attach
 from meteora_core.errors import DataError
 from meteora_core.generation import batches as generate
 from meteora_core.generation.batches import Prompt, encode_prompts, generate_all, plan
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 
 def letters(eos_at_end: bool = False) -> PreTrainedTokenizerFast:

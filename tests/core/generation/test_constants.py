@@ -11,7 +11,7 @@ import torch
 from meteora_core.evaluation.arrow import with_arrow
 from meteora_core.generation.batched import Batch, FixedDecoder, decode_growing
 from meteora_core.generation.constants import RememberedConstants, is_plain
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 
 def test_equal_numbers_are_one_tensor() -> None:

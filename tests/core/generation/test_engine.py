@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from chat_world import byte_llama, byte_tokenizer, without_ends
 from meteora_core.errors import UsageError
 from meteora_core.generation import engine as engine_module
 from meteora_core.generation.engine import Engine, Finished, Reading, Sampling, Written
 from meteora_core.generation.limits import context_length, end_tokens
 from meteora_core.trace.record import trace_tokens
+from support.chat_world import byte_llama, byte_tokenizer, without_ends
 
 PROMPT = list(b"What is the capital of France?")
 IDS = [token + 3 for token in PROMPT]

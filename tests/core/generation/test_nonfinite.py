@@ -7,9 +7,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from chat_world import byte_llama, byte_tokenizer
-from evaluation_plans import plan_of, run
-from evaluation_workspace import TASKS, Workspace, make_workspace
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import NonFiniteError
 from meteora_core.evaluation.routes import RouteCounts, count_routes
@@ -18,7 +15,10 @@ from meteora_core.generation.batched import Batch, FixedDecoder, decode_growing
 from meteora_core.generation.engine import Engine, Sampling
 from meteora_core.generation.nonfinite import not_finite
 from meteora_core.trace.record import trace_tokens
-from tiny_models import make_tiny_llama
+from support.chat_world import byte_llama, byte_tokenizer
+from support.evaluation_plans import plan_of, run
+from support.evaluation_workspace import TASKS, Workspace, make_workspace
+from support.tiny_models import make_tiny_llama
 
 LAYER = "model.layers.1.mlp.up_proj"
 BATCH = Batch(torch.tensor([[2, 2, 5, 6], [9, 8, 7, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), [12, 12], 2)

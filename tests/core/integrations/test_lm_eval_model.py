@@ -14,12 +14,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from authors_files import Authors, write_authors
 from meteora_core import load_checkpoint
 from meteora_core.checkpoints.convert import convert_authors
 from meteora_core.checkpoints.opening import open_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.integrations import lm_eval as integration
+from support.authors_files import Authors, write_authors
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
 TASK = """

@@ -20,7 +20,7 @@ from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))
 

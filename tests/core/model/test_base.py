@@ -7,7 +7,7 @@ import torch
 
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.model.base import BaseReference, fast_cpu_dtype, load_base, pick_device, pick_dtype
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 
 def test_devices() -> None:
@@ -77,8 +77,8 @@ def test_a_base_that_lacks_weights_or_is_broken_is_refused_in_one_line(tmp_path)
 def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path) -> None:
     import json
 
-    from evaluation_workspace import make_tokenizer
     from meteora_core.model.base import load_tokenizer
+    from support.evaluation_workspace import make_tokenizer
 
     make_tokenizer().save_pretrained(tmp_path)
     load_tokenizer(BaseReference(str(tmp_path)))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from chat_world import byte_tokenizer
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.generation import batched as decode
@@ -15,8 +14,9 @@ from meteora_core.generation.engine import Engine, Finished, Sampling
 from meteora_core.model import caches
 from meteora_core.routing import record_routes
 from meteora_core.trace.record import trace_tokens
-from tiny_hybrids import make_hybrid
-from tiny_models import make_tiny_llama
+from support.chat_world import byte_tokenizer
+from support.tiny_hybrids import make_hybrid
+from support.tiny_models import make_tiny_llama
 
 USABLE = ("lfm2", "qwen3_next", "falcon_h1", "granitemoehybrid", "bamba", "mamba")
 LENGTHS, ROOM = (2, 5, 11), (3, 6, 6)

@@ -15,7 +15,7 @@ from meteora_core.model.feeders import Feeder
 from meteora_core.routing import record_routes, routing_state
 from meteora_kernels import plan, triton_group
 from meteora_kernels.wide import Wide
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

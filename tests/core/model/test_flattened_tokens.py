@@ -21,7 +21,7 @@ from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.joint_adapters import TogetherObjective
 from meteora_core.training.loop import Counts
 from meteora_core.training.ridge import ridge_gates, token_weights
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
 MASK = torch.tensor([[1] * 7, [0] * 2 + [1] * 5, [1] * 7])

@@ -15,8 +15,8 @@ from meteora_core.model.attach import meteora_layers
 from meteora_core.model.fuse import fuse_for_inference, is_fused
 from meteora_core.routing import record_routes, routing_state
 from meteora_kernels import triton_group
-from plain_groups import use_plain_groups
-from tiny_models import declare_trained, make_tiny_llama
+from support.plain_groups import use_plain_groups
+from support.tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from meteora_core import AdapterBank, attach, detach, load_checkpoint, save_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.model.attach import meteora_layers
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 MAP = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}

@@ -16,7 +16,7 @@ from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts
 from meteora_core.training.ridge import ridge_gates, token_weights
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chat_world import byte_llama, byte_tokenizer
-from evaluation_plans import plan_of, run
-from evaluation_workspace import TASKS, make_workspace, rows
 from meteora_core.errors import CheckpointError, DataError
 from meteora_core.generation.engine import Engine, Sampling
 from meteora_core.json_files import write_jsonl
 from meteora_core.model.base import BaseReference, load_tokenizer
 from meteora_core.model.vocabulary import check_tokens, embedding_rows, padding_token
 from meteora_core.trace.record import trace_tokens
+from support.chat_world import byte_llama, byte_tokenizer
+from support.evaluation_plans import plan_of, run
+from support.evaluation_workspace import TASKS, make_workspace, rows
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_an_evaluation_pads_with_what_there_is(tmp_path, make_adapter, monkeypat
 
 def test_a_picture_of_such_tokens_is_refused(padded, make_adapter) -> None:
     from meteora_core import AdapterBank, attach
-    from tiny_models import make_tiny_llama
+    from support.tiny_models import make_tiny_llama
 
     tokenizer, _ = padded
     attached = attach(make_tiny_llama(), AdapterBank.from_peft({"one": make_adapter("one", 1)}), top_k=1)

@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from browser import Browser, Page, find_chromium
 
 from meteora_core.trace.html import WIDEST, to_html
 from meteora_core.trace.picture import RoutePicture, Token
+from support.browser import Browser, Page, find_chromium
 
 NASTY = '</script><script>document.title = "owned"</script><img src=x onerror="document.title=\'owned\'">'
 

@@ -8,12 +8,12 @@ import timeit
 import pytest
 import torch
 
-from chat_world import byte_tokenizer
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.routing import is_compiled, record_routes
 from meteora_core.trace import record
 from meteora_core.trace.record import trace_tokens
+from support.chat_world import byte_tokenizer
 
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
 

@@ -13,7 +13,7 @@ from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts, Task, train
 from meteora_core.training.single_adapter import LmObjective
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 ROWS = [TrainRow((5, 6, 7, 8), (0,) * 4, 2)] * 4
 

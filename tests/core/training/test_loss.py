@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from meteora_core.training import loss as loss_module
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.loss import lm_loss_sum
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 
 def batch():

@@ -13,7 +13,7 @@ from meteora_core.model.base import BaseReference
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training.gates import train_gates
 from meteora_core.training.single_adapter import train_adapter
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 BASE = BaseReference("tiny")
 ROWS = {

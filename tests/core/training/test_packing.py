@@ -17,7 +17,7 @@ from meteora_core.training.loop import Counts, Task, train
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.packing import check_packing
 from meteora_core.training.single_adapter import LmObjective
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 
 def some_rows():

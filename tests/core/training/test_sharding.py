@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import sharded_worker
 import torch
 from safetensors.torch import load_file
 from test_stages import BASE, adapters, data, gates, held_out_rows, model
@@ -17,8 +16,8 @@ from meteora_core.errors import UsageError
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.distributed import Runtime, layer_classes, shard_units
 from meteora_core.training.gates import train_gates
-from support import processes
-from tiny_models import make_tiny_llama
+from support import processes, sharded_worker
+from support.tiny_models import make_tiny_llama
 
 __all__ = ["adapters", "data"]
 

@@ -26,7 +26,7 @@ from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.ridge import token_weights
 from meteora_core.training.single_adapter import train_adapter
-from tiny_models import make_tiny_llama
+from support.tiny_models import make_tiny_llama
 
 BASE = BaseReference("tiny")
 IDS = torch.randint(3, 98, (2, 12), generator=torch.Generator().manual_seed(5))

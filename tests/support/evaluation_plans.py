@@ -1,4 +1,4 @@
-"""Plans for evaluating the workspace of :mod:`evaluation_workspace`, and running them."""
+"""Plans for evaluating the workspace of :mod:`support.evaluation_workspace`, and running them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from evaluation_workspace import Workspace
 from meteora_core.evaluation.runner import EvalOptions
 from meteora_core.evaluation.session import EvalPlan, ModelResults, evaluate
 from meteora_core.model.base import BaseReference
+from support.evaluation_workspace import Workspace
 
 
 def plan_of(place: Workspace, tasks: tuple[str, ...], models: tuple[str, ...], *, save: bool = True, **options: Any) -> EvalPlan:

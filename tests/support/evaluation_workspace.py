@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meteora_core.json_files import write_jsonl
-from tiny_models import declare_trained, make_tiny_llama
+from support.tiny_models import declare_trained, make_tiny_llama
 
 SIZES = {"vocab_size": 112, "max_position_embeddings": 1024}
 TASKS = ("logical_deduction", "question_selection", "strategyqa")

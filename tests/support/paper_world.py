@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_workspace import SIZES, make_tokenizer
 from meteora_core.json_files import write_jsonl
-from tiny_models import make_tiny_llama
+from support.evaluation_workspace import SIZES, make_tokenizer
+from support.tiny_models import make_tiny_llama
 
-with open(Path(__file__).parent.parent / "examples" / "paper" / "toy.toml", "rb") as _toy:
+with open(Path(__file__).parents[2] / "examples" / "paper" / "toy.toml", "rb") as _toy:
     TASKS: list[str] = tomllib.load(_toy)["values"]["tasks"].split(",")
 
 
