@@ -61,3 +61,24 @@ def test_no_module_is_longer_than_500_lines(package: str) -> None:
 def test_dir_and_help_show_the_public_names_before_they_are_used() -> None:
     program = "import sys, meteora_core as m; assert set(m.__all__) <= set(dir(m)); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_no_test_imports_a_test() -> None:
+    """What tests share is in ``conftest.py`` or in ``tests/support/``, where a reader looks for it and a test may be renamed without harm."""
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    named = {module.stem for module in tests if module.name.startswith("test_") or module.name == "conftest.py"}
+    found = []
+    for module in tests:
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{module.relative_to(ROOT)}:{node.lineno} imports {name}" for name in names if named & set(name.split("."))]
+    assert len(named) > 100
+    assert not found
+
+
+def test_helpers_of_tests_are_in_conftest_or_in_support() -> None:
+    """``tests/robustness`` is a program of its own."""
+    own = ROOT / "tests" / "support", ROOT / "tests" / "robustness"
+    others = [module for module in (ROOT / "tests").rglob("*.py") if not module.name.startswith("test_") and module.name != "conftest.py"]
+    assert [str(module.relative_to(ROOT)) for module in others if not any(module.is_relative_to(folder) for folder in own)] == []

@@ -54,3 +54,11 @@ def meteora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     yield run
     TASKS.clear()  # commands register the tasks that they find
     TASKS.update(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a tiny base model, two datasets and two trained adapters."""
+    from support.train_command import make_place
+
+    return make_place(tmp_path_factory.mktemp("train"))

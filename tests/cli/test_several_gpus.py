@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train_command import GATES, command, descendants, place, rank_of, shell, training, wait_for
 
 from support.evaluation_workspace import make_workspace
-
-__all__ = ["place"]
+from support.train_command import GATES, command, descendants, rank_of, shell, training, wait_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")]
 

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_group import use
-from test_wide import laid, widened
 from torch import Tensor
 
 from meteora_kernels import plan, reference, triton_group, triton_inner
@@ -18,11 +16,8 @@ from meteora_kernels.triton_inner import can_inner, inner
 from meteora_kernels.triton_middle import ranks_of
 from meteora_kernels.triton_sync import multiprocessors
 from meteora_kernels.wide import Wide
+from support.kernel_groups import DEVICE, TILE, laid, members, use, widened
 from support.mixture_cases import make
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TILE = (16, 32, 16, 4, 2)
-"""Steps so short that 72 columns are several pieces, and tiles that do not hold all rows."""
 
 needs_copy_engine = pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for compute capability 9.0")
 pytestmark = needs_copy_engine
@@ -123,8 +118,6 @@ def test_nan_stays_in_its_token() -> None:
 
 def test_group_asks_whether_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """The line's tile and pieces; x is copied where it does not lie in place; where it cannot run, the next line does."""
-    from test_group import members
-
     group, wide = widened(members((24, 9), 20, False, torch.float16))
     called = []
     monkeypatch.setattr(triton_group, "inner", lambda *given: [called.append(given[-3:]), inner(*given)][1])

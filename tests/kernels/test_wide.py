@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_group import DEVICE, RANKS, TILE, Members, members, use
 from torch import Tensor
 
 from meteora_kernels import plan
@@ -13,23 +12,7 @@ from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode
 from meteora_kernels.triton_group import group_forward, group_op
 from meteora_kernels.wide import Wide
-
-
-def widened(group: Members) -> tuple[Members, Wide]:
-    """The same group, its block with B^T beside the weights."""
-    wide = Wide(group.x.shape[1], sum(RANKS), len(group.widths))
-    packed = wide.new_block(len(group.packed), group.packed)
-    packed.copy_(group.packed)
-    wide.place_up(packed, group.up, list(group.widths))
-    group.packed = packed
-    return group, wide
-
-
-def laid(x: Tensor, wide: Wide) -> Tensor:
-    """x in a buffer whose other columns are NaN."""
-    rows = wide.new_rows(x.shape[0], x)
-    wide.whole(rows).fill_(float("nan"))
-    return rows.copy_(x)
+from support.kernel_groups import DEVICE, RANKS, TILE, laid, members, use, widened
 
 
 @pytest.mark.parametrize("members", [1, 2, 3])

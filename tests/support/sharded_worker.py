@@ -53,13 +53,12 @@ def accelerate_zero(stage: int, settings):
 
 
 def main(options: dict[str, Any]) -> None:
-    from test_stages import BASE, model
-    from test_training_rows import letters
 
     from meteora_core import AdapterBank
     from meteora_core.settings import GateTrainSettings
     from meteora_core.training import gates, loop
     from meteora_core.training.distributed import Runtime
+    from support.tiny_training import BASE, letters, model
 
     data, adapters, folder = (Path(options[key]) for key in ("data", "adapters", "folder"))
     settings, stage = GateTrainSettings(**options["settings"]), options.get("zero")

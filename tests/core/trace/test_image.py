@@ -7,11 +7,11 @@ import io
 
 import numpy as np
 import pytest
-from test_html import make_picture
 
 from meteora_core.errors import UsageError
 from meteora_core.trace.image import COLUMNS, MOST_LINES, to_png, visible_pieces
 from meteora_core.trace.palette import look, parse
+from support.route_pictures import make_picture
 
 
 def pixels(data: bytes) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from test_training_rows import letters
 
 from meteora_core.data.composite import compose, lead_text, numbered
 from meteora_core.data.rows import Row
@@ -11,6 +10,7 @@ from meteora_core.errors import UsageError
 from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.composites import composite_text, make_composites
 from meteora_core.training.encoding import encode_labelled
+from support.tiny_training import letters
 
 A, B, C = Row("[INST] one [/INST]\n", "first"), Row("[INST] two [/INST]\n", "x\ny"), Row("[INST] 1. one [/INST]\n", "1. third")
 

@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import data, model
-from test_training_rows import letters
 
 from meteora_core.errors import MeteoraError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.parallel_adapters import JobPlan, job_devices, train_side_by_side
 from meteora_core.training.single_adapter import train_adapter
+from support.tiny_training import letters, model
 
-__all__ = ["data"]
 SETTINGS = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "log_steps": 2, "log_to": "none"}
 
 

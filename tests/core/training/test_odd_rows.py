@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-from test_training_rows import letters
 
 from meteora_core import AdapterBank
 from meteora_core.model.base import BaseReference
@@ -14,6 +13,7 @@ from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training.gates import train_gates
 from meteora_core.training.single_adapter import train_adapter
 from support.tiny_models import make_tiny_llama
+from support.tiny_training import letters
 
 BASE = BaseReference("tiny")
 ROWS = {

@@ -11,9 +11,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_stages import BASE, Killed, adapter, adapters, data, gates, kill_at, model
-from test_together import options
-from test_training_rows import letters
 
 from meteora_core import AdapterBank
 from meteora_core.errors import BusyError, CheckpointError, StorageError, UsageError
@@ -24,8 +21,7 @@ from meteora_core.training.joint_adapters import train_together
 from meteora_core.training.parallel_adapters import JobPlan, train_side_by_side
 from meteora_core.training.single_adapter import train_adapter
 from meteora_core.training.state import RunState, load_state, save_state
-
-__all__ = ["adapters", "data"]
+from support.tiny_training import BASE, Killed, adapter, gates, kill_at, letters, model, together_options
 
 
 def other_order(data: Path, adapters: Path, folder: Path, **options):
@@ -65,7 +61,7 @@ def test_a_finished_checkpoint_without_a_saved_order_is_current_in_its_own_order
 
 def test_adapters_together_in_another_order_start_anew(data, tmp_path, monkeypatch) -> None:
     def run(order, out):
-        return train_together(model(), letters(), order, **options(data, tmp_path / out))
+        return train_together(model(), letters(), order, **together_options(data, tmp_path / out))
 
     run(["shout", "count"], "whole")
     with monkeypatch.context() as patch:
@@ -84,7 +80,7 @@ def test_a_run_without_resume_drops_old_states_and_keeps_its_own(data, tmp_path,
         with monkeypatch.context() as patch:
             kill_at(patch, step)
             with pytest.raises(Killed):
-                train_adapter(model(), letters(), "shout", resume=False, **options(data, tmp_path / "a", **changes))
+                train_adapter(model(), letters(), "shout", resume=False, **together_options(data, tmp_path / "a", **changes))
         return sorted(path.name for path in (tmp_path / "a" / ".shout.states").iterdir()) if (tmp_path / "a" / ".shout.states").is_dir() else []
 
     assert run(6) == ["step-4"]
@@ -120,8 +116,8 @@ def test_a_folder_of_other_things_is_not_replaced_by_an_adapter(data, tmp_path, 
     with pytest.raises(UsageError, match="not an adapter"):
         adapter(data, tmp_path / "a")
     with pytest.raises(UsageError, match="not an adapter"):
-        train_together(model(), letters(), ["count", "shout"], **options(data, tmp_path / "a"))
-    settings = options(data, tmp_path)["settings"]
+        train_together(model(), letters(), ["count", "shout"], **together_options(data, tmp_path / "a"))
+    settings = together_options(data, tmp_path)["settings"]
     with pytest.raises(UsageError, match="not an adapter"):
         train_side_by_side(JobPlan({"count": settings, "shout": settings}, BASE, torch.float32, ["cpu"], data, tmp_path / "a"))
     assert kept.read_text() == "mine"
@@ -185,7 +181,7 @@ def test_the_second_run_of_the_same_adapter_or_gates_is_refused(data, adapters, 
     with pytest.raises(BusyError, match="count"):
         adapter(data, tmp_path / "new", "count")
     with pytest.raises(BusyError, match="count"):
-        train_together(model(), letters(), ["count", "shout"], **options(data, tmp_path / "new"))
+        train_together(model(), letters(), ["count", "shout"], **together_options(data, tmp_path / "new"))
     with pytest.raises(BusyError, match="x is being"):
         gates(data, adapters, tmp_path / "new" / "x")
     assert not (tmp_path / "new").exists()

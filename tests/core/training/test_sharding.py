@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import BASE, adapters, data, gates, held_out_rows, model
-from test_training_rows import letters
 
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import UsageError
@@ -18,8 +16,7 @@ from meteora_core.training.distributed import Runtime, layer_classes, shard_unit
 from meteora_core.training.gates import train_gates
 from support import processes, sharded_worker
 from support.tiny_models import make_tiny_llama
-
-__all__ = ["adapters", "data"]
+from support.tiny_training import BASE, gates, held_out_rows, letters, model
 
 SETTINGS = {"max_steps": 5, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, "log_to": "none", "accumulation": 2, "eval_steps": 5, "init": "zeros"}
 ALONG = {"trainable": "gates+adapters", "adapter_learning_rate": 2e-3, "answer_share": 0.5, "loss_on": "response", "gradient_checkpointing": True}

@@ -4,69 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_rows import letters
 
 from meteora_core import AdapterBank, attach, detach, load_checkpoint
 from meteora_core.data.rows import Row
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
-from meteora_core.model.base import BaseReference
 from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import loop
 from meteora_core.training.encoding import TrainRow, collate, count_row_answers, encode_rows
 from meteora_core.training.gate_metrics import measure_gates
-from meteora_core.training.gates import GateObjective, train_gates
+from meteora_core.training.gates import GateObjective
 from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.ridge import token_weights
 from meteora_core.training.single_adapter import train_adapter
 from support.tiny_models import make_tiny_llama
-
-BASE = BaseReference("tiny")
-IDS = torch.randint(3, 98, (2, 12), generator=torch.Generator().manual_seed(5))
-
-
-def model():
-    return make_tiny_llama(vocab_size=98, initializer_range=0.2)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Two tasks that a tiny model can learn: one answers in letters, one in digits."""
-    for task, make in {"shout": lambda i: (f"say {chr(97 + i % 26)}\n", chr(65 + i % 26) * 3), "count": lambda i: (f"{i % 9} +1?\n", str(i % 9 + 1))}.items():
-        folder = tmp_path / "datasets" / task
-        folder.mkdir(parents=True)
-        rows = [dict(zip(("prompt", "response"), make(i), strict=True)) for i in range(40)]
-        for split, part in (("train", rows[:30]), ("test", rows[30:])):
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return tmp_path / "datasets"
-
-
-def adapter(data: Path, out: Path, task: str = "shout", **changes):
-    settings = AdapterTrainSettings(
-        **{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "save_steps": 2, "log_steps": 1, **changes}
-    )
-    return train_adapter(model(), letters(), task, base=BASE, data_dir=data, out_dir=out, settings=settings)
-
-
-def gates(data: Path, adapters: Path, folder: Path, *, resume: bool = False, base=None, **changes):
-    settings = GateTrainSettings(**{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, "log_to": "none", **changes})
-    bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
-    base = base or model()
-    return base, train_gates(base, letters(), bank, base=BASE, data_dir=data, folder=folder, settings=settings, resume=resume)
-
-
-@pytest.fixture
-def adapters(data: Path, tmp_path: Path) -> Path:
-    for task in ("shout", "count"):
-        adapter(data, tmp_path / "adapters", task)
-    return tmp_path / "adapters"
+from support.tiny_training import BASE, IDS, Killed, adapter, gates, held_out_rows, kill_at, letters, model
 
 
 def test_an_adapter_learns_and_is_an_ordinary_peft_folder(data, tmp_path) -> None:
@@ -101,22 +59,6 @@ def test_a_finished_adapter_is_not_trained_again_unless_its_inputs_change(data, 
     assert not adapter(data, tmp_path, rank=3).skipped
     (data / "shout" / "train.jsonl").write_text(json.dumps({"prompt": "new\n", "response": "row"}) + "\n")
     assert not adapter(data, tmp_path, rank=3).skipped
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program may catch it and carry on."""
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    real = loop._Stepper.step
-    count = iter(range(1, 1000))
-
-    def stopping(*arguments, **named):
-        if next(count) == step:
-            raise Killed
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(loop._Stepper, "step", stopping)
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 6])
@@ -480,13 +422,6 @@ def test_packing_trains_the_gates_and_resumes_to_the_same_bits(data, adapters, t
     gates(data, adapters, tmp_path / "cut", resume=True, packing=True, max_length=64, batch_size=2)
     whole, cut = (load_file(tmp_path / name / "meteora.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
-
-
-def held_out_rows(data: Path) -> None:
-    """Enough train rows that some are held out."""
-    for task in ("shout", "count"):
-        path = data / task / "train.jsonl"
-        path.write_text(path.read_text() * 3)
 
 
 def test_the_best_weights_are_kept_and_patience_ends_the_run(data, adapters, tmp_path, monkeypatch) -> None:

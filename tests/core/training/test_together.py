@@ -7,30 +7,22 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import BASE, IDS, Killed, adapters, data, held_out_rows, kill_at, model
-from test_training_rows import letters
 
 from meteora_core.errors import UsageError
-from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.joint_adapters import train_together
 from meteora_core.training.single_adapter import train_adapter
+from support.tiny_training import IDS, Killed, held_out_rows, kill_at, letters, model, together_options
 
-__all__ = ["adapters", "data"]
 TASKS = ("shout", "count")
-
-
-def options(data, out, **changes):
-    settings = {"max_steps": 6, "batch_size": 3, "learning_rate": 1e-2, "rank": 2, "dropout": 0.0, "log_steps": 1, "save_steps": 2, "log_to": "none"}
-    return {"base": BASE, "data_dir": data, "out_dir": out, "settings": AdapterTrainSettings(**{**settings, **changes})}
 
 
 @pytest.mark.parametrize("changes", [{}, {"together_rows": 4, "accumulation": 2, "loss_on": "response", "gradient_checkpointing": True, "rslora": True}])
 def test_together_equals_one_by_one(data, tmp_path, changes) -> None:
     for task in TASKS:
-        train_adapter(model(), letters(), task, **options(data, tmp_path / "alone", **changes))
+        train_adapter(model(), letters(), task, **together_options(data, tmp_path / "alone", **changes))
     base = model()
     before = base(IDS).logits
-    done = train_together(base, letters(), TASKS, **options(data, tmp_path / "together", **changes))
+    done = train_together(base, letters(), TASKS, **together_options(data, tmp_path / "together", **changes))
     assert [each.task for each in done] == list(TASKS)
     assert torch.equal(base(IDS).logits, before)
     for each in done:
@@ -50,43 +42,43 @@ def test_together_equals_one_by_one(data, tmp_path, changes) -> None:
 
 
 def test_tasks_may_have_sizes_of_their_own(data, tmp_path) -> None:
-    common = options(data, tmp_path / "x")["settings"]
+    common = together_options(data, tmp_path / "x")["settings"]
     own = {"count": common.model_copy(update={"batch_size": 2, "accumulation": 3, "max_length": 8})}
     for task in TASKS:
-        train_adapter(model(), letters(), task, **{**options(data, tmp_path / "alone"), "settings": own.get(task, common)})
-    train_together(model(), letters(), TASKS, per_task=own, **options(data, tmp_path / "together"))
+        train_adapter(model(), letters(), task, **{**together_options(data, tmp_path / "alone"), "settings": own.get(task, common)})
+    train_together(model(), letters(), TASKS, per_task=own, **together_options(data, tmp_path / "together"))
     for task in TASKS:
         mine, theirs = (load_file(tmp_path / way / task / "adapter_model.safetensors") for way in ("together", "alone"))
         for name, tensor in mine.items():
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
-        assert train_adapter(model(), letters(), task, **{**options(data, tmp_path / "together"), "settings": own.get(task, common)}).skipped
+        assert train_adapter(model(), letters(), task, **{**together_options(data, tmp_path / "together"), "settings": own.get(task, common)}).skipped
     own["count"] = common.model_copy(update={"learning_rate": 0.5})
     with pytest.raises(UsageError, match=r"settings for count\.learning_rate"):
-        train_together(model(), letters(), TASKS, per_task=own, **options(data, tmp_path / "no"))
+        train_together(model(), letters(), TASKS, per_task=own, **together_options(data, tmp_path / "no"))
 
 
 def test_what_is_there_is_left_and_a_killed_run_resumes(data, tmp_path, monkeypatch) -> None:
-    train_together(model(), letters(), TASKS, **options(data, tmp_path / "whole"))
+    train_together(model(), letters(), TASKS, **together_options(data, tmp_path / "whole"))
     with monkeypatch.context() as patch:
         kill_at(patch, 4)
         with pytest.raises(Killed):
-            train_together(model(), letters(), TASKS, **options(data, tmp_path / "cut"))
-    done = train_together(model(), letters(), TASKS, **options(data, tmp_path / "cut"))
+            train_together(model(), letters(), TASKS, **together_options(data, tmp_path / "cut"))
+    done = train_together(model(), letters(), TASKS, **together_options(data, tmp_path / "cut"))
     assert not any(each.skipped for each in done)
     for task in TASKS:
         whole, cut = (load_file(tmp_path / way / task / "adapter_model.safetensors") for way in ("whole", "cut"))
         assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert all(each.skipped for each in train_together(model(), letters(), TASKS, **options(data, tmp_path / "cut")))
-    assert train_adapter(model(), letters(), "count", **options(data, tmp_path / "cut")).skipped
+    assert all(each.skipped for each in train_together(model(), letters(), TASKS, **together_options(data, tmp_path / "cut")))
+    assert train_adapter(model(), letters(), "count", **together_options(data, tmp_path / "cut")).skipped
 
 
 def test_held_out_rows_are_measured_by_their_own_adapter(data, tmp_path) -> None:
     held_out_rows(data)
-    train_together(model(), letters(), TASKS, **options(data, tmp_path, eval_steps=3, learning_rate=5e-2))
+    train_together(model(), letters(), TASKS, **together_options(data, tmp_path, eval_steps=3, learning_rate=5e-2))
     for task in TASKS:
         assert json.loads((tmp_path / task / "meteora_training.json").read_text())["steps"] == 6
 
 
 def test_packing_cannot_be_combined_with_it(data, tmp_path) -> None:
     with pytest.raises(UsageError, match="--packing"):
-        train_together(model(), letters(), TASKS, **options(data, tmp_path, packing=True))
+        train_together(model(), letters(), TASKS, **together_options(data, tmp_path, packing=True))

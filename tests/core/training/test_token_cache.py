@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages import BASE, Killed, adapters, data, held_out_rows, kill_at, model
-from test_training_rows import letters
 
 from meteora_core import AdapterBank
 from meteora_core.errors import DataError, StorageError
@@ -20,8 +18,7 @@ from meteora_core.training.gates import train_gates
 from meteora_core.training.single_adapter import train_adapter
 from meteora_core.training.task_rows import encoded_rows
 from meteora_core.training.token_cache import CachedRows, cached_rows, tokenizer_fingerprint
-
-__all__ = ["adapters", "data"]
+from support.tiny_training import BASE, Killed, held_out_rows, kill_at, letters, model
 
 
 @pytest.fixture

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from meteora_core.data.rows import Row
 from meteora_core.errors import DataError
 from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.encoding import collate, encode_rows, leading_special_tokens
-
-
-def letters(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a character; it may add BOS and EOS as Llama's do."""
-    vocabulary = {"<s>": 0, "</s>": 1, **{chr(code): code - 30 for code in range(32, 127)}, "\n": 97}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    if bos or eos:
-        template = f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}"
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+from support.tiny_training import letters
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (True, True), (False, True)])
