@@ -77,28 +77,26 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
     first = next(iter(documents.values()))
     config = first["config"]
     missing = [titles[role] for role in experiment.roles if role not in documents]
-    intro = [
-        "# Results",
-        "",
-        f"The paper's experiment on `{config['model_args']['base']}` ({config['dtype']}, {config['device']}), by the commands at the end of this page"
-        f" ([examples/paper](../../examples/paper/README.md), sizes `{experiment.name}`). Written by the program from the raw results beside it.",
-        "",
-        f"- Test rows were held out from all training; at most {experiment.values['limit']} a task; greedy decoding; scoring `{config['scoring']}`.",
+    intro = (
+        f"# The paper's experiment\n\nThe experiment of the MeteoRA paper on `{config['model_args']['base']}`,"
+        f" with at most {experiment.values['limit']} test rows for each task."
+        " Every figure was made by the `meteora` commands at the end of this page. The page is written by [examples/paper](../../examples/paper/README.md)"
+        " from the raw results in the same folder."
+    )
+    method = [
+        f"- Sizes `{experiment.name}`, {config['dtype']} on {config['device']}, on {time.strftime('%Y-%m-%d', time.gmtime(first['date']))}.",
+        f"- Test rows were held out from all training. Decoding is greedy, scoring is `{config['scoring']}`.",
         "- ± is one standard error. Errors of two models on the same rows are taken as independent, which overstates the error of their difference.",
-        "- A single task's figure is its accuracy, else BLEU / 100, else ROUGE-L.",
+        "- The figure of a single task is its accuracy, or BLEU / 100 or ROUGE-L where it has no accuracy.",
         f"- Seeds: gates {experiment.settings.get('train_gates', {}).get('seed', 42)}"
         + (f" and {experiment.values['second_seed']}" if "seed2" in documents else "")
         + f"; adapters {experiment.settings.get('train_adapters', {}).get('seed', 42)}.",
-        "- Versions: "
-        + ", ".join(f"{name} {value}" for name, value in config["versions"].items())
-        + f". Run on {time.strftime('%Y-%m-%d', time.gmtime(first['date']))}.",
+        "- Versions: " + ", ".join(f"{name} {value}" for name, value in config["versions"].items()) + ".",
         *(f"- {fill(note, engine.values(), 'notes')}" for note in experiment.notes),
     ]
     if missing:
-        intro.append(f"- Not run: {'; '.join(missing)}.")
-    made = ["\n".join(intro), "## Overview\n\n" + overview(documents, titles)]
-    made.append("## The paper's claims\n\n" + claims_table(documents))
-    made.append("## What it set out to reach\n\n" + goals_table(documents, gates.get("meteora", {})))
+        method.append(f"- Not run: {'; '.join(missing)}.")
+    made = [intro, "## Overview\n\n" + overview(documents, titles), "## The paper's claims\n\n" + claims_table(documents)]
     singles = singles_table(documents, titles)
     if singles:
         made.append("## Single tasks\n\n" + singles + picture(pictures, "singles", "Single tasks"))
@@ -109,6 +107,8 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
     for role in ("meteora", "extension"):
         if f"heat_map_{role}" in pictures:
             made.append(f"### {titles[role]}: tasks by adapters" + picture(pictures, f"heat_map_{role}", f"Which adapters {titles[role]} chose"))
+    made.append("## Goals\n\n" + goals_table(documents, gates.get("meteora", {})))
+    made.append("## How the figures were made\n\n" + "\n".join(method))
     made.append("## Commands\n\n" + commands(engine))
     return made
 
