@@ -1,12 +1,13 @@
 """Mixture-of-LoRA arithmetic: tensors in, tensors out.
 
-One function, :func:`lora_mixture`, with several backends behind it; :mod:`meteora_kernels.reference` is the one that the others are
-tested against. This package knows nothing of models, files or settings.
+:func:`mix` adds the adapters of a layer to its output, with several backends behind it; :mod:`meteora_kernels.reference` is the one that the others are
+tested against. :func:`lora_mixture` is the same with the tensors apart. :func:`run_group` computes linears that share their input, base and adapters
+together, on a CUDA GPU. This package knows nothing of models, files or settings.
 """
 
-from meteora_kernels.mixture import BACKENDS, lora_mixture, pick_backend
-from meteora_kernels.reference import route
-
-__all__ = ["BACKENDS", "lora_mixture", "pick_backend", "reference", "route"]
-
 from meteora_kernels import reference
+from meteora_kernels.mixture import BACKENDS, lora_mixture, mix, pick_backend, run_group
+from meteora_kernels.reference import route
+from meteora_kernels.types import Adapters, Group, Routing
+
+__all__ = ["BACKENDS", "Adapters", "Group", "Routing", "lora_mixture", "mix", "pick_backend", "reference", "route", "run_group"]

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from meteora_kernels.layout import Layout, layout_of
 from meteora_kernels.reference import top_indices
+from meteora_kernels.types import Adapters, Routing
 
 DOTS_GAIN = 5.0
 """A GEMM's multiplications per time over those of gathered dots, float32 on a CPU."""
@@ -150,35 +151,21 @@ class Forward(NamedTuple):
     down: Tensor
 
 
-def forward(
-    x: Tensor,
-    lora_x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    layout: Layout,
-    routes: tuple[Tensor, Tensor] | None,
-    allowed: Tensor | None,
-    top_k: int,
-    temperature: float,
-) -> Forward:
-    """The layer on flat tokens: x (M, h), base_output (M, o), routes (M, k) each or None.
+def forward(x: Tensor, lora_x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing) -> Forward:
+    """The layer on flat tokens: x and lora_x (M, h), base_output (M, o), given routes (M, k) each.
 
     Returns:
         output (M, o); logits (M, N) or None; indices int64 (M, k); weights (M, k); down (M, k * max_rank), the chosen rows of ``A x``.
     """
-    logits = None
-    if routes is None:
-        logits = torch.mm(x, gate.t())
-        indices, weights = choose(logits, top_k, temperature, allowed)
-    else:
-        indices, weights = routes
-    how = ways(x.shape[0], layout, indices.shape[1], lora_A.dtype, x.device.type)
-    rows, coefficients = expand(indices, weights, scaling, layout)
-    down = dots(lora_x, lora_A, rows, how.dots)
-    output = sums(lora_B, rows, scaled(down, coefficients), how.sums, base_output)
+    logits, given, layout = None, routing.given, layout_of(adapters.offsets)
+    if given is None:
+        logits = torch.mm(x, adapters.gate.t())
+        given = choose(logits, routing.top_k, routing.temperature, routing.allowed)
+    indices, weights = given
+    how = ways(x.shape[0], layout, indices.shape[1], adapters.lora_A.dtype, x.device.type)
+    rows, coefficients = expand(indices, weights, adapters.scaling, layout)
+    down = dots(lora_x, adapters.lora_A, rows, how.dots)
+    output = sums(adapters.lora_B, rows, scaled(down, coefficients), how.sums, base_output)
     return Forward(output, logits, indices, weights, down)
 
 
@@ -202,28 +189,13 @@ class _Mixture(torch.autograd.Function):
     """The differentiable form of :func:`forward`; the derivative of the route is that of the softmax over the chosen logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        lora_x: Tensor | None,
-        base_output: Tensor,
-        gate: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        given_indices: Tensor | None,
-        given_weights: Tensor | None,
-        scaling: Tensor,
-        layout: Layout,
-        allowed: Tensor | None,
-        top_k: int,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        routes = None if given_indices is None or given_weights is None else (given_indices, given_weights)
-        seen = x if lora_x is None else lora_x
-        done = forward(x, seen, base_output, gate, lora_A, lora_B, scaling, layout, routes, allowed, top_k, temperature)
+    def forward(ctx: Any, x: Tensor, lora_x: Tensor | None, base_output: Tensor, *flat: Any) -> tuple[Tensor, Tensor | None]:
+        """``flat``: the fields of :class:`Adapters` and of :class:`Routing`, in which autograd does not see tensors."""
+        adapters, routing = Adapters(*flat[:_FIELDS]), Routing(*flat[_FIELDS:])
+        done = forward(x, x if lora_x is None else lora_x, base_output, adapters, routing)
+        gate, lora_A, lora_B, scaling, *_ = adapters
         ctx.save_for_backward(x, lora_x, gate, lora_A, lora_B, scaling, done.indices, done.weights, done.down)
-        ctx.layout, ctx.temperature, ctx.routed = layout, temperature, routes is None
-        ctx.base_dtype = base_output.dtype
+        ctx.layout, ctx.temperature, ctx.routed = layout_of(adapters.offsets), routing.temperature, routing.given is None
         ctx.set_materialize_grads(False)
         return done.output, done.logits
 
@@ -231,7 +203,8 @@ class _Mixture(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
         x, lora_x, gate, lora_A, lora_B, scaling, indices, weights, down = ctx.saved_tensors
-        need_x, need_lora_x, need_base, need_gate, need_A, need_B, _, need_weights = ctx.needs_input_grad[:8]
+        need_x, need_lora_x, need_base, need_gate, need_A, need_B = ctx.needs_input_grad[:6]
+        need_weights = ctx.needs_input_grad[-1]
         layout: Layout = ctx.layout
         seen = x if lora_x is None else lora_x
         need_seen = need_x if lora_x is None else need_lora_x
@@ -268,80 +241,49 @@ class _Mixture(torch.autograd.Function):
                 grad_x = torch.mm(grad_logits, gate) if join is None else join.addmm_(grad_logits, gate)
         elif lora_x is None:
             grad_x = grad_seen
-        grad_base = grad if need_base else None
-        return (
-            grad_x,
-            grad_seen if lora_x is not None else None,
-            grad_base,
-            grad_gate,
-            grad_A,
-            grad_B,
-            None,
-            grad_weights if need_weights else None,
-            *(None,) * 5,
-        )
+        grads = (grad_x, grad_seen if lora_x is not None else None, grad if need_base else None, grad_gate, grad_A, grad_B)
+        return *grads, *(None,) * (len(ctx.needs_input_grad) - 7), grad_weights if need_weights else None
 
 
-def lora_mixture(
-    x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    offsets: Tensor,
-    *,
-    top_k: int,
-    temperature: float,
-    lora_x: Tensor | None,
-    routes: tuple[Tensor, Tensor] | None,
-    allowed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Arguments and result as in :func:`meteora_kernels.reference.lora_mixture`."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, gate, lora_A, lora_B = x.to(dtype), gate.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
-        lora_x = None if lora_x is None else lora_x.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed)
-    return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed)
+_FIELDS = len(Adapters._fields)
 
 
-def _flat(
-    x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    temperature: float,
-    lora_x: Tensor | None,
-    routes: tuple[Tensor, Tensor] | None,
-    allowed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def mix(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Arguments and result as in :func:`meteora_kernels.reference.mix`."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _flat(x, base_output, adapters, routing, lora_x)
+    with torch.autocast(x.device.type, enabled=False):
+        x, adapters, lora_x = cast(x, adapters, lora_x)
+        return _flat(x, base_output, adapters, routing, lora_x)
+
+
+def cast(x: Tensor, adapters: Adapters, lora_x: Tensor | None) -> tuple[Tensor, Adapters, Tensor | None]:
+    """The same in the dtype of autocast."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    adapters = adapters._replace(gate=adapters.gate.to(dtype), lora_A=adapters.lora_A.to(dtype), lora_B=adapters.lora_B.to(dtype))
+    return x.to(dtype), adapters, None if lora_x is None else lora_x.to(dtype)
+
+
+def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Flatten the tokens, run, and give the leading dimensions back."""
-    layout = layout_of(offsets)
     lead = x.shape[:-1]
-    adapters, hidden = gate.shape
+    count, hidden = adapters.gate.shape
     tokens = x.reshape(-1, hidden)
     flat_base = base_output.reshape(-1, base_output.shape[-1])
-    if layout.max_rank == 0 or tokens.shape[0] == 0:
-        logits = F.linear(x, gate) if routes is None else None
-        return base_output.clone(), logits
+    if layout_of(adapters.offsets).max_rank == 0 or tokens.shape[0] == 0:
+        return base_output.clone(), F.linear(x, adapters.gate) if routing.given is None else None
     flat_lora_x = None if lora_x is None or lora_x is x else lora_x.reshape(-1, hidden)
-    indices = weights = None
-    if routes is not None:
-        top_k = routes[0].shape[-1]
-        indices, weights = routes[0].reshape(-1, top_k), routes[1].reshape(-1, top_k)
+    routing = flat_routes(routing)
     if torch.is_grad_enabled():
-        arguments = (tokens, flat_lora_x, flat_base, gate, lora_A, lora_B, indices, weights, scaling, layout, allowed, top_k, temperature)
-        output, logits = _Mixture.apply(*arguments)  # type: ignore[no-untyped-call]
+        output, logits = _Mixture.apply(tokens, flat_lora_x, flat_base, *adapters, *routing)  # type: ignore[no-untyped-call]
     else:
-        given = None if indices is None or weights is None else (indices, weights)
-        seen = tokens if flat_lora_x is None else flat_lora_x
-        done = forward(tokens, seen, flat_base, gate, lora_A, lora_B, scaling, layout, given, allowed, top_k, temperature)
-        output, logits = done.output, done.logits
-    return output.view(base_output.shape), None if logits is None else logits.view(*lead, adapters)
+        output, logits, *_ = forward(tokens, tokens if flat_lora_x is None else flat_lora_x, flat_base, adapters, routing)
+    return output.view(base_output.shape), None if logits is None else logits.view(*lead, count)
+
+
+def flat_routes(routing: Routing) -> Routing:
+    """The same with given routes as (M, k) each, and their k."""
+    if routing.indices is None or routing.weights is None:
+        return routing
+    top_k = routing.indices.shape[-1]
+    return routing._replace(top_k=top_k, indices=routing.indices.reshape(-1, top_k), weights=routing.weights.reshape(-1, top_k))

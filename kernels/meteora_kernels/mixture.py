@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from meteora_kernels import dense, plan, reference
 from meteora_kernels.operators import on_device_of
+from meteora_kernels.types import Adapters, Group, Routing
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "dense", "triton")
 
@@ -43,116 +43,167 @@ def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, train
     return plan.choose(plan.Case(x.numel() // max(x.shape[-1], 1), adapters, total_rank, top_k, x.dtype, device, capability, training))
 
 
-def _implementation(backend: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if backend == "triton":
-        from meteora_kernels import triton_backend
+class Backend(Protocol):
+    """A backend's function; arguments as in :func:`mix`."""
 
-        return triton_backend.lora_mixture
-    return dense.lora_mixture if backend == "dense" else reference.lora_mixture
+    def __call__(self, x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+
+
+def _triton() -> Any:
+    """The Triton backend, which cannot be imported without Triton."""
+    from meteora_kernels import triton_backend
+
+    return triton_backend
+
+
+class Options(TypedDict, total=False):
+    """What :func:`lora_mixture` takes by name.
+
+    Attributes:
+        top_k: Adapters per token, 1 <= top_k <= N; 2 if not given.
+        temperature: T > 0 of the softmax over the chosen adapters; 1.0 if not given.
+        lora_x: (..., h), what the adapters see when it is not ``x`` (after dropout).
+        routes: (indices int64 (..., k), weights (..., k)) to use instead of the gate (forced routing).
+        allowed: bool (N,), adapters that may be chosen.
+        backend: One of :data:`BACKENDS`; "auto" if not given.
+        return_logits: Also return the gate logits (..., N).
+        max_rank: The largest rank, if known.
+    """
+
+    top_k: int
+    temperature: float
+    lora_x: Tensor | None
+    routes: tuple[Tensor, Tensor] | None
+    allowed: Tensor | None
+    backend: str
+    return_logits: bool
+    max_rank: int | None
 
 
 def lora_mixture(
-    x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    offsets: Tensor,
-    *,
-    top_k: int = 2,
-    temperature: float = 1.0,
-    lora_x: Tensor | None = None,
-    routes: tuple[Tensor, Tensor] | None = None,
-    allowed: Tensor | None = None,
-    backend: str = "auto",
-    return_logits: bool = False,
-    max_rank: int | None = None,
+    x: Tensor, base_output: Tensor, gate: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, offsets: Tensor, **options: Unpack[Options]
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Add the routed mixture of N LoRA adapters to the output of a linear layer (formulas in :mod:`meteora_kernels.reference`).
+    """Add the routed mixture of N LoRA adapters to the output of a linear layer, from tensors; :func:`mix` does the same from values made once.
 
     Args:
-        x: (..., h), the layer's input; the gate sees it as it is.
+        x: (..., h), the layer's input.
         base_output: (..., o), ``W x`` plus bias.
         gate: (N, h).
         lora_A: (R, h), all adapters' A stacked by rows; R = sum of ranks; an adapter may have rank 0 here (it adds nothing).
         lora_B: (R, o), row ``j`` is column ``j`` of the usual (o, R) matrix.
         scaling: float (N,), alpha / r (or alpha / sqrt(r)).
         offsets: int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i+1]`` of A and B.
-        top_k: Adapters per token, 1 <= top_k <= N.
-        temperature: T > 0 of the softmax over the chosen adapters.
+        **options: :class:`Options`.
+
+    Returns:
+        (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair with the logits.
+
+    Raises:
+        ValueError: As in :func:`mix`.
+        TypeError: An option is unknown.
+
+    Example:
+        >>> x, gate, A, B = torch.randn(5, 16), torch.randn(3, 16), torch.randn(12, 16), torch.randn(12, 8)
+        >>> lora_mixture(x, torch.zeros(5, 8), gate, A, B, torch.ones(3), torch.tensor([0, 4, 8, 12]), top_k=1).shape
+        torch.Size([5, 8])
+    """
+    if unknown := sorted(set(options) - Options.__annotations__.keys()):
+        raise TypeError(f"lora_mixture() got an unexpected keyword argument {unknown[0]!r}")
+    indices, weights = options.get("routes") or (None, None)
+    return mix(
+        x,
+        base_output,
+        Adapters.of_layer(gate, lora_A, lora_B, scaling, offsets, options.get("max_rank")),
+        Routing(options.get("top_k", 2), options.get("temperature", 1.0), options.get("allowed"), indices, weights),
+        lora_x=options.get("lora_x"),
+        backend=options.get("backend", "auto"),
+        return_logits=options.get("return_logits", False),
+    )
+
+
+def mix(
+    x: Tensor,
+    base_output: Tensor,
+    adapters: Adapters,
+    routing: Routing,
+    *,
+    lora_x: Tensor | None = None,
+    backend: str = "auto",
+    return_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Add the routed mixture of N LoRA adapters to the output of a linear layer (formulas in :mod:`meteora_kernels.reference`).
+
+    Args:
+        x: (..., h), the layer's input; the gate sees it as it is.
+        base_output: (..., o), ``W x`` plus bias.
+        adapters: Of one linear. Where ``max_rank`` is None, it is read off ``offsets`` once (a GPU waits for that; compiled code multiplies all
+            adapters instead).
+        routing: How tokens choose. Given routes replace the gate.
         lora_x: (..., h), what the adapters see when it is not ``x`` (after dropout).
-        routes: (indices int64 (..., k), weights (..., k)) to use instead of the gate (forced routing).
-        allowed: bool (N,), adapters that may be chosen.
         backend: One of :data:`BACKENDS`. A named one that cannot run here raises; ``auto`` chooses one that can.
         return_logits: Also return the gate logits (..., N).
-        max_rank: The largest rank, if known; otherwise it is read off ``offsets`` once (a GPU waits for that; compiled code multiplies all
-            adapters instead).
 
     Returns:
         (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair with the logits.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit, top_k or temperature are out of range, unknown backend or one that cannot run
-            here, or logits are asked for together with ``routes``.
+            here, or logits are asked for together with given routes.
+
+    Example:
+        >>> adapters = Adapters.of_layer(torch.randn(3, 16), torch.randn(12, 16), torch.randn(12, 8), torch.ones(3), torch.tensor([0, 4, 8, 12]))
+        >>> mix(torch.randn(5, 16), torch.zeros(5, 8), adapters, Routing(top_k=2, temperature=1.0)).shape
+        torch.Size([5, 8])
     """
-    check(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, backend)
-    if return_logits and routes is not None:
+    check(x, base_output, adapters, routing, backend)
+    if return_logits and routing.indices is not None:
         raise ValueError("return_logits with given routes: the gate is not evaluated then")
     automatic = backend == "auto"
     if automatic:
-        backend, _ = pick_backend(x, gate.shape[0], lora_A.shape[0], top_k, training=torch.is_grad_enabled())
+        backend, _ = pick_backend(x, adapters.gate.shape[0], adapters.lora_A.shape[0], routing.top_k, training=torch.is_grad_enabled())
     elif backend == "triton":
         reason = plan.why_not_triton(x.device.type, x.dtype)
         if reason is not None:
             raise ValueError(f"the triton backend cannot run here: {reason}")
-    if backend == "triton" and routes is not None and routes[1].requires_grad:
-        backend = "dense"  # the kernels give given weights no gradient
+    if backend == "triton" and routing.weights is not None and routing.weights.requires_grad:
+        backend = "dense"  # the Triton kernels do not differentiate routing weights that the caller gives
     if backend == "dense" and torch.compiler.is_compiling():
         backend = "reference"  # the same numbers; plain operators are what a compiler can trace and fuse
-    options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "lora_x": lora_x, "routes": routes, "allowed": allowed}
-    arguments = (x, base_output, gate, lora_A, lora_B, scaling, offsets)
     if backend != "triton":
-        output, logits = _implementation(backend)(*arguments, **options)
+        run: Backend = dense.mix if backend == "dense" else reference.mix
+        output, logits = run(x, base_output, adapters, routing, lora_x)
     else:
         with on_device_of(x):
             if automatic and not torch.compiler.is_compiling():
-                output, logits = _triton_or_dense(arguments, options, max_rank, return_logits)
+                output, logits = _triton_or_dense(x, base_output, adapters, routing, lora_x, want_logits=return_logits)
             else:
-                output, logits = _implementation("triton")(*arguments, **options, max_rank=max_rank, want_logits=return_logits)
+                output, logits = _triton().mix(x, base_output, adapters, routing, lora_x, want_logits=return_logits)
     if return_logits:
         assert logits is not None
         return output, logits
     return output
 
 
-def _triton_or_dense(arguments: tuple[Tensor, ...], options: dict[str, Any], max_rank: int | None, want_logits: bool) -> tuple[Tensor, Tensor | None]:
+def _triton_or_dense(
+    x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None, *, want_logits: bool
+) -> tuple[Tensor, Tensor | None]:
     """The Triton backend; where it cannot be built (a kernel does not fit the GPU, no compiler), the dense one from then on."""
     try:
-        return _implementation("triton")(*arguments, **options, max_rank=max_rank, want_logits=want_logits)
+        output, logits = _triton().mix(x, base_output, adapters, routing, lora_x, want_logits=want_logits)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
-        device, reason = str(arguments[0].device), str(error).splitlines()[0] if str(error) else type(error).__name__
+        device, reason = str(x.device), str(error).splitlines()[0] if str(error) else type(error).__name__
         _broken[device] = reason
         _log.warning("GPU kernels cannot run on %s (%s); the dense backend runs instead", device, reason)
-        return dense.lora_mixture(*arguments, **options)
+        return dense.mix(x, base_output, adapters, routing, lora_x)
+    return output, logits
 
 
-def check(
-    x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    temperature: float,
-    backend: str,
-) -> None:
-    """Raise ValueError unless the arguments of :func:`lora_mixture` fit each other."""
-    adapters, hidden = gate.shape
+def check(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, backend: str) -> None:
+    """Raise ValueError unless the arguments of :func:`mix` fit each other."""
+    gate, lora_A, lora_B, scaling, offsets, *_ = adapters
+    count, hidden = gate.shape
     total, out = lora_B.shape
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose from {', '.join(BACKENDS)}")
@@ -162,12 +213,12 @@ def check(
         raise ValueError(f"lora_A is {tuple(lora_A.shape)}, expected {(total, hidden)}")
     if base_output.shape != (*x.shape[:-1], out):
         raise ValueError(f"base_output is {tuple(base_output.shape)}, expected {(*x.shape[:-1], out)}")
-    if scaling.shape != (adapters,) or offsets.shape != (adapters + 1,):
-        raise ValueError(f"scaling {tuple(scaling.shape)} and offsets {tuple(offsets.shape)} do not fit {adapters} adapters")
-    if not 1 <= top_k <= adapters:
-        raise ValueError(f"top_k is {top_k}, but there are {adapters} adapters: it must lie in 1..{adapters}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, it must be above 0")
+    if scaling.shape != (count,) or offsets.shape != (count + 1,):
+        raise ValueError(f"scaling {tuple(scaling.shape)} and offsets {tuple(offsets.shape)} do not fit {count} adapters")
+    if not 1 <= routing.top_k <= count:
+        raise ValueError(f"top_k is {routing.top_k}, but there are {count} adapters: it must lie in 1..{count}")
+    if not routing.temperature > 0:
+        raise ValueError(f"temperature is {routing.temperature}, it must be above 0")
     device = x.device
     if not (base_output.device == gate.device == lora_A.device == lora_B.device == scaling.device == offsets.device == device):
         devices = {tensor.device for tensor in (x, base_output, gate, lora_A, lora_B, scaling, offsets)}
@@ -175,3 +226,23 @@ def check(
     if not (gate.dtype == lora_A.dtype == lora_B.dtype == x.dtype) and not torch.is_autocast_enabled(device.type):
         names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (x, gate, lora_A, lora_B))
         raise ValueError(f"x, gate, lora_A and lora_B have the dtypes {names}; they must be one")
+
+
+def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
+    """Base outputs of one to three linears with their adapters' share; inference on a CUDA GPU.
+
+    Args:
+        x: (M, h), columns contiguous.
+        group: The linears.
+        routing: How tokens choose; given routes are not taken.
+        in_place: x is what :meth:`meteora_kernels.wide.Wide.new_rows` of ``group.wide`` gave, and the columns around it may be written.
+
+    Returns:
+        (M, O) in the dtype of x; for some sizes rows are further apart than O.
+    """
+    from meteora_kernels import triton_group
+
+    _, _, lora_B, scaling, offsets, max_rank, widths, _ = group.adapters
+    weights = (group.packed, lora_B, group.bias, scaling, offsets, routing.allowed, group.flags)
+    sizes = (list(widths), group.total_rank, max_rank or 0, routing.top_k, routing.temperature)
+    return triton_group.group_forward(x, *weights, *sizes, group.wide is not None, in_place)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meteora_kernels.types import Adapters, Routing
+
 _SORT_FROM = 9
 """From this top_k on, one stable sort is cheaper than repeated argmax."""
 
@@ -103,25 +105,11 @@ def mixture(x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, coef
     return base_output + (down * per_rank) @ lora_B.to(down.dtype)
 
 
-def lora_mixture(
-    x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    offsets: Tensor,
-    *,
-    top_k: int,
-    temperature: float,
-    lora_x: Tensor | None,
-    routes: tuple[Tensor, Tensor] | None,
-    allowed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The whole layer; arguments as in :func:`meteora_kernels.lora_mixture`. Returns the output and the gate logits (None with ``routes``)."""
-    logits = None
-    if routes is None:
-        logits = F.linear(x, gate)
-        routes = route(logits, top_k, temperature, allowed)
-    coefficients = spread(*routes, scaling)
-    return mixture(x if lora_x is None else lora_x, base_output, lora_A, lora_B, coefficients, offsets), logits
+def mix(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The whole layer; arguments as in :func:`meteora_kernels.mix`. Returns the output and the gate logits (None where routes are given)."""
+    logits, given = None, routing.given
+    if given is None:
+        logits = F.linear(x, adapters.gate)
+        given = route(logits, routing.top_k, routing.temperature, routing.allowed)
+    coefficients = spread(*given, adapters.scaling)
+    return mixture(x if lora_x is None else lora_x, base_output, adapters.lora_A, adapters.lora_B, coefficients, adapters.offsets), logits

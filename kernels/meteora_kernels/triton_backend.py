@@ -9,7 +9,6 @@ Paths (``plan.py`` holds the limits):
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,38 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meteora_kernels import plan
+from meteora_kernels.dense import cast, flat_routes
 from meteora_kernels.layout import layout_of
-from meteora_kernels.many_adapters import Adapters, Routing, layer_forward
+from meteora_kernels.many_adapters import layer_forward
 from meteora_kernels.operators import eager, operator
+from meteora_kernels.stacked import gate_rows_of, pack, stacked_rows_of
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
 from meteora_kernels.triton_middle import middle, middle_backward
-
-
-def gate_rows_of(adapters: int) -> int:
-    """Rows kept for the gate in a packed [G; A]: N up to the next multiple of 8, so that A starts aligned."""
-    return -(-adapters // 8) * 8
-
-
-def stacked_rows_of(adapters: int, rank: int) -> int:
-    """Rows of a packed [G; A], a multiple of 64: GEMM libraries run at half speed on other widths."""
-    return -(-(gate_rows_of(adapters) + rank) // 64) * 64
-
-
-@lru_cache(maxsize=32)
-def _blank(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rows of zeros, kept: they are only ever read."""
-    return torch.zeros(rows, width, dtype=dtype, device=device)
-
-
-def pack(gate: Tensor, lora_A: Tensor) -> Tensor:
-    """[G; padding; A; padding], (stacked, h), in one copy."""
-    adapters, rank = gate.shape[0], lora_A.shape[0]
-    before = gate_rows_of(adapters)
-    after = stacked_rows_of(adapters, rank)
-    capturing = gate.is_cuda and torch.cuda.is_current_stream_capturing()  # what is made then lives in the graph's own memory
-    blank = (_blank.__wrapped__ if capturing else _blank)(64, gate.shape[1], gate.dtype, gate.device)
-    return torch.cat([gate, blank[: before - adapters], lora_A, blank[: after - before - rank]])
+from meteora_kernels.types import Adapters, Routing
 
 
 def _mix_few(
@@ -107,7 +83,7 @@ def _mix_chosen(
 ) -> tuple[Tensor, Tensor]:
     """:func:`many_adapters.layer_forward`, and the gate's logits (M, N)."""
     logits = torch.mm(x, gate.t())
-    adapters = Adapters(gate, lora_A, lora_B, 0, (lora_B.shape[1],), max_rank, scaling, offsets)
+    adapters = Adapters.of_layer(gate, lora_A, lora_B, scaling, offsets, max_rank)
     way = plan.many_adapters_way(x.shape[0], lora_A.shape[0], top_k, max_rank, fused=False)
     return layer_forward(way or "sorted", x, base, logits, adapters, Routing(top_k, temperature, allowed)), logits
 
@@ -346,35 +322,15 @@ class _Many(torch.autograd.Function):
         return *shaped, grad if ctx.needs_input_grad[2] else None, *rest
 
 
-def lora_mixture(
-    x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    offsets: Tensor,
-    *,
-    top_k: int,
-    temperature: float,
-    lora_x: Tensor | None,
-    routes: tuple[Tensor, Tensor] | None,
-    allowed: Tensor | None,
-    max_rank: int | None = None,
-    want_logits: bool = True,
+def mix(
+    x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None, *, want_logits: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and result as in :func:`meteora_kernels.reference.lora_mixture`; ``max_rank`` saves a look at ``offsets`` on the host.
-
-    Without ``want_logits`` the logits come back as None.
-    """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, gate, lora_A, lora_B = x.to(dtype), gate.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
-        lora_x = None if lora_x is None else lora_x.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank, want_logits)
-    return _flat(x, base_output, gate, lora_A, lora_B, scaling, offsets, top_k, temperature, lora_x, routes, allowed, max_rank, want_logits)
+    """Arguments and result as in :func:`meteora_kernels.reference.mix`. Without ``want_logits`` the logits come back as None."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _flat(x, base_output, adapters, routing, lora_x, want_logits=want_logits)
+    with torch.autocast(x.device.type, enabled=False):
+        x, adapters, lora_x = cast(x, adapters, lora_x)
+        return _flat(x, base_output, adapters, routing, lora_x, want_logits=want_logits)
 
 
 def _flat_inputs(x: Tensor, base_output: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,48 +339,33 @@ def _flat_inputs(x: Tensor, base_output: Tensor) -> tuple[Tensor, Tensor]:
     return x.reshape(-1, x.shape[-1]).contiguous(), base if base.stride(-1) == 1 else base.contiguous()
 
 
-def _flat(
-    x: Tensor,
-    base_output: Tensor,
-    gate: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    temperature: float,
-    lora_x: Tensor | None,
-    routes: tuple[Tensor, Tensor] | None,
-    allowed: Tensor | None,
-    max_rank: int | None,
-    want_logits: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None, *, want_logits: bool) -> tuple[Tensor, Tensor | None]:
     """Flatten the tokens, pick the path, and give the leading dimensions back."""
+    gate, lora_A, lora_B, scaling, offsets, max_rank, *_ = adapters
     lead = x.shape[:-1]
-    adapters, hidden = gate.shape
+    number, hidden = gate.shape
     rank = lora_A.shape[0]
     count = x.shape[:-1].numel()
     if rank == 0 or count == 0:
-        return base_output.clone(), F.linear(x, gate) if routes is None else None
+        return base_output.clone(), F.linear(x, gate) if routing.indices is None else None
     lora_A, lora_B, gate = lora_A.contiguous(), lora_B.contiguous(), gate.contiguous()
     lora_x = None if lora_x is x else lora_x
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, base_output, gate, lora_A, lora_B))
     path = "many"
-    if not differentiable and routes is None and lora_x is None:
+    if not differentiable and routing.indices is None and lora_x is None:
         if max_rank is None and not torch.compiler.is_compiling():
             max_rank = layout_of(offsets).max_rank
         if max_rank is not None:
-            path = plan.path(count, rank, top_k, max_rank)
+            path = plan.path(count, rank, routing.top_k, max_rank)
     directly = eager(x)
-    indices = weights = None
-    if routes is not None:
-        top_k = routes[0].shape[-1]
-        indices = routes[0].reshape(-1, top_k).contiguous()
-        weights = routes[1].reshape(-1, top_k).to(torch.float32).contiguous()
+    routing = flat_routes(routing)
+    top_k, temperature, allowed, indices, weights = routing
+    if indices is not None and weights is not None:
+        indices, weights = indices.contiguous(), weights.to(torch.float32).contiguous()
     tensors = (gate, lora_A, lora_B, scaling, offsets, allowed)
     if directly and differentiable:
         output, logits = _Many.apply(x, lora_x, base_output, *tensors, indices, weights, top_k, temperature)  # type: ignore[no-untyped-call]
-        return output, logits if routes is None and want_logits else None
+        return output, logits if indices is None and want_logits else None
     tokens, base = _flat_inputs(x, base_output)
     if path == "few":
         sparse = plan.chosen_rows_only(rank, top_k, max_rank or 0)
@@ -434,7 +375,7 @@ def _flat(
     else:
         flat_lora_x = None if lora_x is None else lora_x.reshape(-1, hidden)
         output, logits = (_mix_many if directly else mix_many_op)(tokens, flat_lora_x, base, *tensors, indices, weights, top_k, temperature)
-        logits = logits[:, :adapters] if want_logits else logits
-    if routes is not None or not want_logits:
+        logits = logits[:, :number] if want_logits else logits
+    if indices is not None or not want_logits:
         return output.view(base_output.shape), None
-    return output.view(base_output.shape), logits.reshape(*lead, adapters)
+    return output.view(base_output.shape), logits.reshape(*lead, number)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from meteora_kernels import many_adapters, plan
 from meteora_kernels.operators import operator
-from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode, new_flags
 from meteora_kernels.triton_delta import delta
@@ -17,6 +17,7 @@ from meteora_kernels.triton_middle import middle, ranks_of
 from meteora_kernels.triton_products import library_products, products
 from meteora_kernels.triton_stream import can_stream, stream
 from meteora_kernels.triton_sync import readable
+from meteora_kernels.types import Adapters, Routing
 from meteora_kernels.wide import Wide
 
 __all__ = ["group_forward", "group_op", "new_flags"]
@@ -74,8 +75,8 @@ def group_forward(
         return run(rows, weights, ga, b, bias, scaling, offsets, flags, parts, rank, gate_rows, max_rank, top_k, temperature, allowed)
     way = plan.many_adapters_way(tokens, rank, top_k, max_rank)
     if way is not None:
-        adapters = many_adapters.Adapters(ga, ga[gate_rows:], b, stacked, tuple(widths), max_rank, scaling, offsets)
-        choice = many_adapters.Routing(top_k, temperature, allowed)
+        adapters = Adapters(ga, ga[gate_rows:], b, scaling, offsets, max_rank, tuple(widths), stacked)
+        choice = Routing(top_k, temperature, allowed)
         if many_adapters.can_run(adapters, choice, x.dtype) is None:
             return many_adapters.run(way, x, weights, bias, adapters, choice)
 

@@ -90,7 +90,7 @@ def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: 
 
 def _fuse(group: Group, setting: Setting) -> None:
     """Lay a copy of the group's weights out as the fused kernels want them; the other contenders keep their own, whose rows lie close together."""
-    from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+    from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
     from meteora_kernels.triton_group import new_flags
     from meteora_kernels.wide import Wide
 

@@ -47,7 +47,7 @@ class FusedGroup:
     """
 
     def __init__(self, layers: list[MeteoraLinear]) -> None:
-        from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+        from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
         from meteora_kernels.triton_group import new_flags
         from meteora_kernels.wide import Wide
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels.many_adapters import FORWARDS, Adapters, Routing
+from meteora_kernels import Adapters, Routing
+from meteora_kernels.many_adapters import FORWARDS
 from support.gpu_groups import Group, error
 
 pytestmark = [
@@ -26,7 +27,7 @@ GROUPS = [
 
 
 def run(way: str, group: Group, x: Tensor) -> Tensor:
-    adapters = Adapters(group.ga, group.ga[group.gates :], group.up, group.stacked, group.widths, group.rank, group.scaling, group.offsets)
+    adapters = Adapters(group.ga, group.ga[group.gates :], group.up, group.scaling, group.offsets, group.rank, group.widths, group.stacked)
     return FORWARDS[way](x, group.weight, None, adapters, ROUTING)
 
 

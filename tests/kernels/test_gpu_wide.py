@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan
-from meteora_kernels.triton_backend import pack
+from meteora_kernels.stacked import pack
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_gated import silu_times, silu_times_reference
 from meteora_kernels.triton_group import group_forward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meteora_kernels import plan, reference, triton_group, triton_inner
-from meteora_kernels.triton_backend import gate_rows_of, pack, stacked_rows_of
+from meteora_kernels.stacked import gate_rows_of, pack, stacked_rows_of
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_inner import can_inner, inner

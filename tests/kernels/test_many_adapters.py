@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels import lora_mixture, many_adapters, plan
-from meteora_kernels.many_adapters import Adapters, Routing, can_run, few_forward, launch, reference, sorted_forward
-from meteora_kernels.triton_backend import gate_rows_of, pack
+from meteora_kernels import Adapters, Routing, lora_mixture, many_adapters, plan
+from meteora_kernels.many_adapters import can_run, few_forward, launch, reference, sorted_forward
+from meteora_kernels.stacked import gate_rows_of, pack
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
 from support.mixture_cases import Case, make
@@ -40,7 +40,7 @@ class Group:
         ga = torch.cat([pack(case.gate, case.lora_A) for case in self.cases])
         up = torch.cat([case.lora_B.reshape(-1) for case in self.cases])
         case, stacked = self.cases[0], ga.shape[0] // len(self.cases)
-        return Adapters(ga, ga[gate_rows_of(len(self.ranks)) :], up, stacked, self.widths, max(self.ranks), case.scaling.float(), case.offsets)
+        return Adapters(ga, ga[gate_rows_of(len(self.ranks)) :], up, case.scaling.float(), case.offsets, max(self.ranks), self.widths, stacked)
 
     def run(self, way: Way, routing: Routing) -> Tensor:
         return way(self.cases[0].x, self.weight, self.bias, self.adapters, routing)
@@ -158,7 +158,7 @@ def test_tokens_are_sorted_into_blocks_of_one_adapter() -> None:
     picks[:, 1] = torch.where(picks[:, 0] == picks[:, 1], 6, picks[:, 1])
     logits = torch.zeros(tokens, count).scatter_(1, picks, torch.tensor([2.0, 1.0]).expand(tokens, 2).contiguous()).to(DEVICE)
     unit = torch.zeros(1, device=DEVICE)
-    adapters = Adapters(unit, unit, unit, 0, (1,), 1, torch.ones(count, device=DEVICE), torch.arange(count + 1, device=DEVICE))
+    adapters = Adapters(unit, unit, unit, torch.ones(count, device=DEVICE), torch.arange(count + 1, device=DEVICE), 1, (1,))
     found = launch.sort_tokens(logits, adapters, Routing(slots, 1.0))
     shares = torch.softmax(torch.tensor([2.0, 1.0]), 0)
     for slot in range(slots):
@@ -204,8 +204,8 @@ def test_the_plan_s_way_is_taken_by_groups_and_by_layers(way: str, monkeypatch: 
     case, adapters, taken = given.cases[0], given.adapters, []
     plain = many_adapters.FORWARDS[way]
     monkeypatch.setitem(many_adapters.FORWARDS, way, lambda *arguments: [taken.append(way), plain(*arguments)][1])
-    packed = torch.cat([given.weight, adapters.gates])
-    tensors = (case.x, packed, adapters.b, given.bias, case.scaling.float(), case.offsets, None, new_flags(packed.device))
+    packed = torch.cat([given.weight, adapters.gate])
+    tensors = (case.x, packed, adapters.lora_B, given.bias, case.scaling.float(), case.offsets, None, new_flags(packed.device))
     found = group_forward(*tensors, [5], 4, 1, 1, 1.0)
     torch.testing.assert_close(found, given.exact(routing).float(), rtol=2e-4, atol=2e-4)
     assert taken == [way]

@@ -26,6 +26,12 @@ def test_refuses_options_out_of_range(change: dict[str, object], message: str) -
         lora_mixture(*case.arguments, **change)  # type: ignore[arg-type]
 
 
+def test_refuses_unknown_options() -> None:
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'topk'"):
+        lora_mixture(*case.arguments, topk=2)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("name", ["x", "base", "gate", "lora_A", "lora_B", "scaling", "offsets"])
 def test_refuses_shapes_that_do_not_fit(name: str) -> None:
     case = make([4] * 6, 16, 9, (3,), torch.float32)
@@ -219,19 +225,15 @@ def test_plan_of_groups_refuses_lines_without_sense(arguments: tuple[object, ...
 def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     case = make([4] * 6, 16, 9, (3,), torch.float32)
     expected = lora_mixture(*case.arguments, backend="dense")
-    real, calls = mixture._implementation, []
+    calls = []
 
-    def broken(backend: str):  # type: ignore[no-untyped-def]
-        if backend != "triton":
-            return real(backend)
-        calls.append(backend)
-
-        def fail(*arguments: object, **options: object) -> None:
+    class Broken:
+        @staticmethod
+        def mix(*arguments: object, **options: object) -> None:
+            calls.append(arguments)
             raise RuntimeError("out of resource: shared memory")
 
-        return fail
-
-    monkeypatch.setattr(mixture, "_implementation", broken)
+    monkeypatch.setattr(mixture, "_triton", Broken)
     monkeypatch.setattr(mixture, "_broken", {})
     monkeypatch.setattr(plan, "choose", lambda case: ("triton", "test"))
     with caplog.at_level(logging.WARNING):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_kernels import lora_mixture, plan, triton_group, triton_stream
-from meteora_kernels.triton_backend import gate_rows_of, pack, stacked_rows_of
+from meteora_kernels.stacked import gate_rows_of, pack, stacked_rows_of
 from meteora_kernels.triton_decode import new_flags
 from meteora_kernels.triton_group import group_forward
 from meteora_kernels.triton_stream import can_stream, stream

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meteora_kernels import lora_mixture, plan, reference
-from meteora_kernels.many_adapters import Adapters, Routing, layer_forward
+from meteora_kernels import Adapters, Routing, lora_mixture, plan, reference
+from meteora_kernels.many_adapters import layer_forward
 from meteora_kernels.triton_backend import mix_many_op
 from meteora_kernels.triton_delta import delta
 from meteora_kernels.triton_few import mix_few
@@ -155,7 +155,7 @@ def test_chosen_rows_on_top_of_a_base(way: str, one: bool) -> None:
     if one:
         wide.x[:] = wide.x[0].clone()
     case = wide.copy(torch.float16)
-    adapters = Adapters(case.gate, case.lora_A, case.lora_B, 0, (40,), 17, case.scaling.float(), case.offsets)
+    adapters = Adapters.of_layer(case.gate, case.lora_A, case.lora_B, case.scaling.float(), case.offsets, 17)
     output = layer_forward(way, case.x, case.base, case.x @ case.gate.t(), adapters, Routing(2, 1.5))
     expected = routed(case.copy(torch.float64), 2)
 

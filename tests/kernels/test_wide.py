@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meteora_kernels import plan
-from meteora_kernels.triton_backend import gate_rows_of
+from meteora_kernels.stacked import gate_rows_of
 from meteora_kernels.triton_chosen import decode_chosen
 from meteora_kernels.triton_decode import decode
 from meteora_kernels.triton_group import group_forward, group_op

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_decode import new_flags
 
 CHECKED = 256

@@ -26,7 +26,7 @@ def group_forward(
     temperature: float,
 ) -> Tensor:
     """Arguments and result as in ``meteora_kernels.triton_group.group_forward``."""
-    from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+    from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 
     count, outputs = scaling.shape[0], sum(widths)
     begin, stacked = gate_rows_of(count), stacked_rows_of(count, rank)

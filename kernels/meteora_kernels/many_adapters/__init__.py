@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels.many_adapters.launch import Adapters, Routing, blocks_down, blocks_up, gate_sums, sort_tokens, tokens_down, tokens_up
+from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, sort_tokens, tokens_down, tokens_up
 from meteora_kernels.triton_products import library_products
+from meteora_kernels.types import Adapters, Routing
 
-__all__ = ["Adapters", "Routing", "can_run", "few_forward", "layer_forward", "run", "sorted_forward"]
+__all__ = ["can_run", "few_forward", "layer_forward", "run", "sorted_forward"]
 
 EXACT_TOKENS = 256
 """Up to here the base's product comes as float32, so that the output is rounded once."""
@@ -34,9 +35,9 @@ def can_run(adapters: Adapters, routing: Routing, dtype: torch.dtype) -> str | N
         return f"the kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     if routing.top_k > 16:
         return f"top-k is {routing.top_k}, the kernels take up to 16"
-    if adapters.count > 4096:
-        return f"there are {adapters.count} adapters, the kernels take up to 4,096"
-    if adapters.max_rank > 256:
+    if adapters.number > 4096:
+        return f"there are {adapters.number} adapters, the kernels take up to 4,096"
+    if (adapters.max_rank or 0) > 256:
         return f"the largest rank is {adapters.max_rank}, the kernels take up to 256"
     return None
 

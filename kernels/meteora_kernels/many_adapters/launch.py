@@ -1,9 +1,8 @@
 # mypy: disable-error-code="no-untyped-call"
-"""Values that describe a layer's adapters, and one function for each launch."""
+"""One function for each launch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,61 +10,13 @@ from torch import Tensor
 
 from meteora_kernels.many_adapters.device_sorted import blocks_down_kernel, blocks_up_kernel, fours_up_kernel, routes_kernel, sort_kernel
 from meteora_kernels.many_adapters.device_tokens import gates_kernel, tokens_down_kernel, tokens_up_kernel
-from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.types import Adapters, Routing
 
 UP_TILE = (256, 4)
 """Columns of a program of :func:`blocks_up`, and its warps."""
 DOWN_TILE = (128, 1, 4, 4096)
 """Columns a step of :func:`blocks_down`, warps, stages, and how many programs to aim at by cutting its sums."""
-
-
-@dataclass(frozen=True, slots=True)
-class Adapters:
-    """The adapters of one to three linears that share their input; N, the ranks and the scaling are the same for all of them.
-
-    Attributes:
-        gates: (., h), columns contiguous: the gate rows of member i start at row ``i * member_rows``. Not read where logits are given.
-        a: (., h), columns contiguous, rows as far apart as those of ``gates``: member i's R rows of A start at row ``i * member_rows``.
-        b: Every member's B (R, width), contiguous, one behind the other, flat or 2-d.
-        member_rows: Rows from one member to the next.
-        widths: Outputs of each member.
-        max_rank: The largest rank.
-        scaling: float32 (N,).
-        offsets: int64 (N + 1,).
-    """
-
-    gates: Tensor
-    a: Tensor
-    b: Tensor
-    member_rows: int
-    widths: tuple[int, ...]
-    max_rank: int
-    scaling: Tensor
-    offsets: Tensor
-
-    @property
-    def count(self) -> int:
-        """N."""
-        return self.scaling.shape[0]
-
-    @property
-    def rank_p(self) -> int:
-        """Places of one adapter's rows: the largest rank up to a power of two, at least 1."""
-        return max(1, power_of_two(self.max_rank))
-
-    @property
-    def total_rank(self) -> int:
-        """R."""
-        return self.b.numel() // sum(self.widths)
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How tokens choose: k, T, and bool (N,), the adapters that may be chosen, or None."""
-
-    top_k: int
-    temperature: float
-    allowed: Tensor | None = None
 
 
 SIZE, SHORT = 16, 4
@@ -106,7 +57,7 @@ def pieces_of(programs: int, wanted: int, steps: int) -> int:
 def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
     """Logits of all members as float32 partial sums (S, M, members * N). x: (M, h), columns contiguous."""
     tokens, hidden = x.shape
-    count, members = adapters.count, len(adapters.widths)
+    count, members = adapters.number, adapters.members
     large = tokens >= 1024
     bm = 128 if large else min(64, max(16, power_of_two(tokens)))
     bn = min(128 if tokens > 64 else 64, max(16, power_of_two(count)))
@@ -116,7 +67,7 @@ def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
     pieces = ceil_div(hidden, span)
     logits = torch.empty(pieces, tokens, members * count, dtype=torch.float32, device=x.device)
     gates_kernel[(programs * pieces,)](
-        x, adapters.gates, logits, tokens, hidden, count, x.stride(0), adapters.gates.stride(0), adapters.member_rows,
+        x, adapters.gate, logits, tokens, hidden, count, x.stride(0), adapters.gate.stride(0), adapters.member_rows,
         MEMBERS=members, BM=bm, BN=bn, BK=bk, SPAN=span, WHOLE=hidden % span == 0, PRECISION="ieee", num_warps=8 if large else 4, num_stages=4,
     )  # fmt: skip
     return logits
@@ -125,7 +76,7 @@ def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
 def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
     """Each token's chosen rows of A, int32 (M, members * k * P), and ``A x`` times ``w_j s_j`` there, float32 partial sums (S, M, the same)."""
     tokens, hidden = x.shape
-    members, rank_p = len(adapters.widths), adapters.rank_p
+    members, rank_p = adapters.members, adapters.rank_p
     places = routing.top_k * rank_p
     rows, step = min(16, power_of_two(places)), 256
     span = span_of(hidden, 4, step)
@@ -133,9 +84,9 @@ def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing)
     rows_out = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     values = torch.empty(pieces, tokens, members * places, dtype=torch.float32, device=x.device)
     tokens_down_kernel[(pieces * ceil_div(places, rows) * tokens * members,)](
-        x, adapters.a, logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, adapters.offsets, rows_out, values,
-        tokens, hidden, adapters.count, x.stride(0), adapters.a.stride(0), adapters.member_rows, routing.temperature,
-        MEMBERS=members, TOP_K=routing.top_k, SLOTS=power_of_two(routing.top_k), PADDED=padded_adapters(adapters.count), RANK_P=rank_p, ROWS=rows,
+        x, adapters.lora_A, logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, adapters.offsets, rows_out, values,
+        tokens, hidden, adapters.number, x.stride(0), adapters.lora_A.stride(0), adapters.member_rows, routing.temperature,
+        MEMBERS=members, TOP_K=routing.top_k, SLOTS=routing.slots, PADDED=adapters.padded, RANK_P=rank_p, ROWS=rows,
         BK=step, SPAN=span, PIECES=pieces, SPLITS=logits.shape[0], HAS_ALLOWED=routing.allowed is not None, EVEN=hidden % step == 0,
         WHOLE=hidden % span == 0, STAGES=3, num_warps=2, num_stages=3,
     )  # fmt: skip
@@ -145,11 +96,11 @@ def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing)
 def tokens_up(base: Tensor, bias: Tensor | None, chosen: tuple[Tensor, Tensor], adapters: Adapters, y: Tensor) -> None:
     """``y = base + bias + B``'s chosen rows times their values, for ``chosen`` of :func:`tokens_down`. base: (M, O), or (S, M, O), partial sums."""
     rows, values = chosen
-    tokens, members = y.shape[0], len(adapters.widths)
+    tokens, members = y.shape[0], adapters.members
     bm, bn = 4, 256
     padded = (*adapters.widths, 0, 0)
     tokens_up_kernel[(sum(ceil_div(width, bn) for width in adapters.widths), ceil_div(tokens, bm))](
-        base, bias if bias is not None else base, adapters.b, rows, values, y, tokens, adapters.total_rank,
+        base, bias if bias is not None else base, adapters.lora_B, rows, values, y, tokens, adapters.total_rank,
         base.stride(0) if base.dim() == 3 else 0, base.stride(-2), y.stride(0), padded[0], padded[1], padded[2],
         MEMBERS=members, PLACES=rows.shape[1] // members, PIECES=values.shape[0], SPLITS=base.shape[0] if base.dim() == 3 else 1, BM=bm, BN=bn,
         HAS_BIAS=bias is not None, num_warps=4,
@@ -158,14 +109,14 @@ def tokens_up(base: Tensor, bias: Tensor | None, chosen: tuple[Tensor, Tensor], 
 
 def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
     """Every token's adapters, int32 (members * k, M), and ``w_j s_j``, float32, likewise. logits: (M, members * N), or (S, M, members * N), partial sums."""
-    tokens, top_k, members = logits.shape[-2], routing.top_k, len(adapters.widths)
+    tokens, top_k, members = logits.shape[-2], routing.top_k, adapters.members
     picks = torch.empty(members * top_k, tokens, dtype=torch.int32, device=logits.device)
     factors = torch.empty(members * top_k, tokens, dtype=torch.float32, device=logits.device)
-    padded = padded_adapters(adapters.count)
+    padded = adapters.padded
     block = max(1, min(16, 2048 // padded, tokens // 128))
     block = 1 << (block.bit_length() - 1)
     routes_kernel[(ceil_div(tokens, block), members)](
-        logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, picks, factors, tokens, adapters.count,
+        logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, picks, factors, tokens, adapters.number,
         logits.stride(-2), logits.stride(0) if logits.dim() == 3 else 0, routing.temperature,
         TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded, BLOCK=block, SPLITS=logits.shape[0] if logits.dim() == 3 else 1,
         HAS_ALLOWED=routing.allowed is not None, num_warps=4,
@@ -178,12 +129,12 @@ def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> Sorted:
     picks, factors = route_tokens(logits, adapters, routing)
     groups, tokens = picks.shape
     short = SHORT if adapters.rank_p <= MOST_FOURS else 0
-    most = tokens // SIZE + adapters.count
-    most_short = tokens // short + adapters.count if short else 0
+    most = tokens // SIZE + adapters.number
+    most_short = tokens // short + adapters.number if short else 0
     order = torch.empty(groups, tokens, dtype=torch.int32, device=logits.device)
     table = torch.empty(6, groups, most, dtype=torch.int32, device=logits.device)
     short_table = torch.empty(6, groups, most_short, dtype=torch.int32, device=logits.device)
-    sort_kernel[(adapters.count, groups)](
+    sort_kernel[(adapters.number, groups)](
         picks, adapters.offsets, order, table, short_table, tokens, groups, most, most_short,
         SIZE=SIZE, SHORT=short, CHUNK=min(4096, max(16, power_of_two(tokens))), num_warps=4,
     )  # fmt: skip
@@ -203,8 +154,8 @@ def blocks_down(x: Tensor, found: Sorted, adapters: Adapters, top_k: int) -> Ten
     middle = torch.empty(groups, tokens, rank_p, dtype=torch.float32, device=x.device)
     parts = torch.empty(pieces, groups * most, SIZE, rank_d, dtype=torch.float32, device=x.device) if pieces > 1 else middle
     blocks_down_kernel[(pieces * groups * most,)](
-        x, adapters.a, found.factors, found.order, found.table, parts, middle,
-        tokens, hidden, most, groups, x.stride(0), adapters.a.stride(0), adapters.member_rows,
+        x, adapters.lora_A, found.factors, found.order, found.table, parts, middle,
+        tokens, hidden, most, groups, x.stride(0), adapters.lora_A.stride(0), adapters.member_rows,
         TOP_K=top_k, RANK_P=rank_p, RANK_D=rank_d, SIZE=SIZE, BK=bk, SPAN=span, WHOLE=hidden % span == 0, PIECES=pieces,
         PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -213,7 +164,7 @@ def blocks_down(x: Tensor, found: Sorted, adapters: Adapters, top_k: int) -> Ten
 
 def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
     """``y = base + bias +`` the slots' ``middle B``, for ``middle`` of :func:`blocks_down`. base: (M, O), or (S, M, O), partial sums; not ``y`` itself."""
-    tokens, members, rank_p = y.shape[0], len(adapters.widths), adapters.rank_p
+    tokens, members, rank_p = y.shape[0], adapters.members, adapters.rank_p
     fours = rank_p <= MOST_FOURS
     table = found.short_table if fours else found.table
     _, groups, most = table.shape
@@ -223,7 +174,7 @@ def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, 
     padded = (*adapters.widths, 0, 0)
     grid = (most, sum(ceil_div(width, bn) for width in adapters.widths))
     arguments = (
-        middle, adapters.b, base, bias if bias is not None else base, y, found.order, table, tokens, adapters.total_rank, most, groups,
+        middle, adapters.lora_B, base, bias if bias is not None else base, y, found.order, table, tokens, adapters.total_rank, most, groups,
         stride_split, base.stride(-2), y.stride(0), padded[0], padded[1], padded[2],
     )  # fmt: skip
     for slot in range(groups // members):

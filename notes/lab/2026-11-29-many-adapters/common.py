@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels.triton_backend import gate_rows_of, stacked_rows_of
+from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.triton_decode import new_flags
 
 SHAPES = {"qkv": ((4096, 1024, 1024), 4096), "o": ((4096,), 4096), "gu": ((14336, 14336), 4096), "down": ((4096,), 14336)}

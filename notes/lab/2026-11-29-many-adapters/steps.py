@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from common import SHAPES, Group, capture, check, graphs, times
 
-from meteora_kernels import many_adapters, plan
-from meteora_kernels.many_adapters import Adapters, Routing, base_product, few_forward, sorted_forward
+from meteora_kernels import Adapters, Routing, many_adapters, plan
+from meteora_kernels.many_adapters import base_product, few_forward, sorted_forward
 from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, sort_tokens, tokens_down, tokens_up
 from meteora_kernels.triton_group import group_forward
 
@@ -24,7 +24,7 @@ ROUTING = Routing(2, 1.0)
 
 
 def adapters_of(group: Group) -> Adapters:
-    return Adapters(group.ga, group.ga[group.gates :], group.up, group.stacked, group.widths, group.rank, group.scaling, group.offsets)
+    return Adapters(group.ga, group.ga[group.gates :], group.up, group.scaling, group.offsets, group.rank, group.widths, group.stacked)
 
 
 def old(group: Group, x: torch.Tensor) -> torch.Tensor:

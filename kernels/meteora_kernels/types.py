@@ -1,0 +1,203 @@
+"""The values that kernels take, each made once: the adapters of a layer, how tokens choose, and a fused group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from meteora_kernels.sizes import padded_adapters, power_of_two
+from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
+from meteora_kernels.wide import Wide
+
+
+class Adapters(NamedTuple):
+    """The adapters of one linear, or of one to three linears that share their input (members of a group).
+
+    The number of adapters N, their ranks and their scaling are the same for all members. :meth:`of_layer` and :meth:`of_group` make one.
+
+    Attributes:
+        gate: (., h), columns contiguous: the N gate rows of member i start at row ``i * member_rows``.
+        lora_A: (., h), rows as far apart as those of ``gate``: member i's R rows of A start at row ``i * member_rows``; R is the sum of ranks.
+        lora_B: Every member's B (R, width), contiguous, one after the other, flat or 2-d; row ``j`` is column ``j`` of the usual (width, R) matrix.
+        scaling: float32 (N,), alpha / r (or alpha / sqrt(r)).
+        offsets: int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i + 1]`` of A and B.
+        max_rank: The largest rank; None if the caller does not know it.
+        widths: Outputs of each member.
+        member_rows: Rows from one member to the next; 0 for a single linear.
+    """
+
+    gate: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: Tensor
+    offsets: Tensor
+    max_rank: int | None
+    widths: tuple[int, ...]
+    member_rows: int = 0
+
+    @classmethod
+    def of_layer(cls, gate: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, offsets: Tensor, max_rank: int | None = None) -> Adapters:
+        """The adapters of one linear.
+
+        Args:
+            gate: (N, h).
+            lora_A: (R, h), all adapters' A stacked by rows; an adapter may have rank 0.
+            lora_B: (R, o).
+            scaling: float (N,).
+            offsets: int64 (N + 1,).
+            max_rank: The largest rank, if known.
+        """
+        return cls(gate, lora_A, lora_B, scaling, offsets, max_rank, (lora_B.shape[-1],))
+
+    @classmethod
+    def of_group(cls, packed: Tensor, lora_B: Tensor, scaling: Tensor, offsets: Tensor, widths: tuple[int, ...], max_rank: int) -> Adapters:
+        """The adapters of a group whose gates and A follow its base weights in one block.
+
+        Args:
+            packed: (P, h), columns contiguous: the members' base rows (O = sum of widths), then per member ``stacked_rows_of(N, R)`` rows: N gate
+                rows, padding to ``gate_rows_of(N)``, R rows of A, padding with zeros; further rows do not matter.
+            lora_B: Per member (R, width), contiguous, one after the other.
+            scaling: float32 (N,), the same for all members.
+            offsets: int64 (N + 1,), likewise.
+            widths: Outputs of each of one to three members.
+            max_rank: The largest rank.
+        """
+        count, outputs = scaling.shape[0], sum(widths)
+        stacked = stacked_rows_of(count, lora_B.numel() // outputs)
+        gate = packed[outputs : outputs + len(widths) * stacked]
+        return cls(gate, gate[gate_rows_of(count) :], lora_B, scaling, offsets, max_rank, widths, stacked)
+
+    @property
+    def number(self) -> int:
+        """N."""
+        return self.scaling.shape[0]
+
+    @property
+    def members(self) -> int:
+        """How many linears there are."""
+        return len(self.widths)
+
+    @property
+    def total_rank(self) -> int:
+        """R."""
+        return self.lora_B.numel() // sum(self.widths)
+
+    @property
+    def padded(self) -> int:
+        """Columns of a tile of logits (:func:`meteora_kernels.sizes.padded_adapters`)."""
+        return padded_adapters(self.scaling.shape[0])
+
+    @property
+    def rank_p(self) -> int:
+        """Places that kernels keep for one adapter's rows: the largest rank up to a power of two, at least 1."""
+        return max(1, power_of_two(self.max_rank or 0))
+
+
+class Routing(NamedTuple):
+    """How tokens choose their adapters.
+
+    Attributes:
+        top_k: Adapters per token, 1 <= top_k <= N.
+        temperature: T > 0 of the softmax over the chosen adapters.
+        allowed: bool (N,), the adapters that may be chosen; None: all.
+        indices: int64 (..., k), the adapters to use instead of the gate's choice (forced routing), or None.
+        weights: (..., k), their weights, or None.
+    """
+
+    top_k: int = 2
+    temperature: float = 1.0
+    allowed: Tensor | None = None
+    indices: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        """top_k up to a power of two."""
+        return power_of_two(self.top_k)
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor] | None:
+        """Indices and weights, where the caller gives them."""
+        return None if self.indices is None or self.weights is None else (self.indices, self.weights)
+
+
+class Tile(NamedTuple):
+    """How a kernel cuts its work; powers of two but for ``stages``. A path reads the fields that its page in docs/kernels names.
+
+    Attributes:
+        tokens: Tokens of a program.
+        outputs: Outputs of a program.
+        step: Columns of h at a time.
+        warps: Warps of a program.
+        stages: Steps in flight.
+        gate_rows: Rows of G (and of A, where all are read) of a program.
+        gate_step: Columns of h at a time, of those programs.
+        down_rows: Chosen rows of A of a program.
+        down_step: Columns of h at a time, of those programs.
+    """
+
+    tokens: int = 16
+    outputs: int = 64
+    step: int = 128
+    warps: int = 4
+    stages: int = 3
+    gate_rows: int = 16
+    gate_step: int = 128
+    down_rows: int = 16
+    down_step: int = 256
+
+
+def new_flags(device: torch.device) -> Tensor:
+    """The zeroed flags by which programs of one launch wait for each other; one tensor per group and CUDA stream."""
+    return torch.zeros(1024, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """One to three linears that share their input, base and adapters together. :meth:`of` makes one.
+
+    Attributes:
+        packed: (P, h), the block that holds base weights, gates and A (:meth:`Adapters.of_group`).
+        weights: (O, h), the base rows of ``packed``.
+        adapters: The members' adapters.
+        bias: (O,) or None.
+        flags: int32 (1024,), zero before and after every launch; a group runs on one stream at a time.
+        wide: The layout of a block whose rows hold B^T as well (:mod:`meteora_kernels.wide`), kept up to date by the owner; None without.
+        gate_rows: Rows from a member's first gate row to its first row of A.
+        total_rank: R.
+    """
+
+    packed: Tensor
+    weights: Tensor
+    adapters: Adapters
+    bias: Tensor | None
+    flags: Tensor
+    wide: Wide | None
+    gate_rows: int
+    total_rank: int
+
+    @classmethod
+    def of(cls, packed: Tensor, adapters: Adapters, bias: Tensor | None = None, flags: Tensor | None = None, *, has_up: bool = False) -> Group:
+        """A group from its block.
+
+        Args:
+            packed: (P, h), as :meth:`Adapters.of_group` describes it.
+            adapters: What :meth:`Adapters.of_group` makes of ``packed``.
+            bias: (O,) or None.
+            flags: As :func:`new_flags` makes them; None: new ones.
+            has_up: ``packed`` is a block of :class:`meteora_kernels.wide.Wide`, and B^T in its rows equals ``adapters.lora_B`` at every call.
+
+        Example:
+            >>> packed = torch.zeros(128, 16)  # 8 outputs, then 64 rows for the gates and A of two adapters of rank 4
+            >>> adapters = Adapters.of_group(packed, torch.zeros(8 * 8), torch.ones(2), torch.tensor([0, 4, 8]), (8,), 4)
+            >>> Group.of(packed, adapters).total_rank
+            8
+        """
+        total_rank = adapters.total_rank
+        wide = Wide(packed.shape[1], total_rank, adapters.members) if has_up else None
+        flags = new_flags(packed.device) if flags is None else flags
+        weights = packed[: sum(adapters.widths)]
+        return cls(packed, weights, adapters, bias, flags, wide, gate_rows_of(adapters.number), total_rank)
