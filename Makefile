@@ -9,7 +9,7 @@ FUZZ_SEED ?= 1
 SECONDS ?= 3600
 CHAOS_ARGS ?= --moments 12 --failures 8
 
-.PHONY: help install quickstart quickstart-train test test-fast lint check fuzz fuzz-coverage chaos format clean
+.PHONY: help install quickstart quickstart-train test test-fast lint check fuzz fuzz-coverage chaos docs docs-reference format clean
 
 help:
 	@echo "make quickstart        a trained checkpoint against its base model, and a picture of its routing (a minute and a half on two cores)"
@@ -18,6 +18,8 @@ help:
 	@echo "make test-fast         only the fast tests"
 	@echo "make lint              ruff and mypy"
 	@echo "make check             ruff, mypy and all tests"
+	@echo "make docs              the documentation as a site in site/, with strict links"
+	@echo "make docs-reference    the pages of the command line and of the settings, from the code"
 	@echo "make fuzz              FUZZ_CASES=5000 malformed inputs through the command line"
 	@echo "make fuzz-coverage     the readers under a coverage-guided fuzzer for SECONDS=3600"
 	@echo "make chaos             kills and failing writes at every step of the commands that write"
@@ -31,6 +33,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@touch $@
 
 quickstart: $(VENV)/.installed
@@ -62,9 +68,15 @@ fuzz-coverage: $(VENV)/.installed-dev
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.robustness --chaos $(CHAOS_ARGS)
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+docs-reference: $(VENV)/.installed
+	$(BIN)/python -m docs.tools.reference_pages
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
