@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn, TaskID
 
     from meteora_core.errors import MeteoraError
-    from meteora_core.progress import Progress, Task
+    from meteora_core.progress import Progress, ProgressBar
     from meteora_core.settings import Settings
 
 
@@ -205,7 +205,7 @@ class _RichProgress:
         self._bars, self._plain = bars, plain
 
     @contextmanager
-    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
         if self._plain:
             say(f"{title} …")
         identity = self._bars.add_task(printable(title), total=total, unit=unit, extra="")
@@ -222,7 +222,7 @@ class _RichProgress:
 
 class _Quiet:
     @contextmanager
-    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
         from meteora_core.progress import SILENT
 
         with SILENT.task(title, total=total, unit=unit) as task:

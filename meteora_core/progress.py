@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
-class Task(Protocol):
+class ProgressBar(Protocol):
     """One running piece of work with a known or unknown total."""
 
     def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:
@@ -20,8 +20,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """Opens tasks and takes messages."""
 
-    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> AbstractContextManager[Task]:
-        """Return a context manager that yields a :class:`Task`. ``unit`` is ``"B"`` for bytes (shown as MB), else a plural noun."""
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> AbstractContextManager[ProgressBar]:
+        """Return a context manager that yields a :class:`ProgressBar`. ``unit`` is ``"B"`` for bytes (shown as MB), else a plural noun."""
 
     def note(self, message: str) -> None:
         """Say one line to the user (never part of a command's result)."""
@@ -36,7 +36,7 @@ class NoProgress:
     """Reports nothing."""
 
     @contextmanager
-    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
         yield _NoTask()
 
     def note(self, message: str) -> None:

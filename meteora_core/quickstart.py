@@ -204,45 +204,28 @@ class _Session:
             build_composite(self.data, n=len(TASKS), progress=self.progress)
 
     def train_adapters(self) -> None:
+        from meteora_core.training.job import TrainJob
         from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current, train_adapter
 
+        job = TrainJob(self.base, self.data, self.adapters, resume=True, progress=self.progress)
         for task in TASKS:
             settings = self.plan.adapter_settings(task)
-            if adapter_is_current(self.adapters / task, adapter_inputs(self.base, self.dtype, self.data, task, settings, None)):
+            if adapter_is_current(self.adapters / task, adapter_inputs(job, self.dtype, task, settings)):
                 continue
-            train_adapter(
-                self.bare(),
-                self.tokenizer,
-                task,
-                base=self.base,
-                data_dir=self.data,
-                out_dir=self.adapters,
-                settings=settings,
-                progress=self.progress,
-            )
+            train_adapter(self.bare(), self.tokenizer, task, settings, job)
             release_memory()
 
     def train_gates(self) -> dict[str, float]:
         from meteora_core.adapters.bank import AdapterBank
         from meteora_core.checkpoints.native import CONFIG_FILE
         from meteora_core.training.gates import gate_inputs, gates_are_current, train_gates
+        from meteora_core.training.job import TrainJob
 
-        settings = self.plan.gate_settings()
+        settings, job = self.plan.gate_settings(), TrainJob(self.base, self.data, self.checkpoint, resume=True, progress=self.progress)
         bank = AdapterBank.from_peft({task: self.adapters / task for task in TASKS})
-        inputs = gate_inputs(self.base, self.dtype, self.data, bank, settings, 2, 1.0, None)
-        if gates_are_current(self.checkpoint, inputs):
+        if gates_are_current(self.checkpoint, gate_inputs(job, self.dtype, bank, settings)):
             return dict(read_json(self.checkpoint / CONFIG_FILE)["training"]["held_out"])
-        trained = train_gates(
-            self.bare(),
-            self.tokenizer,
-            bank,
-            base=self.base,
-            data_dir=self.data,
-            folder=self.checkpoint,
-            settings=settings,
-            resume=True,
-            progress=self.progress,
-        )
+        trained = train_gates(self.bare(), self.tokenizer, bank, settings, job)
         release_memory()
         return trained.held_out
 

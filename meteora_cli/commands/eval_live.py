@@ -18,7 +18,7 @@ from meteora_cli.display import DataTable, cell, console
 
 if TYPE_CHECKING:
     from meteora_core.evaluation.runner import TaskResult
-    from meteora_core.progress import Progress, Task
+    from meteora_core.progress import Progress, ProgressBar
 
 OnResult = Callable[[str, "TaskResult"], None]
 
@@ -39,7 +39,7 @@ class EvalTable(_RichProgress):
         self.current = 0
 
     @contextmanager
-    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
         """A bar below the table; the bar of ``model: task`` also shows in its cell."""
         with super().task(title, total=total, unit=unit) as bar:
             known = title in {f"{model}: {task}" for model in self.models for task in self.tasks}
@@ -72,7 +72,7 @@ class EvalTable(_RichProgress):
 class _Both:
     """A bar that also writes into a cell."""
 
-    def __init__(self, bar: Task, table: EvalTable, key: str, total: float | None) -> None:
+    def __init__(self, bar: ProgressBar, table: EvalTable, key: str, total: float | None) -> None:
         self._bar, self._table, self._key, self._total, self._done = bar, table, key, total or 0, 0.0
 
     def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:

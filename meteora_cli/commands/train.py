@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,10 +21,8 @@ from meteora_cli.flags import refuse_panels
 if TYPE_CHECKING:
     import torch
 
-    from meteora_core.model.base import BaseReference
-    from meteora_core.progress import Progress
     from meteora_core.settings import AdapterTrainSettings, Settings
-    from meteora_core.training.distributed import Runtime
+    from meteora_core.training.job import TrainJob
 
 
 class Stage(StrEnum):
@@ -212,8 +211,10 @@ def train(
     )
     from meteora_core.data.userdata import register_all
     from meteora_core.errors import MeteoraError, UsageError
+    from meteora_core.files import cache_dir
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.training.distributed import start_runtime
+    from meteora_core.training.job import TrainJob
 
     refuse_idle_flags(ctx, settings, gates=stage is Stage.gates, balanced=balanced)
     register_all(settings)
@@ -244,7 +245,9 @@ def train(
     if runtime.is_main and not dry_run:
         spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
         say(f"{settings.model.base} in {str(kind).removeprefix('torch.')} on {place}{spread}")
-    run = _Run(ctx, settings, reference, place, kind, out_dir, max_rows, resume, force, runtime, as_json)
+    folder = out_dir or (settings.paths.runs / "meteora" if stage is Stage.gates else settings.paths.adapters)
+    job = TrainJob(reference, settings.paths.data, folder, max_rows, cache_dir() / "tokens", resume, force, runtime)
+    run = _Stage(ctx, settings, job, place, kind, as_json)
     if dry_run:
         _show_plan(run, names, each, balanced=name if balanced else None)
         return
@@ -261,34 +264,33 @@ def train(
         emit_json(report)
 
 
-@dataclass
-class _Run:
-    """What both stages need."""
+@dataclass(frozen=True)
+class _Stage:
+    """What both stages need.
+
+    Attributes:
+        ctx: The context of the command.
+        settings: The settings in force.
+        job: Base model, folders, processes.
+        device: The device of the base model.
+        dtype: Its number type.
+        as_json: Whether the report is one JSON document.
+    """
 
     ctx: typer.Context
     settings: Settings
-    base: BaseReference
+    job: TrainJob
     device: torch.device
     dtype: torch.dtype
-    out_dir: Path | None
-    max_rows: int | None
-    resume: bool
-    force: bool
-    runtime: Runtime
     as_json: bool
 
-    @property
-    def token_cache(self) -> Path:
-        """Where tokenised rows are kept."""
-        from meteora_core.files import cache_dir
-
-        return cache_dir() / "tokens"
-
-    def progress(self) -> AbstractContextManager[Progress]:
-        """Bars in the main process, nothing in the others."""
+    @contextmanager
+    def running(self) -> Iterator[TrainJob]:
+        """The job with progress bars in the main process, and none in the others."""
         from meteora_core.progress import SILENT
 
-        return progress(self.ctx) if self.runtime.is_main else nullcontext(SILENT)
+        with progress(self.ctx) if self.job.runtime.is_main else nullcontext(SILENT) as bars:
+            yield replace(self.job, progress=bars)
 
 
 def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) -> dict[str, AdapterTrainSettings]:
@@ -298,24 +300,24 @@ def _task_settings(settings: Settings, names: list[str], given: dict[str, Any]) 
     return {name: task_settings(settings.train_adapters, name, given) for name in names}
 
 
-def _show_plan(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, balanced: str | None) -> None:
+def _show_plan(run: _Stage, names: list[str], each: dict[str, AdapterTrainSettings], *, balanced: str | None) -> None:
     """Print, for every adapter, what it would be trained with, and whether it is there already."""
     from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current
     from meteora_core.training.task_defaults import differing
 
-    out_dir = run.out_dir or run.settings.paths.adapters
+    out_dir = run.job.out
     others, report = differing(each), list[dict[str, Any]]()
     for name, settings in each.items():
-        inputs = adapter_inputs(run.base, run.dtype, run.settings.paths.data, name, settings, run.max_rows, tasks=names if balanced else None)
-        there = not run.force and adapter_is_current(out_dir / name, inputs)
+        inputs = adapter_inputs(run.job, run.dtype, name, settings, names if balanced else None)
+        there = not run.job.force and adapter_is_current(out_dir / name, inputs)
         report.append(
-            {"task": name, "folder": str(out_dir / name), "trained_already": there, "settings": settings.model_dump(mode="json"), "max_rows": run.max_rows}
+            {"task": name, "folder": str(out_dir / name), "trained_already": there, "settings": settings.model_dump(mode="json"), "max_rows": run.job.max_rows}
         )
     if run.as_json:
         emit_json(report)
         return
     for entry in report:
-        changed = others[entry["task"]] | ({} if run.max_rows is None else {"max_rows": run.max_rows})
+        changed = others[entry["task"]] | ({} if run.job.max_rows is None else {"max_rows": run.job.max_rows})
         changes = ", ".join(f"{name} {value}" for name, value in changed.items())
         state = "is there already" if entry["trained_already"] else "to train"
         put(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}")
@@ -325,53 +327,34 @@ def _loss(value: float) -> str:
     return "no training step was made" if math.isnan(value) else f"loss {value:.3f}"
 
 
-def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
+def _adapters(run: _Stage, names: list[str], each: dict[str, AdapterTrainSettings], *, together: bool, balanced: str | None) -> list[dict[str, Any]]:
     from meteora_core.errors import UsageError
     from meteora_core.model.base import load_base, load_tokenizer
     from meteora_core.training.joint_adapters import train_together
     from meteora_core.training.output_folders import check_targets
-    from meteora_core.training.parallel_adapters import JobPlan, job_devices, train_side_by_side
+    from meteora_core.training.parallel_adapters import job_devices, train_in_parallel
     from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current, train_adapter
 
-    if run.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
-        raise UsageError(f"--launcher {run.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
-    out_dir = run.out_dir or run.settings.paths.adapters
+    job, settings = run.job, run.settings
+    if job.runtime.kind in ("fsdp", "deepspeed") and len(names) > 1 and balanced is None:
+        raise UsageError(f"--launcher {job.runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
     members = names if balanced is not None else None
-    current = set()
-    for name, settings in each.items():
-        source = (run.base, run.dtype, run.settings.paths.data, name, settings, run.max_rows)
-        inputs = adapter_inputs(*source, tasks=members, processes=run.runtime.world)
-        if adapter_is_current(out_dir / name, inputs):
-            current.add(name)
-    check_targets(out_dir, [name for name in each if run.force or name not in current])
-    shared: dict[str, Any] = {
-        "base": run.base,
-        "data_dir": run.settings.paths.data,
-        "out_dir": out_dir,
-        "max_rows": run.max_rows,
-        "token_cache": run.token_cache,
-        "resume": run.resume,
-        "force": run.force,
-    }
-    jobs = run.settings.launch.jobs
-    with run.progress() as bars:
-        if jobs > 1 and len(names) > 1 and run.runtime.kind == "none" and not together and balanced is None:
-            devices = job_devices(run.settings.model.device, min(jobs, len(names)))
-            outcome = train_side_by_side(JobPlan(settings=each, dtype=run.dtype, devices=devices, **shared), progress=bars)
+    current = {name for name, each_own in each.items() if adapter_is_current(job.out / name, adapter_inputs(job, run.dtype, name, each_own, members))}
+    check_targets(job.out, [name for name in each if job.force or name not in current])
+    jobs, outcome = settings.launch.jobs, None
+    with run.running() as job:
+        if jobs > 1 and len(names) > 1 and job.runtime.kind == "none" and not together and balanced is None:
+            outcome = train_in_parallel(each, job, dtype=run.dtype, devices=job_devices(settings.model.device, min(jobs, len(names))))
             done = outcome.done
         else:
-            outcome = None
-            model = load_base(run.base, dtype=run.dtype, device=run.runtime.loading_device(run.device), progress=bars)
-            tokenizer = load_tokenizer(run.base, progress=bars)
-            options: dict[str, Any] = {**shared, "runtime": run.runtime, "progress": bars}
+            model = load_base(job.base, dtype=run.dtype, device=job.runtime.loading_device(run.device), progress=job.progress)
+            tokenizer = load_tokenizer(job.base, progress=job.progress)
             if together:
-                common = _task_settings(run.settings, [""], {})[""]
-                done = train_together(model, tokenizer, names, settings=common, per_task=each, **options)
-            elif balanced is not None:
-                done = [train_adapter(model, tokenizer, balanced, tasks=names, settings=each[balanced], **options)]
+                common = _task_settings(settings, [""], {})[""]
+                done = train_together(model, tokenizer, names, common, job, per_task=each)
             else:
-                done = [train_adapter(model, tokenizer, name, settings=each[name], **options) for name in names]
-    for adapter in done if run.runtime.is_main else []:
+                done = [train_adapter(model, tokenizer, name, own, job, tasks=members) for name, own in each.items()]
+    for adapter in done if job.runtime.is_main else []:
         state = "was there already" if adapter.skipped else f"{adapter.steps} steps, {adapter.seconds:.0f} s"
         note = f", {adapter.cut} rows cut to {each[adapter.task].max_length} tokens" if adapter.cut else ""
         say(f"{adapter.folder}: {_loss(adapter.loss)} ({state}{note})")
@@ -380,42 +363,33 @@ def _adapters(run: _Run, names: list[str], each: dict[str, AdapterTrainSettings]
     return [{**adapter.__dict__, "folder": str(adapter.folder)} for adapter in done]
 
 
-def _gates(run: _Run, folders: dict[str, Path]) -> dict[str, Any]:
+def _gates(run: _Stage, folders: dict[str, Path]) -> dict[str, Any]:
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.adapters.folders import check_bases
     from meteora_core.checkpoints.native import check_replaceable
     from meteora_core.model.base import load_base, load_tokenizer
     from meteora_core.training.gates import train_gates
 
-    settings = run.settings
-    folder = run.out_dir or settings.paths.runs / "meteora"
-    check_replaceable(folder)
-    if run.runtime.is_main and (note := check_bases(folders, settings.model.base, any_base=True)):
+    settings, job = run.settings, run.job
+    check_replaceable(job.out)
+    if job.runtime.is_main and (note := check_bases(folders, settings.model.base, any_base=True)):
         say(f"note: {note}")
-    with run.progress() as bars:
-        bank = AdapterBank.from_peft(folders, progress=bars)
-        place = run.device if settings.train_gates.init == "ridge" else run.runtime.loading_device(run.device)  # ridge runs the whole model first
-        model = load_base(run.base, dtype=run.dtype, device=place, progress=bars)
+    with run.running() as job:
+        bank = AdapterBank.from_peft(folders, progress=job.progress)
+        device = run.device if settings.train_gates.init == "ridge" else job.runtime.loading_device(run.device)  # ridge runs the whole model first
+        model = load_base(job.base, dtype=run.dtype, device=device, progress=job.progress)
         done = train_gates(
             model,
-            load_tokenizer(run.base, progress=bars),
+            load_tokenizer(job.base, progress=job.progress),
             bank,
-            base=run.base,
-            data_dir=settings.paths.data,
-            folder=folder,
-            settings=settings.train_gates,
+            settings.train_gates,
+            job,
             top_k=min(2, len(bank)) if settings.routing.top_k is None else settings.routing.top_k,
             temperature=settings.routing.temperature or 1.0,
             backend=settings.model.backend,
-            max_rows=run.max_rows,
-            token_cache=run.token_cache,
-            resume=run.resume,
-            force=run.force,
-            runtime=run.runtime,
-            progress=bars,
         )
     report = {**done.__dict__, "folder": str(done.folder)}
-    if not run.runtime.is_main:
+    if not job.runtime.is_main:
         return report
     state = "was there already" if done.skipped else f"{done.steps} steps, {done.seconds:.0f} s"
     if done.memory and not done.skipped:

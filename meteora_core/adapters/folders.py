@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -14,10 +14,6 @@ from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.file_models import FileModel, check_model
 from meteora_core.json_files import read_object
 from meteora_core.reading import is_regular
-
-if TYPE_CHECKING:
-    pass
-
 
 INFO_FILE = "meteora_training.json"
 """Beside an adapter's weights: how it was trained."""

@@ -20,7 +20,7 @@ from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import atomic_folder, storage_errors
 from meteora_core.json_files import write_json
 from meteora_core.model.base import BaseReference, locate_base
-from meteora_core.progress import SILENT, Progress, Task
+from meteora_core.progress import SILENT, Progress, ProgressBar
 from meteora_core.tensor_files import CHUNK, TensorFiles, TensorPlan, tensor_bytes, write_tensors
 from meteora_core.text import listed
 
@@ -181,7 +181,7 @@ def _differences(layout: AuthorsLayout, theirs: TensorFiles, progress: Progress)
     return tuple(changed), rounded
 
 
-def _compare(mine: TensorFiles, key: str, theirs: TensorFiles, name: str, task: Task | None = None) -> Literal["equal", "rounded", "changed"]:
+def _compare(mine: TensorFiles, key: str, theirs: TensorFiles, name: str, task: ProgressBar | None = None) -> Literal["equal", "rounded", "changed"]:
     """Whether the checkpoint's tensor is the base's, or the base's rounded to the checkpoint's dtype; a block at a time."""
     a, b = mine.entries[key], theirs.entries[name]
     numbers = CHUNK // 8

@@ -12,7 +12,7 @@ from meteora_core.data.manifest import NAME, FileEntry, read_manifest
 from meteora_core.data.rows import SPLITS, Row
 from meteora_core.errors import DataError
 from meteora_core.files import atomic_folder, other_entries, storage_errors
-from meteora_core.progress import Task as ProgressTask
+from meteora_core.progress import ProgressBar
 from meteora_core.text import listed
 
 _BATCH = 512
@@ -32,7 +32,7 @@ def prompt_key(row: Row) -> bytes:
     return hashlib.blake2b(row.prompt.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
 
 
-def write_rows(path: Path, rows: Iterable[Row], task: ProgressTask) -> FileEntry:
+def write_rows(path: Path, rows: Iterable[Row], task: ProgressBar) -> FileEntry:
     """Write rows into a new file inside an unfinished dataset folder.
 
     Raises:

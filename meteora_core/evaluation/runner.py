@@ -18,8 +18,7 @@ from meteora_core.evaluation.scoring import Scores, evaluate_responses
 from meteora_core.generation.batches import Prompt, auto_budget, encode_prompts, generate_all
 from meteora_core.generation.limits import context_length
 from meteora_core.model.vocabulary import check_tokens, padding_token
-from meteora_core.progress import SILENT, Progress
-from meteora_core.progress import Task as Bar
+from meteora_core.progress import SILENT, Progress, ProgressBar
 from meteora_core.routing import RoutingState
 
 if TYPE_CHECKING:
@@ -268,7 +267,7 @@ def _generate(
     result: TaskResult,
     counter: _Counter | None,
     on_sample: Callable[[Sample], None] | None,
-    bar: Bar,
+    bar: ProgressBar,
 ) -> dict[int, Sample]:
     """This process's new samples, by row."""
     import torch

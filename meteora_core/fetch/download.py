@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from meteora_core.errors import DownloadError, StorageError
 from meteora_core.fetch.http import final_failure, http_client, local_path, refuse, without_credentials
 from meteora_core.files import cache_dir, storage_errors
-from meteora_core.progress import SILENT, Progress, Task
+from meteora_core.progress import SILENT, Progress, ProgressBar
 from meteora_core.reading import open_regular, read_errors
 from meteora_core.text import one_line, redact
 
@@ -93,7 +93,7 @@ class _Cut(Exception):
 class _Fetch:
     """One download: the state that survives its attempts."""
 
-    def __init__(self, url: str, part: Path, sha256: str | None, size: int | None, task: Task) -> None:
+    def __init__(self, url: str, part: Path, sha256: str | None, size: int | None, task: ProgressBar) -> None:
         self.url = url
         self.name = without_credentials(url)
         self.part = part

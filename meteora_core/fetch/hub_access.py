@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from meteora_core.errors import DownloadError, MeteoraError, StorageError, UsageError
-from meteora_core.progress import Task
+from meteora_core.progress import ProgressBar
 
 ALLOWED: tuple[str, ...] = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*/tokenizer*", "*.model", "*.tiktoken", "*vocab.txt", "*merges.txt")
 """What is fetched: never pickles, never code."""
@@ -98,7 +98,7 @@ def explain(error: Exception, request: Request) -> MeteoraError:
 class Counter:
     """Adds up the bytes that huggingface_hub reports to its bars, over several attempts."""
 
-    def __init__(self, task: Task | None) -> None:
+    def __init__(self, task: ProgressBar | None) -> None:
         self.task = task
         self.before = 0
         self.done = 0

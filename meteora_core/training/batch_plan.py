@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 BUCKET = 16
 """Batches whose rows are sorted by length together; less padding, and still random enough."""
@@ -12,17 +13,36 @@ Pick = tuple[int, int]
 """``(task, row)``."""
 
 
+@dataclass(frozen=True)
+class RowMix:
+    """How often rows are drawn from the tasks.
+
+    Attributes:
+        extra: Token counts of rows that belong to no single task (composites).
+        extra_share: Share of all rows that are extra ones; in a plan their task number is the number of tasks.
+        balanced: True draws as many tokens of every task; False draws every row as often as any other.
+    """
+
+    extra: Sequence[int] = ()
+    extra_share: float = 0.0
+    balanced: bool = True
+
+
+BALANCED = RowMix()
+"""As many tokens of every task, and no rows of several tasks."""
+
+
 class _Picker:
     """Hands out rows one by one; see :func:`plan_batches`."""
 
-    def __init__(self, lengths: Sequence[Sequence[int]], seed: int, extra: Sequence[int], extra_share: float, balanced: bool) -> None:
+    def __init__(self, lengths: Sequence[Sequence[int]], seed: int, mix: RowMix) -> None:
         self.rng = random.Random(seed)
-        self.lengths = [*lengths, extra] if extra_share else list(lengths)
+        self.lengths = [*lengths, mix.extra] if mix.extra_share else list(lengths)
         self.streams = [_endless(len(rows), random.Random(self.rng.random())) for rows in self.lengths]
-        self.whole = [1.0 if balanced else len(rows) for rows in lengths]
+        self.whole = [1.0 if mix.balanced else len(rows) for rows in lengths]
         self.spent = [self.rng.random() / whole for whole in self.whole]
-        self.balanced = balanced
-        self.share, self.owed = extra_share, 0.0
+        self.balanced = mix.balanced
+        self.share, self.owed = mix.extra_share, 0.0
 
     def next(self) -> Pick:
         self.owed += self.share
@@ -39,27 +59,28 @@ class _Picker:
         return self.lengths[pick[0]][pick[1]]
 
 
-def plan_batches(
-    lengths: Sequence[Sequence[int]], batches: int, batch_size: int, seed: int, *, extra: Sequence[int] = (), extra_share: float = 0.0, balanced: bool = True
-) -> list[list[Pick]]:
+def plan_batches(lengths: Sequence[Sequence[int]], batches: int, batch_size: int, seed: int, mix: RowMix = BALANCED) -> list[list[Pick]]:
     """Lay out ``batches`` batches, tasks balanced by tokens, rows of like length together.
 
     Every task's rows come in a random order, all of them once before any comes again. The next row is always of the task that has had the
-    fewest tokens so far: losses are means over tokens, so each task weighs the same whatever its rows' number and length.
+    fewest tokens so far: losses are means over tokens, so each task weighs the same whatever its rows' number and length. Unless ``mix.balanced``, the
+    next row is of the task that is least far through its rows instead.
 
     Args:
         lengths: Per task, the token count of each of its rows.
-        batches: How many.
-        batch_size: Rows in each.
-        seed: Fixes everything.
-        extra: Token counts of rows that belong to no single task (composites).
-        extra_share: This share of all rows are extra ones; in the plan their task number is ``len(lengths)``.
-        balanced: False draws every row as often as any other instead: the next row is of the task that is least far through its rows.
+        batches: Number of batches.
+        batch_size: Rows in each batch.
+        seed: Seed of every random choice.
+        mix: How often rows are drawn from the tasks, and composites.
 
     Returns:
         Per batch, ``(task, row)`` pairs.
+
+    Example:
+        >>> plan_batches([[5], [5]], batches=1, batch_size=2, seed=0)
+        [[(0, 0), (1, 0)]]
     """
-    picker = _Picker(lengths, seed, extra, extra_share, balanced)
+    picker = _Picker(lengths, seed, mix)
     planned: list[list[Pick]] = []
     while len(planned) < batches:
         count = min(BUCKET, batches - len(planned))
@@ -77,22 +98,19 @@ def plan_packed(
     batch_size: int,
     capacity: int,
     seed: int,
-    *,
-    extra: Sequence[int] = (),
-    extra_share: float = 0.0,
-    balanced: bool = True,
+    mix: RowMix = BALANCED,
 ) -> list[list[list[Pick]]]:
     """Lay out batches of packed sequences: rows in the same balanced order, each put into the first sequence that has room for it.
 
     Args:
-        lengths, batches, seed, extra, extra_share, balanced: As for :func:`plan_batches`.
+        lengths, batches, seed, mix: As for :func:`plan_batches`.
         batch_size: Sequences in each batch.
         capacity: Tokens that a sequence holds; no row is longer.
 
     Returns:
         Per batch, per sequence, ``(task, row)`` pairs.
     """
-    picker = _Picker(lengths, seed, extra, extra_share, balanced)
+    picker = _Picker(lengths, seed, mix)
     planned: list[list[list[Pick]]] = []
     waiting = picker.next()
     while len(planned) < batches:

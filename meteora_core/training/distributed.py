@@ -20,6 +20,8 @@ from meteora_core.training.deepspeed_zero import check_deepspeed, moments, set_m
 
 T = TypeVar("T")
 Kind = Literal["none", "ddp", "fsdp", "deepspeed"]
+OnModel = Callable[[Callable[[nn.Module], Any]], Any]
+"""Runs work on the model, whatever wraps it; see :meth:`Runtime.run`."""
 
 
 class TrainStep(nn.Module):

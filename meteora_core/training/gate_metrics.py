@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, routing_state
-from meteora_core.training.distributed import SINGLE, Runtime
-from meteora_core.training.encoding import Batch, TrainRow, collate
+from meteora_core.training.distributed import SINGLE, OnModel, Runtime
+from meteora_core.training.encoding import Batch, collate
 from meteora_core.training.loss import lm_losses
+from meteora_core.training.task_rows import HeldOut
 
 COMPOSITES = "composites"
 """The name under which held-out composites are reported."""
@@ -79,30 +79,16 @@ _SUMS = ("lm", "targets", "gate", "labels", "all", "response", "response_labels"
 
 @torch.no_grad()
 def measure_gates(
-    model: nn.Module,
-    rows: Sequence[Sequence[TrainRow]],
-    pad_token: int,
-    names: Sequence[str],
-    batch_size: int,
-    *,
-    composites: Sequence[TrainRow] = (),
-    response_only: bool = False,
-    runtime: Runtime = SINGLE,
-    run: Callable[[Callable[[nn.Module], Any]], Any] | None = None,
-    progress: Progress = SILENT,
+    model: nn.Module, held_out: HeldOut, *, runtime: Runtime = SINGLE, on_model: OnModel | None = None, progress: Progress = SILENT
 ) -> dict[str, float]:
     """Gate loss and top-1 accuracy on held-out rows.
 
     Args:
-        model: With adapters attached.
-        rows: Per adapter, its held-out rows.
-        pad_token: For padding.
-        names: The adapters.
-        batch_size: Rows in one forward pass.
-        composites: Held-out composites; reported apart.
-        response_only: The language-model loss leaves the prompts out.
-        runtime, run: The processes, and how work is run on a wrapped model; each process measures a part.
-        progress: Where to report.
+        model: A model with adapters attached.
+        held_out: The rows of each adapter, and composites.
+        runtime: The processes; each measures a part of the rows.
+        on_model: How work is run on a model that the runtime has wrapped; None calls the model itself.
+        progress: Where progress is reported.
 
     Returns:
         ``gate_accuracy`` (top-1, response tokens, all decoder layers but the first), ``gate_accuracy_all`` (all tokens and layers), ``gate_loss``,
@@ -111,9 +97,10 @@ def measure_gates(
     """
     state = routing_state(model)
     model.eval()
-    run = run or (lambda work: work(model))
+    on_model = on_model or (lambda work: work(model))
+    names, composites, batch_size = held_out.names, held_out.composites, held_out.batch_size
     device = runtime.device or next(model.parameters()).device
-    groups = [*zip(names, rows, strict=True), *([(COMPOSITES, composites)] if composites else [])]
+    groups = [*zip(names, held_out.rows, strict=True), *([(COMPOSITES, composites)] if composites else [])]
     work = []
     for place, (_, group) in enumerate(groups):
         ordered = sorted(group, key=len)
@@ -126,9 +113,9 @@ def measure_gates(
         for start in range(0, len(work), runtime.world):
             mine = start + runtime.rank
             place, picked = work[min(mine, len(work) - 1)]
-            batch = collate(picked, pad_token, response_only=response_only).to(device)
+            batch = collate(picked, held_out.pad_token, response_only=held_out.response_only).to(device)
             with state.label_gates(batch.gate_labels, keep_hits=True) as observed:
-                lm, losses = run(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
+                lm, losses = on_model(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
             if mine < len(work):
                 totals[place] += _sums(lm, observed, batch)
                 if place < len(names):

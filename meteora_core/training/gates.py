@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,38 +17,30 @@ from meteora_core.checkpoints.native_config import CONFIG_FILE, read_config
 from meteora_core.data.rows import build_commands
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
-from meteora_core.model.base import BaseReference
 from meteora_core.model.sharded import full_tensor, is_zero
 from meteora_core.model.tokens import check_observable
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names
-from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import is_regular
-from meteora_core.routing import IGNORE, GateObservations, routing_state
+from meteora_core.routing import routing_state
 from meteora_core.settings import GateTrainSettings
-from meteora_core.training.attention import without_cudnn_attention
-from meteora_core.training.batch_plan import plan_batches
+from meteora_core.training.batch_plan import RowMix, plan_batches
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
-from meteora_core.training.composites import POOL, make_composites
-from meteora_core.training.distributed import SINGLE, Runtime
-from meteora_core.training.encoding import Batch, TrainRow, collate, row_lengths
-from meteora_core.training.gate_metrics import gate_tallies, hit_sum, measure_gates
-from meteora_core.training.loop import Computed, Counts, Run, StepLoss, Task, train
-from meteora_core.training.loss import lm_losses
+from meteora_core.training.distributed import OnModel
+from meteora_core.training.encoding import collate, row_lengths
+from meteora_core.training.gate_metrics import measure_gates
+from meteora_core.training.gate_objective import GateObjective
+from meteora_core.training.gate_rows import GateRows, gate_rows
+from meteora_core.training.job import TrainJob
+from meteora_core.training.loop import TrainingRun, train
 from meteora_core.training.output_folders import only_writer, tidy
 from meteora_core.training.ridge import ridge_gates, token_weights
 from meteora_core.training.run_inputs import run_inputs, short_hash, with_order
-from meteora_core.training.state import last_loss, saved_states
-from meteora_core.training.task_rows import encoded_rows, train_rows
+from meteora_core.training.state import RunState, last_loss, loss_parts, saved_states
+from meteora_core.training.task_rows import HeldOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-RIDGE_COMPOSITES = 32
-"""Composites beyond what the steps need, for the closed-form start."""
-
-HELD_OUT_COMPOSITES = 24
 
 
 @dataclass(frozen=True)
@@ -58,13 +48,17 @@ class TrainedGates:
     """The outcome of the stage.
 
     Attributes:
-        folder: The checkpoint.
-        skipped: It was there already, trained with the same inputs.
-        steps, loss, tokens, seconds: Of the training.
-        held_out: Measured on train rows that were kept out of training; see :func:`meteora_core.training.gate_metrics.measure_gates`.
-        cut: How many rows were cut to the longest length.
+        folder: The checkpoint's folder.
+        skipped: Whether it was there already, trained with the same inputs.
+        steps: Number of optimiser steps.
+        loss: The last logged loss; NaN where nothing was logged.
+        tokens: Number of tokens that were trained on.
+        seconds: Duration of the training.
+        held_out: Figures on train rows that were kept out of training; see :func:`meteora_core.training.gate_metrics.measure_gates`.
+        cut: Number of rows that were cut to the longest length.
         sampled: Per task, how much of it was seen; see :class:`meteora_core.training.state.RunState`.
-        memory: Of the GPUs, as there.
+        memory: Per process, bytes of GPU memory; see :class:`meteora_core.training.state.RunState`.
+        parts: The parts of the last logged loss: ``lm``, ``gate`` (not yet times beta) and ``accuracy`` (top-1, of the tokens just trained on).
     """
 
     folder: Path
@@ -77,50 +71,40 @@ class TrainedGates:
     cut: int
     sampled: dict[str, dict[str, float]]
     memory: dict[str, list[int]]
+    parts: dict[str, float] = field(default_factory=dict)
 
 
-def gate_inputs(
-    base: BaseReference,
-    dtype: torch.dtype,
-    data_dir: Path,
-    bank: AdapterBank,
-    settings: GateTrainSettings,
-    top_k: int,
-    temperature: float,
-    max_rows: int | None,
-    *,
-    processes: int = 1,
-) -> dict[str, Any]:
+def gate_inputs(job: TrainJob, dtype: torch.dtype, bank: AdapterBank, settings: GateTrainSettings, top_k: int = 2, temperature: float = 1.0) -> dict[str, Any]:
     """What fixes a gate run; see :func:`meteora_core.training.run_inputs.run_inputs`."""
-    more = {"adapters": {adapter.name: adapter.sha256 for adapter in bank}, "top_k": top_k, "temperature": temperature, "max_rows": max_rows}
-    return run_inputs("gates", base, dtype, data_dir, bank.names, settings, processes=processes, **more)
+    more = {"adapters": {adapter.name: adapter.sha256 for adapter in bank}, "top_k": top_k, "temperature": temperature}
+    return run_inputs("gates", job, dtype, bank.names, settings, more)
 
 
 def gates_are_current(folder: Path, inputs: dict[str, Any]) -> bool:
-    """Whether a finished checkpoint with the same inputs lies in ``folder``."""
+    """Whether ``folder`` holds a finished checkpoint that was trained with the same inputs."""
     if not is_regular(folder / CONFIG_FILE):
         return False
     return bool(with_order(read_config(folder)["training"].get("inputs", {})) == inputs)
+
+
+def finished_gates(folder: Path) -> TrainedGates:
+    """The outcome of gates that were trained before, from their checkpoint."""
+    done = read_config(folder)["training"]
+    loss = float("nan") if done.get("loss") is None else done["loss"]
+    sampled, memory, parts = done.get("sampled", {}), done.get("memory", {}), loss_parts(done.get("history", []))
+    return TrainedGates(folder, True, done["steps"], loss, done["tokens"], done["seconds"], done["held_out"], done["rows_cut"], sampled, memory, parts)
 
 
 def train_gates(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     bank: AdapterBank,
-    *,
-    base: BaseReference,
-    data_dir: Path,
-    folder: Path,
     settings: GateTrainSettings,
+    job: TrainJob,
+    *,
     top_k: int = 2,
     temperature: float = 1.0,
     backend: str = "auto",
-    max_rows: int | None = None,
-    token_cache: Path | None = None,
-    resume: bool = False,
-    force: bool = False,
-    runtime: Runtime = SINGLE,
-    progress: Progress = SILENT,
 ) -> TrainedGates:
     """Train the gates of a bank on its adapters' tasks, and save a checkpoint that holds only what was trained.
 
@@ -132,164 +116,153 @@ def train_gates(
     CE_lm leaves prompts out. ``settings.answer_share``: answers have that share of CE_gate.
 
     Args:
-        model: The base model; it is left with the trained gates attached.
-        tokenizer: Its tokenizer.
-        bank: The adapters; each name must be a built dataset in ``data_dir``.
-        base: How the base is named in the checkpoint.
-        data_dir: Datasets.
-        folder: The checkpoint.
+        model: The base model; it is left with the trained gates attached. A model that was sharded is of no use afterwards.
+        tokenizer: The base model's tokenizer.
+        bank: The adapters; the name of each must be a built dataset in ``job.data_dir``.
         settings: Steps, rates, beta, what trains.
-        top_k, temperature, backend: Of the routing while training; the first two are saved as the checkpoint's defaults.
-        max_rows: Use only the first so many train rows of each task.
-        token_cache: Keep tokenised rows there, and read them from there; None: in memory.
-        resume: Go on from a saved state of the same inputs, if there is one.
-        force: Train even if the same checkpoint is there.
-        runtime: The processes that train together; each calls this function, the main one writes. A model that was sharded is of no use afterwards.
-        progress: Where to report.
+        job: Datasets, the checkpoint's folder (``job.out``), processes.
+        top_k: Adapters per token and layer; saved as the checkpoint's default.
+        temperature: Routing temperature; saved as the checkpoint's default.
+        backend: Mixture kernels while training.
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: ``folder`` holds something that a checkpoint may not replace, an adapter targets one expert of many, ``resume`` with other inputs
+        UsageError: ``job.out`` holds something that a checkpoint may not replace, an adapter targets one expert of many, ``job.resume`` with other inputs
             (the differences are listed), values out of range, or a rate of the adapters' own with DeepSpeed.
         MeteoraError: The loss is not finite, or memory ran out.
     """
-    check_names(bank.names, "adapter")
-    check_replaceable(folder)
-    check_observable(bank.modules, "the training of gates")
-    adapter_rate = (settings.adapter_learning_rate or settings.learning_rate) if settings.trainable == "gates+adapters" else settings.learning_rate
-    if runtime.kind == "deepspeed" and adapter_rate != settings.learning_rate:
-        # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second
-        raise UsageError("--launcher deepspeed trains gates and adapters at one rate", hint="leave out --adapter-lr, or use --launcher fsdp")
+    _check_job(bank, settings, job)
     dtype = next(model.parameters()).dtype
-    inputs = gate_inputs(base, dtype, data_dir, bank, settings, top_k, temperature, max_rows, processes=runtime.world)
-    states = folder.parent / f".{folder.name}.states"
-    if not force and gates_are_current(folder, inputs):
-        tidy(folder, states, is_main=runtime.is_main)
-        done = read_config(folder)["training"]
-        known = {key: done[key] for key in ("steps", "tokens", "seconds", "held_out")}
-        known["loss"] = float("nan") if done.get("loss") is None else done["loss"]
-        return TrainedGates(folder, True, **known, cut=done["rows_cut"], sampled=done.get("sampled", {}), memory=done.get("memory", {}))
-    with only_writer([folder], is_main=runtime.is_main):
-        rows = gate_rows(tokenizer, bank.names, data_dir, settings, max_rows, token_cache=token_cache, processes=runtime.world, progress=progress)
+    inputs = gate_inputs(job, dtype, bank, settings, top_k, temperature)
+    states = job.out.parent / f".{job.out.name}.states"
+    if not job.force and gates_are_current(job.out, inputs):
+        tidy(job.out, states, is_main=job.runtime.is_main)
+        return finished_gates(job.out)
+    with only_writer([job.out], is_main=job.runtime.is_main):
+        rows = gate_rows(tokenizer, bank.names, settings, job)
         check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
         start = "zeros" if settings.init == "ridge" else settings.init
         attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
-        pad = padding_token(model, tokenizer)
-        if not resume and runtime.is_main:
-            shutil.rmtree(states, ignore_errors=True)
-        runtime.wait()
+        stage = _GateStage(model, dtype, rows, padding_token(model, tokenizer), settings, job, inputs, states)
+        state = stage.start_and_train()
+        measured = measure_gates(model, stage.held_out, runtime=job.runtime, on_model=job.runtime.run, progress=job.progress)
+        gather_trained(model)
+        stage.save(state, measured)
+        set_trainable(model, "none")
+        job.runtime.wait()
+    loss, parts = last_loss(state.history), loss_parts(state.history)
+    return TrainedGates(job.out, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled, state.memory, parts)
 
-        def measure(run: Run | None = None, bars: Progress = SILENT) -> dict[str, float]:
-            return measure_gates(
-                model,
-                rows.held_out,
-                pad,
-                bank.names,
-                settings.batch_size,
-                composites=rows.held_out_composites,
-                response_only=settings.loss_on == "response",
-                runtime=runtime,
-                run=run,
-                progress=bars,
-            )
 
-        def evaluate(run: Run) -> dict[str, float]:
-            measured = measure(run)
-            return {**measured, "loss": measured["lm_loss"] + settings.beta * measured["gate_loss"]} if measured else {}
+def _check_job(bank: AdapterBank, settings: GateTrainSettings, job: TrainJob) -> None:
+    """Refuse what cannot be trained or saved before any row is read. Raises UsageError."""
+    check_names(bank.names, "adapter")
+    check_replaceable(job.out)
+    check_observable(bank.modules, "the training of gates")
+    if job.runtime.kind == "deepspeed" and _adapter_rate(settings) != 1.0:
+        # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second
+        raise UsageError("--launcher deepspeed trains gates and adapters at one rate", hint="leave out --adapter-lr, or use --launcher fsdp")
 
+
+def _adapter_rate(settings: GateTrainSettings) -> float:
+    """The adapters' learning rate as a multiple of the gates'."""
+    if settings.trainable != "gates+adapters" or settings.adapter_learning_rate is None:
+        return 1.0
+    return settings.adapter_learning_rate / settings.learning_rate
+
+
+@dataclass(frozen=True)
+class _GateStage:
+    """What is trained, and on what, once the adapters are attached.
+
+    Attributes:
+        model: The base model with the adapters attached.
+        dtype: The base model's number type.
+        rows: Train and held-out rows.
+        pad_token: Token id that fills up batches.
+        settings: Steps, rates, beta, what trains.
+        job: Datasets, the checkpoint's folder, processes.
+        inputs: What fixes the run.
+        states: Folder of the resumable states.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    rows: GateRows
+    pad_token: int
+    settings: GateTrainSettings
+    job: TrainJob
+    inputs: dict[str, Any]
+    states: Path
+
+    @property
+    def held_out(self) -> HeldOut:
+        """The rows that the gates are measured on."""
+        names, size = routing_state(self.model).names, self.settings.batch_size
+        return HeldOut(self.rows.held_out, names, self.pad_token, size, self.rows.held_out_composites, self.settings.loss_on == "response")
+
+    def start_and_train(self) -> RunState:
+        """Give the gates their start values, then run the optimiser steps. The adapters are taken out of the model again if either fails."""
+        model, settings, job = self.model, self.settings, self.job
+        if not job.resume and job.runtime.is_main:
+            shutil.rmtree(self.states, ignore_errors=True)
+        job.runtime.wait()
         try:
-            if settings.init == "ridge" and not saved_states(states):
-                ridge_start(model, rows.train, pad, settings, composites=rows.composites, processes=runtime.world, progress=progress)
+            if settings.init == "ridge" and not saved_states(self.states):
+                ridge_start(model, self.rows, self.pad_token, settings, job)
             trainable_in_float32(model, settings.trainable)
             if settings.gradient_checkpointing:
                 enable_checkpointing(model)
-            run = Task(
-                model,
-                rows.train,
-                GateObjective(settings.beta, alone=settings.trainable == "gates+adapters", answer_share=settings.answer_share),
-                pad,
-                states,
-                inputs,
-                "gates",
-                names=bank.names,
-                response_only=settings.loss_on == "response",
-                balanced=settings.sampling == "balanced",
-                extra=rows.composites,
-                extra_share=settings.composite_rows,
-                evaluate=evaluate,
-                log_dir=folder.parent / "tensorboard" / folder.name,
-                rate=lambda name: adapter_rate / settings.learning_rate if name.endswith(("lora_A", "lora_B")) else 1.0,
-            )
-            state = train(run, settings, resume=resume, runtime=runtime, progress=progress)
+            return train(self._run(), settings, resume=job.resume, runtime=job.runtime, progress=job.progress)
         except BaseException:
             detach(model)
             raise
         finally:
             if settings.gradient_checkpointing:
                 disable_checkpointing(model)
-        measured = measure(runtime.run, progress)
-        gather_trained(model)
+
+    def _run(self) -> TrainingRun:
+        settings, held_out, rate = self.settings, self.held_out, _adapter_rate(self.settings)
+
+        def evaluate(on_model: OnModel) -> dict[str, float]:
+            measured = measure_gates(self.model, held_out, runtime=self.job.runtime, on_model=on_model)
+            return {**measured, "loss": measured["lm_loss"] + settings.beta * measured["gate_loss"]} if measured else {}
+
+        return TrainingRun(
+            self.model,
+            self.rows.train,
+            GateObjective(settings.beta, alone=settings.trainable == "gates+adapters", answer_share=settings.answer_share),
+            self.pad_token,
+            self.states,
+            self.inputs,
+            "gates",
+            names=tuple(held_out.names),
+            response_only=held_out.response_only,
+            balanced=settings.sampling == "balanced",
+            extra=self.rows.composites,
+            extra_share=settings.composite_rows,
+            evaluate=evaluate,
+            log_dir=self.job.out.parent / "tensorboard" / self.job.out.name,
+            rate=lambda name: rate if name.endswith(("lora_A", "lora_B")) else 1.0,
+        )
+
+    def save(self, state: RunState, measured: Mapping[str, float]) -> None:
+        """Write the checkpoint with the record of its training (in the main process), and leave the model as a loaded checkpoint would be."""
+        runtime, kept = self.job.runtime, torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         if state.step:
-            routing_state(model).gates = "trained"
-        loss = last_loss(state.history)
-        training = {"inputs": inputs, "inputs_hash": short_hash(inputs), "steps": state.step, "loss": loss, "tokens": state.tokens}
-        training |= {"seconds": state.seconds, "held_out": measured, "rows_cut": rows.cut, "sampled": state.sampled, "history": state.history}
-        training |= {"processes": runtime.world, "memory": state.memory} if state.memory else {}
-        training |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
-        kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            routing_state(self.model).gates = "trained"
+        record = {"inputs": self.inputs, "inputs_hash": short_hash(self.inputs), "steps": state.step, "loss": last_loss(state.history)}
+        record |= {"tokens": state.tokens, "seconds": state.seconds, "held_out": measured, "rows_cut": self.rows.cut}
+        record |= {"sampled": state.sampled, "history": state.history}
+        record |= {"processes": runtime.world, "memory": state.memory} if state.memory else {}
+        record |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
         if runtime.is_main:
-            save_checkpoint(model, folder, base=base, adapters=settings.trainable == "gates+adapters", dtype=kept, training=training)
-            shutil.rmtree(states, ignore_errors=True)
-        for _, layer in meteora_layers(model) if runtime.kind in ("none", "ddp") else ():
+            adapters = self.settings.trainable == "gates+adapters"
+            save_checkpoint(self.model, self.job.out, base=self.job.base, adapters=adapters, dtype=kept, training=record)
+            shutil.rmtree(self.states, ignore_errors=True)
+        for _, layer in meteora_layers(self.model) if runtime.kind in ("none", "ddp") else ():
             for parameter in (layer.gate, layer.lora_A, layer.lora_B):
-                parameter.data = parameter.data.to(kept).to(dtype)
-        set_trainable(model, "none")
-        runtime.wait()
-        return TrainedGates(folder, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled, state.memory)
-
-
-@dataclass(frozen=True)
-class GateRows:
-    """What gates train on, and what they are measured on.
-
-    Attributes:
-        train, held_out: Per adapter.
-        composites, held_out_composites: Rows of several adapters.
-        cut: How many rows were cut to the longest length.
-    """
-
-    train: list[Sequence[TrainRow]]
-    held_out: list[list[TrainRow]]
-    composites: list[TrainRow]
-    held_out_composites: list[TrainRow]
-    cut: int
-
-
-def gate_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    names: tuple[str, ...],
-    data_dir: Path,
-    settings: GateTrainSettings,
-    max_rows: int | None,
-    *,
-    token_cache: Path | None = None,
-    processes: int = 1,
-    progress: Progress = SILENT,
-) -> GateRows:
-    """Read and tokenise the datasets of all adapters, and make composites of them if the settings say so. Raises DataError, UsageError."""
-    source: dict[str, Any] = {"max_length": settings.max_length, "seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache}
-    parts = [encoded_rows(data_dir, name, tokenizer, index, **source, progress=progress) for index, name in enumerate(names)]
-    encoded, held = [each for each, _ in parts], [rows for _, rows in parts]
-    composites, held_composites, cut = [], [], sum(each.cut for each in encoded)
-    if settings.composite_rows:
-        train_parts, held_parts = zip(*(train_rows(data_dir, name, settings.seed, max_rows) for name in names), strict=True)
-        needed = math.ceil(settings.composite_rows * settings.max_steps * settings.accumulation * settings.batch_size * processes) + RIDGE_COMPOSITES
-        options: dict[str, Any] = {"largest": settings.composite_max, "max_length": settings.max_length, "seed": settings.seed}
-        made = make_composites(train_parts, tokenizer, count=min(POOL, needed), **options)
-        composites, cut = list(made.rows), cut + made.cut
-        if all(held_parts):
-            held_composites = list(make_composites(held_parts, tokenizer, count=HELD_OUT_COMPOSITES, **options).rows)
-    return GateRows([each.rows for each in encoded], held, composites, held_composites, cut)
+                parameter.data = parameter.data.to(kept).to(self.dtype)
 
 
 def gather_trained(model: nn.Module) -> None:
@@ -301,30 +274,22 @@ def gather_trained(model: nn.Module) -> None:
                 layer._parameters[name] = nn.Parameter(full_tensor(parameter))
 
 
-def ridge_start(
-    model: nn.Module,
-    rows: Sequence[Sequence[TrainRow]],
-    pad_token: int,
-    settings: GateTrainSettings,
-    *,
-    composites: Sequence[TrainRow] = (),
-    processes: int = 1,
-    progress: Progress = SILENT,
-) -> int:
-    """Set the gates by :func:`meteora_core.training.ridge.ridge_gates` on about ``settings.ridge_tokens`` train tokens; return how many.
+def ridge_start(model: nn.Module, rows: GateRows, pad_token: int, settings: GateTrainSettings, job: TrainJob) -> int:
+    """Set the gates by :func:`meteora_core.training.ridge.ridge_gates` on about ``settings.ridge_tokens`` train tokens; return the number of tokens.
 
     Every process looks at the same rows, a global batch at a time.
     """
-    lengths = [row_lengths(task_rows) for task_rows in rows]
+    lengths = [row_lengths(task_rows) for task_rows in rows.train]
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
-    count = max(1, round(settings.ridge_tokens / (mean * settings.batch_size * processes)))
+    size = settings.batch_size * job.runtime.world
+    count = max(1, round(settings.ridge_tokens / (mean * size)))
     device = next(model.parameters()).device
-    extra: dict[str, Any] = {"extra": [len(row) for row in composites], "extra_share": settings.composite_rows if composites else 0.0}
-    plan = plan_batches(lengths, count, settings.batch_size * processes, settings.seed, **extra)
-    every = [*rows, composites]
-    weights = token_weights((every[task][row] for picks in plan for task, row in picks), len(rows), settings.answer_share)
+    mix = RowMix([len(row) for row in rows.composites], settings.composite_rows if rows.composites else 0.0)
+    plan = plan_batches(lengths, count, size, settings.seed, mix)
+    every = [*rows.train, rows.composites]
+    weights = token_weights((every[task][row] for picks in plan for task, row in picks), len(rows.train), settings.answer_share)
     batches = (collate([every[task][row] for task, row in picks], pad_token).to(device) for picks in plan)
-    return ridge_gates(model, batches, count, weights, progress=progress)
+    return ridge_gates(model, batches, count, weights, progress=job.progress)
 
 
 def trainable_in_float32(model: nn.Module, what: str) -> dict[str, nn.Parameter]:
@@ -335,51 +300,6 @@ def trainable_in_float32(model: nn.Module, what: str) -> dict[str, nn.Parameter]
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     return parameters
-
-
-class GateObjective:
-    """``CE_lm + beta * CE_gate`` and its backward pass.
-
-    Args:
-        beta: Weight of the gate loss.
-        alone: The gate loss trains each layer's own gate alone, not the adapters before it.
-        answer_share: Share of CE_gate that the answers' tokens of a step have together; None: every token weighs the same.
-    """
-
-    def __init__(self, beta: float, *, alone: bool = False, answer_share: float | None = None) -> None:
-        self.beta, self.alone, self.answer_share = beta, alone, answer_share
-
-    def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[GateObservations]:
-        """Label the gates for forward and backward pass."""
-        return routing_state(model).label_gates(batch.gate_labels, keep_hits=True, alone=self.alone)
-
-    def weights(self, batch: Batch, counts: Counts) -> torch.Tensor | None:
-        """What each position weighs in CE_gate, float32 (positions,), with a mean of 1 over the step; None is 1 everywhere."""
-        answers, every = counts.answer_labels, counts.gate_labels
-        if self.answer_share is None or not 0 < answers < every:
-            return None
-        of_answers, of_prompts = self.answer_share * every / answers, (1 - self.answer_share) * every / (every - answers)
-        return torch.where(batch.response.reshape(-1), of_answers, of_prompts)
-
-    def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
-        """The forward pass, within :meth:`around`."""
-        state = routing_state(model)
-        observed = state.observations
-        assert observed is not None
-        observed.weights = self.weights(batch, counts)
-        lm_sum, losses = lm_losses(model, batch)
-        lm = lm_sum / counts.targets
-        gate = observed.mean_loss(counts.gate_labels)
-        hits = hit_sum(observed.hits, batch.gate_labels.reshape(-1) != IGNORE) / counts.gate_labels
-        parts = {"lm": lm.detach(), "gate": gate.detach(), "accuracy": hits}
-        return lm + self.beta * gate, parts, gate_tallies(observed, batch, losses, state.names)
-
-    def __call__(self, model: nn.Module, batch: Batch, counts: Counts) -> StepLoss:
-        """Forward and backward pass on one process."""
-        with self.around(model, batch), without_cudnn_attention():
-            loss, parts, tallies = self.compute(model, batch, counts)
-            loss.backward()  # type: ignore[no-untyped-call]
-        return StepLoss(loss.detach(), parts, tallies)
 
 
 def check_pairs(bank_names: tuple[str, ...], datasets: list[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,15 @@ from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference
 from meteora_core.model.sharded import full_tensor
 from meteora_core.model.tokens import check_observable
-from meteora_core.model.vocabulary import check_tokens, padding_token
-from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import routing_state
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.batch_plan import Pick, plan_batches
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
-from meteora_core.training.distributed import SINGLE, Runtime
-from meteora_core.training.encoding import Batch, TrainRow, row_lengths
-from meteora_core.training.loop import Computed, Counts, Run, Task
+from meteora_core.training.distributed import OnModel
+from meteora_core.training.encoding import Batch, Encoded, TrainRow, row_lengths
+from meteora_core.training.job import TrainJob
+from meteora_core.training.lm_metrics import lm_tallies, measure_lm
+from meteora_core.training.loop import Computed, Counts, TrainingRun
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.output_folders import check_targets, only_writer, tidy
 from meteora_core.training.run_inputs import run_inputs, short_hash
@@ -41,16 +41,15 @@ from meteora_core.training.single_adapter import (
     TrainedAdapter,
     adapter_inputs,
     adapter_is_current,
+    adapter_rows,
     finished_adapter,
-    lm_tallies,
-    measure_lm,
     save_adapter,
     sixteen_bit,
     train_or_start_anew,
     with_lora,
 )
-from meteora_core.training.state import last_loss
-from meteora_core.training.task_rows import encoded_rows
+from meteora_core.training.state import RunState, last_loss
+from meteora_core.training.task_rows import HeldOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,34 +59,26 @@ def train_together(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
-    *,
-    base: BaseReference,
-    data_dir: Path,
-    out_dir: Path,
     settings: AdapterTrainSettings,
+    job: TrainJob,
+    *,
     per_task: Mapping[str, AdapterTrainSettings] | None = None,
-    max_rows: int | None = None,
-    token_cache: Path | None = None,
-    resume: bool = True,
-    force: bool = False,
-    runtime: Runtime = SINGLE,
-    progress: Progress = SILENT,
 ) -> list[TrainedAdapter]:
-    """Train one LoRA for each task in one run, and save each as a PEFT folder ``out_dir/<task>``.
+    """Train one LoRA for each task in one run, and save each as the PEFT folder ``job.out/<task>``.
 
     Every optimiser step holds the batches that the tasks would have had alone, ``settings.together_rows`` rows to a forward pass. Adapters that are there
     already with the same inputs are left out.
 
     Args:
         model: The base model; it is left as it was.
-        tokenizer: Its tokenizer.
-        tasks: Built datasets in ``data_dir``.
-        base, data_dir, out_dir, settings, max_rows, token_cache, resume, force, runtime, progress: As for
-            :func:`meteora_core.training.single_adapter.train_adapter`.
+        tokenizer: The base model's tokenizer.
+        tasks: Names of built datasets in ``job.data_dir``.
+        settings: Rank, steps, rates of all tasks.
+        job: Datasets, folder of adapters, processes.
         per_task: The settings of single tasks; they may differ in ``max_length``, ``batch_size`` and ``accumulation`` alone.
 
     Returns:
-        One entry a task, in the order of ``tasks``; steps and seconds are those of the whole run.
+        One entry per task, in the order of ``tasks``; steps and seconds are those of the whole run.
 
     Raises:
         DataError: A dataset is missing or broken.
@@ -95,114 +86,146 @@ def train_together(
             folder holds something else than an adapter.
         MeteoraError: The loss is not finite, or memory ran out.
     """
-    check_targets(out_dir, tasks, replaced=())
-    if settings.packing:
-        raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
-    if runtime.kind in ("fsdp", "deepspeed"):
-        raise UsageError(f"--together cannot run with --launcher {runtime.kind}", hint="use --launcher ddp, or leave out --together")
     own = {task: (per_task or {}).get(task, settings) for task in tasks}
-    if unequal := [f"{task}.{name}" for task in tasks for name in _differences(own[task], settings)]:
-        raise UsageError(f"--together trains all tasks alike, but there are settings for {', '.join(unequal)}", hint="leave them out, or leave out --together")
+    _check_combination(settings, own, job)
     dtype = next(model.parameters()).dtype
-    inputs = {task: adapter_inputs(base, dtype, data_dir, task, own[task], max_rows, processes=runtime.world) for task in tasks}
-    todo = [task for task in tasks if force or not adapter_is_current(out_dir / task, inputs[task])]
-    done = {task: finished_adapter(task, out_dir / task) for task in tasks if task not in todo}
-    check_targets(out_dir, todo)
+    inputs = {task: adapter_inputs(job, dtype, task, own[task]) for task in tasks}
+    todo = [task for task in tasks if job.force or not adapter_is_current(job.out / task, inputs[task])]
+    done = {task: finished_adapter(task, job.out / task) for task in tasks if task not in todo}
+    check_targets(job.out, todo)
     for task in done:
-        tidy(out_dir / task, out_dir / f".{task}.states", is_main=runtime.is_main)
+        tidy(job.out / task, job.out / f".{task}.states", is_main=job.runtime.is_main)
     if todo:
-        with only_writer([out_dir / task for task in todo], is_main=runtime.is_main):
-            done |= _train(model, tokenizer, todo, inputs, base, data_dir, out_dir, settings, own, max_rows, token_cache, resume, runtime, progress)
+        with only_writer([job.out / task for task in todo], is_main=job.runtime.is_main):
+            encoded, held_out = adapter_rows(model, tokenizer, todo, own, job)
+            joint = _JointRun(model, todo, settings, job, inputs, encoded, replace(held_out, batch_size=settings.batch_size))
+            state, trained = joint.train([own[task] for task in todo])
+            done |= joint.save(state, trained)
     return [done[task] for task in tasks]
 
 
+def _check_combination(settings: AdapterTrainSettings, own: Mapping[str, AdapterTrainSettings], job: TrainJob) -> None:
+    """Raise UsageError for settings, launchers and folders that a run of several adapters cannot have."""
+    check_targets(job.out, own, replaced=())
+    if settings.packing:
+        raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
+    if job.runtime.kind in ("fsdp", "deepspeed"):
+        raise UsageError(f"--together cannot run with --launcher {job.runtime.kind}", hint="use --launcher ddp, or leave out --together")
+    if unequal := [f"{task}.{name}" for task in own for name in _differences(own[task], settings)]:
+        raise UsageError(f"--together trains all tasks alike, but there are settings for {', '.join(unequal)}", hint="leave them out, or leave out --together")
+
+
 def _differences(one: AdapterTrainSettings, other: AdapterTrainSettings) -> list[str]:
-    """What two tasks of one run must have alike and do not."""
+    """The settings that two tasks of one run must share and do not."""
     sizes = {"max_length", "batch_size", "accumulation"}
     return [name for name in type(one).model_fields if name not in sizes and getattr(one, name) != getattr(other, name)]
 
 
-def _train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: list[str],
-    inputs: dict[str, dict[str, Any]],
-    base: BaseReference,
-    data_dir: Path,
-    out_dir: Path,
-    settings: AdapterTrainSettings,
-    own: Mapping[str, AdapterTrainSettings],
-    max_rows: int | None,
-    token_cache: Path | None,
-    resume: bool,
-    runtime: Runtime,
-    progress: Progress,
-) -> dict[str, TrainedAdapter]:
-    dtype, pad, response_only = next(model.parameters()).dtype, padding_token(model, tokenizer), settings.loss_on == "response"
-    source: dict[str, Any] = {"seed": settings.seed, "max_rows": max_rows, "token_cache": token_cache, "progress": progress}
-    parts = [encoded_rows(data_dir, task, tokenizer, index, max_length=own[task].max_length, **source) for index, task in enumerate(tasks)]
-    encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
-    check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
-    rows = [each.rows for each in encoded]
-    title = f"together-{short_hash(tasks)}"  # runs of other tasks may go on beside this one
-    states = out_dir / f".{title}.states"
-    bank = fresh_bank(model, tasks, base, settings)
-    check_observable(bank.modules, "--together")
-    attach(model, bank, top_k=1, init="zeros", dropout=settings.dropout)
-    try:
-        for _, layer in meteora_layers(model):
-            layer.gate.requires_grad_(False)
-            for parameter in (layer.lora_A, layer.lora_B):
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-        if settings.gradient_checkpointing:
-            enable_checkpointing(model)
-        objective = TogetherObjective(dtype, tasks)
+Stacked = dict[str, tuple[tuple[int, ...], Tensor, Tensor]]
+"""Trained tensors by module path: the ranks of the adapters, A (R, in) and B (R, out)."""
 
-        def evaluate(work: Run) -> dict[str, float]:
-            options: dict[str, Any] = {"runtime": runtime, "run": work, "around": lambda batch: objective.around(model, batch)}
-            return measure_lm(model, held_out, pad, tasks, settings.batch_size, response_only, **options)
 
-        run = Task(
+@dataclass(frozen=True)
+class _JointRun:
+    """The tasks that are trained in one run.
+
+    Attributes:
+        model: The base model.
+        tasks: The tasks' names.
+        settings: Settings of all tasks.
+        job: Datasets, folder of adapters, processes.
+        inputs: Per task, what fixes its adapter; those that were trained before included.
+        encoded: Per task, its train rows.
+        held_out: The held-out rows of all tasks.
+    """
+
+    model: PreTrainedModel
+    tasks: list[str]
+    settings: AdapterTrainSettings
+    job: TrainJob
+    inputs: dict[str, dict[str, Any]]
+    encoded: list[Encoded]
+    held_out: HeldOut
+
+    @property
+    def title(self) -> str:
+        """Name of the run's files; runs of other tasks may write to the same folder at the same time."""
+        return f"together-{short_hash(self.tasks)}"
+
+    @property
+    def states(self) -> Path:
+        return self.job.out / f".{self.title}.states"
+
+    def train(self, own: Sequence[AdapterTrainSettings]) -> tuple[RunState, Stacked]:
+        """Train all adapters as one bank; ``own`` are the settings of each task. The model is left as it was."""
+        model, settings = self.model, self.settings
+        dtype = next(model.parameters()).dtype
+        bank = fresh_bank(model, self.tasks, self.job.base, settings)
+        check_observable(bank.modules, "--together")
+        attach(model, bank, top_k=1, init="zeros", dropout=settings.dropout)
+        try:
+            _train_only_adapters(model)
+            if settings.gradient_checkpointing:
+                enable_checkpointing(model)
+            state = train_or_start_anew(self._run(dtype, own), settings, self.job)
+            return state, {path: (layer.ranks, full_tensor(layer.lora_A), full_tensor(layer.lora_B)) for path, layer in meteora_layers(model)}
+        finally:
+            if settings.gradient_checkpointing:
+                disable_checkpointing(model)
+            detach(model)
+            model.eval().requires_grad_(False)
+
+    def _run(self, dtype: torch.dtype, own: Sequence[AdapterTrainSettings]) -> TrainingRun:
+        model, job, rows = self.model, self.job, [each.rows for each in self.encoded]
+        objective = TogetherObjective(dtype, self.tasks)
+
+        def evaluate(on_model: OnModel) -> dict[str, float]:
+            return measure_lm(model, self.held_out, runtime=job.runtime, on_model=on_model, around=lambda batch: objective.around(model, batch))
+
+        return TrainingRun(
             model,
             rows,
             objective,
-            pad,
-            states,
-            run_inputs("together", base, dtype, data_dir, tasks, settings, processes=runtime.world, max_rows=max_rows, adapters=inputs),
-            f"{len(tasks)} adapters",
-            names=tuple(tasks),
-            response_only=response_only,
+            self.held_out.pad_token,
+            self.states,
+            run_inputs("together", job, dtype, self.tasks, self.settings, {"adapters": self.inputs}),
+            f"{len(self.tasks)} adapters",
+            names=tuple(self.tasks),
+            response_only=self.held_out.response_only,
             evaluate=evaluate,
-            log_dir=out_dir / "tensorboard" / title,
-            batches=joint_batches(rows, settings, runtime.world, [own[task] for task in tasks]),
-            clip=partial(clip_each, count=len(tasks)),
+            log_dir=job.out / "tensorboard" / self.title,
+            batches=joint_batches(rows, self.settings, job.runtime.world, own),
+            clip=partial(clip_each, count=len(self.tasks)),
         )
-        state = train_or_start_anew(run, settings, resume=resume, runtime=runtime, progress=progress)
-        trained = {path: (layer.ranks, full_tensor(layer.lora_A), full_tensor(layer.lora_B)) for path, layer in meteora_layers(model)}
-    finally:
-        if settings.gradient_checkpointing:
-            disable_checkpointing(model)
-        detach(model)
-        model.eval().requires_grad_(False)
-    done = {}
-    peft_model = with_lora(model, base, settings)
-    try:
-        for place, task in enumerate(tasks):
-            history = [_of_task(entry, task) for entry in state.history]
-            alone = replace(state, history=history, evaluations=[], best={})
-            if runtime.is_main:
-                weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, place).items()}
-                save_adapter(peft_model, out_dir / task, inputs[task], alone, encoded[place].cut, weights=weights)
-            loss = last_loss(history)
-            done[task] = TrainedAdapter(task, out_dir / task, False, state.step, loss, state.tokens, state.seconds, encoded[place].cut)
-    finally:
-        peft_model.unload()
-        model.eval().requires_grad_(False)
-    if runtime.is_main:
-        shutil.rmtree(states, ignore_errors=True)
-    runtime.wait()
-    return done
+
+    def save(self, state: RunState, trained: Stacked) -> dict[str, TrainedAdapter]:
+        """Write one PEFT folder per task."""
+        done = {}
+        peft_model = with_lora(self.model, self.job.base, self.settings)
+        try:
+            for place, (task, encoded) in enumerate(zip(self.tasks, self.encoded, strict=True)):
+                history = [_of_task(entry, task) for entry in state.history]
+                folder, alone = self.job.out / task, replace(state, history=history, evaluations=[], best={})
+                if self.job.runtime.is_main:
+                    weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, place).items()}
+                    save_adapter(peft_model, folder, self.inputs[task], alone, encoded.cut, weights=weights)
+                done[task] = TrainedAdapter(task, folder, False, state.step, last_loss(history), state.tokens, state.seconds, encoded.cut)
+        finally:
+            peft_model.unload()
+            self.model.eval().requires_grad_(False)
+        if self.job.runtime.is_main:
+            shutil.rmtree(self.states, ignore_errors=True)
+        self.job.runtime.wait()
+        return done
+
+
+def _train_only_adapters(model: nn.Module) -> None:
+    """Let the adapters train, in float32, and not the gates."""
+    for _, layer in meteora_layers(model):
+        layer.gate.requires_grad_(False)
+        for parameter in (layer.lora_A, layer.lora_B):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
 
 
 def fresh_bank(model: PreTrainedModel, tasks: Sequence[str], base: BaseReference, settings: AdapterTrainSettings) -> AdapterBank:
@@ -222,8 +245,7 @@ def fresh_bank(model: PreTrainedModel, tasks: Sequence[str], base: BaseReference
     finally:
         peft_model.unload()
         model.requires_grad_(False)
-    info = {"source": "", "sha256": "", "base": base.name, "rank": settings.rank, "alpha": settings.alpha}
-    infos = [AdapterInfo(name=task, rslora=settings.rslora, dropout=settings.dropout, **info) for task in tasks]  # type: ignore[arg-type]
+    infos = [AdapterInfo(task, "", "", base.name, settings.rank, settings.alpha, settings.rslora, settings.dropout) for task in tasks]
     return AdapterBank.stack([Adapter(each, weights) for each in infos])
 
 

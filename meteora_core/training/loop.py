@@ -19,8 +19,8 @@ from meteora_core.model.sharded import assign, full_tensor
 from meteora_core.progress import SILENT, Progress
 from meteora_core.settings import OptimSettings
 from meteora_core.training.attention import without_cudnn_attention
-from meteora_core.training.batch_plan import Pick, plan_batches, plan_packed
-from meteora_core.training.distributed import SINGLE, Runtime
+from meteora_core.training.batch_plan import Pick, RowMix, plan_batches, plan_packed
+from meteora_core.training.distributed import SINGLE, OnModel, Runtime
 from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
 from meteora_core.training.packing import check_packing
 from meteora_core.training.state import RunState, load_state, save_state, saved_states
@@ -66,31 +66,27 @@ class Objective(Protocol):
         """The forward pass."""
 
 
-Run = Callable[[Callable[[nn.Module], Any]], Any]
-"""Runs work on the model; see :meth:`meteora_core.training.distributed.Runtime.run`."""
-
-
 @dataclass(frozen=True)
-class Task:
-    """One run of the loop.
+class TrainingRun:
+    """What one run of the loop trains, and on what.
 
     Attributes:
-        model: In training mode while it runs.
+        model: The model; it is in training mode while the loop runs.
         rows: Per task, its rows.
-        objective: What is minimised.
-        pad_token: For padding.
-        folder: Where resumable states are kept.
+        objective: The function that is minimised.
+        pad_token: Token id that fills up batches.
+        folder: Folder of the resumable states.
         inputs: What fixes the run; a resumed run must have the same.
-        title: For the progress bar.
-        names: The tasks', for messages.
-        response_only: Leave the prompts' tokens out of the language-model loss.
-        balanced: As many tokens of every task; False: every row as often.
+        title: Title of the progress bar and of the curves.
+        names: The tasks' names, for messages.
+        response_only: Whether the language-model loss leaves the prompts' tokens out.
+        balanced: Whether every task has as many tokens; False draws every row as often.
         extra, extra_share: Rows of no single task (composites), and their share of all rows.
-        evaluate: Held-out figures by name; ``loss`` decides what is best. Empty when nothing was held out.
-        log_dir: For TensorBoard.
-        batches: The batches of every step, instead of a plan made here: per batch ``(task, row)`` pairs.
-        clip: Limits the gradients in its own way; returns their norm.
-        rate: Of a parameter, by name: what its learning rate is beside the settings'; None: 1.
+        evaluate: Function that returns held-out figures by name; ``loss`` decides which weights are best. It returns nothing when no row was held out.
+        log_dir: Folder of TensorBoard's event files; None writes none.
+        batches: The batches of every step, per batch ``(task, row)`` pairs; None makes a plan from the settings.
+        clip: Function that limits the gradients and returns their norm; None limits the norm of all of them together.
+        rate: Function from a parameter's name to the factor of its learning rate; None is 1 for all.
     """
 
     model: nn.Module
@@ -105,7 +101,7 @@ class Task:
     balanced: bool = True
     extra: Sequence[TrainRow] = ()
     extra_share: float = 0.0
-    evaluate: Callable[[Run], dict[str, float]] | None = None
+    evaluate: Callable[[OnModel], dict[str, float]] | None = None
     log_dir: Path | None = None
     batches: Sequence[Sequence[list[Pick]]] | None = None
     clip: Callable[[list[nn.Parameter], float], Tensor] | None = None
@@ -121,14 +117,14 @@ def learning_rate(step: int, settings: OptimSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime: Runtime = SINGLE, progress: Progress = SILENT) -> RunState:
+def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, runtime: Runtime = SINGLE, progress: Progress = SILENT) -> RunState:
     """Run, or go on with, the optimiser steps.
 
     The batches of all processes together are fixed by the seed and the whole batch size; each process takes its part of them. Random
     numbers (dropout) are seeded anew at every step.
 
     Args:
-        task: What to train on what.
+        run: What is trained, and on what.
         settings: Steps, rates, sizes.
         resume: Go on from the newest saved state, if there is one.
         runtime: The processes.
@@ -143,22 +139,22 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
         MeteoraError: The loss or gradient is NaN or infinite (step, batch and layer named), or memory ran out (says what to lower).
     """
     if settings.packing and runtime.kind in ("none", "ddp"):
-        place = runtime.device or next(task.model.parameters()).device
-        check_packing(task.model, task.rows, task.pad_token, settings.batch_size, place)
-    optimizer = runtime.prepare(task.model, lambda trained: _optimizer(task, settings, trained))
-    parameters = {name: parameter for name, parameter in task.model.named_parameters() if parameter.requires_grad}
-    source = _Source(task, settings, runtime.world)
-    stepper = _Stepper(task, settings, runtime, optimizer, parameters, source)
+        place = runtime.device or next(run.model.parameters()).device
+        check_packing(run.model, run.rows, run.pad_token, settings.batch_size, place)
+    optimizer = runtime.prepare(run.model, lambda trained: _optimizer(run, settings, trained))
+    parameters = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    source = _Source(run, settings, runtime.world)
+    stepper = _Stepper(run, settings, runtime, optimizer, parameters, source)
     memory = _Memory(runtime, stepper.device)
-    task.model.train()
-    if resume and runtime.kind == "deepspeed" and saved_states(task.folder) and settings.max_steps:
+    run.model.train()
+    if resume and runtime.kind == "deepspeed" and saved_states(run.folder) and settings.max_steps:
         stepper.step(0, rate=0.0)  # DeepSpeed has no optimiser states before its first step; all that this one changes is restored
-    state = (load_state(task.folder, parameters, optimizer, task.inputs) if resume else None) or RunState()
+    state = (load_state(run.folder, parameters, optimizer, run.inputs) if resume else None) or RunState()
     runtime.wait()
-    tracker = open_tracker(settings.log_to if runtime.is_main else "none", task.log_dir, task.title, task.inputs, state.step)
+    tracker = open_tracker(settings.log_to if runtime.is_main else "none", run.log_dir, run.title, run.inputs, state.step)
     began, before, start_tokens = time.monotonic(), state.seconds, state.tokens
     log = _Log(runtime, state.pending, stepper.device)
-    with progress.task(task.title, total=settings.max_steps, unit="steps") as bar:
+    with progress.task(run.title, total=settings.max_steps, unit="steps") as bar:
         bar.update(state.step)
         try:
             while state.step < settings.max_steps and not (settings.patience and state.worse >= settings.patience):
@@ -172,11 +168,11 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
                     state.history.append(entry)
                     tracker.log(state.step, {f"train/{name}": value for name, value in entry.items() if name not in ("step", "seconds")})
                 if settings.eval_steps and (state.step % settings.eval_steps == 0 or last):
-                    _evaluate(task, state, parameters, runtime, tracker)
+                    _evaluate(run, state, parameters, runtime, tracker)
                 bar.update(1, total=None, **_shown(state, start_tokens, time.monotonic() - began))
                 if state.step % settings.save_steps == 0 and not last:
                     state.pending = log.pending()
-                    save_state(task.folder, state, parameters, optimizer, task.inputs, write=runtime.is_main)
+                    save_state(run.folder, state, parameters, optimizer, run.inputs, write=runtime.is_main)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -188,17 +184,17 @@ def train(task: Task, settings: OptimSettings, *, resume: bool = False, runtime:
             tracker.close()
     for name, parameter in parameters.items() if state.best else ():
         assign(parameter, state.best[name])
-    task.model.eval()
+    run.model.eval()
     state.sampled, state.memory = source.sampled(state.step), memory.used()
     return state
 
 
-def _optimizer(task: Task, settings: OptimSettings, trained: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+def _optimizer(run: TrainingRun, settings: OptimSettings, trained: Sequence[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW, with one group for each learning rate; ``factor`` of a group is what multiplies the schedule."""
-    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in trained:
-        groups.setdefault(1.0 if task.rate is None else task.rate(names[id(parameter)]), []).append(parameter)
+        groups.setdefault(1.0 if run.rate is None else run.rate(names[id(parameter)]), []).append(parameter)
     made = [{"params": members, "lr": settings.learning_rate * factor, "factor": factor} for factor, members in groups.items()]
     return torch.optim.AdamW(made, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
@@ -208,10 +204,10 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _evaluate(task: Task, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, tracker: Tracker) -> None:
+def _evaluate(run: TrainingRun, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, tracker: Tracker) -> None:
     """Measure on held-out rows; keep the weights if they are the best so far."""
-    measured = task.evaluate(runtime.run) if task.evaluate else {}
-    task.model.train()
+    measured = run.evaluate(runtime.run) if run.evaluate else {}
+    run.model.train()
     if "loss" not in measured:
         return
     state.evaluations.append({"step": state.step, **{name: round(value, 6) for name, value in measured.items()}})
@@ -226,22 +222,22 @@ def _evaluate(task: Task, state: RunState, parameters: dict[str, nn.Parameter], 
 class _Source:
     """The batches of every step, for all processes and for one."""
 
-    def __init__(self, task: Task, settings: OptimSettings, world: int) -> None:
-        self.task, self.settings = task, settings
-        self.rows = [*task.rows, task.extra] if task.extra_share else list(task.rows)
+    def __init__(self, run: TrainingRun, settings: OptimSettings, world: int) -> None:
+        self.run, self.settings = run, settings
+        self.rows = [*run.rows, run.extra] if run.extra_share else list(run.rows)
         self._held: dict[Pick, TrainRow] = {}
-        lengths = [row_lengths(rows) for rows in task.rows]
+        lengths = [row_lengths(rows) for rows in run.rows]
         count, size = settings.max_steps * settings.accumulation, settings.batch_size * world
-        self.lengths = [*lengths, [len(row) for row in task.extra]] if task.extra_share else lengths
-        extra: dict[str, Any] = {"extra": [len(row) for row in task.extra], "extra_share": task.extra_share, "balanced": task.balanced}
+        self.lengths = [*lengths, [len(row) for row in run.extra]] if run.extra_share else lengths
+        mix = RowMix([len(row) for row in run.extra], run.extra_share, run.balanced)
         self.steps: Sequence[Sequence[list[list[Pick]]]]
-        if task.batches is not None:
-            self.steps = [[[[pick] for pick in batch] for batch in step] for step in task.batches]
+        if run.batches is not None:
+            self.steps = [[[[pick] for pick in batch] for batch in step] for step in run.batches]
         else:
             if settings.packing:
-                plan = plan_packed(lengths, count, size, settings.max_length, settings.seed, **extra)
+                plan = plan_packed(lengths, count, size, settings.max_length, settings.seed, mix)
             else:
-                plan = [[[pick] for pick in batch] for batch in plan_batches(lengths, count, size, settings.seed, **extra)]
+                plan = [[[pick] for pick in batch] for batch in plan_batches(lengths, count, size, settings.seed, mix)]
             self.steps = [plan[first : first + settings.accumulation] for first in range(0, count, settings.accumulation)]
 
     def row(self, pick: Pick) -> TrainRow:
@@ -259,7 +255,7 @@ class _Source:
         for batch in self.steps[step]:
             for sequence in batch:
                 for pick in sequence:
-                    by_task[pick[0]] += count_row_targets(self.row(pick), self.task.response_only)
+                    by_task[pick[0]] += count_row_targets(self.row(pick), self.run.response_only)
         rows = self.picked(step)
         return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, rows))), tuple(by_task), sum(map(count_row_answers, rows)))
 
@@ -269,7 +265,7 @@ class _Source:
         for which, row in (pick for step in self.steps[:steps] for batch in step for sequence in batch for pick in sequence):
             drawn[which] += 1
             tokens[which] += self.lengths[which][row]
-        names = [*(self.task.names or map(str, range(len(self.task.rows)))), "composites"]
+        names = [*(self.run.names or map(str, range(len(self.run.rows)))), "composites"]
         return {
             name: {"rows": len(rows), "drawn": count, "passes": round(count / len(rows), 3), "tokens": seen, "share": round(seen / max(1, sum(tokens)), 4)}
             for name, rows, count, seen in zip(names, self.lengths, drawn, tokens, strict=False)
@@ -281,8 +277,8 @@ class _Source:
     def batch(self, sequences: list[list[Pick]]) -> Batch:
         rows = [[self.row(pick) for pick in sequence] for sequence in sequences]
         if self.settings.packing:
-            return collate_packed(rows, self.task.pad_token, response_only=self.task.response_only)
-        return collate([row for sequence in rows for row in sequence], self.task.pad_token, response_only=self.task.response_only)
+            return collate_packed(rows, self.run.pad_token, response_only=self.run.response_only)
+        return collate([row for sequence in rows for row in sequence], self.run.pad_token, response_only=self.run.response_only)
 
 
 class _Stepper:
@@ -290,16 +286,16 @@ class _Stepper:
 
     def __init__(
         self,
-        task: Task,
+        run: TrainingRun,
         settings: OptimSettings,
         runtime: Runtime,
         optimizer: torch.optim.Optimizer,
         parameters: dict[str, nn.Parameter],
         source: _Source,
     ) -> None:
-        self.task, self.settings, self.runtime, self.optimizer, self.source = task, settings, runtime, optimizer, source
+        self.run, self.settings, self.runtime, self.optimizer, self.source = run, settings, runtime, optimizer, source
         self.parameters = list(parameters.values())
-        self.device = runtime.device or (self.parameters[0].device if self.parameters else next(task.model.parameters()).device)
+        self.device = runtime.device or (self.parameters[0].device if self.parameters else next(run.model.parameters()).device)
 
     def step(self, number: int, rate: float | None = None) -> StepLoss:
         settings, runtime = self.settings, self.runtime
@@ -311,14 +307,14 @@ class _Stepper:
         shares = []
         for place, sequences in enumerate(batches):
             batch = self.source.batch(runtime.mine(sequences)).to(self.device)
-            around = self.task.objective.around(self.task.model, batch)
+            around = self.run.objective.around(self.run.model, batch)
             with runtime.accumulate(last=place == len(batches) - 1), without_cudnn_attention(), around:
-                loss, parts, tallies = runtime.run(lambda model, batch=batch: self.task.objective.compute(model, batch, counts))  # type: ignore[misc]
+                loss, parts, tallies = runtime.run(lambda model, batch=batch: self.run.objective.compute(model, batch, counts))  # type: ignore[misc]
                 self._check(loss, batch, number, place, sequences)
                 runtime.backward(loss)
             shares.append(StepLoss(loss.detach(), parts, tallies))
         if settings.max_grad_norm and self.parameters:
-            norm = runtime.clip(self.parameters, settings.max_grad_norm, self.task.clip)
+            norm = runtime.clip(self.parameters, settings.max_grad_norm, self.run.clip)
             if not math.isfinite(value := float(full_tensor(norm))):
                 raise MeteoraError(f"the gradient's norm is {value} at step {number + 1}; the loss is finite", hint=_LOWER)
         self.optimizer.step()
@@ -330,7 +326,7 @@ class _Stepper:
         if not float(self.runtime.total(torch.tensor(float(not math.isfinite(value)), device=self.device))):
             return
         found = self.runtime.run(lambda model: first_nonfinite_module(model, lambda: model(**batch.model_inputs(), use_cache=False)))
-        names = (*self.task.names, "composite") if self.task.names else ()
+        names = (*self.run.names, "composite") if self.run.names else ()
         rows = [f"{names[which]} {row}" if which < len(names) else str(row) for sequence in sequences for which, row in sequence]
         named = ", ".join(rows[:6]) + (", …" if len(rows) > 6 else "")
         where = f"the first layer whose output is not finite is {found[0]}" if found else "every layer's output is finite"

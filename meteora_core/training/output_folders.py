@@ -6,18 +6,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from meteora_core.adapters.folders import INFO_FILE
 from meteora_core.errors import StorageError, UsageError
 from meteora_core.files import holds_other_things, locked, other_entries
 from meteora_core.locks import sweep
 from meteora_core.names import folder_of
 from meteora_core.text import listed
-
-if TYPE_CHECKING:
-    pass
-
-from meteora_core.adapters.folders import INFO_FILE
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", INFO_FILE)
 """What :func:`meteora_core.training.single_adapter.save_adapter` writes."""

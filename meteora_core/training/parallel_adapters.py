@@ -1,4 +1,4 @@
-"""Adapters trained side by side: every worker process has the base on its own device and takes one task after another.
+"""Several adapters trained at once: every worker process has the base model on its own device and takes one task after another.
 
 PyTorch's multiprocessing starts the workers, ends all when one dies, and ends them with this process. What a worker trains does not depend on the others:
 every task starts from its own seed and leaves the base as it was.
@@ -12,19 +12,19 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from meteora_core.errors import MeteoraError
-from meteora_core.model.base import BaseReference, load_base, load_tokenizer, locate_base, pick_device
-from meteora_core.progress import SILENT, Progress, Task
+from meteora_core.model.base import load_base, load_tokenizer, locate_base, pick_device
+from meteora_core.progress import SILENT, Progress, ProgressBar
 from meteora_core.settings import AdapterTrainSettings
+from meteora_core.training.job import TrainJob
 from meteora_core.training.output_folders import check_targets, tidy
 from meteora_core.training.single_adapter import TrainedAdapter, adapter_inputs, adapter_is_current, finished_adapter, train_adapter
 from meteora_core.workers import follow_parent
@@ -36,34 +36,21 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class JobPlan:
-    """What every worker knows.
-
-    Attributes:
-        settings: Per task, how its adapter is trained.
-        base, dtype: The base model and its number type.
-        devices: Of each worker.
-        data_dir, out_dir, max_rows, token_cache, resume, force: As for :func:`meteora_core.training.single_adapter.train_adapter`.
-    """
+class _Plan:
+    """What every worker process is given: the settings of each task, the base model's number type, each worker's device, and the job."""
 
     settings: Mapping[str, AdapterTrainSettings]
-    base: BaseReference
     dtype: torch.dtype
     devices: Sequence[str]
-    data_dir: Path
-    out_dir: Path
-    max_rows: int | None = None
-    token_cache: Path | None = None
-    resume: bool = True
-    force: bool = False
+    job: TrainJob
 
 
 @dataclass
-class JobsOutcome:
-    """What came of the tasks.
+class ParallelOutcome:
+    """The adapters that were trained, and the tasks that failed.
 
     Attributes:
-        done: Trained, or there already, in the order of the plan.
+        done: Adapters that were trained now or before, in the order of the tasks.
         failed: The error of each task that failed.
     """
 
@@ -87,51 +74,53 @@ def job_devices(wish: str, jobs: int) -> list[str]:
     return [str(place)] * jobs
 
 
-def train_side_by_side(plan: JobPlan, *, progress: Progress = SILENT) -> JobsOutcome:
-    """Train one LoRA for each task of the plan, ``len(plan.devices)`` at a time; see :func:`meteora_core.training.single_adapter.train_adapter`.
+def train_in_parallel(settings: Mapping[str, AdapterTrainSettings], job: TrainJob, *, dtype: torch.dtype, devices: Sequence[str]) -> ParallelOutcome:
+    """Train one LoRA for each task, ``len(devices)`` at a time; see :func:`meteora_core.training.single_adapter.train_adapter`.
 
     A task that fails does not stop the others; adapters that are there with the same inputs are left alone.
 
     Args:
-        plan: Tasks, settings, devices.
-        progress: Where to report; bars of all workers.
+        settings: The settings of each task, by name.
+        job: Base model, datasets, folder of adapters.
+        dtype: Number type of the base model.
+        devices: The device of each worker process.
 
     Returns:
-        What was trained and what failed.
+        The adapters that were trained, and the tasks that failed.
 
     Raises:
         UsageError: A task's folder holds something else than an adapter; nothing was trained.
         MeteoraError: A worker process died (its task is named), or could not load the base; the others were stopped, and what they saved can be resumed.
     """
-    check_targets(plan.out_dir, plan.settings, replaced=())
-    outcome, finished = JobsOutcome(), dict[str, TrainedAdapter]()
-    for task, settings in plan.settings.items():
-        folder = plan.out_dir / task
-        if not plan.force and adapter_is_current(folder, adapter_inputs(plan.base, plan.dtype, plan.data_dir, task, settings, plan.max_rows)):
-            tidy(folder, plan.out_dir / f".{task}.states", is_main=True)
+    check_targets(job.out, settings, replaced=())
+    outcome, finished = ParallelOutcome(), dict[str, TrainedAdapter]()
+    for task, each in settings.items():
+        folder = job.out / task
+        if not job.force and adapter_is_current(folder, adapter_inputs(job, dtype, task, each)):
+            tidy(folder, job.out / f".{task}.states", is_main=True)
             finished[task] = finished_adapter(task, folder)
-    todo = [task for task in plan.settings if task not in finished]
-    check_targets(plan.out_dir, todo)
+    todo = [task for task in settings if task not in finished]
+    check_targets(job.out, todo)
     if todo:
-        locate_base(plan.base, progress=progress)
-        workers = _Workers(plan, todo, progress)
+        locate_base(job.base, progress=job.progress)
+        workers = _Workers(_Plan(settings, dtype, devices, replace(job, progress=SILENT)), todo, job.progress)
         workers.run()
         finished |= workers.done
         outcome.failed = {task: workers.failed[task] for task in todo if task in workers.failed}
-    outcome.done = [finished[task] for task in plan.settings if task in finished]
+    outcome.done = [finished[task] for task in settings if task in finished]
     return outcome
 
 
 class _Workers:
     """The processes, and what they report."""
 
-    def __init__(self, plan: JobPlan, todo: Sequence[str], progress: Progress) -> None:
+    def __init__(self, plan: _Plan, todo: Sequence[str], progress: Progress) -> None:
         self.plan, self.progress = plan, progress
         self.todo = deque(todo)
         self.running: dict[int, str] = {}
         self.done: dict[str, TrainedAdapter] = {}
         self.failed: dict[str, MeteoraError] = {}
-        self.bars: dict[tuple[int, int], tuple[AbstractContextManager[Task], Task]] = {}
+        self.bars: dict[tuple[int, int], tuple[AbstractContextManager[ProgressBar], ProgressBar]] = {}
 
     def run(self) -> None:
         from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
@@ -197,7 +186,7 @@ class _Workers:
         return MeteoraError(f"{what} ended: {why}{stopped}", hint="if memory ran out, lower --jobs; the same command with --resume goes on")
 
 
-def _start(plan: JobPlan, ends: Sequence[Connection]) -> Any:
+def _start(plan: _Plan, ends: Sequence[Connection]) -> Any:
     """Start the workers. Ctrl-C is held here, for the caller to let through, and in each worker until it can end without a word."""
     from torch.multiprocessing.spawn import start_processes
 
@@ -228,7 +217,7 @@ def _end(processes: Sequence[Any]) -> None:
             process.join()
 
 
-def _close(bar: AbstractContextManager[Task], *, well: bool) -> None:
+def _close(bar: AbstractContextManager[ProgressBar], *, well: bool) -> None:
     if well:
         bar.__exit__(None, None, None)
     else:
@@ -237,7 +226,7 @@ def _close(bar: AbstractContextManager[Task], *, well: bool) -> None:
             bar.__exit__(MeteoraError, failure, None)
 
 
-def _work(number: int, plan: JobPlan, threads: int, ends: Sequence[Connection]) -> None:
+def _work(number: int, plan: _Plan, threads: int, ends: Sequence[Connection]) -> None:
     """A worker process: load the base, then train what the main process hands out until nothing is left."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     follow_parent()
@@ -251,26 +240,13 @@ def _work(number: int, plan: JobPlan, threads: int, ends: Sequence[Connection]) 
         torch.cuda.set_device(device)
     line = _Line(ends[number])
     try:
-        model, tokenizer = load_base(plan.base, dtype=plan.dtype, device=device), load_tokenizer(plan.base)
+        model, tokenizer = load_base(plan.job.base, dtype=plan.dtype, device=device), load_tokenizer(plan.job.base)
     except MeteoraError as error:
         line.send("unable", error.message, error.hint)
         return
     while (task := line.ask()) is not None:
         try:
-            done = train_adapter(
-                model,
-                tokenizer,
-                task,
-                base=plan.base,
-                data_dir=plan.data_dir,
-                out_dir=plan.out_dir,
-                settings=plan.settings[task],
-                max_rows=plan.max_rows,
-                token_cache=plan.token_cache,
-                resume=plan.resume,
-                force=plan.force,
-                progress=line,
-            )
+            done = train_adapter(model, tokenizer, task, plan.settings[task], replace(plan.job, progress=line))
         except MeteoraError as error:
             line.send("failed", error.message, error.hint)
         except Exception as error:
@@ -303,11 +279,11 @@ class _Line:
         return task
 
     @contextmanager
-    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
         """A bar in the main process."""
         number = next(self._numbers)
         self.send("open", number, title, total, unit)
-        bar, well = _Bar(self, number), False
+        bar, well = _RemoteBar(self, number), False
         try:
             yield bar
             bar.flush()
@@ -320,7 +296,7 @@ class _Line:
         self.send("note", message)
 
 
-class _Bar:
+class _RemoteBar:
     def __init__(self, line: _Line, number: int) -> None:
         self._line, self._number = line, number
         self._advance, self._sent, self._fields = 0.0, 0.0, dict[str, str]()

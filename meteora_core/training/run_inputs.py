@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from meteora_core.data.rows import split_path
 from meteora_core.files import sha256
-from meteora_core.model.base import BaseReference
 from meteora_core.settings import OptimSettings
-
-if TYPE_CHECKING:
-    pass
+from meteora_core.training.job import TrainJob
 
 
-def run_inputs(
-    stage: str, base: BaseReference, dtype: torch.dtype, data_dir: Path, tasks: Sequence[str], settings: OptimSettings, *, processes: int = 1, **more: Any
-) -> dict[str, Any]:
+def run_inputs(stage: str, job: TrainJob, dtype: torch.dtype, tasks: Sequence[str], settings: OptimSettings, more: dict[str, Any]) -> dict[str, Any]:
     """What fixes a run: two runs with equal inputs on equal machines train the same weights.
 
     What is logged and how rows are spread over processes does not count, and what is switched off leaves no trace. The order of several tasks counts
     (``order``): what trains is stacked in it.
+
+    Args:
+        stage: "adapters", "together" or "gates".
+        job: Base model, datasets, number of rows and of processes.
+        dtype: The base model's number type.
+        tasks: The datasets, in order.
+        settings: Steps, sizes and rates.
+        more: What else fixes this kind of run, JSON-able.
     """
     values = settings.model_dump(mode="json")
     ignored = {"log_steps", "save_steps", "log_to", "together_rows"}
@@ -35,10 +37,11 @@ def run_inputs(
         ignored.add("sampling")
     inputs = {
         "stage": stage,
-        "base": {"name": base.name, "revision": base.revision},
+        "base": {"name": job.base.name, "revision": job.base.revision},
         "dtype": str(dtype).removeprefix("torch."),
-        "data": {task: sha256(split_path(data_dir, task, "train")) for task in tasks},
-        "settings": {**{key: value for key, value in values.items() if key not in ignored}, "batch_size": settings.batch_size * processes},
+        "data": {task: sha256(split_path(job.data_dir, task, "train")) for task in tasks},
+        "settings": {**{key: value for key, value in values.items() if key not in ignored}, "batch_size": settings.batch_size * job.runtime.world},
+        "max_rows": job.max_rows,
         **more,
     }
     return with_order(inputs)

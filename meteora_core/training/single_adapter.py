@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +22,17 @@ from meteora_core.model.base import BaseReference
 from meteora_core.model.sharded import full_tensor
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names, folder_of
-from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import IGNORE
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
-from meteora_core.training.distributed import SINGLE, Runtime
-from meteora_core.training.encoding import Batch, TrainRow, collate
-from meteora_core.training.gate_metrics import by_task
-from meteora_core.training.loop import Computed, Counts, Run, Task, train
+from meteora_core.training.encoding import Batch, Encoded
+from meteora_core.training.job import TrainJob
+from meteora_core.training.lm_metrics import lm_tallies, measure_lm
+from meteora_core.training.loop import Computed, Counts, TrainingRun, train
 from meteora_core.training.loss import lm_losses
 from meteora_core.training.output_folders import check_adapter_folder, only_writer, tidy
 from meteora_core.training.run_inputs import run_inputs, with_order
 from meteora_core.training.state import INFO, RunState, differences, last_loss, saved_states
-from meteora_core.training.task_rows import encoded_rows
+from meteora_core.training.task_rows import HeldOut, encoded_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,10 +43,14 @@ class TrainedAdapter:
     """One trained adapter.
 
     Attributes:
-        task, folder: What and where.
-        skipped: It was there already, trained with the same inputs.
-        steps, loss, tokens, seconds: Of the training.
-        cut: How many rows were cut to the longest length.
+        task: Name of the adapter.
+        folder: Its PEFT folder.
+        skipped: Whether it was there already, trained with the same inputs.
+        steps: Number of optimiser steps.
+        loss: The last logged loss; NaN where nothing was logged.
+        tokens: Number of tokens that were trained on.
+        seconds: Duration of the training.
+        cut: Number of rows that were cut to the longest length.
     """
 
     task: str
@@ -61,30 +63,20 @@ class TrainedAdapter:
     cut: int
 
 
-def adapter_inputs(
-    base: BaseReference,
-    dtype: torch.dtype,
-    data_dir: Path,
-    task: str,
-    settings: AdapterTrainSettings,
-    max_rows: int | None,
-    *,
-    tasks: Sequence[str] | None = None,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """What fixes an adapter's training; see :func:`meteora_core.training.run_inputs.run_inputs`. ``tasks``: of one LoRA over several tasks."""
-    return run_inputs("adapters", base, dtype, data_dir, list(tasks or [task]), settings, processes=processes, max_rows=max_rows)
+def adapter_inputs(job: TrainJob, dtype: torch.dtype, task: str, settings: AdapterTrainSettings, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """What fixes an adapter's training; see :func:`meteora_core.training.run_inputs.run_inputs`. ``tasks``: the datasets of one LoRA over several tasks."""
+    return run_inputs("adapters", job, dtype, list(tasks or [task]), settings, {})
 
 
 def adapter_is_current(folder: Path, inputs: dict[str, Any]) -> bool:
-    """Whether a finished adapter with the same inputs lies in ``folder``."""
+    """Whether ``folder`` holds a finished adapter that was trained with the same inputs."""
     if not (folder / WEIGHTS).is_file() or not (folder / INFO_FILE).is_file():
         return False
     return bool(with_order(read_training_info(folder).inputs) == inputs)
 
 
 def finished_adapter(task: str, folder: Path) -> TrainedAdapter:
-    """What is known of an adapter that is there already."""
+    """The outcome of an adapter that was trained before, from its files."""
     done = read_training_info(folder)
     loss = float("nan") if done.loss is None else done.loss
     return TrainedAdapter(task, folder, True, done.steps, loss, done.tokens, done.seconds, done.rows_cut)
@@ -94,97 +86,64 @@ def train_adapter(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: str,
-    *,
-    base: BaseReference,
-    data_dir: Path,
-    out_dir: Path,
     settings: AdapterTrainSettings,
+    job: TrainJob,
+    *,
     tasks: Sequence[str] | None = None,
-    max_rows: int | None = None,
-    token_cache: Path | None = None,
-    resume: bool = True,
-    force: bool = False,
-    runtime: Runtime = SINGLE,
-    progress: Progress = SILENT,
 ) -> TrainedAdapter:
-    """Train a LoRA on one task's train rows, or on several tasks mixed evenly, and save it as a PEFT folder ``out_dir/<task>``.
+    """Train a LoRA on one task's train rows, or on several tasks mixed evenly, and save it as the PEFT folder ``job.out/<task>``.
 
     The loss is the cross-entropy over all tokens of prompt and response (or of the response alone, ``settings.loss_on``), the end-of-sequence
     token included. The base is left as it was.
 
     Args:
         model: The base model.
-        tokenizer: Its tokenizer.
-        task: A built dataset in ``data_dir``; with ``tasks`` only the adapter's name.
-        base: How the base is named in the adapter's configuration.
-        data_dir, out_dir: Datasets and adapters.
+        tokenizer: The base model's tokenizer.
+        task: Name of the adapter, and unless ``tasks`` is given of a built dataset in ``job.data_dir``.
         settings: Rank, steps, rates.
-        tasks: Train one LoRA on all of these (the paper's LoRA-B): every task has as many tokens as any other.
-        max_rows: Use only the first so many train rows.
-        token_cache: Keep tokenised rows there, and read them from there; None: in memory.
-        resume: Go on from a saved state of the same inputs, if there is one.
-        force: Train even if the same adapter is there.
-        runtime: The processes that train together; each calls this function, the main one writes.
-        progress: Where to report.
+        job: Datasets, folder of adapters, processes.
+        tasks: Names of several datasets to train one LoRA on (the paper's LoRA-B); every task has as many tokens as any other.
 
     Raises:
         DataError: The dataset is missing or broken.
-        UsageError: A name is not a valid name, or ``out_dir/<task>`` leads elsewhere or holds something that Meteora did not train.
+        UsageError: A name is not a valid name, or ``job.out/<task>`` leads elsewhere or holds something that Meteora did not train.
         StorageError: It cannot be written, or (BusyError) another process trains it.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     check_names(tasks or ())
-    folder, dtype = folder_of(out_dir, task, "adapter"), next(model.parameters()).dtype
-    inputs = adapter_inputs(base, dtype, data_dir, task, settings, max_rows, tasks=tasks, processes=runtime.world)
-    states = out_dir / f".{task}.states"
-    if not force and adapter_is_current(folder, inputs):
+    runtime, folder, dtype = job.runtime, folder_of(job.out, task, "adapter"), next(model.parameters()).dtype
+    inputs = adapter_inputs(job, dtype, task, settings, tasks)
+    states = job.out / f".{task}.states"
+    if not job.force and adapter_is_current(folder, inputs):
         tidy(folder, states, is_main=runtime.is_main)
         return finished_adapter(task, folder)
     check_adapter_folder(folder)
     with only_writer([folder], is_main=runtime.is_main):
-        names = list(tasks or [task])
-        parts = [
-            encoded_rows(
-                data_dir,
-                name,
-                tokenizer,
-                index,
-                max_length=settings.max_length,
-                seed=settings.seed,
-                max_rows=max_rows,
-                token_cache=token_cache,
-                progress=progress,
-            )
-            for index, name in enumerate(names)
-        ]
-        encoded, held_out = [each for each, _ in parts], [held for _, held in parts if held]
-        check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
-        pad = padding_token(model, tokenizer)
+        names = tuple(tasks or [task])
+        encoded, held_out = adapter_rows(model, tokenizer, names, dict.fromkeys(names, settings), job)
         torch.manual_seed(settings.seed)
-        peft_model = with_lora(model, base, settings)
+        peft_model = with_lora(model, job.base, settings)
         try:
             if settings.gradient_checkpointing:
                 enable_checkpointing(model)
-            response_only = settings.loss_on == "response"
-            run = Task(
+            run = TrainingRun(
                 peft_model,
                 [each.rows for each in encoded],
                 LmObjective(dtype, names),
-                pad,
+                held_out.pad_token,
                 states,
                 inputs,
                 f"adapter {task}",
-                names=tuple(names),
-                response_only=response_only,
-                evaluate=lambda work: measure_lm(peft_model, held_out, pad, names, settings.batch_size, response_only, runtime=runtime, run=work),
-                log_dir=out_dir / "tensorboard" / task,
+                names=names,
+                response_only=held_out.response_only,
+                evaluate=lambda on_model: measure_lm(peft_model, held_out, runtime=runtime, on_model=on_model),
+                log_dir=job.out / "tensorboard" / task,
             )
-            state = train_or_start_anew(run, settings, resume=resume, runtime=runtime, progress=progress)
-            weights = {name: full_tensor(parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-            loss = last_loss(state.history)
+            state = train_or_start_anew(run, settings, job)
+            trained = {name: full_tensor(parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
             cut = sum(each.cut for each in encoded)
             if runtime.is_main:
-                save_adapter(peft_model, folder, inputs, state, cut, weights=weights, tasks=tasks)
+                save_adapter(peft_model, folder, inputs, state, cut, weights=trained, tasks=tasks)
                 shutil.rmtree(states, ignore_errors=True)
         finally:
             if settings.gradient_checkpointing:
@@ -192,19 +151,38 @@ def train_adapter(
             peft_model.unload()
             model.eval().requires_grad_(False)
         runtime.wait()
-        return TrainedAdapter(task, folder, False, state.step, loss, state.tokens, state.seconds, cut)
+        return TrainedAdapter(task, folder, False, state.step, last_loss(state.history), state.tokens, state.seconds, cut)
 
 
-def train_or_start_anew(run: Task, settings: AdapterTrainSettings, *, resume: bool, runtime: Runtime, progress: Progress) -> RunState:
-    """:func:`meteora_core.training.loop.train`; a saved state of other inputs is dropped, and without ``resume`` every saved state."""
-    states = saved_states(run.folder) if resume else []
+def adapter_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], settings: Mapping[str, AdapterTrainSettings], job: TrainJob
+) -> tuple[list[Encoded], HeldOut]:
+    """The train rows of each task, labelled with its place in ``tasks``, and the held-out rows. Raises DataError.
+
+    Args:
+        model, tokenizer: The base model and its tokenizer, whose vocabulary must cover every row.
+        tasks: The datasets' names.
+        settings: The settings of each task.
+        job: Datasets, number of rows, cache.
+    """
+    parts = [encoded_rows(job, task, tokenizer, index, settings[task]) for index, task in enumerate(tasks)]
+    encoded, held = [each for each, _ in parts], [rows for _, rows in parts if rows]
+    check_tokens(model, tokenizer, (row.tokens for each in encoded for row in each.rows))
+    first = settings[tasks[0]]
+    return encoded, HeldOut(held, tasks, padding_token(model, tokenizer), first.batch_size, response_only=first.loss_on == "response")
+
+
+def train_or_start_anew(run: TrainingRun, settings: AdapterTrainSettings, job: TrainJob) -> RunState:
+    """:func:`meteora_core.training.loop.train`; a saved state of other inputs is dropped, and without ``job.resume`` every saved state."""
+    runtime = job.runtime
+    states = saved_states(run.folder) if job.resume else []
     other = bool(states) and bool(differences(with_order(read_json(states[-1] / INFO, error=CheckpointError)["inputs"]), run.inputs))
-    if other or not resume:
+    if other or not job.resume:
         runtime.wait()
         if runtime.is_main:
             shutil.rmtree(run.folder, ignore_errors=True)
         runtime.wait()
-    return train(run, settings, resume=resume, runtime=runtime, progress=progress)
+    return train(run, settings, resume=job.resume, runtime=runtime, progress=job.progress)
 
 
 def save_adapter(
@@ -217,22 +195,23 @@ def save_adapter(
     weights: dict[str, Tensor] | None = None,
     tasks: Sequence[str] | None = None,
 ) -> None:
-    """Write a PEFT folder and how it was made, atomically.
+    """Write a PEFT folder and the file that says how it was trained, atomically.
 
     Args:
-        peft_model: With the adapter's configuration.
-        folder: Where to.
-        inputs, state, cut: Of the training.
-        weights: By parameter name; None takes the model's.
-        tasks: Of one LoRA over several tasks.
+        peft_model: A PEFT model with the adapter's configuration.
+        folder: The folder to write.
+        inputs: What fixed the run.
+        state: The final state of the run.
+        cut: Number of rows that were cut to the longest length.
+        weights: The adapter's tensors by parameter name; None takes the model's.
+        tasks: The datasets' names, for one LoRA over several tasks.
     """
     loss = last_loss(state.history)
     config = peft_model.peft_config["default"]
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)  # PEFT writes a set in another order in every process
     with atomic_folder(folder) as temporary:
-        named = {} if weights is None else {"state_dict": weights}
-        peft_model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False, **named)
+        peft_model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False, state_dict=weights)
         (temporary / WEIGHTS).chmod(0o644)
         _in_order(temporary / CONFIG)
         info = {"inputs": inputs, "steps": state.step, "loss": loss, "tokens": state.tokens, "seconds": state.seconds, "rows_cut": cut}
@@ -274,8 +253,8 @@ class LmObjective:
     """The language-model loss; a 16-bit base computes in its own type, while the LoRA weights stay float32.
 
     Args:
-        dtype: Of the base.
-        names: The tasks, by gate label, for what is logged.
+        dtype: The base model's number type.
+        names: The tasks' names, by gate label, for the log.
     """
 
     def __init__(self, dtype: torch.dtype, names: Sequence[str]) -> None:
@@ -295,46 +274,3 @@ class LmObjective:
 def sixteen_bit(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to a 16-bit base's type; nothing for a wider one."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))
-
-
-def lm_tallies(batch: Batch, losses: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """The language-model loss per task; see :func:`meteora_core.training.gate_metrics.by_task`."""
-    return by_task("lm", losses, torch.where(batch.targets.reshape(-1) != IGNORE, batch.gate_labels.reshape(-1), IGNORE), names)
-
-
-@torch.no_grad()
-def measure_lm(
-    model: nn.Module,
-    rows: Sequence[Sequence[TrainRow]],
-    pad_token: int,
-    names: Sequence[str],
-    batch_size: int,
-    response_only: bool,
-    *,
-    runtime: Runtime = SINGLE,
-    run: Run,
-    around: Callable[[Batch], AbstractContextManager[Any]] = nullcontext,
-) -> dict[str, float]:
-    """The language-model loss on held-out rows: ``loss`` over all, ``lm/<task>`` for each of several tasks. Empty without rows.
-
-    ``around`` holds each forward pass.
-    """
-    ordered = sorted((row for task_rows in rows for row in task_rows), key=len)
-    parts = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    model.eval()
-    device = runtime.device or next(model.parameters()).device
-    sums: dict[str, Tensor] = {}
-    for start in range(0, len(parts), runtime.world):
-        mine = start + runtime.rank
-        batch = collate(parts[min(mine, len(parts) - 1)], pad_token, response_only=response_only).to(device)
-        with around(batch):
-            _, losses = run(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
-        weight = 1.0 if mine < len(parts) else 0.0
-        for name, value in lm_tallies(batch, losses, names).items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + weight * value
-    totals = {name: runtime.total(value).tolist() for name, value in sums.items()}
-    counted = sum(count for _, count in totals.values())
-    if not counted:
-        return {}
-    measured = {name: total / count for name, (total, count) in totals.items() if count} if len(names) > 1 else {}
-    return {"loss": sum(total for total, _ in totals.values()) / counted, **measured}

@@ -156,6 +156,11 @@ def last_loss(history: Sequence[Mapping[str, float]]) -> float:
     return next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan)
 
 
+def loss_parts(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The parts of the loss in the last log line: ``lm``, ``gate`` and ``accuracy``, those of them that were logged."""
+    return {name: history[-1][name] for name in ("lm", "gate", "accuracy") if name in history[-1]} if history else {}
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Where two nested dictionaries differ, as ``key: old -> new``."""
     found = []

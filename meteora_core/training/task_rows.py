@@ -1,22 +1,43 @@
-"""The rows of one task: which are trained on and which are held out, tokenised."""
+"""The rows of one task: which are trained on and which are held out, as text and as tokens."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora_core.data.rows import Row, read_rows
-from meteora_core.progress import SILENT, Progress
+from meteora_core.settings import OptimSettings
 from meteora_core.training.encoding import Encoded, TrainRow, encode_rows
+from meteora_core.training.job import TrainJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 HELD_OUT = 64
-"""At most so many train rows of a task are kept out of training, to watch it by; test rows are never looked at."""
+"""Largest number of train rows of a task that are kept out of training, to watch it by; test rows are never looked at."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that were kept out of training, and how a model is measured on them.
+
+    Attributes:
+        rows: Per task, its rows.
+        names: The tasks' names, in the order of ``rows``.
+        pad_token: Token id that fills up batches.
+        batch_size: Rows in one forward pass.
+        composites: Rows that belong to several tasks; they are reported apart.
+        response_only: Whether the language-model loss leaves the prompts out.
+    """
+
+    rows: Sequence[Sequence[TrainRow]]
+    names: Sequence[str]
+    pad_token: int
+    batch_size: int
+    composites: Sequence[TrainRow] = ()
+    response_only: bool = False
 
 
 def split_places(count: int, seed: int) -> tuple[list[int], list[int]]:
@@ -33,45 +54,34 @@ def split_held_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]
     return [rows[place] for place in train], [rows[place] for place in held]
 
 
-def train_rows(data_dir: Path, task: str, seed: int, max_rows: int | None = None) -> tuple[list[Row], list[Row]]:
+def train_rows(job: TrainJob, task: str, seed: int) -> tuple[list[Row], list[Row]]:
     """The train and held-out rows of a built dataset. Raises DataError when it is missing or broken."""
-    return split_held_out(read_rows(data_dir, task, "train", max_rows), seed)
+    return split_held_out(read_rows(job.data_dir, task, "train", job.max_rows), seed)
 
 
-def encoded_rows(
-    data_dir: Path,
-    task: str,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: int,
-    *,
-    max_length: int,
-    seed: int,
-    max_rows: int | None = None,
-    token_cache: Path | None = None,
-    progress: Progress = SILENT,
-) -> tuple[Encoded, list[TrainRow]]:
+def encoded_rows(job: TrainJob, task: str, tokenizer: PreTrainedTokenizerBase, adapter: int, settings: OptimSettings) -> tuple[Encoded, list[TrainRow]]:
     """The tokenised train and held-out rows of a built dataset.
 
+    With ``job.token_cache``, train rows are read from the cache (:mod:`meteora_core.training.token_cache`) as they are needed; without it they are
+    tokenised now and held in memory. The rows are the same.
+
     Args:
-        data_dir, task: The dataset.
+        job: Datasets, number of rows, cache.
+        task: Name of the dataset.
         tokenizer: The base model's.
         adapter: Gate label of every token.
-        max_length: Longest row, in tokens.
-        seed: Chooses the held-out rows.
-        max_rows: Use only the first so many rows.
-        token_cache: Where tokenised rows are kept (:mod:`meteora_core.training.token_cache`), train rows are read from there as they are
-            needed; None tokenises them now, and holds them in memory. The rows are the same.
-        progress: Where to report.
+        settings: The longest row (``max_length``), and the ``seed`` that chooses the held-out rows.
 
     Raises:
         DataError: The dataset is missing or broken.
     """
-    if token_cache is None:
-        train, held = train_rows(data_dir, task, seed, max_rows)
-        return encode_rows(train, tokenizer, adapter, max_length), list(encode_rows(held, tokenizer, adapter, max_length).rows) if held else []
+    if job.token_cache is None:
+        train, held = train_rows(job, task, settings.seed)
+        watched = encode_rows(held, tokenizer, adapter, settings.max_length).rows if held else ()
+        return encode_rows(train, tokenizer, adapter, settings.max_length), list(watched)
     from meteora_core.training.token_cache import cached_rows, open_rows
 
-    dataset = cached_rows(data_dir, task, tokenizer, token_cache, max_rows=max_rows, progress=progress)
-    places, held_places = split_places(len(dataset), seed)
-    rows = open_rows(dataset, places, tokenizer, adapter, max_length)
-    return Encoded(rows, rows.cut), open_rows(dataset, held_places, tokenizer, adapter, max_length)[:]
+    dataset = cached_rows(job.data_dir, task, tokenizer, job.token_cache, max_rows=job.max_rows, progress=job.progress)
+    places, held_places = split_places(len(dataset), settings.seed)
+    rows = open_rows(dataset, places, tokenizer, adapter, settings.max_length)
+    return Encoded(rows, rows.cut), open_rows(dataset, held_places, tokenizer, adapter, settings.max_length)[:]

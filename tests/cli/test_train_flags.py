@@ -92,7 +92,7 @@ def outcome(meteora, monkeypatch, place):
     monkeypatch.setattr(AdapterBank, "from_peft", lambda folders, **_: sorted(folders.items()))
     monkeypatch.setattr(single_adapter, "train_adapter", record("adapter"))
     monkeypatch.setattr(joint_adapters, "train_together", record("together"))
-    monkeypatch.setattr(parallel_adapters, "train_side_by_side", record("jobs"))
+    monkeypatch.setattr(parallel_adapters, "train_in_parallel", record("jobs"))
     monkeypatch.setattr(gates, "train_gates", record("gates"))
     monkeypatch.setattr(accelerate_launch, "launch_config", record("launch"))
     monkeypatch.setattr(accelerate_launch, "cannot_shard", lambda: Called("shard"))

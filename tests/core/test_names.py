@@ -17,9 +17,10 @@ from meteora_core.data.userdata import own_task
 from meteora_core.errors import DataError, UsageError
 from meteora_core.names import KEYWORDS, LONGEST, check_name, folder_of, inside, is_name, problem_of
 from meteora_core.settings import load_settings
+from meteora_core.training.job import TrainJob
 from meteora_core.training.joint_adapters import train_together
 from meteora_core.training.output_folders import check_adapter_folder, check_targets
-from meteora_core.training.parallel_adapters import JobPlan, train_side_by_side
+from meteora_core.training.parallel_adapters import train_in_parallel
 from meteora_core.training.single_adapter import train_adapter
 
 BAD = [
@@ -66,17 +67,17 @@ def test_every_built_in_task_has_a_valid_name() -> None:
 
 @pytest.mark.parametrize("name", ["../mydata", "a/b", "all", "tensorboard"])
 def test_every_entry_point_refuses_such_names(tmp_path: Path, name: str) -> None:
-    training = {"base": None, "data_dir": tmp_path, "out_dir": tmp_path / "out", "settings": None}
+    job = TrainJob(None, tmp_path, tmp_path / "out")  # type: ignore[arg-type]
     calls = [
         lambda: own_task(name, train=tmp_path / "x.jsonl"),
         lambda: verify(tmp_path, [name]),
         lambda: plan_composite(tmp_path, tasks=["strategyqa", "gsm8k"], name=name),
         lambda: load_settings(None, {"tasks": {name: {"train": "a", "test": "b"}}}),
         lambda: load_settings(None, {"train_adapters": {"tasks": {name: {"rank": 2}}}}),
-        lambda: train_adapter(None, None, name, **training),  # type: ignore[arg-type]
-        lambda: train_adapter(None, None, "mixed", tasks=["a", name], **training),  # type: ignore[arg-type]
-        lambda: train_together(None, None, [name], **training),  # type: ignore[arg-type]
-        lambda: train_side_by_side(JobPlan({name: None}, None, None, ["cpu"], tmp_path, tmp_path / "out")),  # type: ignore[arg-type, dict-item]
+        lambda: train_adapter(None, None, name, None, job),  # type: ignore[arg-type]
+        lambda: train_adapter(None, None, "mixed", None, job, tasks=["a", name]),  # type: ignore[arg-type]
+        lambda: train_together(None, None, [name], None, job),  # type: ignore[arg-type]
+        lambda: train_in_parallel({name: None}, job, dtype=None, devices=["cpu"]),  # type: ignore[arg-type, dict-item]
     ]
     for call in calls:
         with pytest.raises(UsageError, match="cannot name"):

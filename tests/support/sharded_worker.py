@@ -58,6 +58,7 @@ def main(options: dict[str, Any]) -> None:
     from meteora_core.settings import GateTrainSettings
     from meteora_core.training import gates, loop
     from meteora_core.training.distributed import Runtime
+    from meteora_core.training.job import TrainJob
     from support.tiny_training import BASE, letters, model
 
     data, adapters, folder = (Path(options[key]) for key in ("data", "adapters", "folder"))
@@ -89,12 +90,8 @@ def main(options: dict[str, Any]) -> None:
         base,
         letters(),
         AdapterBank.from_peft({name: adapters / name for name in ("shout", "count")}),
-        base=BASE,
-        data_dir=data,
-        folder=folder,
-        settings=settings,
-        resume=True,
-        runtime=Runtime("deepspeed" if stage else "fsdp", rank, world, torch.device("cpu"), accelerator),
+        settings,
+        TrainJob(BASE, data, folder, resume=True, runtime=Runtime("deepspeed" if stage else "fsdp", rank, world, torch.device("cpu"), accelerator)),
     )
     weight = base.model.layers[0].self_attn.q_proj.base_layer.weight
     if stage:

@@ -15,6 +15,7 @@ from meteora_core.model.base import BaseReference
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import loop
 from meteora_core.training.gates import train_gates
+from meteora_core.training.job import TrainJob
 from meteora_core.training.single_adapter import train_adapter
 from support.tiny_models import make_tiny_llama
 
@@ -59,20 +60,20 @@ def adapter(data: Path, out: Path, task: str = "shout", **changes):
     settings = AdapterTrainSettings(
         **{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "save_steps": 2, "log_steps": 1, **changes}
     )
-    return train_adapter(model(), letters(), task, base=BASE, data_dir=data, out_dir=out, settings=settings)
+    return train_adapter(model(), letters(), task, settings, TrainJob(BASE, data, out, resume=True))
 
 
 def gates(data: Path, adapters: Path, folder: Path, *, resume: bool = False, base=None, **changes):
     settings = GateTrainSettings(**{"max_steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_steps": 2, "log_steps": 1, "log_to": "none", **changes})
     bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
     base = base or model()
-    return base, train_gates(base, letters(), bank, base=BASE, data_dir=data, folder=folder, settings=settings, resume=resume)
+    return base, train_gates(base, letters(), bank, settings, TrainJob(BASE, data, folder, resume=resume))
 
 
 def together_options(data: Path, out: Path, **changes):
     """Arguments of :func:`train_together`, and of :func:`train_adapter` for the same result."""
     settings = {"max_steps": 6, "batch_size": 3, "learning_rate": 1e-2, "rank": 2, "dropout": 0.0, "log_steps": 1, "save_steps": 2, "log_to": "none"}
-    return {"base": BASE, "data_dir": data, "out_dir": out, "settings": AdapterTrainSettings(**{**settings, **changes})}
+    return {"settings": AdapterTrainSettings(**{**settings, **changes}), "job": TrainJob(BASE, data, out, resume=True)}
 
 
 class Killed(BaseException):

@@ -18,7 +18,7 @@ from meteora_core.model.attach import meteora_layers, set_trainable
 from meteora_core.routing import record_routes, routing_state
 from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
-from meteora_core.training.gates import GateObjective
+from meteora_core.training.gate_objective import GateObjective
 from meteora_core.training.loop import Counts
 from support.tiny_models import make_tiny_llama
 

@@ -13,7 +13,7 @@ from meteora_core import AdapterBank, attach, detach, load_checkpoint, save_chec
 from meteora_core.model.attach import meteora_layers
 from meteora_core.routing import record_routes
 from meteora_core.training.encoding import TrainRow, collate
-from meteora_core.training.gates import GateObjective
+from meteora_core.training.gate_objective import GateObjective
 from meteora_core.training.loop import Counts
 from meteora_core.training.ridge import ridge_gates, token_weights
 from support.tiny_models import declare_trained, make_tiny_llama

@@ -10,8 +10,8 @@ from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
-from meteora_core.training.gates import GateObjective
-from meteora_core.training.loop import Counts, Task, train
+from meteora_core.training.gate_objective import GateObjective
+from meteora_core.training.loop import Counts, TrainingRun, train
 from meteora_core.training.single_adapter import LmObjective
 from support.tiny_models import make_tiny_llama
 
@@ -56,7 +56,7 @@ def test_the_training_loop_goes_without_it(chosen: bool, checkpointing: bool, wa
     if checkpointing:
         enable_checkpointing(model)
     settings = AdapterTrainSettings(max_steps=1, batch_size=2, accumulation=2)
-    train(Task(model, [ROWS], LmObjective(torch.float32, ["a"]), 2, tmp_path, {}, "a"), settings)
+    train(TrainingRun(model, [ROWS], LmObjective(torch.float32, ["a"]), 2, tmp_path, {}, "a"), settings)
     assert seen == [False] * 2 * 2 * (3 if checkpointing else 2)  # batches, layers, passes
     assert torch.backends.cuda.cudnn_sdp_enabled() == chosen
 

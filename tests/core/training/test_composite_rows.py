@@ -7,7 +7,7 @@ import pytest
 from meteora_core.data.composite import compose, lead_text, numbered
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError
-from meteora_core.training.batch_plan import plan_batches
+from meteora_core.training.batch_plan import RowMix, plan_batches
 from meteora_core.training.composites import composite_text, make_composites
 from meteora_core.training.encoding import encode_labelled
 from support.tiny_training import letters
@@ -71,8 +71,8 @@ def test_made_composites_are_fixed_by_the_seed_fit_and_differ_in_size() -> None:
 
 def test_the_plan_mixes_them_in_by_their_share() -> None:
     lengths = [[10] * 30, [20] * 30]
-    plan = plan_batches(lengths, 40, 5, 0, extra=[50] * 7, extra_share=0.3)
+    plan = plan_batches(lengths, 40, 5, 0, RowMix([50] * 7, 0.3))
     picked = [pick for batch in plan for pick in batch if pick[0] == 2]
     assert len(picked) == 60
     assert {row for _, row in picked} == set(range(7))
-    assert plan_batches(lengths, 10, 5, 0, extra=[50], extra_share=0.0) == plan_batches(lengths, 10, 5, 0)
+    assert plan_batches(lengths, 10, 5, 0, RowMix([50], 0.0)) == plan_batches(lengths, 10, 5, 0)

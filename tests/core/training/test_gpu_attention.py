@@ -10,8 +10,9 @@ import torch
 from meteora_core import AdapterBank, attach
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training.encoding import TrainRow
-from meteora_core.training.gates import GateObjective, trainable_in_float32
-from meteora_core.training.loop import Objective, Task, train
+from meteora_core.training.gate_objective import GateObjective
+from meteora_core.training.gates import trainable_in_float32
+from meteora_core.training.loop import Objective, TrainingRun, train
 from meteora_core.training.single_adapter import LmObjective, with_lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -75,7 +76,7 @@ def test_sixteen_bit_training_with_very_negative_scores(family: str, stage: str,
         model = attach(base, bank_of(base), init="normal")
         trainable_in_float32(model, "gates")
         objective = GateObjective(settings.beta)
-    state = train(Task(model, rows(), objective, 2, tmp_path, {}, stage), settings)
+    state = train(TrainingRun(model, rows(), objective, 2, tmp_path, {}, stage), settings)
     assert [entry["step"] for entry in state.history] == [1, 2, 3, 4]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from meteora_core.errors import MeteoraError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
 from meteora_core.settings import AdapterTrainSettings
-from meteora_core.training.parallel_adapters import JobPlan, job_devices, train_side_by_side
+from meteora_core.training.job import TrainJob
+from meteora_core.training.parallel_adapters import ParallelOutcome, job_devices, train_in_parallel
 from meteora_core.training.single_adapter import train_adapter
 from support.tiny_training import letters, model
 
@@ -29,9 +30,9 @@ def base(tmp_path: Path) -> BaseReference:
     return BaseReference(str(tmp_path / "base"))
 
 
-def plan(base: BaseReference, data: Path, out: Path, workers: int = 2, **settings: AdapterTrainSettings) -> JobPlan:
+def run(job: TrainJob, workers: int = 2, **settings: AdapterTrainSettings) -> ParallelOutcome:
     each = settings or {task: AdapterTrainSettings(**SETTINGS) for task in ("shout", "count")}
-    return JobPlan(each, base, torch.float32, ["cpu"] * workers, data, out)
+    return train_in_parallel(each, job, dtype=torch.float32, devices=["cpu"] * workers)
 
 
 class Recorder:
@@ -74,10 +75,9 @@ def test_gpus_are_taken_in_turn(monkeypatch) -> None:
 @pytest.mark.slow
 def test_side_by_side_equals_one_after_another_and_skips_what_is_there(base, data, tmp_path) -> None:
     for task in ("shout", "count"):
-        options = {"base": base, "data_dir": data, "out_dir": tmp_path / "alone", "settings": AdapterTrainSettings(**SETTINGS)}
-        train_adapter(load_base(base), load_tokenizer(base), task, **options)
+        train_adapter(load_base(base), load_tokenizer(base), task, AdapterTrainSettings(**SETTINGS), TrainJob(base, data, tmp_path / "alone"))
     recorder = Recorder()
-    outcome = train_side_by_side(plan(base, data, tmp_path / "jobs"), progress=recorder)
+    outcome = run(TrainJob(base, data, tmp_path / "jobs", resume=True, progress=recorder))
     assert [each.task for each in outcome.done] == ["shout", "count"]
     assert not outcome.failed
     for task in ("shout", "count"):
@@ -86,7 +86,7 @@ def test_side_by_side_equals_one_after_another_and_skips_what_is_there(base, dat
         assert all(torch.equal(alone[name], jobs[name]) for name in alone)
     assert sorted(recorder.titles) == ["adapter count", "adapter shout"]
     assert recorder.advanced == {"adapter count": 4, "adapter shout": 4}
-    again = train_side_by_side(plan(base, data, tmp_path / "jobs"))
+    again = run(TrainJob(base, data, tmp_path / "jobs", resume=True))
     assert all(each.skipped for each in again.done)
 
 
@@ -95,7 +95,7 @@ def test_a_task_that_fails_is_named_and_the_others_are_trained(base, data, tmp_p
     """One worker has both tasks: the failure of the first must not keep it from the second."""
     settings = {"shout": AdapterTrainSettings(**{**SETTINGS, "log_to": "wandb"}), "count": AdapterTrainSettings(**SETTINGS)}
     recorder = Recorder()
-    outcome = train_side_by_side(plan(base, data, tmp_path / "o", 1, **settings), progress=recorder)
+    outcome = run(TrainJob(base, data, tmp_path / "o", resume=True, progress=recorder), 1, **settings)
     assert [each.task for each in outcome.done] == ["count"]
     with pytest.raises(MeteoraError, match=r"1 of 2 tasks failed: shout: .*wandb is not installed"):
         outcome.check()
@@ -113,7 +113,7 @@ def test_a_dead_worker_is_named_and_the_others_are_stopped(base, data, tmp_path)
 
     settings = {task: AdapterTrainSettings(**{**SETTINGS, "max_steps": 100_000}) for task in ("shout", "count")}
     with pytest.raises(MeteoraError, match=r"(the process that trained (shout|count)|worker process 0) ended: terminated with signal SIGKILL"):
-        train_side_by_side(plan(base, data, tmp_path / "o", **settings), progress=Recorder(kill_one))
+        run(TrainJob(base, data, tmp_path / "o", resume=True, progress=Recorder(kill_one)), **settings)
     assert not active_children()
 
 
@@ -130,7 +130,7 @@ def test_ctrl_c_ends_all_workers(base, data, tmp_path) -> None:
 
     settings = {task: AdapterTrainSettings(**{**SETTINGS, "max_steps": 100_000}) for task in ("shout", "count")}
     with pytest.raises(KeyboardInterrupt):
-        train_side_by_side(plan(base, data, tmp_path / "o", **settings), progress=Recorder(interrupt))
+        run(TrainJob(base, data, tmp_path / "o", resume=True, progress=Recorder(interrupt)), **settings)
     assert started.is_set()
     assert not active_children()
     assert not list((tmp_path / "o").glob("[!.]*"))
@@ -138,4 +138,4 @@ def test_ctrl_c_ends_all_workers(base, data, tmp_path) -> None:
 
 def test_a_base_that_cannot_be_loaded_is_an_error_before_any_worker_starts(data, tmp_path) -> None:
     with pytest.raises(MeteoraError, match="no base model"):
-        train_side_by_side(plan(BaseReference("nothing-of-the-kind"), data, tmp_path))
+        run(TrainJob(BaseReference("nothing-of-the-kind"), data, tmp_path))

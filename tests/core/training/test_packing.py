@@ -12,8 +12,8 @@ from meteora_core.model.attach import meteora_layers
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.batch_plan import plan_packed
 from meteora_core.training.encoding import TrainRow, collate, collate_packed
-from meteora_core.training.gates import GateObjective
-from meteora_core.training.loop import Counts, Task, train
+from meteora_core.training.gate_objective import GateObjective
+from meteora_core.training.loop import Counts, TrainingRun, train
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.packing import check_packing
 from meteora_core.training.single_adapter import LmObjective
@@ -118,4 +118,4 @@ def test_a_packed_run_asks_the_model_first(tmp_path) -> None:
     model = AutoModelForCausalLM.from_config(LEAKY["state space"]())
     settings = AdapterTrainSettings(max_steps=1, batch_size=2, packing=True, max_length=64, log_to="none")
     with pytest.raises(UsageError, match="does not keep packed rows apart"):
-        train(Task(model, [some_rows()], LmObjective(torch.float32, ["a"]), 2, tmp_path, {}, "a"), settings)
+        train(TrainingRun(model, [some_rows()], LmObjective(torch.float32, ["a"]), 2, tmp_path, {}, "a"), settings)

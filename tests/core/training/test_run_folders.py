@@ -17,8 +17,9 @@ from meteora_core.errors import BusyError, CheckpointError, StorageError, UsageE
 from meteora_core.files import sha256
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.gates import train_gates
+from meteora_core.training.job import TrainJob
 from meteora_core.training.joint_adapters import train_together
-from meteora_core.training.parallel_adapters import JobPlan, train_side_by_side
+from meteora_core.training.parallel_adapters import train_in_parallel
 from meteora_core.training.single_adapter import train_adapter
 from meteora_core.training.state import RunState, load_state, save_state
 from support.tiny_training import BASE, Killed, adapter, gates, kill_at, letters, model, together_options
@@ -28,7 +29,7 @@ def other_order(data: Path, adapters: Path, folder: Path, **options):
     """What ``gates`` does, with the adapters in the other order."""
     settings = GateTrainSettings(max_steps=6, batch_size=4, learning_rate=1e-2, save_steps=2, log_steps=1, log_to="none")
     bank = AdapterBank.from_peft({"count": adapters / "count", "shout": adapters / "shout"})
-    return train_gates(model(), letters(), bank, base=BASE, data_dir=data, folder=folder, settings=settings, **options)
+    return train_gates(model(), letters(), bank, settings, TrainJob(BASE, data, folder, **options))
 
 
 def without_order(path: Path) -> None:
@@ -80,7 +81,8 @@ def test_a_run_without_resume_drops_old_states_and_keeps_its_own(data, tmp_path,
         with monkeypatch.context() as patch:
             kill_at(patch, step)
             with pytest.raises(Killed):
-                train_adapter(model(), letters(), "shout", resume=False, **together_options(data, tmp_path / "a", **changes))
+                settings = together_options(data, tmp_path, **changes)["settings"]
+                train_adapter(model(), letters(), "shout", settings, TrainJob(BASE, data, tmp_path / "a"))
         return sorted(path.name for path in (tmp_path / "a" / ".shout.states").iterdir()) if (tmp_path / "a" / ".shout.states").is_dir() else []
 
     assert run(6) == ["step-4"]
@@ -119,7 +121,7 @@ def test_a_folder_of_other_things_is_not_replaced_by_an_adapter(data, tmp_path, 
         train_together(model(), letters(), ["count", "shout"], **together_options(data, tmp_path / "a"))
     settings = together_options(data, tmp_path)["settings"]
     with pytest.raises(UsageError, match="not an adapter"):
-        train_side_by_side(JobPlan({"count": settings, "shout": settings}, BASE, torch.float32, ["cpu"], data, tmp_path / "a"))
+        train_in_parallel({"count": settings, "shout": settings}, TrainJob(BASE, data, tmp_path / "a"), dtype=torch.float32, devices=["cpu"])
     assert kept.read_text() == "mine"
     kept.unlink()
     with pytest.raises(Killed):

@@ -14,6 +14,7 @@ from meteora_core.errors import UsageError
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.distributed import Runtime, layer_classes, shard_units
 from meteora_core.training.gates import train_gates
+from meteora_core.training.job import TrainJob
 from support import processes, sharded_worker
 from support.tiny_models import make_tiny_llama
 from support.tiny_training import BASE, gates, held_out_rows, letters, model
@@ -101,7 +102,7 @@ def test_two_rates_are_refused_where_deepspeed_would_lose_states(data, adapters,
     bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
     settings = GateTrainSettings(trainable="gates+adapters", adapter_learning_rate=1e-4)
     with pytest.raises(UsageError, match="at one rate"):
-        train_gates(model(), letters(), bank, base=BASE, data_dir=data, folder=tmp_path / "m", settings=settings, runtime=Runtime("deepspeed"))
+        train_gates(model(), letters(), bank, settings, TrainJob(BASE, data, tmp_path / "m", runtime=Runtime("deepspeed")))
     assert not (tmp_path / "m").exists()
 
 

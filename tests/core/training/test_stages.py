@@ -18,11 +18,13 @@ from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import loop
 from meteora_core.training.encoding import TrainRow, collate, count_row_answers, encode_rows
 from meteora_core.training.gate_metrics import measure_gates
-from meteora_core.training.gates import GateObjective
+from meteora_core.training.gate_objective import GateObjective
+from meteora_core.training.job import TrainJob
 from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
 from meteora_core.training.ridge import token_weights
 from meteora_core.training.single_adapter import train_adapter
+from meteora_core.training.task_rows import HeldOut
 from support.tiny_models import make_tiny_llama
 from support.tiny_training import BASE, IDS, Killed, adapter, gates, held_out_rows, kill_at, letters, model
 
@@ -45,7 +47,7 @@ def test_an_adapter_learns_and_is_an_ordinary_peft_folder(data, tmp_path) -> Non
 def test_the_base_is_left_as_it_was(data, tmp_path) -> None:
     base = model()
     before, keys = base(IDS).logits, list(base.state_dict())
-    train_adapter(base, letters(), "shout", base=BASE, data_dir=data, out_dir=tmp_path, settings=AdapterTrainSettings(max_steps=2, gradient_checkpointing=True))
+    train_adapter(base, letters(), "shout", AdapterTrainSettings(max_steps=2, gradient_checkpointing=True), TrainJob(BASE, data, tmp_path))
     assert torch.equal(base(IDS).logits, before)
     assert list(base.state_dict()) == keys
     assert not any(parameter.requires_grad for parameter in base.parameters())
@@ -230,7 +232,7 @@ def test_gate_accuracy_is_counted_by_hand(data, adapters, tmp_path) -> None:
     from meteora_core.data.rows import read_rows
 
     rows = [encode_rows(read_rows(data, task, "test"), letters(), i, 64).rows for i, task in enumerate(("shout", "count"))]
-    measured = measure_gates(base, rows, 1, ("shout", "count"), 4)
+    measured = measure_gates(base, HeldOut(rows, ("shout", "count"), pad_token=1, batch_size=4))
     tokens = [sum(map(len, task_rows)) for task_rows in rows]
     answers = [sum(len(row) - row.response_start for row in task_rows) for task_rows in rows]
     assert measured["gate_accuracy/shout"] == 1.0
@@ -241,7 +243,7 @@ def test_gate_accuracy_is_counted_by_hand(data, adapters, tmp_path) -> None:
     with torch.no_grad():
         for path, layer in meteora_layers(base):
             layer.gate.fill_(float("nan") if ".layers.0." in path else 0.0)
-    assert measure_gates(base, rows, 1, ("shout", "count"), 4)["gate_accuracy/shout"] == 1.0
+    assert measure_gates(base, HeldOut(rows, ("shout", "count"), pad_token=1, batch_size=4))["gate_accuracy/shout"] == 1.0
 
 
 def test_an_infinite_loss_stops_the_run_and_names_step_batch_and_layer(data, tmp_path) -> None:
@@ -250,7 +252,7 @@ def test_an_infinite_loss_stops_the_run_and_names_step_batch_and_layer(data, tmp
         base.model.norm.weight.fill_(float("inf"))
     settings = AdapterTrainSettings(max_steps=4, log_steps=2, batch_size=2)
     with pytest.raises(MeteoraError, match=r"at step 1, batch 1 \(training rows shout \d+, shout \d+\); the first layer .*model\.norm"):
-        train_adapter(base, letters(), "shout", base=BASE, data_dir=data, out_dir=tmp_path / "o", settings=settings)
+        train_adapter(base, letters(), "shout", settings, TrainJob(BASE, data, tmp_path / "o"))
     assert not (tmp_path / "o" / "shout").exists()
 
 
@@ -431,7 +433,7 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(data, adapters, tmp
     seen: list[int] = []
     from meteora_core.training import gates as stage
 
-    def measured(*_arguments, run=None, **_named):
+    def measured(*_arguments, **_named):
         seen.append(1)
         return {"lm_loss": losses[2 * len(seen)], "gate_loss": 0.0, "gate_accuracy": 0.5}
 
@@ -494,12 +496,12 @@ def test_one_lora_over_all_tasks(data, tmp_path) -> None:
 
     adapter(data, tmp_path / "a", "shout")
     settings = AdapterTrainSettings(max_steps=6, batch_size=4, rank=2, log_steps=1)
-    options = {"base": BASE, "data_dir": data, "out_dir": tmp_path / "a", "settings": settings, "tasks": ["shout", "count"]}
-    done = train_adapter(model(), letters(), "balanced", **options)
+    job = TrainJob(BASE, data, tmp_path / "a", resume=True)
+    done = train_adapter(model(), letters(), "balanced", settings, job, tasks=["shout", "count"])
     info = json.loads((done.folder / "meteora_training.json").read_text())
     assert info["tasks"] == ["shout", "count"]
     assert {"lm/shout", "lm/count"} <= set().union(*info["history"])
-    assert train_adapter(model(), letters(), "balanced", **options).skipped
+    assert train_adapter(model(), letters(), "balanced", settings, job, tasks=["shout", "count"]).skipped
     half = tmp_path / "a" / ".count.x.tmp"
     half.mkdir()
     (half / "adapter_config.json").write_text("{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 
 from meteora_core import AdapterBank
 from meteora_core.errors import DataError, StorageError
-from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
+from meteora_core.settings import AdapterTrainSettings, GateTrainSettings, OptimSettings
 from meteora_core.training import token_cache
 from meteora_core.training.encoding import row_lengths
 from meteora_core.training.gates import train_gates
+from meteora_core.training.job import TrainJob
 from meteora_core.training.single_adapter import train_adapter
 from meteora_core.training.task_rows import encoded_rows
 from meteora_core.training.token_cache import CachedRows, cached_rows, tokenizer_fingerprint
@@ -39,9 +41,10 @@ def made(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("bos", [False, True])
 def test_rows_are_those_of_memory(data, tmp_path, options, bos) -> None:
     held_out_rows(data)
-    arguments = {"seed": 3, **options}
-    plain, plain_held = encoded_rows(data, "shout", letters(bos=bos), 1, **arguments)
-    cached, held = encoded_rows(data, "shout", letters(bos=bos), 1, token_cache=tmp_path / "c", **arguments)
+    settings = OptimSettings(seed=3, max_length=options["max_length"])
+    job = TrainJob(BASE, data, tmp_path, options.get("max_rows"))
+    plain, plain_held = encoded_rows(job, "shout", letters(bos=bos), 1, settings)
+    cached, held = encoded_rows(replace(job, token_cache=tmp_path / "c"), "shout", letters(bos=bos), 1, settings)
     assert isinstance(cached.rows, CachedRows)
     assert list(cached.rows) == list(plain.rows)
     assert cached.rows[2:5] == list(plain.rows)[2:5]
@@ -53,14 +56,15 @@ def test_rows_are_those_of_memory(data, tmp_path, options, bos) -> None:
 
 
 def test_rows_are_tokenised_once_for_any_length_and_lie_in_a_mapped_file(data, tmp_path, made) -> None:
+    job = TrainJob(BASE, data, tmp_path, token_cache=tmp_path)
     for length in (64, 9):
-        encoded_rows(data, "shout", letters(), 0, max_length=length, seed=1, token_cache=tmp_path)
+        encoded_rows(job, "shout", letters(), 0, OptimSettings(max_length=length))
     assert made == ["tokenising shout"]
     dataset = cached_rows(data, "shout", letters(), tmp_path)
     assert [Path(file["filename"]).suffix for file in dataset.cache_files] == [".arrow"]
     assert Path(dataset.cache_files[0]["filename"]).is_relative_to(tmp_path)
-    encoded_rows(data, "shout", letters(), 0, max_length=9, seed=1, max_rows=5, token_cache=tmp_path)
-    encoded_rows(data, "shout", letters(bos=True), 0, max_length=9, seed=1, token_cache=tmp_path)
+    encoded_rows(replace(job, max_rows=5), "shout", letters(), 0, OptimSettings(max_length=9))
+    encoded_rows(job, "shout", letters(bos=True), 0, OptimSettings(max_length=9))
     path = data / "shout" / "train.jsonl"
     path.write_text(path.read_text() + json.dumps({"prompt": "one\n", "response": "more"}) + "\n")
     assert len(cached_rows(data, "shout", letters(), tmp_path)) == 31
@@ -115,8 +119,8 @@ def test_a_broken_dataset_is_named_and_leaves_no_entry(data, tmp_path) -> None:
 def test_training_from_the_cache_gives_the_same_bits_and_resumes_to_them(data, adapters, tmp_path, monkeypatch) -> None:
     def adapter(name: str, **more):
         settings = AdapterTrainSettings(max_steps=6, batch_size=4, rank=2, save_steps=2, log_to="none", eval_steps=3)
-        options = {"base": BASE, "data_dir": data, "out_dir": tmp_path / name, "settings": settings, **more}
-        return load_file(train_adapter(model(), letters(), "shout", **options).folder / "adapter_model.safetensors")
+        job = TrainJob(BASE, data, tmp_path / name, resume=True, **more)
+        return load_file(train_adapter(model(), letters(), "shout", settings, job).folder / "adapter_model.safetensors")
 
     held_out_rows(data)
     plain = adapter("plain")
@@ -129,6 +133,6 @@ def test_training_from_the_cache_gives_the_same_bits_and_resumes_to_them(data, a
     bank = AdapterBank.from_peft({name: adapters / name for name in ("shout", "count")})
     for folder, cache in (("a", None), ("b", tmp_path / "c")):
         settings = GateTrainSettings(max_steps=4, batch_size=4, log_to="none", init="ridge", composite_rows=0.4, composite_max=2, max_length=64)
-        train_gates(model(), letters(), bank, base=BASE, data_dir=data, folder=tmp_path / folder, settings=settings, token_cache=cache)
+        train_gates(model(), letters(), bank, settings, TrainJob(BASE, data, tmp_path / folder, token_cache=cache))
     one, two = (load_file(tmp_path / name / "meteora.safetensors") for name in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,60 @@
+"""What the training of gates minimises: the language-model loss plus the gate loss."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from meteora_core.routing import IGNORE, GateObservations, routing_state
+from meteora_core.training.attention import without_cudnn_attention
+from meteora_core.training.encoding import Batch
+from meteora_core.training.gate_metrics import gate_tallies, hit_sum
+from meteora_core.training.loop import Computed, Counts, StepLoss
+from meteora_core.training.loss import lm_losses
+
+
+class GateObjective:
+    """``CE_lm + beta * CE_gate`` and its backward pass.
+
+    Args:
+        beta: Weight of the gate loss.
+        alone: Whether the gate loss trains each layer's own gate alone, and not the adapters before it.
+        answer_share: Share of CE_gate that the answers' tokens of a step have together; None gives every token the same weight.
+    """
+
+    def __init__(self, beta: float, *, alone: bool = False, answer_share: float | None = None) -> None:
+        self.beta, self.alone, self.answer_share = beta, alone, answer_share
+
+    def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[GateObservations]:
+        """Label the gates for forward and backward pass."""
+        return routing_state(model).label_gates(batch.gate_labels, keep_hits=True, alone=self.alone)
+
+    def weights(self, batch: Batch, counts: Counts) -> torch.Tensor | None:
+        """What each position weighs in CE_gate, float32 (positions,), with a mean of 1 over the step; None is 1 everywhere."""
+        answers, every = counts.answer_labels, counts.gate_labels
+        if self.answer_share is None or not 0 < answers < every:
+            return None
+        of_answers, of_prompts = self.answer_share * every / answers, (1 - self.answer_share) * every / (every - answers)
+        return torch.where(batch.response.reshape(-1), of_answers, of_prompts)
+
+    def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
+        """The forward pass, within :meth:`around`."""
+        state = routing_state(model)
+        observed = state.observations
+        assert observed is not None
+        observed.weights = self.weights(batch, counts)
+        lm_sum, losses = lm_losses(model, batch)
+        lm = lm_sum / counts.targets
+        gate = observed.mean_loss(counts.gate_labels)
+        hits = hit_sum(observed.hits, batch.gate_labels.reshape(-1) != IGNORE) / counts.gate_labels
+        parts = {"lm": lm.detach(), "gate": gate.detach(), "accuracy": hits}
+        return lm + self.beta * gate, parts, gate_tallies(observed, batch, losses, state.names)
+
+    def __call__(self, model: nn.Module, batch: Batch, counts: Counts) -> StepLoss:
+        """Forward and backward pass on one process."""
+        with self.around(model, batch), without_cudnn_attention():
+            loss, parts, tallies = self.compute(model, batch, counts)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return StepLoss(loss.detach(), parts, tallies)
