@@ -44,3 +44,21 @@ class NoProgress:
 
 
 SILENT = NoProgress()
+
+
+class Titled:
+    """Reports to another :class:`Progress`, with a word in front of every title.
+
+    Args:
+        progress: Where to report.
+        word: Such as a model's name: the title ``gsm8k`` becomes ``base: gsm8k``.
+    """
+
+    def __init__(self, progress: Progress, word: str) -> None:
+        self._progress, self._word = progress, word
+
+    def task(self, title: str, *, total: float | None = None, unit: str = "it") -> AbstractContextManager[ProgressBar]:
+        return self._progress.task(f"{self._word}: {title}", total=total, unit=unit)
+
+    def note(self, message: str) -> None:
+        self._progress.note(message)

@@ -15,7 +15,7 @@ from meteora_core.data.tasks import COMPOSITES, get_task
 from meteora_core.files import sha256
 from meteora_core.json_files import read_json, write_json
 from meteora_core.memory import release_memory
-from meteora_core.progress import SILENT, Progress
+from meteora_core.progress import SILENT, Progress, Titled
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 
 if TYPE_CHECKING:
@@ -276,18 +276,19 @@ class _Session:
     def _run(self, kind: str, task: str, limit: int) -> Any:
         from meteora_core.checkpoints.native import load_checkpoint
         from meteora_core.evaluation.adapters import with_adapter
-        from meteora_core.evaluation.runner import EvalOptions, evaluate_task
+        from meteora_core.evaluation.eval_plan import EvalOptions
+        from meteora_core.evaluation.runner import evaluate_task
 
         options = EvalOptions(limit=limit, max_new_tokens=_new_tokens(task))
-        title = f"{ {'base': 'base', 'adapter': 'own adapter', 'meteora': 'MeteoRA'}[kind] } on {task}"
+        progress = Titled(self.progress, {"base": "base", "adapter": "own adapter", "meteora": "MeteoRA"}[kind])
         if kind == "adapter":
             with with_adapter(self.bare(), self.adapters / task) as adapted:
-                return evaluate_task(adapted, self.tokenizer, task, self.data, options, title=title, progress=self.progress)
+                return evaluate_task(adapted, self.tokenizer, task, self.data, options, progress=progress)
         if kind == "base":
-            return evaluate_task(self.bare(), self.tokenizer, task, self.data, options, title=title, progress=self.progress)
+            return evaluate_task(self.bare(), self.tokenizer, task, self.data, options, progress=progress)
         if getattr(self.model, "meteora", None) is None:
             load_checkpoint(self.checkpoint, self.model)
-        return evaluate_task(self.model, self.tokenizer, task, self.data, options, title=title, progress=self.progress)
+        return evaluate_task(self.model, self.tokenizer, task, self.data, options, progress=progress)
 
 
 def _new_tokens(task: str) -> int:

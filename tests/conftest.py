@@ -31,7 +31,7 @@ LONGEST = (
     "test_end_to_end.py",
     "test_train_command.py",
     "test_real_bigbench.py",
-    "test_evaluation_session.py",
+    "test_evaluate.py",
     "test_real_model_batches.py",
     "test_sharding.py",
     "test_chat_command.py",

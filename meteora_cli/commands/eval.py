@@ -121,10 +121,10 @@ def evaluate(
     models = ("base", "own", "meteora") if model == "all" else tuple(dict.fromkeys(name.strip() for name in model.split(",") if name.strip()))
     _refuse_without_effect(ctx, models, launcher, save=save)
     from meteora_core.data.userdata import register_all
+    from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan, choose_tasks
+    from meteora_core.evaluation.evaluate import evaluate as run
+    from meteora_core.evaluation.evaluate import prepare
     from meteora_core.evaluation.processes import join_processes, leave_processes
-    from meteora_core.evaluation.runner import EvalOptions
-    from meteora_core.evaluation.session import EvalPlan, choose_tasks, prepare
-    from meteora_core.evaluation.session import evaluate as run
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.settings import ModelSettings
     from meteora_core.starter import usual_checkpoint
@@ -144,22 +144,9 @@ def evaluate(
         base_given=base is not None or settings.model.base != ModelSettings().base,
         checkpoint_adapters=adapters,
         backend=settings.model.backend,
-        fuse=settings.eval.fuse,
         quantization=None if settings.model.quantization == "none" else settings.model.quantization,
         out_dir=settings.paths.runs / "eval" if save else None,
-        seed=settings.eval.seed,
-        options=EvalOptions(
-            batch_size=settings.eval.batch_size,
-            max_new_tokens=settings.eval.max_new_tokens,
-            max_prompt_tokens=settings.eval.max_prompt_tokens,
-            no_repeat_ngram_size=settings.eval.no_repeat_ngram_size,
-            limit=settings.eval.limit,
-            scoring=settings.eval.scoring,
-            routing_temperature=settings.routing.temperature,
-            top_k=settings.routing.top_k,
-            routing=routing,
-            cuda_graphs=settings.eval.cuda_graphs,
-        ),
+        options=EvalOptions.of(settings.eval, settings.routing, count_routes=routing),
     )
     if out_dir is not None and save:
         plan = replace(plan, out_dir=out_dir)

@@ -9,9 +9,9 @@ from rich.text import Text
 from meteora_cli.display import DataTable, body, cell
 
 if TYPE_CHECKING:
+    from meteora_core.evaluation.evaluate import ModelResults
     from meteora_core.evaluation.report import Cell, Comparison
     from meteora_core.evaluation.runner import TaskResult
-    from meteora_core.evaluation.session import ModelResults
 
 DEBUG_ROWS = 10
 """How many rows ``--debug`` shows of each task."""

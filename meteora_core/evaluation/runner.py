@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from meteora_core.data.rows import Row, read_rows
 from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.evaluation.clean import clean_response
+from meteora_core.evaluation.eval_plan import EvalOptions
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.scoring import Scores, evaluate_responses
 from meteora_core.generation.batches import Prompt, auto_budget, encode_prompts, generate_all
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora_core.evaluation.routes import RouteCounts, RoutingSummary
-
-PAPER_TOKENS = 4096
-"""Prompt and answer together, as the authors evaluate: the limit of paper scoring where no other is given."""
 
 
 @dataclass(frozen=True)
@@ -113,43 +111,19 @@ class TaskResult:
     routing: RoutingSummary | None = None
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """How a task is run; plain values, flattened from the settings by the caller.
+class KeptRows(Protocol):
+    """Rows that an earlier run finished, and the file that new ones are kept in; :class:`meteora_core.evaluation.results.SampleWriter` is one.
 
     Attributes:
-        batch_size: Rows generated at once, or "auto".
-        max_new_tokens: Longest answer; None takes the task's.
-        max_prompt_tokens: Longer prompts are skipped and counted; None sets no limit. Prompts that leave no room for an answer in
-            :attr:`max_total_tokens` or in the model's context are skipped and counted too.
-        no_repeat_ngram_size: 0 is off.
-        limit: Only the first so many test rows; None takes the task's cap.
-        scoring: "corrected" or "paper".
-        routing_temperature: T of the gates' softmax; None takes the task's.
-        top_k: Adapters per token; None keeps the model's.
-        routing: Count which adapters are chosen (of a model with adapters attached).
-        cuda_graphs: A cache of fixed size, each step replayed as a CUDA graph: "auto" (on a CUDA GPU, where the model allows it), "on" or "off".
+        done: The decoded answers of finished rows, by ``doc_id``; these rows are not run again.
+        tokens: Their token ids; without them their tokens are not counted, nor is their routing.
     """
 
-    batch_size: int | Literal["auto"] = "auto"
-    max_new_tokens: int | None = None
-    max_prompt_tokens: int | None = None
-    no_repeat_ngram_size: int = 30
-    limit: int | None = None
-    scoring: Literal["corrected", "paper"] = "corrected"
-    routing_temperature: float | None = None
-    top_k: int | None = None
-    routing: bool = False
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    done: dict[int, str]
+    tokens: dict[int, tuple[int, ...]]
 
-    @property
-    def max_total_tokens(self) -> int | None:
-        """The limit on tokens of prompt and answer together, besides the context: :data:`PAPER_TOKENS` for paper scoring without a limit on prompts."""
-        return PAPER_TOKENS if self.scoring == "paper" and self.max_prompt_tokens is None else None
-
-    def document(self) -> dict[str, Any]:
-        """The options as results files record them, where the routing temperature is called ``temperature``."""
-        return {"temperature" if name == "routing_temperature" else name: value for name, value in asdict(self).items()}
+    def add(self, doc_id: int, output: str, tokens: Sequence[int] = ()) -> None:
+        """Keep a row that has just been finished."""
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
@@ -165,10 +139,7 @@ def evaluate_task(
     data_dir: Path,
     options: EvalOptions,
     *,
-    finished: Mapping[int, str] | None = None,
-    finished_tokens: Mapping[int, Sequence[int]] | None = None,
-    on_sample: Callable[[Sample], None] | None = None,
-    title: str | None = None,
+    kept: KeptRows | None = None,
     progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> TaskResult:
@@ -180,10 +151,7 @@ def evaluate_task(
         task: A name or a task.
         data_dir: Built datasets.
         options: How.
-        finished: Outputs of rows that were done before, by ``doc_id``; they are not run again.
-        finished_tokens: Their token ids; without them their tokens are not counted, nor is their routing.
-        on_sample: Called for each new row as its batch finishes.
-        title: For the progress bar.
+        kept: The rows that were finished before; each new row is added as its batch finishes.
         progress: Where to report.
         processes: Those that share the rows; each must call this with the same arguments, and gets the same result.
 
@@ -204,8 +172,8 @@ def evaluate_task(
     if not fitting:
         raise _all_skipped(found, prompts, options, context_length(model))
     result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or found.max_new_tokens)
-    ids = finished_tokens or {}
-    before = {index: read.sample(index, output, ids.get(index, ())) for index, output in (finished or {}).items() if index < len(rows)}
+    done = kept.done.items() if kept is not None else ()
+    before = {index: read.sample(index, output, kept.tokens.get(index, ()) if kept else ()) for index, output in done if index < len(rows)}
     state: RoutingState | None = getattr(model, "meteora", None)
     began = time.monotonic()
     with routed(state, options, found) as (result.routing_temperature, result.top_k):
@@ -215,10 +183,10 @@ def evaluate_task(
             for prompt in mine:
                 counter.add(prompt, before[prompt.index].ids)
         waiting = processes.share([prompt for prompt in fitting if prompt.index not in before])
-        with progress.task(title or found.name, total=len(mine) + len(waiting), unit="rows") as bar:
+        with progress.task(found.name, total=len(mine) + len(waiting), unit="rows") as bar:
             bar.update(len(mine))
             started = time.monotonic()
-            made = _generate(model, tokenizer, read, waiting, total, options, result, counter, on_sample, bar)
+            made = _generate(_Generation(model, read, options, total, result, counter, kept), waiting, bar)
             spent = time.monotonic() - started if made else 0.0
         counts = counter.finish() if counter is not None else None  # while this run's T and top-k are in force
     sizes = {prompt.index: len(prompt.tokens) for prompt in fitting}
@@ -257,18 +225,30 @@ def _all_skipped(task: Task, prompts: Sequence[Prompt], options: EvalOptions, co
     return DataError(f"{message} and the model's context of {context:,} leaves no room for an answer", hint="use a base model with a longer context")
 
 
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    read: _Reader,
-    waiting: Sequence[Prompt],
-    total: int | None,
-    options: EvalOptions,
-    result: TaskResult,
-    counter: _Counter | None,
-    on_sample: Callable[[Sample], None] | None,
-    bar: ProgressBar,
-) -> dict[int, Sample]:
+@dataclass(frozen=True)
+class _Generation:
+    """What the new rows of a task are generated with.
+
+    Attributes:
+        model: A causal LM.
+        read: Makes samples of answers.
+        options: How to decode.
+        total: The longest prompt and answer together, in tokens; None sets no limit.
+        result: Takes notes, and says how long answers may be.
+        counter: Counts routes, where that was asked for.
+        kept: Takes each new row.
+    """
+
+    model: PreTrainedModel
+    read: _Reader
+    options: EvalOptions
+    total: int | None
+    result: TaskResult
+    counter: _Counter | None
+    kept: KeptRows | None
+
+
+def _generate(run: _Generation, waiting: Sequence[Prompt], bar: ProgressBar) -> dict[int, Sample]:
     """This process's new samples, by row."""
     import torch
 
@@ -276,22 +256,22 @@ def _generate(
     began, tokens = time.monotonic(), 0
     try:
         for prompt, new in generate_all(
-            model,
-            tokenizer,
+            run.model,
+            run.read.tokenizer,
             waiting,
-            batch_size=options.batch_size,
-            max_new_tokens=result.max_new_tokens,
-            max_total_tokens=total,
-            no_repeat_ngram_size=options.no_repeat_ngram_size,
-            cuda_graphs=options.cuda_graphs,
-            on_smaller=lambda size: result.notes.append(f"out of memory: went on with batches of {size}"),
+            batch_size=run.options.batch_size,
+            max_new_tokens=run.result.max_new_tokens,
+            max_total_tokens=run.total,
+            no_repeat_ngram_size=run.options.no_repeat_ngram_size,
+            cuda_graphs=run.options.cuda_graphs,
+            on_smaller=lambda size: run.result.notes.append(f"out of memory: went on with batches of {size}"),
         ):
-            made[prompt.index] = sample = read.sample(prompt.index, tokenizer.decode(new, skip_special_tokens=True), new)
+            made[prompt.index] = sample = run.read.sample(prompt.index, run.read.tokenizer.decode(new, skip_special_tokens=True), new)
             tokens += len(new) + len(prompt.tokens)
-            if counter is not None:
-                counter.add(prompt, new)
-            if on_sample is not None:
-                on_sample(sample)
+            if run.counter is not None:
+                run.counter.add(prompt, new)
+            if run.kept is not None:
+                run.kept.add(sample.doc_id, sample.output, sample.ids)
             bar.update(1, total=None, **{"tok/s": f"{tokens / max(time.monotonic() - began, 1e-9):.0f}"})
     except torch.OutOfMemoryError as error:
         raise MeteoraError("out of memory even with one row", hint="lower --max-new-tokens, or use a smaller base model or dtype") from error

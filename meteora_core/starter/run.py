@@ -16,7 +16,7 @@ from meteora_core.data.tasks import COMPOSITES, get_task
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import atomic_write, sha256
 from meteora_core.json_files import read_json, write_json
-from meteora_core.progress import SILENT, Progress
+from meteora_core.progress import SILENT, Progress, Titled
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +180,8 @@ class _Session:
 
     def score(self, kind: str, task: str) -> dict[str, Any]:
         """Metrics and samples of one cell of the table, from the cache when nothing that they depend on has changed."""
-        from meteora_core.evaluation.runner import EvalOptions, evaluate_task
+        from meteora_core.evaluation.eval_plan import EvalOptions
+        from meteora_core.evaluation.runner import evaluate_task
         from meteora_core.training.run_inputs import short_hash
 
         limit = self.plan.composite_rows if task == COMPOSITE else self.plan.test_rows
@@ -201,8 +202,8 @@ class _Session:
                 return cached
         model, tokenizer = self.model(kind)
         options = EvalOptions(limit=limit, max_new_tokens=inputs["new_tokens"])
-        title = f"{'MeteoRA' if kind == 'meteora' else 'base'} on {task}"
-        result = evaluate_task(model, tokenizer, task, self.data, options, title=title, progress=self.progress)
+        progress = Titled(self.progress, "MeteoRA" if kind == "meteora" else "base")
+        result = evaluate_task(model, tokenizer, task, self.data, options, progress=progress)
         record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": result.scores.metrics, "counts": result.scores.counts}
         write_json(file, {**record, "seconds": round(result.seconds, 1), "samples": _samples(result)})
         return dict(read_json(file))
@@ -210,7 +211,8 @@ class _Session:
     def picture(self, task: str) -> tuple[list[Path], float | None]:
         """Draw the routing of the first row of a task and its answer; the files, and the share of answer tokens that went to the row's own tasks."""
         from meteora_core.errors import MeteoraError
-        from meteora_core.evaluation.runner import EvalOptions, routed
+        from meteora_core.evaluation.eval_plan import EvalOptions
+        from meteora_core.evaluation.runner import routed
         from meteora_core.generation.batches import encode_prompts
         from meteora_core.trace.html import to_html
         from meteora_core.trace.image import to_png

@@ -95,8 +95,8 @@ def test_evaluation_on_two_gpus_gives_the_file_of_one(tmp_path, make_adapter) ->
 
 @pytest.mark.parametrize("graphs", ["auto", "off"])
 def test_a_model_on_the_second_gpu_answers_as_on_the_first(tmp_path, make_adapter, graphs: str) -> None:
-    from meteora_core.evaluation.runner import EvalOptions
-    from meteora_core.evaluation.session import EvalPlan, evaluate
+    from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
+    from meteora_core.evaluation.evaluate import evaluate
     from meteora_core.model.base import BaseReference
 
     world = make_workspace(tmp_path, make_adapter, count=9)

@@ -13,8 +13,8 @@ from meteora_core import AdapterBank, attach, detach, fuse, record_routes, unfus
 from meteora_core.chat.session import ChatSession
 from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
-from meteora_core.evaluation.runner import EvalOptions
-from meteora_core.evaluation.session import EvalPlan, evaluate
+from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
+from meteora_core.evaluation.evaluate import evaluate
 from meteora_core.generation.batched import Batch, Decoder, FixedDecoder, decode_growing
 from meteora_core.generation.engine import Engine, Sampling, Written
 from meteora_core.model.attach import meteora_layers

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from meteora_core.evaluation.runner import EvalOptions
-from meteora_core.evaluation.session import EvalPlan, ModelResults, evaluate
+from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
+from meteora_core.evaluation.evaluate import ModelResults, evaluate
 from meteora_core.model.base import BaseReference
 from support.evaluation_workspace import Workspace
 

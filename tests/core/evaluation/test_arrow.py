@@ -10,8 +10,8 @@ import torch
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.evaluation.adapters import with_adapter
 from meteora_core.evaluation.arrow import arrow_top_k, with_arrow
-from meteora_core.evaluation.runner import EvalOptions
-from meteora_core.evaluation.session import EvalPlan, evaluate
+from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
+from meteora_core.evaluation.evaluate import evaluate
 from meteora_core.model.base import BaseReference
 from support.evaluation_workspace import SIZES, TASKS, Workspace, make_workspace
 from support.tiny_models import make_tiny_llama

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from meteora_core import load_authors_checkpoint, load_checkpoint
 from meteora_core.checkpoints.native import write_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
-from meteora_core.evaluation.runner import EvalOptions
-from meteora_core.evaluation.session import EvalPlan, ModelResults, evaluate
+from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
+from meteora_core.evaluation.evaluate import ModelResults, evaluate
 from meteora_core.model.base import BaseReference
 from support.authors_files import Authors, write_authors
 from support.evaluation_workspace import SIZES, TASKS, Workspace, make_tokenizer, make_workspace
@@ -32,8 +32,7 @@ def plan_of(place: Workspace, models: tuple[str, ...], *, fuse: Any = "off", **o
         adapters_dir=place.adapters,
         checkpoint=place.checkpoint,
         base=BaseReference(str(place.base)),
-        fuse=fuse,
-        options=EvalOptions(**{"max_new_tokens": 6, "no_repeat_ngram_size": 4, "limit": 4, **options}),
+        options=EvalOptions(**{"max_new_tokens": 6, "no_repeat_ngram_size": 4, "limit": 4, "fuse": fuse, **options}),
     )
 
 

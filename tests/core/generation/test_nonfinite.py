@@ -9,8 +9,9 @@ import torch
 
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import NonFiniteError
+from meteora_core.evaluation.eval_plan import EvalOptions
 from meteora_core.evaluation.routes import RouteCounts, count_routes
-from meteora_core.evaluation.runner import EvalOptions, evaluate_task
+from meteora_core.evaluation.runner import evaluate_task
 from meteora_core.generation.batched import Batch, FixedDecoder, decode_growing
 from meteora_core.generation.engine import Engine, Sampling
 from meteora_core.generation.nonfinite import not_finite

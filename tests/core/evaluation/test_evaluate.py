@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from meteora_core.data.tasks import TASKS as TASK_TABLE
 from meteora_core.errors import AdapterError, CheckpointError, DataError, StorageError, UsageError
-from meteora_core.evaluation import results, runner
-from meteora_core.evaluation.session import ModelResults, choose_tasks
+from meteora_core.evaluation import eval_plan, results
+from meteora_core.evaluation.eval_plan import choose_tasks
+from meteora_core.evaluation.evaluate import ModelResults
 from meteora_core.json_files import write_jsonl
 from support.evaluation_plans import plan_of, run
 from support.evaluation_workspace import TASKS, Workspace, make_workspace, rows
@@ -319,15 +320,15 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(place) -> None:
 
 
 def test_the_papers_limit_is_for_paper_scoring(place, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "PAPER_TOKENS", 26)
+    monkeypatch.setattr(eval_plan, "PAPER_TOKENS", 26)
     plan = plan_of(place, TASKS[:1], ("base",), scoring="paper", max_new_tokens=64)
-    options = (plan.options, replace(plan.options, scoring="corrected"), replace(plan.options, max_prompt_tokens=30))
+    options = (plan.options, plan.options.model_copy(update={"scoring": "corrected"}), plan.options.model_copy(update={"max_prompt_tokens": 30}))
     paper, corrected, asked = (run(replace(plan, options=each))[0].results[TASKS[0]] for each in options)
     sizes = [len(row["prompt"]) for row in rows(TASKS[0], 7)]
     assert [paper.skipped, corrected.skipped, asked.skipped] == [sum(size > 25 for size in sizes), 0, sum(size > 30 for size in sizes)]
     assert max(len(sample.row.prompt) + sample.tokens for sample in paper.samples) <= 26
     assert max(len(sample.row.prompt) + sample.tokens for sample in corrected.samples) > 26
-    monkeypatch.setattr(runner, "PAPER_TOKENS", 9)
+    monkeypatch.setattr(eval_plan, "PAPER_TOKENS", 9)
     with pytest.raises(DataError, match="and paper scoring allows 9 for prompt and answer together") as raised:
         run(plan)
     assert raised.value.hint == "use --scoring corrected, or set another limit with --max-prompt-tokens"
@@ -340,7 +341,7 @@ def test_rows_under_another_limit_are_not_taken(place, monkeypatch) -> None:
         with pytest.raises(Stop):
             run(plan)
         monkeypatch.undo()
-        counted = run(replace(plan, options=replace(plan.options, **change)))[0].document["meteora"]["speed"]
+        counted = run(replace(plan, options=plan.options.model_copy(update=change)))[0].document["meteora"]["speed"]
         assert counted["rows"] == 7
 
 
@@ -402,7 +403,8 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(place, monkeypatch) -
     write_jsonl(place.data / "winowhy" / "test.jsonl", rows("winowhy", 3))
     with pytest.raises(UsageError, match="no adapter for winowhy") as caught:
         run(plan_of(place, ("winowhy",), ("base", "own")))
-    assert "--task winowhy" in str(caught.value.hint)
+    command = f"meteora train --stage adapters --task winowhy --adapters {place.adapters} --data {place.data} --base {place.base}"
+    assert caught.value.hint == f"train it with `{command}`"
     with pytest.raises(UsageError, match="no model 'strategyqq'") as caught:
         run(plan_of(place, ("winowhy",), ("strategyqq",)))
     assert caught.value.hint == "did you mean 'strategyqa'?"

@@ -1,0 +1,132 @@
+"""Models of an evaluation: what each name of the plan means, loaded onto one base model that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meteora_core.errors import UsageError
+from meteora_core.evaluation.adapters import with_adapter
+from meteora_core.evaluation.arrow import ARROW, ArrowRouter
+from meteora_core.evaluation.eval_plan import EvalPlan
+from meteora_core.evaluation.fingerprint import base_files
+from meteora_core.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora_core.checkpoints.opening import CheckpointFacts
+
+
+class ModelLoader:
+    """Loads what a model name means, and keeps one base model for all of them."""
+
+    def __init__(self, plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
+        self.plan, self.device, self.dtype, self.progress = plan, device, dtype, progress
+        self.base = plan.base
+        self._checkpoint: CheckpointFacts | None = None
+        self._hash: str | None = None
+        self._base_files: dict[str, Any] | None = None
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.routing_temperature or 1.0, plan.options.seed)
+
+    def check(self, models: Sequence[str]) -> None:
+        """Read the checkpoint's configuration; its base is everyone's base, so that models are comparable."""
+        from meteora_core.checkpoints.opening import describe_checkpoint
+        from meteora_core.model.quantized import quantized_loading
+
+        if self.plan.quantization is not None:
+            quantized_loading(self.plan.quantization, self.dtype, self.device)
+        if "meteora" in models:
+            facts = self._checkpoint = describe_checkpoint(self.plan.checkpoint, self.plan.checkpoint_adapters)
+            own = self.plan.base
+            if facts.base is None and not self.plan.base_given:
+                facts.reference(None)
+            if facts.base is not None and own.name != facts.base and not Path(own.name).is_dir():
+                self.base = facts.reference(None, trust_remote_code=own.trust_remote_code)
+            count, top_k = len(facts.adapters), self.plan.options.top_k
+            if top_k is not None and not 1 <= top_k <= count:
+                raise UsageError(f"top_k is {top_k}, but the checkpoint has {count} adapters", hint=f"choose --top-k between 1 and {count}")
+            if facts.native:
+                self._hash = facts.hash
+            else:
+                with self.progress.task("hashing the checkpoint"):
+                    self._hash = facts.weights_hash()
+
+    def base_files(self) -> dict[str, Any] | None:
+        """What tells one state of a local base folder from another, as it was when first asked for; None for other bases."""
+        if self._base_files is None:
+            self._base_files = base_files(self.base)
+        return self._base_files
+
+    def config(self, model: str) -> dict[str, Any]:
+        """What the results file records of the model and the run."""
+        import peft
+        import torch
+        import transformers
+
+        from meteora_core import __version__
+
+        options = self.plan.options.document()
+        weights = self._hash if model == "meteora" else None
+        return {
+            "model_args": {
+                "base": self.base.name,
+                "revision": self.base.revision,
+                "name": model,
+                "weights_sha256": self.arrow.hashes() if model == ARROW else weights,
+            },
+            "checkpoint": str(self.plan.checkpoint) if model == "meteora" else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "backend": self.plan.backend,
+            "quantization": self.plan.quantization,
+            "fuse": self.plan.options.fuse,
+            "batch_size": options["batch_size"],
+            "limit": options["limit"],
+            "scoring": options["scoring"],
+            "options": options,
+            "random_seed": self.plan.options.seed,
+            "versions": {"meteora": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        }
+
+    @contextmanager
+    def ready(self, model: str, adapter: Path | None) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+        """The model that the name means, within the block."""
+        from meteora_core.checkpoints.native import is_changed
+        from meteora_core.checkpoints.opening import attach_checkpoint
+        from meteora_core.model.attach import detach
+        from meteora_core.model.base import load_base, load_tokenizer
+        from meteora_core.model.fuse import fuse_for_inference
+
+        plan = self.plan
+        if model != "meteora" and self._model is not None and getattr(self._model, "meteora", None) is not None:
+            self._model = None if is_changed(self._model) else detach(self._model)
+        if self._model is None or self._tokenizer is None:
+            self._model = load_base(self.base, dtype=self.dtype, device=self.device, quantization=plan.quantization, progress=self.progress)
+            self._tokenizer = self._tokenizer or load_tokenizer(self.base, progress=self.progress)
+        if model == "meteora":
+            assert self._checkpoint is not None
+            if getattr(self._model, "meteora", None) is None:
+                folders = plan.adapters_dir if self._checkpoint.native else plan.checkpoint_adapters
+                attach_checkpoint(self._model, self._checkpoint, adapters_dir=folders, backend=plan.backend, progress=self.progress)
+                fuse_for_inference(self._model, plan.options.fuse)
+            yield self._model, self._tokenizer
+            return
+        if adapter is None:
+            yield self._model, self._tokenizer
+            return
+        with with_adapter(self._model, adapter) as adapted:
+            yield adapted, self._tokenizer
+
+    @contextmanager
+    def routed(self) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+        """The base with PEFT's Arrow routing, which stays in it until another model is asked for."""
+        if self.arrow.model is None:
+            with self.ready("base", None) as (base, tokenizer):
+                self.arrow.enter(base, tokenizer)
+        yield self.arrow.model, self.arrow.tokenizer
