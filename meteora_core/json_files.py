@@ -166,16 +166,21 @@ def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None =
         DataError: The file is missing or cannot be read, or a line is not a strict JSON object or lacks a key. The message gives file, line and column.
     """
     with open_regular(path, hint=hint) as handle:
-        for number, raw in enumerate(_lines(handle, path, hint), start=1):
-            if not (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip():
-                continue
-            row = parse_json(raw.rstrip(b"\r\n"), str(path), line=number, hint=hint)
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number} is not a JSON object", hint=hint)
-            for key in required:
-                if key not in row:
-                    raise DataError(f"{path}:{number} has no field {key!r}", hint=hint)
-            yield row
+        yield from iter_jsonl(handle, path, required=required, hint=hint)
+
+
+def iter_jsonl(handle: IO[bytes], path: Path, *, required: tuple[str, ...] = (), hint: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the objects of an open JSON-lines file, whose name in messages is ``path``; see :func:`read_jsonl`."""
+    for number, raw in enumerate(_lines(handle, path, hint), start=1):
+        if not (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip():
+            continue
+        row = parse_json(raw.rstrip(b"\r\n"), str(path), line=number, hint=hint)
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number} is not a JSON object", hint=hint)
+        for key in required:
+            if key not in row:
+                raise DataError(f"{path}:{number} has no field {key!r}", hint=hint)
+        yield row
 
 
 def _lines(handle: IO[bytes], path: Path, hint: str | None) -> Iterator[bytes]:

@@ -265,13 +265,16 @@ class ChatSettings(_Section):
 class UserTask(_Section):
     """A task of one's own, `[tasks.NAME]`."""
 
-    train: Path = Field(description="JSON lines with prompt and response.")
-    test: Path = Field(description="JSON lines with prompt and response.")
+    train: Path = Field(description="A data file, a folder, or a dataset on the hub, as `meteora data add` takes it.")
+    test: Path | None = Field(None, description="The same, for the test rows; absent: those of train, or 20 % of its rows.")
+    columns: dict[str, str] = Field({}, description="Known column to the dataset's own name for it.")
+    template: str | None = Field(None, description="chat, inst, raw, a text with {}, or a text with columns' names in braces.")
+    target: str | None = Field(None, description="The response, with columns' names in braces.")
 
     @field_validator("train", "test", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
-        return _usable_path(value)
+        return None if value is None else _usable_path(value)
 
     metric: str = Field("exact", description="exact, contains, final_number, yes_no_text, text or bleu.")
     max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer.")

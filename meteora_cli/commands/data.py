@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meteora_cli.console import emit_json, progress, settings_from
-from meteora_cli.display import DataTable, out, panel, say
+from meteora_cli.commands.data_add import add
+from meteora_cli.commands.data_output import DryRun, Json, Out, prepare, show_manifests
+from meteora_cli.commands.data_output import show as show_table
+from meteora_cli.console import emit_json, progress
+from meteora_cli.display import out, panel, say
 from meteora_cli.flags import refuse_without_effect
 
 if TYPE_CHECKING:
-    from meteora_core.data.manifest import Manifest
-    from meteora_core.settings import Settings
+    pass
 
 app = typer.Typer(help="Build datasets, look at them, check them.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of all datasets; default: the setting paths.data.", show_default=False)]
 SOURCE_HELP = "auto, local, pypi, hub or authors (their ready-made rows); auto tries them in this order."
-METRIC_HELP = "exact, contains, final_number, yes_no_text, text or bleu."
-
-
-def _prepare(ctx: typer.Context, folder: Path | None) -> tuple[Settings, Path]:
-    """The settings and the folder of all datasets, with every declared and built task known."""
-    from meteora_core.data.userdata import register_all
-
-    settings = settings_from(ctx, paths__data=folder)
-    register_all(settings)
-    return settings, settings.paths.data
 
 
 @app.command("build")
@@ -54,7 +42,7 @@ def build(
     from meteora_core.data.tasks import expand_names
     from meteora_core.errors import DataError, MeteoraError
 
-    settings, data_dir = _prepare(ctx, folder)
+    settings, data_dir = prepare(ctx, folder)
     source = source or settings.data.source
     refuse_without_effect(ctx, {"raw_dir": (source in ("auto", "local"), "--source auto or local")})
     raw_dir = raw_dir or settings.data.raw_dir
@@ -66,7 +54,7 @@ def build(
 
         plans = plan_build(names, data_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test, force=force)
         rows = [(plan.task, plan.action, plan.folder, ", ".join(plan.sources), plan.download or "") for plan in plans]
-        _show([asdict(plan) for plan in plans], ("task", "would", "folder", "sources", "download"), rows, as_json)
+        show_table([asdict(plan) for plan in plans], ("task", "would", "folder", "sources", "download"), rows, as_json)
         return
     failures: dict[str, MeteoraError] = {}
     several = len(names) > 1
@@ -86,7 +74,7 @@ def build(
     if as_json:
         emit_json({"built": [manifest.to_json() for manifest in manifests], "failed": {name: error.message for name, error in failures.items()}})
     else:
-        _table(manifests)
+        show_manifests(manifests)
     if failures:
         for name, error in failures.items():
             say(f"{name}: {error.message}")
@@ -110,51 +98,24 @@ def composite(
     """Combine the test rows of built datasets: several tasks in one prompt."""
     from meteora_core.data.composite import build_composite, plan_composite
 
-    _, data_dir = _prepare(ctx, folder)
+    _, data_dir = prepare(ctx, folder)
     members = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
     if dry_run:
         plan = plan_composite(data_dir, n=n, tasks=members, name=name, num_samples=num_samples, seed=seed, examples=examples)
         value = {"task": plan.task.name, "members": plan.task.members, "rows": plan.count, "seed": seed, "folder": str(data_dir / plan.task.name)}
-        _show(value, ("task", "members", "rows", "folder"), [(plan.task.name, ", ".join(plan.task.members), str(plan.count), str(value["folder"]))], as_json)
+        show_table(
+            value, ("task", "members", "rows", "folder"), [(plan.task.name, ", ".join(plan.task.members), str(plan.count), str(value["folder"]))], as_json
+        )
         return
     with progress(ctx) as bars:
         manifest = build_composite(data_dir, n=n, tasks=members, name=name, num_samples=num_samples, seed=seed, examples=examples, progress=bars)
     if as_json:
         emit_json(manifest.to_json())
     else:
-        _table([manifest])
+        show_manifests([manifest])
 
 
-@app.command("add")
-def add(
-    ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="Name of the task.", show_default=False)],
-    train: Annotated[Path, typer.Option("--train", help="JSON lines with prompt and response, or with the templates' fields.", show_default=False)],
-    test: Annotated[Path | None, typer.Option("--test", help="The same; without it 20 % of train are set aside.", show_default=False)] = None,
-    metric: Annotated[str, typer.Option("--metric", help=METRIC_HELP)] = "exact",
-    template: Annotated[str, typer.Option("--template", help="The input, with field names in braces.")] = "{prompt}",
-    target: Annotated[str, typer.Option("--target", help="The response, with field names in braces.")] = "{response}",
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer in tokens.", show_default=False)] = None,
-    folder: Out = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Add a task of your own from JSON-lines files."""
-    from meteora_core.data.userdata import add_task, own_task, preview
-
-    _, data_dir = _prepare(ctx, folder)
-    task = own_task(name, train=train, test=test, metric=metric, template=template, target=target, max_new_tokens=max_new_tokens)
-    if dry_run:
-        rows = preview(task, data_dir)
-        value = {"task": name, "metric": metric, "rows": rows, "folder": str(data_dir / name)}
-        _show(value, ("task", "metric", "train", "test", "folder"), [(name, metric, str(rows["train"]), str(rows["test"]), str(value["folder"]))], as_json)
-        return
-    with progress(ctx) as bars:
-        manifest = add_task(task, data_dir, bars)
-    if as_json:
-        emit_json(manifest.to_json())
-    else:
-        _table([manifest])
+app.command("add")(add)
 
 
 @app.command("list")
@@ -162,7 +123,7 @@ def list_(ctx: typer.Context, folder: Out = None, as_json: Json = False) -> None
     """List all tasks: source, metric, rows, built or not."""
     from meteora_core.data.catalog import list_tasks
 
-    _, data_dir = _prepare(ctx, folder)
+    _, data_dir = prepare(ctx, folder)
     found = list_tasks(data_dir)
     rows = []
     for status in found:
@@ -170,7 +131,7 @@ def list_(ctx: typer.Context, folder: Out = None, as_json: Json = False) -> None
         rows.append(
             ("" if status.index is None else str(status.index), status.name, status.source, status.metric, *counts, _state(status.built, status.built_from))
         )
-    _show([asdict(status) for status in found], ("#", "task", "source", "metric", "train", "test", "built"), rows, as_json)
+    show_table([asdict(status) for status in found], ("#", "task", "source", "metric", "train", "test", "built"), rows, as_json)
 
 
 @app.command("show")
@@ -187,7 +148,7 @@ def show(
     from meteora_core.data.userdata import task_in
     from meteora_core.errors import UsageError
 
-    _, data_dir = _prepare(ctx, folder)
+    _, data_dir = prepare(ctx, folder)
     known = task_in(data_dir, task)
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}", hint="train or test")
@@ -211,10 +172,10 @@ def verify(
     from meteora_core.data import catalog
     from meteora_core.errors import DataError
 
-    _, data_dir = _prepare(ctx, folder)
+    _, data_dir = prepare(ctx, folder)
     reports = catalog.verify(data_dir, tasks)
     rows = [(report.task, "ok" if report.ok else "broken", "; ".join((*report.problems, *report.notes))) for report in reports]
-    _show([asdict(report) for report in reports], ("dataset", "state", "what"), rows, as_json)
+    show_table([asdict(report) for report in reports], ("dataset", "state", "what"), rows, as_json)
     broken = [report.task for report in reports if not report.ok]
     if broken:
         raise DataError(
@@ -227,24 +188,3 @@ def _state(built: bool, built_from: str | None) -> str:
     if not built:
         return "no"
     return built_from or "yes, without a manifest"
-
-
-def _table(manifests: list[Manifest]) -> None:
-    rows = []
-    for manifest in manifests:
-        counts = [str(manifest.rows.get(split, "")) for split in ("train", "test")]
-        rows.append((manifest.task, str(manifest.source.get("kind")), *counts, str(manifest.duplicates.get("test_prompts_in_train", ""))))
-    _show(None, ("task", "source", "train", "test", "test prompts also in train"), rows, False)
-
-
-def _show(value: Any, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], as_json: bool) -> None:
-    """Print ``value`` as JSON, or ``rows`` as a table."""
-    if as_json:
-        emit_json(value)
-        return
-    from rich.box import SIMPLE_HEAD
-
-    table = DataTable(*columns, box=SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)

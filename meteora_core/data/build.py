@@ -66,7 +66,7 @@ def build_task(
             check_range(option, value, 1, MOST_ROWS)
     folder = folder_of(out_dir, task.name)
     check_target(folder, task.name)
-    if isinstance(task.source, Files) and task.source.train is not None and task.source.train.resolve() == split_path(out_dir, task.name, "train").resolve():
+    if isinstance(task.source, Files) and Path(task.source.train).resolve() == split_path(out_dir, task.name, "train").resolve():
         return _built_from_itself(task, folder, keep=not force and max_train is None and max_test is None)
     if not force:
         built = existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test)
@@ -229,7 +229,18 @@ def _write(task: Task, folder: Path, raw: Extract, limits: dict[str, int | None]
         duplicates = {"dropped": raw.duplicates_dropped, "test_prompts_in_train": repeated}
         own = task.max_new_tokens if isinstance(task.source, Files) else None
         manifest = Manifest(
-            task.name, task.metric, raw.origin, raw.rule, raw.seed, entries, duplicates, limits["train"], limits["test"], task.members, max_new_tokens=own
+            task.name,
+            task.metric,
+            raw.origin,
+            raw.rule,
+            raw.seed,
+            entries,
+            duplicates,
+            limits["train"],
+            limits["test"],
+            task.members,
+            max_new_tokens=own,
+            frame=raw.frame,
         )
         write_manifest(work, manifest)
     return manifest

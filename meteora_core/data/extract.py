@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from meteora_core.data.frames import Frame
 from meteora_core.data.rows import Row, Split
 from meteora_core.errors import DataError
 
@@ -26,6 +27,8 @@ class Extract:
         splits: The splits that there are.
         counts: How many rows each split has, where that is known before reading.
         duplicates_dropped: How many duplicate examples were left out.
+        frame: What stands around the user's text in the prompts, where that is known.
+        example: The first row, where it was looked at.
     """
 
     origin: dict[str, Any]
@@ -35,3 +38,5 @@ class Extract:
     splits: tuple[Split, ...] = ("train", "test")
     counts: dict[str, int] = field(default_factory=dict)
     duplicates_dropped: int = 0
+    frame: Frame | None = None
+    example: Row | None = None

@@ -24,7 +24,8 @@ AUTHORS = "NJUDeepEngine/meteora_dataset"
 PARQUET = "refs/convert/parquet"
 """The branch on which the hub keeps its own conversion of a dataset that is only a script."""
 
-NETWORK_HINT = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what its cache holds; or use --source local --raw-dir DIR"
+NETWORK_HINT = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what its cache holds"
+SOURCE_HINT = f"{NETWORK_HINT}; or use --source local --raw-dir DIR"
 
 Locate = Callable[[str], str]
 """Turns a dataset's name into what ``datasets`` shall load: the name itself, or a folder that stands in for it."""
@@ -59,12 +60,12 @@ def extract_hub(task: Task, locate: Locate = itself) -> Extract:
         rule = SOURCE_SPLIT
     else:
         raise NotHere(f"{task.name} is not on the hub")
-    loaded = _load(locate(repository), config)
+    loaded = load_splits(locate(repository), config, hint=SOURCE_HINT)
     for name in wanted.values():
         if name not in loaded:
             raise DataError(f"{repository} ({config}) has no split {name!r}; there are: {', '.join(loaded)}")
     caps = {"train": train_cap, "test": test_cap}
-    origin = {"kind": "hub", "name": repository, "config": config, "fingerprints": {name: _fingerprint(loaded[name]) for name in wanted.values()}}
+    origin = {"kind": "hub", "name": repository, "config": config, "fingerprints": {name: fingerprint(loaded[name]) for name in wanted.values()}}
 
     def rows(split: Split) -> Iterator[Row]:
         name = wanted[split]
@@ -101,40 +102,52 @@ def extract_authors(task: Task, repository: str = AUTHORS) -> Extract:
 def _authors_file(repository: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    _check_reachable(repository)
-    with _hub_errors(repository):
+    _check_reachable(repository, SOURCE_HINT)
+    with _hub_errors(repository, SOURCE_HINT):
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
 
 
-def _load(repository: str, config: str) -> dict[str, Any]:
+def load_splits(repository: str, config: str | None = None, *, revision: str | None = None, hint: str = NETWORK_HINT) -> dict[str, Any]:
+    """Every split of a dataset on the hub, by name.
+
+    Args:
+        repository: The dataset, or a folder that is laid out like one.
+        config: Its configuration, where it has several.
+        revision: A branch, tag or commit.
+        hint: What helps when the hub cannot be reached.
+
+    Raises:
+        DownloadError: The hub cannot be reached, or the dataset is missing or gated.
+        DataError: The dataset is broken, or has several configurations and none is named.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     if not Path(repository).is_dir():
-        _check_reachable(repository)
-    with _hub_errors(repository):
+        _check_reachable(repository, hint)
+    with _hub_errors(repository, hint):
         try:
-            return dict(datasets.load_dataset(repository, config))
+            return dict(datasets.load_dataset(repository, config, revision=revision))
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             return dict(datasets.load_dataset(repository, config, revision=PARQUET))
 
 
-def _fingerprint(split: Any) -> dict[str, Any]:
+def fingerprint(split: Any) -> dict[str, Any]:
     """What identifies a split's content: its row count and the checksums of the files it was read from."""
     checksums = getattr(split.info, "download_checksums", None) or {}
     return {"rows": len(split), "files": sorted(url.split("://", 1)[-1].rpartition("@")[2] for url in checksums if "://" in url)}
 
 
-def _check_reachable(repository: str) -> None:
+def _check_reachable(repository: str, hint: str) -> None:
     """Ask the hub once, without the client libraries' long retries. Raises DownloadError when it does not answer."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
         check_hub_environment(constants.ENDPOINT)
     if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
-        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT)
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=hint)
 
 
 @lru_cache(maxsize=4)
@@ -161,7 +174,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _hub_errors(repository: str) -> Iterator[None]:
+def _hub_errors(repository: str, hint: str) -> Iterator[None]:
     """Say what helps when the hub refuses or cannot be reached."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -178,22 +191,23 @@ def _hub_errors(repository: str) -> Iterator[None]:
     except GatedRepoError as error:
         raise DownloadError(f"the hub dataset {repository} is gated", hint=login) from error
     except LocalEntryNotFoundError as error:
-        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT) from error
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=hint) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(f"the hub has no dataset {repository}, or it is private", hint=login) from error
     except EntryNotFoundError as error:
         raise DownloadError(f"{repository} does not have that file: {_first_line(error)}") from error
     except OfflineModeIsEnabled as error:
-        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT) from error
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=hint) from error
     except HfHubHTTPError as error:
         raise DownloadError(f"the hub refused {repository}: {_first_line(error)}", hint=login) from error
     except FileNotFoundError as error:
-        hint = login if "gated" in str(error) else NETWORK_HINT
-        raise DownloadError(f"the hub dataset {repository} was not found or cannot be reached: {_first_line(error)}", hint=hint) from error
+        helps = login if "gated" in str(error) else hint
+        raise DownloadError(f"the hub dataset {repository} was not found or cannot be reached: {_first_line(error)}", hint=helps) from error
     except _transport_errors() as error:
-        raise DownloadError(f"the hub cannot be reached for {repository}", hint=NETWORK_HINT) from error
+        raise DownloadError(f"the hub cannot be reached for {repository}", hint=hint) from error
     except ValueError as error:
-        raise DataError(f"cannot read {repository}: {_first_line(error)}") from error
+        several = "name one with --subset" if "Config name is missing" in str(error) else None
+        raise DataError(f"cannot read {repository}: {_first_line(error)}", hint=several) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from meteora_core.data.frames import Frame, FrameModel
 from meteora_core.data.rows import SPLITS, iter_rows
 from meteora_core.errors import DataError
 from meteora_core.files import sha256
@@ -51,6 +52,7 @@ class Manifest:
         members: A composite's tasks, in the order of the prompts.
         examples: A composite's solved examples: for each, its members' train row numbers (counted from 0).
         max_new_tokens: How long an answer may be, where a user's task says so.
+        frame: What stands around the user's text in the prompts of a user's task; None for a built-in task, whose frame is ``[INST] {} [/INST]``.
         format: The format of this file.
     """
 
@@ -66,6 +68,7 @@ class Manifest:
     members: tuple[str, ...] = ()
     examples: tuple[tuple[int, ...], ...] = ()
     max_new_tokens: int | None = None
+    frame: Frame | None = None
     format: int = FORMAT
 
     @property
@@ -75,7 +78,12 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
-        return asdict(self)
+        values = asdict(self)
+        if self.frame is None:
+            del values["frame"]
+        else:
+            values["frame"] = self.frame.to_json()
+        return values
 
 
 _HINT = "build the dataset again, or add it again from its files"
@@ -126,6 +134,7 @@ class _File(_Strict):
     members: list[_Name] = []
     examples: list[list[_Count]] = []
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    frame: FrameModel | None = None
     format: int = FORMAT
 
     @field_validator("source")
@@ -168,6 +177,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     values = {name: getattr(read, name) for name in _File.model_fields}
     values["files"] = {name: FileEntry(entry.rows, entry.bytes, entry.sha256) for name, entry in read.files.items()}
     values["members"] = tuple(read.members)
+    values["frame"] = None if read.frame is None else read.frame.to_frame()
     values["examples"] = tuple(tuple(example) for example in read.examples)
     return Manifest(**values)
 

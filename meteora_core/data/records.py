@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from string import Formatter
 from typing import Any
 
-from meteora_core.data.bigbench import SEED, Example, first_target, text_of, to_row
+from meteora_core.data.bigbench import SEED, Example, first_target, to_row
+from meteora_core.data.formats.columns import fill, text_in
 from meteora_core.data.rows import Row
 from meteora_core.data.tasks import PROMPT_TEMPLATE, BigBench, Records, Task
 
@@ -32,7 +32,7 @@ def record_to_row(task: Task, record: Any) -> Row:
     if not isinstance(record, Mapping):
         raise ValueError("a record is not an object with fields")
     if "prompt" in record and "response" in record:
-        return Row(_text(record, "prompt"), _text(record, "response"))
+        return Row(text_in(record, "prompt"), text_in(record, "response"))
     if isinstance(task.source, BigBench):
         return _bigbench(task, record)
     suffix = ""
@@ -45,25 +45,6 @@ def record_to_row(task: Task, record: Any) -> Row:
         if extra:
             suffix = f"\n{extra}"
     return Row(PROMPT_TEMPLATE.format(inputs=fill(task.template, record) + suffix), fill(task.target, record))
-
-
-def fill(template: str, record: Mapping[str, Any]) -> str:
-    """Put a record's fields into a template; finite numbers become text as Python writes them (``7``, ``0.5``).
-
-    Raises:
-        ValueError: The template is broken, or the record lacks one of its fields.
-    """
-    parts = []
-    for literal, name, _, _ in Formatter().parse(template):
-        parts.append(literal)
-        if name is not None:
-            parts.append(_text(record, name))
-    return "".join(parts)
-
-
-def template_fields(template: str) -> list[str]:
-    """The field names in a template. Raises ValueError when its braces do not match."""
-    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
 
 
 def divide(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -80,7 +61,7 @@ def divide(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 def _bigbench(task: Task, record: Mapping[str, Any]) -> Row:
     if "targets" not in record:
-        raise ValueError(_missing("targets", record))
+        raise ValueError(f"no field 'targets'; there are: {', '.join(map(str, record)) or 'none'}")
     choices = record.get("multiple_choice_targets")
     if choices is None:
         choices = []
@@ -89,14 +70,4 @@ def _bigbench(task: Task, record: Mapping[str, Any]) -> Row:
     targets = record["targets"]
     if not isinstance(targets, str):
         targets = list(targets)
-    return to_row(task, Example(_text(record, "inputs"), first_target(targets), tuple(str(choice) for choice in choices)))
-
-
-def _text(record: Mapping[str, Any], name: str) -> str:
-    if name not in record:
-        raise ValueError(_missing(name, record))
-    return text_of(record[name], f"field {name!r}")
-
-
-def _missing(name: str, record: Mapping[str, Any]) -> str:
-    return f"no field {name!r}; there are: {', '.join(map(str, record)) or 'none'}"
+    return to_row(task, Example(text_in(record, "inputs"), first_target(targets), tuple(str(choice) for choice in choices)))

@@ -52,7 +52,7 @@ def _can_be_built(name: str, data_dir: Path | str) -> bool:
     if name in RESERVED:
         return True
     task = TASKS.get(name)
-    return task is not None and isinstance(task.source, Files) and task.source.train != split_path(data_dir, name, "train")
+    return task is not None and isinstance(task.source, Files) and Path(task.source.train) != split_path(data_dir, name, "train")
 
 
 def _composite_size(name: str) -> int | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from meteora_core.data.extract import Extract, NotHere
-from meteora_core.data.local import extract_local, from_bigbench, from_files
+from meteora_core.data.formats.own import extract_own
+from meteora_core.data.local import extract_local, from_bigbench
 from meteora_core.data.pypi import extract_pypi, sweep_unpacked, unpack
 from meteora_core.data.tasks import BigBench, Combined, Files, Task
 from meteora_core.errors import DataError, DownloadError, MeteoraError, UsageError, did_you_mean
@@ -33,7 +34,7 @@ def extract(task: Task, source: str = "auto", raw_dir: Path | None = None, progr
     """
     tried = candidates(task, source, raw_dir)
     if isinstance(task.source, Files):
-        return from_files(task, task.source.train, task.source.test, {"kind": "local", "name": "own files"})
+        return extract_own(task, progress)
     if len(tried) == 1:
         return _open(task, tried[0], raw_dir, progress)
     failures: list[str] = []

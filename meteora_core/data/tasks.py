@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from meteora_core.data.formats.reading import Reading
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.names import check_name, is_name
 
@@ -61,10 +62,17 @@ class Records:
 
 @dataclass(frozen=True)
 class Files:
-    """A user's own task: files of ``{"prompt", "response"}`` rows."""
+    """A user's own task.
 
-    train: Path | None
-    test: Path | None
+    Args:
+        train: A file, a folder, or the name of a dataset on the hub.
+        test: The same for the test rows; None takes those of ``train``, or sets some aside.
+        reading: How its records become rows; None finds everything out.
+    """
+
+    train: Path | str
+    test: Path | str | None
+    reading: Reading | None = None
     label: str = "own files"
 
 

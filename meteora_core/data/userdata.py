@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from meteora_core.data.build import build_task
+from meteora_core.data.formats.columns import template_fields
+from meteora_core.data.formats.reading import Reading, Tokenizer
+from meteora_core.data.frames import PLACE, Frame
 from meteora_core.data.manifest import Manifest, nested_members, read_manifest
-from meteora_core.data.records import template_fields
-from meteora_core.data.rows import available_tasks, split_path
+from meteora_core.data.rows import Row, available_tasks, split_path
 from meteora_core.data.sources import extract
 from meteora_core.data.tasks import METRICS, RESERVED, TASKS, Files, Metric, Task, composite_task, get_task, register_task
 from meteora_core.data.writer import check_target
@@ -31,19 +33,17 @@ def own_task(
     train: Path | str,
     test: Path | str | None = None,
     metric: str = "exact",
-    template: str = "{prompt}",
-    target: str = "{response}",
+    reading: Reading | None = None,
     max_new_tokens: int | None = None,
 ) -> Task:
     """Describe a task of one's own.
 
     Args:
         name: Its name, which is its folder's too.
-        train: JSON lines. A row with ``prompt`` and ``response`` is taken as it is; any other is put together by the templates.
-        test: The same; without it, 20 % of train are set aside with seed 42.
+        train: A data file, a folder of one dataset, a saved ``datasets`` folder or a hub dataset; see :func:`meteora_core.data.formats.sources.open_source`.
+        test: The same, for the test rows; without it, those of ``train`` are taken, or 20 % of the train rows are set aside with seed 42.
         metric: One of :data:`meteora_core.data.tasks.METRICS`.
-        template: The input, with field names in braces; it is put between ``[INST]`` and ``[/INST]``.
-        target: The response, with field names in braces.
+        reading: How its records become rows; None finds everything out.
         max_new_tokens: How long an answer may be.
 
     Raises:
@@ -53,58 +53,77 @@ def own_task(
         raise UsageError(f"unknown metric {metric!r}", hint=did_you_mean(metric, METRICS) or f"one of {', '.join(METRICS)}")
     if max_new_tokens is not None:
         check_range("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
-    for text in (template, target):
-        try:
+    for text in (None, None) if reading is None else (reading.template, reading.target):
+        if text is not None and PLACE not in text:
             template_fields(text)
-        except ValueError as broken:
-            raise UsageError(f"the template {text!r} is broken: {broken}", hint="write field names in braces, and {{ for a brace") from broken
-    source = Files(Path(train), None if test is None else Path(test))
-    task = Task(name, None, cast(Metric, metric), source, template=template, target=target, max_new_tokens=max_new_tokens or DEFAULT_TOKENS)
+    task = Task(name, None, cast(Metric, metric), Files(train, test, reading), max_new_tokens=max_new_tokens or DEFAULT_TOKENS)
     register_task(task)
     return task
 
 
-def add_task(task: Task, data_dir: Path | str, progress: Progress = SILENT) -> Manifest:
+def add_task(task: Task, data_dir: Path | str, progress: Progress = SILENT, *, max_train: int | None = None, max_test: int | None = None) -> Manifest:
     """Build a task of one's own. Raises as :func:`meteora_core.data.build.build_task` does."""
-    return build_task(task, data_dir, progress=progress)
+    return build_task(task, data_dir, max_train=max_train, max_test=max_test, progress=progress)
 
 
-def preview(task: Task, data_dir: Path | str) -> dict[str, int]:
+@dataclass(frozen=True)
+class Preview:
+    """What a task of one's own would become.
+
+    Attributes:
+        rows: Split to row count.
+        columns: The format that was recognised.
+        frame: What stands around the user's text in the prompts.
+        example: The first row, as the model will see it.
+    """
+
+    rows: dict[str, int]
+    columns: str
+    frame: Frame
+    example: Row
+
+
+def preview(task: Task, data_dir: Path | str, progress: Progress = SILENT) -> Preview:
     """Read a task of one's own without writing it.
-
-    Returns:
-        Split to row count.
 
     Raises:
         DataError: A file is missing, broken or empty, or the target folder holds another dataset.
     """
     check_target(folder_of(data_dir, task.name), task.name)
-    raw = extract(task)
+    raw = extract(task, progress=progress)
     counts = {str(split): sum(1 for _ in raw.rows(split)) for split in raw.splits}
     for split, count in counts.items():
         if count == 0:
-            raise DataError(f"the {split} split of {task.name} is empty")
-    return counts
+            raise DataError(f"the {split} split of {task.name} is empty", hint="give more rows, or test rows of their own with --test FILE")
+    assert raw.frame is not None
+    assert raw.example is not None
+    return Preview(counts, str(raw.origin["columns"]), raw.frame, raw.example)
 
 
-def register_settings(tasks: Mapping[str, Any]) -> list[Task]:
+_DECLARED = ("train", "test", "metric", "max_new_tokens", "columns", "template", "target")
+
+
+def register_settings(tasks: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> list[Task]:
     """Register the tasks that the settings declare.
 
     Args:
-        tasks: Name to an object with ``train``, ``test``, ``metric`` and ``max_new_tokens`` (``Settings.tasks``), or to a dictionary of those.
+        tasks: Name to an object with ``train``, ``test``, ``metric``, ``max_new_tokens``, ``columns``, ``template`` and ``target`` (``Settings.tasks``), or
+            to a dictionary of those.
+        tokenizer: Loads the base model's tokenizer, for tasks that are put into its chat template.
 
     Raises:
         UsageError: A declaration is wrong.
     """
     registered = []
     for name, declared in tasks.items():
-        values = declared if isinstance(declared, Mapping) else {key: getattr(declared, key, None) for key in ("train", "test", "metric", "max_new_tokens")}
+        values = declared if isinstance(declared, Mapping) else {key: getattr(declared, key, None) for key in _DECLARED}
         train = values.get("train")
         if train is None:
             raise UsageError(f"task {name!r} in the settings has no train file")
-        registered.append(
-            own_task(name, train=train, test=values.get("test"), metric=values.get("metric") or "exact", max_new_tokens=values.get("max_new_tokens"))
-        )
+        columns = tuple((values.get("columns") or {}).items())
+        reading = Reading(columns, values.get("template"), values.get("target"), tokenizer=tokenizer)
+        metric = values.get("metric") or "exact"
+        registered.append(own_task(name, train=train, test=values.get("test"), metric=metric, reading=reading, max_new_tokens=values.get("max_new_tokens")))
     return registered
 
 
@@ -127,9 +146,9 @@ def register_built(data_dir: Path | str) -> list[Task]:
     return registered
 
 
-def register_all(settings: Settings) -> None:
+def register_all(settings: Settings, tokenizer: Tokenizer | None = None) -> None:
     """Make every task known that the settings declare or that lies built in their data folder. Raises UsageError for a wrong declaration."""
-    register_settings(settings.tasks)
+    register_settings(settings.tasks, tokenizer)
     register_built(settings.paths.data)
 
 

@@ -138,8 +138,66 @@ def test_add_a_task_and_use_it(meteora: Any, raw: Path) -> None:
     )
     assert added["metric"] == "contains"
     shown = json.loads(meteora("show", "mine", "--json").stdout)
-    assert shown["rows"][0]["prompt"].startswith("[INST] Solve q")
+    assert shown["rows"][0]["prompt"].startswith("Solve q")
     assert shown["metric"] == "contains"
+
+
+def test_a_folder_of_many_is_added_at_once(meteora: Any, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    (many / "chat").mkdir(parents=True)
+    talk = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "HI"}]}
+    (many / "chat" / "train.jsonl").write_text((json.dumps(talk) + "\n") * 10)
+    (many / "sql.csv").write_text("question,answer\n" + "".join(f"q{i},a{i}\n" for i in range(10)))
+    (many / "done.json").write_text(json.dumps([{"prompt": f"Q: {word}\nA:", "completion": "x"} for word in ("one", "two", "ten", "six", "won")]))
+    added = json.loads(meteora("add", "many", "--template", "inst", "--json").stdout)
+    assert {each["task"]: (each["source"]["columns"], each["files"]["train.jsonl"]["rows"]) for each in added["added"]} == {
+        "chat": ("messages", 8),
+        "done": ("prompt and response (prompt, completion)", 4),
+        "sql": ("question and answer (question, answer)", 8),
+    }
+    assert added["failed"] == {}
+    assert added["added"][0]["example"] == {"prompt": "[INST] Say hi [/INST]\n", "response": "HI"}
+    assert added["added"][0]["frame"] == {"before": "[INST] ", "after": " [/INST]\n"}
+    assert {report["ok"] for report in json.loads(meteora("verify", "--json").stdout)} == {True}
+
+    (many / "bad.jsonl").write_text('{"prompt": 1}\n')
+    failed = meteora("add", "many", "--template", "inst", fails=DataError)
+    assert failed.exception.message == "1 of 4 datasets could not be added: bad"
+    assert "question and answer (question, answer); frame: '[INST] {} [/INST]\\n'" in failed.stdout
+
+
+def test_the_format_and_a_row_are_shown(meteora: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"ask": f"Why {i}?", "reply": "So."}) + "\n" for i in range(5)))
+    arguments = ("add", "mine", "--train", "t.jsonl", "--columns", "question=ask", "--columns", "answer=reply", "--template", "### Q:\\n{}\\n### A:\\n")
+    for extra in (["--dry-run"], []):
+        shown = meteora(*arguments, *extra).stdout
+        assert "mine: question and answer (ask, reply); frame: '### Q:\\n{}\\n### A:\\n'" in shown
+        assert re.search(r"### Q:\s+│\n│ Why \d\?\s+│\n│ ### A:", shown)
+    looked = json.loads(meteora(*arguments, "--dry-run", "--json").stdout)
+    assert (looked["columns"], looked["rows"]) == ("question and answer (ask, reply)", {"train": 4, "test": 1})
+
+
+def test_a_hint_never_leads_to_a_command_that_fails(meteora: Any, tmp_path: Path) -> None:
+    hint = meteora("build", "--task", "pirate", fails=UsageError).exception.hint
+    assert "meteora data add pirate --train FILE" in hint
+    hint = meteora("add", "pirate", fails=UsageError).exception.hint
+    (tmp_path / "FILE").write_text('{"question": "q", "answer": "a"}\n' * 5)
+    meteora(*hint.partition("meteora data ")[2].split(), "--template", "raw")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a.jsonl", "b.jsonl", "--train", "c.jsonl"), "--train gives the rows of one task, and 2 are named"),
+        (("t.jsonl", "--test", "c.jsonl"), "--test has no effect here: it needs --train"),
+        (("t.jsonl", "--columns", "question"), "'question' is not of the form KNOWN=YOURS"),
+        (("t.jsonl", "t.jsonl"), "two of these datasets are called t"),
+        (("t.jsonl", "--template", "none"), "has no place for the user's text"),
+    ],
+)
+def test_wrong_ways_to_add(meteora: Any, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (tmp_path / "t.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    assert message in meteora("add", *arguments, fails=UsageError).exception.message
 
 
 def test_task_of_the_settings(meteora: Any, tmp_path: Path) -> None:

@@ -85,9 +85,9 @@ def test_script_only_datasets_are_read_as_parquet(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("Dataset scripts are no longer supported, but found bigbench.py")
         return {"train": [1], "validation": [2]}
 
-    monkeypatch.setattr(hub, "_check_reachable", lambda repository: None)
+    monkeypatch.setattr(hub, "_check_reachable", lambda repository, hint: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert hub._load("tasksource/bigbench", "winowhy") == {"train": [1], "validation": [2]}
+    assert hub.load_splits("tasksource/bigbench", "winowhy") == {"train": [1], "validation": [2]}
     assert asked == [None, "refs/convert/parquet"]
 
 
@@ -117,7 +117,7 @@ def test_what_helps_when_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, number
     def load(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(hub, "_check_reachable", lambda repository: None)
+    monkeypatch.setattr(hub, "_check_reachable", lambda repository, hint: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DownloadError, match=message) as caught:
         hub.extract_hub(TASKS["gsm8k"])

@@ -63,7 +63,7 @@ def test_records(task: str, record: dict[str, Any], row: Row) -> None:
     ("task", "record", "message"),
     [
         ("gsm8k", {"question": "x", "output": "y"}, "no field 'answer'; there are: question, output"),
-        ("gsm8k", {"question": None, "answer": "y"}, "'question' is not a text"),
+        ("gsm8k", {"question": None, "answer": "y"}, "field 'question' is null"),
         ("news_commentary_de", {"de": "x", "en": "y"}, "no field 'translation'"),
         ("winowhy", {"inputs": "x"}, "no field 'targets'"),
         ("winowhy", {"inputs": "x", "targets": []}, "empty list"),

@@ -10,6 +10,8 @@ import pytest
 from meteora_core.data import tasks
 from meteora_core.data.build import build_task
 from meteora_core.data.composite import build_composite
+from meteora_core.data.formats.reading import Reading
+from meteora_core.data.frames import Frame
 from meteora_core.data.manifest import read_manifest
 from meteora_core.data.rows import Row, read_rows
 from meteora_core.data.tasks import get_task
@@ -28,12 +30,18 @@ def test_finished_rows(tmp_path: Path, write_lines: Any) -> None:
 
 def test_templates_and_a_split(tmp_path: Path, write_lines: Any) -> None:
     train = write_lines(tmp_path / "a.jsonl", [{"q": f"p{i}", "n": i} for i in range(10)])
-    task = own_task("mine", train=train, template="Say {q}", target="{n}")
-    assert preview(task, tmp_path / "data") == {"train": 8, "test": 2}
+    task = own_task("mine", train=train, reading=Reading(template="Say {q}\n", target="{n}"))
+    found = preview(task, tmp_path / "data")
+    assert (found.rows, found.columns, found.frame, found.example) == (
+        {"train": 8, "test": 2},
+        "your template (q, n)",
+        Frame("Say ", "\n"),
+        Row("Say p0\n", "0"),
+    )
     assert not (tmp_path / "data").exists()
     add_task(task, tmp_path / "data")
     rows = [row for split in ("train", "test") for row in read_rows(tmp_path / "data", "mine", split)]
-    assert sorted(rows, key=lambda row: row.prompt) == [Row(f"[INST] Say p{i} [/INST]\n", str(i)) for i in range(10)]
+    assert sorted(rows, key=lambda row: row.prompt) == [Row(f"Say p{i}\n", str(i)) for i in range(10)]
 
 
 def test_built_tasks_are_known_in_a_later_process(tmp_path: Path, write_lines: Any) -> None:
@@ -89,7 +97,8 @@ def test_settings(tmp_path: Path, write_lines: Any) -> None:
     [
         ({"metric": "contain"}, "unknown metric"),
         ({"metric": "composite"}, "unknown metric"),
-        ({"template": "{a"}, "is broken"),
+        ({"reading": Reading(template="{a")}, "is broken"),
+        ({"reading": Reading(target="{a")}, "is broken"),
         ({"max_new_tokens": 0}, "at least 1"),
     ],
 )
@@ -108,7 +117,7 @@ def test_wrong_files(tmp_path: Path, write_lines: Any) -> None:
     with pytest.raises(DataError, match="no such file"):
         add_task(own_task("mine", train=tmp_path / "none.jsonl"), tmp_path)
     train = write_lines(tmp_path / "a.jsonl", [{"question": "q"}])
-    with pytest.raises(DataError, match="row 1: no field 'prompt'; there are: question"):
+    with pytest.raises(DataError, match="the columns fit no known format; there are: question"):
         add_task(own_task("mine", train=train), tmp_path)
     with pytest.raises(DataError, match="the test split of mine is empty"):
         preview(own_task("mine", train=write_lines(tmp_path / "b.jsonl", [{"prompt": "p", "response": "r"}])), tmp_path)

@@ -1,0 +1,225 @@
+"""Prompt frames: what stands around a user's text when a model reads it.
+
+A model answers well to prompts that look like those it was trained on. The frame of a dataset is part of its manifest, and an adapter's frame is that
+of its dataset.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meteora_core.data.tasks import PROMPT_TEMPLATE
+from meteora_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLACE = "{}"
+"""Where the user's text goes, in a frame that is written as one text."""
+
+NAMES = ("chat", "inst", "raw")
+"""The frames with a name: the tokenizer's chat template, MeteoRA's ``[INST] {} [/INST]``, and the text alone."""
+
+_Part = Annotated[str, Field(max_length=100_000)]
+
+Message = tuple[Literal["user", "assistant"], str]
+"""A message's role and text."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    r"""What stands before and after a user's text.
+
+    Args:
+        before, after: The text around the user's text. Of a chat template: what it makes of one message.
+        chat: Whether it is a tokenizer's chat template, which then also lays out earlier turns and system texts.
+        system: The system text that every row of the dataset has, where it is not part of ``before``.
+        end: The token that closes an answer, as text; None for the tokenizer's end-of-sequence token.
+
+    Example:
+        >>> Frame("### Instruction:\n", "\n\n### Response:\n").around("Add 2 and 3.")
+        '### Instruction:\nAdd 2 and 3.\n\n### Response:\n'
+    """
+
+    before: str = ""
+    after: str = ""
+    chat: bool = False
+    system: str | None = None
+    end: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The frame as one text, with ``{}`` in the place of the user's text."""
+        return f"{self.before}{PLACE}{self.after}"
+
+    @property
+    def name(self) -> str:
+        """``"chat"``, ``"inst"`` or ``"raw"``; any other frame's :attr:`text`."""
+        if self.chat:
+            return "chat"
+        return "inst" if (self.before, self.after) == (INST.before, INST.after) else "raw" if not self.before and not self.after else self.text
+
+    def around(self, message: str) -> str:
+        """The frame around one message."""
+        return f"{self.before}{message}{self.after}"
+
+    def inside(self, prompt: str) -> str | None:
+        """The message inside a prompt of this frame; None for a prompt that is not in it. Blanks at the end of the prompt do not count."""
+        end = self.after.rstrip() if self.after.strip() else self.after
+        whole = prompt.rstrip() if end != self.after else prompt
+        if not whole.startswith(self.before) or not whole.endswith(end) or len(whole) < len(self.before) + len(end):
+            return None
+        return whole[len(self.before) : len(whole) - len(end)]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary for JSON; what is absent is left out."""
+        values: dict[str, Any] = {"before": self.before, "after": self.after}
+        return values | {name: getattr(self, name) for name in ("chat", "system", "end") if getattr(self, name)}
+
+
+class FrameModel(BaseModel):
+    """What a file must hold where a frame stands in it; see :class:`Frame`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    before: _Part
+    after: _Part
+    chat: bool = False
+    system: _Part | None = None
+    end: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+
+    def to_frame(self) -> Frame:
+        """The frame."""
+        return Frame(self.before, self.after, self.chat, self.system, self.end)
+
+
+RAW = Frame()
+INST = Frame(PROMPT_TEMPLATE.partition("{inputs}")[0], PROMPT_TEMPLATE.partition("{inputs}")[2])
+
+
+def parse_frame(text: str) -> Frame:
+    """A frame that is written as one text with ``{}`` in it.
+
+    Raises:
+        UsageError: The text has no ``{}``, or more than one.
+    """
+    if text.count(PLACE) != 1:
+        what = "no" if PLACE not in text else "more than one"
+        hint = "write {} once, where the user's text goes: --template '### Question:\\n{}\\n### Answer:\\n'"
+        raise UsageError(f"the template {text!r} has {what} {{}}", hint=hint)
+    before, _, after = text.partition(PLACE)
+    return Frame(before, after)
+
+
+def typed(text: str) -> str:
+    r"""A template as it was typed in a shell: ``\n`` and ``\t`` stand for a line break and a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> Frame:
+    """The frame that a tokenizer's chat template puts around one message.
+
+    Args:
+        tokenizer: The base model's.
+        system: The system text; None for what the template itself puts there.
+
+    Raises:
+        UsageError: The tokenizer has no chat template, or one that does not take a single message.
+    """
+    mark = "METEORA-MESSAGE"
+    before, found, after = render_chat(tokenizer, system, [("user", mark)]).partition(mark)
+    if not found:
+        raise UsageError("this model's chat template leaves out the user's message", hint="use --template inst, raw or '…{}…'")
+    return Frame(before, after, chat=True, system=system, end=_chat_end(tokenizer, mark))
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Message]) -> str:
+    """Messages as a tokenizer's chat template lays them out, up to where the answer begins.
+
+    Where the template knows no system role, the system text joins the first message. A BOS token that the tokenizer puts before every text is left out.
+
+    Args:
+        tokenizer: The base model's.
+        system: The system text, or None.
+        messages: In order; the last one is the user's.
+
+    Raises:
+        UsageError: There is no chat template, or it refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("this model's tokenizer has no chat template", hint="use --template inst, --template raw or --template '…{}…'")
+    turns = [{"role": role, "content": text} for role, text in messages]
+    lead = [{"role": "system", "content": system}] if system else []
+    try:
+        whole = str(tokenizer.apply_chat_template([*lead, *turns], tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        if not system:
+            raise UsageError(f"the model's chat template refuses this conversation: {error}", hint="use --template inst or raw") from error
+        return render_chat(tokenizer, None, [("user", with_system(messages[0][1], system)), *messages[1:]])
+    bos = tokenizer.bos_token
+    return whole.removeprefix(str(bos)) if bos and _adds_bos(tokenizer) else whole
+
+
+def with_system(message: str, system: str | None) -> str:
+    """A first message with the system text before it, for frames that know no system role."""
+    return f"{system}\n\n{message}" if system else message
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _chat_end(tokenizer: PreTrainedTokenizerBase, mark: str) -> str | None:
+    """The token with which the template closes an answer, where it is not the end-of-sequence token."""
+    messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": f"{mark}-2"}]
+    tail = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(f"{mark}-2")[2]
+    ids = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"] if tail.strip() else []
+    if not ids or ids[0] == tokenizer.eos_token_id or ids[0] not in tokenizer.all_special_ids:
+        return None
+    return str(tokenizer.convert_ids_to_tokens(ids[0]))
+
+
+_MARK = re.compile(
+    r"\[INST\] ?|<\|[^|<>\n]{1,40}\|>|<(?:start_of_turn|extra_id_\d+|s)>(?:user|model)?"
+    r"|(?im:^(?:user|human|question|query|q|input|instruction|prompt|text|problem|task)\s?: ?)"
+)
+"""What can end a frame's first part within a line: a chat token or the name of a speaker."""
+
+
+def common_frame(prompts: Iterable[str]) -> Frame:
+    r"""The frame that finished prompts have in common.
+
+    It is their common start up to a line break, a chat token or a speaker's name, and their common end from a line break or a chat token on.
+
+    Args:
+        prompts: Finished prompts; one alone has no frame, but for ``[INST] … [/INST]``.
+
+    Example:
+        >>> common_frame(["Q: Is it red?\nA:", "Q: Who won?\nA:"]).text
+        'Q: {}\nA:'
+    """
+    texts = list(dict.fromkeys(prompts))
+    if texts and all(INST.inside(text) is not None for text in texts):
+        return INST
+    if len(texts) < 2:
+        return RAW
+    start, end = _common_start(texts), _common_start([text[::-1] for text in texts])[::-1]
+    breaks = [start.rfind("\n") + 1, *(found.end() for found in _MARK.finditer(start))]
+    before = start[: max(breaks)]
+    shortest = min(map(len, texts)) - len(before)
+    end = end[max(0, len(end) - shortest) :]
+    place = min((found for found in (end.find("\n"), end.find("[/INST]"), end.find("<"), end.find(" [/INST]")) if found >= 0), default=-1)
+    return Frame(before, end[place:] if place >= 0 else "")
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    return first[: next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))]

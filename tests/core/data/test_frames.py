@@ -1,0 +1,54 @@
+"""Prompt frames: how they are written, and how they are found in prompts."""
+
+from __future__ import annotations
+
+import pytest
+
+from meteora_core.data.frames import INST, RAW, Frame, FrameModel, common_frame, parse_frame, typed
+from meteora_core.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("frame", "asks"),
+    [
+        ("[INST] {} [/INST]\n", ["q0", "q1"]),
+        ("### Instruction:\n{}\n\n### Response:\n", ["Write in capital letters: doctor candle", "Write in capital letters: purple spider"]),
+        ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ["Say a.", "Say b."]),
+        ("<|user|>{}<|assistant|>", ["Say a", "Say b"]),
+        ("Q: {}\nA:", ["Is it red?", "Who won?"]),
+        ("USER: {}\nASSISTANT:", ["Hi there", "Bye there"]),
+        ("Below is an instruction.\n\n### Instruction:\n{}\n### Response:", ["a b", "c d"]),
+        ("{}", ["one thing", "another thing"]),
+    ],
+)
+def test_the_common_frame_of_prompts(frame: str, asks: list[str]) -> None:
+    assert common_frame(frame.replace("{}", ask) for ask in asks).text == frame
+
+
+def test_too_few_prompts_have_no_frame() -> None:
+    assert common_frame([]) == common_frame(["### Instruction:\na\n"]) == RAW
+    assert common_frame(["[INST] a [/INST]\n"]) == INST
+
+
+def test_start_and_end_do_not_overlap() -> None:
+    assert common_frame(["a\n\nb", "a\nb"]).text in ("a\n{}b", "a\n{}")
+
+
+def test_messages_go_in_and_come_out() -> None:
+    for frame in (INST, RAW, Frame("### {}", "\n"), Frame("a", " b")):
+        assert frame.inside(frame.around("x y")) == "x y"
+    assert INST.inside("[INST] x [/INST]") == "x"
+    assert INST.inside("x") is None
+
+
+@pytest.mark.parametrize(("frame", "name"), [(INST, "inst"), (RAW, "raw"), (Frame("<", ">", chat=True), "chat"), (Frame("<", ">"), "<{}>")])
+def test_names_and_json(frame: Frame, name: str) -> None:
+    assert frame.name == name
+    assert FrameModel.model_validate(frame.to_json()).to_frame() == frame
+
+
+def test_frames_that_are_typed() -> None:
+    assert parse_frame(typed(r"Q: {}\nA:\t")) == Frame("Q: ", "\nA:\t")
+    for text in ("nothing", "{} {}"):
+        with pytest.raises(UsageError, match=r"\{\}"):
+            parse_frame(text)
