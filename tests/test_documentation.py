@@ -105,26 +105,27 @@ def test_the_page_on_performance_stays_short() -> None:
     assert len((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").splitlines()) <= 80
 
 
-def python_of(page: str) -> str:
-    """The first Python example of a page."""
-    return re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"))[0]
+def python_of(page: str, count: int) -> str:
+    """The first Python examples of a page, as one program."""
+    return "\n".join(re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"))[:count])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide/python.md"])
-def test_the_python_example_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """As it is written, but for the base model, which is tiny here, and the number of steps."""
+@pytest.mark.parametrize(("page", "count", "written"), [("README.md", 1, "runs/mine"), ("docs/guide/python.md", 4, "runs/better")])
+def test_the_python_examples_run(
+    page: str, count: int, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they are written, but for the base model, which is tiny here, and the number of steps."""
     model = byte_llama()
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     for seed, task in enumerate(("logical_deduction", "strategyqa")):
         write_adapter(tmp_path / "adapters" / task, model, tmp_path / "base", seed)
-        write_jsonl(tmp_path / "datasets" / task / "train.jsonl", [{"prompt": f"[INST] {task} {i} [/INST]\n", "response": "yes"} for i in range(4)])
+        write_jsonl(tmp_path / "datasets" / task / "train.jsonl", [{"prompt": f"[INST] {task} {i} [/INST]\n", "response": "yes"} for i in range(20)])
     monkeypatch.chdir(tmp_path)
-    source = python_of(page)
-    for old, new in (("HuggingFaceTB/SmolLM2-135M-Instruct", "base"), ("range(200)", "range(2)")):
-        assert source.count(old) == 1
+    source = python_of(page, count)
+    for old, new in (("HuggingFaceTB/SmolLM2-135M-Instruct", "base"), ("range(200)", "range(2)"), ("max_steps=100", "max_steps=2")):
+        assert source.count(old) == 1 or old == "max_steps=100"
         source = source.replace(old, new)
     exec(compile(source, page, "exec"), {"__name__": "__example__"})
-    assert (tmp_path / "runs" / "mine" / "meteora_config.json").is_file()
-    if page == "README.md":
-        assert "tensor([" in capsys.readouterr().out
+    assert (tmp_path / written / "meteora_config.json").is_file()
+    assert "tensor([" in capsys.readouterr().out
