@@ -136,7 +136,8 @@ def convert(
     """Turn a checkpoint in the authors' layout into a native folder, tensor by tensor."""
     from typing import cast
 
-    from meteora_core.checkpoints.convert import convert_authors
+    from meteora_core.checkpoints.authors_layout import AuthorsAdapters
+    from meteora_core.checkpoints.convert import ConvertOptions, convert_authors
     from meteora_core.model.base import BaseReference
     from meteora_core.ranges import check_range
 
@@ -147,12 +148,8 @@ def convert(
             checkpoint,
             folder,
             BaseReference(base, revision),
-            adapter_dir=adapters,
-            names=None if names is None else [name.strip() for name in names.split(",") if name.strip()],
-            alpha=alpha,
-            top_k=top_k,
-            routing_temperature=routing_temperature,
-            base_tensors=cast("BaseTensors", base_tensors),
+            adapter_dir=AuthorsAdapters(adapters, None if names is None else [name.strip() for name in names.split(",") if name.strip()], alpha),
+            options=ConvertOptions(top_k, routing_temperature, cast("BaseTensors", base_tensors)),
             overwrite=force,
             progress=bars,
         )
@@ -194,7 +191,7 @@ def pack(
     """
     import torch
 
-    from meteora_core.checkpoints.pack import pack_checkpoint
+    from meteora_core.checkpoints.pack import PackOptions, pack_checkpoint
     from meteora_core.errors import UsageError
     from meteora_core.ranges import check_range
 
@@ -208,11 +205,13 @@ def pack(
         done = pack_checkpoint(
             checkpoint,
             folder,
+            PackOptions(
+                tasks=None if task is None else [name.strip() for name in task.split(",") if name.strip()],
+                rank=rank,
+                max_bytes=None if max_mb is None else int(max_mb * 1e6),
+                dtype=getattr(torch, dtype),
+            ),
             adapters_dir=adapters,
-            tasks=None if task is None else [name.strip() for name in task.split(",") if name.strip()],
-            rank=rank,
-            max_bytes=None if max_mb is None else int(max_mb * 1e6),
-            dtype=getattr(torch, dtype),
             overwrite=force,
             progress=bars,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.magnitudes import check_tensor
-from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
+from meteora_core.checkpoints.authors_layout import AuthorsAdapters, AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import note_base_changes
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
@@ -27,8 +26,8 @@ _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.
 
 
 def load_authors_checkpoint(
-    base_model: PreTrainedModel | str | Path,
-    adapter_dir: str | Path | None,
+    base_model: PreTrainedModel | BaseReference | str | Path,
+    adapter_dir: AuthorsAdapters | str | Path | None,
     checkpoint: str | Path,
     top_k: int = 2,
     temperature: float = 1.0,
@@ -36,31 +35,22 @@ def load_authors_checkpoint(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
-    names: Sequence[str] | None = None,
-    alpha: float | None = None,
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
 ) -> PreTrainedModel:
-    """Load a checkpoint of the authors (layout in :mod:`meteora_core.checkpoints.layout`) onto its base model.
+    """Load a checkpoint of the authors (layout in :mod:`meteora_core.checkpoints.authors_layout`) onto its base model.
 
     The checkpoint's tensors win over those of the base model and of the adapter folders; the folders give names, ranks and alphas.
 
     Args:
-        base_model: A loaded base model (it is changed in place), a folder, a catalog name, or a hub id.
-        adapter_dir: The folder that holds one PEFT folder per adapter. None: the scaling is ``alpha`` / rank, and the names are the 28 tasks' when
-            there are 28 adapters.
+        base_model: A loaded base model (it is changed in place, and may be quantised: its linears stay the base's own), a folder, a catalog name, a hub
+            id, or a :class:`~meteora_core.model.base.BaseReference`, which may name a revision and allow remote code.
+        adapter_dir: The folder that holds one PEFT folder per adapter, or None: the scaling is 16 / rank, and the names are the 28 tasks' when there
+            are 28 adapters. :class:`~meteora_core.checkpoints.authors_layout.AuthorsAdapters` names another order or another alpha.
         checkpoint: A safetensors file, an index of shards, or a folder that holds one. Never a pickle.
         top_k: Adapters per token and layer, 1 <= top_k <= N.
-        temperature: T > 0.
+        temperature: Routing temperature T > 0.
         dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU. Ignored with a loaded base model.
         device: None or "auto" is a GPU when there is one. Ignored with a loaded base model.
         backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
-        names: The adapters' names in the checkpoint's order, where that is neither the 28 tasks' nor alphabetical.
-        alpha: ``lora_alpha`` of all adapters; only without ``adapter_dir``. None is 16, as the authors trained.
-        quantization: "4bit", "8bit" or None; the linears of a quantised base stay the base's own. Ignored with a loaded base model.
-        trust_remote_code: Whether code of the base model's repository may run.
-        progress: Where to report.
 
     Returns:
         The model, in evaluation mode, with ``model.meteora`` set.
@@ -71,16 +61,35 @@ def load_authors_checkpoint(
         AdapterError: An adapter's configuration is missing or of another kind.
         UsageError: top_k, temperature or backend is out of range, or adapters are attached already.
     """
-    if adapter_dir is not None and alpha is not None:
-        raise UsageError("alpha is given, and so is the folder of adapters, which states it", hint="leave one out")
-    layout = read_layout(checkpoint)
-    infos = describe_adapters(layout, adapter_dir, names=names, alpha=alpha)
-    if isinstance(base_model, str | Path):
+    adapters = AuthorsAdapters.of(adapter_dir)
+    if isinstance(base_model, BaseReference | str | Path):
+        describe_adapters(read_layout(checkpoint), adapters)  # raises before a base model is loaded
         place = pick_device(device)
-        reference = BaseReference(str(base_model), trust_remote_code=trust_remote_code)
-        model = load_base(reference, dtype=pick_dtype(dtype, place), device=place, quantization=quantization, progress=progress)
-    else:
-        model = base_model
+        reference = base_model if isinstance(base_model, BaseReference) else BaseReference(str(base_model))
+        base_model = load_base(reference, dtype=pick_dtype(dtype, place), device=place)
+    return attach_authors(base_model, checkpoint, adapters, top_k=top_k, temperature=temperature, backend=backend)
+
+
+def attach_authors(
+    model: PreTrainedModel,
+    checkpoint: str | Path,
+    adapters: AuthorsAdapters,
+    *,
+    top_k: int = 2,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    progress: Progress = SILENT,
+) -> PreTrainedModel:
+    """Put a checkpoint of the authors onto its loaded base model, in place.
+
+    Args:
+        model: The base model.
+        checkpoint, top_k, temperature, backend: As for :func:`load_authors_checkpoint`, with the same errors.
+        adapters: What is known of the checkpoint's adapters.
+        progress: Where to report.
+    """
+    layout = read_layout(checkpoint)
+    infos = describe_adapters(layout, adapters)
     if getattr(model, "meteora", None) is not None:
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
     targets = _base_targets(layout, model)

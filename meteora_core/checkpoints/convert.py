@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor
 from meteora_core.adapters.peft_folder import AdapterInfo
-from meteora_core.checkpoints.layout import AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
+from meteora_core.checkpoints.authors_layout import AuthorsAdapters, AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import check_replaceable, rounding_table
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
 from meteora_core.errors import CheckpointError, StorageError, UsageError
@@ -53,17 +53,28 @@ class Converted:
     sha256: str
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What a converted checkpoint stores.
+
+    Attributes:
+        top_k: Adapters per token and layer, the default of the checkpoint.
+        routing_temperature: T of the gates' softmax, the default of the checkpoint.
+        base_tensors: "changed", or "all" to store every base tensor without a comparison.
+    """
+
+    top_k: int = 2
+    routing_temperature: float = 1.0
+    base_tensors: BaseTensors = "changed"
+
+
 def convert_authors(
     checkpoint: str | Path,
     folder: str | Path,
     base: BaseReference | str,
     *,
-    adapter_dir: str | Path | None = None,
-    names: Sequence[str] | None = None,
-    alpha: float | None = None,
-    top_k: int = 2,
-    routing_temperature: float = 1.0,
-    base_tensors: BaseTensors = "changed",
+    adapter_dir: AuthorsAdapters | str | Path | None = None,
+    options: ConvertOptions = ConvertOptions(),
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Converted:
@@ -76,12 +87,10 @@ def convert_authors(
     Args:
         checkpoint: A safetensors file, an index of shards, or a folder that holds one.
         folder: To be written; appears when it is complete.
-        base: The base model that it was trained on; it is read with ``base_tensors="changed"`` (a hub model is fetched if it is not in the cache) and
-            only noted with ``"all"``.
-        adapter_dir, names, alpha: As in :func:`~meteora_core.load_authors_checkpoint`.
-        top_k: Stored as the default of the checkpoint.
-        routing_temperature: T of the gates' softmax, stored as the default of the checkpoint.
-        base_tensors: "changed", or "all" to store every base tensor without a comparison.
+        base: The base model that it was trained on; it is read for the base tensors "changed" (a hub model is fetched if it is not in the cache) and
+            only noted for "all".
+        adapter_dir: As in :func:`~meteora_core.load_authors_checkpoint`.
+        options: What the checkpoint stores.
         overwrite: Replace a folder that is there.
         progress: Where to report.
 
@@ -92,28 +101,27 @@ def convert_authors(
     """
     folder = Path(folder)
     reference = BaseReference(base) if isinstance(base, str) else base
-    if adapter_dir is not None and alpha is not None:
-        raise UsageError("alpha is given, and so is the folder of adapters, which states it", hint="leave one out")
-    if base_tensors not in ("changed", "all"):
-        raise UsageError(f"unknown choice of base tensors {base_tensors!r}", hint="choose from: changed, all")
+    adapters, top_k, temperature = AuthorsAdapters.of(adapter_dir), options.top_k, options.routing_temperature
+    if options.base_tensors not in ("changed", "all"):
+        raise UsageError(f"unknown choice of base tensors {options.base_tensors!r}", hint="choose from: changed, all")
     if folder.exists() and not overwrite:
         raise UsageError(f"{folder} exists already", hint="pass --force to replace it, or choose another folder")
     check_replaceable(folder)
     layout = read_layout(checkpoint)
-    infos = describe_adapters(layout, adapter_dir, names=names, alpha=alpha)
+    infos = describe_adapters(layout, adapters)
     if not 1 <= top_k <= layout.count:
         raise UsageError(f"top_k is {top_k}, but the checkpoint has {layout.count} adapters", hint=f"choose --top-k between 1 and {layout.count}")
-    if not 0 < routing_temperature < float("inf"):
-        raise UsageError(f"the routing temperature T is {routing_temperature}, it must be above 0 and finite")
+    if not 0 < temperature < float("inf"):
+        raise UsageError(f"the routing temperature T is {temperature}, it must be above 0 and finite")
     kept, rounded, probe = tuple(sorted(layout.base)), dict[str, torch.dtype](), None
-    if base_tensors == "changed":
+    if options.base_tensors == "changed":
         theirs = _open_base(reference, progress)
         _check_base(layout, theirs, reference)
         kept, rounded = _differences(layout, theirs, progress)
         probe = _probe(layout, theirs)
     _check_numbers(layout, infos, kept, progress)
     plans = list(_plans(layout, kept))
-    config = _config(layout, infos, reference, probe, kept, rounded, top_k, routing_temperature)
+    config = _config(layout, infos, {"name": reference.name, "revision": reference.revision, "probe": probe}, kept, rounded, options)
     total = sum(plan.size for plan in plans)
     _check_space(folder, total)
     with atomic_folder(folder) as temporary:
@@ -262,19 +270,17 @@ def _check_space(folder: Path, total: int) -> None:
 def _config(
     layout: AuthorsLayout,
     infos: tuple[AdapterInfo, ...],
-    reference: BaseReference,
-    probe: list[float] | None,
+    base: dict[str, Any],
     kept: tuple[str, ...],
     rounded: dict[str, torch.dtype],
-    top_k: int,
-    routing_temperature: float,
+    options: ConvertOptions,
 ) -> dict[str, Any]:
     scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32).tolist()
     return {
         "format": FORMAT,
-        "base": {"name": reference.name, "revision": reference.revision, "probe": probe},
-        "top_k": top_k,
-        "temperature": routing_temperature,
+        "base": base,
+        "top_k": options.top_k,
+        "temperature": options.routing_temperature,
         "adapters": [asdict(info) for info in infos],
         "gates": "trained",
         "contains": ["gates", "adapters", *(["base"] if kept else [])],

@@ -11,7 +11,7 @@ from typing import Any
 from meteora_core.adapters.config import CONFIG as ADAPTER_CONFIG
 from meteora_core.adapters.config import WEIGHTS as ADAPTER_WEIGHTS
 from meteora_core.adapters.config import AdapterConfig, find_adapter
-from meteora_core.checkpoints.layout import is_authors, read_layout
+from meteora_core.checkpoints.authors_layout import is_authors, read_layout
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.file_models import read_model

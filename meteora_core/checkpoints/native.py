@@ -140,13 +140,12 @@ def refuse_untrained(folder: str | Path, config: Mapping[str, Any]) -> None:
 
 def load_checkpoint(
     folder: str | Path,
-    base_model: PreTrainedModel | str | Path | None = None,
+    base_model: PreTrainedModel | BaseReference | str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     *,
     backend: str = "auto",
     adapters_dir: str | Path | None = None,
-    trust_remote_code: bool = False,
     allow_untrained: bool = False,
     progress: Progress = SILENT,
 ) -> PreTrainedModel:
@@ -154,12 +153,12 @@ def load_checkpoint(
 
     Args:
         folder: The checkpoint.
-        base_model: A loaded base model (it is changed in place), a folder or a name; None takes the one that the checkpoint names.
+        base_model: A loaded base model (it is changed in place), a folder, a name, or a :class:`~meteora_core.model.base.BaseReference`, which may name
+            a revision and allow remote code; None takes the one that the checkpoint names.
         dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU. Ignored with a loaded base model.
         device: None or "auto" is a GPU when there is one. Ignored with a loaded base model.
         backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
-        adapters_dir: Where the adapter folders lie now, if they were moved; each is looked up there by its name.
-        trust_remote_code: Whether code of the base model's repository may run.
+        adapters_dir: The folder that the adapter folders were moved to, if they were; each is looked up there by its name.
         allow_untrained: Whether gates that were saved before any training are loaded.
         progress: Where to report.
 
@@ -175,10 +174,11 @@ def load_checkpoint(
     if not allow_untrained:
         refuse_untrained(folder, read_config(folder))
     config, tensors, bank = read_checkpoint(folder, adapters_dir, progress)
-    if base_model is None or isinstance(base_model, str | Path):
+    if base_model is None or isinstance(base_model, BaseReference | str | Path):
         place = pick_device(device)
-        name = str(base_model or config["base"]["name"])
-        reference = BaseReference(name, None if base_model else config["base"].get("revision"), trust_remote_code)
+        if base_model is None:
+            base_model = BaseReference(config["base"]["name"], config["base"].get("revision"))
+        reference = base_model if isinstance(base_model, BaseReference) else BaseReference(str(base_model))
         model = load_base(reference, dtype=pick_dtype(dtype, place), device=place, progress=progress)
     else:
         model = base_model

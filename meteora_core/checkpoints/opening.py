@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from meteora_core.checkpoints.authors import load_authors_checkpoint
-from meteora_core.checkpoints.layout import describe_adapters, is_authors, read_layout
+from meteora_core.checkpoints.authors import attach_authors
+from meteora_core.checkpoints.authors_layout import AuthorsAdapters, describe_adapters, is_authors, read_layout
 from meteora_core.checkpoints.native import load_checkpoint, refuse_untrained
 from meteora_core.checkpoints.native_config import CONFIG_FILE, check_weights, read_config
 from meteora_core.errors import CheckpointError, UsageError
@@ -86,7 +86,7 @@ def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None 
         return CheckpointFacts(checkpoint, True, config["base"]["name"], config["base"].get("revision"), names, config.get("weights_sha256"))
     if not is_authors(list(TensorFiles(checkpoint).entries)):
         raise CheckpointError(f"{checkpoint} is no meteora checkpoint, native or the authors'", hint="`meteora ckpt inspect` says what it is")
-    infos = describe_adapters(read_layout(checkpoint), adapters_dir)
+    infos = describe_adapters(read_layout(checkpoint), AuthorsAdapters(adapters_dir))
     return CheckpointFacts(checkpoint, False, None, None, tuple(info.name for info in infos), None)
 
 
@@ -104,57 +104,75 @@ def attach_checkpoint(
     backend: str = "auto",
     progress: Progress = SILENT,
 ) -> PreTrainedModel:
-    """Put a checkpoint onto its loaded base model, in place. Arguments and errors as in :func:`open_checkpoint`."""
-    if facts.native:
-        return load_checkpoint(facts.path, model, backend=backend, adapters_dir=adapters_dir, progress=progress)
-    return load_authors_checkpoint(model, adapters_dir, facts.path, backend=backend, alpha=alpha, progress=progress)
-
-
-def open_checkpoint(
-    checkpoint: str | Path,
-    *,
-    base: str | None = None,
-    revision: str | None = None,
-    adapters_dir: str | Path | None = None,
-    alpha: float | None = None,
-    top_k: int | None = None,
-    routing_temperature: float | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    backend: str = "auto",
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
-) -> tuple[PreTrainedModel, BaseReference]:
-    """Load a checkpoint onto its base model, and say which base that is (its tokenizer belongs to the checkpoint too).
+    """Put a checkpoint onto its loaded base model, in place.
 
     Args:
-        checkpoint: A native folder, or a file or folder in the authors' layout.
+        model: The base model.
+        facts: The checkpoint, as :func:`describe_checkpoint` read it.
+        adapters_dir, alpha, backend: As in :class:`OpeningOptions`.
+        progress: Where to report.
+
+    Raises:
+        CheckpointError, UsageError: As :func:`open_checkpoint`.
+    """
+    if facts.native:
+        return load_checkpoint(facts.path, model, backend=backend, adapters_dir=adapters_dir, progress=progress)
+    return attach_authors(model, facts.path, AuthorsAdapters(adapters_dir, alpha=alpha), backend=backend, progress=progress)
+
+
+@dataclass(frozen=True)
+class OpeningOptions:
+    """How a checkpoint is loaded.
+
+    Attributes:
         base: The base model; None takes the one that a native checkpoint names. The authors' layout names none.
         revision: Of ``base`` on the hub.
-        adapters_dir: Where the adapter folders lie.
-        alpha: Of the authors' layout without ``adapters_dir``.
-        top_k: None takes the checkpoint's own, or 2.
+        adapters_dir: The folder that the adapter folders were moved to, if they were; for the authors' layout, the folders that name its adapters.
+        alpha: ``lora_alpha`` of the adapters in the authors' layout, without ``adapters_dir``.
+        top_k: Adapters per token; None takes the checkpoint's own, or 2.
         routing_temperature: T of the gates' softmax; None takes the checkpoint's own, or 1.
         dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU.
         device: None or "auto" is a GPU when there is one.
         backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
         quantization: "4bit", "8bit" or None, for the base model.
         trust_remote_code: Whether code of the base model's repository may run.
+    """
+
+    base: str | None = None
+    revision: str | None = None
+    adapters_dir: str | Path | None = None
+    alpha: float | None = None
+    top_k: int | None = None
+    routing_temperature: float | None = None
+    dtype: torch.dtype | str | None = None
+    device: torch.device | str | None = None
+    backend: str = "auto"
+    quantization: str | None = None
+    trust_remote_code: bool = False
+
+
+def open_checkpoint(
+    checkpoint: str | Path, options: OpeningOptions = OpeningOptions(), *, progress: Progress = SILENT
+) -> tuple[PreTrainedModel, BaseReference]:
+    """Load a checkpoint onto its base model, and return which base that is (its tokenizer belongs to the checkpoint too).
+
+    Args:
+        checkpoint: A native folder, or a file or folder in the authors' layout.
+        options: How.
         progress: Where to report.
 
     Raises:
         CheckpointError: It is no checkpoint, is broken, or does not fit the base model or the adapters.
-        UsageError: A base model is needed and not given, or an argument is out of range.
+        UsageError: A base model is needed and not given, or an option is out of range.
     """
-    facts = describe_checkpoint(checkpoint, adapters_dir)
-    reference = facts.reference(base, revision, trust_remote_code=trust_remote_code)
-    place = pick_device(device)
-    loaded = load_base(reference, dtype=pick_dtype(dtype, place), device=place, quantization=quantization, progress=progress)
-    model = attach_checkpoint(loaded, facts, adapters_dir=adapters_dir, alpha=alpha, backend=backend, progress=progress)
+    facts = describe_checkpoint(checkpoint, options.adapters_dir)
+    reference = facts.reference(options.base, options.revision, trust_remote_code=options.trust_remote_code)
+    place = pick_device(options.device)
+    loaded = load_base(reference, dtype=pick_dtype(options.dtype, place), device=place, quantization=options.quantization, progress=progress)
+    model = attach_checkpoint(loaded, facts, adapters_dir=options.adapters_dir, alpha=options.alpha, backend=options.backend, progress=progress)
     state = routing_state(model)
-    if top_k is not None:
-        state.top_k = top_k
-    if routing_temperature is not None:
-        state.temperature = routing_temperature
+    if options.top_k is not None:
+        state.top_k = options.top_k
+    if options.routing_temperature is not None:
+        state.temperature = options.routing_temperature
     return model, reference

@@ -46,15 +46,29 @@ class Packed:
     sha256: str
 
 
+@dataclass(frozen=True)
+class PackOptions:
+    """What a packed checkpoint holds.
+
+    Attributes:
+        tasks: Only these adapters, in this order, with their gates as they are; None takes all.
+        rank: The highest rank in every layer; None sets no limit.
+        max_bytes: The largest size of the folder, in bytes; None sets no limit.
+        dtype: Of the stored tensors.
+    """
+
+    tasks: Sequence[str] | None = None
+    rank: int | None = None
+    max_bytes: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
 def pack_checkpoint(
     source: str | Path,
     folder: str | Path,
+    options: PackOptions = PackOptions(),
     *,
     adapters_dir: str | Path | None = None,
-    tasks: Sequence[str] | None = None,
-    rank: int | None = None,
-    max_bytes: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Packed:
@@ -65,12 +79,9 @@ def pack_checkpoint(
 
     Args:
         source: A native checkpoint.
-        folder: Where the new one goes.
-        adapters_dir: Where the source's adapter folders lie now, if they were moved.
-        tasks: Only these adapters, in this order; their gates are kept as they are.
-        rank: At most this rank in every layer.
-        max_bytes: Size of the folder, at most.
-        dtype: Of the stored tensors.
+        folder: The folder of the new one.
+        options: Which adapters, how large, in which dtype.
+        adapters_dir: The folder that the source's adapter folders were moved to, if they were.
         overwrite: Replace a folder that is there.
         progress: Where to report.
 
@@ -78,7 +89,7 @@ def pack_checkpoint(
         CheckpointError: The source is broken, its gates are untrained, or it cannot be made so small.
         UsageError: An unknown task, a value out of range, or the folder is there.
     """
-    folder = Path(folder)
+    folder, rank, max_bytes, dtype = Path(folder), options.rank, options.max_bytes, options.dtype
     if folder.exists() and not overwrite:
         raise UsageError(f"{folder} is there already", hint="pass --force to replace it, or choose another folder")
     if rank is not None and rank < 1:
@@ -90,7 +101,7 @@ def pack_checkpoint(
     if adapters_dir is not None and "adapters" in config["contains"]:
         raise UsageError(f"{source} holds its adapters, so another folder of them has no effect", hint="leave out --adapters")
     check_replaceable(folder)
-    places = [bank.index(name) for name in (tasks or bank.names)]
+    places = [bank.index(name) for name in (options.tasks or bank.names)]
     if len(set(places)) != len(places):
         raise UsageError("a task is named twice")
     gates = {f"{path}.gate": tensors[f"{path}.gate"][places].to(dtype).contiguous() for path in config["modules"]}

@@ -17,43 +17,29 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from meteora_core.checkpoints.opening import open_checkpoint
+from meteora_core.checkpoints.opening import OpeningOptions, open_checkpoint
 from meteora_core.errors import MeteoraError, UsageError
 from meteora_core.generation.nonfinite import non_finite_error, not_finite
 from meteora_core.model.base import load_tokenizer
 from meteora_core.model.fuse import fuse_for_inference
+from meteora_core.settings import Switch
 
 NAME = "meteora"
 
 
-def load_for_harness(checkpoint: str, **arguments: Any) -> tuple[Any, Any]:
+def load_for_harness(checkpoint: str, options: OpeningOptions, *, fuse: Switch = "auto") -> tuple[Any, Any]:
     """The model and tokenizer for a checkpoint.
 
     Args:
         checkpoint: A native folder, or a file or folder in the authors' layout.
-        arguments: ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``, ``device``, ``backend``, ``quantization`` and
-            ``trust_remote_code``, as :func:`meteora_core.checkpoints.opening.open_checkpoint` takes them, and ``fuse``, as
-            :func:`meteora_core.model.fuse.fuse_for_inference` takes it. The harness turns numbers in its arguments
-            into ints and floats by itself.
+        options: How it is loaded.
+        fuse: "auto", "on" or "off", as :func:`meteora_core.fused.fuse.fuse_for_inference` takes it.
 
     Raises:
-        MeteoraError: As ``open_checkpoint``.
+        MeteoraError: As :func:`meteora_core.checkpoints.opening.open_checkpoint`.
     """
-    model, reference = open_checkpoint(
-        str(checkpoint),
-        base=arguments.get("base"),
-        revision=arguments.get("revision"),
-        adapters_dir=arguments.get("adapters"),
-        alpha=arguments.get("alpha"),
-        top_k=arguments.get("top_k"),
-        routing_temperature=arguments.get("T"),
-        dtype=arguments.get("dtype"),
-        device=arguments.get("device"),
-        backend=arguments.get("backend") or "auto",
-        quantization=arguments.get("quantization"),
-        trust_remote_code=bool(arguments.get("trust_remote_code")),
-    )
-    fuse_for_inference(model, arguments.get("fuse") or "auto")
+    model, reference = open_checkpoint(checkpoint, options)
+    fuse_for_inference(model, fuse)
     return model, load_tokenizer(reference)
 
 
@@ -83,7 +69,7 @@ def model_class() -> type[Any]:
             dtype: str | None = "auto",
             device: str | None = None,
             meteora_backend: str = "auto",
-            fuse: str = "auto",
+            fuse: Switch = "auto",
             quantization: str | None = None,
             trust_remote_code: bool = False,
             **kwargs: Any,
@@ -94,21 +80,20 @@ def model_class() -> type[Any]:
 
                 accelerator = Accelerator(cpu=device == "cpu")
                 device = str(accelerator.device)
-            model, tokenizer = load_for_harness(
-                checkpoint,
+            options = OpeningOptions(
                 base=base,
                 revision=revision,
-                adapters=adapters,
+                adapters_dir=adapters,
                 alpha=alpha,
                 top_k=top_k,
-                T=T,
+                routing_temperature=T,
                 dtype=dtype,
                 device=device,
-                backend=meteora_backend,
-                fuse=fuse,
+                backend=meteora_backend or "auto",
                 quantization=quantization,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=bool(trust_remote_code),
             )
+            model, tokenizer = load_for_harness(str(checkpoint), options, fuse=fuse or "auto")
             self.meteora_checkpoint = str(checkpoint)
             super().__init__(pretrained=model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, **kwargs)
             if accelerator is not None:

@@ -214,8 +214,7 @@ def test_evaluation_with_graphs_equals_eager(tmp_path: Path, make_adapter) -> No
             adapters_dir=place.adapters,
             checkpoint=place.checkpoint,
             base=BaseReference(str(place.base)),
-            fuse=fuse,
-            options=EvalOptions(max_new_tokens=12, no_repeat_ngram_size=4, cuda_graphs=graphs, batch_size=batch_size),
+            options=EvalOptions(fuse=fuse, max_new_tokens=12, no_repeat_ngram_size=4, cuda_graphs=graphs, batch_size=batch_size),
         )
         outcomes = evaluate(plan, device=torch.device(DEVICE), dtype=torch.float32)
         assert all(outcome.document["meteora"]["speed"]["rows"] == 18 for outcome in outcomes)

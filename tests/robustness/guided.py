@@ -71,10 +71,10 @@ def look(place: Path, data: bytes) -> None:
 
 def authors(place: Path, data: bytes) -> None:
     """A checkpoint in the authors' layout."""
-    from meteora_core.checkpoints.layout import describe_adapters, read_layout
+    from meteora_core.checkpoints.authors_layout import AuthorsAdapters, describe_adapters, read_layout
 
     (place / "model.safetensors").write_bytes(data)
-    describe_adapters(read_layout(place), None)
+    describe_adapters(read_layout(place), AuthorsAdapters())
 
 
 def shards(place: Path, data: bytes) -> None:
@@ -276,8 +276,8 @@ def _fuzz(options: argparse.Namespace, folder: Path, report: Path) -> None:
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
     with atheris.instrument_imports(include=["meteora_core"]):
         import meteora_core.adapters.peft_folder
+        import meteora_core.checkpoints.authors_layout
         import meteora_core.checkpoints.inspect
-        import meteora_core.checkpoints.layout
         import meteora_core.checkpoints.native
         import meteora_core.data.manifest
         import meteora_core.data.rows  # noqa: F401

@@ -46,7 +46,7 @@ def build_world(folder: Path) -> None:
 
 def _build() -> None:
     from meteora_core import AdapterBank, attach, save_checkpoint
-    from meteora_core.checkpoints.pack import pack_checkpoint
+    from meteora_core.checkpoints.pack import PackOptions, pack_checkpoint
     from meteora_core.data.userdata import add_task, own_task
     from meteora_core.model.base import BaseReference, load_base
     from support.evaluation_workspace import make_tokenizer
@@ -72,7 +72,7 @@ def _build() -> None:
             if name.endswith(".gate"):
                 parameter.mul_(20)
     save_checkpoint(attached, "runs/meteora", base=BaseReference("base"), training={"trained_steps": 1})
-    pack_checkpoint("runs/meteora", "packed", dtype=torch.float32)
+    pack_checkpoint("runs/meteora", "packed", PackOptions(dtype=torch.float32))
     _write_authors(Path("theirs"))
     _write_archive(Path("archive.tar.gz"))
     Path("results").mkdir()

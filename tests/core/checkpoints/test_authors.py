@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meteora_core import load_authors_checkpoint, load_checkpoint, save_checkpoint
+from meteora_core.checkpoints.authors_layout import AuthorsAdapters
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
 
 PREFIX = "base_model.model."
@@ -135,12 +136,12 @@ def test_without_adapter_folders_alpha_gives_the_scaling(make_authors: Make) -> 
     with torch.no_grad():
         with_folders = load_authors_checkpoint(made.base, made.adapters, made.checkpoint, device="cpu")
         without = load_authors_checkpoint(made.base, None, made.checkpoint, device="cpu")
-        halved = load_authors_checkpoint(made.base, None, made.checkpoint, alpha=8, device="cpu")
+        halved = load_authors_checkpoint(made.base, AuthorsAdapters(alpha=8), made.checkpoint, device="cpu")
         assert with_folders.meteora.names == without.meteora.names == made.names
         assert torch.equal(with_folders(**batch).logits, without(**batch).logits)
         assert not torch.allclose(halved(**batch).logits, without(**batch).logits, atol=1e-2)
     with pytest.raises(UsageError, match="which states it"):
-        load_authors_checkpoint(made.base, made.adapters, made.checkpoint, alpha=8)
+        AuthorsAdapters(made.adapters, alpha=8)
 
 
 def test_rslora_scaling(make_authors: Make) -> None:
@@ -272,21 +273,21 @@ def test_another_base_model_is_named_and_left_alone(make_authors: Make) -> None:
 def test_adapters_that_do_not_fit_the_checkpoint(make_authors: Make) -> None:
     made = make_authors()
 
-    def load(**arguments: Any) -> Any:
-        return load_authors_checkpoint(made.base, made.adapters, made.checkpoint, device="cpu", **arguments)
+    def load(names: Sequence[str] | None = None) -> Any:
+        return load_authors_checkpoint(made.base, AuthorsAdapters(made.adapters, names), made.checkpoint, device="cpu")
 
     swapped = list(made.names)
     swapped[3], swapped[7] = swapped[7], swapped[3]
     with pytest.raises(CheckpointError, match=r"not that of the checkpoint: place 3 .* holds 'contextual_parametric_.*', not 'epistemic_reasoning'"):
-        load(names=swapped)
+        load(swapped)
     with pytest.raises(CheckpointError, match="has 28 adapters, and there are 27 names"):
-        load(names=made.names[:27])
+        load(made.names[:27])
     with pytest.raises(CheckpointError, match="names given twice: alpaca"):
-        load(names=[*made.names[:27], "alpaca"])
+        load([*made.names[:27], "alpaca"])
     shutil.copytree(made.adapters / "alpaca", made.adapters / "zeta")
     with pytest.raises(CheckpointError, match="has 29: it has also zeta"):
         load()
-    assert load(names=made.names).meteora.names == made.names
+    assert load(made.names).meteora.names == made.names
     (made.adapters / "alpaca").rename(made.adapters.parent / "elsewhere")
     with pytest.raises(CheckpointError, match="has 28: it lacks alpaca and has also zeta"):
         load()

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meteora_core import load_authors_checkpoint, load_checkpoint, save_checkpoint
-from meteora_core.checkpoints.convert import convert_authors
+from meteora_core.checkpoints.authors_layout import AuthorsAdapters
+from meteora_core.checkpoints.convert import ConvertOptions, convert_authors
 from meteora_core.checkpoints.inspect import inspect_checkpoint
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import sha256
@@ -33,7 +34,7 @@ BATCH = {"input_ids": torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]]), "atte
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_converted_model_is_the_loaded_one_bit_for_bit(make_authors: Make, tmp_path: Path, shards: int, change: tuple[str, ...], tied: bool) -> None:
     made = make_authors(shards=shards, change=change, tied=tied, same_alpha=False)
-    done = convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, top_k=2, routing_temperature=15)
+    done = convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, options=ConvertOptions(2, 15))
     assert done.adapters == made.names
     assert done.base_tensors == tuple(sorted(change))
     assert done.sha256 == sha256(tmp_path / "native" / "meteora.safetensors")
@@ -66,7 +67,7 @@ def test_a_bfloat16_checkpoint_of_a_float32_base_is_rounded_again_and_not_stored
 
 def test_all_base_tensors_can_be_stored_without_reading_the_base(make_authors: Make, tmp_path: Path) -> None:
     made = make_authors(count=3, change=("model.norm.weight",))
-    done = convert_authors(made.checkpoint, tmp_path / "native", "someone/never-read", adapter_dir=made.adapters, base_tensors="all")
+    done = convert_authors(made.checkpoint, tmp_path / "native", "someone/never-read", adapter_dir=made.adapters, options=ConvertOptions(base_tensors="all"))
     assert len(done.base_tensors) == sum(".moe_gate." not in name and ".lora_" not in name for name in made.tensors)
     torch.manual_seed(1)
     other = LlamaForCausalLM(LlamaConfig.from_pretrained(made.base)).eval()
@@ -135,21 +136,20 @@ def test_a_wrong_base_is_named(make_authors: Make, tmp_path: Path) -> None:
 def test_arguments_that_are_refused(make_authors: Make, tmp_path: Path) -> None:
     made = make_authors(count=2)
 
-    def convert(**arguments: Any) -> None:
-        convert_authors(made.checkpoint, tmp_path / "native", str(made.base), **arguments)
+    def convert(options: ConvertOptions = ConvertOptions(), **arguments: Any) -> None:
+        convert_authors(made.checkpoint, tmp_path / "native", str(made.base), options=options, **arguments)
 
-    for arguments, message in (
-        ({"top_k": 3}, "top_k is 3"),
-        ({"routing_temperature": 0}, "temperature T is 0"),
-        ({"alpha": 8, "adapter_dir": made.adapters}, "which states it"),
-        ({"base_tensors": "none"}, "unknown choice of base tensors"),
+    for options, message in (
+        (ConvertOptions(top_k=3), "top_k is 3"),
+        (ConvertOptions(routing_temperature=0), "temperature T is 0"),
+        (ConvertOptions(base_tensors="none"), "unknown choice of base tensors"),  # type: ignore[arg-type]
     ):
         with pytest.raises(UsageError, match=message):
-            convert(**arguments)
+            convert(options)
     convert()
     with pytest.raises(UsageError, match="exists already"):
         convert()
-    convert(overwrite=True, top_k=1)
+    convert(ConvertOptions(top_k=1), overwrite=True)
     assert inspect_checkpoint(tmp_path / "native")["top_k"] == 1
 
 
@@ -226,4 +226,4 @@ def test_numbers_that_cannot_be_computed_with_are_refused(make_authors: Make, tm
 def test_an_alpha_that_is_no_number_is_refused(make_authors: Make, tmp_path: Path) -> None:
     made = make_authors(count=3)
     with pytest.raises(CheckpointError, match=r"the scaling of .* holds NaN"):
-        convert_authors(made.checkpoint, tmp_path / "native", str(made.base), alpha=float("nan"))
+        convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=AuthorsAdapters(alpha=float("nan")))

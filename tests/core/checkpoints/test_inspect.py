@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from meteora_core import load_authors_checkpoint, save_checkpoint
-from meteora_core.checkpoints.convert import convert_authors
+from meteora_core.checkpoints.convert import ConvertOptions, convert_authors
 from meteora_core.checkpoints.inspect import inspect_checkpoint
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.files import sha256
@@ -36,7 +36,7 @@ def test_the_authors_layout(make_authors: Make) -> None:
 
 def test_native_checkpoints(make_authors: Make, tmp_path: Path) -> None:
     made = make_authors(count=3, change=("model.norm.weight",))
-    convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, routing_temperature=20)
+    convert_authors(made.checkpoint, tmp_path / "native", str(made.base), adapter_dir=made.adapters, options=ConvertOptions(routing_temperature=20))
     facts = inspect_checkpoint(tmp_path / "native")
     assert (facts["kind"], facts["adapter_count"], facts["ranks"], facts["temperature"], facts["intact"]) == ("native", 3, [8], 20, True)
     assert facts["base"] == {"name": str(made.base), "revision": None}

@@ -17,7 +17,7 @@ from meteora_core.checkpoints.inspect import inspect_checkpoint
 from meteora_core.checkpoints.native import write_checkpoint
 from meteora_core.checkpoints.native_config import ROUTING_DIGEST, read_config
 from meteora_core.checkpoints.opening import describe_checkpoint
-from meteora_core.checkpoints.pack import pack_checkpoint
+from meteora_core.checkpoints.pack import PackOptions, pack_checkpoint
 from meteora_core.errors import CheckpointError
 from meteora_core.evaluation.card import write_card
 from meteora_core.tensor_files import read_header
@@ -33,7 +33,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def embedded(saved: Path, tmp_path: Path) -> Path:
-    pack_checkpoint(saved, tmp_path / "packed", dtype=torch.float32)
+    pack_checkpoint(saved, tmp_path / "packed", PackOptions(dtype=torch.float32))
     return tmp_path / "packed"
 
 
@@ -205,7 +205,7 @@ def test_weights_that_cannot_be_computed_with_are_refused(embedded: Path, part: 
         with pytest.raises(CheckpointError, match=f"{part}.*(NaN|infinite|overflows)"):
             read()
     with pytest.raises(CheckpointError):
-        pack_checkpoint(embedded, embedded.parent / "made", rank=1)
+        pack_checkpoint(embedded, embedded.parent / "made", PackOptions(rank=1))
 
 
 def test_gates_that_overflow_in_the_models_dtype_leave_the_model_as_it_was(saved: Path) -> None:
@@ -216,7 +216,7 @@ def test_gates_that_overflow_in_the_models_dtype_leave_the_model_as_it_was(saved
         load_checkpoint(saved, model)
     assert getattr(model, "meteora", None) is None
     with pytest.raises(CheckpointError, match="overflows in float16"):
-        pack_checkpoint(saved, saved.parent / "made", dtype=torch.float16)
+        pack_checkpoint(saved, saved.parent / "made", PackOptions(dtype=torch.float16))
     pack_checkpoint(saved, saved.parent / "made")
 
 

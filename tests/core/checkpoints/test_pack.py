@@ -9,7 +9,7 @@ import torch
 
 from meteora_core import AdapterBank, attach, load_checkpoint, save_checkpoint
 from meteora_core.checkpoints.native import read_config
-from meteora_core.checkpoints.pack import pack_checkpoint
+from meteora_core.checkpoints.pack import PackOptions, pack_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from support.tiny_models import declare_trained, make_tiny_llama
 
@@ -39,7 +39,7 @@ def logits(folder, **state):
 
 def test_all_adapters_in_float32_give_the_same_logits_without_their_folders(source, tmp_path) -> None:
     expected = logits(source)
-    done = pack_checkpoint(source, tmp_path / "packed", dtype=torch.float32)
+    done = pack_checkpoint(source, tmp_path / "packed", PackOptions(dtype=torch.float32))
     for name in "abc":
         (tmp_path / "adapters" / name).rename(tmp_path / f"gone_{name}")
     assert torch.equal(logits(tmp_path / "packed"), expected)
@@ -55,18 +55,18 @@ def test_some_tasks_keep_their_gates_and_order(source, tmp_path) -> None:
     model.meteora.mute(["b"])
     with torch.inference_mode():
         expected = model(IDS).logits
-    done = pack_checkpoint(source, tmp_path / "packed", tasks=["c", "a"], dtype=torch.float32)
+    done = pack_checkpoint(source, tmp_path / "packed", PackOptions(tasks=["c", "a"], dtype=torch.float32))
     assert done.adapters == ("c", "a")
     torch.testing.assert_close(logits(tmp_path / "packed"), expected, rtol=0, atol=1e-5)
     with pytest.raises(UsageError, match="twice"):
-        pack_checkpoint(source, tmp_path / "other", tasks=["a", "a"])
+        pack_checkpoint(source, tmp_path / "other", PackOptions(tasks=["a", "a"]))
     with pytest.raises(UsageError, match="no adapter named 'd'"):
-        pack_checkpoint(source, tmp_path / "other", tasks=["d"])
+        pack_checkpoint(source, tmp_path / "other", PackOptions(tasks=["d"]))
 
 
 def test_a_low_rank_keeps_the_largest_singular_values(source, tmp_path) -> None:
     bank = load_checkpoint(source, make_tiny_llama())
-    pack_checkpoint(source, tmp_path / "packed", rank=2, dtype=torch.float32)
+    pack_checkpoint(source, tmp_path / "packed", PackOptions(rank=2, dtype=torch.float32))
     small = load_checkpoint(tmp_path / "packed", make_tiny_llama())
     layer, cut = (model.model.layers[1].mlp.down_proj for model in (bank, small))
     assert cut.ranks == (2, 0, 2)
@@ -83,17 +83,17 @@ def test_a_rank_above_a_layers_width(tmp_path, make_adapter) -> None:
     names = {name: make_adapter(name, seed, r=24, target_modules=["k_proj", "q_proj"]) for seed, name in enumerate("ab")}
     save_checkpoint(declare_trained(attach(make_tiny_llama(), AdapterBank.from_peft(names), seed=3)), tmp_path / "source")
     expected = logits(tmp_path / "source")
-    pack_checkpoint(tmp_path / "source", tmp_path / "packed", rank=20, dtype=torch.float32)
+    pack_checkpoint(tmp_path / "source", tmp_path / "packed", PackOptions(rank=20, dtype=torch.float32))
     ranks = {path.rpartition(".")[2]: module["ranks"] for path, module in read_config(tmp_path / "packed")["modules"].items()}
     assert ranks == {"k_proj": [16, 16], "q_proj": [20, 20]}
     torch.testing.assert_close(logits(tmp_path / "packed"), expected, rtol=0.05, atol=0.05)
-    pack_checkpoint(tmp_path / "source", tmp_path / "small", max_bytes=90_000)
+    pack_checkpoint(tmp_path / "source", tmp_path / "small", PackOptions(max_bytes=90_000))
 
 
 def test_a_size_is_kept_and_what_is_lost_is_said(source, tmp_path) -> None:
     whole = pack_checkpoint(source, tmp_path / "whole")
     limit = whole.size + 64_000 + 2_000 - 4_000
-    done = pack_checkpoint(source, tmp_path / "packed", max_bytes=limit)
+    done = pack_checkpoint(source, tmp_path / "packed", PackOptions(max_bytes=limit))
     assert done.size <= limit
     assert all(0.3 < share <= 1 for share in done.kept.values())
     assert min(done.kept.values()) < 1
@@ -101,7 +101,7 @@ def test_a_size_is_kept_and_what_is_lost_is_said(source, tmp_path) -> None:
     assert config["training"]["packed"]["kept"] == done.kept
     assert logits(tmp_path / "packed").isfinite().all()
     with pytest.raises(CheckpointError, match="even rank 1"):
-        pack_checkpoint(source, tmp_path / "tiny", max_bytes=66_000)
+        pack_checkpoint(source, tmp_path / "tiny", PackOptions(max_bytes=66_000))
     assert not (tmp_path / "tiny").exists()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meteora_core import load_checkpoint
-from meteora_core.checkpoints.convert import convert_authors
-from meteora_core.checkpoints.opening import open_checkpoint
+from meteora_core.checkpoints.convert import ConvertOptions, convert_authors
+from meteora_core.checkpoints.opening import OpeningOptions, open_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.integrations import lm_eval as integration
 from support.authors_files import Authors, write_authors
@@ -53,11 +54,12 @@ def authors(tmp_path: Path) -> Authors:
 
 def test_both_layouts_open_as_the_same_model(authors: Authors, tmp_path: Path) -> None:
     native = tmp_path / "native"
-    convert_authors(authors.checkpoint, native, str(authors.base), adapter_dir=authors.adapters, top_k=1, routing_temperature=15)
+    convert_authors(authors.checkpoint, native, str(authors.base), adapter_dir=authors.adapters, options=ConvertOptions(1, 15))
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
-    opened, reference = open_checkpoint(native, device="cpu")
+    opened, reference = open_checkpoint(native, OpeningOptions(device="cpu"))
     assert (reference.name, opened.meteora.top_k, opened.meteora.temperature) == (str(authors.base), 1, 15.0)
-    foreign, _ = open_checkpoint(authors.checkpoint, base=str(authors.base), adapters_dir=authors.adapters, top_k=1, routing_temperature=15, device="cpu")
+    options = OpeningOptions(base=str(authors.base), adapters_dir=authors.adapters, top_k=1, routing_temperature=15, device="cpu")
+    foreign, _ = open_checkpoint(authors.checkpoint, options)
     with torch.no_grad():
         assert torch.equal(opened(**batch).logits, foreign(**batch).logits)
     with pytest.raises(UsageError, match="does not name its base model"):
@@ -69,14 +71,14 @@ def test_both_layouts_open_as_the_same_model(authors: Authors, tmp_path: Path) -
 
 
 def test_the_harness_arguments_reach_the_model(authors: Authors) -> None:
-    model, tokenizer = integration.load_for_harness(
-        str(authors.file), base=str(authors.base), adapters=str(authors.adapters), top_k=3, T=20, dtype="bfloat16", device="cpu", backend="reference"
-    )
+    options = OpeningOptions(str(authors.base), device="cpu")
+    asked = replace(options, adapters_dir=str(authors.adapters), top_k=3, routing_temperature=20, dtype="bfloat16", backend="reference")
+    model, tokenizer = integration.load_for_harness(str(authors.file), asked)
     assert isinstance(model, LlamaForCausalLM)
     assert (model.meteora.top_k, model.meteora.temperature, model.meteora.backend, model.dtype) == (3, 20.0, "reference", torch.bfloat16)
     assert tokenizer("w3 w4")["input_ids"] == [7, 8]
     with pytest.raises(UsageError, match="top_k is 9"):
-        integration.load_for_harness(str(authors.file), base=str(authors.base), top_k=9, device="cpu")
+        integration.load_for_harness(str(authors.file), replace(options, top_k=9))
 
 
 def expected_accuracy(native: Path, rows: list[dict[str, object]]) -> float:

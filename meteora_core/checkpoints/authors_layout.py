@@ -20,7 +20,7 @@ from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_stack, check_te
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.adapters.stack import Stack
 from meteora_core.data.tasks import TASK_ORDER
-from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.errors import AdapterError, CheckpointError, UsageError
 from meteora_core.reading import is_regular
 from meteora_core.tensor_files import TensorEntry, TensorFiles, read_header
 from meteora_core.text import listed
@@ -169,16 +169,43 @@ def _measure(checkpoint: str | Path, tensors: TensorFiles, paths: list[str], bas
     return AuthorsLayout(tensors, count, total // count, modules, base)
 
 
-def describe_adapters(
-    layout: AuthorsLayout, adapter_dir: str | Path | None, *, names: Sequence[str] | None = None, alpha: float | None = None
-) -> tuple[AdapterInfo, ...]:
-    """What each adapter of the checkpoint is, in its order: name, rank and alpha.
+@dataclass(frozen=True)
+class AuthorsAdapters:
+    """What is known of the adapters of a checkpoint in the authors' layout, which stores their weights alone.
+
+    Attributes:
+        folder: The folder of PEFT folders, one per adapter, which gives names, ranks and alphas; None where there is none.
+        names: The adapters' names in the checkpoint's order; None takes the 28 tasks for 28 adapters, else the sorted folder names, else numbers.
+        alpha: ``lora_alpha`` of all adapters, only without ``folder``; None is 16, as the authors trained.
+
+    Raises:
+        UsageError: ``alpha`` and ``folder`` are both given.
+
+    Example:
+        >>> AuthorsAdapters(alpha=8).alpha
+        8
+    """
+
+    folder: str | Path | None = None
+    names: Sequence[str] | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and self.alpha is not None:
+            raise UsageError("alpha is given, and so is the folder of adapters, which states it", hint="leave one out")
+
+    @classmethod
+    def of(cls, adapters: AuthorsAdapters | str | Path | None) -> AuthorsAdapters:
+        """The value itself, or the one that stands for a folder."""
+        return adapters if isinstance(adapters, AuthorsAdapters) else cls(adapters)
+
+
+def describe_adapters(layout: AuthorsLayout, adapters: AuthorsAdapters) -> tuple[AdapterInfo, ...]:
+    """Name, rank and alpha of each adapter of the checkpoint, in its order.
 
     Args:
         layout: The checkpoint.
-        adapter_dir: The folder of PEFT folders, one per adapter, or None.
-        names: The order, where it is not that of the 28 tasks (for 28 adapters) or of the sorted folder names.
-        alpha: Used without ``adapter_dir``; None is 16.
+        adapters: What is known of its adapters.
 
     Returns:
         N entries. Their hash is empty, since the weights come out of the checkpoint and not out of the folders.
@@ -188,13 +215,13 @@ def describe_adapters(
             checkpoint.
         AdapterError: A configuration is missing, broken or of another kind of adapter.
     """
-    source = str(layout.tensors.path)
-    if adapter_dir is None:
+    source, names = str(layout.tensors.path), adapters.names
+    if adapters.folder is None:
         order = tuple(names or (TASK_ORDER if layout.count == len(TASK_ORDER) else (f"adapter_{i}" for i in range(layout.count))))
         _check_names(layout, order)
-        scale = DEFAULT_ALPHA if alpha is None else alpha
+        scale = DEFAULT_ALPHA if adapters.alpha is None else adapters.alpha
         return tuple(AdapterInfo(name, source, "", None, layout.rank, scale, False, 0.0) for name in order)
-    folder = Path(adapter_dir)
+    folder = Path(adapters.folder)
     if not folder.is_dir():
         raise CheckpointError(f"no such folder of adapters: {folder}", hint="pass the folder that holds one folder per task, such as llama3_8b_peft")
     places = {path.name: place for path in folder.iterdir() if not path.name.startswith(".") and (place := find_adapter(path)) is not None}
