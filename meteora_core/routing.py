@@ -379,6 +379,15 @@ def record_routes(model: nn.Module) -> Iterator[Routes]:
 
     Raises:
         UsageError: Nothing is attached to the model.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from meteora_core import load_checkpoint, record_routes
+        >>> model, tokenizer = load_checkpoint("runs/mine"), AutoTokenizer.from_pretrained("base")
+        >>> with record_routes(model) as routes:
+        ...     output = model.generate(**tokenizer("Is 7 even?", return_tensors="pt"), max_new_tokens=3, min_new_tokens=3)
+        >>> routes.shares().shape  # 10 tokens of the prompt and the first two of the answer; the third was never an input
+        torch.Size([1, 12, 2])
     """
     state = routing_state(model)
     routes, before = Routes(state.names), state.recorder

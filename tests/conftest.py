@@ -1,31 +1,17 @@
-"""Shared pieces: a tiny Llama, tiny adapters, and the real small base model."""
+"""The order of the test files, a tiny Llama and tiny adapters."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-if os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    # pytest-xdist ignores Ctrl-C in its workers, and so would all their children: the tests that press it need it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Processes side by side share the cores; to be known before torch is first imported.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
-
 import torch
 
 from support.tiny_models import make_tiny_llama
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
-if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; to be known before Triton is first imported
-
+collect_ignore_glob = ["conftest.py", "*/conftest.py", "*/*/conftest.py", "robustness/[!t]*.py", "support/*.py"]
+"""Programs and helpers: their docstrings hold no examples."""
 
 LONGEST = (
     "test_end_to_end.py",
@@ -52,28 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
-@pytest.fixture(autouse=True)
-def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of the machine must not reach a test."""
-    for name in [name for name in os.environ if name.startswith("METEORA_") and name != "METEORA_CACHE"]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture(autouse=True)
-def _kernels_still_run() -> Iterator[None]:
-    """A test after which ``auto`` leaves the GPU kernels alone would change what the tests behind it test."""
-    from meteora_kernels.mixture import _broken
-
-    yield
-    assert not _broken, "this test made auto give up the GPU kernels: the reason beside the device is the compiler's or the driver's"
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Every test draws the same numbers, whatever ran before it."""
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def tiny_llama():
     """A fresh tiny Llama."""
@@ -85,7 +49,6 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
     """Writes a random PEFT LoRA folder for the tiny Llama, made by PEFT itself."""
 
     def make(name: str, seed: int = 0, *, llama: dict[str, int] | None = None, **config: object) -> Path:
-        import torch
         from peft import LoraConfig, get_peft_model
 
         options: dict[str, object] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.0}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,3 +158,13 @@ def test_helpers_of_tests_are_in_conftest_or_in_support() -> None:
     own = ROOT / "tests" / "support", ROOT / "tests" / "robustness"
     others = [module for module in (ROOT / "tests").rglob("*.py") if not module.name.startswith("test_") and module.name != "conftest.py"]
     assert [str(module.relative_to(ROOT)) for module in others if not any(module.is_relative_to(folder) for folder in own)] == []
+
+
+@pytest.mark.parametrize("package", ["meteora_core", "meteora_kernels"])
+def test_every_public_name_has_an_example(package: str) -> None:
+    """In its docstring, or in that of one of its methods; pytest runs them (``--doctest-modules``)."""
+    module = importlib.import_module(package)
+    documented = {name: value for name in module.__all__ if callable(value := getattr(module, name))}
+    without = [name for name, value in documented.items() if not any(test.examples for test in doctest.DocTestFinder().find(value, name))]
+    assert documented
+    assert without == []

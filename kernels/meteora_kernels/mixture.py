@@ -35,6 +35,13 @@ def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, train
         total_rank: R.
         top_k: k.
         training: Gradients are wanted.
+
+    Example:
+        >>> import torch
+        >>> from meteora_kernels import pick_backend
+        >>> backend, reason = pick_backend(torch.randn(5, 16), adapters=3, total_rank=16, top_k=2, training=False)
+        >>> backend
+        'dense'
     """
     device = x.device.type
     if str(x.device) in _broken:
@@ -239,6 +246,11 @@ def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = Fal
 
     Returns:
         (M, O) in the dtype of x; for some sizes rows are further apart than O.
+
+    Example:
+        >>> y = run_group(torch.randn(5, 16, device="cuda"), group, Routing(top_k=2))  # doctest: +SKIP
+        >>> y.shape  # doctest: +SKIP
+        torch.Size([5, 32])
     """
     from meteora_kernels import triton_group
 

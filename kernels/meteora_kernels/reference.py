@@ -56,6 +56,15 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
     Returns:
         ``indices`` int64 (..., k) and ``weights`` (..., k), float32 (float64 for float64 logits), which sum to 1 over k and are
         differentiable in ``logits``. NaN logits give NaN weights.
+
+    Example:
+        >>> import torch
+        >>> from meteora_kernels import route
+        >>> indices, weights = route(torch.tensor([[0.0, 2.0, 1.0]]), top_k=2)
+        >>> indices
+        tensor([[1, 2]])
+        >>> weights  # softmax of the two chosen logits
+        tensor([[0.7311, 0.2689]])
     """
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))

@@ -27,6 +27,14 @@ class Adapters(NamedTuple):
         max_rank: The largest rank; None if the caller does not know it.
         widths: Outputs of each member.
         member_rows: Rows from one member to the next; 0 for a single linear.
+
+    Example:
+        >>> import torch
+        >>> from meteora_kernels import Adapters
+        >>> offsets = torch.tensor([0, 8, 12])  # two adapters, of ranks 8 and 4
+        >>> adapters = Adapters.of_layer(torch.randn(2, 16), torch.randn(12, 16), torch.randn(12, 24), torch.ones(2), offsets)
+        >>> adapters.number, adapters.total_rank, adapters.widths
+        (2, 12, (24,))
     """
 
     gate: Tensor
@@ -105,6 +113,11 @@ class Routing(NamedTuple):
         allowed: bool (N,), the adapters that may be chosen; None: all.
         indices: int64 (..., k), the adapters to use instead of the gate's choice (forced routing), or None.
         weights: (..., k), their weights, or None.
+
+    Example:
+        >>> from meteora_kernels import Routing
+        >>> Routing(top_k=1).given is None  # the gate decides
+        True
     """
 
     top_k: int = 2

@@ -22,6 +22,14 @@ class AdapterBank:
         adapters: What each adapter is; the position is the adapter's index in gates and labels.
         modules: A stack for every linear that at least one adapter targets, by module path.
         claims: The base-model requirements of adapters that were read from folders.
+
+    Example:
+        >>> from meteora_core import AdapterBank
+        >>> bank = AdapterBank.from_peft({"gsm8k": "adapters/gsm8k", "strategyqa": "adapters/strategyqa"})
+        >>> bank.names
+        ('gsm8k', 'strategyqa')
+        >>> [adapter.rank for adapter in bank]
+        [4, 8]
     """
 
     adapters: tuple[AdapterInfo, ...]
@@ -56,6 +64,12 @@ class AdapterBank:
 
         Raises:
             AdapterError: A folder cannot be used, or two adapters disagree about a layer's shape; adapter, layer and shapes are named.
+
+        Example:
+            >>> from meteora_core import AdapterBank
+            >>> bank = AdapterBank.from_peft({"gsm8k": "adapters/gsm8k", "strategyqa": "adapters/strategyqa"})
+            >>> len(bank), bank.index("strategyqa")
+            (2, 1)
         """
         if not folders:
             raise AdapterError("no adapters given", hint="train some with `meteora train --stage adapters --task NAME`")

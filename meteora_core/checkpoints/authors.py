@@ -60,6 +60,11 @@ def load_authors_checkpoint(
             base model has another vocabulary or other shapes; the adapters do not fit. The base model is unchanged then.
         AdapterError: An adapter's configuration is missing or of another kind.
         UsageError: top_k, temperature or backend is out of range, or adapters are attached already.
+
+    Example:
+        >>> from meteora_core import load_authors_checkpoint
+        >>> checkpoint = "llama3_8b_meteora/top_2/model.safetensors"
+        >>> model = load_authors_checkpoint("meta-llama/Meta-Llama-3-8B", "llama3_8b_peft", checkpoint, temperature=15)  # doctest: +SKIP
     """
     adapters = AuthorsAdapters.of(adapter_dir)
     if isinstance(base_model, BaseReference | str | Path):

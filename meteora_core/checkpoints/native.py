@@ -96,6 +96,14 @@ def save_checkpoint(
     Raises:
         UsageError: Nothing is attached, or the folder holds something that is no checkpoint.
         StorageError: The disk is full or not writable.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from meteora_core import AdapterBank, attach, save_checkpoint
+        >>> bank = AdapterBank.from_peft({"gsm8k": "adapters/gsm8k", "strategyqa": "adapters/strategyqa"})
+        >>> model = attach(AutoModelForCausalLM.from_pretrained("base"), bank, init="arrow")
+        >>> sorted(file.name for file in save_checkpoint(model, "runs/arrow").iterdir())
+        ['config.json', 'meteora.safetensors', 'meteora_config.json']
     """
     check_replaceable(folder)
     config, tensors = checkpoint_parts(model, place=folder, base=base, adapters=adapters, dtype=dtype, training=training)
@@ -169,6 +177,12 @@ def load_checkpoint(
         CheckpointError: Files are missing or broken, keys are missing or extra (the first five named), the base model differs, an
             adapter is not the one that the gates were trained with, or the gates are untrained.
         UsageError: The model has adapters attached already, or an unknown backend.
+
+    Example:
+        >>> from meteora_core import load_checkpoint
+        >>> model = load_checkpoint("runs/mine", dtype="float32")
+        >>> model.meteora.names, model.meteora.top_k
+        (('gsm8k', 'strategyqa'), 2)
     """
     folder = Path(folder)
     if not allow_untrained:

@@ -60,6 +60,14 @@ def attach(
             trained on a changed base model, or overflows in the model's dtype. The model is unchanged.
         UsageError: top_k, temperature, backend or init is out of range; or adapters are attached already, by Meteora or by PEFT; or a target has no
             weights (it is on the device "meta", and accelerate has no values for it).
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from meteora_core import AdapterBank, attach
+        >>> bank = AdapterBank.from_peft({"gsm8k": "adapters/gsm8k", "strategyqa": "adapters/strategyqa"})
+        >>> model = attach(AutoModelForCausalLM.from_pretrained("base"), bank, top_k=2)
+        >>> model.meteora.names
+        ('gsm8k', 'strategyqa')
     """
     if getattr(model, "meteora", None) is not None:
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
@@ -95,7 +103,16 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Take all MeteoRA layers out, in place; the base linears are back as they were. Raises UsageError when nothing is attached."""
+    """Take all MeteoRA layers out, in place; the base linears are back as they were. Raises UsageError when nothing is attached.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from meteora_core import AdapterBank, attach, detach
+        >>> bank = AdapterBank.from_peft({"gsm8k": "adapters/gsm8k", "strategyqa": "adapters/strategyqa"})
+        >>> model = attach(AutoModelForCausalLM.from_pretrained("base"), bank)
+        >>> detach(model).model.layers[0].self_attn.q_proj
+        Linear(in_features=32, out_features=32, bias=False)
+    """
     from meteora_core.model.fuse import unfuse
 
     unfuse(model)

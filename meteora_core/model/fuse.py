@@ -219,6 +219,12 @@ def fuse(model: nn.Module) -> int:
 
     Raises:
         UsageError: Nothing is attached, or the GPU kernels cannot run where the model is.
+
+    Example:
+        >>> from meteora_core import fuse, load_checkpoint
+        >>> model = load_checkpoint("runs/mine", device="cuda")  # doctest: +SKIP
+        >>> fuse(model)  # doctest: +SKIP
+        60
     """
     routing_state(model)
     made: dict[MeteoraLinear, FusedGroup] = {}
@@ -267,7 +273,14 @@ def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "a
 
 
 def unfuse(model: nn.Module) -> int:
-    """Undo :func:`fuse`: every weight gets its own memory again. Returns how many layers were released."""
+    """Undo :func:`fuse`: every weight gets its own memory again. Returns how many layers were released.
+
+    Example:
+        >>> from meteora_core import fuse, load_checkpoint, unfuse
+        >>> model = load_checkpoint("runs/mine", device="cuda")  # doctest: +SKIP
+        >>> fuse(model), unfuse(model)  # doctest: +SKIP
+        (60, 150)
+    """
     routing_state(model)
     released = 0
     starve(model)
