@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    # pytest-xdist ignores Ctrl-C in its workers, and so would all their children: the tests that press it need it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Workers share the cores. PyTorch reads this when it is first imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 import torch
+
+# The tests that press Ctrl-C need it. pytest-xdist ignores it in its workers, and a shell in what it runs in the background; children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -23,6 +23,7 @@ from meteora_core.chat.session import ChatSession
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.generation.engine import Sampling
 from meteora_core.json_files import write_jsonl
+from support import processes
 from support.chat_world import NAMES, World, build_world, open_speaker, without_ends
 
 
@@ -117,14 +118,21 @@ def test_a_system_text_that_is_not_utf8_is_said(meteora, world, say) -> None:
     assert "--system is not UTF-8 at byte 4" in ran.err
 
 
+def meteora_says_a_dash_and_a_face(encoding: str, *arguments: str) -> None:
+    """The command, on a stdout of this encoding, with a model whose tokens are all characters that it lacks."""
+    from meteora_core.generation import engine
+
+    sys.stdout.reconfigure(encoding=encoding)
+    engine.TextDecoder.add = lambda self, token: "\u2013 \U0001f600"
+    processes.meteora(*arguments)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_answer_on_a_stdout_that_is_not_utf8(world, tmp_path, encoding) -> None:
-    code = "import sys\nfrom meteora_core.generation import engine\nengine.TextDecoder.add = lambda self, token: '\\u2013 \\U0001f600'\n"
-    code += "from meteora_cli.app import main\nmain()"
-    command = [sys.executable, "-c", code, "chat", "--checkpoint", str(world.checkpoint), "--max-new-tokens", "3"]
-    done = subprocess.run(command, input=b"Hello", capture_output=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"? ?")
+    arguments = ("chat", "--checkpoint", str(world.checkpoint), "--max-new-tokens", "3")
+    done = processes.run(meteora_says_a_dash_and_a_face, encoding, *arguments, folder=tmp_path, stdin="Hello")
+    assert done.code == 0, done.err
+    assert done.out.startswith("? ?")
 
 
 def test_a_prompt_beyond_the_context_is_cut_and_it_is_said(meteora, world, say) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HANG = 1500
 """Seconds after which a process is taken for one that hangs. No test depends on how fast the machine is."""
 
@@ -143,6 +145,20 @@ def side_by_side(work: Callable[..., object], arguments: Sequence[Any], *, folde
     failed = [each for each in ended if each.code]
     assert not failed, failed[0].err[-3000:]
     return ended
+
+
+def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let workers that PyTorch would start anew (``torch.multiprocessing.spawn``) be forked from the process that has imported the libraries."""
+    import torch.multiprocessing
+
+    spawn = sys.modules["torch.multiprocessing.spawn"]  # the attribute of this name is a function
+    real = torch.multiprocessing.start_processes
+
+    def forked(*arguments: Any, start_method: str, **options: Any) -> Any:
+        assert start_method == "spawn"
+        return real(*arguments, start_method="forkserver", **options)
+
+    monkeypatch.setattr(spawn, "start_processes", forked)
 
 
 def _child(work: Callable[..., object], arguments: tuple[Any, ...], folder: Path, variables: dict[str, str], streams: Path) -> None:

@@ -184,8 +184,8 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
-    """A checkpoint of 680 MB whose largest tensor is 131 MB; a base with the same tensors."""
-    config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=8, tie_word_embeddings=True)
+    """A checkpoint of 400 MB whose largest tensor is 131 MB; a base with the same tensors."""
+    config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=8, tie_word_embeddings=True)
     base = LlamaForCausalLM(config)
     base.save_pretrained(tmp_path / "base")
     tensors = {}
@@ -198,7 +198,7 @@ def test_memory_stays_below_the_largest_tensor(tmp_path: Path) -> None:
             for part, shape in (("moe_gate", (28, width)), ("lora_A", (224, width)), ("lora_B", (out, 224))):
                 tensors[f"base_model.model.{path}.{part}.weight"] = torch.zeros(shape)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").stat().st_size > 650_000_000
+    assert (tmp_path / "model.safetensors").stat().st_size > 380_000_000
     del base, tensors
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "model.safetensors"), str(tmp_path / "native"), str(tmp_path / "base")]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout.split()[-1])

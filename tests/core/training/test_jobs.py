@@ -18,6 +18,7 @@ from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.job import TrainJob
 from meteora_core.training.parallel_adapters import ParallelOutcome, job_devices, train_in_parallel
 from meteora_core.training.single_adapter import train_adapter
+from support import processes
 from support.tiny_training import letters, model
 
 SETTINGS = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "rank": 2, "dropout": 0.1, "log_steps": 2, "log_to": "none"}
@@ -28,6 +29,12 @@ def base(tmp_path: Path) -> BaseReference:
     model().save_pretrained(tmp_path / "base")
     letters().save_pretrained(tmp_path / "base")
     return BaseReference(str(tmp_path / "base"))
+
+
+@pytest.fixture(autouse=True)
+def _workers_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are forked; the test of ``meteora train --jobs`` in tests/cli starts them as users' are."""
+    processes.fork_workers(monkeypatch)
 
 
 def run(job: TrainJob, workers: int = 2, **settings: AdapterTrainSettings) -> ParallelOutcome:
