@@ -1,4 +1,4 @@
-"""``python -m examples.paper SIZES``: runs the experiment, and goes on where it stopped."""
+"""``python -m examples.paper SIZES``: runs the experiment and continues where it stopped."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from meteora_core.errors import MeteoraError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m examples.paper",
-        description="The paper's experiment, step by step. What is done is left out; the same call goes on where it stopped.",
+        description="The paper's experiment, step by step. Finished steps are left out; the same call continues where it stopped.",
         epilog="Exit codes: 0 done; 1 something failed or does not fit (the repair is named); 2 usage; 75 the time of --for is over; 130 Ctrl-C; 143 SIGTERM.",
     )
     made.add_argument("sizes", help="full, ten, toy, or a file like full.toml")
-    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps or stages; * stands for anything")
+    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps or stages; * matches anything")
     made.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these steps or stages again, and all that depends on them")
-    made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="end after so many seconds; the same call goes on")
+    made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="end after this many seconds; the same call continues")
     made.add_argument("--jobs", type=int, default=1, metavar="N", help="up to N steps at the same time, over all GPUs; output goes to WORK/logs (default: 1)")
     made.add_argument("--keep-going", action="store_true", help="after a failure run what does not need the failed step; the failure counts at the end")
     made.add_argument("--raw-dir", type=Path, help="folder with raw rows of gsm8k, alpaca and news_commentary_de; without it they come from the hub")
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_child) -> int:
-    """Run; return the exit code."""
+    """Run the experiment and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(given)
     if options.jobs < 1:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_ch
 
 
 def call_of(options: argparse.Namespace) -> str:
-    """This call without what chooses steps: what a repair is put behind."""
+    """This call without the options that choose steps, to which the options of a repair are added."""
     parts = ["python", "-m", "examples.paper", options.sizes]
     for name in ("raw_dir", "work", "docs", "base", "device"):
         value = getattr(options, name)
@@ -92,7 +92,7 @@ def call_of(options: argparse.Namespace) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush it."""
     print(line, flush=True)
 
 
@@ -110,7 +110,7 @@ def hub_reachable() -> bool:
 
 
 def terminated(number: int, frame: FrameType | None) -> None:
-    """End as on Ctrl-C, with the exit code of the signal: the commands that run are ended first."""
+    """End as on Ctrl-C, with the exit code of the signal, after all running commands have ended."""
     raise SystemExit(128 + number)
 
 

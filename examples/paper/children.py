@@ -1,4 +1,4 @@
-"""``meteora`` commands as processes of their own: started, given so much time, and ended with this program."""
+"""``meteora`` commands as separate processes: started, limited in time, and ended with this program."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from types import FrameType
 
 Starter = Callable[[list[str], Path | None, str | None], "subprocess.Popen[bytes]"]
-"""Starts ``meteora ARGUMENTS``; its output is appended to the file, or goes to the terminal where there is none. It sees the GPU that is named, or all."""
+"""Starts ``meteora ARGUMENTS``; its output is appended to the file, or goes to the terminal if there is none. The process sees the named GPU, or all."""
 
 GRACE = 30.0
-"""Seconds that a command has to end after it was asked to."""
+"""Seconds that a command has to end after a request to do so."""
 
 
 def start_child(arguments: list[str], log: Path | None = None, gpu: str | None = None) -> subprocess.Popen[bytes]:
-    """Start ``meteora ARGUMENTS``; with a GPU's name (as in CUDA_VISIBLE_DEVICES) that is the only one it sees."""
+    """Start ``meteora ARGUMENTS``; with a GPU's name (as in CUDA_VISIBLE_DEVICES), it sees only that one."""
     command = [sys.executable, "-m", "meteora_cli", *arguments]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     if log is None:
@@ -32,7 +32,7 @@ def start_child(arguments: list[str], log: Path | None = None, gpu: str | None =
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The names of the GPUs that a command may see, as CUDA_VISIBLE_DEVICES has them; empty where there are none."""
+    """The names of the GPUs that a command may see, as in CUDA_VISIBLE_DEVICES; empty if there are none."""
     import torch
 
     count = torch.cuda.device_count()
@@ -41,7 +41,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def run_child(arguments: list[str], seconds: float) -> int | None:
-    """``meteora ARGUMENTS`` to its end: asked to end (as by Ctrl-C) when its time is over, killed when it does not."""
+    """Run ``meteora ARGUMENTS`` to its end; when its time is over, interrupt it as by Ctrl-C, and kill it if it does not end."""
     children = list[subprocess.Popen[bytes]]()
     try:
         with signals_held():
@@ -56,7 +56,7 @@ def run_child(arguments: list[str], seconds: float) -> int | None:
 
 
 def end_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask them to end, as by Ctrl-C; kill those that do not within :data:`GRACE` seconds, or all when a second signal comes."""
+    """Interrupt processes as by Ctrl-C; kill those that do not end within :data:`GRACE` seconds, or all of them at a second signal."""
     try:
         for child in children:
             child.send_signal(signal.SIGINT)
@@ -74,7 +74,7 @@ def end_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM within the block take effect at its end, so that no process is started unseen.
+    """Ctrl-C and SIGTERM within the block take effect at its end, so that every started process is known.
 
     A process that is started within listens to Ctrl-C even where this program was started with it ignored, as in the background of a script.
     """

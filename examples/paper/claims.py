@@ -1,4 +1,4 @@
-"""The paper's four claims, each with our figures and a verdict by a rule that is stated beside it."""
+"""The paper's four claims, each with our figures and a verdict by a stated rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from examples.paper.figures import Figure, average, composite, headlines
 
 EQUAL = 0.97
-"""MeteoRA counts as equal to the individual adapters from this share of their average on."""
+"""The smallest share of the individual adapters' average at which MeteoRA counts as equal to them."""
 
 Documents = Mapping[str, Mapping[str, Any]]
 """Role -> results document."""
@@ -21,9 +21,9 @@ class Claim:
 
     Attributes:
         text: What is claimed.
-        figures: Ours, one a line.
+        figures: Our figures, one per line.
         verdict: holds, partly, undecided, fails, or not run.
-        rule: When it is which.
+        rule: The rule of the verdict.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Claim:
 
 
 def claims(documents: Documents) -> list[Claim]:
-    """All claims that the documents speak to, and "not run" for the others.
+    """All claims, with the verdict "not run" where the documents are missing.
 
     Two figures differ where their difference is more than two of its standard errors.
     """
@@ -49,13 +49,13 @@ def claims(documents: Documents) -> list[Claim]:
 
 
 def common(documents: Documents, *roles: str) -> list[str]:
-    """The single tasks that every one of the roles has a headline for."""
+    """The single tasks for which every role has a headline."""
     found = [headlines(documents[role]) for role in roles]
     return [task for task in found[0] if all(task in each for each in found)]
 
 
 def averages(documents: Documents, *roles: str) -> tuple[list[Figure], int]:
-    """Each role's average over their common single tasks, and how many these are."""
+    """Each role's average over their common single tasks, and the number of these tasks."""
     tasks = common(documents, *roles)
     return [average(headlines(documents[role])[task] for task in tasks) for role in roles] if tasks else [], len(tasks)
 
@@ -75,7 +75,7 @@ def equal_to_adapters(
 
 
 def with_composites(documents: Documents, role: str) -> tuple[dict[str, dict[str, Figure]], str]:
-    """A role's counts on composites, and at which T where that is not the paper's: those at T = 1 stand in for such as were not run."""
+    """A role's counts on composites, and their T if it is not the paper's. Counts at T = 1 replace those that were not run."""
     counted = composite(documents[role]) if role in documents else {}
     at_one = composite(documents[f"{role}_T1"]) if not counted and f"{role}_T1" in documents else {}
     return (at_one, " (T = 1)") if at_one else (counted, "")
@@ -92,8 +92,8 @@ def beats_balanced(documents: Documents, role: str, text: str) -> Claim:
     for task in (task for task in ours if task in theirs):
         for name in ("attempted", "correct"):
             signs.append((ours[task][name] - theirs[task][name]).sign)
-            beside = f", base {shown(base[task][name], 2)}" if task in base else ""
-            lines.append(f"{task} {name}{heat}: {shown(ours[task][name], 2)} against LoRA-B's {shown(theirs[task][name], 2)}{beside}")
+            of_base = f", base {shown(base[task][name], 2)}" if task in base else ""
+            lines.append(f"{task} {name}{heat}: {shown(ours[task][name], 2)} against LoRA-B's {shown(theirs[task][name], 2)}{of_base}")
     verdict = "not run" if not signs else "holds" if min(signs) > 0 else "fails" if max(signs) <= 0 else "partly"
     return Claim(text, tuple(lines), verdict, rule)
 
@@ -136,7 +136,7 @@ def top_two(documents: Documents) -> Claim:
 
 
 def goals(documents: Documents, held_out: Mapping[str, float]) -> list[tuple[str, str, bool | None]]:
-    """What the experiment set out to reach: goal, figure, reached (None where it was not run)."""
+    """The goals of the experiment: goal, figure, reached (None if it was not run)."""
     made: list[tuple[str, str, bool | None]] = []
     for role, label in (("meteora", ""), ("joint", ", adapters trained along")):
         ratio = None

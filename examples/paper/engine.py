@@ -1,4 +1,4 @@
-"""Runs the steps: prints each command, leaves out what is done, and stops with the command that repairs when something does not fit."""
+"""Runs the steps: prints each command, leaves out finished ones, and stops with a repairing command when something does not fit."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from meteora_core.files import atomic_write, sha256
 from meteora_core.json_files import read_json, write_json
 
 Runner = Callable[[list[str], float], int | None]
-"""Runs ``meteora ARGUMENTS`` for at most so many seconds; returns the exit code, or None when the time was over."""
+"""Runs ``meteora ARGUMENTS`` for at most this many seconds; returns the exit code, or None when the time was over."""
 
 WEIGHED = ("meteora.safetensors", "adapter_model.safetensors", "meteora_config.json", MANIFEST)
-"""Files of a step's outcome whose hashes are kept; of an evaluation it is the newest ``results_*.json``."""
+"""Files of a step's result whose hashes are kept; for an evaluation, the newest ``results_*.json``."""
 
 MOST_PARTS = 12
-"""A command that has not ended after so many parts does not get on."""
+"""A command that has not ended after this many parts makes no progress."""
 
 
 class Stopped(MeteoraError):
-    """The time for this call is over; the same call goes on."""
+    """The time for this call is over; the same call continues."""
 
     exit_code = 75
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command that is to run: ``meteora ARGUMENTS``, for at most so many seconds; ``shown`` is what one would type."""
+    """A command to run: ``meteora ARGUMENTS``, for at most this many seconds; ``shown`` is what a user would type."""
 
     arguments: list[str]
     seconds: float
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass
 class Engine:
-    """The steps of an experiment, and the record of what is done.
+    """The steps of an experiment, and the records of finished steps.
 
     Attributes:
         experiment: What to run.
@@ -57,7 +57,7 @@ class Engine:
         hub_reachable: Asked when a step needs the hub.
         jobs: How many steps may run at the same time; see :mod:`examples.paper.side_by_side`.
         keep_going: After a failure the steps that do not need the failed one still run; the failure is raised at the end.
-        start_command: Starts a ``meteora`` command that runs beside others.
+        start_command: Starts a ``meteora`` command that runs at the same time as others.
         gpus: Commands that run side by side are spread over these, each on one; empty: the commands choose.
     """
 
@@ -79,18 +79,18 @@ class Engine:
         return self.experiment.work / "meteora.toml"
 
     def record_file(self, step: Step) -> Path:
-        """Where it is kept that a step is done."""
+        """The file that records a finished step."""
         return self.experiment.work / "steps" / f"{step.name}.json"
 
     def values(self) -> dict[str, Any]:
-        """What fills placeholders: besides the values ``total_rank``, of all adapters together, ``tasks_1`` and so on, every fourth task, and ``config``."""
+        """The values of all placeholders: those of the sizes file, ``total_rank``, ``tasks_1`` and so on (every fourth task), and ``config``."""
         values = self.experiment.values
         singles = [name for name in available_tasks(self.experiment.data) if not name.startswith("composite_")]
         parts = {f"tasks_{turn + 1}": ",".join(singles[turn::PARTS]) for turn in range(PARTS)}
         return {**values, **parts, "total_rank": int(values["rank"]) * len(singles), "config": str(self.config)}
 
     def command_line(self, step: Step) -> str:
-        """The step's command as one would type it."""
+        """The step's command as a user would type it."""
         return shlex.join(["meteora", *self._arguments(step)])
 
     def _arguments(self, step: Step) -> list[str]:
@@ -102,14 +102,14 @@ class Engine:
             handle.write(settings_text(self.experiment.settings))
 
     def prepare(self, chosen: Sequence[str]) -> list[Step]:
-        """The steps that fit, after the settings file is written and the data checked. Raises UsageError, MeteoraError, StorageError."""
+        """The selected steps, after writing the settings file and checking the data. Raises UsageError, MeteoraError, StorageError."""
         steps = self.choose(chosen)
         self.start()
         self.verify_data()
         return steps
 
     def run(self, chosen: Sequence[str] = ()) -> list[str]:
-        """Run what is not done yet, one step after another.
+        """Run all unfinished steps, one after another.
 
         Args:
             chosen: Names or stages of steps, with ``*``; empty means all.
@@ -143,7 +143,7 @@ class Engine:
         return ran
 
     def is_due(self, step: Step) -> bool:
-        """Whether the step is to be run: it is not done, and what it needs is there. Raises MeteoraError where something does not fit."""
+        """Whether the step must run: it is not finished, and its needs are. Raises MeteoraError if something does not fit."""
         if self.is_done(step):
             return False
         self.check_needs(step, step.needs)
@@ -151,13 +151,13 @@ class Engine:
         return True
 
     def check_needs(self, step: Step, needs: Iterable[str]) -> None:
-        """Whether these needs of a step are done. Raises MeteoraError."""
+        """Whether these needs of a step are finished. Raises MeteoraError."""
         for name in needs:
             if not self.is_done(self.experiment.step(name)):
                 raise MeteoraError(f"step {step.name} needs step {name}, which is not done", hint=self.repair(f"--only {name}"))
 
     def choose(self, chosen: Iterable[str]) -> list[Step]:
-        """The steps whose name or stage fits one of the patterns, in order. Raises UsageError where a pattern fits none."""
+        """The steps whose name or stage matches one of the patterns, in order. Raises UsageError if a pattern matches none."""
         patterns = list(chosen)
         for pattern in patterns:
             if not any(fnmatch(step.name, pattern) or fnmatch(step.stage, pattern) for step in self.experiment.steps):
@@ -167,7 +167,7 @@ class Engine:
         ]
 
     def forget(self, chosen: Iterable[str]) -> list[str]:
-        """Drop the records of steps and of all that depends on them, so that they are run again; return their names."""
+        """Drop the records of steps and of everything that depends on them, so that they run again; return their names."""
         gone = {step.name for step in self.choose(chosen)}
         for step in self.experiment.steps:
             if gone & set(step.needs):
@@ -177,11 +177,11 @@ class Engine:
         return [step.name for step in self.experiment.steps if step.name in gone]
 
     def repair(self, options: str) -> str:
-        """How this program is to be called."""
+        """The call of this program."""
         return f"{self.call} {options}"
 
     def is_done(self, step: Step) -> bool:
-        """Whether the step was run and all is as it was then.
+        """Whether the step was run and nothing has changed since.
 
         Raises:
             MeteoraError: It was run, and its command, settings, data or outcome are not those of then; the hint is the command that repairs it.
@@ -223,7 +223,7 @@ class Engine:
         return {path.parent.name: self.hash_of(path) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
 
     def uses(self, step: Step, dataset: str) -> bool:
-        """Whether the outcome of a step depends on a dataset."""
+        """Whether the result of a step depends on a dataset."""
         arguments = step.arguments(self.values())
         if arguments[0] not in ("train", "eval"):
             return False
@@ -252,7 +252,7 @@ class Engine:
             )
 
     def makes(self, step: Step) -> list[Path]:
-        """The paths that a step makes; a name with commas stands for several beside each other."""
+        """The paths that a step makes; a name with commas means several paths in the same folder."""
         filled = [Path(fill(template, self.values(), step.name)) for template in step.makes]
         return [path.parent / name for path in filled for name in path.name.split(",")]
 
@@ -271,14 +271,14 @@ class Engine:
             )
 
     def left(self) -> float:
-        """Seconds for a command: as the sizes file says, but not beyond the deadline. Raises Stopped when there are none."""
+        """Seconds for a command: those of the sizes file, but not beyond the deadline. Raises Stopped if none are left."""
         seconds = min(self.experiment.command_seconds, self.deadline - time.monotonic())
         if seconds <= 0:
-            raise Stopped("the time of this call is over", hint=f"the same command goes on: {self.call}")
+            raise Stopped("the time of this call is over", hint=f"the same command continues: {self.call}")
         return seconds
 
     def execute(self, step: Step) -> bool:
-        """Run a step and record it; False when it was left out. Raises MeteoraError, Stopped."""
+        """Run a step and record it; False if it was left out. Raises MeteoraError, Stopped."""
         work, code = self.parts(step), None
         while True:
             try:
@@ -289,7 +289,7 @@ class Engine:
             code = self.run_command(part.arguments, part.seconds)
 
     def parts(self, step: Step) -> Generator[Part, int | None, bool]:
-        """The commands that make a step, as many as its time limit makes; then the step is recorded.
+        """Run the commands of a step, as many as its time limit requires, and record the step.
 
         Yields:
             The next command; what is sent back is its exit code, or None when its time was over.
@@ -344,7 +344,7 @@ class Engine:
         return True
 
     def outputs(self, step: Step) -> dict[str, str]:
-        """Path -> hash of what the step made. Raises MeteoraError when something is not there."""
+        """Path -> hash of each result of the step. Raises MeteoraError if one is missing."""
         made = {}
         for path in self.makes(step):
             found = [file for file in (path / name for name in WEIGHED) if file.is_file()]

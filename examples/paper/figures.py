@@ -1,4 +1,4 @@
-"""What a results document says in figures that can be compared: a headline per task, averages, gate accuracy; each with its standard error."""
+"""Comparable figures of a results document: a headline per task, averages, gate accuracy, each with its standard error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from meteora_core.evaluation.report import Cell, compare
 
 SINGLE = ("acc", "bleu", "rougeL")
-"""The headline of a single task is the first of these that it has; BLEU as a share of 100."""
+"""Metrics in order of preference for the headline of a single task; BLEU counts as a share of 100."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def own_by_depth(document: Mapping[str, Any], task: str) -> dict[int, float]:
 
 
 def own_share(document: Mapping[str, Any], task: str) -> float | None:
-    """Share of answer tokens whose likeliest adapter is the task's own, all decoder layers but the first; None when it was not counted."""
+    """Share of answer tokens whose likeliest adapter is the task's own, all decoder layers but the first; None if it was not counted."""
     depths = own_by_depth(document, task)
     kept = [share for depth, share in depths.items() if depth != 0]
     return sum(kept) / len(kept) if kept else None
 
 
 def slim(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document without its shares per linear layer, which are most of it; instead shares per decoder layer."""
+    """The document with shares per decoder layer instead of the much longer shares per linear layer."""
     made = dict(document)
     routing = document.get("meteora", {}).get("routing")
     if routing:

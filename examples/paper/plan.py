@@ -17,10 +17,10 @@ HERE = Path(__file__).parent
 STEPS_FILE = HERE / "steps.toml"
 
 PARTS = 4
-"""Adapters are trained by so many commands, each the tasks of its turn; fewer tasks have fewer commands."""
+"""The number of commands that train adapters, each with its share of the tasks; fewer tasks need fewer commands."""
 
 SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train --stage adapters": ("train_adapters",), "eval": ("eval", "routing")}
-"""Sections of the settings that a command's outcome depends on, besides ``model``; the longest beginning of a command counts."""
+"""Sections of the settings, in addition to ``model``, that the result of a command depends on; the longest matching prefix of the command counts."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The steps, and what fills their placeholders.
+    """The steps, and the values of their placeholders.
 
     Attributes:
         steps: In the order in which they run.
@@ -63,7 +63,7 @@ class Experiment:
         roles: Which evaluation plays which part in the report; ``<evaluation>/<model>``.
         titles: What the report calls each evaluation.
         docs: Where the report goes.
-        command_seconds: A command that runs longer is stopped, and goes on by the same command.
+        command_seconds: A command that runs longer is stopped, and the same command continues it.
         name: The sizes file's name, for messages.
         notes: What the report says of the sizes.
     """
@@ -80,7 +80,7 @@ class Experiment:
 
     @property
     def work(self) -> Path:
-        """Where everything is kept."""
+        """The folder of everything that the experiment writes."""
         return Path(self.values["work"])
 
     @property
@@ -96,7 +96,7 @@ class Experiment:
         return found
 
     def relevant_settings(self, step: Step) -> dict[str, Any]:
-        """The settings that the step's outcome depends on."""
+        """The settings on which the step's result depends."""
         known = max((begin for begin in SECTIONS if step.command.startswith(f"{begin} ")), key=len, default="")
         sections = ("model", *SECTIONS.get(known, ()))
         return {section: self.settings[section] for section in sections if section in self.settings}

@@ -13,7 +13,7 @@ from meteora_core.errors import MeteoraError
 from meteora_core.files import atomic_write
 
 MARKED = ("base", "own", "lora_b", "arrow", "meteora")
-"""Who is shown task by task."""
+"""Roles that are shown task by task."""
 
 
 def draw_all(documents: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], heat_maps: Mapping[str, Path], folder: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""From the results of the steps to ``results/paper.md``, its pictures, and the small raw JSON beside them."""
+"""From the results of the steps to ``results/paper.md``, its pictures, and the small raw JSON in the same folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = "paper.md"
 
 
 def write_report(engine: Engine) -> Path:
-    """Write the page, pictures and raw results into the experiment's ``docs`` folder; what was not run yet is left out and said to be so.
+    """Write the page, pictures and raw results into the experiment's ``docs`` folder; steps that were not run are named.
 
     Raises:
         MeteoraError: No evaluation is done yet, or matplotlib is not installed; the hint is the command that mends it.
@@ -46,7 +46,7 @@ def write_report(engine: Engine) -> Path:
 
 
 def load_documents(engine: Engine) -> dict[str, dict[str, Any]]:
-    """Role -> the results of a step that is done; each is checked as :meth:`Engine.is_done` does."""
+    """Role -> the results of a finished step; each is checked as :meth:`Engine.is_done` does."""
     made: dict[str, dict[str, Any]] = {}
     for role, place in engine.experiment.roles.items():
         folder = engine.experiment.work / "eval" / place
@@ -59,7 +59,7 @@ def load_documents(engine: Engine) -> dict[str, dict[str, Any]]:
 
 
 def held_out_of(engine: Engine, document: Mapping[str, Any]) -> dict[str, float]:
-    """What was measured on held-out train rows when the document's gates were trained; empty for other models."""
+    """Measurements on held-out train rows from the training of the document's gates; empty for other models."""
     checkpoint = document.get("config", {}).get("checkpoint")
     file = Path(checkpoint) / CONFIG_FILE if checkpoint else None
     return dict(read_json(file).get("training", {}).get("held_out", {})) if file is not None and file.is_file() else {}
@@ -72,7 +72,7 @@ def heat_map(engine: Engine, role: str) -> Path | None:
 
 
 def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, Mapping[str, float]], pictures: Mapping[str, str]) -> list[str]:
-    """The page, part by part."""
+    """The sections of the page."""
     experiment, titles = engine.experiment, engine.experiment.titles
     first = next(iter(documents.values()))
     config = first["config"]
@@ -125,7 +125,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def overview(documents: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """One line a model: the average over the tasks that it shares with the base, and composites."""
+    """One line per model: the average over the tasks that it shares with the base, and composites."""
     names = sorted({task for document in documents.values() for task in composite(document)}, key=lambda name: int(name.rpartition("_")[2]))
     rows = []
     for role, document in documents.items():
@@ -182,7 +182,7 @@ def composites_table(documents: Mapping[str, Any], titles: Mapping[str, str]) ->
 
 
 def routing_table(documents: Mapping[str, Any], gates: Mapping[str, Mapping[str, float]], titles: Mapping[str, str]) -> str:
-    """Per task, how often the likeliest adapter is the task's own."""
+    """Share of tokens per task whose likeliest adapter is the task's own."""
     held = {role: values for role, values in gates.items() if values and role in documents}
     counted = {role: documents[role] for role in documents if documents[role].get("meteora", {}).get("routing")}
     lines = ["Share of answer tokens whose top-1 adapter is the task's own, all decoder layers but the first.", ""]
@@ -197,7 +197,7 @@ def routing_table(documents: Mapping[str, Any], gates: Mapping[str, Mapping[str,
 
 
 def commands(engine: Engine) -> str:
-    """What was run, in order, and how long it took."""
+    """The commands in their order, with their times."""
     files = [engine.record_file(step) for step in engine.experiment.steps]
     records = [record for file in files if file.is_file() and "command" in (record := read_json(file))]
     rows = []
@@ -215,7 +215,7 @@ def commands(engine: Engine) -> str:
 
 
 def clock_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """How long at least one command ran: the union of the times between which they ran. None where a record does not hold them all."""
+    """The time during which at least one command ran; None if a record lacks the times of a part."""
     if any(len(record.get("spans", ())) != record["parts"] for record in records):
         return None
     total, reached = 0.0, float("-inf")

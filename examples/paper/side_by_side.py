@@ -1,4 +1,4 @@
-"""Runs several steps at the same time, each as a process of its own, and keeps their output in log files.
+"""Runs several steps at the same time, each as a separate process, and keeps their output in log files.
 
 One loop starts, watches and ends the processes; nothing here runs in threads.
 """
@@ -19,7 +19,7 @@ from meteora_core.errors import MeteoraError
 from meteora_core.files import storage_errors
 
 POLL = 0.1
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 
 TAIL = 15
 """Lines of a failed command's log that are shown."""
@@ -60,7 +60,7 @@ def run_side_by_side(engine: Engine, chosen: Sequence[str] = ()) -> list[str]:
 
 @dataclass
 class _Running:
-    """A step's command that runs."""
+    """A running command of a step."""
 
     step: Step
     work: Generator[Part, int | None, bool]
@@ -72,7 +72,7 @@ class _Running:
     asked: bool = False
 
     def has_ended(self) -> bool:
-        """Whether its process is gone; it is asked to end when its time is over, and killed when it does not."""
+        """Whether its process has ended; it is interrupted when its time is over, and killed if it does not end."""
         if self.child.poll() is not None:
             return True
         now = time.monotonic()
@@ -86,7 +86,7 @@ class _Running:
 
 
 class _Pool:
-    """The steps that wait, and those that run."""
+    """The waiting and the running steps."""
 
     def __init__(self, engine: Engine, steps: Sequence[Step]) -> None:
         self.engine = engine
@@ -97,7 +97,7 @@ class _Pool:
         self.lost: set[str] = set()
 
     def run(self) -> None:
-        """Until all are done, or one has failed and the others have ended. Raises MeteoraError, Stopped."""
+        """Run until all steps are finished, or one has failed and the others have ended. Raises MeteoraError, Stopped."""
         self.begin_ready()
         while self.running:
             time.sleep(POLL)
@@ -110,7 +110,7 @@ class _Pool:
             raise self.problem
 
     def begin_ready(self) -> None:
-        """Begin the steps whose needs are done, in order, as far as there are places."""
+        """Start the steps whose needs are finished, in order, while there are places."""
         for step in list(self.waiting):
             unsettled = {each.name for each in self.waiting} | {each.step.name for each in self.running} | self.lost
             if self.is_over() or unsettled & set(step.needs):
@@ -126,21 +126,21 @@ class _Pool:
                 self.note(step, error)
 
     def is_over(self) -> bool:
-        """Whether no step may begin any more."""
+        """Whether no further step may start."""
         return self.problem is not None and (isinstance(self.problem, Stopped) or not self.engine.keep_going)
 
     def weight(self, step: Step) -> int:
-        """How many places a step takes."""
+        """The number of places that a step takes."""
         return min(step.weight, self.engine.jobs)
 
     def least_busy_gpu(self) -> str | None:
-        """Among several GPUs the one whose commands have the least weight together, the first of equals; None where there is no choice."""
+        """Among several GPUs, the one whose commands have the least total weight (the first of equals); None if there is no choice."""
         if len(self.engine.gpus) < 2:
             return None
         return min(self.engine.gpus, key=lambda gpu: sum(self.weight(each.step) for each in self.running if each.gpu == gpu))
 
     def go_on(self, step: Step, work: Generator[Part, int | None, bool], code: int | None) -> bool:
-        """Start the next part of a step, given the exit code of the last one; False when there is none. Raises MeteoraError, Stopped."""
+        """Start the next part of a step, given the exit code of the last one; False if there is none. Raises MeteoraError, Stopped."""
         try:
             part = work.send(code)
         except StopIteration as end:
@@ -177,7 +177,7 @@ class _Pool:
                 self.engine.say(f"- {name}: done in {seconds:.0f} s")
 
     def note(self, step: Step, error: MeteoraError) -> None:
-        """Keep the first failure; that the time is over counts less than any."""
+        """Keep the first failure; the end of the time counts less than any failure."""
         self.waiting = [each for each in self.waiting if each is not step]
         self.lost.add(step.name)
         if self.problem is None or (isinstance(self.problem, Stopped) and not isinstance(error, Stopped)):
@@ -185,7 +185,7 @@ class _Pool:
 
 
 def tail(log: Path, lines: int = TAIL) -> list[str]:
-    """The last lines of a log, indented; of a progress bar only its last state."""
+    """The last lines of a log, indented, with only the last state of a progress bar."""
     with log.open("rb") as handle:
         handle.seek(max(0, log.stat().st_size - 65536))
         text = handle.read().decode("utf-8", errors="replace")

@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_where_it_was(place) -> None:
     before = record.stat().st_mtime_ns
     short = processes.run(experiment, *call, "--for", "0", folder=place)
     assert short.code == 75, short.err
-    assert "the same command goes on" in short.err
+    assert "the same command continues" in short.err
     done = processes.run(experiment, *call, folder=place)
     assert done.code == 0, done.err[-2000:]
     assert record.stat().st_mtime_ns == before
