@@ -101,6 +101,14 @@ def test_a_wrong_option_in_the_documentation_would_be_found() -> None:
     assert [unknown_options(words) for words in commands(page)] == [["--lerning-rate"], [], ["trian"]]
 
 
+def test_the_site_lists_every_page_and_every_note_is_in_the_index() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages_of_docs = [str(file.relative_to(ROOT / "docs")) for file in (ROOT / "docs").rglob("*.md") if file.parent.name != "kernels"]
+    assert [page for page in pages_of_docs if not re.search(rf"(?m)[ :-] {re.escape(page)}$", site)] == []
+    index = (ROOT / "notes" / "lab" / "README.md").read_text(encoding="utf-8")
+    assert [file.name for file in (ROOT / "notes" / "lab").glob("2*.md") if f"]({file.name})" not in index] == []
+
+
 def test_the_page_on_performance_stays_short() -> None:
     assert len((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").splitlines()) <= 80
 
