@@ -13,7 +13,7 @@ from rich.style import Style
 
 from meteora_cli.display import cell
 from meteora_core.chat.prompts import Encoded
-from meteora_core.generation.engine import Finished, Reading, Written
+from meteora_core.generation.requests import Finished, Reading, Written
 from meteora_core.trace.picture import mean_weights, speakers
 
 if TYPE_CHECKING:

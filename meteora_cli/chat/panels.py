@@ -11,7 +11,7 @@ from meteora_cli.chat.answer import interruptible
 from meteora_cli.chat.render import Painter
 from meteora_cli.display import DataTable, body, cell, panel
 from meteora_core.chat.options import options_for
-from meteora_core.generation.engine import Finished, Written
+from meteora_core.generation.requests import Finished, Written
 from meteora_core.text import printable
 
 if TYPE_CHECKING:

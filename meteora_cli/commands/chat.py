@@ -110,7 +110,7 @@ def open_session(
     from meteora_core.chat.session import ChatSession
     from meteora_core.chat.speaker import load_speaker
     from meteora_core.data.userdata import register_all
-    from meteora_core.generation.engine import Sampling
+    from meteora_core.generation.sampling import Sampling
 
     alone, mixed = adapter is not None, "a checkpoint whose adapters are mixed (leave out --adapter and a --base alone)"
     bare = base is not None and checkpoint is None and not alone
@@ -181,7 +181,7 @@ def _converse(session: ChatSession, data_dir: Path, *, route: bool, quiet: bool)
 def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: bool) -> None:
     from meteora_cli.chat.answer import figures, interruptible, show_answer
     from meteora_core.chat.prompts import Encoded
-    from meteora_core.generation.engine import Finished, Written
+    from meteora_core.generation.requests import Finished, Written
 
     if route:
         from meteora_cli.chat.render import Painter
@@ -206,7 +206,7 @@ def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
     """Answer one message; text, token ids, timings, and the routes where there are adapters."""
     from meteora_cli.chat.answer import interruptible
     from meteora_core.chat.prompts import Encoded
-    from meteora_core.generation.engine import Finished
+    from meteora_core.generation.requests import Finished
 
     prompt: list[int] = []
     finished: Finished | None = None

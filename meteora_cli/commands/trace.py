@@ -64,7 +64,7 @@ def trace(
     from meteora_cli.chat.export import check_format, write_picture
     from meteora_core.chat.prompts import Encoded
     from meteora_core.chat.session import unframe
-    from meteora_core.generation.engine import Finished
+    from meteora_core.generation.requests import Finished
 
     refuse_without_effect(ctx, {"row": (task is not None, "--task"), "target": (not as_json, "a run without --json, which draws no picture")})
     settings = settings_from(ctx)

@@ -14,7 +14,9 @@ from meteora_core.chat.speaker import Speaker
 from meteora_core.data.rows import iter_rows
 from meteora_core.data.tasks import PROMPT_TEMPLATE
 from meteora_core.errors import UsageError, did_you_mean
-from meteora_core.generation.engine import Engine, Event, Finished, Sampling, Written
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.requests import Event, Finished, Request, RoutingScope, Written
+from meteora_core.generation.sampling import Sampling
 from meteora_core.json_files import write_jsonl
 from meteora_core.routing import RoutingState
 from meteora_core.trace.picture import Role, RoutePicture
@@ -117,7 +119,7 @@ class ChatSession:
 
         Yields:
             First the encoded prompt (its ``notice`` names what was left out, or that the message already had its frame),
-            then the events of :meth:`Engine.generate`. Without any
+            then the events of :meth:`Engine.stream`. Without any
             token and stopped, the turn is forgotten.
 
         Raises:
@@ -148,7 +150,8 @@ class ChatSession:
 
     def _generate(self, engine: Engine, encoded: Encoded, mode: Mode, record: bool, stop: Callable[[], bool]) -> Iterator[Event]:
         read_from = encoded.last_start if record else None
-        return engine.generate(encoded.ids, self.sampling, scope=self._scope(mode), key=mode, record=record, read_from=read_from, stop=stop)
+        scope = RoutingScope(mode, self._scope(mode))
+        return engine.stream(Request(encoded.ids, self.sampling, scope, record, read_from), stop)
 
     def _scope(self, mode: Mode) -> Callable[[], AbstractContextManager[Any]]:
         state = self.speaker.routing

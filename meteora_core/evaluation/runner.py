@@ -16,8 +16,10 @@ from meteora_core.evaluation.clean import clean_response
 from meteora_core.evaluation.eval_plan import EvalOptions
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.scoring import Scores, evaluate_responses
-from meteora_core.generation.batches import Prompt, auto_budget, encode_prompts, generate_all
+from meteora_core.generation.batches import BatchLimits, answer_all, auto_budget
+from meteora_core.generation.engine import Engine
 from meteora_core.generation.limits import context_length
+from meteora_core.generation.prompts import Prompt, encode_prompts
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress, ProgressBar
 from meteora_core.routing import RoutingState
@@ -255,17 +257,10 @@ def _generate(run: _Generation, waiting: Sequence[Prompt], bar: ProgressBar) -> 
     made: dict[int, Sample] = {}
     began, tokens = time.monotonic(), 0
     try:
-        for prompt, new in generate_all(
-            run.model,
-            run.read.tokenizer,
-            waiting,
-            batch_size=run.options.batch_size,
-            max_new_tokens=run.result.max_new_tokens,
-            max_total_tokens=run.total,
-            no_repeat_ngram_size=run.options.no_repeat_ngram_size,
-            cuda_graphs=run.options.cuda_graphs,
-            on_smaller=lambda size: run.result.notes.append(f"out of memory: went on with batches of {size}"),
-        ):
+        engine = Engine(run.model, run.read.tokenizer, run.options.cuda_graphs, no_repeat_ngram_size=run.options.no_repeat_ngram_size)
+        limits = BatchLimits(run.options.batch_size, run.result.max_new_tokens, run.total)
+        notes = run.result.notes
+        for prompt, new in answer_all(engine, waiting, limits, lambda size: notes.append(f"out of memory: went on with batches of {size}")):
             made[prompt.index] = sample = run.read.sample(prompt.index, run.read.tokenizer.decode(new, skip_special_tokens=True), new)
             tokens += len(new) + len(prompt.tokens)
             if run.counter is not None:

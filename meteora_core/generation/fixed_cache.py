@@ -1,147 +1,257 @@
-"""Keys and values of one conversation in a cache of fixed size, so that writing a token can be the replay of a CUDA graph."""
+"""Keys and values of a batch in a cache of fixed size, so that a step can be the replay of a CUDA graph.
+
+A small model's steps are bound by kernel launches, and those of hundreds of MeteoRA layers even more so. Where all rows are greedy, the graph holds the
+whole step: the model, the choice of the tokens and the end of rows. Where tokens are drawn, it ends with the logits.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Hashable, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from meteora_core.generation.capture import CapturedStep, capture
+from meteora_core.generation.rows import Batch, Rows, Rules
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_log = logging.getLogger(__name__)
-
+TAIL = 4
+"""Once at most one row in this many goes on, they move to a cache that is smaller by this factor."""
+TAIL_STEPS = 64
+"""Rows only move if this many steps may be left: the smaller cache needs a graph of its own."""
+CAPACITY = 256
+"""Capacities for batches are multiples of this, so that batches of similar length share a graph."""
 LEAST = 512
-"""Tokens in the smallest cache; a larger one has twice as many, and so on."""
+"""Capacity of the smallest cache for a single row; a larger one has twice as much, and so on."""
 
 
 class FixedCache:
-    """What a model has read, and a step of one token over it; on a CUDA GPU the step is a graph.
+    """Keys and values of up to ``count`` rows of up to ``capacity`` tokens; on a CUDA GPU a step is a CUDA graph.
+
+    A graph holds what the model was when it was captured: routing settings, adapters, the addresses of weights. Use another ``key`` after a change of
+    settings, and make a new cache after any other change.
 
     Args:
-        model: A causal LM in evaluation mode that :func:`meteora_core.generation.batched.can_be_fixed`.
-        arguments: More keyword arguments of its forward.
-        longest: The model's context, which bounds the cache; None when it has none.
+        model: A causal language model in evaluation mode for which :func:`can_be_fixed` is true.
+        options: More keyword arguments of its forward.
+        rules: Rules of the rows.
+        count: Number of rows.
+        capacity: Number of columns; a cache for a single row grows beyond it when that is needed.
+        longest: The model's context, which bounds the growth; None when it has none.
 
     Attributes:
-        length: How many tokens were read.
+        length: Number of columns that were read.
+        rows: The rows of the cache; :meth:`seat` gives them to a batch.
+        can_capture: Whether steps are captured: on a CUDA GPU, until a capture has failed.
     """
 
-    def __init__(self, model: PreTrainedModel, arguments: dict[str, Any], longest: int | None) -> None:
-        self.model, self.arguments, self.longest = model, arguments, longest
+    def __init__(self, model: PreTrainedModel, options: dict[str, Any], rules: Rules, count: int, capacity: int, longest: int | None = None) -> None:
+        self.model, self.options, self.rules, self.longest = model, options, rules, longest
         self.length = 0
-        self.capacity = 0
-        self._cache: Any = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.device = next(model.parameters()).device
+        self.can_capture = self.device.type == "cuda"
+        self._step: CapturedStep | None = None
         self._key: Hashable = None
-        self._capturable = model.device.type == "cuda"
+        self._tail: FixedCache | None = None
+        with torch.inference_mode():
+            # One column more than the cache has: the last token is written, but never read.
+            self.rows = Rows(count, capacity + 1, rules, self.device)
+            self._make(capacity)
+
+    def _make(self, capacity: int) -> None:
+        from transformers import StaticCache
+
+        self.capacity = capacity
+        self._cache = StaticCache(config=self.model.config, max_cache_len=capacity)
+        self._mask = torch.zeros(len(self.rows), 1, 1, capacity, dtype=torch.bool, device=self.device)
+        self._places = torch.arange(capacity, device=self.device)
+        self._step = None
 
     @property
     def captured(self) -> bool:
         """Whether steps are replayed as a CUDA graph."""
-        return self._graph is not None
+        return self._step is not None
+
+    # --- reading prompts -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def cut(self, length: int) -> None:
-        """Forget all tokens from ``length`` on; also what a pass that was broken off has left."""
-        if self.capacity:
-            self._go_to(length)
-            for layer in self._cache.layers:
-                layer.cumulative_length.fill_(length)
+    def seat(self, batch: Batch) -> Rows:
+        """The rows of a batch whose prompts were or will be read."""
+        self.rows.start(batch)
+        return self.rows
+
+    @torch.inference_mode()
+    def read_batch(self, batch: Batch) -> Tensor:
+        """Forget everything and read the prompts of a batch. Returns the last position's logits (count, vocabulary)."""
+        spare = torch.arange(len(self.rows), device=self.device) % len(batch.sampling)
+        mask = batch.mask[spare]
+        self._cache.reset()
+        self._mask.zero_()
+        self._mask[:, 0, 0, : batch.width] = mask.bool()
+        self.length = batch.width
+        return self._forward(batch.ids[spare], mask, batch.positions()[spare])
+
+    @torch.inference_mode()
+    def read_piece(self, tokens: Sequence[int]) -> Tensor:
+        """Read on in the text of a single row. Returns the last position's logits (1, vocabulary)."""
+        end = self.length + len(tokens)
+        if end > self.capacity:
+            self._grow(end)
+        places = torch.arange(self.length, end, device=self.device)
+        mask = (self._places <= places.view(-1, 1)).view(1, 1, len(tokens), -1)
+        logits = self._forward(torch.tensor([list(tokens)], device=self.device), mask, places.unsqueeze(0))
+        self._go_to(end)
+        return logits
+
+    @torch.inference_mode()
+    def cut(self, length: int) -> int:
+        """Forget all tokens of a single row from ``length`` on, and what a pass that was broken off has left. Returns ``length``."""
+        self._go_to(length)
+        for layer in self._cache.layers:
+            layer.cumulative_length.fill_(length)
+        return length
 
     def _go_to(self, length: int) -> None:
         self.length = length
-        self._slot.fill_(length)
         self._mask.copy_(self._places < length)
 
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **self.options)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    # --- writing answers -------------------------------------------------------------------------------------------------------
+
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int], key: Hashable = None) -> Tensor:
-        """Read on.
+    def advance(self, rows: Rows, key: Hashable = None, *, eager: bool = False) -> None:
+        """Read the last token of each row and choose the next.
 
         Args:
-            tokens: One or more.
-            key: What a graph depends on beside the weights (how adapters are chosen); None runs without a graph.
+            rows: :attr:`rows`.
+            key: Everything that a graph depends on besides the weights (how adapters are chosen).
+            eager: Run without a graph, because routes are recorded.
+        """
+        if self.length + 1 > self.capacity:
+            self._grow(self.length + 1)
+        step, whole = (self._whole_step, True) if not rows.draws else (self._read, False)
+        captured = None if eager else self._captured(step, (key, whole))
+        output = step() if captured is None else captured.replay()
+        if not whole:
+            rows.choose(output)
+        self.length += 1
+
+    def _read(self) -> Tensor:
+        """Read the last tokens. Returns their logits (count, vocabulary)."""
+        self._mask.index_fill_(3, self.rows.slot, True)
+        return self._forward(self.rows.token, self._mask, self.rows.positions)
+
+    def _whole_step(self) -> Tensor:
+        """Read the last tokens and choose the next. Returns these, int64 (count, 1)."""
+        self.rows.choose(self._read())
+        return self.rows.token
+
+    def _captured(self, step: Callable[[], Tensor], key: Hashable) -> CapturedStep | None:
+        if not self.can_capture:
+            return None
+        if self._step is None or self._key != key:
+            self._step = None
+            self._step, self._key = capture(step, self._undo(), self.device), key
+            self.can_capture = self._step is not None
+        return self._step
+
+    def _undo(self) -> Callable[[], None]:
+        """A function that sets back what steps from now on change."""
+        live = [self._mask, *self.rows.tensors(), *(layer.cumulative_length for layer in self._cache.layers)]
+        saved = [tensor.clone() for tensor in live]
+
+        def undo() -> None:
+            for tensor, before in zip(live, saved, strict=True):
+                tensor.copy_(before)
+
+        return undo
+
+    # --- other sizes -----------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def leave(self, rows: Rows, going: Tensor, steps: int) -> tuple[FixedCache, Rows] | None:
+        """Let few rows go on in a smaller cache, if that pays.
+
+        Args:
+            rows: :attr:`rows`.
+            going: int64 (kept,): indices of those that go on.
+            steps: Most steps that are left.
 
         Returns:
-            The last position's logits, float32 (vocabulary,); only valid until the next call.
+            The smaller cache and its rows; None when all stay.
         """
-        if self.length + len(tokens) > self.capacity:
-            self._grow(self.length + len(tokens))
-        if len(tokens) == 1:
-            self._token.fill_(tokens[0])
-            logits = self._step(key)
-            self.length += 1
-        else:
-            ends = self.length + torch.arange(len(tokens), device=self._slot.device)
-            mask = (self._places <= ends.view(-1, 1)).view(1, 1, len(tokens), -1)
-            logits = self._forward(torch.tensor([list(tokens)], device=self._slot.device), mask, ends.unsqueeze(0))
-            self._go_to(self.length + len(tokens))
-        return logits
+        if len(going) * TAIL > len(rows) or len(rows) < 2 * TAIL or steps < TAIL_STEPS:
+            return None
+        if self._tail is None:
+            self._tail = FixedCache(self.model, self.options, self.rules, len(rows) // TAIL, self.capacity)
+        self._tail._take(self, going)
+        return self._tail, self._tail.rows
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **self.arguments)
-        return output.logits[0, -1].float()
-
-    def _one(self) -> Tensor:
-        """Read :attr:`_token`."""
-        self._mask.index_fill_(3, self._slot, True)
-        logits = self._forward(self._token, self._mask, self._slot.view(1, 1))
-        self._slot.add_(1)
-        return logits
-
-    def _step(self, key: Hashable) -> Tensor:
-        if key is None or not self._capturable:
-            return self._one()
-        if self._graph is None or self._key != key:
-            self._graph = None
-            try:
-                with torch.cuda.device(self.model.device):
-                    self._capture()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self._capturable = False
-                _log.warning("this model's steps cannot be captured in a CUDA graph, it is run without: %s", str(error).splitlines()[0])
-                self.cut(self.length)
-                return self._one()
-            self._key = key
-        assert self._graph is not None
-        self._graph.replay()
-        return self._logits
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once, so that kernels are loaded and workspaces made
-            self._one()
-            self.cut(self.length)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._one()
-        self._graph = graph
+    def _take(self, other: FixedCache, going: Tensor) -> None:
+        """Become some rows of a cache of the same capacity."""
+        spare = going[torch.arange(len(self.rows), device=going.device) % len(going)]
+        for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
+            keys, values = theirs.keys[spare], theirs.values[spare]
+            if not mine.is_initialized:
+                mine.lazy_initialization(keys, values)
+            mine.keys.copy_(keys)
+            mine.values.copy_(values)
+            mine.cumulative_length.copy_(theirs.cumulative_length)
+        self._mask.copy_(other._mask[spare])
+        self.length = other.length
+        self.can_capture = self.can_capture and other.can_capture
+        self.rows.take(other.rows, going)
 
     def _grow(self, needed: int) -> None:
-        """Move to a larger cache."""
-        from transformers import StaticCache
-
-        capacity = max(LEAST, 1 << (needed - 1).bit_length())
-        if self.longest is not None:
-            capacity = max(needed, min(capacity, self.longest))
-        device, before = self.model.device, self._cache.layers if self._cache is not None else []
-        cache = StaticCache(config=self.model.config, max_cache_len=capacity)
-        for mine, theirs in zip(cache.layers, before, strict=False):
+        """Move a single row to a larger cache."""
+        length, before = self.length, self._cache.layers
+        self.rows.reserve(single_capacity(needed, self.longest) + 1)
+        self._make(single_capacity(needed, self.longest))
+        for mine, theirs in zip(self._cache.layers, before, strict=False):
             if not theirs.is_initialized:
                 continue
             mine.lazy_initialization(theirs.keys, theirs.values)
-            mine.keys[:, :, : self.length].copy_(theirs.keys[:, :, : self.length])
-            mine.values[:, :, : self.length].copy_(theirs.values[:, :, : self.length])
-        self._cache, self.capacity, self._graph = cache, capacity, None
-        self._places = torch.arange(capacity, device=device)
-        self._mask = torch.zeros(1, 1, 1, capacity, dtype=torch.bool, device=device)
-        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.cut(self.length)
+            mine.keys[:, :, :length].copy_(theirs.keys[:, :, :length])
+            mine.values[:, :, :length].copy_(theirs.values[:, :, :length])
+        self.cut(length)
+
+
+def single_capacity(needed: int, longest: int | None) -> int:
+    """Capacity of a cache for one row of ``needed`` tokens; ``longest`` is the model's context or None."""
+    capacity = max(LEAST, 1 << (needed - 1).bit_length())
+    return capacity if longest is None else max(needed, min(capacity, longest))
+
+
+def batch_shape(rows: int, tokens: int) -> tuple[int, int]:
+    """Count and capacity of a cache for a batch of ``rows`` rows of ``tokens`` tokens: of few sizes, so that batches share a graph."""
+    return 1 << (rows - 1).bit_length(), -(-tokens // CAPACITY) * CAPACITY
+
+
+def can_be_fixed(model: PreTrainedModel) -> bool:
+    """Whether :class:`FixedCache` can run the model: SDPA attention over a plain cache, no quantised weights, nothing observed."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    if getattr(model.config, "_attn_implementation", None) != "sdpa" or getattr(model, "is_quantized", False) or is_observed(model):
+        return False
+    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def is_observed(model: PreTrainedModel) -> bool:
+    """Whether routes are recorded, forced or labelled by eager code."""
+    state = getattr(model, "meteora", None)
+    return state is not None and bool(state.observed)

@@ -79,11 +79,16 @@ class NoRepeat:
         limits = torch.full_like(places, float("inf"), dtype=scores.dtype).masked_fill_(hit, -float("inf"))
         return scores.scatter_reduce(1, places, limits, "amin")
 
-    def select(self, rows: Tensor) -> NoRepeat:
-        """The same for some of the texts, by index."""
-        made = NoRepeat.__new__(NoRepeat)
-        made.text, made.size, made._runs, made._spread = self.text[rows], self.size, self._runs[rows], self._spread
-        return made
+    def widen(self, width: int) -> None:
+        """Add empty columns at the right, up to ``width``. The tensors are new ones."""
+        more = width - self.text.shape[1]
+        self.text = torch.nn.functional.pad(self.text, (0, more), value=NOTHING)
+        self._runs = torch.nn.functional.pad(self._runs, (0, more))
+        self._spread = torch.arange(width, device=self.text.device)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that :meth:`add` writes to."""
+        return [self.text, self._runs]
 
     def take(self, other: NoRepeat, rows: Tensor) -> None:
         """Become some of another batch's texts, by index; the shapes must fit."""

@@ -230,21 +230,21 @@ class Reader:
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.cache: Any = None
 
-    def read(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def read(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Read on.
 
         Args:
             ids: int64 (batch, tokens), the next ones.
-            mask: int64 (batch, all tokens so far): 1 for tokens, 0 for padding.
-            positions: int64 (batch, tokens).
+            mask: int64 (batch, all tokens so far): 1 for tokens, 0 for padding; None without padding.
+            positions: int64 (batch, tokens); None where the model counts them itself.
 
         Returns:
             The last position's logits (batch, vocabulary).
         """
         arguments: dict[str, Any] = {self.name: self.cache}
-        if self.name == "past_key_values" or self.cache is None:  # states hold what the mask said of the text before
+        if mask is not None and (self.name == "past_key_values" or self.cache is None):  # states hold what the mask said of the text before
             arguments["attention_mask"] = mask
-        if self.takes_positions:
+        if positions is not None and self.takes_positions:
             arguments["position_ids"] = positions
         output = self.model(input_ids=ids, use_cache=True, **arguments, **self.options)
         self.cache = cache_of(self.model, output)

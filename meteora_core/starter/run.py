@@ -213,7 +213,7 @@ class _Session:
         from meteora_core.errors import MeteoraError
         from meteora_core.evaluation.eval_plan import EvalOptions
         from meteora_core.evaluation.runner import routed
-        from meteora_core.generation.batches import encode_prompts
+        from meteora_core.generation.prompts import encode_prompts
         from meteora_core.trace.html import to_html
         from meteora_core.trace.image import to_png
         from meteora_core.trace.picture import Role

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from meteora_core.generation.nonfinite import non_finite_error, not_finite
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.nonfinite import non_finite_error
+from meteora_core.generation.requests import Request
 from meteora_core.generation.text import token_texts
-from meteora_core.model.caches import cache_argument, cache_of, new_cache, pieces_are_safe
 from meteora_core.model.vocabulary import check_tokens
-from meteora_core.routing import record_routes, routing_state
+from meteora_core.routing import routing_state
 from meteora_core.trace.picture import Role, RoutePicture, Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CHUNK = 512
-"""Tokens of a long text that are read in one forward pass: bounds the memory, and lets the reading be stopped."""
 
 
 def trace_tokens(
@@ -53,30 +51,19 @@ def trace_tokens(
         raise ValueError("a trace needs at least one token, one role a token, and a prompt before an answer")
     names = routing_state(model).names
     check_tokens(model, tokenizer, [ids])
-    name, cache = cache_argument(model), new_cache(model)
-    passes = len(ids) - 1 if roles[-1] == "answer" else len(ids)
-    with torch.inference_mode():
-        piece = CHUNK if pieces_are_safe(model) else passes
-        with record_routes(model) as routes:
-            for start in range(0, passes, piece):
-                chunk = torch.tensor([ids[start : min(start + piece, passes)]], device=model.device)
-                output = model(chunk, use_cache=True, **{name: cache}, **last_logits_only(model))
-                cache, broken = cache_of(model, output), bool(not_finite(output.logits[0, -1]))
-                if broken:
-                    break
-                on_read(chunk.shape[1])
-    if broken:
-        raise non_finite_error(model, ids)
-    indices, weights = routes.packed()
+    read = ids[: len(ids) - 1] if roles[-1] == "answer" else ids
+    parts: list[tuple[Tensor, Tensor]] = []
+    paths: tuple[str, ...] = ()
+    for reading in Engine(model, tokenizer, "off").read(Request(read, record=True)):
+        assert reading.routes is not None
+        on_read(len(reading.routes[0]))
+        parts.append(reading.routes)
+        paths = reading.paths
+    indices, weights = (torch.cat(part) for part in zip(*parts, strict=True))
     if not bool(weights.isfinite().all()):
         raise non_finite_error(model, ids)
     rows = torch.tensor([position - (role == "answer") for position, role in enumerate(roles)])
-    return RoutePicture(make_tokens(tokenizer, ids, roles), names, routes.paths, indices[rows], weights[rows], about or {})
-
-
-def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
-    """The argument that spares a forward pass the vocabulary's logits of all positions but the last; empty where a model has none."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return RoutePicture(make_tokens(tokenizer, ids, roles), names, paths, indices[rows], weights[rows], about or {})
 
 
 def make_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], roles: Sequence[Role]) -> tuple[Token, ...]:

@@ -21,7 +21,7 @@ from meteora_cli.chat.repl import LARGE_PASTE, Pastes, run_repl
 from meteora_cli.chat.slash import COMMANDS, Chat, Quit, run_command
 from meteora_core.chat.session import ChatSession
 from meteora_core.errors import DataError, MeteoraError
-from meteora_core.generation.engine import Sampling
+from meteora_core.generation.sampling import Sampling
 from meteora_core.json_files import write_jsonl
 from support import processes
 from support.chat_world import NAMES, World, build_world, open_speaker, without_ends

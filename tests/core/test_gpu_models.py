@@ -1,4 +1,4 @@
-"""Whole models on a CUDA GPU: fused layers, captured decoding in eval and chat, generate with a static cache, recorded routes beside all of them."""
+"""Whole models on a CUDA GPU: fused layers, transformers' static cache, and captured steps in whole evaluations and conversations."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from meteora_core import AdapterBank, attach, detach, fuse, record_routes, unfuse
+from meteora_core import fuse, record_routes, unfuse
 from meteora_core.chat.session import ChatSession
 from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
 from meteora_core.evaluation.evaluate import evaluate
-from meteora_core.generation.batched import Batch, Decoder, FixedDecoder, decode_growing
-from meteora_core.generation.engine import Engine, Sampling, Written
-from meteora_core.model.attach import meteora_layers
+from meteora_core.generation.sampling import Sampling
 from meteora_core.model.base import BaseReference
 from meteora_core.model.fuse import fuse_for_inference, is_fused
 from meteora_core.routing import routing_state
 from meteora_core.settings import load_settings
 from support.chat_world import NAMES, build_world
 from support.evaluation_workspace import TASKS, make_workspace
-from support.tiny_models import make_tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,30 +33,8 @@ pytestmark = [
 DEVICE = "cuda"
 
 
-@pytest.fixture
-def model(make_adapter):
-    """A tiny Llama with three adapters of different ranks on all linears, float32."""
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    folders = {name: make_adapter(name, seed, r=4 + seed, target_modules=names) for seed, name in enumerate(("one", "two", "three"))}
-    attached = attach(make_tiny_llama(initializer_range=0.3), AdapterBank.from_peft(folders)).to(DEVICE)
-    with torch.no_grad():
-        for _, layer in meteora_layers(attached):
-            layer.gate.mul_(30)
-    return attached
-
-
 def ids_of(rows: int, width: int, seed: int = 5) -> torch.Tensor:
     return torch.randint(3, 64, (rows, width), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def batch_of(lengths: list[int], room: list[int], no_repeat: int = 3) -> Batch:
-    ids, mask = ids_of(len(lengths), max(lengths)), torch.ones(len(lengths), max(lengths), dtype=torch.int64, device=DEVICE)
-    for row, length in enumerate(lengths):
-        mask[row, : max(lengths) - length] = 0
-    return Batch(ids, mask, room, 2, no_repeat)
-
-
-LENGTHS, ROOM = [5, 17, 9, 1, 30, 12, 8], [20, 3, 20, 33, 1, 20, 20]
 
 
 SIZES = {
@@ -78,22 +53,22 @@ def error(got: list[torch.Tensor], wide: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_fused_logits(model, dtype: torch.dtype) -> None:
+def test_fused_logits(gpu_model, dtype: torch.dtype) -> None:
     """Fused layers are as near to float32 on the same weights as the layers apart; in float32 they give the same logits."""
-    state = routing_state(model)
+    state = routing_state(gpu_model)
     texts = {path: [ids_of(*size, seed=seed) for seed, size in enumerate(sizes)] for path, sizes in SIZES.items()}
     cases = [(path, muted) for path in texts for muted in ((), ("one",))]
 
     def logits(path: str, muted: tuple[str, ...]) -> list[torch.Tensor]:
         state.mute(list(muted))
-        return [model(ids).logits for ids in texts[path]]
+        return [gpu_model(ids).logits for ids in texts[path]]
 
-    model.to(dtype).float()
+    gpu_model.to(dtype).float()
     wide = [logits(*case) for case in cases]
-    model.to(dtype)
+    gpu_model.to(dtype)
     apart = [logits(*case) for case in cases]
-    assert fuse_for_inference(model) == 8
-    assert is_fused(model)
+    assert fuse_for_inference(gpu_model) == 8
+    assert is_fused(gpu_model)
     for case, one, exact in zip(cases, apart, wide, strict=True):
         together = logits(*case)
         assert all(torch.equal(*pair) for pair in zip(logits(*case), together, strict=True)), case
@@ -102,105 +77,40 @@ def test_fused_logits(model, dtype: torch.dtype) -> None:
         else:
             assert error(together, exact) <= 1.25 * error(one, exact) + 0.002, case
     assert not torch.equal(apart[0][0], apart[1][0])
-    assert unfuse(model) == 14
+    assert unfuse(gpu_model) == 14
     for case, one in zip(cases, apart, strict=True):
         assert all(torch.equal(*pair) for pair in zip(logits(*case), one, strict=True)), case
 
 
-@pytest.mark.parametrize("kind", ["base", "meteora", "fused", "muted"])
-def test_captured_decoding_equals_eager(model, kind: str) -> None:
-    if kind == "base":
-        detach(model)
-    elif kind != "meteora":
-        fuse(model)
-    if kind == "muted":
-        routing_state(model).mute(["two"])
-    decoder = Decoder(model)
-    batch = batch_of(LENGTHS, ROOM)
-    wanted = decode_growing(model, batch)
-    assert len({tuple(row) for row in wanted}) > 3
-    assert decoder.decode(batch) == wanted
-    assert decoder._fixed is not None
-    assert decoder._fixed.graph is not None
-    other = batch_of([4, 20, 3, 3, 3], [9] * 5)
-    assert decoder.decode(other) == decode_growing(model, other)
-    assert decoder.decode(batch) == wanted
-    long = batch_of([3 + place for place in range(16)], [3, 90, 90, *[2] * 13])
-    assert decoder.decode(long) == decode_growing(model, long)
-
-
-def test_captured_decoding_of_a_peft_adapter(model, make_adapter) -> None:
-    from meteora_core.evaluation.adapters import with_adapter
-
-    base = detach(fuse_and_return(model))
-    batch = batch_of(LENGTHS, ROOM)
-    with with_adapter(base, make_adapter("peft", 9)) as adapted:
-        decoder = Decoder(adapted)
-        assert decoder.decode(batch) == decode_growing(adapted, batch)
-        assert decoder._fixed is not None
-        assert decoder._fixed.graph is not None
-
-
-def test_captured_decoding_of_arrow(make_adapter) -> None:
-    """PEFT's Arrow makes its scalings from Python numbers in every step; captured, they are there already."""
-    from meteora_core.evaluation.arrow import with_arrow
-
-    base, batch = make_tiny_llama(initializer_range=0.3).to(DEVICE), batch_of(LENGTHS, ROOM)
-    with with_arrow(base, {name: make_adapter(name, seed) for seed, name in enumerate(("a", "b", "c"))}) as adapted:
-        decoder = Decoder(adapted)
-        assert decoder.decode(batch) == decode_growing(adapted, batch)
-        assert decoder._fixed is not None
-        assert decoder._fixed.graph is not None
-
-
-def fuse_and_return(model: Any) -> Any:
-    fuse(model)
-    return model
-
-
-def test_recorded_routes_leave_the_captured_path_and_say_so(model, caplog) -> None:
-    fuse(model)
-    decoder, batch = Decoder(model), batch_of(LENGTHS, ROOM)
-    wanted = decoder.decode(batch)
-    with caplog.at_level(logging.WARNING), record_routes(model) as routes:
-        assert decoder.decode(batch) == wanted
-    assert "not replayed as CUDA graphs" in caplog.text
-    assert len(routes.paths) == 14
-    steps = routes.steps(routes.paths[0])
-    assert steps[0].indices.shape[:2] == batch.ids.shape
-    assert len(steps) > 5
-    assert decoder.decode(batch) == wanted
-
-
-def test_recording_while_a_graph_is_captured_is_refused(model) -> None:
+def test_recording_while_a_graph_is_captured_is_refused(gpu_model) -> None:
     ids = ids_of(1, 4)
-    with torch.no_grad(), record_routes(model):
-        model(ids)
+    with torch.no_grad(), record_routes(gpu_model):
+        gpu_model(ids)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with pytest.raises(UsageError, match="routes cannot be recorded while a CUDA graph is captured"), torch.cuda.graph(graph):
-            model(ids)
+            gpu_model(ids)
     torch.cuda.synchronize()
     with torch.no_grad():
-        assert model(ids).logits.isfinite().all()
+        assert gpu_model(ids).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_generate_with_a_static_cache(model, fused: bool, caplog) -> None:
+def test_generate_with_a_static_cache(gpu_model, fused: bool, caplog) -> None:
     """transformers compiles the decoding step for a static cache on a GPU; routes are recorded by eager code beside it."""
     if fused:
-        fuse(model)
+        fuse(gpu_model)
     ids = ids_of(2, 9)
-    model.generation_config.eos_token_id = None
+    gpu_model.generation_config.eos_token_id = None
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "attention_mask": torch.ones_like(ids)}
-    wanted = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **options), wanted)
-    model.generation_config.cache_implementation = "static"
-    with caplog.at_level(logging.WARNING), record_routes(model) as routes:
-        assert torch.equal(model.generate(ids, **options), wanted)
+    wanted = gpu_model.generate(ids, **options)
+    assert torch.equal(gpu_model.generate(ids, cache_implementation="static", **options), wanted)
+    gpu_model.generation_config.cache_implementation = "static"
+    with caplog.at_level(logging.WARNING), record_routes(gpu_model) as routes:
+        assert torch.equal(gpu_model.generate(ids, **options), wanted)
     assert "routes are recorded by eager code" in caplog.text
     assert routes.layer(routes.paths[0]).indices.shape[:2] == (2, 9 + 11)
-    assert torch.equal(model.generate(ids, **options), wanted)
+    assert torch.equal(gpu_model.generate(ids, **options), wanted)
 
 
 def test_evaluation_with_graphs_equals_eager(tmp_path: Path, make_adapter) -> None:
@@ -260,32 +170,6 @@ def test_chat_by_graphs_says_the_same(tmp_path: Path, caplog) -> None:
     graphs = session("auto", "auto")
     assert is_fused(graphs.speaker.model)
     assert talk(graphs) == wanted
-    assert graphs.engine._fixed is not None
-    assert graphs.engine._fixed.captured
+    assert graphs.engine.stream_cache is not None
+    assert graphs.engine.stream_cache.captured
     assert "cannot be captured" not in caplog.text
-
-
-def test_a_captured_answer_streams_and_its_routes_are_recorded_on_the_side(tmp_path: Path) -> None:
-    world = build_world(tmp_path)
-    speaker = load_speaker(load_settings(None, {"model": {"device": DEVICE, "dtype": "float32"}}), checkpoint=world.checkpoint)
-    engine = Engine(speaker.model, speaker.tokenizer, "auto")
-    ids = list(range(5, 40))
-    plain = list(engine.generate(ids, Sampling(max_new_tokens=8)))
-    recorded = list(engine.generate(ids, Sampling(max_new_tokens=8), record=True, read_from=0))
-    assert recorded[-1].ids == plain[-1].ids
-    assert all(event.routes is not None for event in recorded if isinstance(event, Written))
-    assert list(engine.generate(ids, Sampling(max_new_tokens=8)))[-1].ids == plain[-1].ids
-
-
-def test_a_step_that_cannot_be_captured_runs_without(model, monkeypatch, caplog) -> None:
-    batch = batch_of(LENGTHS, ROOM)
-    wanted = decode_growing(model, batch)
-
-    def waiting(self: FixedDecoder) -> None:
-        int(self.done.sum())
-
-    monkeypatch.setattr(FixedDecoder, "_step", waiting)
-    decoder = Decoder(model)
-    assert decoder.decode(batch) == wanted
-    assert "cannot be captured" in caplog.text
-    assert decoder.decode(batch) == wanted

@@ -1,4 +1,4 @@
-"""Chat with fused layers and with a cache of fixed size: the same words, whatever the user does."""
+"""Chat with fused layers and with caches of fixed size: the same words, whatever the user does."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from meteora_core.chat.session import ChatSession
 from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
-from meteora_core.generation import fixed_cache as fixed
-from meteora_core.generation.engine import Engine, Sampling
+from meteora_core.generation.sampling import Sampling
 from meteora_core.settings import load_settings
 from support.authors_files import write_authors
 from support.chat_world import byte_tokenizer, without_ends
@@ -64,50 +63,6 @@ def test_the_conversation_is_the_same(world, monkeypatch, fuse, graphs) -> None:
     assert not calls
     assert talk(session_of(world, fuse, graphs)) == wanted
     assert set(calls) == ({1, 2, 3} if fuse == "on" else set())
-
-
-def test_a_cache_of_fixed_size_grows_is_cut_and_survives_a_broken_pass(world, monkeypatch) -> None:
-    monkeypatch.setattr(fixed, "LEAST", 8)
-    speaker = load_speaker(load_settings(None, {"model": {"device": "cpu"}}), checkpoint=world.checkpoint)
-    without_ends(speaker.model)
-    growing, still = (Engine(speaker.model, speaker.tokenizer, graphs) for graphs in ("off", "on"))
-    ids = list(range(5, 40))
-    capacities = []
-
-    def answers(prompt: list[int], **options) -> list[tuple[int, ...]]:
-        made = [list(engine.generate(prompt, Sampling(max_new_tokens=40), **options))[-1] for engine in (growing, still)]
-        assert made[0].reused == made[1].reused
-        capacities.append(still._fixed.capacity)
-        return [finished.ids for finished in made]
-
-    first = answers(ids[:6])
-    assert first[0] == first[1]
-    for prompt in ([*ids[:6], *first[0], 7, 8, 9], ids[:4], ids, [*ids[:20], 9], ids[:1]):
-        one, other = answers(prompt)
-        assert one == other
-    assert capacities == [64, 128, 128, 128, 128, 128]
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    handle = speaker.model.model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        list(still.generate([*ids[:1], 9], Sampling(max_new_tokens=3)))
-    handle.remove()
-    growing.forget()
-    one, other = answers([*ids[:1], 9, 9])
-    assert one == other
-    full = answers(list(range(3, 3 + 250)) * 2)
-    assert full[0] == full[1]
-    assert capacities[-1] == 512 == still.context
-
-
-def test_models_without_a_plain_cache_keep_a_growing_one(world, caplog) -> None:
-    speaker = load_speaker(load_settings(None, {"model": {"device": "cpu"}}), checkpoint=world.checkpoint)
-    assert Engine(speaker.model, speaker.tokenizer)._fixed is None
-    speaker.model.set_attn_implementation("eager")
-    assert Engine(speaker.model, speaker.tokenizer, "on")._fixed is None
-    assert "needs a growing cache" in caplog.text
 
 
 def test_a_checkpoint_in_the_authors_layout_speaks(tmp_path: Path, monkeypatch) -> None:

@@ -12,7 +12,8 @@ from meteora_core.chat.prompts import Encoded
 from meteora_core.chat.session import ChatSession, Mode, routing_mode, unframe
 from meteora_core.chat.speaker import Speaker, load_speaker
 from meteora_core.errors import AdapterError, CheckpointError, DataError, UsageError
-from meteora_core.generation.engine import Finished, Reading, Sampling, Written
+from meteora_core.generation.requests import Finished, Reading, Written
+from meteora_core.generation.sampling import Sampling
 from meteora_core.model.base import BaseReference
 from meteora_core.settings import Settings, load_settings
 from meteora_core.starter import usual_checkpoint

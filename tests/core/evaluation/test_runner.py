@@ -5,7 +5,7 @@ from __future__ import annotations
 from meteora_core.data.rows import Row
 from meteora_core.data.tasks import get_task
 from meteora_core.evaluation.runner import _Reader
-from meteora_core.generation.batches import encode_prompts
+from meteora_core.generation.prompts import encode_prompts
 
 
 class _Lossy:

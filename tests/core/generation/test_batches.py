@@ -1,4 +1,4 @@
-"""Batched greedy generation: the same answers in any batch, planned by length, halved when memory runs out."""
+"""Greedy answers to many prompts: the same in any batch, planned by length, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import DataError
-from meteora_core.generation import batches as generate
-from meteora_core.generation.batches import Prompt, encode_prompts, generate_all, plan
+from meteora_core.generation.batches import BatchLimits, answer_all, plan
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.prompts import Prompt, encode_prompts
 from support.tiny_models import make_tiny_llama
 
 
@@ -33,9 +34,9 @@ def model(make_adapter):
     return attach(make_tiny_llama(initializer_range=0.3), bank)
 
 
-def answers(model, batch_size, **options) -> dict[int, list[int]]:
+def answers(model, batch_size, on_smaller=None, **options) -> dict[int, list[int]]:
     tokenizer = letters()
-    made = generate_all(model, tokenizer, encode_prompts(PROMPTS, tokenizer), batch_size=batch_size, max_new_tokens=12, **options)
+    made = answer_all(Engine(model, tokenizer, **options), encode_prompts(PROMPTS, tokenizer), BatchLimits(batch_size, 12), on_smaller)
     return {prompt.index: tokens for prompt, tokens in made}
 
 
@@ -96,39 +97,39 @@ def test_automatic_batches_fit_the_budget_longest_first() -> None:
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(model, monkeypatch) -> None:
     whole = answers(model, 5)
-    real = generate.generate_batch
+    real = Engine.answer
 
-    def small_card(model, tokenizer, prompts, **options):
-        if len(prompts) > 1:
+    def small_card(engine, requests):
+        if len(requests) > 1:
             raise torch.OutOfMemoryError("pretend")
-        return real(model, tokenizer, prompts, **options)
+        return real(engine, requests)
 
-    monkeypatch.setattr(generate, "generate_batch", small_card)
+    monkeypatch.setattr(Engine, "answer", small_card)
     sizes: list[int] = []
     assert answers(model, 5, on_smaller=sizes.append) == whole
     assert sizes == [2, 1]
 
-    def no_card(*_, **__):
+    def no_card(*_):
         raise torch.OutOfMemoryError("pretend")
 
-    monkeypatch.setattr(generate, "generate_batch", no_card)
+    monkeypatch.setattr(Engine, "answer", no_card)
     with pytest.raises(torch.OutOfMemoryError):
         answers(model, 5)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "on", "off"])
 def test_fixed_caches_can_be_turned_on_and_off(model, monkeypatch, wanted) -> None:
-    made: list[generate.Decoder] = []
-
-    class Watched(generate.Decoder):
-        def __init__(self, model, graphs) -> None:
-            made.append(self)
-            super().__init__(model, graphs)
-
     plain = answers(model, 5)
-    monkeypatch.setattr(generate, "Decoder", Watched)
-    assert answers(model, 5, cuda_graphs=wanted) == plain
-    assert (made[0]._fixed is not None) == (wanted == "on")
+    engine = Engine(model, letters(), wanted)
+    made = answer_all(engine, encode_prompts(PROMPTS, letters()), BatchLimits(5, 12))
+    assert {prompt.index: tokens for prompt, tokens in made} == plain
+    assert (engine.batch_cache is not None) == (wanted == "on")
+
+
+def test_prompt_and_answer_together_have_a_limit() -> None:
+    limits = BatchLimits("auto", 12, 10)
+    assert [limits.request(Prompt(0, (3,) * length)).sampling.max_new_tokens for length in (1, 4, 9, 10, 30)] == [9, 6, 1, 1, 1]
+    assert BatchLimits(1, 12).request(Prompt(0, (3,) * 30)).sampling.max_new_tokens == 12
 
 
 def test_half_a_character_is_said() -> None:

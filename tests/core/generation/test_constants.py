@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from meteora_core.evaluation.arrow import with_arrow
-from meteora_core.generation.batched import Batch, FixedDecoder, decode_growing
 from meteora_core.generation.constants import RememberedConstants, is_plain
+from support.generation import engine_of, requests_of
 from support.tiny_models import make_tiny_llama
 
 
@@ -69,14 +69,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 def test_arrow_makes_its_scalings_in_the_first_step_alone(make_adapter, monkeypatch) -> None:
     """What a CUDA graph of PEFT's Arrow needs: the captured pass brings nothing from the host."""
     folders = {name: make_adapter(name, seed) for seed, name in enumerate(("a", "b", "c"))}
-    batch = Batch(torch.arange(3, 13).reshape(2, 5), torch.ones(2, 5, dtype=torch.int64), [4, 4], 2, 0)
+    requests, constants = requests_of([5, 5], [4, 4]), RememberedConstants()
     with with_arrow(make_tiny_llama(), folders) as routed, torch.inference_mode():
-        wanted = decode_growing(routed, batch)
-        decoder = FixedDecoder(routed, 2, 16, 2, 0)
+        wanted = engine_of(routed).answer(requests)
+        engine = engine_of(routed, "on")
+        assert engine.answer(requests) == wanted
+        cache = engine.batch_cache
+        assert cache is not None
         for first in (True, False):
-            with counted(monkeypatch) as made, decoder.constants:
-                decoder._step()
+            with counted(monkeypatch) as made, constants:
+                cache.advance(cache.rows)
             assert ([2.0] * 3 in made) is first
             assert bool(made) is first
-        assert not decoder.constants.written()
-        assert decoder.decode(batch) == wanted
+        assert not constants.written()
+        assert engine.answer(requests) == wanted

@@ -12,17 +12,19 @@ from meteora_core.errors import NonFiniteError
 from meteora_core.evaluation.eval_plan import EvalOptions
 from meteora_core.evaluation.routes import RouteCounts, count_routes
 from meteora_core.evaluation.runner import evaluate_task
-from meteora_core.generation.batched import Batch, FixedDecoder, decode_growing
-from meteora_core.generation.engine import Engine, Sampling
+from meteora_core.generation.engine import Engine
 from meteora_core.generation.nonfinite import not_finite
+from meteora_core.generation.requests import Request
+from meteora_core.generation.sampling import Sampling
 from meteora_core.trace.record import trace_tokens
-from support.chat_world import byte_llama, byte_tokenizer
+from support.chat_world import byte_llama, byte_tokenizer, without_ends
 from support.evaluation_plans import plan_of, run
 from support.evaluation_workspace import TASKS, Workspace, make_workspace
+from support.generation import engine_of
 from support.tiny_models import make_tiny_llama
 
 LAYER = "model.layers.1.mlp.up_proj"
-BATCH = Batch(torch.tensor([[2, 2, 5, 6], [9, 8, 7, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), [12, 12], 2)
+REQUESTS = [Request((5, 6), Sampling(12)), Request((9, 8, 7, 6), Sampling(12))]
 # What is broken: the tensor, the value, and what the message says of it.
 FAULTS = {
     "gate": ("gate", float("nan"), "whose gate holds such values"),
@@ -61,10 +63,10 @@ def test_minus_infinity_only_rules_a_token_out() -> None:
 def test_decoding_recording_and_pictures_stop(model, fault) -> None:
     message = break_it(model, fault)
     with pytest.raises(NonFiniteError, match=message) as stopped:
-        decode_growing(model, BATCH)
+        engine_of(model).answer(REQUESTS)
     assert stopped.value.hint
     with pytest.raises(NonFiniteError, match=message):
-        FixedDecoder(model, 2, 32, 2, 4).decode(BATCH)
+        engine_of(model, "on", 4).answer(REQUESTS)
     with pytest.raises(NonFiniteError, match=message):
         trace_tokens(model, byte_tokenizer(), [5, 6, 7], ["prompt"] * 3)
     if fault != "overflow":  # there the sums are finite in this layer's gates and those before it, which are all that is counted
@@ -81,7 +83,7 @@ def test_a_conversation_stops_before_anything_is_written(graphs, sampling) -> No
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"the first layer where that happens is model\.layers\.2\.mlp\.up_proj, whose weight holds"):
-        list(Engine(model, byte_tokenizer(), graphs).generate([1, 5, 6], sampling))
+        list(Engine(model, byte_tokenizer(), graphs).stream(Request([1, 5, 6], sampling)))
 
 
 @pytest.mark.parametrize("step", [0, 3, 11])
@@ -93,14 +95,17 @@ def test_a_later_step_is_found_too(model, step) -> None:
         return torch.full_like(output, float("nan")) if calls[0] == step + 1 else None
 
     model.lm_head.register_forward_hook(spoil)
-    for decode in (decode_growing, lambda model, batch: FixedDecoder(model, 2, 32, 2, 4).decode(batch)):
+    without_ends(model)
+    for graphs, no_repeat in (("off", 0), ("on", 4)):
         calls[0] = 0
         with pytest.raises(NonFiniteError, match=r"^the model's output is NaN or infinite$"):
-            decode(model, Batch(BATCH.ids, BATCH.mask, [12, 12], 63))
+            engine_of(model, graphs, no_repeat).answer(REQUESTS)
 
 
 def test_a_row_that_is_done_does_not_stop_the_others(model) -> None:
-    wanted = decode_growing(model, Batch(BATCH.ids, BATCH.mask, [1, 12], 63))
+    without_ends(model)
+    requests = [Request((5, 6), Sampling(1)), REQUESTS[1]]
+    wanted = engine_of(model).answer(requests)
 
     def spoil(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
         calls.append(1)
@@ -111,7 +116,7 @@ def test_a_row_that_is_done_does_not_stop_the_others(model) -> None:
 
     calls: list[int] = []
     model.lm_head.register_forward_hook(spoil)
-    assert FixedDecoder(model, 2, 32, 63, 0).decode(Batch(BATCH.ids, BATCH.mask, [1, 12], 63)) == wanted
+    assert engine_of(model, "on").answer(requests) == wanted
 
 
 @pytest.fixture

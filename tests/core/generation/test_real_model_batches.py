@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from meteora_core import AdapterBank, attach
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, LoraWeights
-from meteora_core.generation.batched import Batch, FixedDecoder
-from meteora_core.generation.batches import encode_prompts, generate_all
+from meteora_core.generation.batches import BatchLimits, answer_all
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.prompts import encode_prompts
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
 
 NEW = 6
@@ -48,8 +49,8 @@ def test_batches_of_1_8_and_auto_answer_token_for_token_alike() -> None:
     prompts = encode_prompts(PROMPTS, tokenizer)
     base = load_base(BaseReference("smollm2-135m"))
 
-    def answers(batch_size) -> dict[int, list[int]]:
-        made = generate_all(base, tokenizer, prompts, batch_size=batch_size, max_new_tokens=NEW, no_repeat_ngram_size=6)
+    def answers(batch_size, graphs="off") -> dict[int, list[int]]:
+        made = answer_all(Engine(base, tokenizer, graphs, no_repeat_ngram_size=6), prompts, BatchLimits(batch_size, NEW))
         return {prompt.index: tokens for prompt, tokens in made}
 
     bare = answers(8)
@@ -57,12 +58,4 @@ def test_batches_of_1_8_and_auto_answer_token_for_token_alike() -> None:
     routed = answers(1)
     assert answers(8) == answers("auto") == routed
     assert routed != bare
-    width = max(len(prompt.tokens) for prompt in prompts)
-    ids = torch.full((len(prompts), width), int(tokenizer.pad_token_id))
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-        mask[row, width - len(prompt.tokens) :] = 1
-    batch = Batch(ids, mask, [NEW] * len(prompts), int(tokenizer.eos_token_id), 6)
-    fixed = FixedDecoder(base, 8, 128, batch.eos, 6).decode(batch)
-    assert dict(enumerate(fixed)) == routed
+    assert answers(8, "on") == routed

@@ -8,13 +8,15 @@ from peft import LoraConfig, get_peft_model
 
 from meteora_core import AdapterBank, attach
 from meteora_core.errors import AdapterError, CheckpointError
-from meteora_core.generation import batched as decode
-from meteora_core.generation.batched import Batch, decode_growing
-from meteora_core.generation.engine import Engine, Finished, Sampling
+from meteora_core.generation import engine as engine_module
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.requests import Finished, Request
+from meteora_core.generation.sampling import Sampling
 from meteora_core.model import caches
 from meteora_core.routing import record_routes
 from meteora_core.trace.record import trace_tokens
 from support.chat_world import byte_tokenizer
+from support.generation import engine_of
 from support.tiny_hybrids import make_hybrid
 from support.tiny_models import make_tiny_llama
 
@@ -33,13 +35,8 @@ def texts() -> list[list[int]]:
     return [torch.randint(4, 64, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def batch_of(rows: list[int]) -> Batch:
-    width = max(LENGTHS[row] for row in rows)
-    ids, mask = torch.full((len(rows), width), 3), torch.zeros(len(rows), width, dtype=torch.int64)
-    for place, row in enumerate(rows):
-        ids[place, width - LENGTHS[row] :] = torch.tensor(texts()[row])
-        mask[place, width - LENGTHS[row] :] = 1
-    return Batch(ids, mask, [ROOM[row] for row in rows], 2)
+def answers(model, rows: list[int]) -> list[list[int]]:
+    return engine_of(model).answer([Request(texts()[row], Sampling(ROOM[row])) for row in rows])
 
 
 def by_transformers(model, ids: list[int], count: int) -> list[int]:
@@ -52,16 +49,16 @@ def test_rows_leave_the_batch_and_answer_as_alone_and_as_by_transformers(models,
     model, kept = models[kind], []
     real = caches.keep_rows
     monkeypatch.setattr(caches, "keep_rows", lambda cache, rows: kept.append(real(cache, rows)) or kept[-1])
-    together = decode_growing(model, batch_of([0, 1, 2]))
+    together = answers(model, [0, 1, 2])
     assert kept
     assert all(kept)
     assert together == [by_transformers(model, ids, count) for ids, count in zip(texts(), ROOM, strict=True)]
     # A cache that cannot shrink keeps its rows.
     monkeypatch.setattr(caches, "keep_rows", lambda cache, rows: False)
-    assert decode_growing(model, batch_of([0, 1, 2])) == together
+    assert answers(model, [0, 1, 2]) == together
     # Padding that would change a row's states is left out: rows of one length go together.
-    monkeypatch.setattr(decode, "padding_is_safe", lambda model: False)
-    assert decode_growing(model, batch_of([2, 0, 1])) == [together[2], together[0], together[1]]
+    monkeypatch.setattr(engine_module, "padding_is_safe", lambda model: False)
+    assert answers(model, [2, 0, 1]) == [together[2], together[0], together[1]]
 
 
 @pytest.mark.parametrize("kind", USABLE)
@@ -69,7 +66,7 @@ def test_a_conversation_answers_as_if_it_were_new(models, kind) -> None:
     model, tokenizer = models[kind], byte_tokenizer()
 
     def answer(engine: Engine, ids: list[int]) -> tuple[list[int], int]:
-        *_, finished = engine.generate(ids, Sampling(max_new_tokens=4))
+        *_, finished = engine.stream(Request(ids, Sampling(max_new_tokens=4)))
         assert isinstance(finished, Finished)
         return list(finished.ids), finished.reused
 
@@ -125,9 +122,9 @@ def bank_of(tmp_path, **config: object) -> AdapterBank:
 
 def test_mamba_with_adapters_decodes_and_draws(tmp_path) -> None:
     model = attach(make_hybrid("mamba"), bank_of(tmp_path, target_modules=["in_proj", "x_proj"]), top_k=1)
-    together = decode_growing(model, batch_of([0, 1, 2]))
+    together = answers(model, [0, 1, 2])
     assert together == [by_transformers(model, ids, count) for ids, count in zip(texts(), ROOM, strict=True)]
-    assert together != decode_growing(make_hybrid("mamba"), batch_of([0, 1, 2]))
+    assert together != answers(make_hybrid("mamba"), [0, 1, 2])
     ids = texts()[2]
     picture = trace_tokens(model, byte_tokenizer(), ids, ["prompt"] * len(ids))
     with record_routes(model) as routes, torch.inference_mode():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from meteora_core.errors import CheckpointError, DataError
-from meteora_core.generation.engine import Engine, Sampling
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.requests import Request
+from meteora_core.generation.sampling import Sampling
 from meteora_core.json_files import write_jsonl
 from meteora_core.model.base import BaseReference, load_tokenizer
 from meteora_core.model.vocabulary import check_tokens, embedding_rows, padding_token
@@ -43,7 +45,7 @@ def test_tokens_beyond_the_embedding_are_named(padded) -> None:
     with pytest.raises(DataError, match=message):
         check_tokens(model, tokenizer, [[5], tokenizer("a[PAD]")["input_ids"]])
     with pytest.raises(DataError, match=message):
-        list(Engine(model, tokenizer).generate(tokenizer("a[PAD]")["input_ids"], Sampling(max_new_tokens=1)))
+        list(Engine(model, tokenizer).stream(Request(tokenizer("a[PAD]")["input_ids"], Sampling(max_new_tokens=1))))
 
 
 def test_an_evaluation_pads_with_what_there_is(tmp_path, make_adapter, monkeypatch) -> None:

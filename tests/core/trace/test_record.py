@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from meteora_core.errors import UsageError
+from meteora_core.generation import engine
 from meteora_core.model.attach import meteora_layers
 from meteora_core.routing import is_compiled, record_routes
-from meteora_core.trace import record
 from meteora_core.trace.record import trace_tokens
-from support.chat_world import byte_tokenizer
 
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -151,7 +150,7 @@ def test_nothing_is_called_when_nothing_is_recorded(speaker, monkeypatch) -> Non
 def test_long_texts_are_read_in_pieces(speaker, monkeypatch) -> None:
     ids, roles = IDS[0].tolist(), ["prompt"] * 6 + ["answer"] * 3
     whole = trace_tokens(speaker.model, speaker.tokenizer, ids, roles)
-    monkeypatch.setattr(record, "CHUNK", 3)
+    monkeypatch.setattr(engine, "CHUNK", 3)
     read: list[int] = []
     pieces = trace_tokens(speaker.model, speaker.tokenizer, ids, roles, on_read=read.append)
     assert read == [3, 3, 2]
@@ -169,10 +168,3 @@ def test_an_answer_token_shows_the_pass_that_wrote_it(speaker) -> None:
 def test_what_cannot_be_traced(speaker, ids, roles) -> None:
     with pytest.raises(ValueError, match="a trace needs"):
         trace_tokens(speaker.model, speaker.tokenizer, ids, roles)
-
-
-def test_texts_join_to_the_whole(speaker) -> None:
-    text = "héllo 日本語 🎉👩‍👩‍👧 <b>&amp;\n\n\tend"
-    tokenizer = byte_tokenizer()
-    assert "".join(record.token_texts(tokenizer, tokenizer(text)["input_ids"])) == text
-    assert record.token_texts(tokenizer, []) == []

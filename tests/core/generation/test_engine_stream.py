@@ -1,17 +1,16 @@
-"""Generation: the same tokens as transformers' own, with the cache kept between calls."""
+"""Streams: the same tokens as transformers' own, with the cache kept between calls."""
 
 from __future__ import annotations
-
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from meteora_core.errors import UsageError
 from meteora_core.generation import engine as engine_module
-from meteora_core.generation.engine import Engine, Finished, Reading, Sampling, Written
-from meteora_core.generation.limits import context_length, end_tokens
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.limits import end_tokens
+from meteora_core.generation.requests import Event, Finished, Reading, Request, RoutingScope, Written
+from meteora_core.generation.sampling import Sampling
 from meteora_core.trace.record import trace_tokens
 from support.chat_world import byte_llama, byte_tokenizer, without_ends
 
@@ -20,13 +19,17 @@ IDS = [token + 3 for token in PROMPT]
 
 
 def run(engine: Engine, ids, sampling=Sampling(max_new_tokens=12), **options) -> Finished:
-    return list(engine.generate(ids, sampling, **options))[-1]
+    return events_of(engine, ids, sampling, **options)[-1]
+
+
+def events_of(engine: Engine, ids, sampling=Sampling(max_new_tokens=12), **options) -> list[Event]:
+    return list(engine.stream(Request(ids, sampling, **options)))
 
 
 def count_tokens(model: torch.nn.Module) -> list[int]:
     """The number of tokens of every forward pass from now on."""
     seen: list[int] = []
-    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
+    model.register_forward_pre_hook(lambda module, arguments, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True)
     return seen
 
 
@@ -67,14 +70,14 @@ def test_another_conversation_keeps_the_common_start_only(speaker) -> None:
 def test_another_key_drops_the_cache(speaker) -> None:
     engine = Engine(speaker.model, speaker.tokenizer)
     state = speaker.routing
-    plain = run(engine, IDS, key="gates")
-    forced = run(engine, IDS, key="beta", scope=lambda: state.force("beta"))
+    plain = run(engine, IDS, scope=RoutingScope("gates"))
+    forced = run(engine, IDS, scope=RoutingScope("beta", lambda: state.force("beta")))
     assert forced.reused == 0
     with state.force("beta"):
         expected = speaker.model.generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False)[0, len(IDS) :].tolist()
     assert list(forced.ids) == expected
     assert forced.ids != plain.ids
-    assert run(engine, IDS, key="gates").ids == plain.ids
+    assert run(engine, IDS, scope=RoutingScope("gates")).ids == plain.ids
 
 
 def test_a_pass_that_was_broken_off_leaves_no_half_cache(speaker) -> None:
@@ -126,7 +129,7 @@ def test_a_sliding_window_gives_the_same_answer_in_later_turns() -> None:
 def test_long_prompts_are_read_in_pieces_with_the_same_result(speaker, monkeypatch) -> None:
     whole = run(Engine(speaker.model, speaker.tokenizer), IDS)
     monkeypatch.setattr(engine_module, "CHUNK", 7)
-    events = list(Engine(speaker.model, speaker.tokenizer).generate(IDS, Sampling(max_new_tokens=12)))
+    events = events_of(Engine(speaker.model, speaker.tokenizer), IDS)
     assert [event.done for event in events if isinstance(event, Reading)] == [7, 14, 21, 28, 30]
     assert events[-1].ids == whole.ids
 
@@ -135,11 +138,11 @@ def test_stopping_while_reading_and_while_writing(speaker, monkeypatch) -> None:
     monkeypatch.setattr(engine_module, "CHUNK", 7)
     engine = Engine(speaker.model, speaker.tokenizer)
     events = []
-    for event in engine.generate(IDS, Sampling(max_new_tokens=12), stop=lambda: len(events) >= 2):
+    for event in engine.stream(Request(IDS, Sampling(max_new_tokens=12)), stop=lambda: len(events) >= 2):
         events.append(event)
     assert (events[-1].reason, events[-1].ids, events[-1].text) == ("stopped", (), "")
     written: list[Written] = []
-    for event in engine.generate(IDS, Sampling(max_new_tokens=12), stop=lambda: len(written) == 5):
+    for event in engine.stream(Request(IDS, Sampling(max_new_tokens=12)), stop=lambda: len(written) == 5):
         if isinstance(event, Written):
             written.append(event)
     assert (event.reason, len(event.ids), event.reused) == ("stopped", 5, 14)
@@ -164,12 +167,6 @@ def test_the_answer_ends_at_an_end_token_or_a_full_context(world) -> None:
         run(engine, [])
 
 
-def test_a_model_without_a_stated_context_has_no_limit() -> None:
-    without = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(hidden_size=8))
-    assert context_length(SimpleNamespace(config=without)) is None
-    assert context_length(byte_llama()) == 512
-
-
 def test_sampling_is_repeatable_and_narrows_to_greedy(speaker) -> None:
     engine = Engine(speaker.model, speaker.tokenizer)
     greedy = run(engine, IDS).ids
@@ -181,7 +178,7 @@ def test_sampling_is_repeatable_and_narrows_to_greedy(speaker) -> None:
 
 def test_recorded_routes_are_those_of_one_pass_over_the_whole(speaker) -> None:
     engine = Engine(speaker.model, speaker.tokenizer)
-    events = list(engine.generate(IDS, Sampling(max_new_tokens=12), record=True))
+    events = events_of(engine, IDS, record=True)
     finished = events[-1]
     roles = ["prompt"] * len(IDS) + ["answer"] * len(finished.ids)
     picture = trace_tokens(speaker.model, speaker.tokenizer, [*IDS, *finished.ids], roles)
@@ -194,19 +191,25 @@ def test_recorded_routes_are_those_of_one_pass_over_the_whole(speaker) -> None:
 
 def test_recording_does_not_change_the_answer(speaker) -> None:
     plain = run(Engine(speaker.model, speaker.tokenizer), IDS)
-    events = list(Engine(speaker.model, speaker.tokenizer).generate(IDS, Sampling(max_new_tokens=12), record=True, scope=nullcontext))
+    events = events_of(Engine(speaker.model, speaker.tokenizer), IDS, record=True)
     assert events[-1].ids == plain.ids
-    assert all(event.routes is None for event in Engine(speaker.model, speaker.tokenizer).generate(IDS, Sampling(2)) if isinstance(event, Written))
+    assert all(event.routes is None for event in events_of(Engine(speaker.model, speaker.tokenizer), IDS, Sampling(2)) if isinstance(event, Written))
 
 
-def test_text_comes_in_whole_characters(speaker) -> None:
-    from meteora_core.generation.text import TextDecoder, token_texts
+def test_a_request_for_no_tokens_reads_the_prompt_and_ends(speaker) -> None:
+    finished = run(Engine(speaker.model, speaker.tokenizer), IDS, Sampling(max_new_tokens=0))
+    assert (finished.reason, finished.ids, finished.prompt_tokens) == ("length", (), len(IDS))
 
-    text = "h\u00e9llo 日本 🎉 end"
-    ids = byte_tokenizer()(text)["input_ids"]
-    decoder = TextDecoder(byte_tokenizer())
-    pieces = [decoder.add(token) for token in ids]
-    assert "".join(pieces) == text
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
-    assert [piece for piece in pieces if piece] == list(text)
-    assert token_texts(byte_tokenizer(), [*ids, 2, ids[8]]) == [*pieces, "</s>", "\N{REPLACEMENT CHARACTER}"]
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_reading_alone_leaves_a_cache_for_the_answer(speaker, graphs) -> None:
+    engine = Engine(speaker.model, speaker.tokenizer, graphs)
+    assert [reading.done for reading in engine.read(Request(IDS[:20]))] == [20]
+    finished = run(engine, IDS)
+    assert finished.reused == 20
+    assert finished.ids == run(Engine(speaker.model, speaker.tokenizer), IDS).ids
+    engine.forget()
+    assert run(engine, IDS).reused == 0
+    engine.release()
+    assert engine.stream_cache is None
+    assert run(engine, IDS).ids == finished.ids
