@@ -52,8 +52,11 @@ class EvalTable(_RichProgress):
         """Write a task's headline and warnings into the table."""
         from meteora_core.evaluation.runner import headline
 
-        name, value = headline(result)
-        self.cells[f"{model}: {result.task.name}"] = Text(f"{name} {value:.3f}", style="green")
+        shown = Text("all skipped", style="yellow")
+        if result.samples:
+            name, value = headline(result)
+            shown = Text(f"{name} {value:.3f}", style="green")
+        self.cells[f"{model}: {result.task.name}"] = shown
         self.warnings.setdefault(result.task.name, []).extend(f"{model}: {text}" for text in short_warnings(result))
 
     def __rich__(self) -> RenderableType:

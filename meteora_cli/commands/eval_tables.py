@@ -24,6 +24,8 @@ def result_line(model: str, result: TaskResult) -> str:
     """One task's headline."""
     from meteora_core.evaluation.runner import headline
 
+    if not result.samples:
+        return f"{model}: {result.task.name}: all {result.skipped} prompts skipped as too long"
     name, value = headline(result)
     skipped = f" ({result.skipped} skipped as too long)" if result.skipped else ""
     return f"{model}: {result.task.name}: {name} {value:.3f} over {len(result.samples)} rows{skipped}, {result.seconds:.0f} s"
@@ -43,7 +45,7 @@ def results_table(outcomes: list[ModelResults]) -> DataTable:
         found = [outcome.results[task] for outcome in outcomes if task in outcome.results]
         rows, skipped = max(len(result.samples) for result in found), max(result.skipped for result in found)
         counted = f"{rows} ({skipped} skipped)" if skipped else str(rows)
-        for metric in metrics:
+        for metric in metrics or ["–"]:
             table.add_row(task, metric, counted, *[_cell(outcome.results.get(task), metric) for outcome in outcomes])
         table.add_section()
     return table
@@ -67,7 +69,7 @@ _COUNTS = {
 def short_warnings(result: TaskResult) -> list[str]:
     """What went wrong with a task's rows: counts, and notes of the run."""
     parts = [f"{result.scores.counts[key]} {text}" for key, text in _COUNTS.items() if result.scores.counts.get(key)]
-    if result.skipped:
+    if result.skipped and result.samples:
         parts.append(f"{result.skipped} prompts skipped as too long")
     return [*parts, *result.notes]
 

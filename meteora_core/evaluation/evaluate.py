@@ -23,7 +23,7 @@ from meteora_core.evaluation.fingerprint import adapter_files
 from meteora_core.evaluation.model_loader import ModelLoader
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
-from meteora_core.evaluation.runner import TaskResult, evaluate_task, test_rows
+from meteora_core.evaluation.runner import AllSkippedError, TaskResult, evaluate_task, test_rows
 from meteora_core.files import atomic_write, locked, sha256
 from meteora_core.json_files import write_jsonl
 from meteora_core.names import LONGEST
@@ -67,6 +67,7 @@ def evaluate(
 ) -> list[ModelResults]:
     """Evaluate every model of the plan on every task.
 
+    A task whose prompts are all too long has a result without scores, and the other tasks are evaluated all the same.
     Rows are kept as they finish; the same plan run again goes on where it stopped, and models that were done by then generate nothing again:
     their results file stays (or a new one is written, where limit, scoring, tasks or routing are others). A finished plan is run anew.
 
@@ -81,9 +82,11 @@ def evaluate(
         StorageError: The disk is full or not writable; the rows so far are kept.
         UsageError, DataError, AdapterError, CheckpointError: Something that the plan names is missing, broken or unknown; before any model is loaded
             where that can be known.
+        AllSkippedError: The prompts of all tasks are too long for every model.
     """
     loader, pairs = prepare(plan, device, dtype, progress)
     outcomes = []
+    skipped: list[AllSkippedError] = []
     for model in plan.models:
         outcome = ModelResults(model)
         began, stamp = time.time(), time.strftime("%Y-%m-%dT%H-%M-%S")
@@ -92,14 +95,18 @@ def evaluate(
         for task, adapter in pairs[model]:
             if model == OWN and adapter is None:
                 continue
-            result, begun = _one(plan, loader, model, task, adapter, stamp, progress, processes)
+            try:
+                result, begun = _one(plan, loader, model, task, adapter, stamp, progress, processes)
+            except AllSkippedError as error:
+                skipped.append(error)
+                result, begun = error.result, stamp
             stamps.append(begun)
             outcome.results[task.name] = result
             builder.add(result, _rows_in(plan, task))
             if on_result is not None:
                 on_result(model, result)
         outcome.document = builder.document(time.time() - began, began)
-        if plan.out_dir is not None and outcome.results and processes.rank == 0:
+        if plan.out_dir is not None and any(result.samples for result in outcome.results.values()) and processes.rank == 0:
             _save(plan.out_dir / _safe(model), outcome, min(stamps), stamp, progress)
         outcomes.append(outcome)
     if plan.out_dir is not None and processes.rank == 0:
@@ -107,6 +114,8 @@ def evaluate(
             for name in outcome.results:
                 for file in partial_files(plan.out_dir / _safe(outcome.model), name):
                     file.unlink(missing_ok=True)
+    if skipped and not any(result.samples for outcome in outcomes for result in outcome.results.values()):
+        raise skipped[0]
     return outcomes
 
 

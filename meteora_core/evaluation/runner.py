@@ -113,6 +113,18 @@ class TaskResult:
     routing: RoutingSummary | None = None
 
 
+class AllSkippedError(DataError):
+    """Every prompt of a task is too long.
+
+    Attributes:
+        result: The task's result: no rows, no scores, and the number of skipped prompts.
+    """
+
+    def __init__(self, message: str, *, hint: str, result: TaskResult) -> None:
+        super().__init__(message, hint=hint)
+        self.result = result
+
+
 class KeptRows(Protocol):
     """Rows that an earlier run finished, and the file that new ones are kept in; :class:`meteora_core.evaluation.results.SampleWriter` is one.
 
@@ -158,7 +170,8 @@ def evaluate_task(
         processes: Those that share the rows; each must call this with the same arguments, and gets the same result.
 
     Raises:
-        DataError: The dataset is missing or broken, a prompt is empty or has a token that the model lacks, or every prompt is too long.
+        DataError: The dataset is missing or broken, or a prompt is empty or has a token that the model lacks.
+        AllSkippedError: Every prompt is too long.
         NonFiniteError: The model's logits are NaN or infinite.
         UsageError: An unknown task, or routing values out of range.
         MeteoraError: A single prompt does not fit the GPU's memory.
@@ -171,9 +184,9 @@ def evaluate_task(
     total = min((limit for limit in (options.max_total_tokens, context_length(model)) if limit is not None), default=None)
     most = min((limit for limit in (options.max_prompt_tokens, None if total is None else total - 1) if limit is not None), default=None)
     fitting = [prompt for prompt in prompts if most is None or len(prompt.tokens) <= most]
-    if not fitting:
-        raise _all_skipped(found, prompts, options, context_length(model))
     result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or found.max_new_tokens)
+    if not fitting:
+        raise _all_skipped(result, prompts, options, context_length(model))
     done = kept.done.items() if kept is not None else ()
     before = {index: read.sample(index, output, kept.tokens.get(index, ()) if kept else ()) for index, output in done if index < len(rows)}
     state: RoutingState | None = getattr(model, "meteora", None)
@@ -216,15 +229,20 @@ def check_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ta
     check_tokens(model, tokenizer, (prompt.tokens for prompt in prompts))
 
 
-def _all_skipped(task: Task, prompts: Sequence[Prompt], options: EvalOptions, context: int | None) -> DataError:
+def _all_skipped(result: TaskResult, prompts: Sequence[Prompt], options: EvalOptions, context: int | None) -> AllSkippedError:
     shortest = min(len(prompt.tokens) for prompt in prompts)
-    message = f"all {len(prompts)} prompts of {task.name} are too long, the shortest has {shortest:,} tokens"
+    message = f"all {len(prompts)} prompts of {result.task.name} are too long, the shortest has {shortest:,} tokens"
     if options.max_prompt_tokens is not None and shortest > options.max_prompt_tokens:
-        return DataError(f"{message} and --max-prompt-tokens is {options.max_prompt_tokens:,}", hint="raise --max-prompt-tokens (eval.max_prompt_tokens)")
-    if options.max_total_tokens is not None and (context is None or context > options.max_total_tokens):
+        message += f" and --max-prompt-tokens is {options.max_prompt_tokens:,}"
+        hint = "raise --max-prompt-tokens (eval.max_prompt_tokens)"
+    elif options.max_total_tokens is not None and (context is None or context > options.max_total_tokens):
+        message += f" and paper scoring allows {options.max_total_tokens:,} for prompt and answer together"
         hint = "use --scoring corrected, or set another limit with --max-prompt-tokens"
-        return DataError(f"{message} and paper scoring allows {options.max_total_tokens:,} for prompt and answer together", hint=hint)
-    return DataError(f"{message} and the model's context of {context:,} leaves no room for an answer", hint="use a base model with a longer context")
+    else:
+        message += f" and the model's context of {context:,} leaves no room for an answer"
+        hint = "use a base model with a longer context"
+    result.notes.append(message)
+    return AllSkippedError(message, hint=hint, result=result)
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,19 @@ def test_skipped_prompts_stand_in_the_table(meteora, place) -> None:
     assert ran.err.splitlines()[-1] == "hint: raise --max-prompt-tokens (eval.max_prompt_tokens)"
 
 
+def test_a_task_of_which_all_prompts_are_skipped_says_so_and_the_others_go_on(meteora, place) -> None:
+    listed = rows("question_selection", 2)
+    for row in listed:
+        row["prompt"] += "x" * 40
+    write_jsonl(place.data / "question_selection" / "test.jsonl", listed)
+    ran = evaluate(meteora, place, "--task", "question_selection,strategyqa", "--model", "base", "--no-save", "--max-prompt-tokens", "30")
+    assert ran.code == 0
+    assert re.search(r"question_selection\s+.\s+–\s+.\s+0 \(2 skipped\)\s+.\s+–", ran.out), ran.out
+    assert re.search(r"strategyqa\s+.\s+accuracy", ran.out)
+    assert "base: question_selection: all 2 prompts skipped as too long" in ran.err
+    assert "base: question_selection: all 2 prompts of question_selection are too long, the shortest has" in ran.err
+
+
 def test_the_hint_for_a_composite_builds_it(meteora, place) -> None:
     shutil.rmtree(place.data / "composite_3")
     for task in TASKS:
@@ -251,7 +264,7 @@ def test_the_live_table_shows_cells_bars_and_warnings(monkeypatch) -> None:
     from meteora_core.data.tasks import TASKS as KNOWN
     from meteora_core.data.tasks import get_task
     from meteora_core.evaluation.runner import Sample, TaskResult
-    from meteora_core.evaluation.scoring import evaluate_responses
+    from meteora_core.evaluation.scoring import Scores, evaluate_responses
 
     def shown() -> str:
         console = Console(width=140, height=60, file=io.StringIO())
@@ -269,6 +282,8 @@ def test_the_live_table_shows_cells_bars_and_warnings(monkeypatch) -> None:
     text = shown()
     assert "accuracy 0.000" in text
     assert "base: 1 empty answers; base: 2 prompts skipped as too long" in text
+    table.done("meteora", TaskResult(get_task("winowhy"), [], Scores({}, {}, []), skipped=4))
+    assert "all skipped" in shown()
     assert "tok/s" not in text
     with table.task("reading adapters"):
         assert "reading adapters" in shown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from meteora_core.errors import AdapterError, CheckpointError, DataError, Storag
 from meteora_core.evaluation import eval_plan, results
 from meteora_core.evaluation.eval_plan import choose_tasks
 from meteora_core.evaluation.evaluate import ModelResults
+from meteora_core.evaluation.report import compare
 from meteora_core.json_files import write_jsonl
 from support.evaluation_plans import plan_of, run
 from support.evaluation_workspace import TASKS, Workspace, make_workspace, rows
@@ -317,6 +319,29 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(place) -> None:
     with pytest.raises(DataError, match="all 7 prompts of logical_deduction are too long, the shortest has 21 tokens and --max-prompt-tokens is 3") as raised:
         run(plan_of(place, TASKS[:1], ("base",), max_prompt_tokens=3))
     assert raised.value.hint == "raise --max-prompt-tokens (eval.max_prompt_tokens)"
+
+
+def test_a_task_whose_prompts_are_all_too_long_does_not_stop_the_others(place) -> None:
+    listed = rows(TASKS[1], 3)
+    for row in listed:
+        row["prompt"] += "x" * 40
+    write_jsonl(place.data / TASKS[1] / "test.jsonl", listed)
+    seen: list[tuple[str, int]] = []
+    tasks = (TASKS[1], TASKS[0])
+    outcomes = run(plan_of(place, tasks, ("base", TASKS[0]), max_prompt_tokens=30), on_result=lambda model, result: seen.append((model, len(result.samples))))
+    assert [name for name, _ in seen] == ["base", "base", TASKS[0], TASKS[0]]
+    assert [count > 0 for _, count in seen] == [False, True, False, True]
+    for outcome in outcomes:
+        result = outcome.results[TASKS[1]]
+        assert (result.skipped, result.scores.metrics) == (3, {})
+        assert re.match(r"all 3 prompts of \w+ are too long, the shortest has \d+ tokens and --max-prompt-tokens is 30", result.notes[0])
+        saved = json.loads(outcome.file.read_text())
+        assert saved["results"].keys() == set(tasks)
+        assert saved["meteora"]["counts"][TASKS[1]]["skipped_prompts"] == 3
+        assert saved["n-samples"][TASKS[1]] == {"original": 3, "effective": 0}
+        assert not samples(outcome, TASKS[1])
+        assert {line.task for line in compare([saved]).rows} == {TASKS[0]}
+    assert not list(place.folder.rglob(".*partial*"))
 
 
 def test_the_papers_limit_is_for_paper_scoring(place, monkeypatch) -> None:
