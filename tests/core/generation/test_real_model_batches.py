@@ -35,7 +35,7 @@ def some_bank(base: PreTrainedModel) -> AdapterBank:
         linears = [(path, module) for path, module in base.named_modules() if isinstance(module, nn.Linear) and ".layers." in path]
         weights = {
             path: LoraWeights(
-                torch.randn(4, module.in_features, generator=generator) * 0.02, torch.randn(module.out_features, 4, generator=generator) * 0.02, 2.0
+                torch.randn(4, module.in_features, generator=generator) * 0.02, torch.randn(module.out_features, 4, generator=generator) * 0.2, 2.0
             )
             for path, module in linears
         }
