@@ -10,9 +10,10 @@ import io
 import json
 import logging
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from meteora_cli.display import console, error_lines, say
+from meteora_cli.option_settings import OPTION_SETTINGS
+from meteora_cli.typer_app import path_of
 from meteora_core.text import json_printable, one_line, printable, redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import ProgressColumn, TaskID
+    from rich.progress import Task as RichTask
 
     from meteora_core.errors import MeteoraError
     from meteora_core.progress import Progress, ProgressBar
@@ -139,17 +143,23 @@ def note_replaced(name: str, place: int) -> None:
 
 
 def settings_from(ctx: typer.Context, **flags: Any) -> Settings:
-    """The settings in force; ``flags`` are ``section__name=value``, and None means that the flag was not given.
+    """The settings in force: the environment, the settings file, and above them what was given on the command line.
+
+    Args:
+        ctx: The context of the command; its options that are settings (:mod:`meteora_cli.option_settings`) are looked up there.
+        flags: Further values as ``section__name=value``; None means that the flag was not given.
 
     Raises:
         UsageError: The configuration is broken or a value is out of range.
     """
     from meteora_core.settings import load_settings
 
+    given = {setting: ctx.params[name] for name, setting in OPTION_SETTINGS.get(path_of(ctx), {}).items()}
+    given |= {key.replace("__", ".", 1): value for key, value in flags.items()}
     overrides: dict[str, Any] = {}
-    for key, value in flags.items():
+    for key, value in given.items():
         if value is not None:
-            section, _, name = key.partition("__")
+            section, _, name = key.partition(".")
             overrides.setdefault(section, {})[name] = value
     return load_settings(globals_of(ctx).config, overrides)
 
@@ -163,20 +173,24 @@ def quantization_of(in_4bit: bool, in_8bit: bool) -> str | None:
     return "4bit" if in_4bit else "8bit" if in_8bit else None
 
 
+def _amount(task: RichTask) -> str:
+    """Done, total and unit; bytes as MB."""
+    unit = task.fields.get("unit", "it")
+    if unit == "B":
+        done, total = task.completed / 1e6, None if task.total is None else task.total / 1e6
+        return f"{done:.1f}{'' if total is None else f'/{total:.1f}'} MB"
+    return f"{task.completed:.0f}{'' if task.total is None else f'/{task.total:.0f}'} {unit}"
+
+
 def _columns() -> list[ProgressColumn]:
     from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Task as RichTask
     from rich.text import Text
 
     class Amount(ProgressColumn):
         """Done, total and unit; bytes as MB."""
 
         def render(self, task: RichTask) -> Text:
-            unit = task.fields.get("unit", "it")
-            if unit == "B":
-                done, total, unit = task.completed / 1e6, None if task.total is None else task.total / 1e6, "MB"
-                return Text(f"{done:.1f}{'' if total is None else f'/{total:.1f}'} {unit}")
-            return Text(f"{task.completed:.0f}{'' if task.total is None else f'/{task.total:.0f}'} {unit}")
+            return Text(_amount(task))
 
     return [
         SpinnerColumn(finished_text="✓"),
@@ -190,14 +204,34 @@ def _columns() -> list[ProgressColumn]:
     ]
 
 
-class _RichTask:
-    def __init__(self, bars: RichProgress, identity: TaskID) -> None:
-        self._bars, self._id, self._fields = bars, identity, dict[str, str]()
+PLAIN_SECONDS = 10.0
+"""Seconds between two lines about the same work where there is no terminal to draw a bar on."""
+
+
+class _RichBar:
+    def __init__(self, bars: RichProgress, identity: TaskID, plain: bool) -> None:
+        self._bars, self._id, self._fields, self._plain = bars, identity, dict[str, str](), plain
+        self._said = time.monotonic()
 
     def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:
         self._fields.update(fields)
         extra = "  ".join(f"{key} {printable(value)}" for key, value in self._fields.items())
         self._bars.update(self._id, advance=advance, extra=extra, **({} if total is None else {"total": total}))  # type: ignore[arg-type]
+        if self._plain and time.monotonic() - self._said >= PLAIN_SECONDS:
+            self._said = time.monotonic()
+            self.say()
+
+    def say(self) -> None:
+        """Print how far the work is, in one line."""
+        task = next(task for task in self._bars.tasks if task.id == self._id)
+        left = "" if task.time_remaining is None or task.finished else f", {task.time_remaining:.0f} s left"
+        extra = f"  {task.fields['extra']}" if task.fields["extra"] else ""
+        say(f"{task.description}: {_amount(task)} in {task.elapsed or 0:.0f} s{left}{extra}")
+
+    @property
+    def said_something(self) -> bool:
+        """Whether the work has figures of its own to report at its end."""
+        return bool(self._fields)
 
 
 class _RichProgress:
@@ -209,10 +243,13 @@ class _RichProgress:
         if self._plain:
             say(f"{title} …")
         identity = self._bars.add_task(printable(title), total=total, unit=unit, extra="")
+        bar = _RichBar(self._bars, identity, self._plain)
         try:
-            yield _RichTask(self._bars, identity)
+            yield bar
             task = next(task for task in self._bars.tasks if task.id == identity)
             self._bars.update(identity, total=task.completed if task.total is None else task.total, completed=task.total or task.completed)
+            if self._plain and bar.said_something:
+                bar.say()
         finally:
             self._bars.stop_task(identity)
 
@@ -234,7 +271,8 @@ class _Quiet:
 
 @contextmanager
 def progress(ctx: typer.Context | None = None) -> Iterator[Progress]:
-    """Yield a Progress that draws bars on stderr; without a terminal it prints one line a stage; with --quiet nothing."""
+    """Yield a Progress that draws bars on stderr; without a terminal it prints a line at the start of each piece of work, every
+    ten seconds and, where there are figures such as a loss, at its end; with --quiet nothing."""
     if ctx is not None and globals_of(ctx).quiet:
         yield _Quiet()
         return
@@ -261,8 +299,43 @@ def usage_failure(error: BaseException) -> MeteoraError | None:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         sys.exit(2)
-    path = getattr(context, "command_path", "meteora")
-    return UsageError(error.format_message(), hint=f"`{path} --help` lists the arguments and options")  # type: ignore[attr-defined]
+    path: str = getattr(context, "command_path", "meteora")
+    hint = f"`{path} --help` lists the arguments and options"
+    if type(error).__name__ == "NoSuchOption":
+        name = str(getattr(error, "option_name", ""))
+        if owner := _command_with(name, context):
+            return UsageError(f"no such option {name} of `{path}`", hint=f"it is an option of `{owner}`")
+        return UsageError(f"no such option {name}{_meant(name, _options_of(context))}", hint=hint)
+    commands = list(getattr(getattr(context, "command", None), "commands", {}))
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    if commands and message.startswith("No such command"):
+        name = message.removeprefix("No such command '").partition("'")[0]
+        return UsageError(f"no such command {name}{_meant(name, commands)}", hint=hint.replace("arguments and options", "commands"))
+    return UsageError(message, hint=hint)
+
+
+def _meant(name: str, choices: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest of ``choices``, if one is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _options_of(context: Any) -> list[str]:
+    parameters = getattr(getattr(context, "command", None), "params", ())
+    return [flag for parameter in parameters if not getattr(parameter, "hidden", False) for flag in (*parameter.opts, *parameter.secondary_opts)]
+
+
+def _command_with(option: str, context: Any) -> str | None:
+    """The sibling of a context's command that has the option, with the words that name it."""
+    parent = getattr(context, "parent", None)
+    if parent is None or parent.parent is None:
+        return None
+    for name, command in getattr(parent.command, "commands", {}).items():
+        if command is not context.command and any(option in (*each.opts, *each.secondary_opts) for each in command.params):
+            return f"{parent.command_path} {name}"
+    return None
 
 
 def report_error(error: BaseException) -> None:

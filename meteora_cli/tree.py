@@ -14,8 +14,9 @@ import typer
 from meteora_cli.commands import bench_kernels, chat, ckpt, config, data, quickstart, trace, train
 from meteora_cli.commands import eval as evaluate
 from meteora_cli.console import Globals
+from meteora_cli.typer_app import App
 
-app = typer.Typer(
+app = App(
     name="meteora",
     help="Many LoRA adapters in one language model; a trained gate in every linear layer picks the right ones for each token.",
     no_args_is_help=True,
@@ -26,7 +27,7 @@ app = typer.Typer(
 app.command("quickstart")(quickstart.quickstart)
 app.add_typer(data.app, name="data")
 app.add_typer(ckpt.app, name="ckpt")
-app.command("train")(train.train)
+app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
 app.command("chat")(chat.chat)
 app.command("trace")(trace.trace)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossOn, RowSampling, Scoring, Switch, TrainedParts
 from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.names import problem_of
@@ -21,8 +22,6 @@ DEFAULT_FILE = Path("meteora.toml")
 
 FORMER_NAMES = {("chat", "temperature"): "sampling_temperature"}
 """Settings that had another name before: files and environment variables may still use it."""
-
-Switch = Literal["auto", "on", "off"]
 
 
 def _usable_path(value: Any) -> Any:
@@ -81,7 +80,7 @@ class ModelSettings(_Section):
         "smollm2-135m", min_length=1, max_length=4096, description="A name of `meteora ckpt download`, a local folder, or a Hugging Face model id."
     )
     revision: str | None = Field(None, examples=["main"], min_length=1, max_length=256, description="Revision of a hub model (branch, tag or commit).")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
+    dtype: Dtype = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     backend: str = Field("auto", description="Mixture kernels: auto, reference, dense, triton.")
     quantization: Literal["none", "4bit", "8bit"] = Field("none", description="Quantise the base by bitsandbytes on a CUDA GPU (eval, chat and trace).")
@@ -140,7 +139,7 @@ class OptimSettings(_Section):
     eval_steps: int = Field(0, ge=0, le=MOST_STEPS, description="Steps between two held-out evaluations; the best weights are kept. 0: none.")
     patience: int = Field(0, ge=0, le=MOST_STEPS, description="Number of held-out evaluations without an improvement after which training stops; 0: never.")
     packing: bool = Field(False, description="Put several rows into each sequence of max_length; rows do not see each other.")
-    log_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="Where curves go besides the checkpoint; tensorboard: if installed.")
+    log_to: LogTo = Field("tensorboard", description="Where training curves are written besides the result; tensorboard: where it is installed.")
 
     @model_validator(mode="after")
     def _plan(self) -> Self:
@@ -151,12 +150,12 @@ class OptimSettings(_Section):
 
 
 class AdapterTrainSettings(OptimSettings):
-    """`meteora train --stage adapters`: one PEFT LoRA per task, on all linear layers."""
+    """`meteora train adapters`: one PEFT LoRA per task, on all linear layers."""
 
     rank: int = Field(8, ge=1, le=4096, description="LoRA rank.")
     alpha: float = Field(16.0, gt=0, le=1e6, description="LoRA alpha; the scaling is alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
-    loss_on: Literal["all", "response"] = Field("all", description="Tokens that the loss counts: prompt and response, or the response alone.")
+    loss_on: LossOn = Field("all", description="Tokens that the loss counts: prompt and response, or the response alone.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     together_rows: int = Field(32, ge=1, le=65536, description="With --together: rows in one forward pass.")
 
@@ -170,14 +169,14 @@ class AdapterTaskSettings(_Section):
     learning_rate: float | None = Field(None, gt=0, le=10)
     weight_decay: float | None = Field(None, ge=0, le=100)
     max_length: int | None = Field(None, ge=8, le=MOST_TOKENS)
-    loss_on: Literal["all", "response"] | None = None
+    loss_on: LossOn | None = None
     rank: int | None = Field(None, ge=1, le=4096)
     alpha: float | None = Field(None, gt=0, le=1e6)
     dropout: float | None = Field(None, ge=0, lt=1)
 
 
 class AdapterStageSettings(AdapterTrainSettings):
-    """`meteora train --stage adapters`: one PEFT LoRA per task, on all linear layers."""
+    """`meteora train adapters`: one PEFT LoRA per task, on all linear layers."""
 
     tasks: dict[str, AdapterTaskSettings] = Field({}, description="What single tasks differ in; wins over the rest of the section, and flags win over it.")
 
@@ -188,23 +187,21 @@ class AdapterStageSettings(AdapterTrainSettings):
 
 
 class GateTrainSettings(OptimSettings):
-    """`meteora train`: the gates, and the adapters too when asked."""
+    """`meteora train gates`: the gates, and the adapters too when asked."""
 
-    trainable: Literal["gates", "gates+adapters"] = Field("gates", description="What trains.")
+    trainable: TrainedParts = Field("gates", description="What trains.")
     adapter_learning_rate: float | None = Field(
         None, examples=[5e-4], gt=0, le=10, description="With gates+adapters: peak learning rate of the adapters; absent: that of the gates."
     )
     beta: float = Field(50.0, ge=0, le=1e6, description="Weight of the gate loss, relative to the language-model loss.")
-    loss_on: Literal["all", "response"] = Field("all", description="Tokens that the language-model loss counts: prompt and response, or the response alone.")
+    loss_on: LossOn = Field("all", description="Tokens that the language-model loss counts: prompt and response, or the response alone.")
     answer_share: float | None = Field(
         None, examples=[0.5], gt=0, lt=1, description="Share of the gate loss that answers' tokens have together; absent: every token weighs the same."
     )
-    init: Literal["normal", "zeros", "arrow", "ridge"] = Field(
-        "normal", description="How gates start: normal or zeros; arrow: from the adapters alone; ridge: closed form on train rows."
-    )
+    init: GateStart = Field("normal", description="How gates start: normal or zeros; arrow: from the adapters alone; ridge: closed form on train rows.")
     ridge_tokens: int = Field(16_000, ge=1, le=100_000_000, description="Train tokens that the ridge start looks at.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
-    sampling: Literal["balanced", "proportional"] = Field(
+    sampling: RowSampling = Field(
         "balanced", description="balanced: as many tokens of every task; proportional: every row as often, so large tasks weigh more."
     )
     composite_rows: float = Field(0.0, ge=0, le=1, description="Share of the training rows that are composites of several tasks.")
@@ -214,7 +211,7 @@ class GateTrainSettings(OptimSettings):
 class LaunchSettings(_Section):
     """How `meteora train` is spread over devices and machines, by accelerate."""
 
-    launcher: Literal["none", "ddp", "fsdp", "deepspeed"] = Field("none", description="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.")
+    launcher: Launcher = Field("none", description="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.")
     num_processes: int | None = Field(None, examples=[8], ge=1, le=65536, description="Processes over all machines; absent: one a device.")
     num_machines: int = Field(1, ge=1, le=65536, description="Machines.")
     machine_rank: int = Field(0, ge=0, lt=65536, description="Which of them this is, from 0.")
@@ -224,7 +221,7 @@ class LaunchSettings(_Section):
     cpu_offload: bool = Field(False, description="fsdp, deepspeed: keep the shards in main memory.")
     zero_stage: Literal[2, 3] = Field(2, description="deepspeed: 2 shards gradients and optimiser states, 3 the weights too.")
     jobs: int = Field(
-        1, ge=1, le=MOST_PROCESSES, description="Adapters that are trained at once, each by a process of its own (`--stage adapters`, no launcher)."
+        1, ge=1, le=MOST_PROCESSES, description="Adapters that are trained at once, each by a process of its own (`meteora train adapters`, no launcher)."
     )
 
 
@@ -242,7 +239,7 @@ class EvalSettings(_Section):
     )
     no_repeat_ngram_size: int = Field(30, ge=0, le=MOST_TOKENS, description="An n-gram of this size may not repeat in the text; 0: off.")
     limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Number of test rows to evaluate, from the first on.")
-    scoring: Literal["corrected", "paper"] = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
+    scoring: Scoring = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, lt=2**32, description="Recorded; greedy decoding does not use it.")
     fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")
     cuda_graphs: Switch = Field("auto", description="A cache of fixed size, each step a CUDA graph; auto: on a CUDA GPU, where the model allows it.")
@@ -392,6 +389,20 @@ def setting_names() -> list[str]:
             names += [f"{section}.{name}" for name in field.annotation.model_fields]
     names += [f"train_adapters.tasks.{name}" for name in AdapterTaskSettings.model_fields]
     return names
+
+
+def default_of(name: str) -> Any:
+    """The default of a setting by its dotted name; None where it is absent by default.
+
+    Example:
+        >>> default_of("train_gates.beta")
+        50.0
+    """
+    section, _, field = name.partition(".")
+    kind = Settings.model_fields[section].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, BaseModel)
+    return kind.model_fields[field].default
 
 
 def default_file_text() -> str:

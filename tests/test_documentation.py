@@ -80,6 +80,9 @@ def unknown_options(words: list[str]) -> list[str]:
     found = []
     for word in words:
         children = getattr(item, "commands", {})
+        if item is command().commands["train"] and word.startswith("-"):  # without the name of a command it trains the gates
+            item = children["gates"]
+            options |= {each for parameter in item.params for each in (*parameter.opts, *parameter.secondary_opts)}
         if word in children:
             item = children[word]
             options |= {each for parameter in item.params for each in (*parameter.opts, *parameter.secondary_opts)}

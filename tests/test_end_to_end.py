@@ -107,8 +107,8 @@ def test_chat_answers_on_a_pipe(place) -> None:
 
 def test_train_and_eval_by_hand(place) -> None:
     data = ("--data", "runs/quickstart/datasets")
-    run(place, "train", "--stage", "adapters", "--task", "strategyqa", *data, "--out", "own", "--max-steps", "1", "--batch-size", "2", "--rank", "4")
-    run(place, "train", "--stage", "adapters", "--task", "logical_deduction", *data, "--out", "own", "--max-steps", "1", "--batch-size", "2")
+    run(place, "train", "adapters", "--task", "strategyqa", *data, "--out", "own", "--max-steps", "1", "--batch-size", "2", "--rank", "4")
+    run(place, "train", "adapters", "--task", "logical_deduction", *data, "--out", "own", "--max-steps", "1", "--batch-size", "2")
     gates = ("--max-rows", "8", "--max-steps", "1", "--batch-size", "2", "--out", "runs/own")
     run(place, "train", *data, "--adapters", "own", *gates)
     done = run(

@@ -23,7 +23,7 @@ ROOMS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "text errors reading locks files json_files file_models tensor_files archives names ranges memory progress workers environment "
-        "unexpected hooks settings",
+        "unexpected hooks choices settings",
         "fetch",
         "data",
         "adapters",

@@ -16,7 +16,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from meteora_cli.help_pages import EXAMPLES
 from meteora_cli.tree import command
+from meteora_cli.typer_app import help_completed
 from meteora_core.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "reference"
@@ -66,23 +68,23 @@ def cli_page() -> str:
 
 def _command(name: str, item: Any, level: int) -> Iterator[str]:
     """Heading, help and options of a command, then those of its sub-commands."""
-    children = dict(getattr(item, "commands", {}))
+    children, path = dict(getattr(item, "commands", {})), name.removeprefix("meteora").strip()
     yield f"{'#' * level} {name}"
     if item.help:
         yield _help(item.help)
     arguments = " ".join(_argument(each) for each in item.params if not each.opts[0].startswith("-"))
     if item.params:
         yield "```bash\n" + " ".join(filter(None, [name, "[OPTIONS]", arguments, "COMMAND …" if children else ""])) + "\n```"
-    panels: dict[str, list[Any]] = {}
-    for each in item.params:
-        if not each.hidden:
-            panels.setdefault(getattr(each, "rich_help_panel", None) or "", []).append(each)
-    for panel, options in panels.items():
-        table = ["| option | meaning | default |", "| --- | --- | --- |"]
-        table += [f"| {_names(each)} | {_cell(each.help or '')} | {_default(each)} |" for each in options]
-        yield (f"**{panel}**\n\n" if panel else "") + "\n".join(table)
-    if getattr(item, "epilog", None):
-        yield _help(item.epilog)
+    if path in EXAMPLES:
+        yield "Examples:\n\n```bash\n" + "\n".join(EXAMPLES[path]) + "\n```"
+    with help_completed(item, path):
+        panels: dict[str, list[Any]] = {}
+        for each in item.params:
+            if not each.hidden:
+                panels.setdefault(getattr(each, "rich_help_panel", None) or "", []).append(each)
+        tables = [(panel, [f"| {_names(each)} | {_cell(each.help or '')} | {_default(each)} |" for each in options]) for panel, options in panels.items()]
+    for panel, rows in tables:
+        yield (f"**{panel}**\n\n" if panel else "") + "\n".join(["| option | meaning | default |", "| --- | --- | --- |", *rows])
     for child, made in children.items():
         if not made.hidden:
             yield from _command(f"{name} {child}", made, min(level + 1, 4) if level > 2 else 2 + (name != "meteora"))
@@ -136,6 +138,8 @@ def _value(parameter: Any) -> str:
     kind = parameter.type_descriptor.annotation
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return "|".join(str(each.value) for each in kind)
+    if parameter.type_descriptor.is_choice:
+        return "|".join(map(str, parameter.type_descriptor.choices))
     return {int: "NUMBER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
 
 

@@ -19,7 +19,7 @@ STEPS_FILE = HERE / "steps.toml"
 PARTS = 4
 """The number of commands that train adapters, each with its share of the tasks; fewer tasks need fewer commands."""
 
-SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train --stage adapters": ("train_adapters",), "eval": ("eval", "routing")}
+SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train adapters": ("train_adapters",), "eval": ("eval", "routing")}
 """Sections of the settings, in addition to ``model``, that the result of a command depends on; the longest matching prefix of the command counts."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,23 +67,7 @@ def chat(
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     message = "" if interactive else read_message()
-    session = open_session(
-        ctx,
-        checkpoint=checkpoint,
-        base=base,
-        adapter=adapter,
-        adapters_dir=adapters_dir,
-        routing_temperature=routing_temperature,
-        top_k=top_k,
-        system=system,
-        template=template,
-        chat__max_new_tokens=max_new_tokens,
-        chat__sampling_temperature=sampling_temperature,
-        model__device=device,
-        model__backend=backend,
-        model__quantization=quantization_of(load_in_4bit, load_in_8bit),
-        model__trust_remote_code=trust_remote_code or None,
-    )
+    session = open_session(ctx)
     if route:
         session.state()
     if interactive:
@@ -93,36 +78,26 @@ def chat(
         _answer_plain(session, message, verbose=bool(globals_of(ctx).verbose), route=route)
 
 
-def open_session(
-    ctx: typer.Context,
-    *,
-    checkpoint: Path | None,
-    base: str | None,
-    adapter: str | None,
-    adapters_dir: Path | None,
-    routing_temperature: float | None,
-    top_k: int | None,
-    system: str | None,
-    template: str | None,
-    **flags: Any,
-) -> ChatSession:
-    """Load what the flags name and begin a conversation with it; ``flags`` are settings, as for ``settings_from``."""
+def open_session(ctx: typer.Context) -> ChatSession:
+    """Load what the options of ``meteora chat`` or ``meteora trace`` name, and begin a conversation with it."""
     from meteora_core.chat.session import ChatSession
     from meteora_core.chat.speaker import load_speaker
     from meteora_core.data.userdata import register_all
     from meteora_core.generation.sampling import Sampling
 
-    alone, mixed = adapter is not None, "a checkpoint whose adapters are mixed (leave out --adapter and a --base alone)"
-    bare = base is not None and checkpoint is None and not alone
+    given = SimpleNamespace(**ctx.params)
+    alone, mixed = given.adapter is not None, "a checkpoint whose adapters are mixed (leave out --adapter and a --base alone)"
+    bare = given.base is not None and given.checkpoint is None and not alone
     needs = dict.fromkeys(("routing_temperature", "top_k"), (not alone and not bare, mixed))
     needs |= {"adapters_dir": (not bare, "a checkpoint"), "backend": (not bare, "a checkpoint or --adapter")}
     refuse_without_effect(ctx, needs)
-    settings = settings_from(ctx, chat__template=template, **flags)
+    quantization = quantization_of(given.load_in_4bit, given.load_in_8bit)
+    settings = settings_from(ctx, model__quantization=quantization, model__trust_remote_code=given.trust_remote_code or None)
     register_all(settings)
-    system = None if system is None else valid_text(system, "--system")
+    system = None if given.system is None else valid_text(given.system, "--system")
     with progress(ctx) as bars:
-        speaker = load_speaker(settings, checkpoint=checkpoint, base=base, adapter=adapter, adapters_dir=adapters_dir, progress=bars)
-    wishes = settings.chat
+        speaker = load_speaker(settings, checkpoint=given.checkpoint, base=given.base, adapter=given.adapter, adapters_dir=given.adapters_dir, progress=bars)
+    wishes, top_k, routing_temperature = settings.chat, given.top_k, given.routing_temperature
     if speaker.kind == "meteora":
         # A setting that stands at its default does not override what the checkpoint was trained with.
         configured = settings.routing.top_k

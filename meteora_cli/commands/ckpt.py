@@ -9,11 +9,12 @@ import typer
 
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import DataTable, out, put
+from meteora_cli.typer_app import App
 
 if TYPE_CHECKING:
     from meteora_core.checkpoints.convert import BaseTensors
 
-app = typer.Typer(help="Download models, look into checkpoints, convert the authors' layout.", no_args_is_help=True)
+app = App(help="Download models, look into checkpoints, convert the authors' layout.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
@@ -118,7 +119,7 @@ def convert(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="The authors' model.safetensors, or the folder that holds it or its shards.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="The native checkpoint to write.", show_default=False)],
-    base: Annotated[str, typer.Option("--base", help="The base model it was trained on: a folder, a known name, or a hub id.", show_default=False)],
+    base: Annotated[str, typer.Option("--base", "--model", help="The base model it was trained on: a folder, a known name, or a hub id.", show_default=False)],
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub base model.", show_default=False)] = None,
     adapters: Annotated[
         Path | None, typer.Option("--adapters", help="The folder with one PEFT folder per adapter (gives names and alphas).", show_default=False)

@@ -9,9 +9,10 @@ import typer
 from meteora_cli.console import emit_json, settings_from, write_text
 from meteora_cli.display import DataTable, out
 from meteora_cli.flags import refuse_without_effect
+from meteora_cli.typer_app import App
 from meteora_core.text import redact
 
-app = typer.Typer(help="Look at the settings in force.", no_args_is_help=True)
+app = App(help="Look at the settings in force.", no_args_is_help=True)
 
 
 @app.command("show")

@@ -14,11 +14,12 @@ from meteora_cli.commands.data_output import show as show_table
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import out, panel, say
 from meteora_cli.flags import refuse_without_effect
+from meteora_cli.typer_app import App
 
 if TYPE_CHECKING:
     pass
 
-app = typer.Typer(help="Build datasets, look at them, check them.", no_args_is_help=True)
+app = App(help="Build datasets, look at them, check them.", no_args_is_help=True)
 
 SOURCE_HELP = "auto, local, pypi, hub or authors (their ready-made rows); auto tries them in this order."
 

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,40 +13,22 @@ import typer
 
 from meteora_cli.console import emit_json, quantization_of, settings_from, write_text
 from meteora_cli.display import console, out, say
-from meteora_cli.flags import given_flags, refuse_without_effect
+from meteora_cli.flags import comma_separated, given_flags, refuse_without_effect
+from meteora_cli.typer_app import App
+from meteora_core.choices import EvalLauncher, ReportKind, Scoring
 
 if TYPE_CHECKING:
     import torch
 
-app = typer.Typer()
-
-
-class Launcher(StrEnum):
-    """Who starts the processes."""
-
-    none = "none"
-    ddp = "ddp"
-
-
-class Kind(StrEnum):
-    """What a picture of results looks like."""
-
-    bar = "bar"
-    radar = "radar"
-
-
-class Scoring(StrEnum):
-    """What the scores mean."""
-
-    corrected = "corrected"
-    paper = "paper"
+app = App()
 
 
 @app.callback(invoke_without_command=True)
 def evaluate(
     ctx: typer.Context,
     task: Annotated[
-        str | None, typer.Option(help="Task names, separated by commas; or singles, composites, all (of what is built). Needed.", show_default=False)
+        str | None,
+        typer.Option("--task", "--tasks", help="Task names, separated by commas; or singles, composites, all (of what is built). Needed.", show_default=False),
     ] = None,
     model: Annotated[
         str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
@@ -70,7 +51,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Number of test rows to evaluate, from the first on.", show_default=False)] = None,
     scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Where results go, a folder a model; default: runs/eval.", show_default=False)] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", "--output-dir", help="Where results go, a folder a model; default: runs/eval.", show_default=False)
+    ] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Count which adapters are chosen: a table, JSON and a heat-map.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show prompt, answer and reference of 10 rows.")] = False,
     data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
@@ -83,41 +66,22 @@ def evaluate(
     backend: Annotated[str | None, typer.Option(help="Mixture kernels: auto, reference, dense, triton.", show_default=False)] = None,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to 4 bits by bitsandbytes (needs a CUDA GPU).")] = False,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="The same to 8 bits.")] = False,
-    launcher: Annotated[Launcher, typer.Option(help="ddp: processes share the rows; or `accelerate launch -m meteora_cli eval …`.")] = Launcher.none,
+    launcher: Annotated[EvalLauncher, typer.Option(help="ddp: processes share the rows; or `accelerate launch -m meteora_cli eval …`.")] = "none",
     processes: Annotated[
         int | None, typer.Option(min=1, max=1024, help="With --launcher ddp: how many; default: one for each GPU.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The results document on stdout; with several models a list of them.")] = False,
 ) -> None:
-    """Generate greedy answers to test rows and score them.
-
-    Example: meteora eval --task logical_deduction,strategyqa --model all --limit 50
-    """
+    """Generate greedy answers to test rows and score them."""
     if ctx.invoked_subcommand is not None:
         _refuse_options(ctx)
         return
     from meteora_core.errors import UsageError
 
-    names = [name.strip() for name in (task or "").split(",") if name.strip()]
+    names = comma_separated(task)
     if not names:
         raise UsageError("no task given", hint="meteora eval --task NAME[,NAME] | singles | composites | all; `meteora data list` shows them")
-    settings = settings_from(
-        ctx,
-        paths__data=data,
-        paths__adapters=adapters,
-        model__base=base,
-        model__dtype=dtype,
-        model__device=device,
-        model__backend=backend,
-        model__quantization=quantization_of(load_in_4bit, load_in_8bit),
-        routing__top_k=top_k,
-        routing__temperature=routing_temperature,
-        eval__batch_size=batch_size,
-        eval__max_new_tokens=max_new_tokens,
-        eval__max_prompt_tokens=max_prompt_tokens,
-        eval__limit=limit,
-        eval__scoring=scoring and scoring.value,
-    )
+    settings = settings_from(ctx, model__quantization=quantization_of(load_in_4bit, load_in_8bit))
     models = ("base", "own", "meteora") if model == "all" else tuple(dict.fromkeys(name.strip() for name in model.split(",") if name.strip()))
     _refuse_without_effect(ctx, models, launcher, save=save)
     from meteora_core.data.userdata import register_all
@@ -150,7 +114,7 @@ def evaluate(
     )
     if out_dir is not None and save:
         plan = replace(plan, out_dir=out_dir)
-    if launcher is Launcher.ddp and "WORLD_SIZE" not in os.environ:
+    if launcher == "ddp" and "WORLD_SIZE" not in os.environ:
         prepare(plan, place, kind)
         _launch(processes, place)
         return
@@ -203,13 +167,10 @@ def report(
     label: Annotated[list[str] | None, typer.Option("--label", help="A column's name, once for each RUN; default: the models'.", show_default=False)] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     picture: Annotated[Path | None, typer.Option("--plot", help="Draw the results: a .png, .svg or .pdf file.", show_default=False)] = None,
-    kind: Annotated[Kind, typer.Option(help="What the picture is; radar needs three tasks.")] = Kind.bar,
+    kind: Annotated[ReportKind, typer.Option(help="What the picture is; radar needs three tasks.")] = "bar",
     as_json: Annotated[bool, typer.Option("--json", help="The comparison as one JSON document on stdout.")] = False,
 ) -> None:
-    """Lay the results of several runs side by side.
-
-    Example: meteora eval report runs/eval/base runs/eval/meteora --plot compare.png --kind radar
-    """
+    """Lay the results of several runs side by side."""
     from meteora_core.errors import UsageError
     from meteora_core.evaluation.report import as_document, compare, find_results, load_results, plot, to_markdown
 
@@ -219,7 +180,7 @@ def report(
     files = find_results(runs)
     comparison = compare([load_results(file) for file in files], label or None)
     if picture is not None:
-        plot(comparison, picture, kind.value)
+        plot(comparison, picture, kind)
         say(f"saved {picture}")
     if as_json:
         emit_json(as_document(comparison, files))
@@ -239,7 +200,7 @@ def _refuse_options(ctx: typer.Context) -> None:
         raise UsageError(f"{flag} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report behind the word report")
 
 
-def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: Launcher, *, save: bool) -> None:
+def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: EvalLauncher, *, save: bool) -> None:
     """Refuse flags that do nothing for the models that are evaluated, or without another flag."""
     from meteora_core.evaluation.arrow import ARROW
 
@@ -253,7 +214,7 @@ def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: 
             "top_k": (routed, "--model meteora or peft-arrow"),
             "adapters": (tuple(models) != ("base",), "a --model with adapters"),
             "out_dir": (save, "--save"),
-            "processes": (launcher is Launcher.ddp, "--launcher ddp"),
+            "processes": (launcher == "ddp", "--launcher ddp"),
         },
     )
 

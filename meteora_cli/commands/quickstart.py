@@ -19,7 +19,9 @@ _MODELS = {"base": "base", "adapter": "own adapter (PEFT)", "meteora": "MeteoRA"
 def quickstart(
     ctx: typer.Context,
     train: Annotated[bool, typer.Option("--train", help="Train adapters and gates, even where a trained starter checkpoint came with the package.")] = False,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder; default: runs/quickstart, or runs/starter.", show_default=False)] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", "--output-dir", help="Folder; default: runs/quickstart, or runs/starter.", show_default=False)
+    ] = None,
     adapter_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each adapter.", show_default=False)] = None,
     gate_steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps of the gates.", show_default=False)] = None,
     test_rows: Annotated[int | None, typer.Option(min=1, help="Test rows of each single task.", show_default=False)] = None,

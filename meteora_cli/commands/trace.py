@@ -25,7 +25,7 @@ from meteora_cli.commands.chat import (
     answer_document,
     open_session,
 )
-from meteora_cli.console import emit_json, globals_of, quantization_of, settings_from, valid_text
+from meteora_cli.console import emit_json, globals_of, settings_from, valid_text
 from meteora_cli.display import console, put, say
 from meteora_cli.flags import refuse_without_effect
 
@@ -71,22 +71,7 @@ def trace(
     if not as_json:
         check_format(target)
     message, title = _message(settings, prompt, file, task, row)
-    session = open_session(
-        ctx,
-        checkpoint=checkpoint,
-        base=base,
-        adapter=adapter,
-        adapters_dir=adapters_dir,
-        routing_temperature=routing_temperature,
-        top_k=top_k,
-        system=system,
-        template=template,
-        chat__max_new_tokens=max_new_tokens,
-        model__device=device,
-        model__backend=backend,
-        model__quantization=quantization_of(load_in_4bit, load_in_8bit),
-        model__trust_remote_code=trust_remote_code or None,
-    )
+    session = open_session(ctx)
     session.state()
     if task is not None:
         # A row is framed already: the session's template frames it again.

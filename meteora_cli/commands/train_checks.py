@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def refuse_idle_flags(ctx: typer.Context, settings: Settings, *, gates: bool, balanced: bool) -> None:
-    """Refuse flags that have an effect only together with others.
+    """Refuse flags that have an effect only together with others, and curves by a package that is not installed.
 
     Args:
         ctx: The context of the command.
@@ -23,15 +23,17 @@ def refuse_idle_flags(ctx: typer.Context, settings: Settings, *, gates: bool, ba
         balanced: Whether --balanced was given.
 
     Raises:
-        UsageError: A flag has no effect; the hint names what it needs.
+        UsageError: A flag has no effect, and the hint names what it needs; or a package is missing.
     """
+    from meteora_core.training.trackers import check_tracker
+
     training, optim = settings.train_gates, settings.train_gates if gates else settings.train_adapters
     launched, several = settings.launch.launcher != "none", settings.launch.num_machines > 1
     several_machines = dict.fromkeys(("machine_rank", "main_process_ip", "main_process_port"), (launched and several, "--launcher and --num-machines"))
     refuse_without_effect(
         ctx,
         {
-            "adapter_lr": (training.trainable == "gates+adapters", "--trainable gates+adapters"),
+            "adapter_learning_rate": (training.trainable == "gates+adapters", "--trainable gates+adapters"),
             "composite_max": (training.composite_rows > 0, "--composite-rows"),
             "answer_share": (training.beta > 0, "--beta above 0"),
             "patience": (optim.eval_steps > 0, "--eval-steps"),
@@ -42,6 +44,7 @@ def refuse_idle_flags(ctx: typer.Context, settings: Settings, *, gates: bool, ba
             **several_machines,
         },
     )
+    check_tracker(optim.log_to)
 
 
 def adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) -> list[str]:
@@ -55,27 +58,29 @@ def adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) ->
         composites = {name for name, task in TASKS.items() if task.is_composite}
         names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_") and name not in composites]
     if not names:
-        raise UsageError("no task given", hint="meteora train --stage adapters --task NAME[,NAME] | all; `meteora data list` shows them")
+        raise UsageError("no task given", hint="meteora train adapters --task NAME[,NAME] | all; `meteora data list` shows them")
     check_names(names)
     for name in names:
         check_rows(settings.paths.data, name, "train", max_rows)
     return list(dict.fromkeys(names))
 
 
-def check_adapter_targets(settings: Settings, out_dir: Path | None, names: list[str], balanced: str | None) -> None:
+def check_adapter_targets(settings: Settings, root: Path, names: list[str], balanced: str | None) -> None:
     """Refuse invalid adapter names, paths outside the folder of adapters, and a ``--name`` that is also the name of a dataset."""
     from meteora_core.data.rows import available_tasks
     from meteora_core.errors import UsageError
     from meteora_core.training.output_folders import check_targets
 
-    root = out_dir or settings.paths.adapters
     check_targets(root, names if balanced is None else [balanced], replaced=())
     if balanced in available_tasks(settings.paths.data):
         raise UsageError(f"--name {balanced} is also the name of a dataset, whose own adapter would be replaced", hint="choose another --name")
 
 
-def gate_folders(settings: Settings, names: list[str], max_rows: int | None, *, any_base: bool) -> dict[str, Path]:
-    """The folders of the adapters to train gates for, by name. Every dataset is read, and all adapters must name one base model unless ``any_base``."""
+def gate_folders(settings: Settings, names: list[str], max_rows: int | None, *, any_base: bool) -> tuple[dict[str, Path], str | None]:
+    """The folders of the adapters to train gates for, by name, and a note where they name another base model than the settings.
+
+    Every dataset is read, and all adapters must name one base model unless ``any_base``. Raises UsageError, DataError, AdapterError.
+    """
     from meteora_core.adapters.folders import adapter_folders, check_bases
     from meteora_core.data.rows import available_tasks, check_rows
     from meteora_core.training.gates import check_pairs
@@ -84,5 +89,4 @@ def gate_folders(settings: Settings, names: list[str], max_rows: int | None, *, 
     check_pairs(tuple(folders), available_tasks(settings.paths.data))
     for name in folders:
         check_rows(settings.paths.data, name, "train", max_rows)
-    check_bases(folders, settings.model.base, any_base=any_base)
-    return folders
+    return folders, check_bases(folders, settings.model.base, any_base=any_base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ def worker_arguments(ctx: typer.Context) -> list[str]:
     given = globals_of(ctx)
     arguments = ["--config", str(given.config)] if given.config else []
     arguments += ["-v"] * given.verbose + (["-q"] if given.quiet else [])
-    arguments.append("train")
+    arguments += ["train", str(ctx.info_name)]
     for parameter in ctx.command.params:
         value = ctx.params.get(parameter.name or "")
         if parameter.name in LAUNCH_FLAGS or value is None or value == parameter.get_default(ctx):
@@ -79,7 +78,7 @@ def worker_arguments(ctx: typer.Context) -> list[str]:
         if isinstance(value, bool):
             arguments.append(parameter.opts[0] if value else parameter.secondary_opts[0])
         else:
-            arguments += [parameter.opts[0], str(value.value if isinstance(value, StrEnum) else value)]
+            arguments += [parameter.opts[0], str(value)]
     return [*arguments, "--launcher", "none"]
 
 

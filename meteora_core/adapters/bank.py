@@ -72,7 +72,7 @@ class AdapterBank:
             (2, 1)
         """
         if not folders:
-            raise AdapterError("no adapters given", hint="train some with `meteora train --stage adapters --task NAME`")
+            raise AdapterError("no adapters given", hint="train some with `meteora train adapters --task NAME`")
         adapters = []
         with progress.task("reading adapters", total=len(folders), unit="adapters") as task:
             for name, folder in folders.items():

@@ -34,7 +34,7 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     inside = root.iterdir() if root.is_dir() else ()
     present = sorted(path.name for path in inside if not path.name.startswith(".") and find_adapter(path) is not None)
     if not present:
-        raise UsageError(f"no adapters in {root}", hint="train some with `meteora train --stage adapters --task NAME`, or pass --adapters DIR")
+        raise UsageError(f"no adapters in {root}", hint="train some with `meteora train adapters --task NAME`, or pass --adapters DIR")
     for name in names:
         if name not in present:
             raise UsageError(f"no adapter {name!r} in {root}", hint=did_you_mean(name, present) or f"there are: {', '.join(present)}")

@@ -160,7 +160,7 @@ def _open(name: str, folder: Path) -> tuple[Path, AdapterConfig, dict[str, Tenso
     except (OSError, ValueError) as broken:
         raise AdapterError(f"adapter {name!r}: {str(folder)!r} cannot be read: {broken}", hint="correct the path") from broken
     if not there:
-        raise AdapterError(f"adapter {name!r}: no such folder: {folder}", hint="train it with `meteora train --stage adapters`, or correct the path")
+        raise AdapterError(f"adapter {name!r}: no such folder: {folder}", hint="train it with `meteora train adapters`, or correct the path")
     place = find_adapter(folder) or folder
     config = read_adapter_config(name, place)
     weights = place / WEIGHTS

@@ -37,7 +37,7 @@ def check_adapter(folder: Path) -> None:
         AdapterError: It is missing or broken, is of a kind that cannot be used, or holds numbers that cannot be computed with.
     """
     if find_adapter(folder) is None:
-        raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train --stage adapters --task NAME`, or correct the path")
+        raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train adapters --task NAME`, or correct the path")
     read_adapter(folder.name, folder)
 
 
@@ -125,7 +125,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
     from peft import get_peft_model, set_peft_model_state_dict
 
     if find_adapter(folder) is None:
-        raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train --stage adapters --task NAME`, or correct the path")
+        raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train adapters --task NAME`, or correct the path")
     config, state = peft_parts(read_for_base(folder, model))
     adapted, names = None, set(dict(model.named_modules()))
     try:

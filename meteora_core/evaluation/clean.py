@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from meteora_core.evaluation.metrics import Scoring, as_text
+from meteora_core.choices import Scoring
+from meteora_core.evaluation.metrics import as_text
 
 PROMPT_END = "[/INST]\n"
 """What every prompt's frame ends with."""

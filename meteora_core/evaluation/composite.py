@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from meteora_core.choices import Scoring
 from meteora_core.errors import DataError
-from meteora_core.evaluation.metrics import Scoring
 
 SEPARATOR = "@@@@\n"
 """What joins the references of a composite row."""

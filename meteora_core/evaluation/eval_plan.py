@@ -129,7 +129,7 @@ def _training_command(plan: EvalPlan, task: Task) -> str:
         "base": plan.base.name if plan.base_given else None,
     }
     given = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
-    return f"meteora train --stage adapters --task {task.name}{given}"
+    return f"meteora train adapters --task {task.name}{given}"
 
 
 def adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:

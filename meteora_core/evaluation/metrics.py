@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from collections import deque
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
-Scoring = Literal["corrected", "paper"]
-"""``paper`` reproduces the authors' numbers, faults included; ``corrected`` is what the metrics mean."""
+from meteora_core.choices import Scoring
 
 SCORINGS: tuple[Scoring, ...] = ("corrected", "paper")
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from meteora_core.choices import Scoring
 from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.evaluation.clean import answer_only
 from meteora_core.evaluation.composite import split_items, split_references
-from meteora_core.evaluation.metrics import SCORINGS, Scoring, as_text, contains, exact_match, final_number_match, yes_no_match
+from meteora_core.evaluation.metrics import SCORINGS, as_text, contains, exact_match, final_number_match, yes_no_match
 from meteora_core.evaluation.text_metrics import ROUGES, bleu_counts, bleu_of_counts, bleu_stderr, paper_bleu, rouge
 
 Row = dict[str, float | None]

@@ -78,7 +78,7 @@ def plan_batches(lengths: Sequence[Sequence[int]], batches: int, batch_size: int
 
     Example:
         >>> plan_batches([[5], [5]], batches=1, batch_size=2, seed=0)
-        [[(0, 0), (1, 0)]]
+        [[(1, 0), (0, 0)]]
     """
     picker = _Picker(lengths, seed, mix)
     planned: list[list[Pick]] = []

@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from meteora_core.choices import Launcher
 from meteora_core.errors import UsageError
 from meteora_core.model.sharded import full_tensor, is_zero, like
 from meteora_core.training.deepspeed_zero import check_deepspeed, moments, set_moments
 
 T = TypeVar("T")
-Kind = Literal["none", "ddp", "fsdp", "deepspeed"]
 OnModel = Callable[[Callable[[nn.Module], Any]], Any]
 """Runs work on the model, whatever wraps it; see :meth:`Runtime.run`."""
 
@@ -91,7 +91,7 @@ class Runtime:
         accelerator: accelerate's; None for one process, or where PyTorch alone shards.
     """
 
-    def __init__(self, kind: Kind = "none", rank: int = 0, world: int = 1, device: torch.device | None = None, accelerator: Any = None) -> None:
+    def __init__(self, kind: Launcher = "none", rank: int = 0, world: int = 1, device: torch.device | None = None, accelerator: Any = None) -> None:
         self.kind, self.rank, self.world, self.device, self.accelerator = kind, rank, world, device, accelerator
         self._step: Any = None
 
@@ -197,7 +197,7 @@ def start_runtime(device: str = "auto") -> Runtime:
             f"--launcher fsdp, but accelerate would not shard: it runs as {accelerator.distributed_type.value}",
             hint="use --launcher ddp, or an accelerate that can shard on this device",
         )
-    kind: Kind = "deepspeed" if zero else "fsdp" if sharding else "ddp"
+    kind: Launcher = "deepspeed" if zero else "fsdp" if sharding else "ddp"
     device_used = torch.device("cpu") if on_cpu else accelerator.device
     return Runtime(kind, accelerator.process_index, accelerator.num_processes, device_used, accelerator)
 

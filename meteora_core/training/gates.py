@@ -38,6 +38,7 @@ from meteora_core.training.ridge import ridge_gates, token_weights
 from meteora_core.training.run_inputs import run_inputs, short_hash, with_order
 from meteora_core.training.state import RunState, last_loss, loss_parts, saved_states
 from meteora_core.training.task_rows import HeldOut
+from meteora_core.training.trackers import check_tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,6 +160,7 @@ def _check_job(bank: AdapterBank, settings: GateTrainSettings, job: TrainJob) ->
     check_names(bank.names, "adapter")
     check_replaceable(job.out)
     check_observable(bank.modules, "the training of gates")
+    check_tracker(settings.log_to)
     if job.runtime.kind == "deepspeed" and _adapter_rate(settings) != 1.0:
         # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second
         raise UsageError("--launcher deepspeed trains gates and adapters at one rate", hint="leave out --adapter-lr, or use --launcher fsdp")

@@ -24,7 +24,7 @@ from meteora_core.training.distributed import SINGLE, OnModel, Runtime
 from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
 from meteora_core.training.packing import check_packing
 from meteora_core.training.state import RunState, load_state, save_state, saved_states
-from meteora_core.training.trackers import Tracker, finite, open_tracker
+from meteora_core.training.trackers import Curves, CurvesOf, open_curves
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, ru
         stepper.step(0, rate=0.0)  # DeepSpeed has no optimiser states before its first step; all that this one changes is restored
     state = (load_state(run.folder, parameters, optimizer, run.inputs) if resume else None) or RunState()
     runtime.wait()
-    tracker = open_tracker(settings.log_to if runtime.is_main else "none", run.log_dir, run.title, run.inputs, state.step)
+    curves = open_curves(settings.log_to if runtime.is_main else "none", CurvesOf(run.title, run.log_dir, run.inputs, state.step))
     began, before, start_tokens = time.monotonic(), state.seconds, state.tokens
     log = _Log(runtime, state.pending, stepper.device)
     with progress.task(run.title, total=settings.max_steps, unit="steps") as bar:
@@ -166,9 +166,9 @@ def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, ru
                 if state.step % settings.log_steps == 0 or last:
                     entry = {"step": state.step, **log.flush(), "tokens": state.tokens, "seconds": round(state.seconds, 2)}
                     state.history.append(entry)
-                    tracker.log(state.step, {f"train/{name}": value for name, value in entry.items() if name not in ("step", "seconds")})
+                    curves.log(state.step, {f"train/{name}": value for name, value in entry.items() if name not in ("step", "seconds")})
                 if settings.eval_steps and (state.step % settings.eval_steps == 0 or last):
-                    _evaluate(run, state, parameters, runtime, tracker)
+                    _evaluate(run, state, parameters, runtime, curves)
                 bar.update(1, total=None, **_shown(state, start_tokens, time.monotonic() - began))
                 if state.step % settings.save_steps == 0 and not last:
                     state.pending = log.pending()
@@ -181,7 +181,7 @@ def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, ru
                 hint="lower --batch-size (raise --accumulation to keep the total) or --max-length, or pass --gradient-checkpointing",
             ) from error
         finally:
-            tracker.close()
+            curves.close()
     for name, parameter in parameters.items() if state.best else ():
         assign(parameter, state.best[name])
     run.model.eval()
@@ -204,14 +204,14 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _evaluate(run: TrainingRun, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, tracker: Tracker) -> None:
+def _evaluate(run: TrainingRun, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, curves: Curves) -> None:
     """Measure on held-out rows; keep the weights if they are the best so far."""
     measured = run.evaluate(runtime.run) if run.evaluate else {}
     run.model.train()
     if "loss" not in measured:
         return
     state.evaluations.append({"step": state.step, **{name: round(value, 6) for name, value in measured.items()}})
-    tracker.log(state.step, {f"held_out/{name}": value for name, value in finite(measured).items()})
+    curves.log(state.step, {f"held_out/{name}": value for name, value in measured.items()})
     if measured["loss"] < state.best_value:
         state.best_step, state.best_value, state.worse = state.step, measured["loss"], 0
         state.best = {name: full_tensor(parameter) for name, parameter in parameters.items()}

@@ -1,86 +1,132 @@
-"""Where training curves go besides the checkpoint: TensorBoard or wandb."""
+"""Where training curves are written besides the result: TensorBoard, Weights & Biases or MLflow, by accelerate's trackers."""
 
 from __future__ import annotations
 
 import math
-from importlib import import_module
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from meteora_core.errors import UsageError
+from meteora_core.choices import LogTo
+from meteora_core.errors import MeteoraError, UsageError
 from meteora_core.files import storage_errors
 
+PROJECT = "meteora"
+"""The project of Weights & Biases, and the experiment of MLflow, in which runs are listed."""
 
-class Tracker(Protocol):
-    """Takes numbers by step."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Record values of one step."""
-
-    def close(self) -> None:
-        """Write what is left."""
+_EXTRAS = ("wandb", "mlflow")
+"""Trackers whose package comes with an extra of the same name."""
 
 
-class _Nothing:
-    def log(self, step: int, values: dict[str, float]) -> None:
-        return None
+@dataclass(frozen=True)
+class CurvesOf:
+    """The run whose curves are written.
 
-    def close(self) -> None:
-        return None
+    Attributes:
+        title: Name of the run.
+        folder: Folder of TensorBoard's event files; None writes none.
+        inputs: What fixes the run; it is shown as the run's configuration.
+        first_step: Step that the run continues after; later steps of an interrupted run are dropped from TensorBoard's curves.
+    """
 
-
-class _TensorBoard:
-    def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        with storage_errors(folder):
-            self.writer = SummaryWriter(str(folder), purge_step=first_step)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        with storage_errors(self.folder):
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        with storage_errors(self.folder):
-            self.writer.close()
+    title: str
+    folder: Path | None
+    inputs: Mapping[str, Any]
+    first_step: int = 0
 
 
-class _Wandb:
-    def __init__(self, title: str, inputs: dict[str, Any]) -> None:
-        self.run = import_module("wandb").init(project="meteora", name=title, config=inputs)
+class Curves:
+    """Takes numbers by step, and hands them to one of accelerate's trackers, or to none.
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.run.log(values, step=step)
+    Args:
+        tracker: A started tracker of accelerate; None writes nothing.
+        place: What error messages call the place where the tracker writes.
+    """
+
+    def __init__(self, tracker: Any = None, place: Path = Path("curves")) -> None:
+        self._tracker, self._place = tracker, place
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of one step; those that are not finite are left out. Raises StorageError when they cannot be written."""
+        numbers = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self._tracker is not None and numbers:
+            with storage_errors(self._place):
+                self._tracker.log(numbers, step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        """Write what is left, and end the run."""
+        if self._tracker is not None:
+            with storage_errors(self._place):
+                self._tracker.finish()
+            self._tracker = None
 
 
-def open_tracker(kind: str, folder: Path | None, title: str, inputs: dict[str, Any], first_step: int) -> Tracker:
+def open_curves(kind: LogTo, run: CurvesOf) -> Curves:
     """Open the tracker that the settings name.
 
     Args:
-        kind: "none", "tensorboard" (nothing where it is not installed) or "wandb".
-        folder: For TensorBoard's event files; None: nothing is written.
-        title: The run's name.
-        inputs: What fixes the run.
-        first_step: Later steps of an earlier, interrupted part of the run are dropped.
+        kind: "none", "tensorboard" (nothing is written where it is not installed), "wandb" or "mlflow".
+        run: Title, folder and configuration.
 
     Raises:
-        UsageError: wandb is asked for and not installed.
+        UsageError: The package of the tracker is asked for and not installed.
+        MeteoraError: The tracker cannot be started, because its server cannot be reached for example.
+        StorageError: TensorBoard's folder cannot be written.
     """
-    if kind == "wandb":
-        if find_spec("wandb") is None:
-            raise UsageError('log_to = "wandb", and wandb is not installed', hint="pip install wandb, or log to tensorboard")
-        return _Wandb(title, inputs)
-    if kind == "tensorboard" and folder is not None and find_spec("tensorboard") is not None:
-        return _TensorBoard(folder, first_step)
-    return _Nothing()
+    if kind == "tensorboard":
+        return Curves() if run.folder is None or find_spec("tensorboard") is None else _tensorboard(run, run.folder)
+    if kind == "none":
+        return Curves()
+    check_tracker(kind)
+    _started_state()
+    from accelerate.tracking import MLflowTracker, WandBTracker
+
+    try:
+        tracker = WandBTracker(PROJECT, name=run.title) if kind == "wandb" else MLflowTracker(PROJECT, run_name=run.title)
+        tracker.start()
+        tracker.store_init_configuration(flat(run.inputs))
+    except Exception as failed:
+        reason = str(failed).strip().partition("\n")[0] or type(failed).__name__
+        raise MeteoraError(f"{kind} could not be started: {reason}", hint="log in or correct its settings, or pass --log-to none") from failed
+    return Curves(tracker, Path(kind))
 
 
-def finite(values: dict[str, float]) -> dict[str, float]:
-    """The values that are numbers."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+def _tensorboard(run: CurvesOf, folder: Path) -> Curves:
+    _started_state()
+    from accelerate.tracking import TensorBoardTracker
+
+    with storage_errors(folder):
+        tracker = TensorBoardTracker(folder.name, folder.parent, purge_step=run.first_step)
+        tracker.start()
+    return Curves(tracker, folder)
+
+
+def _started_state() -> None:
+    """Let accelerate know its processes, which its trackers ask for; a run without a launcher has not done so."""
+    from accelerate import PartialState
+
+    PartialState()
+
+
+def check_tracker(kind: LogTo) -> None:
+    """Raise UsageError when the package that a tracker needs is not installed."""
+    if kind in _EXTRAS and find_spec(kind) is None:
+        raise UsageError(f'log_to = "{kind}", and {kind} is not installed', hint=f"pip install 'meteora-lora[{kind}]', or pass --log-to tensorboard")
+
+
+def flat(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested inputs of a run as one level, with dots in the names; what is neither number nor text is written as text.
+
+    Example:
+        >>> flat({"stage": "gates", "settings": {"beta": 50.0}})
+        {'stage': 'gates', 'settings.beta': 50.0}
+    """
+    found: dict[str, str | int | float | bool] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value if isinstance(value, str | int | float | bool) else str(value)
+    return found

@@ -63,10 +63,10 @@ def errors(ran) -> list[str]:
         (("eval", "--task", "strategyqa", "--T", "0"), 2, "routing.temperature = 0", "flags"),
         (("eval", "--task", "strategyqa", "--top-k", "0"), 2, "routing.top_k = 0", "flags"),
         (("eval", "--task", "strategyqa", "--batch-size", "many"), 2, "eval.batch_size", "flags"),
-        (("train", "--stage", "adapters"), 2, "no task given", "--task"),
-        (("train", "--stage", "adapters", "--task", "strategyqa"), 1, "no train rows of strategyqa", "meteora data build --task strategyqa"),
-        (("train",), 2, "no adapters in adapters", "--stage adapters"),
-        (("train", "--dtype", "int3"), 2, "model.dtype = 'int3'", "flags"),
+        (("train", "adapters"), 2, "no task given", "--task"),
+        (("train", "adapters", "--task", "strategyqa"), 1, "no train rows of strategyqa", "meteora data build --task strategyqa"),
+        (("train",), 2, "no adapters in adapters", "meteora train adapters"),
+        (("train", "--dtype", "int3"), 2, "Invalid value for '--dtype'", "meteora train gates --help"),
         (("data", "build", "--task", "logical_deductoin"), 2, "logical_deductoin", "logical_deduction"),
         (("ckpt", "download", "smollm2-135n"), 2, "smollm2-135n", "smollm2-135m"),
     ],
@@ -93,7 +93,7 @@ def test_a_broken_row_names_file_and_line(meteora, tmp_path) -> None:
     folder = tmp_path / "datasets" / "strategyqa"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", \n')
-    ran = meteora("train", "--stage", "adapters", "--task", "strategyqa", "--base", "x/y")
+    ran = meteora("train", "adapters", "--task", "strategyqa", "--base", "x/y")
     assert ran.code == 1
     assert "train.jsonl:2:" in ran.err
     assert not (tmp_path / "adapters").exists()
@@ -213,11 +213,17 @@ def test_numbers_out_of_range_are_refused(meteora, arguments) -> None:
     ("arguments", "message", "hint"),
     [
         (("train", "x\u202ey"), r"x\u202ey", "`meteora train --help`"),
-        (("eval", "--taks", "a"), "No such option", "`meteora eval --help`"),
-        (("data", "nothing"), "No such command", "`meteora data --help`"),
+        (("eval", "--taks", "a"), "no such option --taks; did you mean --tasks?", "`meteora eval --help`"),
+        (("eval", "--nothing-like-it", "a"), "no such option --nothing-like-it", "`meteora eval --help`"),
+        (("train", "--leraning-rate", "1"), "no such option --leraning-rate; did you mean --learning-rate?", "`meteora train gates --help`"),
+        (("train", "--rank", "3"), "no such option --rank of `meteora train gates`", "it is an option of `meteora train adapters`"),
+        (("train", "adapters", "--beta", "3"), "no such option --beta of `meteora train adapters`", "it is an option of `meteora train gates`"),
+        (("train", "adaptors"), "no such command adaptors; did you mean adapters?", "`meteora train --help`"),
+        (("data", "nothing"), "no such command nothing", "`meteora data --help`"),
         (("data", "show"), "Missing argument", "`meteora data show --help`"),
         (("data", "show", "a", "-n", "[/x]"), "Invalid value for '-n'", "`meteora data show --help`"),
-        (("nothing",), "No such command", "`meteora --help`"),
+        (("nothing",), "no such command nothing", "`meteora --help`"),
+        (("trian",), "no such command trian; did you mean train?", "`meteora --help`"),
     ],
 )
 def test_command_lines_that_cannot_be_understood(meteora, arguments, message, hint) -> None:

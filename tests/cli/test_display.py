@@ -119,7 +119,7 @@ def test_progress_notes_errors_and_answers(capsys: pytest.CaptureFixture[str]) -
     captured = capsys.readouterr()
     check(captured.out)
     check(captured.err)
-    assert len(captured.err.splitlines()) == 4
+    assert len(captured.err.splitlines()) == 5
 
 
 def test_log_messages_warnings_and_tracebacks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

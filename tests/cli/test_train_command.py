@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from support import processes
-from support.train_command import DDP, ENVIRONMENT, GATES, begun, command, descendants, rank_of, shell, training, wait_for
+from support.train_command import DDP, ENVIRONMENT, GATES, begun, command, descendants, rank_of, shell, training, wait_for, words
 
 
 @pytest.mark.slow
@@ -60,12 +62,12 @@ def test_fsdp_on_one_gpu_equals_one_process(place, dtype: str, trainable: str) -
 
 @pytest.mark.slow
 def test_adapters_of_two_processes_equal_those_of_one(place) -> None:
-    flags = ("--stage", "adapters", "--task", "all", "--max-steps", "4", "--rank", "2", "--lr", "1e-2", "--log-to", "none")
+    flags = ("adapters", "--task", "all", "--max-steps", "4", "--rank", "2", "--lr", "1e-2", "--log-to", "none")
     environment = {"METEORA_TRAIN_ADAPTERS__DROPOUT": "0"}
     shell(place, *flags, "--batch-size", "4", "--out", "alone", **environment)
     for way in (("--out", "pair"), ("--together", "--out", "joint")):
-        words = ("train", "--base", "base", *flags, "--launcher", "none", "--batch-size", "2", *way)
-        processes.side_by_side(processes.meteora, words, folder=place, environment={**ENVIRONMENT, "METEORA_CACHE": str(place / "cache"), **environment})
+        line = words(*flags, "--launcher", "none", "--batch-size", "2", *way)
+        processes.side_by_side(processes.meteora, line, folder=place, environment={**ENVIRONMENT, "METEORA_CACHE": str(place / "cache"), **environment})
     for task in ("shout", "count"):
         alone, pair, joint = (load_file(place / name / task / "adapter_model.safetensors") for name in ("alone", "pair", "joint"))
         assert alone.keys() == pair.keys() == joint.keys()
@@ -122,15 +124,15 @@ def inside(meteora, monkeypatch, place, *flags: str):
     """The command in this process."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
-    return meteora("train", "--base", "base", *flags)
+    return meteora(*words(*flags))
 
 
 def test_dry_run_prints_the_command_and_starts_nothing(meteora, place, monkeypatch) -> None:
     flags = ("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2", "--machine-rank", "1", "--main-process-ip", "10.0.0.1")
-    own = ("--lr", "0.01", "--gradient-checkpointing", "--T", "2.0", "--init", "arrow")
-    words = inside(meteora, monkeypatch, place, *flags, *own, "--dry-run").json
-    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert words[words.index("-m", 3) :] == ["-m", "meteora_cli.app", "train", "--base", "base", *own, "--launcher", "none"]
+    own = ("--init", "arrow", "--T", "2.0", "--lr", "0.01", "--gradient-checkpointing")
+    line = inside(meteora, monkeypatch, place, *flags, *own, "--dry-run").json
+    assert line[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert line[line.index("-m", 3) :] == ["-m", "meteora_cli.app", "train", "gates", "--base", "base", *own, "--launcher", "none"]
     config = inside(meteora, monkeypatch, place, *flags, "--dry-run", "--json").json["config"]
     assert (config["num_processes"], config["num_machines"], config["machine_rank"], config["main_process_ip"]) == (4, 2, 1, "10.0.0.1")
     assert not list(place.glob(".launch*"))
@@ -142,9 +144,9 @@ def test_dry_run_of_deepspeed_prints_both_configurations(meteora, place, monkeyp
     monkeypatch.chdir(place)
     flags = ("--launcher", "deepspeed", "--num-processes", "16", "--num-machines", "2", "--main-process-ip", "10.0.0.1", "--batch-size", "3", "--dry-run")
     shown = meteora("--config", file, "train", "--base", "base", *flags, "--json").json
-    words, config, zero = shown["command"], shown["config"], shown["deepspeed_config"]
-    assert words[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    assert words[5:] == ["-m", "meteora_cli.app", "--config", str(file), "train", "--base", "base", "--batch-size", "3", "--json", "--launcher", "none"]
+    line, config, zero = shown["command"], shown["config"], shown["deepspeed_config"]
+    assert line[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    assert line[5:] == ["-m", "meteora_cli.app", "--config", str(file), "train", "gates", "--base", "base", "--batch-size", "3", "--json", "--launcher", "none"]
     assert config["distributed_type"] == "DEEPSPEED"
     assert Path(config["deepspeed_config"]["deepspeed_config_file"]).is_absolute()
     assert "mixed_precision" not in config
@@ -176,8 +178,8 @@ def test_accelerate_takes_the_deepspeed_configuration(tmp_path, monkeypatch) -> 
     }
     for path, content in files.items():
         path.write_text(json.dumps(content))
-    words = launch_command(tmp_path / "launch.json", ["train", "--launcher", "none"])
-    arguments = accelerate_launch.launch_command_parser().parse_args(words[3:])
+    line = launch_command(tmp_path / "launch.json", ["train", "--launcher", "none"])
+    arguments = accelerate_launch.launch_command_parser().parse_args(line[3:])
     seen: list = []
     monkeypatch.setattr(accelerate_launch, "deepspeed_launcher", seen.append)
     accelerate_launch.launch_command(arguments)
@@ -246,23 +248,23 @@ def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
         (("--launcher", "fsdp", "--num-processes", "2"), "--launcher fsdp needs GPUs"),
         (("--launcher", "deepspeed", "--num-processes", "2"), "--launcher deepspeed needs CUDA GPUs"),
         (("--launcher", "deepspeed", "--dtype", "float16", "--num-processes", "2", "--dry-run"), "bfloat16 or float32"),
-        (("--launcher", "deepspeed", "--stage", "adapters", "--task", "all"), "--launcher deepspeed trains one adapter a run"),
+        (("adapters", "--launcher", "deepspeed", "--task", "all"), "--launcher deepspeed trains one adapter a run"),
         (("--launcher", "fsdp"), "use --launcher ddp"),
         (("--launcher", "ddp"), "how many processes"),
         (("--launcher", "ddp", "--num-processes", "3", "--num-machines", "2", "--main-process-ip", "x"), "cannot be spread evenly"),
         (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2"), "address of machine 0"),
         (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2", "--main-process-ip", "x", "--machine-rank", "2"), "--machine-rank 2"),
         (("--dry-run",), "--dry-run"),
-        (("--together",), "--stage adapters"),
-        (("--jobs", "2"), "--stage adapters"),
-        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--together"), "--jobs trains each adapter in its own process"),
-        (("--stage", "adapters", "--task", "all", "--jobs", "2", "--launcher", "ddp"), "--jobs trains each adapter in its own process"),
-        (("--stage", "adapters", "--task", "all", "--together", "--balanced"), "choose one"),
-        (("--stage", "adapters"), "no task given"),
+        (("--together",), "it is an option of `meteora train adapters`"),
+        (("--jobs", "2"), "it is an option of `meteora train adapters`"),
+        (("adapters", "--task", "all", "--jobs", "2", "--together"), "--jobs trains each adapter in its own process"),
+        (("adapters", "--task", "all", "--jobs", "2", "--launcher", "ddp"), "--jobs trains each adapter in its own process"),
+        (("adapters", "--task", "all", "--together", "--balanced"), "choose one"),
+        (("adapters",), "no task given"),
         (("--composite-rows", "2"), "composite_rows"),
         (("--task", "nothing"), "no adapter 'nothing'"),
         (("--out", "datasets"), "datasets is not a checkpoint"),
-        (("--stage", "adapters", "--task", "shout", "--out", "datasets"), "datasets/shout is not an adapter"),
+        (("adapters", "--task", "shout", "--out", "datasets"), "datasets/shout is not an adapter"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(meteora, place, monkeypatch, flags, message) -> None:
@@ -277,7 +279,7 @@ def test_names_that_leave_the_folder_are_refused_and_nothing_is_replaced(meteora
     shutil.copytree(place / "datasets" / "count", tmp_path / "mydata")
 
     def refused(*flags: str) -> str:
-        ran = inside(meteora, monkeypatch, tmp_path, "--stage", "adapters", *flags)
+        ran = inside(meteora, monkeypatch, tmp_path, "adapters", *flags)
         assert (ran.code, ran.out) == (2, "")
         return ran.err
 
@@ -297,7 +299,7 @@ def test_dry_run_of_adapters_shows_what_each_would_be_trained_with(meteora, plac
     file.write_text("[train_adapters]\nmax_steps = 3\nrank = 2\n[train_adapters.tasks.shout]\nlearning_rate = 0.25\nrank = 7\n")
     monkeypatch.chdir(place)
     monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
-    flags = ("--config", file, "train", "--base", "base", "--stage", "adapters", "--task", "all", "--dry-run")
+    flags = ("--config", file, "train", "adapters", "--base", "base", "--task", "all", "--dry-run")
     ran = meteora(*flags, "--rank", "5")
     assert ran.code == 0
     assert ran.out.splitlines() == ["adapters/count: to train; max_steps 3, rank 5", "adapters/shout: to train; max_steps 3, learning_rate 0.25, rank 5"]
@@ -308,7 +310,7 @@ def test_dry_run_of_adapters_shows_what_each_would_be_trained_with(meteora, plac
 
 @pytest.mark.slow
 def test_jobs_train_all_and_what_is_missing_is_said_before_they_begin(place) -> None:
-    flags = ("--stage", "adapters", "--task", "all", "--max-steps", "3", "--rank", "2", "--out", "side", "--jobs", "2")
+    flags = ("adapters", "--task", "all", "--max-steps", "3", "--rank", "2", "--out", "side", "--jobs", "2")
     done = json.loads(shell(place, *flags, "--json").out)
     assert [(entry["task"], entry["skipped"]) for entry in done] == [("count", False), ("shout", False)]
     assert all(entry["skipped"] for entry in json.loads(shell(place, *flags, "--json").out))
@@ -316,6 +318,50 @@ def test_jobs_train_all_and_what_is_missing_is_said_before_they_begin(place) -> 
     failed = shell(place, *flags, "--task", "count", "--force", "--log-to", "wandb", code=2)
     assert 'log_to = "wandb", and wandb is not installed' in failed.err
     assert "Traceback" not in failed.err
+
+
+def next_commands(said: str) -> list[list[str]]:
+    """The commands that a training ends with, as a shell would split them."""
+    lines = said.partition("Next:")[2].splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("  meteora ")]
+
+
+def test_training_ends_with_the_loss_in_its_parts_and_with_commands_that_work(place) -> None:
+    """Progress is shown on a pipe too, in lines."""
+    said = shell(place, *GATES, "--out", "m y").err
+    assert re.search(r"^gates: 5/5 steps in \d+ s  tok/s .*loss", said, re.MULTILINE)
+    assert re.search(r"^m y: loss [\d.]+ = language model [\d.]+ \+ 50 x gates [\d.]+, right adapter for [\d.]+% of the tokens \(5 steps, \d+ s\)$", said, re.M)
+    again = shell(place, *GATES, "--out", "m y").err
+    assert re.search(r"^m y: loss [\d.]+ = language model .* \(was there already\)$", again, re.M)
+    chat, trace = next_commands(said)
+    assert chat == ["chat", "--checkpoint", "m y"]
+    drawn = processes.run(processes.meteora, *trace, folder=place, environment=ENVIRONMENT)
+    assert drawn.code == 0, drawn.err
+    assert (place / "trace.html").is_file()
+    assert "Next:" not in processes.run(processes.meteora, "-q", *words(*GATES, "--out", "m y"), folder=place, environment=ENVIRONMENT).err
+
+
+def test_gates_without_a_training_step_are_said_to_be_what_they_are(place) -> None:
+    none = ("--max-steps", "0", "--log-to", "none")
+    closed = shell(place, *none, "--init", "ridge", "--out", "closed").err
+    assert re.search(r"^closed: gates in closed form \(ridge\) from about 16,000 train tokens; no training step was made$", closed, re.M)
+    assert "nan" not in closed
+    arrow = shell(place, *none, "--init", "arrow", "--out", "arrow").err
+    assert re.search(r"^arrow: gates computed from the adapters' weights \(arrow\); no training step was made$", arrow, re.M)
+    untrained = shell(place, *none, "--out", "untrained").err
+    assert re.search(r"^untrained: untrained gates at their start values \(normal\)", untrained, re.M)
+    (again,) = next_commands(untrained)
+    assert again == ["train", "gates", "--init", "ridge", "--out", "untrained", "--base", "base"]
+
+
+def test_adapters_end_with_the_command_that_trains_their_gates(place) -> None:
+    said = shell(place, "adapters", "--task", "all", "--max-steps", "1", "--rank", "2", "--log-to", "none", "--out", "more").err
+    assert re.search(r"^more/count: language-model loss [\d.]+ \(1 steps, \d+ s\)$", said, re.M)
+    (gates,) = next_commands(said)
+    assert gates == ["train", "gates", "--init", "ridge", "--adapters", "more", "--base", "base"]
+    done = processes.run(processes.meteora, *gates, "--max-steps", "0", "--out", "of-more", folder=place, environment=ENVIRONMENT)
+    assert done.code == 0, done.err
+    assert {adapter["name"] for adapter in json.loads((place / "of-more" / "meteora_config.json").read_text())["adapters"]} == {"count", "shout"}
 
 
 def test_tasks_declared_in_the_settings_are_known(meteora, place, monkeypatch, tmp_path) -> None:
@@ -326,7 +372,7 @@ def test_tasks_declared_in_the_settings_are_known(meteora, place, monkeypatch, t
     monkeypatch.chdir(place)
     for metric, message in (("odd", "unknown metric 'odd'"), ("text", "meteora data build --task mine")):
         file.write_text(f'[tasks.mine]\ntrain = "a.jsonl"\ntest = "b.jsonl"\nmetric = "{metric}"\n')
-        ran = meteora("--config", file, "train", "--base", "base", "--stage", "adapters", "--task", "mine")
+        ran = meteora("--config", file, "train", "adapters", "--base", "base", "--task", "mine")
         assert ran.code in (1, 2)
         assert message in ran.err
     assert TASKS.pop("mine").metric == "text"
@@ -343,7 +389,7 @@ def test_all_leaves_out_composites_of_any_name(meteora, place, monkeypatch) -> N
         TASKS[task] = TASKS["gsm8k"]
     try:
         build_composite(Path("datasets"), tasks=["shout", "count"], name="both", num_samples=10, examples=0)
-        ran = meteora("train", "--base", "base", "--stage", "adapters", "--task", "all", "--dry-run", "--json")
+        ran = meteora("train", "adapters", "--base", "base", "--task", "all", "--dry-run", "--json")
     finally:
         TASKS.clear()
         TASKS.update(before)

@@ -1,4 +1,4 @@
-"""Every flag of `meteora train` has an effect in its stage, or is refused: asked of all parameters that the command has."""
+"""Every option of `meteora train adapters` and `meteora train gates` has an effect, or is refused where another option is missing: asked of all of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 import typer
 
+from meteora_cli.flags import name_of_flag
 from meteora_cli.tree import command
 
-COMMAND = command().commands["train"]
-SAME = {"stage": "it chooses the stage", "as_json": "it changes the output alone", "dry_run": "nothing is trained"}
+STAGES = command().commands["train"].commands
+SAME = {"any_base": "it lifts a check of adapters that these are not", "as_json": "it changes the output alone", "dry_run": "nothing is trained"}
 VALUES = {
     "task": "other",
     "out_dir": "elsewhere",
@@ -28,6 +29,7 @@ VALUES = {
     "composite_rows": "0.25",
     "sampling": "proportional",
     "dtype": "float16",
+    "learning_rate": "0.25",
     "device": "cuda:1",
     "backend": "reference",
     "launcher": "ddp",
@@ -35,11 +37,12 @@ VALUES = {
     "top_k": "1",
     "max_length": "99",
     "eval_steps": "7",
+    "composite_max": "4",
 }
 WITH = {
     "patience": ["--eval-steps", "5"],
     "composite_max": ["--composite-rows", "0.5"],
-    "adapter_lr": ["--trainable", "gates+adapters"],
+    "adapter_learning_rate": ["--trainable", "gates+adapters"],
     "name": ["--balanced"],
     "num_processes": ["--launcher", "ddp"],
     "num_machines": ["--launcher", "ddp", "--num-processes", "6", "--main-process-ip", "x"],
@@ -72,7 +75,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture
 def outcome(meteora, monkeypatch, place):
     """Return the exit code, the messages, and the arguments that training would get."""
-    import meteora_cli.commands.train_launch as command
+    from meteora_cli import console
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model import base
     from meteora_core.training import accelerate_launch, distributed, gates, joint_adapters, parallel_adapters, single_adapter
@@ -96,8 +99,8 @@ def outcome(meteora, monkeypatch, place):
     monkeypatch.setattr(gates, "train_gates", record("gates"))
     monkeypatch.setattr(accelerate_launch, "launch_config", record("launch"))
     monkeypatch.setattr(accelerate_launch, "cannot_shard", lambda: Called("shard"))
-    monkeypatch.setattr(distributed.Runtime, "__repr__", lambda _: "runtime")
-    assert command.launch
+    for each in (distributed.Runtime, console._RichProgress):  # what is compared must not hold addresses
+        monkeypatch.setattr(each, "__repr__", lambda _: "the same")
 
     def run(*flags: str):
         monkeypatch.chdir(place)
@@ -114,7 +117,7 @@ def outcome(meteora, monkeypatch, place):
 
 def value_of(parameter) -> list[str]:
     """The flag and a value that is not the default."""
-    flag = max(parameter.opts, key=len)
+    flag = name_of_flag(parameter.opts)
     if getattr(parameter, "is_flag", False):
         return [flag]
     return [flag, VALUES.get(parameter.name, "3")]
@@ -122,9 +125,9 @@ def value_of(parameter) -> list[str]:
 
 @pytest.mark.parametrize("stage", ["gates", "adapters"])
 def test_every_flag_has_an_effect_or_is_refused(outcome, stage) -> None:
-    own = ["--stage", stage, "--task", "count,shout"]
+    own = [stage, "--task", "count,shout"]
     silent, refused, plain = [], set(), outcome(*own)
-    for parameter in COMMAND.params:
+    for parameter in STAGES[stage].params:
         if parameter.name in SAME or parameter.name == "help" or isinstance(parameter, typer.core.TyperArgument):
             continue
         given = value_of(parameter)
@@ -143,29 +146,63 @@ def test_every_flag_has_an_effect_or_is_refused(outcome, stage) -> None:
         else:
             assert code is None, said
     assert silent == []
-    of_one_stage = {"gates": {"rank", "alpha", "jobs", "together", "balanced", "name"}, "adapters": {"beta", "top_k", "temperature", "init", "trainable"}}
-    assert of_one_stage[stage] <= refused
+    assert refused <= {"launcher", "num_processes", "num_machines", "dry_run"}, "an option that is never of use would not be offered"
 
 
-def test_the_panels_agree_with_the_settings() -> None:
-    from meteora_cli.commands.train import ADAPTERS, GATES
-    from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
+@pytest.mark.parametrize("stage", ["gates", "adapters"])
+def test_the_options_are_those_of_the_settings(stage) -> None:
+    """An option that is a setting has the name of the setting, belongs to this stage, and has no default of its own."""
+    from meteora_cli.option_settings import OPTION_SETTINGS
+    from meteora_core.settings import setting_names
 
-    settings_of = {"lr": "learning_rate", "adapter_lr": "adapter_learning_rate"}
-    for parameter in COMMAND.params:
-        name = settings_of.get(parameter.name or "", parameter.name or "")
-        of_adapters, of_gates = name in AdapterTrainSettings.model_fields, name in GateTrainSettings.model_fields
-        if of_adapters or of_gates:
-            expected = None if of_adapters and of_gates else ADAPTERS if of_adapters else GATES
-            assert parameter.rich_help_panel == expected, name
+    bound = OPTION_SETTINGS[f"train {stage}"]
+    options = {parameter.name: parameter for parameter in STAGES[stage].params}
+    assert set(bound) <= set(options)
+    assert set(bound.values()) <= set(setting_names())
+    other = "train_adapters." if stage == "gates" else "train_gates."
+    assert not [setting for setting in bound.values() if setting.startswith(other)]
+    assert {name: options[name].default for name in bound} == dict.fromkeys(bound)
+    assert {name for name, parameter in options.items() if not parameter.rich_help_panel} <= {"help"}
+
+
+def test_a_stage_without_a_name_is_the_gates() -> None:
+    from meteora_cli.commands.train import with_stage
+
+    assert with_stage([]) == ["gates"]
+    assert with_stage(["--launcher", "fsdp"]) == ["gates", "--launcher", "fsdp"]
+    assert with_stage(["adapters", "--rank", "4"]) == ["adapters", "--rank", "4"]
+    assert with_stage(["--help"]) == ["--help"]
+
+
+def test_the_stage_of_earlier_versions_still_works_and_names_its_command(outcome, capfd) -> None:
+    for words in (["--stage", "adapters", "--task", "count", "--dry-run"], ["--task", "count", "--stage=adapters", "--dry-run"]):
+        code, said, _ = outcome(*words)
+        assert code == 0
+        assert "now the command `meteora train adapters`" in said
+    assert outcome("--stage", "nonsense")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("habit", "flags"),
+    [
+        (["--learning-rate", "0.5"], ["--lr", "0.5"]),
+        (["--output-dir", "elsewhere"], ["--out", "elsewhere"]),
+        (["--model", "other/base"], ["--base", "other/base"]),
+    ],
+)
+@pytest.mark.parametrize("stage", ["gates", "adapters"])
+def test_names_that_others_use_are_understood(outcome, stage, habit, flags) -> None:
+    given = outcome(stage, "--tasks", "count", *habit)
+    assert given[2]
+    assert given[2] == outcome(stage, "--task", "count", *flags)[2]
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--stage", "adapters", "--beta", "3", "--T", "2", "--init", "ridge"], "--beta, --T and --init belong to --stage gates"),
-        (["--rank", "16"], "--rank belongs to --stage adapters"),
-        (["--together"], "--together belongs to --stage adapters"),
+        (["adapters", "--beta", "3"], "no such option --beta of `meteora train adapters`"),
+        (["--rank", "16"], "no such option --rank of `meteora train gates`"),
+        (["--together"], "no such option --together of `meteora train gates`"),
         (["--patience", "2"], "--patience has no effect here: it needs --eval-steps"),
         (["--num-processes", "2"], "--num-processes has no effect here: it needs --launcher"),
     ],
@@ -184,7 +221,7 @@ def test_settings_of_the_other_stage_may_be_in_the_environment(outcome, monkeypa
 
 def test_a_dry_run_names_all_that_is_not_the_default(meteora, monkeypatch, place) -> None:
     monkeypatch.chdir(place)
-    flags = ["--stage", "adapters", "--task", "count", "--out", "new", "--dry-run"]
+    flags = ["adapters", "--task", "count", "--out", "new", "--dry-run"]
     assert "all settings at their defaults" in meteora("train", *flags).out
     ran = meteora("train", *flags, "--rank", "3", "--max-rows", "9")
     assert "rank 3, max_rows 9" in ran.out

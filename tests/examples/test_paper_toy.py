@@ -132,5 +132,5 @@ def test_a_killed_run_goes_on_where_it_was(place) -> None:
     done = processes.run(experiment, *call, folder=place)
     assert done.code == 0, done.err[-2000:]
     assert record.stat().st_mtime_ns == before
-    assert "--stage adapters" not in done.out
+    assert "train adapters" not in done.out
     assert (place / "runs/toy/eval/base/base").is_dir()

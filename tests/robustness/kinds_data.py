@@ -111,7 +111,7 @@ def rows(rng: Random) -> Case:
     if command == "trace":
         argv = ["trace", "--task", "alpha", "--row", "0", "--checkpoint", "packed", "--max-new-tokens", "2", "--out", "page.html"]
         return Case(what, argv, writes=("page.html",), terminal=True)
-    argv = ["train", "--stage", "adapters", "--task", "alpha", "--base", "base", "--max-steps", "1", "--batch-size", "2", "--log-to", "none", "--out", "new"]
+    argv = ["train", "adapters", "--task", "alpha", "--base", "base", "--max-steps", "1", "--batch-size", "2", "--log-to", "none", "--out", "new"]
     return Case(what, [*argv, "--json"], writes=("new",))
 
 

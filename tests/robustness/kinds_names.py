@@ -42,7 +42,7 @@ def names(rng: Random) -> Case:
     outside = name.startswith(("../", "/", "..")) or "/" in name or name in (".", "", " ")
     action = rng.randrange(9)
     expect: Expect = "fail" if outside else "either"
-    train = ["train", "--base", "base", "--max-steps", "1", "--batch-size", "2", "--log-to", "none"]
+    train = ["--base", "base", "--max-steps", "1", "--batch-size", "2", "--log-to", "none"]
     if action == 0:
         return Case(
             f"add {name!a}", ["data", "add", "--train", "raw/alpha.jsonl", "--", name], expect=expect, writes=(f"datasets/{name}",) if not outside else ()
@@ -52,9 +52,9 @@ def names(rng: Random) -> Case:
         Path("mine/train.jsonl").write_text(Path("raw/alpha.jsonl").read_text())
         Path("mine/keep.txt").write_text("keep")
         argv = [
-            *train,
-            "--stage",
+            "train",
             "adapters",
+            *train,
             "--out",
             rng.choice(["new", "adapters"]),
             f"--task={rng.choice([name, '../mine', './alpha', 'alpha/', 'alpha/../alpha'])}",
@@ -62,7 +62,7 @@ def names(rng: Random) -> Case:
         task = argv[-1].removeprefix("--task=")
         return Case(argv[-1], argv, expect="fail" if "/" in task or outside else "either", writes=("new", "adapters"))
     if action == 2:
-        argv = [*train, "--stage", "adapters", "--task", "alpha", "--balanced", f"--name={name}", "--out", "new"]
+        argv = ["train", "adapters", *train, "--task", "alpha", "--balanced", f"--name={name}", "--out", "new"]
         return Case(f"--name {name!a}", argv, expect=expect, writes=("new",))
     if action == 3:
         return Case(f"show {name!a}", ["data", "show", "--json", "--", name], expect="fail")

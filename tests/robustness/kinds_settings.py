@@ -280,7 +280,7 @@ FLAGS: list[tuple[list[str], str, str, float, float]] = [
 ]
 TRAIN = ["train", "--base", "base", "--max-steps", "1", "--batch-size", "2", "--log-to", "none"]
 FLAGS += [
-    ([*TRAIN, "--stage", "adapters", "--task", "alpha", "--dry-run"], flag, kind, low, high)
+    (["train", "adapters", *TRAIN[1:], "--task", "alpha", "--dry-run"], flag, kind, low, high)
     for flag, kind, low, high in [
         ("--max-steps", "int", 0, math.inf),
         ("--batch-size", "int", 1, math.inf),

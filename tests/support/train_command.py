@@ -29,18 +29,24 @@ def make_place(folder: Path) -> Path:
         rows = [{"prompt": f"{task} {i}\n", "response": answer(i)} for i in range(60)]
         for split in ("train", "test"):
             (folder / "datasets" / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = shell(folder, "--stage", "adapters", "--task", "all", "--together", "--max-steps", "3", "--rank", "2", "--json")
+    result = shell(folder, "adapters", "--task", "all", "--together", "--max-steps", "3", "--rank", "2", "--json")
     assert [entry["task"] for entry in json.loads(result.out)] == ["count", "shout"]
     return folder
 
 
+def words(*flags: str) -> list[str]:
+    """The command of ``meteora train`` that the first word names (gates unless it is one), on the base model of :func:`make_place`."""
+    stage = flags[:1] if flags and flags[0] in ("adapters", "gates") else ()
+    return ["train", *stage, "--base", "base", *flags[len(stage) :]]
+
+
 def command(*flags: str) -> list[str]:
-    return [sys.executable, "-m", "meteora_cli.app", "train", "--base", "base", *flags]
+    return [sys.executable, "-m", "meteora_cli.app", *words(*flags)]
 
 
 def begun(folder: Path, *flags: str, **environment: str) -> processes.Running:
     variables = {**ENVIRONMENT, "METEORA_CACHE": str(folder / "cache"), **environment}
-    return processes.start(processes.meteora, "train", "--base", "base", *flags, folder=folder, environment=variables)
+    return processes.start(processes.meteora, *words(*flags), folder=folder, environment=variables)
 
 
 def shell(folder: Path, *flags: str, code: int = 0, **environment: str) -> processes.Ended:

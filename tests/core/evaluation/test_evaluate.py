@@ -428,7 +428,7 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(place, monkeypatch) -
     write_jsonl(place.data / "winowhy" / "test.jsonl", rows("winowhy", 3))
     with pytest.raises(UsageError, match="no adapter for winowhy") as caught:
         run(plan_of(place, ("winowhy",), ("base", "own")))
-    command = f"meteora train --stage adapters --task winowhy --adapters {place.adapters} --data {place.data} --base {place.base}"
+    command = f"meteora train adapters --task winowhy --adapters {place.adapters} --data {place.data} --base {place.base}"
     assert caught.value.hint == f"train it with `{command}`"
     with pytest.raises(UsageError, match="no model 'strategyqq'") as caught:
         run(plan_of(place, ("winowhy",), ("strategyqq",)))

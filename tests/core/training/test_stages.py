@@ -208,25 +208,6 @@ def test_adapters_of_different_bases_are_refused_and_listed(data, adapters) -> N
         check_bases(folders, "tiny")
 
 
-def test_curves_go_to_wandb_if_asked(data, adapters, tmp_path, monkeypatch) -> None:
-    import sys
-    from types import SimpleNamespace
-
-    from meteora_core.training import trackers
-
-    seen: list = []
-    run = SimpleNamespace(log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("finished"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: seen.append(options) or run))
-    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
-    held_out_rows(data)
-    gates(data, adapters, tmp_path / "m", log_to="wandb", log_steps=3, eval_steps=3)
-    assert seen[0]["config"]["settings"]["max_steps"] == 6
-    assert [entry[0] for entry in seen[1:-1]] == [3, 3, 6, 6]
-    assert "train/accuracy/shout" in seen[1][1]
-    assert "held_out/gate_accuracy" in seen[2][1]
-    assert seen[-1] == "finished"
-
-
 def test_gate_accuracy_is_counted_by_hand(data, adapters, tmp_path) -> None:
     base, _ = gates(data, adapters, tmp_path / "m", max_steps=0, init="zeros")
     from meteora_core.data.rows import read_rows

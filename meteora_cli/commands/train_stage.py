@@ -1,0 +1,144 @@
+"""What both commands of ``meteora train`` share: their flags that are no settings, the job, and what is said at the end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from meteora_cli.console import globals_of, progress
+from meteora_cli.display import say
+from meteora_cli.flags import given_flags
+
+if TYPE_CHECKING:
+    import torch
+
+    from meteora_core.settings import Settings
+    from meteora_core.training.distributed import Runtime
+    from meteora_core.training.job import TrainJob
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The options of both commands that are no settings.
+
+    Attributes:
+        tasks: The names given with --task; empty where it was left out.
+        out: The folder given with --out.
+        max_rows: Number of train rows of each task to use.
+        dry_run: Whether to say what would be done, and stop.
+        resume: Whether to continue from a saved state.
+        force: Whether to train what is there already.
+        as_json: Whether the report is one JSON document.
+    """
+
+    tasks: list[str]
+    out: Path | None
+    max_rows: int | None
+    dry_run: bool
+    resume: bool
+    force: bool
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training that is about to begin.
+
+    Attributes:
+        ctx: The context of the command.
+        flags: Options that are no settings.
+        settings: The settings in force.
+        job: Base model, folders and processes.
+        device: Device of the base model.
+        dtype: Number type of the base model.
+    """
+
+    ctx: typer.Context
+    flags: RunFlags
+    settings: Settings
+    job: TrainJob
+    device: torch.device
+    dtype: torch.dtype
+
+    @contextmanager
+    def running(self) -> Iterator[TrainJob]:
+        """The job, with progress bars in the main process; an error names the process that it comes from."""
+        from meteora_core.errors import MeteoraError
+        from meteora_core.progress import SILENT
+
+        runtime = self.job.runtime
+        try:
+            with progress(self.ctx) if runtime.is_main else nullcontext(SILENT) as bars:
+                yield replace(self.job, progress=bars)
+        except MeteoraError as error:
+            if not runtime.is_main:
+                error.message = f"process {runtime.rank}: {error.message}"
+            raise
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process says what was done."""
+        return self.job.runtime.is_main
+
+    def announce(self) -> None:
+        """Say which base model is trained on, and where."""
+        runtime = self.job.runtime
+        if runtime.is_main:
+            spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
+            say(f"{self.settings.model.base} in {str(self.dtype).removeprefix('torch.')} on {self.device}{spread}")
+
+
+def open_stage(ctx: typer.Context, flags: RunFlags, settings: Settings, out: Path, runtime: Runtime) -> Stage:
+    """The training that flags and settings ask for; ``out`` is the folder it writes."""
+    from meteora_core.files import cache_dir
+    from meteora_core.model.base import BaseReference, pick_device, pick_dtype
+    from meteora_core.training.job import TrainJob
+
+    base = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
+    job = TrainJob(base, settings.paths.data, out, flags.max_rows, cache_dir() / "tokens", flags.resume, flags.force, runtime)
+    device = runtime.device or pick_device(settings.model.device)
+    return Stage(ctx, flags, settings, job, device, pick_dtype(settings.model.dtype, device))
+
+
+def command_line(ctx: typer.Context, *words: str, keep: Iterable[str] = ()) -> str:
+    """A command to type next, quoted for a shell.
+
+    Args:
+        ctx: The context of the command that runs now.
+        words: The command and its arguments.
+        keep: Parameters of the command that runs now; those that were given are repeated.
+    """
+    given, flags = globals_of(ctx), given_flags(ctx)
+    before = ["--config", str(given.config)] if given.config else []
+    repeated = [word for name in keep if name in flags for word in (flags[name], str(ctx.params[name]))]
+    return shlex.join(["meteora", *before, *words, *repeated])
+
+
+def in_brackets(remarks: list[str]) -> str:
+    """Remarks behind a line, separated by commas; nothing without remarks."""
+    return f" ({', '.join(remarks)})" if remarks else ""
+
+
+def scored_tasks(settings: Settings, tasks: Iterable[str]) -> list[str]:
+    """The tasks that ``meteora eval`` can score: they have a metric and test rows."""
+    from meteora_core.data.rows import split_path
+    from meteora_core.data.tasks import TASKS
+
+    return [task for task in tasks if task in TASKS and split_path(settings.paths.data, task, "test").is_file()]
+
+
+def say_next(ctx: typer.Context, commands: Iterable[tuple[str, str]]) -> None:
+    """Say which commands to try next, each with its purpose; nothing with --quiet."""
+    if globals_of(ctx).quiet:
+        return
+    say("")
+    say("Next:")
+    for command, purpose in commands:
+        say(f"  {command}", style="bold")
+        say(f"    {purpose}")

@@ -1,0 +1,86 @@
+"""What only the help shows: an example or two of every command, and the panels that group the options of long ones."""
+
+from __future__ import annotations
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "": ("meteora quickstart", "meteora chat", "meteora --config my.toml eval --task singles"),
+    "quickstart": ("meteora quickstart", "meteora quickstart --train --adapter-steps 60"),
+    "data": ("meteora data build --task strategyqa,gsm8k", "meteora data list"),
+    "data build": ("meteora data build --task strategyqa,logical_deduction", "meteora data build --task bigbench --source pypi --max-test 200"),
+    "data composite": ("meteora data composite --n 3", "meteora data composite --tasks strategyqa,gsm8k --name both"),
+    "data add": (
+        "meteora data add pirate --train pirate.jsonl",
+        "meteora data add faq --train faq.csv --columns question=ASK,answer=REPLY --metric text",
+    ),
+    "data list": ("meteora data list",),
+    "data show": ("meteora data show strategyqa -n 3 --split train",),
+    "data verify": ("meteora data verify", "meteora data verify strategyqa gsm8k"),
+    "ckpt": ("meteora ckpt download smollm2-135m", "meteora ckpt inspect runs/meteora"),
+    "ckpt download": ("meteora ckpt download smollm2-135m", "meteora ckpt download ParagonLight/MeteoRA-llama3-8b --include '*/top_2/*'"),
+    "ckpt inspect": ("meteora ckpt inspect runs/meteora", "meteora ckpt inspect adapters/gsm8k --no-hashes"),
+    "ckpt convert": ("meteora ckpt convert model.safetensors runs/authors --base meta-llama/Meta-Llama-3-8B --adapters llama3_8b_peft",),
+    "ckpt pack": ("meteora ckpt pack runs/meteora small --rank 4 --max-mb 20",),
+    "ckpt card": ("meteora ckpt card runs/meteora --results runs/eval/meteora --licence gsm8k=MIT",),
+    "train": (
+        "meteora train adapters --task gsm8k,strategyqa",
+        "meteora train gates --init ridge",
+        "meteora train --launcher fsdp --gradient-checkpointing",
+    ),
+    "train adapters": (
+        "meteora train adapters --task gsm8k,strategyqa --rank 8",
+        "meteora train adapters --task all --jobs 4",
+        "meteora train adapters --task all --dry-run",
+    ),
+    "train gates": (
+        "meteora train gates --init ridge",
+        "meteora train gates --task gsm8k,strategyqa --max-steps 1000 --eval-steps 100 --patience 3",
+        "meteora train gates --launcher fsdp --num-processes 8 --gradient-checkpointing",
+    ),
+    "eval": (
+        "meteora eval --task singles --model base,own,meteora --limit 50",
+        "meteora eval --task composite_3 --checkpoint runs/meteora --T 15",
+    ),
+    "eval report": ("meteora eval report runs/eval/base runs/eval/meteora --plot compare.png --kind radar",),
+    "chat": ("meteora chat", "echo 'Is the sky blue?' | meteora chat --checkpoint runs/meteora --json"),
+    "trace": ("meteora trace --prompt 'Is the sky blue?' --out trace.html", "meteora trace --task strategyqa --row 3 --out trace.png"),
+    "bench-kernels": ("meteora bench-kernels --tokens 1,8,512", "meteora bench-kernels --model-shape llama3-8b --end-to-end --layers 8"),
+    "config": ("meteora config show",),
+    "config show": ("meteora config show", "meteora config show --defaults"),
+}
+"""By the words that name a command; the test of the help parses every line."""
+
+_MODEL = "Model and device"
+_CHOICE = "Adapters and routing"
+_ANSWERS = "Prompts and answers"
+_OUTPUT = "Output"
+
+_PANELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "eval": {
+        "What to evaluate": ("task", "model", "checkpoint", "data", "limit", "scoring"),
+        _CHOICE: ("routing_temperature", "top_k", "adapters", "backend"),
+        _ANSWERS: ("batch_size", "max_new_tokens", "max_prompt_tokens"),
+        _MODEL: ("base", "dtype", "device", "load_in_4bit", "load_in_8bit", "launcher", "processes"),
+        _OUTPUT: ("save", "out_dir", "routing", "debug", "as_json"),
+    },
+    "chat": {
+        "What to talk to": ("checkpoint", "base", "adapter", "adapters_dir"),
+        _CHOICE: ("routing_temperature", "top_k", "backend", "route"),
+        _ANSWERS: ("system", "template", "max_new_tokens", "sampling_temperature"),
+        _MODEL: ("device", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
+        _OUTPUT: ("as_json",),
+    },
+    "trace": {
+        "What to trace": ("prompt", "file", "task", "row"),
+        "Which model": ("checkpoint", "base", "adapter", "adapters_dir"),
+        _CHOICE: ("routing_temperature", "top_k", "backend"),
+        _ANSWERS: ("system", "template", "max_new_tokens"),
+        _MODEL: ("device", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
+        _OUTPUT: ("target", "as_json"),
+    },
+}
+_PANEL_OF = {path: {name: panel for panel, names in panels.items() for name in names} for path, panels in _PANELS.items()}
+
+
+def panel_of(path: str, parameter: str | None) -> str | None:
+    """The panel of a command's option in its help; None for the panel of all other options."""
+    return _PANEL_OF.get(path, {}).get(parameter or "")

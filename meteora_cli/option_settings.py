@@ -1,0 +1,36 @@
+"""Which options are settings, by command: the parameter's name and the setting's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def _same(section: str, names: Iterable[str]) -> dict[str, str]:
+    """Parameters that have the name of the setting."""
+    return {name: f"{section}.{name}" for name in names}
+
+
+_MODEL = _same("model", ("base", "dtype", "device", "backend"))
+_PLACES = _same("paths", ("data", "adapters"))
+_ROUTING = _same("routing", ("top_k",)) | {"routing_temperature": "routing.temperature"}
+_OPTIMISER = ("max_steps", "batch_size", "accumulation", "learning_rate", "max_length", "seed", "gradient_checkpointing", "packing", "loss_on")
+_WATCHING = ("eval_steps", "patience", "log_steps", "save_steps", "log_to")
+_LAUNCH = _same("launch", ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"))
+_OF_GATES = ("beta", "answer_share", "adapter_learning_rate", "trainable", "init", "composite_rows", "composite_max", "sampling")
+
+_SESSION = _same("chat", ("template", "max_new_tokens")) | _same("model", ("device", "backend"))
+
+OPTION_SETTINGS: dict[str, dict[str, str]] = {
+    "train adapters": {
+        **_PLACES,
+        **{name: setting for name, setting in _MODEL.items() if name != "backend"},
+        **_same("train_adapters", (*_OPTIMISER, *_WATCHING, "rank", "alpha")),
+        **_LAUNCH,
+        "jobs": "launch.jobs",
+    },
+    "eval": {**_PLACES, **_MODEL, **_ROUTING, **_same("eval", ("batch_size", "max_new_tokens", "max_prompt_tokens", "limit", "scoring"))},
+    "chat": {**_SESSION, "sampling_temperature": "chat.sampling_temperature"},
+    "trace": _SESSION,
+    "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},
+}
+"""By command, such as ``"train gates"``: for each parameter that is a setting, the setting's dotted name."""

@@ -1,0 +1,102 @@
+"""Typer as this command line uses it: help that shows the defaults of settings, and names of options that are settings.
+
+An option that is a setting stands in :data:`OPTION_SETTINGS`. It has no default of its own (None means that it was not given), so that the environment and
+meteora.toml still count; :func:`meteora_cli.console.settings_from` collects the given ones, and the help shows the setting's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from meteora_cli.option_settings import OPTION_SETTINGS
+
+
+def path_of(ctx: typer.Context) -> str:
+    """The words that name a context's command, without the program's name: ``"train gates"``."""
+    return ctx.command_path.partition(" ")[2]
+
+
+@contextmanager
+def help_completed(command: Any, path: str) -> Iterator[None]:
+    """While this is entered, a command has what only its help needs: panels, and the defaults of the options that are settings.
+
+    Args:
+        command: A command or group of the tree.
+        path: The words that name it, such as ``"train gates"``.
+    """
+    from meteora_cli.help_pages import panel_of
+
+    bound, changed = OPTION_SETTINGS.get(path, {}), []
+    for parameter in command.params:
+        if getattr(parameter, "rich_help_panel", None) is None and hasattr(parameter, "is_flag"):
+            parameter.rich_help_panel = panel_of(path, parameter.name)
+    if bound:
+        from meteora_core.settings import default_of
+
+        for parameter in command.params:
+            default = default_of(bound[parameter.name]) if parameter.name in bound else None
+            if default is not None:
+                changed.append((parameter, parameter.default, parameter.show_default))
+                parameter.default, parameter.show_default = default, True
+    try:
+        yield
+    finally:
+        for parameter, before, shown in changed:
+            parameter.default, parameter.show_default = before, shown
+
+
+def show_examples(path: str) -> None:
+    """Print the examples of a command, which its help ends with."""
+    from meteora_cli.display import put
+    from meteora_cli.help_pages import EXAMPLES
+
+    for line in (" Examples:", *(f"   {line}" for line in EXAMPLES[path])) if path in EXAMPLES else ():
+        put(line)
+
+
+def flags_without_type(parameters: list[Any]) -> list[Any]:
+    """The parameters, switches among them without a type, so that the help does not look as if they took a value."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) or getattr(parameter, "count", False):
+            parameter.metavar = ""
+    return parameters
+
+
+class HelpfulCommand(TyperCommand):
+    """A command whose help shows examples, and the defaults of the options that are settings."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return flags_without_type(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with help_completed(self, path_of(ctx)):
+            super().format_help(ctx, formatter)
+        show_examples(path_of(ctx))
+
+
+class HelpfulGroup(TyperGroup):
+    """A group of commands whose own help shows examples, and the defaults of the options that are settings."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return flags_without_type(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with help_completed(self, path_of(ctx)):
+            super().format_help(ctx, formatter)
+        show_examples(path_of(ctx))
+
+
+class App(typer.Typer):
+    """A :class:`typer.Typer` whose commands and groups are the classes above, unless others are named."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"cls": HelpfulGroup, **options})
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        """Like Typer's."""
+        return super().command(name, **{"cls": HelpfulCommand, **options})
