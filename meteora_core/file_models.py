@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,14 +52,45 @@ def read_model(path: Path, model: type[Model], *, error: type[MeteoraError] = Da
     return check_model(model, read_object(path, error=error, hint=hint), shown_path(path), error=error, hint=hint)
 
 
-def _explain(wrong: ValidationError) -> str:
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a value.
+
+    Attributes:
+        key: The dotted path of the wrong part, each name cut to 80 characters; empty for the value as a whole.
+        message: What it should be, in pydantic's words.
+        value: The wrong part.
+        kind: pydantic's name of the error, such as ``"missing"`` or ``"extra_forbidden"``.
+    """
+
+    key: str
+    message: str
+    value: Any
+    kind: str
+
+
+def first_problem(wrong: ValidationError) -> Problem:
+    """The first thing that pydantic found wrong.
+
+    Example:
+        >>> class Point(FileModel):
+        ...     x: int
+        >>> try:
+        ...     Point(x="left")
+        ... except ValidationError as wrong:
+        ...     first_problem(wrong).key
+        'x'
+    """
     first = wrong.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"the key {shown(key)} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    return Problem(".".join(str(part)[:80] for part in first["loc"]), first["msg"].removeprefix("Value error, "), first.get("input"), first["type"])
+
+
+def _explain(wrong: ValidationError) -> str:
+    first = first_problem(wrong)
+    if first.kind == "missing":
+        return f"the key {shown(first.key)} is missing"
+    message = first.message[:1].lower() + first.message[1:]
     message = message.replace("input should be", "it should be")
-    if not key:
+    if not first.key:
         return message
-    return f"{key if len(key) <= 60 and key.isprintable() else shown(key)} is {shown(first['input'])}; {message}"
+    return f"{first.key if len(first.key) <= 60 and first.key.isprintable() else shown(first.key)} is {shown(first.value)}; {message}"

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossOn, RowSampling, Scoring, Switch, TrainedParts
 from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.file_models import first_problem
 from meteora_core.names import problem_of
 from meteora_core.ranges import MOST_PROCESSES, MOST_ROWS, MOST_TOKENS
 from meteora_core.reading import read_text
@@ -369,15 +370,14 @@ def fields_of(section: str) -> list[str]:
 
 
 def _explain(broken: ValidationError, file: Path) -> UsageError:
-    first = broken.errors(include_url=False)[0]
-    key = ".".join(str(part)[:80] for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    first = first_problem(broken)
+    key = first.key
+    if first.kind == "extra_forbidden":
         known = list(setting_names())
         wanted = re.sub(r"^(train_adapters\.tasks)\.[^.]+\.", r"\1.", key)
         siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
         return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(wanted, known) or f"known here: {', '.join(siblings)}")
-    value = first.get("input")
-    return UsageError(f"setting {key} = {shown(value)}: {first['msg'].removeprefix('Value error, ')}", hint=f"check {file}, METEORA_* variables and flags")
+    return UsageError(f"setting {key} = {shown(first.value)}: {first.message}", hint=f"check {file}, METEORA_* variables and flags")
 
 
 def setting_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,7 @@ def bench_kernels(
     """Time MeteoRA's kernels against the base, one plain LoRA and the usual ways, in one run."""
     import torch
 
-    from meteora_core.bench import bench_end_to_end, bench_layers, plot_layers
+    from meteora_core.bench import ModelSizes, Setting, Timing, bench_end_to_end, bench_layers, plot_layers
     from meteora_core.bench.shapes import shape_named
     from meteora_core.errors import UsageError
 
@@ -53,35 +54,22 @@ def bench_kernels(
     if not gpu:
         say("no CUDA GPU here: the CPU backends run instead")
     wanted = [part.strip() for part in contenders.split(",") if part.strip()] or None
+    setting, timing = Setting(adapters, rank, top_k), Timing(types[name], graph=graph)
     with progress(ctx) as bars:
         bench = bench_layers(
             chosen,
             counts,
-            adapters=adapters,
-            rank=rank,
-            top_k=top_k,
-            dtype=types[name],
+            setting,
+            timing,
             backward=backward,
-            graph=graph,
             contenders=wanted,
             routes=[part.strip() for part in routes.split(",") if part.strip()],
             progress=bars,
         )
         whole = None
         if end_to_end:
-            whole = bench_end_to_end(
-                chosen,
-                adapters=adapters,
-                rank=rank,
-                top_k=top_k,
-                dtype=types[name],
-                layers=layers,
-                context=512 if gpu else 64,
-                prefill=2048 if gpu else 256,
-                training=4096 if gpu else 256,
-                graph=graph,
-                progress=bars,
-            )
+            sizes = ModelSizes(context=512, prefill=2048, training=4096) if gpu else ModelSizes(context=64, prefill=256, training=256)
+            whole = bench_end_to_end(chosen, setting, replace(timing, seconds=4.0), layers=layers, sizes=sizes, progress=bars)
     if plot is not None:
         plot_layers(bench, plot)
     if as_json:

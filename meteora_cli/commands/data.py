@@ -39,7 +39,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Turn raw tasks into DIR/TASK/{train,test}.jsonl, with a manifest beside them."""
-    from meteora_core.data.build import build_tasks
+    from meteora_core.data.build import BuildRequest, build_tasks
     from meteora_core.data.tasks import expand_names
     from meteora_core.errors import DataError, MeteoraError
 
@@ -47,31 +47,25 @@ def build(
     source = source or settings.data.source
     refuse_without_effect(ctx, {"raw_dir": (source in ("auto", "local"), "--source auto or local")})
     raw_dir = raw_dir or settings.data.raw_dir
-    max_train = settings.data.max_train if max_train is None else max_train
-    max_test = settings.data.max_test if max_test is None else max_test
+    request = BuildRequest(
+        source,
+        raw_dir,
+        settings.data.max_train if max_train is None else max_train,
+        settings.data.max_test if max_test is None else max_test,
+        force,
+    )
     names = expand_names(task, source)
     if dry_run:
         from meteora_core.data.catalog import plan_build
 
-        plans = plan_build(names, data_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test, force=force)
+        plans = plan_build(names, data_dir, request)
         rows = [(plan.task, plan.action, plan.folder, ", ".join(plan.sources), plan.download or "") for plan in plans]
         show_table([asdict(plan) for plan in plans], ("task", "would", "folder", "sources", "download"), rows, as_json)
         return
     failures: dict[str, MeteoraError] = {}
     several = len(names) > 1
     with progress(ctx) as bars:
-        manifests = build_tasks(
-            names,
-            data_dir,
-            source=source,
-            raw_dir=raw_dir,
-            max_train=max_train,
-            max_test=max_test,
-            force=force,
-            jobs=jobs,
-            failures=failures if several else None,
-            progress=bars,
-        )
+        manifests = build_tasks(names, data_dir, request, jobs=jobs, failures=failures if several else None, progress=bars)
     if as_json:
         emit_json({"built": [manifest.to_json() for manifest in manifests], "failed": {name: error.message for name, error in failures.items()}})
     else:

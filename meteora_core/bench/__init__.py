@@ -1,8 +1,10 @@
 """Timing of the mixture kernels on the user's own machine."""
 
-from meteora_core.bench.end_to_end import EndToEnd, bench_end_to_end
+from meteora_core.bench.contenders import Setting
+from meteora_core.bench.end_to_end import EndToEnd, ModelSizes, bench_end_to_end
 from meteora_core.bench.layers import LayerBench, LayerRow, bench_layers
 from meteora_core.bench.plot import plot_layers
 from meteora_core.bench.shapes import SHAPES, ModelShape
+from meteora_core.bench.timing import Timing
 
-__all__ = ["SHAPES", "EndToEnd", "LayerBench", "LayerRow", "ModelShape", "bench_end_to_end", "bench_layers", "plot_layers"]
+__all__ = ["SHAPES", "EndToEnd", "LayerBench", "LayerRow", "ModelShape", "ModelSizes", "Setting", "Timing", "bench_end_to_end", "bench_layers", "plot_layers"]

@@ -52,11 +52,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Setting:
-    """The adapters' side of a benchmark."""
+    """The adapters of a benchmark.
 
-    adapters: int
-    rank: int
-    top_k: int
+    Attributes:
+        adapters: Their number.
+        rank: The rank of every adapter.
+        top_k: Adapters per token and layer.
+    """
+
+    adapters: int = 28
+    rank: int = 8
+    top_k: int = 2
 
 
 def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: torch.device, *, fused: bool) -> list[Group]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from meteora_core.bench.contenders import Setting
 from meteora_core.bench.layers import machine_name
 from meteora_core.bench.shapes import ModelShape
-from meteora_core.bench.timing import capture, medians, peak_memory
+from meteora_core.bench.timing import Timing, capture, medians, peak_memory
 from meteora_core.errors import UsageError
 from meteora_core.progress import SILENT, Progress
 from meteora_core.ranges import check_range
@@ -110,37 +111,40 @@ def random_bank(model: nn.Module, adapters: int, rank: int, dtype: torch.dtype) 
     return AdapterBank(infos, modules)
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """What is measured of a whole model.
+
+    Attributes:
+        batches: The numbers of sequences that decode together, one measurement each.
+        context: Tokens in the cache while decoding.
+        prefill: Tokens of the prefill; 0 leaves it out.
+        training: Tokens of the training step; 0 leaves it out.
+    """
+
+    batches: Sequence[int] = (1, 8)
+    context: int = 512
+    prefill: int = 2048
+    training: int = 0
+
+
 def bench_end_to_end(
     shape: ModelShape,
+    setting: Setting = Setting(),
+    timing: Timing = Timing(seconds=4.0),
     *,
-    adapters: int = 28,
-    rank: int = 8,
-    top_k: int = 2,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | None = None,
     layers: int | None = None,
-    batches: Sequence[int] = (1, 8),
-    context: int = 512,
-    prefill: int = 2048,
-    training: int = 0,
-    graph: bool = True,
-    seconds: float = 4.0,
+    sizes: ModelSizes = ModelSizes(),
     progress: Progress = SILENT,
 ) -> EndToEnd:
-    """Measure a random model: decode of one token per sequence behind ``context`` tokens, prefill, and a training step.
+    """Measure a random model: decode of one token per sequence behind a filled cache, prefill, and a training step.
 
     Args:
         shape: Of the model.
-        adapters, rank, top_k: Of MeteoRA.
-        dtype: Of weights.
-        device: None: the GPU if there is one.
+        setting: The adapters.
+        timing: Dtype, device and time.
         layers: Fewer decoder layers than the shape has.
-        batches: Sequences that decode together.
-        context: Tokens in the cache.
-        prefill: Tokens of the prefill; 0 leaves it out.
-        training: Tokens of the training step; 0 leaves it out.
-        graph: On CUDA, decode by CUDA graphs.
-        seconds: Time per measurement, about.
+        sizes: What is measured.
         progress: Where to report.
     """
     from peft import LoraConfig, get_peft_model
@@ -148,21 +152,20 @@ def bench_end_to_end(
     from meteora_core.model.attach import attach, detach
     from meteora_core.model.fuse import fuse, unfuse
 
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    graph = graph and device.type == "cuda"
+    device, dtype, rank = timing.place, timing.dtype, setting.rank
     torch.manual_seed(0)
     count = shape.layers if layers is None else check_range("layers", layers, 1, 1024)
-    result = EndToEnd(shape.name, count, adapters, rank, top_k, str(dtype).removeprefix("torch."), machine_name(device))
+    result = EndToEnd(shape.name, count, setting.adapters, rank, setting.top_k, str(dtype).removeprefix("torch."), machine_name(device))
     model = random_model(shape, count, dtype, device)
-    ids = torch.randint(0, shape.vocabulary, (max(batches), max(prefill, training, context)), device=device)
+    ids = torch.randint(0, shape.vocabulary, (max(sizes.batches), max(sizes.prefill, sizes.training, sizes.context)), device=device)
     taken: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
 
     def measure(name: str, subject: nn.Module) -> None:
         with progress.task(f"timing {name}", total=None) as task:
-            for work, run in _works(subject, ids, batches, context, prefill, training if name != "fused" else 0, name).items():
-                for mode in _modes(work) if graph else ("eager",):
+            for work, run in _works(subject, ids, sizes, name).items():
+                for mode in _modes(work) if timing.captured else ("eager",):
                     try:
-                        taken.setdefault((work, mode), {})[name] = _time(run, device, graph=mode == "graph", seconds=seconds)
+                        taken.setdefault((work, mode), {})[name] = _time(run, device, graph=mode == "graph", seconds=timing.seconds)
                     except torch.OutOfMemoryError:
                         result.skipped.append(f"{work}, {name}, {mode}: not enough GPU memory")
                         torch.cuda.empty_cache()
@@ -174,7 +177,7 @@ def bench_end_to_end(
     measure("peft", plain)
     model = plain.unload()
     model.requires_grad_(False)
-    attach(model, random_bank(model, adapters, rank, dtype), top_k=top_k)
+    attach(model, random_bank(model, setting.adapters, rank, dtype), top_k=setting.top_k)
     measure("meteora", model)
     if device.type == "cuda":
         try:
@@ -201,12 +204,12 @@ def _tokens_of(work: str) -> int:
     return int(work.rpartition(" ")[2])
 
 
-def _works(model: nn.Module, ids: Tensor, batches: Sequence[int], context: int, prefill: int, training: int, name: str) -> dict[str, Callable[[], object]]:
-    works: dict[str, Callable[[], object]] = {f"decode, batch {batch}": _decoder(model, ids[:batch, :context]) for batch in batches}
-    if prefill:
-        works[f"prefill of {prefill}"] = lambda: _prefill(model, ids[:1, :prefill])
-    if training:
-        works[f"training step of {training}"] = lambda: _train(model, ids[:1, :training], name)
+def _works(model: nn.Module, ids: Tensor, sizes: ModelSizes, name: str) -> dict[str, Callable[[], object]]:
+    works: dict[str, Callable[[], object]] = {f"decode, batch {batch}": _decoder(model, ids[:batch, : sizes.context]) for batch in sizes.batches}
+    if sizes.prefill:
+        works[f"prefill of {sizes.prefill}"] = lambda: _prefill(model, ids[:1, : sizes.prefill])
+    if sizes.training and name != "fused":
+        works[f"training step of {sizes.training}"] = lambda: _train(model, ids[:1, : sizes.training], name)
     return works
 
 

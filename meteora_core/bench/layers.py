@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meteora_core.bench.contenders import Group, Setting, gather_bytes, lay_input, local_input, make_layer, run_group
 from meteora_core.bench.shapes import ModelShape
-from meteora_core.bench.timing import capture, ceilings, medians, peak_memory
+from meteora_core.bench.timing import Timing, capture, ceilings, medians, peak_memory
 from meteora_core.errors import UsageError
 from meteora_core.progress import SILENT, Progress
 from meteora_core.ranges import check_range
@@ -103,17 +103,12 @@ def machine_name(device: torch.device) -> str:
 def bench_layers(
     shape: ModelShape,
     tokens: Sequence[int],
+    setting: Setting = Setting(),
+    timing: Timing = Timing(),
     *,
-    adapters: int = 28,
-    rank: int = 8,
-    top_k: int = 2,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | None = None,
     backward: bool = False,
-    graph: bool = True,
     contenders: Sequence[str] | None = None,
     routes: Sequence[str] = ("uniform",),
-    seconds: float = 2.0,
     progress: Progress = SILENT,
 ) -> LayerBench:
     """Time every contender at every token count, in turn, in one process.
@@ -124,30 +119,24 @@ def bench_layers(
     Args:
         shape: Of the layer.
         tokens: Token counts, each at least 1.
-        adapters: N.
-        rank: Of every adapter.
-        top_k: k.
-        dtype: Of weights and inputs.
-        device: None: the GPU if there is one, else the CPU.
+        setting: The adapters.
+        timing: Dtype, device and time; one measurement for each token count, kind of routes and mode.
         backward: Forward and backward (inputs and gates get gradients; the plain LoRA trains).
-        graph: On CUDA, replay CUDA graphs; contenders that cannot be captured run eagerly and say so.
         contenders: Names to run instead of all; ``base`` always runs.
         routes: How tokens choose adapters, one run each: "uniform" at random, "local" with neighbours sharing theirs, as in texts.
-        seconds: Time per token count, kind of routes and mode, about.
         progress: Where to report.
 
     Raises:
         UsageError: A number is out of range, or a contender or a kind of routes is unknown.
     """
-    setting = Setting(adapters, rank, top_k)
-    check_range("adapters", adapters, 1, 4096)
-    check_range("rank", rank, 1, 65536)
-    check_range("top-k", top_k, 1, adapters)
+    check_range("adapters", setting.adapters, 1, 4096)
+    check_range("rank", setting.rank, 1, 65536)
+    check_range("top-k", setting.top_k, 1, setting.adapters)
     for count in tokens:
         check_range("tokens", count, 1, 1 << 20)
     if not routes or not set(routes) <= set(ROUTES):
         raise UsageError(f"unknown routes: {', '.join(routes) or 'none given'}", hint=f"choose from: {', '.join(ROUTES)}")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = timing.place, timing.dtype
     names = _contenders(device, dtype, contenders, backward=backward)
     torch.manual_seed(0)
     fused = "fused" in names
@@ -155,9 +144,9 @@ def bench_layers(
     copy_rate, gemm_rate = ceilings(device, dtype)
     bench = LayerBench(
         shape.name,
-        adapters,
-        rank,
-        top_k,
+        setting.adapters,
+        setting.rank,
+        setting.top_k,
         str(dtype).removeprefix("torch."),
         str(device),
         backward,
@@ -165,17 +154,16 @@ def bench_layers(
         copy_rate,
         gemm_rate,
     )
-    captured = graph and device.type == "cuda"
-    bench.base = f"F.linear for each linear, as transformers' eager code calls it, {'in a CUDA graph' if captured else 'launched one by one'}"
+    bench.base = f"F.linear for each linear, as transformers' eager code calls it, {'in a CUDA graph' if timing.captured else 'launched one by one'}"
     sets = [make_layer(shape, setting, dtype, device, fused=fused) for _ in range(copies)]
     with progress.task("timing", total=len(tokens) * len(routes), unit="sizes") as task:
         for count in tokens:
             plain = {hidden: torch.randn(count, hidden, device=device).to(dtype) for hidden, _ in shape.groups}
-            backend, reason = pick_backend(plain[shape.hidden], adapters, adapters * rank, top_k, training=backward)
+            backend, reason = pick_backend(plain[shape.hidden], setting.adapters, setting.adapters * setting.rank, setting.top_k, training=backward)
             bench.chosen[count] = f"{backend}: {reason}"
             for kind in routes:
                 given = [[local_input(group, plain[group.hidden], setting) if kind == "local" else plain[group.hidden] for group in groups] for groups in sets]
-                _one_size(bench, shape, setting, sets, given, kind, names, graph=captured, seconds=seconds)
+                _one_size(bench, shape, setting, timing, sets, given, kind, names)
                 task.update(1)
     return bench
 
@@ -198,14 +186,13 @@ def _one_size(
     bench: LayerBench,
     shape: ModelShape,
     setting: Setting,
+    timing: Timing,
     sets: list[list[Group]],
     inputs: list[list[Tensor]],
     routes: str,
     names: list[str],
-    *,
-    graph: bool,
-    seconds: float,
 ) -> None:
+    """Time one token count with one kind of routes, and add its rows."""
     device, count, itemsize = inputs[0][0].device, inputs[0][0].shape[0], inputs[0][0].element_size()
     eager: dict[str, Callable[[], object]] = {}
     for name in names:
@@ -215,18 +202,18 @@ def _one_size(
         eager[name] = _training(name, sets, inputs, setting) if bench.backward else _inference(name, sets, inputs, setting)
     ready: dict[str, dict[str, Callable[[], object]]] = {"graph": {}, "eager": {}}
     for name, work in eager.items():
-        if graph and name != "loop":
+        if timing.captured and name != "loop":
             ready["graph"][name] = capture(work)
         else:
             ready["eager"][name] = work
-    if graph and ready["eager"]:
+    if timing.captured and ready["eager"]:
         ready["eager"] = {"base": eager["base"], **ready["eager"]}
     for mode, works in ready.items():
         if not works:
             continue
-        times = medians(works, device, repeats=40, seconds=seconds)
+        times = medians(works, device, repeats=40, seconds=timing.seconds)
         for name, total in times.items():
-            if mode == "eager" and graph and name == "base":
+            if mode == "eager" and timing.captured and name == "base":
                 continue
             milliseconds = total / len(sets)
             flow, work_flops = _least(shape, setting, count, itemsize, name)

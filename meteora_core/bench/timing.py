@@ -6,10 +6,38 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How works are timed.
+
+    Attributes:
+        dtype: Of weights and inputs.
+        device: None is the GPU if there is one, else the CPU.
+        graph: Whether to replay CUDA graphs, on CUDA; what cannot be captured runs eagerly and says so.
+        seconds: The approximate time of one measurement, in seconds.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device | None = None
+    graph: bool = True
+    seconds: float = 2.0
+
+    @property
+    def place(self) -> torch.device:
+        """The device that works run on."""
+        return self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def captured(self) -> bool:
+        """Whether CUDA graphs are replayed."""
+        return self.graph and self.place.type == "cuda"
 
 
 def capture(work: Work) -> Work:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -26,6 +27,31 @@ from meteora_core.ranges import MOST_PROCESSES, MOST_ROWS, check_range
 from meteora_core.workers import end_processes, follow_parent, interrupts_held
 
 
+@dataclass(frozen=True)
+class BuildRequest:
+    """What datasets are built from, and how large.
+
+    Attributes:
+        source: The source of the raw rows; see :data:`meteora_core.data.sources.SOURCES`.
+        raw_dir: The folder of raw rows, for the local source.
+        max_train: The largest number of train rows (shuffled within each file of the raw rows; BIG-bench tasks of several files come file after file).
+        max_test: The largest number of test rows.
+        force: Whether to build anew even if the dataset is there and intact.
+    """
+
+    source: str = "auto"
+    raw_dir: Path | str | None = None
+    max_train: int | None = None
+    max_test: int | None = None
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for a number of rows that is out of range."""
+        for option, value in (("max_train", self.max_train), ("max_test", self.max_test)):
+            if value is not None:
+                check_range(option, value, 1, MOST_ROWS)
+
+
 def build_task(
     name: str | Task,
     out_dir: Path | str,
@@ -42,12 +68,7 @@ def build_task(
     Args:
         name: The task, or its name.
         out_dir: The folder of all datasets.
-        source: Where the raw rows come from; see :data:`meteora_core.data.sources.SOURCES`.
-        raw_dir: For the local source.
-        max_train: Keep only the first so many train rows (shuffled within each file of the raw rows; BIG-bench tasks of several files come file
-            after file).
-        max_test: The same for test rows.
-        force: Build anew even if the dataset is there and intact.
+        source, raw_dir, max_train, max_test, force: As in :class:`BuildRequest`.
         progress: Told bytes and rows.
 
     Returns:
@@ -61,19 +82,22 @@ def build_task(
         StorageError: The dataset cannot be written.
     """
     task = get_task(name) if isinstance(name, str) else name
-    for option, value in (("max_train", max_train), ("max_test", max_test)):
-        if value is not None:
-            check_range(option, value, 1, MOST_ROWS)
+    return _build(task, out_dir, BuildRequest(source, raw_dir, max_train, max_test, force), progress)
+
+
+def _build(task: Task, out_dir: Path | str, request: BuildRequest, progress: Progress = SILENT) -> Manifest:
+    """:func:`build_task`, by its request."""
+    request.check()
     folder = folder_of(out_dir, task.name)
     check_target(folder, task.name)
     if isinstance(task.source, Files) and Path(task.source.train).resolve() == split_path(out_dir, task.name, "train").resolve():
-        return _built_from_itself(task, folder, keep=not force and max_train is None and max_test is None)
-    if not force:
-        built = existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test)
+        return _built_from_itself(task, folder, keep=not request.force and request.max_train is None and request.max_test is None)
+    if not request.force:
+        built = existing(task, out_dir, request)
         if built is not None:
             return built
-    raw = extract(task, source, None if raw_dir is None else Path(raw_dir), progress)
-    return _write(task, folder, raw, {"train": max_train, "test": max_test}, progress)
+    raw = extract(task, request.source, None if request.raw_dir is None else Path(request.raw_dir), progress)
+    return _write(task, folder, raw, {"train": request.max_train, "test": request.max_test}, progress)
 
 
 def _built_from_itself(task: Task, folder: Path, *, keep: bool) -> Manifest:
@@ -87,15 +111,15 @@ def _built_from_itself(task: Task, folder: Path, *, keep: bool) -> Manifest:
     )
 
 
-def existing(
-    task: Task, out_dir: Path | str, *, source: str = "auto", raw_dir: Path | str | None = None, max_train: int | None = None, max_test: int | None = None
-) -> Manifest | None:
+def existing(task: Task, out_dir: Path | str, request: BuildRequest) -> Manifest | None:
     """The manifest of an earlier, intact build that answers the same request; None when there is none, or when local files may have changed since."""
-    if raw_dir is not None or source == "local" or isinstance(task.source, Files):
+    if request.raw_dir is not None or request.source == "local" or isinstance(task.source, Files):
         return None
     folder = Path(out_dir) / task.name
     manifest = read_manifest(folder)
-    if manifest is None or (manifest.max_train, manifest.max_test) != (max_train, max_test) or source not in ("auto", manifest.source.get("kind")):
+    if manifest is None or (manifest.max_train, manifest.max_test) != (request.max_train, request.max_test):
+        return None
+    if request.source not in ("auto", manifest.source.get("kind")):
         return None
     return manifest if intact(folder, manifest) else None
 
@@ -103,12 +127,8 @@ def existing(
 def build_tasks(
     names: Sequence[str],
     out_dir: Path | str,
+    request: BuildRequest = BuildRequest(),
     *,
-    source: str = "auto",
-    raw_dir: Path | str | None = None,
-    max_train: int | None = None,
-    max_test: int | None = None,
-    force: bool = False,
     jobs: int = 1,
     failures: dict[str, MeteoraError] | None = None,
     progress: Progress = SILENT,
@@ -118,8 +138,8 @@ def build_tasks(
     Args:
         names: The tasks.
         out_dir: The folder of all datasets.
-        source, raw_dir, max_train, max_test, force: As for :func:`build_task`.
-        jobs: How many processes build at once. Archives are fetched and unpacked once, before they start.
+        request: What is built, from which source.
+        jobs: The number of processes that build at once. Archives are fetched and unpacked once, before they start.
         failures: Takes what went wrong, by task, while the others go on; without it the first failure ends the work.
         progress: Told bytes, and rows (one process) or finished tasks (several).
 
@@ -131,7 +151,7 @@ def build_tasks(
     """
     check_range("jobs", jobs, 1, MOST_PROCESSES)
     tasks = [get_task(name) for name in dict.fromkeys(names)]
-    build = partial(build_task, out_dir=out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test, force=force)
+    build = partial(_build, out_dir=out_dir, request=request)
     jobs = min(jobs, len(tasks))
     done: dict[str, Manifest] = {}
 
@@ -149,8 +169,8 @@ def build_tasks(
         for task in tasks:
             collect(task.name, partial(build, task, progress=progress))
         return list(done.values())
-    waiting = [task for task in tasks if force or existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test) is None]
-    _prepare(waiting, source, raw_dir, progress)
+    waiting = [task for task in tasks if request.force or existing(task, out_dir, request) is None]
+    _prepare(waiting, request, progress)
     with progress.task("building", total=len(tasks), unit="tasks") as bar, _worker_pool(jobs) as pool:
         with interrupts_held():  # the workers are started here, and never see Ctrl-C
             running: dict[Future[Manifest], str] = {pool.submit(build, task): task.name for task in tasks}
@@ -193,11 +213,11 @@ def _stop_working(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _prepare(tasks: Sequence[Task], source: str, raw_dir: Path | str | None, progress: Progress) -> None:
+def _prepare(tasks: Sequence[Task], request: BuildRequest, progress: Progress) -> None:
     """Fetch and unpack the shared archive before several processes want it."""
     shared = next((task for task in tasks if isinstance(task.source, BigBench)), None)
-    if shared is not None and (source == "pypi" or (source == "auto" and raw_dir is None)):
-        extract(shared, source, None, progress)
+    if shared is not None and (request.source == "pypi" or (request.source == "auto" and request.raw_dir is None)):
+        extract(shared, request.source, None, progress)
 
 
 def _write(task: Task, folder: Path, raw: Extract, limits: dict[str, int | None], progress: Progress) -> Manifest:

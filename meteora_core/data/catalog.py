@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from meteora_core.data.build import existing
+from meteora_core.data.build import BuildRequest, existing
 from meteora_core.data.composite import stale_members
 from meteora_core.data.manifest import NAME, problems_of, read_manifest
 from meteora_core.data.pypi import SDIST, unpacked_dir
@@ -19,7 +19,6 @@ from meteora_core.data.writer import check_target
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.fetch.download import downloads_dir
 from meteora_core.names import check_names
-from meteora_core.ranges import MOST_ROWS, check_range
 from meteora_core.reading import open_regular, present, read_errors
 
 
@@ -155,12 +154,7 @@ class BuildPlan:
 def plan_build(
     names: Sequence[str],
     out_dir: Path | str,
-    *,
-    source: str = "auto",
-    raw_dir: Path | str | None = None,
-    max_train: int | None = None,
-    max_test: int | None = None,
-    force: bool = False,
+    request: BuildRequest = BuildRequest(),
 ) -> list[BuildPlan]:
     """Say what :func:`meteora_core.data.build.build_tasks` would do, without writing or fetching anything.
 
@@ -168,18 +162,16 @@ def plan_build(
         UsageError: A task or the source is unknown, or ``local`` lacks ``raw_dir``.
         DataError: A target folder holds another dataset.
     """
-    if source not in SOURCES:
-        raise UsageError(f"unknown source {source!r}", hint=did_you_mean(source, SOURCES) or f"one of {', '.join(SOURCES)}")
-    for option, value in (("max_train", max_train), ("max_test", max_test)):
-        if value is not None:
-            check_range(option, value, 1, MOST_ROWS)
+    if request.source not in SOURCES:
+        raise UsageError(f"unknown source {request.source!r}", hint=did_you_mean(request.source, SOURCES) or f"one of {', '.join(SOURCES)}")
+    request.check()
     plans = []
     for name in names:
         task = get_task(name)
         folder = Path(out_dir) / task.name
         check_target(folder, task.name)
-        kept = not force and existing(task, out_dir, source=source, raw_dir=raw_dir, max_train=max_train, max_test=max_test) is not None
-        tried = candidates(task, source, None if raw_dir is None else Path(raw_dir))
+        kept = not request.force and existing(task, out_dir, request) is not None
+        tried = candidates(task, request.source, None if request.raw_dir is None else Path(request.raw_dir))
         action = "keep" if kept else "replace" if (folder / NAME).is_file() else "build"
         fetches = not kept and tried[0] == "pypi" and isinstance(task.source, BigBench)
         cached = isinstance(task.source, BigBench) and ((unpacked_dir() / task.source.folder).is_dir() or (downloads_dir() / SDIST).is_file())

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from meteora_core.data.frames import Frame, FrameModel
 from meteora_core.data.rows import SPLITS, iter_rows
 from meteora_core.errors import DataError
+from meteora_core.file_models import first_problem
 from meteora_core.files import sha256
 from meteora_core.json_files import read_json, write_json
 from meteora_core.names import problem_of
@@ -145,8 +146,8 @@ class _File(_Strict):
         try:
             _Members.model_validate(source)
         except ValidationError as broken:
-            first = broken.errors(include_url=False)[0]
-            raise ValueError(f"{'.'.join(str(part)[:80] for part in first['loc'])}: {first['msg'].removeprefix('Value error, ')}") from None
+            first = first_problem(broken)
+            raise ValueError(f"{first.key}: {first.message}") from None
         return source
 
 
@@ -171,9 +172,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         read = _File.model_validate(raw)
     except ValidationError as broken:
-        first = broken.errors(include_url=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"]) or "the file"
-        raise DataError(f"{path} is not a dataset's manifest: {place}: {first['msg'].removeprefix('Value error, ')}", hint=_HINT) from broken
+        first = first_problem(broken)
+        raise DataError(f"{path} is not a dataset's manifest: {first.key or 'the file'}: {first.message}", hint=_HINT) from broken
     values = {name: getattr(read, name) for name in _File.model_fields}
     values["files"] = {name: FileEntry(entry.rows, entry.bytes, entry.sha256) for name, entry in read.files.items()}
     values["members"] = tuple(read.members)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from meteora_core.errors import UsageError
+from meteora_core.file_models import first_problem
 from meteora_core.settings import AdapterStageSettings, AdapterTrainSettings
 
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,8 +52,9 @@ def task_settings(settings: AdapterStageSettings, task: str, flags: Mapping[str,
     try:
         return AdapterTrainSettings(**{**default, **explicit})
     except ValidationError as broken:
-        reason = broken.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"the settings of {task} contradict each other: {reason}", hint=f"see [train_adapters.tasks.{task}] and the flags") from broken
+        raise UsageError(
+            f"the settings of {task} contradict each other: {first_problem(broken).message}", hint=f"see [train_adapters.tasks.{task}] and the flags"
+        ) from broken
 
 
 def differing(settings: Mapping[str, AdapterTrainSettings]) -> dict[str, dict[str, Any]]:

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from meteora_core.bench import ModelShape, bench_end_to_end, bench_layers, plot_layers
+from meteora_core.bench import ModelShape, ModelSizes, bench_end_to_end, bench_layers, plot_layers
 from meteora_core.bench.contenders import POOL, RUN, Setting, lay_input, local_input, make_layer, run_group
 from meteora_core.bench.shapes import SHAPES, shape_named
-from meteora_core.bench.timing import medians
+from meteora_core.bench.timing import Timing, medians
 from meteora_core.errors import UsageError
 from meteora_kernels import plan
 
 TINY = ModelShape("tiny", 32, 16, 48, 4, 2, 2, 64)
 CPU = torch.device("cpu")
+QUICK = Timing(torch.float32, CPU, seconds=0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def test_fused_gets_its_input_as_a_fused_model_gives_it(monkeypatch: pytest.Monk
 
 
 def test_rows_cover_every_contender_and_size() -> None:
-    bench = bench_layers(TINY, (1, 9), adapters=5, rank=4, dtype=torch.float32, device=CPU, seconds=0.01)
+    bench = bench_layers(TINY, (1, 9), Setting(5, 4), QUICK)
     assert {(row.tokens, row.name) for row in bench.rows} == {
         (count, name) for count in (1, 9) for name in ("base", "peft", "loop", "gather", "reference", "dense")
     }
@@ -83,22 +84,22 @@ def test_local_routes_are_shared_by_neighbours() -> None:
 
 
 def test_both_kinds_of_routes_are_timed() -> None:
-    bench = bench_layers(TINY, (6,), adapters=5, rank=4, dtype=torch.float32, device=CPU, contenders=["dense"], routes=("uniform", "local"), seconds=0.01)
+    bench = bench_layers(TINY, (6,), Setting(5, 4), QUICK, contenders=["dense"], routes=("uniform", "local"))
     assert [(row.name, row.routes) for row in bench.rows] == [(name, routes) for routes in ("uniform", "local") for name in ("base", "dense")]
     assert all(row.error is not None and row.error < 1e-5 for row in bench.rows)
     assert bench.base == "F.linear for each linear, as transformers' eager code calls it, launched one by one"
     with pytest.raises(UsageError, match="unknown routes: near"):
-        bench_layers(TINY, (6,), device=CPU, routes=("near",))
+        bench_layers(TINY, (6,), timing=QUICK, routes=("near",))
 
 
 def test_backward_and_a_choice_of_contenders() -> None:
-    bench = bench_layers(TINY, (6,), adapters=5, rank=4, dtype=torch.float32, device=CPU, backward=True, contenders=["dense"], seconds=0.01)
+    bench = bench_layers(TINY, (6,), Setting(5, 4), QUICK, backward=True, contenders=["dense"])
     assert [row.name for row in bench.rows] == ["base", "dense"]
     assert all(row.error is None for row in bench.rows)
 
 
 def test_end_to_end_on_a_tiny_model() -> None:
-    whole = bench_end_to_end(TINY, adapters=3, rank=2, dtype=torch.float32, device=CPU, batches=(1, 2), context=5, prefill=6, training=7, seconds=0.01)
+    whole = bench_end_to_end(TINY, Setting(3, 2), QUICK, sizes=ModelSizes((1, 2), 5, 6, 7))
     works = {"decode, batch 1", "decode, batch 2", "prefill of 6", "training step of 7"}
     assert {(row.work, row.name) for row in whole.rows} == {(work, name) for work in works for name in ("base", "peft", "meteora")}
     assert whole.skipped == []
@@ -108,17 +109,17 @@ def test_end_to_end_on_a_tiny_model() -> None:
 
 def test_large_gathers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meteora_core.bench.layers._GATHER_LIMIT", 1)
-    bench = bench_layers(TINY, (3,), adapters=3, rank=2, dtype=torch.float32, device=CPU, contenders=["gather"], seconds=0.01)
+    bench = bench_layers(TINY, (3,), Setting(3, 2), QUICK, contenders=["gather"])
     assert [row.name for row in bench.rows] == ["base"]
     assert bench.skipped[0].startswith("gather at 3 tokens")
 
 
-@pytest.mark.parametrize("change", [{"top_k": 9}, {"adapters": 0}, {"rank": 0}, {"contenders": ["warp"]}])
-def test_refuses_what_makes_no_sense(change: dict[str, object]) -> None:
+@pytest.mark.parametrize(("setting", "contenders"), [(Setting(5, 4, 9), None), (Setting(0, 4), None), (Setting(5, 0), None), (Setting(5, 4), ["warp"])])
+def test_refuses_what_makes_no_sense(setting: Setting, contenders: list[str] | None) -> None:
     with pytest.raises(UsageError):
-        bench_layers(TINY, (1,), **{"adapters": 5, "rank": 4, "device": CPU, **change})  # type: ignore[arg-type]
+        bench_layers(TINY, (1,), setting, QUICK, contenders=contenders)
     with pytest.raises(UsageError):
-        bench_layers(TINY, (0,), device=CPU)
+        bench_layers(TINY, (0,), timing=QUICK)
 
 
 def test_shapes() -> None:
@@ -147,6 +148,6 @@ def test_medians_run_in_turn_and_nobody_always_behind_the_same() -> None:
 
 
 def test_plot_is_an_image(tmp_path: Path) -> None:
-    bench = bench_layers(TINY, (1, 4), adapters=3, rank=2, dtype=torch.float32, device=CPU, contenders=["dense"], seconds=0.01)
+    bench = bench_layers(TINY, (1, 4), Setting(3, 2), QUICK, contenders=["dense"])
     plot_layers(bench, tmp_path / "ratios.png")
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")

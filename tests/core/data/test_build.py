@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from meteora_core.data import writer
-from meteora_core.data.build import build_task, build_tasks
+from meteora_core.data.build import BuildRequest, build_task, build_tasks
 from meteora_core.data.catalog import list_tasks, plan_build, verify
 from meteora_core.data.manifest import read_manifest
 from meteora_core.data.rows import Row, read_rows
@@ -67,8 +67,8 @@ def test_build_and_manifest(repository: Path, tmp_path: Path) -> None:
 
 
 def test_two_builds_are_equal_with_any_number_of_jobs(repository: Path, tmp_path: Path) -> None:
-    one = build_tasks(THREE, tmp_path / "one", raw_dir=repository)
-    two = build_tasks([*THREE, "strategyqa"], tmp_path / "two", raw_dir=repository, jobs=2)
+    one = build_tasks(THREE, tmp_path / "one", BuildRequest(raw_dir=repository))
+    two = build_tasks([*THREE, "strategyqa"], tmp_path / "two", BuildRequest(raw_dir=repository), jobs=2)
     assert one == two
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
@@ -157,11 +157,11 @@ def test_failures_are_collected(repository: Path, tmp_path: Path, write_json: An
     for jobs in (1, 2):
         failures: dict[str, MeteoraError] = {}
         out = tmp_path / str(jobs)
-        done = build_tasks(["winowhy", "strategyqa"], out, source="local", raw_dir=repository, jobs=jobs, failures=failures)
+        done = build_tasks(["winowhy", "strategyqa"], out, BuildRequest(source="local", raw_dir=repository), jobs=jobs, failures=failures)
         assert [manifest.task for manifest in done] == ["strategyqa"]
         assert "too few" in failures["winowhy"].message
         with pytest.raises(DataError, match="too few"):
-            build_tasks(["winowhy", "strategyqa"], out, source="local", raw_dir=repository, jobs=jobs)
+            build_tasks(["winowhy", "strategyqa"], out, BuildRequest(source="local", raw_dir=repository), jobs=jobs)
     with pytest.raises(UsageError, match="jobs must be"):
         build_tasks(["winowhy"], tmp_path, jobs=0)
 
@@ -186,7 +186,7 @@ def test_any_text_comes_back(tmp_path: Path, text: str) -> None:
 
 
 def test_verify_names_every_fault(repository: Path, tmp_path: Path) -> None:
-    build_tasks(THREE, tmp_path, raw_dir=repository)
+    build_tasks(THREE, tmp_path, BuildRequest(raw_dir=repository))
     path = tmp_path / "strategyqa" / "test.jsonl"
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"even", b"evil", 1))
@@ -225,7 +225,7 @@ def test_plan_writes_nothing(repository: Path, tmp_path: Path) -> None:
     assert [plans[name].action for name in plans] == ["keep", "build", "build"]
     assert plans["winowhy"].download == "bigbench-1.0.0.tar.gz (358 MB)"
     assert plans["gsm8k"].sources == ("hub", "authors")
-    assert plan_build(["strategyqa"], tmp_path / "out", raw_dir=repository)[0].action == "replace"
+    assert plan_build(["strategyqa"], tmp_path / "out", BuildRequest(raw_dir=repository))[0].action == "replace"
     assert content(tmp_path / "out") == before
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meteora_core.data.build import build_task, build_tasks
+from meteora_core.data.build import BuildRequest, build_task, build_tasks
 from meteora_core.data.catalog import list_tasks, verify
 from meteora_core.data.composite import SEPARATOR, build_composite, choose_members, compose, draw_examples, lead_text, plan_composite, split_response
 from meteora_core.data.manifest import read_manifest, write_manifest
@@ -24,7 +24,7 @@ THREE = ("logical_deduction", "question_selection", "strategyqa")
 
 @pytest.fixture
 def data(repository: Path, tmp_path: Path) -> Path:
-    build_tasks(THREE, tmp_path / "data", raw_dir=repository)
+    build_tasks(THREE, tmp_path / "data", BuildRequest(raw_dir=repository))
     return tmp_path / "data"
 
 

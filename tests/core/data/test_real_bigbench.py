@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from meteora_core.data.build import build_tasks
+from meteora_core.data.build import BuildRequest, build_tasks
 from meteora_core.data.pypi import fetch_sdist
 from meteora_core.data.rows import read_rows
 from meteora_core.data.tasks import BIGBENCH_TASKS, COMPOSITES
@@ -51,9 +51,9 @@ TEST_ROWS = {
 
 MEASURED_BUILD = """
 import re, sys
-from meteora_core.data.build import build_tasks
+from meteora_core.data.build import BuildRequest, build_tasks
 from meteora_core.data.tasks import BIGBENCH_TASKS
-build_tasks(BIGBENCH_TASKS, sys.argv[1], source="pypi")
+build_tasks(BIGBENCH_TASKS, sys.argv[1], BuildRequest(source="pypi"))
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """
 """The peak is this program's own: ru_maxrss would also count the process that it was forked from."""
@@ -73,7 +73,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METEORA_CACHE", str(root / "cache"))
         output = subprocess.run([sys.executable, "-c", MEASURED_BUILD, str(root / "one")], capture_output=True, text=True, check=True).stdout
-        build_tasks(AGAIN, root / "two", source="pypi", jobs=2)
+        build_tasks(AGAIN, root / "two", BuildRequest(source="pypi"), jobs=2)
     yield root, int(output)
     shutil.rmtree(root)
 
