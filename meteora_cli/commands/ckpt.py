@@ -39,7 +39,7 @@ def download(
     """Fetch a model or a checkpoint; what is there already is not fetched again, and a download that was cut goes on."""
     from meteora_core.errors import UsageError, did_you_mean
     from meteora_core.fetch.base_models import CATALOG
-    from meteora_core.fetch.hub import KNOWN, download_known, download_repo, split_revision
+    from meteora_core.fetch.hub import KNOWN, HubOptions, download_known, download_repo, split_revision
 
     short, _, revision = name.partition("@")
     if short in CATALOG:
@@ -52,10 +52,10 @@ def download(
     wanted = tuple(include) if include else None
     with progress(ctx) as bars:
         if short in KNOWN:
-            got = download_known(short, revision=revision or None, include=wanted, folder=to, force=force, progress=bars)
+            got = download_known(short, HubOptions(revision or None, wanted, to), force=force, progress=bars)
         else:
             repository, revision_ = split_revision(name)
-            got = download_repo(repository, revision=revision_, include=wanted, folder=to, force=force, progress=bars)
+            got = download_repo(repository, HubOptions(revision_, wanted, to), force=force, progress=bars)
     if as_json:
         emit_json(
             {

@@ -287,8 +287,7 @@ def _training(name: str, sets: list[list[Group]], inputs: list[list[Tensor]], se
                 output = output + F.linear(F.linear(x, one[0]), one[1]) * 2.0
             elif name != "base":
                 adapters = (linear.lora_A, linear.lora_B, linear.scaling, linear.offsets)
-                options: dict[str, Any] = {"top_k": setting.top_k, "backend": name, "return_logits": True, "max_rank": setting.rank}
-                output, logits = lora_mixture(x, output, gate, *adapters, **options)
+                output, logits = lora_mixture(x, output, gate, *adapters, top_k=setting.top_k, backend=name, return_logits=True, max_rank=setting.rank)
                 outputs.append(F.cross_entropy(logits.float(), labels))
                 slopes.append(None)
             outputs.append(output)

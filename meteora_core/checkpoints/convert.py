@@ -135,9 +135,9 @@ def convert_authors(
 def _open_base(reference: BaseReference, progress: Progress) -> TensorFiles:
     place = locate_base(reference, progress=progress)
     if not Path(place).is_dir():
-        from meteora_core.fetch.hub import download_repo
+        from meteora_core.fetch.hub import HubOptions, download_repo
 
-        place = str(download_repo(place, revision=reference.revision, progress=progress).path)
+        place = str(download_repo(place, HubOptions(revision=reference.revision), progress=progress).path)
     return TensorFiles(place)
 
 

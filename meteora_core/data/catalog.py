@@ -10,7 +10,7 @@ from pathlib import Path
 from meteora_core.data.build import BuildRequest, existing
 from meteora_core.data.composite import stale_members
 from meteora_core.data.manifest import NAME, problems_of, read_manifest
-from meteora_core.data.pypi import SDIST, unpacked_dir
+from meteora_core.data.pypi_source import SDIST, unpacked_dir
 from meteora_core.data.rows import SPLITS, available_tasks, build_command, split_path
 from meteora_core.data.sources import SOURCES, candidates
 from meteora_core.data.tasks import TASKS, BigBench, Task, get_task

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from meteora_core.data.extract import Extract, NotHere
 from meteora_core.data.formats.own import extract_own
-from meteora_core.data.local import extract_local, from_bigbench
-from meteora_core.data.pypi import extract_pypi, sweep_unpacked, unpack
+from meteora_core.data.local_source import extract_local, from_bigbench
+from meteora_core.data.pypi_source import extract_pypi, sweep_unpacked, unpack
 from meteora_core.data.tasks import BigBench, Combined, Files, Task
 from meteora_core.errors import DataError, DownloadError, MeteoraError, UsageError, did_you_mean
 from meteora_core.files import cache_dir, sha256
@@ -76,9 +76,9 @@ def _open(task: Task, source: str, raw_dir: Path | None, progress: Progress) -> 
         return _from_archive(task, raw_dir, progress) if raw_dir.is_file() else extract_local(task, raw_dir)
     if source == "pypi":
         return extract_pypi(task, progress)
-    from meteora_core.data import hub
+    from meteora_core.data import hub_source
 
-    opener: Callable[[Task], Extract] = hub.extract_hub if source == "hub" else hub.extract_authors
+    opener: Callable[[Task], Extract] = hub_source.extract_hub if source == "hub" else hub_source.extract_authors
     try:
         return opener(task)
     except MeteoraError:

@@ -46,7 +46,8 @@ class EvalOptions(EvalSettings, frozen=True):
     @classmethod
     def of(cls, settings: EvalSettings, routing: RoutingSettings, *, count_routes: bool = False) -> EvalOptions:
         """The options that settings name."""
-        return cls(**settings.model_dump(), routing_temperature=routing.temperature, top_k=routing.top_k, routing=count_routes)
+        own = {"routing_temperature": routing.temperature, "top_k": routing.top_k, "routing": count_routes}
+        return cls.model_validate(settings.model_dump() | own)
 
     @property
     def max_total_tokens(self) -> int | None:

@@ -11,7 +11,7 @@ from meteora_core.choices import Scoring
 from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.evaluation.clean import answer_only
-from meteora_core.evaluation.composite import split_items, split_references
+from meteora_core.evaluation.composite_items import split_items, split_references
 from meteora_core.evaluation.metrics import SCORINGS, as_text, contains, exact_match, final_number_match, yes_no_match
 from meteora_core.evaluation.text_metrics import ROUGES, bleu_counts, bleu_of_counts, bleu_stderr, paper_bleu, rouge
 

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,6 +86,25 @@ class HubDownload:
     fetched: int
 
 
+@dataclass(frozen=True)
+class HubOptions:
+    """Which files of a hub repository are fetched, from where, and where to.
+
+    Attributes:
+        revision: A branch, a tag or a commit; None is the default branch.
+        include: Glob patterns; only what matches one of them (and is of an allowed kind) is fetched. None is everything allowed.
+        folder: The folder that the files are written to; None is the hub's cache, where transformers finds a base model again by its id.
+        endpoint: The hub's address; None is HF_ENDPOINT or huggingface.co.
+        cache: The hub's cache; None is the usual one.
+    """
+
+    revision: str | None = None
+    include: tuple[str, ...] | None = None
+    folder: str | Path | None = None
+    endpoint: str | None = None
+    cache: str | Path | None = None
+
+
 def split_revision(name: str) -> tuple[str, str | None]:
     """``"org/repo@revision"`` -> ``("org/repo", "revision")``.
 
@@ -98,17 +117,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
-def download_known(
-    name: str,
-    *,
-    revision: str | None = None,
-    include: tuple[str, ...] | None = None,
-    folder: str | Path | None = None,
-    endpoint: str | None = None,
-    cache: str | Path | None = None,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> HubDownload:
+def download_known(name: str, options: HubOptions = HubOptions(), *, force: bool = False, progress: Progress = SILENT) -> HubDownload:
     """Fetch a checkpoint of :data:`KNOWN`; arguments as in :func:`download_repo`.
 
     Raises:
@@ -121,16 +130,7 @@ def download_known(
     entry = KNOWN[name]
     for place, repository in enumerate(entry.repositories):
         try:
-            return download_repo(
-                repository,
-                revision=revision,
-                include=include or entry.include,
-                folder=folder,
-                endpoint=endpoint,
-                cache=cache,
-                force=force,
-                progress=progress,
-            )
+            return download_repo(repository, replace(options, include=options.include or entry.include), force=force, progress=progress)
         except Gone as gone:
             if place == len(entry.repositories) - 1:
                 raise
@@ -138,17 +138,7 @@ def download_known(
     raise AssertionError("a known checkpoint names at least one repository")
 
 
-def download_repo(
-    repository: str,
-    *,
-    revision: str | None = None,
-    include: tuple[str, ...] | None = None,
-    folder: str | Path | None = None,
-    endpoint: str | None = None,
-    cache: str | Path | None = None,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> HubDownload:
+def download_repo(repository: str, options: HubOptions = HubOptions(), *, force: bool = False, progress: Progress = SILENT) -> HubDownload:
     """Fetch the safetensors, configurations and tokenizer of a hub repository; what is there already is not fetched again.
 
     A cut connection, or a later call, goes on where the last one stopped. What arrives is checked against the hash that the hub states. HF_ENDPOINT,
@@ -156,11 +146,7 @@ def download_repo(
 
     Args:
         repository: Its id.
-        revision: A branch, a tag or a commit; None is the default branch.
-        include: Glob patterns; only what matches one of them (and is of an allowed kind) is fetched. None is everything allowed.
-        folder: Where to; None is the hub's cache, where transformers finds a base model again by its id.
-        endpoint: The hub's address; None is HF_ENDPOINT or huggingface.co.
-        cache: The hub's cache; None is the usual one.
+        options: Which of its files, from where, and where to.
         force: Fetch again what is there.
         progress: Told the bytes.
 
@@ -171,10 +157,11 @@ def download_repo(
     """
     from huggingface_hub import constants, snapshot_download
 
-    target = Path(folder) if folder is not None else Path(cache) if cache is not None else Path(constants.HF_HUB_CACHE)
+    folder, cache, endpoint, include = options.folder, options.cache, options.endpoint, options.include
+    target = Path(folder or cache or constants.HF_HUB_CACHE)
     with storage_errors(target):
         target.mkdir(parents=True, exist_ok=True)
-    request = Request(repository, revision, None if folder is None else str(folder), None if cache is None else str(cache), endpoint, include)
+    request = Request(repository, options.revision, None if folder is None else str(folder), None if cache is None else str(cache), endpoint, include)
     if constants.HF_HUB_OFFLINE:
         return _from_disk(request)
     check_hub_environment(endpoint or constants.ENDPOINT)

@@ -277,9 +277,9 @@ class Chaos:
 
         def ready() -> None:
             if operation.network:
-                from meteora_core.data import pypi
+                from meteora_core.data import pypi_source
 
-                pypi.SDIST_SHA256 = sha
+                pypi_source.SDIST_SHA256 = sha
             if prepare is not None:
                 prepare()
 

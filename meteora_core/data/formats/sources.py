@@ -137,11 +137,11 @@ def _open_saved(folder: Path) -> Opened:
 
 
 def _open_hub(source: str, subset: str | None) -> Opened:
-    from meteora_core.data import hub
+    from meteora_core.data import hub_source
 
     repository, _, revision = source.partition("@")
-    loaded = hub.load_splits(repository, subset, revision=revision or None)
-    used = {name: hub.fingerprint(split) for name, split in loaded.items() if name in (*TRAIN, *TEST)}
+    loaded = hub_source.load_splits(repository, subset, revision=revision or None)
+    used = {name: hub_source.fingerprint(split) for name, split in loaded.items() if name in (*TRAIN, *TEST)}
     origin = {"kind": "hub", "name": repository, "config": subset, "revision": revision or None, "fingerprints": used}
     return _of_splits(source, loaded, origin)
 

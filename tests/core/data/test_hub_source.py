@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from meteora_core.data import hub
+from meteora_core.data import hub_source
 from meteora_core.data.build import build_task
 from meteora_core.data.rows import Row
 from meteora_core.data.tasks import TASKS, get_task
@@ -19,9 +19,9 @@ from meteora_core.errors import DataError, DownloadError, MeteoraError
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    hub._answers.cache_clear()
+    hub_source._answers.cache_clear()
     yield
-    hub._answers.cache_clear()
+    hub_source._answers.cache_clear()
     datasets.enable_progress_bars()
 
 
@@ -46,7 +46,7 @@ def test_bigbench(tmp_path: Path, write_lines: Any) -> None:
         asked.append(name)
         return str(root)
 
-    raw = hub.extract_hub(TASKS["logical_deduction"], locate)
+    raw = hub_source.extract_hub(TASKS["logical_deduction"], locate)
     assert asked == ["tasksource/bigbench"]
     assert raw.counts == {"train": 30, "test": 1}
     assert list(raw.rows("test")) == [Row("[INST] Is 99 first? Which choice is correct?\nchoice: 99.\nchoice: no.\n [/INST]\n", "99.")]
@@ -55,10 +55,10 @@ def test_bigbench(tmp_path: Path, write_lines: Any) -> None:
 
 def test_with_and_without_a_test_split(tmp_path: Path, write_lines: Any) -> None:
     gsm8k = stand_in(tmp_path / "g", "main", {"train": [{"question": "q", "answer": "a"}], "test": [{"question": "t", "answer": "b"}]}, write_lines)
-    assert list(hub.extract_hub(TASKS["gsm8k"], lambda name: str(gsm8k)).rows("test")) == [Row("[INST] t [/INST]\n", "b")]
+    assert list(hub_source.extract_hub(TASKS["gsm8k"], lambda name: str(gsm8k)).rows("test")) == [Row("[INST] t [/INST]\n", "b")]
     pairs = [{"id": str(i), "translation": {"de": f"d{i}", "en": f"e{i}"}} for i in range(20)]
     news = stand_in(tmp_path / "n", "de-en", {"train": pairs}, write_lines)
-    raw = hub.extract_hub(TASKS["news_commentary_de"], lambda name: str(news))
+    raw = hub_source.extract_hub(TASKS["news_commentary_de"], lambda name: str(news))
     assert raw.counts == {"train": 16, "test": 4}
     assert {row.response for split in ("train", "test") for row in raw.rows(split)} == {f"e{i}" for i in range(20)}
 
@@ -66,14 +66,14 @@ def test_with_and_without_a_test_split(tmp_path: Path, write_lines: Any) -> None
 def test_problems_of_the_data(tmp_path: Path, write_lines: Any) -> None:
     root = stand_in(tmp_path / "g", "main", {"train": [{"question": "q"}], "test": [{"question": "t"}]}, write_lines)
     with pytest.raises(DataError, match=r"openai/gsm8k \(main\), split test, row 1: no field 'answer'"):
-        list(hub.extract_hub(TASKS["gsm8k"], lambda name: str(root)).rows("test"))
+        list(hub_source.extract_hub(TASKS["gsm8k"], lambda name: str(root)).rows("test"))
     root = stand_in(tmp_path / "h", "main", {"train": [{"question": "q", "answer": "a"}]}, write_lines)
     with pytest.raises(DataError, match="has no split 'test'"):
-        hub.extract_hub(TASKS["gsm8k"], lambda name: str(root))
+        hub_source.extract_hub(TASKS["gsm8k"], lambda name: str(root))
     with pytest.raises(DataError, match="not on the hub"):
-        hub.extract_hub(get_task("composite_3"))
+        hub_source.extract_hub(get_task("composite_3"))
     with pytest.raises(MeteoraError, match=r"cannot read|was not found"):
-        hub.extract_hub(TASKS["winowhy"], lambda name: str(root))
+        hub_source.extract_hub(TASKS["winowhy"], lambda name: str(root))
 
 
 def test_script_only_datasets_are_read_as_parquet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,9 +85,9 @@ def test_script_only_datasets_are_read_as_parquet(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("Dataset scripts are no longer supported, but found bigbench.py")
         return {"train": [1], "validation": [2]}
 
-    monkeypatch.setattr(hub, "_check_reachable", lambda repository, hint: None)
+    monkeypatch.setattr(hub_source, "_check_reachable", lambda repository, hint: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert hub.load_splits("tasksource/bigbench", "winowhy") == {"train": [1], "validation": [2]}
+    assert hub_source.load_splits("tasksource/bigbench", "winowhy") == {"train": [1], "validation": [2]}
     assert asked == [None, "refs/convert/parquet"]
 
 
@@ -117,10 +117,10 @@ def test_what_helps_when_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, number
     def load(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(hub, "_check_reachable", lambda repository, hint: None)
+    monkeypatch.setattr(hub_source, "_check_reachable", lambda repository, hint: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DownloadError, match=message) as caught:
-        hub.extract_hub(TASKS["gsm8k"])
+        hub_source.extract_hub(TASKS["gsm8k"])
     assert hint in (caught.value.hint or "")
 
 
@@ -142,7 +142,7 @@ def test_authors_rows(tmp_path: Path, write_lines: Any, monkeypatch: pytest.Monk
     write_lines(snapshot / "winowhy" / "train.jsonl", [{"prompt": "p", "response": "correct"}])
     write_lines(snapshot / "winowhy" / "test.jsonl", [{"prompt": "t", "response": "incorrect"}])
     write_lines(snapshot / "composite_3" / "test.jsonl", [{"prompt": "c", "response": "a@@@@\nb@@@@\nc"}])
-    monkeypatch.setattr(hub, "_authors_file", lambda repository, name: snapshot / name)
+    monkeypatch.setattr(hub_source, "_authors_file", lambda repository, name: snapshot / name)
     manifest = build_task("winowhy", tmp_path / "out", source="authors")
     assert manifest.source["kind"] == "authors"
     assert manifest.source["revision"] == "abc123"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from meteora_core import archives
-from meteora_core.data import pypi
+from meteora_core.data import pypi_source
 from meteora_core.data.build import build_task
 from meteora_core.data.sources import extract
 from meteora_core.data.tasks import TASKS
@@ -37,7 +37,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 def test_unpack_only_what_is_wanted(tmp_path: Path, repository: Path) -> None:
     archive = make_archive(tmp_path / "a.tar.gz", repository, member(f"{ROOT}/bigbench/benchmark_tasks/strategyqa/README.md"))
-    found = pypi.unpack(archive, ["strategyqa", "logical_deduction", "winowhy"], tmp_path / "out")
+    found = pypi_source.unpack(archive, ["strategyqa", "logical_deduction", "winowhy"], tmp_path / "out")
     assert found == ["logical_deduction", "strategyqa"]
     files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert files == [
@@ -63,7 +63,7 @@ def test_unpack_only_what_is_wanted(tmp_path: Path, repository: Path) -> None:
 def test_unsafe_archives_are_refused(tmp_path: Path, repository: Path, bad: tarfile.TarInfo, reason: str) -> None:
     archive = make_archive(tmp_path / "a.tar.gz", repository, bad)
     with pytest.raises(DataError, match=reason) as caught:
-        pypi.unpack(archive, ["strategyqa"], tmp_path / "out")
+        pypi_source.unpack(archive, ["strategyqa"], tmp_path / "out")
     assert "nothing was extracted" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
 
@@ -71,7 +71,7 @@ def test_unsafe_archives_are_refused(tmp_path: Path, repository: Path, bad: tarf
 def test_huge_member_is_refused(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_MEMBER", 100)
     with pytest.raises(DataError, match="claims to have"):
-        pypi.unpack(make_archive(tmp_path / "a.tar.gz", repository), ["strategyqa"], tmp_path / "out")
+        pypi_source.unpack(make_archive(tmp_path / "a.tar.gz", repository), ["strategyqa"], tmp_path / "out")
 
 
 def test_broken_archives(tmp_path: Path, repository: Path) -> None:
@@ -80,20 +80,20 @@ def test_broken_archives(tmp_path: Path, repository: Path) -> None:
     for content in (whole[: len(whole) // 2], b"not a tar", whole[:100] + b"\0" * 50 + whole[150:]):
         archive.write_bytes(content)
         with pytest.raises(DataError, match=r"not a complete tar\.gz"):
-            pypi.unpack(archive, ["strategyqa"], tmp_path / "out")
+            pypi_source.unpack(archive, ["strategyqa"], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
 def test_build_through_the_cache(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = make_archive(tmp_path / pypi.SDIST, repository)
-    monkeypatch.setattr(pypi, "SDIST_SHA256", sha256(archive))
+    archive = make_archive(tmp_path / pypi_source.SDIST, repository)
+    monkeypatch.setattr(pypi_source, "SDIST_SHA256", sha256(archive))
     fetched = []
 
     def fetch(progress: object) -> Path:
         fetched.append(archive)
         return archive
 
-    monkeypatch.setattr(pypi, "fetch_sdist", fetch)
+    monkeypatch.setattr(pypi_source, "fetch_sdist", fetch)
     manifest = build_task("strategyqa", tmp_path / "data", source="pypi")
     assert manifest.source["kind"] == "pypi"
     assert manifest.rows == {"train": 80, "test": 20}
@@ -107,10 +107,10 @@ def test_cached_archive_needs_no_index(tmp_path: Path, repository: Path, monkeyp
     from meteora_core.fetch.download import downloads_dir
 
     downloads_dir().mkdir(parents=True)
-    archive = make_archive(downloads_dir() / pypi.SDIST, repository)
-    monkeypatch.setattr(pypi, "SDIST_SHA256", sha256(archive))
-    monkeypatch.setattr(pypi, "find_pypi_file", None)
-    assert pypi.fetch_sdist() == archive
+    archive = make_archive(downloads_dir() / pypi_source.SDIST, repository)
+    monkeypatch.setattr(pypi_source, "SDIST_SHA256", sha256(archive))
+    monkeypatch.setattr(pypi_source, "find_pypi_file", None)
+    assert pypi_source.fetch_sdist() == archive
 
 
 def test_archive_as_the_local_source(tmp_path: Path, repository: Path) -> None:

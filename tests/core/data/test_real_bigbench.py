@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from meteora_core.data.build import BuildRequest, build_tasks
-from meteora_core.data.pypi import fetch_sdist
+from meteora_core.data.pypi_source import fetch_sdist
 from meteora_core.data.rows import read_rows
 from meteora_core.data.tasks import BIGBENCH_TASKS, COMPOSITES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meteora_core.errors import DataError
-from meteora_core.evaluation.composite import split_items, split_references
+from meteora_core.evaluation.composite_items import split_items, split_references
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from meteora_core.data import hub
+from meteora_core.data import hub_source
 from meteora_core.data.formats.folders import find_datasets, task_name
 from meteora_core.data.formats.own import extract_own
 from meteora_core.data.formats.reading import Reading
@@ -97,7 +97,7 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(str(tmp_path / "set"))
 
     real = datasets.load_dataset
-    monkeypatch.setattr(hub, "_check_reachable", lambda repository, hint: None)
+    monkeypatch.setattr(hub_source, "_check_reachable", lambda repository, hint: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert rows("hub:someone/set@v1", "main") == {"train": [Row("q", "a")], "test": [Row("q", "a")]}
     assert asked == [("someone/set", "main", "v1")]
@@ -106,13 +106,13 @@ def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    hub._answers.cache_clear()
+    hub_source._answers.cache_clear()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(MeteoraError, match="the hub cannot be reached for someone/set") as caught:
         rows("someone/set")
     assert "--raw-dir" not in str(caught.value.hint)
-    hub._answers.cache_clear()
+    hub_source._answers.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "TRAIN.JSONL"])

@@ -14,7 +14,7 @@ from typing import IO
 
 from meteora_core.archives import tar_gz_members
 from meteora_core.data.extract import Extract
-from meteora_core.data.local import from_bigbench
+from meteora_core.data.local_source import from_bigbench
 from meteora_core.data.tasks import TASKS, BigBench, Task
 from meteora_core.errors import DataError
 from meteora_core.fetch.download import download, downloads_dir

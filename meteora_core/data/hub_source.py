@@ -12,7 +12,7 @@ from typing import Any
 
 from meteora_core.data.bigbench import SEED
 from meteora_core.data.extract import Extract, NotHere
-from meteora_core.data.local import from_files
+from meteora_core.data.local_source import from_files
 from meteora_core.data.records import SOURCE_SPLIT, SPLIT_RULE, VALIDATION_SPLIT, divide, record_to_row
 from meteora_core.data.rows import Row, Split
 from meteora_core.data.tasks import BigBench, Records, Task
