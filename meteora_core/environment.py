@@ -12,8 +12,8 @@ from meteora_core.errors import UsageError
 from meteora_core.text import printable
 
 PREFIX = "METEORA_"
-OTHERS = ("METEORA_CACHE", "METEORA_DEBUG", "METEORA_RUN_LOG")
-"""Variables that are not settings: the folder of downloads, whether errors show their traceback, the log file of the test run."""
+OTHERS = ("METEORA_CACHE", "METEORA_DEBUG", "METEORA_KERNEL_TABLE", "METEORA_RUN_LOG")
+"""Variables that are not settings: the folder of downloads, whether errors show their traceback, the user's own table of kernels, the test run's log."""
 
 _CLOSE = 0.75
 _log = logging.getLogger(__name__)

@@ -5,9 +5,23 @@ tested against. :func:`lora_mixture` is the same with the tensors apart. :func:`
 together, on a CUDA GPU. This package knows nothing of models, files or settings.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from meteora_kernels import reference
-from meteora_kernels.mixture import BACKENDS, lora_mixture, mix, pick_backend, run_group
+from meteora_kernels.mixture import BACKENDS, lora_mixture, mix, pick_backend
 from meteora_kernels.reference import route
 from meteora_kernels.types import Adapters, Group, Routing
 
+if TYPE_CHECKING:
+    from meteora_kernels.group import run_group
+
 __all__ = ["BACKENDS", "Adapters", "Group", "Routing", "lora_mixture", "mix", "pick_backend", "reference", "route", "run_group"]
+
+
+def __getattr__(name: str) -> Any:
+    """:func:`run_group` is imported when it is first used, since it needs Triton."""
+    if name == "run_group":
+        from meteora_kernels.group import run_group
+
+        return run_group
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

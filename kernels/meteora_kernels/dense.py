@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meteora_kernels.layout import Layout, layout_of
+from meteora_kernels.rank_rows import Layout, layout_of
 from meteora_kernels.reference import top_indices
 from meteora_kernels.types import Adapters, Routing
 
@@ -190,8 +190,8 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_x: Tensor | None, base_output: Tensor, *flat: Any) -> tuple[Tensor, Tensor | None]:
-        """``flat``: the fields of :class:`Adapters` and of :class:`Routing`, in which autograd does not see tensors."""
-        adapters, routing = Adapters(*flat[:_FIELDS]), Routing(*flat[_FIELDS:])
+        """``flat``: gate, A and B and the given weights, which autograd does not see in the values, then adapters and routing."""
+        *_, adapters, routing = flat
         done = forward(x, x if lora_x is None else lora_x, base_output, adapters, routing)
         gate, lora_A, lora_B, scaling, *_ = adapters
         ctx.save_for_backward(x, lora_x, gate, lora_A, lora_B, scaling, done.indices, done.weights, done.down)
@@ -204,7 +204,7 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
         x, lora_x, gate, lora_A, lora_B, scaling, indices, weights, down = ctx.saved_tensors
         need_x, need_lora_x, need_base, need_gate, need_A, need_B = ctx.needs_input_grad[:6]
-        need_weights = ctx.needs_input_grad[-1]
+        need_weights = ctx.needs_input_grad[6]
         layout: Layout = ctx.layout
         seen = x if lora_x is None else lora_x
         need_seen = need_x if lora_x is None else need_lora_x
@@ -242,10 +242,7 @@ class _Mixture(torch.autograd.Function):
         elif lora_x is None:
             grad_x = grad_seen
         grads = (grad_x, grad_seen if lora_x is not None else None, grad if need_base else None, grad_gate, grad_A, grad_B)
-        return *grads, *(None,) * (len(ctx.needs_input_grad) - 7), grad_weights if need_weights else None
-
-
-_FIELDS = len(Adapters._fields)
+        return *grads, grad_weights if need_weights else None, None, None
 
 
 def mix(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -275,7 +272,7 @@ def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, 
     flat_lora_x = None if lora_x is None or lora_x is x else lora_x.reshape(-1, hidden)
     routing = flat_routes(routing)
     if torch.is_grad_enabled():
-        output, logits = _Mixture.apply(tokens, flat_lora_x, flat_base, *adapters, *routing)  # type: ignore[no-untyped-call]
+        output, logits = _Mixture.apply(tokens, flat_lora_x, flat_base, *adapters[:3], routing.weights, adapters, routing)  # type: ignore[no-untyped-call]
     else:
         output, logits, *_ = forward(tokens, tokens if flat_lora_x is None else flat_lora_x, flat_base, adapters, routing)
     return output.view(base_output.shape), None if logits is None else logits.view(*lead, count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
@@ -11,19 +10,14 @@ from torch import Tensor
 
 from meteora_kernels import dense, plan, reference
 from meteora_kernels.operators import on_device_of
-from meteora_kernels.types import Adapters, Group, Routing
+from meteora_kernels.plan import machine
+from meteora_kernels.types import Adapters, Routing
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "dense", "triton")
 
 _log = logging.getLogger(__name__)
 _broken: dict[str, str] = {}
 """Devices on which the Triton backend failed to start, and why; ``auto`` leaves it alone there."""
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, training: bool) -> tuple[str, str]:
@@ -46,8 +40,8 @@ def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, train
     device = x.device.type
     if str(x.device) in _broken:
         return "dense", f"the GPU kernels failed on this device before ({_broken[str(x.device)]})"
-    capability = _capability(x.device) if device == "cuda" else 0
-    return plan.choose(plan.Case(x.numel() // max(x.shape[-1], 1), adapters, total_rank, top_k, x.dtype, device, capability, training))
+    capability = machine.capability(x.device) if device == "cuda" else 0
+    return plan.choose_backend(plan.Call(x.numel() // max(x.shape[-1], 1), adapters, total_rank, top_k, x.dtype, device, capability, training))
 
 
 class Backend(Protocol):
@@ -58,9 +52,9 @@ class Backend(Protocol):
 
 def _triton() -> Any:
     """The Triton backend, which cannot be imported without Triton."""
-    from meteora_kernels import triton_backend
+    from meteora_kernels import layer
 
-    return triton_backend
+    return layer
 
 
 class Options(TypedDict, total=False):
@@ -114,18 +108,11 @@ def lora_mixture(
         >>> lora_mixture(x, torch.zeros(5, 8), gate, A, B, torch.ones(3), torch.tensor([0, 4, 8, 12]), top_k=1).shape
         torch.Size([5, 8])
     """
-    if unknown := sorted(set(options) - Options.__annotations__.keys()):
-        raise TypeError(f"lora_mixture() got an unexpected keyword argument {unknown[0]!r}")
-    indices, weights = options.get("routes") or (None, None)
-    return mix(
-        x,
-        base_output,
-        Adapters.of_layer(gate, lora_A, lora_B, scaling, offsets, options.get("max_rank")),
-        Routing(options.get("top_k", 2), options.get("temperature", 1.0), options.get("allowed"), indices, weights),
-        lora_x=options.get("lora_x"),
-        backend=options.get("backend", "auto"),
-        return_logits=options.get("return_logits", False),
-    )
+    rest: dict[str, Any] = {**options}
+    adapters = Adapters.of_layer(gate, lora_A, lora_B, scaling, offsets, rest.pop("max_rank", None))
+    indices, weights = rest.pop("routes", None) or (None, None)
+    routing = Routing(rest.pop("top_k", 2), rest.pop("temperature", 1.0), rest.pop("allowed", None), indices, weights)
+    return mix(x, base_output, adapters, routing, **rest)
 
 
 def mix(
@@ -209,7 +196,7 @@ def _triton_or_dense(
 
 def check(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, backend: str) -> None:
     """Raise ValueError unless the arguments of :func:`mix` fit each other."""
-    gate, lora_A, lora_B, scaling, offsets, *_ = adapters
+    gate, lora_A, lora_B, scaling, offsets, _, _, _ = adapters
     count, hidden = gate.shape
     total, out = lora_B.shape
     if backend not in BACKENDS:
@@ -233,28 +220,3 @@ def check(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, 
     if not (gate.dtype == lora_A.dtype == lora_B.dtype == x.dtype) and not torch.is_autocast_enabled(device.type):
         names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (x, gate, lora_A, lora_B))
         raise ValueError(f"x, gate, lora_A and lora_B have the dtypes {names}; they must be one")
-
-
-def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
-    """Base outputs of one to three linears with their adapters' share; inference on a CUDA GPU.
-
-    Args:
-        x: (M, h), columns contiguous.
-        group: The linears.
-        routing: How tokens choose; given routes are not taken.
-        in_place: x is what :meth:`meteora_kernels.wide.Wide.new_rows` of ``group.wide`` gave, and the columns around it may be written.
-
-    Returns:
-        (M, O) in the dtype of x; for some sizes rows are further apart than O.
-
-    Example:
-        >>> y = run_group(torch.randn(5, 16, device="cuda"), group, Routing(top_k=2))  # doctest: +SKIP
-        >>> y.shape  # doctest: +SKIP
-        torch.Size([5, 32])
-    """
-    from meteora_kernels import triton_group
-
-    _, _, lora_B, scaling, offsets, max_rank, widths, _ = group.adapters
-    weights = (group.packed, lora_B, group.bias, scaling, offsets, routing.allowed, group.flags)
-    sizes = (list(widths), group.total_rank, max_rank or 0, routing.top_k, routing.temperature)
-    return triton_group.group_forward(x, *weights, *sizes, group.wide is not None, in_place)

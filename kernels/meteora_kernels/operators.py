@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -22,23 +23,99 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def operator(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function the operator ``torch.ops.meteora.<name>``.
+class Operator:
+    """A function that is also the operator ``torch.ops.meteora.<name>``.
+
+    The function takes and returns tensors and numbers, and takes named tuples of them, whose fields become arguments of the operator. Called in eager code it
+    runs as it is; for compilers and under dispatch modes the operator is called.
+
+    Attributes:
+        function: What was registered.
+        op: The operator, with flat arguments (:meth:`flat`).
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], out_like: Callable[..., Any], mutates: Sequence[str]) -> None:
+        hints = get_type_hints(function)
+        parameters = [(key, hints[key]) for key in inspect.signature(function).parameters]
+        self.function = function
+        self.kinds: list[Any] = [kind if hasattr(kind, "_fields") else None for _, kind in parameters]
+        self.lists = [[is_numbers(hint) for hint in get_type_hints(kind).values()] if kind is not None else [] for kind in self.kinds]
+
+        def run(*flat: Any) -> Any:
+            return function(*self.values(flat))
+
+        def fake(*flat: Any) -> Any:
+            return out_like(*self.values(flat))
+
+        run.__signature__ = inspect.Signature(list(flat_parameters(parameters)), return_annotation=hints["return"])  # type: ignore[attr-defined]
+        schema = torch.library.infer_schema(run, mutates_args=tuple(mutates))
+        torch.library.define(f"meteora::{name}", schema)
+        torch.library.impl(f"meteora::{name}", "default", run)
+        torch.library.register_fake(f"meteora::{name}", fake)
+        self.op: Any = getattr(torch.ops.meteora, name).default
+
+    def flat(self, arguments: Sequence[Any]) -> list[Any]:
+        """The operator's arguments from the function's."""
+        flat: list[Any] = []
+        for argument, kind in zip(arguments, self.kinds, strict=True):
+            if kind is None:
+                flat.append(argument)
+            else:
+                flat.extend(argument)
+        return flat
+
+    def values(self, flat: Sequence[Any]) -> list[Any]:
+        """The function's arguments from the operator's."""
+        found, place = [], 0
+        for kind, lists in zip(self.kinds, self.lists, strict=True):
+            if kind is None:
+                found.append(flat[place])
+                place += 1
+            else:
+                fields = flat[place : place + len(lists)]
+                found.append(kind(*(tuple(field) if is_list else field for field, is_list in zip(fields, lists, strict=True))))
+                place += len(lists)
+        return found
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function, or the operator where something traces; the first argument is a tensor."""
+        if eager(arguments[0]):
+            return self.function(*arguments)
+        return self.op(*self.flat(arguments))
+
+
+def is_numbers(hint: Any) -> bool:
+    """Whether this is the annotation of a tuple of integers."""
+    return bool(hint == tuple[int, ...])
+
+
+def flat_parameters(parameters: Iterable[tuple[str, Any]]) -> Iterable[inspect.Parameter]:
+    """Parameters with named tuples replaced by their fields, annotated as PyTorch's schemas want it."""
+    for name, kind in parameters:
+        fields = {f"{name}_{field}": hint for field, hint in get_type_hints(kind).items()} if hasattr(kind, "_fields") else {name: kind}
+        for field, hint in fields.items():
+            yield inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Sequence[int] if is_numbers(hint) else hint)
+
+
+def operator(name: str, out_like: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function an :class:`Operator`.
 
     The function must return new tensors only (none of its inputs, no views of them, none twice).
 
     Args:
-        name: Of the operator.
-        mutates: Names of arguments that it writes to.
+        name: The operator's name.
+        out_like: Takes the function's arguments and returns empty results; it stands in for the function where tensors have no data.
+        mutates: The names of arguments that it writes to.
 
-    Returns:
-        A decorator that gives back the callable operator; where :func:`eager` holds, the function itself does the same.
+    Example:
+        >>> @operator("doctest_double", out_like=lambda x: torch.empty_like(x))
+        ... def double(x: torch.Tensor) -> torch.Tensor:
+        ...     return 2 * x
+        >>> double(torch.ones(2))
+        tensor([2., 2.])
     """
 
-    def register(function: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
-        torch.library.define(f"meteora::{name}", schema)
-        torch.library.impl(f"meteora::{name}", "default", function)
-        return getattr(torch.ops.meteora, name).default
+    def register(function: Callable[..., Any]) -> Operator:
+        return Operator(name, function, out_like, mutates)
 
     return register

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from meteora_kernels.plan.choose import choices_of
+from meteora_kernels.plan.machine import readable
+from meteora_kernels.plan.table import Facts, Row
 from meteora_kernels.sizes import padded_adapters, power_of_two
 from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
+from meteora_kernels.tile import Tile
 from meteora_kernels.wide import Wide
+
+__all__ = ["Adapters", "Group", "Routing", "Tile", "new_flags"]
 
 
 class Adapters(NamedTuple):
@@ -137,38 +143,12 @@ class Routing(NamedTuple):
         return None if self.indices is None or self.weights is None else (self.indices, self.weights)
 
 
-class Tile(NamedTuple):
-    """How a kernel cuts its work; powers of two but for ``stages``. A path reads the fields that its page in docs/kernels names.
-
-    Attributes:
-        tokens: Tokens of a program.
-        outputs: Outputs of a program.
-        step: Columns of h at a time.
-        warps: Warps of a program.
-        stages: Steps in flight.
-        gate_rows: Rows of G (and of A, where all are read) of a program.
-        gate_step: Columns of h at a time, of those programs.
-        down_rows: Chosen rows of A of a program.
-        down_step: Columns of h at a time, of those programs.
-    """
-
-    tokens: int = 16
-    outputs: int = 64
-    step: int = 128
-    warps: int = 4
-    stages: int = 3
-    gate_rows: int = 16
-    gate_step: int = 128
-    down_rows: int = 16
-    down_step: int = 256
-
-
 def new_flags(device: torch.device) -> Tensor:
     """The zeroed flags by which programs of one launch wait for each other; one tensor per group and CUDA stream."""
     return torch.zeros(1024, dtype=torch.int32, device=device)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Group:
     """One to three linears that share their input, base and adapters together. :meth:`of` makes one.
 
@@ -181,6 +161,9 @@ class Group:
         wide: The layout of a block whose rows hold B^T as well (:mod:`meteora_kernels.wide`), kept up to date by the owner; None without.
         gate_rows: Rows from a member's first gate row to its first row of A.
         total_rank: R.
+        aligned: The copy engine can read ``packed`` (:func:`meteora_kernels.plan.machine.readable`).
+        facts: The sizes that a choice of a path depends on.
+        choices: The choices made for these sizes so far (:func:`meteora_kernels.plan.choose.choices_of`).
     """
 
     packed: Tensor
@@ -191,6 +174,9 @@ class Group:
     wide: Wide | None
     gate_rows: int
     total_rank: int
+    aligned: bool
+    facts: Facts
+    choices: dict[Any, Row]
 
     @classmethod
     def of(cls, packed: Tensor, adapters: Adapters, bias: Tensor | None = None, flags: Tensor | None = None, *, has_up: bool = False) -> Group:
@@ -209,8 +195,19 @@ class Group:
             >>> Group.of(packed, adapters).total_rank
             8
         """
-        total_rank = adapters.total_rank
-        wide = Wide(packed.shape[1], total_rank, adapters.members) if has_up else None
-        flags = new_flags(packed.device) if flags is None else flags
-        weights = packed[: sum(adapters.widths)]
-        return cls(packed, weights, adapters, bias, flags, wide, gate_rows_of(adapters.number), total_rank)
+        _, _, _, scaling, _, max_rank, widths, _ = adapters
+        hidden, count, total_rank = packed.shape[1], scaling.shape[0], adapters.total_rank
+        facts = Facts(hidden, widths, count, total_rank, max_rank or 0, packed.dtype, packed.device, has_up)
+        return cls(
+            packed,
+            packed[: sum(widths)],
+            adapters,
+            bias,
+            new_flags(packed.device) if flags is None else flags,
+            Wide(hidden, total_rank, len(widths)) if has_up else None,
+            gate_rows_of(count),
+            total_rank,
+            readable(packed),
+            facts,
+            choices_of(facts),
+        )

@@ -19,6 +19,10 @@ ALIGNED = 64
 """Columns of h are padded to a multiple of this, so that rows of 16-bit numbers stay 128 bytes aligned."""
 
 
+SHARE = 8
+"""A group keeps B^T in the rows of its weights where all columns for it are at most one in so many of h."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wide:
     """Columns and strides of one group.
@@ -32,6 +36,10 @@ class Wide:
     hidden: int
     rank: int
     members: int
+
+    def pays(self, dtype: torch.dtype) -> bool:
+        """Whether a fused group should keep B^T in the rows of its weights: in 16 bits, and where R is small compared with h."""
+        return dtype in (torch.float16, torch.bfloat16) and self.right * SHARE <= self.hidden
 
     @property
     def pad(self) -> int:

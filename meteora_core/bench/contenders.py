@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_core.bench.shapes import ModelShape
-from meteora_kernels import lora_mixture, plan, reference
+from meteora_kernels import Adapters, Group, Routing, mix, reference
+from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
+from meteora_kernels.wide import Wide
 
 RUN, POOL = 8, 16
 """Local routes: the number of neighbours that share their adapters, and the largest number of different adapters in a batch."""
@@ -31,23 +33,20 @@ class Linear:
 
 
 @dataclass
-class Group:
-    """Linears that share their input; the rest is what :func:`meteora_kernels.triton_group.group_forward` wants.
+class Linears:
+    """Linears that share their input.
 
     Attributes:
         hidden: h.
         linears: The members.
         fed: Whether a fused model writes this input where the group reads it (by a norm or an activation), as :func:`lay_input` does.
-        packed, up, flags, beside: Of the fused group.
+        group: A copy of the weights as fused kernels take them, or None.
     """
 
     hidden: int
     linears: list[Linear]
     fed: bool = True
-    packed: Tensor | None = None
-    up: Tensor | None = None
-    flags: Tensor | None = None
-    beside: bool = False
+    group: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Setting:
     top_k: int = 2
 
 
-def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: torch.device, *, fused: bool) -> list[Group]:
+def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: torch.device, *, fused: bool) -> list[Linears]:
     """Random weights of one layer; outputs are of order 1, the adapters' share about a fifth of that."""
     total = setting.adapters * setting.rank
 
@@ -87,48 +86,44 @@ def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: 
             )
             for width in widths
         ]
-        group = Group(hidden, linears, fed=index != 1)  # what attention gives to o comes as it is
+        group = Linears(hidden, linears, fed=index != 1)  # what attention gives to o comes as it is
         if fused:
-            _fuse(group, setting)
+            group.group = fuse(group, setting)
         groups.append(group)
     return groups
 
 
-def _fuse(group: Group, setting: Setting) -> None:
-    """Lay a copy of the group's weights out as the fused kernels want them; the other contenders keep their own, whose rows lie close together."""
-    from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
-    from meteora_kernels.triton_group import new_flags
-    from meteora_kernels.wide import Wide
-
+def fuse(linears: Linears, setting: Setting) -> Group:
+    """A copy of the weights as the fused kernels take them; the other contenders keep their own, which are contiguous."""
     total = setting.adapters * setting.rank
     stacked, begin = stacked_rows_of(setting.adapters, total), gate_rows_of(setting.adapters)
-    widths = [linear.weight.shape[0] for linear in group.linears]
-    first = group.linears[0].weight
+    widths = tuple(linear.weight.shape[0] for linear in linears.linears)
+    first = linears.linears[0]
     rows = -(-(sum(widths) + len(widths) * stacked) // 128) * 128
-    wide = Wide(group.hidden, total, len(widths))
-    group.beside = plan.lies_beside(group.hidden, total, len(widths), first.dtype)
-    packed = wide.new_block(rows, first) if group.beside else first.new_zeros(rows, group.hidden)
-    for index, (linear, start) in enumerate(zip(group.linears, itertools.accumulate(widths, initial=0), strict=False)):
+    wide = Wide(linears.hidden, total, len(widths))
+    has_up = wide.pays(first.weight.dtype)
+    packed = wide.new_block(rows, first.weight) if has_up else first.weight.new_zeros(rows, linears.hidden)
+    for index, (linear, start) in enumerate(zip(linears.linears, itertools.accumulate(widths, initial=0), strict=False)):
         extra = sum(widths) + index * stacked
         for tensor, at in ((linear.weight, start), (linear.gate, extra), (linear.lora_A, extra + begin)):
             packed[at : at + tensor.shape[0]] = tensor
-    group.packed, group.up, group.flags = packed, torch.cat([linear.lora_B.reshape(-1) for linear in group.linears]), new_flags(first.device)
-    if group.beside:
-        wide.place_up(packed, group.up, widths)
+    up = torch.cat([linear.lora_B.reshape(-1) for linear in linears.linears])
+    if has_up:
+        wide.place_up(packed, up, list(widths))
+    return Group.of(packed, Adapters.of_group(packed, up, first.scaling, first.offsets, widths, setting.rank), has_up=has_up)
 
 
-def lay_input(group: Group, x: Tensor) -> Tensor:
-    """``x`` as a fused model gives it to this group: where the plan wants it, columns of a wider buffer."""
-    from meteora_kernels.wide import Wide
+def lay_input(linears: Linears, x: Tensor, top_k: int) -> Tensor:
+    """``x`` as a fused model gives it to these linears: where the plan wants it, columns of a wider buffer."""
+    from meteora_kernels.group import reads_in_place
 
-    if not (group.fed and group.beside) or x.shape[0] <= plan.FEW_TOKENS:
+    group = linears.group
+    if group is None or group.wide is None or not linears.fed or not reads_in_place(group, x.shape[0], top_k):
         return x
-    widths = [linear.lora_B.shape[1] for linear in group.linears]
-    rule = plan.group_rule(x.shape[0], sum(widths), group.hidden, x.dtype, beside=True, in_place=True)
-    return Wide(group.hidden, group.linears[0].lora_B.shape[0], len(widths)).new_rows(x.shape[0], x).copy_(x) if rule.order == "wide" else x
+    return group.wide.new_rows(x.shape[0], x).copy_(x)
 
 
-def local_input(group: Group, x: Tensor, setting: Setting) -> Tensor:
+def local_input(group: Linears, x: Tensor, setting: Setting) -> Tensor:
     """``x`` rotated so that runs of :data:`RUN` neighbours choose the same top_k adapters, out of :data:`POOL` in the whole batch, as tokens of a text do.
 
     Args:
@@ -158,37 +153,23 @@ def run_linear(name: str, linear: Linear, x: Tensor, setting: Setting) -> Tensor
         return output + F.linear(F.linear(x, linear.one_A), linear.one_B) * 2.0
     if name in ("loop", "gather"):
         indices, weights = reference.route(F.linear(x, linear.gate), setting.top_k)
-        mix = _loop if name == "loop" else _gather
-        return mix(x, output, linear, indices, weights, setting)
-    mixed = lora_mixture(
-        x,
-        output,
-        linear.gate,
-        linear.lora_A,
-        linear.lora_B,
-        linear.scaling,
-        linear.offsets,
-        top_k=setting.top_k,
-        backend=name,
-        max_rank=setting.rank,
-    )
+        mixed_by = _loop if name == "loop" else _gather
+        return mixed_by(x, output, linear, indices, weights, setting)
+    adapters = Adapters.of_layer(linear.gate, linear.lora_A, linear.lora_B, linear.scaling, linear.offsets, setting.rank)
+    mixed = mix(x, output, adapters, Routing(setting.top_k), backend=name)
     assert isinstance(mixed, Tensor)
     return mixed
 
 
-def run_group(name: str, group: Group, x: Tensor, setting: Setting) -> list[Tensor]:
-    """Outputs of all linears of a group; ``fused`` does base and adapters of all in one call, on x as :func:`lay_input` gives it."""
+def run_group(name: str, linears: Linears, x: Tensor, setting: Setting) -> list[Tensor]:
+    """Outputs of all linears; ``fused`` does base and adapters of all in one call, on x as :func:`lay_input` gives it."""
     if name != "fused":
-        return [run_linear(name, linear, x, setting) for linear in group.linears]
-    from meteora_kernels.triton_group import group_forward
+        return [run_linear(name, linear, x, setting) for linear in linears.linears]
+    from meteora_kernels import group
 
-    assert group.packed is not None
-    assert group.up is not None
-    assert group.flags is not None
-    first = group.linears[0]
-    widths = [linear.lora_B.shape[1] for linear in group.linears]
-    arguments = (first.scaling, first.offsets, None, group.flags, widths, first.lora_A.shape[0], setting.rank, setting.top_k, 1.0)
-    return list(torch.split(group_forward(x, group.packed, group.up, None, *arguments, group.beside, not x.is_contiguous()), widths, dim=-1))
+    assert linears.group is not None
+    output = group.run_group(x, linears.group, Routing(setting.top_k), in_place=not x.is_contiguous())
+    return list(torch.split(output, list(linears.group.adapters.widths), dim=-1))
 
 
 def _loop(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: Tensor, setting: Setting) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_core.bench.contenders import Group, Setting, gather_bytes, lay_input, local_input, make_layer, run_group
+from meteora_core.bench.contenders import Linears, Setting, gather_bytes, lay_input, local_input, make_layer, run_group
 from meteora_core.bench.shapes import ModelShape
 from meteora_core.bench.timing import Timing, capture, ceilings, medians, peak_memory
 from meteora_core.errors import UsageError
@@ -187,7 +187,7 @@ def _one_size(
     shape: ModelShape,
     setting: Setting,
     timing: Timing,
-    sets: list[list[Group]],
+    sets: list[list[Linears]],
     inputs: list[list[Tensor]],
     routes: str,
     names: list[str],
@@ -249,13 +249,13 @@ def _least(shape: ModelShape, setting: Setting, tokens: int, itemsize: int, name
     return (size + weights) * itemsize, flops
 
 
-def _inference(name: str, sets: list[list[Group]], inputs: list[list[Tensor]], setting: Setting) -> Callable[[], None]:
+def _inference(name: str, sets: list[list[Linears]], inputs: list[list[Tensor]], setting: Setting) -> Callable[[], None]:
     laid: dict[tuple[int, int], Tensor] = {}
     jobs = []
     for groups, given in zip(sets, inputs, strict=True):
         for index, (group, x) in enumerate(zip(groups, given, strict=True)):
             if name == "fused":
-                x = laid.setdefault((index, id(x)), lay_input(group, x))
+                x = laid.setdefault((index, id(x)), lay_input(group, x, setting.top_k))
             jobs.append((group, x))
 
     def work() -> None:
@@ -266,7 +266,7 @@ def _inference(name: str, sets: list[list[Group]], inputs: list[list[Tensor]], s
     return work
 
 
-def _training(name: str, sets: list[list[Group]], inputs: list[list[Tensor]], setting: Setting) -> Callable[[], None]:
+def _training(name: str, sets: list[list[Linears]], inputs: list[list[Tensor]], setting: Setting) -> Callable[[], None]:
     """Forward and backward; x and what trains get gradients (gates with a cross-entropy on their logits; the plain LoRA's A and B)."""
     leaves = {id(x): x.detach().clone().requires_grad_() for given in inputs for x in given}
     jobs = []
@@ -301,13 +301,13 @@ def _training(name: str, sets: list[list[Group]], inputs: list[list[Tensor]], se
     return work
 
 
-def _error(name: str, groups: list[Group], inputs: list[Tensor], setting: Setting) -> float:
+def _error(name: str, groups: list[Linears], inputs: list[Tensor], setting: Setting) -> float:
     """Relative error of the outputs against float64 on the same weights: median over tokens, largest over the linears."""
     worst = 0.0
     for group, given in zip(groups, inputs, strict=True):
         x = given[:_CHECKED]
         with torch.no_grad():
-            outputs = run_group(name, group, lay_input(group, given) if name == "fused" else given, setting)
+            outputs = run_group(name, group, lay_input(group, given, setting.top_k) if name == "fused" else given, setting)
         for linear, output in zip(group.linears, outputs, strict=True):
             wide = F.linear(x.double(), linear.weight.double())
             if name == "peft":

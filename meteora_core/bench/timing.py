@@ -78,6 +78,19 @@ def medians(works: dict[str, Work], device: torch.device, *, repeats: int, secon
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def pairs(one: Work, other: Work, device: torch.device, count: int) -> list[tuple[float, float]]:
+    """Milliseconds of two works run one right after the other, ``count`` times, each as often first as second."""
+    taken = []
+    for index in range(count):
+        if index % 2:
+            second = _once(other, device)
+            taken.append((_once(one, device), second))
+        else:
+            first = _once(one, device)
+            taken.append((first, _once(other, device)))
+    return taken
+
+
 def _once(work: Work, device: torch.device) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()

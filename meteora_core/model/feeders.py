@@ -94,7 +94,7 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _norm(module: nn.Module, group: FusedGroup, x: Tensor) -> Tensor | None:
-    from meteora_kernels.triton_norm import rms_norm
+    from meteora_kernels.feed.rms_norm import rms_norm
 
     weight, epsilon = module.weight, _epsilon(module)
     if not isinstance(weight, Tensor) or epsilon is None or weight.dtype != x.dtype or weight.device != x.device or weight.shape != x.shape[-1:]:
@@ -107,8 +107,8 @@ def _norm(module: nn.Module, group: FusedGroup, x: Tensor) -> Tensor | None:
 
 
 def _same_norm(module: nn.Module, group: FusedGroup) -> bool:
-    """Whether this is the norm of :mod:`meteora_kernels.triton_norm`: large, small and tiny rows, on which epsilon decides."""
-    from meteora_kernels.triton_norm import MOST_COLUMNS
+    """Whether this is the norm of :mod:`meteora_kernels.feed.rms_norm`: large, small and tiny rows, on which epsilon decides."""
+    from meteora_kernels.feed.rms_norm import MOST_COLUMNS
 
     weight = getattr(module, "weight", None)
     hidden = group.wide.hidden
@@ -124,12 +124,12 @@ def _gated(module: nn.Module, group: FusedGroup, x: Tensor) -> Tensor | None:
 
 
 def _product(gate: Tensor, up: Tensor, group: FusedGroup) -> Tensor:
-    from meteora_kernels.triton_gated import silu_times
+    from meteora_kernels.feed.silu_mul import silu_mul
 
     out = group.new_input(gate.shape, gate)
     width = gate.shape[-1]
     with on_device_of(gate):
-        silu_times(gate.reshape(-1, width), up.reshape(-1, width), out.view(-1, width))
+        silu_mul(gate.reshape(-1, width), up.reshape(-1, width), out.view(-1, width))
     return out
 
 

@@ -48,7 +48,7 @@ class FusedGroup:
 
     def __init__(self, layers: list[MeteoraLinear]) -> None:
         from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
-        from meteora_kernels.triton_group import new_flags
+        from meteora_kernels.types import Adapters, Group
         from meteora_kernels.wide import Wide
 
         self.layers = layers
@@ -63,7 +63,7 @@ class FusedGroup:
         weight = first.weight
         self.wide = Wide(first.in_features, self.rank, len(layers))
         seen = not any(layer.lora_B.is_inference() for layer in layers)  # inference tensors do not tell that they changed
-        self.beside = seen and plan.lies_beside(first.in_features, self.rank, len(layers), weight.dtype)
+        self.beside = seen and self.wide.pays(weight.dtype)
         with torch.inference_mode(False), torch.no_grad():
             rows = -(-(outputs + len(layers) * stacked) // 128) * 128
             self.packed: Tensor = self.wide.new_block(rows, weight) if self.beside else weight.new_zeros(rows, first.in_features)
@@ -85,7 +85,8 @@ class FusedGroup:
                 _move(layer.lora_A, self.packed[extra + self.gate_rows : extra + self.gate_rows + self.rank])
                 _move(layer.lora_B, self.up[before : before + self.rank * width].view(self.rank, width))
                 start, extra, before = start + width, extra + stacked, before + self.rank * width
-        self.flags = new_flags(weight.device)
+        adapters = Adapters.of_group(self.packed, self.up, first.scaling, first.offsets, tuple(self.widths), self.max_rank)
+        self.group = Group.of(self.packed, adapters, self.bias, has_up=self.beside)
         self.placed = [
             (holder._parameters, name, parameter, parameter.data_ptr())
             for layer in layers
@@ -130,13 +131,13 @@ class FusedGroup:
 
     def new_input(self, shape: torch.Size, like: Tensor) -> Tensor:
         """An unwritten tensor for this group's next input, (..., h): where the plan wants it, with columns around it that :meth:`run` uses."""
+        from meteora_kernels.group import reads_in_place
+
         tokens = shape[:-1].numel()
-        if tokens > plan.FEW_TOKENS and self.beside:
-            rule = plan.group_rule(tokens, sum(self.widths), self.wide.hidden, like.dtype, beside=True, in_place=True)
-            if rule.order == "wide":
-                rows = self.wide.new_rows(tokens, like).view(shape)
-                self.handed = weakref.ref(rows)
-                return rows
+        if reads_in_place(self.group, tokens, self.state.top_k):
+            rows = self.wide.new_rows(tokens, like).view(shape)
+            self.handed = weakref.ref(rows)
+            return rows
         return like.new_empty(shape)
 
     def is_handed(self, x: Tensor) -> bool:
@@ -189,19 +190,16 @@ class FusedGroup:
             _log.warning("fused layers cannot run on %s (%s); the layers run apart", self.packed.device, text)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        from meteora_kernels import triton_group
+        from meteora_kernels import Routing, group
 
-        state, layer = self.state, self.layers[0]
         flat = x.reshape(-1, x.shape[-1])
-        weights = (self.packed, self.up, self.bias, layer.scaling, layer.offsets, layer._allowed(), self.flags)
-        sizes = (self.widths, self.rank, self.max_rank, state.top_k, state.temperature)
+        routing = Routing(self.state.top_k, self.state.temperature, self.layers[0]._allowed())
         with on_device_of(x):
+            in_place = False
             if eager(x):
                 self.refresh()
                 in_place = self.beside and self.is_handed(flat)
-                output = triton_group.group_forward(flat if in_place else flat.contiguous(), *weights, *sizes, self.beside, in_place)
-            else:
-                output = triton_group.group_op(flat.contiguous(), *weights, *sizes)
+            output = group.run_group(flat if in_place else flat.contiguous(), self.group, routing, in_place=in_place)
         return torch.split(output.view(*x.shape[:-1], -1), self.widths, dim=-1)
 
 

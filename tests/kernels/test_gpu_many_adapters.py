@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels import Adapters, Routing
+from meteora_kernels import Routing
 from meteora_kernels.many_adapters import FORWARDS
-from support.gpu_groups import Group, error
+from support.gpu_groups import Linears, error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,12 +26,11 @@ GROUPS = [
 ]
 
 
-def run(way: str, group: Group, x: Tensor) -> Tensor:
-    adapters = Adapters(group.ga, group.ga[group.gates :], group.up, group.scaling, group.offsets, group.rank, group.widths, group.stacked)
-    return FORWARDS[way](x, group.weight, None, adapters, ROUTING)
+def run(way: str, group: Linears, x: Tensor) -> Tensor:
+    return FORWARDS[way](x, group.weight, None, group.group.adapters, ROUTING)
 
 
-def tokens_of(group: Group, tokens: int, local: bool) -> Tensor:
+def tokens_of(group: Linears, tokens: int, local: bool) -> Tensor:
     """Random x; with ``local``, every eight neighbours choose the same two adapters of the first member's gate."""
     x = torch.randn(tokens, group.weight.shape[1], generator=torch.Generator("cuda").manual_seed(tokens), device="cuda")
     if local:
@@ -47,7 +46,7 @@ def tokens_of(group: Group, tokens: int, local: bool) -> Tensor:
 @torch.no_grad()
 def test_at_real_sizes(widths: tuple[int, ...], hidden: int, adapters: int, rank: int, way: str, counts: tuple[int, ...], most: float, local: bool) -> None:
     """The error is at most the base's own plus 20 % where the base's product is float32, and plus 60 % where it was rounded before."""
-    group = Group(adapters, rank, widths, hidden, torch.bfloat16)
+    group = Linears(adapters, rank, widths, hidden, torch.bfloat16)
     for tokens in counts:
         x = tokens_of(group, tokens, local)
         got = run(way, group, x)
@@ -67,7 +66,7 @@ def test_at_real_sizes(widths: tuple[int, ...], hidden: int, adapters: int, rank
 @pytest.mark.parametrize(("way", "tokens"), [("few", 64), ("sorted", 300)])
 @torch.no_grad()
 def test_a_graph_replays_with_other_routes(way: str, tokens: int) -> None:
-    group = Group(256, 8, (4096, 1024, 1024), 4096, torch.bfloat16)
+    group = Linears(256, 8, (4096, 1024, 1024), 4096, torch.bfloat16)
     inputs = [tokens_of(group, tokens, local) for local in (False, True)]
     wanted = [run(way, group, x) for x in inputs]
     x = inputs[0].clone()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from meteora_kernels import Adapters, Group
 from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
-from meteora_kernels.triton_decode import new_flags
 
 CHECKED = 256
 """Outputs of each member, at most, that are compared with float64."""
 
 
-class Group:
-    """Adapters of one rank on random weights."""
+class Linears:
+    """Adapters of one rank on random weights.
+
+    Attributes:
+        group: What the kernels take.
+    """
 
     def __init__(self, adapters: int, rank: int, widths: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
         generator = torch.Generator("cuda").manual_seed(adapters + rank)
@@ -23,16 +27,12 @@ class Group:
 
         self.widths, self.rank, self.total, self.gates = widths, rank, adapters * rank, gate_rows_of(adapters)
         self.stacked = stacked_rows_of(adapters, self.total)
-        self.weight = draw(sum(widths), hidden, scale=hidden**-0.5)
-        self.ga = draw(len(widths) * self.stacked, hidden, scale=hidden**-0.5)
+        rows = draw(sum(widths) + len(widths) * self.stacked, hidden, scale=hidden**-0.5)
+        self.weight, self.ga = rows[: sum(widths)], rows[sum(widths) :]
         self.up = draw(self.total * sum(widths), scale=0.35 * rank**-0.5)
         self.scaling = torch.linspace(0.5, 1.5, adapters, device="cuda")
         self.offsets = torch.arange(adapters + 1, device="cuda") * rank
-        self.flags = new_flags(self.weight.device)
-
-    def arguments(self, x: Tensor) -> tuple[object, ...]:
-        tensors = (x, self.weight, self.ga, self.up, None, self.scaling, self.offsets, self.flags)
-        return (*tensors, self.widths, self.total, self.gates, self.rank, 2, 1.0)
+        self.group = Group.of(rows, Adapters.of_group(rows, self.up, self.scaling, self.offsets, widths, rank))
 
     def exact(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Some outputs, and in float64 what the base and the whole give there."""

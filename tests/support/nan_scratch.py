@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +13,21 @@ NO_ROW = 1 << 28
 """What unwritten integers hold: more than there are rows or tokens anywhere."""
 
 
-class Poisoned:
-    """``torch``, but :func:`torch.empty` gives NaN, or :data:`NO_ROW` for integers."""
+def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, but what it returns holds NaN, or :data:`NO_ROW` for integers."""
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch, name)
+    def filled(*arguments: Any, **options: Any) -> Tensor:
+        found = empty(*arguments, **options)
+        if type(found) is Tensor and not found.is_meta and not torch.compiler.is_compiling() and found.dtype != torch.bool:
+            with torch.no_grad():
+                found.fill_(float("nan") if found.is_floating_point() else min(NO_ROW, torch.iinfo(found.dtype).max))
+        return found
 
-    @staticmethod
-    def empty(*size: int | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        shape = torch.empty(*size, device="meta").shape  # type: ignore[arg-type]
-        return torch.full(shape, float("nan") if dtype.is_floating_point else NO_ROW, dtype=dtype, device=device)
+    return filled
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
-    """Make :func:`torch.empty` give NaN in these modules."""
-    for module in modules:
-        monkeypatch.setattr(module, "torch", Poisoned())
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make new tensors that nobody has written hold NaN, whoever makes them."""
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))

@@ -7,44 +7,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels import lora_mixture
+from meteora_kernels import Adapters, Group, Routing, mix
 
 
-def group_forward(
-    x: Tensor,
-    packed: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scaling: Tensor,
-    offsets: Tensor,
-    allowed: Tensor | None,
-    flags: Tensor,
-    widths: list[int],
-    rank: int,
-    max_rank: int,
-    top_k: int,
-    temperature: float,
-) -> Tensor:
-    """Arguments and result as in ``meteora_kernels.triton_group.group_forward``."""
-    from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
-
-    count, outputs = scaling.shape[0], sum(widths)
-    begin, stacked = gate_rows_of(count), stacked_rows_of(count, rank)
-    parts, start = [], 0
-    for member, (width, base) in enumerate(zip(widths, F.linear(x, packed[:outputs], bias).split(widths, dim=-1), strict=True)):
-        block = packed[outputs + member * stacked :]
-        up = b[rank * start : rank * (start + width)].view(rank, width)
-        down = block[begin : begin + rank]
-        options = {"top_k": top_k, "temperature": temperature, "allowed": allowed, "backend": "dense"}
-        parts.append(lora_mixture(x, base.contiguous(), block[:count], down, up, scaling, offsets, **options))
+def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
+    """Arguments and result as in ``meteora_kernels.run_group``."""
+    adapters, rank, start, parts = group.adapters, group.total_rank, 0, []
+    base = F.linear(x, group.weights, group.bias).split(list(adapters.widths), dim=-1)
+    for member, (width, output) in enumerate(zip(adapters.widths, base, strict=True)):
+        block = adapters.gate[member * adapters.member_rows :]
+        up = adapters.lora_B[rank * start : rank * (start + width)].view(rank, width)
+        down = block[group.gate_rows : group.gate_rows + rank]
+        own = Adapters.of_layer(block[: adapters.number], down, up, adapters.scaling, adapters.offsets)
+        parts.append(mix(x, output.contiguous(), own, routing, backend="dense"))
         start += width
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=-1)  # type: ignore[arg-type]
 
 
 def use_plain_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Run fused groups by :func:`group_forward`; the list fills with the number of members of each group that ran."""
+    """Run fused groups by :func:`run_group`; the list fills with the number of members of each group that ran."""
     from meteora_core.model import fuse
-    from meteora_kernels import triton_group
+    from meteora_kernels import group
 
     ran: list[int] = []
     compute = fuse.FusedGroup._compute
@@ -53,6 +36,6 @@ def use_plain_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ran.append(len(self.layers))
         return compute(self, x)
 
-    monkeypatch.setattr(triton_group, "group_forward", group_forward)
+    monkeypatch.setattr(group, "run_group", run_group)
     monkeypatch.setattr(fuse.FusedGroup, "_compute", counted)
     return ran

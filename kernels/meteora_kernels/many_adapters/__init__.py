@@ -20,25 +20,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, sort_tokens, tokens_down, tokens_up
-from meteora_kernels.triton_products import library_products
-from meteora_kernels.types import Adapters, Routing
+from meteora_kernels.operators import operator
+from meteora_kernels.plan.table import Case, Row
+from meteora_kernels.steps.products import library_products
+from meteora_kernels.types import Adapters, Group, Routing
 
-__all__ = ["can_run", "few_forward", "layer_forward", "run", "sorted_forward"]
+__all__ = ["can_run", "few_forward", "layer", "layer_forward", "run", "run_layer", "sorted_forward"]
 
 EXACT_TOKENS = 256
 """Up to here the base's product comes as float32, so that the output is rounded once."""
 
 
-def can_run(adapters: Adapters, routing: Routing, dtype: torch.dtype) -> str | None:
-    """Why the kernels of this folder cannot do this layer; None if they can."""
+def can_run(case: Case, row: Row) -> str | None:
+    """Why this path cannot run a case by a row of the table; None if it can."""
+    dtype, facts = case.facts.dtype, case.facts
+    if not case.plain:
+        return "the path is for inference with the gate's own routes, and adapters that see what the gate sees"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if routing.top_k > 16:
-        return f"top-k is {routing.top_k}, the kernels take up to 16"
-    if adapters.number > 4096:
-        return f"there are {adapters.number} adapters, the kernels take up to 4,096"
-    if (adapters.max_rank or 0) > 256:
-        return f"the largest rank is {adapters.max_rank}, the kernels take up to 256"
+    if case.top_k > 16:
+        return f"top-k is {case.top_k}, the kernels take up to 16"
+    if facts.adapters > 4096:
+        return f"there are {facts.adapters} adapters, the kernels take up to 4,096"
+    if facts.max_rank > 256:
+        return f"the largest rank is {facts.max_rank}, the kernels take up to 256"
     return None
 
 
@@ -66,7 +71,15 @@ def base_product(x: Tensor, weights: Tensor, exact: bool) -> Tensor:
 
 
 def few_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapters, routing: Routing) -> Tensor:
-    """Base and adapters, token by token; shapes as in :func:`run`."""
+    """Base and adapters, token by token: (M, O), contiguous, the dtype of x.
+
+    Args:
+        x: (M, h), columns contiguous, M >= 1.
+        weights: (O, h), columns contiguous: the members' base weights, one after the other.
+        bias: (O,) or None.
+        adapters: The members' adapters.
+        routing: k, T and ``allowed``.
+    """
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
     with beside(x) as join:
         chosen = tokens_down(x, gate_sums(x, adapters), adapters, routing)
@@ -77,7 +90,7 @@ def few_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapt
 
 
 def sorted_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapters, routing: Routing) -> Tensor:
-    """Base and adapters, tokens sorted by adapter; shapes as in :func:`run`."""
+    """Base and adapters, tokens sorted by adapter; arguments and result as in :func:`few_forward`."""
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
     with beside(x) as join:
         found = sort_tokens(gate_sums(x, adapters), adapters, routing)
@@ -89,19 +102,32 @@ def sorted_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Ad
 
 
 FORWARDS = {"few": few_forward, "sorted": sorted_forward}
-"""The ways, by the names that the plan uses."""
+"""The ways, by the names that the tables use."""
+
+
+def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+    """Base outputs of a group with their adapters' share, (M, O), by the way that ``row`` names.
+
+    Args:
+        x: (M, h), columns contiguous, M >= 1.
+        group: The linears.
+        routing: k, T and ``allowed``.
+        row: The row of the table.
+        in_place: Not used here.
+    """
+    return FORWARDS[row.way](x, group.weights, group.bias, group.adapters, routing)
 
 
 def layer_forward(way: str, x: Tensor, base: Tensor, logits: Tensor, adapters: Adapters, routing: Routing) -> Tensor:
     """One linear's adapters on top of a finished output.
 
     Args:
-        way: "few" or "sorted", as :func:`plan.many_adapters_way` says.
+        way: "few" or "sorted".
         x: (M, h), columns contiguous, M >= 1.
         base: (M, o), columns contiguous.
         logits: (M, N) of the gate.
-        adapters: Of one member; its gates are not read.
-        routing: k, T, allowed.
+        adapters: The adapters; the gates are not read.
+        routing: k, T and ``allowed``.
 
     Returns:
         (M, o), contiguous, the dtype of ``base``.
@@ -115,18 +141,20 @@ def layer_forward(way: str, x: Tensor, base: Tensor, logits: Tensor, adapters: A
     return y
 
 
-def run(way: str, x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapters, routing: Routing) -> Tensor:
-    """Base outputs of one to three linears with their adapters' share.
+def run_layer(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
+    """:func:`layer_forward` by the way that ``row`` names, (M, o), and the gate's logits (M, N)."""
+    logits = torch.mm(x, adapters.gate.t())
+    return layer_forward(row.way, x, base, logits, adapters, routing), logits
 
-    Args:
-        way: "few" or "sorted", as :func:`plan.many_adapters_way` says.
-        x: (M, h), columns contiguous, M >= 1.
-        weights: (O, h), columns contiguous: the members' base weights, one behind the other.
-        bias: (O,) or None.
-        adapters: Of the members.
-        routing: k, T, allowed.
 
-    Returns:
-        (M, O), contiguous, the dtype of x.
-    """
-    return FORWARDS[way](x, weights, bias, adapters, routing)
+def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Empty results of :data:`layer`."""
+    return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], adapters.gate.shape[0]))
+
+
+@operator("many_adapters", out_like)
+def layer(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """:func:`run_layer` for compilers, which look the row up when the operator runs."""
+    from meteora_kernels.layer import row_for
+
+    return run_layer(x, base, adapters, routing, row_for(x, adapters, routing.top_k))

@@ -10,9 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from meteora_kernels.triton_decode import member_of
-from meteora_kernels.triton_middle import routes_of_tile
-from meteora_kernels.triton_route import summed
+from meteora_kernels.device.routing import routes_of_tile, summed
+from meteora_kernels.device.rows import member_of
 
 
 @triton.jit

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from meteora_kernels.triton_chosen import route_of_token
-from meteora_kernels.triton_decode import member_of, rows_times_tokens
-from meteora_kernels.triton_route import summed
+from meteora_kernels.device.chosen_rows import route_of_token
+from meteora_kernels.device.routing import summed
+from meteora_kernels.device.rows import member_of, rows_times_tokens
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from meteora_kernels.arguments import choice_constants, or_any, span_of, three
 from meteora_kernels.many_adapters.device_sorted import blocks_down_kernel, blocks_up_kernel, fours_up_kernel, routes_kernel, sort_kernel
 from meteora_kernels.many_adapters.device_tokens import gates_kernel, tokens_down_kernel, tokens_up_kernel
 from meteora_kernels.sizes import ceil_div, power_of_two
@@ -42,11 +43,6 @@ class Sorted(NamedTuple):
     order: Tensor
     table: Tensor
     short_table: Tensor
-
-
-def span_of(hidden: int, pieces: int, step: int) -> int:
-    """Columns of a piece of a sum over h: a multiple of ``step``."""
-    return ceil_div(ceil_div(hidden, pieces), step) * step
 
 
 def pieces_of(programs: int, wanted: int, steps: int) -> int:
@@ -84,10 +80,10 @@ def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing)
     rows_out = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     values = torch.empty(pieces, tokens, members * places, dtype=torch.float32, device=x.device)
     tokens_down_kernel[(pieces * ceil_div(places, rows) * tokens * members,)](
-        x, adapters.lora_A, logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, adapters.offsets, rows_out, values,
+        x, adapters.lora_A, logits, or_any(routing.allowed, logits), adapters.scaling, adapters.offsets, rows_out, values,
         tokens, hidden, adapters.number, x.stride(0), adapters.lora_A.stride(0), adapters.member_rows, routing.temperature,
-        MEMBERS=members, TOP_K=routing.top_k, SLOTS=routing.slots, PADDED=adapters.padded, RANK_P=rank_p, ROWS=rows,
-        BK=step, SPAN=span, PIECES=pieces, SPLITS=logits.shape[0], HAS_ALLOWED=routing.allowed is not None, EVEN=hidden % step == 0,
+        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, ROWS=rows,
+        BK=step, SPAN=span, PIECES=pieces, SPLITS=logits.shape[0], EVEN=hidden % step == 0,
         WHOLE=hidden % span == 0, STAGES=3, num_warps=2, num_stages=3,
     )  # fmt: skip
     return rows_out, values
@@ -98,10 +94,9 @@ def tokens_up(base: Tensor, bias: Tensor | None, chosen: tuple[Tensor, Tensor], 
     rows, values = chosen
     tokens, members = y.shape[0], adapters.members
     bm, bn = 4, 256
-    padded = (*adapters.widths, 0, 0)
     tokens_up_kernel[(sum(ceil_div(width, bn) for width in adapters.widths), ceil_div(tokens, bm))](
-        base, bias if bias is not None else base, adapters.lora_B, rows, values, y, tokens, adapters.total_rank,
-        base.stride(0) if base.dim() == 3 else 0, base.stride(-2), y.stride(0), padded[0], padded[1], padded[2],
+        base, or_any(bias, base), adapters.lora_B, rows, values, y, tokens, adapters.total_rank,
+        base.stride(0) if base.dim() == 3 else 0, base.stride(-2), y.stride(0), *three(adapters.widths),
         MEMBERS=members, PLACES=rows.shape[1] // members, PIECES=values.shape[0], SPLITS=base.shape[0] if base.dim() == 3 else 1, BM=bm, BN=bn,
         HAS_BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
@@ -112,14 +107,12 @@ def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[
     tokens, top_k, members = logits.shape[-2], routing.top_k, adapters.members
     picks = torch.empty(members * top_k, tokens, dtype=torch.int32, device=logits.device)
     factors = torch.empty(members * top_k, tokens, dtype=torch.float32, device=logits.device)
-    padded = adapters.padded
-    block = max(1, min(16, 2048 // padded, tokens // 128))
+    block = max(1, min(16, 2048 // adapters.padded, tokens // 128))
     block = 1 << (block.bit_length() - 1)
     routes_kernel[(ceil_div(tokens, block), members)](
-        logits, routing.allowed if routing.allowed is not None else logits, adapters.scaling, picks, factors, tokens, adapters.number,
+        logits, or_any(routing.allowed, logits), adapters.scaling, picks, factors, tokens, adapters.number,
         logits.stride(-2), logits.stride(0) if logits.dim() == 3 else 0, routing.temperature,
-        TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded, BLOCK=block, SPLITS=logits.shape[0] if logits.dim() == 3 else 1,
-        HAS_ALLOWED=routing.allowed is not None, num_warps=4,
+        **choice_constants(adapters, routing), BLOCK=block, SPLITS=logits.shape[0] if logits.dim() == 3 else 1, num_warps=4,
     )  # fmt: skip
     return picks, factors
 
@@ -171,11 +164,10 @@ def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, 
     columns, warps = FOURS_UP if fours else UP_TILE
     bn = min(columns, max(16, power_of_two(max(adapters.widths))))
     splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
-    padded = (*adapters.widths, 0, 0)
     grid = (most, sum(ceil_div(width, bn) for width in adapters.widths))
     arguments = (
-        middle, adapters.lora_B, base, bias if bias is not None else base, y, found.order, table, tokens, adapters.total_rank, most, groups,
-        stride_split, base.stride(-2), y.stride(0), padded[0], padded[1], padded[2],
+        middle, adapters.lora_B, base, or_any(bias, base), y, found.order, table, tokens, adapters.total_rank, most, groups,
+        stride_split, base.stride(-2), y.stride(0), *three(adapters.widths),
     )  # fmt: skip
     for slot in range(groups // members):
         facts = {"SLOT": slot, "MEMBERS": members, "TOP_K": groups // members, "RANK_P": rank_p, "BN": bn, "SPLITS": splits, "HAS_BIAS": bias is not None}

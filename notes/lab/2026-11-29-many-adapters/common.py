@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meteora_kernels import Adapters
+from meteora_kernels import Group as Fused
 from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
-from meteora_kernels.triton_decode import new_flags
 
 SHAPES = {"qkv": ((4096, 1024, 1024), 4096), "o": ((4096,), 4096), "gu": ((14336, 14336), 4096), "down": ((4096,), 14336)}
 """The groups of one decoder layer of Llama-3-8B: outputs of the members, inputs."""
@@ -35,7 +36,7 @@ class Group:
         self.up = draw(self.total * self.outputs, scale=0.1 * rank**-0.5)
         self.scaling = torch.full((adapters,), 2.0, device="cuda")
         self.offsets = torch.arange(adapters + 1, device="cuda") * rank
-        self.flags = new_flags(self.packed.device)
+        self.fused = Fused.of(self.packed, Adapters.of_group(self.packed, self.up, self.scaling, self.offsets, self.widths, rank))
 
     @property
     def ga(self) -> Tensor:

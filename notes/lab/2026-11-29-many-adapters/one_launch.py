@@ -1,4 +1,4 @@
-"""Tiles of `decode_chosen` (one launch) at 32 to 128 tokens, each group alone, weights not in the cache."""
+"""Tiles of `decode_chosen_rows` (one launch) at up to 16 tokens; at 32 to 128, as the note has them, with MP of its launcher set to that, each group alone, weights not in the cache."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ import traceback
 import torch
 from common import SHAPES, Group, capture, check, times
 
-from meteora_kernels.triton_chosen import Tile, decode_chosen
+from meteora_kernels import Routing
+from meteora_kernels.group import decode_chosen_rows
+from meteora_kernels.plan import Row
+from meteora_kernels.tile import Tile
+
+
+def cut(pieces: int, gate_rows: int, gate_step: int, down_rows: int, down_step: int, outputs: int, step: int, warps: int, stages: int) -> Row:
+    tile = Tile(outputs=outputs, step=step, warps=warps, stages=stages, gate_rows=gate_rows, gate_step=gate_step, down_rows=down_rows, down_step=down_step)
+    return Row("decode_chosen_rows", pieces=pieces, tile=tile)
+
 
 TILES = {
-    "a": Tile(4, 16, 128, 16, 256, 64, 128, 4, 3),
-    "b": Tile(4, 16, 128, 16, 256, 64, 64, 4, 4),
-    "c": Tile(8, 32, 64, 16, 256, 128, 64, 4, 3),
-    "d": Tile(8, 32, 64, 16, 256, 64, 128, 4, 2),
-    "e": Tile(4, 16, 128, 16, 512, 32, 128, 2, 3),
-    "f": Tile(4, 16, 128, 16, 512, 128, 64, 8, 4),
+    "a": cut(4, 16, 128, 16, 256, 64, 128, 4, 3),
+    "b": cut(4, 16, 128, 16, 256, 64, 64, 4, 4),
+    "c": cut(8, 32, 64, 16, 256, 128, 64, 4, 3),
+    "d": cut(8, 32, 64, 16, 256, 64, 128, 4, 2),
+    "e": cut(4, 16, 128, 16, 512, 32, 128, 2, 3),
+    "f": cut(4, 16, 128, 16, 512, 128, 64, 8, 4),
 }
 
 
-def call(group: Group, x: torch.Tensor, tile: Tile) -> torch.Tensor:
-    weights = group.packed[: group.outputs]
-    tensors = (x, weights, group.ga, group.up, None, group.scaling, group.offsets, group.flags)
-    return decode_chosen(*tensors, group.widths, group.total, group.gates, group.rank, 2, 1.0, tile=tile)
+def call(group: Group, x: torch.Tensor, row: Row) -> torch.Tensor:
+    return decode_chosen_rows.run(x, group.fused, Routing(), row)
 
 
 CHECK = sys.argv[1] in SHAPES

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from common import SHAPES, Group, capture, check, graphs, times
 
-from meteora_kernels import Adapters, Routing, many_adapters, plan
+from meteora_kernels import Adapters, Routing, many_adapters, plan, run_group
 from meteora_kernels.many_adapters import base_product, few_forward, sorted_forward
 from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, sort_tokens, tokens_down, tokens_up
-from meteora_kernels.triton_group import group_forward
+from meteora_kernels.plan.table import Table
 
 ADAPTERS, RANK = int(os.environ.get("ADAPTERS", "256")), int(os.environ.get("RANK", "8"))
 MOST_FEW, LEAST_SORTED = 256, 128
@@ -24,13 +24,15 @@ ROUTING = Routing(2, 1.0)
 
 
 def adapters_of(group: Group) -> Adapters:
-    return Adapters(group.ga, group.ga[group.gates :], group.up, group.scaling, group.offsets, group.rank, group.widths, group.stacked)
+    return group.fused.adapters
 
 
 def old(group: Group, x: torch.Tensor) -> torch.Tensor:
-    plan.MANY = ()
-    sizes = (list(group.widths), group.total, group.rank, 2, 1.0)
-    return group_forward(x, group.packed, group.up, None, group.scaling, group.offsets, None, group.flags, *sizes)
+    table = plan.table_of(x.device)
+    rows = tuple(row for row in table.group if row.path != "many_adapters")
+    if rows != table.group:
+        plan.use(x.device, Table("all rows", rows, table.layer))
+    return run_group(x, group.fused, ROUTING)
 
 
 def steps_of(group: Group, x: torch.Tensor) -> dict[str, Callable[[], object]]:

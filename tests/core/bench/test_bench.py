@@ -12,7 +12,10 @@ from meteora_core.bench.contenders import POOL, RUN, Setting, lay_input, local_i
 from meteora_core.bench.shapes import SHAPES, shape_named
 from meteora_core.bench.timing import Timing, medians
 from meteora_core.errors import UsageError
-from meteora_kernels import plan
+from meteora_kernels import wide as wide_layout
+from meteora_kernels.plan import Row, Span
+from meteora_kernels.plan.table import shipped
+from support.kernel_rows import taking
 
 TINY = ModelShape("tiny", 32, 16, 48, 4, 2, 2, 64)
 CPU = torch.device("cpu")
@@ -41,18 +44,19 @@ def test_all_contenders_compute_the_same() -> None:
 
 def test_fused_gets_its_input_as_a_fused_model_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """For q, k, v, for gate, up and for down in the columns of a wider buffer, for o as it is; all four are right."""
-    monkeypatch.setattr(plan, "WIDE_SHARE", 0)
-    monkeypatch.setattr(plan, "GROUPS", (plan.GroupRule("wide", 17, plan.EVER, pieces=1),))
+    monkeypatch.setattr(wide_layout, "SHARE", 0)
     device, setting, wide = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Setting(3, 4, 2), []
-    for group in make_layer(TINY, setting, torch.float16, device, fused=True):
-        assert all(tensor.is_contiguous() for linear in group.linears for tensor in (linear.weight, linear.gate, linear.lora_A)), "the others' rows lie close"
-        assert lay_input(group, few := torch.randn(3, group.hidden).to(device, torch.float16)) is few
-        x = torch.randn(18, group.hidden).to(device, torch.float16)
-        given = lay_input(group, x)
-        assert torch.equal(given, x)
-        wide.append(not given.is_contiguous())
-        for one, other in zip(run_group("reference", group, x, setting), run_group("fused", group, given, setting), strict=True):
-            assert float(((one - other).norm(dim=1) / one.norm(dim=1)).median()) < 2e-3
+    with taking(Row("wide", Span(17), pieces=1), *shipped("default").group):
+        for group in make_layer(TINY, setting, torch.float16, device, fused=True):
+            tensors = [tensor for linear in group.linears for tensor in (linear.weight, linear.gate, linear.lora_A)]
+            assert all(tensor.is_contiguous() for tensor in tensors), "the other contenders' rows have no gaps"
+            assert lay_input(group, few := torch.randn(3, group.hidden).to(device, torch.float16), 2) is few
+            x = torch.randn(18, group.hidden).to(device, torch.float16)
+            given = lay_input(group, x, 2)
+            assert torch.equal(given, x)
+            wide.append(not given.is_contiguous())
+            for one, other in zip(run_group("reference", group, x, setting), run_group("fused", group, given, setting), strict=True):
+                assert float(((one - other).norm(dim=1) / one.norm(dim=1)).median()) < 2e-3
     assert wide == [True, False, True, True]
 
 

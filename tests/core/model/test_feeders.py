@@ -13,17 +13,16 @@ from meteora_core import AdapterBank, attach, detach, fuse, unfuse
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.feeders import Feeder
 from meteora_core.routing import record_routes, routing_state
-from meteora_kernels import plan, triton_group
+from meteora_kernels import Group, Routing, group, wide
+from meteora_kernels.plan import Row, Span
+from meteora_kernels.plan.table import shipped
 from meteora_kernels.wide import Wide
+from support.kernel_rows import taking
 from support.tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LINES = (
-    plan.GroupRule("wide", 17, plan.EVER, pieces=1, in_place=True),
-    plan.GroupRule("wide", 17, plan.EVER, pieces=1),
-    plan.GroupRule("split", 17, plan.EVER),
-)
+ROWS = (Row("wide", Span(17), pieces=1, in_place=True), Row("wide", Span(17), pieces=1), *shipped("default").group)
 
 
 def attached(make_adapter, base: nn.Module) -> nn.Module:
@@ -35,9 +34,9 @@ def attached(make_adapter, base: nn.Module) -> nn.Module:
 @pytest.fixture
 def model(make_adapter, monkeypatch: pytest.MonkeyPatch):
     """A tiny Llama in float16 whose groups all keep B^T beside their weights, and run so from 17 tokens on."""
-    monkeypatch.setattr(plan, "WIDE_SHARE", 0)
-    monkeypatch.setattr(plan, "GROUPS", LINES)
-    return attached(make_adapter, make_tiny_llama())
+    monkeypatch.setattr(wide, "SHARE", 0)
+    with taking(*ROWS):
+        yield attached(make_adapter, make_tiny_llama())
 
 
 def fed(model: nn.Module) -> list[str]:
@@ -57,13 +56,13 @@ def test_all_but_the_attention_output_lie_wide(model, monkeypatch: pytest.Monkey
     expected = logits_of(model)
     assert fuse(model) == 8
     assert fed(model) == sorted(["input_layernorm", "post_attention_layernorm", "mlp"] * 2)
-    seen, forward = [], triton_group.group_forward
+    seen, forward = [], group.run_group
 
-    def watched(x: torch.Tensor, *others: object) -> torch.Tensor:
-        seen.append((x.shape[1], len(others[7]), others[-1]))  # type: ignore[arg-type]
-        return forward(x, *others)  # type: ignore[arg-type]
+    def watched(x: torch.Tensor, of: Group, routing: Routing, *, in_place: bool) -> torch.Tensor:
+        seen.append((x.shape[1], of.adapters.members, in_place))
+        return forward(x, of, routing, in_place=in_place)
 
-    monkeypatch.setattr(triton_group, "group_forward", watched)
+    monkeypatch.setattr(group, "run_group", watched)
     found = logits_of(model)
     assert close(found, expected)
     assert seen == [(32, 3, True), (32, 1, False), (32, 2, True), (48, 1, True)] * 2
@@ -133,8 +132,8 @@ def test_own_forwards_where_the_group_does_not_run(model, monkeypatch: pytest.Mo
     def never(*_: object) -> None:
         raise AssertionError("called")
 
-    monkeypatch.setattr("meteora_kernels.triton_norm.rms_norm", never)
-    monkeypatch.setattr("meteora_kernels.triton_gated.silu_times", never)
+    monkeypatch.setattr("meteora_kernels.feed.rms_norm.rms_norm", never)
+    monkeypatch.setattr("meteora_kernels.feed.silu_mul.silu_mul", never)
     model(ids)
     with torch.no_grad():
         with record_routes(model):

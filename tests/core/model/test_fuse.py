@@ -14,7 +14,7 @@ from meteora_core.model import fuse as fusing
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.fuse import fuse_for_inference, is_fused
 from meteora_core.routing import record_routes, routing_state
-from meteora_kernels import triton_group
+from meteora_kernels import group
 from support.plain_groups import use_plain_groups
 from support.tiny_models import declare_trained, make_tiny_llama
 
@@ -187,7 +187,7 @@ def test_what_was_computed_ahead_is_dropped_when_anything_changes(model, monkeyp
 
 
 def test_refuses_where_the_kernels_cannot_run(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meteora_kernels.plan.triton_installed", lambda: False)
+    monkeypatch.setattr("meteora_kernels.plan.machine.triton_installed", lambda: False)
     with pytest.raises(UsageError, match="Triton is not installed"):
         fuse(model)
     assert not is_fused(model)
@@ -271,11 +271,11 @@ def test_kernels_that_cannot_be_built_leave_the_layers_apart(model, monkeypatch:
     ids = IDS.to(next(model.parameters()).device)
     routing_state(model).backend = "auto"
 
-    def cannot(*_: object) -> torch.Tensor:
+    def cannot(*_: object, **options: object) -> torch.Tensor:
         raise RuntimeError("out of resource: shared memory\nmore")
 
     monkeypatch.setattr(fusing, "_told", [])
-    monkeypatch.setattr(triton_group, "group_forward", cannot)
+    monkeypatch.setattr(group, "run_group", cannot)
     with torch.no_grad():
         expected = model(ids).logits
         fuse(model)

@@ -10,7 +10,7 @@ from meteora_core.bench.end_to_end import random_bank, random_model
 from meteora_core.bench.shapes import ModelShape
 from meteora_core.model import fuse as fusing
 from meteora_core.model.feeders import Feeder
-from meteora_kernels import triton_group
+from meteora_kernels import group
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -29,8 +29,8 @@ def test_prefill_lies_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {name: model(some, use_cache=False).logits.float() for name, some in sizes.items()}
     assert fuse(model) == 8
     assert sum(isinstance(vars(module).get("forward"), Feeder) for module in model.modules()) == 6
-    places, forward = [], triton_group.group_forward
-    monkeypatch.setattr(triton_group, "group_forward", lambda *all: [places.append(all[-1]), forward(*all)][1])
+    places, forward = [], group.run_group
+    monkeypatch.setattr(group, "run_group", lambda *all, in_place: [places.append(in_place), forward(*all, in_place=in_place)][1])
     for name, some in sizes.items():
         places.clear()
         found = model(some, use_cache=False).logits

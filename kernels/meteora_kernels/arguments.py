@@ -1,0 +1,35 @@
+"""What every launcher passes on to its kernel in the same way."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from meteora_kernels.sizes import ceil_div
+from meteora_kernels.types import Adapters, Routing
+
+
+def choice_constants(adapters: Adapters, routing: Routing) -> dict[str, int]:
+    """The constants of a kernel that routes: TOP_K, SLOTS, PADDED and HAS_ALLOWED."""
+    return {"TOP_K": routing.top_k, "SLOTS": routing.slots, "PADDED": adapters.padded, "HAS_ALLOWED": routing.allowed is not None}
+
+
+def or_any(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """The pointer that a kernel gets for an optional tensor: where it is None, the kernel does not read it."""
+    return other if tensor is None else tensor
+
+
+def three(widths: tuple[int, ...]) -> tuple[int, int, int]:
+    """The widths of one to three members, 0 for those that do not exist."""
+    first, second, third = (*widths, 0, 0)[:3]
+    return first, second, third
+
+
+def chunk_of(places: int, tokens: int, outputs: int) -> int:
+    """How many places :func:`meteora_kernels.device.chosen_rows.add_chosen` takes at a time: a power of two that divides ``places``, for tiles of
+    ``tokens`` by ``outputs``."""
+    return min(16, places & -places, max(1, 8192 // (tokens * outputs)))
+
+
+def span_of(columns: int, pieces: int, step: int) -> int:
+    """Columns of a piece of a sum: ``columns`` in ``pieces`` of whole steps, of which the last may be shorter (and some may be missing)."""
+    return ceil_div(ceil_div(columns, pieces), step) * step

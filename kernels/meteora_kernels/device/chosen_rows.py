@@ -1,0 +1,131 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The rows of A and B that a token's adapters own."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from meteora_kernels.device.routing import bounded_logits, coefficients_of, slot_of, summed, top_of_tile
+
+
+@triton.jit
+def route_of_token(
+    logits,
+    stride_logits,
+    stride_split,
+    token,
+    places,
+    allowed,
+    scaling,
+    offsets,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """Rows of A and B, int64, and ``w_j s_j``, float32, of one token at ``places`` (P, 1); place ``slot * RANK_P + i``: the slot's i-th row. -1 and 0
+    past the rank and past the last slot."""
+    columns = tl.arange(0, PADDED)[None, :]
+    slots = tl.arange(0, SLOTS)[None, :]
+    tokens = token + tl.zeros([1, 1], dtype=tl.int32)
+    tile = bounded_logits(logits, tokens, stride_logits, columns, count, allowed, tokens >= 0, HAS_ALLOWED, stride_split, SPLITS)
+    picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    own = places // RANK_P == slots
+    pick = tl.sum(tl.where(own, picks, 0), axis=1)[:, None]
+    share = tl.sum(tl.where(own, shares, 0.0), axis=1)[:, None]
+    rows = tl.load(offsets + pick) + places % RANK_P
+    inside = (places < TOP_K * RANK_P) & (rows < tl.load(offsets + pick + 1))
+    return tl.where(inside, rows, -1), tl.where(inside, share * tl.load(scaling + pick), 0.0)
+
+
+@triton.jit
+def add_chosen(
+    total,
+    b,
+    width,
+    columns,
+    column_mask,
+    rows_in,
+    values_in,
+    stride_plan,
+    stride_split,
+    tokens_total,
+    PLACES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """float32 ``total`` (BN, MP) plus, per token, its chosen rows of ``b`` (R, width) at ``columns`` (BN, 1), each times its value.
+
+    rows_in int32 and values_in float32 (M, PLACES), rows ``stride_plan`` apart, CHUNK places at a time; row -1: nothing is chosen there. The
+    values are the sum of SPLITS that lie ``stride_split`` apart.
+    """
+    tokens = tl.arange(0, MP)[:, None]
+    live = tokens < tokens_total
+    across = tl.trans(columns)
+    across_mask = tl.trans(column_mask)
+    for start in tl.static_range(0, PLACES, CHUNK):
+        place = tokens * stride_plan + start + tl.arange(0, CHUNK)[None, :]
+        rows = tl.load(rows_in + place, mask=live, other=-1, cache_modifier=".cg")
+        values = summed(values_in, place, stride_split, live, SPLITS, True)
+        wanted = live[:, :, None] & across_mask[None, :, :] & (rows >= 0)[:, :, None]
+        chosen = tl.load(b + rows[:, :, None].to(tl.int64) * width + across[None, :, :], mask=wanted, other=0.0)
+        total += tl.trans(tl.sum(values[:, :, None] * chosen.to(tl.float32), axis=1))
+    return total
+
+
+@triton.jit
+def clear_rows(middle, stride_middle, tokens, mask, columns, CHUNK: tl.constexpr):
+    """Zeros into the first ``columns`` of ``middle`` for a tile of tokens (M, 1), by wide stores."""
+    for start in range(0, columns, CHUNK):
+        rows = start + tl.arange(0, CHUNK)[None, :]
+        zeros = tl.zeros([tokens.shape[0], CHUNK], dtype=middle.dtype.element_ty)
+        tl.store(middle + tokens * stride_middle + rows, zeros, mask=mask & (rows < columns))
+
+
+@triton.jit
+def write_chosen(
+    down,
+    stride_down,
+    stride_split,
+    middle,
+    stride_middle,
+    scaling,
+    offsets,
+    tokens,
+    mask,
+    picks,
+    shares,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FRESH: tl.constexpr,
+):
+    """``A x`` times ``w_j s_j`` for the rows that the slots' adapters own, RANKS at most each; ``middle`` is 0 everywhere else, by :func:`clear_rows`.
+
+    Only these rows of the partial sums are read, as :func:`meteora_kernels.device.routing.summed` does, and only they are written.
+    """
+    scaled = shares * tl.load(scaling + picks)
+    first = tl.load(offsets + picks).to(tl.int32)
+    last = tl.load(offsets + picks + 1).to(tl.int32)
+    slots = tl.arange(0, SLOTS)[None, :]
+    places = tl.arange(0, SLOTS * RANKS)[None, :]
+    begin = tl.zeros([tokens.shape[0], SLOTS * RANKS], dtype=tl.int32)
+    end = begin
+    for slot in tl.static_range(TOP_K):
+        begin = tl.where(places // RANKS == slot, slot_of(first, slots, slot), begin)
+        end = tl.where(places // RANKS == slot, slot_of(last, slots, slot), end)
+    rows = begin + places % RANKS
+    owned = mask & (rows < end)
+    # Where two slots have the same adapter, both write the sum.
+    factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+    values = summed(down, tokens * stride_down + rows, stride_split, owned, SPLITS, FRESH)
+    values = tl.where(factor == 0.0, 0.0, values * factor)
+    tl.debug_barrier()  # other threads' zeros come first
+    tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=owned)

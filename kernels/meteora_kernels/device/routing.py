@@ -1,0 +1,150 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Routing: from logits to adapters and their weights, and from those to coefficients of rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_NAN_KEY = tl.constexpr(2147483647)
+_MINUS_INF_KEY = tl.constexpr(-2139095041)
+_PAD_KEY = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def top_of_tile(logits, columns, count, temperature, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
+    """The ``TOP_K`` largest logits of every row and their softmax weights.
+
+    Args:
+        logits: float32 (M, P), P a power of two; columns at and past ``count`` are padding.
+        columns: int32 (1, P).
+        count: N, how many columns are real.
+        temperature: T > 0.
+
+    Returns:
+        indices int32 (M, SLOTS) and weights float32 (M, SLOTS); slots past TOP_K hold index 0 and weight 0. Order, ties (lower index) and
+        NaN (counts as largest, gives NaN weights) as in :func:`meteora_kernels.reference.route`.
+    """
+    logits = logits + 0.0  # -0 becomes +0, so that the integer order below equals the float order
+    bits = logits.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(logits != logits, _NAN_KEY, key)
+    key = tl.where(columns < count, key, _PAD_KEY)
+    slots = tl.arange(0, SLOTS)[None, :]
+    best = tl.max(key, axis=1)[:, None]
+    pick = tl.min(tl.where(key == best, columns, 2147483647), axis=1)[:, None]
+    first = tl.sum(tl.where(columns == pick, logits, 0.0), axis=1)[:, None]
+    indices = tl.where(slots == 0, pick, 0)
+    power = tl.exp(first - first)
+    total = power
+    weights = tl.where(slots == 0, power, 0.0)
+    for slot in tl.static_range(1, TOP_K):
+        key = tl.where(columns == pick, _MINUS_INF_KEY, key)
+        best = tl.max(key, axis=1)[:, None]
+        pick = tl.min(tl.where(key == best, columns, 2147483647), axis=1)[:, None]
+        value = tl.sum(tl.where(columns == pick, logits, 0.0), axis=1)[:, None]
+        power = tl.exp((value - first) / temperature)
+        total += power
+        indices = tl.where(slots == slot, pick, indices)
+        weights = tl.where(slots == slot, power, weights)
+    return indices, weights / total
+
+
+@triton.jit
+def slot_of(table, slots, slot):
+    """Column ``slot`` of a (M, SLOTS) tile, as (M, 1)."""
+    return tl.sum(tl.where(slots == slot, table, table * 0), axis=1)[:, None]
+
+
+@triton.jit
+def summed(pointer, where, stride_split, mask, SPLITS: tl.constexpr, FRESH: tl.constexpr = False):
+    """Load float32 values at ``where``: with SPLITS > 1 the sum of so many partial sums that lie ``stride_split`` apart, in their order.
+    FRESH: other programs of the same launch may have written them."""
+    CACHE: tl.constexpr = ".cg" if FRESH else ""
+    total = tl.load(pointer + where, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        place = pointer + tl.full([], split, tl.int64) * stride_split + where
+        total += tl.load(place, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    return total
+
+
+@triton.jit
+def bounded_logits(pointer, tokens, stride, columns, count, allowed, token_mask, HAS_ALLOWED: tl.constexpr, stride_split=0, SPLITS: tl.constexpr = 1):
+    """Load logits float32 (M, P) of ``tokens`` (M, 1), as :func:`summed` does; adapters that are not allowed read as -inf."""
+    logits = summed(pointer, tokens * stride + columns, stride_split, token_mask & (columns < count), SPLITS, True)
+    if HAS_ALLOWED:
+        permitted = tl.load(allowed + columns, mask=columns < count, other=1)
+        logits = tl.where(permitted != 0, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def routes_of_tile(
+    logits,
+    tokens,
+    stride_logits,
+    allowed,
+    given_indices,
+    given_weights,
+    mask,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr,
+    stride_split=0,
+    SPLITS: tl.constexpr = 1,
+):
+    """indices int32 and weights float32 (M, SLOTS) of a tile of tokens, from logits (or their partial sums) or as given (M, TOP_K)."""
+    slots = tl.arange(0, SLOTS)[None, :]
+    if GIVEN:
+        keep = mask & (slots < TOP_K)
+        picks = tl.load(given_indices + tokens * TOP_K + slots, mask=keep, other=0).to(tl.int32)
+        shares = tl.load(given_weights + tokens * TOP_K + slots, mask=keep, other=0.0).to(tl.float32)
+    else:
+        columns = tl.arange(0, PADDED)[None, :]
+        tile = bounded_logits(logits, tokens, stride_logits, columns, count, allowed, mask, HAS_ALLOWED, stride_split, SPLITS)
+        picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    return picks, shares
+
+
+@triton.jit
+def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
+    """Per token and row of A: the sum of ``w_j s_j`` over the slots j whose adapter owns the row, float32 (M, C).
+
+    Args:
+        rows: int32 (1, C) or (M, C).
+        picks, scaled, first, last: (M, SLOTS): adapter, ``w_j * s_j``, first row and one past the last row of each slot's adapter.
+    """
+    slots = tl.arange(0, SLOTS)[None, :]
+    total = tl.zeros([picks.shape[0], rows.shape[1]], dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        inside = (rows >= slot_of(first, slots, slot)) & (rows < slot_of(last, slots, slot))
+        total += tl.where(inside, slot_of(scaled, slots, slot), 0.0)
+    return total
+
+
+@triton.jit
+def routes_of_few(
+    mid,
+    stride_mid,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MP: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """picks, ``w_j s_j``, first and last rows, each (MP, SLOTS), from the logits (M, N) at ``mid``."""
+    tokens = tl.arange(0, MP)[:, None]
+    columns = tl.arange(0, PADDED)[None, :]
+    tile = bounded_logits(mid, tokens, stride_mid, columns, count, allowed, tokens < tokens_total, HAS_ALLOWED)
+    picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    return picks, shares * tl.load(scaling + picks), tl.load(offsets + picks), tl.load(offsets + picks + 1)

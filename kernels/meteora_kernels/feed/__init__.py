@@ -1,0 +1,1 @@
+"""Kernels for the modules right before fused groups, which write where the group reads."""

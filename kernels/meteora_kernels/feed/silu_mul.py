@@ -1,0 +1,39 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""``silu(gate) * up`` in one launch, written where the linear behind it wants its input."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.sizes import ceil_div
+
+
+@triton.jit
+def silu_mul_kernel(gate, up, out, width, stride_gate, stride_up, stride_out, BLOCK: tl.constexpr):
+    """out[t, c] = round(gate[t, c] / (1 + exp(-gate[t, c]))) * up[t, c]; round: to the dtype of gate, as the library does.
+
+    gate, up and out (M, f), columns contiguous, one dtype. The gated unit is SwiGLU's (Shazeer, arXiv 2002.05202). Grid: (M, ceil(f / BLOCK)).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    values = tl.load(gate + token * stride_gate + columns, mask=mask, other=0.0).to(tl.float32)
+    factors = tl.load(up + token * stride_up + columns, mask=mask, other=0.0).to(tl.float32)
+    rounded = (values / (1.0 + tl.exp(-values))).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(out + token * stride_out + columns, (rounded * factors).to(out.dtype.element_ty), mask=mask)
+
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """Write ``silu(gate) * up`` into ``out``; all (M, f), columns contiguous, one dtype."""
+    tokens, width = gate.shape
+    block = 2048
+    if tokens:
+        silu_mul_kernel[(tokens, ceil_div(width, block))](gate, up, out, width, gate.stride(0), up.stride(0), out.stride(0), BLOCK=block, num_warps=4)
+
+
+def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The same by the library."""
+    return F.silu(gate) * up

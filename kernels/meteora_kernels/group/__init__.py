@@ -1,0 +1,109 @@
+"""Linears that share their input, base and adapters together: what ``fuse(model)`` runs (inference only).
+
+Every path is a module of its name with two functions: ``can_run(case, row)`` says why it cannot run, or None, and ``run(x, group, routing, row)`` runs.
+:func:`meteora_kernels.plan.choose` takes one, by the table of the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from meteora_kernels import many_adapters
+from meteora_kernels.group import decode_all_rows, decode_chosen_rows, one_launch, packed, split, wide
+from meteora_kernels.operators import eager, operator
+from meteora_kernels.plan import Case, Row, choose, readable, table_of
+from meteora_kernels.types import Adapters, Group, Routing
+
+__all__ = ["PATHS", "Block", "group_operator", "reads_in_place", "row_for", "run_group"]
+
+PATHS: dict[str, Any] = {
+    "decode_chosen_rows": decode_chosen_rows,
+    "decode_all_rows": decode_all_rows,
+    "one_launch": one_launch,
+    "packed": packed,
+    "wide": wide,
+    "split": split,
+    "many_adapters": many_adapters,
+}
+CAN_RUN = {name: path.can_run for name, path in PATHS.items()}
+
+
+def row_for(group: Group, tokens: int, top_k: int, *, in_place: bool = False, aligned: bool = False) -> Row:
+    """The row of the table for so many tokens.
+
+    Args:
+        group: The linears.
+        tokens: M.
+        top_k: k.
+        in_place: x is a window of a wider buffer.
+        aligned: The copy engine can read x.
+    """
+    key = (tokens, top_k, in_place, aligned)
+    row = group.choices.get(key)
+    if row is None:
+        case = Case(group.facts, tokens, top_k, in_place, aligned and group.aligned)
+        row = group.choices[key] = choose(table_of(group.facts.device).group, case, CAN_RUN)
+    return row
+
+
+def reads_in_place(group: Group, tokens: int, top_k: int) -> bool:
+    """Whether the group's next input should be written into a window of ``group.wide``'s rows (:meth:`meteora_kernels.wide.Wide.new_rows`)."""
+    return group.wide is not None and row_for(group, tokens, top_k, in_place=True).path == "wide"
+
+
+def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
+    """Base outputs of one to three linears with their adapters' share; inference on a CUDA GPU.
+
+    Args:
+        x: (M, h), columns contiguous.
+        group: The linears.
+        routing: k, T and ``allowed``; given routes are not taken.
+        in_place: x is what :meth:`meteora_kernels.wide.Wide.new_rows` of ``group.wide`` gave, and the columns around it may be written. Compiled
+            code does not read B^T in the rows of the weights, since a compiler cannot see whether it is what B is now.
+
+    Returns:
+        (M, O) in the dtype of x; for some sizes rows are further apart than O.
+
+    Example:
+        >>> y = run_group(torch.randn(5, 16, device="cuda"), group, Routing(top_k=2))  # doctest: +SKIP
+        >>> y.shape  # doctest: +SKIP
+        torch.Size([5, 32])
+    """
+    if not eager(x):
+        _, _, lora_B, scaling, offsets, max_rank, widths, _ = group.adapters
+        block = Block(group.packed, lora_B, scaling, offsets, group.bias, widths, max_rank or 0)
+        return group_operator(x.contiguous(), block, group.flags, routing)
+    return _run(x, group, routing, in_place=in_place)
+
+
+def _run(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
+    """:func:`run_group` where nothing traces, and within the operator."""
+    tokens = x.shape[0]
+    row = row_for(group, tokens, routing.top_k, in_place=in_place, aligned=tokens > 16 and group.aligned and readable(x))
+    return PATHS[row.path].run(x, group, routing, row, in_place=in_place)
+
+
+class Block(NamedTuple):
+    """What a compiled graph keeps of a group; see :meth:`Adapters.of_group`."""
+
+    packed: Tensor
+    lora_B: Tensor
+    scaling: Tensor
+    offsets: Tensor
+    bias: Tensor | None
+    widths: tuple[int, ...]
+    max_rank: int
+
+
+def out_like(x: Tensor, block: Block, flags: Tensor, routing: Routing) -> Tensor:
+    """An empty result of :data:`group_operator`."""
+    return x.new_empty(x.shape[0], sum(block.widths))
+
+
+@operator("group", out_like, mutates=("flags",))
+def group_operator(x: Tensor, block: Block, flags: Tensor, routing: Routing) -> Tensor:
+    """:func:`run_group` for compilers."""
+    adapters = Adapters.of_group(block.packed, block.lora_B, block.scaling, block.offsets, block.widths, block.max_rank)
+    return _run(x, Group.of(block.packed, adapters, block.bias, flags), routing)

@@ -1,0 +1,211 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""A group of linears at few tokens (decoding): every weight is read once, at the rate of the memory, and the adapters ride along.
+
+:func:`decode_all_rows_kernel` does a whole group of linears that share their input (q, k, v or gate, up, or one alone) in ONE launch. Its first
+programs compute the gates and ``A x`` of all rows of A, the last of them routes and raises a flag; the others stream the base weights meanwhile, wait
+for the flag (which is up by then), add the chosen rows of B, and write the output. No floating-point atomics: two runs are bit-equal.
+Where many tokens choose many rows of a small A this is faster than :mod:`meteora_kernels.group.decode_chosen_rows`, which reads chosen rows only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.arguments import choice_constants, chunk_of, or_any, three
+from meteora_kernels.device.chosen_rows import add_chosen
+from meteora_kernels.device.flags import finish, raise_flag, wait_flag
+from meteora_kernels.device.routing import routes_of_few, slot_of
+from meteora_kernels.device.rows import member_of, rows_times_tokens
+from meteora_kernels.plan.table import Case, Row
+from meteora_kernels.sizes import ceil_div
+from meteora_kernels.types import Group, Routing
+
+
+@triton.jit
+def write_plan(
+    here,
+    stride_mid,
+    gate_rows,
+    rows_out,
+    values_out,
+    stride_plan,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    MP: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """Route every token; per token, slot and place up to RANK_P, write the row of A and B (-1 past the rank) and ``w_j s_j`` times ``A x``."""
+    _, scaled, first, last = routes_of_few(here, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED)
+    tokens = tl.arange(0, MP)[:, None]
+    slots = tl.arange(0, SLOTS)[None, :]
+    live = tokens < tokens_total
+    inner = tl.arange(0, RANK_P)[None, :]
+    for slot in tl.static_range(TOP_K):
+        rows = slot_of(first, slots, slot) + inner
+        inside = live & (rows < slot_of(last, slots, slot))
+        values = tl.where(inside, slot_of(scaled, slots, slot), 0.0)
+        values *= tl.load(here + tokens * stride_mid + gate_rows + rows, mask=inside, other=0.0, cache_modifier=".cg")
+        place = tokens * stride_plan + slot * RANK_P + inner
+        tl.store(rows_out + place, tl.where(inside, rows, -1).to(tl.int32), mask=live)
+        tl.store(values_out + place, values, mask=live)
+
+
+@triton.jit
+def decode_all_rows_kernel(
+    x,
+    w,
+    ga,
+    b,
+    bias,
+    allowed,
+    scaling,
+    offsets,
+    mid,
+    plan_rows,
+    plan_values,
+    flags,
+    y,
+    tokens_total,
+    hidden,
+    stride_w,
+    count,
+    gate_rows,
+    stacked,
+    rank,
+    stride_mid,
+    member_mid,
+    stride_plan,
+    width0,
+    width1,
+    width2,
+    temperature,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MP: tl.constexpr,
+    BG: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BKG: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A group of up to three linears that share x, base and adapters, in one launch.
+
+    Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one behind the other, O = sum of widths; ga: per member N gate
+    rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``, (MEMBERS * stacked, h); rows of w and of ga are ``stride_w`` apart;
+    b: per member (R, width); bias (O,);
+    mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x; plan_rows
+    int32 and plan_values float32 scratch (M, MEMBERS * TOP_K * RANK_P); flags int32 (8,), all 0 before and after; y (M, O).
+    Grid, one dimension: first the gate programs (BG rows of ga each), of which the last to end routes; then per member ceil(width / BN) programs.
+    """
+    pid = tl.program_id(0)
+    first_rows = gate_rows + rank
+    gate_tiles = tl.cdiv(first_rows, BG)
+    first_phase = gate_tiles * MEMBERS
+    PLACES: tl.constexpr = TOP_K * RANK_P
+    if pid < first_phase:
+        member = pid // gate_tiles
+        local = (pid % gate_tiles) * BG + tl.arange(0, BG)[:, None]
+        mask = local < first_rows
+        gates = (member * stacked + local).to(tl.int64)
+        sums = rows_times_tokens(ga, gates, mask, x, tokens_total, hidden, hidden, stride_w, BG, BKG, MP, EVEN, STAGES, PRECISION)
+        tokens = tl.arange(0, MP)[None, :]
+        here = mid + member * member_mid
+        tl.store(here + tokens * stride_mid + local, sums, mask=mask & (tokens < tokens_total))
+        tl.debug_barrier()
+        if tl.atomic_add(flags + member, 1, sem="acq_rel", scope="gpu") == gate_tiles - 1:
+            tl.debug_barrier()
+            write_plan(
+                here,
+                stride_mid,
+                gate_rows,
+                plan_rows + member * PLACES,
+                plan_values + member * PLACES,
+                stride_plan,
+                allowed,
+                scaling,
+                offsets,
+                tokens_total,
+                count,
+                temperature,
+                TOP_K,
+                SLOTS,
+                PADDED,
+                RANK_P,
+                MP,
+                HAS_ALLOWED,
+            )
+            raise_flag(flags + 3 + member)
+    else:
+        tile, member, before, width = member_of(pid - first_phase, width0, width1, width2, BN, MEMBERS)
+        columns = tile * BN + tl.arange(0, BN)[:, None]
+        column_mask = columns < width
+        rows = (before + columns).to(tl.int64)
+        total = rows_times_tokens(w, rows, column_mask, x, tokens_total, hidden, hidden, stride_w, BN, BK, MP, EVEN, STAGES, PRECISION)
+        if HAS_BIAS:
+            total += tl.load(bias + before + columns, mask=column_mask, other=0.0).to(tl.float32)
+        wait_flag(flags + 3 + member, 1)
+        up = b + before.to(tl.int64) * rank
+        plan = member * PLACES
+        total = add_chosen(total, up, width, columns, column_mask, plan_rows + plan, plan_values + plan, stride_plan, 0, tokens_total, PLACES, CHUNK, MP, 1)
+        tokens = tl.arange(0, MP)[None, :]
+        outputs = width0 + width1 + width2
+        tl.store(y + tokens * outputs + before + columns, total.to(y.dtype.element_ty), mask=column_mask & (tokens < tokens_total))
+    finish(flags, 6)
+
+
+def can_run(case: Case, row: Row) -> str | None:
+    """Why this path cannot run a case by a row of the table; None if it can."""
+    return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
+
+
+def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+    """Base and adapters of a group of linears, for few tokens: (M, O), contiguous, the dtype of x.
+
+    Args:
+        x: (M, h), columns contiguous, 1 <= M <= 16.
+        group: The linears.
+        routing: k, T and ``allowed``.
+        row: Of its tile, ``gate_rows`` and ``gate_step`` are those of gates and A, ``outputs`` and ``step`` those of the base.
+        in_place: Not used here.
+    """
+    tile = row.tile
+    assert tile is not None
+    x = x.contiguous()
+    tokens, hidden = x.shape
+    adapters, rank, gate_rows = group.adapters, group.total_rank, group.gate_rows
+    gate, _, b, scaling, offsets, _, widths, stacked = adapters
+    members, outputs, rank_p, mp = len(widths), sum(widths), adapters.rank_p, 16
+    bn, bg, places = tile.outputs, tile.gate_rows, routing.top_k * rank_p
+    mid = torch.empty(tokens, members * (gate_rows + rank), dtype=torch.float32, device=x.device)
+    plan_rows = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
+    plan_values = torch.empty(tokens, members * places, dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    programs = members * ceil_div(gate_rows + rank, bg) + sum(ceil_div(width, bn) for width in widths)
+    decode_all_rows_kernel[(programs,)](
+        x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, mid, plan_rows, plan_values, group.flags, y,
+        tokens, hidden, gate.stride(0), scaling.shape[0], gate_rows, stacked, rank, mid.stride(0), gate_rows + rank, plan_rows.stride(0), *three(widths),
+        routing.temperature,
+        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, mp, bn), MP=mp, BG=bg, BN=bn, BK=tile.step,
+        BKG=tile.gate_step, HAS_BIAS=group.bias is not None, EVEN=hidden % tile.step == 0 and hidden % tile.gate_step == 0, STAGES=tile.stages,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,202 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""A group of linears at few tokens (decoding): every base weight and every gate is read once, of A and B only the rows of the chosen adapters.
+
+:func:`decode_chosen_rows_kernel` does a whole group of linears that share their input in ONE launch, as :mod:`meteora_kernels.group.decode_all_rows` does with
+all rows of A. A cannot be read before the gates are known, so there is a chain: gates, routing, chosen rows of A, chosen rows of B. The chain must be over
+before the base weights are read, which takes 12 us for 4096 x 4096. Hence every link takes one trip to the memory: the sums over h of gates and of A are
+cut into pieces, each a program of its own that has its loads in flight at once, and every program that needs a whole sum adds its pieces in their order. Each
+program of A routes its token itself, which is faster than waiting for another program's route. No floating-point atomics: two runs are bit-equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.arguments import choice_constants, chunk_of, or_any, span_of, three
+from meteora_kernels.device.chosen_rows import add_chosen, route_of_token
+from meteora_kernels.device.flags import finish, raise_flag, wait_flag
+from meteora_kernels.device.rows import member_of, rows_times_tokens
+from meteora_kernels.plan.table import Case, Row
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.types import Group, Routing
+
+
+@triton.jit
+def decode_chosen_rows_kernel(
+    x,
+    w,
+    ga,
+    b,
+    bias,
+    allowed,
+    scaling,
+    offsets,
+    logits,
+    plan_rows,
+    plan_values,
+    flags,
+    y,
+    tokens_total,
+    hidden,
+    stride_w,
+    count,
+    gate_rows,
+    stacked,
+    rank,
+    width0,
+    width1,
+    width2,
+    temperature,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MP: tl.constexpr,
+    BG: tl.constexpr,
+    BKG: tl.constexpr,
+    GATE_SPAN: tl.constexpr,
+    GATE_PIECES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BKD: tl.constexpr,
+    DOWN_SPAN: tl.constexpr,
+    DOWN_PIECES: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A group of up to three linears that share x, base and adapters, in one launch.
+
+    Shapes: x, w, ga, b, bias, flags and y as :mod:`meteora_kernels.group.decode_all_rows` has them. Scratch: logits float32 (GATE_PIECES, M, MEMBERS * count),
+    partial sums; plan_rows int32 (M, MEMBERS * TOP_K * RANK_P), the chosen rows, and plan_values float32 (DOWN_PIECES, M,
+    MEMBERS * TOP_K * RANK_P), partial sums of A x times ``w_j s_j``.
+    EVEN: h is a multiple of BK, BKG and BKD. WHOLE: h is a multiple of GATE_SPAN and DOWN_SPAN, the columns of a piece.
+    Grid, one dimension: per member ceil(count / BG) * GATE_PIECES programs for the gates; then per member M * ceil(TOP_K * RANK_P / ROWS) *
+    DOWN_PIECES for the chosen rows of A; then per member ceil(width / BN). Nobody waits for a program that comes later.
+    """
+    pid = tl.program_id(0)
+    PLACES: tl.constexpr = TOP_K * RANK_P
+    BLOCKS: tl.constexpr = (PLACES + ROWS - 1) // ROWS
+    gate_programs = tl.cdiv(count, BG) * GATE_PIECES
+    down_programs = tokens_total * (BLOCKS * DOWN_PIECES)
+    stride_logits = MEMBERS * count
+    stride_plan = MEMBERS * PLACES
+    if pid < gate_programs * MEMBERS:
+        member = pid // gate_programs
+        piece = pid % GATE_PIECES
+        local = (pid % gate_programs) // GATE_PIECES * BG + tl.arange(0, BG)[:, None]
+        real = local < count
+        begin = piece * GATE_SPAN
+        length = GATE_SPAN if WHOLE else tl.minimum(hidden - begin, GATE_SPAN)
+        gates = (member * stacked + local).to(tl.int64)
+        sums = rows_times_tokens(ga + begin, gates, real, x + begin, tokens_total, length, hidden, stride_w, BG, BKG, MP, EVEN, STAGES, PRECISION)
+        across = tl.arange(0, MP)[None, :]
+        place = (piece * tokens_total + across) * stride_logits + member * count + local
+        tl.store(logits + place, sums, mask=real & (across < tokens_total))
+        raise_flag(flags + member)
+    elif pid < (gate_programs + down_programs) * MEMBERS:
+        index = pid - gate_programs * MEMBERS
+        member = index // down_programs
+        token = (index % down_programs) // (BLOCKS * DOWN_PIECES)
+        block = (index // DOWN_PIECES) % BLOCKS
+        piece = index % DOWN_PIECES
+        places = block * ROWS + tl.arange(0, ROWS)[:, None]
+        wait_flag(flags + member, gate_programs)
+        chosen, factors = route_of_token(
+            logits + member * count,
+            stride_logits,
+            stride_logits * tokens_total,
+            token,
+            places,
+            allowed,
+            scaling,
+            offsets,
+            count,
+            temperature,
+            TOP_K,
+            SLOTS,
+            PADDED,
+            RANK_P,
+            GATE_PIECES,
+            HAS_ALLOWED,
+        )
+        a = ga + (member * stacked + gate_rows).to(tl.int64) * stride_w
+        start = piece * DOWN_SPAN
+        some = DOWN_SPAN if WHOLE else tl.minimum(hidden - start, DOWN_SPAN)
+        here = x + token * hidden + start
+        down = rows_times_tokens(a + start, chosen, chosen >= 0, here, 1, some, hidden, stride_w, ROWS, BKD, 1, EVEN, STAGES, PRECISION)
+        spot = token * stride_plan + member * PLACES + places
+        tl.store(plan_values + piece * tokens_total * stride_plan + spot, factors * down, mask=places < PLACES)
+        tl.store(plan_rows + spot, chosen.to(tl.int32), mask=(places < PLACES) & (piece == 0))
+        raise_flag(flags + 3 + member)
+    else:
+        tile, member, before, width = member_of(pid - (gate_programs + down_programs) * MEMBERS, width0, width1, width2, BN, MEMBERS)
+        columns = tile * BN + tl.arange(0, BN)[:, None]
+        column_mask = columns < width
+        rows = (before + columns).to(tl.int64)
+        total = rows_times_tokens(w, rows, column_mask, x, tokens_total, hidden, hidden, stride_w, BN, BK, MP, EVEN, STAGES, PRECISION)
+        if HAS_BIAS:
+            total += tl.load(bias + before + columns, mask=column_mask, other=0.0).to(tl.float32)
+        wait_flag(flags + 3 + member, down_programs)
+        up = b + before.to(tl.int64) * rank
+        rows_in = plan_rows + member * PLACES
+        values_in = plan_values + member * PLACES
+        split = tokens_total * stride_plan
+        total = add_chosen(total, up, width, columns, column_mask, rows_in, values_in, stride_plan, split, tokens_total, PLACES, CHUNK, MP, DOWN_PIECES)
+        tokens = tl.arange(0, MP)[None, :]
+        outputs = width0 + width1 + width2
+        tl.store(y + tokens * outputs + before + columns, total.to(y.dtype.element_ty), mask=column_mask & (tokens < tokens_total))
+    finish(flags, 6)
+
+
+def can_run(case: Case, row: Row) -> str | None:
+    """Why this path cannot run a case by a row of the table; None if it can."""
+    return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
+
+
+def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+    """Base and adapters of a group of linears, for few tokens, reading only the chosen rows of A: (M, O), contiguous, the dtype of x.
+
+    Args:
+        x: (M, h), columns contiguous, 1 <= M <= 16.
+        group: The linears.
+        routing: k, T and ``allowed``.
+        row: ``pieces`` of the sums over h of gates and A, as far as their steps allow. Of its tile, ``gate_rows`` and ``gate_step`` are those of the
+            gates, ``down_rows`` and ``down_step`` those of A, ``outputs`` and ``step`` those of the base.
+        in_place: Not used here.
+    """
+    tile = row.tile
+    assert tile is not None
+    x = x.contiguous()
+    tokens, hidden = x.shape
+    adapters = group.adapters
+    gate, _, b, scaling, offsets, _, widths, stacked = adapters
+    count, members, rank_p, mp = scaling.shape[0], len(widths), adapters.rank_p, 16
+    places, bn, bg = routing.top_k * rank_p, tile.outputs, tile.gate_rows
+    rows = min(tile.down_rows, power_of_two(places))
+    gate_span, down_span = span_of(hidden, row.pieces, tile.gate_step), span_of(hidden, row.pieces, tile.down_step)
+    gate_pieces, down_pieces = ceil_div(hidden, gate_span), ceil_div(hidden, down_span)
+    logits = torch.empty(gate_pieces, tokens, members * count, dtype=torch.float32, device=x.device)
+    plan_rows = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
+    plan_values = torch.empty(down_pieces, tokens, members * places, dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
+    programs = members * (ceil_div(count, bg) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
+    programs += sum(ceil_div(width, bn) for width in widths)
+    decode_chosen_rows_kernel[(programs,)](
+        x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, logits, plan_rows, plan_values, group.flags, y,
+        tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths), routing.temperature,
+        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, mp, bn), MP=mp, BG=bg, BKG=tile.gate_step,
+        GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, BKD=tile.down_step, DOWN_SPAN=down_span, DOWN_PIECES=down_pieces, BN=bn, BK=tile.step,
+        HAS_BIAS=group.bias is not None, EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden % tile.down_step),
+        WHOLE=hidden % gate_span == 0 and hidden % down_span == 0, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y

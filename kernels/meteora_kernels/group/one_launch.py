@@ -1,0 +1,331 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""A group of linears at a few dozen tokens: every weight is read once, base and adapters in one launch, and the output is rounded once.
+
+:func:`one_launch_kernel` is to some dozens of tokens what :mod:`decode_chosen_rows` and :mod:`decode_all_rows` are to 16. The first programs of its
+grid compute the gates and ``A x`` as float32 partial sums, route, and write the masked and scaled middle of the layer; the others stream the
+base weights meanwhile, add ``middle B`` and write the output. Where a group has too few outputs to keep the GPU busy, the sum over h is cut into
+pieces, which meet in memory. Whoever needs a whole sum adds its pieces in their order, so two runs are bit-equal; there are no floating-point
+atomics.
+
+A program's time is spent on its stream of weights: what counts is how much is on its way at once, in pieces of 256 bytes a row or more, so that one
+program takes all shared memory of a multiprocessor, and that gates and base together are no more programs than multiprocessors or fill two waves.
+
+Who waits for whom: the programs of one member's gates for each other, the pieces of one tile of the output for each other, and all tiles for the
+gates. Programs start in the order of the grid. The gates come first and are fewer than the multiprocessors (:func:`can_run`), so all of them run
+at once and end without waiting for anybody else. Of the tiles that are not finished, the pieces of the first have started or are the next to start,
+since earlier tiles end and later ones start after them; so everybody gets what they wait for, whatever the pieces and however few run at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from meteora_kernels.arguments import choice_constants, or_any, three
+from meteora_kernels.device.flags import clear_when_last, count_out, raise_flag, share_out, wait_flag
+from meteora_kernels.device.routing import coefficients_of, routes_of_tile, summed
+from meteora_kernels.plan.machine import at_once, interpreted, why_not_at_once
+from meteora_kernels.plan.table import Case, Row
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.stacked import gate_rows_of
+from meteora_kernels.types import Group, Routing
+
+_FIRST_TILE = tl.constexpr(8)
+"""Flags: 0 to 2 gate programs that have stored their sums, per member; 3 to 5 those whose tokens are routed; 6 programs that no longer look at
+flags; from here on the pieces of every tile of outputs."""
+
+
+@triton.jit
+def write_middle(
+    mid,
+    stride_split,
+    stride_mid,
+    gate_rows,
+    middle,
+    stride_middle,
+    allowed,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    temperature,
+    block,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """Route the ``block``-th BLOCK tokens and write ROWS columns, ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past
+    the rank. CHUNK columns at once, as many as registers hold: chunks wait for each other's loads."""
+    tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    mask = tokens < tokens_total
+    picks, shares = routes_of_tile(
+        mid, tokens, stride_mid, allowed, mid, mid, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
+    )
+    scaled = shares * tl.load(scaling + picks)
+    first = tl.load(offsets + picks)
+    last = tl.load(offsets + picks + 1)
+    for start in tl.static_range(0, ROWS, CHUNK):
+        rows = start + tl.arange(0, CHUNK)[None, :]
+        values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, mask & (rows < rank), SPLITS, True)
+        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+        values = tl.where(factor == 0.0, 0.0, values * factor)
+        tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < ROWS))
+
+
+@triton.jit
+def add_up(
+    total,
+    middle,
+    stride_middle,
+    b,
+    width,
+    rank,
+    columns,
+    live,
+    MP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """float32 ``total`` (C, MP) plus the columns (1, C) of ``b`` (R, width), transposed, times the transpose of ``middle`` (MP, R)."""
+    tokens = tl.arange(0, MP)[:, None]
+    for chunk in tl.range(CHUNKS, num_stages=5):
+        rows = chunk * CHUNK + tl.arange(0, CHUNK)
+        values = tl.load(middle + tokens * stride_middle + rows[None, :], mask=live, other=0.0, cache_modifier=".cg")
+        up = tl.load(b + rows[:, None] * width + columns, mask=(rows[:, None] < rank) & (columns < width), other=0.0)
+        total = tl.dot(up.T, values.T, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def one_launch_kernel(
+    x,
+    packed,
+    b,
+    bias,
+    allowed,
+    scaling,
+    offsets,
+    mid,
+    middle,
+    parts,
+    flags,
+    y,
+    tokens_total,
+    hidden,
+    outputs,
+    count,
+    gate_rows,
+    stacked,
+    rank,
+    width0,
+    width1,
+    width2,
+    temperature,
+    MEMBERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATE_PIECES: tl.constexpr,
+    PIECES: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONCURRENT: tl.constexpr,
+    THREADS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A group of up to three linears that share x, base and adapters, in one launch.
+
+    Shapes: x (M, h), M <= MP, and packed (P, h), tensor descriptors with blocks (MP, BK) and (BN, BK); packed: O base rows of all members, then
+    per member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b: per member (R, width); bias (O,). Scratch: mid
+    float32 (GATE_PIECES, MP, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (MP, MEMBERS * CHUNKS * CHUNK) in the dtype of
+    b; parts float32 (tiles, PIECES, BN, MP) where PIECES > 1. flags int32 (1024,), all 0 before and after; y (M, O).
+    Grid, one dimension: per member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then per member ceil(width / BN) * PIECES
+    programs. SHARES, a power of two up to PIECES: so many of a tile's programs write a part of it each. Sums are (outputs, tokens): the matrix units
+    take 64 rows of the left side at least, but any multiple of 8 of the right one, so that fewer tokens cost less.
+    """
+    pid = tl.program_id(0)
+    width_mid = gate_rows + rank
+    per_member = tl.cdiv(width_mid, BN) * GATE_PIECES
+    gate_programs = per_member * MEMBERS
+    is_gate = pid < gate_programs
+    index = (pid - gate_programs) // PIECES
+    tile = tl.where(is_gate, (pid % per_member) // GATE_PIECES, index)
+    piece = tl.where(is_gate, pid % GATE_PIECES, (pid - gate_programs) % PIECES)
+    member = tl.where(is_gate, pid // per_member, 0)
+    before = tl.where(is_gate, outputs + member * stacked, 0)
+    width = tl.where(is_gate, width_mid, width0)
+    if MEMBERS > 1:
+        tiles0 = tl.cdiv(width0, BN)
+        if (not is_gate) & (tile >= tiles0):
+            tile -= tiles0
+            member += 1
+            before += width0
+            width = width * 0 + width1
+            if MEMBERS > 2:
+                tiles1 = tl.cdiv(width1, BN)
+                if tile >= tiles1:
+                    tile -= tiles1
+                    member += 1
+                    before += width1
+                    width = width * 0 + width2
+    blocks = tl.cdiv(hidden, BK)
+    pieces = tl.where(is_gate, GATE_PIECES, PIECES)
+    row = before + tile * BN
+    total = tl.zeros([BN, MP], dtype=tl.float32)
+    for step in tl.range(blocks * piece // pieces, blocks * (piece + 1) // pieces, num_stages=STAGES):
+        total = tl.dot(packed.load([row, step * BK]), x.load([0, step * BK]).T, total, input_precision=PRECISION)
+    tokens = tl.arange(0, MP)[:, None]
+    columns = tl.arange(0, BN)[None, :]
+    live = tokens < tokens_total
+    across = tile * BN + columns
+    stride_middle = MEMBERS * CHUNKS * CHUNK
+    inner = middle + member * (CHUNKS * CHUNK)
+    if is_gate:
+        here = mid + member * width_mid
+        stride_mid = width_mid * MEMBERS
+        stride_split = stride_mid * MP
+        tl.store(here + piece * stride_split + tokens * stride_mid + across, total.T, mask=live & (across < width_mid))
+        token_blocks = tl.cdiv(tokens_total, BLOCK)
+        first, step = share_out(flags + member, per_member, pid % per_member, token_blocks, CONCURRENT)
+        if CONCURRENT:
+            wait_flag(flags + member, per_member)
+        for block in range(first, token_blocks, step):
+            write_middle(
+                here,
+                stride_split,
+                stride_mid,
+                gate_rows,
+                inner,
+                stride_middle,
+                allowed,
+                scaling,
+                offsets,
+                tokens_total,
+                count,
+                rank,
+                temperature,
+                block,
+                TOP_K,
+                SLOTS,
+                PADDED,
+                BLOCK,
+                WIDE,
+                CHUNKS * CHUNK,
+                GATE_PIECES,
+                HAS_ALLOWED,
+            )
+        raise_flag(flags + 3 + member)
+        come = count_out(flags + 6, THREADS)
+    elif PIECES == 1:
+        up = b + before.to(tl.int64) * rank
+        wait_flag(flags + 3 + member, per_member)
+        come = count_out(flags + 6, THREADS)
+        total = add_up(total, inner, stride_middle, up, width, rank, across, live, MP, CHUNK, CHUNKS, PRECISION)
+        result = total.T
+        if HAS_BIAS:
+            result += tl.load(bias + before + across, mask=across < width, other=0.0).to(tl.float32)
+        tl.store(y + tokens * outputs + before + across, result.to(y.dtype.element_ty), mask=live & (across < width))
+    else:
+        up = b + before.to(tl.int64) * rank
+        here = parts + index.to(tl.int64) * (PIECES * MP * BN)
+        along = tl.arange(0, MP)[None, :]
+        tl.store(here + piece * (MP * BN) + tl.arange(0, BN)[:, None] * MP + along, total)
+        arrived = flags + _FIRST_TILE + index
+        first, step = share_out(arrived, PIECES, piece, SHARES, CONCURRENT)
+        come = tl.zeros([THREADS], dtype=tl.int32)
+        if first < SHARES:
+            wait_flag(flags + 3 + member, per_member)
+        elif CONCURRENT:
+            come = count_out(flags + 6, THREADS)
+        # One turn where CONCURRENT, since SHARES <= PIECES.
+        for share in range(first, SHARES, step):
+            some = share * (BN // SHARES) + tl.arange(0, BN // SHARES)
+            places = tile * BN + some[None, :]
+            sums = tl.zeros([BN // SHARES, MP], dtype=tl.float32)
+            # B first: the other pieces arrive meanwhile.
+            sums = add_up(sums, inner, stride_middle, up, width, rank, places, live, MP, CHUNK, CHUNKS, PRECISION)
+            if CONCURRENT:
+                wait_flag(arrived, PIECES)
+                come = count_out(flags + 6, THREADS)
+            sums += summed(here, some[:, None] * MP + along, MP * BN, along < tokens_total, PIECES, True)
+            result = sums.T
+            if HAS_BIAS:
+                result += tl.load(bias + before + places, mask=places < width, other=0.0).to(tl.float32)
+            tl.store(y + tokens * outputs + before + places, result.to(y.dtype.element_ty), mask=live & (places < width))
+        if not CONCURRENT:
+            come = count_out(flags + 6, THREADS)
+    clear_when_last(flags, come, THREADS)
+
+
+def gate_programs_of(members: int, gate_rows: int, rank: int, row: Row) -> int:
+    """How many programs compute gates and A."""
+    assert row.tile is not None
+    return members * ceil_div(gate_rows + rank, row.tile.outputs) * row.gate_pieces
+
+
+def can_run(case: Case, row: Row) -> str | None:
+    """Why this path cannot run a case by a row of the table; None if it can: all gate programs must run at once."""
+    facts, tile = case.facts, row.tile
+    if not case.aligned:
+        return "the copy engine cannot read these rows: it takes 16-bit numbers in rows aligned to 16 bytes"
+    if tile is None or case.tokens > tile.tokens:
+        return f"there are {case.tokens} tokens, the tile holds {0 if tile is None else tile.tokens}"
+    return why_not_at_once(facts.device, gate_programs_of(len(facts.widths), gate_rows_of(facts.adapters), facts.total_rank, row))
+
+
+def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+    """Base and adapters of a group of linears, for some dozens of tokens: (M, O), contiguous, the dtype of x.
+
+    Args:
+        x: (M, h), columns contiguous, 1 <= M <= ``tile.tokens``, float16 or bfloat16, aligned as :func:`can_run` says.
+        group: The linears.
+        routing: k, T and ``allowed``.
+        row: ``gate_pieces`` of the sums over h for gates and A; ``pieces`` of those for base outputs, fewer where there are so many outputs that the
+            pieces would not all run at once. Of its tile, ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages``.
+        in_place: Not used here.
+    """
+    assert row.tile is not None
+    tokens, hidden = x.shape
+    adapters, rank, gate_rows, packed = group.adapters, group.total_rank, group.gate_rows, group.packed
+    _, _, b, scaling, offsets, _, widths, stacked = adapters
+    members, outputs, gate_pieces = len(widths), sum(widths), row.gate_pieces
+    mp, bn, bk, warps, stages = row.tile[:5]
+    tiles = sum(ceil_div(width, bn) for width in widths)
+    gate_programs = gate_programs_of(members, gate_rows, rank, row)
+    pieces = max(1, min(row.pieces, (at_once(x.device) - gate_programs) // tiles))
+    block = max(1, power_of_two(ceil_div(mp * members, gate_programs)))
+    chunk, chunks = 32, ceil_div(rank, 32)
+    mid = torch.empty(gate_pieces, mp, members * (gate_rows + rank), dtype=torch.float32, device=x.device)
+    middle = torch.empty(mp, members * chunks * chunk, dtype=x.dtype, device=x.device)
+    parts = torch.empty(tiles, pieces, bn, mp, dtype=torch.float32, device=x.device) if pieces > 1 else mid
+    y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    one_launch_kernel[(gate_programs + tiles * pieces,)](
+        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [mp, bk]), TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]),
+        b, or_any(group.bias, scaling), or_any(routing.allowed, scaling), scaling, offsets, mid, middle, parts, group.flags, y,
+        tokens, hidden, outputs, scaling.shape[0], gate_rows, stacked, rank, *three(widths), routing.temperature,
+        **choice_constants(adapters, routing), MEMBERS=members, MP=mp, BN=bn, BK=bk, GATE_PIECES=gate_pieces, PIECES=pieces,
+        SHARES=1 << (pieces.bit_length() - 1), BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
+        WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_BIAS=group.bias is not None,
+        CONCURRENT=not interpreted(), THREADS=32 * warps, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y

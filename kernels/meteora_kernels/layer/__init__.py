@@ -1,0 +1,110 @@
+"""The adapters of one linear on top of a finished base output: the Triton backend.
+
+Paths, of which :func:`meteora_kernels.plan.choose` takes one:
+
+- :mod:`few_tokens`: decoding; gates and A in one launch, routing and B in a second (a third between them for many adapters);
+- :mod:`meteora_kernels.many_adapters`: a large total rank; only the chosen adapters' rows;
+- :mod:`many_tokens`: prefill and training; GEMMs over all R rows with the routing between them, and the same backwards.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meteora_kernels import many_adapters
+from meteora_kernels.dense import cast, flat_routes
+from meteora_kernels.layer import few_tokens, many_tokens
+from meteora_kernels.operators import eager
+from meteora_kernels.plan import Case, Facts, Row, choices_of, choose, table_of
+from meteora_kernels.rank_rows import layout_of
+from meteora_kernels.types import Adapters, Routing
+
+_choices = choices_of("layers")
+"""Rows by all that they depend on: a lookup costs less than making a :class:`Case`."""
+CAN_RUN = {"few_tokens": few_tokens.can_run, "many_adapters": many_adapters.can_run, "many_tokens": many_tokens.can_run}
+
+
+def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True) -> Row:
+    """The row of the table for these tokens.
+
+    Args:
+        x: (..., h).
+        adapters: The adapters; without ``max_rank`` all rows are multiplied.
+        top_k: k.
+        plain: Neither gradients nor given routes nor a separate input of the adapters are wanted.
+    """
+    gate, _, lora_B, _, _, max_rank, _, _ = adapters
+    tokens, plain = x.shape[:-1].numel(), plain and max_rank is not None
+    key = (tokens, top_k, plain, gate.shape, lora_B.shape, max_rank, x.dtype, x.device)
+    compiling = torch.compiler.is_compiling()
+    row = None if compiling else _choices.get(key)
+    if row is None:
+        facts = Facts(x.shape[-1], (lora_B.shape[1],), gate.shape[0], lora_B.shape[0], max_rank or 0, x.dtype, x.device)
+        row = choose(table_of(x.device).layer, Case(facts, tokens, top_k, plain=plain), CAN_RUN)
+        if not compiling:
+            _choices[key] = row
+    return row
+
+
+def mix(
+    x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None, *, want_logits: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and result as in :func:`meteora_kernels.reference.mix`. Without ``want_logits`` the logits come back as None."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _flat(x, base_output, adapters, routing, lora_x, want_logits=want_logits)
+    with torch.autocast(x.device.type, enabled=False):
+        x, adapters, lora_x = cast(x, adapters, lora_x)
+        return _flat(x, base_output, adapters, routing, lora_x, want_logits=want_logits)
+
+
+def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None, *, want_logits: bool) -> tuple[Tensor, Tensor | None]:
+    """Flatten the tokens, pick the path, and give the leading dimensions back."""
+    gate, lora_A, lora_B, scaling, offsets, max_rank, _, _ = adapters
+    if lora_A.shape[0] == 0 or x.numel() == 0:
+        return base_output.clone(), F.linear(x, gate) if routing.indices is None else None
+    lora_x = None if lora_x is x else lora_x
+    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, base_output, gate, lora_A, lora_B))
+    given = routing.indices is not None
+    plain = not (wants_grad or given) and lora_x is None
+    if plain and max_rank is None and not torch.compiler.is_compiling():
+        max_rank = layout_of(offsets).max_rank
+    if max_rank is not adapters.max_rank or not (gate.is_contiguous() and lora_A.is_contiguous() and lora_B.is_contiguous()):
+        adapters = Adapters.of_layer(gate.contiguous(), lora_A.contiguous(), lora_B.contiguous(), scaling, offsets, max_rank)
+    row = row_for(x, adapters, routing.top_k, plain=plain)
+    if given:
+        routing = many_tokens.contiguous_routes(flat_routes(routing))
+    if wants_grad and eager(x):
+        output, logits = many_tokens.differentiable(x, lora_x, base_output, adapters, routing, row.inline)
+        return output, logits if want_logits and not given else None
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    base = base_output.reshape(-1, base_output.shape[-1])
+    base = base if base.stride(-1) == 1 else base.contiguous()
+    output, logits = run(row, tokens, None if lora_x is None else lora_x.reshape(tokens.shape), base, adapters, routing)
+    output = output.view(base_output.shape)
+    return output, logits[:, : gate.shape[0]].reshape(*x.shape[:-1], gate.shape[0]) if want_logits and not given else None
+
+
+def run(row: Row, x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The adapters on top of a finished base output, by a row of the table.
+
+    Args:
+        row: The row.
+        x: (M, h), contiguous.
+        lora_x: (M, h), what the adapters see when it is not ``x``, or None.
+        base: (M, o), columns contiguous.
+        adapters: Contiguous tensors.
+        routing: How tokens choose.
+
+    Returns:
+        (M, o), and in the first N columns of the second result the logits.
+    """
+    direct = eager(x)
+    if row.path == "few_tokens":
+        output, logits = few_tokens.run(x, base, adapters, routing, row) if direct else few_tokens.few_tokens(x, base, adapters, routing)
+    elif row.path == "many_adapters":
+        output, logits = many_adapters.run_layer(x, base, adapters, routing, row) if direct else many_adapters.layer(x, base, adapters, routing)
+    else:
+        output, logits = many_tokens.many_tokens(x, lora_x, base, adapters, routing, row.inline)
+    return output, logits

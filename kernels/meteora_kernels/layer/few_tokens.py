@@ -1,0 +1,297 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Few tokens on top of a finished base output: gates and ``A x`` in one launch, routing and B in a second."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.arguments import choice_constants, or_any
+from meteora_kernels.device.routing import bounded_logits, coefficients_of, routes_of_few, slot_of, top_of_tile
+from meteora_kernels.device.rows import rows_times_tokens
+from meteora_kernels.operators import operator
+from meteora_kernels.plan.table import Case, Row
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.types import Adapters, Routing
+
+
+@triton.jit
+def chosen_sum(
+    total,
+    mid_down,
+    stride_mid,
+    b,
+    width,
+    columns,
+    column_mask,
+    picks,
+    scaled,
+    first,
+    last,
+    tokens_total,
+    rank,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    RANK_P: tl.constexpr,
+    GATHER: tl.constexpr,
+    FLAT: tl.constexpr,
+    DENSE_DOWN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add ``sum_j w_j s_j B_j (A_j x)`` to ``total`` (BN, MP).
+
+    mid_down holds A x: all R rows per token (DENSE_DOWN), or SLOT * RANK_P + row of the chosen adapters only. GATHER takes B's chosen rows
+    token by token, FLAT does so for one token without tiles of one row; otherwise all of B is multiplied by a middle that is zero elsewhere
+    (16 tokens and more).
+    """
+    tokens = tl.arange(0, MP)[:, None]
+    slots = tl.arange(0, SLOTS)[None, :]
+    live = tokens < tokens_total
+    if FLAT:
+        # Triton 3.6 moves loads of small one-row tiles to another layout without their masks and then refuses its own code.
+        PIECE: tl.constexpr = 16 if RANK_P >= 16 else RANK_P
+        share = tl.zeros([BN, MP], dtype=tl.float32)  # apart from the base, which is larger: float32 so loses less in a long sum
+        for slot in tl.static_range(TOP_K):
+            begin = tl.sum(slot_of(first, slots, slot))
+            end = tl.sum(slot_of(last, slots, slot))
+            factor = tl.sum(slot_of(scaled, slots, slot))
+            for step in tl.static_range(0, RANK_P, PIECE):
+                inner = step + tl.arange(0, PIECE)
+                inside = begin + inner < end
+                values = tl.load(mid_down + (begin + inner if DENSE_DOWN else slot * RANK_P + inner), mask=inside, other=0.0, cache_modifier=".cg") * factor
+                rows = (begin + inner).to(tl.int64)[:, None]
+                up = tl.load(b + rows * width + columns, mask=inside[:, None] & column_mask, other=0.0)
+                share += tl.sum(values[:, None] * up.to(tl.float32), axis=0)[:, None]
+        total += share
+    elif GATHER:
+        CHUNK: tl.constexpr = 16 if TOP_K * RANK_P >= 16 else TOP_K * RANK_P
+        before = total
+        if RANK_P > 16:
+            total = tl.zeros([BN, MP], dtype=tl.float32)
+        for slot in tl.static_range(TOP_K):
+            factor = slot_of(scaled, slots, slot)
+            begin = slot_of(first, slots, slot)
+            end = slot_of(last, slots, slot)
+            for step in tl.static_range(0, RANK_P, CHUNK if CHUNK < RANK_P else RANK_P):
+                inner = step + tl.arange(0, CHUNK if CHUNK < RANK_P else RANK_P)[None, :]
+                rows = begin + inner
+                inside = live & (rows < end)
+                place = rows if DENSE_DOWN else slot * RANK_P + inner + begin * 0
+                values = tl.load(mid_down + tokens * stride_mid + place, mask=inside, other=0.0, cache_modifier=".cg")
+                values = values * factor
+                up = tl.load(b + rows[:, :, None].to(tl.int64) * width + columns[None, :, :], mask=inside[:, :, None] & column_mask[None, :, :], other=0.0)
+                total += tl.trans(tl.sum(values[:, :, None] * up.to(tl.float32), axis=1))
+        if RANK_P > 16:
+            total += before
+    else:
+        BR: tl.constexpr = 32
+        for start in range(0, rank, BR):
+            rows = start + tl.arange(0, BR)[None, :]
+            inside = live & (rows < rank)
+            factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+            values = tl.load(mid_down + tokens * stride_mid + rows, mask=inside, other=0.0, cache_modifier=".cg")
+            values = tl.where(factor == 0.0, 0.0, values * factor)
+            up = tl.load(b + rows.to(tl.int64) * width + tl.trans(columns), mask=(rows < rank) & tl.trans(column_mask), other=0.0)
+            total = tl.dot(up, tl.trans(values).to(up.dtype), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def few_gates_kernel(
+    x,
+    gate,
+    a,
+    mid,
+    tokens_total,
+    hidden,
+    count,
+    rank,
+    stride_mid,
+    MP: tl.constexpr,
+    BG: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """mid[t] = [G x, A x], float32 (M, N + R) (R = 0: the gates alone). Grid: ceil(N / BG) + ceil(R / BG) programs."""
+    pid = tl.program_id(0)
+    tokens = tl.arange(0, MP)[None, :]
+    gate_tiles = tl.cdiv(count, BG)
+    if pid < gate_tiles:
+        local = pid * BG + tl.arange(0, BG)[:, None]
+        total = rows_times_tokens(gate, local.to(tl.int64), local < count, x, tokens_total, hidden, hidden, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
+        tl.store(mid + tokens * stride_mid + local, total, mask=(local < count) & (tokens < tokens_total))
+    else:
+        local = (pid - gate_tiles) * BG + tl.arange(0, BG)[:, None]
+        total = rows_times_tokens(a, local.to(tl.int64), local < rank, x, tokens_total, hidden, hidden, hidden, BG, BK, MP, EVEN, STAGES, PRECISION)
+        tl.store(mid + tokens * stride_mid + count + local, total, mask=(local < rank) & (tokens < tokens_total))
+
+
+@triton.jit
+def few_down_kernel(
+    x,
+    a,
+    mid,
+    allowed,
+    scaling,
+    offsets,
+    hidden,
+    count,
+    temperature,
+    stride_mid,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """mid[t, N + j * RANK_P + row] = A x of slot j's adapter, which the logits in mid[t] choose. Grid: (M * TOP_K,)."""
+    pid = tl.program_id(0)
+    token = pid // TOP_K
+    here = mid + token * stride_mid
+    columns = tl.arange(0, PADDED)[None, :]
+    slots = tl.arange(0, SLOTS)[None, :]
+    one = tl.zeros([1, 1], dtype=tl.int32)
+    tile = bounded_logits(here, one, stride_mid, columns, count, allowed, one == 0, HAS_ALLOWED)
+    picks, _ = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    pick = tl.sum(tl.where(slots == pid % TOP_K, picks, 0))
+    begin = tl.load(offsets + pick)
+    inner = tl.arange(0, RANK_P)
+    rows = (begin + inner).to(tl.int64)[:, None]
+    mask = rows < tl.load(offsets + pick + 1)
+    total = rows_times_tokens(a, rows, mask, x + token * hidden, 1, hidden, hidden, hidden, RANK_P, BK, 1, EVEN, 1, "ieee")
+    tl.store(here + count + pid % TOP_K * RANK_P + inner[:, None], total)
+
+
+@triton.jit
+def few_up_kernel(
+    base,
+    b,
+    mid,
+    allowed,
+    scaling,
+    offsets,
+    y,
+    tokens_total,
+    count,
+    rank,
+    width,
+    stride_base,
+    stride_mid,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_P: tl.constexpr,
+    MP: tl.constexpr,
+    BN: tl.constexpr,
+    DENSE_DOWN: tl.constexpr,
+    GATHER: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y = base + the chosen adapters' share, from mid. Grid: (ceil(width / BN),)."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
+    tokens = tl.arange(0, MP)[None, :]
+    mask = (columns < width) & (tokens < tokens_total)
+    total = tl.load(base + tokens.to(tl.int64) * stride_base + columns, mask=mask, other=0.0).to(tl.float32)
+    picks, scaled, first, last = routes_of_few(
+        mid, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED
+    )
+    total = chosen_sum(
+        total,
+        mid + count,
+        stride_mid,
+        b,
+        width,
+        tl.trans(columns),
+        tl.trans(columns < width),
+        picks,
+        scaled,
+        first,
+        last,
+        tokens_total,
+        rank,
+        TOP_K,
+        SLOTS,
+        MP,
+        BN,
+        RANK_P,
+        GATHER,
+        FLAT,
+        DENSE_DOWN,
+        PRECISION,
+    )
+    tl.store(y + tokens.to(tl.int64) * width + columns, total.to(y.dtype.element_ty), mask=mask)
+
+
+def can_run(case: Case, row: Row) -> str | None:
+    """Why this path cannot run a case by a row of the table; None if it can."""
+    if not case.plain:
+        return "the path is for inference with the gate's own routes, and adapters that see what the gate sees"
+    return None if case.tokens <= 64 else f"there are {case.tokens} tokens, the path takes up to 64"
+
+
+def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
+    """The adapters of one linear on top of a finished base output, for few tokens, in two or three launches.
+
+    Args:
+        x: (M, h), contiguous, 1 <= M <= 64.
+        base: (M, o), columns contiguous.
+        adapters: Contiguous tensors; ``max_rank`` is known.
+        routing: k, T and ``allowed``.
+        row: ``way`` says whether all rows of A are read along with the gates, or the chosen rows after them. Of the tile, ``gate_rows``,
+            ``gate_step`` and ``stages`` are those of gates and A, ``outputs`` that of B.
+
+    Returns:
+        (M, o) and the logits float32 (M, N).
+    """
+    tile = row.tile
+    assert tile is not None
+    tokens, hidden = x.shape
+    gate, lora_A, lora_B, scaling, offsets, *_ = adapters
+    count, (rank, width) = gate.shape[0], lora_B.shape
+    mp = 1 if tokens == 1 else max(16, power_of_two(tokens))
+    rank_p, bg, bk, stages = adapters.rank_p, tile.gate_rows, tile.gate_step, tile.stages
+    gather = mp <= 16
+    dense_down = row.way == "all_rows" or not gather
+    mid = torch.empty(tokens, count + (rank if dense_down else routing.top_k * rank_p), dtype=torch.float32, device=x.device)
+    y = torch.empty(tokens, width, dtype=base.dtype, device=x.device)
+    permitted, constants = or_any(routing.allowed, x), choice_constants(adapters, routing)
+    few_gates_kernel[(ceil_div(count, bg) + (ceil_div(rank, bg) if dense_down else 0),)](
+        x, gate, lora_A, mid, tokens, hidden, count, rank, mid.stride(0),
+        MP=mp, BG=bg, BK=bk, EVEN=hidden % bk == 0, STAGES=stages, PRECISION="ieee", num_warps=tile.warps, num_stages=stages,
+    )  # fmt: skip
+    if not dense_down:
+        few_down_kernel[(tokens * routing.top_k,)](
+            x, lora_A, mid, permitted, scaling, offsets, hidden, count, routing.temperature, mid.stride(0),
+            **constants, RANK_P=rank_p, BK=512, EVEN=hidden % 512 == 0, num_warps=4,
+        )  # fmt: skip
+    bn = tile.outputs if gather else 32
+    few_up_kernel[(ceil_div(width, bn),)](
+        base, lora_B, mid, permitted, scaling, offsets, y, tokens, count, rank, width, base.stride(0), mid.stride(0), routing.temperature,
+        **constants, RANK_P=rank_p, MP=mp, BN=bn, DENSE_DOWN=dense_down, GATHER=gather, FLAT=mp == 1 and row.flat, PRECISION="ieee", num_warps=4,
+    )  # fmt: skip
+    return y, mid[:, :count]
+
+
+def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Empty results of :data:`few_tokens`."""
+    return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], adapters.gate.shape[0]), dtype=torch.float32)
+
+
+@operator("few_tokens", out_like)
+def few_tokens(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """:func:`run` for compilers, which look the row up when the operator runs; the logits come back contiguous."""
+    from meteora_kernels.layer import row_for
+
+    output, logits = run(x, base, adapters, routing, row_for(x, adapters, routing.top_k))
+    return output, logits.contiguous()

@@ -1,0 +1,26 @@
+"""Which backend and which path runs: one function decides (:func:`choose`), from one table of measured choices per GPU."""
+
+from meteora_kernels.plan.backend import Call, choose_backend
+from meteora_kernels.plan.choose import choices_of, choose, table_of, use, user_file
+from meteora_kernels.plan.machine import interpreted, readable, triton_installed, why_not_triton
+from meteora_kernels.plan.table import EVER, Case, Facts, Row, Span, Table
+
+__all__ = [
+    "EVER",
+    "Call",
+    "Case",
+    "Facts",
+    "Row",
+    "Span",
+    "Table",
+    "choices_of",
+    "choose",
+    "choose_backend",
+    "interpreted",
+    "readable",
+    "table_of",
+    "triton_installed",
+    "use",
+    "user_file",
+    "why_not_triton",
+]

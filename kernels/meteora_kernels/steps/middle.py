@@ -1,0 +1,303 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The middle of the layer between its GEMMs: route, scale and mask ``A x`` (forward), and the derivative of that (backward)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.arguments import choice_constants, or_any
+from meteora_kernels.device.chosen_rows import clear_rows, write_chosen
+from meteora_kernels.device.routing import coefficients_of, routes_of_tile, slot_of, summed
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.types import Adapters, Routing
+
+
+@triton.jit
+def middle_kernel(
+    logits,
+    down,
+    middle,
+    allowed,
+    given_indices,
+    given_weights,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    stride_split,
+    stride_logits,
+    stride_down,
+    stride_middle,
+    member_logits,
+    member_down,
+    first_middle,
+    second_middle,
+    member_middle,
+    padded_rank,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
+
+    logits (M, N) and down (M, R) in the model's dtype, or SPLITS partial sums of them in float32, ``stride_split`` apart; middle (M, R) in
+    the model's dtype. A fused group has several members side by side, ``member_*`` columns apart; in ``middle`` the first stands at column
+    ``first_middle``, the others from ``second_middle`` on. RANKS: no adapter has more rows, and only rows of chosen adapters are read; 0: all are.
+    Grid: (ceil(M / BLOCK), members).
+    """
+    member = tl.program_id(1)
+    column = tl.where(member == 0, first_middle, second_middle + (member - 1) * member_middle)
+    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    mask = tokens < tokens_total
+    if RANKS > 0:
+        clear_rows(middle + column, stride_middle, tokens, mask, padded_rank, CHUNK)
+    picks, shares = routes_of_tile(
+        logits + member * member_logits,
+        tokens,
+        stride_logits,
+        allowed,
+        given_indices,
+        given_weights,
+        mask,
+        count,
+        temperature,
+        TOP_K,
+        SLOTS,
+        PADDED,
+        HAS_ALLOWED,
+        GIVEN,
+        stride_split,
+        SPLITS,
+    )
+    if RANKS > 0:
+        write_chosen(
+            down + member * member_down,
+            stride_down,
+            stride_split,
+            middle + column,
+            stride_middle,
+            scaling,
+            offsets,
+            tokens,
+            mask,
+            picks,
+            shares,
+            TOP_K,
+            SLOTS,
+            RANKS,
+            SPLITS,
+            False,
+        )
+    else:
+        scaled = shares * tl.load(scaling + picks)
+        first = tl.load(offsets + picks)
+        last = tl.load(offsets + picks + 1)
+        for start in range(0, padded_rank, CHUNK):
+            rows = start + tl.arange(0, CHUNK)[None, :]
+            inside = mask & (rows < rank)
+            factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+            values = summed(down + member * member_down, tokens * stride_down + rows, stride_split, inside, SPLITS)
+            # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+            values = tl.where(factor == 0.0, 0.0, values * factor)
+            tl.store(middle + tokens * stride_middle + column + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < padded_rank))
+
+
+@triton.jit
+def middle_backward_kernel(
+    logits,
+    down,
+    grad_middle,
+    grad_logits_in,
+    grad_logits,
+    grad_down,
+    middle,
+    allowed,
+    given_indices,
+    given_weights,
+    scaling,
+    offsets,
+    tokens_total,
+    count,
+    rank,
+    stride_logits,
+    stride_down,
+    stride_grad,
+    stride_in,
+    stride_out,
+    stride_middle,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr,
+    HAS_IN: tl.constexpr,
+    WANT_MIDDLE: tl.constexpr,
+):
+    """From ``grad_middle = dy B^T`` to the gradients of the logits and of ``A x``.
+
+    ``grad_down = grad_middle * w_j s_j``; with ``g_j = s_j * sum over rows of j of grad_middle * down``, the logits get
+    ``w_j (g_j - sum_l w_l g_l) / T`` on top of ``grad_logits_in``. All (M, .) in the model's dtype; grad_logits and grad_down lie in
+    rows of ``stride_out``. WANT_MIDDLE also writes the forward's middle again (for the gradient of B). Grid: (ceil(M / BLOCK),).
+    """
+    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    mask = tokens < tokens_total
+    slots = tl.arange(0, SLOTS)[None, :]
+    picks, shares = routes_of_tile(
+        logits, tokens, stride_logits, allowed, given_indices, given_weights, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, GIVEN
+    )
+    scale = tl.load(scaling + picks)
+    scaled = shares * scale
+    first = tl.load(offsets + picks)
+    last = tl.load(offsets + picks + 1)
+    inner = tl.zeros([BLOCK, SLOTS], dtype=tl.float32)
+    for start in range(0, rank, CHUNK):
+        rows = start + tl.arange(0, CHUNK)[None, :]
+        inside = mask & (rows < rank)
+        factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
+        values = tl.load(down + tokens * stride_down + rows, mask=inside, other=0.0).to(tl.float32)
+        grads = tl.load(grad_middle + tokens * stride_grad + rows, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_down + tokens * stride_out + rows, tl.where(factor == 0.0, 0.0, grads * factor).to(grad_down.dtype.element_ty), mask=inside)
+        if WANT_MIDDLE:
+            tl.store(middle + tokens * stride_middle + rows, tl.where(factor == 0.0, 0.0, values * factor).to(middle.dtype.element_ty), mask=inside)
+        product = values * grads
+        for slot in tl.static_range(TOP_K):
+            owned = (rows >= slot_of(first, slots, slot)) & (rows < slot_of(last, slots, slot))
+            part = tl.sum(tl.where(owned, product, 0.0), axis=1)[:, None]
+            inner = tl.where(slots == slot, inner + part, inner)
+    if not GIVEN:
+        inner = inner * scale
+        mean = tl.sum(shares * inner, axis=1)[:, None]
+        slope = shares * (inner - mean) / temperature
+        columns = tl.arange(0, PADDED)[None, :]
+        keep = mask & (columns < count)
+        total = tl.zeros([BLOCK, PADDED], dtype=tl.float32)
+        if HAS_IN:
+            total = tl.load(grad_logits_in + tokens * stride_in + columns, mask=keep, other=0.0).to(tl.float32)
+        for slot in tl.static_range(TOP_K):
+            total += tl.where(columns == slot_of(picks, slots, slot), slot_of(slope, slots, slot), 0.0)
+        tl.store(grad_logits + tokens * stride_out + columns, total.to(grad_logits.dtype.element_ty), mask=keep)
+
+
+def block_of(padded: int, tokens: int) -> int:
+    """Tokens per program: enough programs for every multiprocessor, and a tile of logits that fits into registers."""
+    return max(1, min(32, 4096 // max(padded, 64), power_of_two(tokens // 256 + 1)))
+
+
+def tile_of(padded: int, tokens: int) -> tuple[int, int]:
+    """Tokens a program and warps of :func:`middle`. More than 8 tokens were no faster at 2,048 and 4,096."""
+    block = min(8, block_of(padded, tokens))
+    return block, 1 if block <= 2 else 4
+
+
+def ranks_of(max_rank: int, top_k: int, columns: int) -> int:
+    """RANKS of the kernels: the largest rank as a power of two, or 0 where the chosen adapters' rows are not few against all ``columns``."""
+    ranks = power_of_two(max_rank)
+    return ranks if 2 * power_of_two(top_k) * ranks <= columns else 0
+
+
+class Out(NamedTuple):
+    """Where :func:`middle` writes.
+
+    Attributes:
+        rows: (M, .), columns contiguous.
+        first: The column of the first member.
+        second: The column of the second member, which the others follow.
+        columns: How many columns each member gets: R, the rest 0.
+    """
+
+    rows: Tensor
+    first: int
+    second: int
+    columns: int
+
+
+def middle(
+    logits: Tensor, down: Tensor, adapters: Adapters, routing: Routing, *, max_rank: int = 0, out: Out | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``A x`` scaled by its route, and 0 where not chosen: the middle of the one big LoRA.
+
+    Args:
+        logits: (M, .), columns contiguous: member i's N logits from column ``i * member_rows``, which are not read where routes are given; or
+            (S, M, .), float32 partial sums of them.
+        down: (M, .), columns contiguous: member i's ``A x``, R columns, from column ``i * member_rows``; or (S, M, .), with the strides of ``logits``.
+        adapters: The adapters; of its large tensors none is read.
+        routing: How tokens choose; given routes are int64 and float32 (M, k), contiguous, for one member.
+        max_rank: The largest rank, to read only the chosen adapters' rows where they are few; 0: all rows are read.
+        out: Where to write instead of a new tensor.
+        dtype: The dtype of a new tensor; None: that of ``down``.
+
+    Returns:
+        (M, members * R) in the dtype asked for, or the rows of ``out``.
+    """
+    tokens, members, rank, scaling = down.shape[-2], adapters.members, adapters.total_rank, adapters.scaling
+    splits = down.shape[0] if down.dim() == 3 else 1
+    if out is None:
+        out = Out(torch.empty(tokens, members * rank, dtype=dtype or down.dtype, device=down.device), 0, rank, rank)
+    result, first, second, columns = out
+    block, warps = tile_of(adapters.padded, tokens)
+    middle_kernel[(ceil_div(tokens, block), members)](
+        logits, down, result, or_any(routing.allowed, scaling), or_any(routing.indices, scaling), or_any(routing.weights, scaling), scaling, adapters.offsets,
+        tokens, adapters.number, rank, down.stride(0) if splits > 1 else 0, logits.stride(-2), down.stride(-2), result.stride(0), adapters.member_rows,
+        adapters.member_rows, first, second, columns, columns, routing.temperature,
+        **choice_constants(adapters, routing), BLOCK=block, CHUNK=min(256, power_of_two(columns)), GIVEN=routing.indices is not None, SPLITS=splits,
+        RANKS=ranks_of(max_rank, routing.top_k, columns), num_warps=warps,
+    )  # fmt: skip
+    return result
+
+
+class Gradients(NamedTuple):
+    """What reaches the middle from behind, and where its own gradients go.
+
+    Attributes:
+        middle: (M, R), the gradient of the middle.
+        logits: (M, N), the gradient that reached the logits on another way, or None.
+        out_logits: (M, N), written unless routes are given.
+        out_down: (M, R), written; the same row stride as ``out_logits``.
+    """
+
+    middle: Tensor
+    logits: Tensor | None
+    out_logits: Tensor
+    out_down: Tensor
+
+
+def middle_backward(logits: Tensor, down: Tensor, grads: Gradients, adapters: Adapters, routing: Routing, *, want_middle: bool = False) -> Tensor | None:
+    """Gradients of :func:`middle`, written into ``grads``.
+
+    Args:
+        logits, down, adapters, routing: As given to :func:`middle` (one member).
+        grads: What comes in, and where the results go.
+        want_middle: Also return the middle again.
+
+    Returns:
+        (M, R) or None.
+    """
+    tokens, rank = down.shape
+    scaling = adapters.scaling
+    block = block_of(adapters.padded, tokens)
+    again = torch.empty(tokens, rank, dtype=down.dtype, device=down.device) if want_middle else None
+    middle_backward_kernel[(ceil_div(tokens, block),)](
+        logits, down, grads.middle, or_any(grads.logits, scaling), grads.out_logits, grads.out_down, or_any(again, scaling),
+        or_any(routing.allowed, scaling), or_any(routing.indices, scaling), or_any(routing.weights, scaling), scaling, adapters.offsets,
+        tokens, adapters.number, rank, logits.stride(0), down.stride(0), grads.middle.stride(0), 0 if grads.logits is None else grads.logits.stride(0),
+        grads.out_down.stride(0), rank, routing.temperature,
+        **choice_constants(adapters, routing), BLOCK=block, CHUNK=min(64, power_of_two(rank)), GIVEN=routing.indices is not None,
+        HAS_IN=grads.logits is not None, WANT_MIDDLE=want_middle,
+    )  # fmt: skip
+    return again

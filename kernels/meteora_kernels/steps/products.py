@@ -1,0 +1,145 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""``x rows^T`` as float32 partial sums, for fused groups: the sum over x's columns is cut into one or more pieces, and none is rounded.
+
+Every program owns a tile of the result and one piece of the sum and stores it; who reads the result adds the pieces in a fixed order
+(:func:`meteora_kernels.device.routing.summed`), so there are no atomics, no launch for the addition, and logits are never rounded to 16 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.arguments import or_any, span_of
+from meteora_kernels.plan.table import Row
+from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.tile import Tile
+
+COPY_TILE = (8, 1024)
+"""Tokens and columns that a program copies."""
+
+
+@triton.jit
+def products_kernel(
+    x,
+    rows,
+    out,
+    copy,
+    tokens_total,
+    rows_total,
+    hidden,
+    span,
+    pieces,
+    stride_x,
+    stride_rows,
+    stride_split,
+    stride_out,
+    stride_copy,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COPY_M: tl.constexpr,
+    COPY_N: tl.constexpr,
+):
+    """out[s, t, r] = sum over the s-th ``span`` columns c of x[t, c] rows[r, c].
+
+    x (M, h) and rows (P, h) in one dtype, columns contiguous; out float32 (S, M, P); span a multiple of BLOCK_K. EVEN: no piece is cut
+    short by h. COPY_M > 0: x is also copied to ``copy`` (M, h).
+    Grid, one dimension: ceil(P / BLOCK_N) * ceil(M / BLOCK_M) * S programs, those of one x tile neighbours, so that it comes from memory once; then,
+    to run beside them, ceil(h / COPY_N) * ceil(M / COPY_M) that copy.
+    """
+    pid = tl.program_id(0)
+    row_tiles = tl.cdiv(rows_total, BLOCK_N)
+    token_tiles = tl.cdiv(tokens_total, BLOCK_M)
+    multiplying = row_tiles * token_tiles * pieces
+    if pid < multiplying:
+        split = pid // (row_tiles * token_tiles)
+        tokens = ((pid // row_tiles) % token_tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        columns = (pid % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        steps = tl.arange(0, BLOCK_K)
+        begin = split * span
+        # Tiles that stick out read the first tokens or rows again: their sums are not stored.
+        left = x + (tokens % tokens_total) * stride_x + begin + steps[None, :]
+        right = rows + (columns % rows_total).to(tl.int64) * stride_rows + begin + steps[:, None]
+        total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for step in range(tl.cdiv(span, BLOCK_K)):
+            if EVEN:
+                values = tl.load(left)
+                factors = tl.load(right)
+            else:
+                inside = begin + step * BLOCK_K + steps < hidden
+                values = tl.load(left, mask=inside[None, :], other=0.0)
+                factors = tl.load(right, mask=inside[:, None], other=0.0)
+            total = tl.dot(values, factors, total, input_precision=PRECISION)
+            left += BLOCK_K
+            right += BLOCK_K
+        place = out + tl.full([], split, tl.int64) * stride_split + tokens * stride_out + columns
+        tl.store(place, total, mask=(tokens < tokens_total) & (columns < rows_total))
+    elif COPY_M > 0:
+        across = tl.cdiv(hidden, COPY_N)
+        index = pid - multiplying
+        here = (index // across * COPY_M + tl.arange(0, COPY_M)).to(tl.int64)[:, None]
+        places = (index % across) * COPY_N + tl.arange(0, COPY_N)[None, :]
+        both = (here < tokens_total) & (places < hidden)
+        tl.store(copy + here * stride_copy + places, tl.load(x + here * stride_x + places, mask=both), mask=both)
+
+
+def products(x: Tensor, rows: Tensor, splits: int, tile: Tile, copy: Tensor | None = None) -> Tensor:
+    """``x rows^T`` in at most ``splits`` float32 pieces, whose sum is the product.
+
+    Args:
+        x: (M, h), columns contiguous, M >= 1.
+        rows: (P, h), columns contiguous, the dtype of x.
+        splits: Pieces of the sum; fewer are returned where h has fewer blocks.
+        tile: Its ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages``.
+        copy: (M, h), columns contiguous, the dtype of x: x is copied there in the same launch.
+
+    Returns:
+        float32 (S, M, P), contiguous.
+    """
+    tokens, hidden = x.shape
+    block_m, block_n, block_k, warps, stages = tile[:5]
+    span = span_of(hidden, splits, block_k)
+    pieces = ceil_div(hidden, span)
+    out = torch.empty(pieces, tokens, rows.shape[0], dtype=torch.float32, device=x.device)
+    copy_m, copy_n = (COPY_TILE[0], min(COPY_TILE[1], power_of_two(hidden))) if copy is not None else (0, 0)
+    copying = ceil_div(tokens, copy_m) * ceil_div(hidden, copy_n) if copy is not None else 0
+    products_kernel[(ceil_div(rows.shape[0], block_n) * ceil_div(tokens, block_m) * pieces + copying,)](
+        x, rows, out, or_any(copy, x), tokens, rows.shape[0], hidden, span, pieces,
+        x.stride(0), rows.stride(0), out.stride(0), out.stride(1), copy.stride(0) if copy is not None else 0,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN=pieces * span == hidden, PRECISION="ieee", COPY_M=copy_m, COPY_N=copy_n,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def library_products(x: Tensor, rows: Tensor, splits: int) -> Tensor:
+    """The same by one batched GEMM of the library: piece s is the s-th matrix of the batch.
+
+    Args:
+        x: (M, h), columns contiguous.
+        rows: (P, h), columns contiguous, the dtype of x.
+        splits: Pieces of the sum; 1 where they would not be equally long and 16 bytes aligned.
+
+    Returns:
+        float32 (S, M, P), contiguous.
+    """
+    hidden = x.shape[1]
+    splits = 1 if hidden % (splits * 8) else splits
+    left = x.unflatten(1, (splits, -1)).transpose(0, 1)
+    right = rows.unflatten(1, (splits, -1)).permute(1, 2, 0)
+    if x.dtype == torch.float32 or x.device.type != "cuda":
+        return torch.bmm(left.float(), right.float())
+    return torch.bmm(left, right, out_dtype=torch.float32)
+
+
+def products_by(row: Row, x: Tensor, rows: Tensor) -> Tensor:
+    """``x rows^T`` as a row of the table wants it: (M, P) in the dtype of x, or float32 partial sums (S, M, P)."""
+    if not row.pieces:
+        return F.linear(x, rows)
+    return library_products(x, rows, row.pieces) if row.tile is None else products(x, rows, row.pieces, row.tile)

@@ -1,0 +1,69 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Routing alone, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.arguments import or_any
+from meteora_kernels.device.routing import bounded_logits, top_of_tile
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
+
+
+@triton.jit
+def route_kernel(
+    logits,
+    allowed,
+    indices,
+    weights,
+    tokens_total,
+    stride,
+    count,
+    temperature,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+):
+    """Routing alone: logits (M, N), row stride ``stride``, any float type -> indices int64 (M, k), weights float32 (M, k).
+
+    Grid: (ceil(M / BLOCK),), one program per BLOCK tokens.
+    """
+    tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    columns = tl.arange(0, PADDED)[None, :]
+    slots = tl.arange(0, SLOTS)[None, :]
+    mask = tokens < tokens_total
+    tile = bounded_logits(logits, tokens, stride, columns, count, allowed, mask, HAS_ALLOWED)
+    picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    keep = mask & (slots < TOP_K)
+    tl.store(indices + tokens * TOP_K + slots, picks.to(tl.int64), mask=keep)
+    tl.store(weights + tokens * TOP_K + slots, shares, mask=keep)
+
+
+def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`meteora_kernels.reference.route` (without gradients) by one kernel.
+
+    Args:
+        logits: (M, N), float16, bfloat16 or float32, columns contiguous.
+        top_k: 1 <= top_k <= N.
+        temperature: T > 0.
+        allowed: bool (N,) or None.
+
+    Returns:
+        indices int64 (M, k), weights float32 (M, k).
+    """
+    tokens, adapters = logits.shape
+    indices = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    padded = padded_adapters(adapters)
+    block = max(1, min(32, 2048 // padded))
+    if tokens:
+        route_kernel[(ceil_div(tokens, block),)](
+            logits, or_any(allowed, indices), indices, weights, tokens, logits.stride(0), adapters, temperature,
+            TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded, BLOCK=block, HAS_ALLOWED=allowed is not None,
+        )  # fmt: skip
+    return indices, weights

@@ -1,0 +1,140 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""``out = base + middle B`` for every member of a group in one launch, where asked with the middle made on the way."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from meteora_kernels.arguments import choice_constants, or_any, three
+from meteora_kernels.device.routing import coefficients_of, routes_of_tile, summed
+from meteora_kernels.device.rows import member_of
+from meteora_kernels.sizes import ceil_div
+from meteora_kernels.types import Adapters, Routing
+
+
+@triton.jit
+def up_kernel(
+    middle,
+    logits,
+    allowed,
+    scaling,
+    offsets,
+    b,
+    base,
+    out,
+    tokens_total,
+    count,
+    rank,
+    stride_split,
+    stride_base_split,
+    stride_middle,
+    stride_logits,
+    stride_base,
+    stride_out,
+    member_middle,
+    member_logits,
+    width0,
+    width1,
+    width2,
+    temperature,
+    MEMBERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROUTE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BASE_SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[t, c] = base[t, c] + sum_row middle[t, row] B[row, c] (without base where HAS_BASE is False).
+
+    middle (M, .) and B in one dtype: member i's columns of ``middle`` start at ``i * member_middle``, its B (R, width_i) lies contiguous
+    behind those before it, its columns of base and out likewise. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x`` and
+    ``logits`` (M, .) the gates', member i's from column ``i * member_logits``; every program then routes its tokens itself. SPLITS > 1: both
+    are so many float32 partial sums, ``stride_split`` apart; BASE_SPLITS likewise for base.
+    Grid: (sum_i ceil(width_i / BLOCK_N), ceil(M / BLOCK_M)).
+    """
+    tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BLOCK_N, MEMBERS)
+    tokens = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    token_mask = tokens < tokens_total
+    column_mask = columns < width
+    where = before + columns
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    # Read late: measured faster on large outputs, and in float32 a long sum loses less apart from the base, which is larger.
+    LATE: tl.constexpr = not ROUTE or b.dtype.element_ty == tl.float32
+    if HAS_BASE and not LATE:
+        total += summed(base, tokens * stride_base + where, stride_base_split, token_mask & column_mask, BASE_SPLITS)
+    if ROUTE:
+        picks, shares = routes_of_tile(
+            logits + member * member_logits,
+            tokens,
+            stride_logits,
+            allowed,
+            logits,
+            logits,
+            token_mask,
+            count,
+            temperature,
+            TOP_K,
+            SLOTS,
+            PADDED,
+            HAS_ALLOWED,
+            False,
+            stride_split,
+            SPLITS,
+        )
+        scaled = shares * tl.load(scaling + picks)
+        first = tl.load(offsets + picks)
+        last = tl.load(offsets + picks + 1)
+    origin = b + before.to(tl.int64) * rank
+    for start in range(0, rank, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        across = rows[None, :]
+        if ROUTE:
+            found = summed(middle + member * member_middle, tokens * stride_middle + across, stride_split, token_mask & (across < rank), SPLITS)
+            factor = coefficients_of(across, picks, scaled, first, last, TOP_K, SLOTS)
+            values = tl.where(factor == 0.0, 0.0, found * factor).to(b.dtype.element_ty)
+        else:
+            values = tl.load(middle + tokens * stride_middle + member * member_middle + across, mask=token_mask & (across < rank), other=0.0)
+        up = tl.load(origin + rows[:, None].to(tl.int64) * width + columns, mask=(rows[:, None] < rank) & column_mask, other=0.0)
+        total = tl.dot(values, up, total, input_precision=PRECISION)
+    if HAS_BASE and LATE:
+        total += summed(base, tokens * stride_base + where, stride_base_split, token_mask & column_mask, BASE_SPLITS)
+    tl.store(out + tokens * stride_out + where, total.to(out.dtype.element_ty), mask=token_mask & column_mask)
+
+
+def up(middle: Tensor, adapters: Adapters, base: Tensor | None, out: Tensor, *, logits: Tensor | None = None, routing: Routing | None = None) -> None:
+    """Write ``base + middle B`` into ``out``.
+
+    Args:
+        middle: (M, .), columns contiguous: member i's R columns from ``i * R``. With ``logits``, the unscaled ``A x`` instead, from
+            ``i * member_rows``; or (S, M, .), float32 partial sums of it.
+        adapters: The adapters; gates and A are not read. B has the dtype of ``middle`` unless that is partial sums.
+        base: (M, sum of widths), columns contiguous; or (S, M, sum of widths), partial sums; None counts as 0.
+        out: (M, sum of widths), columns contiguous; may be ``base``.
+        logits: (M, .), member i's from column ``i * member_rows``, where every program routes its tokens itself; as many partial sums as ``middle``,
+            as far apart.
+        routing: How tokens choose, with ``logits``.
+    """
+    tokens, rank = middle.shape[-2], adapters.total_rank
+    block_m, block_n, block_k, warps, stages = 16 if tokens <= 64 else 64, 128, 32, 4, 3
+    member_stride = rank if logits is None else adapters.member_rows
+    choice = routing if routing is not None else Routing(top_k=1)
+    grid = (sum(ceil_div(width, block_n) for width in adapters.widths), ceil_div(tokens, block_m))
+    up_kernel[grid](
+        middle, or_any(logits, middle), or_any(choice.allowed, middle), adapters.scaling, adapters.offsets, adapters.lora_B, or_any(base, out), out,
+        tokens, adapters.number, rank, middle.stride(0) if middle.dim() == 3 else 0, base.stride(0) if base is not None and base.dim() == 3 else 0,
+        middle.stride(-2), or_any(logits, middle).stride(-2), base.stride(-2) if base is not None else 0, out.stride(0), member_stride, member_stride,
+        *three(adapters.widths), choice.temperature,
+        **choice_constants(adapters, choice), MEMBERS=adapters.members, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, ROUTE=logits is not None,
+        HAS_BASE=base is not None, SPLITS=middle.shape[0] if middle.dim() == 3 else 1,
+        BASE_SPLITS=base.shape[0] if base is not None and base.dim() == 3 else 1, PRECISION="ieee", num_warps=warps, num_stages=stages,
+    )  # fmt: skip

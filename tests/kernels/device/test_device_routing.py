@@ -1,0 +1,29 @@
+"""Routing on the device against the reference's; in the interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteora_kernels import reference
+from meteora_kernels.steps.route import route
+from support.layer_shapes import DEVICE
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("top_k", [1, 2, 3, 8])
+def test_route_has_the_references_ties_and_nan(top_k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-2, 3, (50, 12), generator=generator).float()
+    logits[0] = float("nan")
+    logits[1, 5] = float("nan")
+    logits[2] = float("-inf")
+    logits[3, 1:] = float("-inf")
+    logits[4, 3:5] = float("nan")
+    logits[5] = -0.0
+    logits[5, 3] = 0.0
+    for mask in (None, torch.arange(12) < 4, torch.arange(12) == 7):
+        expected = reference.route(logits, top_k, 3.0, mask)
+        got = route(logits.to(DEVICE), top_k, 3.0, None if mask is None else mask.to(DEVICE))
+        assert torch.equal(got[0].cpu(), expected[0])
+        torch.testing.assert_close(got[1].cpu(), expected[1], equal_nan=True)

@@ -1,0 +1,103 @@
+"""Decoding with chosen rows of A, and with all of them, against the reference; in the interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meteora_kernels import Routing, plan
+from meteora_kernels.arguments import span_of
+from meteora_kernels.group import row_for, run_group
+from meteora_kernels.plan import Row
+from meteora_kernels.tile import Tile
+from support.kernel_groups import DEVICE, RANKS, check_rounded_once, members, nan_stays, ties
+from support.kernel_rows import taking
+
+SMALL = Row("decode_chosen_rows", pieces=3, tile=Tile(outputs=16, step=16, warps=2, stages=2, gate_rows=16, gate_step=16, down_rows=4, down_step=16))
+"""Steps and pieces so short that 72 columns are several, and that the last is cut short."""
+TALL = Row("decode_chosen_rows", pieces=5, tile=Tile(outputs=32, step=32, warps=2, stages=3, gate_rows=16, gate_step=32, down_rows=16, down_step=16))
+PLAIN = Row("decode_chosen_rows", pieces=4, tile=Tile(outputs=32, step=128, warps=2, stages=5, gate_rows=16, gate_step=256, down_rows=8, down_step=256))
+EVERY = Row("decode_all_rows", tile=Tile(outputs=32, step=16, warps=2, stages=2, gate_rows=16, gate_step=32))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "widths", "hidden", "top_k", "row"),
+    [
+        pytest.param(RANKS, (24, 9, 33), 72, 2, PLAIN, id="mixed"),
+        pytest.param(RANKS, (24, 9, 33), 72, 2, SMALL, id="mixed-small"),
+        pytest.param(RANKS, (24, 9), 72, 2, TALL, id="mixed-tall"),
+        pytest.param(RANKS, (40,), 20, 5, TALL, id="all-adapters"),
+        pytest.param((0, 0, 0), (24, 9), 48, 2, SMALL, id="no-rows"),
+        pytest.param((2,) * 40, (24, 9), 64, 3, TALL, id="40x2-top3"),
+        pytest.param((64, 3), (33,), 72, 1, TALL, id="rank-64"),
+        pytest.param((1,) * 300, (20,), 80, 16, TALL, id="300x1-top16", marks=pytest.mark.slow),
+        pytest.param((256, 0), (20,), 33, 2, PLAIN, id="rank-256", marks=pytest.mark.slow),
+        pytest.param(RANKS, (24, 9, 33), 72, 2, EVERY, id="all-rows"),
+        pytest.param((2,) * 40, (24, 9), 64, 3, EVERY, id="all-rows-40x2-top3", marks=pytest.mark.slow),
+    ],
+)
+def test_equals_the_reference(ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, top_k: int, row: Row, tokens: int) -> None:
+    """Pieces that do not divide h, rows and outputs that do not fill a block, with a bias and a mask; twice the same bits."""
+    given = members(widths, tokens, ranks=ranks, hidden=hidden, bias=tokens == 5)
+    allowed = torch.arange(len(ranks), device=DEVICE) % 3 != 1 if tokens == 5 and top_k < 3 else None
+    routing = Routing(top_k, 1.5, allowed)
+    found = given.run(row, routing)
+    torch.testing.assert_close(found, given.exact(routing).float(), rtol=2e-4, atol=2e-4)
+    assert torch.equal(given.run(row, routing), found)
+
+
+@pytest.mark.parametrize("row", [SMALL, TALL, EVERY], ids=["small", "tall", "all-rows"])
+def test_rounds_once(row: Row) -> None:
+    check_rounded_once(members((40, 24), 16, dtype=torch.float16), row, most=1.15)
+
+
+@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
+def test_ties_go_to_the_lower_index_and_logits_are_not_rounded(row: Row) -> None:
+    given = ties(members((24,), 6, dtype=torch.float16))
+    torch.testing.assert_close(given.run(row, Routing(1)).double(), given.exact(Routing(1)), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
+def test_nan_stays_in_its_token_and_in_its_adapter(row: Row) -> None:
+    nan_stays(members((24, 9), 5), row)
+
+
+@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
+def test_reads_rows_of_a_wider_block(row: Row) -> None:
+    """With gaps between the rows of the weights, and with B^T in them."""
+    for options in ({"gap": 24}, {"has_up": True}):
+        given = members((24, 9, 33), 3, bias=True, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(given.run(row, in_place="has_up" in options), given.exact().float(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
+def test_more_tokens_than_a_tile_are_refused(row: Row) -> None:
+    group = members((24,), 17).group
+    assert row_for(group, 16, 2).path.startswith("decode_")
+    with taking(row, Row("packed")):
+        assert row_for(group, 16, 2) is row
+        assert row_for(group, 17, 2).path == "packed"
+
+
+def test_groups_decode_by_the_row_that_fits() -> None:
+    """Chosen rows unless the tokens choose more than 256 and more than A has; the outputs agree up to rounding."""
+    given = members((24, 9), 4)
+    outputs = []
+    for first, second in ((SMALL, EVERY), (EVERY, SMALL)):
+        with taking(first, second):
+            outputs.append(run_group(given.x, given.group, Routing()))
+            assert row_for(given.group, 4, 2) is first
+    torch.testing.assert_close(*outputs, rtol=2e-4, atol=2e-4)
+
+
+def test_spans_cover_the_columns_in_whole_steps() -> None:
+    for hidden in (20, 72, 4096, 11008, 14336):
+        for row in plan.table.shipped("h100").group:
+            if row.path == "decode_chosen_rows" and row.tile is not None:
+                for step in (row.tile.gate_step, row.tile.down_step, 16):
+                    columns = span_of(hidden, row.pieces, step)
+                    assert columns % step == 0
+                    assert (row.pieces - 1) * columns < hidden + row.pieces * step
+                    assert columns * row.pieces >= hidden
+    assert [span_of(hidden, 4, 256) for hidden in (4096, 11008, 14336)] == [1024, 2816, 3584]
