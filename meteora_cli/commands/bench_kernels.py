@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +11,21 @@ import typer
 
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import DataTable, out, put, say
-from meteora_cli.flags import refuse_without_effect
+from meteora_cli.flags import given_flags, refuse_without_effect
 
 if TYPE_CHECKING:
+    import torch
+
     from meteora_core.bench import EndToEnd, LayerBench
+    from meteora_core.bench.contenders import Setting
+    from meteora_core.bench.shapes import ModelShape
 
 
 def bench_kernels(
     ctx: typer.Context,
-    tokens: Annotated[str, typer.Option("--tokens", help="Token counts, separated by commas.")] = "1,8,64,512,4096",
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="Token counts, separated by commas; with --tune, by default, 1 to 4096 in steps of two or four.")
+    ] = "1,8,64,512,4096",
     shape: Annotated[str, typer.Option("--model-shape", help="llama3-8b, llama2-13b or smollm2-135m.")] = "",
     adapters: Annotated[int, typer.Option("--adapters", help="Number of adapters.")] = 28,
     rank: Annotated[int, typer.Option("--rank", help="Rank of every adapter.")] = 8,
@@ -30,17 +37,26 @@ def bench_kernels(
     layers: Annotated[int | None, typer.Option("--layers", help="Decoder layers of the whole model.", show_default=False)] = None,
     contenders: Annotated[str, typer.Option("--contenders", help="Only these: peft,loop,gather,reference,dense,triton,fused.", show_default=False)] = "",
     routes: Annotated[str, typer.Option("--routes", help="How tokens choose: uniform (at random), local (neighbours share adapters).")] = "uniform,local",
+    tune: Annotated[bool, typer.Option("--tune", help="Measure which kernel is fastest on this GPU for these sizes, and use it from then on.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Time MeteoRA's kernels against the base, one plain LoRA and the usual ways, in one run."""
+    """Time MeteoRA's kernels against the base, one plain LoRA and the usual ways, in one run.
+
+    With --tune, measure every kernel that can run on this GPU instead, and write the choices that are faster than the shipped ones to the user's own
+    table: $METEORA_KERNEL_TABLE, or kernels/GPU.toml in the cache folder.
+    """
     import torch
 
     from meteora_core.bench import ModelSizes, Setting, Timing, bench_end_to_end, bench_layers, plot_layers
     from meteora_core.bench.shapes import shape_named
+    from meteora_core.bench.tuning import TOKENS
     from meteora_core.errors import UsageError
 
-    refuse_without_effect(ctx, {"layers": (end_to_end, "--end-to-end")})
+    needs = {"layers": (end_to_end, "--end-to-end")}
+    if tune:
+        needs = dict.fromkeys(("backward", "graph", "end_to_end", "layers", "contenders", "routes", "plot"), (False, "a run without --tune"))
+    refuse_without_effect(ctx, needs)
     gpu = torch.cuda.is_available()
     chosen = shape_named(shape or ("llama3-8b" if gpu else "smollm2-135m"))
     name = dtype or ("bfloat16" if gpu else "float32")
@@ -51,6 +67,11 @@ def bench_kernels(
         counts = [int(part) for part in tokens.split(",")]
     except ValueError:
         raise UsageError(f"--tokens {tokens!r} is no list of numbers", hint="for example --tokens 1,64,1024") from None
+    if tune:
+        if not gpu:
+            raise UsageError("--tune measures GPU kernels, and there is no CUDA GPU here", hint="leave out --tune to time the CPU backends")
+        _tune(ctx, chosen, Setting(adapters, rank, top_k), counts if "tokens" in given_flags(ctx) else TOKENS, types[name], as_json=as_json)
+        return
     if not gpu:
         say("no CUDA GPU here: the CPU backends run instead")
     wanted = [part.strip() for part in contenders.split(",") if part.strip()] or None
@@ -78,6 +99,27 @@ def bench_kernels(
     _show_layers(bench)
     if whole is not None:
         _show_model(whole)
+
+
+def _tune(ctx: typer.Context, shape: ModelShape, setting: Setting, counts: Sequence[int], dtype: torch.dtype, *, as_json: bool) -> None:
+    import torch
+
+    from meteora_core.bench.tuning import described, tune
+
+    with progress(ctx) as bars:
+        found = tune(shape, setting, counts, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()), progress=bars)
+    if as_json:
+        emit_json(found.to_json())
+        return
+    table = DataTable(title=f"{shape.name}: fastest kernels; {setting.adapters} adapters of rank {setting.rank}, top-{setting.top_k}; {found.machine}")
+    for column in ("what", "hidden", "outputs", "tokens", "taken before", "taken now", "time"):
+        table.add_column(column, justify="left" if column in ("what", "taken before", "taken now") else "right")
+    for choice in found.choices:
+        now = "" if choice.winner is choice.incumbent else described(choice.winner)
+        sizes = (str(choice.hidden), "+".join(map(str, choice.widths)), str(choice.tokens))
+        table.add_row("fused group" if choice.kind == "group" else "layer", *sizes, described(choice.incumbent), now, f"{choice.ratio:.3f}" if now else "")
+    out.print(table)
+    put("no other kernel is faster here: nothing was written" if found.file is None else f"written to {found.file}")
 
 
 def _show_layers(bench: LayerBench) -> None:

@@ -6,5 +6,20 @@ from meteora_core.bench.layers import LayerBench, LayerRow, bench_layers
 from meteora_core.bench.plot import plot_layers
 from meteora_core.bench.shapes import SHAPES, ModelShape
 from meteora_core.bench.timing import Timing
+from meteora_core.bench.tuning import Tuning, tune
 
-__all__ = ["SHAPES", "EndToEnd", "LayerBench", "LayerRow", "ModelShape", "ModelSizes", "Setting", "Timing", "bench_end_to_end", "bench_layers", "plot_layers"]
+__all__ = [
+    "SHAPES",
+    "EndToEnd",
+    "LayerBench",
+    "LayerRow",
+    "ModelShape",
+    "ModelSizes",
+    "Setting",
+    "Timing",
+    "Tuning",
+    "bench_end_to_end",
+    "bench_layers",
+    "plot_layers",
+    "tune",
+]

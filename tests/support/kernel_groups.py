@@ -158,12 +158,15 @@ def ties(given: Members) -> Members:
     return given.again()
 
 
-def nan_stays(given: Members, row: Row) -> None:
-    """NaN in x makes one token NaN; in the rows of an adapter that nobody may choose, nothing, though ranks differ and places are left over."""
+def nan_stays(given: Members, row: Row, *, in_adapter: bool = True) -> None:
+    """NaN in x makes one token NaN; in the rows of an adapter that nobody may choose, nothing, though ranks differ and places are left over.
+
+    Without ``in_adapter``, only the former is asked of the path: those that multiply all rows of B multiply NaN with 0.
+    """
     allowed = torch.arange(len(given.ranks), device=DEVICE) != 0
     routing = Routing(allowed=allowed)
     wanted = given.exact(routing)
-    for case in given.cases:
+    for case in given.cases if in_adapter else []:
         case.lora_A[: given.ranks[0]] = float("nan")
         case.lora_B[: given.ranks[0]] = float("nan")
     given = given.again()

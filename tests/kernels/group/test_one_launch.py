@@ -63,8 +63,8 @@ def test_takes_bfloat16() -> None:
 
 @needs_copy_engine
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_nan_stays_in_its_token_and_in_its_adapter(pieces: int) -> None:
-    nan_stays(members((24, 9), 20, dtype=torch.float16), row(pieces))
+def test_nan_stays_in_its_token(pieces: int) -> None:
+    nan_stays(members((24, 9), 20, dtype=torch.float16), row(pieces), in_adapter=False)
 
 
 @needs_copy_engine

@@ -168,7 +168,7 @@ def described(row: Row) -> str:
 def configuration(row: Row) -> Row:
     """The row without its conditions on sizes: the path and how it cuts its work."""
     most = row.tile.tokens if row.path == "one_launch" and row.tile is not None else plan.EVER
-    plain = Row(row.path, Span(1, most), half=row.half, in_place=row.in_place, way=row.way, pieces=row.pieces, gate_pieces=row.gate_pieces, tile=row.tile)
+    plain = Row(row.path, Span(most=most), half=row.half, in_place=row.in_place, way=row.way, pieces=row.pieces, gate_pieces=row.gate_pieces, tile=row.tile)
     return replace(plain, inline=row.inline, flat=row.flat)
 
 
