@@ -140,10 +140,11 @@ def test_no_module_is_longer_than_500_lines(package: str) -> None:
 
 
 def test_no_function_has_more_than_eight_parameters() -> None:
+    """But for those that run on a GPU, whose parameters Triton compiles."""
     found = set()
-    for module in modules("meteora_core"):
+    for module in modules("meteora_core") + modules("meteora_kernels"):
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not any("triton.jit" in ast.unparse(mark) for mark in node.decorator_list):
                 arguments = node.args
                 names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
                 others = [argument for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
