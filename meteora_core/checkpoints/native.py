@@ -22,6 +22,7 @@ from meteora_core.adapters.fitting import OTHER_BASE
 from meteora_core.adapters.magnitudes import check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.adapters.stack import Stack
+from meteora_core.checkpoints.gate_statistics import STATISTICS
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_weights, read_config
 from meteora_core.checkpoints.parts import (
     TRANSFORMERS_CONFIG,
@@ -120,7 +121,7 @@ def check_replaceable(folder: str | Path) -> None:
     if holds_other_things(folder, CONFIG_FILE):
         raise UsageError(f"{folder} is not a checkpoint, so it is not replaced", hint="choose another folder")
     ours = (TRANSFORMERS_CONFIG, TRANSFORMERS_WEIGHTS) if is_ours(folder) else ()
-    if others := other_entries(folder, (CONFIG_FILE, WEIGHT_FILE, "README.md", *ours)):
+    if others := other_entries(folder, (CONFIG_FILE, WEIGHT_FILE, STATISTICS, "README.md", *ours)):
         raise UsageError(
             f"{folder} contains files that do not belong to the checkpoint and would be lost: {listed(others)}", hint="choose another folder, or move them away"
         )

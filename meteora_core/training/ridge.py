@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from meteora_core.errors import MeteoraError
 from meteora_core.model.attach import meteora_layers
-from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, routing_state
@@ -71,7 +70,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
     layers = dict(meteora_layers(model))
     adapters = len(state.names)
     check_observable(layers, "the closed-form start of the gates")
-    sums = _Sums(adapters, weights.to(next(iter(layers.values())).gate.device))
+    sums = InputSums(adapters, weights.to(next(iter(layers.values())).gate.device))
     hooks = [layer.register_forward_pre_hook(sums.hook) for layer in layers.values()]
     seen = torch.zeros(adapters)
     model.eval()
@@ -85,7 +84,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
                 wanted = labels.reshape(-1)[keep]
                 sums.begin(keep, wanted, batch.response.reshape(-1)[keep])
                 seen += torch.bincount(wanted.cpu(), minlength=adapters).float()
-                with state.force(_filled(labels)):
+                with state.force(filled_labels(labels)):
                     decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 bar.update(1)
     except torch.OutOfMemoryError as error:
@@ -101,22 +100,49 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
         for layer in layers.values():
             key = sums.of[id(layer)]
             if key not in solved:
-                solved[key] = sums.solve(key) * scale
+                solved[key] = ridge_rows(sums.squares[key].double(), sums.means[key].double()).float() * scale
             layer.gate.copy_(solved[key])
             bar.update(1)
     state.gates = "closed form"
     return int(seen.sum())
 
 
-def _filled(labels: Tensor) -> Tensor:
+def filled_labels(labels: Tensor) -> Tensor:
     """Labels (batch, tokens) in which a position without one has that of the last labelled position before it, or adapter 0."""
     places = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     last = torch.where(labels != IGNORE, places, 0).cummax(1).values
     return labels.gather(1, last).clamp(min=0)
 
 
-class _Sums:
-    """``X^T D X`` and ``X^T D Y``, once per distinct input (q, k and v share theirs)."""
+def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
+    """The rows of a gate, before the scale: the ridge solution of one layer from its sums.
+
+    A common factor of ``squares`` and ``means`` cancels, since the ridge strength is a share of the mean square.
+
+    Args:
+        squares: float64 (h, h), ``X^T D X``; it is changed.
+        means: float64 (N, h), row ``a`` is the weighted sum of the inputs of adapter ``a``.
+
+    Returns:
+        float64 (N, h).
+    """
+    targets = means - means.sum(0, keepdim=True) / len(means)
+    squares.diagonal().add_(SHRINK * squares.diagonal().mean())
+    return torch.linalg.solve(squares, targets.t()).t()
+
+
+class InputSums:
+    """``X^T D X`` and ``X^T D Y``, summed by hooks once per distinct input (``q_proj``, ``k_proj`` and ``v_proj`` share theirs).
+
+    Args:
+        adapters: N.
+        table: float32 (N, 2), weights of a token of a prompt and of an answer of each adapter.
+
+    Attributes:
+        of: ``id`` of a layer -> key of its input: the ``id`` of the first layer that reads it.
+        squares: Key -> float32 (h, h).
+        means: Key -> float32 (N, h).
+    """
 
     def __init__(self, adapters: int, table: Tensor) -> None:
         self.adapters, self.table = adapters, table
@@ -126,11 +152,18 @@ class _Sums:
         self._last: tuple[Tensor, int] | None = None
 
     def begin(self, keep: Tensor, wanted: Tensor, answer: Tensor) -> None:
+        """Say which tokens the next forward pass has.
+
+        Args:
+            keep: bool (positions,), which positions count.
+            wanted: int64, adapter of each position that counts.
+            answer: bool, whether each position that counts belongs to an answer.
+        """
         self.keep, self.wanted, self._last = keep, wanted, None
         self.weights = self.table.to(wanted.device)[wanted, answer.long()]
 
     def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, MeteoraLinear)
+        """Add the input of a layer; a forward pre-hook."""
         x = arguments[0]
         if self._last is not None and self._last[0] is x:
             self.of[id(layer)] = self._last[1]
@@ -145,10 +178,3 @@ class _Sums:
             self.means[key] = torch.zeros(self.adapters, x.shape[-1], device=x.device)
         self.squares[key].addmm_(weighted.t(), rows)
         self.means[key].index_add_(0, wanted, weighted)
-
-    def solve(self, key: int) -> Tensor:
-        squares, means = self.squares[key].double(), self.means[key].double()
-        targets = means - means.sum(0, keepdim=True) / self.adapters
-        strength = SHRINK * squares.diagonal().mean()
-        squares.diagonal().add_(strength)
-        return torch.linalg.solve(squares, targets.t()).t().float()

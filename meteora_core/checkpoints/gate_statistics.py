@@ -1,0 +1,308 @@
+"""What the closed form needs of one adapter: for every layer input, the mean and the second moments over the tokens of the adapter's rows.
+
+A statistics file belongs to one adapter and one base model, and to no other adapter. So adapters can join and leave a checkpoint without the rows of the
+others: the gates of any set of adapters are solved from the statistics of its members
+(:func:`meteora_core.training.statistics.closed_form_gates`).
+
+A checkpoint keeps one file an adapter in its folder ``meteora.stats``; an adapter's own folder may carry the same file as ``gate_stats.safetensors``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from meteora_core.checkpoints.native_config import BaseEntry, Count, Sha256
+from meteora_core.errors import CheckpointError
+from meteora_core.file_models import FileModel, check_model
+from meteora_core.files import storage_errors
+from meteora_core.json_files import parse_json
+from meteora_core.locks import scratch_folder
+from meteora_core.model.attach import same_base
+from meteora_core.names import is_name
+from meteora_core.reading import is_regular
+from meteora_core.tensor_files import TensorFiles, TensorPlan, dtype_name, read_header, tensor_bytes, write_tensors
+from meteora_core.text import listed, shown
+
+STATISTICS = "meteora.stats"
+"""The folder of a checkpoint that holds the statistics, one file an adapter."""
+
+SHIPPED = "gate_stats.safetensors"
+"""The statistics of an adapter in its own folder."""
+
+FORMAT = 1
+_HEADER = "meteora_gate_statistics"
+_AGAIN = "collect the statistics again from the adapter's rows"
+
+
+class Recipe(FileModel):
+    """What all statistics of one checkpoint have in common.
+
+    Attributes:
+        scale: The factor between regression values and gate logits.
+        answer_share: Share of an adapter's weight that the tokens of its answers have together; None: all its tokens weigh the same.
+        frame: What stands around the user's text in the prompts, with ``{}`` in its place.
+    """
+
+    scale: float = Field(8.0, gt=0, le=1e6)
+    answer_share: float | None = Field(None, gt=0, lt=1)
+    frame: str = Field("{}", max_length=10_000)
+
+    def difference(self, other: Recipe) -> str | None:
+        """The first value in which another recipe differs, as a phrase; None where all are equal."""
+        for name, what in (("scale", "scale"), ("answer_share", "answer share"), ("frame", "prompt frame")):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{what} {shown(theirs)} instead of {shown(mine)}"
+        return None
+
+
+class StatisticsHeader(FileModel):
+    """The description of a statistics file.
+
+    Attributes:
+        format: Version of the layout.
+        adapter: The adapter's name.
+        adapter_sha256: Hash of its weight file; empty where it came out of a checkpoint.
+        base: Name, revision and a few weights of the base model.
+        recipe: What the statistics have in common with those of other adapters.
+        rows, tokens: How many were seen.
+        max_length: Longest row, in tokens.
+        second: The form of the second moments; see :func:`write_statistics`.
+        inputs: Layer -> the layer under whose name the moments of its input are stored.
+    """
+
+    format: int = Field(FORMAT, ge=1)
+    adapter: str = Field(min_length=1)
+    adapter_sha256: Literal[""] | Sha256 = ""
+    base: BaseEntry
+    recipe: Recipe
+    rows: Count
+    tokens: Count
+    max_length: int = Field(ge=1)
+    second: Literal["float32", "float16"] = "float32"
+    inputs: dict[str, str] = Field(min_length=1)
+
+
+def write_statistics(file: Path, header: StatisticsHeader, means: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> Path:
+    """Write a statistics file, atomically; one layer input is laid out at a time.
+
+    Of every symmetric matrix only the lower triangle is stored, row by row. The form "float32" stores the second moments as they are. "float16" stores
+    correlations, which lie between -1 and 1 whatever the size of the activations, and the standard deviations in float32.
+
+    Args:
+        file: The file.
+        header: Its description.
+        means: Layer input -> float32 (h,), the weighted mean.
+        squares: Layer input -> float32 (h, h), the weighted second moments. The weights of all tokens sum to 1.
+
+    Raises:
+        StorageError: The disk is full or not writable.
+    """
+    plans = []
+    for name, mean in means.items():
+        plans.append(_plan(f"{name}.mean", torch.float32, (len(mean),), partial(_whole, mean)))
+        if header.second == "float16":
+            plans.append(_plan(f"{name}.deviation", torch.float32, (len(mean),), partial(_deviation_bytes, mean, squares[name])))
+        kind = getattr(torch, header.second)
+        plans.append(_plan(f"{name}.second", kind, (len(mean) * (len(mean) + 1) // 2,), partial(_triangle, mean, squares[name], kind)))
+    metadata = {"format": "pt", _HEADER: header.model_dump_json()}
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(file.parent, file.name) as temporary:
+            write_tensors(temporary / "statistics", plans, metadata)
+            os.replace(temporary / "statistics", file)
+    return file
+
+
+def _plan(name: str, dtype: torch.dtype, shape: tuple[int, ...], blocks: Callable[[], Iterable[bytes]]) -> TensorPlan:
+    return TensorPlan(name, dtype_name(dtype), shape, blocks)
+
+
+def _whole(tensor: Tensor) -> list[bytes]:
+    return [tensor_bytes(tensor.float().cpu())]
+
+
+def _deviation(mean: Tensor, square: Tensor) -> Tensor:
+    return (square.diagonal().double() - mean.double().square()).clamp(min=0).sqrt()
+
+
+def _deviation_bytes(mean: Tensor, square: Tensor) -> list[bytes]:
+    return _whole(_deviation(mean, square))
+
+
+def _triangle(mean: Tensor, square: Tensor, kind: torch.dtype) -> Iterable[bytes]:
+    """The lower triangle in blocks of rows."""
+    if kind == torch.float16:
+        deviation = _deviation(mean, square).float().double().clamp(min=1e-30)
+    for start in range(0, len(square), 512):
+        rows = square[start : start + 512]
+        if kind == torch.float16:
+            rows = rows.double() - mean[start : start + 512, None].double() * mean.double()
+            rows = (rows / deviation[start : start + 512, None] / deviation).clamp(-1, 1)
+        rows = rows.to("cpu", kind)
+        yield b"".join(tensor_bytes(row[: start + place + 1]) for place, row in enumerate(rows))
+
+
+_INDEXED = 4096
+"""Largest width whose lower triangle is addressed by an index, which takes four times the memory of the triangle in float32."""
+
+
+@lru_cache(maxsize=2)
+def _lower(width: int) -> Tensor:
+    """The flat places of the lower triangle of a matrix, row by row."""
+    rows, columns = torch.tril_indices(width, width)
+    return rows * width + columns
+
+
+class GateStatistics:
+    """The statistics of one adapter, read one layer input at a time.
+
+    Args:
+        file: A statistics file.
+
+    Raises:
+        CheckpointError: It is missing, broken, of a newer format, or its tensors are not those that its header describes.
+
+    Attributes:
+        file: The file.
+        header: Its description.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        self.file = Path(file)
+        entries, metadata = read_header(self.file)
+        if _HEADER not in metadata:
+            raise CheckpointError(f"{self.file} holds no gate statistics", hint=_AGAIN)
+        raw = parse_json(metadata[_HEADER].encode(), f"the header of {self.file}", nullable="*", error=CheckpointError, hint=_AGAIN)
+        if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
+            raise CheckpointError(f"{self.file} has format {raw['format']}, this version reads up to {FORMAT}", hint="upgrade meteora")
+        self.header = check_model(StatisticsHeader, raw, str(self.file), error=CheckpointError, hint=_AGAIN)
+        self._files = TensorFiles(self.file)
+        stored = set(self.header.inputs.values())
+        parts = ("mean", "second", *(["deviation"] if self.header.second == "float16" else []))
+        expected = {f"{name}.{part}" for name in stored for part in parts}
+        if different := sorted(expected ^ entries.keys()):
+            raise CheckpointError(f"{self.file} does not hold what its header describes: {listed(different)}", hint=_AGAIN)
+        for name in stored:
+            width = entries[f"{name}.mean"].count
+            shapes = {"mean": (width,), "deviation": (width,), "second": (width * (width + 1) // 2,)}
+            for part in parts:
+                entry, kind = entries[f"{name}.{part}"], self.header.second if part == "second" else "float32"
+                if entry.shape != shapes[part] or entry.torch_dtype != getattr(torch, kind):
+                    raise CheckpointError(f"{name}.{part} in {self.file} has shape {list(entry.shape)} and dtype {entry.dtype}", hint=_AGAIN)
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.header.adapter
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.file.stat().st_size
+
+    def missing(self, layers: Iterable[str]) -> list[str]:
+        """Those of ``layers`` whose inputs were not seen."""
+        return [layer for layer in layers if layer not in self.header.inputs]
+
+    def input_of(self, layer: str) -> str:
+        """The name under which the input of a layer is stored."""
+        return self.header.inputs[layer]
+
+    def mean(self, layer: str) -> Tensor:
+        """The mean input of a layer: float64 (h,). Raises CheckpointError for NaN and infinity."""
+        return self._read(f"{self.input_of(layer)}.mean")
+
+    def squares(self, layer: str) -> Tensor:
+        """The second moments of a layer's input: float64 (h, h). Raises CheckpointError for NaN and infinity."""
+        name = self.input_of(layer)
+        mean = self._read(f"{name}.mean")
+        packed = self._files.read(f"{name}.second")
+        full = torch.empty(len(mean), len(mean), dtype=torch.float64)
+        if len(mean) <= _INDEXED:
+            full.view(-1)[_lower(len(mean))] = packed.double()
+        else:
+            place = 0
+            for row in range(len(mean)):
+                full[row, : row + 1] = packed[place : place + row + 1]
+                place += row + 1
+        del packed
+        for start in range(0, len(mean), 512):  # in blocks: a transposed copy of the whole would double the memory
+            full[:start, start : start + 512] = full[start : start + 512, :start].t()
+            block = full[start : start + 512, start : start + 512]
+            block.copy_(block.tril() + block.tril(-1).t())
+        if self.header.second == "float16":
+            deviation = self._read(f"{name}.deviation")
+            full.mul_(deviation[:, None]).mul_(deviation).addr_(mean, mean)
+        if not torch.isfinite(full).all():
+            raise CheckpointError(f"{name}.second in {self.file} holds numbers that are not finite", hint=_AGAIN)
+        return full
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._files.read(name).double()
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} in {self.file} holds numbers that are not finite", hint=_AGAIN)
+        return tensor
+
+
+def check_fitting(statistics: GateStatistics, recipe: Recipe, probe: list[float] | None, adapter_sha256: str = "") -> None:
+    """Check that statistics may be solved together with others.
+
+    Args:
+        statistics: Of one adapter.
+        recipe: That of the others.
+        probe: A few weights of the base model.
+        adapter_sha256: Hash of the adapter's weight file; empty where it is not known.
+
+    Raises:
+        CheckpointError: They are of another base model, scale, answer share or prompt frame, or of other weights of the adapter.
+    """
+    header = statistics.header
+    if not same_base(probe, header.base.probe):
+        raise CheckpointError(f"the statistics {statistics.file} are of another base model ({header.base.name})", hint=_AGAIN)
+    if difference := recipe.difference(header.recipe):
+        raise CheckpointError(f"the statistics {statistics.file} have the {difference}", hint=_AGAIN)
+    if adapter_sha256 and header.adapter_sha256 and adapter_sha256 != header.adapter_sha256:
+        raise CheckpointError(f"the statistics {statistics.file} are of other weights of the adapter {header.adapter!r}", hint=_AGAIN)
+
+
+def statistics_file(checkpoint: Path, adapter: str) -> Path:
+    """The place of an adapter's statistics in a checkpoint."""
+    return checkpoint / STATISTICS / f"{adapter}.safetensors"
+
+
+def read_statistics(checkpoint: str | Path, names: Sequence[str]) -> dict[str, GateStatistics]:
+    """The statistics in a checkpoint, of those of ``names`` that have some.
+
+    Raises:
+        CheckpointError: A file is broken, or is that of another adapter.
+    """
+    found = {}
+    for name in names:
+        file = statistics_file(Path(checkpoint), name)
+        if is_name(name) and (is_regular(file) or os.path.lexists(file)):
+            found[name] = GateStatistics(file)
+            if found[name].name != name:
+                raise CheckpointError(f"{file} holds the statistics of {found[name].name!r}", hint=_AGAIN)
+    return found
+
+
+def place_statistics(statistics: Mapping[str, GateStatistics], checkpoint: Path) -> None:
+    """Put statistics into the folder of a checkpoint that is being written: by hard links where the file system has them, else by copies."""
+    folder = checkpoint / STATISTICS
+    folder.mkdir()
+    for name, each in statistics.items():
+        target = folder / f"{name}.safetensors"
+        try:
+            os.link(each.file, target)
+        except OSError:
+            shutil.copyfile(each.file, target)

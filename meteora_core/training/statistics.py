@@ -1,0 +1,214 @@
+"""Collecting the statistics of one adapter, and gates in closed form from the statistics of many.
+
+The gates of a bank are the ridge solution over the rows of all adapters (:mod:`meteora_core.training.ridge`). Its sums are those of the single adapters:
+a token is run with its own adapter, so what one adapter's tokens give does not depend on the others. Statistics are therefore collected with one adapter
+attached, and the gates of any bank are a function of its members' statistics: the same bits, in whatever order adapters came and went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.adapters.bank import AdapterBank, natural_order
+from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, StatisticsHeader, write_statistics
+from meteora_core.checkpoints.native_config import BaseEntry
+from meteora_core.errors import CheckpointError, DataError, MeteoraError
+from meteora_core.model.attach import attach, detach, meteora_layers
+from meteora_core.model.base import BaseReference
+from meteora_core.model.tokens import check_observable
+from meteora_core.progress import SILENT, Progress
+from meteora_core.routing import IGNORE, routing_state
+from meteora_core.text import listed
+from meteora_core.training.batch_plan import plan_batches
+from meteora_core.training.encoding import TrainRow, collate, row_lengths
+from meteora_core.training.ridge import InputSums, filled_labels, ridge_rows, token_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS = 8_000
+"""Tokens of an adapter's rows that its statistics are collected on, unless its rows have fewer."""
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """How statistics are collected.
+
+    Attributes:
+        base: The base model, as the statistics will name it.
+        pad_token: Token id that fills up batches.
+        recipe: What the statistics have in common with those of other adapters.
+        tokens: About how many tokens are looked at.
+        batch_size: Rows in one forward pass.
+        max_length: Longest row, in tokens; it is recorded.
+        seed: Of the choice of rows.
+        second: The form in which second moments are stored; see :func:`meteora_core.checkpoints.gate_statistics.write_statistics`.
+        backend: Mixture kernels.
+    """
+
+    base: BaseReference
+    pad_token: int
+    recipe: Recipe
+    tokens: int = TOKENS
+    batch_size: int = 8
+    max_length: int = 1024
+    seed: int = 42
+    second: str = "float32"
+    backend: str = "auto"
+
+
+@torch.no_grad()
+def collect_statistics(
+    model: PreTrainedModel,
+    bank: AdapterBank,
+    rows: Sequence[TrainRow],
+    file: Path,
+    how: Collecting,
+    *,
+    layers: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> GateStatistics:
+    """Run an adapter's rows through the base model with that adapter, and write the statistics of the layers' inputs.
+
+    Args:
+        model: The base model, without adapters; it is left so.
+        bank: The adapter, alone.
+        rows: Its rows, whose tokens have one label, whichever, or none.
+        file: Where the statistics are written.
+        how: How they are collected.
+        layers: Further linears of the model that are to be observed, those of other adapters.
+        progress: Where progress is reported.
+
+    Returns:
+        The statistics, as they were written.
+
+    Raises:
+        AdapterError: The adapter does not fit the model.
+        DataError: There are no rows, or one belongs to several adapters (a composite).
+        UsageError: Adapters are attached already, or the adapter targets one expert of many.
+        MeteoraError: The sums do not fit in memory.
+        StorageError: The disk is full or not writable.
+    """
+    (info,) = bank.adapters
+    if not rows:
+        raise DataError(f"adapter {info.name!r} has no rows", hint="add some with `meteora data add`")
+    rows = [_own_row(row, info.name) for row in rows]
+    attach(model, bank, top_k=1, backend=how.backend, init="zeros")
+    try:
+        state = routing_state(model)
+        own = dict(meteora_layers(model))
+        observed: dict[str, nn.Module] = {path: model.get_submodule(path) for path in sorted({*own, *layers}, key=natural_order)}
+        check_observable(observed, "the collection of gate statistics")
+        lengths = row_lengths(rows)
+        count = max(1, round(how.tokens * len(rows) / (sum(lengths) * how.batch_size)))
+        count = min(count, -(-len(rows) // how.batch_size))
+        plan = [[row for _, row in picks] for picks in plan_batches([lengths], count, how.batch_size, how.seed)]
+        plan = [sorted(set(picks)) for picks in plan]
+        seen = [rows[row] for picks in plan for row in picks]
+        tokens = sum(label != IGNORE for row in seen for label in row.gate_labels)
+        weights = token_weights(seen, 1, how.recipe.answer_share).double() / tokens
+        sums = InputSums(1, weights.float())
+        _run(model, sums, observed, [[rows[row] for row in picks] for picks in plan], how, progress)
+        probe = state.base_probe
+    finally:
+        detach(model)
+    names = {id(module): path for path, module in observed.items()}
+    inputs = {path: names[sums.of[id(module)]] for path, module in observed.items() if id(module) in sums.of}
+    header = StatisticsHeader(
+        adapter=info.name,
+        adapter_sha256=info.sha256,
+        base=BaseEntry(name=how.base.name, revision=how.base.revision, probe=probe),
+        recipe=how.recipe,
+        rows=len(seen),
+        tokens=tokens,
+        max_length=how.max_length,
+        second=how.second,  # type: ignore[arg-type]  # checked by pydantic
+        inputs=inputs,
+    )
+    means = {names[key]: mean[0] for key, mean in sums.means.items()}
+    write_statistics(file, header, means, {names[key]: square for key, square in sums.squares.items()})
+    return GateStatistics(file)
+
+
+def _own_row(row: TrainRow, name: str) -> TrainRow:
+    """A row of one adapter, labelled for a bank that holds this adapter alone. Raises DataError for a row of several adapters."""
+    if len({*row.gate_labels} - {IGNORE}) > 1:
+        raise DataError(f"a row of {name!r} belongs to several adapters; statistics are those of one", hint="use rows of the adapter's own task, no composites")
+    return replace(row, gate_labels=tuple(label if label == IGNORE else 0 for label in row.gate_labels))
+
+
+def _run(
+    model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], batches: Sequence[Sequence[TrainRow]], how: Collecting, progress: Progress
+) -> None:
+    state = routing_state(model)
+    whole = any(layer.is_output for _, layer in meteora_layers(model))  # the output layer is no part of the decoder
+    decoder = model if whole else getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    hooks = [module.register_forward_pre_hook(sums.hook) for module in observed.values()]
+    model.eval()
+    try:
+        with progress.task(f"{state.names[0]}: statistics", total=len(batches), unit="batches") as bar:
+            for rows in batches:
+                batch = collate(rows, how.pad_token).to(device)
+                labels = batch.gate_labels.reshape(-1)
+                keep = labels != IGNORE
+                sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
+                with state.force(filled_labels(batch.gate_labels)):
+                    decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                bar.update(1)
+    except torch.OutOfMemoryError as error:
+        raise MeteoraError("out of memory while gate statistics are collected", hint="use a device with more memory, or --device cpu") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str], *, progress: Progress = SILENT) -> Iterator[tuple[str, Tensor]]:
+    """The gates of a bank in closed form, one layer after another; no more than one layer's moments are in memory.
+
+    Every adapter weighs the same. The result depends on the statistics and on their order alone.
+
+    Args:
+        statistics: Of every adapter, in the order of the bank.
+        layers: The layers with adapters.
+        progress: Where progress is reported.
+
+    Yields:
+        Layer and gate, float32 (N, h) on the CPU.
+
+    Raises:
+        CheckpointError: A file is broken or lacks a layer, or the recipes or widths differ.
+    """
+    first = statistics[0]
+    for each in statistics:
+        if missing := each.missing(layers):
+            raise CheckpointError(f"the statistics {each.file} lack layers: {listed(missing)}", hint="collect them again from the adapter's rows")
+        if difference := first.header.recipe.difference(each.header.recipe):
+            raise CheckpointError(f"the statistics {each.file} have the {difference}", hint="collect them again from the adapter's rows")
+    sharing: dict[tuple[str, ...], list[str]] = {}
+    for layer in sorted(layers, key=natural_order):
+        sharing.setdefault(tuple(each.input_of(layer) for each in statistics), []).append(layer)
+    with progress.task("gates: solving", total=len(layers), unit="layers") as bar:
+        for group in sharing.values():
+            gate = _solve(statistics, group[0]) * first.header.recipe.scale
+            for layer in group:
+                yield layer, gate
+                bar.update(1)
+
+
+def _solve(statistics: Sequence[GateStatistics], layer: str) -> Tensor:
+    means = [each.mean(layer) for each in statistics]
+    if len({len(mean) for mean in means}) > 1:
+        raise CheckpointError(
+            f"the statistics of {layer} have different widths: {listed(str(len(mean)) for mean in means)}", hint="use those of one base model"
+        )
+    total = statistics[0].squares(layer)
+    for each in statistics[1:]:
+        total += each.squares(layer)
+    return ridge_rows(total, torch.stack(means)).float()

@@ -1,0 +1,152 @@
+"""Gates in closed form from the statistics of single adapters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from meteora_core import AdapterBank, attach
+from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, check_fitting, place_statistics, read_statistics, statistics_file
+from meteora_core.errors import CheckpointError, DataError
+from meteora_core.model.attach import meteora_layers
+from meteora_core.tensor_files import read_header
+from meteora_core.training.encoding import collate
+from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.statistics import closed_form_gates, collect_statistics
+from support.gate_statistics import HOW, NAMES, collect_all, tiny_rows, write_adapters
+from support.tiny_models import make_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def statistics(folders, tmp_path_factory: pytest.TempPathFactory) -> dict[str, GateStatistics]:
+    return collect_all(tmp_path_factory.mktemp("statistics"), folders)
+
+
+def gates(statistics, names=NAMES) -> dict[str, torch.Tensor]:
+    chosen = [statistics[name] for name in names]
+    return dict(closed_form_gates(chosen, sorted(chosen[0].header.inputs)))
+
+
+def difference(one, other) -> float:
+    """The largest relative difference of two sets of gates."""
+    assert one.keys() == other.keys()
+    return max(float((one[path] - other[path]).abs().max() / other[path].abs().max()) for path in one)
+
+
+@pytest.mark.parametrize("answer_share", [None, 0.7])
+def test_gates_from_single_statistics_are_those_of_one_joint_pass_over_all_rows(folders, tmp_path, answer_share) -> None:
+    single = collect_all(tmp_path, folders, replace(HOW, recipe=Recipe(answer_share=answer_share)))
+    model = attach(make_tiny_llama(), AdapterBank.from_peft(folders), init="zeros")
+    rows = [row for place in range(3) for row in tiny_rows(place)]
+    assert ridge_gates(model, [collate(rows, 2)], 1, token_weights(rows, 3, answer_share)) == sum(map(len, rows))
+    joint = {path: layer.gate.detach() for path, layer in meteora_layers(model)}
+    assert difference(gates(single), joint) < 1e-5
+
+
+def test_the_rows_of_an_adapter_are_seen_once_and_its_statistics_have_unit_weight(statistics) -> None:
+    header = statistics["shout"].header
+    assert (header.adapter, header.rows, header.tokens) == ("shout", 12, sum(map(len, tiny_rows(1))))
+    assert header.base.probe is not None
+    layer = "model.layers.1.mlp.down_proj"
+    squares = statistics["shout"].squares(layer)
+    assert torch.equal(squares, squares.t())
+    assert torch.linalg.eigvalsh(squares).min() > -1e-6 * squares.diagonal().max()
+
+
+def test_a_thousand_adapters_that_come_and_go_leave_no_trace(statistics, tmp_path) -> None:
+    before = gates(statistics, NAMES[:2])
+    kept = {name: statistics[name] for name in NAMES[:2]}
+    for cycle in range(2000):
+        folder = tmp_path / str(cycle)
+        folder.mkdir()
+        place_statistics({**kept, "spell": statistics["spell"]} if cycle % 2 == 0 else {name: kept[name] for name in NAMES[:2]}, folder)
+        kept = read_statistics(folder, NAMES)
+    after = gates(kept, NAMES[:2])
+    assert all(torch.equal(before[path], after[path]) for path in before)
+    assert difference(gates({**kept, "spell": statistics["spell"]}), gates(statistics)) == 0
+
+
+def test_statistics_do_not_depend_on_the_other_adapters(statistics, folders, tmp_path) -> None:
+    """Collected on a model that has carried other adapters before, and twice: the same bytes."""
+    model = make_tiny_llama()
+    for place, name in enumerate(NAMES):
+        bank = AdapterBank.from_peft({name: folders[name]})
+        again = collect_statistics(model, bank, tiny_rows(place), tmp_path / f"{name}.safetensors", HOW)
+        assert again.file.read_bytes() == statistics[name].file.read_bytes()
+
+
+def test_an_adapter_observes_layers_that_only_others_target(folders, tmp_path) -> None:
+    layers = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.gate_proj")
+    found = collect_statistics(make_tiny_llama(), AdapterBank.from_peft({"count": folders["count"]}), tiny_rows(0), tmp_path / "s", HOW, layers=layers)
+    assert found.missing(layers) == []
+    assert found.header.inputs[layers[0]] == "model.layers.0.self_attn.q_proj"  # one input, stored once
+    assert found.missing(["model.layers.0.self_attn.o_proj"]) == ["model.layers.0.self_attn.o_proj"]
+    with pytest.raises(CheckpointError, match=r"lack layers: model\.layers\.0\.self_attn\.o_proj"):
+        next(closed_form_gates([found], ["model.layers.0.self_attn.o_proj"]))
+
+
+def test_half_precision_keeps_the_gates_at_half_the_size(folders, statistics, tmp_path) -> None:
+    half = collect_all(tmp_path, folders, replace(HOW, second="float16"))
+    assert difference(gates(half), gates(statistics)) < 1e-2
+    assert half["count"].size < 0.75 * statistics["count"].size
+
+
+def test_statistics_of_another_base_scale_share_or_frame_do_not_fit(statistics) -> None:
+    each = statistics["count"]
+    probe = each.header.base.probe
+    check_fitting(each, Recipe(), probe, each.header.adapter_sha256)
+    with pytest.raises(CheckpointError, match="another base model"):
+        check_fitting(each, Recipe(), [value + 1 for value in probe])
+    for recipe, what in (
+        (Recipe(scale=4.0), "scale 8.0 instead of 4.0"),
+        (Recipe(answer_share=0.5), "answer share"),
+        (Recipe(frame="Q: {}\nA:"), "prompt frame"),
+    ):
+        with pytest.raises(CheckpointError, match=what):
+            check_fitting(each, recipe, probe)
+    with pytest.raises(CheckpointError, match="other weights of the adapter 'count'"):
+        check_fitting(each, Recipe(), probe, "0" * 64)
+
+
+def test_broken_files_are_refused(statistics, tmp_path) -> None:
+    file = statistics_file(tmp_path, "count")
+    file.parent.mkdir()
+    raw = statistics["count"].file.read_bytes()
+    for broken in (raw[:-1], raw[: len(raw) // 2], raw[:6], b"", raw + b"0"):
+        file.write_bytes(broken)
+        with pytest.raises(CheckpointError):
+            read_statistics(tmp_path, NAMES)
+    header = read_header(statistics["count"].file)[1]["meteora_gate_statistics"]
+    assert json.loads(header)["adapter"] == "count"
+    file.write_bytes(raw.replace(b'\\"rows\\":12', b'\\"rows\\":-1'))
+    with pytest.raises(CheckpointError, match="rows is -1"):
+        read_statistics(tmp_path, NAMES)
+    file.write_bytes(raw.replace(b'\\"format\\":1', b'\\"format\\":9'))
+    with pytest.raises(CheckpointError, match="format 9"):
+        read_statistics(tmp_path, NAMES)
+    file.write_bytes(statistics["shout"].file.read_bytes())
+    with pytest.raises(CheckpointError, match="holds the statistics of 'shout'"):
+        read_statistics(tmp_path, NAMES)
+    file.write_bytes(raw[:-4] + b"\xff\xff\xff\xff")
+    with pytest.raises(CheckpointError, match="not finite"):
+        gates(read_statistics(tmp_path, NAMES), NAMES[:1])
+
+
+def test_an_adapter_without_rows_is_refused_and_the_model_stays_bare(folders, tmp_path) -> None:
+    model = make_tiny_llama()
+    with pytest.raises(DataError, match="adapter 'count' has no rows"):
+        collect_statistics(model, AdapterBank.from_peft({"count": folders["count"]}), [], tmp_path / "s", HOW)
+    assert getattr(model, "meteora", None) is None
+    composite = replace(tiny_rows(0)[0], gate_labels=(0, 0, 0, 1, 1, 1, 0, 0, 0))
+    with pytest.raises(DataError, match="belongs to several adapters"):
+        collect_statistics(model, AdapterBank.from_peft({"count": folders["count"]}), [composite], tmp_path / "s", HOW)
+    assert not (tmp_path / "s").exists()
