@@ -34,8 +34,10 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="write counts and failures there, as JSON")
     options = parser.parse_args()
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    from .forks import import_everything, set_environment
+
+    set_environment()
     from .campaign import Campaign, Report, workplace
-    from .forks import import_everything
 
     started = time.monotonic()
     import_everything()

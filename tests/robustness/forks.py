@@ -48,10 +48,14 @@ class Outcome:
         return self.err.decode("utf-8", "replace")
 
 
-def import_everything() -> None:
-    """Import what any command needs, so that children start at once; afterwards this process still has one thread."""
+def set_environment() -> None:
+    """Keep libraries to one thread and off the network. They read this when they are first imported."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+
+
+def import_everything() -> None:
+    """Import what any command needs, so that children start at once; afterwards this process still has one thread."""
     import gc
     import importlib
     import pkgutil
