@@ -1,1 +1,1 @@
-"""From a model and prompts to tokens: batches, streams, caches, and the rules by which an answer ends."""
+"""Text generation: batched and streamed decoding, key-value caches, and the rules that end an answer."""

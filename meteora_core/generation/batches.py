@@ -14,17 +14,17 @@ from meteora_core.generation.requests import Request
 from meteora_core.generation.sampling import Sampling
 
 AUTO_ROWS = 256
-"""Most prompts in one automatic batch."""
+"""Maximum number of prompts in an automatic batch."""
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How large batches and answers may become.
+    """Limits on the size of batches and the length of answers.
 
     Attributes:
-        batch_size: Rows of each batch, or "auto".
-        max_new_tokens: Most new tokens of a row.
-        max_total_tokens: Most tokens of prompt and answer together, of each row by itself; None sets no limit besides the model's context.
+        batch_size: Number of rows per batch, or "auto" to choose it from the memory available.
+        max_new_tokens: Maximum number of new tokens per row.
+        max_total_tokens: Maximum number of tokens in prompt and answer together, per row; with None only the model's context limits it.
     """
 
     batch_size: int | Literal["auto"]
@@ -32,32 +32,35 @@ class BatchLimits:
     max_total_tokens: int | None = None
 
     def request(self, prompt: Prompt) -> Request:
-        """The request for a greedy answer to a prompt; at least one token is allowed."""
-        room = self.max_new_tokens
+        """Return the request for a greedy answer to ``prompt``. It allows at least one new token."""
+        max_new_tokens = self.max_new_tokens
         if self.max_total_tokens is not None:
-            room = min(room, max(1, self.max_total_tokens - len(prompt.tokens)))
-        return Request(prompt.tokens, Sampling(max_new_tokens=room))
+            max_new_tokens = min(max_new_tokens, max(1, self.max_total_tokens - len(prompt.tokens)))
+        return Request(prompt.tokens, Sampling(max_new_tokens=max_new_tokens))
 
 
 def auto_budget(device: torch.device) -> int:
-    """Most tokens (prompts and answers, padding included) in an automatic batch: by the GPU memory that this process does not hold yet, few on a CPU.
+    """Maximum number of tokens (prompts, answers and padding) in an automatic batch.
 
-    What other processes hold does not count, so that a run does not depend on them; where memory runs out, batches are halved.
+    On a GPU it grows with the memory that this process has not allocated; on a CPU it is a small constant. Memory held by other processes is ignored,
+    so that a run does not depend on them. If memory runs out, :func:`answer_all` halves the batches.
     """
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
-        return max(8_192, min(262_144, int(room / 2**30) * 4_096))
+        free_bytes = torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
+        return max(8_192, min(262_144, int(free_bytes / 2**30) * 4_096))
     return 8_192
 
 
 def plan(prompts: Sequence[Prompt], batch_size: int | Literal["auto"], max_new_tokens: int, budget: int) -> list[list[Prompt]]:
-    """Batches of prompts of similar length, the longest first, so that memory runs out at once if it does at all.
+    """Group prompts of similar length into batches.
+
+    The batch with the longest prompts comes first, so that a lack of memory shows at the start of a run.
 
     Args:
         prompts: Prompts in any order.
-        batch_size: Rows of each batch, or "auto": the greatest power of two that fits ``budget``.
-        max_new_tokens: Most new tokens of a row.
-        budget: Most tokens in an automatic batch.
+        batch_size: Number of rows per batch, or "auto" for the largest power of two that fits ``budget``.
+        max_new_tokens: Maximum number of new tokens per row.
+        budget: Maximum number of tokens in an automatic batch.
     """
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.index))
     batches: list[list[Prompt]] = []
@@ -69,27 +72,27 @@ def plan(prompts: Sequence[Prompt], batch_size: int | Literal["auto"], max_new_t
 
 
 def _power_of_two(size: int) -> int:
-    """The greatest power of two that is not above ``size``: batches of few sizes share what the decoder keeps."""
+    """The largest power of two up to ``size``. With only a few batch sizes, batches share the decoder's caches and CUDA graphs."""
     return 1 << (size.bit_length() - 1)
 
 
 def answer_all(
     engine: Engine, prompts: Sequence[Prompt], limits: BatchLimits, on_smaller: Callable[[int], None] | None = None
 ) -> Iterator[tuple[Prompt, list[int]]]:
-    """Answer prompts greedily, batch by batch. A batch that does not fit the GPU's memory is halved, down to one row.
+    """Answer prompts greedily, batch by batch. A batch that does not fit into GPU memory is halved, down to a single row.
 
     Args:
-        engine: The engine of the model.
-        prompts: Prompts in any order; none is empty.
-        limits: Sizes of batches and answers.
-        on_smaller: Called with the new size when a batch did not fit.
+        engine: The engine that runs the model.
+        prompts: Prompts in any order, none of them empty.
+        limits: Limits on the size of batches and the length of answers.
+        on_smaller: Function called with the new batch size whenever a batch did not fit.
 
     Yields:
-        Each prompt with its new tokens, up to (without) the end token, as batches finish.
+        Each prompt and its new tokens, without the end token, as soon as its batch is finished.
 
     Raises:
         NonFiniteError: The model's logits are NaN or infinite.
-        torch.OutOfMemoryError: Even one row does not fit.
+        torch.OutOfMemoryError: A single row does not fit into memory.
     """
     waiting = plan(prompts, limits.batch_size, limits.max_new_tokens, auto_budget(engine.device))
     while waiting:

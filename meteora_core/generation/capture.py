@@ -1,4 +1,7 @@
-"""Steps as CUDA graphs: a small model's step is bound by its kernel launches, and a graph launches all of them at once."""
+"""Decoding steps as CUDA graphs.
+
+Kernel launches dominate the time of a small model's decoding step; a CUDA graph replaces them by a single launch.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """A step that was captured in a CUDA graph.
+    """A decoding step captured in a CUDA graph.
 
     Attributes:
-        graph: Replays the step on the tensors that it was captured with.
-        output: What the step returned; every replay writes to it.
-        constants: Tensors that the graph's kernels read, which must live as long as the graph.
+        graph: The CUDA graph, which replays the step on the tensors it was captured with.
+        output: The tensor that the step returned; every replay overwrites it.
+        constants: Tensors that the graph's kernels read and that must live as long as the graph.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -42,18 +45,18 @@ class CapturedStep:
 def capture(step: Callable[[], Tensor], undo: Callable[[], None], device: torch.device) -> CapturedStep | None:
     """Capture a step in a CUDA graph.
 
-    The step runs once beforehand, on a side stream, so that kernels are loaded, workspaces exist and constants are on the device.
+    The step first runs once on a side stream, which loads its kernels, allocates its workspaces and copies its constants to the device.
 
     Args:
-        step: Works in place on tensors that stay where they are, and copies nothing from or to the host.
-        undo: Sets back what one run of the step has changed.
-        device: A CUDA device.
+        step: The function to capture. It works in place on tensors with fixed addresses and copies nothing between host and device.
+        undo: A function that reverts the changes of one run of ``step``.
+        device: The CUDA device that the step runs on.
 
     Returns:
-        The captured step, not yet replayed; None, with a warning in the log, where it cannot be captured. The state is as before in both cases.
+        The captured step, not yet replayed; or None, with a warning in the log, if the step cannot be captured. The state is unchanged in both cases.
 
     Raises:
-        torch.OutOfMemoryError: The graph's memory does not fit.
+        torch.OutOfMemoryError: The graph does not fit into GPU memory.
     """
     constants = RememberedConstants()
     try:
@@ -67,13 +70,13 @@ def capture(step: Callable[[], Tensor], undo: Callable[[], None], device: torch.
                 torch.cuda.current_stream().wait_stream(side)
                 undo()
             if constants.written():
-                raise RuntimeError("the model writes to what it makes from numbers")
+                raise RuntimeError("the model overwrites tensors that it creates from Python numbers")
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph), constants:
                 output = step()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        _log.warning("this model's steps cannot be captured in a CUDA graph, it is run without: %s", first_line(error))
+        _log.warning("the model's decoding steps cannot be captured in a CUDA graph and run without one: %s", first_line(error))
         return None
     return CapturedStep(graph, output, constants)

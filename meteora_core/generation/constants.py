@@ -1,4 +1,7 @@
-"""Constants that a model makes from Python numbers in every step, made once: a CUDA graph cannot hold their way from the host."""
+"""A cache of the tensors that a model creates from Python numbers in every step.
+
+Creating them copies from the host to the device, which cannot be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 
 class RememberedConstants(TorchFunctionMode):
-    """Within it, ``torch.tensor`` of equal Python numbers gives the same tensor again, as long as this object lives.
+    """A mode in which ``torch.tensor`` returns the same tensor whenever it is called with equal Python numbers.
 
-    PEFT's Arrow makes its scalings that way in every linear. A CUDA graph replays kernels, not the copy of a list of numbers from the host:
-    capturing one fails, unless the tensor is there already.
+    PEFT's Arrow creates its scalings with ``torch.tensor`` in every linear layer. A CUDA graph replays kernels but not copies of Python lists to the
+    device, so capturing such a step fails unless the tensors already exist.
 
     Attributes:
-        made: What was asked for -> the tensor.
+        made: The tensors created so far, by the arguments of ``torch.tensor``.
     """
 
     def __init__(self) -> None:
@@ -26,7 +29,7 @@ class RememberedConstants(TorchFunctionMode):
         self._fresh: dict[tuple[str, ...], Callable[[], Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Runs ``func``, or for ``torch.tensor`` of numbers looks up what it gave before."""
+        """Call ``func``, except that ``torch.tensor`` of numbers returns the tensor that an equal call created earlier."""
         options = kwargs or {}
         if func is not torch.tensor or len(args) != 1 or options.get("requires_grad") or not is_plain(args[0]):
             return func(*args, **options)
@@ -37,10 +40,10 @@ class RememberedConstants(TorchFunctionMode):
         return self.made[key]
 
     def written(self) -> bool:
-        """Whether the model has written to one of them, so that they are no constants. Waits for the device."""
+        """Whether the model has overwritten one of the tensors, which therefore is not a constant. Synchronises with the device."""
         return any(not torch.equal(tensor, self._fresh[key]()) for key, tensor in self.made.items())
 
 
 def is_plain(value: object) -> bool:
-    """Numbers, and lists or tuples of such: what has no other value at the next step without looking different."""
+    """Whether ``value`` is a number, or a list or tuple of numbers, whose ``repr`` therefore determines its value."""
     return all(is_plain(each) for each in value) if isinstance(value, list | tuple) else isinstance(value, bool | int | float)

@@ -1,11 +1,11 @@
-"""The engine: a model and prompts become tokens, many rows at once or one row as a stream.
+"""The engine: generates tokens for many prompts at once, or streams the answer to one prompt.
 
-Both go the same way. A cache reads the prompts, :class:`~meteora_core.generation.rows.Rows` choose the next token of every row, and so on until all
-rows are done, with rows leaving a batch as they finish. On a CPU, and wherever the fast way is not open, the cache is the model's own, which grows. On a
-CUDA GPU it has a fixed size, and steps are replayed as CUDA graphs.
+Both use the same loop. A cache reads the prompts, then :class:`~meteora_core.generation.rows.Rows` choose the next token of every row and the cache reads
+it, until all rows are finished; finished rows leave the batch early. On a CUDA GPU, if the model allows it, the cache has a fixed size and steps are
+replayed as CUDA graphs. Otherwise the cache is the model's own, which grows.
 
-A stream keeps its cache between calls: a prompt that begins like the one before is read from where it differs, so a turn of a conversation costs its own
-length. (Attention still covers all tokens; the weights, which are most of the work for a chat, are applied to the new ones only.)
+A stream keeps its cache between calls and reads a prompt only from the first token that differs from the previous text, so each turn of a conversation
+costs time for its new tokens only. (Attention still covers all tokens, but in a chat most of the time goes into the weights.)
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CHUNK = 512
-"""Tokens of a long prompt that are read in one forward pass: bounds the memory, and lets the reading be stopped."""
+"""Maximum number of prompt tokens per forward pass of a stream. It bounds the memory, and reading can stop between passes."""
 
 Cache = GrowingCache | FixedCache
 Graphs = Literal["auto", "on", "off"]
 
 
 def no_stop() -> bool:
-    """Never ends an answer early."""
+    """Always false: the answer is never stopped early."""
     return False
 
 
 class Engine:
-    """Generates with one model, whose weights and adapters stay as they are.
+    """Generates text with one model, whose weights and adapters must not change meanwhile.
 
     Args:
-        model: A causal language model in evaluation mode, which may be wrapped by PEFT.
-        tokenizer: Its tokenizer.
-        cuda_graphs: "auto": on a CUDA GPU, where the model allows it, caches have a fixed size and steps are CUDA graphs (eager code while routes are
-            recorded); "on": such caches on any device, with a warning where the model does not allow them; "off": caches that grow.
+        model: A causal language model in evaluation mode, optionally wrapped by PEFT.
+        tokenizer: The model's tokenizer.
+        cuda_graphs: Kind of cache. "auto" uses caches of fixed size and CUDA graphs on a CUDA GPU if the model allows it (eager code while routes are
+            recorded); "on" uses caches of fixed size on any device, and warns if the model does not allow it; "off" uses caches that grow.
         no_repeat_ngram_size: Size of the n-grams that may not repeat in prompt and answer; 0 allows all.
 
     Attributes:
-        context: Most tokens of prompt and answer together; None when the model does not say.
-        uses_fixed_caches: Whether caches have a fixed size; False from the first step on that could not be captured in a CUDA graph.
+        context: Maximum number of tokens in prompt and answer together; None if the model does not limit it.
+        uses_fixed_caches: Whether caches have a fixed size. Becomes False when a step cannot be captured in a CUDA graph.
         stream_cache: The cache of the last stream; None before the first.
-        batch_cache: The fixed cache of the last batch; None where there is none.
+        batch_cache: The fixed cache of the last batch, or None.
 
     Raises:
-        CheckpointError: The model has no cache.
+        CheckpointError: The model does not decode with a cache.
 
     Example::
 
@@ -93,14 +93,14 @@ class Engine:
         wanted = cuda_graphs == "on" or (cuda_graphs == "auto" and self.device.type == "cuda")
         self.uses_fixed_caches = wanted and can_be_fixed(self.model)
         if cuda_graphs == "on" and not self.uses_fixed_caches:
-            _log.warning("this model needs a growing cache (its attention is not SDPA over a plain one, or its weights are quantised): no CUDA graphs")
+            _log.warning("CUDA graphs are off: the model's attention is not SDPA over a plain cache, or its weights are quantised")
 
     def forget(self) -> None:
-        """Forget the text of the stream: the next prompt is read as a whole."""
+        """Forget the text of the stream, so that the next prompt is read as a whole."""
         self._cached, self._key = [], None
 
     def release(self) -> None:
-        """Give the memory of caches and graphs back, and forget the text of the stream."""
+        """Free the memory of caches and graphs, and forget the text of the stream."""
         self.batch_cache = self.stream_cache = None
         self.forget()
 
@@ -109,19 +109,19 @@ class Engine:
     def answer(self, requests: Sequence[Request]) -> list[list[int]]:
         """Answer many prompts at once.
 
-        Where padding would change what a model with recurrent states computes, only prompts of the same length share a batch.
+        If padding would change the results, as in models with recurrent states, only prompts of the same length share a batch.
 
         Args:
-            requests: Prompts with their sampling; all of one routing scope, and none recorded.
+            requests: Prompts with their sampling settings. All must have the same routing scope, and none may record routes.
 
         Returns:
-            The new tokens of each request, up to (without) the end token.
+            The new token ids of each request, without the end token.
 
         Raises:
-            ValueError: The requests differ in the key of their routing scope, or one asks for its routes.
+            ValueError: The requests differ in the key of their routing scope, or one of them records routes.
             NonFiniteError: The model's logits are NaN or infinite.
-            CheckpointError: The tokenizer's end token is beyond the model's embedding.
-            torch.OutOfMemoryError: The batch does not fit; fewer requests may.
+            CheckpointError: The model's embedding has no row for the tokenizer's end token.
+            torch.OutOfMemoryError: The batch does not fit into memory; fewer requests may.
         """
         if not requests:
             return []
@@ -129,13 +129,13 @@ class Engine:
         if any(request.scope.key != scope.key for request in requests):
             raise ValueError("the requests of a batch must have the same routing scope")
         if any(request.record for request in requests):
-            raise ValueError("routes are recorded only while an answer is streamed")
+            raise ValueError("routes can be recorded only for a streamed answer")
         answers: list[list[int]] = [[]] * len(requests)
-        for places in self._batches(requests):
-            chosen = [requests[place] for place in places]
+        for indices in self._batches(requests):
+            members = [requests[index] for index in indices]
             batch = Batch.of(
-                [request.ids for request in chosen],
-                [replace(request.sampling, max_new_tokens=max(1, self._room(request))) for request in chosen],
+                [request.ids for request in members],
+                [replace(request.sampling, max_new_tokens=max(1, self._room(request))) for request in members],
                 padding_token(self.model, self.tokenizer),
                 self.device,
             )
@@ -144,37 +144,37 @@ class Engine:
             with passes.one():
                 rows = cache.seat(batch)
                 rows.choose(cache.read_batch(batch))
-            for place, answer in zip(places, self._finish(cache, rows, batch, passes), strict=True):
-                answers[place] = answer
+            for index, answer in zip(indices, self._finish(cache, rows, batch, passes), strict=True):
+                answers[index] = answer
             if isinstance(cache, FixedCache) and self.device.type == "cuda" and not cache.can_capture:
                 self.uses_fixed_caches, self.batch_cache = False, None
         return answers
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Places of the requests that can be padded to one batch."""
+        """Indices of the requests, grouped into those that can be padded to one batch."""
         lengths = [len(request.ids) for request in requests]
         if len(set(lengths)) == 1 or padding_is_safe(self.model):
             return [list(range(len(requests)))]
-        return [[place for place, other in enumerate(lengths) if other == length] for length in dict.fromkeys(lengths)]
+        return [[index for index, other in enumerate(lengths) if other == length] for length in dict.fromkeys(lengths)]
 
     def _finish(self, cache: Cache, rows: Rows, batch: Batch, passes: _Passes) -> list[list[int]]:
-        """Write the answers of a batch whose rows have chosen their first tokens."""
+        """Complete the answers of a batch whose rows have chosen their first tokens."""
         answers: dict[int, list[int]] = {}
         room = batch.room
-        places = list(range(len(room)))  # of the rows that are being written
+        indices = list(range(len(room)))  # index in the batch of each remaining row
         writing = _Writing(cache, rows, passes)
         while len(answers) < len(room):
             writing.look()
-            for row, place in enumerate(places):
-                if writing.done[row] and place not in answers:
-                    answers[place] = until_end(writing.rows.text.text[row, batch.width :].tolist(), room[place], self._rules.ends)
-            going = [row for row, place in enumerate(places) if place not in answers]
-            left = max(room) - writing.steps - 1
-            if going and writing.leave(going, left):
-                places = [places[row] for row in going]
-            for _ in range(min(steps_between_looks(self.device), left) if going else 0):
+            for row, index in enumerate(indices):
+                if writing.done[row] and index not in answers:
+                    answers[index] = until_end(writing.rows.text.text[row, batch.width :].tolist(), room[index], self._rules.ends)
+            unfinished = [row for row, index in enumerate(indices) if index not in answers]
+            steps = max(room) - writing.steps - 1
+            if unfinished and writing.leave(unfinished, steps):
+                indices = [indices[row] for row in unfinished]
+            for _ in range(min(steps_between_looks(self.device), steps) if unfinished else 0):
                 writing.advance()
-        return [answers[place] for place in range(len(room))]
+        return [answers[index] for index in range(len(room))]
 
     def _cache_for(self, batch: Batch) -> Cache:
         if not self.uses_fixed_caches:
@@ -182,37 +182,37 @@ class Engine:
         if is_observed(self.model):
             if not self._eager_noted:
                 self._eager_noted = True
-                _log.warning("routes are recorded, forced or labelled by eager code: steps are not replayed as CUDA graphs meanwhile")
+                _log.warning("no CUDA graphs are used while routes are recorded, forced or labelled")
             return GrowingCache(self.model, self._options, self._rules)
         count, capacity = batch_shape(len(batch.sampling), batch.width + max(batch.room))
         if self.batch_cache is None or (len(self.batch_cache.rows), self.batch_cache.capacity) != (count, capacity):
-            self.batch_cache = None  # its memory is free before the next is made
+            self.batch_cache = None  # frees its memory before the next cache is allocated
             self.batch_cache = FixedCache(self.model, self._options, self._rules, count, capacity)
         return self.batch_cache
 
     def _room(self, request: Request) -> int:
-        most = request.sampling.max_new_tokens
-        return most if self.context is None else min(most, self.context - len(request.ids))
+        limit = request.sampling.max_new_tokens
+        return limit if self.context is None else min(limit, self.context - len(request.ids))
 
     # --- one row, streamed -----------------------------------------------------------------------------------------------------
 
     def stream(self, request: Request, stop: Callable[[], bool] = no_stop) -> Iterator[Event]:
-        """Answer a prompt; the events come as they happen: Reading (one or more), Written (any number), Finished (one, the last).
+        """Answer one prompt and yield events: one or more Reading, any number of Written, and a final Finished.
 
         Args:
-            request: The prompt, how its tokens are chosen, and how adapters are.
-            stop: Asked before every forward pass; True ends the answer.
+            request: The prompt, with its sampling settings and its routing scope.
+            stop: Function called before every forward pass; the answer ends once it returns True.
 
         Raises:
-            UsageError: The prompt is empty, or leaves no room in the model's context.
-            DataError: The prompt has a token that the model's embedding does not have.
+            UsageError: The prompt is empty, or it fills the model's context.
+            DataError: The model's embedding has no row for one of the prompt's tokens.
             NonFiniteError: The model's logits are NaN or infinite.
         """
         ids, room = list(request.ids), self._room(request)
         if not ids:
             raise UsageError("the prompt is empty", hint="write something first")
         if self.context is not None and len(ids) >= self.context:
-            raise UsageError(f"the prompt is {len(ids)} tokens, the model's context {self.context}", hint="shorten it, or start anew with /new")
+            raise UsageError(f"the prompt is {len(ids)} tokens, the model's context {self.context}", hint="shorten it, or start again with /new")
         check_tokens(self.model, self.tokenizer, [ids])
         begin = time.perf_counter()
         decoder = TextDecoder(self.tokenizer)
@@ -248,13 +248,13 @@ class Engine:
         yield Finished(reason, text, tuple(answer), len(ids), reused, first, time.perf_counter() - begin, passes.paths)
 
     def read(self, request: Request) -> Iterator[Reading]:
-        """Read a text without an answer, for its routes.
+        """Read a text without answering it, to record its routes.
 
         Args:
-            request: The text; its sampling does not matter.
+            request: The text as a request, whose sampling settings are ignored.
 
         Raises:
-            DataError: The text has a token that the model's embedding does not have.
+            DataError: The model's embedding has no row for one of the text's tokens.
             NonFiniteError: The model's logits are NaN or infinite.
         """
         check_tokens(self.model, self.tokenizer, [request.ids])
@@ -263,51 +263,51 @@ class Engine:
             yield reading
 
     def _read(self, request: Request, cache: Cache, reused: int, passes: _Passes, stop: Callable[[], bool]) -> Iterator[tuple[Tensor, Reading]]:
-        """Read what the stream's cache lacks; yields the last position's logits (1, vocabulary) of each piece with its event."""
+        """Read the tokens that the stream's cache lacks. Yields the logits of each chunk's last position, (1, vocabulary), with its event."""
         ids = list(request.ids)
-        # Some models with states misread a text in pieces of several tokens: they read the whole text again each time.
+        # Some models with recurrent states compute wrong results when a text is read in chunks, so they read it as a whole.
         size = CHUNK if pieces_are_safe(self.model) else len(ids)
         for start in range(reused, len(ids), size):
             if stop():
                 return
-            piece = ids[start : start + size]
-            known, self._cached = self._cached, []
+            chunk = ids[start : start + size]
+            cached, self._cached = self._cached, []
             with passes.one():
-                logits = cache.read_piece(piece)
+                logits = cache.read_piece(chunk)
             if bool(not_finite(logits)):
-                raise non_finite_error(self.model, known + piece, request.scope.enter)
-            # Only now does the cache hold these tokens in every layer; a pass that was broken off leaves nothing to be used again.
-            self._cached = known + piece
-            yield logits, Reading(start + len(piece) - reused, len(ids) - reused, reused, passes.routes, passes.paths)
+                raise non_finite_error(self.model, cached + chunk, request.scope.enter)
+            # Only a complete pass leaves these tokens in every layer's cache. After an interrupted pass, nothing is reused.
+            self._cached = cached + chunk
+            yield logits, Reading(start + len(chunk) - reused, len(ids) - reused, reused, passes.routes, passes.paths)
 
     def _seat(self, request: Request, room: int, logits: Tensor, passes: _Passes) -> _Writing:
-        """The row of a prompt that was read, with its first token."""
+        """Return the row of a prompt that the cache has read, with its first token chosen from ``logits``."""
         assert self.stream_cache is not None
         batch = Batch.of([request.ids], [replace(request.sampling, max_new_tokens=room)], 0, self.device)
         rows = self.stream_cache.seat(batch)
         rows.choose(logits)
         if request.record and self.stream_cache.captured and not self._eager_noted:
             self._eager_noted = True
-            _log.info("routes are recorded by eager code: tokens are not written by CUDA graphs meanwhile")
+            _log.info("no CUDA graphs are used while routes are recorded")
         writing = _Writing(self.stream_cache, rows, passes)
         writing.look()
         return writing
 
     def _step(self, writing: _Writing, token: int) -> None:
-        """Let the stream's cache read ``token`` and the row choose the next."""
-        known, self._cached = self._cached, []
+        """Read ``token`` into the stream's cache and choose the next token."""
+        cached, self._cached = self._cached, []
         writing.advance()
         writing.look()
-        known.append(token)
-        self._cached = known
+        cached.append(token)
+        self._cached = cached
 
     def _reuse(self, request: Request) -> tuple[Cache, int]:
-        """The stream's cache, cut to what it shares with a request, and how many tokens that is."""
+        """Cut the stream's cache to the tokens that it shares with a request. Returns the cache and the number of shared tokens."""
         ids, key = request.ids, request.scope.key
-        most = len(ids) - 1 if request.read_from is None else min(request.read_from, len(ids) - 1)
+        limit = len(ids) - 1 if request.read_from is None else min(request.read_from, len(ids) - 1)
         shared = 0
         if self._cached and self._key == key and pieces_are_safe(self.model):
-            limit = min(len(self._cached), most)
+            limit = min(len(self._cached), limit)
             while shared < limit and self._cached[shared] == ids[shared]:
                 shared += 1
         if self.stream_cache is None:
@@ -321,13 +321,13 @@ class Engine:
 
 
 class _Passes:
-    """Forward passes of one kind, and what the last one recorded.
+    """Forward passes with one routing scope, and the routes of the last one.
 
     Attributes:
-        scope: How adapters are chosen.
-        record: Whether routes are recorded.
-        routes: (indices, weights) of the last pass, each (tokens, layers, k); None when nothing is recorded.
-        paths: Paths of the recorded layers.
+        scope: Settings that choose the adapters.
+        record: Whether to record routes.
+        routes: (indices, weights) of the last pass, each of shape (tokens, layers, k); None if routes are not recorded.
+        paths: Module paths of the recorded layers.
     """
 
     def __init__(self, model: nn.Module, scope: RoutingScope, record: bool) -> None:
@@ -337,7 +337,7 @@ class _Passes:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """The context of one forward pass."""
+        """Context manager of one forward pass."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(self.scope.enter())
@@ -348,12 +348,12 @@ class _Passes:
 
 
 class _Writing:
-    """Rows that are being written, and their cache: the loop of every answer.
+    """Rows whose answers are being generated, with their cache.
 
     Attributes:
-        steps: Number of steps after the first token.
-        done: Which rows were done at the last look.
-        tokens: Last token of each row at the last look.
+        steps: Number of steps since the first token.
+        done: Whether each row was done at the last :meth:`look`.
+        tokens: Last token of each row at the last :meth:`look`.
     """
 
     def __init__(self, cache: Cache, rows: Rows, passes: _Passes) -> None:
@@ -363,13 +363,13 @@ class _Writing:
         self.tokens: list[int] = []
 
     def advance(self) -> None:
-        """One step: read the last token of each row and choose the next."""
+        """Read the last token of each row and choose the next."""
         with self.passes.one():
             self.cache.advance(self.rows, self.passes.scope.key, eager=self.passes.record)
         self.steps += 1
 
     def look(self) -> None:
-        """Bring :attr:`done` and :attr:`tokens` up to date. Waits for the device.
+        """Update :attr:`done` and :attr:`tokens`. Synchronises with the device.
 
         Raises:
             NonFiniteError: A row's logits were NaN or infinite.
@@ -378,13 +378,13 @@ class _Writing:
         done, usable, self.tokens = torch.stack([rows.done.long(), rows.usable.long(), rows.token[:, 0]]).tolist()
         if not all(usable):
             raise non_finite_error(self.cache.model, rows.tokens_of(usable.index(0)), self.passes.scope.enter)
-        self.done = [bool(each) for each in done]
+        self.done = [bool(flag) for flag in done]
 
-    def leave(self, going: Sequence[int], steps: int) -> bool:
-        """Let the rows that are done leave, if that pays: only ``going`` are left then. ``steps`` are the most that may follow."""
-        if len(going) == len(self.rows):
+    def leave(self, unfinished: Sequence[int], steps: int) -> bool:
+        """Keep only the rows with the indices ``unfinished``, if that saves time for at most ``steps`` further steps. Returns whether it did."""
+        if len(unfinished) == len(self.rows):
             return False
-        smaller = self.cache.leave(self.rows, torch.tensor(list(going), device=self.rows.done.device), steps)
+        smaller = self.cache.leave(self.rows, torch.tensor(list(unfinished), device=self.rows.done.device), steps)
         if smaller is None:
             return False
         self.cache, self.rows = smaller
@@ -392,26 +392,26 @@ class _Writing:
 
 
 def steps_between_looks(device: torch.device) -> int:
-    """Steps of a batch between two looks whether rows are done: several on a GPU, because a look waits for it."""
+    """Number of steps of a batch between two checks for finished rows: several on a GPU, because each check synchronises with it."""
     return 8 if device.type == "cuda" else 1
 
 
 def last_logits(model: nn.Module) -> dict[str, Any]:
-    """The argument that spares a forward pass the logits of all positions but the last; empty where a model has none.
+    """The keyword argument that limits a forward pass to the logits of the last position; empty if the model does not support it.
 
-    An index and not a count: a count leaves a slice of the hidden states, which is not contiguous, and torch multiplies such a slice with a frozen
-    head by copying the head once for every row of the batch.
+    The argument is an index, not a count. A count slices the hidden states, which makes them non-contiguous, and torch multiplies a non-contiguous
+    tensor by a frozen output layer by copying the layer's weight once for every row of the batch.
     """
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": torch.tensor([-1], device=next(model.parameters()).device)} if "logits_to_keep" in known else {}
+    parameters = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": torch.tensor([-1], device=next(model.parameters()).device)} if "logits_to_keep" in parameters else {}
 
 
 def _plain(model: Any) -> Any:
-    """The causal language model in a PEFT wrapper, with its adapters in place; any other model as it is."""
+    """Remove a PEFT wrapper from a model; its adapters stay in place. Any other model is returned unchanged."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All end tokens; the tokenizer's own is the first."""
-    ends, own = end_tokens(model, tokenizer), tokenizer.eos_token_id
-    return tuple(sorted(ends)) if own is None else (int(own), *sorted(ends - {int(own)}))
+    """Ids of all end tokens, beginning with the tokenizer's end token."""
+    ends, first = end_tokens(model, tokenizer), tokenizer.eos_token_id
+    return tuple(sorted(ends)) if first is None else (int(first), *sorted(ends - {int(first)}))

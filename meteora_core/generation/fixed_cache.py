@@ -1,7 +1,7 @@
-"""Keys and values of a batch in a cache of fixed size, so that a step can be the replay of a CUDA graph.
+"""Decoding with a cache of fixed size, so that steps can be replayed as a CUDA graph.
 
-A small model's steps are bound by kernel launches, and those of hundreds of MeteoRA layers even more so. Where all rows are greedy, the graph holds the
-whole step: the model, the choice of the tokens and the end of rows. Where tokens are drawn, it ends with the logits.
+Kernel launches dominate the time of a small model's step, the more so with hundreds of MeteoRA layers. If all rows are greedy, the graph holds the whole
+step: the model, the choice of tokens and the check for finished rows. If tokens are drawn, it ends with the logits.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TAIL = 4
-"""Once at most one row in this many goes on, they move to a cache that is smaller by this factor."""
+"""Once at most 1/TAIL of the rows are unfinished, they move to a cache that has fewer rows by this factor."""
 TAIL_STEPS = 64
-"""Rows only move if this many steps may be left: the smaller cache needs a graph of its own."""
+"""Minimum number of remaining steps for such a move, which costs the capture of another graph."""
 CAPACITY = 256
 """Capacities for batches are multiples of this, so that batches of similar length share a graph."""
 LEAST = 512
-"""Capacity of the smallest cache for a single row; a larger one has twice as much, and so on."""
+"""Capacity of the smallest cache for a single row. Larger ones have capacities that are powers of two."""
 
 
 class FixedCache:
-    """Keys and values of up to ``count`` rows of up to ``capacity`` tokens; on a CUDA GPU a step is a CUDA graph.
+    """Keys and values of up to ``count`` rows with up to ``capacity`` tokens each. On a CUDA GPU, steps are replayed as a CUDA graph.
 
-    A graph holds what the model was when it was captured: routing settings, adapters, the addresses of weights. Use another ``key`` after a change of
-    settings, and make a new cache after any other change.
+    A graph keeps the routing settings, the adapters and the addresses of the weights at the time of its capture. Pass another ``key`` after the settings
+    have changed, and make a new cache after any other change.
 
     Args:
         model: A causal language model in evaluation mode for which :func:`can_be_fixed` is true.
-        options: More keyword arguments of its forward.
-        rules: Rules of the rows.
+        options: Further keyword arguments of the model's forward method.
+        rules: Rules for all answers.
         count: Number of rows.
-        capacity: Number of columns; a cache for a single row grows beyond it when that is needed.
-        longest: The model's context, which bounds the growth; None when it has none.
+        capacity: Number of columns. A cache for a single row is enlarged when it needs more.
+        longest: The model's context in tokens, up to which the cache may be enlarged; None for no limit.
 
     Attributes:
-        length: Number of columns that were read.
-        rows: The rows of the cache; :meth:`seat` gives them to a batch.
-        can_capture: Whether steps are captured: on a CUDA GPU, until a capture has failed.
+        length: Number of columns that the model has read.
+        rows: The rows of the cache, which :meth:`seat` assigns to a batch.
+        can_capture: Whether steps are captured: true on a CUDA GPU, until a capture fails.
     """
 
     def __init__(self, model: PreTrainedModel, options: dict[str, Any], rules: Rules, count: int, capacity: int, longest: int | None = None) -> None:
@@ -58,7 +58,7 @@ class FixedCache:
         self._key: Hashable = None
         self._tail: FixedCache | None = None
         with torch.inference_mode():
-            # One column more than the cache has: the last token is written, but never read.
+            # The rows have one more column than the cache, because the model never reads an answer's last token.
             self.rows = Rows(count, capacity + 1, rules, self.device)
             self._make(capacity)
 
@@ -68,7 +68,7 @@ class FixedCache:
         self.capacity = capacity
         self._cache = StaticCache(config=self.model.config, max_cache_len=capacity)
         self._mask = torch.zeros(len(self.rows), 1, 1, capacity, dtype=torch.bool, device=self.device)
-        self._places = torch.arange(capacity, device=self.device)
+        self._columns = torch.arange(capacity, device=self.device)
         self._step = None
 
     @property
@@ -80,13 +80,13 @@ class FixedCache:
 
     @torch.inference_mode()
     def seat(self, batch: Batch) -> Rows:
-        """The rows of a batch whose prompts were or will be read."""
+        """Assign the rows to a batch and return them. The prompts may be read before or after this call."""
         self.rows.start(batch)
         return self.rows
 
     @torch.inference_mode()
     def read_batch(self, batch: Batch) -> Tensor:
-        """Forget everything and read the prompts of a batch. Returns the last position's logits (count, vocabulary)."""
+        """Clear the cache and read the prompts of a batch. Returns the logits of the last position, (count, vocabulary)."""
         spare = torch.arange(len(self.rows), device=self.device) % len(batch.sampling)
         mask = batch.mask[spare]
         self._cache.reset()
@@ -97,27 +97,27 @@ class FixedCache:
 
     @torch.inference_mode()
     def read_piece(self, tokens: Sequence[int]) -> Tensor:
-        """Read on in the text of a single row. Returns the last position's logits (1, vocabulary)."""
+        """Read further tokens of a single row. Returns the logits of the last position, (1, vocabulary)."""
         end = self.length + len(tokens)
         if end > self.capacity:
             self._grow(end)
-        places = torch.arange(self.length, end, device=self.device)
-        mask = (self._places <= places.view(-1, 1)).view(1, 1, len(tokens), -1)
-        logits = self._forward(torch.tensor([list(tokens)], device=self.device), mask, places.unsqueeze(0))
-        self._go_to(end)
+        positions = torch.arange(self.length, end, device=self.device)
+        mask = (self._columns <= positions.view(-1, 1)).view(1, 1, len(tokens), -1)
+        logits = self._forward(torch.tensor([list(tokens)], device=self.device), mask, positions.unsqueeze(0))
+        self._set_length(end)
         return logits
 
     @torch.inference_mode()
     def cut(self, length: int) -> int:
-        """Forget all tokens of a single row from ``length`` on, and what a pass that was broken off has left. Returns ``length``."""
-        self._go_to(length)
+        """Forget all tokens of a single row from position ``length`` on, including those of an interrupted pass. Returns ``length``."""
+        self._set_length(length)
         for layer in self._cache.layers:
             layer.cumulative_length.fill_(length)
         return length
 
-    def _go_to(self, length: int) -> None:
+    def _set_length(self, length: int) -> None:
         self.length = length
-        self._mask.copy_(self._places < length)
+        self._mask.copy_(self._columns < length)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **self.options)
@@ -131,9 +131,9 @@ class FixedCache:
         """Read the last token of each row and choose the next.
 
         Args:
-            rows: :attr:`rows`.
-            key: Everything that a graph depends on besides the weights (how adapters are chosen).
-            eager: Run without a graph, because routes are recorded.
+            rows: The rows of this cache, :attr:`rows`.
+            key: Everything besides the weights that a graph depends on, such as the choice of adapters.
+            eager: Whether to run without a graph, because routes are recorded.
         """
         if self.length + 1 > self.capacity:
             self._grow(self.length + 1)
@@ -145,12 +145,12 @@ class FixedCache:
         self.length += 1
 
     def _read(self) -> Tensor:
-        """Read the last tokens. Returns their logits (count, vocabulary)."""
+        """Read the last token of each row. Returns the logits after it, (count, vocabulary)."""
         self._mask.index_fill_(3, self.rows.slot, True)
         return self._forward(self.rows.token, self._mask, self.rows.positions)
 
     def _whole_step(self) -> Tensor:
-        """Read the last tokens and choose the next. Returns these, int64 (count, 1)."""
+        """Read the last token of each row and choose the next. Returns the chosen tokens, int64 (count, 1)."""
         self.rows.choose(self._read())
         return self.rows.token
 
@@ -164,12 +164,12 @@ class FixedCache:
         return self._step
 
     def _undo(self) -> Callable[[], None]:
-        """A function that sets back what steps from now on change."""
-        live = [self._mask, *self.rows.tensors(), *(layer.cumulative_length for layer in self._cache.layers)]
-        saved = [tensor.clone() for tensor in live]
+        """Return a function that restores the present state after further steps."""
+        changing = [self._mask, *self.rows.tensors(), *(layer.cumulative_length for layer in self._cache.layers)]
+        saved = [tensor.clone() for tensor in changing]
 
         def undo() -> None:
-            for tensor, before in zip(live, saved, strict=True):
+            for tensor, before in zip(changing, saved, strict=True):
                 tensor.copy_(before)
 
         return undo
@@ -177,27 +177,27 @@ class FixedCache:
     # --- other sizes -----------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def leave(self, rows: Rows, going: Tensor, steps: int) -> tuple[FixedCache, Rows] | None:
-        """Let few rows go on in a smaller cache, if that pays.
+    def leave(self, rows: Rows, unfinished: Tensor, steps: int) -> tuple[FixedCache, Rows] | None:
+        """Move the unfinished rows to a smaller cache if that saves time.
 
         Args:
-            rows: :attr:`rows`.
-            going: int64 (kept,): indices of those that go on.
-            steps: Most steps that are left.
+            rows: The rows of this cache, :attr:`rows`.
+            unfinished: Indices of the unfinished rows, int64 (unfinished,).
+            steps: Maximum number of remaining steps.
 
         Returns:
-            The smaller cache and its rows; None when all stay.
+            The smaller cache and its rows, or None if all rows stay.
         """
-        if len(going) * TAIL > len(rows) or len(rows) < 2 * TAIL or steps < TAIL_STEPS:
+        if len(unfinished) * TAIL > len(rows) or len(rows) < 2 * TAIL or steps < TAIL_STEPS:
             return None
         if self._tail is None:
             self._tail = FixedCache(self.model, self.options, self.rules, len(rows) // TAIL, self.capacity)
-        self._tail._take(self, going)
+        self._tail._take(self, unfinished)
         return self._tail, self._tail.rows
 
-    def _take(self, other: FixedCache, going: Tensor) -> None:
-        """Become some rows of a cache of the same capacity."""
-        spare = going[torch.arange(len(self.rows), device=going.device) % len(going)]
+    def _take(self, other: FixedCache, unfinished: Tensor) -> None:
+        """Copy the unfinished rows of another cache of the same capacity into this one."""
+        spare = unfinished[torch.arange(len(self.rows), device=unfinished.device) % len(unfinished)]
         for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
             keys, values = theirs.keys[spare], theirs.values[spare]
             if not mine.is_initialized:
@@ -208,7 +208,7 @@ class FixedCache:
         self._mask.copy_(other._mask[spare])
         self.length = other.length
         self.can_capture = self.can_capture and other.can_capture
-        self.rows.take(other.rows, going)
+        self.rows.take(other.rows, unfinished)
 
     def _grow(self, needed: int) -> None:
         """Move a single row to a larger cache."""
@@ -225,18 +225,18 @@ class FixedCache:
 
 
 def single_capacity(needed: int, longest: int | None) -> int:
-    """Capacity of a cache for one row of ``needed`` tokens; ``longest`` is the model's context or None."""
+    """Number of columns of a cache for one row of ``needed`` tokens; ``longest`` is the model's context in tokens, or None."""
     capacity = max(LEAST, 1 << (needed - 1).bit_length())
     return capacity if longest is None else max(needed, min(capacity, longest))
 
 
 def batch_shape(rows: int, tokens: int) -> tuple[int, int]:
-    """Count and capacity of a cache for a batch of ``rows`` rows of ``tokens`` tokens: of few sizes, so that batches share a graph."""
+    """Count and capacity of a cache for ``rows`` rows of ``tokens`` tokens, both rounded up so that batches of similar size share a graph."""
     return 1 << (rows - 1).bit_length(), -(-tokens // CAPACITY) * CAPACITY
 
 
 def can_be_fixed(model: PreTrainedModel) -> bool:
-    """Whether :class:`FixedCache` can run the model: SDPA attention over a plain cache, no quantised weights, nothing observed."""
+    """Whether :class:`FixedCache` supports the model: it uses SDPA attention over a plain cache, no quantised weights, and its routes are not observed."""
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
@@ -252,6 +252,6 @@ def can_be_fixed(model: PreTrainedModel) -> bool:
 
 
 def is_observed(model: PreTrainedModel) -> bool:
-    """Whether routes are recorded, forced or labelled by eager code."""
+    """Whether the model's routes are recorded, forced or labelled, which eager code does."""
     state = getattr(model, "meteora", None)
     return state is not None and bool(state.observed)

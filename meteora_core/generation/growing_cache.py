@@ -1,4 +1,4 @@
-"""What a model has read of a batch, in the model's own growing cache; rows that are done can leave."""
+"""Decoding with the model's own cache, which grows with every token and can drop finished rows."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from meteora_core.generation.rows import Batch, Rows, Rules
 from meteora_core.model.caches import Reader, can_be_cut, new_cache
 
 SHRINK = 0.75
-"""Rows leave once at most this share of the batch goes on."""
+"""Finished rows are dropped once at most this share of the batch is unfinished."""
 AHEAD = 256
-"""Most columns that are made for answers before they are needed."""
+"""Maximum number of columns allocated for answers in advance."""
 
 
 class GrowingCache:
-    """Keys, values and states of a batch. Works for every model that decodes with a cache, on every device.
+    """Keys, values and recurrent states of a batch. Works on every device, for every model that decodes with a cache.
 
     Args:
         model: A causal language model in evaluation mode.
-        options: More keyword arguments of its forward.
-        rules: Rules of the rows.
+        options: Further keyword arguments of the model's forward method.
+        rules: Rules for all answers.
 
     Attributes:
-        length: Number of columns that were read.
+        length: Number of columns that the model has read.
 
     Raises:
         CheckpointError: The model has no cache.
     """
 
     captured = False
-    """Whether steps are replayed as a CUDA graph: never."""
+    """Whether steps are replayed as a CUDA graph. Always false for this cache."""
 
     def __init__(self, model: nn.Module, options: dict[str, Any], rules: Rules) -> None:
         self.model, self.rules = model, rules
@@ -43,27 +43,27 @@ class GrowingCache:
 
     @torch.inference_mode()
     def seat(self, batch: Batch) -> Rows:
-        """The rows of a batch whose prompts were or will be read."""
+        """Return the rows of a batch. Its prompts may be read before or after this call."""
         rows = Rows(len(batch.sampling), batch.width + min(max(batch.room), AHEAD), self.rules, batch.ids.device)
         rows.start(batch)
         return rows
 
     @torch.inference_mode()
     def read_batch(self, batch: Batch) -> Tensor:
-        """Read the prompts of a batch into an empty cache. Returns the last position's logits (batch, vocabulary)."""
+        """Read the prompts of a batch into the empty cache. Returns the logits of the last position, (batch, vocabulary)."""
         self._mask, self.length = batch.mask, batch.width
         return self._reader.read(batch.ids, batch.mask, batch.positions())
 
     @torch.inference_mode()
     def read_piece(self, tokens: Sequence[int]) -> Tensor:
-        """Read on in the text of a single row. Returns the last position's logits (1, vocabulary)."""
+        """Read further tokens of a single row. Returns the logits of the last position, (1, vocabulary)."""
         logits = self._reader.read(torch.tensor([list(tokens)], device=next(self.model.parameters()).device))
         self.length += len(tokens)
         return logits
 
     @torch.inference_mode()
     def advance(self, rows: Rows, key: Hashable = None, *, eager: bool = False) -> None:
-        """Read the last token of each row and choose the next. ``key`` and ``eager`` are for caches that replay CUDA graphs."""
+        """Read the last token of each row and choose the next. ``key`` and ``eager`` matter only for :class:`FixedCache`."""
         if self._mask is None:
             logits = self._reader.read(rows.token)
         else:
@@ -74,29 +74,29 @@ class GrowingCache:
         rows.choose(logits)
 
     @torch.inference_mode()
-    def leave(self, rows: Rows, going: Tensor, steps: int) -> tuple[GrowingCache, Rows] | None:
-        """Let the rows that are done leave, if that pays and the cache can do it.
+    def leave(self, rows: Rows, unfinished: Tensor, steps: int) -> tuple[GrowingCache, Rows] | None:
+        """Drop the finished rows if that saves time and the cache supports it.
 
         Args:
-            rows: All rows.
-            going: int64 (kept,): indices of those that go on.
-            steps: Most steps that are left.
+            rows: All rows of the cache.
+            unfinished: Indices of the unfinished rows, int64 (unfinished,).
+            steps: Maximum number of remaining steps; ignored by this cache.
 
         Returns:
-            The cache and the rows that go on; None when all stay.
+            The cache and the unfinished rows, or None if all rows stay.
         """
-        if len(going) > SHRINK * len(rows) or not self._reader.keep(going):
+        if len(unfinished) > SHRINK * len(rows) or not self._reader.keep(unfinished):
             return None
         if self._mask is not None:
-            self._mask = self._mask[going]
-        return self, rows.select(going)
+            self._mask = self._mask[unfinished]
+        return self, rows.select(unfinished)
 
     @torch.inference_mode()
     def cut(self, length: int) -> int:
-        """Forget all tokens of a single row from ``length`` on.
+        """Forget all tokens of a single row from position ``length`` on.
 
         Returns:
-            How many are left: ``length``, or 0 where the cache cannot be cut.
+            The number of tokens left: ``length``, or 0 if the cache cannot be cut.
         """
         excess = self.length - length
         if length and excess:

@@ -1,4 +1,4 @@
-"""NaN and infinity in a model's logits: finding them, and the error that names the layer they come from."""
+"""Detection of NaN and infinity in a model's logits, and the error that names the layer they come from."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from meteora_core.model.nonfinite import first_nonfinite_module
 
 
 def not_finite(logits: Tensor) -> Tensor:
-    """Which rows of ``logits`` (..., vocabulary) contain NaN or plus infinity; bool (...).
+    """Mark the rows of ``logits`` (..., vocabulary) that contain NaN or plus infinity, or only minus infinity; bool (...).
 
-    A vocabulary entry of minus infinity only rules a token out. One reduction finds the rest, because a maximum with NaN in it is NaN.
+    A single entry of minus infinity is allowed, because it only rules out a token. The maximum of a row with NaN is NaN, so one reduction is enough.
     """
     return ~torch.isfinite(logits.amax(-1))
 
 
 def non_finite_error(model: nn.Module, ids: Sequence[int], scope: Callable[[], AbstractContextManager[Any]] = nullcontext) -> NonFiniteError:
-    """The error for a model whose logits after the tokens ``ids`` are not finite. The model reads the tokens once more, to find the layer.
+    """Build the error for a model whose logits after the tokens ``ids`` are not finite.
+
+    The model reads the tokens once more, to find the first layer with such values.
 
     Args:
         model: A causal language model in evaluation mode.
-        ids: The tokens up to the first logits that are not finite.
-        scope: A context manager for that forward pass, such as forced routes or disabled adapters.
+        ids: Token ids up to the position whose logits are not finite.
+        scope: Function that returns a context manager for this forward pass, such as one that forces routes or disables adapters.
     """
     device = next(model.parameters()).device
 
@@ -36,17 +38,17 @@ def non_finite_error(model: nn.Module, ids: Sequence[int], scope: Callable[[], A
             model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
 
     try:
-        found = first_nonfinite_module(model, read)
+        layer = first_nonfinite_module(model, read)
     except torch.OutOfMemoryError:
-        found = None
-    return _error(model, found)
+        layer = None
+    return _error(model, layer)
 
 
-def _error(model: nn.Module, found: tuple[str, nn.Module] | None) -> NonFiniteError:
+def _error(model: nn.Module, layer: tuple[str, nn.Module] | None) -> NonFiniteError:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if found is None:
+    if layer is None:
         return NonFiniteError("the model's output is NaN or infinite", hint=f"compute in a wider dtype than {dtype}: METEORA_MODEL__DTYPE=float32")
-    path, module = found
+    path, module = layer
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     broken = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
     message = f"the model's output is NaN or infinite; the first layer where that happens is {path}"

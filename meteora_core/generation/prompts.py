@@ -1,4 +1,4 @@
-"""Prompts as tokens."""
+"""Tokenisation of prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Prompt:
     """One prompt of a dataset.
 
     Attributes:
-        index: Row of the dataset.
-        tokens: Token ids, as the tokenizer starts a text (with its BOS, if it has one).
+        index: Index of the row in the dataset.
+        tokens: Token ids, beginning with the BOS token if the tokenizer adds one.
     """
 
     index: int
@@ -26,14 +26,14 @@ class Prompt:
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Tokenise prompts as they are tokenised in training; an EOS that the tokenizer adds at the end is removed.
+    """Tokenise prompts as training does. End tokens that the tokenizer appends are removed.
 
     Args:
-        prompts: Texts.
+        prompts: The texts of the prompts.
         tokenizer: The model's tokenizer.
 
     Raises:
-        DataError: A prompt is not valid text, such as half of a surrogate pair.
+        DataError: A prompt is not valid text; for example, it contains half of a surrogate pair.
     """
     check_texts(prompts)
     encoded = []

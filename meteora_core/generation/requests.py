@@ -1,4 +1,4 @@
-"""What the engine is asked for, and the events of an answer."""
+"""Requests to the engine, and the events of a streamed answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from meteora_core.generation.sampling import Sampling
 
 Finish = Literal["end", "length", "context", "stopped"]
-"""Why an answer ended: its end token, max_new_tokens, a full context, or the caller's wish."""
+"""Reason why an answer ended: an end token, max_new_tokens, a full context, or a stop by the caller."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class RoutingScope:
     """How adapters are chosen while a request is processed.
 
     Attributes:
-        key: Everything that keys and values in a cache depend on besides the tokens. Requests with equal keys share a cache.
-        enter: Makes the context manager in which every forward pass runs (forced routes, disabled adapters).
+        key: Everything besides the tokens that the keys and values of a cache depend on. Requests with equal keys can share a cache.
+        enter: Function that returns the context manager of a forward pass, such as one that forces routes or disables adapters.
     """
 
     key: Hashable = None
@@ -30,14 +30,15 @@ class RoutingScope:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer. Requests of one batch may differ in everything but their routing scope.
+    """One prompt to answer. The requests of a batch may differ in everything but their routing scope.
 
     Attributes:
-        ids: Token ids of the whole prompt, earlier turns included; at least one.
-        sampling: How tokens are chosen.
-        scope: How adapters are chosen.
-        record: Whether routes are recorded; only for an answer that is streamed.
-        read_from: Position from which tokens are read even if they are in the cache, so that their routes are recorded; None reads only what is not in it.
+        ids: Token ids of the whole prompt, including earlier turns; at least one.
+        sampling: Settings that choose the tokens and limit their number.
+        scope: Settings that choose the adapters.
+        record: Whether to record routes, which is possible only for streamed answers.
+        read_from: Position from which tokens are read again even if the cache holds them, so that their routes are recorded. With None, only tokens that
+            are not in the cache are read.
     """
 
     ids: Sequence[int]
@@ -49,14 +50,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Reading:
-    """A piece of the prompt was read.
+    """Event: a chunk of the prompt was read.
 
     Attributes:
-        done: Number of tokens read so far, of those that had to be read.
-        total: Number of tokens that had to be read.
+        done: Number of tokens read so far, out of ``total``.
+        total: Number of tokens to read, without those in the cache.
         reused: Number of tokens whose keys and values were in the cache.
-        routes: (indices, weights), each (tokens, layers, k), of the tokens just read; None when nothing is recorded.
-        paths: Paths of the recorded layers, in the order of the routes.
+        routes: (indices, weights) of the tokens in this chunk, each of shape (tokens, layers, k); None if routes are not recorded.
+        paths: Module paths of the recorded layers, in the order of the routes.
     """
 
     done: int
@@ -68,12 +69,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Written:
-    """One token of the answer.
+    """Event: one token of the answer was generated.
 
     Attributes:
         id: Token id.
-        text: The text that the token completes; may be empty.
-        routes: (indices, weights), each (1, layers, k), of the pass that wrote the token; None when nothing is recorded.
+        text: Text that the token completes; may be empty.
+        routes: (indices, weights) of the forward pass that generated the token, each of shape (1, layers, k); None if routes are not recorded.
     """
 
     id: int
@@ -83,17 +84,17 @@ class Written:
 
 @dataclass(frozen=True)
 class Finished:
-    """The answer is complete.
+    """Event: the answer is complete.
 
     Attributes:
-        reason: Why it ended.
-        text: The whole answer.
-        ids: Its tokens, without the end token.
+        reason: Reason why the answer ended.
+        text: Text of the whole answer.
+        ids: Token ids of the answer, without the end token.
         prompt_tokens: Number of tokens in the prompt.
-        reused: Number of those that were in the cache.
+        reused: Number of prompt tokens whose keys and values were in the cache.
         first_seconds: Seconds from the call to the first token.
-        seconds: Seconds from the call to the last token.
-        paths: Paths of the recorded layers, in the order of the routes.
+        seconds: Seconds from the call to the end of the answer.
+        paths: Module paths of the recorded layers, in the order of the routes.
     """
 
     reason: Finish
@@ -107,9 +108,9 @@ class Finished:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of the tokens after the first; 0 when there are none."""
-        after = self.seconds - self.first_seconds
-        return (len(self.ids) - 1) / after if len(self.ids) > 1 and after > 0 else 0.0
+        """Tokens per second after the first token; 0 if the answer has no more than one."""
+        seconds = self.seconds - self.first_seconds
+        return (len(self.ids) - 1) / seconds if len(self.ids) > 1 and seconds > 0 else 0.0
 
 
 Event = Reading | Written | Finished

@@ -1,4 +1,4 @@
-"""The rows of a batch: their prompts as tensors, and the state of their answers on the device."""
+"""The rows of a batch: their prompts as tensors, and the state of their answers on the model's device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from meteora_core.generation.sampling import Draw, Sampling, drawing
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for all answers of a batch.
+    """Rules that hold for all answers of a batch.
 
     Attributes:
-        ends: Tokens that end an answer; the first also fills rows that are done. May be empty.
+        ends: Ids of the tokens that end an answer; the first also fills finished rows. May be empty.
         no_repeat: Size of the n-grams that may not repeat in prompt and answer; 0 allows all.
     """
 
@@ -27,18 +27,18 @@ class Rules:
 
     @property
     def filler(self) -> int:
-        """Token that is given to rows that are done; their answers ignore it."""
+        """Id of the token that is written to finished rows, whose answers ignore it."""
         return self.ends[0] if self.ends else 0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts as tensors, padded at the left.
+    """Prompts as tensors, padded on the left.
 
     Attributes:
-        ids: int64 (batch, width), on the model's device.
-        mask: int64 (batch, width): 1 for tokens, 0 for padding.
-        sampling: Settings of each row; ``max_new_tokens`` is at least 1.
+        ids: Token ids, int64 (batch, width), on the model's device.
+        mask: Attention mask, int64 (batch, width): 1 for tokens, 0 for padding.
+        sampling: Sampling settings of each row; ``max_new_tokens`` is at least 1.
     """
 
     ids: Tensor
@@ -47,12 +47,12 @@ class Batch:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling], pad: int, device: torch.device) -> Batch:
-        """Pad prompts at the left.
+        """Pad prompts on the left.
 
         Args:
             prompts: Token ids of each row; no row is empty.
-            sampling: Settings of each row.
-            pad: Any token that the model has.
+            sampling: Sampling settings of each row.
+            pad: Id of any token in the model's vocabulary, used for padding.
             device: Device of the model.
         """
         width = max(map(len, prompts))
@@ -65,44 +65,44 @@ class Batch:
 
     @property
     def width(self) -> int:
-        """Length of the longest prompt."""
+        """Number of tokens in the longest prompt."""
         return self.ids.shape[1]
 
     @property
     def room(self) -> list[int]:
-        """Most new tokens of each row."""
-        return [each.max_new_tokens for each in self.sampling]
+        """Maximum number of new tokens of each row."""
+        return [settings.max_new_tokens for settings in self.sampling]
 
     def positions(self) -> Tensor:
-        """int64 (batch, width): position of each token in its row; 0 for padding."""
+        """Position of each token in its row, 0 for padding; int64 (batch, width)."""
         return (self.mask.cumsum(-1) - 1).clamp_min(0)
 
     def text(self, width: int) -> Tensor:
-        """The prompts with :data:`NOTHING` for padding, int64 (batch, width)."""
-        made = torch.full((self.ids.shape[0], width), NOTHING, device=self.ids.device)
-        made[:, : self.width] = torch.where(self.mask.bool(), self.ids, NOTHING)
-        return made
+        """The prompts in a tensor with ``width`` columns, :data:`NOTHING` for padding and columns for answers; int64 (batch, width)."""
+        text = torch.full((self.ids.shape[0], width), NOTHING, device=self.ids.device)
+        text[:, : self.width] = torch.where(self.mask.bool(), self.ids, NOTHING)
+        return text
 
 
 class Rows:
-    """Rows that are being written, on the model's device.
+    """Rows whose answers are being generated, as tensors on the model's device.
 
-    :meth:`choose` changes tensors in place and lets no value leave the device unless a token is drawn, so a CUDA graph can hold a greedy choice.
+    :meth:`choose` changes tensors in place and copies no value to the host unless a token is drawn, so a greedy choice can be part of a CUDA graph.
 
     Args:
-        count: Number of rows; those beyond a batch's own count as done.
-        width: Columns for prompts and answers.
-        rules: Rules of the batch.
+        count: Number of rows; rows in excess of a batch's size are spare and count as done.
+        width: Number of columns for prompts and answers.
+        rules: Rules for all answers.
         device: Device of the model.
 
     Attributes:
-        text: Prompts and answers, and which n-grams they hold.
-        token: int64 (count, 1): the last token of each row, which the model has not read yet.
-        positions: int64 (count, 1): its position in its row.
-        slot: int64 (1,): its column.
-        done: bool (count,): rows that are complete.
-        usable: bool (count,): False once a row's logits were NaN or infinite.
-        draws: Functions that draw tokens, by row; rows without one are greedy.
+        text: Prompts and answers, with the record of their n-grams.
+        token: The last token of each row, which the model has not read yet; int64 (count, 1).
+        positions: Position of the last token in its row; int64 (count, 1).
+        slot: Column of the last tokens; int64 (1,).
+        done: Whether each row is finished; bool (count,).
+        usable: Whether all logits of each row have been finite; bool (count,).
+        draws: Functions that draw tokens, by row index; rows without one are greedy.
     """
 
     def __init__(self, count: int, width: int, rules: Rules, device: torch.device) -> None:
@@ -122,11 +122,11 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """Columns for prompts and answers."""
+        """Number of columns for prompts and answers."""
         return self.text.text.shape[1]
 
     def start(self, batch: Batch) -> None:
-        """Begin the answers of a batch, whose prompts the model has read; spare rows repeat those of the batch and are done."""
+        """Begin the answers of a batch. Spare rows repeat rows of the batch and are done from the start."""
         count, device = len(batch.sampling), self.done.device
         spare = torch.arange(len(self), device=device) % count
         self.text.text.copy_(batch.text(self.width)[spare])
@@ -136,14 +136,14 @@ class Rows:
         self._last.copy_(torch.tensor(batch.room, device=device)[spare] + (batch.width - 1))
         self.done.copy_(torch.arange(len(self), device=device) >= count)
         self.usable.fill_(True)
-        self.draws = {row: drawing(each, device) for row, each in enumerate(batch.sampling) if not each.greedy}
+        self.draws = {row: drawing(settings, device) for row, settings in enumerate(batch.sampling) if not settings.greedy}
 
     @torch.inference_mode()
     def choose(self, logits: Tensor) -> None:
         """Choose the next token of each row.
 
         Args:
-            logits: Floating point (count, vocabulary): the model's output for the last tokens.
+            logits: Logits after the last token of each row, floating point (count, vocabulary).
         """
         logits = logits.float()
         self.usable.logical_and_(~not_finite(logits) | self.done)
@@ -159,51 +159,51 @@ class Rows:
         self.text.add(token, self.slot)
         self.token.copy_(token.unsqueeze(1))
         self.done.logical_or_(_is_end(token, self._ends) | (self.slot >= self._last))
-        self.positions.add_((~self.done).unsqueeze(1))  # a row that is done stays within the model's context
+        self.positions.add_((~self.done).unsqueeze(1))  # positions of finished rows stay within the model's context
 
     def reserve(self, width: int) -> None:
-        """Make room for at least ``width`` columns. New tensors take the place of old ones, so no CUDA graph may hold these rows."""
+        """Enlarge the rows to at least ``width`` columns. This replaces tensors, so no CUDA graph may have captured these rows."""
         if width > self.width:
             self.text.widen(max(width, 2 * self.width))
 
-    def select(self, going: Tensor) -> Rows:
-        """Some rows, by index, int64 (kept,), as rows of their own."""
-        made = Rows(len(going), self.width, self.rules, self.done.device)
-        made.take(self, going)
-        return made
+    def select(self, indices: Tensor) -> Rows:
+        """Return a copy of the rows with the indices ``indices``, int64 (selected,)."""
+        selected = Rows(len(indices), self.width, self.rules, self.done.device)
+        selected.take(self, indices)
+        return selected
 
-    def take(self, other: Rows, going: Tensor) -> None:
-        """Become some rows of ``other``, which has the same width; spare rows repeat them and are done.
+    def take(self, other: Rows, indices: Tensor) -> None:
+        """Copy some rows of ``other`` into these rows. Spare rows repeat the copied ones and are done.
 
         Args:
-            other: Rows that go on here.
-            going: int64 (kept,): their indices.
+            other: Rows to copy from, of the same width.
+            indices: Indices of the rows to copy, int64 (selected,).
         """
-        spare = going[torch.arange(len(self), device=going.device) % len(going)]
+        spare = indices[torch.arange(len(self), device=indices.device) % len(indices)]
         self.text.take(other.text, spare)
         self.slot.copy_(other.slot)
         for mine, theirs in ((self.token, other.token), (self.positions, other.positions), (self._last, other._last)):
             mine.copy_(theirs[spare])
-        self.done.copy_(torch.arange(len(self), device=going.device) >= len(going))
+        self.done.copy_(torch.arange(len(self), device=indices.device) >= len(indices))
         self.usable.fill_(True)
-        self.draws = {place: other.draws[row] for place, row in enumerate(going.tolist()) if row in other.draws}
+        self.draws = {row: other.draws[index] for row, index in enumerate(indices.tolist()) if index in other.draws}
 
     def tensors(self) -> list[Tensor]:
-        """Everything that :meth:`choose` writes to."""
+        """The tensors that :meth:`choose` writes to."""
         return [*self.text.tensors(), self.token, self.positions, self.slot, self.done, self.usable]
 
     def tokens_of(self, row: int) -> list[int]:
-        """Prompt and answer so far of one row, without padding."""
+        """Token ids of the prompt and the answer so far of one row, without padding."""
         text = self.text.text[row]
         return [int(token) for token in text[text != NOTHING].tolist()]
 
 
 def until_end(tokens: Sequence[int], room: int, ends: Collection[int]) -> list[int]:
-    """The first ``room`` tokens, up to (without) the first that ends an answer."""
-    cut = tokens[:room]
-    return list(cut[: next((place for place, token in enumerate(cut) if token in ends), len(cut))])
+    """The first ``room`` tokens, or fewer if one of them is an end token; the end token is not included."""
+    tokens = tokens[:room]
+    return list(tokens[: next((index for index, token in enumerate(tokens) if token in ends), len(tokens))])
 
 
 def _is_end(token: Tensor, ends: Tensor) -> Tensor:
-    """Which tokens (count,) are among ``ends``. By comparison and not by ``torch.isin``, which may sort: a CUDA graph cannot hold that."""
+    """Whether each token is in ``ends``; bool (count,). ``torch.isin`` is not used because it may sort, which a CUDA graph cannot capture."""
     return (token.unsqueeze(-1) == ends).any(-1)

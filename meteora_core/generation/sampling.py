@@ -1,4 +1,4 @@
-"""How the tokens of one answer are chosen: greedily, or drawn from the model's distribution."""
+"""Choice of an answer's tokens: greedy, or drawn from the model's distribution."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 Draw = Callable[[Tensor], int]
-"""Takes the scores of one row, float32 (vocabulary,), and returns the token that was drawn."""
+"""A function that draws a token from the scores of one row, float32 (vocabulary,)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one answer are chosen, and how many there may be.
+    """Settings that choose the tokens of an answer and limit their number.
 
     Attributes:
-        max_new_tokens: Most tokens in the answer.
-        temperature: Sampling temperature; 0 takes the likeliest token.
-        top_p: Tokens are drawn from the smallest set whose probabilities reach this sum.
-        seed: Seed of the draws; the same seed gives the same answer.
+        max_new_tokens: Maximum number of tokens in the answer.
+        temperature: Sampling temperature; 0 always takes the most likely token.
+        top_p: Probability mass of the smallest set of most likely tokens that are drawn from.
+        seed: Seed of the random generator; the same seed gives the same answer.
     """
 
     max_new_tokens: int = 256
@@ -31,31 +31,31 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0
 
 
 def drawing(sampling: Sampling, device: torch.device) -> Draw:
-    """The draws of one answer, with a random generator of their own.
+    """Make the function that draws the tokens of one answer. It has a random generator that no other answer uses.
 
     Args:
-        sampling: Settings whose temperature is above 0.
+        sampling: Settings with a sampling temperature above 0.
         device: Device of the scores.
 
     Returns:
-        A function that draws one token at each call.
+        A function that draws one token per call.
     """
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    steps: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_p < 1:
-        steps.append(TopPLogitsWarper(sampling.top_p))
+        warpers.append(TopPLogitsWarper(sampling.top_p))
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
 
     def draw(scores: Tensor) -> int:
         scores = scores[None]
-        for step in steps:
-            scores = step(None, scores)
+        for warper in warpers:
+            scores = warper(None, scores)
         return int(torch.multinomial(torch.softmax(scores, -1), 1, generator=generator))
 
     return draw

@@ -1,4 +1,4 @@
-"""Tokens as text: whole characters as they come, and what each token adds."""
+"""Incremental decoding of tokens to text, in whole characters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; joined, they are the whole text, special tokens included.
+    """Decode tokens one by one. The texts joined are the whole text, including special tokens.
 
     A character that is spread over several tokens belongs to the last of them; the others have an empty text.
 
     Args:
-        tokenizer: Any tokenizer.
-        ids: Token ids.
+        tokenizer: The tokenizer to decode with.
+        ids: Token ids of the whole text.
 
     Returns:
         One text per token.
@@ -29,11 +29,11 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 class TextDecoder:
-    """Turns tokens into text one by one, whole characters only.
+    """Decoder that takes tokens one by one and returns whole characters only.
 
     Args:
-        tokenizer: Any tokenizer.
-        skip_special_tokens: Whether special tokens give no text.
+        tokenizer: The tokenizer to decode with.
+        skip_special_tokens: Whether to leave special tokens out of the text.
 
     Example::
 
@@ -52,7 +52,7 @@ class TextDecoder:
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
-        """The text that became complete with ``token``; may be empty."""
+        """Add a token and return the text that it completes, which may be empty."""
         self._pending.append(int(token))
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._pending) < self._WINDOW:
@@ -62,7 +62,7 @@ class TextDecoder:
         return text
 
     def flush(self) -> str:
-        """The text of the tokens that are left at the end: an incomplete character shows as U+FFFD."""
+        """Return the text of the remaining tokens at the end; an incomplete character becomes U+FFFD."""
         text = self._text() if self._pending else ""
         self._pending = []
         return text
