@@ -11,23 +11,9 @@ from meteora_kernels.device.routing import bounded_logits, coefficients_of, slot
 
 @triton.jit
 def route_of_token(
-    logits,
-    stride_logits,
-    stride_split,
-    token,
-    places,
-    allowed,
-    scaling,
-    offsets,
-    count,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    RANK_P: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-):
+    logits, stride_logits, stride_split, token, places, allowed, scaling, offsets, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+):  # fmt: skip
     """Rows of A and B, int64, and ``w_j s_j``, float32, of one token at ``places`` (P, 1); place ``slot * RANK_P + i``: the slot's i-th row. -1 and 0
     past the rank and past the last slot."""
     columns = tl.arange(0, PADDED)[None, :]
@@ -45,21 +31,9 @@ def route_of_token(
 
 @triton.jit
 def add_chosen(
-    total,
-    b,
-    width,
-    columns,
-    column_mask,
-    rows_in,
-    values_in,
-    stride_plan,
-    stride_split,
-    tokens_total,
-    PLACES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MP: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    total, b, width, columns, column_mask, rows_in, values_in, stride_plan, stride_split, tokens_total,
+    PLACES: tl.constexpr, CHUNK: tl.constexpr, MP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """float32 ``total`` (BN, MP) plus, per token, its chosen rows of ``b`` (R, width) at ``columns`` (BN, 1), each times its value.
 
     rows_in int32 and values_in float32 (M, PLACES), rows ``stride_plan`` apart, CHUNK places at a time; row -1: nothing is chosen there. The
@@ -90,23 +64,9 @@ def clear_rows(middle, stride_middle, tokens, mask, columns, CHUNK: tl.constexpr
 
 @triton.jit
 def write_chosen(
-    down,
-    stride_down,
-    stride_split,
-    middle,
-    stride_middle,
-    scaling,
-    offsets,
-    tokens,
-    mask,
-    picks,
-    shares,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    RANKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    FRESH: tl.constexpr,
-):
+    down, stride_down, stride_split, middle, stride_middle, scaling, offsets, tokens, mask, picks, shares,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, FRESH: tl.constexpr,
+):  # fmt: skip
     """``A x`` times ``w_j s_j`` for the rows that the slots' adapters own, RANKS at most each; ``middle`` is 0 everywhere else, by :func:`clear_rows`.
 
     Only these rows of the partial sums are read, as :func:`meteora_kernels.device.routing.summed` does, and only they are written.

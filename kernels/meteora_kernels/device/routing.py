@@ -80,23 +80,10 @@ def bounded_logits(pointer, tokens, stride, columns, count, allowed, token_mask,
 
 @triton.jit
 def routes_of_tile(
-    logits,
-    tokens,
-    stride_logits,
-    allowed,
-    given_indices,
-    given_weights,
-    mask,
-    count,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    GIVEN: tl.constexpr,
-    stride_split=0,
+    logits, tokens, stride_logits, allowed, given_indices, given_weights, mask, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, HAS_ALLOWED: tl.constexpr, GIVEN: tl.constexpr, stride_split=0,
     SPLITS: tl.constexpr = 1,
-):
+):  # fmt: skip
     """indices int32 and weights float32 (M, SLOTS) of a tile of tokens, from logits (or their partial sums) or as given (M, TOP_K)."""
     slots = tl.arange(0, SLOTS)[None, :]
     if GIVEN:
@@ -128,20 +115,9 @@ def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS
 
 @triton.jit
 def routes_of_few(
-    mid,
-    stride_mid,
-    allowed,
-    scaling,
-    offsets,
-    tokens_total,
-    count,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    MP: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-):
+    mid, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, MP: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+):  # fmt: skip
     """picks, ``w_j s_j``, first and last rows, each (MP, SLOTS), from the logits (M, N) at ``mid``."""
     tokens = tl.arange(0, MP)[:, None]
     columns = tl.arange(0, PADDED)[None, :]

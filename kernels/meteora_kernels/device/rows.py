@@ -9,21 +9,9 @@ import triton.language as tl
 
 @triton.jit
 def rows_times_tokens(
-    w,
-    rows,
-    row_mask,
-    x,
-    tokens_total,
-    length,
-    stride_x,
-    stride_w,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    MP: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    w, rows, row_mask, x, tokens_total, length, stride_x, stride_w,
+    BN: tl.constexpr, BK: tl.constexpr, MP: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """float32 (BN, MP): the rows (BN, 1) of ``w`` (., length), ``stride_w`` apart, times the tokens of ``x`` (M, length), ``stride_x`` apart, M <= MP.
 
     MP = 1 or MP >= 16. EVEN: length is a multiple of BK. STAGES: tiles of w in flight.

@@ -26,25 +26,9 @@ from meteora_kernels.types import Group, Routing
 
 @triton.jit
 def write_plan(
-    here,
-    stride_mid,
-    gate_rows,
-    rows_out,
-    values_out,
-    stride_plan,
-    allowed,
-    scaling,
-    offsets,
-    tokens_total,
-    count,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    RANK_P: tl.constexpr,
-    MP: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-):
+    here, stride_mid, gate_rows, rows_out, values_out, stride_plan, allowed, scaling, offsets, tokens_total, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, MP: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+):  # fmt: skip
     """Route every token; per token, slot and place up to RANK_P, write the row of A and B (-1 past the rank) and ``w_j s_j`` times ``A x``."""
     _, scaled, first, last = routes_of_few(here, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED)
     tokens = tl.arange(0, MP)[:, None]
@@ -63,50 +47,12 @@ def write_plan(
 
 @triton.jit
 def decode_all_rows_kernel(
-    x,
-    w,
-    ga,
-    b,
-    bias,
-    allowed,
-    scaling,
-    offsets,
-    mid,
-    plan_rows,
-    plan_values,
-    flags,
-    y,
-    tokens_total,
-    hidden,
-    stride_w,
-    count,
-    gate_rows,
-    stacked,
-    rank,
-    stride_mid,
-    member_mid,
-    stride_plan,
-    width0,
-    width1,
-    width2,
-    temperature,
-    MEMBERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    RANK_P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MP: tl.constexpr,
-    BG: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BKG: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, w, ga, b, bias, allowed, scaling, offsets, mid, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows, stacked, rank,
+    stride_mid, member_mid, stride_plan, width0, width1, width2, temperature,
+    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, CHUNK: tl.constexpr, MP: tl.constexpr,
+    BG: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BKG: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
     Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one behind the other, O = sum of widths; ga: per member N gate
@@ -134,25 +80,9 @@ def decode_all_rows_kernel(
         if tl.atomic_add(flags + member, 1, sem="acq_rel", scope="gpu") == gate_tiles - 1:
             tl.debug_barrier()
             write_plan(
-                here,
-                stride_mid,
-                gate_rows,
-                plan_rows + member * PLACES,
-                plan_values + member * PLACES,
-                stride_plan,
-                allowed,
-                scaling,
-                offsets,
-                tokens_total,
-                count,
-                temperature,
-                TOP_K,
-                SLOTS,
-                PADDED,
-                RANK_P,
-                MP,
-                HAS_ALLOWED,
-            )
+                here, stride_mid, gate_rows, plan_rows + member * PLACES, plan_values + member * PLACES, stride_plan, allowed, scaling, offsets,
+                tokens_total, count, temperature, TOP_K, SLOTS, PADDED, RANK_P, MP, HAS_ALLOWED,
+            )  # fmt: skip
             raise_flag(flags + 3 + member)
     else:
         tile, member, before, width = member_of(pid - first_phase, width0, width1, width2, BN, MEMBERS)
@@ -203,9 +133,8 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     decode_all_rows_kernel[(programs,)](
         x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, mid, plan_rows, plan_values, group.flags, y,
         tokens, hidden, gate.stride(0), scaling.shape[0], gate_rows, stacked, rank, mid.stride(0), gate_rows + rank, plan_rows.stride(0), *three(widths),
-        routing.temperature,
-        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, mp, bn), MP=mp, BG=bg, BN=bn, BK=tile.step,
-        BKG=tile.gate_step, HAS_BIAS=group.bias is not None, EVEN=hidden % tile.step == 0 and hidden % tile.gate_step == 0, STAGES=tile.stages,
-        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, mp, bn), MP=mp, BG=bg, BN=bn,
+        BK=tile.step, BKG=tile.gate_step, HAS_BIAS=group.bias is not None, EVEN=hidden % tile.step == 0 and hidden % tile.gate_step == 0,
+        STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip  # fmt: skip
     return y

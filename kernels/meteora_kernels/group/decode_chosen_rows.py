@@ -26,54 +26,13 @@ from meteora_kernels.types import Group, Routing
 
 @triton.jit
 def decode_chosen_rows_kernel(
-    x,
-    w,
-    ga,
-    b,
-    bias,
-    allowed,
-    scaling,
-    offsets,
-    logits,
-    plan_rows,
-    plan_values,
-    flags,
-    y,
-    tokens_total,
-    hidden,
-    stride_w,
-    count,
-    gate_rows,
-    stacked,
-    rank,
-    width0,
-    width1,
-    width2,
-    temperature,
-    MEMBERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    RANK_P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MP: tl.constexpr,
-    BG: tl.constexpr,
-    BKG: tl.constexpr,
-    GATE_SPAN: tl.constexpr,
-    GATE_PIECES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BKD: tl.constexpr,
-    DOWN_SPAN: tl.constexpr,
-    DOWN_PIECES: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr,
-    WHOLE: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, w, ga, b, bias, allowed, scaling, offsets, logits, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows, stacked,
+    rank, width0, width1, width2, temperature,
+    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, CHUNK: tl.constexpr, MP: tl.constexpr,
+    BG: tl.constexpr, BKG: tl.constexpr, GATE_SPAN: tl.constexpr, GATE_PIECES: tl.constexpr, ROWS: tl.constexpr, BKD: tl.constexpr,
+    DOWN_SPAN: tl.constexpr, DOWN_PIECES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
     Shapes: x, w, ga, b, bias, flags and y as :mod:`meteora_kernels.group.decode_all_rows` has them. Scratch: logits float32 (GATE_PIECES, M, MEMBERS * count),
@@ -112,23 +71,9 @@ def decode_chosen_rows_kernel(
         places = block * ROWS + tl.arange(0, ROWS)[:, None]
         wait_flag(flags + member, gate_programs)
         chosen, factors = route_of_token(
-            logits + member * count,
-            stride_logits,
-            stride_logits * tokens_total,
-            token,
-            places,
-            allowed,
-            scaling,
-            offsets,
-            count,
-            temperature,
-            TOP_K,
-            SLOTS,
-            PADDED,
-            RANK_P,
-            GATE_PIECES,
-            HAS_ALLOWED,
-        )
+            logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets, count, temperature, TOP_K,
+            SLOTS, PADDED, RANK_P, GATE_PIECES, HAS_ALLOWED,
+        )  # fmt: skip
         a = ga + (member * stacked + gate_rows).to(tl.int64) * stride_w
         start = piece * DOWN_SPAN
         some = DOWN_SPAN if WHOLE else tl.minimum(hidden - start, DOWN_SPAN)
@@ -198,5 +143,5 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, BKD=tile.down_step, DOWN_SPAN=down_span, DOWN_PIECES=down_pieces, BN=bn, BK=tile.step,
         HAS_BIAS=group.bias is not None, EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden % tile.down_step),
         WHOLE=hidden % gate_span == 0 and hidden % down_span == 0, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    )  # fmt: skip  # fmt: skip
     return y

@@ -40,29 +40,10 @@ flags; from here on the pieces of every tile of outputs."""
 
 @triton.jit
 def write_middle(
-    mid,
-    stride_split,
-    stride_mid,
-    gate_rows,
-    middle,
-    stride_middle,
-    allowed,
-    scaling,
-    offsets,
-    tokens_total,
-    count,
-    rank,
-    temperature,
-    block,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    mid, stride_split, stride_mid, gate_rows, middle, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
-):
+):  # fmt: skip
     """Route the ``block``-th BLOCK tokens and write ROWS columns, ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past
     the rank. CHUNK columns at once, as many as registers hold: chunks wait for each other's loads."""
     tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -84,19 +65,9 @@ def write_middle(
 
 @triton.jit
 def add_up(
-    total,
-    middle,
-    stride_middle,
-    b,
-    width,
-    rank,
-    columns,
-    live,
-    MP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    total, middle, stride_middle, b, width, rank, columns, live,
+    MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """float32 ``total`` (C, MP) plus the columns (1, C) of ``b`` (R, width), transposed, times the transpose of ``middle`` (MP, R)."""
     tokens = tl.arange(0, MP)[:, None]
     for chunk in tl.range(CHUNKS, num_stages=5):
@@ -109,50 +80,13 @@ def add_up(
 
 @triton.jit
 def one_launch_kernel(
-    x,
-    packed,
-    b,
-    bias,
-    allowed,
-    scaling,
-    offsets,
-    mid,
-    middle,
-    parts,
-    flags,
-    y,
-    tokens_total,
-    hidden,
-    outputs,
-    count,
-    gate_rows,
-    stacked,
-    rank,
-    width0,
-    width1,
-    width2,
-    temperature,
-    MEMBERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    MP: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GATE_PIECES: tl.constexpr,
-    PIECES: tl.constexpr,
-    SHARES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    WIDE: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    CONCURRENT: tl.constexpr,
-    THREADS: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, packed, b, bias, allowed, scaling, offsets, mid, middle, parts, flags, y, tokens_total, hidden, outputs, count, gate_rows, stacked, rank, width0,
+    width1, width2, temperature,
+    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GATE_PIECES: tl.constexpr, PIECES: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    WIDE: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr, CONCURRENT: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
     Shapes: x (M, h), M <= MP, and packed (P, h), tensor descriptors with blocks (MP, BK) and (BN, BK); packed: O base rows of all members, then
@@ -211,29 +145,9 @@ def one_launch_kernel(
             wait_flag(flags + member, per_member)
         for block in range(first, token_blocks, step):
             write_middle(
-                here,
-                stride_split,
-                stride_mid,
-                gate_rows,
-                inner,
-                stride_middle,
-                allowed,
-                scaling,
-                offsets,
-                tokens_total,
-                count,
-                rank,
-                temperature,
-                block,
-                TOP_K,
-                SLOTS,
-                PADDED,
-                BLOCK,
-                WIDE,
-                CHUNKS * CHUNK,
-                GATE_PIECES,
-                HAS_ALLOWED,
-            )
+                here, stride_split, stride_mid, gate_rows, inner, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
+                TOP_K, SLOTS, PADDED, BLOCK, WIDE, CHUNKS * CHUNK, GATE_PIECES, HAS_ALLOWED,
+            )  # fmt: skip
         raise_flag(flags + 3 + member)
         come = count_out(flags + 6, THREADS)
     elif PIECES == 1:
@@ -320,12 +234,12 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     parts = torch.empty(tiles, pieces, bn, mp, dtype=torch.float32, device=x.device) if pieces > 1 else mid
     y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     one_launch_kernel[(gate_programs + tiles * pieces,)](
-        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [mp, bk]), TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]),
-        b, or_any(group.bias, scaling), or_any(routing.allowed, scaling), scaling, offsets, mid, middle, parts, group.flags, y,
-        tokens, hidden, outputs, scaling.shape[0], gate_rows, stacked, rank, *three(widths), routing.temperature,
-        **choice_constants(adapters, routing), MEMBERS=members, MP=mp, BN=bn, BK=bk, GATE_PIECES=gate_pieces, PIECES=pieces,
-        SHARES=1 << (pieces.bit_length() - 1), BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
-        WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_BIAS=group.bias is not None,
-        CONCURRENT=not interpreted(), THREADS=32 * warps, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [mp, bk]),
+        TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]), b, or_any(group.bias, scaling),
+        or_any(routing.allowed, scaling), scaling, offsets, mid, middle, parts, group.flags, y, tokens, hidden, outputs, scaling.shape[0], gate_rows,
+        stacked, rank, *three(widths), routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, MP=mp, BN=bn, BK=bk,
+        GATE_PIECES=gate_pieces, PIECES=pieces, SHARES=1 << (pieces.bit_length() - 1), BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
+        WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_BIAS=group.bias is not None, CONCURRENT=not interpreted(),
+        THREADS=32 * warps, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
+    )  # fmt: skip  # fmt: skip
     return y

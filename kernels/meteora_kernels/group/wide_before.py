@@ -36,47 +36,12 @@ MOST_BLOCKS = 512
 
 @triton.jit(do_not_specialize=["tokens_total"])
 def wide_before_kernel(
-    x,
-    ga,
-    source,
-    target,
-    h,
-    allowed,
-    scaling,
-    offsets,
-    mid,
-    flags,
-    tokens_total,
-    hidden,
-    count,
-    members,
-    gate_rows,
-    stacked,
-    rank,
-    stride_source,
-    stride_row,
-    first_h,
-    second_h,
-    padded_rank,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TILES: tl.constexpr,
-    PIECES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RANKS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    COPY: tl.constexpr,
-    COPIERS: tl.constexpr,
-    CONCURRENT: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, ga, source, target, h, allowed, scaling, offsets, mid, flags, tokens_total, hidden, count, members, gate_rows, stacked, rank, stride_source,
+    stride_row, first_h, second_h, padded_rank, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, HAS_ALLOWED: tl.constexpr, COPY: tl.constexpr,
+    COPIERS: tl.constexpr, CONCURRENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """``h[t, row] = (A x)[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
     Shapes: x (M, h) and ga (P, h), tensor descriptors with blocks (BM, BK) and (BN, BK); ga: per member N gate rows, padding to ``gate_rows``, R rows of
@@ -169,11 +134,10 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Ten
     tiles, index = ceil_div(width, bn), ceil_div(tokens, bm) * members
     mid = torch.empty(index, pieces, bm, width, dtype=torch.float32, device=x.device)
     wide_before_kernel[(index * pieces * tiles,)](
-        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk]), TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk]),
-        x, or_any(copy, x), result, or_any(routing.allowed, scaling), scaling, adapters.offsets, mid, group.flags,
-        tokens, hidden, scaling.shape[0], members, gate_rows, adapters.member_rows, rank, x.stride(0), result.stride(0), first, second, padded,
-        routing.temperature,
+        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk]), TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk]), x,
+        or_any(copy, x), result, or_any(routing.allowed, scaling), scaling, adapters.offsets, mid, group.flags, tokens, hidden, scaling.shape[0], members,
+        gate_rows, adapters.member_rows, rank, x.stride(0), result.stride(0), first, second, padded, routing.temperature,
         **choice_constants(adapters, routing), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces, BLOCK=max(1, bm >> ((tiles * pieces).bit_length() - 1)),
         CHUNK=min(256, padded & -padded), RANKS=ranks_of(adapters.max_rank or 0, routing.top_k, padded), COPY=copy is not None,
         COPIERS=min(bm, 1 << (tiles.bit_length() - 1)), CONCURRENT=not interpreted(), STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    )  # fmt: skip  # fmt: skip

@@ -19,29 +19,10 @@ from meteora_kernels.types import Adapters, Routing
 
 @triton.jit
 def chosen_sum(
-    total,
-    mid_down,
-    stride_mid,
-    b,
-    width,
-    columns,
-    column_mask,
-    picks,
-    scaled,
-    first,
-    last,
-    tokens_total,
-    rank,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    MP: tl.constexpr,
-    BN: tl.constexpr,
-    RANK_P: tl.constexpr,
-    GATHER: tl.constexpr,
-    FLAT: tl.constexpr,
-    DENSE_DOWN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    total, mid_down, stride_mid, b, width, columns, column_mask, picks, scaled, first, last, tokens_total, rank,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, RANK_P: tl.constexpr, GATHER: tl.constexpr, FLAT: tl.constexpr,
+    DENSE_DOWN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add ``sum_j w_j s_j B_j (A_j x)`` to ``total`` (BN, MP).
 
     mid_down holds A x: all R rows per token (DENSE_DOWN), or SLOT * RANK_P + row of the chosen adapters only. GATHER takes B's chosen rows
@@ -102,22 +83,9 @@ def chosen_sum(
 
 @triton.jit
 def few_gates_kernel(
-    x,
-    gate,
-    a,
-    mid,
-    tokens_total,
-    hidden,
-    count,
-    rank,
-    stride_mid,
-    MP: tl.constexpr,
-    BG: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, gate, a, mid, tokens_total, hidden, count, rank, stride_mid,
+    MP: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """mid[t] = [G x, A x], float32 (M, N + R) (R = 0: the gates alone). Grid: ceil(N / BG) + ceil(R / BG) programs."""
     pid = tl.program_id(0)
     tokens = tl.arange(0, MP)[None, :]
@@ -134,24 +102,9 @@ def few_gates_kernel(
 
 @triton.jit
 def few_down_kernel(
-    x,
-    a,
-    mid,
-    allowed,
-    scaling,
-    offsets,
-    hidden,
-    count,
-    temperature,
-    stride_mid,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    RANK_P: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-):
+    x, a, mid, allowed, scaling, offsets, hidden, count, temperature, stride_mid,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+):  # fmt: skip
     """mid[t, N + j * RANK_P + row] = A x of slot j's adapter, which the logits in mid[t] choose. Grid: (M * TOP_K,)."""
     pid = tl.program_id(0)
     token = pid // TOP_K
@@ -172,32 +125,10 @@ def few_down_kernel(
 
 @triton.jit
 def few_up_kernel(
-    base,
-    b,
-    mid,
-    allowed,
-    scaling,
-    offsets,
-    y,
-    tokens_total,
-    count,
-    rank,
-    width,
-    stride_base,
-    stride_mid,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    RANK_P: tl.constexpr,
-    MP: tl.constexpr,
-    BN: tl.constexpr,
-    DENSE_DOWN: tl.constexpr,
-    GATHER: tl.constexpr,
-    FLAT: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    base, b, mid, allowed, scaling, offsets, y, tokens_total, count, rank, width, stride_base, stride_mid, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, DENSE_DOWN: tl.constexpr,
+    GATHER: tl.constexpr, FLAT: tl.constexpr, HAS_ALLOWED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """y = base + the chosen adapters' share, from mid. Grid: (ceil(width / BN),)."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
     tokens = tl.arange(0, MP)[None, :]
@@ -207,29 +138,9 @@ def few_up_kernel(
         mid, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED
     )
     total = chosen_sum(
-        total,
-        mid + count,
-        stride_mid,
-        b,
-        width,
-        tl.trans(columns),
-        tl.trans(columns < width),
-        picks,
-        scaled,
-        first,
-        last,
-        tokens_total,
-        rank,
-        TOP_K,
-        SLOTS,
-        MP,
-        BN,
-        RANK_P,
-        GATHER,
-        FLAT,
-        DENSE_DOWN,
-        PRECISION,
-    )
+        total, mid + count, stride_mid, b, width, tl.trans(columns), tl.trans(columns < width), picks, scaled, first, last, tokens_total, rank, TOP_K,
+        SLOTS, MP, BN, RANK_P, GATHER, FLAT, DENSE_DOWN, PRECISION,
+    )  # fmt: skip
     tl.store(y + tokens.to(tl.int64) * width + columns, total.to(y.dtype.element_ty), mask=mask)
 
 

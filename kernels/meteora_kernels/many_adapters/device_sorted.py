@@ -16,23 +16,9 @@ from meteora_kernels.device.rows import member_of
 
 @triton.jit
 def routes_kernel(
-    logits,
-    allowed,
-    scaling,
-    picks_out,
-    factors_out,
-    tokens_total,
-    count,
-    stride_logits,
-    stride_split,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-):
+    logits, allowed, scaling, picks_out, factors_out, tokens_total, count, stride_logits, stride_split, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+):  # fmt: skip
     """The adapters of every token, ``picks_out`` int32 (members, TOP_K, M), and ``w_j s_j``, ``factors_out`` float32, likewise.
 
     logits: SPLITS partial sums (M, members * N), ``stride_split`` apart. Grid: (ceil(M / BLOCK), members).
@@ -67,19 +53,9 @@ def _write_blocks(table, fields, group, adapter, less, same, first, last, most_b
 
 @triton.jit
 def sort_kernel(
-    picks,
-    offsets,
-    order,
-    table,
-    short_table,
-    tokens_total,
-    groups,
-    most_blocks,
-    most_short,
-    SIZE: tl.constexpr,
-    SHORT: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    picks, offsets, order, table, short_table, tokens_total, groups, most_blocks, most_short,
+    SIZE: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Sort the tokens of one member and slot by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE, and of up to SHORT.
 
     Shapes: picks int32 (G, M), G = members * slots; order int32 (G, M), tokens; table int32 (6, G, most_blocks): a block's adapter (-1: there is no
@@ -113,30 +89,10 @@ def sort_kernel(
 
 @triton.jit
 def blocks_down_kernel(
-    x,
-    a,
-    factors,
-    order,
-    table,
-    parts,
-    middle,
-    tokens_total,
-    hidden,
-    most_blocks,
-    groups,
-    stride_x,
-    stride_a,
-    member_rows,
-    TOP_K: tl.constexpr,
-    RANK_P: tl.constexpr,
-    RANK_D: tl.constexpr,
-    SIZE: tl.constexpr,
-    BK: tl.constexpr,
-    SPAN: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PIECES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, a, factors, order, table, parts, middle, tokens_total, hidden, most_blocks, groups, stride_x, stride_a, member_rows,
+    TOP_K: tl.constexpr, RANK_P: tl.constexpr, RANK_D: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
+    PIECES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """``middle[group, token, i] = w s (A x)_i`` for the tokens of one block and the rows i of its adapter.
 
     middle float32 (G, M, RANK_P). RANK_D: RANK_P, or 16 if that is more. With PIECES > 1 every program computes the sum over SPAN columns, in ``parts``
@@ -190,35 +146,10 @@ def blocks_down_kernel(
 
 @triton.jit
 def blocks_up_kernel(
-    middle,
-    b,
-    base,
-    bias,
-    out,
-    order,
-    table,
-    tokens_total,
-    rank,
-    most_blocks,
-    groups,
-    stride_split,
-    stride_base,
-    stride_out,
-    width0,
-    width1,
-    width2,
-    SLOT: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    RANK_P: tl.constexpr,
-    RANK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SIZE: tl.constexpr,
-    BN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    middle, b, base, bias, out, order, table, tokens_total, rank, most_blocks, groups, stride_split, stride_base, stride_out, width0, width1, width2,
+    SLOT: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, RANK_D: tl.constexpr, BLOCK_R: tl.constexpr, SIZE: tl.constexpr,
+    BN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Add one slot's ``middle B`` for one block's tokens and BN columns; one launch for every slot, in turn. middle float32 (G, M, RANK_P).
 
     The first slots leave their share in ``out``, in its dtype; the last adds base, bias, share and its own product in float32 and rounds once.
@@ -265,31 +196,9 @@ def _token(order, place, end):
 
 @triton.jit
 def fours_up_kernel(
-    middle,
-    b,
-    base,
-    bias,
-    out,
-    order,
-    table,
-    tokens_total,
-    rank,
-    most_blocks,
-    groups,
-    stride_split,
-    stride_base,
-    stride_out,
-    width0,
-    width1,
-    width2,
-    SLOT: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    RANK_P: tl.constexpr,
-    BN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
+    middle, b, base, bias, out, order, table, tokens_total, rank, most_blocks, groups, stride_split, stride_base, stride_out, width0, width1, width2,
+    SLOT: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """:func:`blocks_up_kernel` for blocks of up to four tokens, without matrix units: one row of B after the other."""
     tile, member, before, width = member_of(tl.program_id(1), width0, width1, width2, BN, MEMBERS)
     group = member * TOP_K + SLOT

@@ -17,23 +17,9 @@ from meteora_kernels.device.rows import member_of, rows_times_tokens
 
 @triton.jit
 def gates_kernel(
-    x,
-    gates,
-    logits,
-    tokens_total,
-    hidden,
-    count,
-    stride_x,
-    stride_gates,
-    member_rows,
-    MEMBERS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SPAN: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, gates, logits, tokens_total, hidden, count, stride_x, stride_gates, member_rows,
+    MEMBERS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """``logits[piece, t, member * N + n]``: the sum over the ``piece``-th SPAN columns of ``x[t] * gates[member * member_rows + n]``.
 
     SPAN is a multiple of BK. WHOLE: h is a multiple of SPAN. Grid, one dimension: ceil(N / BN) * MEMBERS * ceil(M / BM) * ceil(h / SPAN).
@@ -68,36 +54,11 @@ def gates_kernel(
 
 @triton.jit
 def tokens_down_kernel(
-    x,
-    a,
-    logits,
-    allowed,
-    scaling,
-    offsets,
-    rows_out,
-    values_out,
-    tokens_total,
-    hidden,
-    count,
-    stride_x,
-    stride_a,
-    member_rows,
-    temperature,
-    MEMBERS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    RANK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-    BK: tl.constexpr,
-    SPAN: tl.constexpr,
-    PIECES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    EVEN: tl.constexpr,
-    WHOLE: tl.constexpr,
+    x, a, logits, allowed, scaling, offsets, rows_out, values_out, tokens_total, hidden, count, stride_x, stride_a, member_rows, temperature,
+    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    SPAN: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Route one token and multiply it with ROWS of its chosen rows of A, over the ``piece``-th SPAN columns.
 
     Writes ``rows_out`` int32 (M, MEMBERS * TOP_K * RANK_P), the rows (-1: none), and ``values_out`` float32 (PIECES, M, the same), ``A x`` times ``w_j s_j``.
@@ -113,23 +74,9 @@ def tokens_down_kernel(
     places = block * ROWS + tl.arange(0, ROWS)[:, None]
     stride_logits = MEMBERS * count
     chosen, factors = route_of_token(
-        logits + member * count,
-        stride_logits,
-        stride_logits * tokens_total,
-        token,
-        places,
-        allowed,
-        scaling,
-        offsets,
-        count,
-        temperature,
-        TOP_K,
-        SLOTS,
-        PADDED,
-        RANK_P,
-        SPLITS,
-        HAS_ALLOWED,
-    )
+        logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets, count, temperature, TOP_K, SLOTS,
+        PADDED, RANK_P, SPLITS, HAS_ALLOWED,
+    )  # fmt: skip
     own = a + (member * member_rows).to(tl.int64) * stride_a
     start = piece * SPAN
     length = SPAN if WHOLE else tl.minimum(hidden - start, SPAN)
@@ -142,28 +89,9 @@ def tokens_down_kernel(
 
 @triton.jit
 def tokens_up_kernel(
-    base,
-    bias,
-    b,
-    rows_in,
-    values_in,
-    y,
-    tokens_total,
-    rank,
-    stride_split,
-    stride_base,
-    stride_y,
-    width0,
-    width1,
-    width2,
-    MEMBERS: tl.constexpr,
-    PLACES: tl.constexpr,
-    PIECES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
+    base, bias, b, rows_in, values_in, y, tokens_total, rank, stride_split, stride_base, stride_y, width0, width1, width2,
+    MEMBERS: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """``y = base + bias +`` per token its chosen rows of B times their values, as :func:`tokens_down_kernel` wrote both.
 
     base: SPLITS partial sums (M, O), ``stride_split`` apart. Grid: (sum of ceil(width / BN) over the members, ceil(M / BM)).

@@ -19,38 +19,11 @@ from meteora_kernels.types import Adapters, Routing
 
 @triton.jit
 def middle_kernel(
-    logits,
-    down,
-    middle,
-    allowed,
-    given_indices,
-    given_weights,
-    scaling,
-    offsets,
-    tokens_total,
-    count,
-    rank,
-    stride_split,
-    stride_logits,
-    stride_down,
-    stride_middle,
-    member_logits,
-    member_down,
-    first_middle,
-    second_middle,
-    member_middle,
-    padded_rank,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    GIVEN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
-):
+    logits, down, middle, allowed, given_indices, given_weights, scaling, offsets, tokens_total, count, rank, stride_split, stride_logits, stride_down,
+    stride_middle, member_logits, member_down, first_middle, second_middle, member_middle, padded_rank, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
     """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
     logits (M, N) and down (M, R) in the model's dtype, or SPLITS partial sums of them in float32, ``stride_split`` apart; middle (M, R) in
@@ -65,42 +38,14 @@ def middle_kernel(
     if RANKS > 0:
         clear_rows(middle + column, stride_middle, tokens, mask, padded_rank, CHUNK)
     picks, shares = routes_of_tile(
-        logits + member * member_logits,
-        tokens,
-        stride_logits,
-        allowed,
-        given_indices,
-        given_weights,
-        mask,
-        count,
-        temperature,
-        TOP_K,
-        SLOTS,
-        PADDED,
-        HAS_ALLOWED,
-        GIVEN,
-        stride_split,
-        SPLITS,
-    )
+        logits + member * member_logits, tokens, stride_logits, allowed, given_indices, given_weights, mask, count, temperature, TOP_K, SLOTS, PADDED,
+        HAS_ALLOWED, GIVEN, stride_split, SPLITS,
+    )  # fmt: skip
     if RANKS > 0:
         write_chosen(
-            down + member * member_down,
-            stride_down,
-            stride_split,
-            middle + column,
-            stride_middle,
-            scaling,
-            offsets,
-            tokens,
-            mask,
-            picks,
-            shares,
-            TOP_K,
-            SLOTS,
-            RANKS,
-            SPLITS,
-            False,
-        )
+            down + member * member_down, stride_down, stride_split, middle + column, stride_middle, scaling, offsets, tokens, mask, picks, shares, TOP_K,
+            SLOTS, RANKS, SPLITS, False,
+        )  # fmt: skip
     else:
         scaled = shares * tl.load(scaling + picks)
         first = tl.load(offsets + picks)
@@ -117,38 +62,11 @@ def middle_kernel(
 
 @triton.jit
 def middle_backward_kernel(
-    logits,
-    down,
-    grad_middle,
-    grad_logits_in,
-    grad_logits,
-    grad_down,
-    middle,
-    allowed,
-    given_indices,
-    given_weights,
-    scaling,
-    offsets,
-    tokens_total,
-    count,
-    rank,
-    stride_logits,
-    stride_down,
-    stride_grad,
-    stride_in,
-    stride_out,
-    stride_middle,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    GIVEN: tl.constexpr,
-    HAS_IN: tl.constexpr,
-    WANT_MIDDLE: tl.constexpr,
-):
+    logits, down, grad_middle, grad_logits_in, grad_logits, grad_down, middle, allowed, given_indices, given_weights, scaling, offsets, tokens_total,
+    count, rank, stride_logits, stride_down, stride_grad, stride_in, stride_out, stride_middle, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    GIVEN: tl.constexpr, HAS_IN: tl.constexpr, WANT_MIDDLE: tl.constexpr,
+):  # fmt: skip
     """From ``grad_middle = dy B^T`` to the gradients of the logits and of ``A x``.
 
     ``grad_down = grad_middle * w_j s_j``; with ``g_j = s_j * sum over rows of j of grad_middle * down``, the logits get

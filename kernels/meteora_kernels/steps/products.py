@@ -24,28 +24,10 @@ COPY_TILE = (8, 1024)
 
 @triton.jit
 def products_kernel(
-    x,
-    rows,
-    out,
-    copy,
-    tokens_total,
-    rows_total,
-    hidden,
-    span,
-    pieces,
-    stride_x,
-    stride_rows,
-    stride_split,
-    stride_out,
-    stride_copy,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COPY_M: tl.constexpr,
+    x, rows, out, copy, tokens_total, rows_total, hidden, span, pieces, stride_x, stride_rows, stride_split, stride_out, stride_copy,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, COPY_M: tl.constexpr,
     COPY_N: tl.constexpr,
-):
+):  # fmt: skip
     """out[s, t, r] = sum over the s-th ``span`` columns c of x[t, c] rows[r, c].
 
     x (M, h) and rows (P, h) in one dtype, columns contiguous; out float32 (S, M, P); span a multiple of BLOCK_K. EVEN: no piece is cut

@@ -15,20 +15,9 @@ from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 
 @triton.jit
 def route_kernel(
-    logits,
-    allowed,
-    indices,
-    weights,
-    tokens_total,
-    stride,
-    count,
-    temperature,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-):
+    logits, allowed, indices, weights, tokens_total, stride, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+):  # fmt: skip
     """Routing alone: logits (M, N), row stride ``stride``, any float type -> indices int64 (M, k), weights float32 (M, k).
 
     Grid: (ceil(M / BLOCK),), one program per BLOCK tokens.

@@ -16,43 +16,12 @@ from meteora_kernels.types import Adapters, Routing
 
 @triton.jit
 def up_kernel(
-    middle,
-    logits,
-    allowed,
-    scaling,
-    offsets,
-    b,
-    base,
-    out,
-    tokens_total,
-    count,
-    rank,
-    stride_split,
-    stride_base_split,
-    stride_middle,
-    stride_logits,
-    stride_base,
-    stride_out,
-    member_middle,
-    member_logits,
-    width0,
-    width1,
-    width2,
-    temperature,
-    MEMBERS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROUTE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
-    HAS_BASE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BASE_SPLITS: tl.constexpr,
+    middle, logits, allowed, scaling, offsets, b, base, out, tokens_total, count, rank, stride_split, stride_base_split, stride_middle, stride_logits,
+    stride_base, stride_out, member_middle, member_logits, width0, width1, width2, temperature,
+    MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROUTE: tl.constexpr, TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr, PADDED: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BASE: tl.constexpr, SPLITS: tl.constexpr, BASE_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """out[t, c] = base[t, c] + sum_row middle[t, row] B[row, c] (without base where HAS_BASE is False).
 
     middle (M, .) and B in one dtype: member i's columns of ``middle`` start at ``i * member_middle``, its B (R, width_i) lies contiguous
@@ -74,23 +43,9 @@ def up_kernel(
         total += summed(base, tokens * stride_base + where, stride_base_split, token_mask & column_mask, BASE_SPLITS)
     if ROUTE:
         picks, shares = routes_of_tile(
-            logits + member * member_logits,
-            tokens,
-            stride_logits,
-            allowed,
-            logits,
-            logits,
-            token_mask,
-            count,
-            temperature,
-            TOP_K,
-            SLOTS,
-            PADDED,
-            HAS_ALLOWED,
-            False,
-            stride_split,
-            SPLITS,
-        )
+            logits + member * member_logits, tokens, stride_logits, allowed, logits, logits, token_mask, count, temperature, TOP_K, SLOTS, PADDED,
+            HAS_ALLOWED, False, stride_split, SPLITS,
+        )  # fmt: skip
         scaled = shares * tl.load(scaling + picks)
         first = tl.load(offsets + picks)
         last = tl.load(offsets + picks + 1)
@@ -133,8 +88,7 @@ def up(middle: Tensor, adapters: Adapters, base: Tensor | None, out: Tensor, *, 
         middle, or_any(logits, middle), or_any(choice.allowed, middle), adapters.scaling, adapters.offsets, adapters.lora_B, or_any(base, out), out,
         tokens, adapters.number, rank, middle.stride(0) if middle.dim() == 3 else 0, base.stride(0) if base is not None and base.dim() == 3 else 0,
         middle.stride(-2), or_any(logits, middle).stride(-2), base.stride(-2) if base is not None else 0, out.stride(0), member_stride, member_stride,
-        *three(adapters.widths), choice.temperature,
-        **choice_constants(adapters, choice), MEMBERS=adapters.members, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, ROUTE=logits is not None,
-        HAS_BASE=base is not None, SPLITS=middle.shape[0] if middle.dim() == 3 else 1,
+        *three(adapters.widths), choice.temperature, **choice_constants(adapters, choice), MEMBERS=adapters.members, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_K=block_k, ROUTE=logits is not None, HAS_BASE=base is not None, SPLITS=middle.shape[0] if middle.dim() == 3 else 1,
         BASE_SPLITS=base.shape[0] if base is not None and base.dim() == 3 else 1, PRECISION="ieee", num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    )  # fmt: skip  # fmt: skip

@@ -47,6 +47,18 @@ def test_paths_of_layers() -> None:
     assert layer_row(64, 256, 8, plain=False).path == "many_tokens"
 
 
+def test_fused_groups_sort_many_adapters_on_the_h200() -> None:
+    """From 512 tokens on, with a total rank of 2,048 and more."""
+
+    def path(tokens: int, adapters: int) -> tuple[str, str]:
+        row = choose(shipped("h200").group, Case(facts((4096,), 4096, adapters=adapters, rank=8), tokens, 2), CAN_RUN)
+        return row.path, row.way
+
+    assert path(512, 256) == path(4096, 1024) == ("many_adapters", "sorted")
+    assert path(256, 256) == ("many_adapters", "few")
+    assert "many_adapters" not in {path(511, 256)[0], path(4096, 255)[0], path(4096, 64)[0]}
+
+
 def test_one_token_keeps_the_form_of_the_published_figures() -> None:
     flat = {(adapters, rank, top_k): layer_row(1, adapters, rank, top_k).flat for adapters in (16, 17, 32, 33) for rank in (4, 5, 8, 9) for top_k in (1, 2, 3)}
     assert {sizes for sizes, is_flat in flat.items() if not is_flat} == {(adapters, rank, 2) for adapters in (17, 32) for rank in (5, 8)}
