@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.checkpoints.authors import load_authors_checkpoint
     from meteora_core.checkpoints.native import load_checkpoint, save_checkpoint
+    from meteora_core.fused.fuse import fuse, unfuse
     from meteora_core.model.attach import attach, detach
-    from meteora_core.model.fuse import fuse, unfuse
     from meteora_core.routing import record_routes
 
 __version__ = "0.1.0"
@@ -23,8 +23,8 @@ _PLACES = {
     "AdapterBank": "meteora_core.adapters.bank",
     "attach": "meteora_core.model.attach",
     "detach": "meteora_core.model.attach",
-    "fuse": "meteora_core.model.fuse",
-    "unfuse": "meteora_core.model.fuse",
+    "fuse": "meteora_core.fused.fuse",
+    "unfuse": "meteora_core.fused.fuse",
     "load_checkpoint": "meteora_core.checkpoints.native",
     "save_checkpoint": "meteora_core.checkpoints.native",
     "load_authors_checkpoint": "meteora_core.checkpoints.authors",

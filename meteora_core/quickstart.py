@@ -183,8 +183,9 @@ class _Session:
     def bare(self) -> PreTrainedModel:
         """The base model with nothing attached."""
         from meteora_core.model.attach import detach
+        from meteora_core.routing import find_meteora
 
-        if getattr(self.model, "meteora", None) is not None:
+        if find_meteora(self.model) is not None:
             detach(self.model)
         return self.model
 
@@ -278,6 +279,7 @@ class _Session:
         from meteora_core.evaluation.adapters import with_adapter
         from meteora_core.evaluation.eval_plan import EvalOptions
         from meteora_core.evaluation.runner import evaluate_task
+        from meteora_core.routing import find_meteora
 
         options = EvalOptions(limit=limit, max_new_tokens=_new_tokens(task))
         progress = Titled(self.progress, {"base": "base", "adapter": "own adapter", "meteora": "MeteoRA"}[kind])
@@ -286,7 +288,7 @@ class _Session:
                 return evaluate_task(adapted, self.tokenizer, task, self.data, options, progress=progress)
         if kind == "base":
             return evaluate_task(self.bare(), self.tokenizer, task, self.data, options, progress=progress)
-        if getattr(self.model, "meteora", None) is None:
+        if find_meteora(self.model) is None:
             load_checkpoint(self.checkpoint, self.model)
         return evaluate_task(self.model, self.tokenizer, task, self.data, options, progress=progress)
 

@@ -149,8 +149,8 @@ def bench_end_to_end(
     """
     from peft import LoraConfig, get_peft_model
 
+    from meteora_core.fused.fuse import fuse, unfuse
     from meteora_core.model.attach import attach, detach
-    from meteora_core.model.fuse import fuse, unfuse
 
     device, dtype, rank = timing.place, timing.dtype, setting.rank
     torch.manual_seed(0)
@@ -239,7 +239,7 @@ def _prefill(model: nn.Module, ids: Tensor) -> object:
 
 def _train(model: nn.Module, ids: Tensor, name: str) -> None:
     """Forward with labels and backward; of the base nothing trains, of MeteoRA the gates, with their own cross-entropy."""
-    from meteora_core.routing import routing_state
+    from meteora_core.routing import meteora_of
 
     if name == "base":
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
@@ -248,7 +248,7 @@ def _train(model: nn.Module, ids: Tensor, name: str) -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()
     else:
         labels = torch.zeros_like(ids)
-        with routing_state(model).label_gates(labels) as seen:
+        with meteora_of(model).label_gates(labels) as seen:
             loss = model(ids, labels=ids, use_cache=False).loss
             (loss + 50 * seen.mean_loss(ids.numel())).backward()
     for parameter in model.parameters():

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from meteora_core.errors import UsageError, did_you_mean
-from meteora_core.routing import RoutingState
+from meteora_core.routing import Meteora
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
-def options_for(state: RoutingState | None) -> dict[str, Option]:
+def options_for(state: Meteora | None) -> dict[str, Option]:
     """The settings that a model has, by name; without adapters there are no gates to set."""
     found = {}
     for option in OPTIONS:
@@ -59,7 +59,7 @@ def options_for(state: RoutingState | None) -> dict[str, Option]:
     return found
 
 
-def check_option(name: str, value: str, state: RoutingState | None) -> int | float:
+def check_option(name: str, value: str, state: Meteora | None) -> int | float:
     """Read a value. Raises UsageError for an unknown name, or for a value out of range (the range is in the hint)."""
     known = options_for(state)
     if name not in known:

@@ -18,7 +18,7 @@ from meteora_core.generation.engine import Engine
 from meteora_core.generation.requests import Event, Finished, Request, RoutingScope, Written
 from meteora_core.generation.sampling import Sampling
 from meteora_core.json_files import write_jsonl
-from meteora_core.routing import RoutingState
+from meteora_core.routing import Meteora
 from meteora_core.trace.picture import Role, RoutePicture
 from meteora_core.trace.record import trace_tokens
 
@@ -168,7 +168,7 @@ class ChatSession:
 
     # --- adapters --------------------------------------------------------------------------------------------------------------
 
-    def state(self) -> RoutingState:
+    def state(self) -> Meteora:
         """The routing state. Raises UsageError for a bare base model."""
         state = self.speaker.routing
         if state is None:
@@ -279,7 +279,7 @@ class ChatSession:
             if stop():
                 return
 
-    def _main_adapter(self, state: RoutingState) -> str:
+    def _main_adapter(self, state: Meteora) -> str:
         if self._last is None or not self.turns or not self.turns[-1].ids:
             return state.names[0]
         return state.names[int(self.picture(last_turn=True).total("answer").argmax())]
@@ -329,9 +329,9 @@ class ChatSession:
 
 
 @contextmanager
-def routing_mode(state: RoutingState, mode: Mode) -> Iterator[None]:
+def routing_mode(state: Meteora, mode: Mode) -> Iterator[None]:
     """Within the block, the model routes as ``mode`` says; afterwards as before."""
-    before = (state.top_k, state.temperature, state.allowed)
+    before = state.routing
     with ExitStack() as stack:
         if not mode.enabled:
             stack.enter_context(state.disabled())
@@ -342,7 +342,7 @@ def routing_mode(state: RoutingState, mode: Mode) -> Iterator[None]:
         try:
             yield
         finally:
-            state.top_k, state.temperature, state.allowed = before
+            state.routing = before
 
 
 __all__ = ["ChatSession", "Compared", "Mode", "Written", "routing_mode", "unframe"]

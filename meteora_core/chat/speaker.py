@@ -10,7 +10,7 @@ from meteora_core.adapters.config import find_adapter
 from meteora_core.errors import UsageError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import RoutingState, routing_state
+from meteora_core.routing import Meteora, meteora_of
 from meteora_core.starter import usual_checkpoint
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class Speaker:
     adapter: str | None = None
 
     @property
-    def routing(self) -> RoutingState | None:
+    def routing(self) -> Meteora | None:
         """The state of the gates; None for a bare base model."""
-        return None if self.kind == "base" else routing_state(self.model)
+        return None if self.kind == "base" else meteora_of(self.model)
 
 
 def load_speaker(
@@ -117,7 +117,7 @@ def _single_adapter(settings: Settings, folder: Path, base: str | None, progress
 def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str | None, adapters_dir: Path | None, progress: Progress) -> Speaker:
     from meteora_core.checkpoints.opening import attach_checkpoint, describe_checkpoint
     from meteora_core.errors import did_you_mean
-    from meteora_core.model.fuse import fuse_for_inference
+    from meteora_core.fused.fuse import fuse_for_inference
     from meteora_core.settings import ModelSettings
 
     facts = describe_checkpoint(folder, adapters_dir)

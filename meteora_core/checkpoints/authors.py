@@ -16,7 +16,7 @@ from meteora_core.errors import CheckpointError, MeteoraError, UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import routing_state
+from meteora_core.routing import find_meteora, meteora_of
 from meteora_core.text import listed
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def attach_authors(
     """
     layout = read_layout(checkpoint)
     infos = describe_adapters(layout, adapters)
-    if getattr(model, "meteora", None) is not None:
+    if find_meteora(model) is not None:
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
     targets = _base_targets(layout, model)
     scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32)
@@ -123,7 +123,7 @@ def attach_authors(
             layer.gate.copy_(gates[path])
         for name in (*changed, *rounded):
             targets[name].detach().copy_(layout.tensors.read(layout.base[name]))
-    routing_state(model).gates = "trained"
+    meteora_of(model).gates = "trained"
     note_base_changes(model, changed, rounded)
     return model.eval()
 

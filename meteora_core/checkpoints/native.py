@@ -43,7 +43,7 @@ from meteora_core.model.base import BaseReference, load_base, pick_device, pick_
 from meteora_core.names import is_name
 from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import is_regular
-from meteora_core.routing import routing_state
+from meteora_core.routing import GateStart, meteora_of
 from meteora_core.text import listed
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ def load_checkpoint(
     except AdapterError as error:
         hint = f"it was trained on {config['base']['name']}" if error.hint in (None, OTHER_BASE) else error.hint
         raise CheckpointError(f"the checkpoint {folder} does not fit this base model: {error.message}", hint=hint) from error
-    state = routing_state(model)
-    if not same_base(state.base_probe, config["base"].get("probe")):
+    known = meteora_of(model).provenance
+    if not same_base(known.base_probe, config["base"].get("probe")):
         detach(model)
         raise CheckpointError(
             f"the base model's weights are not those that {folder} was trained on",
@@ -218,10 +218,10 @@ def load_checkpoint(
     with torch.no_grad():
         for path, layer in meteora_layers(model):
             layer.gate.copy_(tensors[f"{path}.gate"])
-    state.gates, start = config.get("gates") or "trained", config.get("gates_start")
-    state.start = (start["init"], start["seed"], tuple(bank.modules)) if start else None
+    known.gates, start = config.get("gates") or "trained", config.get("gates_start")
+    known.start = GateStart(start["init"], start["seed"], tuple(bank.modules)) if start else None
     if "adapters" in config["contains"]:
-        state.embedded = True
+        known.embedded = True
     _restore_base(model, folder, config, tensors)
     return model.eval()
 

@@ -18,7 +18,7 @@ from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.files import sha256
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from meteora_core.tensor_files import PICKLES, TensorFiles
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def open_checkpoint(
     place = pick_device(options.device)
     loaded = load_base(reference, dtype=pick_dtype(options.dtype, place), device=place, quantization=options.quantization, progress=progress)
     model = attach_checkpoint(loaded, facts, adapters_dir=options.adapters_dir, alpha=options.alpha, backend=options.backend, progress=progress)
-    state = routing_state(model)
+    state = meteora_of(model)
     if options.top_k is not None:
         state.top_k = options.top_k
     if options.routing_temperature is not None:

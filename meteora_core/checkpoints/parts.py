@@ -21,14 +21,11 @@ from meteora_core.model.base import BaseReference, loaded_by
 from meteora_core.model.base_marks import mark
 from meteora_core.model.offload import real_tensor
 from meteora_core.model.sharded import full_tensor, is_spread
-from meteora_core.routing import routing_state
+from meteora_core.routing import base_record, meteora_of
 from meteora_core.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.text import listed
 
 _log = logging.getLogger(__name__)
-
-_CHANGES = "meteora_base_changes"
-_ROUNDED = "meteora_base_rounded"
 
 
 def note_base_changes(model: nn.Module, names: Iterable[str], rounded: Mapping[str, torch.dtype] | None = None) -> None:
@@ -41,8 +38,8 @@ def note_base_changes(model: nn.Module, names: Iterable[str], rounded: Mapping[s
         names: Tensors with other numbers; they are stored.
         rounded: Tensors that are the base's own, rounded to a dtype; only that is noted.
     """
-    setattr(model, _CHANGES, tuple(sorted(names)))
-    setattr(model, _ROUNDED, dict(sorted((rounded or {}).items())))
+    record = base_record(model)
+    record.changed, record.rounded = tuple(sorted(names)), dict(sorted((rounded or {}).items()))
 
 
 def rounding_table(rounded: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
@@ -55,12 +52,13 @@ def rounding_table(rounded: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
 
 def base_changes(model: nn.Module) -> tuple[str, ...]:
     """What :func:`note_base_changes` noted."""
-    return tuple(getattr(model, _CHANGES, ()))
+    return base_record(model).changed
 
 
 def is_changed(model: nn.Module) -> bool:
     """Whether any number of the base is not the base's own any more."""
-    return bool(base_changes(model) or getattr(model, _ROUNDED, {}))
+    record = base_record(model)
+    return bool(record.changed or record.rounded)
 
 
 def base_name(name: str) -> str:
@@ -134,7 +132,7 @@ def _changed_base(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
     names = {base_name(name): name for name in _base_names(model)}
     training = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     changed = {name: names[name] for name in sorted({*base_changes(model), *training}) if name in names}
-    before, now = routing_state(model).base_marks, _present(model, names, state_dict)
+    before, now = meteora_of(model).provenance.base_marks, _present(model, names, state_dict)
     if before is None:
         return changed
     differ = before.changed(mark(now))
@@ -144,7 +142,7 @@ def _changed_base(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
             f"{resized[0]} of the base model had the shape {was} when the adapters were attached, and now has {shape}; a checkpoint cannot change that",
             hint="resize the base model first, save it with its save_pretrained, load it again, and attach the adapters to that",
         )
-    if lost := [name for name in differ if name not in changed and name not in getattr(model, _ROUNDED, {})]:
+    if lost := [name for name in differ if name not in changed and name not in base_record(model).rounded]:
         raise UsageError(
             f"weights of the base model have changed since the adapters were attached, and a checkpoint does not hold them: {listed(lost)}",
             hint="name what changed with meteora_core.checkpoints.native.note_base_changes(model, names), and it is saved too",
@@ -184,8 +182,9 @@ def checkpoint_parts(
     Raises:
         UsageError: Nothing is attached, the base has changed since then, or the state dict lacks tensors.
     """
-    state = routing_state(model)
-    adapters = adapters or state.embedded or not all(adapter.sha256 for adapter in state.adapters)
+    state = meteora_of(model)
+    known = state.provenance
+    adapters = adapters or known.embedded or not all(adapter.sha256 for adapter in state.adapters)
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for path, layer in meteora_layers(model):
@@ -208,17 +207,17 @@ def checkpoint_parts(
     reference = base or loaded_by(model) or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
     config = {
         "format": FORMAT,
-        "base": {"name": reference.name, "revision": reference.revision, "probe": state.base_probe},
+        "base": {"name": reference.name, "revision": reference.revision, "probe": known.base_probe},
         "top_k": state.top_k,
         "temperature": state.temperature,
         "adapters": [asdict(adapter) for adapter in state.adapters],
         "gates": origin,
-        **({"gates_start": {"init": state.start[0], "seed": state.start[1]}} if origin == "untrained" and state.start else {}),
+        **({"gates_start": {"init": known.start.init, "seed": known.start.seed}} if origin == "untrained" and known.start else {}),
         "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
         "base_tensors": list(changed),
-        "base_rounded": rounding_table(getattr(model, _ROUNDED, {})),
+        "base_rounded": rounding_table(base_record(model).rounded),
         "modules": modules,
-        **({"renamed": state.renamed} if state.renamed else {}),
+        **({"renamed": known.renamed} if known.renamed else {}),
         "training": training or {},
     }
     return config, tensors

@@ -99,19 +99,20 @@ class ModelLoader:
         """The model that the name means, within the block."""
         from meteora_core.checkpoints.native import is_changed
         from meteora_core.checkpoints.opening import attach_checkpoint
+        from meteora_core.fused.fuse import fuse_for_inference
         from meteora_core.model.attach import detach
         from meteora_core.model.base import load_base, load_tokenizer
-        from meteora_core.model.fuse import fuse_for_inference
+        from meteora_core.routing import find_meteora
 
         plan = self.plan
-        if model != "meteora" and self._model is not None and getattr(self._model, "meteora", None) is not None:
+        if model != "meteora" and self._model is not None and find_meteora(self._model) is not None:
             self._model = None if is_changed(self._model) else detach(self._model)
         if self._model is None or self._tokenizer is None:
             self._model = load_base(self.base, dtype=self.dtype, device=self.device, quantization=plan.quantization, progress=self.progress)
             self._tokenizer = self._tokenizer or load_tokenizer(self.base, progress=self.progress)
         if model == "meteora":
             assert self._checkpoint is not None
-            if getattr(self._model, "meteora", None) is None:
+            if find_meteora(self._model) is None:
                 folders = plan.adapters_dir if self._checkpoint.native else plan.checkpoint_adapters
                 attach_checkpoint(self._model, self._checkpoint, adapters_dir=folders, backend=plan.backend, progress=self.progress)
                 fuse_for_inference(self._model, plan.options.fuse)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.data.tasks import Task
-from meteora_core.routing import Routes, routing_state
+from meteora_core.routing import Routes, meteora_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,13 +114,8 @@ def _count(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts: Rout
         parts[1, row, len(prompt) : len(prompt) + len(answer)] = 1
     device = next(model.parameters()).device
     ids, mask, flat = ids.to(device), parts.sum(0).long().to(device), parts.reshape(2, -1).to(device)
-    state = routing_state(model)
-    before, state.recorder = state.recorder, counts
-    try:
-        with counts.one_batch(flat), torch.compiler.set_stance("force_eager"):
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        state.recorder = before
+    with meteora_of(model).record(counts), counts.one_batch(flat), torch.compiler.set_stance("force_eager"):
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     totals = [made[:, KINDS.index("weight")].sum().cpu() for made in counts.counts.values()]
     if totals and not bool(torch.stack(totals).isfinite().all()):
         raise _broken(model, texts)

@@ -22,7 +22,7 @@ from meteora_core.generation.limits import context_length
 from meteora_core.generation.prompts import Prompt, encode_prompts
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress, ProgressBar
-from meteora_core.routing import RoutingState
+from meteora_core.routing import Meteora, find_meteora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,7 +189,7 @@ def evaluate_task(
         raise _all_skipped(result, prompts, options, context_length(model))
     done = kept.done.items() if kept is not None else ()
     before = {index: read.sample(index, output, kept.tokens.get(index, ()) if kept else ()) for index, output in done if index < len(rows)}
-    state: RoutingState | None = getattr(model, "meteora", None)
+    state = find_meteora(model)
     began = time.monotonic()
     with routed(state, options, found) as (result.routing_temperature, result.top_k):
         counter = _Counter(model, tokenizer, state) if options.routing and state is not None else None
@@ -319,7 +319,7 @@ class _Reader:
 class _Counter:
     """Collects finished rows until they fill a batch, then counts their routes."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: RoutingState) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Meteora) -> None:
         from meteora_core.evaluation.routes import RouteCounts
 
         self.model, self.pad = model, padding_token(model, tokenizer)
@@ -360,18 +360,18 @@ def _summary(task: Task, parts: Sequence[RouteCounts]) -> RoutingSummary | None:
 
 
 @contextmanager
-def routed(state: RoutingState | None, options: EvalOptions, task: Task) -> Iterator[tuple[float | None, int | None]]:
+def routed(state: Meteora | None, options: EvalOptions, task: Task) -> Iterator[tuple[float | None, int | None]]:
     """Set T and top_k for one task; yields what is in force (None, None without adapters attached)."""
     if state is None:
         yield None, None
         return
-    before = state.temperature, state.top_k
+    before = state.routing
     state.temperature = options.routing_temperature if options.routing_temperature is not None else task.routing_temperature
     state.top_k = options.top_k if options.top_k is not None else state.top_k
     try:
         yield state.temperature, state.top_k
     finally:
-        state.temperature, state.top_k = before
+        state.routing = before
 
 
 def headline(result: TaskResult | Mapping[str, Any]) -> tuple[str, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from meteora_core.generation.capture import CapturedStep, capture
 from meteora_core.generation.rows import Batch, Rows, Rules
+from meteora_core.routing import find_meteora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -253,5 +254,5 @@ def can_be_fixed(model: PreTrainedModel) -> bool:
 
 def is_observed(model: PreTrainedModel) -> bool:
     """Whether the model's routes are recorded, forced or labelled, which eager code does."""
-    state = getattr(model, "meteora", None)
+    state = find_meteora(model)
     return state is not None and bool(state.observed)

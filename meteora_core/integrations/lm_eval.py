@@ -20,9 +20,9 @@ from typing import Any
 from meteora_core.checkpoints.opening import OpeningOptions, open_checkpoint
 from meteora_core.choices import Switch
 from meteora_core.errors import MeteoraError, UsageError
+from meteora_core.fused.fuse import fuse_for_inference
 from meteora_core.generation.nonfinite import non_finite_error, not_finite
 from meteora_core.model.base import load_tokenizer
-from meteora_core.model.fuse import fuse_for_inference
 
 NAME = "meteora"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.adapters.stack import Stack
 from meteora_core.errors import AdapterError, UsageError
+from meteora_core.fused.fuse import unfuse
 from meteora_core.model.base_marks import mark_base, roundings
 from meteora_core.model.caches import bypassed
 from meteora_core.model.layer import MeteoraLinear
@@ -20,7 +22,7 @@ from meteora_core.model.offload import compute_device, real_tensor
 from meteora_core.model.resize import Resizer
 from meteora_core.model.saving import guard_saving, unguard_saving
 from meteora_core.model.tokens import is_head, is_output_layer, is_routed_expert, stop_watching, watch_calls
-from meteora_core.routing import GateOrigin, RoutingState, routing_state
+from meteora_core.routing import GateOrigin, GateStart, Meteora, base_record, find_meteora, meteora_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Trainable = Literal["none", "gates", "gates+adapters"]
@@ -69,13 +71,14 @@ def attach(
         >>> model.meteora.names
         ('gsm8k', 'strategyqa')
     """
-    if getattr(model, "meteora", None) is not None:
+    if find_meteora(model) is not None:
         raise UsageError("this model has adapters attached already", hint="call meteora_core.detach(model) first")
     if init not in ("normal", "zeros", "arrow"):
         raise UsageError(f"unknown gate start {init!r}", hint="choose from: normal, zeros, arrow")
     _refuse_wrapped(model, bank)
-    state = RoutingState(bank.adapters, top_k, temperature, backend)
-    bank, state.renamed = fit_to_base(bank, model)
+    state = Meteora(bank.adapters, top_k, temperature, backend)
+    known = state.provenance
+    bank, known.renamed = fit_to_base(bank, model)
     targets = find_targets(model, bank)
     for path, module in targets.items():
         compute_device(module, path)  # raises before anything is changed
@@ -85,9 +88,9 @@ def attach(
             f"adapters of {unused[0]} would have no effect: this model uses its weight directly and never calls the module",
             hint="use adapters that do not target such modules (train them again without, or list them in exclude_modules)",
         )
-    state.base_probe, state.base_marks = probe_base(targets), mark_base(model)
-    state.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
-    state.start = (init, seed, tuple(bank.modules))
+    known.base, known.base_probe, known.base_marks = base_record(model), probe_base(targets), mark_base(model)
+    known.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
+    known.start = GateStart(init, seed, tuple(bank.modules))
     generator = torch.Generator().manual_seed(seed)
     for path, stack in bank.modules.items():
         layer = _wrap(targets[path], path, stack, state, init, generator, dropout)
@@ -96,6 +99,7 @@ def attach(
             model.resize_token_embeddings = Resizer(model, path)  # type: ignore[assignment]
         _replace(model, path, layer)
     watch_calls(model, state)
+    vars(model).pop("meteora_base")  # it is in the provenance from now on
     model.meteora = state  # type: ignore[assignment]
     guard_saving(model)
     set_trainable(model, "gates")
@@ -113,8 +117,6 @@ def detach(model: Model) -> Model:
         >>> detach(model).model.layers[0].self_attn.q_proj
         Linear(in_features=32, out_features=32, bias=False)
     """
-    from meteora_core.model.fuse import unfuse
-
     unfuse(model)
     for path, layer in dict(meteora_layers(model)).items():
         _replace(model, path, layer.base_layer)
@@ -122,7 +124,9 @@ def detach(model: Model) -> Model:
     unguard_saving(model)
     if isinstance(vars(model).get("resize_token_embeddings"), Resizer):
         del model.resize_token_embeddings
+    record = base_record(model)
     del model.meteora
+    model.meteora_base = record  # type: ignore[assignment]
     return model
 
 
@@ -141,12 +145,12 @@ def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
     Raises:
         UsageError: Nothing is attached, or ``what`` is unknown.
     """
-    state = routing_state(model)
+    known = meteora_of(model).provenance
     if what not in ("none", "gates", "gates+adapters"):
         raise UsageError(f"cannot train {what!r}", hint="choose from: gates, gates+adapters")
     model.requires_grad_(False)
     if what == "gates+adapters":
-        state.embedded = True
+        known.embedded = True
     trained = []
     for _, layer in meteora_layers(model):
         chosen = {"none": [], "gates": [layer.gate], "gates+adapters": [layer.gate, layer.lora_A, layer.lora_B]}[what]
@@ -168,16 +172,15 @@ def gate_origin(model: nn.Module, gates: Mapping[str, Tensor] | None = None) -> 
     Raises:
         UsageError: Nothing is attached.
     """
-    state = routing_state(model)
-    if state.gates != "untrained" or state.start is None:
-        return state.gates
-    init, seed, paths = state.start
-    generator = torch.Generator().manual_seed(seed)
+    known = meteora_of(model).provenance
+    if known.gates != "untrained" or known.start is None:
+        return known.gates
+    generator = torch.Generator().manual_seed(known.start.seed)
     layers = dict(meteora_layers(model))
-    for path in paths:
+    for path in known.start.paths:
         gate = real_tensor(layers[path], "gate", path) if gates is None else gates[path]
         now = gate.detach().to("cpu", torch.float32)
-        start = torch.zeros(now.shape) if init == "zeros" else _normal_gate(now.shape, generator)
+        start = torch.zeros(now.shape) if known.start.init == "zeros" else _normal_gate(now.shape, generator)
         if not any(torch.equal(now, rounded) for rounded in roundings(start)):
             return "trained"
     return "untrained"
@@ -263,11 +266,11 @@ def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
     return module
 
 
-def _wrap(base: nn.Module, path: str, stack: Stack, state: RoutingState, init: GateInit, generator: torch.Generator, dropout: float) -> MeteoraLinear:
+def _wrap(base: nn.Module, path: str, stack: Stack, state: Meteora, init: GateInit, generator: torch.Generator, dropout: float) -> MeteoraLinear:
     place = {"device": compute_device(base, path), "dtype": computing_dtype(base, stack)}
     gate = start_gate(stack, init, generator)
     A, B = stack.A.to(**place, copy=True), stack.B.to(**place, copy=True)  # type: ignore[call-overload]  # the bank's own stay as they are
-    layer = MeteoraLinear(base, path, gate.to(**place), A, B, stack.scaling, stack.ranks, state, dropout)  # type: ignore[call-overload]
+    layer = MeteoraLinear(base, path, gate.to(**place), replace(stack, A=A, B=B), state, dropout)  # type: ignore[call-overload]
     return layer.train(base.training)
 
 

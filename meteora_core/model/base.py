@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,33 +9,32 @@ import torch
 
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.base_models import CATALOG, download_base, is_ready, model_folder
+from meteora_core.model.base_record import BaseReference
 from meteora_core.model.caches import check_decoding
 from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import first_line
+from meteora_core.routing import base_record
 from meteora_core.text import listed
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_REFERENCE = "meteora_reference"
+__all__ = [
+    "BaseReference",
+    "check_whole",
+    "fast_cpu_dtype",
+    "load_base",
+    "load_tokenizer",
+    "loaded_by",
+    "locate_base",
+    "name_reference",
+    "pick_device",
+    "pick_dtype",
+]
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """A base model as it is named in settings and checkpoints.
-
-    Attributes:
-        name: A catalog name, a folder, or a hub id.
-        revision: Of a hub model.
-        trust_remote_code: Whether code of the repository may run.
-    """
-
-    name: str
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 def pick_device(wish: str | torch.device | None) -> torch.device:
@@ -186,12 +184,12 @@ def load_base(
 
 def name_reference(model: nn.Module, reference: BaseReference) -> None:
     """Record on a base model the name that it was loaded by; :func:`loaded_by` returns it."""
-    setattr(model, _REFERENCE, reference)
+    base_record(model).reference = reference
 
 
 def loaded_by(model: nn.Module) -> BaseReference | None:
     """How a model was named when :func:`load_base` loaded it; None for other models."""
-    return getattr(model, _REFERENCE, None)
+    return base_record(model).reference
 
 
 def check_whole(model: PreTrainedModel, reference: BaseReference, info: dict[str, Any]) -> None:

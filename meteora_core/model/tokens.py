@@ -8,28 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
-
-if TYPE_CHECKING:
-    from meteora_core.model.layer import MeteoraLinear
-    from meteora_core.routing import RoutingState
+from meteora_core.routing import Meteora
 
 _INPUTS = ("input_ids", "inputs_embeds")
+
+
+class RoutedLayer(Protocol):
+    """What this module needs to know of a layer; :class:`meteora_core.model.layer.MeteoraLinear` is one.
+
+    Attributes:
+        path: The layer's name in the model.
+        is_output: Whether the layer makes the model's logits.
+        state: What all layers of the model share.
+    """
+
+    path: str
+    is_output: bool
+    state: Meteora
 
 
 class CallWatcher:
     """A forward pre-hook that notes (batch, tokens) of a call in the routing state while layers are observed."""
 
-    def __init__(self, state: RoutingState) -> None:
+    def __init__(self, state: Meteora) -> None:
         self.state = state
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.state.observed:
+        if not self.state.mode.observed:
             return
         given = [kwargs.get(name) for name in _INPUTS] + list(args[:1])
         found = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
@@ -39,7 +50,7 @@ class CallWatcher:
             self.state.last_call.scattered = True
 
 
-def watch_calls(model: nn.Module, state: RoutingState) -> None:
+def watch_calls(model: nn.Module, state: Meteora) -> None:
     """Let the model, and the decoder inside it, note the shapes of their batches in ``state``."""
     for module in _callers(model):
         module.register_forward_pre_hook(CallWatcher(state), with_kwargs=True)
@@ -98,7 +109,7 @@ def check_observable(paths: Iterable[str], what: str) -> None:
             )
 
 
-def token_shape(layer: MeteoraLinear, x: Tensor) -> torch.Size:
+def token_shape(layer: RoutedLayer, x: Tensor) -> torch.Size:
     """How the tokens of a layer's input (..., in) are laid out as (batch, tokens): all of the batch, or the last tokens of every row.
 
     Raises:
@@ -123,7 +134,7 @@ def token_shape(layer: MeteoraLinear, x: Tensor) -> torch.Size:
     )
 
 
-def forced_routes(layer: MeteoraLinear, forced: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def forced_routes(layer: RoutedLayer, forced: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and weights (..., 1) that send every token of ``x`` (..., in) to its forced adapter.
 
     Args:

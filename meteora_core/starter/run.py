@@ -167,11 +167,12 @@ class _Session:
     def model(self, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base, or the base with the checkpoint on it."""
         from meteora_core.model.attach import detach
+        from meteora_core.routing import find_meteora
 
         if self._loaded is None:
             self._loaded = self.load()
         model, tokenizer = self._loaded
-        attached = getattr(model, "meteora", None) is not None
+        attached = find_meteora(model) is not None
         if kind == "meteora" and not attached:
             load_checkpoint(self.plan.checkpoint, model, progress=self.progress)
         elif kind == "base" and attached:

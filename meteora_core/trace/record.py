@@ -13,7 +13,7 @@ from meteora_core.generation.nonfinite import non_finite_error
 from meteora_core.generation.requests import Request
 from meteora_core.generation.text import token_texts
 from meteora_core.model.vocabulary import check_tokens
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from meteora_core.trace.picture import Role, RoutePicture, Token
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def trace_tokens(
     """
     if not ids or len(ids) != len(roles) or roles[0] != "prompt":
         raise ValueError("a trace needs at least one token, one role a token, and a prompt before an answer")
-    names = routing_state(model).names
+    names = meteora_of(model).names
     check_tokens(model, tokenizer, [ids])
     read = ids[: len(ids) - 1] if roles[-1] == "answer" else ids
     parts: list[tuple[Tensor, Tensor]] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import IGNORE, GateObservations, routing_state
+from meteora_core.routing import IGNORE, GateObservations, meteora_of
 from meteora_core.training.distributed import SINGLE, OnModel, Runtime
 from meteora_core.training.encoding import Batch, collate
 from meteora_core.training.loss import lm_losses
@@ -95,7 +95,7 @@ def measure_gates(
         ``lm_loss``, and ``gate_accuracy/<task>``, ``gate_loss/<task>``, ``lm_loss/<task>``; ``gate_accuracy/composites`` and so on when there are any,
         and ``gate_accuracy/<kind of layer>``. Empty when there are no rows.
     """
-    state = routing_state(model)
+    state = meteora_of(model)
     model.eval()
     on_model = on_model or (lambda work: work(model))
     names, composites, batch_size = held_out.names, held_out.composites, held_out.batch_size

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from meteora_core.routing import IGNORE, GateObservations, routing_state
+from meteora_core.routing import IGNORE, GateObservations, meteora_of
 from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.encoding import Batch
 from meteora_core.training.gate_metrics import gate_tallies, hit_sum
@@ -29,7 +29,7 @@ class GateObjective:
 
     def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[GateObservations]:
         """Label the gates for forward and backward pass."""
-        return routing_state(model).label_gates(batch.gate_labels, keep_hits=True, alone=self.alone)
+        return meteora_of(model).label_gates(batch.gate_labels, keep_hits=True, alone=self.alone)
 
     def weights(self, batch: Batch, counts: Counts) -> torch.Tensor | None:
         """What each position weighs in CE_gate, float32 (positions,), with a mean of 1 over the step; None is 1 everywhere."""
@@ -41,9 +41,10 @@ class GateObjective:
 
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
         """The forward pass, within :meth:`around`."""
-        state = routing_state(model)
-        observed = state.observations
-        assert observed is not None
+        state = meteora_of(model)
+        labelled = state.mode.gate_labels
+        assert labelled is not None
+        observed = labelled.observations
         observed.weights = self.weights(batch, counts)
         lm_sum, losses = lm_losses(model, batch)
         lm = lm_sum / counts.targets

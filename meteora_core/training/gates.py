@@ -22,7 +22,7 @@ from meteora_core.model.tokens import check_observable
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.names import check_names
 from meteora_core.reading import is_regular
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from meteora_core.settings import GateTrainSettings
 from meteora_core.training.batch_plan import RowMix, plan_batches
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
@@ -200,7 +200,7 @@ class _GateStage:
     @property
     def held_out(self) -> HeldOut:
         """The rows that the gates are measured on."""
-        names, size = routing_state(self.model).names, self.settings.batch_size
+        names, size = meteora_of(self.model).names, self.settings.batch_size
         return HeldOut(self.rows.held_out, names, self.pad_token, size, self.rows.held_out_composites, self.settings.loss_on == "response")
 
     def start_and_train(self) -> RunState:
@@ -252,7 +252,7 @@ class _GateStage:
         """Write the checkpoint with the record of its training (in the main process), and leave the model as a loaded checkpoint would be."""
         runtime, kept = self.job.runtime, torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         if state.step:
-            routing_state(self.model).gates = "trained"
+            meteora_of(self.model).gates = "trained"
         record = {"inputs": self.inputs, "inputs_hash": short_hash(self.inputs), "steps": state.step, "loss": last_loss(state.history)}
         record |= {"tokens": state.tokens, "seconds": state.seconds, "held_out": measured, "rows_cut": self.rows.cut}
         record |= {"sampled": state.sampled, "history": state.history}

@@ -25,7 +25,7 @@ from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference
 from meteora_core.model.sharded import full_tensor
 from meteora_core.model.tokens import check_observable
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.batch_plan import Pick, plan_batches
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
@@ -284,7 +284,7 @@ class TogetherObjective:
     @contextmanager
     def around(self, model: nn.Module, batch: Batch) -> Iterator[None]:
         """Force the routes for forward and backward pass (layers run again there with gradient checkpointing)."""
-        with routing_state(model).force(row_tasks(batch)):
+        with meteora_of(model).force(row_tasks(batch)):
             yield
 
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
-from meteora_core.routing import IGNORE
+from meteora_core.routing import IGNORE, find_meteora
 from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed
 
 _LENGTHS = (9, 7)
@@ -51,7 +51,7 @@ def check_packing(model: nn.Module, rows: Sequence[Sequence[TrainRow]], pad_toke
     packed = [collate_packed([[before, second]] * count, pad_token) for before in (first, other)]
     training = model.training
     model.eval()
-    state = getattr(model, "meteora", None)
+    state = find_meteora(model)
     try:
         # Without adapters: what is asked is the base's, and a near tie of untrained gates may fall otherwise in another batch.
         stack = ExitStack()

@@ -14,7 +14,7 @@ from meteora_core.errors import MeteoraError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import IGNORE, routing_state
+from meteora_core.routing import IGNORE, meteora_of
 from meteora_core.training.encoding import Batch, TrainRow
 
 SHRINK = 1e-2
@@ -66,7 +66,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
         UsageError: Nothing is attached, or an adapter targets one expert of many.
         MeteoraError: The rows hold no label of some adapter, or the sums do not fit in memory.
     """
-    state = routing_state(model)
+    state = meteora_of(model)
     layers = dict(meteora_layers(model))
     adapters = len(state.names)
     check_observable(layers, "the closed-form start of the gates")

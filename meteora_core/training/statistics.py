@@ -23,7 +23,7 @@ from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import IGNORE, routing_state
+from meteora_core.routing import IGNORE, meteora_of
 from meteora_core.text import listed
 from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.encoding import TrainRow, collate, row_lengths
@@ -101,7 +101,7 @@ def collect_statistics(
     rows = [_own_row(row, info.name) for row in rows]
     attach(model, bank, top_k=1, backend=how.backend, init="zeros")
     try:
-        state = routing_state(model)
+        state = meteora_of(model)
         own = dict(meteora_layers(model))
         observed: dict[str, nn.Module] = {path: model.get_submodule(path) for path in sorted({*own, *layers}, key=natural_order)}
         check_observable(observed, "the collection of gate statistics")
@@ -115,7 +115,7 @@ def collect_statistics(
         weights = token_weights(seen, 1, how.recipe.answer_share).double() / tokens
         sums = InputSums(1, weights.float())
         _run(model, sums, observed, [[rows[row] for row in picks] for picks in plan], how, progress)
-        probe = state.base_probe
+        probe = state.provenance.base_probe
     finally:
         detach(model)
     names = {id(module): path for path, module in observed.items()}
@@ -146,7 +146,7 @@ def _own_row(row: TrainRow, name: str) -> TrainRow:
 def _run(
     model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], batches: Sequence[Sequence[TrainRow]], how: Collecting, progress: Progress
 ) -> None:
-    state = routing_state(model)
+    state = meteora_of(model)
     whole = any(layer.is_output for _, layer in meteora_layers(model))  # the output layer is no part of the decoder
     decoder = model if whole else getattr(model, "base_model", model)
     device = next(model.parameters()).device

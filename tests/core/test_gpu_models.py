@@ -15,10 +15,10 @@ from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
 from meteora_core.evaluation.evaluate import evaluate
+from meteora_core.fused.fuse import fuse_for_inference, is_fused
 from meteora_core.generation.sampling import Sampling
 from meteora_core.model.base import BaseReference
-from meteora_core.model.fuse import fuse_for_inference, is_fused
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from meteora_core.settings import load_settings
 from support.chat_world import NAMES, build_world
 from support.evaluation_workspace import TASKS, make_workspace
@@ -55,7 +55,7 @@ def error(got: list[torch.Tensor], wide: list[torch.Tensor]) -> float:
 @torch.no_grad()
 def test_fused_logits(gpu_model, dtype: torch.dtype) -> None:
     """Fused layers are as near to float32 on the same weights as the layers apart; in float32 they give the same logits."""
-    state = routing_state(gpu_model)
+    state = meteora_of(gpu_model)
     texts = {path: [ids_of(*size, seed=seed) for seed, size in enumerate(sizes)] for path, sizes in SIZES.items()}
     cases = [(path, muted) for path in texts for muted in ((), ("one",))]
 

@@ -26,16 +26,16 @@ def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = Fal
 
 def use_plain_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Run fused groups by :func:`run_group`; the list fills with the number of members of each group that ran."""
-    from meteora_core.model import fuse
+    from meteora_core.fused.group import FusedGroup
     from meteora_kernels import group
 
     ran: list[int] = []
-    compute = fuse.FusedGroup._compute
+    run = FusedGroup._run
 
-    def counted(self: fuse.FusedGroup, x: Tensor) -> tuple[Tensor, ...]:
+    def counted(self: FusedGroup, x: Tensor) -> tuple[Tensor, ...]:
         ran.append(len(self.layers))
-        return compute(self, x)
+        return run(self, x)
 
     monkeypatch.setattr(group, "run_group", run_group)
-    monkeypatch.setattr(fuse.FusedGroup, "_compute", counted)
+    monkeypatch.setattr(FusedGroup, "_run", counted)
     return ran

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from meteora_core import AdapterBank, attach
 from meteora_core.adapters.peft_folder import read_adapter
 from meteora_core.errors import AdapterError, UsageError
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from support.tiny_models import make_tiny_llama
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -56,7 +56,7 @@ def test_layers_are_in_their_natural_order(make_adapter) -> None:
 def test_a_base_is_recognised_whatever_the_order_of_the_layers(make_adapter) -> None:
     bank = AdapterBank.from_peft({"deep": make_adapter("deep", llama={"num_hidden_layers": 12})})
     turned = AdapterBank(bank.adapters, dict(reversed(bank.modules.items())))
-    probes = [routing_state(attach(make_tiny_llama(num_hidden_layers=12), each, top_k=1)).base_probe for each in (bank, turned)]
+    probes = [meteora_of(attach(make_tiny_llama(num_hidden_layers=12), each, top_k=1)).provenance.base_probe for each in (bank, turned)]
     assert len(set(probes[0] or ())) > 16
     assert probes[0] == probes[1]
 

@@ -48,7 +48,7 @@ def test_names_of_earlier_versions_are_read(folders, tmp_path) -> None:
             with with_adapter(make_llava(), folder) as alone:
                 torch.testing.assert_close(alone(input_ids=IDS).logits, logits[-1], rtol=1e-4, atol=1e-5)
     assert torch.equal(*logits)
-    assert model.meteora.renamed
+    assert model.meteora.provenance.renamed
     save_checkpoint(declare_trained(model), tmp_path / "saved")
     with torch.inference_mode():
         assert torch.equal(load_checkpoint(tmp_path / "saved", make_llava())(input_ids=IDS).logits, logits[0])

@@ -111,7 +111,7 @@ def test_forced_muted_and_gates_are_those_of_the_model(session) -> None:
     narrow = expected()
     state.top_k = 2
     assert answer() == narrow != gates
-    assert (state.top_k, state.temperature, state.allowed, state.forced) == (2, 1.0, None, None)
+    assert (state.top_k, state.temperature, state.routing.allowed, state.mode.forced) == (2, 1.0, None, None)
 
 
 def test_names_are_checked(session) -> None:
@@ -310,16 +310,16 @@ def test_a_long_conversation_drops_turns_once(session) -> None:
 
 def test_routing_mode_puts_everything_back_after_an_error(speaker) -> None:
     state = speaker.routing
-    before = (state.top_k, state.temperature, state.allowed, state.forced, state.enabled)
+    before = (state.routing, state.mode.forced, state.mode.enabled)
 
     def fail() -> None:
         with routing_mode(state, Mode(1, 3.0, None, frozenset({"alpha"}), enabled=False)):
-            assert not state.enabled
+            assert not state.mode.enabled
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert (state.top_k, state.temperature, state.allowed, state.forced, state.enabled) == before
+    assert (state.routing, state.mode.forced, state.mode.enabled) == before
 
 
 def settings_of(world, **sections) -> Settings:

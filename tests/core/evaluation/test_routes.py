@@ -50,7 +50,7 @@ def test_counts_equal_a_plain_record_and_leave_padding_out(model) -> None:
     assert summary.tokens == (13, 7)
     torch.testing.assert_close(summary.counts, by_hand(model, TEXTS), rtol=0, atol=1e-5)
     assert summary.paths[0] == "model.layers.0.self_attn.q_proj"
-    assert model.meteora.recorder is None
+    assert model.meteora.mode.recorder is None
 
 
 def test_one_by_one_or_together_or_merged_is_the_same(model) -> None:

@@ -15,7 +15,7 @@ from meteora_core.generation.engine import Engine
 from meteora_core.generation.fixed_cache import FixedCache
 from meteora_core.generation.requests import Request, RoutingScope, Written
 from meteora_core.generation.sampling import Sampling
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from support.generation import engine_of, requests_of
 from support.tiny_models import make_tiny_llama
 
@@ -39,7 +39,7 @@ def test_captured_batches_answer_as_eager_ones(gpu_model: Any, kind: str) -> Non
     elif kind != "meteora":
         fuse(gpu_model)
     if kind == "muted":
-        routing_state(gpu_model).mute(["two"])
+        meteora_of(gpu_model).mute(["two"])
     engine, eager = engine_of(gpu_model, "auto", 3), engine_of(gpu_model, "off", 3)
     requests = requests_of()
     wanted = eager.answer(requests)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from meteora_core import AdapterBank, attach, detach
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
-from meteora_core.routing import record_routes, routing_state
+from meteora_core.routing import meteora_of, record_routes
 from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gate_objective import GateObjective
@@ -76,7 +76,7 @@ def test_forced_routing_equals_each_adapter_by_peft(bank, make_adapter) -> None:
     model = attach(make_tiny_llama(), bank)
     for info in bank:
         expected = PeftModel.from_pretrained(make_tiny_llama(), info.source).eval()(IDS).logits
-        with routing_state(model).force(info.name):
+        with meteora_of(model).force(info.name):
             torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -86,7 +86,7 @@ def test_detach_gives_the_base_back(bank, tiny_llama) -> None:
     model = attach(tiny_llama, bank)
     assert model is tiny_llama
     assert not torch.equal(model(IDS).logits, before)
-    with routing_state(model).disabled():
+    with meteora_of(model).disabled():
         assert torch.equal(model(IDS).logits, before)
     detach(model)
     assert torch.equal(model(IDS).logits, before)
@@ -138,7 +138,7 @@ def test_the_loss_is_the_formula(bank, tiny_llama) -> None:
     model = attach(tiny_llama, bank)
     rows = [TrainRow(tuple(IDS[0].tolist()), (0,) * 11, 4), TrainRow(tuple(IDS[1, :7].tolist()), (2,) * 7, 3)]
     batch = collate(rows, 2)
-    with routing_state(model).label_gates(batch.gate_labels):
+    with meteora_of(model).label_gates(batch.gate_labels):
         logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
     lm = [-torch.log_softmax(logits[r, t], -1)[row.tokens[t + 1]] for r, row in enumerate(rows) for t in range(len(row) - 1)]
     inputs: dict[str, torch.Tensor] = {}

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from meteora_core.adapters.peft_folder import AdapterInfo
+from meteora_core.adapters.stack import Stack
 from meteora_core.model.layer import MeteoraLinear
-from meteora_core.routing import RoutingState
+from meteora_core.routing import Meteora
 from meteora_kernels import BACKENDS
 
 CPU_BACKENDS = [name for name in BACKENDS if name in ("auto", "reference", "dense")]
@@ -28,14 +29,15 @@ def build(ranks: tuple[int, ...], hidden: int, out: int, top_k: int, temperature
         if bias:
             base.bias.copy_(random(out))
     infos = tuple(AdapterInfo(f"a{i}", "", "", None, rank, 16.0, False, 0.0) for i, rank in enumerate(ranks))
-    state = RoutingState(infos, top_k, temperature, backend)
+    state = Meteora(infos, top_k, temperature, backend)
     total = sum(ranks)
     scaling = torch.rand(len(ranks), generator=generator) + 0.5
-    return MeteoraLinear(base, "x", random(len(ranks), hidden), random(total, hidden), random(total, out), scaling, ranks, state), state
+    gate = random(len(ranks), hidden)
+    return MeteoraLinear(base, "x", gate, Stack(random(total, hidden), random(total, out), ranks, scaling), state), state
 
 
 @torch.no_grad()
-def loop(layer: MeteoraLinear, state: RoutingState, x: torch.Tensor) -> torch.Tensor:
+def loop(layer: MeteoraLinear, state: Meteora, x: torch.Tensor) -> torch.Tensor:
     """The formula, token by token, adapter by adapter, in float64."""
     W = layer.base_layer.weight.double()
     b = layer.base_layer.bias.double() if layer.base_layer.bias is not None else 0
@@ -191,13 +193,13 @@ def test_a_muted_adapter_is_never_chosen() -> None:
 
 def test_masks_and_forced_adapters_are_made_once_and_copied_once_a_device() -> None:
     """A captured graph keeps reading the tensors that it saw; and no layer copies them anew."""
-    state = RoutingState(tuple(AdapterInfo(name, "", "", None, 4, 16.0, False, 0.0) for name in ("one", "two")), 1, 1.0, "auto")
+    state = Meteora(tuple(AdapterInfo(name, "", "", None, 4, 16.0, False, 0.0) for name in ("one", "two")), 1, 1.0, "auto")
     far = torch.device("meta")
     seen, copies = [], []
     for _ in range(2):
         with torch.inference_mode(), state.force("two"):
             state.mute(["one"])
-            seen.append((state.forced, state.allowed))
+            seen.append((state.mode.forced, state.routing.allowed))
             copies.append(tuple(state.on(tensor, far) for tensor in seen[-1]))
         state.mute([])
     assert all(one is other for pairs in (seen, copies) for one, other in zip(*pairs, strict=True))

@@ -38,7 +38,7 @@ def test_a_base_partly_on_disk_computes_saves_and_loads(offloaded, bank, tmp_pat
     attach(offloaded, bank, seed=3)
     assert not any(layer.gate.is_meta or layer.scaling.is_meta for _, layer in meteora_layers(offloaded))
     torch.testing.assert_close(offloaded(IDS).logits, expected)
-    assert offloaded.meteora.base_probe == plain.meteora.base_probe
+    assert offloaded.meteora.provenance.base_probe == plain.meteora.provenance.base_probe
     save_checkpoint(declare_trained(offloaded), tmp_path / "saved", adapters=True)
     assert torch.equal(load_checkpoint(tmp_path / "saved", make_tiny_llama())(IDS).logits, expected)
     assert torch.equal(detach(offloaded)(IDS).logits, before)

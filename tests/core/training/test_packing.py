@@ -107,10 +107,10 @@ def test_gates_whose_choice_turns_on_rounding_do_not_count(make_adapter, monkeyp
         drift[0] += 1.0
         return base_output + drift[0]
 
-    monkeypatch.setattr("meteora_core.model.layer.lora_mixture", unsteady)
+    monkeypatch.setattr("meteora_core.model.layer.mix", unsteady)
     check_packing(model, [some_rows()], 2, 2, torch.device("cpu"))
     assert drift == [0.0]
-    assert model.meteora.enabled
+    assert model.meteora.mode.enabled
 
 
 def test_a_packed_run_asks_the_model_first(tmp_path) -> None:

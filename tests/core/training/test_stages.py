@@ -13,7 +13,7 @@ from meteora_core import AdapterBank, attach, detach, load_checkpoint
 from meteora_core.data.rows import Row
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
-from meteora_core.routing import routing_state
+from meteora_core.routing import meteora_of
 from meteora_core.settings import AdapterTrainSettings, GateTrainSettings
 from meteora_core.training import loop
 from meteora_core.training.encoding import TrainRow, collate, count_row_answers, encode_rows
@@ -265,7 +265,7 @@ def test_the_gate_loss_leaves_adapters_that_train_along_alone(data, adapters) ->
         objective = GateObjective(50.0, alone=alone)
         with objective.around(base, batch):
             objective.compute(base, batch, counts)
-            gate_loss = routing_state(base).observations.mean_loss(counts.gate_labels)
+            gate_loss = meteora_of(base).mode.gate_labels.observations.mean_loss(counts.gate_labels)
             gate_loss.backward()
         layers = [layer for _, layer in meteora_layers(base)]
         touched = [float(layer.lora_B.grad.abs().sum()) if layer.lora_B.grad is not None else 0.0 for layer in layers]

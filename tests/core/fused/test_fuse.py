@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from meteora_core import AdapterBank, attach, detach, fuse, load_checkpoint, save_checkpoint, unfuse
 from meteora_core.errors import UsageError
-from meteora_core.model import fuse as fusing
+from meteora_core.fused import group as group_module
+from meteora_core.fused.fuse import fuse_for_inference, is_fused
 from meteora_core.model.attach import meteora_layers
-from meteora_core.model.fuse import fuse_for_inference, is_fused
-from meteora_core.routing import record_routes, routing_state
+from meteora_core.model.layer import MeteoraLinear
+from meteora_core.routing import meteora_of, record_routes
 from meteora_kernels import group
 from support.plain_groups import use_plain_groups
 from support.tiny_models import declare_trained, make_tiny_llama
@@ -127,9 +128,9 @@ def test_steps_aside_for_gradients_recorders_and_other_backends(model) -> None:
             model(IDS.to(device))
         assert routes is not None
         plain = model(IDS.to(device)).logits
-        routing_state(model).backend = "dense"
+        meteora_of(model).backend = "dense"
         torch.testing.assert_close(model(IDS.to(device)).logits, plain, rtol=1e-4, atol=1e-4)
-        with routing_state(model).disabled():
+        with meteora_of(model).disabled():
             base = model(IDS.to(device)).logits
         assert not torch.allclose(base, plain)
 
@@ -143,6 +144,16 @@ def test_a_moved_model_runs_apart(model) -> None:
         torch.testing.assert_close(model(IDS.to(device)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def alone(layer: MeteoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """The output of a layer that runs outside its group for one call."""
+    group = layer.group
+    layer.leave()
+    try:
+        return layer(x)
+    finally:
+        layer.join(group, layer.member)
+
+
 def test_members_that_see_different_inputs_run_apart(model) -> None:
     device = next(model.parameters()).device
     fuse(model)
@@ -152,23 +163,23 @@ def test_members_that_see_different_inputs_run_apart(model) -> None:
         for seed in range(8):
             x = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)).to(device)
             other = x * 2
-            torch.testing.assert_close(q(x), type(q).forward(q, x), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(k(other), type(k).forward(k, other), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(q(x), alone(q, x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(k(other), alone(k, other), rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_computed_ahead_is_dropped_when_anything_changes(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k and v are computed together; between them nothing may change unseen, not even with the very same input."""
-    monkeypatch.setattr(fusing, "_PATIENCE", 100)
+    monkeypatch.setattr(group_module, "PATIENCE", 100)
     fuse(model)
-    state, layers = routing_state(model), dict(meteora_layers(model))
+    state, layers = meteora_of(model), dict(meteora_layers(model))
     q, k = (next(layer for path, layer in layers.items() if path.endswith(name)) for name in ("q_proj", "k_proj"))
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(q.gate.device)
 
     def k_alone() -> torch.Tensor:
-        return type(k).forward(k, x)
+        return alone(k, x)
 
     with torch.no_grad():
-        for change in ({"top_k": 1}, {"temperature": 9.0}, {"enabled": False}, {"allowed": torch.tensor([False, True, True])}, {"backend": "dense"}):
+        for change in ({"top_k": 1}, {"temperature": 9.0}, {"backend": "dense"}):
             before = {name: getattr(state, name) for name in change}
             q(x)
             for name, value in change.items():
@@ -176,6 +187,13 @@ def test_what_was_computed_ahead_is_dropped_when_anything_changes(model, monkeyp
             torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
             for name, value in before.items():
                 setattr(state, name, value)
+        q(x)
+        with state.disabled():
+            torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+        q(x)
+        state.mute(["one"])
+        torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
+        state.mute([])
         q(x)
         with state.force("two"):
             torch.testing.assert_close(k(x), k_alone(), rtol=1e-4, atol=1e-4)
@@ -196,7 +214,7 @@ def test_refuses_where_the_kernels_cannot_run(model, monkeypatch: pytest.MonkeyP
 
 
 def test_forced_muted_and_other_settings_are_seen(model) -> None:
-    state, ids = routing_state(model), IDS.to(next(model.parameters()).device)
+    state, ids = meteora_of(model), IDS.to(next(model.parameters()).device)
 
     def outputs() -> list[torch.Tensor]:
         made = []
@@ -262,19 +280,19 @@ def test_fusing_where_it_pays(model) -> None:
     assert fuse_for_inference(model, "off") == 0
     assert bool(fuse_for_inference(model, "auto")) == torch.cuda.is_available()
     unfuse(model)
-    routing_state(model).backend = "dense"
+    meteora_of(model).backend = "dense"
     assert fuse_for_inference(model, "auto") == 0
     assert fuse_for_inference(model, "on") == 8
 
 
 def test_kernels_that_cannot_be_built_leave_the_layers_apart(model, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     ids = IDS.to(next(model.parameters()).device)
-    routing_state(model).backend = "auto"
+    meteora_of(model).backend = "auto"
 
     def cannot(*_: object, **options: object) -> torch.Tensor:
         raise RuntimeError("out of resource: shared memory\nmore")
 
-    monkeypatch.setattr(fusing, "_told", [])
+    group_module.warn_once.cache_clear()
     monkeypatch.setattr(group, "run_group", cannot)
     with torch.no_grad():
         expected = model(ids).logits
@@ -293,7 +311,7 @@ def test_compiles_without_a_graph_break(model, backend: str) -> None:
         if backend == "fused":
             fuse(model)
         else:
-            routing_state(model).backend = backend
+            meteora_of(model).backend = backend
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(IDS.to(device)).logits, expected, rtol=1e-4, atol=1e-4)

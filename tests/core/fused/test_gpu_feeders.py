@@ -8,8 +8,8 @@ import torch
 from meteora_core import attach, fuse, unfuse
 from meteora_core.bench.end_to_end import random_bank, random_model
 from meteora_core.bench.shapes import ModelShape
-from meteora_core.model import fuse as fusing
-from meteora_core.model.feeders import Feeder
+from meteora_core.fused import group as group_module
+from meteora_core.fused.feeders import Feeder
 from meteora_kernels import group
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -21,14 +21,14 @@ SHAPE = ModelShape("small", 2048, 512, 4096, 16, 4, 2, 1024)
 def test_prefill_lies_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, all adapters chosen, so that no near tie falls differently."""
     torch.manual_seed(0)
-    monkeypatch.setattr(fusing, "_told", [])
+    group_module.warn_once.cache_clear()
     model = random_model(SHAPE, 2, torch.bfloat16, torch.device("cuda"))
     attach(model, random_bank(model, 3, 16, torch.bfloat16), top_k=3)
     ids = torch.randint(0, 1024, (2, 700), device="cuda")
     sizes = {"decode": ids[:, :1], "120 tokens": ids[:, :60], "600": ids[:, :300], "1,400": ids}
     expected = {name: model(some, use_cache=False).logits.float() for name, some in sizes.items()}
     assert fuse(model) == 8
-    assert sum(isinstance(vars(module).get("forward"), Feeder) for module in model.modules()) == 6
+    assert sum(isinstance(module, Feeder) for module in model.modules()) == 6
     places, forward = [], group.run_group
     monkeypatch.setattr(group, "run_group", lambda *all, in_place: [places.append(in_place), forward(*all, in_place=in_place)][1])
     for name, some in sizes.items():
@@ -51,7 +51,7 @@ def test_prefill_lies_wide(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(output, logits)
     model.load_state_dict({name: tensor * -1.5 if name.endswith("lora_B") else tensor.clone() for name, tensor in model.state_dict().items()})
     found = model(ids, use_cache=False).logits.float()
-    assert fusing._told == []
+    assert group_module.warn_once.cache_info().currsize == 0
     unfuse(model)
     apart = model(ids, use_cache=False).logits.float()
     assert float((found - apart).norm() / apart.norm()) < 0.03

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from meteora_core import AdapterBank, attach, detach, fuse, unfuse
+from meteora_core.fused.feeders import Feeder
 from meteora_core.model.attach import meteora_layers
-from meteora_core.model.feeders import Feeder
-from meteora_core.routing import record_routes, routing_state
+from meteora_core.routing import meteora_of, record_routes
 from meteora_kernels import Group, Routing, group, wide
 from meteora_kernels.plan import Row, Span
 from meteora_kernels.plan.table import shipped
@@ -40,7 +40,7 @@ def model(make_adapter, monkeypatch: pytest.MonkeyPatch):
 
 
 def fed(model: nn.Module) -> list[str]:
-    return sorted(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Feeder))
+    return sorted(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Feeder))
 
 
 def logits_of(model: nn.Module) -> torch.Tensor:
@@ -127,7 +127,7 @@ def test_a_copy_has_norms_of_its_own(model) -> None:
 def test_own_forwards_where_the_group_does_not_run(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients, recorders, other backends, a disabled mixture: neither kernel is called."""
     fuse(model)
-    ids, state = IDS.to(next(model.parameters()).device), routing_state(model)
+    ids, state = IDS.to(next(model.parameters()).device), meteora_of(model)
 
     def never(*_: object) -> None:
         raise AssertionError("called")
@@ -187,21 +187,20 @@ def test_only_what_was_handed_out_counts_as_lying_wide(model) -> None:
     """A view of it does; a copy, a part, and rows of somebody else's matrix with the same strides do not."""
     fuse(model)
     q = next(layer for path, layer in meteora_layers(model) if path.endswith("q_proj"))
-    feeders = [vars(module).get("forward") for module in model.modules()]
-    group = next(feeder.group for feeder in feeders if isinstance(feeder, Feeder) and feeder.group.layers[0] is q)
+    inputs = q.group.inputs
     like = torch.zeros(2, 9, 32, dtype=torch.float16, device=q.gate.device)
-    given = group.new_input(like.shape, like)
+    given = inputs.new(like.shape, like)
     flat = given.view(-1, 32)
     assert flat.stride() == (Wide(32, 12, 3).row, 1)
-    assert group.is_handed(flat)
-    assert group.is_handed(given.reshape(3, 6, 32).reshape(-1, 32))
-    assert not group.is_handed(flat[:17])
-    assert not group.is_handed(flat[1:])
-    assert not group.is_handed(flat.clone())
-    assert not group.is_handed(torch.zeros(18, Wide(32, 12, 3).row, dtype=torch.float16, device=like.device)[:, 64:96])
+    assert inputs.made(flat)
+    assert inputs.made(given.reshape(3, 6, 32).reshape(-1, 32))
+    assert not inputs.made(flat[:17])
+    assert not inputs.made(flat[1:])
+    assert not inputs.made(flat.clone())
+    assert not inputs.made(torch.zeros(18, Wide(32, 12, 3).row, dtype=torch.float16, device=like.device)[:, 64:96])
     del given, flat
-    assert group.handed() is None
-    assert group.new_input(torch.Size((1, 1, 32)), like).is_contiguous()
+    assert not inputs.made(torch.zeros_like(like).view(-1, 32))
+    assert inputs.new(torch.Size((1, 1, 32)), like).is_contiguous()
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Fused inference: linears that share their input run as one, base and adapters together."""

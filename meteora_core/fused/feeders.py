@@ -1,0 +1,213 @@
+"""Modules right before fused linears: norms and gated activations that write their output where the fused product reads it.
+
+A fused group multiplies ``[x, h]`` by ``[W, B^T]`` for prefill, and x would have to be copied into wider rows (:mod:`meteora_core.fused.inputs`).
+So :func:`feed` puts a :class:`Feeder` in the place of the module that makes x, which writes x there by one kernel. A module takes part only if it is of
+a known form and its own forward gives the same numbers, up to rounding, on random input; in each call it runs its own forward wherever the group
+would not run as one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.fused.group import FusedGroup
+from meteora_core.model.layer import MeteoraLinear
+from meteora_kernels.operators import on_device_of
+
+NORMS: tuple[tuple[str, str, str], ...] = (("input_layernorm", "self_attn", "q_proj"), ("post_attention_layernorm", "mlp", "gate_proj"))
+"""In a decoder layer: a norm, the module that gets its output, and the first linear that this calls with it."""
+_OTHERS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+"""Decoder layers with these put their norms elsewhere."""
+
+
+class Feeder(nn.Module):
+    """Stands in the place of a module whose output a fused group reads, with the same parameters, buffers, children and hooks.
+
+    Where the group runs as one, :meth:`write` computes the output; elsewhere the module's own forward does. Copies and pickles of a feeder are the
+    module itself.
+
+    Args:
+        own: The module.
+        group: The group that reads the output.
+    """
+
+    own: nn.Module
+    group: FusedGroup
+
+    def __init__(self, own: nn.Module, group: FusedGroup) -> None:
+        super().__init__()
+        vars(self).update(vars(own), own=own, group=group)  # the dictionaries of parameters, children and hooks are the module's own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments and result are those of the module."""
+        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs and type(args[0]) is Tensor and self.group.usable(args[0]):
+            output = self.write(args[0])
+            if output is not None:
+                return output
+        return self.own.forward(*args, **kwargs)
+
+    def write(self, x: Tensor) -> Tensor | None:
+        """The module's output by a kernel that writes what the group reads, or None where the kernel cannot compute it."""
+        raise NotImplementedError
+
+    @classmethod
+    def imitates(cls, module: nn.Module, group: FusedGroup) -> bool:
+        """Whether :meth:`write` of a feeder for this module gives what the module gives, on random input."""
+        raise NotImplementedError
+
+    def itself(self) -> nn.Module:
+        """The module, with the attributes that were set here meanwhile."""
+        vars(self.own).update({name: value for name, value in vars(self).items() if name not in ("own", "group")})
+        return self.own
+
+    def extra_repr(self) -> str:
+        return f"in the place of a {type(self.own).__name__}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self.itself(), memo)
+
+    def __reduce__(self) -> tuple[Callable[[nn.Module], nn.Module], tuple[nn.Module]]:
+        return _unchanged, (self.itself(),)
+
+
+class NormFeeder(Feeder):
+    """An RMS norm."""
+
+    def write(self, x: Tensor) -> Tensor | None:
+        return _norm(self, self.group, x)
+
+    @classmethod
+    def imitates(cls, module: nn.Module, group: FusedGroup) -> bool:
+        """Compares large, small and tiny rows, on which epsilon decides."""
+        from meteora_kernels.feed.rms_norm import MOST_COLUMNS
+
+        weight = getattr(module, "weight", None)
+        hidden = group.layout.group.packed.shape[1]
+        if not isinstance(weight, Tensor) or weight.shape != (hidden,) or hidden > MOST_COLUMNS or len(list(module.parameters())) != 1:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 4, hidden, generator=generator) * torch.tensor([1.0, 30.0, 1e-2, 1e-3])[:, None]
+        return _agree(module.forward, lambda x: _norm(module, group, x), x.to(weight.device, weight.dtype))
+
+
+class GatedFeeder(Feeder):
+    """A gated MLP, ``down(silu(gate(x)) * up(x))``; what the group of the last linear reads is the product."""
+
+    def write(self, x: Tensor) -> Tensor | None:
+        product = _product(self.gate_proj(x), self.up_proj(x), self.group)  # type: ignore[operator]
+        output = self.down_proj(product)  # type: ignore[operator]
+        assert isinstance(output, Tensor)
+        return output
+
+    @classmethod
+    def imitates(cls, module: nn.Module, group: FusedGroup) -> bool:
+        """Runs the module's own forward around stand-ins of its linears."""
+        packed = group.layout.group.packed
+        x = torch.randn(1, 4, 2 * 64, generator=torch.Generator().manual_seed(0)) * 3
+        own: Any = type(module).forward
+        linears = [child for child in module.children() if isinstance(child, MeteoraLinear)]
+        if len(linears) != 3 or any(child._forward_hooks or child._forward_pre_hooks for child in module.children() if child not in linears):
+            return False
+        return _agree(lambda x: own(_Halves(module), x), lambda x: _product(x[..., :64], x[..., 64:], group), x.to(packed.device, packed.dtype))
+
+
+def feed(model: nn.Module) -> int:
+    """Let norms and gated activations before fused groups write where the groups read. Returns how many modules take part."""
+    replaced = 0
+    with torch.inference_mode(False), torch.no_grad():
+        for parent, name, kind, linear in list(_candidates(model)):
+            module, group = getattr(parent, name), linear.group
+            if isinstance(module, Feeder) or "forward" in vars(module) or not isinstance(group, FusedGroup):
+                continue
+            if kind.imitates(module, group):
+                setattr(parent, name, kind(module, group))
+                replaced += 1
+    return replaced
+
+
+def release(model: nn.Module) -> None:
+    """Undo :func:`feed`."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, Feeder):
+                setattr(parent, name, module.itself())
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[Feeder], MeteoraLinear]]:
+    """The places of modules that may feed a group: their parent, their name there, what kind they are, and the first linear that gets their output."""
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        if not any(name in children for name in _OTHERS):
+            for name, user, first in NORMS:
+                linear = getattr(children.get(user), first, None)
+                if name in children and isinstance(linear, MeteoraLinear):
+                    yield parent, name, NormFeeder, linear
+        for name, child in children.items():
+            parts = dict(child.named_children())
+            down = parts.get("down_proj")
+            if isinstance(down, MeteoraLinear) and all(part in parts for part in ("gate_proj", "up_proj", "act_fn")):
+                yield parent, name, GatedFeeder, down
+
+
+def _unchanged(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _norm(module: nn.Module, group: FusedGroup, x: Tensor) -> Tensor | None:
+    from meteora_kernels.feed.rms_norm import rms_norm
+
+    weight, epsilon = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(epsilon, float) or not isinstance(weight, Tensor):
+        return None
+    if weight.dtype != x.dtype or weight.device != x.device or weight.shape != x.shape[-1:]:
+        return None
+    out = group.inputs.new(x.shape, x)
+    flat = x.reshape(-1, x.shape[-1])
+    with on_device_of(x):
+        rms_norm(flat if flat.stride(1) == 1 else flat.contiguous(), weight, epsilon, out.view(-1, x.shape[-1]))
+    return out
+
+
+def _product(gate: Tensor, up: Tensor, group: FusedGroup) -> Tensor:
+    from meteora_kernels.feed.silu_mul import silu_mul
+
+    out = group.inputs.new(gate.shape, gate)
+    width = gate.shape[-1]
+    with on_device_of(gate):
+        silu_mul(gate.reshape(-1, width), up.reshape(-1, width), out.view(-1, width))
+    return out
+
+
+class _Halves:
+    """Stands in for a gated MLP: its first linear gives the first half of x, its second the other, its third what it gets."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def gate_proj(self, x: Tensor) -> Tensor:
+        return x.chunk(2, dim=-1)[0]
+
+    def up_proj(self, x: Tensor) -> Tensor:
+        return x.chunk(2, dim=-1)[1]
+
+    def down_proj(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _agree(own: Callable[[Tensor], Any], ours: Callable[[Tensor], Tensor | None], x: Tensor) -> bool:
+    try:
+        expected, found = own(x), ours(x)
+    except Exception:  # another form: the module stays as it is
+        return False
+    if type(expected) is not Tensor or found is None or expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    close = max(3 * torch.finfo(x.dtype).eps, 1e-5)
+    return torch.allclose(found, expected, rtol=close, atol=1e-7)

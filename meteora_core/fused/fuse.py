@@ -1,0 +1,146 @@
+"""Faster inference on a GPU: linears that share their input (q, k, v; gate, up) run as one, base and adapters together.
+
+:func:`fuse` moves the weights of such a group into one block of memory and makes the parameters views of it, so that no weight is stored
+twice and a checkpoint that is loaded into the model later is seen at once. While gradients are wanted, routes are forced, labelled or recorded,
+or another backend is asked for, the layers run as they did before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+
+from meteora_core.errors import UsageError
+from meteora_core.fused.feeders import feed, release
+from meteora_core.fused.group import FusedGroup
+from meteora_core.fused.layout import give_own_memory
+from meteora_core.model.layer import MeteoraLinear
+from meteora_core.routing import meteora_of
+from meteora_kernels import pick_backend, plan
+
+_log = logging.getLogger(__name__)
+
+GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of siblings that are called with the same input, in this order."""
+
+
+def fuse(model: nn.Module) -> int:
+    """Run linears that share an input as one, in place; for inference on a CUDA GPU. Logits stay the same up to rounding.
+
+    Norms and gated activations right before such linears run as one kernel each (:mod:`meteora_core.fused.feeders`).
+    Layers that cannot take part (quantised bases, adapters of rank 0 only) stay as they are; calling it twice is harmless.
+
+    Args:
+        model: A model with adapters attached.
+
+    Returns:
+        How many groups were made.
+
+    Raises:
+        UsageError: Nothing is attached, or the GPU kernels cannot run where the model is.
+
+    Example:
+        >>> from meteora_core import fuse, load_checkpoint
+        >>> model = load_checkpoint("runs/mine", device="cuda")  # doctest: +SKIP
+        >>> fuse(model)  # doctest: +SKIP
+        60
+    """
+    meteora_of(model)
+    count = 0
+    for layers in list(_groups(model)):
+        reason = plan.why_not_triton(layers[0].weight.device.type, layers[0].weight.dtype)
+        if reason is not None:
+            raise UsageError(f"this model cannot be fused: {reason}", hint="fusing speeds up inference on a CUDA GPU; without it the model runs as it is")
+        group = FusedGroup(layers)
+        for index, layer in enumerate(layers):
+            layer.join(group, index)
+        count += 1
+    _log.debug("fused %d groups; %d modules before them write where they read", count, feed(model))
+    return count
+
+
+def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "auto") -> int:
+    """:func:`fuse` where it pays.
+
+    Args:
+        model: A model with adapters attached.
+        mode: "on" fuses or raises; "off" does nothing; "auto" fuses on a CUDA GPU whose kernels the model's backend would use anyway.
+
+    Returns:
+        How many groups were made.
+
+    Raises:
+        UsageError: Nothing is attached; or, with "on", the model cannot be fused.
+    """
+    state = meteora_of(model)
+    if mode not in ("auto", "on", "off"):
+        raise UsageError(f"unknown way to fuse: {mode!r}", hint="choose from: auto, on, off")
+    if mode == "off":
+        return 0
+    if mode == "auto":
+        layers = next(_groups(model), None)
+        if layers is None or layers[0].weight.device.type != "cuda" or state.backend not in ("auto", "triton"):
+            return 0
+        layer = layers[0]
+        probe = layer.weight.new_empty(1, layer.in_features)
+        if pick_backend(probe, len(layer.ranks), sum(layer.ranks), state.top_k, training=False)[0] != "triton":
+            return 0
+    return fuse(model)
+
+
+def unfuse(model: nn.Module) -> int:
+    """Undo :func:`fuse`: every weight gets its own memory again. Returns how many layers were released.
+
+    Example:
+        >>> from meteora_core import fuse, load_checkpoint, unfuse
+        >>> model = load_checkpoint("runs/mine", device="cuda")  # doctest: +SKIP
+        >>> fuse(model), unfuse(model)  # doctest: +SKIP
+        (60, 150)
+    """
+    meteora_of(model)
+    release(model)
+    fused = [module for module in model.modules() if isinstance(module, MeteoraLinear) and module.group is not None]
+    for layer in fused:
+        layer.leave()
+        give_own_memory(layer)
+    return len(fused)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether any layer of the model runs as part of a fused group."""
+    return any(isinstance(module, MeteoraLinear) and module.group is not None for module in model.modules())
+
+
+def _groups(model: nn.Module) -> Iterator[list[MeteoraLinear]]:
+    """Layers to fuse: siblings of :data:`GROUPS` with equal ranks and scaling together, all others alone."""
+    for parent in model.modules():
+        left = {name: child for name, child in parent.named_children() if isinstance(child, MeteoraLinear) and _can_fuse(child)}
+        for names in GROUPS:
+            siblings = [left[name] for name in names if name in left]
+            if len(siblings) == len(names) and all(_alike(siblings[0], sibling) for sibling in siblings[1:]):
+                yield siblings
+                for name in names:
+                    del left[name]
+        for child in left.values():
+            yield [child]
+
+
+def _can_fuse(layer: MeteoraLinear) -> bool:
+    """Whether a layer may become a member: a plain linear with adapters of its dtype, which is in no group and whose forward nobody has replaced."""
+    base = layer.base_layer
+    plain = type(base) is nn.Linear and base.weight.is_floating_point() and not base.weight.is_meta and "forward" not in vars(layer)
+    return plain and layer.group is None and sum(layer.ranks) > 0 and layer.gate.dtype == layer.lora_A.dtype == base.weight.dtype
+
+
+def _alike(one: MeteoraLinear, other: MeteoraLinear) -> bool:
+    return (
+        one.ranks == other.ranks
+        and one.in_features == other.in_features
+        and one.weight.dtype == other.weight.dtype
+        and one.weight.device == other.weight.device
+        and torch.equal(one.scaling, other.scaling)
+    )

@@ -1,0 +1,45 @@
+"""Inputs of a fused group that are written where its prefill product reads them."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from meteora_core.routing import Meteora
+from meteora_kernels import Group
+
+
+class Inputs:
+    """Hands out memory for the next input of a group, and recognises it when the group is called with it.
+
+    For prefill a group multiplies ``[x, h]`` by ``[W, B^T]``, where ``h`` is the routed, scaled ``A x``. Memory from here has columns around x for h, so
+    that x does not have to be copied (:mod:`meteora_kernels.wide`).
+
+    Args:
+        group: The group.
+        state: What says how many adapters a token gets, on which the path of the kernels depends.
+    """
+
+    def __init__(self, group: Group, state: Meteora) -> None:
+        self._group, self._state = group, state
+        self._last: weakref.ref[Tensor] | None = None
+
+    def new(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """An unwritten tensor for the group's next input, (..., h), in the dtype and on the device of ``like``."""
+        from meteora_kernels.group import reads_in_place  # needs Triton
+
+        tokens, wide = shape[:-1].numel(), self._group.wide
+        if wide is None or not reads_in_place(self._group, tokens, self._state.top_k):
+            return like.new_empty(shape)
+        rows = wide.new_rows(tokens, like).view(shape)
+        self._last = weakref.ref(rows)
+        return rows
+
+    def made(self, x: Tensor) -> bool:
+        """Whether (M, h) ``x`` is what :meth:`new` gave last, or a view of all of it. As long as that tensor lives, no other has its address."""
+        last, wide = None if self._last is None else self._last(), self._group.wide
+        if last is None or wide is None:
+            return False
+        return x.data_ptr() == last.data_ptr() and x.numel() == last.numel() and x.stride() == (wide.row, 1)

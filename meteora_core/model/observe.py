@@ -1,0 +1,73 @@
+"""A layer's output while routes are forced, gates are labelled, or a recorder listens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meteora_core.errors import UsageError
+from meteora_core.model.tokens import RoutedLayer, forced_routes, token_shape
+from meteora_core.routing import IGNORE, GateLabels, Recorder
+from meteora_kernels import Adapters, Routing, mix, route
+
+
+def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapters, lora_x: Tensor | None) -> Tensor:
+    """What :func:`meteora_kernels.mix` gives in the mode of the layer's model, which is told what the layer chooses.
+
+    Args:
+        layer: The layer.
+        x: (..., in).
+        output: (..., out), the base layer's output.
+        adapters: The layer's adapters.
+        lora_x: (..., in), what the adapters see where it is not ``x``.
+
+    Raises:
+        UsageError: The layer's tokens cannot be told apart, or the labels are those of another batch.
+    """
+    state, mode = layer.state, layer.state.mode
+    if mode.forced is not None:
+        indices, weights = forced_routes(layer, state.on(mode.forced, x.device), x)
+        mixed = mix(x, output, adapters, Routing(top_k=1, indices=indices, weights=weights), lora_x=lora_x, backend=state.backend)
+        assert isinstance(mixed, Tensor)
+        if mode.recorder is not None:
+            _record(layer, mode.recorder, token_shape(layer, x), indices, weights)
+        return mixed
+    routing = state.routing_on(x.device)
+    mixed, logits = mix(x, output, adapters, routing, lora_x=lora_x, backend=state.backend, return_logits=True)
+    shape = token_shape(layer, x)
+    if mode.recorder is not None:
+        _record(layer, mode.recorder, shape, *route(logits.detach(), routing.top_k, routing.temperature, routing.allowed))
+    if mode.gate_labels is not None:
+        _compare(layer, mode.gate_labels, shape, F.linear(x.detach(), adapters.gate) if mode.gate_labels.alone else logits)
+    return mixed
+
+
+def _record(layer: RoutedLayer, recorder: Recorder, shape: torch.Size, indices: Tensor, weights: Tensor) -> None:
+    """Tell a recorder what the layer chose for tokens laid out as ``shape``."""
+    add = recorder.add_output if layer.is_output else recorder.add
+    add(layer.path, indices.reshape(*shape, -1), weights.reshape(*shape, -1))
+
+
+def _compare(layer: RoutedLayer, wanted: GateLabels, shape: torch.Size, logits: Tensor) -> None:
+    """Compare gate logits, of tokens laid out as ``shape``, with the labels; an output layer may see the last tokens of every row alone."""
+    labels, observations = wanted.labels, wanted.observations
+    last = shape[-1] if layer.is_output and labels.ndim == len(shape) == 2 else labels.shape[-1]
+    seen = labels[..., labels.shape[-1] - last :]
+    if seen.numel() != shape.numel():
+        raise UsageError(
+            f"gates are labelled for a batch of shape {tuple(labels.shape)}, but {layer.path} sees one of shape {tuple(shape)}",
+            hint="give labels for the very batch that the model gets",
+        )
+    flat = logits.reshape(-1, logits.shape[-1])
+    wide = flat if flat.dtype == torch.float64 else flat.float()
+    weights = observations.weights  # autocast leaves float32 alone here
+    targets = seen.reshape(-1).to(flat.device)
+    losses = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum" if weights is None else "none")
+    if weights is not None:
+        losses = (losses * weights.reshape(labels.shape)[..., labels.shape[-1] - last :].reshape(-1).to(flat.device)).sum()
+    observations.loss_sums.append(losses.to(labels.device))
+    if wanted.keep_hits:
+        hits = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+        hits[..., labels.shape[-1] - last :] = (flat.detach().argmax(-1) == targets).reshape(seen.shape).to(labels.device)
+        observations.hits[layer.path] = hits.reshape(-1)

@@ -1,0 +1,85 @@
+"""What the layers of a model do besides routing by their gates: forced routes, gate labels, a recorder, or the base model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from meteora_core.routing.routes import Recorder
+
+IGNORE = -100
+"""The label of a position that no loss counts (as in PyTorch and transformers)."""
+
+
+@dataclass
+class GateObservations:
+    """What the layers hand out while gate labels are set: one entry per layer call.
+
+    Attributes:
+        loss_sums: Per layer, the sum over labelled positions of CE(gate logits, label); float32 scalars with gradients.
+        hits: Per layer path, bool (positions,) whether the top-1 adapter is the label (at ignored positions it is meaningless).
+        weights: Set by whoever labels the gates, before the forward pass: what each position weighs in the sums, float32 (positions,); None is 1.
+    """
+
+    loss_sums: list[Tensor] = field(default_factory=list)
+    hits: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
+
+    def mean_loss(self, positions: Tensor | int) -> Tensor:
+        """CE_gate: the mean over layers and over ``positions`` labelled positions; a float32 scalar with gradients."""
+        return torch.stack(self.loss_sums).sum() / (len(self.loss_sums) * positions)
+
+
+@dataclass(frozen=True, eq=False)
+class GateLabels:
+    """The adapter that each position of a batch should choose.
+
+    Attributes:
+        labels: int64 (batch, tokens); :data:`IGNORE` where it does not matter.
+        observations: Where the layers put their gate losses.
+        keep_hits: Whether the layers also say where their top-1 adapter is the label.
+        alone: Whether a layer's gate loss has gradients for its own gate only.
+    """
+
+    labels: Tensor
+    observations: GateObservations
+    keep_hits: bool = False
+    alone: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Mode:
+    """How layers compute their output, for the length of a ``with`` block of :class:`~meteora_core.routing.Meteora`.
+
+    Attributes:
+        enabled: Whether adapters take part; without them the model is its base.
+        forced: int64 (1,), (batch,) or (batch, tokens): the adapter to use instead of the gates' choice; None: the gates choose.
+        gate_labels: What the gates should choose; None: nobody asks.
+        recorder: Who gets the layers' choices; None: nobody.
+        observed: Whether layers have to do more than to route by their gates.
+    """
+
+    enabled: bool = True
+    forced: Tensor | None = None
+    gate_labels: GateLabels | None = None
+    recorder: Recorder | None = None
+    observed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        observed = self.forced is not None or self.gate_labels is not None or self.recorder is not None
+        object.__setattr__(self, "observed", observed)
+
+
+@dataclass
+class LastCall:
+    """The batch that the model was called with last, while layers are observed.
+
+    Attributes:
+        shape: (batch, tokens); None when it is not known.
+        scattered: Logits are wanted at positions that a tensor names, so that an output layer cannot tell which tokens it sees.
+    """
+
+    shape: torch.Size | None = None
+    scattered: bool = False

@@ -1,0 +1,143 @@
+"""Records of which adapters the layers chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from meteora_core.errors import UsageError
+
+
+class Recorder(Protocol):
+    """Whoever wants to know what the layers choose; :class:`Routes` is one."""
+
+    def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
+        """Take the choice of layer ``path`` for one forward call: int64 and float32, (batch, tokens, k) or (tokens, k)."""
+
+    def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
+        """The same for a layer that makes the model's logits, which may see the last tokens of every row alone."""
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """What one layer chose for a batch of tokens.
+
+    Attributes:
+        indices: int64 (batch, tokens, k), adapters in falling order of their logits.
+        weights: float32 (batch, tokens, k), summing to 1 over k.
+
+    Raises:
+        ValueError: The shapes differ or are not three-dimensional.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 3 or self.indices.shape != self.weights.shape:
+            raise ValueError(f"a routing decision needs equal (batch, tokens, k) shapes, got {tuple(self.indices.shape)} and {tuple(self.weights.shape)}")
+
+
+@dataclass
+class Routes:
+    """What every layer chose while :func:`record_routes` was on, in the order of the forward calls.
+
+    An output layer (``lm_head``) with adapters is recorded apart, since it may see only the last token of every row: :meth:`steps` has what it chose,
+    :attr:`paths`, :meth:`packed` and :meth:`shares` leave it out.
+
+    Attributes:
+        names: The adapters' names, by index.
+    """
+
+    names: tuple[str, ...]
+    _steps: dict[str, list[RoutingDecision]] = field(default_factory=dict)
+    _outputs: dict[str, list[RoutingDecision]] = field(default_factory=dict)
+
+    def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
+        """Append the choice of layer ``path`` for one forward call; shapes (batch, tokens, k) or (tokens, k).
+
+        Raises:
+            UsageError: A CUDA graph is being captured: its replays would never come here.
+        """
+        self._steps.setdefault(path, []).append(_decision(indices, weights))
+
+    def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
+        """The same for a layer that makes logits; see the class."""
+        self._outputs.setdefault(path, []).append(_decision(indices, weights))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The layers that were recorded, in the order of their first call."""
+        return tuple(self._steps)
+
+    def steps(self, path: str) -> list[RoutingDecision]:
+        """The decisions of one layer, one per forward call."""
+        return self._steps[path] if path in self._steps else self._outputs[path]
+
+    def layer(self, path: str) -> RoutingDecision:
+        """All calls of one layer joined along the tokens, on the CPU.
+
+        With ``generate`` and a cache, position ``t`` is token ``t`` of the padded prompt and answer.
+
+        Raises:
+            ValueError: The batch size changed between calls.
+        """
+        steps = self.steps(path)
+        if len({step.indices.shape[0] for step in steps}) > 1:
+            raise ValueError(f"{path}: the batch size changed while routes were recorded; use steps() instead")
+        return RoutingDecision(torch.cat([step.indices.cpu() for step in steps], 1), torch.cat([step.weights.cpu() for step in steps], 1))
+
+    def packed(self, row: int = 0) -> tuple[Tensor, Tensor]:
+        """All decisions for one row of the batch: indices int64 and weights float32, both (tokens, layers, k), on the CPU.
+
+        The layers stand in the order of :attr:`paths`. A later forward call with another k (forced routes have 1) is padded with weight 0.
+
+        Raises:
+            ValueError: The layers did not see the same tokens.
+        """
+        calls = {len(steps) for steps in self._steps.values()}
+        if len(calls) > 1:
+            raise ValueError("the layers were called differently often while routes were recorded; use steps() instead")
+        if not calls or calls == {0}:
+            empty = torch.zeros(0, len(self._steps), 1)
+            return empty.long(), empty
+        indices, weights = [], []
+        for call in zip(*self._steps.values(), strict=True):
+            place = call[0].indices.device  # the layers of a model may be spread over several
+            indices.append(torch.stack([decision.indices.to(place) for decision in call], 2)[row].cpu())
+            weights.append(torch.stack([decision.weights.to(place) for decision in call], 2)[row].cpu())
+        width = max(part.shape[-1] for part in indices)
+        padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in (*indices, *weights)]
+        return torch.cat(padded[: len(indices)]), torch.cat(padded[len(indices) :])
+
+    def clear(self) -> None:
+        """Forget what was recorded so far; the layers' order is kept."""
+        for steps in (*self._steps.values(), *self._outputs.values()):
+            steps.clear()
+
+    def shares(self, paths: Iterable[str] | None = None) -> Tensor:
+        """Mean weight of every adapter per token, over layers: float32 (batch, tokens, N); rows sum to 1.
+
+        Args:
+            paths: The layers to average over; None means all that were recorded.
+        """
+        paths = tuple(self._steps if paths is None else paths)
+        total: Tensor | None = None
+        for path in paths:
+            decision = self.layer(path)
+            dense = torch.zeros(*decision.indices.shape[:2], len(self.names)).scatter_add_(-1, decision.indices, decision.weights)
+            total = dense if total is None else total + dense
+        if total is None:
+            return torch.zeros(0, 0, len(self.names))
+        return total / len(paths)
+
+
+def _decision(indices: Tensor, weights: Tensor) -> RoutingDecision:
+    if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UsageError("routes cannot be recorded while a CUDA graph is captured", hint="leave record_routes before the capture")
+    indices, weights = indices.detach(), weights.detach().float()
+    return RoutingDecision(indices[None], weights[None]) if indices.ndim == 2 else RoutingDecision(indices, weights)

@@ -1,0 +1,286 @@
+"""What all layers of an attached model share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from meteora_core.errors import UsageError
+from meteora_core.model.base_record import BaseRecord
+from meteora_core.routing.constants import Constants
+from meteora_core.routing.mode import GateLabels, GateObservations, LastCall, Mode
+from meteora_core.routing.provenance import GateOrigin, Provenance
+from meteora_core.routing.routes import Recorder, Routes
+from meteora_kernels import BACKENDS, Routing
+
+if TYPE_CHECKING:
+    from meteora_core.adapters.peft_folder import AdapterInfo
+
+_log = logging.getLogger(__name__)
+
+
+class Meteora:
+    """What ``attach`` puts on a model as ``model.meteora``; all layers of the model share it.
+
+    It has three parts: how tokens choose adapters (:attr:`routing`, :attr:`backend`), what layers do besides (:attr:`mode`, set by the ``with`` blocks
+    :meth:`force`, :meth:`label_gates`, :meth:`record` and :meth:`disabled`), and where the model comes from (:attr:`provenance`).
+
+    Args:
+        adapters: The bank's adapters, in order.
+        top_k: Adapters per token.
+        temperature: Routing temperature T > 0.
+        backend: A name of ``meteora_kernels.BACKENDS``.
+
+    Attributes:
+        provenance: The base model, and how the gates came to be.
+        last_call: The batch that the model was called with last, while layers are observed.
+        version: Grows with every change of :attr:`routing`, :attr:`backend` and :attr:`mode`.
+
+    Raises:
+        UsageError: top_k or temperature is out of range, or the backend is unknown.
+
+    Example:
+        >>> model.meteora.top_k = 1  # doctest: +SKIP
+        >>> with model.meteora.force("gsm8k"):  # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+
+    def __init__(self, adapters: tuple[AdapterInfo, ...], top_k: int, temperature: float, backend: str) -> None:
+        self.adapters = adapters
+        self.provenance = Provenance()
+        self.last_call = LastCall()
+        self.version = 0
+        self._constants = Constants()
+        self._routing = Routing()
+        self._mode = Mode()
+        self.top_k = top_k
+        self.temperature = temperature
+        self.backend = backend
+
+    # --- how tokens choose -----------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, by index."""
+        return tuple(adapter.name for adapter in self.adapters)
+
+    @property
+    def routing(self) -> Routing:
+        """How tokens choose: top_k, temperature, and the adapters that may be chosen. Assign an earlier value to return to it."""
+        return self._routing
+
+    @routing.setter
+    def routing(self, value: Routing) -> None:
+        self._routing = value
+        self.version += 1
+
+    @property
+    def top_k(self) -> int:
+        """Adapters per token; setting it out of 1..N raises UsageError."""
+        return self._routing.top_k
+
+    @top_k.setter
+    def top_k(self, value: int) -> None:
+        if not 1 <= value <= len(self.adapters):
+            raise UsageError(f"top_k is {value}, but the bank has {len(self.adapters)} adapters", hint=f"choose --top-k between 1 and {len(self.adapters)}")
+        self.routing = self._routing._replace(top_k=int(value))
+
+    @property
+    def temperature(self) -> float:
+        """Routing temperature T of the softmax over the chosen adapters; setting it to 0 or less raises UsageError."""
+        return self._routing.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not value > 0 or value == float("inf"):
+            raise UsageError(f"the routing temperature T is {value}, it must be above 0 and finite", hint="T = 1 is the default; composites use 15 to 30")
+        self.routing = self._routing._replace(temperature=float(value))
+
+    @property
+    def backend(self) -> str:
+        """Which implementation runs; setting an unknown name raises UsageError."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        if value not in BACKENDS:
+            raise UsageError(f"unknown backend {value!r}", hint=f"choose from: {', '.join(BACKENDS)}")
+        self._backend = value
+        self.version += 1
+
+    def mute(self, names: Iterable[str]) -> None:
+        """Never choose these adapters (an empty list lifts it). Raises UsageError for an unknown name or when none would be left."""
+        muted = frozenset(names)
+        if unknown := muted - set(self.names):
+            raise UsageError(f"no adapter named {sorted(unknown)[0]!r}", hint=f"there are: {', '.join(self.names)}")
+        if len(muted) == len(self.names):
+            raise UsageError("all adapters would be muted", hint="leave at least one")
+        places = frozenset(self.names.index(name) for name in muted)
+        self.routing = self._routing._replace(allowed=self._constants.all_but(places, len(self.names)) if muted else None)
+
+    def routing_on(self, device: torch.device) -> Routing:
+        """:attr:`routing` with its tensors on a layer's device."""
+        routing = self._routing
+        if routing.allowed is None:
+            return routing
+        return Routing(routing.top_k, routing.temperature, self.on(routing.allowed, device))
+
+    def on(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A tensor of :attr:`routing` or :attr:`mode` on a layer's device (:class:`~meteora_core.routing.constants.Constants`)."""
+        return self._constants.on(tensor, device)
+
+    # --- what layers do besides ------------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """What layers do besides routing by their gates."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        self._mode = value
+        self.version += 1
+
+    @property
+    def observed(self) -> bool:
+        """Whether layers must do more than compute their output."""
+        return self._mode.observed
+
+    @contextmanager
+    def label_gates(self, labels: Tensor, *, keep_hits: bool = False, alone: bool = False) -> Iterator[GateObservations]:
+        """Within the block, forward calls also compute the gate loss.
+
+        The block must also hold ``backward`` when gradient checkpointing is on: layers run again there and must see the same labels.
+
+        Args:
+            labels: int64 (batch, tokens), the adapter that each position should choose; -100 is ignored.
+            keep_hits: Also keep, per layer, where the top-1 adapter is the label.
+            alone: The gate loss has gradients for each layer's own gate alone, none for what computed its input.
+        """
+        observations = GateObservations()
+        self.last_call = LastCall()
+        self.mode = replace(self.mode, gate_labels=GateLabels(labels, observations, keep_hits, alone))
+        try:
+            yield observations
+        finally:
+            self.mode = replace(self.mode, gate_labels=None)
+
+    @contextmanager
+    def force(self, adapters: Tensor | int | str | None) -> Iterator[None]:
+        """Within the block, bypass the gates: one adapter for all, per row (batch,), or per token (batch, tokens)."""
+        if isinstance(adapters, str):
+            if adapters not in self.names:
+                raise UsageError(f"no adapter named {adapters!r}", hint=f"there are: {', '.join(self.names)}")
+            adapters = self.names.index(adapters)
+        forced = self._constants.single(adapters) if isinstance(adapters, int) else adapters
+        self.last_call = LastCall()
+        before, self.mode = self.mode.forced, replace(self.mode, forced=forced)
+        try:
+            yield
+        finally:
+            self.mode = replace(self.mode, forced=before)
+
+    @contextmanager
+    def record(self, recorder: Recorder) -> Iterator[None]:
+        """Within the block, layers tell ``recorder`` what they choose. Code that replays a captured or compiled graph does not."""
+        self.last_call = LastCall()
+        before, self.mode = self.mode.recorder, replace(self.mode, recorder=recorder)
+        try:
+            yield
+        finally:
+            self.mode = replace(self.mode, recorder=before)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block, the model is its base."""
+        before, self.mode = self.mode.enabled, replace(self.mode, enabled=False)
+        try:
+            yield
+        finally:
+            self.mode = replace(self.mode, enabled=before)
+
+    # --- where the model comes from --------------------------------------------------------------------------------------------
+
+    @property
+    def gates(self) -> GateOrigin:
+        """How the gates came to be, as far as it is known."""
+        return self.provenance.gates
+
+    @gates.setter
+    def gates(self, value: GateOrigin) -> None:
+        self.provenance.gates = value
+
+
+def find_meteora(model: nn.Module) -> Meteora | None:
+    """``model.meteora`` of a model with adapters attached; None for other models."""
+    found = getattr(model, "meteora", None)
+    return found if isinstance(found, Meteora) else None
+
+
+def meteora_of(model: nn.Module) -> Meteora:
+    """``model.meteora`` of a model with adapters attached. Raises UsageError when nothing is attached."""
+    found = find_meteora(model)
+    if found is None:
+        raise UsageError("this model has no adapters attached", hint="call meteora_core.attach(model, bank) first")
+    return found
+
+
+def base_record(model: nn.Module) -> BaseRecord:
+    """What is known of a model's base, with adapters attached or without; changes to it last."""
+    found = find_meteora(model)
+    if found is not None:
+        return found.provenance.base
+    record = getattr(model, "meteora_base", None)
+    if record is None:
+        record = BaseRecord()
+        model.meteora_base = record  # type: ignore[assignment]
+    assert isinstance(record, BaseRecord)
+    return record
+
+
+@contextmanager
+def record_routes(model: nn.Module) -> Iterator[Routes]:
+    """Record what every layer chooses for every token, within the block.
+
+    When nothing is recorded, a layer pays one check a call. Within the block compiled code (``torch.compile``, and the compiled or
+    graph-captured decoding that transformers' ``generate`` uses with a static cache) is left for eager code, since a replayed graph runs no
+    Python; a note is logged if the model is compiled. A decoder that replays CUDA graphs of its own must run eagerly while
+    :attr:`Meteora.observed` is true.
+
+    Args:
+        model: A model with adapters attached.
+
+    Yields:
+        A :class:`Routes` that fills as the model runs (forward, or ``generate`` with or without a cache).
+
+    Raises:
+        UsageError: Nothing is attached to the model.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from meteora_core import load_checkpoint, record_routes
+        >>> model, tokenizer = load_checkpoint("runs/mine"), AutoTokenizer.from_pretrained("base")
+        >>> with record_routes(model) as routes:
+        ...     output = model.generate(**tokenizer("Is 7 even?", return_tensors="pt"), max_new_tokens=3, min_new_tokens=3)
+        >>> routes.shares().shape  # 10 tokens of the prompt and the first two of the answer; the third was never an input
+        torch.Size([1, 12, 2])
+    """
+    state = meteora_of(model)
+    routes = Routes(state.names)
+    if is_compiled(model):
+        _log.warning("routes are recorded by eager code: the compiled or captured code of this model is not used meanwhile")
+    with state.record(routes), torch.compiler.set_stance("force_eager"):
+        yield routes
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether calling the model runs ``torch.compile``'s code, or ``generate`` is set to a static cache, for which it compiles on a GPU."""
+    compiled = any(getattr(model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl", "_compiled_call"))
+    cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+    return compiled or (isinstance(cache, str) and "static" in cache)
