@@ -1,1 +1,1 @@
-"""Talking with a model: prompts, streaming generation with a reused cache, and the session that the command line shows."""
+"""Chat: prompt templates, loading of the model, and the conversation that the command line shows."""

@@ -1,4 +1,4 @@
-"""The settings that can be changed while chatting, and their ranges."""
+"""The settings that a user can change during a chat, and their ranges."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from meteora_core.routing import Meteora
 
 @dataclass(frozen=True)
 class Option:
-    """One setting.
+    """One setting of a chat.
 
     Attributes:
-        name: As it is typed.
-        whole: Whether it is a whole number.
-        low, high: The range.
-        open_low: Whether ``low`` itself is out.
-        text: What it does, in a line.
-        gates: Whether it belongs to the gates.
+        name: Name as the user types it.
+        whole: Whether values are whole numbers.
+        low, high: Smallest and largest value.
+        text: Description of the setting, in one line.
+        open_low: Whether ``low`` itself is excluded.
+        gates: Whether the setting applies only to a model with gates.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Option:
     gates: bool = False
 
     def range(self) -> str:
-        """The range in words."""
+        """The range in words, for a hint."""
         kind = "a whole number" if self.whole else "a number"
         above = f"above {self.low:g}" if self.open_low else f"from {self.low:g}"
         return f"{kind} {above}" + ("" if math.isinf(self.high) else f" to {self.high:.15g}")
@@ -39,33 +39,42 @@ class Option:
 
 OPTIONS: tuple[Option, ...] = (
     Option("max-new-tokens", True, 1, math.inf, "longest answer, in tokens"),
-    Option("temperature", False, 0, 5, "sampling temperature; 0 takes the likeliest token"),
-    Option("top-p", False, 0, 1, "draw from the likeliest tokens up to this sum of probabilities", open_low=True),
-    Option("seed", True, 0, 2**32 - 1, "of the draws"),
-    Option("T", False, 0, 1000, "routing temperature: the higher, the more evenly the chosen adapters are mixed", open_low=True, gates=True),
-    Option("top-k", True, 1, math.inf, "adapters per token and layer", gates=True),
+    Option("temperature", False, 0, 5, "sampling temperature; 0 always takes the most likely token"),
+    Option("top-p", False, 0, 1, "draw from the most likely tokens, up to this sum of probabilities", open_low=True),
+    Option("seed", True, 0, 2**32 - 1, "seed of the random generator that draws tokens"),
+    Option("T", False, 0, 1000, "routing temperature; a higher one mixes the chosen adapters more evenly", open_low=True, gates=True),
+    Option("top-k", True, 1, math.inf, "number of adapters per token and layer", gates=True),
 )
 
 
 def options_for(state: Meteora | None) -> dict[str, Option]:
-    """The settings that a model has, by name; without adapters there are no gates to set."""
-    found = {}
+    """The settings of a model by name. Without adapters (``state`` is None) the settings of the gates are left out."""
+    options = {}
     for option in OPTIONS:
         if option.gates and state is None:
             continue
         if option.name == "top-k" and state is not None:
             option = Option(option.name, True, 1, len(state.names), option.text, gates=True)
-        found[option.name] = option
-    return found
+        options[option.name] = option
+    return options
 
 
 def check_option(name: str, value: str, state: Meteora | None) -> int | float:
-    """Read a value. Raises UsageError for an unknown name, or for a value out of range (the range is in the hint)."""
+    """Parse the value of a setting.
+
+    Args:
+        name: Name of the setting.
+        value: Value as the user typed it.
+        state: The Meteora object of the model; None for a base model.
+
+    Raises:
+        UsageError: The setting is unknown, or the value is not a number in its range, which the hint gives.
+    """
     known = options_for(state)
     if name not in known:
         if any(option.name == name for option in OPTIONS):
-            raise UsageError(f"{name} belongs to the gates, and this model has none", hint="start `meteora chat` with a checkpoint")
-        raise UsageError(f"unknown setting {name!r}", hint=did_you_mean(name, known) or f"there are: {', '.join(known)}")
+            raise UsageError(f"{name} is a setting of the gates, and this model has none", hint="start `meteora chat` with a checkpoint")
+        raise UsageError(f"unknown setting {name!r}", hint=did_you_mean(name, known) or f"the settings are: {', '.join(known)}")
     option = known[name]
     try:
         parsed: int | float = int(value) if option.whole else float(value)

@@ -1,6 +1,6 @@
-"""How messages become tokens: the templates, and what is left out when a conversation outgrows the model's context.
+"""Tokenisation of conversations: the prompt templates, and the cuts that fit a long conversation into the model's context.
 
-Earlier answers keep the very tokens that were generated, so that the text of the next turn begins with what the cache holds.
+Earlier answers keep the tokens that were generated, so that the next prompt begins with the tokens in the cache.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Turn:
     """A message and its answer.
 
     Attributes:
-        message: What the user wrote.
-        answer: What came back; None while it is not there.
-        ids: The answer's tokens as generated; empty where the answer was loaded from a file.
-        complete: Whether the answer reached its end token.
+        message: Text of the user's message.
+        answer: Text of the answer; None until there is one.
+        ids: Token ids of the answer as they were generated; empty for an answer loaded from a file.
+        complete: Whether the answer ended with an end token.
     """
 
     message: str
@@ -42,11 +42,11 @@ class Encoded:
     """A conversation as tokens, ready to be answered.
 
     Attributes:
-        ids: Token ids.
-        roles: One a token: given, or written by the model in an earlier turn.
-        notice: What was left out because of the model's context, or None.
-        first_turn: The first turn that is in ``ids``.
-        last_start: Position where the last turn's part begins.
+        ids: Token ids of the prompt.
+        roles: Role of each token: "prompt", or "answer" if the model generated it in an earlier turn.
+        notice: Message about the parts that do not fit into the model's context; None if everything fits.
+        first_turn: Index of the first turn that is part of ``ids``.
+        last_start: Position in ``ids`` at which the last turn begins.
     """
 
     ids: list[int]
@@ -57,10 +57,16 @@ class Encoded:
 
 
 def pick_template(wish: str, *, base: bool, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """``"auto"`` is "inst" for MeteoRA and adapters, which were trained on it; for a base model its chat template, or "raw" without one.
+    """Choose the prompt template of a conversation.
+
+    Args:
+        wish: "chat", "inst", "raw", or "auto". "auto" means "inst" for a model with adapters, which are trained on that format; for a base model it means
+            "chat" if the tokenizer has a chat template, else "raw".
+        base: Whether the model is a bare base model.
+        tokenizer: The model's tokenizer.
 
     Raises:
-        UsageError: An unknown template, or "chat" for a tokenizer that has none.
+        UsageError: The template is unknown, or "chat" reason chosen and the tokenizer has no chat template.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if wish == "auto":
@@ -74,12 +80,12 @@ def pick_template(wish: str, *, base: bool, tokenizer: PreTrainedTokenizerBase) 
 
 
 def with_system(message: str, system: str | None) -> str:
-    """A first message with the system text before it, for templates that know no system role."""
+    """Put the system text before the first message, for templates without a system role."""
     return f"{system}\n\n{message}" if system else message
 
 
 def unframe(prompt: str) -> str:
-    """The message inside a training row's prompt; a prompt without the frame is itself the message."""
+    """Remove the prompt template of training rows from a prompt. A prompt without the template is returned unchanged."""
     before, _, after = PROMPT_TEMPLATE.partition("{inputs}")
     if prompt.startswith(before) and prompt.rstrip().endswith(after.rstrip()) and len(prompt.rstrip()) >= len(before) + len(after.rstrip()):
         return prompt[len(before) : len(prompt.rstrip()) - len(after.rstrip())]
@@ -87,12 +93,18 @@ def unframe(prompt: str) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn]) -> Encoded:
-    """A conversation as tokens; the last turn's answer is left out if it has one.
+    """Tokenise a conversation, without the answer of the last turn.
 
-    "inst" and "raw" put the turns one after the other, each answer closed by the end-of-sequence token ("inst") or by nothing ("raw").
+    "inst" and "raw" concatenate the turns; "inst" also ends each answer with the end-of-sequence token.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: Prompt template, as :func:`pick_template` returns it.
+        system: System text, or None.
+        turns: Turns of the conversation, the last of which is to be answered.
 
     Raises:
-        UsageError: There are no turns, or the chat template refuses the conversation.
+        UsageError: There are no turns, or the chat template rejects the conversation.
     """
     if not turns:
         raise UsageError("there is nothing to answer", hint="write something first")
@@ -130,7 +142,7 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: 
         answer = turn.answer or ""
         shown = answer if whole.startswith(answer, start) else answer.strip()
         if start < position or not whole.startswith(shown, start):
-            break  # The template rewrites earlier turns: the rest is tokenised as the template gives it.
+            break  # The template rewrites earlier turns, so the rest is tokenised from the rendered text.
         _extend(ids, roles, _plain(tokenizer, whole[position:start]), "prompt")
         _extend(ids, roles, turn.ids or _plain(tokenizer, shown), "answer")
         position = start + len(shown)
@@ -140,7 +152,7 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: 
 
 
 def _render_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[Turn]) -> tuple[str, list[int]]:
-    """The rendered conversation, and where each earlier answer starts in it."""
+    """Return the rendered conversation and the offset of each earlier answer in it."""
     messages = [{"role": "system", "content": system}] if system else []
     starts = []
     for number, turn in enumerate(turns):
@@ -163,49 +175,49 @@ def _extend(ids: list[int], roles: list[Role], new: Sequence[int], role: Role) -
 def fit(
     tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn], context: int | None, room: int, first_turn: int = 0
 ) -> Encoded:
-    """Encode a conversation so that it fits the model's context and leaves room for the answer; what is left out is said in ``notice``.
+    """Tokenise a conversation so that it fits into the model's context with its answer. The ``notice`` of the result says what reason left out.
 
-    The oldest turns go first (so many that the rest fills three quarters, since every such cut means reading the rest anew). If the last
-    message alone is too long, its start goes.
+    The oldest turns are dropped first, until the rest fills at most three quarters of the space, because after each cut the rest must be read again. If the
+    last message alone is too long, its beginning is dropped.
 
     Args:
-        tokenizer, template, system, turns: As for :func:`encode`.
+        tokenizer, template, system, turns: The conversation, as for :func:`encode`.
         context: The model's context in tokens; None for no limit.
-        room: Tokens to keep free for the answer; at most a quarter of the context is.
-        first_turn: Turns before this one were left out already.
+        room: Number of tokens to reserve for the answer; at most a quarter of the context is reserved.
+        first_turn: Index of the first turn that earlier calls have not dropped.
 
     Raises:
-        UsageError: Not even an empty message would fit (the system text is too long).
+        UsageError: Even an empty message does not fit, because the system text is too long.
     """
     whole = encode(tokenizer, template, system, turns[first_turn:])
     if context is None or len(whole.ids) <= (limit := context - min(room, max(1, context // 4))):
         return replace(whole, first_turn=first_turn)
-    was = f"the conversation is {len(whole.ids)} tokens, and the model's context of {context} leaves {limit} for it"
+    reason = f"the conversation is {len(whole.ids)} tokens, and the model's context of {context} leaves {limit} for it"
     for first in range(first_turn + 1, len(turns)):
         rest = encode(tokenizer, template, system, turns[first:])
         if len(rest.ids) <= limit * 3 // 4 or (first == len(turns) - 1 and len(rest.ids) <= limit):
             dropped = first - first_turn
-            what = (
+            subject = (
                 f"the oldest {dropped} turns ({len(whole.ids) - len(rest.ids)} tokens) are"
                 if dropped > 1
                 else f"the oldest turn ({len(whole.ids) - len(rest.ids)} tokens) is"
             )
-            return replace(rest, notice=f"{was}: {what} left out", first_turn=first)
-    return _cut_message(tokenizer, template, system, turns, limit, was)
+            return replace(rest, notice=f"{reason}: {subject} left out", first_turn=first)
+    return _cut_message(tokenizer, template, system, turns, limit, reason)
 
 
-def _cut_message(tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn], limit: int, was: str) -> Encoded:
+def _cut_message(tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn], limit: int, reason: str) -> Encoded:
     last, count = turns[-1], len(turns) - 1
     whole = encode(tokenizer, template, system, [last])
     message, rest = last.message, whole
     while len(rest.ids) > limit:
         if not message:
-            raise UsageError(f"the system text alone is over the {limit} tokens that the model's context leaves", hint="shorten it with /system")
+            raise UsageError(f"the system text alone is longer than the {limit} tokens that the model's context leaves", hint="shorten it with /system")
         tokens = _plain(tokenizer, message)
         kept = len(tokens) - (len(rest.ids) - limit)
         tail = str(tokenizer.decode(tokens[-kept:], skip_special_tokens=False)) if kept > 0 else ""
         message = tail.lstrip("\N{REPLACEMENT CHARACTER}") if len(tail) < len(message) else message[len(message) // 8 + 1 :]
         rest = encode(tokenizer, template, system, [replace(last, message=message)])
     earlier = "" if count == 0 else " and all earlier turns" if count > 1 else " and the earlier turn"
-    notice = f"{was}: the first {len(whole.ids) - len(rest.ids)} of the last message's {len(whole.ids)} tokens{earlier} are left out"
+    notice = f"{reason}: the first {len(whole.ids) - len(rest.ids)} of the last message's {len(whole.ids)} tokens{earlier} are left out"
     return replace(rest, notice=notice, first_turn=count)

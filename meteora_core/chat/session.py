@@ -1,4 +1,4 @@
-"""A conversation: its turns, its settings, and everything that a user can do with it."""
+"""A conversation: its turns, its settings, and the actions of a user."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from meteora_core.trace.record import trace_tokens
 
 @dataclass(frozen=True)
 class Mode:
-    """How adapters are chosen: what cached keys and values depend on.
+    """The choice of adapters, on which the keys and values in the cache depend.
 
     Attributes:
-        top_k: Adapters per token and layer.
-        routing_temperature: T of the gates' softmax.
-        forced: The adapter that speaks alone, or None for the gates.
-        muted: Adapters that are never chosen.
-        enabled: False for the bare base model.
+        top_k: Number of adapters per token and layer.
+        routing_temperature: Routing temperature T; divides the gate logits before the softmax.
+        forced: Name of the only adapter in use, or None if the gates choose.
+        muted: Names of adapters that are never chosen.
+        enabled: Whether adapters are used at all; False for the bare base model.
     """
 
     top_k: int = 1
@@ -42,7 +42,7 @@ class Mode:
     enabled: bool = True
 
     def describe(self) -> str:
-        """A few words for people."""
+        """A short description for users."""
         if not self.enabled:
             return "base model"
         if self.forced is not None:
@@ -53,7 +53,14 @@ class Mode:
 
 @dataclass(frozen=True)
 class Compared:
-    """One event of :meth:`ChatSession.compare`: ``event`` happened in the answer of ``label`` (column ``column`` of ``columns``)."""
+    """One event of :meth:`ChatSession.compare`.
+
+    Attributes:
+        column: Index of the answer that the event belongs to.
+        columns: Number of answers.
+        label: Description of the model that gives the answer.
+        event: Event of the engine.
+    """
 
     column: int
     columns: int
@@ -62,19 +69,19 @@ class Compared:
 
 
 class ChatSession:
-    """One conversation with one speaker.
+    """A conversation with one model.
 
     Args:
-        speaker: Who answers.
-        sampling: How tokens are chosen at first.
-        template: "auto", "chat", "inst" or "raw".
-        system: Text that stands before the conversation.
-        top_k: Adapters per token and layer; None keeps the checkpoint's.
-        routing_temperature: T of the gates' softmax; None keeps the checkpoint's.
-        cuda_graphs: As :class:`~meteora_core.generation.engine.Engine` takes it.
+        speaker: The model that answers.
+        sampling: Initial sampling settings.
+        template: Prompt template: "auto", "chat", "inst" or "raw".
+        system: System text at the beginning of the conversation, or None.
+        top_k: Number of adapters per token and layer; None keeps the checkpoint's.
+        routing_temperature: Routing temperature; None keeps the checkpoint's.
+        cuda_graphs: Kind of cache, as for :class:`~meteora_core.generation.engine.Engine`.
 
     Raises:
-        UsageError: The template cannot be used, or top_k or routing_temperature is out of range.
+        UsageError: The template cannot be used, or ``top_k`` or ``routing_temperature`` is out of range.
     """
 
     def __init__(
@@ -110,20 +117,19 @@ class ChatSession:
     # --- talking ---------------------------------------------------------------------------------------------------------------
 
     def ask(self, message: str, *, record: bool = False, stop: Callable[[], bool] = lambda: False) -> Iterator[Event | Encoded]:
-        """Answer a message; the turn joins the conversation when the answer ends or is stopped.
+        """Answer a message. The turn is added to the conversation when the answer is complete or has been stopped.
 
         Args:
-            message: What the user wrote.
-            record: Record routes; Reading and Written events then carry them.
-            stop: Asked before every pass; True ends the answer.
+            message: Text of the user's message.
+            record: Whether to record routes, which Reading and Written events then carry.
+            stop: Function called before every forward pass; the answer ends once it returns True.
 
         Yields:
-            First the encoded prompt (its ``notice`` names what was left out, or that the message already had its frame),
-            then the events of :meth:`Engine.stream`. Without any
-            token and stopped, the turn is forgotten.
+            First the encoded prompt, whose ``notice`` says what was left out and whether the message already had the template; then the events of
+            :meth:`Engine.stream`. A turn that is stopped before its first token is not added.
 
         Raises:
-            UsageError: The message is empty or does not fit.
+            UsageError: The message is empty, or the prompt does not fit into the model's context.
         """
         if not message.strip():
             raise UsageError("the message is empty", hint="write something first")
@@ -142,7 +148,7 @@ class ChatSession:
             yield event
 
     def _bare(self, message: str) -> tuple[str, str | None]:
-        """A message without the frame that the template puts around it, and the notice for a message that had one."""
+        """Remove the prompt template from a message that already has it. Returns the message and a notice, which is None if there was no template."""
         bare = unframe(message) if self.template != "raw" else message
         if bare == message or not bare.strip() or "[INST]" in bare or "[/INST]" in bare:
             return message, None
@@ -158,50 +164,50 @@ class ChatSession:
         return nullcontext if state is None else lambda: routing_mode(state, mode)
 
     def new(self) -> None:
-        """Start anew: no turns; settings stay."""
+        """Start a new conversation with the same settings."""
         self.turns, self._first_turn, self._last = [], 0, None
         self.engine.forget()
 
     def set_system(self, text: str | None) -> None:
-        """Another system text, for the whole conversation; None or empty for none."""
+        """Replace the system text of the whole conversation. None or an empty text removes it."""
         self.system = text or None
 
     # --- adapters --------------------------------------------------------------------------------------------------------------
 
     def state(self) -> Meteora:
-        """The routing state. Raises UsageError for a bare base model."""
+        """The model's Meteora object. Raises UsageError for a bare base model."""
         state = self.speaker.routing
         if state is None:
-            raise UsageError("this is the base model alone: it has no adapters", hint="start `meteora chat` with --checkpoint or --adapter")
+            raise UsageError("this is the base model alone, without adapters", hint="start `meteora chat` with --checkpoint or --adapter")
         return state
 
     def use(self, name: str | None) -> None:
-        """Force one adapter, or give the choice back to the gates (None). Raises UsageError for an unknown name."""
+        """Force one adapter, or let the gates choose again if ``name`` is None. Raises UsageError for an unknown name."""
         self._known(name)
         self.mode = replace(self.mode, forced=name)
 
     def mute(self, name: str) -> bool:
-        """Never choose this adapter; a second call lifts it. Returns whether it is muted now.
+        """Mute an adapter, so that it is never chosen, or unmute a muted one. Returns whether the adapter is muted now.
 
         Raises:
-            UsageError: An unknown name, or it is the last one that speaks.
+            UsageError: The name is unknown, or all other adapters are muted already.
         """
         self._known(name)
         muted = self.mode.muted ^ {name}
         if len(muted) == len(self.state().names):
-            raise UsageError(f"{name} is the last adapter that is not muted", hint="lift another first: /mute NAME a second time")
+            raise UsageError(f"{name} is the last adapter that is not muted", hint="unmute another one first: /mute NAME a second time")
         self.mode = replace(self.mode, muted=muted)
         return name in muted
 
     def _known(self, name: str | None) -> None:
         names = self.state().names
         if name is not None and name not in names:
-            raise UsageError(f"no adapter named {name!r}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}")
+            raise UsageError(f"no adapter named {name!r}", hint=did_you_mean(name, names) or f"the adapters are: {', '.join(names)}")
 
     # --- settings --------------------------------------------------------------------------------------------------------------
 
     def set(self, name: str, value: str) -> None:
-        """Change a setting. Raises UsageError for an unknown name (the nearest is named) or a bad value (the range is named)."""
+        """Change a setting. Raises UsageError for an unknown name or a value out of range, with a hint."""
         parsed = check_option(name, value, self.speaker.routing)
         if name == "T":
             self.mode = replace(self.mode, routing_temperature=float(parsed))
@@ -212,7 +218,7 @@ class ChatSession:
             self.sampling = replace(self.sampling, **changed)
 
     def values(self) -> dict[str, float | int]:
-        """The settings in force, by the names that :meth:`set` takes."""
+        """The current settings, by the names that :meth:`set` takes."""
         sampling = self.sampling
         values: dict[str, float | int] = {
             "max-new-tokens": sampling.max_new_tokens,
@@ -225,14 +231,14 @@ class ChatSession:
     # --- looking back ----------------------------------------------------------------------------------------------------------
 
     def picture(self, *, last_turn: bool = False, on_read: Callable[[int], None] = lambda count: None) -> RoutePicture:
-        """The routes of the conversation, computed anew by one pass with the settings of the last answer.
+        """The routes of the conversation, computed by reading it once more with the settings of the last answer.
 
         Args:
-            last_turn: Only the last message and its answer (the pass still reads all before).
-            on_read: Called as the reading goes on, with a number of tokens.
+            last_turn: Whether to show only the last message and its answer. The whole conversation is read in either case.
+            on_read: Function called with the number of tokens in each chunk that was read.
 
         Raises:
-            UsageError: There is no answer yet, or no adapter.
+            UsageError: There is no answer yet, or the model has no adapters.
         """
         state = self.state()
         if self._last is None or not self.turns:
@@ -245,22 +251,23 @@ class ChatSession:
         return picture.since(encoded.last_start) if last_turn else picture
 
     def about(self, mode: Mode | None = None) -> dict[str, str]:
-        """What a picture says of the model and the settings."""
+        """Captions of a picture: the model, the routing settings and the template."""
         mode = mode or self.mode
         return {"model": self.speaker.title, "routing": mode.describe(), "template": self.template}
 
     def compare(self, *, adapter: str | None = None, message: str | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Compared]:
-        """Answer the same message by the base model, by one adapter, and by the gates, one after the other; the conversation stays as it is.
+        """Answer one message by the base model, by one adapter and by the gates, one after the other. The conversation does not change.
 
-        The earlier turns are the same for all three. With the template "auto" the base model gets its own chat template.
+        All three see the same earlier turns. With the template "auto", the base model uses its chat template.
 
         Args:
-            adapter: The forced one; None is the one in use, else the one that spoke most in the last answer, else the first.
-            message: None asks the last one again.
-            stop: True ends the comparison.
+            adapter: Name of the single adapter. None means the forced adapter if there is one, else the one with the largest weight in the last answer,
+                else the first.
+            message: Text of the message; None repeats the last one.
+            stop: Function called before every forward pass; the comparison ends once it returns True.
 
         Raises:
-            UsageError: There is no message, an unknown adapter, or no adapters at all.
+            UsageError: There is no message, the adapter is unknown, or the model has no adapters.
         """
         state = self.state()
         self._known(adapter)
@@ -271,11 +278,11 @@ class ChatSession:
         columns = [("base", replace(self.mode, enabled=False)), (f"adapter {adapter}", replace(self.mode, forced=adapter))]
         if self.speaker.kind == "meteora":
             columns.append(("MeteoRA", replace(self.mode, forced=None)))
-        for place, (label, mode) in enumerate(columns):
+        for column, (label, mode) in enumerate(columns):
             template = pick_template(self._wish, base=not mode.enabled, tokenizer=self.speaker.tokenizer) if self._wish == "auto" else self.template
             encoded = fit(self.speaker.tokenizer, template, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
             for event in self._generate(Engine(self.speaker.model, self.speaker.tokenizer, self._graphs), encoded, mode, False, stop):
-                yield Compared(place, len(columns), f"{label} ({template})", event)
+                yield Compared(column, len(columns), f"{label} ({template})", event)
             if stop():
                 return
 
@@ -287,9 +294,9 @@ class ChatSession:
     # --- files -----------------------------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> int:
-        """Write the conversation as training rows, one a turn; returns how many.
+        """Write the conversation as training rows, one per turn. Returns their number.
 
-        The prompts have the frame of all training rows, whatever template the session has; the system text stands in the first.
+        The prompts use the template of training rows whatever the session's template is. The first prompt includes the system text.
 
         Raises:
             UsageError: There are no turns.
@@ -304,10 +311,10 @@ class ChatSession:
         return write_jsonl(path, rows)
 
     def load(self, path: Path) -> int:
-        """Replace the conversation by the rows of a file; returns how many. If the file is broken, the conversation stays as it is.
+        """Replace the conversation by the rows of a file. Returns their number. An invalid file leaves the conversation unchanged.
 
         Raises:
-            DataError: The file is missing, a line is broken (the line is named), or there are no rows.
+            DataError: The file is missing, has no rows, or has an invalid line, which the message names.
         """
         from meteora_core.errors import DataError
 
@@ -330,7 +337,7 @@ class ChatSession:
 
 @contextmanager
 def routing_mode(state: Meteora, mode: Mode) -> Iterator[None]:
-    """Within the block, the model routes as ``mode`` says; afterwards as before."""
+    """Context manager in which the model routes according to ``mode``."""
     before = state.routing
     with ExitStack() as stack:
         if not mode.enabled:

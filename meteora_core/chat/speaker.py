@@ -1,4 +1,4 @@
-"""Who answers: a MeteoRA checkpoint, one adapter, or a bare base model, loaded with its tokenizer."""
+"""The model that answers in a chat: a MeteoRA checkpoint, one adapter or a bare base model, loaded with its tokenizer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Kind = Literal["meteora", "adapter", "base"]
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded model and how it is called.
+    """A loaded model with its tokenizer and its description.
 
     Attributes:
-        kind: Whether gates choose, one adapter speaks alone, or there is no adapter at all.
-        title: One line for people.
-        model: In evaluation mode; has ``model.meteora`` unless ``kind`` is "base".
-        tokenizer: The base model's.
-        base: The base model's name.
-        adapter: The adapter that is forced from the start, or None.
+        kind: Kind of model: "meteora" if gates choose the adapters, "adapter" for a single adapter, "base" for no adapter.
+        title: Description for users, in one line.
+        model: The model in evaluation mode; it has ``model.meteora`` unless ``kind`` is "base".
+        tokenizer: Tokenizer of the base model.
+        base: Name and revision of the base model.
+        adapter: Name of the adapter that is forced at the start, or None.
     """
 
     kind: Kind
@@ -43,7 +43,7 @@ class Speaker:
 
     @property
     def routing(self) -> Meteora | None:
-        """The state of the gates; None for a bare base model."""
+        """The model's Meteora object; None for a bare base model."""
         return None if self.kind == "base" else meteora_of(self.model)
 
 
@@ -56,26 +56,28 @@ def load_speaker(
     adapters_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> Speaker:
-    """Load what the flags name.
+    """Load the model that the user has chosen.
 
-    ``base`` alone is the bare base model; ``adapter`` is a PEFT folder, or a name under ``settings.paths.adapters``, or one of the
-    checkpoint's bank; anything else is the checkpoint (by default :func:`meteora_core.starter.usual_checkpoint`).
+    With ``base`` alone, this is the bare base model. With ``adapter``, it is a PEFT folder, the adapter of that name in ``settings.paths.adapters``, or an
+    adapter in the checkpoint's bank. Otherwise it is the checkpoint, by default :func:`meteora_core.starter.usual_checkpoint`.
 
     Args:
-        settings: For the device, the dtype, paths, and the base model where none is named.
-        checkpoint: A checkpoint, native or in the authors' layout (which names no base model: ``base`` or ``settings.model.base`` does).
-        base: A base model by name, folder or hub id; with a checkpoint or an adapter, the one to load it onto.
-        adapter: The adapter that answers alone.
-        adapters_dir: Where a checkpoint's adapter folders lie now, if they were moved; for the authors' layout, the folders that name its adapters.
-        progress: Where to report.
+        settings: Settings for the device, the dtype, the paths, and the default base model.
+        checkpoint: Checkpoint in the native or the authors' layout. The authors' layout names no base model, so ``base`` or ``settings.model.base`` must.
+        base: Name, folder or hub id of a base model. With a checkpoint or an adapter, the base model to load it onto.
+        adapter: Name or folder of the only adapter to use.
+        adapters_dir: Present location of the checkpoint's adapter folders, if they were moved. For the authors' layout, the folder with the adapters whose
+            names the checkpoint uses.
+        progress: Receiver of progress reports.
 
     Raises:
         CheckpointError: The checkpoint or the base model cannot be loaded.
         AdapterError: The adapter's folder cannot be used.
-        UsageError: No such adapter, device or dtype.
+        UsageError: The adapter, the device or the dtype does not exist.
     """
     if adapter is not None and checkpoint is None:
-        folder = next((place for place in (Path(adapter), settings.paths.adapters / adapter) if find_adapter(place) is not None), None)
+        candidates = (Path(adapter), settings.paths.adapters / adapter)
+        folder = next((candidate for candidate in candidates if find_adapter(candidate) is not None), None)
         if folder is not None:
             return _single_adapter(settings, folder, base, progress)
     if base is not None and checkpoint is None and adapter is None:
@@ -84,15 +86,14 @@ def load_speaker(
 
 
 def _reference(settings: Settings, name: str | None, revision: str | None = None) -> BaseReference:
-    own = name is None or name == settings.model.base
-    return BaseReference(name or settings.model.base, revision or (settings.model.revision if own else None), settings.model.trust_remote_code)
+    is_default = name is None or name == settings.model.base
+    return BaseReference(name or settings.model.base, revision or (settings.model.revision if is_default else None), settings.model.trust_remote_code)
 
 
 def _load(settings: Settings, reference: BaseReference, progress: Progress) -> PreTrainedModel:
-    wishes = settings.model
-    device = pick_device(wishes.device)
-    quantization = None if wishes.quantization == "none" else wishes.quantization
-    return load_base(reference, dtype=pick_dtype(wishes.dtype, device), device=device, quantization=quantization, progress=progress)
+    device = pick_device(settings.model.device)
+    quantization = None if settings.model.quantization == "none" else settings.model.quantization
+    return load_base(reference, dtype=pick_dtype(settings.model.dtype, device), device=device, quantization=quantization, progress=progress)
 
 
 def _bare_base(settings: Settings, name: str, progress: Progress) -> Speaker:
@@ -124,7 +125,7 @@ def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str
     names = list(facts.adapters)
     if adapter is not None and adapter not in names:
         hint = did_you_mean(adapter, names) or f"the bank of {folder} has: {', '.join(names)}; a PEFT folder can be given by its path"
-        raise UsageError(f"no adapter {adapter!r}: it is no folder, and it is not in the bank of {folder}", hint=hint)
+        raise UsageError(f"no adapter {adapter!r}: it is neither a folder nor in the bank of {folder}", hint=hint)
     if base is None and facts.base is None and settings.model.base != ModelSettings().base:
         base = settings.model.base
     reference = _reference(settings, base) if base else facts.reference(None, trust_remote_code=settings.model.trust_remote_code)

@@ -1,4 +1,4 @@
-"""What a model can do, in a few lines: the tasks that its adapters were trained for, and messages to try."""
+"""The greeting of a chat: the tasks that the model's adapters were trained for, and messages to try."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from meteora_core.errors import MeteoraError
 from meteora_core.text import listed
 
 PROMPTS = 3
-"""Messages that are shown."""
+"""Number of messages that the greeting shows."""
 
 _LISTED = 12
 _LOOKED_AT = 20
@@ -28,7 +28,7 @@ _EXAMPLES = {
     "news_commentary_es": "Traducir las siguientes frases al inglés. El gobierno aprobó ayer una nueva ley.",
     "news_commentary_it": "Tradurre le seguenti frasi in inglese. Il governo ha approvato ieri una nuova legge.",
 }
-"""Messages in the form of the tasks' rows, each on one line."""
+"""Messages in the form of the tasks' rows, each on one line, by task."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Welcome:
     """The greeting before the first message.
 
     Attributes:
-        skills: What the model can do, in a sentence; empty for a base model.
-        prompts: Messages that it can answer.
+        skills: Sentence about the tasks that the model was trained for; empty for a base model.
+        prompts: Messages that the model can answer.
     """
 
     skills: str
@@ -45,11 +45,11 @@ class Welcome:
 
 
 def welcome(speaker: Speaker, data_dir: Path) -> Welcome:
-    """What the model can do, from its adapters' names.
+    """Build the greeting from the names of the model's adapters.
 
     Args:
-        speaker: The model.
-        data_dir: The folder of all datasets; its test rows supply messages for the user's own tasks.
+        speaker: The model that answers.
+        data_dir: Folder of all datasets, whose test rows supply messages for tasks of the user.
     """
     if speaker.routing is None:
         return Welcome("", ())
@@ -62,7 +62,7 @@ def welcome(speaker: Speaker, data_dir: Path) -> Welcome:
 
 
 def _prompts(names: Sequence[str], data_dir: Path) -> Iterator[str]:
-    """One message a task: known ones first, then from the built rows of the others."""
+    """One message per task: first the known messages, then messages from the test rows of the other tasks."""
     known = [name for name in _EXAMPLES if name in names]
     yield from (_EXAMPLES[name] for name in known)
     for name in names:

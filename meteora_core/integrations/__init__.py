@@ -1,1 +1,1 @@
-"""Meteora inside other people's programs."""
+"""Integrations of Meteora into other programs."""

@@ -1,13 +1,13 @@
 """MeteoRA models in EleutherAI's lm-evaluation-harness (``pip install 'meteora-lora[lm-eval]'``).
 
-Importing this module registers the model "meteora" with the harness. The harness's own command looks for models in its own package only, so
-this module is also its runner; everything after its name is the harness's command line::
+Importing this module registers the model "meteora" with the harness. The harness's command finds only the models of its own package, so this module can
+also run it. The arguments are those of the harness::
 
     python -m meteora_core.integrations.lm_eval --model meteora --model_args checkpoint=runs/x,T=15 --tasks gsm8k
 
-``--model_args`` takes ``checkpoint`` and, where wanted, ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``,
-``meteora_backend``, ``fuse`` (auto, on or off), ``quantization`` (4bit or 8bit), ``trust_remote_code``, and what the harness's "hf" model takes
-beside these (``max_length``, ``add_bos_token``, …).
+``--model_args`` takes ``checkpoint`` and optionally ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``, ``meteora_backend``,
+``fuse`` (auto, on or off), ``quantization`` (4bit or 8bit), ``trust_remote_code``, and the other arguments of the harness's "hf" model (``max_length``,
+``add_bos_token``, …).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ NAME = "meteora"
 
 
 def load_for_harness(checkpoint: str, options: OpeningOptions, *, fuse: Switch = "auto") -> tuple[Any, Any]:
-    """The model and tokenizer for a checkpoint.
+    """Load the model and the tokenizer of a checkpoint.
 
     Args:
-        checkpoint: A native folder, or a file or folder in the authors' layout.
-        options: How it is loaded.
-        fuse: "auto", "on" or "off", as :func:`meteora_core.fused.fuse.fuse_for_inference` takes it.
+        checkpoint: Folder of a native checkpoint, or file or folder in the authors' layout.
+        options: Options for loading.
+        fuse: Whether to fuse layers: "auto", "on" or "off", as for :func:`meteora_core.fused.fuse.fuse_for_inference`.
 
     Raises:
-        MeteoraError: As :func:`meteora_core.checkpoints.opening.open_checkpoint`.
+        MeteoraError: The checkpoint cannot be loaded; see :func:`meteora_core.checkpoints.opening.open_checkpoint`.
     """
     model, reference = open_checkpoint(checkpoint, options)
     fuse_for_inference(model, fuse)
@@ -45,16 +45,16 @@ def load_for_harness(checkpoint: str, options: OpeningOptions, *, fuse: Switch =
 
 @cache
 def model_class() -> type[Any]:
-    """The harness's model class "meteora", registered with it. Raises UsageError when lm-eval is not installed."""
+    """Define the model class "meteora", register it with the harness and return it. Raises UsageError if lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise UsageError("lm-evaluation-harness is not installed", hint="pip install 'meteora-lora[lm-eval]'")
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 
     class MeteoraLM(HFLM):
-        """A base model with a bank of adapters and gates, loaded from ``checkpoint``; all else is as with the harness's "hf".
+        """A base model with adapters and gates, loaded from ``checkpoint``. In everything else it equals the harness's "hf" model.
 
-        Under ``accelerate launch`` or ``torchrun`` the requests are split over the processes.
+        With ``accelerate launch`` or ``torchrun``, the requests are split among the processes.
         """
 
         def __init__(
@@ -101,7 +101,7 @@ def model_class() -> type[Any]:
                 self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
-            """The harness's forward pass; NaN or infinity in it ends the run instead of becoming a score."""
+            """The harness's forward pass, which raises an error for NaN or infinity instead of scoring it."""
             logits = super()._model_call(inps, attn_mask, labels)
             broken = not_finite(logits).any(-1).tolist()
             if any(broken):
@@ -109,7 +109,7 @@ def model_class() -> type[Any]:
             return logits
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
-            """The harness's generation; NaN or infinity in a step's logits ends the run instead of becoming an answer."""
+            """The harness's generation, which raises an error for NaN or infinity in a step's logits."""
             from transformers import LogitsProcessorList
 
             processors = LogitsProcessorList(
@@ -118,7 +118,7 @@ def model_class() -> type[Any]:
             return super()._model_generate(context, max_length, stop, logits_processor=processors, **generation_kwargs)
 
         def get_model_info(self) -> dict[str, Any]:
-            """What the harness writes into its results about the model."""
+            """Information about the model for the harness's results."""
             state = self.model.meteora
             routing = {"meteora_checkpoint": self.meteora_checkpoint, "meteora_adapters": list(state.names)}
             return {**super().get_model_info(), **routing, "meteora_top_k": state.top_k, "meteora_T": state.temperature}
@@ -128,7 +128,7 @@ def model_class() -> type[Any]:
 
 
 def _only_finite(model: Any, mask: Any) -> Any:
-    """A logits processor that raises NonFiniteError; ``mask`` (batch, width) marks the padding at the left of the prompts."""
+    """A logits processor that raises NonFiniteError. ``mask`` is the attention mask of the left-padded prompts, (batch, width), or None."""
 
     def check(ids: Any, scores: Any) -> Any:
         broken = not_finite(scores).tolist()
@@ -148,7 +148,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Run the harness's command line with the model "meteora" known to it; a known error ends the process with one line and a hint."""
+    """Run the harness's command line with the model "meteora" registered. A MeteoraError ends the process with one line and a hint."""
     try:
         model_class()
         from lm_eval.__main__ import cli_evaluate

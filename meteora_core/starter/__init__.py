@@ -1,4 +1,4 @@
-"""The starter checkpoint: trained adapters and gates that come with the package, where it ships them (``checkpoint/`` in this folder)."""
+"""The starter checkpoint: trained adapters and gates in the folder ``checkpoint/`` of this package, if the installation includes them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 from meteora_core.checkpoints.native import CONFIG_FILE
 
 MAX_BYTES = 25_000_000
-"""The checkpoint's folder is no larger."""
+"""Maximum size of the checkpoint's folder in bytes."""
 
 
 def starter_checkpoint() -> Path | None:
-    """The folder of the checkpoint that came with this installation; None when it came without one."""
+    """Folder of the starter checkpoint; None if this installation does not include it."""
     folder = Path(str(files(__name__))) / "checkpoint"
     return folder if (folder / CONFIG_FILE).is_file() else None
 
 
-def default_checkpoint(*places: Path) -> Path:
-    """The first of ``places`` that is there; else the starter checkpoint; else the last of ``places``."""
-    found = next((place for place in places if place.is_dir()), None)
-    return found or starter_checkpoint() or places[-1]
+def default_checkpoint(*folders: Path) -> Path:
+    """The first of ``folders`` that exists; otherwise the starter checkpoint, or the last of ``folders`` if there is none."""
+    existing = next((folder for folder in folders if folder.is_dir()), None)
+    return existing or starter_checkpoint() or folders[-1]
 
 
 def usual_checkpoint(runs: Path) -> Path:
-    """What is used where no checkpoint is named: what `meteora train` left in ``runs``, else the quickstart's checkpoint there, else the starter."""
-    own = runs / "meteora"
-    return default_checkpoint(own, runs / "quickstart" / "meteora", own)
+    """The checkpoint to use if none is named: that of `meteora train` in ``runs``, or the quickstart's in ``runs``, or the starter checkpoint."""
+    trained = runs / "meteora"
+    return default_checkpoint(trained, runs / "quickstart" / "meteora", trained)

@@ -1,6 +1,6 @@
-"""A first look at MeteoRA without training: the starter checkpoint against its base on real test rows, and a picture of its routing.
+"""A demonstration of MeteoRA without training: scores of the starter checkpoint and its base model on real test rows, and a picture of its routing.
 
-What was computed is kept; a run that was stopped goes on where it was.
+Results are stored, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MODELS = ("base", "meteora")
 
 @dataclass(frozen=True)
 class StarterPlan:
-    """Sizes of the run; the defaults fit three minutes on two CPU cores, downloads apart.
+    """Sizes of the run. With the defaults it takes three minutes on two CPU cores, without downloads.
 
     Attributes:
-        folder: Everything is kept here.
-        checkpoint: The starter checkpoint, or any other with its adapters inside.
-        test_rows: Test rows of each single task.
-        composite_rows: Test rows of the composite; 0 leaves it out.
-        new_tokens: Longest answer to one question.
+        folder: Folder for all results.
+        checkpoint: Folder of the starter checkpoint, or of another one with embedded adapters.
+        test_rows: Number of test rows per single task.
+        composite_rows: Number of test rows of the composite; 0 leaves it out.
+        new_tokens: Maximum number of tokens in the answer to one question.
     """
 
     folder: Path
@@ -50,16 +50,17 @@ class StarterPlan:
 
 @dataclass
 class StarterResult:
-    """What the table shows.
+    """Results of the run.
 
     Attributes:
-        scores: ``scores[task][model]`` holds the metrics; models are "base" and "meteora".
-        rows: Test rows per task.
-        pictures: The routing of one prompt and its answer: an HTML page, and a PNG where matplotlib is installed.
-        own_share: Share of that answer's tokens whose likeliest adapter is one of the prompt's tasks, all layers.
-        checkpoint: Which.
-        dtype, why: The number type that was used, and why.
-        seconds: Per stage, of this run.
+        scores: Metrics of each task and model, as ``scores[task][model]``; the models are "base" and "meteora".
+        rows: Number of test rows per task.
+        pictures: Files with the routing of one prompt and its answer: an HTML page, and a PNG picture if matplotlib is installed.
+        own_share: Share of the answer's tokens whose top-1 adapter is one of the prompt's tasks, averaged over all layers; None without an answer.
+        checkpoint: Folder of the checkpoint.
+        dtype: Data type of the model.
+        why: Reason for the choice of the data type.
+        seconds: Duration of each stage in this run, in seconds.
     """
 
     scores: dict[str, dict[str, dict[str, float]]]
@@ -73,12 +74,14 @@ class StarterResult:
 
 
 def starter_tasks(checkpoint: Path) -> tuple[str, ...]:
-    """The single tasks to look at: those of composite_3 that the checkpoint knows. Raises CheckpointError when there is none."""
+    """The single tasks to evaluate: those of composite_3 that the checkpoint has adapters for. Raises CheckpointError if there are none."""
     names = {adapter["name"] for adapter in read_config(checkpoint)["adapters"]}
-    found = tuple(task for task in COMPOSITES[COMPOSITE] if task in names)
-    if not found:
-        raise CheckpointError(f"{checkpoint} knows none of {', '.join(COMPOSITES[COMPOSITE])}", hint="meteora quickstart --train makes one that does")
-    return found
+    tasks = tuple(task for task in COMPOSITES[COMPOSITE] if task in names)
+    if not tasks:
+        raise CheckpointError(
+            f"{checkpoint} has no adapter for any of {', '.join(COMPOSITES[COMPOSITE])}", hint="meteora quickstart --train makes a checkpoint that has them"
+        )
+    return tasks
 
 
 def run_starter(
@@ -90,17 +93,17 @@ def run_starter(
     raw_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> StarterResult:
-    """Run, or go on with, all stages: base model, data, evaluation, picture.
+    """Run all stages (base model, data, evaluation, picture), or continue an interrupted run.
 
     Args:
-        plan: Sizes, folder, checkpoint.
-        device: "auto", "cpu", "cuda", …
-        base: The base model; None takes the one that the checkpoint names.
-        data_source, raw_dir: Where raw rows come from; see :func:`meteora_core.data.build.build_tasks`.
-        progress: Where to report.
+        plan: Sizes, folder and checkpoint of the run.
+        device: Device of the model: "auto", "cpu", "cuda", …
+        base: Base model; None means the one that the checkpoint names.
+        data_source, raw_dir: Source of the raw rows; see :func:`meteora_core.data.build.build_tasks`.
+        progress: Receiver of progress reports.
 
     Raises:
-        MeteoraError: Whatever a stage raises (no network, full disk, a checkpoint of another base, …); what is done is kept.
+        MeteoraError: A stage failed, for example for lack of a network or disk space, or because of another base model. Finished work is kept.
     """
     from meteora_core.model.base import BaseReference, fast_cpu_dtype, load_base, load_tokenizer, locate_base, pick_device, pick_dtype
 
@@ -111,15 +114,15 @@ def run_starter(
     tasks = starter_tasks(plan.checkpoint)
     composite = plan.composite_rows > 0 and len(tasks) == len(COMPOSITES[COMPOSITE])
     shown = [*tasks, *([COMPOSITE] if composite else [])]
-    place = pick_device(device)
-    dtype, why = fast_cpu_dtype() if place.type == "cpu" else (pick_dtype("auto", place), f"the usual type on {place.type}")
-    kept = plan.folder / "dtype.json"
-    if kept.is_file() and place.type == "cpu":
+    target = pick_device(device)
+    dtype, why = fast_cpu_dtype() if target.type == "cpu" else (pick_dtype("auto", target), f"the usual type on {target.type}")
+    dtype_file = plan.folder / "dtype.json"
+    if dtype_file.is_file() and target.type == "cpu":
         import torch
 
-        saved = read_json(kept)
+        saved = read_json(dtype_file)
         dtype, why = getattr(torch, saved["dtype"]), saved["why"]
-    write_json(kept, {"dtype": str(dtype).removeprefix("torch."), "why": why})
+    write_json(dtype_file, {"dtype": str(dtype).removeprefix("torch."), "why": why})
     seconds: dict[str, float] = {}
     began = time.monotonic()
 
@@ -133,7 +136,7 @@ def run_starter(
     _build(data, tasks, composite, data_source, raw_dir, progress)
     lap("data")
     session = _Session(
-        plan, data, config, dtype, lambda: (load_base(reference, dtype=dtype, device=place, progress=progress), load_tokenizer(reference)), progress
+        plan, data, config, dtype, lambda: (load_base(reference, dtype=dtype, device=target, progress=progress), load_tokenizer(reference)), progress
     )
     scores: dict[str, dict[str, dict[str, float]]] = {task: {} for task in shown}
     for model in MODELS:
@@ -158,14 +161,14 @@ def _build(data: Path, tasks: tuple[str, ...], composite: bool, source: str, raw
 
 
 class _Session:
-    """Scores with a cache; the model is loaded when a score is not there yet."""
+    """Computes scores and stores them. The model is loaded only if a score is missing."""
 
     def __init__(self, plan: StarterPlan, data: Path, config: dict[str, Any], dtype: torch.dtype, load: Any, progress: Progress) -> None:
         self.plan, self.data, self.config, self.dtype, self.load, self.progress = plan, data, config, dtype, load, progress
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def model(self, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The base, or the base with the checkpoint on it."""
+        """The base model with the checkpoint attached for ``kind`` "meteora", else without, and its tokenizer."""
         from meteora_core.model.attach import detach
         from meteora_core.routing import find_meteora
 
@@ -180,7 +183,7 @@ class _Session:
         return model, tokenizer
 
     def score(self, kind: str, task: str) -> dict[str, Any]:
-        """Metrics and samples of one cell of the table, from the cache when nothing that they depend on has changed."""
+        """Metrics and samples of one model and task, read from the stored results unless something that they depend on has changed."""
         from meteora_core.evaluation.eval_plan import EvalOptions
         from meteora_core.evaluation.runner import evaluate_task
         from meteora_core.training.run_inputs import short_hash
@@ -210,7 +213,11 @@ class _Session:
         return dict(read_json(file))
 
     def picture(self, task: str) -> tuple[list[Path], float | None]:
-        """Draw the routing of the first row of a task and its answer; the files, and the share of answer tokens that went to the row's own tasks."""
+        """Draw the routing of the first test row of a task and its answer.
+
+        Returns:
+            The files, and the share of the answer's tokens whose top-1 adapter is one of the row's tasks; None without an answer.
+        """
         from meteora_core.errors import MeteoraError
         from meteora_core.evaluation.eval_plan import EvalOptions
         from meteora_core.evaluation.runner import routed
@@ -226,23 +233,23 @@ class _Session:
             known = read_json(note)
             if known.get("inputs_hash") == record["inputs_hash"]:
                 return [path for path in (page, image) if path.is_file()], known["own_share"]
-        sample, found = record["samples"][0], get_task(task)
+        sample, definition = record["samples"][0], get_task(task)
         model, tokenizer = self.model("meteora")
         prompt = encode_prompts([sample["prompt"]], tokenizer)[0].tokens
         ids = [*prompt, *sample["tokens"]]
-        roles: list[Role] = ["prompt" if place < len(prompt) else "answer" for place in range(len(ids))]
-        with routed(model.meteora, EvalOptions(), found) as (temperature, top_k):
+        roles: list[Role] = ["prompt" if position < len(prompt) else "answer" for position in range(len(ids))]
+        with routed(model.meteora, EvalOptions(), definition) as (temperature, top_k):
             about = {"task": task, "routing": f"top-{top_k}, T = {temperature:g}", "base": self.config["base"]["name"]}
-            drawn = trace_tokens(model, tokenizer, ids, roles, about=about)
-        wanted = [drawn.names.index(name) for name in (found.members or (task,)) if name in drawn.names]
-        answer = drawn.indices[len(prompt) :, :, 0]
-        share = float(sum((answer == place).double().mean() for place in wanted)) if answer.numel() else None
+            routes = trace_tokens(model, tokenizer, ids, roles, about=about)
+        own_adapters = [routes.names.index(name) for name in (definition.members or (task,)) if name in routes.names]
+        answer = routes.indices[len(prompt) :, :, 0]
+        share = float(sum((answer == adapter).double().mean() for adapter in own_adapters)) if answer.numel() else None
         title = f"Routing of {task}, test row {sample['doc_id']}"
         with atomic_write(page) as handle:
-            handle.write(to_html(drawn, title))
+            handle.write(to_html(routes, title))
         pictures = [page]
         try:
-            data = to_png(drawn, title)
+            data = to_png(routes, title)
         except MeteoraError as error:
             self.progress.note(f"no PNG: {error.message}")
         else:
@@ -261,11 +268,11 @@ def _samples(result: TaskResult) -> list[dict[str, Any]]:
 
 
 def next_commands(plan: StarterPlan) -> list[tuple[str, str]]:
-    """What to try next: command and purpose."""
-    named = f" --checkpoint {plan.checkpoint}"
+    """Commands to try next, each with its purpose."""
+    option = f" --checkpoint {plan.checkpoint}"
     return [
-        (f"meteora chat{named}", "talk to it, and watch which adapter answers"),
-        (f"meteora eval --task {COMPOSITE}{named} --data {plan.folder / 'datasets'} --limit 20 --debug", "more test rows, answers side by side"),
-        ("meteora quickstart --train", "train three adapters and the gates yourself: about ten minutes"),
+        (f"meteora chat{option}", "talk to it, and watch which adapter answers"),
+        (f"meteora eval --task {COMPOSITE}{option} --data {plan.folder / 'datasets'} --limit 20 --debug", "more test rows, answers side by side"),
+        ("meteora quickstart --train", "train three adapters and the gates yourself in about ten minutes"),
         ("meteora train --help", "your own adapters and gates"),
     ]

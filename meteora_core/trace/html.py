@@ -1,4 +1,4 @@
-"""The routes of one text as a single HTML file: no network, readable without JavaScript, a slider over layers with it."""
+"""The routes of one text as a single HTML file, which needs no network. Without JavaScript it lacks only the interactive parts."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from meteora_core.trace.palette import PATTERNS, look
 from meteora_core.trace.picture import RoutePicture, Token
 
 WIDEST = 500
-"""Columns of the token map; a longer text has several tokens in a column."""
+"""Maximum number of columns in the token map. In a longer text, a column covers several tokens."""
 _LISTED = 6
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
 def to_html(picture: RoutePicture, title: str = "Routing") -> str:
-    """The page. All text of the model and the user is escaped, and a content security policy allows no script but the page's own.
+    """Render the page. All text of the model and the user is escaped, and a content security policy allows only the page's own script.
 
     Args:
-        picture: What to show.
-        title: The page's title.
+        picture: The routes to show.
+        title: Title of the page.
     """
     package = files("meteora_core.trace")
     script = (package / "page_script.html").read_text(encoding="utf-8")
-    answer = any(token.role == "answer" for token in picture.tokens)
+    has_answer = any(token.role == "answer" for token in picture.tokens)
     slots = {
         "title": escape(title),
         "about": " · ".join(f"<b>{escape(key)}</b> {escape(value)}" for key, value in {**picture.about, **_counts(picture)}.items()),
         "styles": _styles(len(picture.names)),
         "layer_count": str(len(picture.layers)),
         "kind_options": "".join(f'<option value="{escape(kind)}">{escape(kind)}</option>' for kind in picture.kinds),
-        "legend": _legend(picture, answer),
+        "legend": _legend(picture, has_answer),
         "text": _text(picture),
         "bin_note": _bin_note(len(picture.tokens)),
         "token_map": _token_map(picture),
-        "layer_scope": ", over the answer's tokens" if answer else "",
-        "layer_map": _grid(picture.by_layer("answer" if answer else None), [f"layer {number}" for number in picture.layers], picture.names, "layer-map"),
-        "kind_map": _grid(picture.by_kind("answer" if answer else None), list(picture.kinds), picture.names, "kind-map"),
-        "data": _data(picture, answer),
+        "layer_scope": ", over the answer's tokens" if has_answer else "",
+        "layer_map": _grid(picture.by_layer("answer" if has_answer else None), [f"layer {number}" for number in picture.layers], picture.names, "layer-map"),
+        "kind_map": _grid(picture.by_kind("answer" if has_answer else None), list(picture.kinds), picture.names, "kind-map"),
+        "data": _data(picture, has_answer),
         "script": script,
         "script_hash": "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
@@ -64,9 +64,9 @@ def _counts(picture: RoutePicture) -> dict[str, str]:
 def _styles(count: int) -> str:
     light, dark = [], []
     for index in range(count):
-        drawn = look(index)
-        light.append(f".a{index} {{ --hue: {drawn.hue}; --tint: {drawn.light}; --mark: {_mark(drawn.hue, drawn.pattern)}; fill: {drawn.hue}; }}")
-        dark.append(f".a{index} {{ --tint: {drawn.dark}; }}")
+        style = look(index)
+        light.append(f".a{index} {{ --hue: {style.hue}; --tint: {style.light}; --mark: {_mark(style.hue, style.pattern)}; fill: {style.hue}; }}")
+        dark.append(f".a{index} {{ --tint: {style.dark}; }}")
     return "\n".join(light) + "\n@media (prefers-color-scheme: dark) {\n" + "\n".join(dark) + "\n}"
 
 
@@ -82,8 +82,8 @@ def _mark(hue: str, pattern: str) -> str:
     return gaps[pattern]
 
 
-def _legend(picture: RoutePicture, answer: bool) -> str:
-    totals = picture.total("answer" if answer else None).tolist()
+def _legend(picture: RoutePicture, has_answer: bool) -> str:
+    totals = picture.total("answer" if has_answer else None).tolist()
     return "".join(
         f'<li><span class="swatch a{index}"></span>{escape(name)} <output data-a="{index}">{_percent(totals[index])}</output></li>'
         for index, name in enumerate(picture.names)
@@ -95,14 +95,14 @@ def _percent(value: float) -> str:
 
 
 def _text(picture: RoutePicture) -> str:
-    who, shares = picture.speakers().tolist(), picture.shares()
+    speakers, shares = picture.speakers().tolist(), picture.shares()
     parts: list[str] = []
     role = None
     for position, token in enumerate(picture.tokens):
         if token.role != role:
             parts.append(f'{"</div>" if role else ""}<h3>{token.role.capitalize()}</h3><div class="text">')
             role = token.role
-        parts.append(_token(picture, position, token, who[position], shares[position]))
+        parts.append(_token(picture, position, token, speakers[position], shares[position]))
     return "".join(parts) + ("</div>" if role else "")
 
 
@@ -118,11 +118,11 @@ def _token(picture: RoutePicture, position: int, token: Token, adapter: int, sha
 
 
 def _visible(text: str) -> str:
-    """Escaped, with marks where a token would be invisible: line ends, tabs, parts of a character, control and direction characters."""
+    """Escape a text and mark what would be invisible: line ends, tabs, parts of a character, control and direction characters."""
     if not text:
         return "<wbr>·"
-    shown = "".join(_mark_of(character) for character in text)
-    return shown.replace("\n", "⏎\n").replace("\t", "→\t")
+    marked = "".join(_mark_of(character) for character in text)
+    return marked.replace("\n", "⏎\n").replace("\t", "→\t")
 
 
 def _mark_of(character: str) -> str:
@@ -152,11 +152,11 @@ def _token_map(picture: RoutePicture) -> str:
     cells, texts = [], []
     for index, name in enumerate(picture.names):
         texts.append(f'<text x="{label - 6}" y="{index * height + 12}" text-anchor="end">{escape(name)}</text>')
-        for place, (start, end) in enumerate(bins):
+        for column, (start, end) in enumerate(bins):
             value = float(shares[start:end, index].mean())
             caption = f"{escape(name)} {_percent(value)} at token {start}" + ("" if end == start + 1 else f" to {end - 1}")
             cells.append(
-                f'<rect class="a{index}" x="{label + place * width}" y="{index * height}" width="{width}" height="{height - 1}" data-a="{index}" '
+                f'<rect class="a{index}" x="{label + column * width}" y="{index * height}" width="{width}" height="{height - 1}" data-a="{index}" '
                 f'data-from="{start}" data-to="{end}" style="fill-opacity:{value:.3f}"><title>{caption}</title></rect>'
             )
     bottom = len(picture.names) * height
@@ -166,15 +166,15 @@ def _token_map(picture: RoutePicture) -> str:
 
 def _role_marks(picture: RoutePicture, bins: list[tuple[int, int]], left: int, width: int, bottom: int) -> str:
     parts, start = [], 0
-    for place in range(1, len(bins) + 1):
+    for column in range(1, len(bins) + 1):
         role = picture.tokens[bins[start][0]].role
-        if place < len(bins) and picture.tokens[bins[place][0]].role == role:
+        if column < len(bins) and picture.tokens[bins[column][0]].role == role:
             continue
-        x, end = left + start * width, left + place * width
+        x, end = left + start * width, left + column * width
         parts.append(f'<rect class="soft" x="{x}" y="{bottom + 1}" width="{end - x - 1}" height="2"></rect>')
         if end - x > 40:
             parts.append(f'<text class="soft" x="{x}" y="{bottom + 14}">{role}</text>')
-        start = place
+        start = column
     return "".join(parts)
 
 
@@ -184,13 +184,13 @@ def _grid(table: Tensor, rows: list[str], names: tuple[str, ...], identity: str)
     for index, name in enumerate(names):
         x = left + index * cell + cell // 2 + 4
         parts.append(f'<text transform="translate({x},{top - 6}) rotate(-90)">{escape(name)}</text>')
-    for place, label in enumerate(rows):
-        y = top + place * height
+    for row, label in enumerate(rows):
+        y = top + row * height
         parts.append(f'<text class="soft" x="{left - 6}" y="{y + 11}" text-anchor="end">{escape(label)}</text>')
         for index, name in enumerate(names):
-            value = float(table[place, index])
+            value = float(table[row, index])
             parts.append(
-                f'<rect class="a{index}" x="{left + index * cell}" y="{y}" width="{cell - 1}" height="{height - 1}" data-row="{place}" data-column="{index}" '
+                f'<rect class="a{index}" x="{left + index * cell}" y="{y}" width="{cell - 1}" height="{height - 1}" data-row="{row}" data-column="{index}" '
                 f'style="fill-opacity:{value:.3f}"><title>{escape(label)}: {escape(name)} {_percent(value)}</title></rect>'
             )
     wide = len(names) * cell
@@ -208,8 +208,8 @@ def _label_width(names: tuple[str, ...]) -> int:
     return 12 + round(6.3 * max((len(name) for name in names), default=0))
 
 
-def _data(picture: RoutePicture, answer: bool) -> str:
-    """What the script needs, as JSON that cannot end the script element."""
+def _data(picture: RoutePicture, has_answer: bool) -> str:
+    """The data of the page's script, as JSON without characters that could end the script element."""
     wide = len(picture.names) > 256
     indices = picture.indices.to(torch.int32).numpy().astype("<u2" if wide else "u1")
     weights = (picture.weights.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
@@ -219,7 +219,7 @@ def _data(picture: RoutePicture, answer: bool) -> str:
         "number": list(picture.layer_numbers),
         "kind": list(picture.layer_kinds),
         "layers": list(picture.layers),
-        "answer": answer,
+        "answer": has_answer,
         "wide": wide,
         "indices": base64.b64encode(indices.tobytes()).decode(),
         "weights": base64.b64encode(weights.tobytes()).decode(),

@@ -1,4 +1,4 @@
-"""The routes of one text as a PNG picture: coloured text, tokens x adapters, layers x adapters."""
+"""The routes of one text as a PNG picture: the coloured text, and the weight of each adapter by token, layer and kind of linear layer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 96
-"""Characters in a line of the text."""
+"""Number of characters in a line of the text."""
 MOST_LINES = 60
-"""A longer text shows its last lines, and says so."""
+"""Maximum number of lines. Of a longer text, the last lines are shown, with a note."""
 _WIDTH, _LINE, _DPI = 11.0, 0.26, 100
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a token on one line of the text: its place in character cells, and what is drawn."""
+    """The part of a token that is on one line of the text.
+
+    Attributes:
+        line: Index of the line.
+        column: Column of the first character, in character cells.
+        width: Width in character cells.
+        text: Text to draw.
+        token: Index of the token.
+    """
 
     line: int
     column: int
@@ -38,11 +46,11 @@ def to_png(picture: RoutePicture, title: str = "Routing") -> bytes:
     """Draw the picture.
 
     Args:
-        picture: What to show.
-        title: Stands above.
+        picture: The routes to show.
+        title: Title above the picture.
 
     Returns:
-        The PNG file's bytes.
+        The bytes of the PNG file.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -67,21 +75,21 @@ def to_png(picture: RoutePicture, title: str = "Routing") -> bytes:
     ]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.3), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    places = _places(heights, sum(heights) + 0.3)
+    bands = _bands(heights, sum(heights) + 0.3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support .* natively")
-        _draw_legend(figure, places[0], picture, title, cut)
-        _draw_text(figure, places[1], picture, pieces, lines)
-        _draw_tokens(figure, places[2], picture)
-        _draw_layers(figure, places[3], picture)
+        _draw_legend(figure, bands[0], picture, title, cut)
+        _draw_text(figure, bands[1], picture, pieces, lines)
+        _draw_tokens(figure, bands[2], picture)
+        _draw_layers(figure, bands[3], picture)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": "meteora"})
     return buffer.getvalue()
 
 
 def visible_pieces(picture: RoutePicture) -> tuple[list[Piece], int]:
-    """The text laid out in lines, and how many lines at its start were left out."""
+    """Lay out the text in lines. Returns the pieces of the visible lines and the number of lines left out at the beginning."""
     pieces: list[Piece] = []
     line = column = 0
     role = picture.tokens[0].role if picture.tokens else "prompt"
@@ -107,25 +115,25 @@ def visible_pieces(picture: RoutePicture) -> tuple[list[Piece], int]:
     return [Piece(piece.line - cut, piece.column, piece.width, piece.text, piece.token) for piece in pieces if piece.line >= cut], cut
 
 
-def _places(heights: list[float], total: float) -> list[tuple[float, float]]:
-    """(bottom, height) of every band, in inches, from the top down."""
-    places, top = [], total - 0.15
+def _bands(heights: list[float], total: float) -> list[tuple[float, float]]:
+    """The (bottom, height) of every horizontal band in inches, from top to bottom."""
+    bands, top = [], total - 0.15
     for height in heights:
-        places.append((top - height, height))
+        bands.append((top - height, height))
         top -= height
-    return places
+    return bands
 
 
-def _axes(figure: Figure, place: tuple[float, float], left: float, width: float, below: float = 0.0, above: float = 0.0) -> Axes:
+def _axes(figure: Figure, band: tuple[float, float], left: float, width: float, below: float = 0.0, above: float = 0.0) -> Axes:
     total = figure.get_figheight()
-    return figure.add_axes((left / _WIDTH, (place[0] + below) / total, width / _WIDTH, (place[1] - below - above) / total))
+    return figure.add_axes((left / _WIDTH, (band[0] + below) / total, width / _WIDTH, (band[1] - below - above) / total))
 
 
-def _draw_legend(figure: Figure, place: tuple[float, float], picture: RoutePicture, title: str, cut: int) -> None:
-    axes = _axes(figure, place, 0.3, _WIDTH - 0.6)
+def _draw_legend(figure: Figure, band: tuple[float, float], picture: RoutePicture, title: str, cut: int) -> None:
+    axes = _axes(figure, band, 0.3, _WIDTH - 0.6)
     axes.set_axis_off()
     axes.set_xlim(0, _WIDTH - 0.6)
-    axes.set_ylim(place[1], 0)
+    axes.set_ylim(band[1], 0)
     axes.text(0, 0.12, _plain(title), fontsize=13, fontweight="bold", va="center")
     about = " · ".join(f"{key} {value}" for key, value in picture.about.items()) + (f" · the first {cut} lines are not shown" if cut else "")
     axes.text(0, 0.38, _plain(about), fontsize=8, color="#565c66", va="center")
@@ -137,15 +145,15 @@ def _draw_legend(figure: Figure, place: tuple[float, float], picture: RoutePictu
         axes.text(x + 0.3, y, _plain(f"{name[:30]}  {100 * totals[index]:.0f} %"), fontsize=8, va="center")
 
 
-def _draw_text(figure: Figure, place: tuple[float, float], picture: RoutePicture, pieces: list[Piece], lines: int) -> None:
-    axes = _axes(figure, place, 0.3, _WIDTH - 0.6, 0.05, 0.05)
+def _draw_text(figure: Figure, band: tuple[float, float], picture: RoutePicture, pieces: list[Piece], lines: int) -> None:
+    axes = _axes(figure, band, 0.3, _WIDTH - 0.6, 0.05, 0.05)
     axes.set_axis_off()
     axes.set_xlim(0, COLUMNS)
     axes.set_ylim(lines, 0)
-    who, shares = picture.speakers().tolist(), picture.shares()
+    speakers, shares = picture.speakers().tolist(), picture.shares()
     size = 72 * (_WIDTH - 0.6) / COLUMNS / 0.602
     for piece in pieces:
-        adapter = who[piece.token]
+        adapter = speakers[piece.token]
         weight = "bold" if picture.tokens[piece.token].role == "answer" else "normal"
         axes.add_patch(_rectangle(piece.column, piece.line + 0.08, piece.width, 0.74, tint(adapter, float(shares[piece.token, adapter]))))
         _mark(axes, adapter, piece.column, piece.line + 0.82, piece.width, 0.1)
@@ -153,10 +161,10 @@ def _draw_text(figure: Figure, place: tuple[float, float], picture: RoutePicture
 
 
 def _mark(axes: Axes, adapter: int, x: float, y: float, width: float, height: float) -> None:
-    """The strip below a token: the pure hue, in the adapter's pattern."""
-    drawn = look(adapter)
-    style: dict[str, Any] = {"plain": {}, "dashed": {"hatch": "||"}, "dotted": {"hatch": "...."}, "double": {"hatch": "--"}}[drawn.pattern]
-    axes.add_patch(_rectangle(x, y, width, height, drawn.hue, **style))
+    """Draw the strip below a token in the adapter's hue and pattern."""
+    style = look(adapter)
+    hatch: dict[str, Any] = {"plain": {}, "dashed": {"hatch": "||"}, "dotted": {"hatch": "...."}, "double": {"hatch": "--"}}[style.pattern]
+    axes.add_patch(_rectangle(x, y, width, height, style.hue, **hatch))
 
 
 def _rectangle(x: float, y: float, width: float, height: float, colour: str, hatch: str | None = None) -> Any:
@@ -165,8 +173,8 @@ def _rectangle(x: float, y: float, width: float, height: float, colour: str, hat
     return Rectangle((x, y), width, height, facecolor=colour, edgecolor="white" if hatch else "none", linewidth=0, hatch=hatch)
 
 
-def _draw_tokens(figure: Figure, place: tuple[float, float], picture: RoutePicture) -> None:
-    axes = _axes(figure, place, 2.3, _WIDTH - 2.6, 0.35, 0.2)
+def _draw_tokens(figure: Figure, band: tuple[float, float], picture: RoutePicture) -> None:
+    axes = _axes(figure, band, 2.3, _WIDTH - 2.6, 0.35, 0.2)
     values = picture.shares().t().numpy()
     axes.imshow(_coloured(values, len(picture.names)), aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(picture.names)), [_plain(name) for name in picture.names], fontsize=7)
@@ -178,7 +186,7 @@ def _draw_tokens(figure: Figure, place: tuple[float, float], picture: RoutePictu
         axes.axvline(answers[0] - 0.5, color="black", linewidth=0.8, linestyle=":")
 
 
-def _draw_layers(figure: Figure, place: tuple[float, float], picture: RoutePicture) -> None:
+def _draw_layers(figure: Figure, band: tuple[float, float], picture: RoutePicture) -> None:
     role: Any = "answer" if any(token.role == "answer" for token in picture.tokens) else None
     longest = max(map(len, picture.names))
     half = (_WIDTH - 1.8) / 2
@@ -186,7 +194,7 @@ def _draw_layers(figure: Figure, place: tuple[float, float], picture: RoutePictu
         (picture.by_layer(role), [str(number) for number in picture.layers], 0.7, "weight by decoder layer"),
         (picture.by_kind(role), list(picture.kinds), 1.4 + half, "weight by kind of linear"),
     ):
-        axes = _axes(figure, place, left, half, 0.1 + 0.07 * longest, 0.25)
+        axes = _axes(figure, band, left, half, 0.1 + 0.07 * longest, 0.25)
         axes.imshow(_coloured(table.numpy(), len(picture.names), across=True), aspect="auto", interpolation="nearest")
         axes.set_xticks(range(len(picture.names)), [_plain(name) for name in picture.names], fontsize=7, rotation=90)
         step = -(-len(labels) // 16)
@@ -195,7 +203,10 @@ def _draw_layers(figure: Figure, place: tuple[float, float], picture: RoutePictu
 
 
 def _coloured(values: Any, adapters: int, *, across: bool = False) -> Any:
-    """(rows, columns, 4) float RGBA: each adapter's hue, as opaque as its weight; adapters are the rows, or the columns if ``across``."""
+    """RGBA colours of a table of weights, float (rows, columns, 4).
+
+    The colour is the adapter's hue and its opacity the weight. Adapters are the rows, or the columns if ``across``.
+    """
     import numpy as np
 
     hues = np.array([parse(look(index).hue) for index in range(adapters)], dtype=float) / 255
@@ -204,5 +215,5 @@ def _coloured(values: Any, adapters: int, *, across: bool = False) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
+    """Escape a text so that matplotlib does not parse it as mathematics."""
     return text.replace("$", r"\$")

@@ -1,7 +1,7 @@
-"""One colour and one pattern for every adapter, told apart by colour-blind eyes, readable under text.
+"""A colour and a pattern for every adapter, distinguishable for colour-blind readers and readable as a background of text.
 
-The seven hues are those of Okabe and Ito (Color Universal Design, 2008) without black. The eighth adapter has the first hue again, with
-another pattern: 7 hues times 4 patterns tell 28 adapters apart.
+The seven hues are those of Okabe and Ito (Color Universal Design, 2008) without black. The eighth adapter has the first hue again, with another pattern, so
+7 hues and 4 patterns distinguish 28 adapters.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ BLACK: Rgb = (0, 0, 0)
 WHITE: Rgb = (255, 255, 255)
 DARK_PAPER: Rgb = (21, 23, 27)
 READABLE = 4.6
-"""The least contrast of text on a tint; WCAG 2 asks for 4.5."""
+"""Minimum contrast of text on a tint. WCAG 2 requires 4.5."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one adapter is drawn.
+    """Colours and pattern of one adapter.
 
     Attributes:
-        hue: The pure colour, for marks beside text.
-        light: The strongest tint that black text is readable on.
-        dark: The strongest tint that white text is readable on.
+        hue: The pure colour, for marks next to text, as "#rrggbb".
+        light: The strongest tint on which black text is readable, as "#rrggbb".
+        dark: The strongest tint on which white text is readable, as "#rrggbb".
         pattern: One of :data:`PATTERNS`.
     """
 
@@ -37,48 +37,48 @@ class Look:
 
 
 def parse(colour: str) -> Rgb:
-    """``"#rrggbb"`` as three bytes."""
+    """Convert ``"#rrggbb"`` to three integers from 0 to 255."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
 def to_hex(rgb: Rgb) -> str:
-    """Three bytes as ``"#rrggbb"``."""
+    """Convert three integers from 0 to 255 to ``"#rrggbb"``."""
     return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
 def mix(a: Rgb, b: Rgb, share: float) -> Rgb:
-    """``share`` of ``a`` and the rest of ``b``, channel by channel in sRGB, as CSS ``color-mix(in srgb, ...)`` does."""
+    """Mix two colours in sRGB: ``share`` (0 to 1) of ``a`` and the rest of ``b``, as CSS ``color-mix(in srgb, ...)`` does."""
     red, green, blue = (round(share * x + (1 - share) * y) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
 
 def luminance(rgb: Rgb) -> float:
-    """Relative luminance as WCAG 2 defines it, 0 to 1."""
+    """Relative luminance of a colour as WCAG 2 defines it, from 0 to 1."""
     red, green, blue = (value / 255 / 12.92 if value / 255 <= 0.04045 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in rgb)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def contrast(a: Rgb, b: Rgb) -> float:
-    """Contrast ratio as WCAG 2 defines it, 1 to 21."""
+    """Contrast ratio of two colours as WCAG 2 defines it, from 1 to 21."""
     lighter, darker = sorted((luminance(a), luminance(b)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
 
 
 def look(index: int) -> Look:
-    """How the adapter at ``index`` is drawn."""
+    """The colours and the pattern of the adapter with this index."""
     hue = HUES[index % len(HUES)]
     pattern = PATTERNS[index // len(HUES) % len(PATTERNS)]
     return Look(hue, to_hex(_under(parse(hue), BLACK, WHITE)), to_hex(_under(parse(hue), WHITE, BLACK)), pattern)
 
 
 def tint(index: int, weight: float) -> str:
-    """The background of black text for an adapter of that weight (0 to 1): white at 0, the strongest readable tint at 1."""
+    """Background colour of black text for an adapter with this weight: nearly white at weight 0, the strongest readable tint at 1."""
     strength = 0.15 + 0.85 * min(max(weight, 0.0), 1.0)
     return to_hex(mix(parse(look(index).light), WHITE, strength))
 
 
 def _under(colour: Rgb, ink: Rgb, towards: Rgb) -> Rgb:
-    """``colour``, moved ``towards`` black or white until text in ``ink`` is readable on it."""
+    """Move ``colour`` towards ``towards`` (black or white) until text in the colour ``ink`` is readable on it."""
     for step in range(51):
         candidate = mix(towards, colour, step / 50)
         if contrast(candidate, ink) >= READABLE:

@@ -1,7 +1,7 @@
-"""The routes of one text, and every view that is drawn of them.
+"""The routes of one text, and the summaries of them that are drawn.
 
-A prompt token is shown with the pass that read it, an answer token with the pass that wrote it: the one at the position before it. So the
-last prompt token and the first answer token show the same pass.
+A prompt token is shown with the routes of the position that read it, an answer token with the routes of the position that generated it, which is the one
+before it. So the last prompt token and the first answer token show the same routes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 @dataclass(frozen=True)
 class Token:
-    """One token as it is shown.
+    """One token of the text.
 
     Attributes:
-        id: Its id.
-        text: What it adds to the decoded text; empty in the middle of a character.
-        role: Whether it was given or written.
+        id: Token id.
+        text: Text that the token adds to the decoded text; empty in the middle of a character.
+        role: "prompt" for a token that was given, "answer" for one that the model generated.
     """
 
     id: int
@@ -39,11 +39,11 @@ class Span:
     """Neighbouring tokens of one role with the same speaker.
 
     Attributes:
-        start, end: Token positions, ``end`` excluded.
-        role: Of all its tokens.
+        start, end: Positions of the first token and after the last token.
+        role: Role of all tokens in the span.
         adapter: Index of the speaker.
-        shares: float32 (N,), mean weight of every adapter over tokens and layers.
-        text: The tokens' text.
+        shares: Mean weight of every adapter over the span's tokens and all layers, float32 (N,).
+        text: Text of the tokens.
     """
 
     start: int
@@ -59,12 +59,12 @@ class RoutePicture:
     """Which adapters every layer chose for every token of one text.
 
     Attributes:
-        tokens: T tokens.
-        names: The N adapters.
-        paths: The L layers, by module path.
-        indices: int64 (T, L, k), the chosen adapters, best first.
-        weights: float32 (T, L, k), summing to 1 over k.
-        about: What to say of the model and settings, label to value.
+        tokens: The T tokens of the text.
+        names: Names of the N adapters.
+        paths: Module paths of the L layers.
+        indices: Indices of the chosen adapters, best first, int64 (T, L, k).
+        weights: Mixing weights of the chosen adapters, float32 (T, L, k); they sum to 1 over k.
+        about: Captions about the model and the settings, by label.
     """
 
     tokens: tuple[Token, ...]
@@ -80,65 +80,68 @@ class RoutePicture:
 
     @cached_property
     def layer_numbers(self) -> tuple[int, ...]:
-        """The decoder layer of every path (-1 where a path has no number)."""
+        """Number of the decoder layer of every path; -1 for a path without a number."""
         return tuple(layer_number(path) for path in self.paths)
 
     @cached_property
     def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of every path: ``q``, ``k``, ``gate`` ..."""
+        """Kind of every path, such as ``q``, ``k`` or ``gate``."""
         return tuple(layer_kind(path) for path in self.paths)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The decoder layers, rising."""
+        """Numbers of the decoder layers in ascending order."""
         return tuple(sorted(set(self.layer_numbers)))
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of layers, in the model's order."""
+        """Kinds of layers in the model's order."""
         return tuple(dict.fromkeys(self.layer_kinds))
 
     def select(self, *, layer: int | None = None, kind: str | None = None) -> list[int]:
-        """Positions in :attr:`paths` of one decoder layer, one kind, or both; None takes all."""
-        places = zip(self.layer_numbers, self.layer_kinds, strict=True)
-        return [place for place, (number, name) in enumerate(places) if layer in (None, number) and kind in (None, name)]
+        """Indices into :attr:`paths` of the layers with this decoder layer number and this kind; None selects all."""
+        layers = zip(self.layer_numbers, self.layer_kinds, strict=True)
+        return [index for index, (number, name) in enumerate(layers) if layer in (None, number) and kind in (None, name)]
 
-    def shares(self, places: Sequence[int] | None = None) -> Tensor:
-        """Mean weight of every adapter per token over layers; float32 (T, N), rows sum to 1.
+    def shares(self, layers: Sequence[int] | None = None) -> Tensor:
+        """Mean weight of every adapter over layers, for each token; float32 (T, N), rows sum to 1.
 
         Args:
-            places: Positions in :attr:`paths`; None means all.
+            layers: Indices into :attr:`paths`; None means all layers.
         """
-        return mean_weights(*self._at(places), len(self.names))
+        return mean_weights(*self._at(layers), len(self.names))
 
-    def votes(self, places: Sequence[int] | None = None) -> Tensor:
-        """Share of the layers in which each adapter is the first choice; float32 (T, N), rows sum to 1."""
-        return first_choices(self._at(places)[0], len(self.names))
+    def votes(self, layers: Sequence[int] | None = None) -> Tensor:
+        """Share of the layers that choose each adapter first, for each token; float32 (T, N), rows sum to 1."""
+        return first_choices(self._at(layers)[0], len(self.names))
 
-    def speakers(self, places: Sequence[int] | None = None) -> Tensor:
-        """Per token the adapter that most layers chose first (ties: the larger mean weight, then the lower index); int64 (T,)."""
-        return speakers(*self._at(places), len(self.names))
+    def speakers(self, layers: Sequence[int] | None = None) -> Tensor:
+        """Index of each token's speaker, the adapter that most layers chose first; int64 (T,).
 
-    def _at(self, places: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-        if places is None:
+        Ties go to the larger mean weight, then to the lower index.
+        """
+        return speakers(*self._at(layers), len(self.names))
+
+    def _at(self, layers: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        if layers is None:
             return self.indices, self.weights
-        return self.indices[:, list(places)], self.weights[:, list(places)]
+        return self.indices[:, list(layers)], self.weights[:, list(layers)]
 
     def rows(self, role: Role | None = None) -> Tensor:
-        """bool (T,): the tokens of a role."""
+        """Whether each token has this role; bool (T,). None selects all tokens."""
         return torch.tensor([role in (None, token.role) for token in self.tokens], dtype=torch.bool)
 
     def spans(self, role: Role | None = None) -> list[Span]:
-        """The text cut where the speaker or the role changes; only spans of ``role`` if it is given."""
-        who, shares = self.speakers().tolist(), self.shares()
+        """Split the text where the speaker or the role changes. Returns only the spans with this role unless it is None."""
+        speaking, shares = self.speakers().tolist(), self.shares()
         spans: list[Span] = []
         start = 0
         for end in range(1, len(self.tokens) + 1):
-            if end < len(self.tokens) and who[end] == who[start] and self.tokens[end].role == self.tokens[start].role:
+            if end < len(self.tokens) and speaking[end] == speaking[start] and self.tokens[end].role == self.tokens[start].role:
                 continue
             text = "".join(token.text for token in self.tokens[start:end])
             if role in (None, self.tokens[start].role):
-                spans.append(Span(start, end, self.tokens[start].role, who[start], shares[start:end].mean(0), text))
+                spans.append(Span(start, end, self.tokens[start].role, speaking[start], shares[start:end].mean(0), text))
             start = end
         return spans
 
@@ -166,15 +169,15 @@ class RoutePicture:
         return RoutePicture(self.tokens[start:], self.names, self.paths, self.indices[start:], self.weights[start:], self.about)
 
     def to_json(self, *, layers: bool = True) -> dict[str, Any]:
-        """A document for machines.
+        """The picture as plain values for JSON.
 
         Args:
-            layers: Also give every token's chosen adapters and weights in every layer, as ``[[adapter index, weight], ...]`` per path.
+            layers: Whether to include the chosen adapters and weights of every token in every layer, as ``[[adapter index, weight], ...]`` per path.
         """
-        shares, votes, who = self.shares(), self.votes(), self.speakers().tolist()
+        shares, votes, speaking = self.shares(), self.votes(), self.speakers().tolist()
         tokens = []
         for position, token in enumerate(self.tokens):
-            entry: dict[str, Any] = {"id": token.id, "text": token.text, "role": token.role, "adapter": self.names[who[position]]}
+            entry: dict[str, Any] = {"id": token.id, "text": token.text, "role": token.role, "adapter": self.names[speaking[position]]}
             entry["shares"] = _named(self.names, shares[position])
             entry["first_choices"] = _named(self.names, votes[position])
             if layers:
@@ -206,7 +209,13 @@ def _named(names: Sequence[str], values: Tensor) -> dict[str, float]:
 
 
 def mean_weights(indices: Tensor, weights: Tensor, adapters: int) -> Tensor:
-    """(T, L, k) routes as mean weights per token; float32 (T, N)."""
+    """Mean weight of every adapter over layers, for each token; float32 (T, N).
+
+    Args:
+        indices: Indices of the chosen adapters, int64 (T, L, k).
+        weights: Mixing weights of the chosen adapters, floating point (T, L, k).
+        adapters: Number N of adapters.
+    """
     flat = torch.zeros(indices.shape[0], adapters)
     if 0 in indices.shape:
         return flat
@@ -214,23 +223,26 @@ def mean_weights(indices: Tensor, weights: Tensor, adapters: int) -> Tensor:
 
 
 def first_choices(indices: Tensor, adapters: int) -> Tensor:
-    """(T, L, k) routes as the share of layers whose first choice each adapter is; float32 (T, N)."""
+    """Share of the layers that choose each adapter first, for each token; float32 (T, N). Arguments as for :func:`mean_weights`."""
     return mean_weights(indices[..., :1], torch.ones(indices[..., :1].shape), adapters)
 
 
 def speakers(indices: Tensor, weights: Tensor, adapters: int) -> Tensor:
-    """Per token the adapter that most layers chose first; ties go to the larger mean weight, then to the lower index; int64 (T,)."""
+    """Index of each token's speaker, the adapter that most layers chose first; int64 (T,). Arguments as for :func:`mean_weights`.
+
+    Ties go to the larger mean weight, then to the lower index.
+    """
     votes = first_choices(indices, adapters)
     best = votes >= votes.max(1, keepdim=True).values - 1e-6
     return mean_weights(indices, weights, adapters).masked_fill(~best, -1.0).argmax(1)
 
 
 def layer_number(path: str) -> int:
-    """The decoder layer that a module path names: its first number; -1 without one."""
-    found = _NUMBER.search(path)
-    return int(found[1]) if found else -1
+    """Number of the decoder layer in a module path, which is the path's first number; -1 if it has none."""
+    match = _NUMBER.search(path)
+    return int(match[1]) if match else -1
 
 
 def layer_kind(path: str) -> str:
-    """The kind of a linear: the last part of its path, without ``_proj``."""
+    """Kind of a linear layer: the last part of its module path, without ``_proj``."""
     return path.rpartition(".")[2].removesuffix("_proj")

@@ -1,4 +1,4 @@
-"""From token ids to a picture: one pass over the text with the recorder on."""
+"""Recording of a text's routes: reads the text once and returns a picture."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ def trace_tokens(
     about: dict[str, str] | None = None,
     on_read: Callable[[int], None] = lambda count: None,
 ) -> RoutePicture:
-    """Read a text once and record what every layer chose.
+    """Read a text once and record the adapters that every layer chooses.
 
-    The routes are those of the settings in force (forced, muted, top_k, T). They equal the ones of token-by-token decoding up to rounding.
+    The model's current settings apply (forced and muted adapters, top-k, routing temperature). The routes equal those of token-by-token decoding up to
+    rounding.
 
     Args:
         model: A model with adapters attached.
-        tokenizer: Its tokenizer.
-        ids: The text's token ids, at least one.
-        roles: One per token; the first is "prompt".
-        about: Shown with the picture.
-        on_read: Called after each chunk with its number of tokens.
+        tokenizer: The model's tokenizer.
+        ids: Token ids of the text, at least one.
+        roles: Role of each token; the first is "prompt".
+        about: Captions of the picture, by label.
+        on_read: Function called after each chunk with the number of tokens in it.
 
     Raises:
-        UsageError: Nothing is attached to the model.
-        DataError: A token is beyond the model's embedding.
-        NonFiniteError: The model's logits or its gates' weights are NaN or infinite.
-        ValueError: There are no tokens, or not one role a token, or the first token is an answer.
+        UsageError: No adapters are attached to the model.
+        DataError: The model's embedding has no row for one of the tokens.
+        NonFiniteError: The model's logits or the mixing weights are NaN or infinite.
+        ValueError: There are no tokens, the number of roles differs from that of tokens, or the first token has the role "answer".
     """
     if not ids or len(ids) != len(roles) or roles[0] != "prompt":
-        raise ValueError("a trace needs at least one token, one role a token, and a prompt before an answer")
+        raise ValueError("a trace needs at least one token, one role for each token, and a prompt before an answer")
     names = meteora_of(model).names
     check_tokens(model, tokenizer, [ids])
     read = ids[: len(ids) - 1] if roles[-1] == "answer" else ids
@@ -67,5 +68,5 @@ def trace_tokens(
 
 
 def make_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], roles: Sequence[Role]) -> tuple[Token, ...]:
-    """Tokens with their texts and roles."""
+    """Decode the token ids and combine each with its text and its role."""
     return tuple(Token(*token) for token in zip(ids, token_texts(tokenizer, ids), roles, strict=True))

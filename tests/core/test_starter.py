@@ -58,7 +58,7 @@ def test_what_cannot_be_looked_at(packed, tmp_path) -> None:
     config = json.loads((packed / "meteora_config.json").read_text())
     config["adapters"] = [{**adapter, "name": f"my_{adapter['name']}"} for adapter in config["adapters"]]
     write_json(packed / "meteora_config.json", config)
-    with pytest.raises(CheckpointError, match="knows none of logical_deduction"):
+    with pytest.raises(CheckpointError, match="has no adapter for any of logical_deduction"):
         starter_tasks(packed)
 
 

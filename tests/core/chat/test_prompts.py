@@ -138,5 +138,5 @@ def test_room_for_the_answer_takes_a_quarter_at_most() -> None:
 
 
 def test_a_system_text_that_fills_the_context() -> None:
-    with pytest.raises(UsageError, match="system text alone is over the 96 tokens"):
+    with pytest.raises(UsageError, match="system text alone is longer than the 96 tokens"):
         fit(TOKENIZER, "chat", "s" * 300, [Turn("x" * 50)], 128, 64)

@@ -171,7 +171,7 @@ def test_a_bare_base_has_no_gates(world) -> None:
     for call in (lambda: session.use(None), lambda: session.mute("alpha"), session.picture, lambda: next(session.compare())):
         with pytest.raises(UsageError, match="base model alone"):
             call()
-    with pytest.raises(UsageError, match="belongs to the gates"):
+    with pytest.raises(UsageError, match="is a setting of the gates"):
         check_option("T", "1", None)
     assert session.mode.describe() == "base model"
 
