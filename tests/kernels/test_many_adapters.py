@@ -27,8 +27,8 @@ WAYS = [Row("many_adapters", way="few"), Row("many_adapters", way="sorted")]
         pytest.param("sorted", (20, 3), (9,), 18, 5, 2, id="sorted-rank-20"),
         pytest.param("sorted", (0, 0), (5,), 16, 1, 1, id="sorted-no-rows"),
         pytest.param("sorted", (2,) * 6, (5,), 20, 19, 3, id="sorted-top3"),
-        pytest.param("few", (2,) * 40, (24, 300), 300, 70, 3, id="few-many", marks=pytest.mark.slow),
-        pytest.param("sorted", (2,) * 40, (24, 300), 300, 300, 3, id="sorted-many", marks=pytest.mark.slow),
+        pytest.param("few", (2,) * 40, (24, 140), 140, 70, 3, id="few-many", marks=pytest.mark.slow),
+        pytest.param("sorted", (2,) * 40, (24, 140), 140, 140, 3, id="sorted-many", marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, tokens: int, top_k: int) -> None:
