@@ -67,7 +67,7 @@ def _train(stage: Stage, folders: dict[str, Path]) -> TrainedGates:
             settings.train_gates,
             job,
             top_k=min(2, len(bank)) if settings.routing.top_k is None else settings.routing.top_k,
-            temperature=settings.routing.temperature or 1.0,
+            routing_temperature=settings.routing.temperature or 1.0,
             backend=settings.model.backend,
         )
 

@@ -48,7 +48,7 @@ def attach(
         model: Any model whose targets are ``nn.Linear`` (or a quantised subclass); a Hugging Face causal LM as a rule.
         bank: The adapters, as ``AdapterBank.from_peft`` makes them.
         top_k: Adapters per token and layer, 1 <= top_k <= N.
-        temperature: T > 0.
+        temperature: Routing temperature T > 0 of the gates' softmax.
         backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
         init: How gates start: "normal" (std 0.02), "zeros", or "arrow" (each adapter's leading right singular vector).
         seed: Of the normal start; the same on every device and in every process.

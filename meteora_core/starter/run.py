@@ -238,8 +238,8 @@ class _Session:
         prompt = encode_prompts([sample["prompt"]], tokenizer)[0].tokens
         ids = [*prompt, *sample["tokens"]]
         roles: list[Role] = ["prompt" if position < len(prompt) else "answer" for position in range(len(ids))]
-        with routed(model.meteora, EvalOptions(), definition) as (temperature, top_k):
-            about = {"task": task, "routing": f"top-{top_k}, T = {temperature:g}", "base": self.config["base"]["name"]}
+        with routed(model.meteora, EvalOptions(), definition) as (routing_temperature, top_k):
+            about = {"task": task, "routing": f"top-{top_k}, T = {routing_temperature:g}", "base": self.config["base"]["name"]}
             routes = trace_tokens(model, tokenizer, ids, roles, about=about)
         own_adapters = [routes.names.index(name) for name in (definition.members or (task,)) if name in routes.names]
         answer = routes.indices[len(prompt) :, :, 0]

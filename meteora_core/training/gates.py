@@ -75,9 +75,11 @@ class TrainedGates:
     parts: dict[str, float] = field(default_factory=dict)
 
 
-def gate_inputs(job: TrainJob, dtype: torch.dtype, bank: AdapterBank, settings: GateTrainSettings, top_k: int = 2, temperature: float = 1.0) -> dict[str, Any]:
+def gate_inputs(
+    job: TrainJob, dtype: torch.dtype, bank: AdapterBank, settings: GateTrainSettings, top_k: int = 2, routing_temperature: float = 1.0
+) -> dict[str, Any]:
     """What fixes a gate run; see :func:`meteora_core.training.run_inputs.run_inputs`."""
-    more = {"adapters": {adapter.name: adapter.sha256 for adapter in bank}, "top_k": top_k, "temperature": temperature}
+    more = {"adapters": {adapter.name: adapter.sha256 for adapter in bank}, "top_k": top_k, "temperature": routing_temperature}
     return run_inputs("gates", job, dtype, bank.names, settings, more)
 
 
@@ -104,7 +106,7 @@ def train_gates(
     job: TrainJob,
     *,
     top_k: int = 2,
-    temperature: float = 1.0,
+    routing_temperature: float = 1.0,
     backend: str = "auto",
 ) -> TrainedGates:
     """Train the gates of a bank on its adapters' tasks, and save a checkpoint that holds only what was trained.
@@ -123,7 +125,7 @@ def train_gates(
         settings: Steps, rates, beta, what trains.
         job: Datasets, the checkpoint's folder (``job.out``), processes.
         top_k: Adapters per token and layer; saved as the checkpoint's default.
-        temperature: Routing temperature; saved as the checkpoint's default.
+        routing_temperature: T of the gates' softmax; saved as the checkpoint's default.
         backend: Mixture kernels while training.
 
     Raises:
@@ -134,7 +136,7 @@ def train_gates(
     """
     _check_job(bank, settings, job)
     dtype = next(model.parameters()).dtype
-    inputs = gate_inputs(job, dtype, bank, settings, top_k, temperature)
+    inputs = gate_inputs(job, dtype, bank, settings, top_k, routing_temperature)
     states = job.out.parent / f".{job.out.name}.states"
     if not job.force and gates_are_current(job.out, inputs):
         tidy(job.out, states, is_main=job.runtime.is_main)
@@ -143,7 +145,7 @@ def train_gates(
         rows = gate_rows(tokenizer, bank.names, settings, job)
         check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
         start = "zeros" if settings.init == "ridge" else settings.init
-        attach(model, bank, top_k=top_k, temperature=temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
+        attach(model, bank, top_k=top_k, temperature=routing_temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
         stage = _GateStage(model, dtype, rows, padding_token(model, tokenizer), settings, job, inputs, states)
         state = stage.start_and_train()
         measured = measure_gates(model, stage.held_out, runtime=job.runtime, on_model=job.runtime.run, progress=job.progress)
