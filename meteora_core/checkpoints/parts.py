@@ -18,10 +18,10 @@ from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.json_files import read_json, write_json
 from meteora_core.model.attach import gate_origin, meteora_layers
 from meteora_core.model.base import BaseReference, loaded_by
-from meteora_core.model.base_marks import mark
 from meteora_core.model.offload import real_tensor
 from meteora_core.model.sharded import full_tensor, is_spread
 from meteora_core.routing import base_record, meteora_of
+from meteora_core.routing.base_marks import mark
 from meteora_core.tensor_files import TensorPlan, dtype_name, tensor_bytes, write_tensors
 from meteora_core.text import listed
 

@@ -15,7 +15,6 @@ from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.adapters.stack import Stack
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.fused.fuse import unfuse
-from meteora_core.model.base_marks import mark_base, roundings
 from meteora_core.model.caches import bypassed
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.offload import compute_device, real_tensor
@@ -23,6 +22,7 @@ from meteora_core.model.resize import Resizer
 from meteora_core.model.saving import guard_saving, unguard_saving
 from meteora_core.model.tokens import is_head, is_output_layer, is_routed_expert, stop_watching, watch_calls
 from meteora_core.routing import GateOrigin, GateStart, Meteora, base_record, find_meteora, meteora_of
+from meteora_core.routing.base_marks import mark_base, roundings
 
 Model = TypeVar("Model", bound=nn.Module)
 Trainable = Literal["none", "gates", "gates+adapters"]

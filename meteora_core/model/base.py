@@ -9,12 +9,12 @@ import torch
 
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.base_models import CATALOG, download_base, is_ready, model_folder
-from meteora_core.model.base_record import BaseReference
 from meteora_core.model.caches import check_decoding
 from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import first_line
 from meteora_core.routing import base_record
+from meteora_core.routing.base_record import BaseReference
 from meteora_core.text import listed
 
 if TYPE_CHECKING:

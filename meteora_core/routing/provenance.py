@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meteora_core.model.base_marks import Marks
-from meteora_core.model.base_record import BaseRecord
+from meteora_core.routing.base_marks import Marks
+from meteora_core.routing.base_record import BaseRecord
 
 GateOrigin = Literal["untrained", "closed form", "trained"]
 """How the gates of a model came to be: at their random or zero start, computed without gradients (Arrow, ridge regression), or trained."""

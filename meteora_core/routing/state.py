@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
-from meteora_core.model.base_record import BaseRecord
+from meteora_core.routing.base_record import BaseRecord
 from meteora_core.routing.constants import Constants
 from meteora_core.routing.mode import GateLabels, GateObservations, LastCall, Mode
 from meteora_core.routing.provenance import GateOrigin, Provenance
