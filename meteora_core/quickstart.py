@@ -196,13 +196,13 @@ class _Session:
 
     def build_data(self) -> None:
         from meteora_core.data.build import build_tasks
-        from meteora_core.data.composite import build_composite
+        from meteora_core.data.composite import CompositeRequest, build_composite
 
         missing = [task for task in TASKS if not split_path(self.data, task, "test").is_file()]
         if missing:
             build_tasks(missing, self.data, progress=self.progress)
         if self.plan.composite_rows and not split_path(self.data, COMPOSITE, "test").is_file():
-            build_composite(self.data, n=len(TASKS), progress=self.progress)
+            build_composite(self.data, CompositeRequest(n=len(TASKS)), progress=self.progress)
 
     def train_adapters(self) -> None:
         from meteora_core.training.job import TrainJob

@@ -91,19 +91,20 @@ def composite(
     as_json: Json = False,
 ) -> None:
     """Combine the test rows of built datasets: several tasks in one prompt."""
-    from meteora_core.data.composite import build_composite, plan_composite
+    from meteora_core.data.composite import CompositeRequest, build_composite, plan_composite
 
     _, data_dir = prepare(ctx, folder)
     members = None if tasks is None else [part.strip() for part in tasks.split(",") if part.strip()]
+    request = CompositeRequest(n=n, tasks=members, name=name, num_samples=num_samples, seed=seed, examples=examples)
     if dry_run:
-        plan = plan_composite(data_dir, n=n, tasks=members, name=name, num_samples=num_samples, seed=seed, examples=examples)
+        plan = plan_composite(data_dir, request)
         value = {"task": plan.task.name, "members": plan.task.members, "rows": plan.count, "seed": seed, "folder": str(data_dir / plan.task.name)}
         show_table(
             value, ("task", "members", "rows", "folder"), [(plan.task.name, ", ".join(plan.task.members), str(plan.count), str(value["folder"]))], as_json
         )
         return
     with progress(ctx) as bars:
-        manifest = build_composite(data_dir, n=n, tasks=members, name=name, num_samples=num_samples, seed=seed, examples=examples, progress=bars)
+        manifest = build_composite(data_dir, request, progress=bars)
     if as_json:
         emit_json(manifest.to_json())
     else:

@@ -181,63 +181,60 @@ class Plan:
             yield compose([rows[numbers[i]] for rows, numbers in zip(self.test, self.order, strict=True)], self.solved.text)
 
 
-def plan_composite(
-    data_dir: Path | str,
-    *,
-    n: int | None = None,
-    tasks: Sequence[str] | None = None,
-    name: str | None = None,
-    num_samples: int | None = None,
-    seed: int = SEED,
-    examples: int = EXAMPLES,
-) -> Plan:
+@dataclass(frozen=True)
+class CompositeRequest:
+    """Which composite is built.
+
+    Attributes:
+        n: The number of tasks, where they are not named; see :func:`choose_members`.
+        tasks: The members, in the order of the prompts.
+        name: The dataset's name; see :func:`composite_name`.
+        num_samples: The number of rows; None takes 200, or as many as the smallest member has.
+        seed: The seed of the row order; 47 gives the authors' pairing.
+        examples: The number of solved examples before the questions.
+    """
+
+    n: int | None = None
+    tasks: Sequence[str] | None = None
+    name: str | None = None
+    num_samples: int | None = None
+    seed: int = SEED
+    examples: int = EXAMPLES
+
+
+def plan_composite(data_dir: Path | str, request: CompositeRequest) -> Plan:
     """Do all of :func:`build_composite` but the writing; the arguments and errors are the same."""
-    members = choose_members(n, tasks)
-    check_range("examples", examples, 0, MOST_EXAMPLES)
-    if num_samples is not None:
-        check_range("num_samples", num_samples, 1, MOST_ROWS)
+    members = choose_members(request.n, request.tasks)
+    check_range("examples", request.examples, 0, MOST_EXAMPLES)
+    if request.num_samples is not None:
+        check_range("num_samples", request.num_samples, 1, MOST_ROWS)
     for member in members:
         if task_in(data_dir, member).is_composite:
             raise UsageError(f"{member} is a composite itself", hint="name its tasks instead")
-    chosen = composite_name(members, name)
+    chosen = composite_name(members, request.name)
     check_name(chosen, "composite")
     if chosen in RESERVED:
         raise UsageError(f"{chosen!r} is one of the 28 built-in tasks", hint="choose another --name")
     task = composite_task(members, chosen, resolve=lambda member: task_in(data_dir, member))
     test = [read_rows(data_dir, member, "test") for member in members]
-    count = _count(members, test, num_samples)
-    solved = _solve(data_dir, members, test, examples, seed)
-    rng = random.Random(seed)
+    count = _count(members, test, request.num_samples)
+    solved = _solve(data_dir, members, test, request.examples, request.seed)
+    rng = random.Random(request.seed)
     order = []
     for rows in test:
         numbers = list(range(len(rows)))
         rng.shuffle(numbers)
         order.append(numbers[:count])
     check_target(folder_of(data_dir, chosen, "composite"), chosen, composite=True)
-    return Plan(task, count, seed, test, order, solved)
+    return Plan(task, count, request.seed, test, order, solved)
 
 
-def build_composite(
-    data_dir: Path | str,
-    *,
-    n: int | None = None,
-    tasks: Sequence[str] | None = None,
-    name: str | None = None,
-    num_samples: int | None = None,
-    seed: int = SEED,
-    examples: int = EXAMPLES,
-    progress: Progress = SILENT,
-) -> Manifest:
+def build_composite(data_dir: Path | str, request: CompositeRequest, *, progress: Progress = SILENT) -> Manifest:
     """Build a composite of built datasets into ``data_dir/<name>/test.jsonl``.
 
     Args:
         data_dir: The folder of all datasets; the members are read from it.
-        n: How many tasks; see :func:`choose_members`.
-        tasks: The members, in the order of the prompts.
-        name: The dataset's name; see :func:`composite_name`.
-        num_samples: How many rows; 200, or as many as the smallest member has, by default.
-        seed: Of the row order; 47 gives the authors' pairing.
-        examples: How many solved examples stand before the questions.
+        request: Which composite.
         progress: Told the rows.
 
     Returns:
@@ -247,12 +244,12 @@ def build_composite(
         UsageError: The request is wrong.
         DataError: A member is not built, has fewer rows than asked, or the folder holds another dataset.
     """
-    plan = plan_composite(data_dir, n=n, tasks=tasks, name=name, num_samples=num_samples, seed=seed, examples=examples)
+    plan = plan_composite(data_dir, request)
     task = plan.task
     folder = dataset_folder(Path(data_dir) / task.name, task.name, composite=True)
     with folder as work, progress.task(f"building {task.name}", total=plan.count, unit="rows") as bar:
         entry = write_rows(work / "test.jsonl", plan.rows(), bar)
-        manifest = _manifest(task, data_dir, seed, entry, plan.solved)
+        manifest = _manifest(task, data_dir, request.seed, entry, plan.solved)
         write_manifest(work, manifest)
     return manifest
 

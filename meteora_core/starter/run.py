@@ -151,13 +151,13 @@ def run_starter(
 
 def _build(data: Path, tasks: tuple[str, ...], composite: bool, source: str, raw_dir: Path | None, progress: Progress) -> None:
     from meteora_core.data.build import BuildRequest, build_tasks
-    from meteora_core.data.composite import build_composite
+    from meteora_core.data.composite import CompositeRequest, build_composite
 
     missing = [task for task in tasks if not split_path(data, task, "test").is_file()]
     if missing:
         build_tasks(missing, data, BuildRequest(source, raw_dir), progress=progress)
     if composite and not split_path(data, COMPOSITE, "test").is_file():
-        build_composite(data, n=len(tasks), progress=progress)
+        build_composite(data, CompositeRequest(n=len(tasks)), progress=progress)
 
 
 class _Session:

@@ -379,7 +379,7 @@ def test_tasks_declared_in_the_settings_are_known(meteora, place, monkeypatch, t
 
 
 def test_all_leaves_out_composites_of_any_name(meteora, place, monkeypatch) -> None:
-    from meteora_core.data.composite import build_composite
+    from meteora_core.data.composite import CompositeRequest, build_composite
     from meteora_core.data.tasks import TASKS
 
     before = dict(TASKS)
@@ -388,7 +388,7 @@ def test_all_leaves_out_composites_of_any_name(meteora, place, monkeypatch) -> N
     for task in ("shout", "count"):
         TASKS[task] = TASKS["gsm8k"]
     try:
-        build_composite(Path("datasets"), tasks=["shout", "count"], name="both", num_samples=10, examples=0)
+        build_composite(Path("datasets"), CompositeRequest(tasks=["shout", "count"], name="both", num_samples=10, examples=0))
         ran = meteora("train", "adapters", "--base", "base", "--task", "all", "--dry-run", "--json")
     finally:
         TASKS.clear()

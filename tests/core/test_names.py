@@ -11,7 +11,7 @@ from meteora_core.adapters.folders import INFO_FILE
 from meteora_core.checkpoints.native import check_replaceable
 from meteora_core.data.build import build_task
 from meteora_core.data.catalog import verify
-from meteora_core.data.composite import plan_composite
+from meteora_core.data.composite import CompositeRequest, plan_composite
 from meteora_core.data.tasks import RESERVED, TASKS
 from meteora_core.data.userdata import own_task
 from meteora_core.errors import DataError, UsageError
@@ -71,7 +71,7 @@ def test_every_entry_point_refuses_such_names(tmp_path: Path, name: str) -> None
     calls = [
         lambda: own_task(name, train=tmp_path / "x.jsonl"),
         lambda: verify(tmp_path, [name]),
-        lambda: plan_composite(tmp_path, tasks=["strategyqa", "gsm8k"], name=name),
+        lambda: plan_composite(tmp_path, CompositeRequest(tasks=["strategyqa", "gsm8k"], name=name)),
         lambda: load_settings(None, {"tasks": {name: {"train": "a", "test": "b"}}}),
         lambda: load_settings(None, {"train_adapters": {"tasks": {name: {"rank": 2}}}}),
         lambda: train_adapter(None, None, name, None, job),  # type: ignore[arg-type]

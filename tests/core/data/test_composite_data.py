@@ -11,7 +11,17 @@ import pytest
 
 from meteora_core.data.build import BuildRequest, build_task, build_tasks
 from meteora_core.data.catalog import list_tasks, verify
-from meteora_core.data.composite import SEPARATOR, build_composite, choose_members, compose, draw_examples, lead_text, plan_composite, split_response
+from meteora_core.data.composite import (
+    SEPARATOR,
+    CompositeRequest,
+    build_composite,
+    choose_members,
+    compose,
+    draw_examples,
+    lead_text,
+    plan_composite,
+    split_response,
+)
 from meteora_core.data.manifest import read_manifest, write_manifest
 from meteora_core.data.rows import Row, read_rows
 from meteora_core.data.tasks import get_task
@@ -43,7 +53,7 @@ def test_lead_text() -> None:
 
 
 def test_rows_are_paired_as_the_authors_do(data: Path) -> None:
-    manifest = build_composite(data, n=3, num_samples=20)
+    manifest = build_composite(data, CompositeRequest(n=3, num_samples=20))
     assert manifest.members == THREE
     rows = read_rows(data, "composite_3", "test")
     random.seed(47)
@@ -61,7 +71,7 @@ def test_rows_are_paired_as_the_authors_do(data: Path) -> None:
 
 
 def test_solved_examples_come_from_train(data: Path) -> None:
-    manifest = build_composite(data, n=3)
+    manifest = build_composite(data, CompositeRequest(n=3))
     assert manifest.rows == {"test": 20}
     assert len(manifest.examples) == 2
     rows = read_rows(data, "composite_3", "test")
@@ -78,10 +88,10 @@ def test_solved_examples_come_from_train(data: Path) -> None:
 
 
 def test_seed_and_number_of_examples(data: Path) -> None:
-    first = build_composite(data, n=3)
-    again = build_composite(data, n=3)
-    other = build_composite(data, n=3, seed=1)
-    none = build_composite(data, n=3, examples=0)
+    first = build_composite(data, CompositeRequest(n=3))
+    again = build_composite(data, CompositeRequest(n=3))
+    other = build_composite(data, CompositeRequest(n=3, seed=1))
+    none = build_composite(data, CompositeRequest(n=3, examples=0))
     assert first == again
     assert first.files != other.files
     assert none.examples == ()
@@ -104,9 +114,9 @@ def test_what_can_be_drawn() -> None:
 
 
 def test_any_list_of_tasks(data: Path) -> None:
-    manifest = build_composite(data, tasks=["strategyqa", "logical_deduction"])
+    manifest = build_composite(data, CompositeRequest(tasks=["strategyqa", "logical_deduction"]))
     assert manifest.task == "composite_2_custom"
-    assert build_composite(data, tasks=["strategyqa", "logical_deduction"], name="pair").task == "pair"
+    assert build_composite(data, CompositeRequest(tasks=["strategyqa", "logical_deduction"], name="pair")).task == "pair"
     register_built(data)
     assert get_task("pair").members == ("strategyqa", "logical_deduction")
     assert get_task("pair").routing_temperature == 15.0
@@ -132,33 +142,33 @@ def test_members_that_n_and_tasks_choose() -> None:
 
 def test_problems(data: Path, tmp_path: Path, write_lines: Any) -> None:
     with pytest.raises(DataError, match="strategyqa has only 20 test rows") as caught:
-        build_composite(data, n=3, num_samples=21)
+        build_composite(data, CompositeRequest(n=3, num_samples=21))
     assert "at most 20" in (caught.value.hint or "")
     with pytest.raises(DataError, match="no test rows of gsm8k") as caught:
-        build_composite(data, tasks=["strategyqa", "gsm8k"])
+        build_composite(data, CompositeRequest(tasks=["strategyqa", "gsm8k"]))
     assert "meteora data build --task gsm8k" in (caught.value.hint or "")
     with pytest.raises(UsageError, match="unknown task"):
-        build_composite(data, tasks=["strategyqa", "nothing"])
+        build_composite(data, CompositeRequest(tasks=["strategyqa", "nothing"]))
     with pytest.raises(UsageError, match="num_samples must be at least 1"):
-        build_composite(data, n=3, num_samples=0)
+        build_composite(data, CompositeRequest(n=3, num_samples=0))
     with pytest.raises(UsageError, match="cannot name"):
-        build_composite(data, n=3, name="../up")
+        build_composite(data, CompositeRequest(n=3, name="../up"))
     with pytest.raises(UsageError, match="built-in"):
-        build_composite(data, n=3, name="gsm8k")
-    build_composite(data, n=3)
+        build_composite(data, CompositeRequest(n=3, name="gsm8k"))
+    build_composite(data, CompositeRequest(n=3))
     (data / "composite_3").rename(data / "pair")
     with pytest.raises(DataError, match="holds the dataset of composite_3"):
-        build_composite(data, n=3, name="pair")
+        build_composite(data, CompositeRequest(n=3, name="pair"))
     with pytest.raises(UsageError, match="is a composite itself"):
-        build_composite(data, tasks=["strategyqa", "composite_3"])
+        build_composite(data, CompositeRequest(tasks=["strategyqa", "composite_3"]))
     write_lines(tmp_path / "raw" / "gsm8k" / "train.jsonl", [{"question": f"q{i}", "answer": "a@@@@\nb"} for i in range(20)])
     build_task("gsm8k", data, raw_dir=tmp_path / "raw")
     with pytest.raises(DataError, match="separates the answers"):
-        build_composite(data, tasks=["strategyqa", "gsm8k"])
+        build_composite(data, CompositeRequest(tasks=["strategyqa", "gsm8k"]))
 
 
 def test_verify_notices_members_that_were_built_anew(data: Path, repository: Path) -> None:
-    build_composite(data, n=3)
+    build_composite(data, CompositeRequest(n=3))
     assert [report.notes for report in verify(data, ["composite_3"])] == [()]
     build_task("strategyqa", data, raw_dir=repository, max_test=10)
     report = verify(data, ["composite_3"])[0]
@@ -167,7 +177,7 @@ def test_verify_notices_members_that_were_built_anew(data: Path, repository: Pat
 
 
 def test_plan_writes_nothing(data: Path) -> None:
-    plan = plan_composite(data, n=3)
+    plan = plan_composite(data, CompositeRequest(n=3))
     assert plan.count == 20
     assert not (data / "composite_3").exists()
     assert [row.response.count(SEPARATOR) for row in plan.rows()] == [2] * 20
@@ -188,13 +198,13 @@ def test_names_that_would_replace_something_else_are_refused(data: Path, write_l
         add_task(own_task(name, train=write_lines(data.parent / f"{name}.jsonl", [{"prompt": f"{name} {i}", "response": "r"} for i in range(60)])), data)
     before = read_manifest(data / "one")
     with pytest.raises(UsageError, match="its member 'one'"):
-        build_composite(data, tasks=["one", "two"], name="one")
+        build_composite(data, CompositeRequest(tasks=["one", "two"], name="one"))
     with pytest.raises(DataError, match="no composite"):
-        build_composite(data, tasks=["two", "three"], name="one")
+        build_composite(data, CompositeRequest(tasks=["two", "three"], name="one"))
     assert read_manifest(data / "one") == before
     assert task_in(data, "one").metric == "exact"
-    build_composite(data, tasks=["one", "two"], name="pair")
-    assert build_composite(data, tasks=["two", "three"], name="pair").members == ("two", "three")
+    build_composite(data, CompositeRequest(tasks=["one", "two"], name="pair"))
+    assert build_composite(data, CompositeRequest(tasks=["two", "three"], name="pair")).members == ("two", "three")
     pair = read_manifest(data / "pair")
     with pytest.raises(DataError, match="pair holds a composite"):
         add_task(own_task("pair", train=data.parent / "one.jsonl"), data)
@@ -204,14 +214,14 @@ def test_names_that_would_replace_something_else_are_refused(data: Path, write_l
 def test_the_name_of_a_built_in_composite_belongs_to_its_members(data: Path) -> None:
     for name in ("composite_3", "composite_5", "composite_10"):
         with pytest.raises(UsageError, match="is a built-in composite of logical_deduction, question_selection"):
-            build_composite(data, tasks=["strategyqa", "logical_deduction"], name=name)
-    assert build_composite(data, n=3, name="composite_3").members == THREE
+            build_composite(data, CompositeRequest(tasks=["strategyqa", "logical_deduction"], name=name))
+    assert build_composite(data, CompositeRequest(n=3, name="composite_3")).members == THREE
 
 
 @pytest.mark.parametrize("members", [("pair", "strategyqa"), ("other", "strategyqa")])
 def test_a_cycle_of_members_is_a_broken_dataset(data: Path, members: tuple[str, ...]) -> None:
     for name in ("pair", "other"):
-        manifest = build_composite(data, tasks=["strategyqa", "logical_deduction"], name=name)
+        manifest = build_composite(data, CompositeRequest(tasks=["strategyqa", "logical_deduction"], name=name))
         write_manifest(data / name, replace(manifest, members=members if name == "pair" else ("pair", "strategyqa")))
     assert [task.name for task in register_built(data)] == []
     for name in ("pair", "other"):
@@ -221,5 +231,5 @@ def test_a_cycle_of_members_is_a_broken_dataset(data: Path, members: tuple[str, 
     assert report.problems == (f"{data / 'pair'} names {members[0]} as a member, which is a composite",)
     assert {status.name: status.metric for status in list_tasks(data)}["pair"] == "unknown"
     with pytest.raises(DataError, match="is broken"):
-        build_composite(data, tasks=["strategyqa", "pair"], name="third")
-    assert build_composite(data, tasks=["strategyqa", "logical_deduction"], name="pair").members == ("strategyqa", "logical_deduction")
+        build_composite(data, CompositeRequest(tasks=["strategyqa", "pair"], name="third"))
+    assert build_composite(data, CompositeRequest(tasks=["strategyqa", "logical_deduction"], name="pair")).members == ("strategyqa", "logical_deduction")

@@ -9,7 +9,7 @@ import pytest
 
 from meteora_core.data import tasks
 from meteora_core.data.build import build_task
-from meteora_core.data.composite import build_composite
+from meteora_core.data.composite import CompositeRequest, build_composite
 from meteora_core.data.formats.reading import Reading
 from meteora_core.data.frames import Frame
 from meteora_core.data.manifest import read_manifest
@@ -53,7 +53,7 @@ def test_built_tasks_are_known_in_a_later_process(tmp_path: Path, write_lines: A
     with pytest.raises(UsageError):
         get_task("one")
     assert (task_in(tmp_path, "one").metric, task_in(tmp_path, "one").max_new_tokens) == ("text", 5)
-    manifest = build_composite(tmp_path, tasks=["two", "one"])
+    manifest = build_composite(tmp_path, CompositeRequest(tasks=["two", "one"]))
     assert manifest.members == ("two", "one")
     assert {task.name for task in register_built(tmp_path)} == {"one", "two", "composite_2_custom"}
     assert get_task("one").metric == "text"
