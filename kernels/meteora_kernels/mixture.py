@@ -210,13 +210,13 @@ def check(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, 
     if scaling.shape != (count,) or offsets.shape != (count + 1,):
         raise ValueError(f"scaling {tuple(scaling.shape)} and offsets {tuple(offsets.shape)} do not fit {count} adapters")
     if not 1 <= routing.top_k <= count:
-        raise ValueError(f"top_k is {routing.top_k}, but there are {count} adapters: it must lie in 1..{count}")
+        raise ValueError(f"top_k is {routing.top_k}, but there are {count} adapters: it must be in 1..{count}")
     if not routing.temperature > 0:
         raise ValueError(f"temperature is {routing.temperature}, it must be above 0")
     device = x.device
     if not (base_output.device == gate.device == lora_A.device == lora_B.device == scaling.device == offsets.device == device):
         devices = {tensor.device for tensor in (x, base_output, gate, lora_A, lora_B, scaling, offsets)}
-        raise ValueError(f"tensors lie on several devices: {', '.join(sorted(map(str, devices)))}")
+        raise ValueError(f"tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
     if not (gate.dtype == lora_A.dtype == lora_B.dtype == x.dtype) and not torch.is_autocast_enabled(device.type):
         names = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (x, gate, lora_A, lora_B))
         raise ValueError(f"x, gate, lora_A and lora_B have the dtypes {names}; they must be one")

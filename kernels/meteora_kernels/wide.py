@@ -1,10 +1,15 @@
-"""Where things lie when B runs as an extension of K: ``y = [x, h] [W, B^T]^T`` with ``h`` the routed, scaled ``A x``.
+"""The layout in memory where B is an extension of K: ``y = [x, h] [W, B^T]^T`` with ``h`` the routed, scaled ``A x``.
 
-x lies in a buffer of rows ``[h_0 | x | h_1 ... ]`` (:class:`Wide`), so that every member's ``[x, h]`` is a window of it and nothing is copied:
-``[h_0 | x]`` for the first of several members, ``[x | h_1]`` for the second of two, ``[x | h_1 | h_2]`` for the second and third of three
-together, ``[x | h_0]`` for one alone. The group's block of weights has rows as far apart as h plus the columns right of x; B^T of a member lies
-beside its rows of W, left or right of them as h in its window. In memory the columns right of one row are the columns left of the next, and
-no row needs both, so that a group of two costs no more than one of one.
+x is written into a buffer of rows ``[h_0 | x | h_1 ...]`` (:class:`Wide`), so that the ``[x, h]`` of every product is a window of the buffer and nothing
+is copied::
+
+    one member       [ x | h_0 ]                        window: all of it
+    two members      [ h_0 | x | h_1 ]                  windows: h_0 to x, x to h_1
+    three members    [ h_0 | x | h_1 | h_2 ]            windows: h_0 to x, x to h_2 (both last members at once)
+
+The rows of the group's block of weights are as far apart as h plus the columns to the right of x. B^T of a member is in the same rows as its W, to the left
+or to the right of them as h is in its window. In memory, the columns to the right of one row are the columns to the left of the next, and no row
+needs both, so a group of two costs no more than one of one.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ ALIGNED = 64
 
 
 SHARE = 8
-"""A group keeps B^T in the rows of its weights where all columns for it are at most one in so many of h."""
+"""A group keeps B^T in the rows of its weights where all columns for it are at most one in this many of h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,7 @@ class Wide:
 
     @property
     def places(self) -> tuple[int, int]:
-        """The first columns of the first member's h and of the second's, behind which the third's stands."""
+        """The first columns of the first member's h and of the second's, which the third's follows."""
         return (0 if self.left else self.hidden), self.left + self.hidden
 
     def new_block(self, rows: int, like: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ class Wide:
             row += size
 
     def place_up(self, packed: Tensor, up: Tensor, widths: list[int]) -> None:
-        """Copy every member's B (R, width), one behind the other in ``up``, into its columns of the block, transposed."""
+        """Copy every member's B (R, width), one after the other in ``up``, into its columns of the block, transposed."""
         row = 0
         for member, width in enumerate(widths):
             column = self.places[0] if member == 0 else self.places[1] + (member - 1) * self.pad

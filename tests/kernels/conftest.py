@@ -11,12 +11,11 @@ from support.covering import covering
 from support.nan_scratch import poison
 
 STRENGTH = {
-    "test_decode.py::test_equals_the_reference": 1,
     "test_decode_chosen_rows.py::test_equals_the_reference": 1,
-    "test_packed_and_split.py::test_group_equals_its_members": 2,
-    "test_packed_and_split.py::test_partial_sums_in_every_order": 2,
     "test_many_adapters.py::test_equals_the_reference": 1,
     "test_one_launch.py::test_equals_its_members": 2,
+    "test_packed.py::test_partial_sums": 2,
+    "test_split.py::test_partial_sums": 2,
     "test_wide.py::test_wide_groups_round_once": 2,
 }
 """2: every two values of two parameters meet in some case; 1: every value of every parameter is in some case. On a GPU all cases run."""

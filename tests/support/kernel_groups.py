@@ -147,6 +147,19 @@ def check_rounded_once(given: Members, row: Row, routing: Routing = Routing(), *
     return found
 
 
+def check_equals_reference(given: Members, row: Row, routing: Routing = Routing(), *, in_place: bool = False) -> None:
+    """In float32, the output is the reference's; two runs are bit-equal."""
+    found = given.run(row, routing, in_place=in_place)
+    torch.testing.assert_close(found, given.exact(routing).float(), rtol=2e-4, atol=2e-4)
+    assert torch.equal(given.run(row, routing, in_place=in_place), found)
+
+
+def check_ties(given: Members, row: Row) -> None:
+    """Ties go to the lower index, and logits are not rounded."""
+    given = ties(given)
+    torch.testing.assert_close(given.run(row, Routing(1)).double(), given.exact(Routing(1)), rtol=2e-3, atol=2e-3)
+
+
 def ties(given: Members) -> Members:
     """Adapters 0 and 2 tie for tokens of an even number; for the others 2 wins by less than float16 can tell. Column 1 must not be read otherwise."""
     case = given.cases[0]

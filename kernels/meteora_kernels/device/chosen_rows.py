@@ -37,7 +37,7 @@ def add_chosen(
     """float32 ``total`` (BN, MP) plus, per token, its chosen rows of ``b`` (R, width) at ``columns`` (BN, 1), each times its value.
 
     rows_in int32 and values_in float32 (M, PLACES), rows ``stride_plan`` apart, CHUNK places at a time; row -1: nothing is chosen there. The
-    values are the sum of SPLITS that lie ``stride_split`` apart.
+    values are the sum of SPLITS, ``stride_split`` apart.
     """
     tokens = tl.arange(0, MP)[:, None]
     live = tokens < tokens_total

@@ -58,7 +58,7 @@ def slot_of(table, slots, slot):
 
 @triton.jit
 def summed(pointer, where, stride_split, mask, SPLITS: tl.constexpr, FRESH: tl.constexpr = False):
-    """Load float32 values at ``where``: with SPLITS > 1 the sum of so many partial sums that lie ``stride_split`` apart, in their order.
+    """Load float32 values at ``where``: with SPLITS > 1 the sum of SPLITS partial sums, ``stride_split`` apart, in their order.
     FRESH: other programs of the same launch may have written them."""
     CACHE: tl.constexpr = ".cg" if FRESH else ""
     total = tl.load(pointer + where, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from meteora_kernels.sizes import power_of_two
 
 MOST_COLUMNS = 16384
-"""A row lies in the registers of one program."""
+"""A row must fit into the registers of one program."""
 
 
 @triton.jit

@@ -31,7 +31,7 @@ CAN_RUN = {name: path.can_run for name, path in PATHS.items()}
 
 
 def row_for(group: Group, tokens: int, top_k: int, *, in_place: bool = False, aligned: bool = False) -> Row:
-    """The row of the table for so many tokens.
+    """The row of the table for a number of tokens.
 
     Args:
         group: The linears.

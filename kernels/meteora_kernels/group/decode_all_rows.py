@@ -55,7 +55,7 @@ def decode_all_rows_kernel(
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
-    Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one behind the other, O = sum of widths; ga: per member N gate
+    Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one after the other, O = sum of widths; ga: per member N gate
     rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``, (MEMBERS * stacked, h); rows of w and of ga are ``stride_w`` apart;
     b: per member (R, width); bias (O,);
     mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x; plan_rows

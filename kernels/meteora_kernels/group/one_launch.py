@@ -4,7 +4,7 @@
 :func:`one_launch_kernel` is to some dozens of tokens what :mod:`decode_chosen_rows` and :mod:`decode_all_rows` are to 16. The first programs of its
 grid compute the gates and ``A x`` as float32 partial sums, route, and write the masked and scaled middle of the layer; the others stream the
 base weights meanwhile, add ``middle B`` and write the output. Where a group has too few outputs to keep the GPU busy, the sum over h is cut into
-pieces, which meet in memory. Whoever needs a whole sum adds its pieces in their order, so two runs are bit-equal; there are no floating-point
+pieces, which meet in memory. A program that needs a whole sum adds its pieces in their order, so two runs are bit-equal; there are no floating-point
 atomics.
 
 A program's time is spent on its stream of weights: what counts is how much is on its way at once, in pieces of 256 bytes a row or more, so that one
@@ -94,7 +94,7 @@ def one_launch_kernel(
     float32 (GATE_PIECES, MP, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (MP, MEMBERS * CHUNKS * CHUNK) in the dtype of
     b; parts float32 (tiles, PIECES, BN, MP) where PIECES > 1. flags int32 (1024,), all 0 before and after; y (M, O).
     Grid, one dimension: per member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then per member ceil(width / BN) * PIECES
-    programs. SHARES, a power of two up to PIECES: so many of a tile's programs write a part of it each. Sums are (outputs, tokens): the matrix units
+    programs. SHARES, a power of two up to PIECES: the number of a tile's programs that write a part of it each. Sums are (outputs, tokens): the matrix units
     take 64 rows of the left side at least, but any multiple of 8 of the right one, so that fewer tokens cost less.
     """
     pid = tl.program_id(0)
@@ -214,7 +214,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         x: (M, h), columns contiguous, 1 <= M <= ``tile.tokens``, float16 or bfloat16, aligned as :func:`can_run` says.
         group: The linears.
         routing: k, T and ``allowed``.
-        row: ``gate_pieces`` of the sums over h for gates and A; ``pieces`` of those for base outputs, fewer where there are so many outputs that the
+        row: ``gate_pieces`` of the sums over h for gates and A; ``pieces`` of those for base outputs, fewer where the
             pieces would not all run at once. Of its tile, ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages``.
         in_place: Not used here.
     """

@@ -114,7 +114,7 @@ def can_run(case: Case, row: Row) -> str | None:
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Tensor | None) -> None:
-    """Gates, ``A x`` and routing of a group, and h written beside x; where :func:`can_run` says so.
+    """Gates, ``A x`` and routing of a group, and h written next to x, where :func:`can_run` says so.
 
     Args:
         x: (M, h), columns contiguous, M >= 1, rows aligned to 16 bytes, float16 or bfloat16.

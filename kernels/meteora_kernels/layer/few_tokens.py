@@ -35,7 +35,7 @@ def chosen_sum(
     if FLAT:
         # Triton 3.6 moves loads of small one-row tiles to another layout without their masks and then refuses its own code.
         PIECE: tl.constexpr = 16 if RANK_P >= 16 else RANK_P
-        share = tl.zeros([BN, MP], dtype=tl.float32)  # apart from the base, which is larger: float32 so loses less in a long sum
+        share = tl.zeros([BN, MP], dtype=tl.float32)  # the base, which is larger, is added last: float32 loses less so
         for slot in tl.static_range(TOP_K):
             begin = tl.sum(slot_of(first, slots, slot))
             end = tl.sum(slot_of(last, slots, slot))

@@ -6,7 +6,7 @@ Two ways, and the base's own product between them:
   rows of B on top of it;
 - above (:func:`sorted_forward`), tokens are sorted by adapter for each slot, so that an adapter's rows are read once for all its tokens.
 
-While a CUDA graph is captured, what comes before B runs on a second stream, beside the base's product.
+While a CUDA graph is captured, everything before B runs on a second stream, at the same time as the base's product.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def beside(x: Tensor) -> Iterator[Callable[[], None]]:
+def on_second_stream(x: Tensor) -> Iterator[Callable[[], None]]:
     """Run what is launched inside on a second stream while a CUDA graph is captured, and on the current one otherwise. Gives the
     function that waits for it."""
     if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -81,7 +81,7 @@ def few_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapt
         routing: k, T and ``allowed``.
     """
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
-    with beside(x) as join:
+    with on_second_stream(x) as join:
         chosen = tokens_down(x, gate_sums(x, adapters), adapters, routing)
     base = base_product(x, weights, True)
     join()
@@ -92,7 +92,7 @@ def few_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapt
 def sorted_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapters, routing: Routing) -> Tensor:
     """Base and adapters, tokens sorted by adapter; arguments and result as in :func:`few_forward`."""
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
-    with beside(x) as join:
+    with on_second_stream(x) as join:
         found = sort_tokens(gate_sums(x, adapters), adapters, routing)
         middle = blocks_down(x, found, adapters, routing.top_k)
     base = base_product(x, weights, x.shape[0] <= EXACT_TOKENS)

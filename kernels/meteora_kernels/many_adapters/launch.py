@@ -46,7 +46,7 @@ class Sorted(NamedTuple):
 
 
 def pieces_of(programs: int, wanted: int, steps: int) -> int:
-    """Into how many pieces to cut a sum of so many steps so that about ``wanted`` programs run; none has fewer than four steps."""
+    """Into how many pieces to cut a sum of ``steps`` steps so that about ``wanted`` programs run; none has fewer than four steps."""
     return max(1, min(ceil_div(wanted, programs), steps // 4))
 
 

@@ -36,7 +36,7 @@ def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
     if not triton_installed():
         return "Triton is not installed"
     if device != "cuda" and not (device == "cpu" and interpreted()):
-        return f"the tensors lie on {device}, the kernels need a CUDA GPU"
+        return f"the tensors are on {device}, the kernels need a CUDA GPU"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     return None
@@ -64,7 +64,7 @@ def at_once(device: torch.device) -> int:
 
 
 def why_not_at_once(device: torch.device, programs: int) -> str | None:
-    """Why so many programs cannot wait for each other on this device; None where all of them run at once."""
+    """Why this number of programs cannot wait for each other on this device; None where all of them run at once."""
     if device.type != "cuda":
         return None if interpreted() else "the kernel needs a CUDA GPU"
     most = multiprocessors(device)

@@ -91,7 +91,7 @@ class Row:
         tokens, hidden, outputs, total_rank, max_rank, adapters, top_k: Conditions on M, h, the outputs of all members together, R, the largest rank, N and k.
         half: A condition: 16-bit dtypes only.
         in_place: A condition: x is a window of a wider buffer already.
-        gain: A condition: all rows of A are at least so many times the rows that one token chooses.
+        gain: A condition: R is at least this many times the number of rows that one token chooses.
         chosen: A condition: the rows of A that all tokens choose, counted once a token, are at most this number or R.
         way: Which variant of the path: "few" or "sorted" (many_adapters), "chosen_rows" or "all_rows" (few_tokens).
         pieces: How many float32 partial sums a product over h comes as, which keeps it exact; 0: rounded to the dtype of the model.

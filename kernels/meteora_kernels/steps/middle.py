@@ -27,7 +27,7 @@ def middle_kernel(
     """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
     logits (M, N) and down (M, R) in the model's dtype, or SPLITS partial sums of them in float32, ``stride_split`` apart; middle (M, R) in
-    the model's dtype. A fused group has several members side by side, ``member_*`` columns apart; in ``middle`` the first stands at column
+    the model's dtype. A fused group has several members side by side, ``member_*`` columns apart; in ``middle`` the first is at column
     ``first_middle``, the others from ``second_middle`` on. RANKS: no adapter has more rows, and only rows of chosen adapters are read; 0: all are.
     Grid: (ceil(M / BLOCK), members).
     """

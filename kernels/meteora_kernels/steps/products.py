@@ -33,7 +33,7 @@ def products_kernel(
     x (M, h) and rows (P, h) in one dtype, columns contiguous; out float32 (S, M, P); span a multiple of BLOCK_K. EVEN: no piece is cut
     short by h. COPY_M > 0: x is also copied to ``copy`` (M, h).
     Grid, one dimension: ceil(P / BLOCK_N) * ceil(M / BLOCK_M) * S programs, those of one x tile neighbours, so that it comes from memory once; then,
-    to run beside them, ceil(h / COPY_N) * ceil(M / COPY_M) that copy.
+    to run at the same time, ceil(h / COPY_N) * ceil(M / COPY_M) that copy.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(rows_total, BLOCK_N)

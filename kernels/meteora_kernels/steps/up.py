@@ -24,10 +24,10 @@ def up_kernel(
 ):  # fmt: skip
     """out[t, c] = base[t, c] + sum_row middle[t, row] B[row, c] (without base where HAS_BASE is False).
 
-    middle (M, .) and B in one dtype: member i's columns of ``middle`` start at ``i * member_middle``, its B (R, width_i) lies contiguous
-    behind those before it, its columns of base and out likewise. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x`` and
+    middle (M, .) and B in one dtype: member i's columns of ``middle`` start at ``i * member_middle``, its B (R, width_i) is contiguous
+    and follows those before it, its columns of base and out likewise. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x`` and
     ``logits`` (M, .) the gates', member i's from column ``i * member_logits``; every program then routes its tokens itself. SPLITS > 1: both
-    are so many float32 partial sums, ``stride_split`` apart; BASE_SPLITS likewise for base.
+    are SPLITS float32 partial sums, ``stride_split`` apart; BASE_SPLITS likewise for base.
     Grid: (sum_i ceil(width_i / BLOCK_N), ceil(M / BLOCK_M)).
     """
     tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BLOCK_N, MEMBERS)
@@ -37,7 +37,7 @@ def up_kernel(
     column_mask = columns < width
     where = before + columns
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    # Read late: measured faster on large outputs, and in float32 a long sum loses less apart from the base, which is larger.
+    # Read late: measured faster on large outputs, and in float32 a long sum loses less if the base, which is larger, is added last.
     LATE: tl.constexpr = not ROUTE or b.dtype.element_ty == tl.float32
     if HAS_BASE and not LATE:
         total += summed(base, tokens * stride_base + where, stride_base_split, token_mask & column_mask, BASE_SPLITS)

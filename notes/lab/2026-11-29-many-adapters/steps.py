@@ -91,9 +91,9 @@ def main() -> None:
                     call = lambda pairs=pairs, forward=forward: [forward(x, g.packed[: g.outputs], None, adapters_of(g), ROUTING) for g, x in pairs]
                     works[way + kind] = capture(call)
                     if not pool and way == "few":
-                        plain, many_adapters.beside = many_adapters.beside, ALONE
+                        plain, many_adapters.on_second_stream = many_adapters.on_second_stream, ALONE
                         works[way + "-one-stream"] = capture(call)
-                        many_adapters.beside = plain
+                        many_adapters.on_second_stream = plain
                 if "OLD" in os.environ or tokens <= 16:
                     works["old" + kind] = capture(lambda pairs=pairs: [old(group, x) for group, x in pairs])
                 every = [steps_of(group, x) for group, x in pairs] if "STEPS" in os.environ else [{}]
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 class ALONE:
-    """:func:`many_adapters.beside` that stays on the current stream."""
+    """:func:`many_adapters.on_second_stream` that stays on the current stream."""
 
     def __init__(self, x: torch.Tensor) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Decoding with chosen rows of A, and with all of them, against the reference; in the interpreter on a CPU, compiled on a GPU."""
+"""Decoding with the chosen rows of A only, against the reference; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meteora_kernels.arguments import span_of
 from meteora_kernels.group import row_for, run_group
 from meteora_kernels.plan import Row
 from meteora_kernels.tile import Tile
-from support.kernel_groups import DEVICE, RANKS, check_rounded_once, members, nan_stays, ties
+from support.kernel_groups import DEVICE, RANKS, check_equals_reference, check_rounded_once, check_ties, members, nan_stays
 from support.kernel_rows import taking
 
 SMALL = Row("decode_chosen_rows", pieces=3, tile=Tile(outputs=16, step=16, warps=2, stages=2, gate_rows=16, gate_step=16, down_rows=4, down_step=16))
@@ -32,68 +32,50 @@ EVERY = Row("decode_all_rows", tile=Tile(outputs=32, step=16, warps=2, stages=2,
         pytest.param((2,) * 40, (24, 9), 64, 3, TALL, id="40x2-top3"),
         pytest.param((64, 3), (33,), 72, 1, TALL, id="rank-64"),
         pytest.param((1,) * 300, (20,), 80, 16, TALL, id="300x1-top16", marks=pytest.mark.slow),
-        pytest.param(RANKS, (24, 9, 33), 72, 2, EVERY, id="all-rows"),
-        pytest.param((2,) * 40, (24, 9), 64, 3, EVERY, id="all-rows-40x2-top3", marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_reference(ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, top_k: int, row: Row, tokens: int) -> None:
     """Pieces that do not divide h, rows and outputs that do not fill a block, with a bias and a mask; twice the same bits."""
     given = members(widths, tokens, ranks=ranks, hidden=hidden, bias=tokens == 5)
     allowed = torch.arange(len(ranks), device=DEVICE) % 3 != 1 if tokens == 5 and top_k < 3 else None
-    routing = Routing(top_k, 1.5, allowed)
-    found = given.run(row, routing)
-    torch.testing.assert_close(found, given.exact(routing).float(), rtol=2e-4, atol=2e-4)
-    assert torch.equal(given.run(row, routing), found)
+    check_equals_reference(given, row, Routing(top_k, 1.5, allowed))
 
 
 def test_a_rank_of_256_equals_the_reference() -> None:
     """With few tokens: in the interpreter its time grows with both."""
-    given, routing = members((20,), 2, ranks=(256, 0), hidden=33), Routing(2, 1.5)
-    torch.testing.assert_close(given.run(PLAIN, routing), given.exact(routing).float(), rtol=2e-4, atol=2e-4)
+    check_equals_reference(members((20,), 2, ranks=(256, 0), hidden=33), PLAIN, Routing(2, 1.5))
 
 
-@pytest.mark.parametrize("row", [SMALL, TALL, EVERY], ids=["small", "tall", "all-rows"])
+@pytest.mark.parametrize("row", [SMALL, TALL], ids=["small", "tall"])
 def test_rounds_once(row: Row) -> None:
     check_rounded_once(members((40, 24), 16, dtype=torch.float16), row, most=1.15)
 
 
-@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
-def test_ties_go_to_the_lower_index_and_logits_are_not_rounded(row: Row) -> None:
-    given = ties(members((24,), 6, dtype=torch.float16))
-    torch.testing.assert_close(given.run(row, Routing(1)).double(), given.exact(Routing(1)), rtol=2e-3, atol=2e-3)
+def test_ties_go_to_the_lower_index_and_logits_are_not_rounded() -> None:
+    check_ties(members((24,), 6, dtype=torch.float16), SMALL)
 
 
-@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
-def test_nan_stays_in_its_token_and_in_its_adapter(row: Row) -> None:
-    nan_stays(members((24, 9), 5), row)
+def test_nan_stays_in_its_token_and_in_its_adapter() -> None:
+    nan_stays(members((24, 9), 5), SMALL)
 
 
-@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
-def test_reads_rows_of_a_wider_block(row: Row) -> None:
-    """With gaps between the rows of the weights, and with B^T in them."""
-    for options in ({"gap": 24}, {"has_up": True}):
-        given = members((24, 9, 33), 3, bias=True, **options)  # type: ignore[arg-type]
-        torch.testing.assert_close(given.run(row, in_place="has_up" in options), given.exact().float(), rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("row", [SMALL, EVERY], ids=["chosen-rows", "all-rows"])
-def test_more_tokens_than_a_tile_are_refused(row: Row) -> None:
-    group = members((24,), 17).group
-    assert row_for(group, 16, 2).path.startswith("decode_")
-    with taking(row, Row("packed")):
-        assert row_for(group, 16, 2) is row
-        assert row_for(group, 17, 2).path == "packed"
+def test_reads_rows_with_gaps() -> None:
+    """Between the rows of the weights, and where these hold B^T."""
+    check_equals_reference(members((24, 9, 33), 3, bias=True, gap=24), SMALL)
+    check_equals_reference(members((24, 9, 33), 3, bias=True, has_up=True), SMALL, in_place=True)
 
 
 def test_groups_decode_by_the_row_that_fits() -> None:
-    """Chosen rows unless the tokens choose more than 256 and more than A has; the outputs agree up to rounding."""
+    """The outputs of both ways to decode agree up to rounding; more tokens than a tile holds go to the next row."""
     given = members((24, 9), 4)
     outputs = []
     for first, second in ((SMALL, EVERY), (EVERY, SMALL)):
-        with taking(first, second):
+        with taking(first, second, Row("packed")):
             outputs.append(run_group(given.x, given.group, Routing()))
-            assert row_for(given.group, 4, 2) is first
+            assert row_for(given.group, 16, 2) is first
+            assert row_for(given.group, 17, 2).path == "packed"
     torch.testing.assert_close(*outputs, rtol=2e-4, atol=2e-4)
+    assert row_for(given.group, 16, 2).path == "decode_chosen_rows"
 
 
 def test_spans_cover_the_columns_in_whole_steps() -> None:
