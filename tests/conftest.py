@@ -8,34 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.order import FIRST
 from support.tiny_models import make_tiny_llama
 
 collect_ignore_glob = ["conftest.py", "*/conftest.py", "*/*/conftest.py", "robustness/[!t]*.py", "support/*.py"]
 """Programs and helpers: their docstrings hold no examples."""
 
-LONGEST = (
-    "test_end_to_end.py",
-    "test_train_command.py",
-    "test_real_bigbench.py",
-    "test_evaluate.py",
-    "test_real_model_batches.py",
-    "test_sharding.py",
-    "test_chat_command.py",
-    "test_jobs.py",
-    "test_stages.py",
-    "test_lm_eval_model.py",
-    "test_eval_command.py",
-    "test_fused_evaluation.py",
-    "test_fuse.py",
-    "test_fused_chat.py",
-)
-"""The files that take longest, in the order in which they begin: the many short ones behind them end together on all workers."""
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files go first."""
-    place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture

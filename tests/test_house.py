@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from support.order import FIRST
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"meteora_cli": ROOT / "meteora_cli", "meteora_core": ROOT / "meteora_core", "meteora_kernels": ROOT / "kernels" / "meteora_kernels"}
 FORBIDDEN = {
@@ -180,3 +182,8 @@ def test_every_public_name_has_an_example(package: str) -> None:
     without = [name for name, value in documented.items() if not any(test.examples for test in doctest.DocTestFinder().find(value, name))]
     assert documented
     assert without == []
+
+
+def test_the_files_that_go_first_exist() -> None:
+    names = [module.name for module in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in FIRST if names.count(name) != 1] == []

@@ -25,18 +25,25 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 ROWS = (Row("wide", Span(17), pieces=1, in_place=True), Row("wide", Span(17), pieces=1), *shipped("default").group)
 
 
-def attached(make_adapter, base: nn.Module) -> nn.Module:
-    folders = {name: make_adapter(name, seed, r=4, target_modules=NAMES) for seed, name in enumerate(("one", "two", "three"))}
+def attached(make_adapter, layers: int = 1, base: nn.Module | None = None) -> nn.Module:
+    base, sizes = base or make_tiny_llama(num_hidden_layers=layers), {"num_hidden_layers": layers}
+    folders = {name: make_adapter(name, seed, llama=sizes, r=4, target_modules=NAMES) for seed, name in enumerate(("one", "two", "three"))}
     model = attach(base.half(), AdapterBank.from_peft(folders), top_k=3)  # all of them: no near ties
     return model.cuda() if torch.cuda.is_available() else model
 
 
 @pytest.fixture
-def model(make_adapter, monkeypatch: pytest.MonkeyPatch):
-    """A tiny Llama in float16 whose groups all keep B^T beside their weights, and run so from 17 tokens on."""
+def all_wide(monkeypatch: pytest.MonkeyPatch):
+    """Groups all keep B^T beside their weights, and run so from 17 tokens on."""
     monkeypatch.setattr(wide, "SHARE", 0)
     with taking(*ROWS):
-        yield attached(make_adapter, make_tiny_llama())
+        yield
+
+
+@pytest.fixture
+def model(make_adapter, all_wide):
+    """One layer of a tiny Llama in float16: the interpreter takes seconds a layer."""
+    return attached(make_adapter)
 
 
 def fed(model: nn.Module) -> list[str]:
@@ -52,7 +59,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((found - expected).norm() / expected.norm()) < 1e-2
 
 
-def test_all_but_the_attention_output_lie_wide(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_but_the_attention_output_lie_wide(make_adapter, all_wide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two layers, one after the other."""
+    model = attached(make_adapter, layers=2)
     expected = logits_of(model)
     assert fuse(model) == 8
     assert fed(model) == sorted(["input_layernorm", "post_attention_layernorm", "mlp"] * 2)
@@ -116,9 +125,8 @@ def test_a_copy_has_norms_of_its_own(model) -> None:
             if name.endswith("layernorm.weight"):
                 parameter.zero_()
     assert not close(logits_of(twin), expected)
-    assert torch.equal(logits_of(model), expected)
-    assert fuse(twin) == 8
-    assert len(fed(twin)) == 6
+    assert fuse(twin) == 4
+    assert len(fed(twin)) == 3
     detach(twin)
     assert fed(twin) == []
     assert torch.equal(logits_of(model), expected)
@@ -162,7 +170,7 @@ def test_other_forms_stay_as_they_are(make_adapter, kind: str, monkeypatch: pyte
     """A norm that multiplies by 1 + weight, an activation that is no SiLU."""
     from transformers.models.llama import modeling_llama
 
-    base = make_tiny_llama()
+    base = make_tiny_llama(num_hidden_layers=1)
     if kind == "norm":
 
         class Other(modeling_llama.LlamaRMSNorm):
@@ -176,10 +184,10 @@ def test_other_forms_stay_as_they_are(make_adapter, kind: str, monkeypatch: pyte
         for module in base.modules():
             if hasattr(module, "act_fn"):
                 module.act_fn = nn.GELU()
-    model = attached(make_adapter, base)
+    model = attached(make_adapter, base=base)
     expected = logits_of(model)
     fuse(model)
-    assert fed(model) == (["mlp"] * 2 if kind == "norm" else sorted(["input_layernorm", "post_attention_layernorm"] * 2))
+    assert fed(model) == (["mlp"] if kind == "norm" else ["input_layernorm", "post_attention_layernorm"])
     assert close(logits_of(model), expected)
 
 
