@@ -36,6 +36,7 @@ ROOMS: tuple[frozenset[str], ...] = tuple(
         "trace",
         "evaluation",
         "training",
+        "living",
         "bench integrations starter",
         "chat quickstart",
         "__init__",

@@ -114,11 +114,14 @@ def write_statistics(file: Path, header: StatisticsHeader, means: Mapping[str, T
             plans.append(_plan(f"{name}.deviation", torch.float32, (len(mean),), partial(_deviation_bytes, mean, squares[name])))
         kind = getattr(torch, header.second)
         plans.append(_plan(f"{name}.second", kind, (len(mean) * (len(mean) + 1) // 2,), partial(_triangle, mean, squares[name], kind)))
-    metadata = {"format": "pt", _HEADER: header.model_dump_json()}
+    return _write(file, plans, header)
+
+
+def _write(file: Path, plans: Sequence[TensorPlan], header: StatisticsHeader) -> Path:
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(file.parent, file.name) as temporary:
-            write_tensors(temporary / "statistics", plans, metadata)
+            write_tensors(temporary / "statistics", plans, {"format": "pt", _HEADER: header.model_dump_json()})
             os.replace(temporary / "statistics", file)
     return file
 
@@ -252,6 +255,14 @@ class GateStatistics:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name} in {self.file} holds numbers that are not finite", hint=_AGAIN)
         return tensor
+
+
+def copy_statistics(statistics: GateStatistics, file: Path, adapter: str) -> GateStatistics:
+    """Write statistics anew under another name of the adapter. Raises StorageError."""
+    files = TensorFiles(statistics.file)
+    plans = [TensorPlan(name, entry.dtype, entry.shape, partial(files.chunks, name)) for name, entry in files.entries.items()]
+    _write(file, plans, statistics.header.model_copy(update={"adapter": adapter}))
+    return GateStatistics(file)
 
 
 def check_fitting(statistics: GateStatistics, recipe: Recipe, probe: list[float] | None, adapter_sha256: str = "") -> None:

@@ -88,12 +88,22 @@ class PackedEntry(FileModel):
     adapters: dict[str, str] = Field(default_factory=dict)
 
 
+class ChangeEntry(FileModel):
+    """An adapter that joined or left a checkpoint."""
+
+    action: Literal["add", "drop", "update"]
+    adapter: str
+    sha256: str = ""
+    gates: str = ""
+
+
 class TrainingEntry(FileModel):
     """How it was made, for cards and for runs that ask whether they are done. Numbers that were not finite are None."""
 
     inputs: InputsEntry = Field(default_factory=InputsEntry)
     held_out: dict[str, float | None] = Field(default_factory=dict)
     packed: PackedEntry = Field(default_factory=PackedEntry)
+    changes: list[ChangeEntry] = Field(default_factory=list)
     steps: Count = 0
     tokens: Count = 0
     seconds: float | None = None

@@ -19,7 +19,7 @@ from meteora_core.adapters.bank import AdapterBank, natural_order
 from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, StatisticsHeader, write_statistics
 from meteora_core.checkpoints.native_config import BaseEntry
 from meteora_core.errors import CheckpointError, DataError, MeteoraError
-from meteora_core.model.attach import attach, detach, meteora_layers
+from meteora_core.model.attach import attach, detach, meteora_layers, probe_base
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
@@ -99,23 +99,26 @@ def collect_statistics(
     if not rows:
         raise DataError(f"adapter {info.name!r} has no rows", hint="add some with `meteora data add`")
     rows = [_own_row(row, info.name) for row in rows]
+    probe = whole_probe(model)
     attach(model, bank, top_k=1, backend=how.backend, init="zeros")
     try:
-        state = meteora_of(model)
         own = dict(meteora_layers(model))
         observed: dict[str, nn.Module] = {path: model.get_submodule(path) for path in sorted({*own, *layers}, key=natural_order)}
         check_observable(observed, "the collection of gate statistics")
         lengths = row_lengths(rows)
         count = max(1, round(how.tokens * len(rows) / (sum(lengths) * how.batch_size)))
         count = min(count, -(-len(rows) // how.batch_size))
-        plan = [[row for _, row in picks] for picks in plan_batches([lengths], count, how.batch_size, how.seed)]
-        plan = [sorted(set(picks)) for picks in plan]
-        seen = [rows[row] for picks in plan for row in picks]
+        picked = set[int]()
+        plan: list[list[int]] = []
+        for picks in plan_batches([lengths], count, how.batch_size, how.seed):
+            plan.append(sorted({row for _, row in picks} - picked))  # the last batch may begin the rows anew
+            picked.update(plan[-1])
+        plan = [batch for batch in plan if batch]
+        seen = [rows[row] for batch in plan for row in batch]
         tokens = sum(label != IGNORE for row in seen for label in row.gate_labels)
         weights = token_weights(seen, 1, how.recipe.answer_share).double() / tokens
         sums = InputSums(1, weights.float())
-        _run(model, sums, observed, [[rows[row] for row in picks] for picks in plan], how, progress)
-        probe = state.provenance.base_probe
+        _run(model, sums, observed, [[rows[row] for row in batch] for batch in plan], how, progress)
     finally:
         detach(model)
     names = {id(module): path for path, module in observed.items()}
@@ -134,6 +137,11 @@ def collect_statistics(
     means = {names[key]: mean[0] for key, mean in sums.means.items()}
     write_statistics(file, header, means, {names[key]: square for key, square in sums.squares.items()})
     return GateStatistics(file)
+
+
+def whole_probe(model: nn.Module) -> list[float] | None:
+    """A few weights of a model without adapters, by which statistics recognise it; the same whichever layers adapters target."""
+    return probe_base({path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)})
 
 
 def _own_row(row: TrainRow, name: str) -> TrainRow:

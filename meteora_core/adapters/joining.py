@@ -1,0 +1,81 @@
+"""Banks that gain or lose an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from meteora_core.adapters.bank import AdapterBank, natural_order
+from meteora_core.adapters.stack import Stack
+from meteora_core.errors import AdapterError
+
+
+def without_adapter(bank: AdapterBank, name: str) -> AdapterBank:
+    """A bank without one of its adapters; layers that only this adapter targets are left out. Raises UsageError where there is no such adapter."""
+    place = bank.index(name)
+    kept = [other for other in range(len(bank)) if other != place]
+    modules = {path: _chosen(stack, kept) for path, stack in bank.modules.items() if any(stack.ranks[other] for other in kept)}
+    return replace(
+        bank,
+        adapters=tuple(bank.adapters[other] for other in kept),
+        modules=modules,
+        claims=tuple(claim for claim in bank.claims if claim.name != name),
+    )
+
+
+def alone(bank: AdapterBank, name: str) -> AdapterBank:
+    """One of the adapters of a bank, as a bank of its own. Raises UsageError where there is no such adapter."""
+    place = bank.index(name)
+    modules = {path: _chosen(stack, [place]) for path, stack in bank.modules.items() if stack.ranks[place]}
+    return replace(bank, adapters=(bank.adapters[place],), modules=modules, claims=tuple(claim for claim in bank.claims if claim.name == name))
+
+
+def with_adapter(bank: AdapterBank, other: AdapterBank, place: int | None = None) -> AdapterBank:
+    """A bank with the adapter of another bank.
+
+    Args:
+        bank: The adapters that are there.
+        other: A bank of one adapter.
+        place: The position of the new adapter; None puts it last.
+
+    Raises:
+        AdapterError: The two disagree about a layer's shape.
+    """
+    place = len(bank) if place is None else place
+    (info,) = other.adapters
+    modules = {}
+    for path in sorted({*bank.modules, *other.modules}, key=natural_order):
+        mine, new = bank.modules.get(path), other.modules.get(path)
+        if mine is None and new is not None:
+            mine = Stack(new.A[:0], new.B[:0], (0,) * len(bank), torch.zeros(len(bank)))
+        if new is None and mine is not None:
+            new = Stack(mine.A[:0], mine.B[:0], (0,), torch.zeros(1))
+        assert mine is not None
+        assert new is not None
+        if (mine.in_features, mine.out_features) != (new.in_features, new.out_features):
+            raise AdapterError(
+                f"{path}: adapter {info.name!r} maps {new.in_features} to {new.out_features} features, the others {mine.in_features} to {mine.out_features}",
+                hint="all adapters of a bank must be trained on the same base model",
+            )
+        modules[path] = _inserted(mine, new, place)
+    adapters = (*bank.adapters[:place], info, *bank.adapters[place:])
+    return replace(bank, adapters=adapters, modules=modules, claims=(*bank.claims, *other.claims))
+
+
+def _inserted(mine: Stack, new: Stack, place: int) -> Stack:
+    split = sum(mine.ranks[:place])
+    dtype = mine.A.dtype if mine.A.dtype == new.A.dtype or not len(new.A) else new.A.dtype if not len(mine.A) else torch.float32
+
+    def joined(one: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([one[:split].to(dtype), other.to(one.device, dtype), one[split:].to(dtype)])
+
+    scaling = torch.cat([mine.scaling[:place], new.scaling.to(mine.scaling.device), mine.scaling[place:]])
+    return Stack(joined(mine.A, new.A), joined(mine.B, new.B), (*mine.ranks[:place], *new.ranks, *mine.ranks[place:]), scaling)
+
+
+def _chosen(stack: Stack, places: list[int]) -> Stack:
+    starts = [sum(stack.ranks[:place]) for place in range(len(stack.ranks))]
+    rows = [row for place in places for row in range(starts[place], starts[place] + stack.ranks[place])]
+    return Stack(stack.A[rows].contiguous(), stack.B[rows].contiguous(), tuple(stack.ranks[place] for place in places), stack.scaling[places])

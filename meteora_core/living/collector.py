@@ -1,0 +1,133 @@
+"""The statistics and held-out rows of adapters: taken from where they are, or collected from rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.config import find_adapter
+from meteora_core.adapters.joining import alone
+from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, check_fitting, copy_statistics
+from meteora_core.data.frames import PLACE
+from meteora_core.errors import AdapterError, MeteoraError
+from meteora_core.living.rows import AdapterRows
+from meteora_core.model.vocabulary import check_tokens
+from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import is_regular
+from meteora_core.text import shown
+from meteora_core.training.encoding import TrainRow, encode_rows
+from meteora_core.training.statistics import Collecting, collect_statistics, whole_probe
+from meteora_core.training.task_rows import HeldOut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FindRows = Callable[[str, Path | None], AdapterRows | None]
+"""Finds the rows of an adapter by its name and folder; None where there are none."""
+
+
+class Collector:
+    """Finds or collects the statistics of adapters.
+
+    Args:
+        tokenizer: The base model's.
+        how: How statistics are collected; its recipe counts only where there are no statistics yet.
+        workspace: The folder that new statistics are written to.
+        find: Finds the rows of an adapter.
+        progress: Where progress is reported.
+
+    Attributes:
+        folders: PEFT folders of adapters, by name, where they are known.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, how: Collecting, workspace: Path, find: FindRows, progress: Progress = SILENT) -> None:
+        self.tokenizer, self.how, self.workspace, self.progress = tokenizer, how, workspace, progress
+        self.folders: dict[str, Path] = {}
+        self._find, self._found, self._numbers = find, dict[str, AdapterRows | None](), count()
+
+    def rows(self, name: str) -> AdapterRows | None:
+        """The rows of an adapter; None where there are none. Raises DataError where they are broken."""
+        if name not in self._found:
+            self._found[name] = self._find(name, self.folders.get(name))
+        return self._found[name]
+
+    def forget(self, name: str) -> None:
+        """Forget the folder and the rows of an adapter."""
+        self.folders.pop(name, None)
+        self._found.pop(name, None)
+
+    def shipped(self, name: str) -> Path | None:
+        """The statistics in an adapter's own folder; None where there are none."""
+        folder = find_adapter(self.folders[name]) if name in self.folders else None
+        return folder / SHIPPED if folder is not None and is_regular(folder / SHIPPED) else None
+
+    def complete(self, model: PreTrainedModel, bank: AdapterBank, known: Mapping[str, GateStatistics]) -> tuple[dict[str, GateStatistics], tuple[str, ...]]:
+        """The statistics of all adapters of a bank, and the names of those that were collected for it.
+
+        Args:
+            model: The base model, without adapters; it is left so.
+            bank: The adapters.
+            known: Statistics that are there. Those that lack a layer of the bank are collected again.
+
+        Raises:
+            MeteoraError: An adapter has neither statistics nor rows.
+            AdapterError: The prompts of an adapter have another frame than those of the others.
+            CheckpointError: Statistics do not fit the model, each other or their adapter.
+            DataError: Rows are broken.
+        """
+        found, layers, probe = dict(known), list(bank.modules), whole_probe(model)
+        for name in bank.names:
+            if name not in found and (file := self.shipped(name)) is not None:
+                found[name] = copy_statistics(GateStatistics(file), self._file(name), name)
+        found = {name: each for name, each in found.items() if not each.missing(layers)}
+        recipe = next((each.header.recipe for each in found.values()), None)
+        wanted = tuple(name for name in bank.names if name not in found)
+        for name in wanted:
+            rows = self.rows(name)
+            if rows is None:
+                raise MeteoraError(
+                    f"there are neither statistics nor rows of the adapter {name!r}", hint="pass --data DIR, the folder that holds the rows of the adapters"
+                )
+            recipe = recipe or self.how.recipe.model_copy(update={"frame": self._common_frame(wanted)})
+            _check_frame(name, rows, recipe)
+            found[name] = self._collect(model, alone(bank, name), rows, recipe, layers)
+        for info in bank.adapters:
+            check_fitting(found[info.name], recipe or self.how.recipe, probe, info.sha256)
+        return {name: found[name] for name in bank.names}, wanted
+
+    def held_out(self, names: Sequence[str]) -> HeldOut:
+        """The held-out rows of the adapters that have rows."""
+        groups: list[list[TrainRow]] = []
+        for place, name in enumerate(names):
+            rows = self.rows(name)
+            held = rows.held_out if rows is not None else []
+            groups.append(list(encode_rows(held, self.tokenizer, place, self.how.max_length).rows) if held else [])
+        return HeldOut(groups, names, self.how.pad_token, self.how.batch_size)
+
+    def _collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:
+        encoded = encode_rows(rows.train, self.tokenizer, 0, self.how.max_length).rows
+        check_tokens(model, self.tokenizer, (row.tokens for row in encoded))
+        how = replace(self.how, recipe=recipe)
+        return collect_statistics(model, bank, encoded, self._file(bank.names[0]), how, layers=layers, progress=self.progress)
+
+    def _common_frame(self, names: Sequence[str]) -> str:
+        """The frame of the prompts of all these adapters; ``{}`` where they differ, so that no frame is asked for later."""
+        frames = {rows.frame for name in names if (rows := self.rows(name)) is not None}
+        return frames.pop() if len(frames) == 1 else PLACE
+
+    def _file(self, name: str) -> Path:
+        """A new file: statistics of an earlier version of the adapter may still be in use."""
+        return self.workspace / f"{name}.{next(self._numbers)}.safetensors"
+
+
+def _check_frame(name: str, rows: AdapterRows, recipe: Recipe) -> None:
+    """Refuse an adapter whose prompts have another frame than those of the others: gates would learn the frame, not the task. Raises AdapterError."""
+    if PLACE not in (rows.frame, recipe.frame) and rows.frame != recipe.frame:
+        raise AdapterError(
+            f"the prompts of {name!r} ({rows.source}) have the frame {shown(rows.frame)}, those of the other adapters {shown(recipe.frame)}",
+            hint="bring its rows into the same frame: meteora data add NAME --train FILE --template inst|chat|'…{}…'",
+        )

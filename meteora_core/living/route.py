@@ -1,0 +1,284 @@
+"""A folder of adapters becomes a routed model: ``meteora route``."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.base_names import same_base_name
+from meteora_core.adapters.config import find_adapter, read_adapter_config
+from meteora_core.adapters.fitting import fit_to_base
+from meteora_core.adapters.folders import INFO_FILE, read_training_info
+from meteora_core.adapters.joining import with_adapter
+from meteora_core.checkpoints.gate_statistics import Recipe
+from meteora_core.checkpoints.native import check_replaceable
+from meteora_core.checkpoints.parts import checkpoint_parts
+from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
+from meteora_core.living.checkpoints import ANSWER_SHARE, relocate, write_with_statistics
+from meteora_core.living.collector import Collector
+from meteora_core.living.rows import find_rows
+from meteora_core.locks import scratch_folder
+from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
+from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
+from meteora_core.model.vocabulary import padding_token
+from meteora_core.names import problem_of
+from meteora_core.progress import SILENT, Progress
+from meteora_core.reading import is_regular
+from meteora_core.routing import meteora_of
+from meteora_core.text import listed
+from meteora_core.training.gate_metrics import measure_gates
+from meteora_core.training.statistics import TOKENS, Collecting, closed_form_gates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDED = 2 << 30
+"""Bytes of adapters up to which a checkpoint holds them itself."""
+
+LOW = 0.85
+"""Share of held-out answer tokens below which a closed form is called weak."""
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """Which adapters are taken, and how.
+
+    Attributes:
+        only: Only these adapters; empty takes all.
+        exclude: Not these.
+        data: The folder of all datasets.
+        base: The base model; None takes the one that most adapters name.
+        dtype, device, backend: Of the model, as in the settings.
+        top_k: Adapters per token and layer; None is 2, or 1 where there is one adapter.
+        temperature: Routing temperature.
+        tokens: Tokens of each adapter that are looked at.
+        answer_share: Share of an adapter's weight that its answers' tokens have together; None: all tokens weigh the same.
+        batch_size: Rows in one forward pass.
+        max_length: Longest row, in tokens.
+        seed: Of the choice of rows.
+        embed: Whether the checkpoint holds the adapters' weights; None: where they are small.
+        overwrite: Replace a checkpoint that is there.
+        progress: Where progress is reported.
+    """
+
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    data: Path | None = None
+    base: BaseReference | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+    top_k: int | None = None
+    temperature: float = 1.0
+    tokens: int = TOKENS
+    answer_share: float | None = ANSWER_SHARE
+    batch_size: int = 8
+    max_length: int = 1024
+    seed: int = 42
+    embed: bool | None = None
+    overwrite: bool = False
+    progress: Progress = SILENT
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The outcome.
+
+    Attributes:
+        folder: The checkpoint.
+        base: The base model's name.
+        adapters: The adapters, in order.
+        set_aside: Adapters that were left out, and why.
+        rows: Adapter -> where its rows were found; empty text where its own statistics were used.
+        held_out: Routing on held-out rows; see :func:`meteora_core.training.gate_metrics.measure_gates`.
+        embedded: Whether the checkpoint holds the adapters' weights.
+        tokens: Number of tokens that all statistics have seen.
+        bytes: Size of the statistics.
+        seconds: Duration.
+    """
+
+    folder: Path
+    base: str
+    adapters: tuple[str, ...]
+    set_aside: dict[str, str]
+    rows: dict[str, str]
+    held_out: dict[str, float] = field(default_factory=dict)
+    embedded: bool = True
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptions = RouteOptions()) -> Routed:
+    """Make a checkpoint of a folder of PEFT adapters, with gates in closed form.
+
+    Adapters that cannot be used, that belong to another base model or that have no rows are set aside.
+
+    Args:
+        adapters: The folder that holds one folder per adapter.
+        folder: The checkpoint to write.
+        options: Which adapters are taken, and how.
+
+    Returns:
+        What was written, and what was set aside.
+
+    Raises:
+        UsageError: There is no adapter that can be used, a name in ``only`` or ``exclude`` is unknown, or ``folder`` holds something already.
+        MeteoraError: The base model cannot be loaded, or memory or the disk is full.
+
+    Example:
+        >>> from meteora_core.living.route import RouteOptions, route_adapters
+        >>> done = route_adapters("adapters", "runs/routed", RouteOptions(data=Path("datasets"), only=("strategyqa",)))
+        >>> done.adapters, done.set_aside
+        (('strategyqa',), {})
+    """
+    began, root, folder, progress = time.perf_counter(), Path(adapters), Path(folder), options.progress
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not options.overwrite:
+        raise UsageError(f"{folder} is there already", hint="pass --force to replace it, or choose another folder with --out")
+    check_replaceable(folder)
+    set_aside: dict[str, str] = {}
+    folders = _candidates(root, options, set_aside)
+    banks, named = _readable(folders, set_aside)
+    base = options.base or (BaseReference(named) if named else None)
+    if banks and base is None:
+        raise UsageError(f"the adapters in {root} do not name their base model", hint="pass --base")
+    if not banks or base is None:
+        raise _nothing(root, set_aside)
+    base = replace(base, name=str(Path(base.name).resolve())) if Path(base.name).is_dir() else base
+    place = pick_device(options.device)
+    tokenizer = load_tokenizer(base, progress=progress)
+    model = load_base(base, dtype=pick_dtype(options.dtype, place), device=place, progress=progress)
+    banks, renamed = _fitting(banks, model, set_aside)
+    recipe = Recipe(answer_share=options.answer_share)
+    how = Collecting(
+        base, padding_token(model, tokenizer), recipe, options.tokens, options.batch_size, options.max_length, options.seed, backend=options.backend
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder.parent, f"{folder.name}.statistics") as workspace:
+        collector = Collector(tokenizer, how, workspace, lambda name, adapter: find_rows(name, options.data, adapter, tokenizer, seed=options.seed), progress)
+        collector.folders = {name: folders[name] for name in banks}
+        banks = _with_rows(banks, collector, set_aside)
+        if not banks:
+            raise _nothing(root, set_aside)
+        bank = _joined(banks)
+        statistics, _ = collector.complete(model, bank, {})
+        gates = dict(closed_form_gates(list(statistics.values()), list(bank.modules), progress=progress))
+        attach(model, bank, top_k=options.top_k or min(2, len(bank)), temperature=options.temperature, backend=options.backend, init="zeros")
+        known = meteora_of(model).provenance
+        known.gates, known.renamed = "closed form", renamed
+        with torch.no_grad():
+            for path, layer in meteora_layers(model):
+                layer.gate.copy_(gates[path])
+        set_trainable(model, "none")
+        held = collector.held_out(bank.names)
+        measured = measure_gates(model, held, progress=progress) if any(held.rows) else {}
+        size = sum(stack.A.numel() * stack.A.element_size() + stack.B.numel() * stack.B.element_size() for stack in bank.modules.values())
+        embed = size <= EMBEDDED if options.embed is None else options.embed
+        relocate(model, collector.folders, folder)
+        tokens = sum(each.header.tokens for each in statistics.values())
+        seconds = time.perf_counter() - began
+        record = {"held_out": measured, "tokens": tokens, "seconds": seconds, "closed_form": {**recipe.model_dump(), "tokens": options.tokens}}
+        config, tensors = checkpoint_parts(model, place=folder, base=base, adapters=embed, training=record)
+        write_with_statistics(folder, config, tensors, statistics)
+        rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}
+        stored = sum(each.size for each in statistics.values())
+    return Routed(folder, base.name, bank.names, set_aside, rows, measured, embed, tokens, stored, time.perf_counter() - began)
+
+
+def _candidates(root: Path, options: RouteOptions, set_aside: dict[str, str]) -> dict[str, Path]:
+    """The adapter folders that were asked for, by name."""
+    if not root.is_dir():
+        raise UsageError(f"no such folder: {root}", hint="give the folder that holds one folder per adapter")
+    if find_adapter(root) in (root, root / "default"):
+        raise UsageError(f"{root} is one adapter", hint=f"give the folder that holds all adapters: meteora route {root.parent}")
+    inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    present = {path.name: path for path in inside if find_adapter(path) is not None}
+    for name in (*options.only, *options.exclude):
+        if name not in present:
+            raise UsageError(f"no adapter {name!r} in {root}", hint=did_you_mean(name, present) or f"there are: {listed(present)}")
+    chosen = {name: path for name, path in present.items() if (not options.only or name in options.only) and name not in options.exclude}
+    for path in inside:
+        if path.name not in present and any(path.glob("*.safetensors")):
+            set_aside[path.name] = "it has no adapter_config.json"
+    return chosen
+
+
+def _readable(folders: Mapping[str, Path], set_aside: dict[str, str]) -> tuple[dict[str, AdapterBank], str | None]:
+    """The adapters that can be stacked and that name one base model, and that base model."""
+    banks: dict[str, AdapterBank] = {}
+    for name, folder in folders.items():
+        place = find_adapter(folder) or folder
+        try:
+            if problem := problem_of(name):
+                raise AdapterError(f"its folder's name cannot be an adapter's name: {problem}")
+            read_adapter_config(name, place)
+            if is_regular(place / INFO_FILE) and read_training_info(place).tasks:
+                raise AdapterError("it was trained on several tasks at once, which no gate can be labelled with")
+            bank = AdapterBank.from_peft({name: folder})
+            twin = next((other for other, each in banks.items() if each.adapters[0].sha256 == bank.adapters[0].sha256), None)
+            if twin is not None:
+                raise AdapterError(f"it has the same weights as {twin!r}")
+            banks[name] = bank
+        except MeteoraError as error:
+            set_aside[name] = error.message
+    origins = [bank.adapters[0].base for bank in banks.values() if bank.adapters[0].base]
+    if not origins:
+        return banks, None
+    groups = Counter(next(other for other in origins if same_base_name(other, origin)) for origin in origins)
+    usual = groups.most_common(1)[0][0]
+    for name, bank in list(banks.items()):
+        origin = bank.adapters[0].base
+        if origin and not same_base_name(origin, usual):
+            set_aside[name] = f"it names another base model: {origin} instead of {usual}"
+            del banks[name]
+    return banks, usual
+
+
+def _fitting(banks: Mapping[str, AdapterBank], model: PreTrainedModel, set_aside: dict[str, str]) -> tuple[dict[str, AdapterBank], dict[str, str]]:
+    """The adapters that fit the model, their layers under its names, and the names that changed."""
+    fitting, renamed = {}, dict[str, str]()
+    for name, bank in banks.items():
+        try:
+            attach(model, bank, top_k=1, init="zeros")
+            detach(model)
+            fitting[name], new = fit_to_base(bank, model)
+            renamed |= new
+        except MeteoraError as error:
+            set_aside[name] = error.message
+    return fitting, renamed
+
+
+def _with_rows(banks: Mapping[str, AdapterBank], collector: Collector, set_aside: dict[str, str]) -> dict[str, AdapterBank]:
+    """The adapters that have rows, or statistics of their own."""
+    kept = {}
+    for name, bank in banks.items():
+        try:
+            if collector.rows(name) is None and collector.shipped(name) is None:
+                raise DataError(f"it has no rows (looked for a dataset, a file or a folder named {name}) and no statistics")
+            kept[name] = bank
+        except MeteoraError as error:
+            set_aside[name] = error.message
+            collector.forget(name)
+    return kept
+
+
+def _joined(banks: Mapping[str, AdapterBank]) -> AdapterBank:
+    first, *rest = banks.values()
+    for each in rest:
+        first = with_adapter(first, each)
+    return first
+
+
+def _nothing(root: Path, set_aside: Mapping[str, str]) -> UsageError:
+    if not set_aside:
+        return UsageError(f"no adapters in {root}", hint="train some with `meteora train --stage adapters --task NAME`, or give another folder")
+    name, why = next(iter(set_aside.items()))
+    more = f"; {len(set_aside) - 1} more" if len(set_aside) > 1 else ""
+    return UsageError(f"no adapter in {root} can be used: {name}: {why}{more}", hint="give rows with --data DIR, or choose other adapters with --only")
