@@ -1,6 +1,6 @@
-"""The whole of MeteoRA in one sitting: base model, three tasks, three adapters, gates, and a table that compares.
+"""A complete small MeteoRA experiment: base model, three tasks, three adapters, gates, and a table that compares the models.
 
-Every stage is kept and found again: a run that was stopped goes on where it was.
+The result of every stage is stored, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ COMPOSITE = "composite_3"
 
 @dataclass(frozen=True)
 class QuickstartPlan:
-    """Sizes of the run; the defaults fit twelve minutes on two CPU cores.
+    """Sizes of the run. With the defaults it takes at most twelve minutes on two CPU cores.
 
     Attributes:
-        folder: Everything is kept here.
-        adapter_steps: Optimiser steps of each adapter.
-        adapter_batches: Rows per step of each task (long rows, small batches).
-        gate_steps, gate_batch, ridge_tokens: Of the gates.
-        test_rows: Test rows of each single task.
-        composite_rows: Test rows of the composite; 0 leaves it out.
-        seed: Of everything.
+        folder: Folder for all results.
+        adapter_steps: Number of optimiser steps per adapter.
+        adapter_batches: Number of rows per step for each of the three tasks; smaller for tasks with longer rows.
+        gate_steps: Number of optimiser steps for the gates.
+        gate_batch: Number of rows per step for the gates.
+        ridge_tokens: Number of tokens for the closed-form start of the gates.
+        test_rows: Number of test rows per single task.
+        composite_rows: Number of test rows of the composite; 0 leaves it out.
+        seed: Seed of all random generators.
     """
 
     folder: Path
@@ -53,7 +55,7 @@ class QuickstartPlan:
     seed: int = 42
 
     def adapter_settings(self, task: str) -> AdapterTrainSettings:
-        """How the adapter of ``task`` is trained: few steps at a high rate, on the answers alone."""
+        """Settings for training the adapter of ``task``: few steps with a high learning rate, with the loss on responses only."""
         return AdapterTrainSettings(
             seed=self.seed,
             max_steps=self.adapter_steps,
@@ -68,7 +70,7 @@ class QuickstartPlan:
         )
 
     def gate_settings(self) -> GateTrainSettings:
-        """How the gates are trained: from the closed-form start, then a few steps; half of the gate loss lies on answers."""
+        """Settings for training the gates: a closed-form start and a few steps, with half of the gate loss on answer tokens."""
         return GateTrainSettings(
             seed=self.seed,
             max_steps=self.gate_steps,
@@ -86,15 +88,16 @@ class QuickstartPlan:
 
 @dataclass
 class QuickstartResult:
-    """What the table shows.
+    """Results of the run.
 
     Attributes:
-        scores: ``scores[task][model]`` holds the metrics; models are "base", "adapter", "meteora".
-        rows: Test rows per task.
-        held_out: Gate loss and accuracy on train rows that were kept out of training.
-        checkpoint: Where the trained gates are.
-        dtype, why: The number type that was used, and why.
-        seconds: Per stage, of this run.
+        scores: Metrics of each task and model, as ``scores[task][model]``; the models are "base", "adapter" and "meteora".
+        rows: Number of test rows per task.
+        held_out: Gate loss and gate accuracy on held-out rows.
+        checkpoint: Folder of the checkpoint with the trained gates.
+        dtype: Data type of the model.
+        why: Reason for the choice of the data type.
+        seconds: Duration of each stage in this run, in seconds.
     """
 
     scores: dict[str, dict[str, dict[str, float]]]
@@ -107,31 +110,31 @@ class QuickstartResult:
 
 
 def run_quickstart(plan: QuickstartPlan, base: BaseReference, device: str = "auto", *, progress: Progress = SILENT) -> QuickstartResult:
-    """Run, or go on with, all stages.
+    """Run all stages, or continue an interrupted run.
 
     Args:
-        plan: Sizes and folder.
-        base: The base model.
-        device: "auto", "cpu", "cuda", …
-        progress: Where to report.
+        plan: Sizes and folder of the run.
+        base: Base model.
+        device: Device of the model: "auto", "cpu", "cuda", …
+        progress: Receiver of progress reports.
 
     Raises:
-        MeteoraError: Whatever a stage raises (no network, full disk, …); finished stages are kept.
+        MeteoraError: A stage failed, for example for lack of a network or disk space. Finished stages are kept.
     """
     import torch
 
     from meteora_core.model.base import fast_cpu_dtype, pick_device, pick_dtype
 
     clock = _Clock()
-    place = pick_device(device)
-    choice = plan.folder / "dtype.json"
-    if choice.is_file():
-        saved = read_json(choice)
+    target = pick_device(device)
+    dtype_file = plan.folder / "dtype.json"
+    if dtype_file.is_file():
+        saved = read_json(dtype_file)
         dtype, why = getattr(torch, saved["dtype"]), saved["why"]
     else:
-        dtype, why = fast_cpu_dtype() if place.type == "cpu" else (pick_dtype("auto", place), f"the usual type on {place.type}")
-        write_json(choice, {"dtype": str(dtype).removeprefix("torch."), "why": why})
-    session = _Session(plan, base, place, dtype, progress)
+        dtype, why = fast_cpu_dtype() if target.type == "cpu" else (pick_dtype("auto", target), f"the usual type on {target.type}")
+        write_json(dtype_file, {"dtype": str(dtype).removeprefix("torch."), "why": why})
+    session = _Session(plan, base, target, dtype, progress)
     clock.stage("base model", session.fetch_base)
     clock.stage("data", session.build_data)
     clock.stage("adapters", session.train_adapters)
@@ -155,7 +158,7 @@ class _Clock:
 
 
 class _Session:
-    """The stages; the base model is loaded when a stage first needs it."""
+    """The stages of the run. The base model is loaded when a stage first needs it."""
 
     def __init__(self, plan: QuickstartPlan, base: BaseReference, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
         self.plan, self.base, self.device, self.dtype, self.progress = plan, base, device, dtype, progress
@@ -165,7 +168,7 @@ class _Session:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The base model; MeteoRA layers may be attached."""
+        """The base model, to which MeteoRA layers may be attached."""
         from meteora_core.model.base import load_base
 
         if self._model is None:
@@ -181,7 +184,7 @@ class _Session:
         return self._tokenizer
 
     def bare(self) -> PreTrainedModel:
-        """The base model with nothing attached."""
+        """The base model without MeteoRA layers, which are detached if necessary."""
         from meteora_core.model.attach import detach
         from meteora_core.routing import find_meteora
 
@@ -241,7 +244,7 @@ class _Session:
         return scores
 
     def _score(self, kind: str, task: str) -> dict[str, float]:
-        """One cell of the table, from the cache when nothing that it depends on has changed."""
+        """Metrics of one model and task, read from the stored results unless something that they depend on has changed."""
         from meteora_core.adapters.peft_folder import WEIGHTS
         from meteora_core.checkpoints.native import WEIGHT_FILE
         from meteora_core.evaluation.metrics import exact_match
@@ -269,7 +272,9 @@ class _Session:
         if result.task.metric == "contains":
             exact = [exact_match(sample.response, sample.row.response, "corrected") for sample in result.samples]
             result.scores.metrics["exact"] = sum(map(bool, exact)) / len(exact)
-        samples = [{"doc_id": s.doc_id, "prompt": s.row.prompt, "reference": s.row.response, "response": s.response} for s in result.samples]
+        samples = [
+            {"doc_id": sample.doc_id, "prompt": sample.row.prompt, "reference": sample.row.response, "response": sample.response} for sample in result.samples
+        ]
         record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": result.scores.metrics, "counts": result.scores.counts}
         write_json(file, {**record, "seconds": round(result.seconds, 1), "samples": samples})
         return result.scores.metrics
@@ -294,12 +299,12 @@ class _Session:
 
 
 def _new_tokens(task: str) -> int:
-    """Longest answers here: enough for every reference of these tasks but the longest few explanations, to fit the time."""
+    """Maximum number of new tokens in an answer. To save time, it is too small for the longest explanations among the references."""
     return 48 * len(get_task(task).members) if get_task(task).is_composite else 48
 
 
 def next_commands(folder: Path) -> list[tuple[str, str]]:
-    """What to try after the quickstart: command and purpose."""
+    """Commands to try after the quickstart, each with its purpose."""
     return [
         (f"meteora chat --checkpoint {folder / 'meteora'}", "talk to it, and watch which adapter answers"),
         (f"meteora eval --task logical_deduction --checkpoint {folder / 'meteora'} --limit 50 --debug", "more test rows, answers side by side"),

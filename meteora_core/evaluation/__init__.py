@@ -1,6 +1,6 @@
-"""Evaluation: cleaning, scoring, results and reports.
+"""Evaluation: cleaning and scoring of responses, results files and reports.
 
-The names below are loaded when first used; scoring imports neither torch nor transformers.
+The public names are imported on first use, and scoring imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from meteora_core.evaluation.clean import clean_response
     from meteora_core.evaluation.scoring import score
 
-_PLACES = {
+_MODULES = {
     "clean_response": "meteora_core.evaluation.clean",
     "score": "meteora_core.evaluation.scoring",
 }
@@ -20,8 +20,8 @@ __all__ = ["clean_response", "score"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(_PLACES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'meteora_core.evaluation' has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""One adapter alone, by PEFT: what MeteoRA is compared with.
+"""Evaluation of a single adapter with PEFT, as a comparison for MeteoRA.
 
-The folder is read by :func:`meteora_core.adapters.peft_folder.read_adapter`, as for a bank; PEFT gets the checked weights under the exact names of the
-base model's modules, and none of the folder's patterns. So what a bank refuses (DoRA, bias, ...) is refused here too, and nothing can be left out quietly.
+The folder is read by :func:`meteora_core.adapters.peft_folder.read_adapter`, as for a bank. PEFT receives the checked weights under the exact names of the
+base model's modules, without the folder's patterns. So everything that a bank refuses (DoRA, bias, ...) is refused, and no weight is silently left out.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _IN_A_BANK = "train gates over it, and evaluate with --model meteora"
 
 
 def check_adapter(folder: Path) -> None:
-    """Whether an adapter can be used: all checks that need no base model, of its weights too.
+    """Run all checks of an adapter's configuration and weights that need no base model.
 
     Raises:
-        AdapterError: It is missing or broken, is of a kind that cannot be used, or holds numbers that cannot be computed with.
+        AdapterError: The adapter is missing or broken, is of an unsupported kind, or has weights that are not finite.
     """
     if find_adapter(folder) is None:
         raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train adapters --task NAME`, or correct the path")
@@ -42,7 +42,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def read_for_base(folder: Path, model: PreTrainedModel) -> AdapterBank:
-    """A bank of one adapter, fitted to a base model.
+    """Read a folder as a bank of one adapter, fitted to a base model.
 
     Raises:
         AdapterError: The folder is missing or broken, or the adapter does not fit the base.
@@ -60,7 +60,7 @@ def read_for_base(folder: Path, model: PreTrainedModel) -> AdapterBank:
 
 
 def peft_parts(bank: AdapterBank) -> tuple[Any, dict[str, Tensor]]:
-    """PEFT's configuration and state of a bank of one adapter: modules by their exact names, ranks and alphas as they are."""
+    """PEFT's configuration and state dict for a bank of one adapter, with the exact name, rank and alpha of every module."""
     from peft import LoraConfig
 
     ranks: dict[int, list[str]] = {}
@@ -87,18 +87,18 @@ def peft_parts(bank: AdapterBank) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _alpha(stack: Stack) -> float:
-    """The alpha that gives the stack's scaling as alpha / rank."""
+    """The alpha for which alpha / rank equals the stack's scaling."""
     alpha = float(stack.scaling[0]) * stack.ranks[0]
     return float(round(alpha)) if abs(alpha - round(alpha)) < 1e-6 * abs(alpha) else alpha
 
 
 def _exactly(paths: list[str]) -> str:
-    """A key of rank_pattern or alpha_pattern that matches these modules and no others."""
+    """A key of rank_pattern or alpha_pattern that matches exactly these modules."""
     return f"^(?:{'|'.join(re.escape(path) for path in paths)})"
 
 
 def remove_lora(model: PreTrainedModel, names: set[str]) -> None:
-    """Remove the LoRA layers that a failed start left in modules with these names; the model is in evaluation mode afterwards."""
+    """Remove the LoRA layers that a failed attempt has put in place of the modules ``names``, and set the model to evaluation mode."""
     from peft.tuners.lora import LoraLayer
 
     for path, module in list(model.named_modules()):
@@ -110,14 +110,14 @@ def remove_lora(model: PreTrainedModel, names: set[str]) -> None:
 
 @contextmanager
 def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
-    """Within the block, the base with one un-merged PEFT adapter, in the base's dtype; afterwards the base is as it was.
+    """Context manager in which the base model has one un-merged PEFT adapter, in the base model's dtype. It is removed afterwards.
 
     Args:
         model: A base model without adapters.
-        folder: A PEFT LoRA folder.
+        folder: Folder of a LoRA adapter, as PEFT saves it.
 
     Yields:
-        The PEFT model, in evaluation mode.
+        The PEFT model in evaluation mode.
 
     Raises:
         AdapterError: The folder is missing or broken, or the adapter does not fit the base.
@@ -136,9 +136,9 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
             loaded = set_peft_model_state_dict(adapted, state)
         except (RuntimeError, ValueError) as error:
             raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: {first_line(error)}", hint=_IN_A_BANK) from error
-        absent = [key for key in loaded.missing_keys if ".lora_" in key] + list(loaded.unexpected_keys)
-        if absent:
-            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: it has no place for {absent[0]}", hint=_IN_A_BANK)
+        unmatched = [key for key in loaded.missing_keys if ".lora_" in key] + list(loaded.unexpected_keys)
+        if unmatched:
+            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: it has no place for {unmatched[0]}", hint=_IN_A_BANK)
         yield adapted.eval()
     finally:
         if adapted is None:

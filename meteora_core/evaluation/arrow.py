@@ -1,7 +1,7 @@
-"""PEFT's own Arrow routing over a folder of adapters: the training-free router that MeteoRA is compared with.
+"""Evaluation with PEFT's Arrow routing over a folder of adapters, the training-free method that MeteoRA is compared with.
 
-Arrow (arXiv 2405.11157) takes each adapter's leading right singular vector, layer by layer, as its prototype, and mixes for every token the
-adapters whose prototypes its hidden state is most aligned with. Nothing is trained. The code that runs is PEFT's (``create_arrow_model``).
+In every layer, Arrow (arXiv 2405.11157) uses each adapter's leading right singular vector as its prototype. For every token it mixes the adapters whose
+prototypes are most aligned with the token's hidden state. The implementation is PEFT's (``create_arrow_model``).
 """
 
 from __future__ import annotations
@@ -24,34 +24,42 @@ if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
 
 ARROW = "peft-arrow"
-"""The model name that stands for it."""
+"""Model name for Arrow routing."""
 
 TOP_K = 3
-"""PEFT's default number of adapters a token."""
+"""PEFT's default number of adapters per token."""
 
 
-def arrow_top_k(asked: int | None, count: int) -> int:
-    """Adapters per token: what was asked for, else PEFT's default, or all where there are fewer. Raises UsageError when it is out of range."""
-    if asked is not None and not 1 <= asked <= count:
-        raise UsageError(f"top_k is {asked}, but there are {count} adapters", hint=f"choose --top-k between 1 and {count}")
-    return asked or min(TOP_K, count)
+def arrow_top_k(top_k: int | None, count: int) -> int:
+    """The number of adapters per token.
+
+    Args:
+        top_k: Number that the user chose; None means PEFT's default, or all adapters if there are fewer.
+        count: Number of adapters.
+
+    Raises:
+        UsageError: ``top_k`` is not between 1 and ``count``.
+    """
+    if top_k is not None and not 1 <= top_k <= count:
+        raise UsageError(f"top_k is {top_k}, but there are {count} adapters", hint=f"choose --top-k between 1 and {count}")
+    return top_k or min(TOP_K, count)
 
 
 @contextmanager
 def with_arrow(
     model: PreTrainedModel, folders: Mapping[str, Path], *, top_k: int | None = None, routing_temperature: float = 1.0, seed: int = 42
 ) -> Iterator[Any]:
-    """Within the block, the base with PEFT's Arrow routing over the adapters, in the base's dtype; afterwards the base is as it was.
+    """Context manager in which the base model has PEFT's Arrow routing over several adapters, in the base model's dtype. It is removed afterwards.
 
     Args:
         model: A base model without adapters.
-        folders: Adapter name -> PEFT LoRA folder. Ranks and target modules must be the same in all of them, which is PEFT's condition.
-        top_k: Adapters per token; None is PEFT's default.
-        routing_temperature: T of the softmax over the chosen adapters.
-        seed: Start of the power iteration that finds the prototypes.
+        folders: Folders of LoRA adapters by name. PEFT requires equal ranks and target modules in all of them.
+        top_k: Number of adapters per token; None means PEFT's default.
+        routing_temperature: Routing temperature; divides the scores of the chosen adapters before the softmax.
+        seed: Seed of the power iteration that computes the prototypes.
 
     Yields:
-        The PEFT model, in evaluation mode.
+        The PEFT model in evaluation mode.
 
     Raises:
         AdapterError: A folder is missing, does not fit the base, or the adapters differ in rank or targets.
@@ -61,15 +69,15 @@ def with_arrow(
 
     banks = [read_for_base(folder, model) for folder in folders.values()]
     config = ArrowConfig(top_k=arrow_top_k(top_k, len(folders)), router_temperature=routing_temperature, rng_seed=seed)
-    had_none = set(dict(model.named_modules()))
+    base_modules = set(dict(model.named_modules()))
     try:
         with warnings.catch_warnings(), TemporaryDirectory(prefix="meteora-arrow-") as temporary:
             warnings.simplefilter("ignore")
-            checked = [_write(bank, Path(temporary) / str(place)) for place, bank in enumerate(banks)]
+            checked = [_write(bank, Path(temporary) / str(index)) for index, bank in enumerate(banks)]
             del banks
             adapted = create_arrow_model(model, checked, config, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, OSError) as error:
-        remove_lora(model, had_none)
+        remove_lora(model, base_modules)
         text = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).strip().splitlines()[0])
         raise AdapterError(f"PEFT's Arrow cannot route over these adapters: {text}", hint="it needs one base model, one rank and one set of targets") from error
     try:
@@ -80,7 +88,7 @@ def with_arrow(
 
 
 def _write(bank: AdapterBank, folder: Path) -> str:
-    """A bank of one adapter as the PEFT folder that PEFT's Arrow reads: the checked weights, and a configuration without patterns of others."""
+    """Write a bank of one adapter as a folder for PEFT's Arrow, with the checked weights and a configuration of exact module names. Returns the folder."""
     from safetensors.torch import save_file
 
     config, state = peft_parts(bank)
@@ -90,14 +98,15 @@ def _write(bank: AdapterBank, folder: Path) -> str:
 
 
 class ArrowRouter:
-    """Arrow over every adapter of a folder, for an evaluation of several tasks: it stays in the model until it is told to leave.
+    """Arrow routing over all adapters of a folder, which stays in the model over several tasks until :meth:`leave` removes it.
 
     Args:
-        adapters_dir: The adapter folders; those of several tasks (``--balanced``) are left out.
-        top_k, routing_temperature, seed: As for :func:`with_arrow`.
+        adapters_dir: Folder of the adapter folders. Adapters of several tasks (``--balanced``) are left out.
+        top_k, routing_temperature, seed: Arguments of :func:`with_arrow`.
 
     Attributes:
-        model, tokenizer: While it is in a model: that model with the adapters, and its tokenizer.
+        model: The model with the adapters; None while they are in no model.
+        tokenizer: The model's tokenizer; None while the adapters are in no model.
     """
 
     def __init__(self, adapters_dir: Path, top_k: int | None, routing_temperature: float, seed: int) -> None:
@@ -105,10 +114,10 @@ class ArrowRouter:
         self.folders: dict[str, Path] = {}
         self.model: Any = None
         self.tokenizer: Any = None
-        self._inside = ExitStack()
+        self._context = ExitStack()
 
     def prepare(self) -> None:
-        """Find and check the adapters. Raises AdapterError, UsageError."""
+        """Find and check the adapters. Raises AdapterError or UsageError."""
         from meteora_core.adapters.folders import adapter_folders
 
         self.folders = adapter_folders(self.adapters_dir, [])
@@ -117,15 +126,15 @@ class ArrowRouter:
         arrow_top_k(self.top_k, len(self.folders))
 
     def hashes(self) -> dict[str, str]:
-        """Adapter -> SHA-256 of its weights."""
+        """The SHA-256 of each adapter's weights, by name."""
         return {name: sha256((find_adapter(folder) or folder) / WEIGHTS) for name, folder in self.folders.items()}
 
     def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Put the adapters into a base model. Raises AdapterError."""
-        made = with_arrow(model, self.folders, top_k=self.top_k, routing_temperature=self.routing_temperature, seed=self.seed)
-        self.model, self.tokenizer = self._inside.enter_context(made), tokenizer
+        context = with_arrow(model, self.folders, top_k=self.top_k, routing_temperature=self.routing_temperature, seed=self.seed)
+        self.model, self.tokenizer = self._context.enter_context(context), tokenizer
 
     def leave(self) -> None:
-        """Take them out again, if they are in."""
-        self._inside.close()
+        """Remove the adapters from the model, if they are in one."""
+        self._context.close()
         self.model = self.tokenizer = None

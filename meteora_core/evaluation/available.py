@@ -1,4 +1,4 @@
-"""Whether the datasets of an evaluation are built, and the commands that build those that are not."""
+"""Check whether the datasets of an evaluation are built, and the commands that build missing ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from meteora_core.errors import DataError
 
 
 def check_built(tasks: Sequence[Task], data_dir: Path, others: Iterable[Path] = (), *, take: str = "add `--data {}`") -> None:
-    """Raise DataError when a task has no test rows; its hint is the commands that build all that is missing, or a folder that has it.
+    """Check that all tasks have test rows.
 
     Args:
-        tasks: The tasks of the evaluation.
-        data_dir: The folder of all datasets.
-        others: Other folders of datasets, such as the quickstart's, to be named in the hint.
-        take: How the hint says to use one of those; ``{}`` is the folder.
+        tasks: Tasks of the evaluation.
+        data_dir: Folder of all datasets.
+        others: Other folders of datasets, such as the quickstart's, which the hint may suggest.
+        take: Advice for using another folder, with ``{}`` in place of the folder.
+
+    Raises:
+        DataError: Test rows are missing. The hint gives the commands that build them, and another folder that has them if there is one.
     """
     missing = [task for task in tasks if not split_path(data_dir, task.name, "test").is_file()]
     if not missing:
@@ -32,7 +35,10 @@ def check_built(tasks: Sequence[Task], data_dir: Path, others: Iterable[Path] = 
 
 
 def commands_for(tasks: Sequence[Task], data_dir: Path) -> str:
-    """The commands that build the datasets of ``tasks``, for a hint: single tasks first, with the members of composites that lack rows, then composites."""
+    """The commands that build the datasets of ``tasks``, for a hint.
+
+    Single tasks come first, together with members of composites that have no rows, then the composites.
+    """
     singles = [task.name for task in tasks if not task.is_composite]
     composites = [task for task in tasks if task.is_composite]
     for task in composites:

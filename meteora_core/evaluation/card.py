@@ -1,4 +1,4 @@
-"""The card of a checkpoint: a README.md that says what it is, what it was trained on and how, and what it scores."""
+"""The card of a checkpoint: a README.md about its contents, its training data, its training and its scores."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ LICENCES = {
     "tatsu-lab/alpaca": "CC BY-NC 4.0",
     "Helsinki-NLP/news_commentary": "not stated",
 }
-"""Licences of the hub datasets, as their own cards state them."""
+"""Licences of datasets on the hub, as stated on their cards, by repository."""
 
 BASE_LICENCES = {"smollm2-135m": "Apache-2.0"}
+"""Licences of base models, by name."""
 
 
 def write_card(
@@ -35,21 +36,21 @@ def write_card(
     data_dir: str | Path | None = None,
     licences: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``README.md`` beside a checkpoint.
+    """Write ``README.md`` into a checkpoint's folder.
 
     Args:
-        folder: The checkpoint.
-        title: Its headline; default: the folder's name.
-        results: What `meteora eval` wrote about this very checkpoint: a results file or its folder.
-        data_dir: The datasets that it was trained on, whose manifests name sources and hashes.
-        licences: Task -> source and licence of its rows, for those that a manifest cannot tell (local rows).
+        folder: Folder of the checkpoint.
+        title: Headline of the card; None means the folder's name.
+        results: Results file of `meteora eval` for this checkpoint, or the folder with it.
+        data_dir: Folder of the datasets that the checkpoint was trained on, whose manifests name sources and hashes.
+        licences: Source and licence of a task's rows, by task, for rows whose manifest does not state them, such as local ones.
 
     Returns:
-        The card.
+        The path of the card.
 
     Raises:
-        CheckpointError: There is no checkpoint.
-        UsageError: The results or datasets are of another checkpoint, or a licence is given for a task that it has not.
+        CheckpointError: The folder holds no valid checkpoint.
+        UsageError: The results or datasets belong to another checkpoint, or ``licences`` names a task that the checkpoint lacks.
         DataError, StorageError: A file cannot be read or written.
     """
     folder = Path(folder)
@@ -58,7 +59,7 @@ def write_card(
     names = [adapter["name"] for adapter in config["adapters"]]
     unknown = sorted(set(licences or {}) - set(names))
     if unknown:
-        raise UsageError(f"the checkpoint has no task {unknown[0]!r}", hint=f"there are: {', '.join(names)}")
+        raise UsageError(f"the checkpoint has no task {unknown[0]!r}", hint=f"its tasks are: {', '.join(names)}")
     document = None
     if results is not None:
         document = load_results(Path(results))
@@ -70,16 +71,16 @@ def write_card(
     lines += ["", f"    meteora chat --checkpoint {folder.name}", f"    meteora eval --checkpoint {folder.name} --task {names[0]}", ""]
     lines += _model_lines(config, folder)
     lines += ["", "## Tasks and data", "", "| task | rows from | licence of the rows | train rows (SHA-256) | mean rank |", "| --- | --- | --- | --- | ---: |"]
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         built = data_dir is not None and is_name(name) and (Path(data_dir) / name).is_dir()
         manifest = read_manifest(Path(str(data_dir)) / name) if built else None
         origin, licence = _origin(name, manifest, (licences or {}).get(name))
         entry = manifest.files.get("train.jsonl") if manifest else None
-        known = training.get("inputs", {}).get("data", {}).get(name)
-        if entry and known and entry.sha256 != known:
+        trained_on = training.get("inputs", {}).get("data", {}).get(name)
+        if entry and trained_on and entry.sha256 != trained_on:
             raise UsageError(f"{data_dir}/{name} holds other rows than the checkpoint was trained on", hint="name the datasets that it was trained on")
         rows = f"{entry.rows} (`{entry.sha256[:12]}`)" if entry else "–"
-        ranks = [module["ranks"][place] for module in config["modules"].values()]
+        ranks = [module["ranks"][index] for module in config["modules"].values()]
         lines.append(f"| {name} | {origin} | {licence} | {rows} | {sum(ranks) / max(1, len(ranks)):.1f} |")
     lines += _training_lines(training)
     if document is not None:
@@ -103,7 +104,7 @@ def _model_lines(config: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _origin(name: str, manifest: Manifest | None, given: str | None) -> tuple[str, str]:
-    """Where a task's rows come from, and under which licence."""
+    """The source and the licence of a task's rows."""
     source = TASKS[name].source if name in TASKS else None
     kind = str(manifest.source.get("kind")) if manifest else None
     if isinstance(source, BigBench):

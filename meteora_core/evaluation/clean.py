@@ -1,4 +1,4 @@
-"""From a decoded model output to the response text."""
+"""Extraction of the response text from a decoded model output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from meteora_core.choices import Scoring
 from meteora_core.evaluation.metrics import as_text
 
 PROMPT_END = "[/INST]\n"
-"""What every prompt's frame ends with."""
+"""End of the prompt template."""
 
 _END_TOKENS = ("</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|end|>", "<end_of_turn>", "<eos>")
 _START_TOKENS = ("<s>", "<|begin_of_text|>", "<|im_start|>", "<bos>", "<start_of_turn>", "<|start_header_id|>")
@@ -26,7 +26,7 @@ _LEADING = re.compile(
 
 
 def _without_special_tokens(text: str) -> str:
-    """Drop the special tokens at the start of a response, and everything from the first end token on."""
+    """Remove the special tokens at the start of a response, and everything from the first end token on."""
     if "<" not in text:
         return text
     leading = _LEADING.match(text)
@@ -37,23 +37,25 @@ def _without_special_tokens(text: str) -> str:
 
 
 def clean_response(task: str, output: Any, prompt: Any, scoring: Scoring = "corrected") -> str:
-    """Turn a decoded model output into the response text.
+    """Extract the response text from a decoded model output.
 
-    The output may repeat the prompt or not. Where the prompt stands in the output word for word, every copy of it is removed and white space at both ends is
-    stripped. Else, where decoding changed the prompt, everything up to the last ``[/INST]`` with its line end is removed. Else the output is the response,
-    without the prompt if it begins with the prompt's text less the white space at its ends. The letters' case and all other white space stay.
+    The output may or may not repeat the prompt:
 
-    Special-token text (``<s>``, ``</s>``, ``<|im_end|>``, ``<|end_of_text|>``, chat headers and the like) is dropped at the start, and the response
-    ends before the first end token. Outputs decoded with ``skip_special_tokens=True`` hold none.
+    - If it contains the prompt word for word, every copy of the prompt is removed and white space at both ends is stripped.
+    - Otherwise, if decoding has changed the prompt, everything up to the last ``[/INST]`` and its line end is removed.
+    - Otherwise the output is the response, without the prompt if it begins with the prompt stripped of white space at both ends.
+
+    Letter case and all other white space are kept. The text of special tokens (``<s>``, ``</s>``, ``<|im_end|>``, ``<|end_of_text|>``, chat headers and the
+    like) is removed at the start, and the response ends before the first end token. Outputs decoded with ``skip_special_tokens=True`` contain none.
 
     Args:
-        task: The task's name. Only ``"paper"`` looks at it: there the answers of formal_fallacies_syllogisms_negation have a rule of their own.
-        output: The decoded output. None is read as empty.
+        task: Name of the task. It matters only for ``"paper"``, which has a special rule for formal_fallacies_syllogisms_negation.
+        output: The decoded output; None counts as empty.
         prompt: The prompt that was given to the model.
-        scoring: ``"corrected"``, or ``"paper"`` for the authors' rules to the letter: special tokens stay, letters are lower-cased where the prompt or
-            its end was found, and an output in which neither is found is returned as it is. The answers of
-            formal_fallacies_syllogisms_negation then become "invalid" where they contain that word, else "valid" where they contain that, else
-            "illegal answer". Responses that are scored with ``scoring="paper"`` must be cleaned with it: they are scored as they are.
+        scoring: ``"corrected"``, or ``"paper"`` for exactly the authors' rules: special tokens are kept, the response is lower-cased if the prompt or its
+            end was found, and an output without either is returned unchanged. A response to formal_fallacies_syllogisms_negation then becomes "invalid" if
+            it contains that word, else "valid" if it contains that one, else "illegal answer". Responses to be scored with ``scoring="paper"`` must be
+            cleaned with it, because they are scored as they are.
 
     Returns:
         The response text.
@@ -89,10 +91,10 @@ def _paper(output: str, prompt: str) -> str:
 
 
 def _verdict(response: str) -> str:
-    """The authors' reading of an answer on formal fallacies; the letters' case counts."""
+    """The authors' interpretation of an answer about formal fallacies, which is case-sensitive."""
     return next((word for word in ("invalid", "valid") if word in response), "illegal answer")
 
 
 def answer_only(response: str) -> str:
-    """Cut a response where the model went on to write another request (``[INST]``); a response without one stays as it is."""
+    """Cut a response before the first ``[INST]``, where the model begins to write another request."""
     return response.partition("[INST]")[0] if "[INST]" in response else response

@@ -1,4 +1,4 @@
-"""The plan of an evaluation: which tasks and models, decoded and scored how."""
+"""The plan of an evaluation: its tasks, its models, and its options for decoding and scoring."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from meteora_core.model.base import BaseReference
 
 OWN = "own"
-"""The model name that stands for each task's own adapter."""
+"""Model name for each task's own adapter."""
 
 PAPER_TOKENS = 4096
-"""Prompt and answer together, as the authors evaluate: the limit of paper scoring where no other is given."""
+"""The authors' limit on tokens in prompt and answer together, which is the default limit of paper scoring."""
 
 
 class EvalOptions(EvalSettings, frozen=True):
-    """How tasks are run: the settings of ``[eval]``, how to route, and whether to count routes.
+    """Options of an evaluation: the settings of ``[eval]``, the settings of the gates, and whether to count routes.
 
     Attributes:
-        routing_temperature: T of the gates' softmax; None takes the task's.
-        top_k: Adapters per token; None keeps the model's.
-        routing: Whether to count which adapters are chosen (of a model with adapters attached).
+        routing_temperature: Routing temperature; None means the task's.
+        top_k: Number of adapters per token; None means the model's.
+        routing: Whether to count the chosen adapters, which needs a model with adapters attached.
 
     Example:
         >>> EvalOptions(limit=50, routing=True).batch_size
@@ -45,22 +45,25 @@ class EvalOptions(EvalSettings, frozen=True):
 
     @classmethod
     def of(cls, settings: EvalSettings, routing: RoutingSettings, *, count_routes: bool = False) -> EvalOptions:
-        """The options that settings name."""
-        own = {"routing_temperature": routing.temperature, "top_k": routing.top_k, "routing": count_routes}
-        return cls.model_validate(settings.model_dump() | own)
+        """Combine the settings of the evaluation and of the routing."""
+        added = {"routing_temperature": routing.temperature, "top_k": routing.top_k, "routing": count_routes}
+        return cls.model_validate(settings.model_dump() | added)
 
     @property
     def max_total_tokens(self) -> int | None:
-        """The limit on tokens of prompt and answer together, besides the context: :data:`PAPER_TOKENS` for paper scoring without a limit on prompts."""
+        """Maximum number of tokens in prompt and answer together, or None if only the model's context limits it.
+
+        It is :data:`PAPER_TOKENS` for paper scoring, unless there is a limit on prompts.
+        """
         return PAPER_TOKENS if self.scoring == "paper" and self.max_prompt_tokens is None else None
 
     def document(self) -> dict[str, Any]:
-        """The options as results files record them, where the routing temperature is called ``temperature``; ``fuse`` and ``seed`` have their own places."""
+        """The options as results files record them: the routing temperature is called ``temperature``, and ``fuse`` and ``seed`` are recorded elsewhere."""
         return {"temperature" if name == "routing_temperature" else name: value for name, value in self.model_dump(exclude={"fuse", "seed"}).items()}
 
 
 Assigned = dict[str, list[tuple[Task, Path | None]]]
-"""The tasks of each model of a plan, each with the adapter folder that the model's name means for it, if any."""
+"""The tasks of each model in a plan, each with the folder of the adapter that the model uses for it, or None."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,20 @@ class EvalPlan:
     """The tasks, the models and the options of an evaluation.
 
     Attributes:
-        tasks: Task names.
-        models: "base", "meteora", "own" (each task's own adapter), "peft-arrow" (PEFT's Arrow routing over all adapters), or an adapter's name or folder.
-        data_dir, adapters_dir: Datasets and adapters.
-        other_data: Folders of datasets to name in the hint when ``data_dir`` lacks what they have.
-        checkpoint: For "meteora".
-        base: The base model; for "meteora" the checkpoint's own base wins.
-        base_given: Whether ``base`` was chosen on purpose; a checkpoint in the authors' layout names none, and needs that.
-        checkpoint_adapters: For a checkpoint in the authors' layout: the folder that names its adapters and their alphas; None: the 28 tasks, alpha 16.
-        backend: The mixture kernels: "auto" or a name of ``meteora_kernels.BACKENDS``.
-        quantization: "4bit", "8bit" or None, for the base model.
-        options: How to decode, route and score.
-        out_dir: The folder of results, one folder for each model in it; None writes nothing.
+        tasks: Names of the tasks.
+        models: Names of the models: "base", "meteora", "own" (each task's own adapter), "peft-arrow" (PEFT's Arrow routing over all adapters), or the name or
+            folder of an adapter.
+        data_dir: Folder of all datasets.
+        adapters_dir: Folder of all adapters.
+        checkpoint: Checkpoint of the model "meteora".
+        base: Base model. If "meteora" is evaluated, the base model that the checkpoint names is used instead, unless ``base`` is a local folder.
+        options: Options for decoding, routing and scoring.
+        base_given: Whether the user chose ``base``, which a checkpoint in the authors' layout requires because it names no base model.
+        checkpoint_adapters: Folder of the adapters whose names and alphas a checkpoint in the authors' layout uses; None means the 28 tasks with alpha 16.
+        backend: Backend of the sum over adapters: "auto" or one of ``meteora_kernels.BACKENDS``.
+        quantization: Quantisation of the base model: "4bit", "8bit" or None.
+        out_dir: Folder for the results, with one folder per model; None writes no files.
+        other_data: Other folders of datasets, which the hint suggests if ``data_dir`` lacks rows that they have.
     """
 
     tasks: tuple[str, ...]
@@ -98,32 +103,36 @@ class EvalPlan:
 
 
 def choose_tasks(names: Sequence[str], data_dir: Path) -> tuple[str, ...]:
-    """Task names, with ``all``, ``singles`` and ``composites`` standing for what is built.
+    """Expand ``all``, ``singles`` and ``composites`` into the names of the tasks that are built, and check all other names.
+
+    Args:
+        names: Names of tasks, or any of the three words.
+        data_dir: Folder of all datasets.
 
     Raises:
-        UsageError: An unknown name, or nothing of that kind is built.
+        UsageError: A name is unknown, or no datasets of that kind are built.
     """
     built = available_tasks(data_dir)
     ordered = [name for name in TASKS if name in built] + [name for name in built if name not in TASKS]
     chosen: list[str] = []
     for name in names:
         if name in ("all", "singles", "composites"):
-            found = [task for task in ordered if name == "all" or get_task(task).is_composite == (name == "composites")]
-            if not found:
+            matching = [task for task in ordered if name == "all" or get_task(task).is_composite == (name == "composites")]
+            if not matching:
                 raise UsageError(f"no {'datasets' if name == 'all' else name} are built in {data_dir}", hint=f"for example: {_first_commands(name, data_dir)}")
-            chosen += found
+            chosen += matching
         else:
             chosen.append(get_task(name).name)
     return tuple(dict.fromkeys(chosen))
 
 
 def _first_commands(kind: str, data_dir: Path) -> str:
-    """The commands that build a first dataset of a kind."""
+    """The commands that build one dataset of a kind, as an example."""
     return commands_for([get_task("composite_3" if kind == "composites" else "strategyqa")], data_dir)
 
 
 def _training_command(plan: EvalPlan, task: Task) -> str:
-    """The command that trains a task's adapter where the plan looks for it."""
+    """The command that trains the adapter of a task in the folder where the plan expects it."""
     options = {
         "adapters": plan.adapters_dir if plan.adapters_dir != PathSettings().adapters else None,
         "data": plan.data_dir if plan.data_dir != PathSettings().data else None,
@@ -134,7 +143,11 @@ def _training_command(plan: EvalPlan, task: Task) -> str:
 
 
 def adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
-    """The adapter folder that ``model`` means for ``task``; None for the base, MeteoRA, and a composite's own adapter."""
+    """Folder of the adapter that ``model`` uses for ``task``; None for the base model, MeteoRA, Arrow, and a composite's own adapter.
+
+    Raises:
+        UsageError: The adapter or the model does not exist.
+    """
     if model in ("base", "meteora", ARROW):
         return None
     if model == OWN:
@@ -150,5 +163,6 @@ def adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
     present = sorted(path.name for path in plan.adapters_dir.iterdir() if path.is_dir()) if plan.adapters_dir.is_dir() else []
     known = ["base", "meteora", "own", ARROW, "all", *present]
     raise UsageError(
-        f"no model {model!r}: it is no adapter in {plan.adapters_dir} and no folder", hint=did_you_mean(model, known) or f"known: {', '.join(known)}"
+        f"no model {model!r}: it is neither an adapter in {plan.adapters_dir} nor a folder",
+        hint=did_you_mean(model, known) or f"the models are: {', '.join(known)}",
     )

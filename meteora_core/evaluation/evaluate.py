@@ -1,4 +1,4 @@
-"""An evaluation: several tasks by one or more models, resumable, with results on disk."""
+"""Evaluation of one or more models on several tasks. It can be resumed and stores its results on disk."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 
 FREE_OPTIONS = ("batch_size", "scoring", "limit", "routing", "cuda_graphs", "fuse")
-"""Options that do not change a row's answer: rows of a stopped run with other values of them still count."""
+"""Options that do not change a row's answer. Rows of an interrupted run are reused even if these options differ."""
 
 
 @dataclass
 class ModelResults:
-    """All tasks of one model.
+    """Results of one model on all tasks.
 
     Attributes:
-        model: Its name in the plan.
-        results: Per task.
-        file: The results file, if one was written.
-        document: Its content.
-        picture: The heat-map of its routing, if one was drawn.
+        model: Name of the model in the plan.
+        results: Result of each task, by name.
+        file: Path of the results file; None if none was written.
+        document: Content of the results file.
+        picture: Path of the heat map of the routing; None if none was drawn.
     """
 
     model: str
@@ -67,21 +67,23 @@ def evaluate(
 ) -> list[ModelResults]:
     """Evaluate every model of the plan on every task.
 
-    A task whose prompts are all too long has a result without scores, and the other tasks are evaluated all the same.
-    Rows are kept as they finish; the same plan run again goes on where it stopped, and models that were done by then generate nothing again:
-    their results file stays (or a new one is written, where limit, scoring, tasks or routing are others). A finished plan is run anew.
+    If all prompts of a task are too long, its result has no scores, and the other tasks are still evaluated.
+
+    Rows are stored as they finish. If a run is interrupted, running the same plan again continues it. Models that were finished by then generate nothing; their
+    results file is kept, or a new one is written if limit, scoring, tasks or routing have changed. A plan that was completed is evaluated from the beginning.
 
     Args:
-        plan: What and how.
-        device, dtype: Of the models.
-        on_result: Called as each task of each model is done.
-        progress: Where to report.
-        processes: Those that share the rows; each must call this with the same plan, and gets the same results. The process 0 writes the files.
+        plan: The tasks, the models and the options.
+        device: Device of the models.
+        dtype: Data type of the models.
+        on_result: Function called with the model's name and the result whenever a task is finished.
+        progress: Receiver of progress reports.
+        processes: Processes that share the rows. Each must call this function with the same plan and gets the same results. Process 0 writes the files.
 
     Raises:
         StorageError: The disk is full or not writable; the rows so far are kept.
-        UsageError, DataError, AdapterError, CheckpointError: Something that the plan names is missing, broken or unknown; before any model is loaded
-            where that can be known.
+        UsageError, DataError, AdapterError, CheckpointError: Something that the plan names is missing, broken or unknown. Whatever can be checked beforehand
+            is reported before a model is loaded.
         AllSkippedError: The prompts of all tasks are too long for every model.
     """
     loader, pairs = prepare(plan, device, dtype, progress)
@@ -96,11 +98,11 @@ def evaluate(
             if model == OWN and adapter is None:
                 continue
             try:
-                result, begun = _one(plan, loader, model, task, adapter, stamp, progress, processes)
+                result, first_stamp = _one(plan, loader, model, task, adapter, stamp, progress, processes)
             except AllSkippedError as error:
                 skipped.append(error)
-                result, begun = error.result, stamp
-            stamps.append(begun)
+                result, first_stamp = error.result, stamp
+            stamps.append(first_stamp)
             outcome.results[task.name] = result
             builder.add(result, _rows_in(plan, task))
             if on_result is not None:
@@ -120,7 +122,20 @@ def evaluate(
 
 
 def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress = SILENT) -> tuple[ModelLoader, Assigned]:
-    """Check all that can be checked before a model is loaded, and return what :func:`evaluate` goes on with. Raises as it does."""
+    """Check everything that can be checked before a model is loaded.
+
+    Args:
+        plan: The tasks, the models and the options.
+        device: Device of the models.
+        dtype: Data type of the models.
+        progress: Receiver of progress reports.
+
+    Returns:
+        The loader of the models, and the tasks of each model with their adapter folders.
+
+    Raises:
+        UsageError, DataError, AdapterError, CheckpointError: As for :func:`evaluate`.
+    """
     tasks = [get_task(name) for name in dict.fromkeys(plan.tasks)]
     check_built(tasks, plan.data_dir, plan.other_data)
     for task in tasks:
@@ -139,14 +154,14 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
     for model in plan.models:
         if model == OWN and all(adapter is None for _, adapter in pairs[model]):
             raise UsageError("a composite has no adapter of its own", hint="choose --model base, meteora, or an adapter's name")
-    alone = {str(adapter): adapter for listed in pairs.values() for _, adapter in listed if adapter is not None}
-    for adapter in alone.values():
+    adapters = {str(adapter): adapter for assigned in pairs.values() for _, adapter in assigned if adapter is not None}
+    for adapter in adapters.values():
         check_adapter(adapter)
     loader = ModelLoader(plan, device, dtype, progress)
     if ARROW in plan.models:
         loader.arrow.prepare()
     loader.check(plan.models)
-    if note := check_bases(alone | {str(folder): folder for folder in loader.arrow.folders.values()}, loader.base.name, any_base=True):
+    if note := check_bases(adapters | {str(folder): folder for folder in loader.arrow.folders.values()}, loader.base.name, any_base=True):
         progress.note(note)
     return loader, pairs
 
@@ -155,11 +170,11 @@ def _save(folder: Path, outcome: ModelResults, begun: str, now: str, progress: P
     """Write samples, routing and results, in this order.
 
     Args:
-        folder: Where to.
-        outcome: What; its file, document and picture are set.
-        begun: The stamp of the run that began the rows: what that run has written is replaced, or kept where nothing was generated since.
-        now: This run's stamp, which names the files where those of ``begun`` cannot be replaced.
-        progress: Where to report.
+        folder: Folder of the model's results.
+        outcome: Results of the model, whose file, document and picture are set.
+        begun: Time stamp of the run that generated the first rows. Its files are replaced, or kept if no rows were generated since.
+        now: Time stamp of this run, used for the file names if the files of ``begun`` cannot be replaced.
+        progress: Receiver of progress reports.
     """
     file = folder / f"results_{begun}.json"
     old = earlier_results(file, outcome.document)
@@ -189,13 +204,13 @@ def _save(folder: Path, outcome: ModelResults, begun: str, now: str, progress: P
 
 
 def _inputs(plan: EvalPlan, loader: ModelLoader, model: str, task: Task, adapter: Path | None) -> dict[str, Any]:
-    """All that a row's answer depends on."""
+    """Everything that the answers of a model to a task depend on."""
     adapters = [adapter] if adapter is not None else list(loader.arrow.folders.values()) if model == ARROW else []
     options = {key: value for key, value in plan.options.document().items() if key not in FREE_OPTIONS}
     options["max_total_tokens"] = plan.options.max_total_tokens
     options["max_new_tokens"] = plan.options.max_new_tokens or task.max_new_tokens
-    wished = plan.options.routing_temperature
-    options["temperature"] = task.routing_temperature if wished is None else wished
+    chosen = plan.options.routing_temperature
+    options["temperature"] = task.routing_temperature if chosen is None else chosen
     return {
         "model": {key: value for key, value in loader.config(model).items() if key not in (*FREE_OPTIONS, "options", "random_seed")},
         "base": loader.base_files(),
@@ -209,8 +224,8 @@ def _inputs(plan: EvalPlan, loader: ModelLoader, model: str, task: Task, adapter
 def _one(
     plan: EvalPlan, loader: ModelLoader, model: str, task: Task, adapter: Path | None, stamp: str, progress: Progress, processes: Processes
 ) -> tuple[TaskResult, str]:
-    """One task's result, and the stamp of the run that began its rows."""
-    # One process's word for all: they must agree on which rows are done, even if a host's copy of the base has other times.
+    """Evaluate one task. Returns the result and the time stamp of the run that generated its first rows."""
+    # All processes use the inputs of process 0, so that they agree on the finished rows even if file times of the base model differ between hosts.
     inputs = processes.gather(_inputs(plan, loader, model, task, adapter))[0]
     with ExitStack() as stack:
         writer = None
@@ -235,8 +250,8 @@ def _rows_in(plan: EvalPlan, task: Task) -> int:
 
 
 def _safe(name: str) -> str:
-    """A model's name or path as the name of one folder, which is never ``.`` or ``..``."""
-    shown = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
-    if len(shown) > LONGEST:
-        shown = f"{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:12]}_{shown[-LONGEST + 13 :]}"
-    return "_" + shown if shown.strip(".") == "" else shown
+    """Convert the name or path of a model to the name of a folder, which is never ``.`` or ``..``."""
+    safe = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
+    if len(safe) > LONGEST:
+        safe = f"{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:12]}_{safe[-LONGEST + 13 :]}"
+    return "_" + safe if safe.strip(".") == "" else safe

@@ -1,4 +1,4 @@
-"""What an evaluation's rows depend on, in few words: rows of a stopped run count only where all of it is the same."""
+"""Fingerprints of the files that the answers of an evaluation depend on. Rows of an interrupted run are reused only if these are unchanged."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from meteora_core.model.base import BaseReference
 
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-"""Of a base folder, hashed whole: they decide how prompts are read and where answers end."""
+"""Files of a base model's folder that are hashed, because they determine how prompts are tokenised and where answers end."""
 
 
 def base_files(reference: BaseReference) -> dict[str, Any] | None:
-    """What tells one state of a local base folder from another: its small files' SHA-256, and size and time of its weights, which are too large to read.
+    """Fingerprint of a local base model: the SHA-256 of its small files, and the size and time of its weight files, which are too large to hash.
 
     Args:
-        reference: The base; a catalog model or one of a hub is known by its name and revision.
+        reference: Base model. A model from the catalogue or a hub is identified by its name and revision instead.
 
     Returns:
-        File name -> SHA-256, or [size in bytes, time of the last change in ns]; None when the base is no local folder.
+        For each file name the SHA-256, or [size in bytes, time of the last change in ns]; None if the base model is not a local folder.
     """
     folder = Path(reference.name)
     if reference.name in CATALOG or not folder.is_dir():
         return None
-    made: dict[str, Any] = {name: sha256(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
+    files: dict[str, Any] = {name: sha256(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
     for file in sorted(folder.glob("*.safetensors")):
-        facts = file.stat()
-        made[file.name] = [facts.st_size, facts.st_mtime_ns]
-    return made
+        status = file.stat()
+        files[file.name] = [status.st_size, status.st_mtime_ns]
+    return files
 
 
 def adapter_files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of an adapter's weights and of its configuration, which holds its scaling."""
-    place = find_adapter(folder) or folder
-    return {name: sha256(place / name) for name in (WEIGHTS, CONFIG)}
+    """The SHA-256 of an adapter's weights and of its configuration, which determines its scaling."""
+    location = find_adapter(folder) or folder
+    return {name: sha256(location / name) for name in (WEIGHTS, CONFIG)}

@@ -1,7 +1,7 @@
-"""Accuracy of one response against one reference, in the authors' way and in the corrected way.
+"""Accuracy of one response against one reference, in paper scoring and in corrected scoring.
 
-Every function here judges a single pair and returns a bool, or None where the reference itself gives nothing to compare with
-(only in corrected scoring). Text metrics over many rows are in :mod:`meteora_core.evaluation.text_metrics`.
+The verdict on a pair is a bool. In corrected scoring it is None if there is nothing in the reference to compare with. Metrics over many texts are in
+:mod:`meteora_core.evaluation.text_metrics`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PAPER_TRIGGER = "the answer is"
 
 
 def as_text(value: Any) -> str:
-    """Return ``value`` as text: None is the empty text, bytes are read as UTF-8, anything else is passed to ``str``."""
+    """Convert a value to text: None to the empty text, bytes by decoding UTF-8, anything else by ``str``."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -53,27 +53,28 @@ def _decimal(match: re.Match[str]) -> Decimal:
 
 
 def numbers(text: str) -> list[Decimal]:
-    """Every number in ``text``, in order: ``-3``, ``1,234.50``, ``$5``, ``-$5``, ``50%``, ``.5``; a period at the end is no part of it.
+    """All numbers in a text, in order, in formats such as ``-3``, ``1,234.50``, ``$5``, ``-$5``, ``50%`` and ``.5``.
 
-    A minus directly after a letter, a digit or a closing bracket is a subtraction or a hyphen, not a sign: ``16-3`` holds 16 and 3.
+    A period at the end does not belong to a number. A minus directly after a letter, a digit or a closing bracket is a subtraction or a hyphen, not a sign:
+    ``16-3`` contains 16 and 3.
     """
     return [_decimal(match) for match in _NUMBER.finditer(text)]
 
 
 def whole_number(text: str) -> Decimal | None:
-    """The number that ``text`` is, with an optional currency sign before and per cent sign after it; None when it is anything else."""
+    """The number that the text consists of, optionally with a currency sign before or a per cent sign after it; None for any other text."""
     match = _WHOLE_NUMBER.fullmatch(text.strip())
     return _decimal(match) if match else None
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number that a worked solution ends in.
+    """The final result of a worked solution.
 
-    In this order: the first number after the first ``####`` that has one in its line, the first number after the first "answer is" (or "answer:")
-    that has one, the last number of the text.
+    It is the first of these that exists: the first number after a ``####`` and in the same line, the first number after the first "answer is" (or "answer:"),
+    the last number of the text.
 
     Returns:
-        The number, or None when the text holds none.
+        The number, or None if the text contains none.
     """
     for part in text.split("####")[1:]:
         match = _NUMBER.search(part.lstrip().split("\n", 1)[0])
@@ -89,12 +90,13 @@ def final_number(text: str) -> Decimal | None:
 
 
 def yes_or_no(text: str) -> str | None:
-    """Whether an answer says ``"yes"`` or ``"no"``; only whole words count, so "Not" and "know" say neither.
+    """Whether an answer says ``"yes"`` or ``"no"``. Only whole words count, so "Not" and "know" say neither.
 
-    In this order: the first word of the text (behind punctuation), the word after "answer is" (or "answer:"), the first whole yes or no of the first sentence.
+    It is the first of these that is "yes" or "no": the first word of the text (after punctuation), the word after "answer is" (or "answer:"), the first such
+    word in the first sentence.
 
     Returns:
-        ``"yes"``, ``"no"``, or None when the text says neither.
+        ``"yes"``, ``"no"``, or None if the text says neither.
     """
     match = _LEADING_YES_NO.match(text) or _ANSWER_YES_NO.search(text)
     if match is None:
@@ -105,12 +107,12 @@ def yes_or_no(text: str) -> str | None:
 
 
 def exact_match(response: str, reference: str, scoring: Scoring = "corrected") -> bool | None:
-    """Whether the response is the reference, whatever the case of its letters.
+    """Whether the response equals the reference, regardless of letter case.
 
-    Corrected scoring ignores white space at both ends, and compares numbers as numbers where both are nothing but a number.
+    Corrected scoring ignores white space at both ends, and compares values if both texts are numbers.
 
     Returns:
-        The verdict; None in corrected scoring when the reference is empty.
+        The verdict; None if the reference is empty in corrected scoring.
     """
     if scoring == "paper":
         return response.lower() == reference.lower()
@@ -119,52 +121,52 @@ def exact_match(response: str, reference: str, scoring: Scoring = "corrected") -
         return None
     if response.lower() == reference.lower():
         return True
-    wanted = whole_number(reference)
-    return wanted is not None and whole_number(response) == wanted
+    expected = whole_number(reference)
+    return expected is not None and whole_number(response) == expected
 
 
 def contains(response: str, reference: str, scoring: Scoring = "corrected") -> bool | None:
-    """Whether the response contains the reference, whatever the case of its letters.
+    """Whether the response contains the reference, regardless of letter case.
 
-    Corrected scoring ignores white space at both ends of the reference; a reference that is nothing but a number must occur as a number
-    (7 is not contained in 17).
+    Corrected scoring ignores white space at both ends of the reference. If the reference is a number, it must occur as a number (17 does not contain 7).
 
     Returns:
-        The verdict; None in corrected scoring when the reference is empty.
+        The verdict; None if the reference is empty in corrected scoring.
     """
     if scoring == "paper":
         return reference.lower() in response.lower()
     reference = reference.strip()
     if not reference:
         return None
-    wanted = whole_number(reference)
-    if wanted is not None:
-        return any(number == wanted for number in numbers(response))
+    expected = whole_number(reference)
+    if expected is not None:
+        return any(number == expected for number in numbers(response))
     return reference.lower() in response.lower()
 
 
 def _paper_final_number(response: str) -> str | None:
     before, trigger, after = response.lower().partition(_PAPER_TRIGGER)
-    # Text between the first and the second trigger counts, what follows the second does not.
+    # Only the text between the first and the second trigger counts.
     text = after.partition(_PAPER_TRIGGER)[0] if trigger else before
-    found: list[str] = _PAPER_NUMBER.findall(text.replace(",", ""))
-    if not found:
+    candidates: list[str] = _PAPER_NUMBER.findall(text.replace(",", ""))
+    if not candidates:
         return None
-    return (found[0] if trigger else found[-1]).removesuffix(".")
+    return (candidates[0] if trigger else candidates[-1]).removesuffix(".")
 
 
 def final_number_match(response: str, reference: str, scoring: Scoring = "corrected") -> bool | None:
-    """Whether the response arrives at the reference's number (gsm8k; a reference ends in ``#### 42``).
+    """Whether the response arrives at the reference's number (gsm8k, whose references end with a line such as ``#### 42``).
 
-    The authors compare text: the first number after "the answer is", else the last number, against the text after ``#### `` without its commas.
-    Corrected scoring compares values, found by :func:`final_number` on both sides.
+    The authors compare text: the first number after "the answer is", or else the last number, with the text after ``#### `` without commas. Corrected scoring
+    compares the values that :func:`final_number` returns for both.
 
     Returns:
-        The verdict; None in corrected scoring when the reference holds no number. Where the authors' code stops for lack of ``####``, paper scoring says False.
+        The verdict; None if the reference contains no number in corrected scoring. A reference without ``####``, on which the authors' code fails, is False in
+        paper scoring.
     """
     if scoring == "paper":
-        wanted = _PAPER_REFERENCE.search(reference)
-        return wanted is not None and _paper_final_number(response) == wanted[1].replace(",", "")
+        expected = _PAPER_REFERENCE.search(reference)
+        return expected is not None and _paper_final_number(response) == expected[1].replace(",", "")
     value = final_number(reference)
     return None if value is None else final_number(response) == value
 
@@ -172,13 +174,13 @@ def final_number_match(response: str, reference: str, scoring: Scoring = "correc
 def yes_no_match(response: str, reference: str, scoring: Scoring = "corrected") -> bool | None:
     """Whether response and reference both say yes, or both say no (strategyqa).
 
-    The authors look for the letters "yes" or "no" within the first five characters of both. Corrected scoring uses :func:`yes_or_no`.
+    The authors search the first five characters of both for "yes" or "no". Corrected scoring uses :func:`yes_or_no`.
 
     Returns:
-        The verdict; None in corrected scoring when the reference says neither.
+        The verdict; None if the reference says neither in corrected scoring.
     """
     if scoring == "paper":
-        head, wanted_head = response.lower()[:5], reference.lower()[:5]
-        return any(word in wanted_head and word in head for word in ("yes", "no"))
-    wanted = yes_or_no(reference)
-    return None if wanted is None else yes_or_no(response) == wanted
+        head, expected_head = response.lower()[:5], reference.lower()[:5]
+        return any(word in expected_head and word in head for word in ("yes", "no"))
+    expected = yes_or_no(reference)
+    return None if expected is None else yes_or_no(response) == expected

@@ -1,4 +1,4 @@
-"""Models of an evaluation: what each name of the plan means, loaded onto one base model that all of them share."""
+"""Loading of an evaluation's models, which share one base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
 
 class ModelLoader:
-    """Loads what a model name means, and keeps one base model for all of them."""
+    """Loads the model for each name in a plan, and keeps one base model for all of them.
+
+    Args:
+        plan: The tasks, the models and the options.
+        device: Device of the models.
+        dtype: Data type of the models.
+        progress: Receiver of progress reports.
+
+    Attributes:
+        base: The base model, which may differ from the plan's after :meth:`check`.
+        arrow: Arrow routing over all adapters.
+    """
 
     def __init__(self, plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
         self.plan, self.device, self.dtype, self.progress = plan, device, dtype, progress
@@ -35,7 +46,15 @@ class ModelLoader:
         self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.routing_temperature or 1.0, plan.options.seed)
 
     def check(self, models: Sequence[str]) -> None:
-        """Read the checkpoint's configuration; its base is everyone's base, so that models are comparable."""
+        """Check the quantisation and read the checkpoint's configuration. Its base model becomes that of all models, so that they are comparable.
+
+        Args:
+            models: Names of the models to evaluate.
+
+        Raises:
+            UsageError: The quantisation is not possible, or top-k is out of range.
+            CheckpointError: The checkpoint is missing or broken, or no base model is known for it.
+        """
         from meteora_core.checkpoints.opening import describe_checkpoint
         from meteora_core.model.quantized import quantized_loading
 
@@ -43,11 +62,11 @@ class ModelLoader:
             quantized_loading(self.plan.quantization, self.dtype, self.device)
         if "meteora" in models:
             facts = self._checkpoint = describe_checkpoint(self.plan.checkpoint, self.plan.checkpoint_adapters)
-            own = self.plan.base
+            planned = self.plan.base
             if facts.base is None and not self.plan.base_given:
                 facts.reference(None)
-            if facts.base is not None and own.name != facts.base and not Path(own.name).is_dir():
-                self.base = facts.reference(None, trust_remote_code=own.trust_remote_code)
+            if facts.base is not None and planned.name != facts.base and not Path(planned.name).is_dir():
+                self.base = facts.reference(None, trust_remote_code=planned.trust_remote_code)
             count, top_k = len(facts.adapters), self.plan.options.top_k
             if top_k is not None and not 1 <= top_k <= count:
                 raise UsageError(f"top_k is {top_k}, but the checkpoint has {count} adapters", hint=f"choose --top-k between 1 and {count}")
@@ -58,13 +77,13 @@ class ModelLoader:
                     self._hash = facts.weights_hash()
 
     def base_files(self) -> dict[str, Any] | None:
-        """What tells one state of a local base folder from another, as it was when first asked for; None for other bases."""
+        """Fingerprint of a local base model at the time of the first call; None for other base models."""
         if self._base_files is None:
             self._base_files = base_files(self.base)
         return self._base_files
 
     def config(self, model: str) -> dict[str, Any]:
-        """What the results file records of the model and the run."""
+        """The description of the model and the run for the results file."""
         import peft
         import torch
         import transformers
@@ -96,7 +115,12 @@ class ModelLoader:
 
     @contextmanager
     def ready(self, model: str, adapter: Path | None) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
-        """The model that the name means, within the block."""
+        """Context manager that yields a model and its tokenizer.
+
+        Args:
+            model: Name of the model in the plan.
+            adapter: Folder of the adapter to evaluate with PEFT; None for "base" and "meteora".
+        """
         from meteora_core.checkpoints.native import is_changed
         from meteora_core.checkpoints.opening import attach_checkpoint
         from meteora_core.fused.fuse import fuse_for_inference
@@ -126,7 +150,7 @@ class ModelLoader:
 
     @contextmanager
     def routed(self) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
-        """The base with PEFT's Arrow routing, which stays in it until another model is asked for."""
+        """Context manager that yields the base model with PEFT's Arrow routing, and its tokenizer. The routing stays in the model afterwards."""
         if self.arrow.model is None:
             with self.ready("base", None) as (base, tokenizer):
                 self.arrow.enter(base, tokenizer)

@@ -1,7 +1,7 @@
-"""Several processes that share one evaluation: who am I, exchange Python objects, start them.
+"""Processes that share one evaluation: starting them, joining them, and exchanging Python objects.
 
-The processes are told about each other by the environment variables of ``torch.distributed`` (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``,
-``MASTER_PORT``), as ``accelerate launch`` and ``torchrun`` set them. Only rows and counts are exchanged, through Gloo, whatever the devices are.
+The processes find each other by the environment variables of ``torch.distributed`` (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``,
+``MASTER_PORT``), as ``accelerate launch`` and ``torchrun`` set them. They exchange only rows and counts, with Gloo on any device.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that share the work.
+    """The rank of this process among those that share the work.
 
     Attributes:
-        rank: From 0; the process 0 writes results and speaks to the user.
-        count: How many there are.
-        local_rank: Its place on this machine, which picks its GPU.
+        rank: Rank of this process, from 0. Process 0 writes results and messages.
+        count: Number of processes.
+        local_rank: Rank of this process on its machine, which selects its GPU.
     """
 
     rank: int = 0
@@ -34,7 +34,7 @@ class Processes:
     local_rank: int = 0
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, by rank, in every process. Waits for all; the values must be picklable."""
+        """Exchange one picklable value per process. Waits for all processes and returns all values, ordered by rank."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -44,7 +44,7 @@ class Processes:
         return values
 
     def share(self, items: Sequence[Value]) -> list[Value]:
-        """This process's part of a list that all of them have: every ``count``-th item, from ``rank`` on."""
+        """This process's part of a list that all processes have: every ``count``-th item, beginning with number ``rank``."""
         return list(items[self.rank :: self.count])
 
 
@@ -52,19 +52,19 @@ ALONE = Processes()
 
 
 def join_processes() -> Processes:
-    """Find out who this process is, and connect to the others if there are any.
+    """Read this process's rank from the environment, and connect to the other processes if there are any.
 
     Raises:
-        UsageError: The environment is incomplete or holds no numbers.
+        UsageError: An environment variable is missing or is not a number.
     """
     try:
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count <= 1:
             return ALONE
-        made = Processes(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
+        processes = Processes(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
     except (KeyError, ValueError) as error:
         raise UsageError(
-            f"WORLD_SIZE is set, but {error} is missing or no number", hint="start several processes by `accelerate launch` or --launcher ddp"
+            f"WORLD_SIZE is set, but {error} is missing or not a number", hint="start several processes with `accelerate launch` or --launcher ddp"
         ) from error
     from datetime import timedelta
 
@@ -72,11 +72,11 @@ def join_processes() -> Processes:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    return made
+    return processes
 
 
 def leave_processes() -> None:
-    """Disconnect, after the last exchange; does nothing in a single process."""
+    """Disconnect from the other processes after the last exchange. Does nothing in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch.distributed as dist
 
@@ -85,11 +85,13 @@ def leave_processes() -> None:
 
 
 def launch(command: Sequence[str], count: int) -> int:
-    """Run a command in several processes on this machine and wait for them; when one fails, the others are ended.
+    """Run a command in several processes on this machine and wait for them. If one fails, the others are terminated.
+
+    Each process has the environment variables that :func:`join_processes` reads, and an empty standard input.
 
     Args:
-        command: Program and arguments. Each process has the variables that :func:`join_processes` reads; the input is the terminal's for none.
-        count: How many.
+        command: The program and its arguments.
+        count: Number of processes.
 
     Returns:
         0, or the exit code of the process that failed first.
@@ -99,7 +101,7 @@ def launch(command: Sequence[str], count: int) -> int:
         MeteoraError: The program cannot be started.
     """
     if count < 1:
-        raise UsageError(f"the number of processes is {count}, it must be 1 or more")
+        raise UsageError(f"the number of processes is {count}, but must be at least 1")
     import torch.distributed as dist
 
     store = dist.TCPStore(  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""Results of several runs side by side: a table, Markdown, and a bar or radar picture.
+"""Comparison of several results files: as a table, as Markdown, and as a bar or radar chart.
 
-Reads what :mod:`meteora_core.evaluation.results` writes, and results files of lm-evaluation-harness itself, which have the same shape.
+Reads the results files of :mod:`meteora_core.evaluation.results` and of lm-evaluation-harness, which have the same format.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ _HEADLINES = ("acc", "correct", "exact_match", "bleu", "rougeL")
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure and its standard error, if there is one."""
+    """One figure of the table.
+
+    Attributes:
+        value: Value of the metric.
+        stderr: Standard error of the value; None if there is none.
+    """
 
     value: float
     stderr: float | None = None
@@ -37,12 +42,12 @@ class Cell:
 class Line:
     """One metric of one task in every run.
 
-    Args:
-        task: The task.
-        metric: The metric, with lm-evaluation-harness's filter behind a comma unless that is ``none``.
-        higher_is_better: False where a smaller value is better.
-        cells: One a run, None where the run lacks it.
-        samples: How many rows each run scored, None where that is not known.
+    Attributes:
+        task: Name of the task.
+        metric: Name of the metric, followed by a comma and lm-evaluation-harness's filter unless that is ``none``.
+        higher_is_better: Whether larger values are better.
+        cells: Figure of each run; None if the run lacks it.
+        samples: Number of rows that each run has scored; None if it is not known.
     """
 
     task: str
@@ -53,21 +58,21 @@ class Line:
 
     @property
     def best(self) -> tuple[int, ...]:
-        """The places of the best value; empty for fewer than two values, or when all are equal."""
-        values = {place: cell.value for place, cell in enumerate(self.cells) if cell is not None}
+        """Indices of the runs with the best value; empty if there are fewer than two values or all are equal."""
+        values = {run: cell.value for run, cell in enumerate(self.cells) if cell is not None}
         if len(set(values.values())) < 2:
             return ()
         best = max(values.values()) if self.higher_is_better else min(values.values())
-        return tuple(place for place, value in values.items() if value == best)
+        return tuple(run for run, value in values.items() if value == best)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side.
+    """A table of several runs.
 
-    Args:
-        columns: The runs' names, each of them once.
-        rows: One per task and metric, in the order in which the runs have them.
+    Attributes:
+        columns: Distinct names of the runs.
+        rows: Lines of the table, one per task and metric, in the order of the results files.
     """
 
     columns: tuple[str, ...]
@@ -75,27 +80,30 @@ class Comparison:
 
 
 def find_results(paths: Sequence[Path]) -> list[Path]:
-    """Turn what a user names into paths for :func:`load_results`: a folder without results of its own stands for its sub-folders that have some.
+    """Find the paths for :func:`load_results`. A folder that directly contains no results is replaced by its sub-folders with results.
+
+    Args:
+        paths: Files and folders that the user named.
 
     Raises:
-        DataError: A path is not there, or a folder holds no results.
+        DataError: A path does not exist, or a folder contains no results.
     """
-    found: list[Path] = []
+    results: list[Path] = []
     for path in paths:
         if not path.exists():
             raise DataError(f"no such file or folder: {path}", hint="name results files, or folders that `meteora eval` wrote")
         if path.is_file() or any(path.glob("results_*.json")):
-            found.append(path)
+            results.append(path)
             continue
-        inner = sorted(folder for folder in path.iterdir() if folder.is_dir() and any(folder.glob("results_*.json")))
-        if not inner:
+        subfolders = sorted(folder for folder in path.iterdir() if folder.is_dir() and any(folder.glob("results_*.json")))
+        if not subfolders:
             raise DataError(f"no results in {path}", hint="run `meteora eval --save` first")
-        found += inner
-    return found
+        results += subfolders
+    return results
 
 
 def as_document(comparison: Comparison, files: Sequence[Path]) -> dict[str, Any]:
-    """The comparison as plain values for JSON: ``runs`` (name and path), and ``rows`` with one value and standard error a run."""
+    """The comparison as plain values for JSON: ``runs`` (name and path), and ``rows`` with a value and a standard error for each run."""
     rows = []
     for line in comparison.rows:
         cells = [None if cell is None else {"value": cell.value, "stderr": cell.stderr} for cell in line.cells]
@@ -113,17 +121,17 @@ def as_document(comparison: Comparison, files: Sequence[Path]) -> dict[str, Any]
 
 
 def compare(documents: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None) -> Comparison:
-    """Lay results documents side by side.
+    """Combine the documents of several results files into one table.
 
     Args:
-        documents: What :func:`load_results` returns.
-        labels: The columns' names; default: the models' names, with a number behind those that occur more than once.
+        documents: Results documents, as :func:`load_results` returns them.
+        labels: Names of the columns; None means the names of the models, with a number appended to repeated ones.
 
     Raises:
-        UsageError: There is nothing to compare, or not one label per document.
+        UsageError: There are no documents, or the number of labels differs from that of documents.
     """
     if not documents:
-        raise UsageError("no results to compare", hint="name one results file or folder at least")
+        raise UsageError("no results to compare", hint="name at least one results file or folder")
     if labels is not None and len(labels) != len(documents):
         raise UsageError(f"{len(labels)} labels for {len(documents)} results")
     names = list(labels) if labels is not None else [_model_name(document) for document in documents]
@@ -132,7 +140,7 @@ def compare(documents: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
     rows = []
     for task in tasks:
         metrics = dict.fromkeys(metric for document in figures for metric in document.get(task, {}))
-        samples = tuple(_samples(document, task) if task in found else None for document, found in zip(documents, figures, strict=True))
+        samples = tuple(_samples(document, task) if task in tasks_of else None for document, tasks_of in zip(documents, figures, strict=True))
         for metric in metrics:
             cells = tuple(document.get(task, {}).get(metric) for document in figures)
             rows.append(Line(task, metric, all(_higher(document, task, metric) for document in documents), cells, samples))
@@ -140,35 +148,35 @@ def compare(documents: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
 
 
 def to_markdown(comparison: Comparison, digits: int = 3) -> str:
-    """The table as GitHub-flavoured Markdown, the best value of each row in bold; BLEU has two digits less than the rest.
+    """The table as GitHub-flavoured Markdown, with the best value of each row in bold.
 
     Args:
-        comparison: What :func:`compare` returns.
-        digits: Digits after the point.
+        comparison: Table of several runs.
+        digits: Number of decimal places; BLEU has two less.
     """
     header = ["task", "metric", "rows", *comparison.columns]
     lines = [_markdown_row(header), "|" + " --- |" * 2 + " ---: |" * (len(header) - 2)]
     for row in comparison.rows:
-        places = max(digits - 2, 0) if row.metric.rpartition("/")[2].startswith("bleu") else digits
+        decimals = max(digits - 2, 0) if row.metric.rpartition("/")[2].startswith("bleu") else digits
         sizes = sorted({size for size in row.samples if size is not None})
         counted = "–" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
-        cells = [_cell(cell, places, place in row.best) for place, cell in enumerate(row.cells)]
+        cells = [_cell(cell, decimals, run in row.best) for run, cell in enumerate(row.cells)]
         lines.append(_markdown_row([row.task, row.metric, counted, *cells]))
     return "\n".join(lines) + "\n"
 
 
 def headlines(comparison: Comparison) -> dict[str, tuple[float | None, ...]]:
-    """One figure between 0 and 1 per task and run, for pictures.
+    """One figure between 0 and 1 per task and run, for charts.
 
-    It is the first of accuracy, composite's correct answers (as a share of the sub-tasks that have an accuracy), BLEU / 100 and ROUGE-L that the task has.
+    It is the first of these that the task has: accuracy, a composite's correct answers (as a share of the sub-tasks with an accuracy), BLEU / 100, ROUGE-L.
 
     Returns:
-        Task to values in the order of the columns; tasks with none of these metrics are left out.
+        For each task the values in the order of the columns. Tasks with none of these metrics are left out.
     """
     by_task: dict[str, dict[str, Line]] = {}
     for row in comparison.rows:
         by_task.setdefault(row.task, {})[row.metric.partition(",")[0]] = row
-    made: dict[str, tuple[float | None, ...]] = {}
+    values: dict[str, tuple[float | None, ...]] = {}
     for task, rows in by_task.items():
         metric = next((name for name in _HEADLINES if name in rows), None)
         if metric is None:
@@ -176,24 +184,24 @@ def headlines(comparison: Comparison) -> dict[str, tuple[float | None, ...]]:
         scale = 100.0 if metric == "bleu" else 1.0
         if metric == "correct":
             scale = float(sum(name.endswith("/acc") for name in rows)) or 1.0
-        made[task] = tuple(None if cell is None else cell.value / scale for cell in rows[metric].cells)
-    return made
+        values[task] = tuple(None if cell is None else cell.value / scale for cell in rows[metric].cells)
+    return values
 
 
 def plot(comparison: Comparison, path: Path, kind: str = "bar") -> Path:
-    """Draw each task's :func:`headlines`, one colour a run.
+    """Draw the :func:`headlines` of all tasks as a chart, with one colour per run.
 
     Args:
-        comparison: What :func:`compare` returns.
-        path: A ``.png``, ``.svg`` or ``.pdf`` file.
-        kind: ``"bar"``, or ``"radar"``, which shows the tasks that every run has and needs three of them.
+        comparison: Table of several runs.
+        path: File to write, whose name ends in ``.png``, ``.svg`` or ``.pdf``.
+        kind: Kind of chart: ``"bar"`` or ``"radar"``. A radar chart shows only tasks that every run has, and needs at least three.
 
     Returns:
         ``path``.
 
     Raises:
         MeteoraError: matplotlib is not installed.
-        UsageError: An unknown kind or file name, or too few tasks.
+        UsageError: The kind or the ending of the file name is unknown, or there are too few tasks.
         StorageError: The file cannot be written.
     """
     path = Path(path)
@@ -223,14 +231,14 @@ def _bars(figure_type: Any, columns: Sequence[str], values: Mapping[str, tuple[f
     figure = figure_type(figsize=(8, 1.2 + 0.25 * len(values) * (len(columns) + 1)))
     axes = figure.add_subplot()
     height = 0.8 / len(columns)
-    for place, column in enumerate(columns):
-        shown = [(index, cells[place]) for index, cells in enumerate(values.values()) if cells[place] is not None]
-        positions = [index + (place - (len(columns) - 1) / 2) * height for index, _ in shown]
+    for run, column in enumerate(columns):
+        shown = [(index, cells[run]) for index, cells in enumerate(values.values()) if cells[run] is not None]
+        positions = [index + (run - (len(columns) - 1) / 2) * height for index, _ in shown]
         axes.barh(positions, [value for _, value in shown], height=height, label=column)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("accuracy, share of right sub-tasks, BLEU / 100, or ROUGE-L")
+    axes.set_xlabel("accuracy, share of correct sub-tasks, BLEU / 100, or ROUGE-L")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(columns), 4))
     return figure
@@ -240,8 +248,8 @@ def _radar(figure_type: Any, columns: Sequence[str], values: Mapping[str, tuple[
     figure = figure_type(figsize=(8, 8))
     axes = figure.add_subplot(projection="polar")
     angles = [2 * math.pi * index / len(values) for index in range(len(values))]
-    for place, column in enumerate(columns):
-        line = [cells[place] for cells in values.values()]
+    for run, column in enumerate(columns):
+        line = [cells[run] for cells in values.values()]
         axes.plot([*angles, angles[0]], [*line, line[0]], label=column)
         axes.fill([*angles, angles[0]], [*line, line[0]], alpha=0.1)
     axes.set_xticks(angles, list(values))
@@ -263,13 +271,13 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    made: list[str] = []
+    distinct: list[str] = []
     for name in names:
         number, candidate = 2, name
-        while candidate in made:
+        while candidate in distinct:
             number, candidate = number + 1, f"{name} ({number})"
-        made.append(candidate)
-    return made
+        distinct.append(candidate)
+    return distinct
 
 
 def _model_name(document: Mapping[str, Any]) -> str:
@@ -278,20 +286,20 @@ def _model_name(document: Mapping[str, Any]) -> str:
 
 
 def _figures(document: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
-    """Task to metric to figure; whatever is no finite number is left out."""
-    made: dict[str, dict[str, Cell]] = {}
+    """The figures of a results document by task and metric. Values that are not finite numbers are left out."""
+    figures: dict[str, dict[str, Cell]] = {}
     for task, values in document["results"].items():
         if not isinstance(values, Mapping):
             continue
         cells: dict[str, Cell] = {}
         for key, value in values.items():
-            name, _, chosen = key.partition(",")
+            name, _, filter_name = key.partition(",")
             if name.endswith("_stderr") or not _is_number(value):
                 continue
-            error = values.get(f"{name}_stderr,{chosen}")
-            cells[name if chosen in ("", "none") else key] = Cell(float(value), float(error) if _is_number(error) else None)
-        made[task] = cells
-    return made
+            error = values.get(f"{name}_stderr,{filter_name}")
+            cells[name if filter_name in ("", "none") else key] = Cell(float(value), float(error) if _is_number(error) else None)
+        figures[task] = cells
+    return figures
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -299,11 +307,11 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _samples(document: Mapping[str, Any], task: str) -> int | None:
-    found = document.get("n-samples", {}).get(task, {})
-    size = found.get("effective") if isinstance(found, Mapping) else None
+    samples = document.get("n-samples", {}).get(task, {})
+    size = samples.get("effective") if isinstance(samples, Mapping) else None
     return size if type(size) is int and size >= 0 else None
 
 
 def _higher(document: Mapping[str, Any], task: str, metric: str) -> bool:
-    found = document.get("higher_is_better", {}).get(task, {})
-    return not (isinstance(found, Mapping) and found.get(metric.partition(",")[0]) is False)
+    directions = document.get("higher_is_better", {}).get(task, {})
+    return not (isinstance(directions, Mapping) and directions.get(metric.partition(",")[0]) is False)

@@ -1,6 +1,6 @@
-"""Results on disk: one JSON in lm-evaluation-harness's shape, and one JSON-lines file of samples per task.
+"""Results files: one JSON file in lm-evaluation-harness's format, and one JSON Lines file of samples per task.
 
-Samples are appended as rows finish, so that a run that was stopped can go on; the results file is written when all is done.
+Finished rows are stored at once, so that an interrupted run can be continued. The results file is written at the end.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ PARTIAL = ".partial.jsonl"
 
 
 def partial_file(folder: Path, task: str, rank: int = 0) -> Path:
-    """Where process ``rank`` keeps a task's finished rows until all are done."""
+    """The file in which process ``rank`` stores the finished rows of a task until all rows are finished."""
     return folder / f".{task}{f'.rank{rank}' if rank else ''}{PARTIAL}"
 
 
 def partial_files(folder: Path, task: str) -> list[Path]:
-    """The files of :func:`partial_file` that are there, of this run or of a stopped one, however many processes it had."""
+    """The existing files of :func:`partial_file`, from this run or an interrupted one with any number of processes."""
     return sorted(path for path in (partial_file(folder, task), *folder.glob(f".{task}.rank*{PARTIAL}")) if path.is_file())
 
 
 class SampleWriter:
-    """Appends samples to a JSON-lines file, each row written at once; a torn last line of an earlier run is cut off.
+    """Appends samples to a JSON Lines file as soon as they are finished. An incomplete last line of an earlier run is removed.
 
     Args:
-        path: The file; its folder is made when missing.
-        inputs: What fixes the rows (task, data hash, model, decoding). A file that was begun with other inputs is begun anew.
-        others: More files of the same kind, to read only: those of the other processes.
-        stamp: Written into a file that is begun: the time that names its run's results.
+        path: The file; its folder is created if necessary.
+        inputs: Everything that the rows depend on (task, data hash, model, decoding). A file with other inputs is overwritten.
+        others: Further files to read rows from, written by other processes.
+        stamp: Time stamp of this run, which is stored in a new file.
 
     Attributes:
-        done: The answers that are there already, by row.
-        tokens: Their token ids.
-        stamp: Of the run that began the file.
+        done: Decoded answers of the finished rows, by row index.
+        tokens: Token ids of these answers, by row index.
+        stamp: Time stamp of the run that created the file.
 
     Raises:
-        StorageError: The disk is full or not writable; rows written so far are kept.
+        StorageError: The disk is full or not writable; the rows so far are kept.
     """
 
     def __init__(self, path: Path, inputs: dict[str, Any], others: Sequence[Path] = (), stamp: str = "") -> None:
@@ -63,7 +63,7 @@ class SampleWriter:
         for other in others:
             if other != path:
                 self._read(other)
-        self._size = self._read(path, own=True) if path.is_file() else 0
+        self._size = self._read(path, take_stamp=True) if path.is_file() else 0
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = path.open("ab", buffering=0)
@@ -75,8 +75,8 @@ class SampleWriter:
                 self._handle.close()
                 raise
 
-    def _read(self, path: Path, *, own: bool = False) -> int:
-        """Load finished rows, and of the own file the stamp; return how many bytes of the file are whole lines of this run."""
+    def _read(self, path: Path, *, take_stamp: bool = False) -> int:
+        """Load the finished rows of a file, and its time stamp if ``take_stamp``. Returns the number of bytes in valid lines; 0 for other inputs."""
         with path.open("rb") as handle:
             first = handle.readline()
             try:
@@ -85,9 +85,9 @@ class SampleWriter:
                 return 0
             if not first.endswith(b"\n") or not isinstance(head, dict) or head.get("inputs") != self._inputs:
                 return 0
-            if own:
+            if take_stamp:
                 self.stamp = str(head.get("stamp") or self.stamp)
-            keep = len(first)
+            size = len(first)
             for raw in handle:
                 if not raw.endswith(b"\n"):
                     break
@@ -95,22 +95,31 @@ class SampleWriter:
                 if row is None:
                     break
                 self.done[row[0]], self.tokens[row[0]] = row[1], row[2]
-                keep += len(raw)
-        return keep
+                size += len(raw)
+        return size
 
     def _append(self, line: bytes) -> None:
-        """Write a whole line, or leave the file as it was."""
-        left = memoryview(line)
+        """Write a line completely, or leave the file unchanged."""
+        remaining = memoryview(line)
         try:
-            while left:
-                left = left[self._handle.write(left) :]
+            while remaining:
+                remaining = remaining[self._handle.write(remaining) :]
         except OSError:
             self._handle.truncate(self._size)
             raise
         self._size += len(line)
 
     def add(self, doc_id: int, output: str, tokens: Sequence[int] = ()) -> None:
-        """Append one finished row: its place, the decoded answer and its token ids. Raises StorageError."""
+        """Append a finished row.
+
+        Args:
+            doc_id: Index of the row in the test split.
+            output: The decoded answer.
+            tokens: Token ids of the answer.
+
+        Raises:
+            StorageError: The disk is full or not writable.
+        """
         with storage_errors(self.path):
             self._append((json.dumps({"doc_id": doc_id, "output": output, "tokens": list(tokens)}) + "\n").encode())
 
@@ -126,25 +135,25 @@ class SampleWriter:
 
 
 def _finished_row(line: bytes) -> tuple[int, str, tuple[int, ...]] | None:
-    """A finished row's place, answer and token ids; None for a line that is damaged."""
+    """Parse a line to a row's index, answer and token ids; None for an invalid line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or not {"doc_id", "output", "tokens"} <= row.keys():
         return None
-    place, output, tokens = row["doc_id"], row["output"], row["tokens"]
-    whole = isinstance(output, str) and isinstance(tokens, list) and all(type(number) is int and number >= 0 for number in (place, *tokens))
-    return (place, output, tuple(tokens)) if whole else None
+    doc_id, output, tokens = row["doc_id"], row["output"], row["tokens"]
+    is_valid = isinstance(output, str) and isinstance(tokens, list) and all(type(number) is int and number >= 0 for number in (doc_id, *tokens))
+    return (doc_id, output, tuple(tokens)) if is_valid else None
 
 
 @dataclass
 class ResultsBuilder:
-    """Collects task results and gives the results document.
+    """Collects the results of tasks for the results document.
 
     Attributes:
-        model: How the model is called ("meteora", "base", an adapter).
-        config: What fixes the run: model, checkpoint, routing, decoding, seeds, versions.
+        model: Name of the model ("meteora", "base", or an adapter).
+        config: Description of the run: model, checkpoint, routing, decoding, seeds and versions.
     """
 
     model: str
@@ -159,7 +168,7 @@ class ResultsBuilder:
     speeds: dict[str, Speed] = field(default_factory=dict)
 
     def add(self, result: Any, total: int) -> None:
-        """Add a :class:`meteora_core.evaluation.runner.TaskResult`; ``total`` is the size of the test split."""
+        """Add a :class:`meteora_core.evaluation.runner.TaskResult`; ``total`` is the number of rows in the test split."""
         name = result.task.name
         metrics = harness_metrics(result.scores)
         self.results[name] = {"alias": name, **metrics}
@@ -187,11 +196,11 @@ class ResultsBuilder:
             self.routing[name] = result.routing.document()
 
     def document(self, seconds: float, date: float) -> dict[str, Any]:
-        """The results document, with lm-evaluation-harness's keys, and our counts under ``meteora``.
+        """The results document with lm-evaluation-harness's keys, and additional counts under ``meteora``.
 
         Args:
-            seconds: How long the evaluation took.
-            date: When it began, in seconds since 1970.
+            seconds: Duration of the evaluation in seconds.
+            date: Start of the evaluation in seconds since 1970.
         """
         from meteora_core.evaluation.runner import Speed
 
@@ -222,7 +231,7 @@ class ResultsBuilder:
 
 
 def sample_rows(result: Any) -> list[dict[str, Any]]:
-    """A task's samples in lm-evaluation-harness's shape."""
+    """The samples of a task in lm-evaluation-harness's format."""
     rows = []
     per_row = result.scores.rows or [{}] * len(result.samples)
     for sample, values in zip(result.samples, per_row, strict=True):
@@ -255,36 +264,39 @@ def write_results(folder: Path, document: dict[str, Any], stamp: str) -> Path:
 
 
 def earlier_results(path: Path, document: dict[str, Any]) -> dict[str, Any] | None:
-    """The results that a stopped run has written already, if the new ones may take their place.
+    """The results that an interrupted run has written, if the new results may replace them.
 
     Args:
-        path: The file that a run wrote which began the same rows.
-        document: The new results.
+        path: Results file of the run that generated the first rows.
+        document: The new results document.
 
     Returns:
-        The file's content; None when it is not there, or has other rows, scoring or routing, or tasks that ``document`` lacks.
+        The content of the file; None if it does not exist, differs in limit, scoring or routing, or has tasks that ``document`` lacks.
     """
     try:
         old = load_results(path)
     except DataError:
         return None
     before, after = old.get("config"), document["config"]
-    same = isinstance(before, dict) and all(before.get(key) == after.get(key) for key in ("limit", "scoring"))
-    routing = ("routing" in old.get("meteora", {})) == ("routing" in document["meteora"])
-    return old if same and routing and old["results"].keys() <= document["results"].keys() else None
+    same_options = isinstance(before, dict) and all(before.get(key) == after.get(key) for key in ("limit", "scoring"))
+    same_routing = ("routing" in old.get("meteora", {})) == ("routing" in document["meteora"])
+    return old if same_options and same_routing and old["results"].keys() <= document["results"].keys() else None
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """Read a results file, or the newest one of a folder.
+    """Read a results file.
+
+    Args:
+        path: A results file, or a folder whose newest results file is read.
 
     Raises:
-        DataError: There is none, it is not a results file, or one of its figures is not a finite number.
+        DataError: There is no such file, it is not a results file, or one of its figures is not a finite number.
     """
     if path.is_dir():
-        found = sorted(path.glob("results_*.json"), key=os.path.getmtime)
-        if not found:
+        files = sorted(path.glob("results_*.json"), key=os.path.getmtime)
+        if not files:
             raise DataError(f"no results in {path}", hint="run `meteora eval --save` first")
-        path = found[-1]
+        path = files[-1]
     document = read_json(path, error=DataError)
     if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
         raise DataError(f"{path} is not a results file", hint="pass a results_*.json that `meteora eval` wrote")
@@ -301,7 +313,7 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 def _is_figure(value: Any) -> bool:
-    """Whether a results file may hold the value: a finite number, or a word such as N/A for none."""
+    """Whether the value is valid in a results file: a finite number, or N/A or an empty text for a missing one."""
     if isinstance(value, str):
         return value.strip() in ("", "N/A")
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -1,7 +1,7 @@
-"""Which adapters were chosen while a task was evaluated: counts per layer, added up on the device, nothing kept per token.
+"""Counts of the adapters chosen for a task's tokens, per layer.
 
-The tokens of a prompt and its answer go through the model once more, all at once, with a recorder that only adds. A causal model chooses there
-what it chose while it wrote (up to rounding), so that writing itself stays as fast as without, by whatever code it runs.
+After generation, the model reads each prompt with its answer once more, in one pass, while a recorder adds up the choices on the device. A causal model
+makes the same choices as during generation (up to rounding), so generation itself is not slowed down.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PARTS = ("prompt", "answer")
 KINDS = ("top1", "chosen", "weight")
-"""What is counted per token: its likeliest adapter, all its top-k adapters, and their weights."""
+"""Quantities that are counted for each token: its top-1 adapter, all its top-k adapters, and their weights."""
 
 Text = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt and of its answer."""
@@ -32,11 +32,11 @@ Text = tuple[Sequence[int], Sequence[int]]
 
 @dataclass
 class RouteCounts(Routes):
-    """A recorder that adds up instead of keeping.
+    """A recorder that adds up the routes instead of storing them.
 
     Attributes:
-        counts: Per layer path, float64 (2, 3, N) on the layer's device: :data:`PARTS` x :data:`KINDS` x adapters. Whole numbers but for the weights.
-        tokens: int64 (2,): tokens seen of each part.
+        counts: Counts of each layer by path, float64 (2, 3, N) on the layer's device; the dimensions are :data:`PARTS`, :data:`KINDS` and the N adapters.
+        tokens: Number of tokens in each part, int64 (2,).
     """
 
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -44,7 +44,13 @@ class RouteCounts(Routes):
     _parts: Tensor | None = None
 
     def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
-        """Count the choice of one layer for one forward call: indices and weights (batch, tokens, k) or (tokens, k)."""
+        """Count the choices of one layer in one forward call.
+
+        Args:
+            path: Module path of the layer.
+            indices: Indices of the chosen adapters, int64 (batch, tokens, k) or (tokens, k).
+            weights: Mixing weights of the chosen adapters, floating point, of the same shape.
+        """
         assert self._parts is not None, "only within one_batch"
         top_k, adapters = indices.shape[-1], len(self.names)
         indices, weights = indices.detach().reshape(-1, top_k), weights.detach().reshape(-1, top_k).double()
@@ -52,12 +58,16 @@ class RouteCounts(Routes):
         dense[0].scatter_(-1, indices[:, :1], 1.0)
         dense[1].scatter_(-1, indices, 1.0)
         dense[2].scatter_(-1, indices, weights)
-        made = torch.einsum("pt,ktn->pkn", self._parts.to(indices.device), dense)
-        self.counts[path] = self.counts[path] + made if path in self.counts else made
+        added = torch.einsum("pt,ktn->pkn", self._parts.to(indices.device), dense)
+        self.counts[path] = self.counts[path] + added if path in self.counts else added
 
     @contextmanager
     def one_batch(self, parts: Tensor) -> Iterator[None]:
-        """Within the block, :meth:`add` counts tokens by ``parts``: float64 (2, batch * tokens), 1 where a token belongs to that part, else 0."""
+        """Context manager in which :meth:`add` counts the tokens of a batch.
+
+        Args:
+            parts: Part of each token, float64 (2, batch * tokens): 1 if the token belongs to the part, else 0.
+        """
         self._parts = parts
         try:
             yield
@@ -66,41 +76,41 @@ class RouteCounts(Routes):
         self.tokens += parts.sum(1).long().cpu()
 
     def merge(self, other: RouteCounts) -> None:
-        """Add what another recorder counted."""
-        for path, made in other.counts.items():
-            self.counts[path] = self.counts[path] + made.to(self.counts[path].device) if path in self.counts else made
+        """Add the counts of another recorder."""
+        for path, added in other.counts.items():
+            self.counts[path] = self.counts[path] + added.to(self.counts[path].device) if path in self.counts else added
         self.tokens += other.tokens
 
 
 def count_routes(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts: RouteCounts) -> None:
-    """Run a batch of finished texts and add what every layer chose to ``counts``.
+    """Read a batch of finished texts and add the choices of every layer to ``counts``.
 
-    Rows are padded at the right, where a causal model cannot see it, and the padding is not counted. A batch that does not fit the GPU's memory is halved.
-    The language-model head is not run.
+    Rows are padded on the right, where padding does not influence a causal model, and the padding is not counted. A batch that does not fit into GPU memory is
+    halved. The output layer is not run.
 
     Args:
-        model: A model with adapters attached, in evaluation mode, routing set as for the evaluation.
-        texts: Prompts and answers.
-        pad: The padding token's id.
-        counts: Where to add.
+        model: A model with adapters attached, in evaluation mode, with the routing settings of the evaluation.
+        texts: Token ids of prompts and answers.
+        pad: Id of the padding token.
+        counts: Recorder to which the counts are added.
 
     Raises:
-        torch.OutOfMemoryError: Even one row does not fit.
-        NonFiniteError: A gate's weights are NaN or infinite.
+        torch.OutOfMemoryError: A single row does not fit into memory.
+        NonFiniteError: Mixing weights are NaN or infinite.
     """
     waiting = [list(texts)] if texts else []
     while waiting:
         batch = waiting.pop()
-        made = RouteCounts(counts.names)
+        batch_counts = RouteCounts(counts.names)
         try:
-            _count(model, batch, pad, made)
+            _count(model, batch, pad, batch_counts)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             torch.cuda.empty_cache()
             waiting += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
-        counts.merge(made)
+        counts.merge(batch_counts)
 
 
 @torch.inference_mode()
@@ -116,13 +126,13 @@ def _count(model: PreTrainedModel, texts: Sequence[Text], pad: int, counts: Rout
     ids, mask, flat = ids.to(device), parts.sum(0).long().to(device), parts.reshape(2, -1).to(device)
     with meteora_of(model).record(counts), counts.one_batch(flat), torch.compiler.set_stance("force_eager"):
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    totals = [made[:, KINDS.index("weight")].sum().cpu() for made in counts.counts.values()]
+    totals = [layer[:, KINDS.index("weight")].sum().cpu() for layer in counts.counts.values()]
     if totals and not bool(torch.stack(totals).isfinite().all()):
         raise _broken(model, texts)
 
 
 def _broken(model: PreTrainedModel, texts: Sequence[Text]) -> NonFiniteError:
-    """The error for the first text that has a layer whose output is not finite."""
+    """The error for the first text with a layer whose output is not finite."""
     from meteora_core.generation.nonfinite import non_finite_error
     from meteora_core.model.nonfinite import first_nonfinite_module
 
@@ -139,12 +149,12 @@ class RoutingSummary:
     """The counts of one task.
 
     Attributes:
-        task: Its name.
-        own: The adapters that are the task's own: its namesake; a composite's members; empty when there is no such adapter.
-        names: All adapters.
-        paths: The layers, in the model's order.
-        counts: float64 (layers, 2, 3, N), as in :class:`RouteCounts`, on the CPU.
-        tokens: Tokens of the prompts and of the answers.
+        task: Name of the task.
+        own: Names of the task's own adapters: the adapter with the task's name, or those of a composite's members; may be empty.
+        names: Names of all N adapters.
+        paths: Module paths of the layers, in the model's order.
+        counts: Counts as in :class:`RouteCounts`, float64 (layers, 2, 3, N), on the CPU.
+        tokens: Number of tokens in the prompts and in the answers.
     """
 
     task: str
@@ -156,7 +166,7 @@ class RoutingSummary:
 
     @classmethod
     def of(cls, task: Task, counts: RouteCounts) -> RoutingSummary:
-        """Sum up what was counted."""
+        """Build the summary of a recorder's counts."""
         wanted = set(task.members or (task.name,))
         own = tuple(name for name in counts.names if name in wanted)
         paths = tuple(counts.counts)
@@ -165,37 +175,37 @@ class RoutingSummary:
         return cls(task.name, own, counts.names, paths, stacked, (prompt, answer))
 
     def layer_shares(self, kind: str, part: str) -> Tensor:
-        """Per layer, the share of tokens (for "weight": the mean weight) that each adapter got: float64 (layers, N).
+        """Share of tokens for which each layer chose each adapter, or each adapter's mean weight; float64 (layers, N).
 
         Args:
-            kind: One of :data:`KINDS`.
-            part: "prompt", "answer", or "all".
+            kind: Quantity, one of :data:`KINDS`.
+            part: Part of the text: "prompt", "answer", or "all".
         """
-        places = [place for place, name in enumerate(PARTS) if part in ("all", name)]
-        return self.counts[:, places, KINDS.index(kind)].sum(1) / max(self.total(part), 1)
+        parts = [index for index, name in enumerate(PARTS) if part in ("all", name)]
+        return self.counts[:, parts, KINDS.index(kind)].sum(1) / max(self.total(part), 1)
 
     def total(self, part: str) -> int:
-        """How many tokens a part has."""
+        """Number of tokens in a part: "prompt", "answer", or "all"."""
         return sum(count for count, name in zip(self.tokens, PARTS, strict=True) if part in ("all", name))
 
     def shares(self, kind: str, part: str) -> Tensor:
-        """The mean of :meth:`layer_shares` over the layers: float64 (N,)."""
+        """Mean of :meth:`layer_shares` over the layers; float64 (N,)."""
         shares = self.layer_shares(kind, part)
         return shares.mean(0) if len(shares) else torch.zeros(len(self.names), dtype=torch.float64)
 
     def own_by_layer(self, part: str) -> Tensor | None:
-        """Per layer, the share of tokens whose top-1 adapter is the task's own: float64 (layers,); None when it has none, or there are no tokens."""
+        """Share of tokens in each layer whose top-1 adapter is the task's own; float64 (layers,). None without such an adapter or without tokens."""
         if not self.own or not self.total(part):
             return None
         return self.layer_shares("top1", part)[:, [self.names.index(name) for name in self.own]].sum(1)
 
     def own_share(self, part: str) -> float | None:
-        """The mean of :meth:`own_by_layer` over the layers."""
+        """Mean of :meth:`own_by_layer` over the layers."""
         by_layer = self.own_by_layer(part)
         return None if by_layer is None or not len(by_layer) else float(by_layer.mean())
 
     def document(self) -> dict[str, Any]:
-        """Plain values for the results file: shares over all layers, and the task's own share per layer."""
+        """The summary as plain values for the results file: shares over all layers, and the share of the task's own adapter per layer."""
 
         def named(kind: str, part: str) -> dict[str, float]:
             return dict(zip(self.names, [round(value, 6) for value in self.shares(kind, part).tolist()], strict=True))
@@ -213,15 +223,15 @@ class RoutingSummary:
         }
 
     def counts_document(self) -> dict[str, Any]:
-        """The counts themselves: per kind and part a list (layers) of lists (adapters)."""
-        made: dict[str, Any] = {"tokens": dict(zip(PARTS, self.tokens, strict=True))}
-        for place, kind in enumerate(KINDS):
-            values = {part: self.counts[:, index, place].tolist() for index, part in enumerate(PARTS)}
-            made[kind] = values if kind == "weight" else {part: [[int(cell) for cell in row] for row in rows] for part, rows in values.items()}
-        return made
+        """The counts as plain values: for each kind and part, one list per layer with one number per adapter."""
+        document: dict[str, Any] = {"tokens": dict(zip(PARTS, self.tokens, strict=True))}
+        for kind_index, kind in enumerate(KINDS):
+            values = {part: self.counts[:, index, kind_index].tolist() for index, part in enumerate(PARTS)}
+            document[kind] = values if kind == "weight" else {part: [[int(cell) for cell in row] for row in rows] for part, rows in values.items()}
+        return document
 
 
 def counts_file(summaries: Mapping[str, RoutingSummary]) -> dict[str, Any]:
-    """All tasks' counts as one document: ``adapters``, ``layers`` and ``tasks``."""
+    """The counts of all tasks as one document with the keys ``adapters``, ``layers`` and ``tasks``."""
     first = next(iter(summaries.values()))
     return {"adapters": list(first.names), "layers": list(first.paths), "tasks": {task: summary.counts_document() for task, summary in summaries.items()}}

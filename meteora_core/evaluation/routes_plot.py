@@ -1,4 +1,4 @@
-"""The routing of several tasks as a picture: tasks x adapters, and layers x tasks."""
+"""The routing of several tasks as heat maps: tasks by adapters, and layers by tasks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from meteora_core.evaluation.routes import RoutingSummary
 from meteora_core.files import atomic_write
 
 WRITTEN_OUT = 12
-"""Up to so many adapters and tasks, each square says its value."""
+"""Maximum number of adapters and of tasks for which the squares show their values."""
 
 
 def plot_routing(summaries: Mapping[str, RoutingSummary], path: Path) -> Path:
-    """Draw, for answer tokens, how often each adapter was the top-1 of each task, and how often each layer's top-1 was the task's own adapter.
+    """Draw how often each adapter was the top-1 adapter of each task, and how often the top-1 adapter of each layer was the task's own.
+
+    Only answer tokens count.
 
     Args:
-        summaries: Per task; at least one.
-        path: A ``.png`` file.
+        summaries: Counts of at least one task, by name.
+        path: File to write, in PNG format.
 
     Returns:
         ``path``.
@@ -44,8 +46,8 @@ def plot_routing(summaries: Mapping[str, RoutingSummary], path: Path) -> Path:
     if own:
         by_layer = [[float(values[layer]) for values in own.values()] for layer in range(len(first.paths))]
         _squares(axes[1], by_layer, list(own), None, "top-1 is the task's own, by layer")
-        places = list(range(0, len(first.paths), max(1, len(first.paths) // 30)))
-        axes[1].set_yticks(places, [_short(first.paths[place]) for place in places], fontsize=6)
+        ticks = list(range(0, len(first.paths), max(1, len(first.paths) // 30)))
+        axes[1].set_yticks(ticks, [_short(first.paths[tick]) for tick in ticks], fontsize=6)
     figure.colorbar(image, ax=list(axes), shrink=0.8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -68,7 +70,7 @@ def _squares(axes: Any, values: list[list[float]], columns: list[str], rows: lis
 
 
 def _short(path: str) -> str:
-    """``model.layers.3.self_attn.q_proj`` as ``3 q_proj``."""
+    """Shorten a module path: ``model.layers.3.self_attn.q_proj`` becomes ``3 q_proj``."""
     parts = path.split(".")
     number = next((part for part in parts if part.isdigit()), "")
     return f"{number} {parts[-1]}".strip()

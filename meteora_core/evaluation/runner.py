@@ -1,4 +1,4 @@
-"""One task, one model: prompts in, cleaned answers and scores out."""
+"""Evaluation of one model on one task: generates, cleans and scores the answers."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One test row and what became of it.
+    """One test row and its answer.
 
     Attributes:
-        doc_id: Its place in the test split.
-        row: Prompt and reference.
-        output: The decoded new tokens.
-        response: The cleaned answer.
-        tokens: How many new tokens.
-        ids: The new tokens.
+        doc_id: Index of the row in the test split.
+        row: Prompt and reference of the row.
+        output: Text of the new tokens.
+        response: Text of the answer after cleaning.
+        tokens: Number of new tokens.
+        ids: Token ids of the new tokens.
     """
 
     doc_id: int
@@ -53,12 +53,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast rows were generated in this run, by all processes together; rows that were done before do not count.
+    """Speed of generation in this run, for all processes together. Rows of an interrupted run are not included.
 
     Attributes:
-        rows: How many.
-        prompt_tokens, new_tokens: In them.
-        seconds: From the first batch's start to the last one's end, of the slowest process.
+        rows: Number of rows.
+        prompt_tokens: Number of tokens in the prompts of these rows.
+        new_tokens: Number of tokens in the answers of these rows.
+        seconds: Seconds from the start of the first batch to the end of the last one, in the slowest process.
     """
 
     rows: int = 0
@@ -67,35 +68,36 @@ class Speed:
     seconds: float = 0.0
 
     def plus(self, other: Speed, *, together: bool = False) -> Speed:
-        """Both, one after the other, or at the same time."""
+        """Combine two measurements that were made one after the other, or at the same time if ``together``."""
         seconds = max(self.seconds, other.seconds) if together else self.seconds + other.seconds
         return Speed(self.rows + other.rows, self.prompt_tokens + other.prompt_tokens, self.new_tokens + other.new_tokens, seconds)
 
     def document(self) -> dict[str, float]:
-        """The counts; rows, new tokens, and all tokens (the prompts' too) a second, which are 0 when nothing was generated."""
-        per = 1 / self.seconds if self.seconds > 0 else 0.0
-        made = {"rows": self.rows, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "seconds": round(self.seconds, 6)}
+        """The counts, and the rows, new tokens and tokens (prompts included) per second, which are 0 if nothing was generated."""
+        factor = 1 / self.seconds if self.seconds > 0 else 0.0
+        counts = {"rows": self.rows, "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "seconds": round(self.seconds, 6)}
         rates = {"rows": self.rows, "tokens": self.new_tokens, "all_tokens": self.new_tokens + self.prompt_tokens}
-        return {**made, **{f"{name}_per_second": round(count * per, 3) for name, count in rates.items()}}
+        return {**counts, **{f"{name}_per_second": round(count * factor, 3) for name, count in rates.items()}}
 
 
 @dataclass
 class TaskResult:
-    """Everything that evaluating one task gives.
+    """The result of evaluating one model on one task.
 
     Attributes:
-        task: Which.
-        samples: In the order of the test split.
-        scores: Metrics, standard errors, per-row values and counts.
-        skipped: Prompts longer than the limit, which were not run.
-        seconds: How long it took in this run, scoring and all.
-        new_tokens, prompt_tokens: Of all rows.
-        speed: Of the rows that were generated in this run.
-        routing_temperature: T that the gates were used with; None without gates.
-        top_k: Adapters per token and layer; None without gates.
-        max_new_tokens: Longest answer.
-        notes: What a reader should know, one line each.
-        routing: Which adapters were chosen, if that was asked for.
+        task: The task.
+        samples: Rows with their answers, in the order of the test split.
+        scores: Metrics, standard errors, values of each row, and counts.
+        skipped: Number of prompts that were skipped because they are too long.
+        seconds: Duration of this run in seconds, including scoring.
+        new_tokens: Number of tokens in all answers.
+        prompt_tokens: Number of tokens in all prompts.
+        speed: Speed of generation in this run.
+        routing_temperature: Routing temperature in use; None without gates.
+        top_k: Number of adapters per token and layer; None without gates.
+        max_new_tokens: Maximum number of new tokens per answer.
+        notes: Remarks for the user, one line each.
+        routing: Counts of the chosen adapters; None unless they were requested.
     """
 
     task: Task
@@ -117,7 +119,7 @@ class AllSkippedError(DataError):
     """Every prompt of a task is too long.
 
     Attributes:
-        result: The task's result: no rows, no scores, and the number of skipped prompts.
+        result: Result of the task, without rows and scores but with the number of skipped prompts.
     """
 
     def __init__(self, message: str, *, hint: str, result: TaskResult) -> None:
@@ -126,22 +128,22 @@ class AllSkippedError(DataError):
 
 
 class KeptRows(Protocol):
-    """Rows that an earlier run finished, and the file that new ones are kept in; :class:`meteora_core.evaluation.results.SampleWriter` is one.
+    """Storage of finished rows, such as :class:`meteora_core.evaluation.results.SampleWriter`.
 
     Attributes:
-        done: The decoded answers of finished rows, by ``doc_id``; these rows are not run again.
-        tokens: Their token ids; without them their tokens are not counted, nor is their routing.
+        done: Decoded answers of the rows that an earlier run has finished, by ``doc_id``. These rows are not generated again.
+        tokens: Token ids of these answers, by ``doc_id``. Rows without them are left out of the counts of tokens and routes.
     """
 
     done: dict[int, str]
     tokens: dict[int, tuple[int, ...]]
 
     def add(self, doc_id: int, output: str, tokens: Sequence[int] = ()) -> None:
-        """Keep a row that has just been finished."""
+        """Store a finished row."""
 
 
 def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
-    """The test rows to evaluate: the first ``limit``, or up to the task's cap. Raises DataError when the dataset is missing or broken."""
+    """The test rows to evaluate: the first ones, up to ``limit`` and the task's cap. Raises DataError if the dataset is missing or broken."""
     caps = [cap for cap in (limit, task.eval_cap) if cap is not None]
     return read_rows(data_dir, task.name, "test", min(caps) if caps else None)
 
@@ -157,75 +159,75 @@ def evaluate_task(
     progress: Progress = SILENT,
     processes: Processes = ALONE,
 ) -> TaskResult:
-    """Generate and score the answers to one task's test rows.
+    """Generate and score the answers to the test rows of one task.
 
     Args:
-        model: A causal LM; with adapters attached, routing is set for the length of this call.
-        tokenizer: Its tokenizer.
-        task: A name or a task.
-        data_dir: Built datasets.
-        options: How.
-        kept: The rows that were finished before; each new row is added as its batch finishes.
-        progress: Where to report.
-        processes: Those that share the rows; each must call this with the same arguments, and gets the same result.
+        model: A causal language model. If adapters are attached, its routing settings are changed during this call.
+        tokenizer: The model's tokenizer.
+        task: The task or its name.
+        data_dir: Folder of all datasets.
+        options: Options for decoding, routing and scoring.
+        kept: Storage of the rows that are finished already, to which each new row is added.
+        progress: Receiver of progress reports.
+        processes: Processes that share the rows. Each must call this function with the same arguments and gets the same result.
 
     Raises:
-        DataError: The dataset is missing or broken, or a prompt is empty or has a token that the model lacks.
+        DataError: The dataset is missing or broken, a prompt is empty, or the model's embedding has no row for one of its tokens.
         AllSkippedError: Every prompt is too long.
         NonFiniteError: The model's logits are NaN or infinite.
-        UsageError: An unknown task, or routing values out of range.
-        MeteoraError: A single prompt does not fit the GPU's memory.
+        UsageError: The task is unknown, or a routing setting is out of range.
+        MeteoraError: A single row does not fit into GPU memory.
     """
-    found = get_task(task) if isinstance(task, str) else task
-    rows = test_rows(data_dir, found, options.limit)
+    definition = get_task(task) if isinstance(task, str) else task
+    rows = test_rows(data_dir, definition, options.limit)
     prompts = encode_prompts([row.prompt for row in rows], tokenizer)
-    read = _Reader(tokenizer, found, rows, prompts, options.scoring)
-    check_prompts(model, tokenizer, found, prompts)
+    reader = _Reader(tokenizer, definition, rows, prompts, options.scoring)
+    check_prompts(model, tokenizer, definition, prompts)
     total = min((limit for limit in (options.max_total_tokens, context_length(model)) if limit is not None), default=None)
-    most = min((limit for limit in (options.max_prompt_tokens, None if total is None else total - 1) if limit is not None), default=None)
-    fitting = [prompt for prompt in prompts if most is None or len(prompt.tokens) <= most]
-    result = TaskResult(found, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or found.max_new_tokens)
+    longest = min((limit for limit in (options.max_prompt_tokens, None if total is None else total - 1) if limit is not None), default=None)
+    fitting = [prompt for prompt in prompts if longest is None or len(prompt.tokens) <= longest]
+    result = TaskResult(definition, [], Scores({}, {}, []), len(prompts) - len(fitting), max_new_tokens=options.max_new_tokens or definition.max_new_tokens)
     if not fitting:
         raise _all_skipped(result, prompts, options, context_length(model))
     done = kept.done.items() if kept is not None else ()
-    before = {index: read.sample(index, output, kept.tokens.get(index, ()) if kept else ()) for index, output in done if index < len(rows)}
+    before = {index: reader.sample(index, output, kept.tokens.get(index, ()) if kept else ()) for index, output in done if index < len(rows)}
     state = find_meteora(model)
     began = time.monotonic()
-    with routed(state, options, found) as (result.routing_temperature, result.top_k):
+    with routed(state, options, definition) as (result.routing_temperature, result.top_k):
         counter = _Counter(model, tokenizer, state) if options.routing and state is not None else None
-        mine = processes.share([prompt for prompt in fitting if prompt.index in before])
+        finished = processes.share([prompt for prompt in fitting if prompt.index in before])
         if counter is not None:
-            for prompt in mine:
+            for prompt in finished:
                 counter.add(prompt, before[prompt.index].ids)
         waiting = processes.share([prompt for prompt in fitting if prompt.index not in before])
-        with progress.task(found.name, total=len(mine) + len(waiting), unit="rows") as bar:
-            bar.update(len(mine))
+        with progress.task(definition.name, total=len(finished) + len(waiting), unit="rows") as bar:
+            bar.update(len(finished))
             started = time.monotonic()
-            made = _generate(_Generation(model, read, options, total, result, counter, kept), waiting, bar)
-            spent = time.monotonic() - started if made else 0.0
-        counts = counter.finish() if counter is not None else None  # while this run's T and top-k are in force
+            samples = _generate(_Generation(model, reader, options, total, result, counter, kept), waiting, bar)
+            seconds = time.monotonic() - started if samples else 0.0
+        counts = counter.finish() if counter is not None else None  # must run while the routing settings are in force
     sizes = {prompt.index: len(prompt.tokens) for prompt in fitting}
-    speed = Speed(len(made), sum(sizes[index] for index in made), sum(sample.tokens for sample in made.values()), spent)
-    made |= {prompt.index: before[prompt.index] for prompt in mine}
-    parts = processes.gather((made, result.notes, counts, speed))
+    speed = Speed(len(samples), sum(sizes[index] for index in samples), sum(sample.tokens for sample in samples.values()), seconds)
+    samples |= {prompt.index: before[prompt.index] for prompt in finished}
+    parts = processes.gather((samples, result.notes, counts, speed))
     result.samples = sorted((sample for part in parts for sample in part[0].values()), key=lambda sample: sample.doc_id)
     result.notes = list(dict.fromkeys(note for part in parts for note in part[1]))
-    result.routing = _summary(found, [part[2] for part in parts if part[2] is not None])
+    result.routing = _summary(definition, [part[2] for part in parts if part[2] is not None])
     for part in parts:
         result.speed = result.speed.plus(part[3], together=True)
     result.seconds = time.monotonic() - began
     result.new_tokens = sum(sample.tokens for sample in result.samples)
     result.prompt_tokens = sum(sizes[sample.doc_id] for sample in result.samples)
     answers, references = [sample.response for sample in result.samples], [sample.row.response for sample in result.samples]
-    result.scores = evaluate_responses(found, answers, references, options.scoring)
+    result.scores = evaluate_responses(definition, answers, references, options.scoring)
     return result
 
 
 def check_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Prompt]) -> None:
-    """Raise DataError for a prompt without tokens, or with one that the model's embedding does not have."""
+    """Raise DataError for a prompt without tokens, or with a token for which the model's embedding has no row."""
     for prompt in prompts:
         if not prompt.tokens:
-            raise DataError(f"the prompt of test row {prompt.index} of {task.name} is empty", hint="take the row out of the dataset")
+            raise DataError(f"the prompt of test row {prompt.index} of {task.name} is empty", hint="remove the row from the dataset")
     check_tokens(model, tokenizer, (prompt.tokens for prompt in prompts))
 
 
@@ -247,20 +249,20 @@ def _all_skipped(result: TaskResult, prompts: Sequence[Prompt], options: EvalOpt
 
 @dataclass(frozen=True)
 class _Generation:
-    """What the new rows of a task are generated with.
+    """Everything that the generation of a task's rows needs.
 
     Attributes:
-        model: A causal LM.
-        read: Makes samples of answers.
-        options: How to decode.
-        total: The longest prompt and answer together, in tokens; None sets no limit.
-        result: Takes notes, and says how long answers may be.
-        counter: Counts routes, where that was asked for.
-        kept: Takes each new row.
+        model: A causal language model.
+        reader: Converter of answers to samples.
+        options: Options for decoding.
+        total: Maximum number of tokens in prompt and answer together; None for no limit.
+        result: Result of the task, which receives notes and gives the maximum length of answers.
+        counter: Counter of routes; None unless they were requested.
+        kept: Storage to which each new row is added, or None.
     """
 
     model: PreTrainedModel
-    read: _Reader
+    reader: _Reader
     options: EvalOptions
     total: int | None
     result: TaskResult
@@ -269,17 +271,17 @@ class _Generation:
 
 
 def _generate(run: _Generation, waiting: Sequence[Prompt], bar: ProgressBar) -> dict[int, Sample]:
-    """This process's new samples, by row."""
+    """Generate the answers to the waiting prompts. Returns this process's new samples by row index."""
     import torch
 
-    made: dict[int, Sample] = {}
+    samples: dict[int, Sample] = {}
     began, tokens = time.monotonic(), 0
     try:
-        engine = Engine(run.model, run.read.tokenizer, run.options.cuda_graphs, no_repeat_ngram_size=run.options.no_repeat_ngram_size)
+        engine = Engine(run.model, run.reader.tokenizer, run.options.cuda_graphs, no_repeat_ngram_size=run.options.no_repeat_ngram_size)
         limits = BatchLimits(run.options.batch_size, run.result.max_new_tokens, run.total)
         notes = run.result.notes
         for prompt, new in answer_all(engine, waiting, limits, lambda size: notes.append(f"out of memory: went on with batches of {size}")):
-            made[prompt.index] = sample = run.read.sample(prompt.index, run.read.tokenizer.decode(new, skip_special_tokens=True), new)
+            samples[prompt.index] = sample = run.reader.sample(prompt.index, run.reader.tokenizer.decode(new, skip_special_tokens=True), new)
             tokens += len(new) + len(prompt.tokens)
             if run.counter is not None:
                 run.counter.add(prompt, new)
@@ -288,17 +290,19 @@ def _generate(run: _Generation, waiting: Sequence[Prompt], bar: ProgressBar) -> 
             bar.update(1, total=None, **{"tok/s": f"{tokens / max(time.monotonic() - began, 1e-9):.0f}"})
     except torch.OutOfMemoryError as error:
         raise MeteoraError("out of memory even with one row", hint="lower --max-new-tokens, or use a smaller base model or dtype") from error
-    return made
+    return samples
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Turns what was generated for a row into its sample.
+    """Converts answers to samples.
 
     Attributes:
-        tokenizer: Decodes prompt and answer together for paper scoring, as the authors do; where that changes the prompt, the answer is cleaned differently.
-        task, rows, prompts: What was asked; a prompt's place is its row's.
-        scoring: Which rules clean the answers.
+        tokenizer: Tokenizer of the model. For paper scoring it decodes prompt and answer together, as the authors do, which may change the cleaned answer.
+        task: The task.
+        rows: All rows of the task.
+        prompts: Tokenised prompts, in the order of the rows.
+        scoring: Scoring mode whose rules clean the answers.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -308,7 +312,13 @@ class _Reader:
     scoring: Literal["corrected", "paper"]
 
     def sample(self, index: int, output: str, ids: Sequence[int]) -> Sample:
-        """The sample of row ``index``, of its decoded new tokens and of their ids (which may be missing for a row of an earlier run)."""
+        """Make the sample of a row.
+
+        Args:
+            index: Index of the row.
+            output: Text of the new tokens.
+            ids: Token ids of the new tokens, which may be missing for a row of an earlier run.
+        """
         row = self.rows[index]
         whole = row.prompt + output
         if self.scoring == "paper" and (ids or not output):
@@ -329,7 +339,7 @@ class _Counter:
         self.longest = 0
 
     def add(self, prompt: Prompt, answer: Sequence[int]) -> None:
-        """Take one finished row."""
+        """Add a finished row."""
         size = len(prompt.tokens) + len(answer)
         if self.texts and max(self.longest, size) * (len(self.texts) + 1) > self.budget:
             self._run()
@@ -343,9 +353,9 @@ class _Counter:
         self.texts, self.longest = [], 0
 
     def finish(self) -> RouteCounts:
-        """Count what is left; the counts, on the CPU."""
+        """Count the remaining rows and return all counts on the CPU."""
         self._run()
-        self.counts.counts = {path: made.cpu() for path, made in self.counts.counts.items()}
+        self.counts.counts = {path: counts.cpu() for path, counts in self.counts.counts.items()}
         return self.counts
 
 
@@ -361,7 +371,7 @@ def _summary(task: Task, parts: Sequence[RouteCounts]) -> RoutingSummary | None:
 
 @contextmanager
 def routed(state: Meteora | None, options: EvalOptions, task: Task) -> Iterator[tuple[float | None, int | None]]:
-    """Set T and top_k for one task; yields what is in force (None, None without adapters attached)."""
+    """Context manager that sets the routing temperature and top-k for one task and yields both, or (None, None) for a model without adapters."""
     if state is None:
         yield None, None
         return
@@ -375,7 +385,7 @@ def routed(state: Meteora | None, options: EvalOptions, task: Task) -> Iterator[
 
 
 def headline(result: TaskResult | Mapping[str, Any]) -> tuple[str, float]:
-    """The one metric that a short table shows: accuracy, else BLEU, else ROUGE-L; ``correct`` per prompt for a composite."""
+    """Name and value of the metric for a short table: ``correct`` of a composite, else accuracy, BLEU or ROUGE-L. Raises MeteoraError without scores."""
     metrics = result.scores.metrics if isinstance(result, TaskResult) else result
     for name in ("correct", "accuracy", "bleu", "rougeL"):
         if name in metrics:
