@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,8 +41,13 @@ class Timing:
         return self.graph and self.place.type == "cuda"
 
 
-def capture(work: Work) -> Work:
-    """A CUDA graph of ``work``, as a function that replays it."""
+def capture(work: Work, pool: Any = None) -> Work:
+    """A CUDA graph of ``work``, as a function that replays it.
+
+    Args:
+        work: What to capture.
+        pool: Memory to share with other graphs (``torch.cuda.graph_pool_handle()``), whose results nobody keeps; None: memory of its own.
+    """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -49,12 +55,12 @@ def capture(work: Work) -> Work:
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         work()
     return graph.replay
 
 
-def medians(works: dict[str, Work], device: torch.device, *, repeats: int, seconds: float) -> dict[str, float]:
+def medians(works: dict[str, Work], device: torch.device, *, repeats: int, seconds: float, before: Work | None = None) -> dict[str, float]:
     """Median milliseconds of each, run in turn so that a drift of the machine meets all of them.
 
     Every round has an order of its own, drawn with a fixed seed: the clock that a GPU runs at, and what its cache holds, depend on who ran
@@ -65,6 +71,7 @@ def medians(works: dict[str, Work], device: torch.device, *, repeats: int, secon
         device: Where it runs; CUDA work is timed by events.
         repeats: Rounds at most.
         seconds: Rounds stop after about so long (five at least).
+        before: Runs before every work, and is not timed.
     """
     for work in works.values():
         work()
@@ -74,24 +81,26 @@ def medians(works: dict[str, Work], device: torch.device, *, repeats: int, secon
         if done >= 5 and time.perf_counter() - started > seconds:
             break
         for name in order.sample(list(works), len(works)):
-            taken[name].append(_once(works[name], device))
+            taken[name].append(_once(works[name], device, before))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def pairs(one: Work, other: Work, device: torch.device, count: int) -> list[tuple[float, float]]:
-    """Milliseconds of two works run one right after the other, ``count`` times, each as often first as second."""
+def pairs(one: Work, other: Work, device: torch.device, count: int, before: Work | None = None) -> list[tuple[float, float]]:
+    """Milliseconds of two works run one right after the other, ``count`` times, each as often first as second; ``before`` runs before each, untimed."""
     taken = []
     for index in range(count):
         if index % 2:
-            second = _once(other, device)
-            taken.append((_once(one, device), second))
+            second = _once(other, device, before)
+            taken.append((_once(one, device, before), second))
         else:
-            first = _once(one, device)
-            taken.append((first, _once(other, device)))
+            first = _once(one, device, before)
+            taken.append((first, _once(other, device, before)))
     return taken
 
 
-def _once(work: Work, device: torch.device) -> float:
+def _once(work: Work, device: torch.device, before: Work | None = None) -> float:
+    if before is not None:
+        before()
     if device.type != "cuda":
         begin = time.perf_counter()
         work()

@@ -64,8 +64,8 @@ def test_the_incumbent_stays_unless_a_challenger_wins_again_in_pairs(medians: li
 
 def test_pairs_take_turns() -> None:
     order: list[str] = []
-    found = pairs(lambda: order.append("a"), lambda: order.append("b"), torch.device("cpu"), 4)
-    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    found = pairs(lambda: order.append("a"), lambda: order.append("b"), torch.device("cpu"), 4, lambda: order.append("-"))
+    assert "".join(order) == "-a-b-b-a-a-b-b-a"
     assert len(found) == 4
     assert all(first > 0 and second > 0 for first, second in found)
 
@@ -166,3 +166,19 @@ def test_tuning_refuses_what_it_cannot_do(table: Path, monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match="no table can be written"):
         tune(TINY, SETTING, (3,), device=DEVICE)
     assert not table.exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA GPU")
+def test_tuning_on_a_gpu(table: Path) -> None:
+    """Every path that can run is timed; what is written fits and can run; a second run finds the same winners or keeps them."""
+    shape = ModelShape("small", 1024, 256, 2048, 8, 2, 2, 64)
+    found = tune(shape, Setting(28, 8, 2), (1, 64, 600), device=DEVICE)
+    assert {(choice.kind, choice.tokens) for choice in found.choices} == {(kind, count) for kind in ("group", "layer") for count in (1, 64, 600)}
+    for choice in found.choices:
+        assert any(trial.milliseconds for trial in choice.trials)
+        assert choice.winner is choice.incumbent or choice.ratio < 1
+    assert (found.file is None) == (not table.exists())
+    if found.file is not None:
+        written = parse(table.read_text(encoding="utf-8"), "mine")
+        assert plan.table_of(DEVICE).group[: len(written.group)] == written.group
