@@ -23,7 +23,7 @@ FIRST = (
     "test_real_model_batches.py",
     "test_sharding.py",
     "test_chat_command.py",
-    "test_jobs.py",
+    "test_parallel_adapters.py",
     "test_lm_eval_model.py",
     "test_evaluate.py",
     "test_engine_answer.py",
