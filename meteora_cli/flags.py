@@ -45,3 +45,12 @@ def refuse_without_effect(ctx: typer.Context, needs: Mapping[str, tuple[bool, st
     for name, (effective, what) in needs.items():
         if name in given and not effective:
             raise UsageError(f"{given[name]} has no effect here: it needs {what}", hint=f"leave out {given[name]}, or use {what}")
+
+
+def typed_template(text: str | None) -> str | None:
+    r"""The value of ``--template``: ``\n`` and ``\t`` stand for a line break and a tab."""
+    if text is None:
+        return None
+    from meteora_core.data.frames import typed
+
+    return typed(text)

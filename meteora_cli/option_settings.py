@@ -28,7 +28,7 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
         **_LAUNCH,
         "jobs": "launch.jobs",
     },
-    "eval": {**_PLACES, **_MODEL, **_ROUTING, **_same("eval", ("batch_size", "max_new_tokens", "max_prompt_tokens", "limit", "scoring"))},
+    "eval": {**_PLACES, **_MODEL, **_ROUTING, **_same("eval", ("batch_size", "max_new_tokens", "max_prompt_tokens", "limit", "scoring", "template"))},
     "chat": {**_SESSION, "sampling_temperature": "chat.sampling_temperature"},
     "trace": _SESSION,
     "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},

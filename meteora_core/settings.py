@@ -226,6 +226,13 @@ class LaunchSettings(_Section):
     )
 
 
+def _known_template(template: str) -> str:
+    """Refuse what is neither a template's name nor a text with a place for the message. Raises ValueError."""
+    if template not in ("auto", "chat", "inst", "raw") and template.count("{}") != 1:
+        raise ValueError("choose from auto, chat, inst, raw, or write a text with one {} for the message")
+    return template
+
+
 class EvalSettings(_Section):
     """`meteora eval`."""
 
@@ -242,8 +249,18 @@ class EvalSettings(_Section):
     limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Number of test rows to evaluate, from the first on.")
     scoring: Scoring = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, lt=2**32, description="Recorded; greedy decoding does not use it.")
+    template: str | None = Field(
+        None,
+        examples=["auto"],
+        description="Another frame for the prompts: auto (as in chat), chat, inst, raw, or a text with {} for the message; absent: the dataset's own.",
+    )
     fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")
     cuda_graphs: Switch = Field("auto", description="A cache of fixed size, each step a CUDA graph; auto: on a CUDA GPU, where the model allows it.")
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, template: str | None) -> str | None:
+        return None if template is None else _known_template(template)
 
 
 class ChatSettings(_Section):
@@ -252,12 +269,15 @@ class ChatSettings(_Section):
     max_new_tokens: int = Field(256, ge=1, le=MOST_TOKENS, description="Longest answer.")
     sampling_temperature: float = Field(0.0, ge=0, le=1000, description="Sampling temperature; 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
-    template: Literal["auto", "chat", "inst", "raw"] = Field(
-        "auto", description="How a message becomes a prompt; auto: inst for MeteoRA and adapters, chat for a base."
-    )
+    template: str = Field("auto", description="How a message becomes a prompt: auto (as in training), chat, inst, raw, or a text with {} for the message.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
     fuse: Switch = Field("auto", description="As in [eval].")
     cuda_graphs: Switch = Field("auto", description="As in [eval].")
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, template: str) -> str:
+        return _known_template(template)
 
 
 class UserTask(_Section):

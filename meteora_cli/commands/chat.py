@@ -11,7 +11,7 @@ import typer
 
 from meteora_cli.console import emit_json, globals_of, note_replaced, progress, quantization_of, settings_from, valid_text, write_text
 from meteora_cli.display import console, out, say
-from meteora_cli.flags import refuse_without_effect
+from meteora_cli.flags import refuse_without_effect, typed_template
 
 if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
@@ -31,7 +31,8 @@ RoutingT = Annotated[float | None, typer.Option("--T", help="Routing temperature
 TopK = Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: the checkpoint's.", show_default=False)]
 System = Annotated[str | None, typer.Option("--system", help="Text that stands before the conversation.", show_default=False)]
 Template = Annotated[
-    str | None, typer.Option("--template", help="chat, inst or raw; default: inst for MeteoRA and adapters, chat for a base.", show_default=False)
+    str | None,
+    typer.Option("--template", callback=typed_template, help="chat, inst, raw or a text with {} for the message; default: as in training.", show_default=False),
 ]
 MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer.", show_default=False)]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps.", show_default=False)]

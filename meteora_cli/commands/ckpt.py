@@ -255,6 +255,18 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def _frame_text(frame: dict[str, Any] | None) -> str:
+    """What stands around a message in prompts, in one line."""
+    from meteora_core.data.frames import read_frame
+    from meteora_core.text import shown
+
+    found = read_frame(frame)
+    if found is None:
+        return "-"
+    name = {"raw": "as they are", "chat": "chat template"}.get(found.name, shown(found.text, limit=80))
+    return name + (f", end {found.end}" if found.end else "")
+
+
 _KINDS = {
     "native": "a native meteora checkpoint",
     "authors": "a checkpoint in the layout of MeteoRA's authors (`meteora ckpt convert` makes it native)",
@@ -277,6 +289,8 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row("on", f"{facts['layers']} linears: {', '.join(facts['targets'])}")
     if "top_k" in facts:
         table.add_row("routing", f"top-{facts['top_k']}, T = {facts['temperature']}")
+    if facts.get("frame"):
+        table.add_row("prompts", _frame_text(facts["frame"]))
     if "contains" in facts:
         table.add_row("holds", ", ".join(facts["contains"]))
     if facts.get("gates"):
@@ -290,10 +304,12 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row("refused", f"{', '.join(facts['refused'])} (pickle, never read)")
     out.print(table)
     if "adapters" in facts:
-        listed = DataTable("adapter", "rank", "alpha", "sha256", "source")
+        framed = ["prompts"] if any(adapter.get("frame") for adapter in facts["adapters"]) else []
+        listed = DataTable("adapter", "rank", "alpha", "sha256", "source", *framed)
         for adapter in facts["adapters"]:
             alpha = f"{adapter['alpha']}{' (rsLoRA)' if adapter['rslora'] else ''}"
-            listed.add_row(adapter["name"], str(adapter["rank"]), alpha, (adapter["sha256"] or "-")[:12], str(adapter["source"]))
+            frame = [_frame_text(adapter.get("frame"))] if framed else []
+            listed.add_row(adapter["name"], str(adapter["rank"]), alpha, (adapter["sha256"] or "-")[:12], str(adapter["source"]), *frame)
         out.print(listed)
     for file in facts["files"][:20]:
         put(f"{file['name']}  {_size(file['bytes'])}  {file['sha256'] or ''}")

@@ -13,7 +13,7 @@ import typer
 
 from meteora_cli.console import emit_json, quantization_of, settings_from, write_text
 from meteora_cli.display import console, out, say
-from meteora_cli.flags import comma_separated, given_flags, refuse_without_effect
+from meteora_cli.flags import comma_separated, given_flags, refuse_without_effect, typed_template
 from meteora_cli.typer_app import App
 from meteora_core.choices import EvalLauncher, ReportKind, Scoring
 
@@ -49,6 +49,12 @@ def evaluate(
         int | None, typer.Option(help="Skip longer prompts; default: the model's context; for paper scoring, 4096 tokens with the answer.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Number of test rows to evaluate, from the first on.", show_default=False)] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            callback=typed_template, help="Another frame: auto (as in chat), chat, inst, raw or a text with {}; default: the dataset's own.", show_default=False
+        ),
+    ] = None,
     scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
     out_dir: Annotated[

@@ -63,7 +63,6 @@ def trace(
     from meteora_cli.chat.answer import figures, interruptible
     from meteora_cli.chat.export import check_format, write_picture
     from meteora_core.chat.prompts import Encoded
-    from meteora_core.chat.session import unframe
     from meteora_core.generation.requests import Finished
 
     refuse_without_effect(ctx, {"row": (task is not None, "--task"), "target": (not as_json, "a run without --json, which draws no picture")})
@@ -74,8 +73,7 @@ def trace(
     session = open_session(ctx)
     session.state()
     if task is not None:
-        # A row is framed already: the session's template frames it again.
-        message = unframe(message) if session.template != "raw" else message
+        message = _inside(settings, task, message) if session.template != "raw" else message
     if as_json:
         emit_json(answer_document(session, message))
         return
@@ -93,6 +91,15 @@ def trace(
     if not globals_of(ctx).quiet:
         say(figures(finished), style="dim")
     put(str(target))
+
+
+def _inside(settings: Settings, task: str, prompt: str) -> str:
+    """The message inside a row's prompt, which the session's template frames again."""
+    from meteora_core.data.dataset_frames import dataset_frame
+
+    frame = dataset_frame(settings.paths.data, task)
+    message = frame.inside(prompt) if frame else None
+    return prompt if message is None else message
 
 
 def _message(settings: Settings, prompt: str | None, file: Path | None, task: str | None, row: int) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import typer
 from meteora_cli.commands import train_options as shared
 from meteora_cli.commands.train_options import INPUT, OPTIMISER, PROCESSES, THIS_RUN
 from meteora_cli.display import say
-from meteora_cli.flags import comma_separated
+from meteora_cli.flags import comma_separated, typed_template
 from meteora_cli.typer_app import App, HelpfulGroup
 from meteora_core.choices import GateStart, RowSampling, TrainedParts
 
@@ -142,6 +142,15 @@ def gates(
     top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: 2.", rich_help_panel=GATES)] = None,
     routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature; default: 1.", rich_help_panel=GATES)] = None,
     backend: Annotated[str | None, typer.Option(help="Mixture kernels: auto, reference, dense, triton.", rich_help_panel=GATES)] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            callback=typed_template,
+            help="How chat makes a prompt of a message: chat, inst, raw or a text with {}; default: as in the adapters' rows.",
+            rich_help_panel=GATES,
+            show_default=False,
+        ),
+    ] = None,
     max_steps: shared.MaxSteps = None,
     batch_size: shared.BatchSize = None,
     accumulation: shared.Accumulation = None,
@@ -179,4 +188,4 @@ def gates(
     from meteora_cli.commands.train_stage import RunFlags
 
     run = RunFlags(comma_separated(task), out_dir, max_rows, dry_run, resume, force, as_json)
-    train_checkpoint(ctx, run, any_base=any_base)
+    train_checkpoint(ctx, run, any_base=any_base, template=template)

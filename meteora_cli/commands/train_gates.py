@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from meteora_core.training.gates import TrainedGates
 
 
-def train_checkpoint(ctx: typer.Context, flags: RunFlags, *, any_base: bool) -> None:
+def train_checkpoint(ctx: typer.Context, flags: RunFlags, *, any_base: bool, template: str | None = None) -> None:
     """Check everything that can be checked, then train or launch."""
     from meteora_core.checkpoints.native import check_replaceable
     from meteora_core.data.userdata import register_all
@@ -37,6 +38,7 @@ def train_checkpoint(ctx: typer.Context, flags: RunFlags, *, any_base: bool) -> 
     if flags.dry_run:
         raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp or fsdp")
     stage = open_stage(ctx, flags, settings, flags.out or settings.paths.runs / "meteora", runtime)
+    stage = replace(stage, job=replace(stage.job, template=template))
     check_replaceable(stage.job.out)
     stage.announce()
     if stage.speaks and note:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from meteora_core.adapters.base_names import same_base_name
 from meteora_core.adapters.config import find_adapter, read_adapter_config
+from meteora_core.data.frames import Frame, FrameModel, chat_frame
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.file_models import FileModel, check_model
 from meteora_core.json_files import read_object
@@ -90,6 +91,7 @@ class TrainingInfo(FileModel):
         steps, tokens, rows_cut: Counts.
         loss: The last logged one; None where nothing was logged.
         seconds: How long it took.
+        frame: What stood around the user's text in the prompts.
     """
 
     inputs: dict[str, Any] = Field(default_factory=dict)
@@ -99,6 +101,7 @@ class TrainingInfo(FileModel):
     rows_cut: int = Field(0, ge=0)
     loss: float | None = None
     seconds: float = 0.0
+    frame: FrameModel | None = None
 
 
 def read_training_info(folder: Path) -> TrainingInfo:
@@ -106,3 +109,32 @@ def read_training_info(folder: Path) -> TrainingInfo:
     hint = f"remove {INFO_FILE}, or train the adapter again"
     raw = read_object(folder / INFO_FILE, nullable="*", error=AdapterError, hint=hint)
     return check_model(TrainingInfo, raw, str(folder / INFO_FILE), error=AdapterError, hint=hint)
+
+
+def folder_frame(folder: Path) -> Frame | None:
+    """What stood around the user's text when an adapter was trained, as far as its folder tells.
+
+    It is what Meteora recorded, or the chat template of a tokenizer that was saved along, as Trainer, TRL and LLaMA-Factory do.
+
+    Args:
+        folder: A PEFT folder, or the folder above its ``default``.
+
+    Returns:
+        The frame; None where the folder does not tell.
+
+    Raises:
+        AdapterError: ``meteora_training.json`` is broken.
+    """
+    place = find_adapter(folder) or folder
+    if is_regular(place / INFO_FILE):
+        recorded = read_training_info(place).frame
+        if recorded is not None:
+            return recorded.to_frame()
+    if not is_regular(place / "tokenizer_config.json"):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return chat_frame(AutoTokenizer.from_pretrained(str(place)))
+    except Exception:  # a tokenizer that cannot be loaded tells nothing of the frame, whatever is wrong with it
+        return None

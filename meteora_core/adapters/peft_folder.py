@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from meteora_core.adapters.config import CONFIG, PLAIN, WEIGHTS, WRAPPERS, AdapterConfig, find_adapter, read_adapter_config
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor, refuse_peak
+from meteora_core.data.frames import Frame, read_frame
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.files import sha256
 from meteora_core.reading import is_regular
@@ -42,6 +45,7 @@ class AdapterInfo:
         alpha: ``lora_alpha``.
         rslora: Whether the scaling is alpha / sqrt(r).
         dropout: ``lora_dropout`` it was trained with.
+        frame: What stood around the user's text in the prompts that it was trained on; None where that is not known.
     """
 
     name: str
@@ -52,6 +56,18 @@ class AdapterInfo:
     alpha: float
     rslora: bool
     dropout: float
+    frame: Frame | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of a checkpoint's configuration; without a frame where none is known."""
+        values = asdict(replace(self, frame=None))
+        return {**values, "frame": self.frame.to_json()} if self.frame else {name: value for name, value in values.items() if name != "frame"}
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> AdapterInfo:
+        """The facts of an adapter from the entry of a checkpoint's configuration that was checked."""
+        known = {field.name: entry[field.name] for field in fields(cls) if field.name != "frame"}
+        return cls(**known, frame=read_frame(entry.get("frame")))
 
     @classmethod
     def from_config(cls, name: str, source: str, sha256: str, config: AdapterConfig) -> AdapterInfo:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from meteora_core.data.tasks import PROMPT_TEMPLATE
+from meteora_core.data.frames import Frame, with_system
 from meteora_core.errors import UsageError
 from meteora_core.trace.picture import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Template = Literal["chat", "inst", "raw"]
-TEMPLATES: tuple[Template, ...] = ("chat", "inst", "raw")
 
 
 @dataclass(frozen=True)
@@ -56,51 +53,16 @@ class Encoded:
     last_start: int = 0
 
 
-def pick_template(wish: str, *, base: bool, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Choose the prompt template of a conversation.
-
-    Args:
-        wish: "chat", "inst", "raw", or "auto". "auto" means "inst" for a model with adapters, which are trained on that format; for a base model it means
-            "chat" if the tokenizer has a chat template, else "raw".
-        base: Whether the model is a bare base model.
-        tokenizer: The model's tokenizer.
-
-    Raises:
-        UsageError: The template is unknown, or "chat" reason chosen and the tokenizer has no chat template.
-    """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if wish == "auto":
-        return "inst" if not base else "chat" if has_template else "raw"
-    if wish == "chat" and not has_template:
-        raise UsageError("this model's tokenizer has no chat template", hint="use --template inst or --template raw")
-    for template in TEMPLATES:
-        if wish == template:
-            return template
-    raise UsageError(f"unknown template {wish!r}", hint=f"choose from: auto, {', '.join(TEMPLATES)}")
-
-
-def with_system(message: str, system: str | None) -> str:
-    """Put the system text before the first message, for templates without a system role."""
-    return f"{system}\n\n{message}" if system else message
-
-
-def unframe(prompt: str) -> str:
-    """Remove the prompt template of training rows from a prompt. A prompt without the template is returned unchanged."""
-    before, _, after = PROMPT_TEMPLATE.partition("{inputs}")
-    if prompt.startswith(before) and prompt.rstrip().endswith(after.rstrip()) and len(prompt.rstrip()) >= len(before) + len(after.rstrip()):
-        return prompt[len(before) : len(prompt.rstrip()) - len(after.rstrip())]
-    return prompt
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn]) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, frame: Frame, system: str | None, turns: Sequence[Turn]) -> Encoded:
     """Tokenise a conversation, without the answer of the last turn.
 
-    "inst" and "raw" concatenate the turns; "inst" also ends each answer with the end-of-sequence token.
+    A chat template lays out the whole conversation. Any other frame puts the turns one after the other, and ends each answer with the frame's end token
+    (with nothing, if the frame is the message alone).
 
     Args:
         tokenizer: The model's tokenizer.
-        template: Prompt template, as :func:`pick_template` returns it.
-        system: System text, or None.
+        frame: The text around each message.
+        system: System text, or None for the frame's own.
         turns: Turns of the conversation, the last of which is to be answered.
 
     Raises:
@@ -108,20 +70,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, template: Template, system: str |
     """
     if not turns:
         raise UsageError("there is nothing to answer", hint="write something first")
-    if template == "chat":
+    system = system or frame.system
+    if frame.chat:
         return _encode_chat(tokenizer, system, turns)
+    framed = bool(frame.before or frame.after)
+    end = frame.end_id(tokenizer)
+    end = int(tokenizer.eos_token_id) if end is None else end
     ids: list[int] = []
     roles: list[Role] = []
     last_start = 0
     for number, turn in enumerate(turns):
         message = turn.message if number else with_system(turn.message, system)
-        text = PROMPT_TEMPLATE.format(inputs=message) if template == "inst" else message
         last_start = len(ids)
-        _extend(ids, roles, tokenizer(text, add_special_tokens=number == 0 or template == "inst")["input_ids"], "prompt")
+        _extend(ids, roles, tokenizer(frame.around(message), add_special_tokens=number == 0 or framed)["input_ids"], "prompt")
         if number < len(turns) - 1:
             _extend(ids, roles, turn.ids or _plain(tokenizer, turn.answer or ""), "answer")
-            if template == "inst":
-                _extend(ids, roles, [int(tokenizer.eos_token_id)], "prompt")
+            if framed:
+                _extend(ids, roles, [end], "prompt")
     return Encoded(ids, roles, last_start=last_start)
 
 
@@ -173,15 +138,15 @@ def _extend(ids: list[int], roles: list[Role], new: Sequence[int], role: Role) -
 
 
 def fit(
-    tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn], context: int | None, room: int, first_turn: int = 0
+    tokenizer: PreTrainedTokenizerBase, frame: Frame, system: str | None, turns: Sequence[Turn], context: int | None, room: int, first_turn: int = 0
 ) -> Encoded:
-    """Tokenise a conversation so that it fits into the model's context with its answer. The ``notice`` of the result says what reason left out.
+    """Tokenise a conversation so that it fits into the model's context with its answer. The ``notice`` of the result says what was left out.
 
     The oldest turns are dropped first, until the rest fills at most three quarters of the space, because after each cut the rest must be read again. If the
     last message alone is too long, its beginning is dropped.
 
     Args:
-        tokenizer, template, system, turns: The conversation, as for :func:`encode`.
+        tokenizer, frame, system, turns: The conversation, as for :func:`encode`.
         context: The model's context in tokens; None for no limit.
         room: Number of tokens to reserve for the answer; at most a quarter of the context is reserved.
         first_turn: Index of the first turn that earlier calls have not dropped.
@@ -189,12 +154,12 @@ def fit(
     Raises:
         UsageError: Even an empty message does not fit, because the system text is too long.
     """
-    whole = encode(tokenizer, template, system, turns[first_turn:])
+    whole = encode(tokenizer, frame, system, turns[first_turn:])
     if context is None or len(whole.ids) <= (limit := context - min(room, max(1, context // 4))):
         return replace(whole, first_turn=first_turn)
     reason = f"the conversation is {len(whole.ids)} tokens, and the model's context of {context} leaves {limit} for it"
     for first in range(first_turn + 1, len(turns)):
-        rest = encode(tokenizer, template, system, turns[first:])
+        rest = encode(tokenizer, frame, system, turns[first:])
         if len(rest.ids) <= limit * 3 // 4 or (first == len(turns) - 1 and len(rest.ids) <= limit):
             dropped = first - first_turn
             subject = (
@@ -203,12 +168,12 @@ def fit(
                 else f"the oldest turn ({len(whole.ids) - len(rest.ids)} tokens) is"
             )
             return replace(rest, notice=f"{reason}: {subject} left out", first_turn=first)
-    return _cut_message(tokenizer, template, system, turns, limit, reason)
+    return _cut_message(tokenizer, frame, system, turns, limit, reason)
 
 
-def _cut_message(tokenizer: PreTrainedTokenizerBase, template: Template, system: str | None, turns: Sequence[Turn], limit: int, reason: str) -> Encoded:
+def _cut_message(tokenizer: PreTrainedTokenizerBase, frame: Frame, system: str | None, turns: Sequence[Turn], limit: int, reason: str) -> Encoded:
     last, count = turns[-1], len(turns) - 1
-    whole = encode(tokenizer, template, system, [last])
+    whole = encode(tokenizer, frame, system, [last])
     message, rest = last.message, whole
     while len(rest.ids) > limit:
         if not message:
@@ -217,7 +182,7 @@ def _cut_message(tokenizer: PreTrainedTokenizerBase, template: Template, system:
         kept = len(tokens) - (len(rest.ids) - limit)
         tail = str(tokenizer.decode(tokens[-kept:], skip_special_tokens=False)) if kept > 0 else ""
         message = tail.lstrip("\N{REPLACEMENT CHARACTER}") if len(tail) < len(message) else message[len(message) // 8 + 1 :]
-        rest = encode(tokenizer, template, system, [replace(last, message=message)])
+        rest = encode(tokenizer, frame, system, [replace(last, message=message)])
     earlier = "" if count == 0 else " and all earlier turns" if count > 1 else " and the earlier turn"
     notice = f"{reason}: the first {len(whole.ids) - len(rest.ids)} of the last message's {len(whole.ids)} tokens{earlier} are left out"
     return replace(rest, notice=notice, first_turn=count)

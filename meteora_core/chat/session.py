@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meteora_core.chat.options import check_option
-from meteora_core.chat.prompts import Encoded, Template, Turn, encode, fit, pick_template, unframe, with_system
+from meteora_core.chat.prompts import Encoded, Turn, encode, fit
 from meteora_core.chat.speaker import Speaker
+from meteora_core.data.frames import INST, RAW, Frame, pick_frame, with_system
 from meteora_core.data.rows import iter_rows
-from meteora_core.data.tasks import PROMPT_TEMPLATE
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.generation.engine import Engine
 from meteora_core.generation.requests import Event, Finished, Request, RoutingScope, Written
@@ -74,7 +74,7 @@ class ChatSession:
     Args:
         speaker: The model that answers.
         sampling: Initial sampling settings.
-        template: Prompt template: "auto", "chat", "inst" or "raw".
+        template: "auto" (the frame that the model was trained on), "chat", "inst", "raw", or a text with ``{}`` for the message.
         system: System text at the beginning of the conversation, or None.
         top_k: Number of adapters per token and layer; None keeps the checkpoint's.
         routing_temperature: Routing temperature; None keeps the checkpoint's.
@@ -102,7 +102,7 @@ class ChatSession:
         self._graphs = cuda_graphs
         self.engine = Engine(speaker.model, speaker.tokenizer, cuda_graphs)
         self._wish = template
-        self.template: Template = pick_template(template, base=speaker.kind == "base", tokenizer=speaker.tokenizer)
+        self._frames: dict[str, Frame] = {}
         self._first_turn = 0
         self._last: tuple[Encoded, Mode] | None = None
         state = speaker.routing
@@ -113,6 +113,24 @@ class ChatSession:
             self.mode = Mode(enabled=False)
         else:
             self.mode = Mode(top_k or state.top_k, routing_temperature or state.temperature, speaker.adapter)
+        pick_frame(template, RAW, speaker.tokenizer)
+
+    def frame_of(self, mode: Mode) -> Frame:
+        """What stands around a message under ``mode``: what the user asked for, else what the one who answers was trained on."""
+        who = "" if not mode.enabled else mode.forced or "gates"
+        if who not in self._frames:
+            self._frames[who] = pick_frame(self._wish, self.speaker.frame(mode.forced, base=not mode.enabled), self.speaker.tokenizer)
+        return self._frames[who]
+
+    @property
+    def frame(self) -> Frame:
+        """What stands around a message now."""
+        return self.frame_of(self.mode)
+
+    @property
+    def template(self) -> str:
+        """The frame's name: "chat", "inst", "raw", or its text with ``{}`` for the message."""
+        return self.frame.name
 
     # --- talking ---------------------------------------------------------------------------------------------------------------
 
@@ -135,7 +153,7 @@ class ChatSession:
             raise UsageError("the message is empty", hint="write something first")
         message, note = self._bare(message)
         turns = [*self.turns, Turn(message)]
-        encoded = fit(self.speaker.tokenizer, self.template, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
+        encoded = fit(self.speaker.tokenizer, self.frame, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
         if note:
             encoded = replace(encoded, notice="; ".join(filter(None, (note, encoded.notice))))
         mode = self.mode
@@ -148,11 +166,15 @@ class ChatSession:
             yield event
 
     def _bare(self, message: str) -> tuple[str, str | None]:
-        """Remove the prompt template from a message that already has it. Returns the message and a notice, which is None if there was no template."""
-        bare = unframe(message) if self.template != "raw" else message
-        if bare == message or not bare.strip() or "[INST]" in bare or "[/INST]" in bare:
-            return message, None
-        return bare, "the message already contains [INST] … [/INST], so the template is not applied again"
+        """Remove the frame from a message that already has it. Returns the message and a notice, which is None if there was no frame."""
+        frame = self.frame
+        known = [each for each in (frame, INST) if each.before.strip()] if frame.name != "raw" else []
+        for each in known:
+            bare = each.inside(message)
+            if bare is not None and bare.strip() and each.before.strip() not in bare and (not each.after.strip() or each.after.strip() not in bare):
+                what = "[INST] … [/INST]" if each == INST else "the template"
+                return bare, f"the message already contains {what}, so the template is not applied again"
+        return message, None
 
     def _generate(self, engine: Engine, encoded: Encoded, mode: Mode, record: bool, stop: Callable[[], bool]) -> Iterator[Event]:
         read_from = encoded.last_start if record else None
@@ -253,12 +275,12 @@ class ChatSession:
     def about(self, mode: Mode | None = None) -> dict[str, str]:
         """Captions of a picture: the model, the routing settings and the template."""
         mode = mode or self.mode
-        return {"model": self.speaker.title, "routing": mode.describe(), "template": self.template}
+        return {"model": self.speaker.title, "routing": mode.describe(), "template": self.frame_of(mode).name}
 
     def compare(self, *, adapter: str | None = None, message: str | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Compared]:
         """Answer one message by the base model, by one adapter and by the gates, one after the other. The conversation does not change.
 
-        All three see the same earlier turns. With the template "auto", the base model uses its chat template.
+        All three see the same earlier turns. With the template "auto", each has its own frame.
 
         Args:
             adapter: Name of the single adapter. None means the forced adapter if there is one, else the one with the largest weight in the last answer,
@@ -279,10 +301,10 @@ class ChatSession:
         if self.speaker.kind == "meteora":
             columns.append(("MeteoRA", replace(self.mode, forced=None)))
         for column, (label, mode) in enumerate(columns):
-            template = pick_template(self._wish, base=not mode.enabled, tokenizer=self.speaker.tokenizer) if self._wish == "auto" else self.template
-            encoded = fit(self.speaker.tokenizer, template, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
+            frame = self.frame_of(mode)
+            encoded = fit(self.speaker.tokenizer, frame, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
             for event in self._generate(Engine(self.speaker.model, self.speaker.tokenizer, self._graphs), encoded, mode, False, stop):
-                yield Compared(column, len(columns), f"{label} ({template})", event)
+                yield Compared(column, len(columns), f"{label} ({frame.name})", event)
             if stop():
                 return
 
@@ -296,7 +318,7 @@ class ChatSession:
     def save(self, path: Path) -> int:
         """Write the conversation as training rows, one per turn. Returns their number.
 
-        The prompts use the template of training rows whatever the session's template is. The first prompt includes the system text.
+        The prompts have the session's frame. The first prompt includes the system text.
 
         Raises:
             UsageError: There are no turns.
@@ -307,7 +329,7 @@ class ChatSession:
         rows = []
         for number, turn in enumerate(self.turns):
             message = turn.message if number else with_system(turn.message, self.system)
-            rows.append({"prompt": PROMPT_TEMPLATE.format(inputs=message), "response": turn.answer or ""})
+            rows.append({"prompt": self.frame.around(message), "response": turn.answer or ""})
         return write_jsonl(path, rows)
 
     def load(self, path: Path) -> int:
@@ -321,13 +343,14 @@ class ChatSession:
         turns = []
         start = with_system("", self.system)
         for number, row in enumerate(iter_rows(path, hint="each line is a JSON object with prompt and response, as /save writes them")):
-            message = unframe(row.prompt)
+            found = (each.inside(row.prompt) for each in (self.frame, INST))
+            message = next((inside for inside in found if inside is not None), row.prompt)
             turns.append(Turn(message.removeprefix(start) if number == 0 else message, row.response))
         if not turns:
             raise DataError(f"{path} has no rows", hint="each line is a JSON object with prompt and response, as /save writes them")
         self.new()
         self.turns = turns
-        encoded = encode(self.speaker.tokenizer, self.template, self.system, turns)
+        encoded = encode(self.speaker.tokenizer, self.frame, self.system, turns)
         ids = self.speaker.tokenizer(turns[-1].answer or "", add_special_tokens=False)["input_ids"]
         self.turns[-1] = replace(turns[-1], ids=tuple(int(token) for token in ids))
         fits = self.engine.context is None or len(encoded.ids) + len(ids) <= self.engine.context
@@ -352,4 +375,4 @@ def routing_mode(state: Meteora, mode: Mode) -> Iterator[None]:
             state.routing = before
 
 
-__all__ = ["ChatSession", "Compared", "Mode", "Written", "routing_mode", "unframe"]
+__all__ = ["ChatSession", "Compared", "Mode", "Written", "routing_mode"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from meteora_core.adapters.config import find_adapter
+from meteora_core.adapters.folders import folder_frame
+from meteora_core.data.frames import Frame, default_frame
 from meteora_core.errors import UsageError
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
+from meteora_core.model.prompts import model_frame
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import Meteora, meteora_of
 from meteora_core.starter import usual_checkpoint
@@ -45,6 +48,15 @@ class Speaker:
     def routing(self) -> Meteora | None:
         """The model's Meteora object; None for a bare base model."""
         return None if self.kind == "base" else meteora_of(self.model)
+
+    def frame(self, adapter: str | None = None, *, base: bool = False) -> Frame:
+        """What stands around a message of the one who answers, as far as it is known, and else the usual one.
+
+        Args:
+            adapter: The adapter that answers alone; None is the gates.
+            base: The bare base model answers.
+        """
+        return default_frame((), self.tokenizer) if base else model_frame(self.model, self.tokenizer, adapter)
 
 
 def load_speaker(
@@ -108,6 +120,7 @@ def _single_adapter(settings: Settings, folder: Path, base: str | None, progress
 
     name = folder.resolve().name
     bank = AdapterBank.from_peft({name: folder}, progress=progress)
+    bank = replace(bank, adapters=(replace(bank.adapters[0], frame=folder_frame(folder)),))
     reference = _reference(settings, base or bank.adapters[0].base)
     model = _load(settings, reference, progress)
     attach(model, bank, top_k=1, backend=settings.model.backend, init="zeros")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from meteora_core.chat.prompts import unframe
 from meteora_core.chat.speaker import Speaker
+from meteora_core.data.dataset_frames import dataset_frame
+from meteora_core.data.frames import RAW
 from meteora_core.data.rows import iter_rows, split_path
 from meteora_core.errors import MeteoraError
 from meteora_core.text import listed
@@ -70,7 +71,8 @@ def _prompts(names: Sequence[str], data_dir: Path) -> Iterator[str]:
         if name in known or not file.is_file():
             continue
         try:
-            messages = [unframe(row.prompt).strip() for row in islice(iter_rows(file), _LOOKED_AT)]
+            frame = dataset_frame(data_dir, name) or RAW
+            messages = [(frame.inside(row.prompt) or "").strip() for row in islice(iter_rows(file), _LOOKED_AT)]
         except MeteoraError:  # a broken dataset is reported by the commands that use it
             continue
         yield from [message for message in messages if message and len(message) <= _LONGEST and message.isprintable()][:1]

@@ -12,6 +12,7 @@ from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.checkpoints.authors_layout import AuthorsAdapters, AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import note_base_changes
+from meteora_core.data.frames import INST
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
@@ -123,7 +124,8 @@ def attach_authors(
             layer.gate.copy_(gates[path])
         for name in (*changed, *rounded):
             targets[name].detach().copy_(layout.tensors.read(layout.base[name]))
-    meteora_of(model).gates = "trained"
+    known = meteora_of(model).provenance
+    known.gates, known.frame = "trained", INST
     note_base_changes(model, changed, rounded)
     return model.eval()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.checkpoints.authors_layout import AuthorsAdapters, AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import check_replaceable, rounding_table
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
+from meteora_core.data.frames import INST
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import atomic_folder, storage_errors
 from meteora_core.json_files import write_json
@@ -281,7 +282,8 @@ def _config(
         "base": base,
         "top_k": options.top_k,
         "temperature": options.routing_temperature,
-        "adapters": [asdict(info) for info in infos],
+        "adapters": [info.to_json() for info in infos],
+        "frame": INST.to_json(),
         "gates": "trained",
         "contains": ["gates", "adapters", *(["base"] if kept else [])],
         "base_tensors": list(kept),

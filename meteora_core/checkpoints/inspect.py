@@ -100,12 +100,13 @@ def _native(folder: Path, hashes: bool, progress: Progress) -> Facts:
         "base_tensors": config.get("base_tensors", []),
         "top_k": config["top_k"],
         "temperature": config["temperature"],
+        "frame": config.get("frame"),
         "layers": len(config["modules"]),
         "targets": _targets(config["modules"]),
         "adapter_count": len(config["adapters"]),
         "ranks": sorted({rank for module in config["modules"].values() for rank in module["ranks"]}),
         "adapters": [
-            {key: adapter.get(key) for key in ("name", "rank", "alpha", "rslora", "source")} | {"sha256": adapter.get("sha256") or None}
+            {key: adapter.get(key) for key in ("name", "rank", "alpha", "rslora", "source", "frame")} | {"sha256": adapter.get("sha256") or None}
             for adapter in config["adapters"]
         ],
         "training": config.get("training") or {},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from meteora_core.checkpoints.parts import (
     rounding_table,
     write_files,
 )
+from meteora_core.data.frames import read_frame
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
 from meteora_core.files import atomic_folder, holds_other_things, other_entries, sha256
 from meteora_core.model.attach import attach, detach, meteora_layers, same_base
@@ -220,6 +221,7 @@ def load_checkpoint(
             layer.gate.copy_(tensors[f"{path}.gate"])
     known.gates, start = config.get("gates") or "trained", config.get("gates_start")
     known.start = GateStart(start["init"], start["seed"], tuple(bank.modules)) if start else None
+    known.frame = read_frame(config.get("frame"))
     if "adapters" in config["contains"]:
         known.embedded = True
     _restore_base(model, folder, config, tensors)
@@ -277,7 +279,7 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adapters_dir: Path | None, progress: Progress) -> AdapterBank:
     """The adapters that the gates were trained with: out of the checkpoint, or from their folders, whose hashes must agree."""
-    infos = tuple(AdapterInfo(**{field.name: entry[field.name] for field in fields(AdapterInfo)}) for entry in config["adapters"])
+    infos = tuple(map(AdapterInfo.from_entry, config["adapters"]))
     if "adapters" in config["contains"]:
         stacks = {}
         for path in sorted(config["modules"], key=natural_order):

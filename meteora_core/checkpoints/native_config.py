@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES
+from meteora_core.data.frames import INST, FrameModel
 from meteora_core.errors import CheckpointError
 from meteora_core.file_models import FileModel, check_model
 from meteora_core.json_files import read_object
@@ -56,6 +57,7 @@ class AdapterEntry(FileModel):
     alpha: float
     rslora: bool
     dropout: float = Field(ge=0, lt=1)
+    frame: FrameModel | None = None
 
 
 class ModuleEntry(FileModel):
@@ -124,6 +126,7 @@ class NativeConfig(FileModel):
     base_tensors: list[str] = Field(default_factory=list)
     base_rounded: dict[str, list[str]] | None = None
     modules: dict[str, ModuleEntry] = Field(min_length=1)
+    frame: FrameModel | None = None
     renamed: dict[str, str] = Field(default_factory=dict)
     training: TrainingEntry = Field(default_factory=TrainingEntry)
     weights_sha256: Sha256
@@ -156,7 +159,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read and check ``meteora_config.json``.
 
     Returns:
-        Its content; ``base_tensors``, ``base_rounded``, ``renamed`` and ``training`` are there in any case.
+        Its content; ``base_tensors``, ``base_rounded``, ``renamed`` and ``training`` are there in any case. ``frame`` is absent where none was
+        known when it was saved; a checkpoint that was saved before frames were recorded has ``[INST] {} [/INST]``.
 
     Raises:
         CheckpointError: It is missing, broken, or of a newer format; a value has the wrong type or is out of range, or two disagree.
@@ -179,7 +183,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if type(form) is int and form > FORMAT:
         raise CheckpointError(f"{folder} has format {form}, this version reads up to {FORMAT}", hint="upgrade meteora")
     config = check_model(NativeConfig, raw, str(file), error=CheckpointError, hint=_NOT_OURS).model_dump(exclude_unset=True)
-    return {"base_tensors": [], "base_rounded": {}, "renamed": {}, "training": {}} | {key: value for key, value in config.items() if value is not None}
+    absent: dict[str, Any] = {"base_tensors": [], "base_rounded": {}, "renamed": {}, "training": {}, "frame": None if "frame" in config else INST.to_json()}
+    return {key: value for key, value in absent.items() if value is not None} | {key: value for key, value in config.items() if value is not None}
 
 
 def routing_digest(config: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +231,7 @@ def _configuration(
     return {
         **rest,
         "top_k": min(config["top_k"], len(places)),
-        "adapters": [asdict(info) for info in infos],
+        "adapters": [info.to_json() for info in infos],
         "contains": contains,
         "modules": modules,
         "training": {**training, "packed": packed},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,13 +209,14 @@ def checkpoint_parts(
         "base": {"name": reference.name, "revision": reference.revision, "probe": known.base_probe},
         "top_k": state.top_k,
         "temperature": state.temperature,
-        "adapters": [asdict(adapter) for adapter in state.adapters],
+        "adapters": [adapter.to_json() for adapter in state.adapters],
         "gates": origin,
         **({"gates_start": {"init": known.start.init, "seed": known.start.seed}} if origin == "untrained" and known.start else {}),
         "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
         "base_tensors": list(changed),
         "base_rounded": rounding_table(base_record(model).rounded),
         "modules": modules,
+        "frame": known.frame.to_json() if known.frame else None,
         **({"renamed": known.renamed} if known.renamed else {}),
         "training": training or {},
     }

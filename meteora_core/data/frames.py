@@ -7,13 +7,13 @@ of its dataset.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from meteora_core.data.tasks import PROMPT_TEMPLATE
+from meteora_core.data.tasks import PROMPT_TEMPLATE, TASK_ORDER
 from meteora_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,6 +76,13 @@ class Frame:
             return None
         return whole[len(self.before) : len(whole) - len(end)]
 
+    def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """The id of :attr:`end`; None where the end-of-sequence token closes an answer, or the tokenizer has no such token."""
+        if self.end is None:
+            return None
+        found = tokenizer.convert_tokens_to_ids(self.end)
+        return int(found) if isinstance(found, int) and found != tokenizer.unk_token_id else None
+
     def to_json(self) -> dict[str, Any]:
         """A dictionary for JSON; what is absent is left out."""
         values: dict[str, Any] = {"before": self.before, "after": self.after}
@@ -96,6 +103,11 @@ class FrameModel(BaseModel):
     def to_frame(self) -> Frame:
         """The frame."""
         return Frame(self.before, self.after, self.chat, self.system, self.end)
+
+
+def read_frame(value: Mapping[str, Any] | None) -> Frame | None:
+    """A frame from a file's value that was checked against :class:`FrameModel`; None for None."""
+    return None if value is None else FrameModel.model_validate(value).to_frame()
 
 
 RAW = Frame()
@@ -165,6 +177,51 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, messages
         return render_chat(tokenizer, None, [("user", with_system(messages[0][1], system)), *messages[1:]])
     bos = tokenizer.bos_token
     return whole.removeprefix(str(bos)) if bos and _adds_bos(tokenizer) else whole
+
+
+Default = TypeVar("Default", Frame, Frame | None)
+
+
+def pick_frame(wish: str, default: Default, tokenizer: PreTrainedTokenizerBase) -> Frame | Default:
+    """The frame for messages: ``default`` for "auto", else what ``wish`` names.
+
+    Args:
+        wish: "auto", "chat" (the tokenizer's chat template), "inst", "raw", or a text with ``{}`` for the message.
+        default: The model's own frame.
+        tokenizer: The base model's.
+
+    Raises:
+        UsageError: An unknown template, or "chat" for a tokenizer that has none.
+    """
+    if wish == "auto":
+        return default
+    if wish == "chat":
+        return chat_frame(tokenizer)
+    if wish in ("inst", "raw"):
+        return INST if wish == "inst" else RAW
+    if PLACE in wish:
+        return parse_frame(wish)
+    raise UsageError(f"unknown template {wish!r}", hint=f"choose from: auto, {', '.join(NAMES)}, or a text with {{}} for the message")
+
+
+def usable(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """A recorded frame for this tokenizer: one of a chat template that is not the tokenizer's counts as the text that it is."""
+    if not frame.chat:
+        return frame
+    own = chat_frame(tokenizer, frame.system) if getattr(tokenizer, "chat_template", None) else RAW
+    return frame if (own.before, own.after) == (frame.before, frame.after) else replace(frame, chat=False, system=None)
+
+
+def default_frame(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """The frame where none is recorded: ``[INST] {} [/INST]`` for the paper's tasks, else the tokenizer's chat template, if it has one.
+
+    Args:
+        names: The adapters' names; none for a bare base model.
+        tokenizer: The base model's.
+    """
+    if not (names and all(name in TASK_ORDER for name in names)) and getattr(tokenizer, "chat_template", None):
+        return chat_frame(tokenizer)
+    return INST if names else RAW
 
 
 def with_system(message: str, system: str | None) -> str:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from meteora_core.data.dataset_frames import dataset_frame, reframed
+from meteora_core.data.frames import Frame, pick_frame
 from meteora_core.data.rows import Row, read_rows
 from meteora_core.data.tasks import Task, get_task
-from meteora_core.errors import DataError, MeteoraError
+from meteora_core.errors import DataError, MeteoraError, UsageError
 from meteora_core.evaluation.clean import clean_response
 from meteora_core.evaluation.eval_plan import EvalOptions
 from meteora_core.evaluation.processes import ALONE, Processes
@@ -20,6 +22,7 @@ from meteora_core.generation.batches import BatchLimits, answer_all, auto_budget
 from meteora_core.generation.engine import Engine
 from meteora_core.generation.limits import context_length
 from meteora_core.generation.prompts import Prompt, encode_prompts
+from meteora_core.model.prompts import recorded_frame
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress, ProgressBar
 from meteora_core.routing import Meteora, find_meteora
@@ -180,6 +183,8 @@ def evaluate_task(
     """
     definition = get_task(task) if isinstance(task, str) else task
     rows = test_rows(data_dir, definition, options.limit)
+    if options.template is not None:
+        rows = _in_frame(rows, data_dir, definition, pick_frame(options.template, recorded_frame(model), tokenizer))
     prompts = encode_prompts([row.prompt for row in rows], tokenizer)
     reader = _Reader(tokenizer, definition, rows, prompts, options.scoring)
     check_prompts(model, tokenizer, definition, prompts)
@@ -221,6 +226,16 @@ def evaluate_task(
     answers, references = [sample.response for sample in result.samples], [sample.row.response for sample in result.samples]
     result.scores = evaluate_responses(definition, answers, references, options.scoring)
     return result
+
+
+def _in_frame(rows: list[Row], data_dir: Path, task: Task, frame: Frame | None) -> list[Row]:
+    """Rows with their messages in another frame than the dataset's; None leaves them. Raises UsageError where the prompts are in no known frame."""
+    if frame is None:
+        return rows
+    own = dataset_frame(data_dir, task.name)
+    if own is None or task.is_composite or all(own.inside(row.prompt) is None for row in rows):
+        raise UsageError(f"the prompts of {task.name} are in no frame that another could replace", hint="leave out --template")
+    return [reframed(row, own, frame) for row in rows]
 
 
 def check_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Prompt]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from meteora_core.routing import find_meteora
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +17,10 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's end token and those of the model's generation configuration."""
+    """The tokens that end an answer: the tokenizer's end token, those of the model's generation configuration, and those that adapters were trained on."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = named if isinstance(named, list | tuple) else [named]
-    return frozenset(int(token) for token in (*several, tokenizer.eos_token_id) if token is not None)
+    state = find_meteora(model)
+    frames = [] if state is None else [adapter.frame for adapter in state.adapters]
+    trained = [frame.end_id(tokenizer) for frame in frames if frame is not None]
+    return frozenset(int(token) for token in (*several, *trained, tokenizer.eos_token_id) if token is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from meteora_core.data.frames import Frame
 from meteora_core.routing.base_marks import Marks
 from meteora_core.routing.base_record import BaseRecord
 
@@ -39,6 +40,7 @@ class Provenance:
             (:func:`meteora_core.model.attach.gate_origin`).
         start: How the gates started; None where it is not known.
         renamed: Modules that the adapters' folders call otherwise: their name there, and their name here.
+        frame: What stands around a message in prompts when nobody says otherwise, as training chose it; None where it is not known.
         embedded: Whether the adapters are no longer those of their folders, so that a checkpoint has to hold them.
     """
 
@@ -48,4 +50,5 @@ class Provenance:
     gates: GateOrigin = "trained"
     start: GateStart | None = None
     renamed: dict[str, str] = field(default_factory=dict)
+    frame: Frame | None = None
     embedded: bool = False

@@ -61,7 +61,7 @@ class Labelled:
     spans: tuple[tuple[int, int, int], ...]
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter: int, max_length: int) -> Encoded:
+def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter: int, max_length: int, end: int | None = None) -> Encoded:
     """Tokenise rows as ``prompt + response + EOS``, every token labelled with ``adapter``; see :func:`encode_labelled`.
 
     Args:
@@ -69,6 +69,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
         tokenizer: The base model's.
         adapter: Gate label of every token of these rows.
         max_length: Longest sequence, in tokens.
+        end: Token id that closes a response; None is the end-of-sequence token.
 
     Raises:
         DataError: There are no rows, or one is no text that can be tokenised.
@@ -77,7 +78,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
         raise DataError("no training rows", hint="build the dataset again, without --max-train")
     encoded, cut = [], 0
     head = leading_special_tokens(tokenizer)
-    for _, start, ids, _ in tokenised([(row.prompt, row.response) for row in rows], tokenizer):
+    for _, start, ids, _ in tokenised([(row.prompt, row.response) for row in rows], tokenizer, end):
         encoded_row, was_cut = fit_row(ids, [adapter] * len(ids), start, head, max_length)
         encoded.append(encoded_row)
         cut += was_cut
@@ -112,21 +113,24 @@ def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBas
     return Encoded(encoded, cut)
 
 
-def tokenised(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int, list[int], list[tuple[int, int]]]]:
-    """Per text: its number, the response's first token, the token ids with one EOS at the end, the tokens' offsets (without the EOS)."""
+def tokenised(
+    texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, end: int | None = None
+) -> Iterator[tuple[int, int, list[int], list[tuple[int, int]]]]:
+    """Per text: its number, the response's first token, the token ids with one EOS (or ``end``) at the end, the tokens' offsets (without the EOS)."""
+    eos = int(tokenizer.eos_token_id)
     for first in range(0, len(texts), CHUNK):
         part = [prompt + response for prompt, response in texts[first : first + CHUNK]]
         check_texts(part)
         found = tokenizer(part, return_offsets_mapping=True, return_attention_mask=False)
         for place, (tokens, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True), start=first):
-            yield place, *_ended(list(tokens), offsets, len(texts[place][0]), int(tokenizer.eos_token_id))
+            yield place, *_ended(list(tokens), offsets, len(texts[place][0]), eos, eos if end is None else end)
 
 
-def _ended(ids: list[int], offsets: list[tuple[int, int]], begin: int, eos: int) -> tuple[int, list[int], list[tuple[int, int]]]:
+def _ended(ids: list[int], offsets: list[tuple[int, int]], begin: int, eos: int, end: int) -> tuple[int, list[int], list[tuple[int, int]]]:
     while ids and ids[-1] == eos:
         ids.pop()
     start = next((position for position, (first, last) in enumerate(offsets) if last > first and first >= begin), len(ids))
-    ids.append(eos)
+    ids.append(end)
     return min(start, len(ids) - 1), ids, offsets[: len(ids) - 1]
 
 

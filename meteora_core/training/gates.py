@@ -14,6 +14,7 @@ from torch import nn
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.checkpoints.native import check_replaceable, save_checkpoint
 from meteora_core.checkpoints.native_config import CONFIG_FILE, read_config
+from meteora_core.data.frames import INST, pick_frame
 from meteora_core.data.rows import build_commands
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
@@ -34,6 +35,7 @@ from meteora_core.training.gate_rows import GateRows, gate_rows
 from meteora_core.training.job import TrainJob
 from meteora_core.training.loop import TrainingRun, train
 from meteora_core.training.output_folders import only_writer, tidy
+from meteora_core.training.prompt_frames import choose_frame, with_frames
 from meteora_core.training.ridge import ridge_gates, token_weights
 from meteora_core.training.run_inputs import run_inputs, short_hash, with_order
 from meteora_core.training.state import RunState, last_loss, loss_parts, saved_states
@@ -135,6 +137,8 @@ def train_gates(
         MeteoraError: The loss is not finite, or memory ran out.
     """
     _check_job(bank, settings, job)
+    if job.template is not None:
+        pick_frame(job.template, INST, tokenizer)  # a wrong one is refused before any training
     dtype = next(model.parameters()).dtype
     inputs = gate_inputs(job, dtype, bank, settings, top_k, routing_temperature)
     states = job.out.parent / f".{job.out.name}.states"
@@ -145,12 +149,14 @@ def train_gates(
         rows = gate_rows(tokenizer, bank.names, settings, job)
         check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
         start = "zeros" if settings.init == "ridge" else settings.init
+        bank = with_frames(bank, job)
         attach(model, bank, top_k=top_k, temperature=routing_temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
         stage = _GateStage(model, dtype, rows, padding_token(model, tokenizer), settings, job, inputs, states)
         state = stage.start_and_train()
         measured = measure_gates(model, stage.held_out, runtime=job.runtime, on_model=job.runtime.run, progress=job.progress)
+        meteora_of(model).provenance.frame, tried = choose_frame(model, tokenizer, stage.held_out, settings, job)
         gather_trained(model)
-        stage.save(state, measured)
+        stage.save(state, measured, tried)
         set_trainable(model, "none")
         job.runtime.wait()
     loss, parts = last_loss(state.history), loss_parts(state.history)
@@ -250,7 +256,7 @@ class _GateStage:
             rate=lambda name: rate if name.endswith(("lora_A", "lora_B")) else 1.0,
         )
 
-    def save(self, state: RunState, measured: Mapping[str, float]) -> None:
+    def save(self, state: RunState, measured: Mapping[str, float], frames: Mapping[str, float]) -> None:
         """Write the checkpoint with the record of its training (in the main process), and leave the model as a loaded checkpoint would be."""
         runtime, kept = self.job.runtime, torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         if state.step:
@@ -258,6 +264,7 @@ class _GateStage:
         record = {"inputs": self.inputs, "inputs_hash": short_hash(self.inputs), "steps": state.step, "loss": last_loss(state.history)}
         record |= {"tokens": state.tokens, "seconds": state.seconds, "held_out": measured, "rows_cut": self.rows.cut}
         record |= {"sampled": state.sampled, "history": state.history}
+        record |= {"frames": dict(frames)} if frames else {}
         record |= {"processes": runtime.world, "memory": state.memory} if state.memory else {}
         record |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
         if runtime.is_main:

@@ -24,6 +24,7 @@ class TrainJob:
         force: Train even if the same result is there.
         runtime: The processes that train together. Each of them calls the training function; the main one writes.
         progress: Where progress is reported.
+        template: What stands around a message when nobody says otherwise, for gates: "chat", "inst", "raw" or a text with ``{}``; None chooses it.
 
     Example:
         >>> TrainJob(BaseReference("smollm2-135m"), Path("datasets"), Path("adapters"), max_rows=100).resume
@@ -39,3 +40,4 @@ class TrainJob:
     force: bool = False
     runtime: Runtime = SINGLE
     progress: Progress = SILENT
+    template: str | None = None

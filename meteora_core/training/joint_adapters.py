@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, LoraWeights
+from meteora_core.data.dataset_frames import dataset_frame
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import attach, detach, meteora_layers
 from meteora_core.model.base import BaseReference
@@ -208,7 +209,8 @@ class _JointRun:
                 folder, alone = self.job.out / task, replace(state, history=history, evaluations=[], best={})
                 if self.job.runtime.is_main:
                     weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, place).items()}
-                    save_adapter(peft_model, folder, self.inputs[task], alone, encoded.cut, weights=weights)
+                    frame = dataset_frame(self.job.data_dir, task)
+                    save_adapter(peft_model, folder, self.inputs[task], alone, encoded.cut, weights=weights, frame=frame)
                 done[task] = TrainedAdapter(task, folder, False, state.step, last_loss(history), state.tokens, state.seconds, encoded.cut)
         finally:
             peft_model.unload()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from meteora_core.adapters.folders import INFO_FILE, read_training_info
 from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS
+from meteora_core.data.dataset_frames import dataset_frame
+from meteora_core.data.frames import Frame
 from meteora_core.errors import CheckpointError
 from meteora_core.files import atomic_folder
 from meteora_core.json_files import read_json, write_json
@@ -143,7 +145,8 @@ def train_adapter(
             trained = {name: full_tensor(parameter) for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
             cut = sum(each.cut for each in encoded)
             if runtime.is_main:
-                save_adapter(peft_model, folder, inputs, state, cut, weights=trained, tasks=tasks)
+                frame = dataset_frame(job.data_dir, task) if tasks is None else None
+                save_adapter(peft_model, folder, inputs, state, cut, weights=trained, tasks=tasks, frame=frame)
                 shutil.rmtree(states, ignore_errors=True)
         finally:
             if settings.gradient_checkpointing:
@@ -194,6 +197,7 @@ def save_adapter(
     *,
     weights: dict[str, Tensor] | None = None,
     tasks: Sequence[str] | None = None,
+    frame: Frame | None = None,
 ) -> None:
     """Write a PEFT folder and the file that says how it was trained, atomically.
 
@@ -205,6 +209,7 @@ def save_adapter(
         cut: Number of rows that were cut to the longest length.
         weights: The adapter's tensors by parameter name; None takes the model's.
         tasks: The datasets' names, for one LoRA over several tasks.
+        frame: What stands around the user's text in its prompts.
     """
     loss = last_loss(state.history)
     config = peft_model.peft_config["default"]
@@ -216,6 +221,7 @@ def save_adapter(
         _in_order(temporary / CONFIG)
         info = {"inputs": inputs, "steps": state.step, "loss": loss, "tokens": state.tokens, "seconds": state.seconds, "rows_cut": cut}
         info |= {"tasks": list(tasks)} if tasks else {}
+        info |= {"frame": frame.to_json()} if frame else {}
         info |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
         write_json(temporary / INFO_FILE, {**info, "history": state.history})
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from meteora_core.data.dataset_frames import row_end
 from meteora_core.data.rows import Row, read_rows
 from meteora_core.settings import OptimSettings
 from meteora_core.training.encoding import Encoded, TrainRow, encode_rows
@@ -77,8 +78,9 @@ def encoded_rows(job: TrainJob, task: str, tokenizer: PreTrainedTokenizerBase, a
     """
     if job.token_cache is None:
         train, held = train_rows(job, task, settings.seed)
-        watched = encode_rows(held, tokenizer, adapter, settings.max_length).rows if held else ()
-        return encode_rows(train, tokenizer, adapter, settings.max_length), list(watched)
+        end = row_end(job.data_dir, task, tokenizer)
+        watched = encode_rows(held, tokenizer, adapter, settings.max_length, end).rows if held else ()
+        return encode_rows(train, tokenizer, adapter, settings.max_length, end), list(watched)
     from meteora_core.training.token_cache import cached_rows, open_rows
 
     dataset = cached_rows(job.data_dir, task, tokenizer, job.token_cache, max_rows=job.max_rows, progress=job.progress)

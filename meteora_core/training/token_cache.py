@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from meteora_core.data.dataset_frames import row_end
 from meteora_core.data.rows import split_path, stream_rows
 from meteora_core.errors import MeteoraError, StorageError
 from meteora_core.files import locked, sha256, storage_errors
@@ -94,14 +95,16 @@ def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, r
     datasets.disable_progress_bars()
     path = split_path(data_dir, task, "train")
     next(stream_rows(data_dir, task, "train", 1))
+    end = row_end(data_dir, task, tokenizer)
     named = {"format": FORMAT, "file": sha256(path), "tokenizer": tokenizer_fingerprint(tokenizer), "rows": max_rows}
+    named |= {} if end is None else {"end": end}
     key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
     folder = root / f"{task}-{key}"
     tokens = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"tokens": tokens, "start": datasets.Value("int32"), "length": datasets.Value("int32")})
 
     def generate() -> Iterator[dict[str, Any]]:
-        yield from _generate(stream_rows(data_dir, task, "train", max_rows), tokenizer, f"tokenising {task}", progress)
+        yield from _generate(stream_rows(data_dir, task, "train", max_rows), tokenizer, end, f"tokenising {task}", progress)
 
     for last in (False, True):
         try:
@@ -121,10 +124,10 @@ def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, r
     raise AssertionError("unreachable")
 
 
-def _generate(rows: Iterator[Any], tokenizer: PreTrainedTokenizerBase, title: str, progress: Progress) -> Iterator[dict[str, Any]]:
+def _generate(rows: Iterator[Any], tokenizer: PreTrainedTokenizerBase, end: int | None, title: str, progress: Progress) -> Iterator[dict[str, Any]]:
     with progress.task(title, unit="rows") as bar:
         while chunk := list(islice(rows, CHUNK)):
-            for _, start, ids, _ in tokenised([(row.prompt, row.response) for row in chunk], tokenizer):
+            for _, start, ids, _ in tokenised([(row.prompt, row.response) for row in chunk], tokenizer, end):
                 yield {"tokens": ids, "start": start, "length": len(ids)}
             bar.update(len(chunk))
 

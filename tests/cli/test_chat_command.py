@@ -96,7 +96,7 @@ def test_a_base_model_and_a_single_adapter(meteora, world, say) -> None:
     assert "routes" not in base
     say(b"Hello")
     single = meteora("chat", "--adapter", world.adapters / "gamma", "--max-new-tokens", "3", "--json").json
-    assert single["template"] == "inst"
+    assert single["template"] == "chat"
     assert single["routes"]["adapters"] == ["gamma"]
     say(b"Hello")
     refused = meteora("chat", "--base", world.base, "--route")

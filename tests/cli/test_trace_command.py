@@ -77,7 +77,7 @@ def test_rows_of_the_quickstart_are_named(meteora, world, tmp_path) -> None:
 def test_forced_and_single_adapters(meteora, world, tmp_path) -> None:
     forced = meteora("trace", "--prompt", "Hi", "--checkpoint", world.checkpoint, "--adapter", "beta", "--max-new-tokens", "2", "--json").json
     assert {token["adapter"] for token in forced["routes"]["tokens"]} == {"beta"}
-    single = meteora("trace", "--prompt", "Hi", "--adapter", world.adapters / "beta", "--max-new-tokens", "2", "--json").json
+    single = meteora("trace", "--prompt", "Hi", "--adapter", world.adapters / "beta", "--template", "inst", "--max-new-tokens", "2", "--json").json
     assert single["ids"] == forced["ids"]
 
 

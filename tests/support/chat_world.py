@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meteora_core import AdapterBank, attach, save_checkpoint
 from meteora_core.chat.speaker import Speaker
+from meteora_core.data.frames import INST
 from meteora_core.model.base import BaseReference
 
 NAMES = ("alpha", "beta", "gamma")
@@ -75,6 +76,7 @@ def build_world(folder: Path) -> World:
     byte_tokenizer().save_pretrained(base)
     folders = {name: write_adapter(folder / "adapters" / name, model, base, seed, rank=seed + 2) for seed, name in enumerate(NAMES)}
     attach(model, AdapterBank.from_peft(folders), top_k=2, init="normal", seed=3)
+    model.meteora.provenance.frame = INST
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".gate"):

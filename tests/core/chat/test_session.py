@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from meteora_core.chat.options import OPTIONS, check_option, options_for
 from meteora_core.chat.prompts import Encoded
-from meteora_core.chat.session import ChatSession, Mode, routing_mode, unframe
+from meteora_core.chat.session import ChatSession, Mode, routing_mode
 from meteora_core.chat.speaker import Speaker, load_speaker
+from meteora_core.data.frames import Frame
 from meteora_core.errors import AdapterError, CheckpointError, DataError, UsageError
 from meteora_core.generation.requests import Finished, Reading, Written
 from meteora_core.generation.sampling import Sampling
@@ -72,8 +74,8 @@ def test_a_message_in_its_frame_is_not_framed_again(session) -> None:
     for other in ("[INST] a [/INST] and more", "[INST] a [/INST] b [INST] c [/INST]", "[INST] [/INST]"):
         session.new()
         assert next(session.ask(other)).notice is None
-    session.template = "raw"
-    assert next(session.ask("[INST] Hello [/INST]\n")).notice is None
+    raw = ChatSession(session.speaker, template="raw")
+    assert next(raw.ask("[INST] Hello [/INST]\n")).notice is None
 
 
 def test_empty_messages_are_refused(session) -> None:
@@ -236,14 +238,6 @@ def test_saving_nothing_is_refused(session, tmp_path) -> None:
         session.save(tmp_path / "talk.jsonl")
 
 
-def test_unframe() -> None:
-    assert unframe("[INST] a [/INST]\n") == "a"
-    assert unframe("[INST] a [/INST]") == "a"
-    assert unframe("[INST]  [/INST]\n") == ""
-    for other in ("a", "[INST] a", "a [/INST]\n", "[INST] [/INST]"):
-        assert unframe(other) == other
-
-
 def test_the_picture_is_the_one_that_was_recorded(session) -> None:
     ask(session, "One?")
     session.use("beta")
@@ -373,3 +367,32 @@ def test_what_was_trained_comes_before_the_quickstarts_checkpoint(tmp_path, monk
 
 def test_the_world_is_what_it_seems(world) -> None:
     assert open_speaker(world).routing.names == NAMES
+
+
+def test_each_who_answers_has_its_own_frame(world) -> None:
+    speaker = open_speaker(world)
+    state = speaker.routing
+    state.adapters = tuple(replace(info, frame=frame) for info, frame in zip(state.adapters, (Frame("Q: ", "\nA:"), Frame("<", ">"), None), strict=True))
+    session = ChatSession(speaker, Sampling(max_new_tokens=2))
+    prompts = {}
+    for name in (None, "alpha", "beta", "gamma"):
+        session.new()
+        session.use(name)
+        prompts[name] = speaker.tokenizer.decode(next(session.ask("Hi")).ids)
+    assert prompts == {None: "[INST] Hi [/INST]\n", "alpha": "Q: Hi\nA:", "beta": "<Hi>", "gamma": "[INST] Hi [/INST]\n"}
+    state.provenance.frame = None
+    assert ChatSession(speaker).template == "chat"
+    state.adapters = tuple(replace(info, frame=Frame("<", ">")) for info in state.adapters)
+    assert ChatSession(speaker).template == "<{}>"
+    own = ChatSession(speaker, template="Ask: {}\nSay:")
+    assert speaker.tokenizer.decode(next(own.ask("Ask: Hi\nSay:")).ids) == "Ask: Hi\nSay:"
+    assert [each.label for each in ChatSession(speaker, Sampling(max_new_tokens=1)).compare(message="Hi")][:1] == ["base (chat)"]
+
+
+def test_a_frames_end_token_ends_an_answer(world) -> None:
+    from meteora_core.generation.limits import end_tokens
+
+    speaker = open_speaker(world)
+    state, before = speaker.routing, end_tokens(speaker.model, speaker.tokenizer)
+    state.adapters = tuple(replace(info, frame=Frame(end="<s>")) for info in state.adapters)
+    assert end_tokens(speaker.model, speaker.tokenizer) == before | {1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meteora_core.data.frames import INST, RAW, Frame, FrameModel, common_frame, parse_frame, typed
+from meteora_core.data.frames import INST, RAW, Frame, FrameModel, common_frame, default_frame, parse_frame, pick_frame, typed, usable
 from meteora_core.errors import UsageError
 
 
@@ -52,3 +52,31 @@ def test_frames_that_are_typed() -> None:
     for text in ("nothing", "{} {}"):
         with pytest.raises(UsageError, match=r"\{\}"):
             parse_frame(text)
+
+
+def test_which_frame_is_meant() -> None:
+    from support.tiny_training import letters
+
+    bare, chatty = letters(), letters()
+    chatty.chat_template = "<{{ messages[0]['content'] }}>"
+    assert pick_frame("auto", INST, bare) == pick_frame("inst", RAW, bare) == INST
+    assert pick_frame("raw", INST, bare) == RAW
+    assert pick_frame("Q: {}", INST, bare) == Frame("Q: ")
+    assert pick_frame("chat", INST, chatty) == Frame("<", ">", chat=True)
+    with pytest.raises(UsageError, match="no chat template"):
+        pick_frame("chat", INST, bare)
+    with pytest.raises(UsageError, match="unknown template 'x'"):
+        pick_frame("x", INST, bare)
+    assert default_frame(["gsm8k", "alpaca"], chatty) == default_frame(["mine"], bare) == INST
+    assert default_frame(["gsm8k", "mine"], chatty) == default_frame((), chatty) == Frame("<", ">", chat=True)
+    assert default_frame((), bare) == RAW
+
+
+def test_a_chat_template_of_another_tokenizer_is_a_text() -> None:
+    from support.tiny_training import letters
+
+    chatty = letters()
+    chatty.chat_template = "<{{ messages[0]['content'] }}>"
+    assert usable(Frame("<", ">", chat=True), chatty).chat
+    for tokenizer, frame in ((letters(), Frame("<", ">", chat=True)), (chatty, Frame("(", ")", chat=True))):
+        assert usable(frame, tokenizer) == Frame(frame.before, frame.after)
