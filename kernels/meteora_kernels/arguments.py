@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
-from meteora_kernels.sizes import ceil_div
+from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 from meteora_kernels.types import Adapters, Routing
 
 
 def choice_constants(adapters: Adapters, routing: Routing) -> dict[str, int]:
     """The constants of a kernel that routes: TOP_K, SLOTS, PADDED and HAS_ALLOWED."""
-    return {"TOP_K": routing.top_k, "SLOTS": routing.slots, "PADDED": adapters.padded, "HAS_ALLOWED": routing.allowed is not None}
+    return _constants(adapters.scaling.shape[0], routing.top_k, routing.allowed is not None)
+
+
+@lru_cache(maxsize=256)
+def _constants(adapters: int, top_k: int, has_allowed: bool) -> dict[str, int]:
+    return {"TOP_K": top_k, "SLOTS": power_of_two(top_k), "PADDED": padded_adapters(adapters), "HAS_ALLOWED": has_allowed}
 
 
 def or_any(tensor: Tensor | None, other: Tensor) -> Tensor:

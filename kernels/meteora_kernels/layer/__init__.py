@@ -106,5 +106,5 @@ def run(row: Row, x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adap
     elif row.path == "many_adapters":
         output, logits = many_adapters.run_layer(x, base, adapters, routing, row) if direct else many_adapters.layer(x, base, adapters, routing)
     else:
-        output, logits = many_tokens.many_tokens(x, lora_x, base, adapters, routing, row.inline)
+        output, logits = (many_tokens.run if direct else many_tokens.many_tokens)(x, lora_x, base, adapters, routing, row.inline)
     return output, logits
