@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_DEFINED_IN = {
     "AdapterBank": "meteora_core.adapters.bank",
     "attach": "meteora_core.model.attach",
     "detach": "meteora_core.model.attach",
@@ -55,11 +55,11 @@ hooks.save_attached = _save_attached
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
+    if name in _DEFINED_IN:
         from importlib import import_module
 
         import_module("meteora_core.checkpoints.auto").register()
-        return getattr(import_module(_PLACES[name]), name)
+        return getattr(import_module(_DEFINED_IN[name]), name)
     raise AttributeError(f"module 'meteora_core' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""Archives of unknown origin: read as a stream to their very end, within limits, and never beyond the folder that they are unpacked into."""
+"""Reads archives of unknown origin: as a stream up to the last byte, within limits, and with no member that leaves the folder it is unpacked into."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MAX_TOTAL = 8 << 30
 MAX_MEMBER = 1 << 30
 """A member larger than this (1 GiB) is refused; BIG-bench's largest has 78 MB."""
 MAX_RATIO = 100
-"""An archive that unpacks to more than this many times its size is refused, beyond :data:`FREE_BYTES`; BIG-bench's unpacks to 5 times its size."""
+"""An archive that unpacks to more than :data:`FREE_BYTES` and more than this many times its size is refused; BIG-bench's unpacks to 5 times its size."""
 FREE_BYTES = 64 << 20
-"""The number of bytes that may be unpacked whatever the ratio."""
+"""The number of bytes that may be unpacked at any ratio (64 MiB)."""
 
 _CHUNK = 1 << 16
 _REFUSED = "nothing was extracted; get the archive from a source that you trust"
@@ -35,7 +35,7 @@ _BROKEN = "nothing was extracted; get the archive again"
 
 
 class _Stream:
-    """The unpacked bytes of a gzip file, counted."""
+    """A reader of the unpacked bytes of a gzip file that counts them and enforces the limits."""
 
     def __init__(self, archive: Path, packed: IO[bytes], size: int) -> None:
         self._archive, self._file = archive, gzip.GzipFile(fileobj=packed, mode="rb")
@@ -49,7 +49,7 @@ class _Stream:
         return block
 
     def finish(self) -> None:
-        """Read on to the end, where gzip checks the CRC and the length; only zeros may come after the last member."""
+        """Read to the end, where gzip checks the CRC and the length. Only zeros may follow the last member."""
         while block := self.read(_CHUNK):
             if block.strip(b"\0"):
                 raise DataError(f"{self._archive} has other data after its last member", hint=_BROKEN)
@@ -65,11 +65,11 @@ def tar_gz_members(archive: Path, advance: Callable[[int], None] = lambda count:
         advance: Called with the number of packed bytes that were read since the last call.
 
     Yields:
-        Each member that is a file or a folder, and a function that copies the content of a file into an open one, usable until the next member is requested.
+        Each file or folder in the archive, and a function that copies the content of a file into an open file, valid until the next member is requested.
 
     Raises:
-        DataError: The file is missing, incomplete or damaged; a member has an absolute path, a path with ``..``, the name of another, or is a link,
-            a device or a sparse file; or it is larger than this module's limits.
+        DataError: The file is missing, incomplete or damaged; a member has an absolute path, a path with ``..`` or the name of another member, or is
+            a link, a device or a sparse file; or the archive is larger than this module's limits.
     """
     names: set[str] = set()
     with open_regular(archive) as packed:
@@ -94,7 +94,7 @@ def tar_gz_members(archive: Path, advance: Callable[[int], None] = lambda count:
                         shutil.copyfileobj(source, target, _CHUNK)
 
                 yield member, copy
-                tar.members.clear()  # they would all be kept
+                tar.members.clear()  # tarfile would keep every member in memory
                 position = packed.tell()
                 advance(position - done)
                 done = position
@@ -106,7 +106,7 @@ def copy_zip_member(archive: Path, name: str, target: IO[bytes]) -> None:
     """Copy one member of a zip file, such as a wheel, into an open file, within this module's limits; its CRC is checked.
 
     Raises:
-        DataError: The archive is missing or damaged, has no such member or two of them, or the member is encrypted or larger than it may be.
+        DataError: The archive is missing or damaged, has no such member or two of them, or the member is encrypted or larger than the limits.
     """
     with open_regular(archive) as packed:
         size = packed.seek(0, 2)
@@ -114,12 +114,12 @@ def copy_zip_member(archive: Path, name: str, target: IO[bytes]) -> None:
             with zipfile.ZipFile(packed) as opened:
                 if len(opened.infolist()) > MAX_MEMBERS:
                     raise DataError(f"{archive} has more than {MAX_MEMBERS:,} members, which is refused", hint=_REFUSED)
-                found = [info for info in opened.infolist() if info.filename == name]
-                if len(found) != 1:
-                    raise DataError(f"{archive} has {len(found) or 'no'} members named {printable(name)}", hint=_BROKEN)
+                members = [info for info in opened.infolist() if info.filename == name]
+                if len(members) != 1:
+                    raise DataError(f"{archive} has {len(members) or 'no'} members named {printable(name)}", hint=_BROKEN)
                 most = min(MAX_MEMBER, max(FREE_BYTES, MAX_RATIO * size))
-                left = min(found[0].file_size, most) + 1
-                with opened.open(found[0]) as source:
+                left = min(members[0].file_size, most) + 1
+                with opened.open(members[0]) as source:
                     while block := source.read(min(_CHUNK, left)):
                         target.write(block)
                         left -= len(block)
@@ -155,7 +155,7 @@ def _check(archive: Path, member: tarfile.TarInfo, names: set[str]) -> None:
     elif not (member.isfile() or member.isdir()):
         reason = "is neither a file nor a folder"
     elif member.isfile() and plain in names:
-        reason = "is there twice"
+        reason = "occurs twice"
     elif not 0 <= member.size <= MAX_MEMBER:
         reason = f"claims to have {member.size:,} bytes"
     if reason is None and len(names) >= MAX_MEMBERS:

@@ -1,38 +1,38 @@
-"""The values that settings, flags and functions choose from, each in one place."""
+"""The sets of values that settings, flags and functions choose from, each defined once."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 Switch = Literal["auto", "on", "off"]
-"""Whether an optimisation is used; auto decides by the device."""
+"""Whether an optimisation is used; auto depends on the device."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Number type of the base model; auto is float32 on a CPU and bfloat16 on a GPU."""
 
 Launcher = Literal["none", "ddp", "fsdp", "deepspeed"]
-"""How training is spread over devices: not at all, one copy of the model on each, or sharded in one of two ways."""
+"""How training is distributed over devices: not at all, one copy of the model on each device, or sharded by FSDP or DeepSpeed."""
 
 EvalLauncher = Literal["none", "ddp"]
-"""How an evaluation is spread over devices: not at all, or the rows over one copy of the model on each."""
+"""How an evaluation is distributed over devices: not at all, or the rows over one copy of the model on each device."""
 
 GateStart = Literal["normal", "zeros", "arrow", "ridge"]
-"""The gates' start values: random, zeros, from the adapters alone, or in closed form from train rows."""
+"""The gates' initial values: random, zeros, from the adapters alone, or in closed form from training rows."""
 
 TrainedParts = Literal["gates", "gates+adapters"]
-"""What trains in the gates' stage."""
+"""The parameters that `meteora train gates` trains."""
 
 RowSampling = Literal["balanced", "proportional"]
-"""How rows are drawn from the tasks: as many tokens of each, or every row as often."""
+"""How rows are drawn from the tasks: the same number of tokens from each task, or every row equally often."""
 
 LossOn = Literal["all", "response"]
-"""Tokens that the language-model loss counts."""
+"""The tokens that the language-model loss covers: prompt and response, or the response alone."""
 
 LogTo = Literal["none", "tensorboard", "wandb", "mlflow"]
-"""Where training curves are written besides the result."""
+"""The tracker that receives the training curves, in addition to the result file."""
 
 Scoring = Literal["corrected", "paper"]
-"""What scores mean: the metrics' own definition, or what the authors computed."""
+"""How scores are computed: by the definitions of the metrics, or as the authors computed them."""
 
 ReportKind = Literal["bar", "radar"]
-"""What a picture of several results looks like."""
+"""The kind of chart that compares several results."""

@@ -13,7 +13,7 @@ from meteora_core.text import printable
 
 PREFIX = "METEORA_"
 OTHERS = ("METEORA_CACHE", "METEORA_DEBUG", "METEORA_KERNEL_TABLE", "METEORA_RUN_LOG")
-"""Variables that are not settings: the folder of downloads, whether errors show their traceback, the user's own table of kernels, the test run's log."""
+"""Variables that are not settings: the folder of downloads, whether errors show a traceback, the user's table of kernels, and the log of a test run."""
 
 _CLOSE = 0.75
 _log = logging.getLogger(__name__)
@@ -25,11 +25,11 @@ def check_environment(sections: Mapping[str, Iterable[str]], environment: Mappin
     A variable that resembles no setting, which may belong to another program, is logged as a warning.
 
     Args:
-        sections: The settings: each section with the names in it.
-        environment: ``os.environ`` by default.
+        sections: The names of the settings in each section.
+        environment: The environment variables to check; ``os.environ`` by default.
 
     Raises:
-        UsageError: A variable names a section with a single underscore behind it, is close to a known variable, or makes a section null.
+        UsageError: A variable has a single underscore after a section's name, resembles a known variable, or sets a section to null.
     """
     known = {f"{PREFIX}{section}__{name}".upper(): None for section, names in sections.items() for name in names}
     for variable, value in (os.environ if environment is None else environment).items():

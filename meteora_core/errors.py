@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
-Everything that goes wrong for a known reason raises :class:`MeteoraError` (exit code 1 at the command line) or
-:class:`UsageError` (exit code 2). Both carry one line that says what happened and, where there is one, a hint that says what to do.
+Every failure with a known cause raises :class:`MeteoraError` (exit code 1 on the command line) or :class:`UsageError` (exit code 2).
+Both carry one line that says what happened and, if possible, a hint that says what to do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class UsageError(MeteoraError):
 
 
 class DataError(MeteoraError):
-    """A dataset, or a file that one is made from, is broken or missing."""
+    """A dataset, or a file that a dataset is built from, is broken or missing."""
 
 
 class AdapterError(MeteoraError):
@@ -47,7 +47,7 @@ class CheckpointError(MeteoraError):
 
 
 class DownloadError(MeteoraError):
-    """A download failed, or what arrived is not what was promised."""
+    """A download failed, or the downloaded file is not the expected one."""
 
 
 class NonFiniteError(MeteoraError):
@@ -55,7 +55,7 @@ class NonFiniteError(MeteoraError):
 
 
 class StorageError(MeteoraError):
-    """A file could not be written: full disk, no permission."""
+    """A file could not be written, for example because the disk is full or a permission is missing."""
 
 
 class BusyError(StorageError):
@@ -63,7 +63,7 @@ class BusyError(StorageError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str | None:
-    """Return a hint that names the closest of ``choices`` to ``name``, or None when nothing is close."""
+    """Return a hint that names the entry of ``choices`` closest to ``name``, or None if none is close."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, list(choices), n=1)

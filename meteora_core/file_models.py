@@ -1,4 +1,4 @@
-"""Configuration files of unknown origin, checked against a pydantic model and refused in one line that names file and key."""
+"""Checks configuration files of unknown origin against a pydantic model; a refusal is one line that names the file and the key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meteora_core.text import shown
 
 
 class FileModel(BaseModel):
-    """Base of the models of files: types are strict, numbers are finite, and keys that the model does not know are kept."""
+    """Base class for the models of files: types are strict, numbers are finite, and unknown keys are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
@@ -27,8 +27,8 @@ def check_model(model: type[Model], value: Any, source: str, *, error: type[Mete
     """Validate ``value``.
 
     Args:
-        model: The model.
-        value: What the file contains.
+        model: The pydantic model to validate against.
+        value: The decoded content of the file.
         source: The name of the file in error messages.
         error: The type of the error that is raised.
         hint: The hint of that error.
@@ -37,7 +37,7 @@ def check_model(model: type[Model], value: Any, source: str, *, error: type[Mete
         An instance of the model.
 
     Raises:
-        MeteoraError: (of the type ``error``) ``value`` does not fit. The message names the first wrong key, its value, and what it should be.
+        MeteoraError: (of the type ``error``) ``value`` does not fit the model. The message names the first wrong key, its value, and what it should be.
     """
     try:
         return model.model_validate(value)
@@ -54,12 +54,12 @@ def read_model(path: Path, model: type[Model], *, error: type[MeteoraError] = Da
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a value.
+    """One validation error.
 
     Attributes:
-        key: The dotted path of the wrong part, each name cut to 80 characters; empty for the value as a whole.
-        message: What it should be, in pydantic's words.
-        value: The wrong part.
+        key: The dotted path of the invalid part, with each name cut to 80 characters; empty for the value as a whole.
+        message: pydantic's message, which says what the value should be.
+        value: The invalid part.
         kind: pydantic's name of the error, such as ``"missing"`` or ``"extra_forbidden"``.
     """
 
@@ -70,7 +70,7 @@ class Problem:
 
 
 def first_problem(wrong: ValidationError) -> Problem:
-    """The first thing that pydantic found wrong.
+    """Return the first error of a validation.
 
     Example:
         >>> class Point(FileModel):

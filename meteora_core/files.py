@@ -1,4 +1,4 @@
-"""Files: atomic writes, locks, hashes, and the folder of downloads."""
+"""Atomic writes of files and folders, hashes, and the folder of downloads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from meteora_core.reading import open_regular, read_errors
 
 
 def cache_dir() -> Path:
-    """Where downloads and converted models are kept: ``$METEORA_CACHE``, else ``$XDG_CACHE_HOME/meteora``, else ``~/.cache/meteora``."""
+    """Return the folder of downloads and converted models: ``$METEORA_CACHE``, else ``$XDG_CACHE_HOME/meteora``, else ``~/.cache/meteora``."""
     explicit = os.environ.get("METEORA_CACHE")
     if explicit:
         return Path(explicit).expanduser()
@@ -58,13 +58,13 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _os_error(error: Exception) -> OSError | None:
-    """The OSError that an error stands for; None when it is something else."""
+    """Return the OSError that ``error`` is or reports; None if it is another kind of error."""
     if isinstance(error, OSError):
         return error
     if isinstance(error, RuntimeError) and "Symlink loop" in str(error):
         return OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        return OSError(int(found.group(1)), os.strerror(int(found.group(1))))
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", str(error))):
+        return OSError(int(number.group(1)), os.strerror(int(number.group(1))))
     return None
 
 
@@ -72,10 +72,10 @@ def _os_error(error: Exception) -> OSError | None:
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file next to ``path`` and rename it over ``path`` when the block ends without an error.
 
-    A reader sees the old file or the new one, never a half. Text is UTF-8 with ``\\n`` line ends. Temporary files that a killed process left are removed.
+    A reader sees the old file or the new one, never a partial one. Text is UTF-8 with ``\\n`` line ends. Temporary files of killed processes are removed.
 
     Args:
-        path: The file to write; its folder is made when missing.
+        path: The file to write; its folder is created if missing.
         mode: ``"w"`` for text or ``"wb"`` for bytes.
 
     Raises:
@@ -105,17 +105,17 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def _parents(path: Path) -> Iterator[None]:
-    """Make the folders above ``path``; those that were not there are removed again when the block fails and they are empty."""
-    made: list[Path] = []
+    """Create the folders above ``path``. If the block fails, the folders that this created are removed again, unless they contain something."""
+    created: list[Path] = []
     folder = path.parent
     while not folder.exists():
-        made.append(folder)
+        created.append(folder)
         folder = folder.parent
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for folder in made:
+        for folder in created:
             with suppress(OSError):
                 folder.rmdir()
         raise
@@ -131,16 +131,16 @@ def _umask() -> int:
 def atomic_folder(path: Path, *, lock: bool = True, wait: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``path`` when the block ends without an error, and is removed otherwise.
 
-    Where ``path`` is a link, what it points to is replaced. Temporary folders that a killed process left are removed.
+    If ``path`` is a link, its target is replaced. Temporary folders of killed processes are removed.
 
     Args:
-        path: The folder to write; its parent is made when missing.
-        lock: Hold the lock of ``path`` meanwhile; see :func:`meteora_core.locks.exclusive`.
-        wait: Wait for another process that writes it, instead of raising.
+        path: The folder to write; its parent is created if missing.
+        lock: Whether to hold the lock of ``path`` while the block runs; see :func:`meteora_core.locks.exclusive`.
+        wait: Whether to wait for another process that is writing the folder, instead of raising.
 
     Raises:
         StorageError: The disk is full or the parent is not writable.
-        BusyError: Another process writes it.
+        BusyError: Another process is writing the folder.
     """
     with storage_errors(path):
         path = Path(path).resolve()
@@ -158,10 +158,10 @@ def atomic_folder(path: Path, *, lock: bool = True, wait: bool = False) -> Itera
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Be the only process that writes ``path`` while the block runs; its parent is made when missing, and removed again if it stays empty.
+    """Hold the lock of ``path`` while the block runs. Its parent is created if missing, and removed again if the block fails and it is empty.
 
     Raises:
-        BusyError: Another process writes it, and ``wait`` is False.
+        BusyError: Another process is writing ``path``, and ``wait`` is False.
         StorageError: The parent is not writable.
     """
     with ExitStack() as stack:
@@ -172,7 +172,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    """Write tensors as a safetensors file that any user may read, the same bytes for the same tensors.
+    """Write tensors as a safetensors file that every user may read. Equal tensors give equal bytes.
 
     Raises:
         StorageError: The disk is full or the folder is not writable.
@@ -180,34 +180,34 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
     with storage_errors(path):
-        save_file(dict(tensors), path, metadata={"format": "pt"})  # one key alone: safetensors writes several in random order
+        save_file(dict(tensors), path, metadata={"format": "pt"})  # one key only: safetensors writes several in random order
         path.chmod(0o666 & ~_umask())
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step, so that a killed process never leaves neither; return whether the system could (Linux can)."""
+    """Swap two paths in one step, so that one of them exists even if the process is killed. Return whether the system supports this (Linux does)."""
     import ctypes
 
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
         return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of the Linux headers
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
+    working_folder, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of the Linux headers
+    return bool(renameat2(working_folder, os.fsencode(one), working_folder, os.fsencode(other), swap) == 0)
 
 
 def holds_other_things(path: Path, marker: str) -> bool:
-    """Whether something is at ``path`` that must not be replaced: a file, or a folder that is neither empty nor marked by a file ``marker``."""
+    """Whether ``path`` must not be replaced: it is a file, or a folder that is neither empty nor contains a file named ``marker``."""
     return any(path.iterdir()) and not (path / marker).is_file() if path.is_dir() else path.exists()
 
 
 def other_entries(folder: Path, ours: Iterable[str]) -> list[str]:
-    """The names in ``folder`` that are not among ``ours``, sorted; a folder that does not exist has none."""
+    """Return the names in ``folder`` that are not among ``ours``, sorted; an empty list if the folder does not exist."""
     known = {*ours, ".DS_Store", ".gitattributes"}
     return sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.is_dir() else []
 
 
 def sha256(path: Path, *, error: type[MeteoraError] = DataError) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits. Raises ``error`` when it is missing, no regular file, or cannot be read."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits. Raises ``error`` if it is missing, not a regular file, or cannot be read."""
     with open_regular(path, error) as handle, read_errors(path, error):
         return hashlib.file_digest(handle, "sha256").hexdigest()

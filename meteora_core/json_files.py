@@ -18,7 +18,7 @@ from meteora_core.text import shown
 Error = type[MeteoraError]
 
 MAX_OBJECT_BYTES = 256 << 20
-"""Size of the largest configuration file that is read."""
+"""The size of the largest configuration file that is read, in bytes."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -42,12 +42,12 @@ def _integer(digits: str) -> int:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {shown(repeated)} occurs twice in one object")
-    return found
+    return mapping
 
 
 STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_integer, object_pairs_hook=_unique_keys)
@@ -55,7 +55,7 @@ STRICT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_
 twice in one object raise ValueError."""
 
 _LENIENT_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_unique_keys)
-"""The same, with NaN and infinities."""
+"""Decodes JSON as :data:`STRICT_DECODER` does, but accepts NaN and infinities."""
 
 
 def decode_json(text: str) -> Any:
@@ -67,23 +67,23 @@ def parse_json(raw: bytes, source: str, *, line: int | None = None, nullable: st
     """Decode a JSON document of unknown origin: UTF-8, with or without a byte-order mark, by the rules of :data:`STRICT_DECODER`.
 
     Args:
-        raw: The document.
-        source: Its name in error messages.
-        line: Its line number in a file of JSON lines.
-        nullable: A key of the outermost object, or "*" for all of them. NaN and infinities below it, which earlier versions wrote, are read as None.
+        raw: The bytes of the document.
+        source: The name of the document in error messages.
+        line: The line number of the document in a file of JSON lines.
+        nullable: A key of the outermost object, or "*" for all keys. NaN and infinities below it, which earlier versions wrote, are read as None.
         error: The type of the error that is raised.
         hint: The hint of that error.
 
     Raises:
-        MeteoraError: (of the type ``error``) The document is not UTF-8 or not strict JSON. The message gives the place where it is known.
+        MeteoraError: (of the type ``error``) The document is not UTF-8 or not strict JSON. The message gives the line and column if they are known.
     """
     where = source if line is None else f"{source}:{line}"
     try:
         text = raw.decode("utf-8-sig" if line is None or line == 1 else "utf-8")
         return _with_nulls(_LENIENT_DECODER.decode(text), nullable) if nullable else STRICT_DECODER.decode(text)
     except UnicodeDecodeError as broken:
-        place = f"{where} is not UTF-8 text (byte {broken.start + 1})" if line is None else f"{where}:{broken.start + 1} is not UTF-8 text"
-        raise error(place, hint=hint) from broken
+        message = f"{where} is not UTF-8 text (byte {broken.start + 1})" if line is None else f"{where}:{broken.start + 1} is not UTF-8 text"
+        raise error(message, hint=hint) from broken
     except json.JSONDecodeError as broken:
         row = broken.lineno if line is None else line
         raise error(f"{source}:{row}:{broken.colno} is not valid JSON: {broken.msg}", hint=hint) from broken
@@ -92,7 +92,7 @@ def parse_json(raw: bytes, source: str, *, line: int | None = None, nullable: st
 
 
 def _with_nulls(value: Any, nullable: str) -> Any:
-    """``value`` with None for the numbers below the key ``nullable`` that are not finite. Raises ValueError for such a number elsewhere."""
+    """Return ``value`` with None for each non-finite number below the key ``nullable``. Raises ValueError for a non-finite number elsewhere."""
     if nullable == "*":
         return finite(value)
     for key, entry in value.items() if isinstance(value, dict) else [("", value)]:
@@ -109,7 +109,7 @@ def _require_finite(value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON, with None for every NaN and infinite number."""
+    """Return ``value`` with None for every NaN and infinite number, so that JSON can express it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -126,18 +126,18 @@ def read_json(path: Path, *, error: Error = DataError, hint: str | None = None) 
     """Read a JSON file.
 
     Args:
-        path: The file.
+        path: The file to read.
         error: The type of the error that is raised.
         hint: The hint of that error.
 
     Raises:
-        MeteoraError: (of the type ``error``) The file is missing, cannot be read or is no regular file, or :func:`parse_json` refuses its content.
+        MeteoraError: (of the type ``error``) The file is missing, unreadable or not a regular file, or :func:`parse_json` refuses its content.
     """
     return parse_json(read_bytes(path, error, hint=hint), shown_path(path), error=error, hint=hint)
 
 
 def read_object(path: Path, *, nullable: str | None = None, error: Error = DataError, hint: str | None = None) -> dict[str, Any]:
-    """Read a configuration file, which is one JSON object; arguments and errors are those of :func:`read_json` and :func:`parse_json`."""
+    """Read a configuration file that contains one JSON object; see :func:`read_json` and :func:`parse_json` for arguments and errors."""
     size = check_regular(path, error, hint=hint)
     if size > MAX_OBJECT_BYTES:
         raise error(f"{shown_path(path)} has {size:,} bytes, more than a configuration file can have ({MAX_OBJECT_BYTES:,})", hint=hint)
@@ -158,19 +158,19 @@ def read_jsonl(path: Path, *, required: tuple[str, ...] = (), hint: str | None =
     """Yield the objects of a JSON-lines file. Blank lines and a byte-order mark are skipped.
 
     Args:
-        path: The file.
-        required: Keys that every row must have.
-        hint: The hint of an error.
+        path: The file to read.
+        required: The keys that every row must have.
+        hint: The hint of the error that is raised.
 
     Raises:
-        DataError: The file is missing or cannot be read, or a line is not a strict JSON object or lacks a key. The message gives file, line and column.
+        DataError: The file is missing or unreadable, or a line is not a strict JSON object or lacks a required key. The message gives file, line and column.
     """
     with open_regular(path, hint=hint) as handle:
         yield from iter_jsonl(handle, path, required=required, hint=hint)
 
 
 def iter_jsonl(handle: IO[bytes], path: Path, *, required: tuple[str, ...] = (), hint: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the objects of an open JSON-lines file, whose name in messages is ``path``; see :func:`read_jsonl`."""
+    """Yield the objects of an open JSON-lines file that messages call ``path``; see :func:`read_jsonl`."""
     for number, raw in enumerate(_lines(handle, path, hint), start=1):
         if not (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip():
             continue
@@ -184,7 +184,7 @@ def iter_jsonl(handle: IO[bytes], path: Path, *, required: tuple[str, ...] = (),
 
 
 def _lines(handle: IO[bytes], path: Path, hint: str | None) -> Iterator[bytes]:
-    """The lines of an open file. Only the errors of reading them are translated, not those of a caller between two lines."""
+    """Yield the lines of an open file. Errors of reading are translated; errors that the caller raises between two lines are not."""
     while True:
         with read_errors(path, hint=hint):
             line = handle.readline()

@@ -1,7 +1,7 @@
-"""Locks, so that one process at a time writes a target, and temporary files that can be recognised as abandoned.
+"""Locks that let one process at a time write a path, and temporary files that can be recognised as abandoned.
 
-Both rest on ``flock``, which the system releases when a process ends, however it ends. Where the system or a network file system has no ``flock``,
-nothing is locked (a warning says so) and no temporary file of another process is removed.
+Both use ``flock``, which the system releases when a process ends for any reason. If the system or a network file system does not support ``flock``,
+nothing is locked, a warning is logged, and temporary files of other processes are not removed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, e
 
 
 def _flock(descriptor: int, *, wait: bool = False) -> bool | None:
-    """Lock an open file or folder; False when another process has it, None when nothing can be locked here."""
+    """Lock an open file or folder. Return False if another process holds the lock, and None if the file system has no locks."""
     if fcntl is None:
         return None
     try:
@@ -48,27 +48,27 @@ def _flock(descriptor: int, *, wait: bool = False) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether what is open is still what is at ``path``."""
+    """Whether the open file is still the file at ``path``."""
     try:
-        there = path.stat(follow_symlinks=False)
+        current = path.stat(follow_symlinks=False)
     except FileNotFoundError:
         return False
-    here = os.fstat(descriptor)
-    return (here.st_ino, here.st_dev) == (there.st_ino, there.st_dev)
+    opened = os.fstat(descriptor)
+    return (opened.st_ino, opened.st_dev) == (current.st_ino, current.st_dev)
 
 
 @contextmanager
 def exclusive(path: Path | str, *, wait: bool = False) -> Iterator[None]:
-    """Be the only process that writes ``path`` while the block runs; within one process it may be nested.
+    """Hold the lock of ``path`` while the block runs, so that no other process writes it. Blocks of one process may be nested.
 
-    The lock is a file next to the target (``.NAME.lock``, removed at the end) that names its holder. A killed process releases its locks.
+    The lock is a file next to the target (``.NAME.lock``, removed at the end) that names the process that holds it. A killed process releases its locks.
 
     Args:
-        path: A file or folder, which need not exist; its parent folder must.
-        wait: Wait for another process to finish, instead of raising.
+        path: The file or folder to lock. It need not exist; its parent folder must.
+        wait: Whether to wait for another process to finish, instead of raising.
 
     Raises:
-        BusyError: Another process writes it; the message names the process, its command and since when.
+        BusyError: Another process is writing ``path``; the message names the process, its command and its start time.
         OSError: The lock file cannot be written.
     """
     target = Path(path).resolve()
@@ -133,10 +133,10 @@ def _busy(target: Path, holder: bytes) -> BusyError:
 
 @contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A temporary folder ``.NAME.XXXXXXXX.tmp`` in ``parent``, removed at the end; those of processes that were killed are removed first.
+    """Yield a temporary folder ``.NAME.XXXXXXXX.tmp`` in ``parent``, which is removed at the end. Such folders of killed processes are removed first.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The folder cannot be created.
     """
     sweep(parent / name)
     while True:
@@ -152,7 +152,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def claim(path: Path) -> int | None:
-    """Mark a new temporary file or folder as this process's own: an open descriptor to close at the end, or None when it was swept away already."""
+    """Mark a new temporary file or folder as in use. Return an open descriptor to close at the end, or None if another process already removed it."""
     try:
         descriptor = os.open(path if fcntl is not None else os.devnull, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
@@ -164,16 +164,16 @@ def claim(path: Path) -> int | None:
 
 
 def sweep(path: Path) -> None:
-    """Remove the temporary files and folders (and the lock) for ``path`` that killed processes left behind; those of living processes stay.
+    """Remove the temporary files and folders and the lock for ``path`` that killed processes left behind. Those of running processes stay.
 
-    Where a process was killed in the middle of replacing ``path``, what was there before is put back.
+    If a process was killed while it replaced ``path``, the previous content is restored.
     """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
     try:
-        found = sorted(entry.name for entry in os.scandir(path.parent) if entry.name.startswith(f".{path.name}.") and pattern.fullmatch(entry.name))
+        names = sorted(entry.name for entry in os.scandir(path.parent) if entry.name.startswith(f".{path.name}.") and pattern.fullmatch(entry.name))
     except OSError:
         return
-    for name in [*sorted(found, key=lambda name: not name.endswith(".old")), f".{path.name}.lock"]:
+    for name in [*sorted(names, key=lambda name: not name.endswith(".old")), f".{path.name}.lock"]:
         _remove_abandoned(path.with_name(name), path)
 
 

@@ -1,4 +1,4 @@
-"""Giving memory back between the stages of a long run."""
+"""Releases memory between the stages of a long run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 def release_memory() -> None:
     """Return freed memory to the system.
 
-    Training frees many blocks of many sizes, which the C library keeps for itself: some gigabytes after a few steps of a small model on a CPU.
-    PyTorch's cache of a CUDA GPU is emptied too. Does nothing where there is no such memory.
+    Training frees many blocks of different sizes, which the C library keeps for reuse: several gigabytes after a few steps of a small model on a CPU.
+    PyTorch's cache of CUDA memory is emptied too.
     """
     gc.collect()
     if sys.platform == "linux":

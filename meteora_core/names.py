@@ -1,4 +1,4 @@
-"""Names that become paths: which are allowed, and the check that a path stays below its root."""
+"""Checks of names that become paths: which names are allowed, and whether a path stays below its root."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from meteora_core.errors import UsageError
 
 LONGEST = 120
-"""Characters in a name. File systems allow 255 bytes, and temporary files and saved states add their own prefixes and suffixes."""
+"""The largest number of characters in a name. File systems allow 255 bytes, and temporary files and saved states add prefixes and suffixes."""
 
 KEYWORDS = frozenset({"all", "base", "own", "meteora", "peft-arrow", "singles", "composites", "bigbench", "tensorboard"})
 """Words that ``--task`` and ``--model`` understand, and folders that training writes next to adapters and checkpoints."""
@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 
 
 def problem_of(name: str) -> str | None:
-    """Why ``name`` cannot name a task, an adapter or a dataset; None if it can."""
+    """Return why ``name`` cannot name a task, an adapter or a dataset; None if it can."""
     if not name:
         return "it is empty"
     if len(name) > LONGEST:
@@ -31,19 +31,19 @@ def problem_of(name: str) -> str | None:
 
 
 def is_name(name: str) -> bool:
-    """Whether ``name`` can be a name, and so a single component of a path."""
+    """Whether ``name`` is allowed as a name, and therefore as a single component of a path."""
     return problem_of(name) is None
 
 
 def check_name(name: str, what: str = "task") -> str:
-    """Return ``name`` if it can be a name.
+    """Return ``name`` if it is allowed as a name.
 
     Args:
-        name: Letters, digits, ``_``, ``-`` and single dots inside; at most 120 characters; none of :data:`KEYWORDS`.
-        what: What it names, for the message.
+        name: A name of at most 120 letters, digits, ``_``, ``-`` and single dots inside; none of :data:`KEYWORDS`.
+        what: The kind of thing that it names, for the error message.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: The name is not allowed.
     """
     if problem := problem_of(name):
         shown = name if len(name) <= LONGEST else f"{name[:40]}…"
@@ -52,17 +52,17 @@ def check_name(name: str, what: str = "task") -> str:
 
 
 def check_names(names: Iterable[str], what: str = "task") -> None:
-    """:func:`check_name` for each of ``names``. Raises UsageError."""
+    """Apply :func:`check_name` to each of ``names``. Raises UsageError."""
     for name in names:
         check_name(name, what)
 
 
 def inside(root: Path | str, path: Path | str) -> Path:
-    """Return ``path`` if it stays below ``root`` when every link on the way is followed.
+    """Return ``path`` if it stays below ``root`` after all links are followed.
 
     Args:
         root: A folder; it need not exist, and may be a link itself.
-        path: What will be written or replaced.
+        path: The file or folder that will be written or replaced.
 
     Raises:
         UsageError: The path leaves the root, or its links form a loop.
@@ -84,7 +84,7 @@ def _loop(path: Path) -> UsageError:
 
 
 def folder_of(root: Path | str, name: str, what: str = "task") -> Path:
-    """The folder ``root/name``, checked by :func:`check_name` and :func:`inside`. Raises UsageError."""
+    """Return the folder ``root/name`` after :func:`check_name` and :func:`inside` have checked it. Raises UsageError."""
     return inside(root, Path(root) / check_name(name, what))
 
 

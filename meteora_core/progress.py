@@ -1,6 +1,6 @@
-"""How the library reports progress without printing.
+"""Interfaces through which the library reports progress without printing.
 
-A caller passes a :class:`Progress`; the command line's implementation draws bars with Rich, :class:`NoProgress` does nothing.
+A caller passes a :class:`Progress`. The implementation of the command line draws bars with Rich; :class:`NoProgress` does nothing.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Protocol
 
 
 class ProgressBar(Protocol):
-    """One running piece of work with a known or unknown total."""
+    """The progress of one running task, whose total may be unknown."""
 
     def update(self, advance: float = 0, *, total: float | None = None, **fields: str) -> None:
-        """Move on by ``advance`` units; ``total`` corrects the total; ``fields`` are shown beside the bar (``loss="1.23"``)."""
+        """Advance by ``advance`` units; ``total`` replaces the total; ``fields`` are shown next to the bar (``loss="1.23"``)."""
 
 
 class Progress(Protocol):
-    """Opens tasks and takes messages."""
+    """A receiver of progress and of one-line messages."""
 
     def task(self, title: str, *, total: float | None = None, unit: str = "it") -> AbstractContextManager[ProgressBar]:
-        """Return a context manager that yields a :class:`ProgressBar`. ``unit`` is ``"B"`` for bytes (shown as MB), else a plural noun."""
+        """Return a context manager that yields a :class:`ProgressBar`. ``unit`` is ``"B"`` for bytes (shown as MB) or a plural noun."""
 
     def note(self, message: str) -> None:
-        """Say one line to the user (never part of a command's result)."""
+        """Show one line to the user; it is not part of the command's result."""
 
 
 class _NoTask:
@@ -33,7 +33,7 @@ class _NoTask:
 
 
 class NoProgress:
-    """Reports nothing."""
+    """A :class:`Progress` that shows nothing."""
 
     @contextmanager
     def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
@@ -47,11 +47,11 @@ SILENT = NoProgress()
 
 
 class Titled:
-    """Reports to another :class:`Progress`, with a word in front of every title.
+    """A :class:`Progress` that puts a word in front of every title and passes it on.
 
     Args:
-        progress: Where to report.
-        word: Such as a model's name: the title ``gsm8k`` becomes ``base: gsm8k``.
+        progress: The receiver of the reports.
+        word: The word in front of titles, such as a model's name: with ``base``, the title ``gsm8k`` becomes ``base: gsm8k``.
     """
 
     def __init__(self, progress: Progress, word: str) -> None:

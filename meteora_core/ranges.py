@@ -1,4 +1,4 @@
-"""Numbers that a caller gives: one check for arguments and flags that no settings model checks."""
+"""A range check for numbers in arguments and flags that no settings model validates."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from meteora_core.errors import UsageError
 MOST_ROWS = 10**12
 """The largest number of rows that a setting, argument or flag may ask for."""
 MOST_TOKENS = 1 << 24
-"""The largest number of tokens that one may ask for."""
+"""The largest number of tokens that a setting, argument or flag may ask for."""
 MOST_PROCESSES = 1024
-"""The largest number of processes on one machine that one may ask for."""
+"""The largest number of processes on one machine that a setting, argument or flag may ask for."""
 
 Number = TypeVar("Number", int, float)
 
@@ -21,10 +21,10 @@ def check_range(what: str, value: Number, low: float, high: float, *, above: boo
     """Return ``value`` if it is in a range.
 
     Args:
-        what: The argument or flag, for the message.
-        value: A number.
-        low: The smallest value that is allowed.
-        high: The largest one.
+        what: The name of the argument or flag, for the error message.
+        value: The number to check.
+        low: The smallest allowed value.
+        high: The largest allowed value.
         above: Whether ``low`` itself is excluded.
 
     Raises:

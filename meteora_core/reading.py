@@ -1,4 +1,4 @@
-"""Reading files of unknown origin: regular files only, and every failure named in one line."""
+"""Reads files of unknown origin: regular files only, and with a one-line error for every failure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from meteora_core.text import printable
 Error = type[MeteoraError]
 
 _SHOWN = 200
-"""Longer paths are cut in messages."""
+"""The length in characters above which paths are cut in messages."""
 
 
 def shown_path(path: object) -> str:
-    """A path for a message: printable, and cut in its middle when it is very long."""
+    """Return a path for a message: printable, and cut in the middle if it is very long."""
     text = printable(os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 4 :]}"
 
 
 def describe(error: OSError, path: object) -> str:
-    """Say in one line what is wrong with ``path``.
+    """Return one line that says why ``path`` could not be read.
 
     Args:
         error: The error of the system call that read it.
@@ -51,7 +51,7 @@ def describe(error: OSError, path: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type if it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return printable(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
@@ -61,8 +61,8 @@ def read_errors(path: object, error: Error = DataError, *, hint: str | None = No
 
     Args:
         path: The file or folder that is read in the block.
-        error: The type to raise.
-        hint: Its hint.
+        error: The type of the error to raise.
+        hint: The hint of that error.
     """
     try:
         yield
@@ -71,7 +71,7 @@ def read_errors(path: object, error: Error = DataError, *, hint: str | None = No
 
 
 def kind_of(mode: int) -> str:
-    """What a file of that mode is, in words."""
+    """Return the kind of file that a mode describes, in words."""
     kinds = (
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a pipe"),
@@ -83,7 +83,7 @@ def kind_of(mode: int) -> str:
 
 
 def is_regular(path: Path | str) -> bool:
-    """Whether there is a regular file, or a link to one, at ``path``; False also when the path cannot be looked up."""
+    """Whether ``path`` is a regular file or a link to one; False also if the path cannot be looked up."""
     try:
         return stat.S_ISREG(Path(path).stat().st_mode)
     except (OSError, ValueError):
@@ -106,43 +106,43 @@ def check_regular(path: Path | str, error: Error = DataError, *, hint: str | Non
 
 
 def present(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> bool:
-    """Whether there is a regular file at ``path``; False when there is nothing. Raises ``error`` for anything else that is there, or may be."""
+    """Whether ``path`` is a regular file; False if nothing exists there. Raises ``error`` if it is anything else or cannot be looked up."""
     try:
         Path(path).lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError):
-        pass  # the check says what is wrong
+        pass  # check_regular raises an error that says what is wrong
     check_regular(path, error, hint=hint)
     return True
 
 
 def open_regular(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> io.BufferedReader:
-    """Open a regular file for reading bytes. A folder, pipe, socket or device is refused and never opened, so that nothing waits for a writer.
+    """Open a regular file for reading bytes. Folders, pipes, sockets and devices are refused without being opened, because opening a pipe can block.
 
     Args:
-        path: The file.
-        error: The type to raise.
-        hint: Its hint.
+        path: The file to open.
+        error: The type of the error to raise.
+        hint: The hint of that error.
 
     Returns:
         The open file.
 
     Raises:
-        MeteoraError: (of the type ``error``) it is missing, no regular file, or cannot be opened.
+        MeteoraError: (of the type ``error``) The file is missing, not a regular file, or cannot be opened.
     """
     check_regular(path, error, hint=hint)
     with read_errors(path, error, hint=hint):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     handle = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced in between
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # the path was replaced after the check
         handle.close()
         raise error(f"{shown_path(path)} is not a regular file", hint=hint)
     return handle
 
 
 def read_bytes(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> bytes:
-    """Read a regular file at once; arguments and errors are those of :func:`open_regular`."""
+    """Read a whole regular file; see :func:`open_regular` for arguments and errors."""
     with open_regular(path, error, hint=hint) as handle, read_errors(path, error, hint=hint):
         return handle.read()
 
@@ -151,7 +151,7 @@ def read_text(path: Path | str, error: Error = DataError, *, hint: str | None = 
     """Read a UTF-8 text file, with or without a byte-order mark; line ends become ``\\n``.
 
     Raises:
-        MeteoraError: (of the type ``error``) as for :func:`open_regular`, or it is not UTF-8.
+        MeteoraError: (of the type ``error``) The file cannot be opened, as in :func:`open_regular`, or is not UTF-8.
     """
     raw = read_bytes(path, error, hint=hint)
     try:

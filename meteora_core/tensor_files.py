@@ -1,6 +1,6 @@
-"""Safetensors files by their headers alone, and writing one without holding it in memory.
+"""Reads safetensors files by their headers, and writes them without holding them in memory.
 
-The format: eight bytes of header length (little endian), a JSON header that gives each tensor's dtype, shape and byte range, the bytes.
+The format is: the length of the header (eight bytes, little endian), a JSON header with each tensor's dtype, shape and byte range, and the bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from meteora_core.reading import check_regular, is_regular
 from meteora_core.text import listed
 
 CHUNK = 8 << 20
-"""How many bytes are moved at once."""
+"""The number of bytes that are read or written at once."""
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -53,13 +53,14 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The place of one tensor.
+    """The position and type of one tensor in a file.
 
     Attributes:
         file: The safetensors file.
         dtype: The format's name of the dtype, such as "BF16".
-        shape: Its shape.
-        begin, end: Its bytes in the file, counted from the file's start.
+        shape: The shape of the tensor.
+        begin: The offset of its first byte from the start of the file.
+        end: The offset after its last byte.
     """
 
     file: Path
@@ -70,23 +71,23 @@ class TensorEntry:
 
     @property
     def count(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return prod(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype. Raises CheckpointError for one that torch lacks."""
+        """The dtype in torch. Raises CheckpointError if torch does not have it."""
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"{self.file} holds a tensor of dtype {self.dtype}, which cannot be read")
         return _DTYPES[self.dtype]
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """The tensors of one safetensors file, by name, and its metadata; no tensor is read.
+    """Return the tensors of one safetensors file by name, and its metadata. No tensor data is read.
 
     Raises:
-        CheckpointError: The file is missing, a pickle, no ordinary file, no safetensors file, or other than its header says: shorter, longer, with tensors
-            that overlap or do not fit their shapes.
+        CheckpointError: The file is missing, a pickle, not a regular file or not a safetensors file, or it contradicts its header: it is shorter or
+            longer, or has tensors that overlap or do not fit their shapes.
     """
     file = Path(file)
     refuse_pickle(file)
@@ -109,19 +110,19 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file} is broken: its metadata values are not strings", hint=_AGAIN)
     entries = {name: _entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
-    place = 8 + length
+    position = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != place:
-            what = "overlap those of another tensor" if entry.begin < place else "leave a gap before them"
+        if entry.begin != position:
+            what = "overlap those of another tensor" if entry.begin < position else "leave a gap before them"
             raise CheckpointError(f"{file} is broken: the bytes of {name} {what}", hint=_AGAIN)
-        place = entry.end
-    if size > place:
-        raise CheckpointError(f"{file} has {size} bytes, its header promises {place}: it is not the file that was saved", hint=_AGAIN)
+        position = entry.end
+    if size > position:
+        raise CheckpointError(f"{file} has {size} bytes, its header promises {position}: it is not the file that was saved", hint=_AGAIN)
     return entries, metadata
 
 
 def _entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorEntry:
-    """One tensor of a header, checked against itself and the file's size."""
+    """Return one tensor of a header, after checking that it is consistent and within the size of the file."""
 
     def counts(value: Any) -> bool:
         return isinstance(value, list) and len(value) <= _MAX_DIMENSIONS and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
@@ -130,17 +131,17 @@ def _entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorEn
     if not known or len(entry["data_offsets"]) != 2:
         raise CheckpointError(f"{file} is broken: its header does not give dtype, shape and bytes of {name}", hint=_AGAIN)
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    made = TensorEntry(file, dtype, shape, start + begin, start + end)
+    checked = TensorEntry(file, dtype, shape, start + begin, start + end)
     width = _DTYPES[dtype].itemsize if dtype in _DTYPES else None
-    if end < begin or (width is not None and end - begin != made.count * width):
+    if end < begin or (width is not None and end - begin != checked.count * width):
         raise CheckpointError(f"{file} is broken: the bytes of {name} do not fit its shape {list(shape)} in {dtype}", hint=_AGAIN)
-    if made.end > size:
-        raise CheckpointError(f"{file} was cut short: it has {size} bytes, its header promises {made.end}", hint=_AGAIN)
-    return made
+    if checked.end > size:
+        raise CheckpointError(f"{file} was cut short: it has {size} bytes, its header promises {checked.end}", hint=_AGAIN)
+    return checked
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError when the name is that of a pickle file."""
+    """Raise CheckpointError if the name is that of a pickle file."""
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path} is a pickle file, which is never read", hint="convert it to safetensors where it was made, and pass that file")
 
@@ -153,7 +154,7 @@ class TensorFiles:
             safetensors file.
 
     Raises:
-        CheckpointError: There is none, it is a pickle, it is broken, or a shard is missing.
+        CheckpointError: There is no such file, it is a pickle or broken, or a shard is missing.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -170,7 +171,7 @@ class TensorFiles:
         return name in self.entries
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in its own dtype."""
+        """Return one tensor on the CPU, in the dtype of the file."""
         entry = self.entries[name]
         data = bytearray(entry.end - entry.begin)
         with entry.file.open("rb") as handle:
@@ -182,7 +183,7 @@ class TensorFiles:
         return torch.frombuffer(data, dtype=entry.torch_dtype).reshape(entry.shape)
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytes]:
-        """The bytes of one tensor, ``size`` at a time."""
+        """Yield the bytes of one tensor in blocks of at most ``size`` bytes."""
         entry = self.entries[name]
         with entry.file.open("rb") as handle:
             handle.seek(entry.begin)
@@ -195,7 +196,7 @@ class TensorFiles:
                 yield block
 
     def sample(self, name: str, positions: Iterable[int]) -> list[float]:
-        """Single numbers of one tensor, by their place in row-major order."""
+        """Return single elements of one tensor, given their positions in row-major order."""
         entry = self.entries[name]
         width = entry.torch_dtype.itemsize
         values = []
@@ -217,12 +218,12 @@ def _find_files(path: Path) -> list[Path]:
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
         return _shards(indexes[0])
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    if found:
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
         raise CheckpointError(
-            f"{path} holds {len(found)} safetensors files and no {INDEX_FILE}: {listed([file.name for file in found])}",
+            f"{path} holds {len(files)} safetensors files and no {INDEX_FILE}: {listed([file.name for file in files])}",
             hint="name the file, or copy the index too",
         )
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
@@ -256,13 +257,13 @@ def _is_folder(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor that is yet to be written.
+    """A tensor to be written.
 
     Attributes:
-        name: Its name.
-        dtype: The format's name of the dtype.
-        shape: Its shape.
-        blocks: Called when its turn comes; gives its bytes in order.
+        name: The name of the tensor.
+        dtype: The format's name of the dtype, such as "BF16".
+        shape: The shape of the tensor.
+        blocks: A function that returns the bytes in order; it is called when the tensor is written.
     """
 
     name: str
@@ -272,36 +273,37 @@ class TensorPlan:
 
     @property
     def size(self) -> int:
-        """Its length in bytes."""
+        """The size of the tensor in bytes."""
         return prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor in row-major order."""
+    """Return the bytes of a tensor on the CPU in row-major order."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def write_tensors(file: Path, plans: Iterable[TensorPlan], metadata: dict[str, str], *, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Write a safetensors file tensor by tensor; what is held in memory is one block.
+    """Write a safetensors file tensor by tensor, holding one block at a time in memory.
 
     Args:
-        file: To be written.
-        plans: The tensors. They are laid out by falling dtype width, then by name, so that every one is aligned.
-        metadata: Of the file.
-        on_bytes: Told how many bytes were written.
+        file: The file to write.
+        plans: The tensors. They are ordered by decreasing size of the dtype, then by name, so that every tensor is aligned.
+        metadata: The metadata in the header.
+        on_bytes: A function that is called with the number of bytes of each block after it is written.
 
     Returns:
-        The file's SHA-256.
+        The SHA-256 of the file, as 64 hexadecimal digits.
 
     Raises:
         StorageError: The disk is full or not writable.
+        CheckpointError: A tensor has a different number of bytes than its shape and dtype require.
     """
     ordered = sorted(plans, key=lambda plan: (-_DTYPES[plan.dtype].itemsize, plan.name))
     header: dict[str, Any] = {"__metadata__": metadata}
-    place = 0
+    position = 0
     for plan in ordered:
-        header[plan.name] = {"dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": [place, place + plan.size]}
-        place += plan.size
+        header[plan.name] = {"dtype": plan.dtype, "shape": list(plan.shape), "data_offsets": [position, position + plan.size]}
+        position += plan.size
     raw = json.dumps(header, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     digest = hashlib.sha256()
@@ -335,5 +337,5 @@ def write_tensors(file: Path, plans: Iterable[TensorPlan], metadata: dict[str, s
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The format's name of a dtype."""
+    """Return the format's name of a dtype, such as "BF16"."""
     return _NAMES[dtype]

@@ -1,4 +1,4 @@
-"""Text of unknown origin: escaping, shortening and redaction for messages."""
+"""Escapes, shortens and redacts text of unknown origin for messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import unquote
 
-# Code points that a terminal or a reader is steered by: C0, DEL and C1; line and paragraph separators; the format characters (Unicode's Cf)
-# without the Arabic, Syriac and Kaithi number signs, which are visible; halves of surrogate pairs.
+# Code points that can control a terminal or mislead a reader: C0, DEL and C1; line and paragraph separators; the format characters (Unicode's Cf)
+# except the Arabic, Syriac and Kaithi number signs, which are visible; lone surrogates.
 _FORMAT = (
     "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f\ud800-\udfff"
@@ -20,10 +20,10 @@ _IN_TEXT = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f]|(?![{_JOINERS}])[{_FORMAT}
 
 
 def printable(text: str, *, multiline: bool = False) -> str:
-    r"""Return ``text`` with everything escaped that could steer a terminal or mislead a reader.
+    r"""Return ``text`` with every character escaped that could control a terminal or mislead a reader.
 
     Control characters (C0, DEL, C1), bidirectional overrides, zero-width and other format characters, line and paragraph separators, and lone
-    surrogates become Python's escapes, such as ``\x1b`` and ``\u202e``. All other characters stay, so the result is for display, not for parsing.
+    surrogates become Python's escapes, such as ``\x1b`` and ``\u202e``. Other characters, backslashes included, stay: the result is for display only.
 
     Args:
         text: Any string, such as a name from a file or a model's answer.
@@ -45,7 +45,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def json_printable(document: str) -> str:
-    """A JSON document with the same content, in which control and format characters are written as JSON's escapes; its line feeds stay."""
+    """Return an equivalent JSON document in which control and format characters, except line feeds, are written as JSON escapes."""
     return (
         _ALWAYS.sub(lambda match: match[0] if match[0] == "\n" else json.dumps(match[0])[1:-1], document)
         if not document.isascii() or "\x7f" in document
@@ -54,11 +54,11 @@ def json_printable(document: str) -> str:
 
 
 def one_line(text: str, *, limit: int = 4000) -> str:
-    """Return ``text`` in one line that is safe to print: line breaks with the blanks around them become one space, the rest is :func:`printable`.
+    """Return ``text`` as one line that is safe to print: line breaks with the blanks around them become one space, the rest is :func:`printable`.
 
     Args:
         text: Any string, such as the message of another library's error.
-        limit: Longer texts are cut to this many characters.
+        limit: The largest number of characters; longer texts are cut.
     """
     joined = printable(" ".join(part.strip() for part in re.split(r"[\r\n\v\f\x85\u2028\u2029]+", text) if part.strip()))
     return joined if len(joined) <= limit else f"{joined[: limit - 2]} …"
@@ -68,7 +68,7 @@ def shown(value: object, *, limit: int = 60) -> str:
     """Return ``repr(value)`` for a message: printable, and cut after ``limit`` characters.
 
     Args:
-        value: A value out of a file, such as a key or a number. Of a long list or an object only the length is given.
+        value: A value from a file, such as a key or a number. A long list or object is described by its length only.
         limit: The largest number of characters.
     """
     if isinstance(value, dict | list) and len(value) > 8:
@@ -94,7 +94,7 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 _SECRET_VARIABLES = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY)$|_(TOKEN|PASSWORD|SECRET)_")
 _URL_VARIABLES = re.compile(r"(^PIP_|^UV_|PROXY$|^HF_ENDPOINT$|INDEX|URL$|LINKS$)")
 _SHORTEST = 4
-"""Shorter secrets are recognised by their place in a URL only, not wherever the same letters occur."""
+"""The length in characters below which a secret is recognised only by its position in a URL, not wherever the same letters occur."""
 
 _LOGIN = re.compile(r"(?<=://)[^\s/?#'\"]*@")
 _BARE_LOGIN = re.compile(r"(?<![\w/@.%:+-])[\w.%+~!$*-]+:[^\s@/'\"]+@(?=[\w\[])")
@@ -106,12 +106,12 @@ _HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """Return ``text`` with passwords and tokens replaced by ``***``.
 
-    Logins in URLs and in addresses without a scheme (``user:password@host``), secret query parameters, authorization headers, the hub's tokens, and
-    every secret that the environment holds in a variable such as ``HF_TOKEN`` or in the URL of an index or a proxy, also percent-decoded.
+    This covers logins in URLs and in addresses without a scheme (``user:password@host``), secret query parameters, authorization headers, tokens of
+    the hub, and every secret in an environment variable such as ``HF_TOKEN`` or in the URL of an index or a proxy, also percent-decoded.
 
     Args:
         text: Any message.
-        environment: ``os.environ`` by default.
+        environment: The environment variables that may hold secrets; ``os.environ`` by default.
     """
     for secret in _secrets(os.environ if environment is None else environment):
         if secret in text:
@@ -125,20 +125,20 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def _secrets(environment: Mapping[str, str]) -> list[str]:
-    """The secrets in the environment, longest first, so that one that contains another is replaced as a whole."""
-    found: set[str] = set()
+    """Return the secrets in the environment, longest first, so that a secret that contains another is replaced as a whole."""
+    secrets: set[str] = set()
     for name, value in environment.items():
         upper = name.upper()
         if _SECRET_VARIABLES.search(upper):
-            found.add(value.strip())
+            secrets.add(value.strip())
         elif "@" in value and _URL_VARIABLES.search(upper):
             for part in value.split():
-                found.update(_logins(part))
-    return sorted((each for each in found if len(each) >= _SHORTEST), key=lambda each: (-len(each), each))
+                secrets.update(_logins(part))
+    return sorted((each for each in secrets if len(each) >= _SHORTEST), key=lambda each: (-len(each), each))
 
 
 def _logins(url: str) -> Iterable[str]:
-    """The password, or a login without one (a token), in a URL, as it is written and percent-decoded."""
+    """Return the login and the password in a URL (or the user name alone, which may be a token), as written and percent-decoded."""
     login = url.partition("://")[2] or url
     login = login.rpartition("@")[0]
     user, colon, password = login.partition(":")

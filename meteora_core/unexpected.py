@@ -1,4 +1,4 @@
-"""Failures of the system and of other libraries that no other module translates, as one-line errors."""
+"""Translates failures of the system and of other libraries that no other module handles into one-line errors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LONGEST = 500
 
 
 def known_failure(error: BaseException) -> MeteoraError | None:
-    """Translate an error that any command may end with.
+    """Translate an error that can end any command.
 
     Args:
         error: The error that a command ended with.
 
     Returns:
-        The error to report, or None for an unexpected one: a bug, whose traceback should be shown.
+        The error to report, or None for an unexpected error: a bug, whose traceback should be shown.
     """
     if isinstance(error, ssl.SSLError):
         return DownloadError(f"a secure connection failed: {_text(error)}", hint="check PIP_CERT, SSL_CERT_FILE, REQUESTS_CA_BUNDLE and the proxy")
@@ -50,7 +50,7 @@ def known_failure(error: BaseException) -> MeteoraError | None:
 
 
 def _is(error: BaseException, module: str, name: str) -> bool:
-    """Whether ``error`` is of a type of another library, which is not imported for this question."""
+    """Whether ``error`` has a type of another library; the library is not imported for this check."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(error, kind)
 

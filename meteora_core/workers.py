@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, even when that one is killed.
+"""Processes that end when the process that started them ends, even if it is killed.
 
 ``python -m meteora_core.workers PROGRAM ...`` runs a program that the system terminates when its parent ends (on Linux).
 """
@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from typing import Any
 
 GRACE = 1.0
-"""Seconds that a worker has to clean up."""
+"""The time that a worker has to clean up, in seconds."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def follow_parent() -> None:
-    """End this process, which multiprocessing started, when its parent ends: by SIGTERM, and a second later by SIGKILL."""
+    """Make this multiprocessing worker end when its parent ends: by SIGTERM, and by SIGKILL a second later."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -39,7 +39,7 @@ def follow_parent() -> None:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold back Ctrl-C while the block starts processes, which inherit that; it is let through at the end."""
+    """Block Ctrl-C while processes are started, so that they inherit the block; a pending Ctrl-C is delivered at the end."""
     hold = hasattr(signal, "pthread_sigmask") and threading.current_thread() is threading.main_thread()
     if hold:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -51,7 +51,7 @@ def interrupts_held() -> Iterator[None]:
 
 
 def end_processes(processes: Sequence[Any], grace: float = GRACE) -> None:
-    """End processes of multiprocessing: send SIGTERM to all, then kill those that still run after ``grace`` seconds."""
+    """End multiprocessing workers: send SIGTERM to all, then kill those that still run after ``grace`` seconds."""
     for process in processes:
         process.terminate()
     until = time.monotonic() + grace
@@ -63,14 +63,14 @@ def end_processes(processes: Sequence[Any], grace: float = GRACE) -> None:
 
 
 def tied(command: Sequence[str]) -> list[str]:
-    """The command line that runs ``command``, and has it terminated when this process ends; elsewhere than on Linux, ``command`` itself."""
-    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():  # the system watches the thread that starts it
+    """Return a command line that runs ``command`` and terminates it when this process ends; on systems other than Linux, ``command`` itself."""
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():  # Linux sends the signal when the starting thread ends
         return list(command)
     return [sys.executable, "-m", __name__, str(os.getpid()), *command]
 
 
 def _main(parent: int, command: list[str]) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # it survives exec
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # the setting survives exec
     if os.getppid() != parent:
         raise SystemExit(128 + signal.SIGTERM)
     os.execvp(command[0], command)

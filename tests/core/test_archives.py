@@ -86,7 +86,7 @@ def test_zeros_after_the_end_are_padding(tmp_path: Path) -> None:
 
 
 def test_two_members_of_one_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'\./a/x' is there twice|'a/x' is there twice"):
+    with pytest.raises(DataError, match=r"'\./a/x' occurs twice|'a/x' occurs twice"):
         read(tmp_path / "a.tar.gz", gzip.compress(tar_bytes(("a/x", b"1"), ("./a/x", b"2"))))
 
 
