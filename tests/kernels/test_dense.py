@@ -7,7 +7,7 @@ import torch
 
 from meteora_kernels import lora_mixture, reference
 from meteora_kernels.dense import choose, dots, sums, ways
-from meteora_kernels.layout import layout_of
+from meteora_kernels.rank_rows import layout_of
 from support.mixture_cases import by_loop, make
 
 UNIFORM = [8] * 28
