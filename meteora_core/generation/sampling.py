@@ -47,7 +47,7 @@ def drawing(sampling: Sampling, device: torch.device) -> Draw:
     """
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
