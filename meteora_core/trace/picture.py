@@ -59,11 +59,11 @@ class RoutePicture:
     """Which adapters every layer chose for every token of one text.
 
     Attributes:
-        tokens: The T tokens of the text.
+        tokens: Tokens of the text.
         names: Names of the N adapters.
-        paths: Module paths of the L layers.
-        indices: Indices of the chosen adapters, best first, int64 (T, L, k).
-        weights: Mixing weights of the chosen adapters, float32 (T, L, k); they sum to 1 over k.
+        paths: Module paths of the layers.
+        indices: Indices of the chosen adapters, best first, int64 (tokens, layers, k).
+        weights: Mixing weights of the chosen adapters, float32 (tokens, layers, k); they sum to 1 over k.
         about: Captions about the model and the settings, by label.
     """
 
@@ -104,7 +104,7 @@ class RoutePicture:
         return [index for index, (number, name) in enumerate(layers) if layer in (None, number) and kind in (None, name)]
 
     def shares(self, layers: Sequence[int] | None = None) -> Tensor:
-        """Mean weight of every adapter over layers, for each token; float32 (T, N), rows sum to 1.
+        """Mean weight of every adapter over layers, for each token; float32 (tokens, N), rows sum to 1.
 
         Args:
             layers: Indices into :attr:`paths`; None means all layers.
@@ -112,11 +112,11 @@ class RoutePicture:
         return mean_weights(*self._at(layers), len(self.names))
 
     def votes(self, layers: Sequence[int] | None = None) -> Tensor:
-        """Share of the layers that choose each adapter first, for each token; float32 (T, N), rows sum to 1."""
+        """Share of the layers that choose each adapter first, for each token; float32 (tokens, N), rows sum to 1."""
         return first_choices(self._at(layers)[0], len(self.names))
 
     def speakers(self, layers: Sequence[int] | None = None) -> Tensor:
-        """Index of each token's speaker, the adapter that most layers chose first; int64 (T,).
+        """Index of each token's speaker, the adapter that most layers chose first; int64 (tokens,).
 
         Ties go to the larger mean weight, then to the lower index.
         """
@@ -128,7 +128,7 @@ class RoutePicture:
         return self.indices[:, list(layers)], self.weights[:, list(layers)]
 
     def rows(self, role: Role | None = None) -> Tensor:
-        """Whether each token has this role; bool (T,). None selects all tokens."""
+        """Whether each token has this role; bool (tokens,). None selects all tokens."""
         return torch.tensor([role in (None, token.role) for token in self.tokens], dtype=torch.bool)
 
     def spans(self, role: Role | None = None) -> list[Span]:
@@ -209,11 +209,11 @@ def _named(names: Sequence[str], values: Tensor) -> dict[str, float]:
 
 
 def mean_weights(indices: Tensor, weights: Tensor, adapters: int) -> Tensor:
-    """Mean weight of every adapter over layers, for each token; float32 (T, N).
+    """Mean weight of every adapter over layers, for each token; float32 (tokens, N).
 
     Args:
-        indices: Indices of the chosen adapters, int64 (T, L, k).
-        weights: Mixing weights of the chosen adapters, floating point (T, L, k).
+        indices: Indices of the chosen adapters, int64 (tokens, layers, k).
+        weights: Mixing weights of the chosen adapters, floating point (tokens, layers, k).
         adapters: Number N of adapters.
     """
     flat = torch.zeros(indices.shape[0], adapters)
@@ -223,12 +223,12 @@ def mean_weights(indices: Tensor, weights: Tensor, adapters: int) -> Tensor:
 
 
 def first_choices(indices: Tensor, adapters: int) -> Tensor:
-    """Share of the layers that choose each adapter first, for each token; float32 (T, N). Arguments as for :func:`mean_weights`."""
+    """Share of the layers that choose each adapter first, for each token; float32 (tokens, N). Arguments as for :func:`mean_weights`."""
     return mean_weights(indices[..., :1], torch.ones(indices[..., :1].shape), adapters)
 
 
 def speakers(indices: Tensor, weights: Tensor, adapters: int) -> Tensor:
-    """Index of each token's speaker, the adapter that most layers chose first; int64 (T,). Arguments as for :func:`mean_weights`.
+    """Index of each token's speaker, the adapter that most layers chose first; int64 (tokens,). Arguments as for :func:`mean_weights`.
 
     Ties go to the larger mean weight, then to the lower index.
     """

@@ -1,4 +1,4 @@
-"""Chat with fused layers and with caches of fixed size: the same words, whatever the user does."""
+"""Chat with fused layers and with caches of fixed size: the same answers after every action of the user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.plain_groups import use_plain_groups
 
 
 def talk(session: ChatSession) -> list[object]:
-    """Everything that switches adapters or records, one after the other."""
+    """Take all actions that switch adapters or record routes, one after the other, and return all answers and routes."""
     said: list[object] = []
 
     def ask(message: str, **options: bool) -> None:

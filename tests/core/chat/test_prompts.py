@@ -1,4 +1,4 @@
-"""Templates as tokens, and what is left out of a conversation that is too long."""
+"""Tokenisation of prompt templates, and cuts of conversations that are too long."""
 
 from __future__ import annotations
 

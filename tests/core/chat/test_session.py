@@ -247,7 +247,7 @@ def test_the_picture_is_the_one_that_was_recorded(session) -> None:
     assert "".join(token.text for token in picture.tokens if token.role == "prompt") == "</s>[INST] Two? [/INST]\n"[4:]
     assert picture.total().tolist() == [0.0, 1.0, 0.0]
     recorded = torch.cat([event.routes[0] for event in events if isinstance(event, Reading | Written)])
-    # Another adapter: the earlier turn was read anew, before this turn's part.
+    # Because of another adapter, the earlier turn was read again before this turn.
     assert recorded.shape[0] == len(session.picture().tokens)
     assert torch.equal(recorded[-len(picture.tokens) :], picture.indices)
     whole = session.picture()

@@ -1,4 +1,4 @@
-"""What a model says it can do, before the first message."""
+"""The greeting before the first message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.chat_world import NAMES
 
 
 class Bank:
-    """A speaker with nothing but names."""
+    """A speaker that has only names."""
 
     kind, adapter = "meteora", None
 

@@ -1,4 +1,4 @@
-"""Missing datasets: hints with every command that builds them."""
+"""Hints for missing datasets, with all commands that build them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From outputs to responses."""
+"""Extraction of responses from outputs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PROMPT = "[INST] Is the argument valid? [/INST]\n"
         (PROMPT, ""),
         (PROMPT.strip(), ""),
         (PROMPT.strip() + " Valid", "Valid"),
-        # Decoding changed the prompt: its end is looked for, and white space stays.
+        # Decoding changed the prompt, so only its end is searched for, and white space is kept.
         ("[INST] Is the argument  valid? [/INST]\n Valid", " Valid"),
         ("[INST] a [/INST]\n[INST] b [/INST]\nValid</s>", "Valid"),
-        # No prompt at all.
+        # The output does not repeat the prompt.
         ("Valid", "Valid"),
         (" Valid<|im_end|>", " Valid"),
         ("", ""),
@@ -64,7 +64,7 @@ def test_paper(output: str, wanted: str) -> None:
         (PROMPT + "VALID!", "valid"),
         (PROMPT + "I do not know", "illegal answer"),
         (PROMPT, "illegal answer"),
-        # Where the prompt is not found, letters keep their case, and the prompt itself holds the word.
+        # If the prompt is not found, the output is not lower-cased, and the word may come from the prompt itself.
         ("Valid", "illegal answer"),
         ("INVALID and valid", "valid"),
         (PROMPT.strip() + " yes", "valid"),

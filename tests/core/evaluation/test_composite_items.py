@@ -15,13 +15,13 @@ from meteora_core.evaluation.composite_items import split_items, split_reference
         ("1. a\nmore\n2. b\n\n3. c\n", ["a", "b", "c"], ["a\nmore", "b", "c"]),
         # A marker inside a sentence.
         ("1. Version 3. is out\n2. b\n3. c", ["Version 3. is out", "b", "is out"], ["Version 3. is out", "b", "c"]),
-        # Item 2 is missing, and 12 is not 2.
+        # Item 2 is missing, and 12 does not count as 2.
         ("1. a\n12. x\n3. c", ["a", "x", "c"], ["a\n12. x", "", "c"]),
         ("2. b\n1. a", ["a", "b", ""], ["a", "b", ""]),
         ("Answers: 1. a\n 2. b\n3.\nc", ["a", "b", ""], ["", "b", "c"]),
         ("1. \n2. b", ["", "b", ""], ["", "b", ""]),
         ("1.5 litres\n2) b", ["", "", ""], ["", "", ""]),
-        # A list of its own in the last item.
+        # The last item contains a numbered list.
         ("1. a\n2. b\n3. steps:\n1. x\n2. y\n3. z", ["a", "b", "steps:"], ["a", "b", "steps:\n1. x\n2. y\n3. z"]),
         ("", ["", "", ""], ["", "", ""]),
     ],

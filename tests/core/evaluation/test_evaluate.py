@@ -35,7 +35,7 @@ TIMES = ("date", "start_time", "end_time", "total_evaluation_time_seconds")
 
 
 def timeless(document: dict[str, Any]) -> dict[str, Any]:
-    """A results document without what a clock says."""
+    """A results document without durations and dates."""
     made = {key: value for key, value in json.loads(json.dumps(document)).items() if key not in TIMES}
     del made["meteora"]["speed"]
     for counts in made["meteora"]["counts"].values():
@@ -74,7 +74,7 @@ def test_a_stopped_run_ends_with_the_same_file(place, model) -> None:
         pass
 
     class Stopping:
-        """A progress that ends the run in the middle of the second task."""
+        """A progress report that stops the run in the middle of the second task."""
 
         rows = 0
 
@@ -118,7 +118,7 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch, count: int, folder: str = "") -> list[tuple[str, int]]:
-    """Rows are noted as they are written; the ``count``-th of a model ends the run."""
+    """Return a list to which every stored row is added. The run stops at the ``count``-th row of a model."""
     made: list[tuple[str, int]] = []
     add = results.SampleWriter.add
 
@@ -272,7 +272,7 @@ def test_a_short_write_is_undone(tmp_path) -> None:
     real = writer._handle
 
     class Full:
-        """Takes ten bytes of the next write, and then nothing."""
+        """A file that accepts ten bytes of the next write, and then nothing."""
 
         calls = 0
 

@@ -1,4 +1,4 @@
-"""Fused layers and fixed caches in whole evaluations: the same tokens; and checkpoints in the authors' layout."""
+"""Evaluations with fused layers and fixed caches, which give the same tokens, and with checkpoints in the authors' layout."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fused_and_captured_evaluations_give_the_same_tokens(place, monkeypatch)
 
 @pytest.fixture
 def authors(tmp_path: Path, place) -> tuple[Workspace, Authors]:
-    """A checkpoint of theirs whose base tensors are not those of its base folder, beside the workspace's data."""
+    """A workspace with a checkpoint in the authors' layout, whose base tensors differ from those of its base model's folder."""
     (tmp_path / "theirs").mkdir()
     made = write_authors(tmp_path / "theirs", count=3, vocabulary=SIZES["vocab_size"], change=("model.norm.weight", "lm_head.weight"))
     make_tokenizer().save_pretrained(made.base)
@@ -83,7 +83,7 @@ def test_the_authors_layout_and_a_base_that_it_changes(authors, monkeypatch) -> 
         assert list(sample.ids) == (answer[: answer.index(2)] if 2 in answer else answer)
     config = outcome.document["config"]
     assert (config["checkpoint"], len(config["model_args"]["weights_sha256"])) == (str(made.checkpoint), 64)
-    # The base alone is the folder's, whichever of the two comes first.
+    # The model "base" is that of the folder, whichever of the two models is evaluated first.
     base = tokens(plan_of(place, ("base",)))["base"]
     assert tokens(plan_of(place, ("meteora", "base")))["base"] == base
     assert tokens(plan_of(place, ("base", "meteora")))["base"] == base
@@ -118,7 +118,7 @@ def test_a_quantised_base_is_refused_before_anything_is_loaded(place, monkeypatc
 
 
 def test_a_native_checkpoint_may_change_the_base_too(place, tmp_path) -> None:
-    """One with base tensors, as conversion makes them: the base alone stays the base."""
+    """A native checkpoint may contain base tensors, as conversion creates them. The model "base" is evaluated without them."""
     file = place.checkpoint / "meteora.safetensors"
     config = json.loads((place.checkpoint / "meteora_config.json").read_text())
     model = load_checkpoint(place.checkpoint, device="cpu")

@@ -1,4 +1,4 @@
-"""Accuracy of one response against one reference, worked out by hand for both scoring modes."""
+"""Accuracy of one response against one reference, judged by hand for both scoring modes."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def test_contains(response: str, reference: str, paper: bool, corrected: bool | 
     ("response", "reference", "paper", "corrected"),
     [
         ("6 * 7 = 42\n#### 42", "so\n#### 42", True, True),
-        # Text is compared as text by the authors.
+        # The authors compare numbers as text.
         ("#### 42.0", "#### 42", False, True),
         ("It costs $1,234.", "#### 1,234", True, True),
         ("It is 42.", "#### 42.", False, True),
         ("#### -3", "#### -3", True, True),
         ("16-3", "#### 3", False, True),
         ("16-3", "#### -3", True, False),
-        # The authors take the first number after "the answer is", and nothing behind a second one.
+        # The authors take the first number after "the answer is", and ignore what follows a second one.
         ("The answer is 5. Then 6.", "#### 5", True, True),
         ("The answer is. The answer is 5.", "#### 5", False, True),
-        # The authors do not know the marker of the training data; the last number is another one.
+        # The authors ignore the marker of the training data and take the last number, which is wrong.
         ("#### 7\nQ: what is 2 + 3?", "#### 7", False, True),
         ("50%", "#### 50", True, True),
         ("no number", "#### 50", False, False),
@@ -80,10 +80,10 @@ def test_final_number(response: str, reference: str, paper: bool, corrected: boo
     [
         ("Yes. It floats.", "Yes. Pears are light.", True, True),
         ("No.", "Yes. Pears are light.", False, False),
-        # "no" within the first five letters of another word.
+        # "no" is among the first five letters of another word.
         ("Not sure, yes.", "No. It sinks.", True, False),
         ("Know that it sinks", "No. It sinks.", True, False),
-        # Beyond the first five letters.
+        # "yes" comes after the first five letters.
         ("I think yes", "Yes.", False, True),
         ("The answer is no.", "No.", False, True),
         ("**Yes**", "Yes.", True, True),

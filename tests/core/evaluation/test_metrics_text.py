@@ -1,4 +1,4 @@
-"""BLEU and ROUGE, by hand and against the packages that define them."""
+"""BLEU and ROUGE, compared with figures computed by hand and with the packages that define them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _NAMES = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL"}
 
 
 def test_rouge_by_hand() -> None:
-    # Distinct words: {the, cat, sat} and {the, cat, ate, it}, two in common; pairs: (the, cat) of 2 and of 3; longest common: the cat.
+    # The distinct words are {the, cat, sat} and {the, cat, ate, it}, with two in common. Of 2 and 3 pairs, (the, cat) is common. The longest common
+    # subsequence is "the cat".
     made = rouge("the cat sat", "the cat ate it")
     assert made is not None
     assert (made["rouge1"].precision, made["rouge1"].recall) == (2 / 3, 2 / 4)
@@ -30,7 +31,7 @@ def test_rouge_by_hand() -> None:
 
 
 def test_rouge_l_is_the_union_over_sentences() -> None:
-    # "c a" has only one word in order with "a b c", but as two sentences both are found.
+    # "c a" and "a b c" have only one word in common in the same order, but as two sentences both words are found.
     one, two = rouge("c a", "a b c"), rouge("c. a", "a b c")
     assert one is not None
     assert two is not None
@@ -77,7 +78,7 @@ except RecursionError:
     sys.setrecursionlimit(20_000)
 print(json.dumps(Rouge().get_scores(response, reference)[0]["rouge-l"]["f"]))
 """
-"""In a process of its own: once torch has compiled anything, Python's calls lie on the C stack, whose limit cannot be raised."""
+"""Runs in a separate process, because after torch has compiled code, Python's calls use the C stack, whose limit cannot be raised."""
 
 
 def test_rouge_equals_the_package_beyond_its_recursion_limit() -> None:
@@ -96,7 +97,7 @@ def test_long_texts_are_quick() -> None:
 
 
 def test_bleu_by_hand() -> None:
-    # One word too many: precisions 5/6, 4/5, 3/4 and 2/3, no brevity penalty.
+    # The response has one word too many: the precisions are 5/6, 4/5, 3/4 and 2/3, without a brevity penalty.
     counts = bleu_counts(["a b c d e f"], ["a b c d e"])
     assert counts.tolist() == [[5, 4, 3, 2, 6, 5, 4, 3, 6, 5]]
     assert bleu_of_counts(counts[0]) == pytest.approx(100 * math.prod([5 / 6, 4 / 5, 3 / 4, 2 / 3]) ** 0.25)
@@ -109,9 +110,9 @@ def test_bleu_equals_sacrebleu() -> None:
 
 
 def test_paper_bleu_scores_the_first_response_against_every_reference() -> None:
-    # The first non-empty response is the second row's; it equals the third row's reference, and nothing else counts.
+    # The first non-empty response is that of the second row. It equals the reference of the third row, and nothing else counts.
     assert paper_bleu(["", "a b c d", "x"], ["a b", "q", "a b c d"]) == pytest.approx(100.0)
-    # The reference of a dropped row is no alternative.
+    # The reference of a row with an empty response does not count.
     assert paper_bleu(["", "a b c d"], ["a b c d", "q r s t"]) == 0.0
     assert paper_bleu(["", ""], ["a", "b"]) == 0.0
     assert paper_bleu([], []) == 0.0

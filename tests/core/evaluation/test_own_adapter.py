@@ -1,4 +1,4 @@
-"""One adapter by PEFT: the same numbers as PEFT's own loading where it is right, and an error where PEFT would go on without the weights."""
+"""One adapter with PEFT: the same numbers as PEFT's own loading if that is right, and an error if PEFT would silently ignore weights."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_what_peft_would_pass_over_is_refused(tmp_path, name) -> None:
         pass
     assert "\n" not in caught.value.message
     assert not any("lora" in key for key, _ in base.named_parameters())
-    if name not in ("other layers", "other shapes", "a module is missing"):  # these need the base
+    if name not in ("other layers", "other shapes", "a module is missing"):  # only the base model reveals these faults
         with pytest.raises(AdapterError):
             check_adapter(folder)
 

@@ -1,4 +1,4 @@
-"""Results side by side."""
+"""Comparison of several results files."""
 
 from __future__ import annotations
 

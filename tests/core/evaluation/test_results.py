@@ -1,4 +1,4 @@
-"""Results on disk: torn samples, resuming, the harness's shape."""
+"""Results files: incomplete lines, resumed runs, and lm-evaluation-harness's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting which adapters a task chose: against a plain record, padding left out, over processes and batches."""
+"""Counts of a task's chosen adapters: compared with recorded routes, without padding, over processes and batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(make_adapter):
 
 
 def by_hand(model, texts) -> torch.Tensor:
-    """(layers, 2, 3, N) from an ordinary record of every text by itself."""
+    """Counts (layers, 2, 3, N) computed from the recorded routes of each text alone."""
     layers = len([path for path, module in model.named_modules() if type(module).__name__ == "MeteoraLinear"])
     counts = torch.zeros(layers, 2, 3, 3, dtype=torch.float64)
     for prompt, answer in texts:

@@ -1,4 +1,4 @@
-"""How one task is run: what is decoded, cleaned and skipped."""
+"""Evaluation of one task: decoded, cleaned and skipped rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meteora_core.generation.prompts import encode_prompts
 
 
 class _Lossy:
-    """A tokenizer of bytes whose decoding drops double spaces."""
+    """A byte tokenizer whose decoding drops double spaces."""
 
     eos_token_id = 0
 
@@ -35,7 +35,7 @@ def test_paper_scoring_cleans_the_decoded_prompt_and_answer_together() -> None:
     for scoring in ("paper", "corrected"):
         read = _Reader(_Lossy(), get_task("alpaca"), rows, prompts, scoring)
         answers[scoring] = [read.sample(index, " Big ", tuple(b" Big ")).response for index in range(3)]
-    # Found; its end found after decoding changed it; not found at all.
+    # The prompt is found; only its end is found, because decoding changed it; nothing is found.
     assert answers["paper"] == ["big", " big ", "[INST] a b Big "]
     assert answers["corrected"] == ["Big"] * 3
     assert read.sample(0, "Big", ()).response == "Big", "an old row without its ids"

@@ -1,4 +1,4 @@
-"""Scores of whole tasks, by hand, in both modes; and input that no scorer expects."""
+"""Scores of whole tasks in both modes, compared with figures computed by hand; and unusual input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_bleu_corrected_is_a_corpus_and_paper_is_its_first_response() -> None:
     responses = ["", "The cat sat on the mat", "A dog"]
     references = ["Nothing here", "The cat sat on the mat", "the cat sat on the mat"]
     assert score("news_commentary_de", responses, references) == {"bleu": BLEU().corpus_score(responses, [references]).score}
-    # The first response that is not empty against all references: lower-cased, as cleaning leaves it, it equals the last one.
+    # The first non-empty response is compared with all references. Lower-cased by cleaning, it equals the last one.
     kept, cleaned = (["", text, "A dog"] for text in ("THE CAT sat on the mat", "the cat sat on the mat"))
     assert score("news_commentary_de", cleaned, references, scoring="paper")["bleu"] == pytest.approx(100.0)
     assert score("news_commentary_de", kept, references, scoring="paper")["bleu"] == pytest.approx(
@@ -80,7 +80,7 @@ def test_composite_by_hand() -> None:
     references = ["The bird is left.@@@@\nWho sang?@@@@\nYes. It can.", "The cat is right.@@@@\nWhen?@@@@\nNo."]
     responses = ["1. The bird is left.\n2. Who ran?\n3. Yes. It can.", "1. Item 2. the cat is right.\n3. Now yes"]
     corrected = score("composite_3", responses, references)
-    # Corrected: 3 and 2 attempted; right are (1, 0, 1) and (1, 0, 0).
+    # In corrected scoring, 3 and 2 sub-tasks are attempted, and (1, 0, 1) and (1, 0, 0) are correct.
     assert corrected["attempted"] == 2.5
     assert corrected["correct"] == 1.5
     assert corrected["logical_deduction/accuracy"] == 1.0
@@ -125,7 +125,7 @@ def test_a_response_ends_at_the_next_request_in_corrected_scoring_only() -> None
 
 def test_standard_errors_under_the_harness_s_names() -> None:
     made = harness_metrics(evaluate_responses("winowhy", ["a", "a", "b", "b"], ["a"] * 4))
-    # Two of four: the sample's variance is 1/3, over 4 rows.
+    # Two of four rows are correct, so the sample variance is 1/3.
     assert made == {"acc,none": 0.5, "acc_stderr,none": pytest.approx(math.sqrt(1 / 12))}
     assert harness_metrics(evaluate_responses("winowhy", ["a"], ["a"]))["acc_stderr,none"] == "N/A"
     text = evaluate_responses("news_commentary_it", ["a b c d e", "x"], ["a b c d e", "y"])

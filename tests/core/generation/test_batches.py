@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: the same in any batch, planned by length, halved when memory runs out."""
+"""Greedy answers to many prompts: independent of the batches, which are sorted by length and halved when memory runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constants from Python numbers are made once, and what is no constant is noticed."""
+"""Tensors from Python numbers are created once, and overwritten ones are detected."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ def test_a_tensor_that_is_written_to_is_no_constant() -> None:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
-    """Collects what torch.tensor is asked to make while it really makes it."""
-    made: list[object] = []
+    """Collects the arguments of the calls of torch.tensor that create a new tensor."""
+    created: list[object] = []
     real = RememberedConstants.__torch_function__
 
     def watching(self, func, types, args=(), kwargs=None):
         known = len(self.made)
         result = real(self, func, types, args, kwargs)
-        made.extend([args[0]] * (len(self.made) - known))
+        created.extend([args[0]] * (len(self.made) - known))
         return result
 
     with monkeypatch.context() as patch:
         patch.setattr(RememberedConstants, "__torch_function__", watching)
-        yield made
+        yield created
 
 
 def test_arrow_makes_its_scalings_in_the_first_step_alone(make_adapter, monkeypatch) -> None:
-    """What a CUDA graph of PEFT's Arrow needs: the captured pass brings nothing from the host."""
+    """A CUDA graph of PEFT's Arrow requires that the captured pass copies nothing from the host."""
     folders = {name: make_adapter(name, seed) for seed, name in enumerate(("a", "b", "c"))}
     requests, constants = requests_of([5, 5], [4, 4]), RememberedConstants()
     with with_arrow(make_tiny_llama(), folders) as routed, torch.inference_mode():
@@ -77,9 +77,9 @@ def test_arrow_makes_its_scalings_in_the_first_step_alone(make_adapter, monkeypa
         cache = engine.batch_cache
         assert cache is not None
         for first in (True, False):
-            with counted(monkeypatch) as made, constants:
+            with counted(monkeypatch) as created, constants:
                 cache.advance(cache.rows)
-            assert ([2.0] * 3 in made) is first
-            assert bool(made) is first
+            assert ([2.0] * 3 in created) is first
+            assert bool(created) is first
         assert not constants.written()
         assert engine.answer(requests) == wanted

@@ -1,4 +1,4 @@
-"""Batches: rows that leave, fixed caches, drawn tokens, and transformers' own generate as the judge."""
+"""Batched answers: finished rows that leave the batch, fixed caches and drawn tokens, compared with transformers' generate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(request, make_adapter):
 
 
 def batch_sizes(model: torch.nn.Module) -> list[int]:
-    """The number of rows of every forward pass from now on."""
+    """Return a list to which every later forward pass appends its number of rows."""
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
     return sizes
@@ -62,7 +62,7 @@ def test_rows_that_are_done_leave_the_batch(model, monkeypatch) -> None:
 
 
 def test_looks_between_several_steps_change_no_answer(model, monkeypatch) -> None:
-    """As on a GPU, where a look waits for it: rows that are done run along."""
+    """With several steps between two checks, as on a GPU, finished rows stay in the batch for a while."""
     wanted = by_transformers(model, requests_of(), 3)
     monkeypatch.setattr(engine_module, "steps_between_looks", lambda device: 8)
     assert engine_of(model, "off", 3).answer(requests_of()) == wanted
@@ -169,7 +169,7 @@ def test_recorded_routes_leave_fixed_caches_and_say_so(model, caplog) -> None:
 
 @pytest.mark.parametrize("graphs", ["off", "on"])
 def test_a_frozen_head_is_not_copied_for_every_row(graphs) -> None:
-    """torch multiplies a slice that is not contiguous with a frozen weight row by row, on as many copies of the weight."""
+    """torch multiplies a non-contiguous slice by a frozen weight row by row, and copies the weight for every row."""
     model = make_tiny_llama().eval().requires_grad_(False)
     seen: list[torch.Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

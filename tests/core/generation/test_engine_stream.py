@@ -1,4 +1,4 @@
-"""Streams: the same tokens as transformers' own, with the cache kept between calls."""
+"""Streamed answers: the same tokens as transformers' generate, with a cache that is kept between calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def events_of(engine: Engine, ids, sampling=Sampling(max_new_tokens=12), **optio
 
 
 def count_tokens(model: torch.nn.Module) -> list[int]:
-    """The number of tokens of every forward pass from now on."""
+    """Return a list to which every later forward pass appends its number of tokens."""
     seen: list[int] = []
     model.register_forward_pre_hook(lambda module, arguments, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True)
     return seen
@@ -50,7 +50,7 @@ def test_a_second_turn_reads_only_what_is_new_and_answers_the_same(speaker) -> N
     longer = [*IDS, *first.ids, *IDS[:9]]
     seen = count_tokens(speaker.model)
     second = run(engine, longer)
-    # The last token of the first answer was never fed, so it is read with the nine new ones.
+    # The model has not read the last token of the first answer yet, so it is read with the nine new ones.
     assert seen[0] == 10
     assert second.reused == len(longer) - 10
     assert second.ids == run(Engine(speaker.model, speaker.tokenizer), longer).ids

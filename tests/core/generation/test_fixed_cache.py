@@ -1,4 +1,4 @@
-"""Caches of fixed size: the answers of growing ones, whatever happens in between."""
+"""Caches of fixed size: the same answers as with growing caches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_models_without_a_plain_cache_keep_a_growing_one(speaker, caplog) -> Non
 @torch.inference_mode()
 @pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, temperature=1.0)])
 def test_a_step_is_undone_whole(speaker, sampling) -> None:
-    """What a capture needs: the step that runs beforehand leaves no trace."""
+    """The step that runs before a capture must not change the state."""
     engine = Engine(speaker.model, speaker.tokenizer, "on", no_repeat_ngram_size=2)
     requests = [Request(list(range(5, 5 + length)), sampling) for length in (4, 9, 7)]
     engine.answer(requests)

@@ -1,4 +1,4 @@
-"""Steps captured in CUDA graphs: the answers of eager code, in batches and in streams."""
+"""Steps captured in CUDA graphs: the same answers as with eager code, in batches and in streams."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from support.tiny_models import make_tiny_llama
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # compilers' advice, and what PyTorch says of a capture that was broken off
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # PyTorch 2.11's compiler, of itself, when it is first imported
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # advice of compilers, and PyTorch's warning about an interrupted capture
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # raised by PyTorch 2.11's own compiler when it is first imported
 ]
 
 
 def captured(engine: Engine) -> bool:
-    """Whether the engine's last batch was written by CUDA graphs."""
+    """Whether the engine's last batch was generated with CUDA graphs."""
     return engine.batch_cache is not None and engine.batch_cache.captured
 
 
@@ -66,7 +66,7 @@ def test_captured_batches_of_a_peft_adapter(gpu_model: Any, make_adapter: Any) -
 
 
 def test_captured_batches_of_arrow(make_adapter: Any) -> None:
-    """PEFT's Arrow makes its scalings from Python numbers in every step; when a step is captured, they are on the device already."""
+    """PEFT's Arrow creates its scalings from Python numbers in every step. They are on the device before a step is captured."""
     from meteora_core.evaluation.arrow import with_arrow
 
     base, requests = make_tiny_llama(initializer_range=0.3).to("cuda"), requests_of()
@@ -92,7 +92,7 @@ def test_recorded_routes_leave_the_captured_path_and_say_so(gpu_model: Any, capl
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_drawn_tokens_are_the_same_from_captured_logits(gpu_model: Any, fused: bool) -> None:
-    """Seeds count, not graphs: alone, in a batch, and after greedy answers of the same engine, whose graph holds the choice too."""
+    """The tokens depend on the seed only: alone, in a batch, and after greedy answers of the same engine, whose graph includes the choice of tokens."""
     if fused:
         fuse(gpu_model)
     drawn = [replace(request, sampling=replace(request.sampling, temperature=1.5, top_p=0.9, seed=seed)) for seed, request in enumerate(requests_of())]
@@ -124,7 +124,7 @@ def test_a_captured_answer_streams_and_its_routes_are_recorded_on_the_side(speak
 
 
 def test_a_captured_stream_goes_on_through_turns_scopes_and_larger_caches(speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them needs another graph, and the step that runs before a capture must leave no trace."""
+    """Each change needs another graph, and the step that runs before a capture must not change the state."""
     from meteora_core.generation import fixed_cache
 
     monkeypatch.setattr(fixed_cache, "LEAST", 16)
@@ -176,7 +176,7 @@ def test_capturing_leaves_the_state_as_it_was(caplog: pytest.LogCaptureFixture) 
         doubled.zero_()
 
     def step() -> torch.Tensor:
-        count.add_(torch.tensor([1.0], device="cuda"))  # a constant from the host, which is made once
+        count.add_(torch.tensor([1.0], device="cuda"))  # a constant that is copied from the host once
         doubled.copy_(2 * count)
         return doubled
 
@@ -189,7 +189,7 @@ def test_capturing_leaves_the_state_as_it_was(caplog: pytest.LogCaptureFixture) 
 
     def broken() -> torch.Tensor:
         count.add_(1)
-        assert float(count) == 1.0  # waits for the device
+        assert float(count) == 1.0  # synchronises with the device
         return count
 
     assert capture(broken, undo, torch.device("cuda")) is None

@@ -1,4 +1,4 @@
-"""Where a model's answer must stop."""
+"""End tokens and contexts of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""N-grams are banned as by transformers' processor."""
+"""The same n-grams are banned as by transformers' processor."""
 
 from __future__ import annotations
 

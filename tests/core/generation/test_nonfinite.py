@@ -1,4 +1,4 @@
-"""NaN and infinity in a model end everything that decodes, in one line that names the layer, and nothing is saved."""
+"""NaN and infinity in a model stop all decoding with an error that names the layer, and nothing is saved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.tiny_models import make_tiny_llama
 
 LAYER = "model.layers.1.mlp.up_proj"
 REQUESTS = [Request((5, 6), Sampling(12)), Request((9, 8, 7, 6), Sampling(12))]
-# What is broken: the tensor, the value, and what the message says of it.
+# For each fault: the tensor, the value, and the part of the message about it.
 FAULTS = {
     "gate": ("gate", float("nan"), "whose gate holds such values"),
     "adapter": ("lora_A", float("inf"), "whose lora_A holds such values"),
@@ -36,7 +36,7 @@ FAULTS = {
 
 
 def break_it(model: torch.nn.Module, fault: str) -> str:
-    """Put one bad value into a layer; returns the message to expect."""
+    """Put a value that is not finite, or too large, into a layer. Returns the expected message as a regular expression."""
     name, value, said = FAULTS[fault]
     with torch.no_grad():
         tensor = dict([*model.named_parameters(), *model.named_buffers()])[f"{LAYER}.{name}"]
@@ -69,7 +69,7 @@ def test_decoding_recording_and_pictures_stop(model, fault) -> None:
         engine_of(model, "on", 4).answer(REQUESTS)
     with pytest.raises(NonFiniteError, match=message):
         trace_tokens(model, byte_tokenizer(), [5, 6, 7], ["prompt"] * 3)
-    if fault != "overflow":  # there the sums are finite in this layer's gates and those before it, which are all that is counted
+    if fault != "overflow":  # after an overflow, the mixing weights up to this layer are finite, and only these are counted
         last = RouteCounts(model.meteora.names)
         with pytest.raises(NonFiniteError, match=message):
             count_routes(model, [((5, 6), (7,)), ((5,), (9, 9))], 2, last)

@@ -1,4 +1,4 @@
-"""The real base model, with adapters on all its linears: the same answers in any batch, token for token."""
+"""The real base model with adapters on all its linear layers: the same answers in any batch, token for token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meteora_core.generation.prompts import encode_prompts
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
 
 NEW = 6
-"""Tokens of an answer."""
+"""Number of tokens in an answer."""
 
 PROMPTS = [
     "[INST] Is the sky of the Earth blue on a clear day? [/INST]\n",
@@ -28,7 +28,7 @@ PROMPTS = [
 
 
 def some_bank(base: PreTrainedModel) -> AdapterBank:
-    """Three random adapters on all linears of the decoder layers, large enough to change answers."""
+    """Three random adapters on all linear layers of the decoder, large enough to change answers."""
     made = []
     for seed, name in enumerate(("one", "two", "three")):
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Tokens as text."""
+"""Incremental decoding of tokens to text."""
 
 from __future__ import annotations
 

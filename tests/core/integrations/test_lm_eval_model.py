@@ -1,4 +1,4 @@
-"""MeteoRA in lm-evaluation-harness: the loading alone, and a run of the harness on a local task where it is installed."""
+"""MeteoRA in lm-evaluation-harness: loading, and a run of the harness on a local task if it is installed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_harness_arguments_reach_the_model(authors: Authors) -> None:
 
 
 def expected_accuracy(native: Path, rows: list[dict[str, object]]) -> float:
-    """The share of rows whose labelled choice has the highest log-likelihood, by one forward pass a choice."""
+    """The share of rows whose labelled choice has the highest log-likelihood, computed with one forward pass per choice."""
     model = load_checkpoint(native, device="cpu")
     hits = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The HTML page: self-contained, escaped, and alive in a real browser."""
+"""The HTML page: self-contained, escaped, and interactive in a real browser."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_text_of_one_token() -> None:
 
 @pytest.mark.slow
 def test_in_a_browser(picture, tmp_path) -> None:
-    """Tooltips, slider and kinds work, nothing is fetched and no foreign script runs. Without Chromium: what the page holds for them."""
+    """Tooltips, slider and kinds work, nothing is fetched and no foreign script runs. Without Chromium, only the contents of the page are checked."""
     path = tmp_path / "page.html"
     path.write_text(to_html(picture, "A page"), encoding="utf-8")
     executable = find_chromium()

@@ -1,4 +1,4 @@
-"""Colours: readable under text, and told apart by colour-blind eyes."""
+"""Colours: readable as backgrounds of text, and distinguishable for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from meteora_core.trace.palette import BLACK, DARK_PAPER, HUES, WHITE, contrast, look, luminance, mix, parse, tint, to_hex
 
-# Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
+# Matrices of Machado, Oliveira and Fernandes (2009) for severity 1.0, applied to linear RGB.
 SIMULATIONS = {
     "none": np.eye(3),
     "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),

@@ -1,4 +1,4 @@
-"""Every view of the routes, against figures worked out by hand."""
+"""All summaries of the routes, compared with figures computed by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model
 
 @pytest.fixture
 def picture() -> RoutePicture:
-    """Three tokens, two layers of two linears, three adapters, top-2."""
+    """Three tokens, two decoder layers with two linear layers each, three adapters, top-2."""
     indices = torch.tensor([[[0, 1], [0, 1], [1, 0], [2, 0]], [[1, 0], [1, 2], [0, 1], [0, 1]], [[2, 1], [2, 1], [2, 1], [1, 2]]])
     first = torch.tensor([[0.9, 0.8, 0.7, 0.6], [1.0, 1.0, 0.5, 0.5], [0.75, 0.75, 0.75, 0.75]])
     tokens = (Token(5, "Hi", "prompt"), Token(6, " <b>", "prompt"), Token(7, "\n", "answer"))
@@ -32,7 +32,7 @@ def test_shares_and_votes(picture) -> None:
 
 
 def test_the_speaker_is_first_choice_most_often_then_by_weight(picture) -> None:
-    # Token 1: two layers each for a and b; b's mean weight is larger.
+    # For token 1, two layers choose a first and two choose b; b has the larger mean weight.
     assert picture.speakers().tolist() == [0, 1, 2]
     assert picture.speakers([0, 2]).tolist() == [0, 1, 2]
     even = torch.tensor([[[1], [0]]])

@@ -1,4 +1,4 @@
-"""Recording routes: batches, caches, `generate`, compiled code, and what it costs when it is off."""
+"""Recording routes: with batches, caches, `generate` and compiled code; and its cost when it is off."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_generate_with_a_cache_gives_the_routes_of_one_pass(speaker) -> None:
     with record_routes(speaker.model) as routes:
         made = speaker.model.generate(IDS, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS))
     picture = trace_tokens(speaker.model, speaker.tokenizer, made[0].tolist(), ["prompt"] * made.shape[1])
-    # The last token was never fed to the model.
+    # The model never reads the last token.
     assert torch.equal(routes.packed(0)[0], picture.indices[:-1])
 
 
