@@ -56,13 +56,13 @@ class Encoded:
 def encode(tokenizer: PreTrainedTokenizerBase, frame: Frame, system: str | None, turns: Sequence[Turn]) -> Encoded:
     """Tokenise a conversation, without the answer of the last turn.
 
-    A chat template lays out the whole conversation. Any other frame puts the turns one after the other, and ends each answer with the frame's end token
-    (with nothing, if the frame is the message alone).
+    A chat template formats the whole conversation. For any other frame, the turns are concatenated and each answer ends with the frame's end token; for the
+    frame "raw" it ends with nothing.
 
     Args:
         tokenizer: The model's tokenizer.
-        frame: The text around each message.
-        system: System text, or None for the frame's own.
+        frame: Prompt frame, which gives the text around each message.
+        system: System text; None means that of the frame, if it has one.
         turns: Turns of the conversation, the last of which is to be answered.
 
     Raises:

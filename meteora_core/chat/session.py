@@ -74,7 +74,7 @@ class ChatSession:
     Args:
         speaker: The model that answers.
         sampling: Initial sampling settings.
-        template: "auto" (the frame that the model was trained on), "chat", "inst", "raw", or a text with ``{}`` for the message.
+        template: Prompt template: "auto" (the frame that the model was trained on), "chat", "inst", "raw", or a text with ``{}`` for the message.
         system: System text at the beginning of the conversation, or None.
         top_k: Number of adapters per token and layer; None keeps the checkpoint's.
         routing_temperature: Routing temperature; None keeps the checkpoint's.
@@ -116,20 +116,20 @@ class ChatSession:
         pick_frame(template, RAW, speaker.tokenizer)
 
     def frame_of(self, mode: Mode) -> Frame:
-        """What stands around a message under ``mode``: what the user asked for, else what the one who answers was trained on."""
-        who = "" if not mode.enabled else mode.forced or "gates"
-        if who not in self._frames:
-            self._frames[who] = pick_frame(self._wish, self.speaker.frame(mode.forced, base=not mode.enabled), self.speaker.tokenizer)
-        return self._frames[who]
+        """The prompt frame for ``mode``: the template that the user chose, or with "auto" the frame that the adapter or the gates were trained on."""
+        key = "" if not mode.enabled else mode.forced or "gates"
+        if key not in self._frames:
+            self._frames[key] = pick_frame(self._wish, self.speaker.frame(mode.forced, base=not mode.enabled), self.speaker.tokenizer)
+        return self._frames[key]
 
     @property
     def frame(self) -> Frame:
-        """What stands around a message now."""
+        """The prompt frame for the current mode."""
         return self.frame_of(self.mode)
 
     @property
     def template(self) -> str:
-        """The frame's name: "chat", "inst", "raw", or its text with ``{}`` for the message."""
+        """Name of the prompt frame: "chat", "inst", "raw", or its text with ``{}`` for the message."""
         return self.frame.name
 
     # --- talking ---------------------------------------------------------------------------------------------------------------
@@ -166,14 +166,14 @@ class ChatSession:
             yield event
 
     def _bare(self, message: str) -> tuple[str, str | None]:
-        """Remove the frame from a message that already has it. Returns the message and a notice, which is None if there was no frame."""
-        frame = self.frame
-        known = [each for each in (frame, INST) if each.before.strip()] if frame.name != "raw" else []
-        for each in known:
-            bare = each.inside(message)
-            if bare is not None and bare.strip() and each.before.strip() not in bare and (not each.after.strip() or each.after.strip() not in bare):
-                what = "[INST] … [/INST]" if each == INST else "the template"
-                return bare, f"the message already contains {what}, so the template is not applied again"
+        """Remove the prompt frame from a message that already has it. Returns the message and a notice, which is None if there was no frame."""
+        current = self.frame
+        candidates = [frame for frame in (current, INST) if frame.before.strip()] if current.name != "raw" else []
+        for frame in candidates:
+            bare = frame.inside(message)
+            if bare is not None and bare.strip() and frame.before.strip() not in bare and (not frame.after.strip() or frame.after.strip() not in bare):
+                name = "[INST] … [/INST]" if frame == INST else "the template"
+                return bare, f"the message already contains {name}, so the template is not applied again"
         return message, None
 
     def _generate(self, engine: Engine, encoded: Encoded, mode: Mode, record: bool, stop: Callable[[], bool]) -> Iterator[Event]:
@@ -280,7 +280,7 @@ class ChatSession:
     def compare(self, *, adapter: str | None = None, message: str | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Compared]:
         """Answer one message by the base model, by one adapter and by the gates, one after the other. The conversation does not change.
 
-        All three see the same earlier turns. With the template "auto", each has its own frame.
+        All three see the same earlier turns. With the template "auto", each uses the prompt frame that it was trained on.
 
         Args:
             adapter: Name of the single adapter. None means the forced adapter if there is one, else the one with the largest weight in the last answer,
@@ -318,7 +318,7 @@ class ChatSession:
     def save(self, path: Path) -> int:
         """Write the conversation as training rows, one per turn. Returns their number.
 
-        The prompts have the session's frame. The first prompt includes the system text.
+        The prompts have the session's prompt frame. The first prompt includes the system text.
 
         Raises:
             UsageError: There are no turns.
@@ -343,8 +343,8 @@ class ChatSession:
         turns = []
         start = with_system("", self.system)
         for number, row in enumerate(iter_rows(path, hint="each line is a JSON object with prompt and response, as /save writes them")):
-            found = (each.inside(row.prompt) for each in (self.frame, INST))
-            message = next((inside for inside in found if inside is not None), row.prompt)
+            candidates = (frame.inside(row.prompt) for frame in (self.frame, INST))
+            message = next((candidate for candidate in candidates if candidate is not None), row.prompt)
             turns.append(Turn(message.removeprefix(start) if number == 0 else message, row.response))
         if not turns:
             raise DataError(f"{path} has no rows", hint="each line is a JSON object with prompt and response, as /save writes them")

@@ -50,11 +50,11 @@ class Speaker:
         return None if self.kind == "base" else meteora_of(self.model)
 
     def frame(self, adapter: str | None = None, *, base: bool = False) -> Frame:
-        """What stands around a message of the one who answers, as far as it is known, and else the usual one.
+        """The prompt frame that the model was trained on, or a default one if none is recorded.
 
         Args:
-            adapter: The adapter that answers alone; None is the gates.
-            base: The bare base model answers.
+            adapter: Name of the only adapter in use; None if the gates choose.
+            base: Whether the bare base model answers.
         """
         return default_frame((), self.tokenizer) if base else model_frame(self.model, self.tokenizer, adapter)
 

@@ -229,13 +229,13 @@ def evaluate_task(
 
 
 def _in_frame(rows: list[Row], data_dir: Path, task: Task, frame: Frame | None) -> list[Row]:
-    """Rows with their messages in another frame than the dataset's; None leaves them. Raises UsageError where the prompts are in no known frame."""
+    """Replace the prompt frame of the rows by another one; None keeps it. Raises UsageError if the prompts have no known frame."""
     if frame is None:
         return rows
-    own = dataset_frame(data_dir, task.name)
-    if own is None or task.is_composite or all(own.inside(row.prompt) is None for row in rows):
-        raise UsageError(f"the prompts of {task.name} are in no frame that another could replace", hint="leave out --template")
-    return [reframed(row, own, frame) for row in rows]
+    present = dataset_frame(data_dir, task.name)
+    if present is None or task.is_composite or all(present.inside(row.prompt) is None for row in rows):
+        raise UsageError(f"the prompts of {task.name} have no known template that could be replaced", hint="leave out --template")
+    return [reframed(row, present, frame) for row in rows]
 
 
 def check_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Prompt]) -> None:

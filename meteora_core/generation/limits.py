@@ -17,7 +17,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's end token, those of the model's generation configuration, and those that adapters were trained on."""
+    """Ids of the tokens that end an answer: of the tokenizer, the model's generation configuration, and the prompt frames that adapters were trained on."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = named if isinstance(named, list | tuple) else [named]
     state = find_meteora(model)

@@ -51,6 +51,6 @@ def test_prompts_in_another_frame(tmp_path: Path) -> None:
     for name, given in (("gsm8k", rows), ("composite_3", [Row("[INST] a [/INST]\n", "x")])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "test.jsonl").write_text('{"prompt": "Q", "response": "x"}\n')
-        with pytest.raises(UsageError, match="in no frame that another could replace"):
+        with pytest.raises(UsageError, match="have no known template that could be replaced"):
             _in_frame(given, tmp_path, get_task(name), Frame("<", ">"))
     del TASKS["framed"]
