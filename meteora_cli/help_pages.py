@@ -36,6 +36,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "meteora train gates --task gsm8k,strategyqa --max-steps 1000 --eval-steps 100 --patience 3",
         "meteora train gates --launcher fsdp --num-processes 8 --gradient-checkpointing",
     ),
+    "route": ("meteora route adapters --data datasets", "meteora route adapters --only sql,legal --out runs/two --tokens 20000"),
+    "adapters": ("meteora adapters list runs/routed", "meteora adapters add runs/routed adapters/sql --data datasets"),
+    "adapters list": ("meteora adapters list runs/routed",),
+    "adapters add": ("meteora adapters add runs/routed adapters/sql", "meteora adapters add runs/routed new/sql --name sql2 --rows sql.jsonl"),
+    "adapters update": ("meteora adapters update runs/routed new/sql",),
+    "adapters drop": ("meteora adapters drop runs/routed sql",),
     "eval": (
         "meteora eval --task singles --model base,own,meteora --limit 50",
         "meteora eval --task composite_3 --checkpoint runs/meteora --T 15",
@@ -54,6 +60,13 @@ _CHOICE = "Adapters and routing"
 _ANSWERS = "Prompts and answers"
 _OUTPUT = "Output"
 
+_CHANGE = {
+    "Adapter and rows": ("name", "rows", "data"),
+    "Closed form": ("tokens", "max_length", "batch_size", "seed"),
+    _MODEL: ("base", "adapters_dir", "dtype", "device", "backend"),
+    _OUTPUT: ("as_json",),
+}
+
 _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {
         "What to evaluate": ("task", "model", "checkpoint", "data", "limit", "scoring"),
@@ -62,6 +75,15 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         _MODEL: ("base", "dtype", "device", "load_in_4bit", "load_in_8bit", "launcher", "processes"),
         _OUTPUT: ("save", "out_dir", "routing", "debug", "as_json"),
     },
+    "route": {
+        "Adapters and rows": ("adapters", "data", "only", "exclude"),
+        "Closed form": ("tokens", "answer_share", "max_length", "batch_size", "seed"),
+        _CHOICE: ("routing_temperature", "top_k", "backend"),
+        _MODEL: ("base", "dtype", "device"),
+        _OUTPUT: ("out_dir", "embed", "force", "as_json"),
+    },
+    "adapters add": _CHANGE,
+    "adapters update": _CHANGE,
     "chat": {
         "What to talk to": ("checkpoint", "base", "adapter", "adapters_dir"),
         _CHOICE: ("routing_temperature", "top_k", "backend", "route"),

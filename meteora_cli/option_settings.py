@@ -20,6 +20,8 @@ _OF_GATES = ("beta", "answer_share", "adapter_learning_rate", "trainable", "init
 
 _SESSION = _same("chat", ("template", "max_new_tokens")) | _same("model", ("device", "backend"))
 
+_COLLECTING = _same("route", ("tokens", "max_length", "batch_size", "seed")) | _same("model", ("dtype", "device", "backend")) | {"data": "paths.data"}
+
 OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "train adapters": {
         **_PLACES,
@@ -31,6 +33,9 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "eval": {**_PLACES, **_MODEL, **_ROUTING, **_same("eval", ("batch_size", "max_new_tokens", "max_prompt_tokens", "limit", "scoring", "template"))},
     "chat": {**_SESSION, "sampling_temperature": "chat.sampling_temperature"},
     "trace": _SESSION,
+    "route": {**_COLLECTING, **_ROUTING, "adapters": "paths.adapters", "answer_share": "route.answer_share"},
+    "adapters add": _COLLECTING,
+    "adapters update": _COLLECTING,
     "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},
 }
 """By command, such as ``"train gates"``: for each parameter that is a setting, the setting's dotted name."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meteora_cli.commands import bench_kernels, chat, ckpt, config, data, quickstart, trace, train
+from meteora_cli.commands import adapters, bench_kernels, chat, ckpt, config, data, quickstart, route, trace, train
 from meteora_cli.commands import eval as evaluate
 from meteora_cli.console import Globals
 from meteora_cli.typer_app import App
@@ -28,6 +28,8 @@ app.command("quickstart")(quickstart.quickstart)
 app.add_typer(data.app, name="data")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(train.app, name="train")
+app.command("route")(route.route)
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(evaluate.app, name="eval")
 app.command("chat")(chat.chat)
 app.command("trace")(trace.trace)

@@ -209,6 +209,16 @@ class GateTrainSettings(OptimSettings):
     composite_max: int = Field(3, ge=2, le=65536, description="Largest number of tasks in a composite training row.")
 
 
+class RouteSettings(_Section):
+    """`meteora route` and `meteora adapters`: gates in closed form."""
+
+    tokens: int = Field(8000, ge=1, le=100_000_000, description="Tokens of each adapter's rows to look at.")
+    answer_share: float = Field(0.8, gt=0, lt=1, description="Share of an adapter's weight that its answers' tokens have together.")
+    max_length: int = Field(1024, ge=8, le=MOST_TOKENS, description="Longer rows are cut (prompt from the left).")
+    batch_size: int = Field(8, ge=1, le=65536, description="Rows in one forward pass.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of the choice of rows.")
+
+
 class LaunchSettings(_Section):
     """How `meteora train` is distributed over devices and machines, by accelerate."""
 
@@ -311,6 +321,7 @@ class Settings(BaseSettings):
     data: DataSettings = DataSettings()
     train_adapters: AdapterStageSettings = AdapterStageSettings()
     train_gates: GateTrainSettings = GateTrainSettings()
+    route: RouteSettings = RouteSettings()
     launch: LaunchSettings = LaunchSettings()
     eval: EvalSettings = EvalSettings()
     chat: ChatSettings = ChatSettings()

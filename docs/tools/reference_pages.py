@@ -145,7 +145,7 @@ def _value(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     value = parameter.default
-    if parameter.show_default is False or value is None or value is False or callable(value) or (parameter.count and not value):
+    if parameter.show_default is False or value is None or value is False or callable(value) or (getattr(parameter, "count", False) and not value):
         return ""
     return f"`{getattr(value, 'value', value)}`" if str(value) else ""
 

@@ -54,6 +54,7 @@ class ChangeOptions:
         batch_size: Rows in one forward pass.
         max_length: Longest row, in tokens.
         seed: Of the choice of rows.
+        answer_share: Share of an adapter's weight that its answers have together, where there are no statistics that say it.
         progress: Where progress is reported.
     """
 
@@ -68,6 +69,7 @@ class ChangeOptions:
     batch_size: int = 8
     max_length: int = 1024
     seed: int = 42
+    answer_share: float | None = ANSWER_SHARE
     progress: Progress = SILENT
 
 
@@ -203,7 +205,7 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
         how = Collecting(
             BaseReference(config["base"]["name"], config["base"].get("revision")),
             padding_token(model, tokenizer),
-            Recipe(answer_share=ANSWER_SHARE),
+            Recipe(answer_share=options.answer_share),
             options.tokens,
             options.batch_size,
             options.max_length,

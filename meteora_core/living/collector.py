@@ -55,6 +55,11 @@ class Collector:
             self._found[name] = self._find(name, self.folders.get(name))
         return self._found[name]
 
+    def with_frame(self, bank: AdapterBank) -> AdapterBank:
+        """A bank whose adapters know the frame of their rows; those without rows keep what their folders told. Raises DataError for broken rows."""
+        rows = {name: self.rows(name) for name in bank.names}
+        return replace(bank, adapters=tuple(replace(info, frame=found.frame) if (found := rows[info.name]) is not None else info for info in bank.adapters))
+
     def forget(self, name: str) -> None:
         """Forget the folder and the rows of an adapter."""
         self.folders.pop(name, None)
@@ -105,18 +110,19 @@ class Collector:
         for place, name in enumerate(names):
             rows = self.rows(name)
             held = rows.held_out if rows is not None else []
-            groups.append(list(encode_rows(held, self.tokenizer, place, self.how.max_length).rows) if held else [])
+            end = None if rows is None else rows.frame.end_id(self.tokenizer)
+            groups.append(list(encode_rows(held, self.tokenizer, place, self.how.max_length, end).rows) if held else [])
         return HeldOut(groups, names, self.how.pad_token, self.how.batch_size)
 
     def _collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:
-        encoded = encode_rows(rows.train, self.tokenizer, 0, self.how.max_length).rows
+        encoded = encode_rows(rows.train, self.tokenizer, 0, self.how.max_length, rows.frame.end_id(self.tokenizer)).rows
         check_tokens(model, self.tokenizer, (row.tokens for row in encoded))
         how = replace(self.how, recipe=recipe)
         return collect_statistics(model, bank, encoded, self._file(bank.names[0]), how, layers=layers, progress=self.progress)
 
     def _common_frame(self, names: Sequence[str]) -> str:
         """The frame of the prompts of all these adapters; ``{}`` where they differ, so that no frame is asked for later."""
-        frames = {rows.frame for name in names if (rows := self.rows(name)) is not None}
+        frames = {rows.known_frame for name in names if (rows := self.rows(name)) is not None}
         return frames.pop() if len(frames) == 1 else PLACE
 
     def _file(self, name: str) -> Path:
@@ -126,8 +132,8 @@ class Collector:
 
 def _check_frame(name: str, rows: AdapterRows, recipe: Recipe) -> None:
     """Refuse an adapter whose prompts have another frame than those of the others: gates would learn the frame, not the task. Raises AdapterError."""
-    if PLACE not in (rows.frame, recipe.frame) and rows.frame != recipe.frame:
+    if PLACE not in (rows.known_frame, recipe.frame) and rows.known_frame != recipe.frame:
         raise AdapterError(
-            f"the prompts of {name!r} ({rows.source}) have the frame {shown(rows.frame)}, those of the other adapters {shown(recipe.frame)}",
+            f"the prompts of {name!r} ({rows.source}) have the frame {shown(rows.known_frame)}, those of the other adapters {shown(recipe.frame)}",
             hint="bring its rows into the same frame: meteora data add NAME --train FILE --template inst|chat|'…{}…'",
         )

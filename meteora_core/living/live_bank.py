@@ -16,6 +16,7 @@ from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.joining import with_adapter, without_adapter
 from meteora_core.adapters.stack import Stack
 from meteora_core.checkpoints.gate_statistics import GateStatistics
+from meteora_core.data.frames import Frame
 from meteora_core.errors import UsageError
 from meteora_core.fused.fuse import unfuse
 from meteora_core.living.collector import Collector
@@ -76,6 +77,7 @@ class _Before:
     renamed: dict[str, str]
     embedded: bool
     trainable: bool
+    frame: Frame | None
 
 
 class LiveBank:
@@ -155,14 +157,15 @@ class LiveBank:
         previous = {other: each for other, each in self.statistics.items() if other in before.bank.names}
         with self._restored(before):
             new, renamed = fit_to_base(new, self.model)
-            bank = with_adapter(others, new, place)
             self.collector.forget(name)
             self.collector.folders[name] = folder
+            new = self.collector.with_frame(new)
+            bank = with_adapter(others, new, place)
             statistics, collected = self.collector.complete(self.model, bank, {other: each for other, each in previous.items() if other != name})
             gates = dict(closed_form_gates([statistics[other] for other in bank.names], list(bank.modules), progress=self._progress))
             origin: GateOrigin = "closed form"
             correction = None
-            self._attach(replace(before, renamed={**before.renamed, **renamed}), bank, gates, origin)
+            self._attach(replace(before, renamed={**before.renamed, **renamed}, frame=before.frame or new.adapters[0].frame), bank, gates, origin)
             held_out = self.collector.held_out(bank.names)
             if before.origin == "trained" and len(before.bank) > 1:
                 correction, measured = self._correct(before, gates, statistics, held_out, name)
@@ -203,6 +206,7 @@ class LiveBank:
         attach(self.model, bank, top_k=min(before.top_k, len(bank)), temperature=before.temperature, backend=before.backend, init="zeros")
         known = meteora_of(self.model).provenance
         known.gates, known.renamed, known.embedded = origin, dict(before.renamed), before.embedded
+        known.frame = before.frame
         self._set(gates)
         if not before.trainable:
             set_trainable(self.model, "none")
@@ -311,4 +315,4 @@ def _before(model: PreTrainedModel) -> _Before:
     trainable = any(layer.gate.requires_grad for _, layer in meteora_layers(model))
     bank, origin = _state_bank(model), gate_origin(model)
     known = state.provenance
-    return _Before(bank, gates, origin, state.top_k, state.temperature, state.backend, dict(known.renamed), known.embedded, trainable)
+    return _Before(bank, gates, origin, state.top_k, state.temperature, state.backend, dict(known.renamed), known.embedded, trainable, known.frame)

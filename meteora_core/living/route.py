@@ -34,6 +34,7 @@ from meteora_core.reading import is_regular
 from meteora_core.routing import meteora_of
 from meteora_core.text import listed
 from meteora_core.training.gate_metrics import measure_gates
+from meteora_core.training.prompt_frames import ROWS, FrameTrial, common_or_best
 from meteora_core.training.statistics import TOKENS, Collecting, closed_form_gates
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         banks = _with_rows(banks, collector, set_aside)
         if not banks:
             raise _nothing(root, set_aside)
-        bank = _joined(banks)
+        bank = collector.with_frame(_joined(banks))
         statistics, _ = collector.complete(model, bank, {})
         gates = dict(closed_form_gates(list(statistics.values()), list(bank.modules), progress=progress))
         attach(model, bank, top_k=options.top_k or min(2, len(bank)), temperature=options.temperature, backend=options.backend, init="zeros")
@@ -179,12 +180,15 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         set_trainable(model, "none")
         held = collector.held_out(bank.names)
         measured = measure_gates(model, held, progress=progress) if any(held.rows) else {}
+        texts = [found.held_out[:ROWS] if (found := collector.rows(name)) is not None else [] for name in bank.names]
+        known.frame, tried = common_or_best(model, tokenizer, lambda: texts, held, FrameTrial(options.max_length, progress=progress))
         size = sum(stack.A.numel() * stack.A.element_size() + stack.B.numel() * stack.B.element_size() for stack in bank.modules.values())
         embed = size <= EMBEDDED if options.embed is None else options.embed
         relocate(model, collector.folders, folder)
         tokens = sum(each.header.tokens for each in statistics.values())
         seconds = time.perf_counter() - began
         record = {"held_out": measured, "tokens": tokens, "seconds": seconds, "closed_form": {**recipe.model_dump(), "tokens": options.tokens}}
+        record |= {"frames": tried} if tried else {}
         config, tensors = checkpoint_parts(model, place=folder, base=base, adapters=embed, training=record)
         write_with_statistics(folder, config, tensors, statistics)
         rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}

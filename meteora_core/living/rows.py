@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meteora_core.data.dataset_frames import dataset_frame
 from meteora_core.data.formats.examples import make_plan
 from meteora_core.data.formats.files import KINDS, PACKED
 from meteora_core.data.formats.reading import Reading
 from meteora_core.data.formats.sources import TRAIN, open_source
-from meteora_core.data.frames import INST, PLACE, chat_frame
+from meteora_core.data.frames import INST, PLACE, RAW, Frame, chat_frame
 from meteora_core.data.manifest import read_manifest
 from meteora_core.data.rows import Row, read_rows, split_path
 from meteora_core.data.tasks import TASKS
@@ -36,13 +37,16 @@ class AdapterRows:
     Attributes:
         train: Those that statistics are collected on.
         held_out: Those that the routing is measured on; a tenth of all, at most 64.
-        frame: What stands around the user's text in all prompts: ``[INST] {} [/INST]``, the base model's chat template, or ``{}`` where it is neither.
+        frame: What stands around the user's text in the prompts.
+        known_frame: The text of the frame where it is ``[INST] {} [/INST]`` or the base model's chat template, else ``{}``: what finished prompts have in
+            common besides may belong to the task.
         source: Where they were found.
     """
 
     train: list[Row]
     held_out: list[Row]
-    frame: str
+    frame: Frame
+    known_frame: str
     source: Path
 
 
@@ -68,15 +72,14 @@ def find_rows(
     place = given or next(_places(name, data, adapter), None)
     if place is None:
         return None
-    rows = _read(name, place, tokenizer)
+    rows, frame = _read(name, place, tokenizer)
     if not rows:
         raise DataError(f"{place} has no rows", hint="add some, or remove it")
     train, held_out = split_held_out(rows, seed)
-    return AdapterRows(train, held_out, frame_of(rows, tokenizer), place)
+    return AdapterRows(train, held_out, frame, _known_frame(rows, tokenizer), place)
 
 
-def frame_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The frame that all prompts have, of those that are known without looking at their contents; ``{}`` where they have none of these."""
+def _known_frame(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
     frames = [INST]
     if getattr(tokenizer, "chat_template", None):
         with suppress(UsageError):  # a template that does not take a single message
@@ -106,13 +109,13 @@ def _files(folder: Path, stem: str) -> Iterator[Path]:
                 yield file
 
 
-def _read(name: str, place: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def _read(name: str, place: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], Frame]:
     manifest = read_manifest(place) if place.is_dir() else None
     known = TASKS.get(place.name)
     if (manifest is not None and manifest.members) or (known is not None and known.is_composite):
         raise DataError(f"{place} is a composite: its rows belong to several adapters", hint=f"give rows of {name} alone")
     if place.is_dir() and is_regular(split_path(place.parent, place.name, "train")):
-        return read_rows(place.parent, place.name, "train", MOST)
+        return read_rows(place.parent, place.name, "train", MOST), dataset_frame(place.parent, place.name) or RAW
     opened = open_source(place)
     plan = make_plan(opened.train, Reading(tokenizer=lambda: tokenizer))
-    return list(islice(plan.rows(opened.train), MOST))
+    return list(islice(plan.rows(opened.train), MOST)), plan.frame

@@ -44,6 +44,7 @@ def test_four_adapters_with_rows_in_four_places_are_routed(world, own, monkeypat
     assert model.meteora.gates == "closed form"
     record = json.loads((own / "moved" / "meteora_config.json").read_text())
     assert record["training"]["held_out"] == done.held_out
+    assert record["frame"] == {"before": "[INST] ", "after": " [/INST]\n"} == record["adapters"][3]["frame"]
     assert record["base"]["name"] == str((world / "base").resolve())
 
 

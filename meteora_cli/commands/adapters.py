@@ -1,0 +1,175 @@
+"""``meteora adapters``: adapters join and leave a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meteora_cli.console import emit_json, progress, settings_from
+from meteora_cli.display import DataTable, out, put
+from meteora_cli.typer_app import App
+from meteora_core.choices import Dtype
+
+if TYPE_CHECKING:
+    from meteora_core.living.checkpoints import ChangeOptions
+    from meteora_core.living.live_bank import Change
+    from meteora_core.progress import Progress
+
+app = App(help="Add adapters to a checkpoint, drop, update and list them; the gates are solved again in closed form.", no_args_is_help=True)
+
+Checkpoint = Annotated[Path, typer.Argument(help="A native checkpoint, such as `meteora route` makes.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's PEFT folder.", show_default=False)]
+Name = Annotated[str | None, typer.Option("--name", help="The adapter's name; default: the folder's name.", show_default=False)]
+Rows = Annotated[Path | None, typer.Option("--rows", help="A file or folder of the adapter's rows; default: they are looked for.", show_default=False)]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens of an adapter's rows to look at.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens; longer ones lose the start of their prompt.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows in one forward pass.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")]
+Moved = Annotated[
+    Path | None, typer.Option("--adapters", help="The folder that the checkpoint's adapter folders were moved to, if they were.", show_default=False)
+]
+Base = Annotated[str | None, typer.Option("--base", help="The base model, where it is not what the checkpoint names.", show_default=False)]
+NumberType = Annotated[Dtype | None, typer.Option("--dtype", help="Number type of the base model.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+Backend = Annotated[str | None, typer.Option("--backend", help="Mixture kernels.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@app.command("list")
+def list_(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """Show the adapters of a checkpoint and the statistics that their gates are solved from."""
+    from meteora_core.living.checkpoints import list_adapters
+
+    found = list_adapters(checkpoint)
+    if as_json:
+        emit_json([asdict(each) for each in found])
+        return
+    table = DataTable("adapter", "rank", "statistics", "rows", "tokens", "frame")
+    for each in found:
+        size = "none" if each.statistics is None else f"{each.statistics / 1e6:.1f} MB"
+        seen = ("", "", "") if each.statistics is None else (f"{each.rows:,}", f"{each.tokens:,}", repr(each.frame))
+        table.add_row(each.name, str(each.rank), size, *seen)
+    out.print(table)
+
+
+@app.command("add")
+def add(
+    ctx: typer.Context,
+    checkpoint: Checkpoint,
+    folder: Folder,
+    name: Name = None,
+    rows: Rows = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    adapters_dir: Moved = None,
+    base: Base = None,
+    dtype: NumberType = None,
+    device: Device = None,
+    backend: Backend = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add an adapter to a checkpoint. All gates are solved again: they are those of one closed form over all adapters.
+
+    The adapter needs statistics (`gate_stats.safetensors` in its folder) or rows. The other adapters need neither their rows nor a forward pass where the
+    checkpoint holds their statistics.
+    """
+    from meteora_core.living.checkpoints import add_adapter
+
+    with progress(ctx) as bars:
+        done = add_adapter(checkpoint, folder, name, _options(ctx, bars, base, adapters_dir, rows))
+    _report(checkpoint, done, as_json=as_json)
+
+
+@app.command("update")
+def update(
+    ctx: typer.Context,
+    checkpoint: Checkpoint,
+    folder: Folder,
+    name: Name = None,
+    rows: Rows = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    adapters_dir: Moved = None,
+    base: Base = None,
+    dtype: NumberType = None,
+    device: Device = None,
+    backend: Backend = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace an adapter of a checkpoint by another version of it, at the same place."""
+    from meteora_core.living.checkpoints import update_adapter
+
+    with progress(ctx) as bars:
+        done = update_adapter(checkpoint, folder, name, _options(ctx, bars, base, adapters_dir, rows))
+    _report(checkpoint, done, as_json=as_json)
+
+
+@app.command("drop")
+def drop(
+    ctx: typer.Context,
+    checkpoint: Checkpoint,
+    name: Annotated[str, typer.Argument(help="The adapter.", show_default=False)],
+    adapters_dir: Moved = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter out of a checkpoint.
+
+    Gates in closed form are solved again from the statistics of the others, as if the adapter had never been there. From trained gates its rows are
+    deleted, and the others stay as they are.
+    """
+    from meteora_core.living.checkpoints import drop_adapter
+
+    with progress(ctx) as bars:
+        done = drop_adapter(checkpoint, name, _options(ctx, bars, base, adapters_dir))
+    _report(checkpoint, done, as_json=as_json)
+
+
+def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir: Path | None, rows: Path | None = None) -> ChangeOptions:
+    from meteora_core.living.checkpoints import ChangeOptions
+    from meteora_core.model.base import BaseReference
+
+    settings = settings_from(ctx)
+    model, route = settings.model, settings.route
+    return ChangeOptions(
+        base=None if base is None else BaseReference(base, model.revision, model.trust_remote_code),
+        adapters_dir=adapters_dir,
+        data=settings.paths.data,
+        rows=rows,
+        dtype=model.dtype,
+        device=model.device,
+        backend=model.backend,
+        tokens=route.tokens,
+        batch_size=route.batch_size,
+        max_length=route.max_length,
+        seed=route.seed,
+        answer_share=route.answer_share,
+        progress=bars,
+    )
+
+
+def _report(checkpoint: Path, done: Change, *, as_json: bool) -> None:
+    if as_json:
+        emit_json({"path": str(checkpoint), **asdict(done)})
+        return
+    verb = {"add": "added", "drop": "dropped", "update": "updated"}[done.action]
+    put(f"{checkpoint}: {verb} {done.adapter}, {len(done.adapters)} adapters ({done.seconds:.0f} s)")
+    if done.gates == "deleted":
+        put("its rows of the gates were deleted; the other rows stay as they were")
+    elif done.correction is None:
+        put("all gates were solved again from the statistics of the present adapters")
+    else:
+        kept = f"{done.correction:.0%} of what training had added to them was kept" if done.correction else "what training had added to them was left out"
+        put(f"all gates were solved again; {kept}, which routes held-out rows best")
+    if accuracy := done.held_out.get("gate_accuracy"):
+        put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter")

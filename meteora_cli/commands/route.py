@@ -1,0 +1,91 @@
+"""``meteora route``: a folder of adapters becomes a routed model."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from meteora_cli.console import emit_json, progress, settings_from
+from meteora_cli.display import DataTable, out, put
+from meteora_cli.flags import comma_separated
+from meteora_core.choices import Dtype
+
+
+def route(
+    ctx: typer.Context,
+    adapters: Annotated[Path | None, typer.Argument(help="The folder that holds one PEFT folder per adapter.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="The checkpoint to write; default: runs/routed.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Only these adapters, separated by commas.", show_default=False)] = None,
+    exclude: Annotated[str | None, typer.Option("--exclude", help="Not these adapters, separated by commas.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that most adapters name.", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Tokens of each adapter's rows to look at.")] = None,
+    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of an adapter's weight that its answers have together.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens; longer ones lose the start of their prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows in one forward pass.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: 2.", show_default=False)] = None,
+    routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature; default: 1.", show_default=False)] = None,
+    embed: Annotated[
+        bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: up to 2 GiB of them.", show_default=False)
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Number type of the base model.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Mixture kernels.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Make one routed model of a folder of LoRA adapters, without training: the gates are solved in closed form.
+
+    An adapter's rows are its built dataset or a file NAME.jsonl (.csv, .parquet, …) in the folder of datasets, a file NAME.jsonl beside the adapter, or
+    train.jsonl inside its folder. What cannot be used is set aside, and the reason is given.
+    """
+    from meteora_core.living.route import LOW, RouteOptions, route_adapters
+    from meteora_core.model.base import BaseReference
+
+    settings = settings_from(ctx, model__base=base)
+    model, routing, closed_form = settings.model, settings.routing, settings.route
+    with progress(ctx) as bars:
+        done = route_adapters(
+            settings.paths.adapters,
+            out_dir or settings.paths.runs / "routed",
+            RouteOptions(
+                only=tuple(comma_separated(only)),
+                exclude=tuple(comma_separated(exclude)),
+                data=settings.paths.data,
+                base=BaseReference(model.base, model.revision, model.trust_remote_code) if "base" in model.model_fields_set else None,
+                dtype=model.dtype,
+                device=model.device,
+                backend=model.backend,
+                top_k=routing.top_k,
+                temperature=routing.temperature or 1.0,
+                tokens=closed_form.tokens,
+                answer_share=closed_form.answer_share,
+                batch_size=closed_form.batch_size,
+                max_length=closed_form.max_length,
+                seed=closed_form.seed,
+                embed=embed,
+                overwrite=force,
+                progress=bars,
+            ),
+        )
+    if as_json:
+        emit_json(asdict(done))
+        return
+    table = DataTable("adapter", "rows from", "held-out answers routed right")
+    for name in done.adapters:
+        accuracy = done.held_out.get(f"gate_accuracy/{name}")
+        table.add_row(name, done.rows[name] or "its own statistics", "–" if accuracy is None else f"{accuracy:.1%}")
+    for name, why in done.set_aside.items():
+        table.add_row(name, f"set aside: {why}", "")
+    out.print(table)
+    put(f"{done.folder}: {len(done.adapters)} adapters of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
+    if accuracy := done.held_out.get("gate_accuracy"):
+        put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, without a training step")
+        if accuracy < LOW:
+            put(f"That is below {LOW:.0%}. Look at more rows with --tokens, or train the gates: meteora train --init ridge --lr 1e-2 --answer-share 0.7")
+    put(f"Now talk to it: meteora chat --checkpoint {shlex.quote(str(done.folder))}")

@@ -1,0 +1,69 @@
+"""``meteora route`` and ``meteora adapters``, from a folder of adapters to an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.adapter_files import lora_tensors, write_adapter
+from support.living_folder import NAMES, rows_of, write_jsonl_rows, write_living_folder
+
+
+@pytest.fixture(scope="module")
+def living(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_living_folder(tmp_path_factory.mktemp("living"))
+
+
+def test_a_folder_of_adapters_becomes_a_model_that_adapters_join_and_leave(meteora, living, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(living)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    out = tmp_path / "my model"
+    ran = meteora("route", "adapters", "--exclude", "sum", "--out", out)
+    assert ran.code == 0, ran.err
+    assert "held-out answer tokens are routed to their own adapter, without a training step" in ran.out
+    assert ran.out.splitlines()[-1] == f"Now talk to it: meteora chat --checkpoint '{out}'"
+    assert [each["name"] for each in meteora("adapters", "list", out, "--json").json] == list(NAMES[:3])
+
+    added = meteora("adapters", "add", out, "adapters/sum", "--json")
+    assert (added.code, added.json["adapters"], added.json["collected"], added.json["exact"]) == (0, list(NAMES), ["sum"], True), added.err
+    joint = meteora("route", "adapters", "--out", tmp_path / "joint", "--json")
+    assert joint.json["set_aside"] == {}
+    weights = [(folder / "meteora.safetensors").read_bytes() for folder in (out, tmp_path / "joint")]
+    assert weights[0] == weights[1]
+
+    dropped = meteora("adapters", "drop", out, "sum")
+    assert (dropped.code, "all gates were solved again" in dropped.out) == (0, True), dropped.err
+    new = write_adapter(tmp_path / "new" / "spell", lora_tensors(50))
+    updated = meteora("adapters", "update", out, new, "--rows", living / "adapters" / "spell" / "train.jsonl", "--tokens", "200")
+    assert (updated.code, "updated spell, 3 adapters" in updated.out) == (0, True), updated.err
+
+    answer = meteora("trace", "--checkpoint", out, "--prompt", "say a", "--max-new-tokens", "3", "--json")
+    assert answer.code == 0, answer.err
+
+
+def test_mistakes_take_one_line_and_a_hint(meteora, living, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(living)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    assert meteora("route", "adapters", "--only", "count", "--out", tmp_path / "m").code == 0
+    write_jsonl_rows(tmp_path / "lonely.txt", rows_of("sum"))
+    write_adapter(tmp_path / "lonely", lora_tensors(51))
+    before = {file: file.read_bytes() for file in (tmp_path / "m").rglob("*") if file.is_file()}
+    for words, code, message in (
+        (("route", "adapters", "--out", tmp_path / "m"), 2, "is there already"),
+        (("route", "adapters", "--only", "cuont"), 2, "no adapter 'cuont'"),
+        (("route", "nowhere"), 2, "no such folder"),
+        (("route", "adapters", "--answer-share", "2"), 2, "route.answer_share"),
+        (("adapters", "add", tmp_path / "m", "adapters/count"), 2, "holds an adapter named 'count' already"),
+        (("adapters", "add", tmp_path / "m", "adapters/nothing"), 1, "nothing"),
+        (("adapters", "add", tmp_path / "m", tmp_path / "lonely", "--rows", tmp_path / "absent.jsonl"), 1, "absent.jsonl"),
+        (("adapters", "drop", tmp_path / "m", "count"), 2, "the only adapter"),
+        (("adapters", "drop", tmp_path / "m", "sum"), 2, "no adapter named 'sum'"),
+        (("adapters", "list", "adapters"), 1, "not a meteora checkpoint"),
+    ):
+        ran = meteora(*words)
+        assert (ran.code, ran.out) == (code, ""), (words, ran)
+        errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, ran.err
+        assert message in errors[0], ran.err
+    assert {file: file.read_bytes() for file in (tmp_path / "m").rglob("*") if file.is_file()} == before
