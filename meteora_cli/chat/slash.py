@@ -96,7 +96,7 @@ def _set(chat: Chat, argument: str) -> None:
     if not value.strip():
         known = options_for(chat.session.speaker.routing)
         if name in known:
-            raise UsageError(f"/set {name} needs a value", hint=f"it is {known[name].range()}")
+            raise UsageError(f"/set {name} needs a value", hint=f"it must be {known[name].range()}")
     chat.session.set(name, value.strip())
     chat.say(f"{name} = {chat.session.values()[name]}")
 

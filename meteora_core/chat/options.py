@@ -33,8 +33,9 @@ class Option:
     def range(self) -> str:
         """The range in words, for a hint."""
         kind = "a whole number" if self.whole else "a number"
-        above = f"above {self.low:g}" if self.open_low else f"from {self.low:g}"
-        return f"{kind} {above}" + ("" if math.isinf(self.high) else f" to {self.high:.15g}")
+        lowest = f"above {self.low:g}" if self.open_low else f"from {self.low:g}"
+        highest = "" if math.isinf(self.high) else f"{' and up' if self.open_low else ''} to {self.high:.15g}"
+        return f"{kind} {lowest}{highest}"
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -79,7 +80,7 @@ def check_option(name: str, value: str, state: Meteora | None) -> int | float:
     try:
         parsed: int | float = int(value) if option.whole else float(value)
     except ValueError:
-        raise UsageError(f"{name} cannot be {value!r}", hint=f"it is {option.range()}") from None
+        raise UsageError(f"{name} cannot be {value!r}", hint=f"it must be {option.range()}") from None
     if not option.low <= parsed <= option.high or (option.open_low and parsed == option.low) or parsed in (math.inf, -math.inf):
-        raise UsageError(f"{name} cannot be {value}", hint=f"it is {option.range()}")
+        raise UsageError(f"{name} cannot be {value}", hint=f"it must be {option.range()}")
     return parsed

@@ -179,8 +179,8 @@ def _cut_message(tokenizer: PreTrainedTokenizerBase, frame: Frame, system: str |
         if not message:
             raise UsageError(f"the system text alone is longer than the {limit} tokens that the model's context leaves", hint="shorten it with /system")
         tokens = _plain(tokenizer, message)
-        kept = len(tokens) - (len(rest.ids) - limit)
-        tail = str(tokenizer.decode(tokens[-kept:], skip_special_tokens=False)) if kept > 0 else ""
+        length = len(tokens) - (len(rest.ids) - limit)
+        tail = str(tokenizer.decode(tokens[-length:], skip_special_tokens=False)) if length > 0 else ""
         message = tail.lstrip("\N{REPLACEMENT CHARACTER}") if len(tail) < len(message) else message[len(message) // 8 + 1 :]
         rest = encode(tokenizer, frame, system, [replace(last, message=message)])
     earlier = "" if count == 0 else " and all earlier turns" if count > 1 else " and the earlier turn"

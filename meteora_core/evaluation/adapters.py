@@ -138,7 +138,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
             raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: {first_line(error)}", hint=_IN_A_BANK) from error
         unmatched = [key for key in loaded.missing_keys if ".lora_" in key] + list(loaded.unexpected_keys)
         if unmatched:
-            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: it has no place for {unmatched[0]}", hint=_IN_A_BANK)
+            raise AdapterError(f"PEFT cannot put the adapter {folder} onto this base model: it has no layer for {unmatched[0]}", hint=_IN_A_BANK)
         yield adapted.eval()
     finally:
         if adapted is None:

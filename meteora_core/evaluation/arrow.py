@@ -79,7 +79,8 @@ def with_arrow(
     except (RuntimeError, ValueError, OSError) as error:
         remove_lora(model, base_modules)
         text = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).strip().splitlines()[0])
-        raise AdapterError(f"PEFT's Arrow cannot route over these adapters: {text}", hint="it needs one base model, one rank and one set of targets") from error
+        hint = "Arrow needs adapters with the same base model, rank and target modules"
+        raise AdapterError(f"PEFT's Arrow cannot route over these adapters: {text}", hint=hint) from error
     try:
         yield adapted.eval()
     finally:

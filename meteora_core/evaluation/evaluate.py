@@ -142,7 +142,7 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
         if not test_rows(plan.data_dir, task, plan.options.limit):
             raise UsageError("no rows to evaluate", hint="choose --limit 1 or more")
     if plan.options.routing and "meteora" not in plan.models:
-        raise UsageError("only the model meteora routes", hint="leave out --routing, or choose --model meteora")
+        raise UsageError("routes can be counted only for the model meteora", hint="leave out --routing, or choose --model meteora")
     pairs = {model: [(task, adapter_of(plan, model, task)) for task in tasks] for model in plan.models}
     folders: dict[str, str] = {}
     for model in pairs:
@@ -235,7 +235,7 @@ def _one(
                 stack.enter_context(locked(partial_file(folder, task.name, 0)))
             writer = stack.enter_context(SampleWriter(partial_file(folder, task.name, processes.rank), inputs, partial_files(folder, task.name), stamp))
             if writer.done:
-                progress.note(f"{task.name}: {len(writer.done)} rows were done before")
+                progress.note(f"{task.name}: {len(writer.done)} rows were finished by an earlier run")
         processes.gather(None)
         if model != ARROW:
             loader.arrow.leave()

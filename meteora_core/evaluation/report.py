@@ -133,7 +133,7 @@ def compare(documents: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
     if not documents:
         raise UsageError("no results to compare", hint="name at least one results file or folder")
     if labels is not None and len(labels) != len(documents):
-        raise UsageError(f"{len(labels)} labels for {len(documents)} results")
+        raise UsageError(f"there are {len(labels)} labels for {len(documents)} results", hint="give one label for each results file or folder")
     names = list(labels) if labels is not None else [_model_name(document) for document in documents]
     figures = [_figures(document) for document in documents]
     tasks = dict.fromkeys(task for document in figures for task in document)
@@ -207,14 +207,14 @@ def plot(comparison: Comparison, path: Path, kind: str = "bar") -> Path:
     path = Path(path)
     ending = path.suffix.lower().removeprefix(".")
     if kind not in KINDS:
-        raise UsageError(f"unknown kind of picture {kind!r}", hint=did_you_mean(kind, KINDS) or "use bar or radar")
+        raise UsageError(f"unknown kind of chart {kind!r}", hint=did_you_mean(kind, KINDS) or "use bar or radar")
     if ending not in FORMATS:
         raise UsageError(f"cannot draw {path.name}", hint=f"end the file's name in {', '.join('.' + name for name in FORMATS)}")
     values = headlines(comparison)
     if kind == "radar":
         values = {task: cells for task, cells in values.items() if None not in cells}
     if len(values) < (3 if kind == "radar" else 1):
-        raise UsageError(f"{len(values)} tasks are too few for a {kind} picture", hint="use bar" if kind == "radar" and values else None)
+        raise UsageError(f"{len(values)} tasks are too few for a {kind} chart", hint="use bar" if kind == "radar" and values else None)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -167,8 +167,8 @@ class RoutingSummary:
     @classmethod
     def of(cls, task: Task, counts: RouteCounts) -> RoutingSummary:
         """Build the summary of a recorder's counts."""
-        wanted = set(task.members or (task.name,))
-        own = tuple(name for name in counts.names if name in wanted)
+        tasks = task.members or (task.name,)
+        own = tuple(name for name in counts.names if name in tasks)
         paths = tuple(counts.counts)
         stacked = torch.stack([counts.counts[path].cpu() for path in paths]) if paths else torch.zeros(0, 2, 3, len(counts.names), dtype=torch.float64)
         prompt, answer = counts.tokens.tolist()

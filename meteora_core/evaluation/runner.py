@@ -248,7 +248,7 @@ def check_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ta
 
 def _all_skipped(result: TaskResult, prompts: Sequence[Prompt], options: EvalOptions, context: int | None) -> AllSkippedError:
     shortest = min(len(prompt.tokens) for prompt in prompts)
-    message = f"all {len(prompts)} prompts of {result.task.name} are too long, the shortest has {shortest:,} tokens"
+    message = f"all {len(prompts)} prompts of {result.task.name} are too long: the shortest has {shortest:,} tokens"
     if options.max_prompt_tokens is not None and shortest > options.max_prompt_tokens:
         message += f" and --max-prompt-tokens is {options.max_prompt_tokens:,}"
         hint = "raise --max-prompt-tokens (eval.max_prompt_tokens)"
@@ -295,7 +295,7 @@ def _generate(run: _Generation, waiting: Sequence[Prompt], bar: ProgressBar) -> 
         engine = Engine(run.model, run.reader.tokenizer, run.options.cuda_graphs, no_repeat_ngram_size=run.options.no_repeat_ngram_size)
         limits = BatchLimits(run.options.batch_size, run.result.max_new_tokens, run.total)
         notes = run.result.notes
-        for prompt, new in answer_all(engine, waiting, limits, lambda size: notes.append(f"out of memory: went on with batches of {size}")):
+        for prompt, new in answer_all(engine, waiting, limits, lambda size: notes.append(f"out of memory: continued with batches of {size}")):
             samples[prompt.index] = sample = run.reader.sample(prompt.index, run.reader.tokenizer.decode(new, skip_special_tokens=True), new)
             tokens += len(new) + len(prompt.tokens)
             if run.counter is not None:

@@ -90,8 +90,8 @@ class Engine:
         self._key: Hashable = None
         self.batch_cache: FixedCache | None = None
         self._eager_noted = False
-        wanted = cuda_graphs == "on" or (cuda_graphs == "auto" and self.device.type == "cuda")
-        self.uses_fixed_caches = wanted and can_be_fixed(self.model)
+        requested = cuda_graphs == "on" or (cuda_graphs == "auto" and self.device.type == "cuda")
+        self.uses_fixed_caches = requested and can_be_fixed(self.model)
         if cuda_graphs == "on" and not self.uses_fixed_caches:
             _log.warning("CUDA graphs are off: the model's attention is not SDPA over a plain cache, or its weights are quantised")
 
@@ -212,7 +212,8 @@ class Engine:
         if not ids:
             raise UsageError("the prompt is empty", hint="write something first")
         if self.context is not None and len(ids) >= self.context:
-            raise UsageError(f"the prompt is {len(ids)} tokens, the model's context {self.context}", hint="shorten it, or start again with /new")
+            message = f"the prompt has {len(ids)} tokens, and the model's context of {self.context} leaves no room for an answer"
+            raise UsageError(message, hint="shorten it, or start again with /new")
         check_tokens(self.model, self.tokenizer, [ids])
         begin = time.perf_counter()
         decoder = TextDecoder(self.tokenizer)

@@ -197,7 +197,7 @@ def test_a_task_of_which_all_prompts_are_skipped_says_so_and_the_others_go_on(me
     assert re.search(r"question_selection\s+.\s+–\s+.\s+0 \(2 skipped\)\s+.\s+–", ran.out), ran.out
     assert re.search(r"strategyqa\s+.\s+accuracy", ran.out)
     assert "base: question_selection: all 2 prompts skipped as too long" in ran.err
-    assert "base: question_selection: all 2 prompts of question_selection are too long, the shortest has" in ran.err
+    assert "base: question_selection: all 2 prompts of question_selection are too long: the shortest has" in ran.err
 
 
 def test_the_hint_for_a_composite_builds_it(meteora, place) -> None:

@@ -1,4 +1,4 @@
-"""The starter checkpoint: where it is looked for, and the first look at MeteoRA with it, on a tiny model."""
+"""The starter checkpoint: its location, and the demonstration that uses it, with a tiny model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.evaluation_workspace import TASKS, make_packed
 
 @pytest.fixture
 def packed(tmp_path, make_adapter) -> Path:
-    """A tiny checkpoint with its adapters inside, and raw rows of its tasks."""
+    """A tiny checkpoint with embedded adapters, and raw rows of its tasks."""
     make_packed(tmp_path, make_adapter)
     return tmp_path / "packed"
 

@@ -316,7 +316,7 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(place) -> None:
     kept = [index for index, row in enumerate(rows(TASKS[0], 7)) if len(row["prompt"]) <= 25]
     assert 0 < skipped == 7 - len(kept)
     assert [row["doc_id"] for row in samples(outcome, TASKS[0])] == kept
-    with pytest.raises(DataError, match="all 7 prompts of logical_deduction are too long, the shortest has 21 tokens and --max-prompt-tokens is 3") as raised:
+    with pytest.raises(DataError, match="all 7 prompts of logical_deduction are too long: the shortest has 21 tokens and --max-prompt-tokens is 3") as raised:
         run(plan_of(place, TASKS[:1], ("base",), max_prompt_tokens=3))
     assert raised.value.hint == "raise --max-prompt-tokens (eval.max_prompt_tokens)"
 
@@ -334,7 +334,7 @@ def test_a_task_whose_prompts_are_all_too_long_does_not_stop_the_others(place) -
     for outcome in outcomes:
         result = outcome.results[TASKS[1]]
         assert (result.skipped, result.scores.metrics) == (3, {})
-        assert re.match(r"all 3 prompts of \w+ are too long, the shortest has \d+ tokens and --max-prompt-tokens is 30", result.notes[0])
+        assert re.match(r"all 3 prompts of \w+ are too long: the shortest has \d+ tokens and --max-prompt-tokens is 30", result.notes[0])
         saved = json.loads(outcome.file.read_text())
         assert saved["results"].keys() == set(tasks)
         assert saved["meteora"]["counts"][TASKS[1]]["skipped_prompts"] == 3
@@ -437,7 +437,7 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(place, monkeypatch) -
         run(plan_of(place, ("composite_3",), ("own",)))
     with pytest.raises(UsageError, match="top_k is 4, but the checkpoint has 3 adapters"):
         run(plan_of(place, TASKS[:1], ("meteora",), top_k=4))
-    with pytest.raises(UsageError, match="only the model meteora routes"):
+    with pytest.raises(UsageError, match="only for the model meteora"):
         run(plan_of(place, TASKS[:1], ("base",), routing=True))
     weights = place.adapters / TASKS[0] / "adapter_model.safetensors"
     weights.rename(weights.with_name("adapter_model.bin"))

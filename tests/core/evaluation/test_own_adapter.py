@@ -129,7 +129,7 @@ def test_what_peft_cannot_place_is_an_error_and_the_base_stays(tmp_path, monkeyp
     monkeypatch.setattr(
         peft, "set_peft_model_state_dict", lambda model, state: load(model, {key.replace("q_proj", "k_proj"): value for key, value in state.items()})
     )
-    with pytest.raises(AdapterError, match=r"has no place for .*q_proj"), with_adapter(base, folder):
+    with pytest.raises(AdapterError, match=r"has no layer for .*q_proj"), with_adapter(base, folder):
         pass
     monkeypatch.setattr(peft, "set_peft_model_state_dict", lambda model, state: (_ for _ in ()).throw(ValueError("Cannot convert\nmore")))
     with pytest.raises(AdapterError, match=r"onto this base model: Cannot convert$"), with_adapter(base, folder):

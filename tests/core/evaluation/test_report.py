@@ -94,7 +94,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UsageError, match="'rader'") as caught:
         plot(table, tmp_path / "x.png", "rader")
     assert caught.value.hint == "did you mean 'radar'?"
-    with pytest.raises(UsageError, match="1 tasks are too few for a radar picture"):
+    with pytest.raises(UsageError, match="1 tasks are too few for a radar chart"):
         plot(table, tmp_path / "x.png", "radar")
     with pytest.raises(UsageError, match=r"cannot draw x\.txt"):
         plot(table, tmp_path / "x.txt")

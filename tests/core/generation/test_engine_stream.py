@@ -161,7 +161,7 @@ def test_the_answer_ends_at_an_end_token_or_a_full_context(world) -> None:
     ended = run(Engine(model, tokenizer), IDS, Sampling(max_new_tokens=99))
     assert ended.reason == "end"
     assert ended.ids == finished.ids[: finished.ids.index(finished.ids[4])]
-    with pytest.raises(UsageError, match="41 tokens, the model's context 40"):
+    with pytest.raises(UsageError, match="41 tokens, and the model's context of 40"):
         run(engine, [5] * 41)
     with pytest.raises(UsageError, match="empty"):
         run(engine, [])
