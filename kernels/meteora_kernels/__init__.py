@@ -1,8 +1,8 @@
 """Mixture-of-LoRA arithmetic: tensors in, tensors out.
 
-:func:`mix` adds the adapters of a layer to its output, with several backends behind it; :mod:`meteora_kernels.reference` is the one that the others are
-tested against. :func:`lora_mixture` is the same with the tensors apart. :func:`run_group` computes linears that share their input, base and adapters
-together, on a CUDA GPU. This package knows nothing of models, files or settings.
+:func:`mix` adds the adapters of a layer to its output, on one of several backends; all of them are tested against :mod:`meteora_kernels.reference`.
+:func:`lora_mixture` does the same, but takes each tensor as an argument. :func:`run_group` computes linears that share their input, base product and
+adapters together, on a CUDA GPU. This package knows nothing of models, files or settings.
 """
 
 from typing import TYPE_CHECKING, Any

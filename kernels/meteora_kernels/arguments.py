@@ -1,4 +1,4 @@
-"""What every launcher passes on to its kernel in the same way."""
+"""Arguments that all launchers derive in the same way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from meteora_kernels.types import Adapters, Routing
 
 
 def choice_constants(adapters: Adapters, routing: Routing) -> dict[str, int]:
-    """The constants of a kernel that routes: TOP_K, SLOTS, PADDED and HAS_ALLOWED."""
+    """Compile-time constants of a kernel that routes: TOP_K, SLOTS, PADDED and HAS_ALLOWED."""
     return _constants(adapters.scaling.shape[0], routing.top_k, routing.allowed is not None)
 
 
@@ -21,22 +21,25 @@ def _constants(adapters: int, top_k: int, has_allowed: bool) -> dict[str, int]:
 
 
 def or_any(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """The pointer that a kernel gets for an optional tensor: where it is None, the kernel does not read it."""
+    """``tensor``, or ``other`` as a placeholder pointer that the kernel does not read if ``tensor`` is None."""
     return other if tensor is None else tensor
 
 
 def three(widths: tuple[int, ...]) -> tuple[int, int, int]:
-    """The widths of one to three members, 0 for those that do not exist."""
+    """The widths of one to three members, padded with 0 to three."""
     first, second, third = (*widths, 0, 0)[:3]
     return first, second, third
 
 
 def chunk_of(places: int, tokens: int, outputs: int) -> int:
-    """How many places :func:`meteora_kernels.device.chosen_rows.add_chosen` takes at a time: a power of two that divides ``places``, for tiles of
-    ``tokens`` by ``outputs``."""
+    """The number of places that :func:`meteora_kernels.device.chosen_rows.add_chosen` reads at a time for a tile of ``tokens`` by ``outputs``: a power of
+    two that divides ``places``."""
     return min(16, places & -places, max(1, 8192 // (tokens * outputs)))
 
 
 def span_of(columns: int, pieces: int, step: int) -> int:
-    """Columns of a piece of a sum: ``columns`` in ``pieces`` of whole steps, of which the last may be shorter (and some may be missing)."""
+    """The number of columns in each piece when a sum over ``columns`` is cut into up to ``pieces`` pieces: a multiple of ``step``.
+
+    The last piece may be shorter, and there may be fewer pieces than asked for.
+    """
     return ceil_div(ceil_div(columns, pieces), step) * step

@@ -1,14 +1,14 @@
-"""Dense backend: vectorised PyTorch on any device, with a backward of its own.
+"""Dense backend: vectorised PyTorch on any device, with a hand-written backward pass.
 
-Two products make up the work, and each can be done in two ways that give the same numbers:
+The work consists of two products, and each can be computed in two ways that give the same numbers:
 
-- *dots*: the ``k * r`` inner products of a token with the rows of its chosen adapters (``A x`` forward, ``B dy`` backward), either one
-  GEMM over all R rows of which the chosen ones are picked, or only the chosen ones (on a CPU, in float32 or float64 or for few tokens);
-- *sums*: the weighted sum of the chosen rows (``B`` forward, ``A`` backward), either a GEMM with a middle that is zero elsewhere, or a
-  gather of the chosen rows only (on a CPU).
+- *dots*: the ``k * r`` inner products of a token with the rows of its chosen adapters (``A x`` forward, ``B dy`` backward), by one
+  GEMM over all R rows followed by a gather of the chosen ones, or for the chosen rows alone (on a CPU, in float32 or float64 or for few tokens);
+- *sums*: the weighted sum of the chosen rows (``B`` forward, ``A`` backward), by a GEMM whose left matrix is zero at rows that were not
+  chosen, or by a gather of the chosen rows alone (on a CPU).
 
-A GEMM runs several times faster per multiplication, a gather does ``R / (k * r)`` times fewer of them; :func:`ways` weighs the two by
-rates measured on a CPU with AVX-512 (docs/performance.md).
+A GEMM does several times more multiplications per second, but a gather needs ``R / (k * r)`` times fewer of them. :func:`ways` compares the two by rates
+that were measured on a CPU with AVX-512.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from meteora_kernels.reference import top_indices
 from meteora_kernels.types import Adapters, Routing
 
 DOTS_GAIN = 5.0
-"""A GEMM's multiplications per time over those of gathered dots, float32 on a CPU."""
+"""The ratio of a GEMM's multiplication rate to that of gathered dots, in float32 on a CPU."""
 SUMS_GAIN = {torch.float32: 2.0, torch.float64: 4.0, torch.bfloat16: 4.0, torch.float16: 8.0}
-"""The same for gathered sums."""
+"""The ratio of a GEMM's multiplication rate to that of gathered sums on a CPU, by dtype."""
 FEW_TOKENS = 16
-"""Up to here a GEMM is bound by reading its weights, so that fewer rows always win."""
+"""Up to this number of tokens the time of a GEMM is the time to read its weights, so reading fewer rows is always faster."""
 
 
 class Ways(NamedTuple):
-    """How a pass does its dots and its sums."""
+    """How a pass computes its dots and its sums."""
 
     dots: Literal["gemm", "rows", "copies"]
     sums: Literal["gemm", "rows", "copies"]
 
 
 def ways(tokens: int, layout: Layout, top_k: int, dtype: torch.dtype, device: str) -> Ways:
-    """How to do dots and sums: ``gemm`` over all rows, by the chosen ``rows``, or by ``copies`` of the chosen rows (few tokens)."""
+    """How to compute dots and sums: by a ``gemm`` over all rows, by the chosen ``rows``, or by ``copies`` of the chosen rows (for few tokens)."""
     if device != "cpu" or dtype not in SUMS_GAIN:
         return Ways("gemm", "gemm")
     saving = layout.total_rank / max(top_k * layout.max_rank, 1)
@@ -51,16 +51,16 @@ def ways(tokens: int, layout: Layout, top_k: int, dtype: torch.dtype, device: st
 
 
 def dots(tokens: Tensor, matrix: Tensor, rows: Tensor, way: str) -> Tensor:
-    """Inner products of every token with its own rows of a matrix.
+    """Inner products of every token with its chosen rows of a matrix.
 
     Args:
-        tokens: (M, d).
-        matrix: (R, d).
-        rows: int64 (M, c).
-        way: A field of :class:`Ways`.
+        tokens: Tokens (M, d).
+        matrix: Rows (R, d), in the dtype of ``tokens``.
+        rows: Indices of the chosen rows, int64 (M, c).
+        way: The method, a field of :class:`Ways`.
 
     Returns:
-        (M, c).
+        Inner products (M, c).
     """
     count, width = rows.shape
     if way == "gemm":
@@ -78,17 +78,17 @@ def dots(tokens: Tensor, matrix: Tensor, rows: Tensor, way: str) -> Tensor:
 
 
 def sums(matrix: Tensor, rows: Tensor, weights: Tensor, way: str, add: Tensor | None = None) -> Tensor:
-    """Weighted sum of every token's own rows of a matrix, on top of ``add``.
+    """Weighted sum of every token's chosen rows of a matrix, on top of ``add``.
 
     Args:
-        matrix: (R, d).
-        rows: int64 (M, c).
-        weights: (M, c), the dtype of ``matrix``.
-        way: A field of :class:`Ways`.
-        add: (M, d) or None.
+        matrix: Rows (R, d).
+        rows: Indices of the chosen rows, int64 (M, c).
+        weights: Weights of the chosen rows (M, c), in the dtype of ``matrix``.
+        way: The method, a field of :class:`Ways`.
+        add: A summand (M, d), or None.
 
     Returns:
-        (M, d).
+        Sums (M, d).
     """
     if way == "rows":
         total = F.embedding_bag(rows, matrix, mode="sum", per_sample_weights=weights)
@@ -110,26 +110,26 @@ def sums(matrix: Tensor, rows: Tensor, weights: Tensor, way: str, add: Tensor | 
 
 
 def spread_rows(rows: Tensor, weights: Tensor, total: int) -> Tensor:
-    """(M, R) with ``weights`` at ``rows`` and 0 elsewhere."""
+    """A matrix (M, R) with ``weights`` at ``rows`` and 0 elsewhere."""
     return weights.new_zeros(rows.shape[0], total).scatter_add_(1, rows, weights)
 
 
 def choose(logits: Tensor, top_k: int, temperature: float, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`meteora_kernels.reference.route` without a graph, with fewer passes for small k.
+    """:func:`meteora_kernels.reference.route` without gradients, in fewer passes for small k.
 
     Args:
-        logits: (M, N).
-        top_k: 1 <= top_k <= N.
-        temperature: T > 0.
-        allowed: bool (N,) or None.
+        logits: Gate logits (M, N).
+        top_k: Number of adapters per token, 1 <= top_k <= N.
+        temperature: Routing temperature, T > 0.
+        allowed: Mask of the adapters that may be chosen, bool (N,), or None for all.
 
     Returns:
-        indices int64 (M, k) and weights (M, k), float32 (float64 for float64 logits).
+        Indices int64 (M, k) and weights (M, k), float32 (float64 for float64 logits).
     """
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     if top_k == 2:
-        # max(dim) takes the first of equal values and NaN before all, as argmax does, in fewer passes over the row.
+        # max(dim) returns the first of equal values and prefers NaN, as argmax does, in fewer passes over the row.
         first = logits.max(dim=1, keepdim=True).indices
         second = logits.scatter(1, first, float("-inf")).max(dim=1, keepdim=True).indices
         indices = torch.cat((first, second), dim=1)
@@ -142,7 +142,7 @@ def choose(logits: Tensor, top_k: int, temperature: float, allowed: Tensor | Non
 
 
 class Forward(NamedTuple):
-    """What the forward pass leaves for the backward."""
+    """Results of the forward pass that the backward pass needs."""
 
     output: Tensor
     logits: Tensor | None
@@ -152,10 +152,11 @@ class Forward(NamedTuple):
 
 
 def forward(x: Tensor, lora_x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing) -> Forward:
-    """The layer on flat tokens: x and lora_x (M, h), base_output (M, o), given routes (M, k) each.
+    """The layer on flat tokens: x and lora_x (M, h), base_output (M, o), given indices and weights (M, k) each.
 
     Returns:
-        output (M, o); logits (M, N) or None; indices int64 (M, k); weights (M, k); down (M, k * max_rank), the chosen rows of ``A x``.
+        Output (M, o); logits (M, N), or None where routes are given; indices int64 (M, k); weights (M, k); down (M, k * max_rank), the chosen rows of
+        ``A x``.
     """
     logits, given, layout = None, routing.given, layout_of(adapters.offsets)
     if given is None:
@@ -170,7 +171,7 @@ def forward(x: Tensor, lora_x: Tensor, base_output: Tensor, adapters: Adapters, 
 
 
 def expand(indices: Tensor, weights: Tensor, scaling: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The chosen rows int64 (M, k * r) and ``w_j * s_j`` (M, k, 1), or (M, k, r) where ranks differ, so that places past a rank get 0."""
+    """The chosen rows, int64 (M, k * r), and ``w_j * s_j`` (M, k, 1), or (M, k, r) where ranks differ: places past an adapter's rank get 0."""
     count = indices.shape[0]
     flat = indices.reshape(-1)
     rows = layout.rows.index_select(0, flat).view(count, -1)
@@ -181,12 +182,12 @@ def expand(indices: Tensor, weights: Tensor, scaling: Tensor, layout: Layout) ->
 
 
 def scaled(values: Tensor, coefficients: Tensor) -> Tensor:
-    """(M, k * r) values times (M, k, 1 or r) coefficients, in the dtype of the values."""
+    """Values (M, k * r) times coefficients (M, k, 1 or r), in the dtype of the values."""
     return (values.view(*coefficients.shape[:2], -1) * coefficients).view_as(values).to(values.dtype)
 
 
 class _Mixture(torch.autograd.Function):
-    """The differentiable form of :func:`forward`; the derivative of the route is that of the softmax over the chosen logits."""
+    """The differentiable form of :func:`forward`; the choice of adapters is constant, and their weights are differentiated through the softmax."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_x: Tensor | None, base_output: Tensor, *flat: Any) -> tuple[Tensor, Tensor | None]:
@@ -255,14 +256,14 @@ def mix(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lo
 
 
 def cast(x: Tensor, adapters: Adapters, lora_x: Tensor | None) -> tuple[Tensor, Adapters, Tensor | None]:
-    """The same in the dtype of autocast."""
+    """``x``, the adapters' tensors and ``lora_x`` in the dtype of autocast."""
     dtype = torch.get_autocast_dtype(x.device.type)
     adapters = adapters._replace(gate=adapters.gate.to(dtype), lora_A=adapters.lora_A.to(dtype), lora_B=adapters.lora_B.to(dtype))
     return x.to(dtype), adapters, None if lora_x is None else lora_x.to(dtype)
 
 
 def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Flatten the tokens, run, and give the leading dimensions back."""
+    """Flatten the tokens, run, and restore the leading dimensions."""
     lead = x.shape[:-1]
     count, hidden = adapters.gate.shape
     tokens = x.reshape(-1, hidden)
@@ -279,7 +280,7 @@ def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, 
 
 
 def flat_routes(routing: Routing) -> Routing:
-    """The same with given routes as (M, k) each, and their k."""
+    """The routing with given indices and weights flattened to (M, k), and with their k."""
     if routing.indices is None or routing.weights is None:
         return routing
     top_k = routing.indices.shape[-1]

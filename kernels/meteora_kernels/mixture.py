@@ -1,4 +1,4 @@
-"""The one entry point: checks, the choice of a backend, dispatch."""
+"""The entry point of the package: checks the arguments, chooses a backend and calls it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ BACKENDS: tuple[str, ...] = ("auto", "reference", "dense", "triton")
 
 _log = logging.getLogger(__name__)
 _broken: dict[str, str] = {}
-"""Devices on which the Triton backend failed to start, and why; ``auto`` leaves it alone there."""
+"""Devices on which the Triton backend failed to start, with the reason; ``auto`` does not choose it there again."""
 
 
 def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, training: bool) -> tuple[str, str]:
-    """What ``auto`` picks for these tokens, and why (one phrase).
+    """The backend that ``auto`` picks for these tokens, and the reason as one phrase.
 
     Args:
-        x: (..., h).
-        adapters: N.
-        total_rank: R.
-        top_k: k.
-        training: Gradients are wanted.
+        x: Input of the layer (..., h).
+        adapters: Number of adapters N.
+        total_rank: Sum of the adapters' ranks R.
+        top_k: Number of adapters per token k.
+        training: Whether gradients are needed.
 
     Example:
         >>> import torch
@@ -45,7 +45,7 @@ def pick_backend(x: Tensor, adapters: int, total_rank: int, top_k: int, *, train
 
 
 class Backend(Protocol):
-    """A backend's function; arguments as in :func:`mix`."""
+    """The signature of a backend's function; the arguments are those of :func:`mix`."""
 
     def __call__(self, x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
@@ -58,16 +58,16 @@ def _triton() -> Any:
 
 
 class Options(TypedDict, total=False):
-    """What :func:`lora_mixture` takes by name.
+    """Keyword options of :func:`lora_mixture`.
 
     Attributes:
-        top_k: Adapters per token, 1 <= top_k <= N; 2 if not given.
-        temperature: T > 0 of the softmax over the chosen adapters; 1.0 if not given.
-        lora_x: (..., h), what the adapters see when it is not ``x`` (after dropout).
-        routes: (indices int64 (..., k), weights (..., k)) to use instead of the gate (forced routing).
-        allowed: bool (N,), adapters that may be chosen.
-        backend: One of :data:`BACKENDS`; "auto" if not given.
-        return_logits: Also return the gate logits (..., N).
+        top_k: Number of adapters per token, 1 <= top_k <= N; 2 by default.
+        temperature: Routing temperature T > 0, which divides the chosen logits before the softmax; 1.0 by default.
+        lora_x: Input of the adapters (..., h) where it differs from ``x`` (after dropout).
+        routes: Indices int64 (..., k) and weights (..., k) to use instead of the gate's choice (forced routing).
+        allowed: Mask of the adapters that may be chosen, bool (N,); all by default.
+        backend: One of :data:`BACKENDS`; "auto" by default.
+        return_logits: Whether to return the gate logits (..., N) too.
         max_rank: The largest rank, if known.
     """
 
@@ -84,23 +84,23 @@ class Options(TypedDict, total=False):
 def lora_mixture(
     x: Tensor, base_output: Tensor, gate: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, offsets: Tensor, **options: Unpack[Options]
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Add the routed mixture of N LoRA adapters to the output of a linear layer, from tensors; :func:`mix` does the same from values made once.
+    """Add the routed mixture of N LoRA adapters to the output of a linear layer, from separate tensors. :func:`mix` takes them as values that are made once.
 
     Args:
-        x: (..., h), the layer's input.
-        base_output: (..., o), ``W x`` plus bias.
-        gate: (N, h).
-        lora_A: (R, h), all adapters' A stacked by rows; R = sum of ranks; an adapter may have rank 0 here (it adds nothing).
-        lora_B: (R, o), row ``j`` is column ``j`` of the usual (o, R) matrix.
-        scaling: float (N,), alpha / r (or alpha / sqrt(r)).
-        offsets: int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i+1]`` of A and B.
-        **options: :class:`Options`.
+        x: Input of the layer (..., h).
+        base_output: ``W x`` plus bias (..., o).
+        gate: Gate weights (N, h).
+        lora_A: A of all adapters stacked by rows (R, h), where R is the sum of the ranks. An adapter of rank 0 adds nothing.
+        lora_B: B of all adapters (R, o); row ``j`` is column ``j`` of the usual (o, R) matrix.
+        scaling: Scaling of every adapter, float (N,): alpha / r, or alpha / sqrt(r) with rsLoRA.
+        offsets: Row ranges of the adapters, int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i+1]`` of A and B.
+        **options: The fields of :class:`Options`.
 
     Returns:
-        (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair with the logits.
+        The output (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair of the output and the gate logits.
 
     Raises:
-        ValueError: As in :func:`mix`.
+        ValueError: The conditions are those of :func:`mix`.
         TypeError: An option is unknown.
 
     Example:
@@ -128,21 +128,21 @@ def mix(
     """Add the routed mixture of N LoRA adapters to the output of a linear layer (formulas in :mod:`meteora_kernels.reference`).
 
     Args:
-        x: (..., h), the layer's input; the gate sees it as it is.
-        base_output: (..., o), ``W x`` plus bias.
-        adapters: Of one linear. Where ``max_rank`` is None, it is read off ``offsets`` once (a GPU waits for that; compiled code multiplies all
-            adapters instead).
-        routing: How tokens choose. Given routes replace the gate.
-        lora_x: (..., h), what the adapters see when it is not ``x`` (after dropout).
-        backend: One of :data:`BACKENDS`. A named one that cannot run here raises; ``auto`` chooses one that can.
-        return_logits: Also return the gate logits (..., N).
+        x: Input of the layer (..., h), which the gate reads.
+        base_output: ``W x`` plus bias (..., o).
+        adapters: The adapters of one linear. If ``max_rank`` is None, it is computed from ``offsets`` once, which makes the host wait for the GPU;
+            compiled code multiplies all adapters instead.
+        routing: How tokens choose their adapters. Given routes replace the gate.
+        lora_x: Input of the adapters (..., h) where it differs from ``x`` (after dropout).
+        backend: One of :data:`BACKENDS`; ``auto`` chooses one that can run on this device.
+        return_logits: Whether to return the gate logits (..., N) too.
 
     Returns:
-        (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair with the logits.
+        The output (..., o) in the dtype of ``base_output``; with ``return_logits`` a pair of the output and the gate logits.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit, top_k or temperature are out of range, unknown backend or one that cannot run
-            here, or logits are asked for together with given routes.
+        ValueError: Shapes, dtypes or devices do not fit each other; ``top_k`` or ``temperature`` is out of range; ``backend`` is unknown or cannot run on
+            this device; or logits are requested together with given routes.
 
     Example:
         >>> adapters = Adapters.of_layer(torch.randn(3, 16), torch.randn(12, 16), torch.randn(12, 8), torch.ones(3), torch.tensor([0, 4, 8, 12]))
@@ -181,7 +181,7 @@ def mix(
 def _triton_or_dense(
     x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None, *, want_logits: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The Triton backend; where it cannot be built (a kernel does not fit the GPU, no compiler), the dense one from then on."""
+    """The Triton backend; if it cannot be built (a kernel does not fit the GPU, or there is no compiler), the dense backend from then on."""
     try:
         output, logits = _triton().mix(x, base_output, adapters, routing, lora_x, want_logits=want_logits)
     except (torch.OutOfMemoryError, torch.AcceleratorError):

@@ -1,4 +1,4 @@
-"""Registration of operators with PyTorch's dispatcher, without the per-call checks of ``torch.library.custom_op`` (0.2 ms a call on a slow CPU)."""
+"""Registration of operators with PyTorch's dispatcher, without the per-call checks of ``torch.library.custom_op`` (0.2 ms per call on a slow CPU)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def eager(tensor: torch.Tensor) -> bool:
-    """Whether an operator's function may be called itself: nothing traces, so the dispatcher would only add its own time (10 to 40 us of a CPU)."""
+    """Whether an operator's function can be called directly: nothing is tracing, so the dispatcher would only cost time (10 to 40 us of the CPU)."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Around kernel launches: Triton launches on the current GPU, which need not be the one that holds the tensors."""
+    """A context for kernel launches that makes the tensor's GPU the current one, because Triton launches on the current GPU."""
     if not tensor.is_cuda or torch.compiler.is_compiling() or tensor.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
@@ -26,12 +26,12 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 class Operator:
     """A function that is also the operator ``torch.ops.meteora.<name>``.
 
-    The function takes and returns tensors and numbers, and takes named tuples of them, whose fields become arguments of the operator. Called in eager code it
-    runs as it is; for compilers and under dispatch modes the operator is called.
+    The function takes and returns tensors and numbers. It also takes named tuples of them, whose fields become arguments of the operator. Eager code calls
+    the function directly; compilers and dispatch modes call the operator.
 
     Attributes:
-        function: What was registered.
-        op: The operator, with flat arguments (:meth:`flat`).
+        function: The registered function.
+        op: The operator, which takes flat arguments (:meth:`flat`).
     """
 
     def __init__(self, name: str, function: Callable[..., Any], out_like: Callable[..., Any], mutates: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ class Operator:
         self.op: Any = getattr(torch.ops.meteora, name).default
 
     def flat(self, arguments: Sequence[Any]) -> list[Any]:
-        """The operator's arguments from the function's."""
+        """The operator's arguments for the function's arguments."""
         flat: list[Any] = []
         for argument, kind in zip(arguments, self.kinds, strict=True):
             if kind is None:
@@ -65,7 +65,7 @@ class Operator:
         return flat
 
     def values(self, flat: Sequence[Any]) -> list[Any]:
-        """The function's arguments from the operator's."""
+        """The function's arguments for the operator's arguments."""
         found, place = [], 0
         for kind, lists in zip(self.kinds, self.lists, strict=True):
             if kind is None:
@@ -78,7 +78,7 @@ class Operator:
         return found
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the function, or the operator where something traces; the first argument is a tensor."""
+        """Call the function, or the operator if something is tracing; the first argument is a tensor."""
         if eager(arguments[0]):
             return self.function(*arguments)
         return self.op(*self.flat(arguments))
@@ -90,7 +90,7 @@ def is_numbers(hint: Any) -> bool:
 
 
 def flat_parameters(parameters: Iterable[tuple[str, Any]]) -> Iterable[inspect.Parameter]:
-    """Parameters with named tuples replaced by their fields, annotated as PyTorch's schemas want it."""
+    """Parameters with named tuples replaced by their fields, annotated as PyTorch's schemas require."""
     for name, kind in parameters:
         fields = {f"{name}_{field}": hint for field, hint in get_type_hints(kind).items()} if hasattr(kind, "_fields") else {name: kind}
         for field, hint in fields.items():
@@ -104,8 +104,8 @@ def operator(name: str, out_like: Callable[..., Any], mutates: Sequence[str] = (
 
     Args:
         name: The operator's name.
-        out_like: Takes the function's arguments and returns empty results; it stands in for the function where tensors have no data.
-        mutates: The names of arguments that it writes to.
+        out_like: A function that takes the same arguments and returns empty results; it replaces the function where tensors have no data.
+        mutates: Names of the arguments that the function writes to.
 
     Example:
         >>> @operator("doctest_double", out_like=lambda x: torch.empty_like(x))

@@ -1,4 +1,4 @@
-"""Which rows of the stacked A and B each adapter owns, as small tables that are built once per ``offsets`` tensor."""
+"""The rows of the stacked A and B that each adapter owns, as small tables that are built once for each ``offsets`` tensor."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Host-side facts and device tables about the adapters' ranks.
+    """The adapters' ranks, as numbers on the host and tables on the device.
 
     Attributes:
-        adapters: N.
-        total_rank: R, the sum of ranks.
-        max_rank: The largest rank (0 when R is 0).
-        uniform: Every adapter has rank ``max_rank``.
-        rows: int64 (N, max_rank): the rows of adapter ``i``; places past its rank repeat a row that exists (their coefficient is 0).
-        valid: None when uniform, else bool (N, max_rank): False past the adapter's rank.
+        adapters: Number of adapters N.
+        total_rank: Sum of the ranks R.
+        max_rank: The largest rank; 0 if R is 0.
+        uniform: Whether every adapter has rank ``max_rank``.
+        rows: Rows of every adapter, int64 (N, max_rank); places past an adapter's rank repeat an existing row, with coefficient 0.
+        valid: Mask that is False past an adapter's rank, bool (N, max_rank); None if ``uniform``.
     """
 
     adapters: int
@@ -33,7 +33,7 @@ class Layout:
 
 
 def build(offsets: Tensor) -> Layout:
-    """The layout of ``offsets`` (N + 1,); reads it on the host, so a GPU waits here once.
+    """The layout of ``offsets`` (N + 1,). The host reads it, so it waits for the GPU once.
 
     Raises:
         ValueError: The offsets do not start at 0 or decrease.
@@ -57,7 +57,7 @@ _known: MutableMapping[Tensor, tuple[int, Layout]] = WeakTensorKeyDictionary()
 
 
 def layout_of(offsets: Tensor) -> Layout:
-    """The cached layout of ``offsets``; rebuilt when the tensor was written to since."""
+    """The cached layout of ``offsets``; rebuilt if the tensor has been written to."""
     version = 0 if offsets.is_inference() else offsets._version
     found = _known.get(offsets)
     if found is None or found[0] != version:

@@ -1,4 +1,4 @@
-"""The reference: plain PyTorch, any floating dtype (float64 included), any device, differentiable, no loop over adapters.
+"""The reference in plain PyTorch: any floating dtype including float64, any device, differentiable, without a loop over adapters.
 
 For a token ``x`` (h,), adapters ``A_i`` (r_i, h) and ``B_i`` (o, r_i) with scaling ``s_i``, and gate ``G`` (N, h)::
 
@@ -7,7 +7,7 @@ For a token ``x`` (h,), adapters ``A_i`` (r_i, h) and ``B_i`` (o, r_i) with scal
     w       = softmax(logits[i_1..i_k] / T)       in float32 (float64 for float64 logits)
     y       = W x + sum_j w_j * s_{i_j} * B_{i_j} A_{i_j} x
 
-(MeteoRA, arXiv 2405.13053, section 3.) The sum is one LoRA of rank ``R = sum(r_i)`` whose middle is scaled per token.
+(MeteoRA, arXiv 2405.13053, section 3.) The sum is one LoRA of rank ``R = sum(r_i)`` whose intermediate ``A x`` is scaled for each token.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def top_indices(logits: Tensor, top_k: int) -> Tensor:
     """The indices of the ``top_k`` largest logits, largest first; the lower index wins a tie; NaN counts as largest.
 
     Args:
-        logits: (..., N).
-        top_k: 1 <= top_k <= N.
+        logits: Gate logits (..., N).
+        top_k: Number of indices, 1 <= top_k <= N.
 
     Returns:
-        int64 (..., top_k). (``torch.topk`` promises no order among equal values, hence this.)
+        Indices int64 (..., top_k). ``torch.topk`` would not do, because it promises no order among equal values.
     """
     logits = logits.detach()
     if top_k >= _SORT_FROM:
@@ -48,14 +48,14 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
     """Choose adapters and their weights for every token.
 
     Args:
-        logits: (..., N) gate logits.
-        top_k: How many adapters a token gets.
-        temperature: T > 0; mixes the chosen ones, never changes which are chosen.
-        allowed: bool (N,); adapters that are False are never given weight. At least one must be True.
+        logits: Gate logits (..., N).
+        top_k: Number of adapters per token, 1 <= top_k <= N.
+        temperature: Routing temperature T > 0; changes the weights of the chosen adapters, but not the choice.
+        allowed: Mask of the adapters that may get weight, bool (N,); at least one must be True.
 
     Returns:
-        ``indices`` int64 (..., k) and ``weights`` (..., k), float32 (float64 for float64 logits), which sum to 1 over k and are
-        differentiable in ``logits``. NaN logits give NaN weights.
+        Indices int64 (..., k), and weights (..., k) in float32 (float64 for float64 logits). The weights sum to 1 over k and are differentiable in
+        ``logits``. NaN logits give NaN weights.
 
     Example:
         >>> import torch
@@ -76,15 +76,15 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
 
 
 def spread(indices: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:
-    """Per-token coefficient of every adapter: ``w_j * s_{i_j}`` at the chosen ones, 0 elsewhere.
+    """The coefficient of every adapter for every token: ``w_j * s_{i_j}`` for chosen adapters and 0 for the others.
 
     Args:
-        indices: int64 (..., k).
-        weights: (..., k).
-        scaling: (N,).
+        indices: Chosen adapters, int64 (..., k).
+        weights: Their weights (..., k).
+        scaling: Scaling of every adapter (N,).
 
     Returns:
-        (..., N), the dtype of ``weights``.
+        Coefficients (..., N) in the dtype of ``weights``.
     """
     scaled = weights * scaling.to(weights.dtype)[indices]
     return scaled.new_zeros(*indices.shape[:-1], scaling.shape[0]).scatter_add(-1, indices, scaled)
@@ -96,18 +96,18 @@ def rank_owner(offsets: Tensor, total_rank: int) -> Tensor:
 
 
 def mixture(x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, coefficients: Tensor, offsets: Tensor) -> Tensor:
-    """``base_output + ((x A^T) * coefficients per rank) B``.
+    """``base_output + ((x A^T) * c) B``, where ``c`` repeats every adapter's coefficient for each of its rows.
 
     Args:
-        x: (..., h).
-        base_output: (..., o).
-        lora_A: (R, h).
-        lora_B: (R, o): row ``j`` is column ``j`` of the usual (o, R) matrix.
-        coefficients: (..., N).
-        offsets: int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i+1]``.
+        x: Input of the adapters (..., h).
+        base_output: Output of the base layer (..., o).
+        lora_A: A of all adapters stacked by rows (R, h).
+        lora_B: B of all adapters (R, o); row ``j`` is column ``j`` of the usual (o, R) matrix.
+        coefficients: Coefficient of every adapter for every token (..., N), as :func:`spread` returns it.
+        offsets: Row ranges of the adapters, int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i+1]``.
 
     Returns:
-        (..., o), the dtype of ``base_output``.
+        The output (..., o) in the dtype of ``base_output``.
     """
     down = F.linear(x, lora_A)
     per_rank = coefficients[..., rank_owner(offsets, lora_A.shape[0])].to(down.dtype)
@@ -115,7 +115,7 @@ def mixture(x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, coef
 
 
 def mix(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The whole layer; arguments as in :func:`meteora_kernels.mix`. Returns the output and the gate logits (None where routes are given)."""
+    """The whole layer, with the arguments of :func:`meteora_kernels.mix`. Returns the output and the gate logits, or None for given routes."""
     logits, given = None, routing.given
     if given is None:
         logits = F.linear(x, adapters.gate)

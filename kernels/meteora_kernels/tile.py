@@ -1,4 +1,4 @@
-"""How a kernel cuts its work."""
+"""Block sizes of a kernel."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """How a kernel cuts its work; powers of two but for ``stages``. A path reads the fields that its page in docs/kernels names.
+    """Block sizes of a kernel: powers of two, except for ``stages``. A path reads the fields that its page in docs/kernels names.
 
     Attributes:
-        tokens: Tokens of a program.
-        outputs: Outputs of a program.
-        step: Columns of h at a time.
-        warps: Warps of a program.
-        stages: Steps in flight.
-        gate_rows: Rows of G (and of A, where all are read) of a program.
-        gate_step: Columns of h at a time, of those programs.
-        down_rows: Chosen rows of A of a program.
-        down_step: Columns of h at a time, of those programs.
+        tokens: Number of tokens per program.
+        outputs: Number of outputs per program.
+        step: Number of input columns per loop step.
+        warps: Number of warps per program.
+        stages: Number of loop steps whose loads are in flight at the same time.
+        gate_rows: Number of rows of G (and of A, where all are read) per program.
+        gate_step: Number of input columns per loop step of the programs that compute gates.
+        down_rows: Number of chosen rows of A per program.
+        down_step: Number of input columns per loop step of the programs that compute chosen rows of A.
     """
 
     tokens: int = 16

@@ -1,4 +1,4 @@
-"""The values that kernels take, each made once: the adapters of a layer, how tokens choose, and a fused group."""
+"""Arguments that kernels take as values made once: the adapters of a layer, the routing, and a fused group."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Adapters(NamedTuple):
     The number of adapters N, their ranks and their scaling are the same for all members. :meth:`of_layer` and :meth:`of_group` make one.
 
     Attributes:
-        gate: (., h), columns contiguous: the N gate rows of member i start at row ``i * member_rows``.
-        lora_A: (., h), rows as far apart as those of ``gate``: member i's R rows of A start at row ``i * member_rows``; R is the sum of ranks.
-        lora_B: Every member's B (R, width), contiguous, one after the other, flat or 2-d; row ``j`` is column ``j`` of the usual (width, R) matrix.
-        scaling: float32 (N,), alpha / r (or alpha / sqrt(r)).
-        offsets: int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i + 1]`` of A and B.
+        gate: Gate weights (., h), columns contiguous; the N gate rows of member i start at row ``i * member_rows``.
+        lora_A: A of all adapters (., h), with the row stride of ``gate``; member i's R rows start at row ``i * member_rows``, where R is the sum of ranks.
+        lora_B: B (R, width) of every member, contiguous, one after the other, flat or 2-d; row ``j`` is column ``j`` of the usual (width, R) matrix.
+        scaling: Scaling of every adapter, float32 (N,): alpha / r, or alpha / sqrt(r) with rsLoRA.
+        offsets: Row ranges of the adapters, int64 (N + 1,): adapter ``i`` owns rows ``offsets[i]:offsets[i + 1]`` of A and B.
         max_rank: The largest rank; None if the caller does not know it.
-        widths: Outputs of each member.
-        member_rows: Rows from one member to the next; 0 for a single linear.
+        widths: Number of outputs of each member.
+        member_rows: Number of rows from one member to the next; 0 for a single linear.
 
     Example:
         >>> import torch
@@ -57,11 +57,11 @@ class Adapters(NamedTuple):
         """The adapters of one linear.
 
         Args:
-            gate: (N, h).
-            lora_A: (R, h), all adapters' A stacked by rows; an adapter may have rank 0.
-            lora_B: (R, o).
-            scaling: float (N,).
-            offsets: int64 (N + 1,).
+            gate: Gate weights (N, h).
+            lora_A: A of all adapters stacked by rows (R, h); an adapter may have rank 0.
+            lora_B: B of all adapters (R, o).
+            scaling: Scaling of every adapter, float (N,).
+            offsets: Row ranges of the adapters, int64 (N + 1,).
             max_rank: The largest rank, if known.
         """
         return cls(gate, lora_A, lora_B, scaling, offsets, max_rank, (lora_B.shape[-1],))
@@ -71,12 +71,12 @@ class Adapters(NamedTuple):
         """The adapters of a group whose gates and A follow its base weights in one block.
 
         Args:
-            packed: (P, h), columns contiguous: the members' base rows (O = sum of widths), then per member ``stacked_rows_of(N, R)`` rows: N gate
-                rows, padding to ``gate_rows_of(N)``, R rows of A, padding with zeros; further rows do not matter.
-            lora_B: Per member (R, width), contiguous, one after the other.
-            scaling: float32 (N,), the same for all members.
-            offsets: int64 (N + 1,), likewise.
-            widths: Outputs of each of one to three members.
+            packed: The block (P, h), columns contiguous: the members' base rows (O = sum of widths), then ``stacked_rows_of(N, R)`` rows for each
+                member: N gate rows, padding to ``gate_rows_of(N)``, R rows of A, padding with zeros. Rows after those are ignored.
+            lora_B: B (R, width) of every member, contiguous, one after the other.
+            scaling: Scaling of every adapter, float32 (N,), the same for all members.
+            offsets: Row ranges of the adapters, int64 (N + 1,), the same for all members.
+            widths: Number of outputs of each of one to three members.
             max_rank: The largest rank.
         """
         count, outputs = scaling.shape[0], sum(widths)
@@ -86,27 +86,27 @@ class Adapters(NamedTuple):
 
     @property
     def number(self) -> int:
-        """N."""
+        """The number of adapters N."""
         return self.scaling.shape[0]
 
     @property
     def members(self) -> int:
-        """How many linears there are."""
+        """The number of linears."""
         return len(self.widths)
 
     @property
     def total_rank(self) -> int:
-        """R."""
+        """The sum of the adapters' ranks R."""
         return self.lora_B.numel() // sum(self.widths)
 
     @property
     def padded(self) -> int:
-        """Columns of a tile of logits (:func:`meteora_kernels.sizes.padded_adapters`)."""
+        """The number of columns of a tile of logits (:func:`meteora_kernels.sizes.padded_adapters`)."""
         return padded_adapters(self.scaling.shape[0])
 
     @property
     def rank_p(self) -> int:
-        """Places that kernels keep for one adapter's rows: the largest rank up to a power of two, at least 1."""
+        """The number of places that kernels reserve for one adapter's rows: the largest rank rounded up to a power of two, at least 1."""
         return max(1, power_of_two(self.max_rank or 0))
 
 
@@ -114,11 +114,11 @@ class Routing(NamedTuple):
     """How tokens choose their adapters.
 
     Attributes:
-        top_k: Adapters per token, 1 <= top_k <= N.
-        temperature: T > 0 of the softmax over the chosen adapters.
-        allowed: bool (N,), the adapters that may be chosen; None: all.
-        indices: int64 (..., k), the adapters to use instead of the gate's choice (forced routing), or None.
-        weights: (..., k), their weights, or None.
+        top_k: Number of adapters per token k, 1 <= top_k <= N.
+        temperature: Routing temperature T > 0, which divides the chosen logits before the softmax.
+        allowed: Mask of the adapters that may be chosen, bool (N,); None for all.
+        indices: Adapters to use instead of the gate's choice (forced routing), int64 (..., k), or None.
+        weights: Weights of these adapters (..., k), or None.
 
     Example:
         >>> from meteora_kernels import Routing
@@ -134,17 +134,17 @@ class Routing(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """top_k up to a power of two."""
+        """``top_k`` rounded up to a power of two."""
         return power_of_two(self.top_k)
 
     @property
     def given(self) -> tuple[Tensor, Tensor] | None:
-        """Indices and weights, where the caller gives them."""
+        """The indices and weights, or None if the gate decides."""
         return None if self.indices is None or self.weights is None else (self.indices, self.weights)
 
 
 def new_flags(device: torch.device) -> Tensor:
-    """The zeroed flags by which programs of one launch wait for each other; one tensor per group and CUDA stream."""
+    """Zeroed flags by which programs of one launch wait for each other, int32 (1024,); every group and CUDA stream needs a separate tensor."""
     return torch.zeros(1024, dtype=torch.int32, device=device)
 
 
@@ -153,17 +153,17 @@ class Group:
     """One to three linears that share their input, base and adapters together. :meth:`of` makes one.
 
     Attributes:
-        packed: (P, h), the block that holds base weights, gates and A (:meth:`Adapters.of_group`).
-        weights: (O, h), the base rows of ``packed``.
+        packed: The block (P, h) that holds base weights, gates and A (:meth:`Adapters.of_group`).
+        weights: The base rows (O, h) of ``packed``.
         adapters: The members' adapters.
-        bias: (O,) or None.
-        flags: int32 (1024,), zero before and after every launch; a group runs on one stream at a time.
-        wide: The layout of a block whose rows hold B^T as well (:mod:`meteora_kernels.wide`), kept up to date by the owner; None without.
-        gate_rows: Rows from a member's first gate row to its first row of A.
-        total_rank: R.
-        aligned: The copy engine can read ``packed`` (:func:`meteora_kernels.plan.machine.readable`).
-        facts: The sizes that a choice of a path depends on.
-        choices: The choices made for these sizes so far (:func:`meteora_kernels.plan.choose.choices_of`).
+        bias: Bias of all members (O,), or None.
+        flags: Flags int32 (1024,), zero before and after every launch; a group runs on one stream at a time.
+        wide: The layout of a block whose rows also hold B^T (:mod:`meteora_kernels.wide`), which the owner keeps up to date; None for other blocks.
+        gate_rows: Number of rows from a member's first gate row to its first row of A.
+        total_rank: Sum of the adapters' ranks R.
+        aligned: Whether the copy engine can read ``packed`` (:func:`meteora_kernels.plan.machine.readable`).
+        facts: The sizes that the choice of a path depends on.
+        choices: The choices that were made for these sizes (:func:`meteora_kernels.plan.choose.choices_of`).
     """
 
     packed: Tensor
@@ -183,11 +183,11 @@ class Group:
         """A group from its block.
 
         Args:
-            packed: (P, h), as :meth:`Adapters.of_group` describes it.
-            adapters: What :meth:`Adapters.of_group` makes of ``packed``.
-            bias: (O,) or None.
-            flags: As :func:`new_flags` makes them; None: new ones.
-            has_up: ``packed`` is a block of :class:`meteora_kernels.wide.Wide`, and B^T in its rows equals ``adapters.lora_B`` at every call.
+            packed: The block (P, h) that :meth:`Adapters.of_group` describes.
+            adapters: The result of :meth:`Adapters.of_group` for ``packed``.
+            bias: Bias of all members (O,), or None.
+            flags: Flags that :func:`new_flags` returned; None creates new ones.
+            has_up: Whether ``packed`` is a block of :class:`meteora_kernels.wide.Wide` whose rows hold B^T, equal to ``adapters.lora_B`` at every call.
 
         Example:
             >>> packed = torch.zeros(128, 16)  # 8 outputs, then 64 rows for the gates and A of two adapters of rank 4

@@ -1,15 +1,15 @@
-"""The layout in memory where B is an extension of K: ``y = [x, h] [W, B^T]^T`` with ``h`` the routed, scaled ``A x``.
+"""The memory layout that turns B into further input columns of W: ``y = [x, h] [W, B^T]^T``, where ``h`` is the routed, scaled ``A x``.
 
 x is written into a buffer of rows ``[h_0 | x | h_1 ...]`` (:class:`Wide`), so that the ``[x, h]`` of every product is a window of the buffer and nothing
-is copied::
+has to be copied::
 
     one member       [ x | h_0 ]                        window: all of it
     two members      [ h_0 | x | h_1 ]                  windows: h_0 to x, x to h_1
     three members    [ h_0 | x | h_1 | h_2 ]            windows: h_0 to x, x to h_2 (both last members at once)
 
-The rows of the group's block of weights are as far apart as h plus the columns to the right of x. B^T of a member is in the same rows as its W, to the left
-or to the right of them as h is in its window. In memory, the columns to the right of one row are the columns to the left of the next, and no row
-needs both, so a group of two costs no more than one of one.
+The row stride of the group's block of weights is the input width plus the columns to the right of x. B^T of a member is in the same rows as its W, on the
+same side as h in its window. In memory, the columns to the right of one row are the columns to the left of the next. No row needs both, so two members need
+no more memory per row than one member.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 ALIGNED = 64
-"""Columns of h are padded to a multiple of this, so that rows of 16-bit numbers stay 128 bytes aligned."""
+"""The columns of h are padded to a multiple of this number, so that rows of 16-bit numbers stay aligned to 128 bytes."""
 
 
 SHARE = 8
-"""A group keeps B^T in the rows of its weights where all columns for it are at most one in this many of h."""
+"""A group keeps B^T in the rows of its weights if it adds at most one column for this number of input columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Wide:
     """Columns and strides of one group.
 
     Attributes:
-        hidden: h.
-        rank: R.
-        members: 1 to 3.
+        hidden: Width of the input.
+        rank: Sum of the adapters' ranks R.
+        members: Number of linears, 1 to 3.
     """
 
     hidden: int
@@ -43,50 +43,50 @@ class Wide:
     members: int
 
     def pays(self, dtype: torch.dtype) -> bool:
-        """Whether a fused group should keep B^T in the rows of its weights: in 16 bits, and where R is small compared with h."""
+        """Whether a fused group should keep B^T in the rows of its weights: for 16-bit dtypes, and if R is small compared with the input width."""
         return dtype in (torch.float16, torch.bfloat16) and self.right * SHARE <= self.hidden
 
     @property
     def pad(self) -> int:
-        """Columns of one member's h: R up to a multiple of :data:`ALIGNED`."""
+        """The number of columns of one member's h: R rounded up to a multiple of :data:`ALIGNED`."""
         return -(-self.rank // ALIGNED) * ALIGNED
 
     @property
     def left(self) -> int:
-        """Columns left of x."""
+        """The number of columns to the left of x."""
         return 0 if self.members == 1 else self.pad
 
     @property
     def right(self) -> int:
-        """Columns right of x."""
+        """The number of columns to the right of x."""
         return self.pad * max(1, self.members - 1)
 
     @property
     def row(self) -> int:
-        """Columns of a row of x's buffer."""
+        """The number of columns of a row of the buffer that holds x."""
         return self.left + self.hidden + self.right
 
     @property
     def weight_row(self) -> int:
-        """Elements from one row of the block of weights to the next."""
+        """The row stride of the block of weights, in elements."""
         return self.hidden + self.right
 
     @property
     def places(self) -> tuple[int, int]:
-        """The first columns of the first member's h and of the second's, which the third's follows."""
+        """The first column of the first member's h, and that of the second member's h, which the third member's h follows."""
         return (0 if self.left else self.hidden), self.left + self.hidden
 
     def new_block(self, rows: int, like: Tensor) -> Tensor:
-        """A zeroed block (rows, h) whose rows are ``weight_row`` apart, in the dtype and where ``like`` is."""
+        """A zeroed block (rows, hidden) with row stride ``weight_row``, in the dtype and on the device of ``like``."""
         memory = torch.zeros(self.left + rows * self.weight_row, dtype=like.dtype, device=like.device)
         return memory.as_strided((rows, self.hidden), (self.weight_row, 1), self.left)
 
     def new_rows(self, tokens: int, like: Tensor) -> Tensor:
-        """The columns (M, h) that are x's of a new buffer, in the dtype and where ``like`` is; nothing is written yet."""
+        """The columns for x (M, hidden) of a new, uninitialised buffer in the dtype and on the device of ``like``."""
         return like.new_empty(tokens, self.row)[:, self.left : self.left + self.hidden]
 
     def whole(self, x: Tensor) -> Tensor:
-        """The buffer (M, row) around the columns that are x's."""
+        """The whole buffer (M, row) that contains the columns ``x``."""
         return x.as_strided((x.shape[0], self.row), (self.row, 1), x.storage_offset() - self.left)
 
     def fits(self, packed: Tensor) -> bool:
@@ -94,7 +94,7 @@ class Wide:
         return packed.stride(0) == self.weight_row
 
     def windows(self, packed: Tensor, widths: list[int]) -> Iterator[tuple[slice, Tensor, slice]]:
-        """Per product: which columns of x's buffer, times which rows (o, columns), gives which columns of the output."""
+        """For each product: the columns of the buffer, the weights (o, columns) to multiply them by, and the columns of the output."""
         sizes = [widths[0]] if self.members == 1 else [widths[0], sum(widths[1:])]
         row = 0
         for index, size in enumerate(sizes):
@@ -104,7 +104,7 @@ class Wide:
             row += size
 
     def place_up(self, packed: Tensor, up: Tensor, widths: list[int]) -> None:
-        """Copy every member's B (R, width), one after the other in ``up``, into its columns of the block, transposed."""
+        """Copy every member's B (R, width), which follow one another in ``up``, transposed into its columns of the block."""
         row = 0
         for member, width in enumerate(widths):
             column = self.places[0] if member == 0 else self.places[1] + (member - 1) * self.pad
