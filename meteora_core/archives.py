@@ -61,7 +61,7 @@ def tar_gz_members(archive: Path, advance: Callable[[int], None] = lambda count:
     Unpack into a temporary folder and use its content only after the last member, because the CRC is at the end of the file.
 
     Args:
-        archive: The file.
+        archive: The path of the archive.
         advance: Called with the number of packed bytes that were read since the last call.
 
     Yields:

@@ -110,7 +110,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     the hub, and every secret in an environment variable such as ``HF_TOKEN`` or in the URL of an index or a proxy, also percent-decoded.
 
     Args:
-        text: Any message.
+        text: The message to redact.
         environment: The environment variables that may hold secrets; ``os.environ`` by default.
     """
     for secret in _secrets(os.environ if environment is None else environment):

@@ -1,4 +1,4 @@
-"""Many adapters stacked into contiguous tensors, one stack per linear layer."""
+"""The bank: many adapters stacked into contiguous tensors, one stack per linear layer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class AdapterBank:
     """N adapters in a fixed order, stacked per linear layer.
 
     Attributes:
-        adapters: What each adapter is; the position is the adapter's index in gates and labels.
-        modules: A stack for every linear that at least one adapter targets, by module path.
-        claims: The base-model requirements of adapters that were read from folders.
+        adapters: The description of each adapter, in the order of their indices in gates and labels.
+        modules: The stack of every linear layer that at least one adapter targets, by module path.
+        claims: The requirements on the base model of the adapters that were read from folders.
 
     Example:
         >>> from meteora_core import AdapterBank
@@ -48,22 +48,22 @@ class AdapterBank:
         return iter(self.adapters)
 
     def index(self, name: str) -> int:
-        """The position of adapter ``name``. Raises UsageError (with the nearest name) when there is none."""
+        """Return the index of adapter ``name``. Raises UsageError, with the closest name as a hint, if there is none."""
         if name not in self.names:
-            raise UsageError(f"no adapter named {name!r} in the bank", hint=did_you_mean(name, self.names) or f"there are: {', '.join(self.names)}")
+            raise UsageError(f"no adapter named {name!r} in the bank", hint=did_you_mean(name, self.names) or f"its adapters are: {', '.join(self.names)}")
         return self.names.index(name)
 
     @classmethod
     def from_peft(cls, folders: Mapping[str, str | Path], *, dtype: torch.dtype | None = None, progress: Progress = SILENT) -> AdapterBank:
-        """Read PEFT LoRA folders and stack them; ranks, alphas and target sets may differ.
+        """Read PEFT LoRA folders and stack them. Ranks, alphas and target modules may differ between adapters.
 
         Args:
-            folders: Adapter name -> folder; the order is kept.
-            dtype: Of the stacked tensors; None keeps the files' (float32 when they differ).
-            progress: Where to report.
+            folders: The folder of each adapter, by the adapter's name, in the order of the bank.
+            dtype: The dtype of the stacked tensors; None keeps the dtype of the files, or uses float32 if they differ.
+            progress: The receiver of progress reports.
 
         Raises:
-            AdapterError: A folder cannot be used, or two adapters disagree about a layer's shape; adapter, layer and shapes are named.
+            AdapterError: A folder cannot be used, or two adapters have different shapes for a layer; the message names adapter, layer and shapes.
 
         Example:
             >>> from meteora_core import AdapterBank
@@ -82,7 +82,7 @@ class AdapterBank:
 
     @classmethod
     def stack(cls, adapters: list[Adapter], *, dtype: torch.dtype | None = None) -> AdapterBank:
-        """Stack adapters that were read before. Raises AdapterError when two of them disagree about a layer's shape."""
+        """Stack adapters that were read already. Raises AdapterError if two of them have different shapes for a layer."""
         paths = sorted({path for adapter in adapters for path in adapter.modules}, key=natural_order)
         modules = {path: _stack_layer(path, adapters, dtype) for path in paths}
         claims = (Claim(adapter.info.name, adapter.config, adapter.copies, frozenset(adapter.modules)) for adapter in adapters if adapter.config)
@@ -90,7 +90,7 @@ class AdapterBank:
 
 
 def natural_order(path: str) -> tuple[tuple[int, int | str], ...]:
-    """Sorts layer paths by their numbers: ``layers.2`` before ``layers.10``."""
+    """Return a sort key that orders layer paths by their numbers: ``layers.2`` before ``layers.10``."""
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in path.split("."))
 
 

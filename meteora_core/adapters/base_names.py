@@ -1,4 +1,4 @@
-"""Whether two names of a base model mean the same one: hub ids, local copies, paths of the hub's cache, quantised copies of others."""
+"""Decides whether two names refer to the same base model: hub ids, local copies, paths in the hub's cache, and quantised copies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TENSORS = 16
 
 
 def short_name(base: str) -> str:
-    """What is left of a name when owner, folder, the hub's cache, letter case and the mark of a quantised copy are taken away.
+    """Return a name without owner, folder, path in the hub's cache, letter case and the suffix of a quantised copy.
 
     ``meta-llama/Llama-3.1-8B``, ``/cache/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f`` and ``unsloth/Meta-Llama-3.1-8B-bnb-4bit`` are all
     ``llama-3.1-8b``.
@@ -30,29 +30,29 @@ def short_name(base: str) -> str:
 
 
 def same_base_name(one: str, other: str) -> bool:
-    """Whether two names mean one base model.
+    """Whether two names refer to the same base model.
 
-    By :func:`short_name`, by what a local copy says it is a copy of, or by a few of their weights where both are here.
+    Compares :func:`short_name`, the origin that the configuration of a local copy states, and a few weights if both models are stored locally.
     """
     return bool(_names(one) & _names(other)) or _same_weights(one, other)
 
 
 def _names(base: str) -> set[str]:
-    found = {short_name(base)}
+    names = {short_name(base)}
     folder = _folder(base)
     if folder is not None and is_regular(folder / "config.json"):
         try:
             config = read_json(folder / "config.json")
         except MeteoraError:
-            return found
+            return names
         origin = config.get("_name_or_path") if isinstance(config, dict) else None
         if isinstance(origin, str) and origin:
-            found.add(short_name(origin))
-    return found - {""}
+            names.add(short_name(origin))
+    return names - {""}
 
 
 def _folder(base: str) -> Path | None:
-    """Where a base model's files are, if they are here: a folder, a model of the catalog, or the hub's cache."""
+    """Return the local folder of a base model, if any: a folder, a model of the catalog, or an entry of the hub's cache."""
     from meteora_core.fetch.base_models import CATALOG, is_ready, model_folder
 
     if base in CATALOG:
@@ -68,15 +68,15 @@ def _folder(base: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(base, "config.json")
+        cached_file = try_to_load_from_cache(base, "config.json")
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached_file).parent if isinstance(cached_file, str) else None
 
 
 @cache
 def _same_weights(one: str, other: str) -> bool:
-    """Whether both models' files are here and hold the same tensors, by a few numbers of some of them."""
+    """Whether both models are stored locally and have equal tensors, judged by a few elements of some of them."""
     folders = (_folder(one), _folder(other))
     if folders[0] is None or folders[1] is None:
         return False
@@ -87,8 +87,8 @@ def _same_weights(one: str, other: str) -> bool:
             return False
         for name in names[:: max(1, len(names) // _TENSORS)]:
             count = mine.entries[name].count
-            places = range(0, count, max(1, count // 8))
-            if any(abs(a - b) > 1e-2 * max(abs(a), abs(b)) + 1e-6 for a, b in zip(mine.sample(name, places), theirs.sample(name, places), strict=True)):
+            positions = range(0, count, max(1, count // 8))
+            if any(abs(a - b) > 1e-2 * max(abs(a), abs(b)) + 1e-6 for a, b in zip(mine.sample(name, positions), theirs.sample(name, positions), strict=True)):
                 return False
     except MeteoraError:
         return False

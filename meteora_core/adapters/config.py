@@ -1,4 +1,4 @@
-"""``adapter_config.json``: its model, and the adapters that are refused because they cannot be stacked."""
+"""The model of ``adapter_config.json``, and the refusal of adapters that cannot be stacked."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""What wrappers put between the parts of a module's name."""
+"""Parts that wrappers insert into the names of modules."""
 
 PLAIN = "train a plain LoRA: bias='none', no DoRA, no modules_to_save"
 
 _KEEPS_BASE = ("gaussian", "orthogonal", "eva", "mica")
-"""PEFT's other initialisations: a trained adapter does not show which was used."""
+"""PEFT's initialisations that leave the base model unchanged, so that a trained adapter does not depend on them."""
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's initialisations that subtract from the base model, or quantise it, each time the adapter is put on."""
+"""PEFT's initialisations that change or quantise the base model whenever the adapter is loaded."""
 
 _UNSTACKABLE = {
     "use_dora": "DoRA (use_dora)",
@@ -46,10 +46,10 @@ _UNSTACKABLE = {
     "velora_config": "VeLoRA (velora_config)",
     "megatron_config": "Megatron layers (megatron_config)",
 }
-"""Keys that change what is computed, with their names in errors."""
+"""Keys that change the result of an adapter, with their names in errors."""
 
 _LISTED = frozenset({"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"})
-"""Keys among these whose value is shown in the error."""
+"""Keys of ``_UNSTACKABLE`` whose value the error shows."""
 
 _HARMLESS = frozenset(
     {
@@ -73,7 +73,7 @@ _HARMLESS = frozenset(
         "unsloth_fixed",
     }
 )
-"""Keys without an effect on what a trained plain LoRA computes: initialisation, origin, and options of the run."""
+"""Keys that do not affect the result of a trained plain LoRA: initialisation, origin, and options of the run."""
 
 
 def _patterns(values: dict[str, Any] | None) -> dict[str, Any]:
@@ -81,21 +81,23 @@ def _patterns(values: dict[str, Any] | None) -> dict[str, Any]:
 
 
 class AdapterConfig(FileModel):
-    """What is read of ``adapter_config.json``; absent keys have PEFT's defaults.
+    """The keys of ``adapter_config.json`` that are used; missing keys have PEFT's defaults.
 
     Attributes:
-        peft_type: "LORA", in any case.
-        base_model_name_or_path: The base model, if it is named.
-        r: The usual rank.
-        lora_alpha: The usual alpha.
-        lora_dropout: In training, 0 <= p < 1.
+        peft_type: The kind of adapter; only "LORA", in any letter case, can be stacked.
+        base_model_name_or_path: The name of the base model, if stated.
+        r: The rank of modules that ``rank_pattern`` does not match.
+        lora_alpha: The alpha of modules that ``alpha_pattern`` does not match.
+        lora_dropout: The dropout probability in training, at least 0 and less than 1.
         use_rslora: Whether the scaling is alpha / sqrt(rank).
-        rank_pattern, alpha_pattern: Other ranks and alphas, by module-name pattern.
-        target_modules: Which modules are adapted: names, an expression, or "all-linear".
-        exclude_modules: Which are not.
-        layers_to_transform, layers_pattern: Only these layers of a numbered list, and the list's name.
-        bias: "none", or a kind that cannot be stacked.
-        init_lora_weights: How training started.
+        rank_pattern: Ranks of single modules, by patterns of their names.
+        alpha_pattern: Alphas of single modules, by patterns of their names.
+        target_modules: The adapted modules: a list of names, a regular expression, or "all-linear".
+        exclude_modules: The modules to leave out, as a list of names or a regular expression.
+        layers_to_transform: The numbers of the adapted layers; None means all.
+        layers_pattern: The name of the list of layers to which these numbers refer.
+        bias: The trained biases; only "none" can be stacked.
+        init_lora_weights: The initialisation before training.
     """
 
     peft_type: str = "LORA"
@@ -149,19 +151,19 @@ class AdapterConfig(FileModel):
         return PatternTable(self.alpha_pattern or {}, self._runner)
 
     def rank_of(self, path: str) -> int:
-        """The rank that a module's adapter should have. Raises AdapterError for a pattern that cannot be matched."""
+        """Return the rank that the configuration states for a module. Raises AdapterError for a pattern that cannot be matched."""
         return int(self._ranks.get(path, self.r))
 
     def alpha_of(self, path: str) -> float:
-        """The alpha of a module's adapter. Raises AdapterError for a pattern that cannot be matched."""
+        """Return the alpha that the configuration states for a module. Raises AdapterError for a pattern that cannot be matched."""
         return float(self._alphas.get(path, self.lora_alpha))
 
     def targets(self, paths: Iterable[str], every_linear: Collection[str] = ()) -> set[str]:
-        """Which of a model's modules the configuration says are adapted; none where it does not say.
+        """Return the modules of a model that the configuration targets; an empty set if it names no targets.
 
         Args:
-            paths: The model's modules that LoRA can adapt, by their names.
-            every_linear: Those that "all-linear" means: linear layers but the output layer.
+            paths: The names of the model's modules that LoRA can adapt.
+            every_linear: The modules that "all-linear" includes: all linear layers except the output layer.
 
         Raises:
             AdapterError: A pattern is invalid or takes too long to match.
@@ -194,59 +196,59 @@ class AdapterConfig(FileModel):
         return index is not None and index in (wanted if isinstance(wanted, list) else [wanted])
 
     def _listed_layer(self, path: str) -> int | None:
-        """The number behind the name of the list of layers, PEFT's rule with ``layers_pattern``."""
+        """Return the number after the name of the list of layers, as PEFT does with ``layers_pattern``."""
         listed = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         parts = path.split(".")
         for pattern in listed:
-            for place in range(1, len(parts) - 1):
-                if parts[place].isdecimal() and self._runner.tail(pattern, ".".join(parts[:place])):
-                    return int(parts[place])
+            for position in range(1, len(parts) - 1):
+                if parts[position].isdecimal() and self._runner.tail(pattern, ".".join(parts[:position])):
+                    return int(parts[position])
         return None
 
 
 def _unwrapped(name: str) -> str:
-    """A module's name without what ``torch.compile``, FSDP and DDP put into the names of the model that was trained."""
+    """Return a module's name without the parts that ``torch.compile``, FSDP and DDP insert."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("module.")
 
 
 def _named(path: str, names: frozenset[str]) -> bool:
-    """Whether a name is the path, or follows one of its dots to its end."""
+    """Whether the path, or its end after one of its dots, is among the names."""
     parts = path.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
 def _layer_of(path: str) -> int | None:
-    """The first number in a path that has two parts or more before it, and one behind."""
+    """Return the first number in a path with at least two parts before it and one after it."""
     parts = path.split(".")
-    return next((int(parts[place]) for place in range(2, len(parts) - 1) if parts[place].isdecimal()), None)
+    return next((int(parts[position]) for position in range(2, len(parts) - 1) if parts[position].isdecimal()), None)
 
 
 def find_adapter(folder: str | Path) -> Path | None:
-    """The folder that holds ``adapter_config.json``: ``folder``, its ``default`` (PEFT's place for a named adapter), or the only sub-folder that has one.
+    """Return the folder of ``adapter_config.json``: ``folder``, its ``default`` (PEFT's name for an adapter), or the only sub-folder that has one.
 
     Returns:
-        None where there is none, or several.
+        The folder; None if no sub-folder has the file, or several have.
     """
     folder = Path(folder)
     for place in (folder, folder / "default"):
-        if os.path.lexists(place / CONFIG):  # whatever it is: reading it says what is wrong with it
+        if os.path.lexists(place / CONFIG):  # also a broken link: reading it raises the error
             return place
     try:
-        below = [place for place in folder.iterdir() if not place.name.startswith(".") and os.path.lexists(place / CONFIG)]
+        candidates = [place for place in folder.iterdir() if not place.name.startswith(".") and os.path.lexists(place / CONFIG)]
     except (OSError, ValueError):
         return None
-    return below[0] if len(below) == 1 else None
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def read_adapter_config(name: str, folder: Path) -> AdapterConfig:
     """Read and check ``adapter_config.json``.
 
     Args:
-        name: How errors call the adapter.
-        folder: The folder that holds the file.
+        name: The adapter's name in error messages.
+        folder: The folder that contains the file.
 
     Raises:
-        AdapterError: It is missing or broken, a value has the wrong type or is out of range, or it describes an adapter that cannot be stacked.
+        AdapterError: The file is missing or broken, a value has the wrong type or is out of range, or the adapter cannot be stacked.
     """
     config = read_model(folder / CONFIG, AdapterConfig, error=AdapterError, hint=f"{folder} should be a folder written by PEFT's save_pretrained")
     config._source = f"adapter {name!r}: {folder / CONFIG}"

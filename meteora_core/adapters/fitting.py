@@ -1,4 +1,4 @@
-"""What adapters ask of a base model: their modules under its names, no target without weights, and base tensors that are its own."""
+"""Checks that adapters fit a base model: their modules exist, every target has weights, and stored base tensors are those of the model."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _EXPERT = re.compile(r"^.+\.experts\.\d+\.")
 
 
 def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[str, str]]:
-    """A bank whose modules have the names that they have in a model, after checking what the adapters say of their base.
+    """Check a bank against its base model, and return it with the model's names of its modules.
 
-    Adapters of models whose modules were renamed since (``language_model.model.layers`` became ``model.language_model.layers``) are read by
-    transformers' own table of renamings, which PEFT uses too.
+    Modules that were renamed since an adapter was trained (``language_model.model.layers`` became ``model.language_model.layers``) are matched by
+    transformers' table of renamings, which PEFT uses too.
 
     Args:
-        bank: The adapters.
+        bank: The bank of adapters.
         model: The base model, without adapters.
 
     Returns:
-        The bank, and the names that changed (old -> new).
+        The bank, and the new name of each module whose name changed, by its old name.
 
     Raises:
-        AdapterError: A module is not in the model; an adapter lacks weights for a module that its configuration targets; or a base tensor that was
-            saved with it is not the model's own.
+        AdapterError: A module is not in the model; an adapter has no weights for a module that its configuration targets; or a base tensor that was
+            saved with the adapter differs from the model's.
     """
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     unknown = [path for path in bank.modules if path not in known]
@@ -58,7 +58,7 @@ def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[
 
 
 def _renamed(model: nn.Module, paths: list[str]) -> dict[str, str]:
-    """Other names of the paths, by transformers' table for checkpoints of earlier versions."""
+    """Return the new names of the paths that transformers' table for checkpoints of earlier versions renames."""
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -68,14 +68,14 @@ def _renamed(model: nn.Module, paths: list[str]) -> dict[str, str]:
     if not isinstance(model, PreTrainedModel):
         return {}
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming) and hasattr(entry, "rename_source_key")]
-    made = {}
+    names = {}
     for path in paths:
         key = f"{path}.weight"
         for entry in renamings:
             key = entry.rename_source_key(key)[0]
         if (new := key.removesuffix(".weight")) != path:
-            made[path] = new
-    return made
+            names[path] = new
+    return names
 
 
 def _why_absent(path: str, known: set[str]) -> str:
@@ -88,8 +88,10 @@ def _why_absent(path: str, known: set[str]) -> str:
 
 
 def _check_targets(claim: Claim, model: nn.Module, renamed: Mapping[str, str]) -> None:
-    """Refuse an adapter that has no weights for a module which its configuration targets, where PEFT would run that module without it, and one that
-    has weights for others, which PEFT would leave out."""
+    """Refuse an adapter without weights for a module that its configuration targets, and one with weights for a module that it does not target.
+
+    PEFT would silently run the former module without the adapter, and ignore the latter weights.
+    """
     if claim.config is None:
         return
     have = {renamed.get(path, path) for path in claim.paths}
@@ -117,13 +119,13 @@ def _adaptable(module: nn.Module) -> bool:
 
 
 def _head(model: Any) -> nn.Module | None:
-    """The output layer."""
+    """Return the output layer of the model, if it has one."""
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
 
 
 def _check_copy(name: str, copy: BaseCopy, module: nn.Module) -> None:
-    """Refuse an adapter whose copy of a base tensor is not the base model's own: it was trained on a changed base."""
+    """Refuse an adapter whose copy of a base tensor differs from the base model's: it was trained on a changed base model."""
     own = getattr(module, "weight", None)
     if not isinstance(own, Tensor) or not own.is_floating_point() or own.is_meta:
         return
@@ -133,13 +135,13 @@ def _check_copy(name: str, copy: BaseCopy, module: nn.Module) -> None:
         raise AdapterError(f"adapter {name!r}: {broken.message}", hint=broken.hint) from broken
     if not theirs.is_floating_point() or theirs.shape != own.shape or not _same(own.detach().cpu(), theirs):
         raise AdapterError(
-            f"adapter {name!r} holds a {copy.path}.weight that is not the base model's own: it was trained on a changed base model",
+            f"adapter {name!r} holds a {copy.path}.weight that differs from the base model's: it was trained on a changed base model",
             hint="use the base model that it was trained on",
         )
 
 
 def _same(own: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are the same numbers, or one is the other rounded to its dtype; two 16-bit types may differ by what rounding leaves."""
+    """Whether two tensors are equal, or one is the other rounded to its dtype; tensors of two 16-bit dtypes may differ by rounding errors."""
     if own.dtype == theirs.dtype:
         return torch.equal(own, theirs)
     if own.dtype.itemsize == theirs.dtype.itemsize:

@@ -1,4 +1,4 @@
-"""Folders of adapters: finding them, how each was trained, and whether they belong to one base model."""
+"""Finds folders of adapters, reads how each was trained, and checks that they belong to one base model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from meteora_core.json_files import read_object
 from meteora_core.reading import is_regular
 
 INFO_FILE = "meteora_training.json"
-"""Beside an adapter's weights: how it was trained."""
+"""The file next to an adapter's weights that says how it was trained."""
 
 
 def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Adapter folders under ``root`` by name, in the authors' order where they are tasks of theirs, then by name.
+    """Return the adapter folders under ``root`` by name: first the authors' tasks in their order, then the others by name.
 
     Args:
-        root: The folder that holds them.
-        names: Only these; empty means all but those that were trained on several tasks at once (``--balanced``), which no gate can be labelled with.
+        root: The folder that contains the adapter folders.
+        names: The adapters to return. Empty means all except those that were trained on several tasks (``--balanced``), for which gates have no label.
 
     Raises:
-        UsageError: None is there, or a named one is missing (what is there is listed).
+        UsageError: There are no adapters, or one of ``names`` is missing; the message lists the existing ones.
     """
     from meteora_core.data.tasks import TASK_ORDER
 
@@ -38,7 +38,7 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
         raise UsageError(f"no adapters in {root}", hint="train some with `meteora train adapters --task NAME`, or pass --adapters DIR")
     for name in names:
         if name not in present:
-            raise UsageError(f"no adapter {name!r} in {root}", hint=did_you_mean(name, present) or f"there are: {', '.join(present)}")
+            raise UsageError(f"no adapter {name!r} in {root}", hint=did_you_mean(name, present) or f"its adapters are: {', '.join(present)}")
     single = [name for name in present if not _several_tasks(root / name)]
     chosen = list(names) or [name for name in TASK_ORDER if name in single] + [name for name in single if name not in TASK_ORDER]
     return {name: root / name for name in chosen}
@@ -50,19 +50,19 @@ def _several_tasks(folder: Path) -> bool:
 
 
 def check_bases(folders: Mapping[str, Path], base: str, *, any_base: bool = False) -> str | None:
-    """Compare the base models that adapters name in their adapter_config.json, by :func:`meteora_core.adapters.base_names.same_base_name`.
+    """Compare the base models that adapters name in their adapter_config.json; see :func:`meteora_core.adapters.base_names.same_base_name`.
 
     Args:
-        folders: Adapter folders by name.
-        base: What they are to be attached to.
-        any_base: Return a note where they name different base models, instead of refusing them.
+        folders: The folders of the adapters, by name.
+        base: The base model that the adapters will be attached to.
+        any_base: Whether to return a note if the adapters name different base models, instead of refusing them.
 
     Returns:
-        A note when they name another base model than ``base``, else None.
+        A note if the adapters name another base model than ``base``, else None.
 
     Raises:
-        AdapterError: A configuration is missing, broken, or of an adapter that cannot be stacked.
-        UsageError: They name different base models; each is listed with its adapters.
+        AdapterError: A configuration is missing or broken, or an adapter cannot be stacked.
+        UsageError: The adapters name different base models; the message lists each with its adapters.
     """
     named: dict[str, list[str]] = {}
     for name, folder in folders.items():
@@ -83,15 +83,17 @@ def check_bases(folders: Mapping[str, Path], base: str, *, any_base: bool = Fals
 
 
 class TrainingInfo(FileModel):
-    """``meteora_training.json``: how an adapter was trained.
+    """The content of ``meteora_training.json``, which says how an adapter was trained.
 
     Attributes:
-        inputs: What fixed the run (:func:`run_inputs`).
-        tasks: Of one LoRA over several tasks.
-        steps, tokens, rows_cut: Counts.
-        loss: The last logged one; None where nothing was logged.
-        seconds: How long it took.
-        frame: What stood around the user's text in the prompts.
+        inputs: The inputs that determine the result of the run; see :func:`meteora_core.training.run_inputs.run_inputs`.
+        tasks: The tasks of an adapter that was trained on several tasks; None for a single task.
+        steps: Number of optimiser steps.
+        tokens: Number of tokens that the run trained on.
+        rows_cut: Number of rows that were cut because they are too long.
+        loss: The loss that was logged last; None if none was logged.
+        seconds: Duration of the training, in seconds.
+        frame: The text around the user's text in the prompts.
     """
 
     inputs: dict[str, Any] = Field(default_factory=dict)
@@ -105,22 +107,22 @@ class TrainingInfo(FileModel):
 
 
 def read_training_info(folder: Path) -> TrainingInfo:
-    """Read an adapter's ``meteora_training.json``. Raises AdapterError when it is missing or broken."""
+    """Read an adapter's ``meteora_training.json``. Raises AdapterError if it is missing or broken."""
     hint = f"remove {INFO_FILE}, or train the adapter again"
     raw = read_object(folder / INFO_FILE, nullable="*", error=AdapterError, hint=hint)
     return check_model(TrainingInfo, raw, str(folder / INFO_FILE), error=AdapterError, hint=hint)
 
 
 def folder_frame(folder: Path) -> Frame | None:
-    """What stood around the user's text when an adapter was trained, as far as its folder tells.
+    """Return the text around the user's text in the prompts that an adapter was trained on, if its folder states it.
 
-    It is what Meteora recorded, or the chat template of a tokenizer that was saved along, as Trainer, TRL and LLaMA-Factory do.
+    This is the frame that Meteora recorded, or the chat template of the tokenizer that Trainer, TRL and LLaMA-Factory save with an adapter.
 
     Args:
         folder: A PEFT folder, or the folder above its ``default``.
 
     Returns:
-        The frame; None where the folder does not tell.
+        The frame; None if the folder does not state one.
 
     Raises:
         AdapterError: ``meteora_training.json`` is broken.
@@ -136,5 +138,5 @@ def folder_frame(folder: Path) -> Frame | None:
 
     try:
         return chat_frame(AutoTokenizer.from_pretrained(str(place)))
-    except Exception:  # a tokenizer that cannot be loaded tells nothing of the frame, whatever is wrong with it
+    except Exception:  # a tokenizer that cannot be loaded states no frame
         return None

@@ -1,4 +1,4 @@
-"""Banks that gain or lose an adapter."""
+"""Adds adapters to banks and removes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from meteora_core.errors import AdapterError
 
 
 def without_adapter(bank: AdapterBank, name: str) -> AdapterBank:
-    """A bank without one of its adapters; layers that only this adapter targets are left out. Raises UsageError where there is no such adapter."""
+    """Return a bank without adapter ``name`` and without the layers that only it targets. Raises UsageError if there is no such adapter."""
     place = bank.index(name)
     kept = [other for other in range(len(bank)) if other != place]
     modules = {path: _chosen(stack, kept) for path, stack in bank.modules.items() if any(stack.ranks[other] for other in kept)}
@@ -26,22 +26,22 @@ def without_adapter(bank: AdapterBank, name: str) -> AdapterBank:
 
 
 def alone(bank: AdapterBank, name: str) -> AdapterBank:
-    """One of the adapters of a bank, as a bank of its own. Raises UsageError where there is no such adapter."""
+    """Return a bank that contains only adapter ``name``. Raises UsageError if there is no such adapter."""
     place = bank.index(name)
     modules = {path: _chosen(stack, [place]) for path, stack in bank.modules.items() if stack.ranks[place]}
     return replace(bank, adapters=(bank.adapters[place],), modules=modules, claims=tuple(claim for claim in bank.claims if claim.name == name))
 
 
 def with_adapter(bank: AdapterBank, other: AdapterBank, place: int | None = None) -> AdapterBank:
-    """A bank with the adapter of another bank.
+    """Return a bank with an additional adapter.
 
     Args:
-        bank: The adapters that are there.
-        other: A bank of one adapter.
-        place: The position of the new adapter; None puts it last.
+        bank: The bank to extend, which is not changed.
+        other: The bank of the new adapter, which contains nothing else.
+        place: The index of the new adapter; None appends it.
 
     Raises:
-        AdapterError: The two disagree about a layer's shape.
+        AdapterError: The two banks have different shapes for a layer.
     """
     place = len(bank) if place is None else place
     (info,) = other.adapters

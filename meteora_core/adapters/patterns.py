@@ -1,9 +1,9 @@
-"""Module-name patterns out of a downloaded adapter_config.json, matched in bounded time.
+"""Matches the patterns of module names in a downloaded adapter_config.json in bounded time.
 
 PEFT reads ``rank_pattern``, ``alpha_pattern``, ``target_modules`` (as a string), ``exclude_modules`` (as a string) and ``layers_pattern`` as regular
-expressions, and runs them by :mod:`re`, which a hostile expression keeps busy for ever. Here names that are plain are compared without an expression, and the
-rest goes through :mod:`regex`, which gives up after a time, so that reading a configuration always ends. (``regex`` is installed wherever transformers is;
-a linear-time engine would be one more binary dependency, and would refuse lookaheads, which occur.)
+expressions and runs them by :mod:`re`, which a hostile expression can keep busy forever. This module compares plain names as strings and matches the other
+patterns by :mod:`regex` with a time limit, so that reading a configuration always ends. (``regex`` is a dependency of transformers; a linear-time engine
+would add a binary dependency and refuse lookaheads, which occur in practice.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from meteora_core.errors import AdapterError
 from meteora_core.text import shown
 
 SECONDS = 5.0
-"""The time that all expressions of one configuration may take together."""
+"""The time limit for all expressions of one configuration together, in seconds."""
 
 MAX_LENGTH = 20_000
 MAX_EXPRESSIONS = 500
@@ -27,11 +27,11 @@ _PLAIN = "list the modules by their names instead"
 
 
 class Patterns:
-    """Expressions of one configuration, with one allowance of time for all of them.
+    """The regular expressions of one configuration, with a common time limit.
 
     Args:
-        source: How errors name the configuration.
-        seconds: The time that all expressions may take together.
+        source: The name of the configuration in error messages.
+        seconds: The time limit for all expressions together, in seconds.
     """
 
     def __init__(self, source: str, seconds: float = SECONDS) -> None:
@@ -40,11 +40,11 @@ class Patterns:
         self._compiled: dict[str, Any] = {}
 
     def full(self, pattern: str, text: str) -> bool:
-        """Whether the whole of ``text`` matches. Raises AdapterError for an expression that is invalid, too long, or takes too long."""
+        """Whether the whole ``text`` matches. Raises AdapterError for an expression that is invalid, too long, or too slow to match."""
         return self._run(pattern, text)
 
     def tail(self, pattern: str, path: str) -> bool:
-        """Whether ``path``, or what follows one of its dots, matches to its end: PEFT's rule for rank_pattern and alpha_pattern. Raises as :meth:`full`."""
+        """Whether ``path``, or its end after one of its dots, matches: PEFT's rule for rank_pattern and alpha_pattern. Raises the errors of :meth:`full`."""
         return self._run(rf"(?:.*\.)?(?:{pattern})", path)
 
     def _run(self, pattern: str, text: str) -> bool:
@@ -62,7 +62,7 @@ class Patterns:
 
     def _compile(self, pattern: str) -> Any:
         if len(pattern) > MAX_LENGTH:
-            raise AdapterError(f"{self.source} has a regular expression of {len(pattern)} characters; the longest that is read has {MAX_LENGTH}", hint=_PLAIN)
+            raise AdapterError(f"{self.source} has a regular expression of {len(pattern)} characters; the limit is {MAX_LENGTH}", hint=_PLAIN)
         try:
             return regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError, ValueError) as broken:
@@ -70,11 +70,11 @@ class Patterns:
 
 
 class PatternTable:
-    """A ``rank_pattern`` or ``alpha_pattern``: the value of the first key that matches the end of a module's path.
+    """A ``rank_pattern`` or ``alpha_pattern``, in which the first key that matches the end of a module's path gives the value.
 
     Args:
-        entries: Pattern -> value, in the file's order.
-        patterns: Runs those that are not plain names.
+        entries: The value of each pattern, in the order of the file.
+        patterns: The matcher for keys that are not plain names.
     """
 
     def __init__(self, entries: Mapping[str, float], patterns: Patterns) -> None:
@@ -83,55 +83,55 @@ class PatternTable:
         self._exact: dict[tuple[str, bool], int] = {}
         self._dotted: dict[int, list[tuple[int, str, bool]]] = {}
         self._expressions: list[tuple[int, str]] = []
-        for place, key in enumerate(entries):
+        for position, key in enumerate(entries):
             plain = _plain(key)
             if plain is None:
-                self._expressions.append((place, key))
+                self._expressions.append((position, key))
                 continue
             text, wild, anchored = plain
-            self._exact.setdefault((text, anchored), place)
+            self._exact.setdefault((text, anchored), position)
             if wild:
-                self._dotted.setdefault(len(text), []).append((place, text, anchored))
+                self._dotted.setdefault(len(text), []).append((position, text, anchored))
 
     def get(self, path: str, default: float) -> float:
-        """The value for a module's path, or ``default``. Raises AdapterError as :meth:`Patterns.tail`."""
+        """Return the value for a module's path, or ``default``. Raises the errors of :meth:`Patterns.tail`."""
         best = len(self._values)
         for suffix in _suffixes(path):
             whole = len(suffix) == len(path)
             best = min(best, self._exact.get((suffix, False), best), self._exact.get((suffix, True), best) if whole else best)
-            for place, text, anchored in self._dotted.get(len(suffix), ()):
-                if place >= best:
+            for position, text, anchored in self._dotted.get(len(suffix), ()):
+                if position >= best:
                     break
                 if (whole or not anchored) and _alike(text, suffix):
-                    best = place
+                    best = position
                     break
-        for place, key in self._expressions:
-            if place >= best:
+        for position, key in self._expressions:
+            if position >= best:
                 break
             if self._patterns.tail(key, path):
-                best = place
+                best = position
                 break
         return self._values[best] if best < len(self._values) else default
 
 
 def _suffixes(path: str) -> list[str]:
-    """``a.b.c``, ``b.c`` and ``c``."""
+    """Return the path and its ends after each dot: ``a.b.c``, ``b.c`` and ``c``."""
     parts = path.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _alike(pattern: str, text: str) -> bool:
-    """Whether two texts of equal length are the same where the pattern has no dot; a dot stands for any character."""
+    """Whether a text matches a pattern of equal length, in which a dot matches any character."""
     return all(ours in (theirs, ".") for ours, theirs in zip(pattern, text, strict=True))
 
 
 def _plain(key: str) -> tuple[str, bool, bool] | None:
-    """A key that is a name and no expression: the name, whether one of its dots stands for any character, and whether it is anchored by ``^``."""
+    """Return the parts of a key that is a plain name: the name, whether its dots match any character, and whether ``^`` anchors it; else None."""
     anchored = key.startswith("^")
     key = key.removeprefix("^").removesuffix("$")
     if not _SPECIAL.intersection(key.replace(".", "")):
         return key, "." in key, anchored
     bare = key.replace("\\.", "").replace("\\_", "").replace("\\-", "")
-    if not _SPECIAL.intersection(bare):  # a dot that is left here is not escaped, so it is special too
+    if not _SPECIAL.intersection(bare):  # a remaining dot is unescaped, which makes the key an expression
         return key.replace("\\", ""), False, anchored
     return None

@@ -1,6 +1,6 @@
-"""One ordinary PEFT LoRA folder: stackable adapters are read and checked, all others are refused by name.
+"""Reads and checks a PEFT LoRA folder, and refuses adapters that cannot be stacked.
 
-Every use of an adapter goes through :func:`read_adapter`: banks, evaluation of one adapter by PEFT, chat, Arrow.
+Banks, the evaluation of single adapters, chat and Arrow all read adapters through :func:`read_adapter`.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _AGAIN = "copy or download the file again"
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of one adapter; kept in checkpoints so that a loaded model is the trained one.
+    """The description of one adapter, which checkpoints record so that a loaded model equals the trained one.
 
     Attributes:
-        name: Its name in the bank (a task name, as a rule).
-        source: The folder it was read from.
-        sha256: Hash of its weight file.
-        base: The base model that its configuration names, if any.
-        rank: The usual rank (``r``); single modules may differ.
-        alpha: ``lora_alpha``.
+        name: The adapter's name in the bank, usually the name of its task.
+        source: The folder that the adapter was read from.
+        sha256: The SHA-256 of the weight file; empty if the weights come from a checkpoint.
+        base: The base model that the configuration names, if any.
+        rank: The rank (``r``) of modules without a rank in ``rank_pattern``.
+        alpha: The alpha (``lora_alpha``) of modules without an alpha in ``alpha_pattern``.
         rslora: Whether the scaling is alpha / sqrt(r).
-        dropout: ``lora_dropout`` it was trained with.
-        frame: What stood around the user's text in the prompts that it was trained on; None where that is not known.
+        dropout: The dropout probability in training (``lora_dropout``).
+        frame: The text around the user's text in the prompts of the training rows; None if unknown.
     """
 
     name: str
@@ -59,26 +59,26 @@ class AdapterInfo:
     frame: Frame | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of a checkpoint's configuration; without a frame where none is known."""
+        """Return the entry for a checkpoint's configuration; without a frame if none is known."""
         values = asdict(replace(self, frame=None))
         return {**values, "frame": self.frame.to_json()} if self.frame else {name: value for name, value in values.items() if name != "frame"}
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> AdapterInfo:
-        """The facts of an adapter from the entry of a checkpoint's configuration that was checked."""
+        """Return the description of an adapter from a validated entry of a checkpoint's configuration."""
         known = {field.name: entry[field.name] for field in fields(cls) if field.name != "frame"}
         return cls(**known, frame=read_frame(entry.get("frame")))
 
     @classmethod
     def from_config(cls, name: str, source: str, sha256: str, config: AdapterConfig) -> AdapterInfo:
-        """The facts of an adapter whose configuration was read."""
+        """Return the description of an adapter from its configuration."""
         base, rank, alpha = config.base_model_name_or_path, config.r, config.lora_alpha
         return cls(name, source, sha256, base, rank, alpha, config.use_rslora, config.lora_dropout)
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One adapter on one linear: ``A`` (r, in), ``B`` (out, r), and the scaling."""
+    """The weights of one adapter on one linear layer: ``A`` (r, in), ``B`` (out, r), and the scaling."""
 
     A: Tensor
     B: Tensor
@@ -87,12 +87,12 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class BaseCopy:
-    """A tensor of the base model that PEFT saved with the adapter (it does for an adapted ``lm_head``); it must be the base's own.
+    """A tensor of the base model that PEFT saved with the adapter, as it does for an adapted ``lm_head``; it must equal the base model's.
 
     Attributes:
-        path: The module in the base model.
-        entry: Where the copy is: file, dtype, shape.
-        key: Its name in the file.
+        path: The path of the module in the base model.
+        entry: The file, dtype and shape of the copy.
+        key: The name of the copy in the file.
     """
 
     path: str
@@ -102,13 +102,13 @@ class BaseCopy:
 
 @dataclass(frozen=True)
 class Claim:
-    """What one adapter says of its base model.
+    """The requirements of one adapter on its base model.
 
     Attributes:
         name: The adapter's name.
-        config: Which modules it should adapt; None where it was not read from a folder.
-        copies: Base tensors that were saved with it.
-        paths: The modules that it has weights for.
+        config: The configuration, which names the target modules; None if the adapter was not read from a folder.
+        copies: The base tensors that were saved with the adapter.
+        paths: The paths of the modules for which the adapter has weights.
     """
 
     name: str
@@ -119,13 +119,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: what it is, its weights by module path (``model.layers.0.self_attn.q_proj``), and what it asks of the base model.
+    """One adapter: its description, its weights, and its requirements on the base model.
 
     Attributes:
-        info: Name, source, hash, rank, alpha.
-        modules: Weights by module path.
-        config: Its configuration, which says what modules should be adapted; None where it comes from no folder.
-        copies: Tensors of the base model that came along.
+        info: The description of the adapter.
+        modules: The weights by module path, such as ``model.layers.0.self_attn.q_proj``.
+        config: The configuration, which names the target modules; None if the adapter was not read from a folder.
+        copies: The base tensors that were saved with the adapter.
     """
 
     info: AdapterInfo
@@ -138,62 +138,62 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
     """Read a PEFT LoRA folder (``adapter_config.json`` and ``adapter_model.safetensors``) onto the CPU.
 
     Args:
-        name: The name it gets.
-        folder: The folder, or one with a single adapter in a sub-folder (PEFT saves a named adapter so).
+        name: The name to give to the adapter.
+        folder: The PEFT folder, or a folder with a single PEFT sub-folder, as PEFT saves a named adapter.
 
     Returns:
-        The adapter, its tensors in the dtype of the file (float16, bfloat16, float32 or float64).
+        The adapter, with tensors in the dtype of the file (float16, bfloat16, float32 or float64).
 
     Raises:
-        AdapterError: The folder is missing or broken, holds pickled weights only, is of a kind that cannot be stacked (DoRA, bias, modules_to_save,
-            embeddings, other PEFT methods), or its weights cannot be computed with (integers, NaN, infinity, numbers that overflow); the reason is named.
+        AdapterError: The folder is missing or broken, or contains only pickled weights; the adapter cannot be stacked (DoRA, bias, modules_to_save,
+            embeddings, other PEFT methods); or the model cannot compute with its weights (integers, NaN, infinity, numbers that overflow).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    place, config, entries = _open(name, Path(folder))
-    weights = place / WEIGHTS
+    location, config, entries = _open(name, Path(folder))
+    weights = location / WEIGHTS
     paths, copies = _paths(name, entries, config)
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError, ValueError) as broken:
         raise AdapterError(f"adapter {name!r}: {weights} cannot be read: {broken}", hint=_AGAIN) from broken
     modules = {path: _weights(name, path, tensors[sides["A"]], tensors[sides["B"]], config) for path, sides in paths.items()}
-    info = AdapterInfo.from_config(name, str(place), sha256(weights), config)
+    info = AdapterInfo.from_config(name, str(location), sha256(weights), config)
     return Adapter(info, modules, config, copies)
 
 
 def check_adapter(name: str, folder: str | Path) -> None:
-    """The checks of :func:`read_adapter` that need no tensor: configuration, names, shapes and dtypes. Raises AdapterError."""
+    """Check configuration, names, shapes and dtypes as :func:`read_adapter` does, without reading tensors. Raises AdapterError."""
     _, config, entries = _open(name, Path(folder))
     _paths(name, entries, config)
 
 
 def _open(name: str, folder: Path) -> tuple[Path, AdapterConfig, dict[str, TensorEntry]]:
-    """The folder that holds the adapter, its configuration, and the header of its weights."""
+    """Return the folder that contains the adapter, its configuration, and the header of its weights."""
     try:
-        there = folder.is_dir()
+        exists = folder.is_dir()
     except (OSError, ValueError) as broken:
         raise AdapterError(f"adapter {name!r}: {str(folder)!r} cannot be read: {broken}", hint="correct the path") from broken
-    if not there:
+    if not exists:
         raise AdapterError(f"adapter {name!r}: no such folder: {folder}", hint="train it with `meteora train adapters`, or correct the path")
-    place = find_adapter(folder) or folder
-    config = read_adapter_config(name, place)
-    weights = place / WEIGHTS
+    location = find_adapter(folder) or folder
+    config = read_adapter_config(name, location)
+    weights = location / WEIGHTS
     if not is_regular(weights):
-        pickled = next((file.name for file in sorted(place.iterdir()) if file.suffix in PICKLES), None)
+        pickled = next((file.name for file in sorted(location.iterdir()) if file.suffix in PICKLES), None)
         if pickled:
             raise AdapterError(f"adapter {name!r}: {pickled} is a pickle file, which is never read", hint="save it again as safetensors with a recent PEFT")
-        raise AdapterError(f"adapter {name!r}: {place} holds no {WEIGHTS}", hint="copy or train the adapter again")
+        raise AdapterError(f"adapter {name!r}: {location} holds no {WEIGHTS}", hint="copy or train the adapter again")
     try:
         entries, _ = read_header(weights)
     except CheckpointError as broken:
         raise AdapterError(f"adapter {name!r} cannot be read: {broken.message}", hint=broken.hint) from broken
-    return place, config, entries
+    return location, config, entries
 
 
 def module_path(key: str) -> str:
-    """A tensor's name without what wrappers put before and between its parts (PEFT, ``torch.compile``, FSDP, DDP), once or several times."""
+    """Return a tensor's name without the prefixes and parts that wrappers (PEFT, ``torch.compile``, FSDP, DDP) insert, even repeatedly."""
     key = ".".join(part for part in key.split(".") if part not in WRAPPERS)
     while True:
         bare = key.removeprefix("module.").removeprefix(_PREFIX)
@@ -203,7 +203,7 @@ def module_path(key: str) -> str:
 
 
 def _paths(name: str, entries: dict[str, TensorEntry], config: AdapterConfig) -> tuple[dict[str, dict[str, str]], tuple[BaseCopy, ...]]:
-    """The keys of both sides by module path, and the copies of base tensors. Raises AdapterError for anything else."""
+    """Return the keys of A and B by module path, and the copies of base tensors. Raises AdapterError for any other tensor."""
     sides: dict[str, dict[str, str]] = {}
     copies, adapters = [], Counter[str]()
     for key, entry in entries.items():
@@ -222,17 +222,17 @@ def _paths(name: str, entries: dict[str, TensorEntry], config: AdapterConfig) ->
         if match["side"] in pair:
             raise AdapterError(
                 f"adapter {name!r} holds two tensors for lora_{match['side']} of {match['path']}: {pair[match['side']]} and {key}",
-                hint="save one adapter a folder",
+                hint="save one adapter per folder",
             )
         pair[match["side"]] = key
         adapters[match["adapter"] or ""] += 1
     if not sides:
         raise AdapterError(f"adapter {name!r} holds no weights", hint="copy or train the adapter again")
     if len(adapters) > 1:
-        raise AdapterError(f"adapter {name!r} holds several adapters: {', '.join(sorted(adapters))}", hint="save one adapter a folder")
+        raise AdapterError(f"adapter {name!r} holds several adapters: {', '.join(sorted(adapters))}", hint="save one adapter per folder")
     for path, pair in sides.items():
         if set(pair) != {"A", "B"}:
-            raise AdapterError(f"adapter {name!r}: {path} has lora_{next(iter(pair))} but not its partner", hint=_AGAIN)
+            raise AdapterError(f"adapter {name!r}: {path} has lora_{next(iter(pair))} but not the other matrix", hint=_AGAIN)
         first, second = entries[pair["A"]].shape, entries[pair["B"]].shape
         rank, wanted = first[0], config.rank_of(path)
         if second[1] != rank or 0 in (*first, *second):

@@ -1,4 +1,4 @@
-"""All adapters of one linear layer, stacked."""
+"""The stacked adapters of one linear layer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stack:
-    """All adapters on one linear layer.
+    """The stacked adapters of one linear layer.
 
     Attributes:
-        A: (R, in), the adapters' A by rows, R = sum of ``ranks``.
-        B: (R, out), row ``j`` is column ``j`` of the usual (out, R) matrix.
-        ranks: One rank per adapter of the bank; 0 where an adapter does not target this layer.
-        scaling: float32 (N,); 0 where the rank is 0.
+        A: Tensor of shape (R, in): the adapters' A matrices, concatenated by rows; R is the sum of ``ranks``.
+        B: Tensor of shape (R, out): the adapters' transposed B matrices, concatenated by rows.
+        ranks: The rank of each of the N adapters; 0 if an adapter does not target this layer.
+        scaling: float32 tensor of shape (N,): the scaling of each adapter; 0 if its rank is 0.
     """
 
     A: Tensor

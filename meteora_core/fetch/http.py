@@ -1,7 +1,7 @@
-"""The settings of the network that come from the environment: proxies, certificates and addresses, each checked before it is used.
+"""Network settings from the environment: proxies, certificates and addresses, each checked before it is used.
 
-The libraries that take them raise anything from ValueError to ImportError for a value that they cannot use, and quote it, password included. Here a
-wrong value is named by its variable, in one line, and its secrets never appear.
+For an invalid value, HTTP libraries raise anything from ValueError to ImportError, and quote the value with its password. The functions of this
+module raise a one-line error that names the variable and contains no secrets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SOCKS = ("socks5", "socks5h")
 
 
 def without_credentials(url: str) -> str:
-    """``url`` without a user name, password, query or fragment, for messages and manifests."""
+    """Return ``url`` without user name, password, query and fragment, for messages and manifests."""
     try:
         parts = urlsplit(url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -43,16 +43,16 @@ def without_credentials(url: str) -> str:
 
 
 def local_path(url: str) -> Path:
-    """The path of a file:// URL."""
+    """Return the path of a file:// URL."""
     return Path(url2pathname(unquote(urlsplit(url).path)))
 
 
 def problem_of_url(url: str, schemes: tuple[str, ...]) -> str | None:
-    """Why ``url`` cannot be used as the address of a server; None if it can.
+    """Return why ``url`` cannot be used as the address of a server; None if it can.
 
     Args:
-        url: An absolute URL.
-        schemes: Those that are allowed.
+        url: The absolute URL to check.
+        schemes: The allowed schemes.
     """
     if re.search(r"[\x00-\x20\x7f]", url):
         return "it contains a blank or a control character"
@@ -74,17 +74,17 @@ def problem_of_url(url: str, schemes: tuple[str, ...]) -> str | None:
 
 
 def check_url(variable: str, url: str, schemes: tuple[str, ...] = ("http", "https")) -> str:
-    """Return ``url`` if it can be used. Raises UsageError, which names the variable and not the URL's secrets."""
+    """Return ``url`` if it can be used. Raises UsageError, which names the variable and contains no secrets of the URL."""
     if problem := problem_of_url(url, schemes):
-        raise UsageError(f"{variable} is not a usable URL: {problem}", hint=f"it should look like {schemes[0]}://host:port; unset it to do without")
+        raise UsageError(f"{variable} is not a usable URL: {problem}", hint=f"it should look like {schemes[0]}://host:port; unset it to use none")
     return url
 
 
 def proxy_url(variable: str, value: str) -> str:
-    """A proxy's URL out of a setting, where the scheme may be absent, as pip allows.
+    """Return the URL of a proxy from a setting, in which the scheme may be missing, as pip allows.
 
     Raises:
-        UsageError: It is malformed, or of a kind that cannot be used here.
+        UsageError: The URL is malformed, or its kind of proxy is not supported.
     """
     url = value.strip() if "://" in value else f"http://{value.strip()}"
     check_url(variable, url, ("http", "https", *_SOCKS))
@@ -94,17 +94,17 @@ def proxy_url(variable: str, value: str) -> str:
 
 
 def certificates(variable: str, path: str) -> ssl.SSLContext:
-    """The certificates in a file or folder.
+    """Return an SSL context with the certificates in a file or folder.
 
     Raises:
-        UsageError: It is missing, cannot be read, or holds no certificates.
+        UsageError: The file or folder is missing, unreadable, or contains no certificates.
     """
-    place = Path(path).expanduser()
-    hint = "name a file of certificates in PEM format, or unset it to use the usual ones"
+    location = Path(path).expanduser()
+    hint = "name a file of certificates in PEM format, or unset it to use the system's"
     try:
-        if place.is_dir():
-            return ssl.create_default_context(capath=str(place))
-        return ssl.create_default_context(cafile=str(place))
+        if location.is_dir():
+            return ssl.create_default_context(capath=str(location))
+        return ssl.create_default_context(cafile=str(location))
     except FileNotFoundError:
         raise UsageError(f"{variable} names {shown_path(path)}, which does not exist", hint=hint) from None
     except ssl.SSLError:
@@ -114,7 +114,7 @@ def certificates(variable: str, path: str) -> ssl.SSLContext:
 
 
 def check_network_environment() -> None:
-    """Check the proxies and certificates that HTTP libraries take from the environment by themselves. Raises UsageError."""
+    """Check the proxies and certificates that HTTP libraries read from the environment. Raises UsageError."""
     for variable in PROXY_VARIABLES:
         for name in (variable, variable.lower()):
             if value := os.environ.get(name):
@@ -124,7 +124,7 @@ def check_network_environment() -> None:
 
 
 def check_hub_environment(endpoint: str) -> None:
-    """Check what the hub's library takes from the environment before it is used: HF_ENDPOINT, HF_TOKEN, proxies and certificates. Raises UsageError."""
+    """Check the variables that huggingface_hub reads: HF_ENDPOINT, HF_TOKEN, proxies and certificates. Raises UsageError."""
     check_url("HF_ENDPOINT", endpoint)
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and not re.fullmatch(r"[\x21-\x7e]+", token):
@@ -134,10 +134,10 @@ def check_hub_environment(endpoint: str) -> None:
 
 @contextmanager
 def http_client() -> Iterator[httpx.Client]:
-    """A client that trusts pip's certificates and uses pip's proxy where those are set, and else those of the environment.
+    """Yield a client with the certificates and the proxy of pip, or with those of the environment if pip has none.
 
     Raises:
-        UsageError: One of these settings cannot be used.
+        UsageError: One of these settings is invalid.
     """
     import httpx
 
@@ -155,7 +155,7 @@ def http_client() -> Iterator[httpx.Client]:
     timeout = httpx.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT)
     try:
         client = httpx.Client(verify=verify, proxy=proxy, timeout=timeout, follow_redirects=True, headers={"User-Agent": "meteora"})
-    except (ValueError, TypeError, ImportError, OSError, httpx.InvalidURL) as error:  # NO_PROXY is parsed here too
+    except (ValueError, TypeError, ImportError, OSError, httpx.InvalidURL) as error:  # raised also for a malformed NO_PROXY
         raise UsageError(
             f"the network settings cannot be used: {one_line(redact(str(error)), limit=200)}", hint="check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY"
         ) from None
@@ -164,11 +164,11 @@ def http_client() -> Iterator[httpx.Client]:
 
 
 def final_failure(error: Exception, name: str) -> DownloadError | None:
-    """The error for a failed connection that trying again cannot cure; None for any other.
+    """Return the error to raise for a failed connection if another attempt cannot succeed; None if it may.
 
     Args:
-        error: What the HTTP library raised.
-        name: What was asked for, for the message.
+        error: The error of the HTTP library.
+        name: The address that was requested, without its secrets.
     """
     import httpx
 
@@ -176,14 +176,14 @@ def final_failure(error: Exception, name: str) -> DownloadError | None:
     if isinstance(error, httpx.ProxyError):
         return DownloadError(f"cannot reach {name}: the proxy refused: {text}", hint="check the proxy's address and login (PIP_PROXY, HTTPS_PROXY)")
     if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.TooManyRedirects | httpx.LocalProtocolError):
-        return DownloadError(f"cannot reach {name}: {text}", hint="check the address; `pip config list` shows the index that is asked")
+        return DownloadError(f"cannot reach {name}: {text}", hint="check the address; `pip config list` shows the index in use")
     if "CERTIFICATE_VERIFY_FAILED" in str(error) or "WRONG_VERSION_NUMBER" in str(error):
         return DownloadError(f"cannot reach {name}: its certificate is not trusted ({text})", hint=CERTIFICATE_HINT)
     return None
 
 
 def refuse(name: str, status: int) -> NoReturn:
-    """Raise the DownloadError for an answer with a status from 400 on."""
+    """Raise the DownloadError for a response with a status of 400 or more."""
     hints = {401: "this address needs a login", 403: "this address needs a login", 407: "the proxy needs a login", 429: "wait a while, then try again"}
-    hint = hints.get(status, "try again later" if status >= 500 else "check the address; `pip config list` shows the index that is asked")
+    hint = hints.get(status, "try again later" if status >= 500 else "check the address; `pip config list` shows the index in use")
     raise DownloadError(f"cannot reach {name}: the server answered {status}", hint=hint)

@@ -1,4 +1,4 @@
-"""Fetch checkpoints and models from the Hugging Face hub: weights as safetensors, configurations and tokenizers, and nothing else."""
+"""Fetches checkpoints and models from the Hugging Face hub: only safetensors, configurations and tokenizers."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
 
 ATTEMPTS = 6
-"""How many attempts in a row may bring nothing before a download is given up."""
+"""The number of consecutive attempts without a new byte after which a download fails."""
 
 _ALONE = 1 << 20
-"""From this size on, files are fetched one by one, so that a later run can go on with them."""
+"""The size in bytes (1 MiB) from which files are fetched one at a time, so that a later run can resume them."""
 
 _BLOCK = 1 << 18
-"""Bytes that a broken connection can lose; huggingface_hub's own block of 10 MB would lose all of a small file."""
+"""The largest number of bytes that a broken connection loses (256 KiB); with huggingface_hub's blocks of 10 MB, a small file would be lost."""
 
 
 @dataclass(frozen=True)
 class KnownRepo:
-    """A checkpoint of the authors.
+    """A checkpoint that the MeteoRA authors published.
 
     Attributes:
-        repositories: Where it lies; the next is tried when one is gone.
-        include: Which of its files are taken by default.
-        base: The base model that it needs.
-        description: One line.
+        repositories: The repositories that hold it; the next one is tried if one no longer exists.
+        include: Glob patterns of the files that are fetched by default.
+        base: The base model that the checkpoint requires.
+        description: A one-line description.
     """
 
     repositories: tuple[str, ...]
@@ -67,15 +67,15 @@ KNOWN: dict[str, KnownRepo] = {
 
 @dataclass(frozen=True)
 class HubDownload:
-    """What was fetched.
+    """The result of a download.
 
     Attributes:
-        path: The folder, laid out as the repository.
-        repository: Its id.
-        revision: The commit.
-        files: The files that were asked for, by their names in the repository.
-        size: Their length in bytes.
-        fetched: How many of these bytes were not there before.
+        path: The folder, which has the layout of the repository.
+        repository: The id of the repository.
+        revision: The commit, if known.
+        files: The names of the requested files in the repository.
+        size: The total size of these files in bytes.
+        fetched: The number of these bytes that had to be fetched.
     """
 
     path: Path
@@ -88,14 +88,14 @@ class HubDownload:
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Which files of a hub repository are fetched, from where, and where to.
+    """Options of a download from the hub: which files, from which server, and to which folder.
 
     Attributes:
-        revision: A branch, a tag or a commit; None is the default branch.
-        include: Glob patterns; only what matches one of them (and is of an allowed kind) is fetched. None is everything allowed.
-        folder: The folder that the files are written to; None is the hub's cache, where transformers finds a base model again by its id.
-        endpoint: The hub's address; None is HF_ENDPOINT or huggingface.co.
-        cache: The hub's cache; None is the usual one.
+        revision: A branch, a tag or a commit; None means the default branch.
+        include: Glob patterns; only files of an allowed kind that match one of them are fetched. None means all files of an allowed kind.
+        folder: The folder to write to; None means the hub's cache, where transformers finds a base model by its id.
+        endpoint: The address of the hub; None means HF_ENDPOINT or huggingface.co.
+        cache: The folder of the hub's cache; None means the default.
     """
 
     revision: str | None = None
@@ -106,10 +106,10 @@ class HubOptions:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """``"org/repo@revision"`` -> ``("org/repo", "revision")``.
+    """Split ``"org/repo@revision"`` into ``("org/repo", "revision")``; without ``@``, the revision is None.
 
     Raises:
-        UsageError: It is no repository id.
+        UsageError: The name is not a repository id.
     """
     repository, mark, revision = name.partition("@")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository) or (mark and not revision):
@@ -118,42 +118,42 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def download_known(name: str, options: HubOptions = HubOptions(), *, force: bool = False, progress: Progress = SILENT) -> HubDownload:
-    """Fetch a checkpoint of :data:`KNOWN`; arguments as in :func:`download_repo`.
+    """Fetch a checkpoint in :data:`KNOWN`; see :func:`download_repo` for the other arguments.
 
     Raises:
-        UsageError: Unknown name.
-        DownloadError: No repository has it, or the download fails.
+        UsageError: The name is unknown.
+        DownloadError: No repository has the checkpoint, or the download fails.
         StorageError: The disk is full or not writable.
     """
     if name not in KNOWN:
         raise UsageError(f"no checkpoint named {name!r}", hint=f"known: {', '.join(KNOWN)}")
     entry = KNOWN[name]
-    for place, repository in enumerate(entry.repositories):
+    for position, repository in enumerate(entry.repositories):
         try:
             return download_repo(repository, replace(options, include=options.include or entry.include), force=force, progress=progress)
         except Gone as gone:
-            if place == len(entry.repositories) - 1:
+            if position == len(entry.repositories) - 1:
                 raise
-            progress.note(f"{gone.message}; trying {entry.repositories[place + 1]}")
+            progress.note(f"{gone.message}; trying {entry.repositories[position + 1]}")
     raise AssertionError("a known checkpoint names at least one repository")
 
 
 def download_repo(repository: str, options: HubOptions = HubOptions(), *, force: bool = False, progress: Progress = SILENT) -> HubDownload:
-    """Fetch the safetensors, configurations and tokenizer of a hub repository; what is there already is not fetched again.
+    """Fetch the safetensors, configurations and tokenizer of a hub repository. Files that exist already are not fetched again.
 
-    A cut connection, or a later call, goes on where the last one stopped. What arrives is checked against the hash that the hub states. HF_ENDPOINT,
-    HF_TOKEN, HF_HOME and HF_HUB_OFFLINE count as they do for huggingface_hub; offline, a complete earlier download is found.
+    After a broken connection, another attempt or a later call resumes the download. Large files are checked against the hash that the hub states.
+    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE work as in huggingface_hub; without the network, a complete earlier download is used.
 
     Args:
-        repository: Its id.
-        options: Which of its files, from where, and where to.
-        force: Fetch again what is there.
-        progress: Told the bytes.
+        repository: The id of the repository.
+        options: The files to fetch, the server and the folder.
+        force: Whether to fetch files again that exist already.
+        progress: The receiver of progress reports.
 
     Raises:
-        DownloadError: No such repository or revision, no permission, no network, nothing to fetch, or a hash that does not fit; the hint says
-            what to do.
-        StorageError: The disk has too little space or is not writable.
+        DownloadError: The repository or revision does not exist, a permission or the network is missing, there is nothing to fetch, or a file does not
+            have the expected hash; the hint says what to do.
+        StorageError: The disk is too full or not writable.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -169,11 +169,11 @@ def download_repo(repository: str, options: HubOptions = HubOptions(), *, force:
         plan = _plan(request)
     except Unreachable as unreachable:
         try:
-            found = _from_disk(request)
+            earlier = _from_disk(request)
         except DownloadError:
             raise unreachable from None
         progress.note(f"{unreachable.message}; using the copy that was fetched before")
-        return found
+        return earlier
     if not plan:
         what = f" that match {', '.join(include)}" if include else ""
         raise DownloadError(f"{repository} holds no safetensors, configuration or tokenizer files{what}", hint="look at its file list on the hub")
@@ -196,15 +196,15 @@ def download_repo(repository: str, options: HubOptions = HubOptions(), *, force:
 
 
 def _forget(path: Path) -> None:
-    """Delete a fetched file, and what a link in the hub's cache points at."""
+    """Delete a fetched file and, if it is a link in the hub's cache, its target."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def _fetch(request: Request, file: DryRunFileInfo, commit: str, target: Path, counter: Counter) -> str:
-    """Fetch one large file to where huggingface_hub will look for it; a part that is there is continued, also one of an earlier run.
+    """Fetch one large file to the path where huggingface_hub looks for it, and resume a partial file, also of an earlier run.
 
-    huggingface_hub alone starts a file anew in every run.
+    huggingface_hub itself starts every file from the beginning in each run.
     """
     from filelock import FileLock
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -220,17 +220,17 @@ def _fetch(request: Request, file: DryRunFileInfo, commit: str, target: Path, co
     if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
         headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
     if request.folder is None:
-        place = target / f"models--{request.repository.replace('/', '--')}" / "blobs" / etag
-        part = place.with_name(f"{etag}.part")
+        final = target / f"models--{request.repository.replace('/', '--')}" / "blobs" / etag
+        part = final.with_name(f"{etag}.part")
     else:
-        place = target / file.filename
+        final = target / file.filename
         part = target / ".cache" / "meteora" / f"{etag}.part"
-    for folder in (place.parent, part.parent):
+    for folder in (final.parent, part.parent):
         folder.mkdir(parents=True, exist_ok=True)
     lock = part.with_suffix(".lock")
     with FileLock(lock):
-        if request.folder is None and place.is_file():
-            return str(place)
+        if request.folder is None and final.is_file():
+            return str(final)
         with part.open("ab") as handle:
             if size is not None and handle.tell() > size:
                 handle.truncate(0)
@@ -247,23 +247,23 @@ def _fetch(request: Request, file: DryRunFileInfo, commit: str, target: Path, co
         if re.fullmatch(r"[0-9a-f]{64}", etag) and sha256(part) != etag:
             part.unlink()
             raise DownloadError(
-                f"{file.filename} of {request.repository} did not arrive whole: its hash differs", hint="run the command again; only this file is fetched"
+                f"{file.filename} of {request.repository} is damaged: its hash differs", hint="run the command again; only this file is fetched"
             )
         if request.folder is not None:
             (target / ".cache" / "huggingface" / "download" / f"{file.filename}.metadata").unlink(missing_ok=True)
         part.chmod(0o644)
-        part.replace(place)
+        part.replace(final)
     lock.unlink(missing_ok=True)
-    return str(place)
+    return str(final)
 
 
 def _plan(request: Request) -> list[DryRunFileInfo]:
-    """Every wanted file: its size, and whether it is there. Asks the hub, up to three times."""
+    """Return the size of every requested file and whether it exists already. Asks the hub up to three times."""
     from huggingface_hub import snapshot_download
 
     for attempt in range(3):
         try:
-            found = snapshot_download(
+            listing = snapshot_download(
                 **request.arguments(),
                 allow_patterns=list(ALLOWED),
                 ignore_patterns=list(REFUSED),
@@ -271,7 +271,7 @@ def _plan(request: Request) -> list[DryRunFileInfo]:
                 max_workers=4,
                 tqdm_class=Counter(None).bar_class(),
             )
-            return sorted((file for file in found if request.wants(file.filename)), key=lambda file: file.filename)
+            return sorted((file for file in listing if request.wants(file.filename)), key=lambda file: file.filename)
         except Exception as error:
             explained = explain(error, request)
             if attempt == 2 or not isinstance(explained, Unreachable):
@@ -281,7 +281,7 @@ def _plan(request: Request) -> list[DryRunFileInfo]:
 
 
 def _persist(fetch: Callable[[], str], counter: Counter, request: Request) -> str:
-    """Call ``fetch`` until it succeeds; give up when :data:`ATTEMPTS` in a row bring no byte, or at once when trying again cannot help."""
+    """Call ``fetch`` until it succeeds. Fail after :data:`ATTEMPTS` consecutive attempts without a new byte, or at once if a retry cannot succeed."""
     failures = 0
     while True:
         before = counter.done
@@ -297,7 +297,7 @@ def _persist(fetch: Callable[[], str], counter: Counter, request: Request) -> st
 
 @contextmanager
 def _small_blocks() -> Iterator[None]:
-    """Within the block, huggingface_hub keeps what arrives in pieces of :data:`_BLOCK` bytes."""
+    """Make huggingface_hub write downloads in blocks of :data:`_BLOCK` bytes while the block runs."""
     from huggingface_hub import constants
 
     before = constants.DOWNLOAD_CHUNK_SIZE
@@ -309,7 +309,7 @@ def _small_blocks() -> Iterator[None]:
 
 
 def _from_disk(request: Request) -> HubDownload:
-    """An earlier, complete download."""
+    """Return an earlier, complete download. Raises DownloadError if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -319,18 +319,18 @@ def _from_disk(request: Request) -> HubDownload:
         path = Path(snapshot_download(**request.arguments(), allow_patterns=patterns, ignore_patterns=list(REFUSED), local_files_only=True))
     except (LocalEntryNotFoundError, ValueError) as error:
         raise DownloadError(
-            f"{request.repository} is not in the cache, or not all of it, and the hub may not be asked (HF_HUB_OFFLINE)",
+            f"{request.repository} is not completely in the cache, and HF_HUB_OFFLINE forbids downloads",
             hint="unset HF_HUB_OFFLINE once to fetch it, or set HF_HOME to the cache that holds it",
         ) from error
-    found = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and request.wants(str(file.relative_to(path))))
-    if not found:
-        raise DownloadError(f"{request.repository} is in the cache, but nothing that was asked for", hint="unset HF_HUB_OFFLINE once to fetch it")
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and request.wants(str(file.relative_to(path))))
+    if not files:
+        raise DownloadError(f"{request.repository} is in the cache, but without the requested files", hint="unset HF_HUB_OFFLINE once to fetch it")
     commit = path.name if request.folder is None else None
-    return HubDownload(path, request.repository, commit, tuple(found), sum((path / name).stat().st_size for name in found), 0)
+    return HubDownload(path, request.repository, commit, tuple(files), sum((path / name).stat().st_size for name in files), 0)
 
 
 def _listed_before(request: Request) -> list[str] | None:
-    """The wanted files as the hub listed them at the last download; None when that was not kept."""
+    """Return the requested files as the hub listed them at the last download; None if no list was kept."""
     try:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -344,15 +344,15 @@ def _listed_before(request: Request) -> list[str] | None:
 
 
 def _literal(name: str) -> str:
-    """A glob pattern that matches ``name`` only."""
+    """Return a glob pattern that matches only ``name``."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 def _check_space(target: Path, need: int, repository: str) -> None:
-    places = (target / f"models--{repository.replace('/', '--')}" / "blobs", target / ".cache" / "meteora")
-    here = sum(file.stat().st_size for place in places for file in place.glob("*.part"))
+    folders = (target / f"models--{repository.replace('/', '--')}" / "blobs", target / ".cache" / "meteora")
+    partial_bytes = sum(file.stat().st_size for folder in folders for file in folder.glob("*.part"))
     free = shutil.disk_usage(target).free
-    if free < need - here:
+    if free < need - partial_bytes:
         raise StorageError(
             f"{target} has {free / 1e9:.1f} GB free, and {repository} needs {need / 1e9:.1f} GB",
             hint="free some space, or choose another disk with --to or HF_HOME",

@@ -1,4 +1,4 @@
-"""What the hub's downloads share: which files are taken, what an error means, and how bytes are counted."""
+"""Shared parts of downloads from the hub: the allowed files, the translation of errors, and the counter of bytes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from meteora_core.errors import DownloadError, MeteoraError, StorageError, Usage
 from meteora_core.progress import ProgressBar
 
 ALLOWED: tuple[str, ...] = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*/tokenizer*", "*.model", "*.tiktoken", "*vocab.txt", "*merges.txt")
-"""What is fetched: never pickles, never code."""
+"""Patterns of the files that are fetched; pickles and code never are."""
 
 REFUSED: tuple[str, ...] = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.distcp", "*.py", "*.pyc", "*trainer_state.json")
 
-NETWORK_HINT = "check the network connection and proxy, or set HF_ENDPOINT to a mirror; the download goes on where it stopped when the command is run again"
+NETWORK_HINT = "check the network connection and proxy, or set HF_ENDPOINT to a mirror; run the command again to resume the download"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, and where it goes."""
+    """The requested files and their destination.
+
+    Attributes:
+        repository: The id of the repository.
+        revision: A branch, a tag or a commit; None means the default branch.
+        folder: The folder to write to; None means the hub's cache.
+        cache: The folder of the hub's cache; None means the default.
+        endpoint: The address of the hub; None means the default.
+        include: Glob patterns of the requested files; None means all files of an allowed kind.
+    """
 
     repository: str
     revision: str | None
@@ -32,7 +41,7 @@ class Request:
     include: tuple[str, ...] | None
 
     def arguments(self) -> dict[str, Any]:
-        """For ``snapshot_download``."""
+        """Return the arguments of ``snapshot_download``."""
         return {
             "repo_id": self.repository,
             "revision": self.revision,
@@ -43,7 +52,7 @@ class Request:
         }
 
     def wants(self, name: str) -> bool:
-        """Whether a file of the repository is of an allowed kind and was asked for."""
+        """Whether a file of the repository is of an allowed kind and was requested."""
         allowed = any(fnmatchcase(name, pattern) for pattern in ALLOWED) and not any(fnmatchcase(name, pattern) for pattern in REFUSED)
         inside = ".." not in name.split("/") and not name.startswith("/")
         return inside and allowed and (self.include is None or any(fnmatchcase(name, pattern) for pattern in self.include))
@@ -58,7 +67,7 @@ class Unreachable(DownloadError):
 
 
 def explain(error: Exception, request: Request) -> MeteoraError:
-    """What went wrong, as an error that says what to do."""
+    """Translate an error of huggingface_hub into one that says what to do."""
     from huggingface_hub.errors import (
         DryRunError,
         GatedRepoError,
@@ -74,7 +83,7 @@ def explain(error: Exception, request: Request) -> MeteoraError:
     name = request.repository
     if isinstance(error, GatedRepoError):
         hint = f"accept its conditions on its page on the hub ({name}), then run `hf auth login` or set HF_TOKEN"
-        return DownloadError(f"{name} is gated: its owners let in only who accepted their conditions", hint=hint)
+        return DownloadError(f"{name} is gated: you must accept its owners' conditions first", hint=hint)
     if isinstance(error, RepositoryNotFoundError):
         return Gone(f"the hub has no repository {name}, or it is private", hint="check the name; a private one needs `hf auth login` or HF_TOKEN")
     if isinstance(error, RevisionNotFoundError):
@@ -82,7 +91,7 @@ def explain(error: Exception, request: Request) -> MeteoraError:
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", 0)
         if status in (401, 403):
-            return DownloadError(f"the hub does not let you read {name} (status {status})", hint="run `hf auth login`, or set HF_TOKEN to a token that may")
+            return DownloadError(f"the hub does not let you read {name} (status {status})", hint="run `hf auth login`, or set HF_TOKEN to a token with access")
         if status in (408, 425, 429) or status >= 500:
             return Unreachable(f"cannot download {name}: the hub answered {status}", hint=NETWORK_HINT)
         return DownloadError(f"cannot download {name}: the hub answered {status}")
@@ -96,7 +105,7 @@ def explain(error: Exception, request: Request) -> MeteoraError:
 
 
 class Counter:
-    """Adds up the bytes that huggingface_hub reports to its bars, over several attempts."""
+    """A counter of the bytes that huggingface_hub reports to its progress bars, over several attempts."""
 
     def __init__(self, task: ProgressBar | None) -> None:
         self.task = task
@@ -105,11 +114,11 @@ class Counter:
         self.lock = threading.Lock()
 
     def start(self, before: int) -> None:
-        """A new attempt begins, and so many bytes are complete."""
+        """Begin a new attempt, before which ``before`` bytes are complete."""
         self.before = before
 
     def see(self, amount: float) -> None:
-        """A bar of this attempt stands at ``amount`` bytes; of several bars the furthest counts."""
+        """Record that a bar of this attempt has reached ``amount`` bytes. Of several bars, the largest amount counts."""
         with self.lock:
             now = self.before + int(amount)
             if now > self.done and self.task is not None:
@@ -117,7 +126,7 @@ class Counter:
             self.done = max(self.done, now)
 
     def bar_class(self) -> type[Any]:
-        """A tqdm that draws nothing and tells this counter."""
+        """Return a tqdm class that draws nothing and reports to this counter."""
         from tqdm.std import tqdm  # type: ignore[import-untyped]
 
         counter = self

@@ -1,6 +1,6 @@
-"""The package index that pip is configured for: where it is, and which files it has.
+"""Finds files on the package index that pip is configured for.
 
-Reads the simple repository API, in JSON and in HTML, over http(s) and from file:// folders, and flat ``find-links`` folders and pages.
+Reads the simple repository API in JSON and HTML, over HTTP and from file:// folders, and flat ``find-links`` folders and pages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from meteora_core.text import one_line, redact
 ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 
 MAX_PAGE = 64 << 20
-"""A longer answer (64 MiB) is no list of a project's files."""
+"""The size in bytes (64 MiB) above which a response cannot be the list of a project's files."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class PypiFile:
     """A file of a release on the package index.
 
     Attributes:
-        url: Its address (http, https or file).
-        sha256: Its SHA-256; None when the index does not state it.
-        size: Its length in bytes; None when the index does not state it.
+        url: The address, with the scheme http, https or file.
+        sha256: The SHA-256; None if the index does not state it.
+        size: The length in bytes; None if the index does not state it.
     """
 
     url: str
@@ -42,25 +42,25 @@ class PypiFile:
 
     @property
     def filename(self) -> str:
-        """The file's name."""
+        """The name of the file."""
         return unquote(urlsplit(self.url).path).rsplit("/", 1)[-1]
 
 
 def find_pypi_file(project: str, version: str, filename_suffix: str) -> PypiFile:
     """Find a release's file on the index that pip is configured for.
 
-    pip's own configuration counts: ``index-url``, ``extra-index-url``, ``find-links``, ``no-index``, ``cert`` and ``proxy`` from its files and from ``PIP_*``.
+    This uses ``index-url``, ``extra-index-url``, ``find-links``, ``no-index``, ``cert`` and ``proxy`` from pip's configuration files and ``PIP_*``.
 
     Args:
-        project: The project's name; spelling variants (case, ``-`` and ``_``) are the same.
-        version: The release.
-        filename_suffix: The end of the file's name: ``".tar.gz"`` or ``"-py3-none-any.whl"``.
+        project: The name of the project, in any spelling (case, ``-`` or ``_``).
+        version: The version of the release.
+        filename_suffix: The end of the file's name, ``".tar.gz"`` or ``"-py3-none-any.whl"``.
 
     Returns:
-        The first match; one with a hash is preferred.
+        The first matching file with a hash, or else the first matching file.
 
     Raises:
-        DownloadError: No index can be reached, or none has the file.
+        DownloadError: No index can be reached, or no index has the file.
     """
     from packaging.utils import canonicalize_name
 
@@ -69,16 +69,16 @@ def find_pypi_file(project: str, version: str, filename_suffix: str) -> PypiFile
     for index in settings.indexes:
         if scheme_of(index) != "file":
             check_url("the index of pip (PIP_INDEX_URL or PIP_EXTRA_INDEX_URL)", index)
-    places = [*settings.find_links, *(f"{index.rstrip('/')}/{name}/" for index in settings.indexes)]
+    pages = [*settings.find_links, *(f"{index.rstrip('/')}/{name}/" for index in settings.indexes)]
     failures: list[str] = []
     fallback: PypiFile | None = None
-    for place in places:
+    for page in pages:
         try:
-            for found in _files(place):
-                if _is_release(found, name, version, filename_suffix):
-                    if found.sha256 is not None:
-                        return found
-                    fallback = fallback or found
+            for file in _files(page):
+                if _is_release(file, name, version, filename_suffix):
+                    if file.sha256 is not None:
+                        return file
+                    fallback = fallback or file
         except DownloadError as error:
             failures.append(error.message)
     if fallback is not None:
@@ -102,18 +102,18 @@ def _is_release(file: PypiFile, name: str, version: str, suffix: str) -> bool:
     if not filename.endswith(suffix):
         return False
     try:
-        found = parse_wheel_filename(filename)[:2] if filename.endswith(".whl") else parse_sdist_filename(filename)
-        return found == (name, Version(version))
+        name_and_version = parse_wheel_filename(filename)[:2] if filename.endswith(".whl") else parse_sdist_filename(filename)
+        return name_and_version == (name, Version(version))
     except (InvalidSdistFilename, InvalidWheelFilename, InvalidVersion):
         return False
 
 
 def _files(place: str) -> Iterator[PypiFile]:
-    """The files that a project's page, or a find-links page or folder, lists. A missing page lists nothing."""
+    """Yield the files that a project's page, or a find-links page or folder, lists; none if the page is missing."""
     scheme = scheme_of(place)
     if scheme in ("http", "https"):
         for file in _remote(place):
-            if scheme_of(file.url) in ("http", "https"):  # a server must not name files of this machine
+            if scheme_of(file.url) in ("http", "https"):  # a server must not make us read local files
                 yield file
         return
     path = local_path(place) if scheme == "file" else Path(place).expanduser()
@@ -161,7 +161,7 @@ def _remote(url: str) -> Iterator[PypiFile]:
 
 
 def _joined(base: str, target: str) -> str | None:
-    """An absolute URL out of a page's link; None for one that is malformed."""
+    """Return the absolute URL of a page's link; None if the link is malformed."""
     try:
         full = urljoin(base, target)
         urlsplit(full)
@@ -171,7 +171,7 @@ def _joined(base: str, target: str) -> str | None:
 
 
 def scheme_of(url: str) -> str:
-    """The scheme of a URL; empty for a path or for what cannot be parsed."""
+    """Return the scheme of a URL; an empty string for a path or a malformed URL."""
     try:
         return urlsplit(url).scheme
     except ValueError:
@@ -194,7 +194,7 @@ class _Anchors(HTMLParser):
 
 def _links(page: str, base: str) -> Iterator[PypiFile]:
     anchors = _Anchors()
-    with suppress(AssertionError):  # Python's parser gives up on a malformed declaration; what came before it counts
+    with suppress(AssertionError):  # Python's parser stops at a malformed declaration; the links before it are used
         anchors.feed(page)
     if anchors.base:
         base = _joined(base, anchors.base) or base
@@ -207,7 +207,7 @@ def _links(page: str, base: str) -> Iterator[PypiFile]:
 
 
 def _with_login(url: str, base: str) -> str:
-    """Carry the login of an index over to its files on the same host, as pip does, but never from https to http."""
+    """Add the login of an index to the URLs of its files on the same host, as pip does, but never from https to http."""
     login, at, host = urlsplit(base).netloc.rpartition("@")
     parts = urlsplit(url)
     if not at or parts.netloc != host or (urlsplit(base).scheme == "https" and parts.scheme != "https"):

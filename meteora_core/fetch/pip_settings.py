@@ -1,4 +1,4 @@
-"""The part of pip's configuration that says where packages come from, and how they are reached."""
+"""Reads the part of pip's configuration that says where packages come from and how to reach the index."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ PUBLIC_INDEX = "https://pypi.org/simple"
 
 @dataclass(frozen=True)
 class PipSettings:
-    """The part of pip's configuration that says where packages come from."""
+    """The part of pip's configuration that says where packages come from.
+
+    Attributes:
+        indexes: The addresses of the package indexes.
+        find_links: Further pages and folders with packages.
+        cert: The file or folder of trusted certificates; None means the default.
+        proxy: The address of the proxy; None means that of the environment.
+    """
 
     indexes: tuple[str, ...]
     find_links: tuple[str, ...]
@@ -23,7 +30,7 @@ class PipSettings:
 
 
 def pip_settings() -> PipSettings:
-    """pip's configuration files, asked for once a process, and the ``PIP_*`` environment as it is now; without both, the public index."""
+    """Return pip's configuration from its files, which are read once per process, and from ``PIP_*`` variables; by default, the public index."""
     values: dict[str, str] = {}
     for line in _pip_listing(os.environ.get("PIP_CONFIG_FILE")).splitlines():
         key, _, value = line.partition("=")
@@ -41,7 +48,7 @@ def pip_settings() -> PipSettings:
 
 @lru_cache
 def _pip_listing(config_file: str | None) -> str:
-    """What ``pip config list`` prints, with ``PIP_CONFIG_FILE`` as given; "" without pip."""
+    """Return the output of ``pip config list`` with the given ``PIP_CONFIG_FILE``; an empty string if pip is not installed."""
     try:
         return subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -127,7 +127,7 @@ def test_half_a_pair_and_foreign_tensors(make_adapter) -> None:
     tensors = load_file(weights)
     key = f"base_model.model.{D}.lora_B.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, weights)
-    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj has lora_A but not its partner"):
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj has lora_A but not the other matrix"):
         read_adapter("x", folder)
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, weights)
     with pytest.raises(AdapterError, match=r"lm_head\.weight"):
