@@ -52,8 +52,8 @@ class ModelLoader:
             models: Names of the models to evaluate.
 
         Raises:
-            UsageError: The quantisation is not possible, or top-k is out of range.
-            CheckpointError: The checkpoint is missing or broken, or no base model is known for it.
+            UsageError: The quantisation is not possible, top-k is out of range, or the checkpoint does not name its base model and the user chose none.
+            CheckpointError: The checkpoint is missing or broken.
         """
         from meteora_core.checkpoints.opening import describe_checkpoint
         from meteora_core.model.quantized import quantized_loading
