@@ -18,6 +18,7 @@ LONGEST = 40
 
 _received: list[int] = []
 _put_off = 0
+_again: threading.Timer | None = None
 
 
 @contextmanager
@@ -40,12 +41,15 @@ def answer_signals() -> Iterator[None]:
         signal.signal(number, _handle)
     try:
         yield
+        if _received and _again is not None:  # a command may end before a deferred signal is delivered again
+            raise SystemExit(128 + _received[-1])
     except BaseException as error:
         received = _received[-1] if _received else None
-        if received is None or (isinstance(error, SystemExit) and not error.code):
+        if received is None or (isinstance(error, SystemExit) and not error.code and _again is None):
             raise
         sys.exit(128 + received)
     finally:
+        _deliver_no_more()
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
@@ -62,18 +66,27 @@ def handled() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _put_off
+    global _put_off, _again
     _received.append(number)
+    _deliver_no_more()
     if _put_off < LONGEST and _importing(frame):
         _put_off += 1
-        again = threading.Timer(PAUSE, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        _again = threading.Timer(PAUSE, os.kill, (os.getpid(), number))
+        _again.daemon = True
+        _again.start()
         return
     _put_off = 0
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def _deliver_no_more() -> None:
+    """Cancel the second delivery of a deferred signal."""
+    global _again
+    if _again is not None:
+        _again.cancel()
+        _again = None
 
 
 def _importing(frame: FrameType | None) -> bool:
