@@ -191,7 +191,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_x: Tensor | None, base_output: Tensor, *flat: Any) -> tuple[Tensor, Tensor | None]:
-        """``flat``: gate, A and B and the given weights, which autograd does not see in the values, then adapters and routing."""
+        """``flat`` holds gate, A, B and the given weights, because autograd does not look into named tuples, then ``adapters`` and ``routing``."""
         *_, adapters, routing = flat
         done = forward(x, x if lora_x is None else lora_x, base_output, adapters, routing)
         gate, lora_A, lora_B, scaling, *_ = adapters
@@ -247,7 +247,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def mix(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Arguments and result as in :func:`meteora_kernels.reference.mix`."""
+    """The layer, with the arguments and results of :func:`meteora_kernels.reference.mix`."""
     if not torch.is_autocast_enabled(x.device.type):
         return _flat(x, base_output, adapters, routing, lora_x)
     with torch.autocast(x.device.type, enabled=False):

@@ -1,1 +1,1 @@
-"""Device functions that several kernels share; nothing here is launched."""
+"""Device functions that several kernels share. This package launches nothing."""

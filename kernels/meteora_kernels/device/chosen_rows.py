@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The rows of A and B that a token's adapters own."""
+"""Device functions for the rows of A and B that belong to a token's chosen adapters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ def route_of_token(
     logits, stride_logits, stride_split, token, places, allowed, scaling, offsets, count, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of A and B, int64, and ``w_j s_j``, float32, of one token at ``places`` (P, 1); place ``slot * RANK_P + i``: the slot's i-th row. -1 and 0
-    past the rank and past the last slot."""
+    """The rows of A and B (int64) and ``w_j s_j`` (float32) of one token at ``places`` (P, 1).
+
+    Place ``slot * RANK_P + i`` is the i-th row of the slot's adapter. Past the adapter's rank and past the last slot, the row is -1 and the value 0.
+    """
     columns = tl.arange(0, PADDED)[None, :]
     slots = tl.arange(0, SLOTS)[None, :]
     tokens = token + tl.zeros([1, 1], dtype=tl.int32)
@@ -36,8 +38,8 @@ def add_chosen(
 ):  # fmt: skip
     """float32 ``total`` (BN, MP) plus, per token, its chosen rows of ``b`` (R, width) at ``columns`` (BN, 1), each times its value.
 
-    rows_in int32 and values_in float32 (M, PLACES), rows ``stride_plan`` apart, CHUNK places at a time; row -1: nothing is chosen there. The
-    values are the sum of SPLITS, ``stride_split`` apart.
+    rows_in int32 and values_in float32 (M, PLACES) have the row stride ``stride_plan`` and are read CHUNK places at a time; row -1 marks an unused place.
+    The values are sums of SPLITS partial sums that are ``stride_split`` apart.
     """
     tokens = tl.arange(0, MP)[:, None]
     live = tokens < tokens_total
@@ -55,7 +57,7 @@ def add_chosen(
 
 @triton.jit
 def clear_rows(middle, stride_middle, tokens, mask, columns, CHUNK: tl.constexpr):
-    """Zeros into the first ``columns`` of ``middle`` for a tile of tokens (M, 1), by wide stores."""
+    """Write zeros to the first ``columns`` columns of ``middle`` for a tile of tokens (M, 1), by wide stores."""
     for start in range(0, columns, CHUNK):
         rows = start + tl.arange(0, CHUNK)[None, :]
         zeros = tl.zeros([tokens.shape[0], CHUNK], dtype=middle.dtype.element_ty)
@@ -67,9 +69,9 @@ def write_chosen(
     down, stride_down, stride_split, middle, stride_middle, scaling, offsets, tokens, mask, picks, shares,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """``A x`` times ``w_j s_j`` for the rows that the slots' adapters own, RANKS at most each; ``middle`` is 0 everywhere else, by :func:`clear_rows`.
+    """Write ``A x`` times ``w_j s_j`` for the rows that the slots' adapters own, at most RANKS each; :func:`clear_rows` sets the rest of ``middle`` to 0.
 
-    Only these rows of the partial sums are read, as :func:`meteora_kernels.device.routing.summed` does, and only they are written.
+    Only these rows of the partial sums are read (by :func:`meteora_kernels.device.routing.summed`), and only they are written.
     """
     scaled = shares * tl.load(scaling + picks)
     first = tl.load(offsets + picks).to(tl.int32)
@@ -83,9 +85,9 @@ def write_chosen(
         end = tl.where(places // RANKS == slot, slot_of(last, slots, slot), end)
     rows = begin + places % RANKS
     owned = mask & (rows < end)
-    # Where two slots have the same adapter, both write the sum.
+    # If two slots have the same adapter, both write the sum of the two.
     factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
     values = summed(down, tokens * stride_down + rows, stride_split, owned, SPLITS, FRESH)
     values = tl.where(factor == 0.0, 0.0, values * factor)
-    tl.debug_barrier()  # other threads' zeros come first
+    tl.debug_barrier()  # the zeros of other threads must be stored first
     tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=owned)

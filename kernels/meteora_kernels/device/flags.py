@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Flags between the programs of one launch: no floating-point atomics, and every flag is 0 again when the launch ends.
+"""Flags by which the programs of one launch wait for each other. There are no floating-point atomics, and every flag is 0 again when the launch ends.
 
-Programs that raise a flag come first in the grid and wait for nothing that comes later, or only for a few neighbours that all run at once, so every
-program that waits gets its flag.
+Programs that raise a flag come first in the grid. They wait for no later program, or only for a few neighbours that all run at the same time, so no
+program waits forever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def raise_flag(flag):
-    """One more program is done; everything it stored is visible to who sees the count."""
+    """Count this program as done; everything that it stored is visible to programs that see the new count."""
     tl.debug_barrier()
     tl.atomic_add(flag, 1, sem="release", scope="gpu")
 
@@ -28,11 +28,11 @@ def wait_flag(flag, target):
 
 @triton.jit
 def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
-    """Count this program as one of ``target`` that have stored their part of something, and share out the work on the whole.
+    """Count this program as one of ``target`` programs that have stored a part, and distribute the work on the whole.
 
     Returns:
-        first, step: The shares first, first + step, ... below ``shares`` are this program's. CONCURRENT: each does its own, after waiting for
-        the others. Otherwise (the interpreter runs one program after the other) the last to come does all, and nobody waits.
+        first, step: This program does the shares first, first + step, ... below ``shares``. If CONCURRENT, every program does one part after waiting for
+        the others. Otherwise (the interpreter runs programs one after the other) the last program to arrive does everything, and none waits.
     """
     if CONCURRENT:
         raise_flag(flag)
@@ -49,7 +49,7 @@ def share_out(flag, target, mine, shares, CONCURRENT: tl.constexpr):
 
 @triton.jit
 def leave(flags, target):
-    """Count this program in ``flags[1]`` as one of ``target`` that look at ``flags[0]`` no more; the last one puts both back to 0."""
+    """Count this program in ``flags[1]`` as one of ``target`` that no longer read ``flags[0]``; the last one resets both to 0."""
     tl.debug_barrier()
     if tl.atomic_add(flags + 1, 1, sem="acq_rel", scope="gpu") == target - 1:
         tl.store(flags, 0)
@@ -58,10 +58,10 @@ def leave(flags, target):
 
 @triton.jit
 def count_out(counter, THREADS: tl.constexpr):
-    """Count this program, which looks at flags no more. Relaxed, since what it saw of the flags it has waited for.
+    """Count this program as one that no longer reads flags. The atomic is relaxed, because the program has already waited for the flags that it read.
 
     Returns:
-        int32 (THREADS,), one number a thread: how many were counted before, in the first place. Nobody waits for it until it is used.
+        int32 (THREADS,), one number per thread; the first is the number of programs counted before. The program does not wait for it until it is used.
     """
     lanes = tl.arange(0, THREADS)
     return tl.atomic_add(counter + lanes * 0, 1, mask=lanes == 0, sem="relaxed", scope="gpu")
@@ -69,14 +69,14 @@ def count_out(counter, THREADS: tl.constexpr):
 
 @triton.jit
 def clear_when_last(flags, come, THREADS: tl.constexpr):
-    """The last program to :func:`count_out`, by what that gave as ``come``, puts all 1,024 flags back to 0."""
+    """Reset all 1,024 flags to 0 if this is the last program to call :func:`count_out`, which returned ``come``."""
     if tl.max(tl.where(tl.arange(0, THREADS) == 0, come, 0), axis=0) == tl.num_programs(0) - 1:
         tl.store(flags + tl.arange(0, 1024), tl.zeros([1024], dtype=tl.int32))
 
 
 @triton.jit
 def finish(flags, used):
-    """Count this program as ended in ``flags[used]``; the last one puts all ``used + 1`` flags back to 0."""
+    """Count this program as finished in ``flags[used]``; the last one resets all ``used + 1`` flags to 0."""
     tl.debug_barrier()
     if tl.atomic_add(flags + used, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         for index in range(used + 1):

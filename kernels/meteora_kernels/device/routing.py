@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Routing: from logits to adapters and their weights, and from those to coefficients of rows."""
+"""Device functions for routing: logits to adapters and weights, and those to coefficients of rows."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def top_of_tile(logits, columns, count, temperature, TOP_K: tl.constexpr, SLOTS:
     """The ``TOP_K`` largest logits of every row and their softmax weights.
 
     Args:
-        logits: float32 (M, P), P a power of two; columns at and past ``count`` are padding.
-        columns: int32 (1, P).
-        count: N, how many columns are real.
-        temperature: T > 0.
+        logits: Gate logits float32 (M, P), where P is a power of two; columns from ``count`` on are padding.
+        columns: Column numbers int32 (1, P).
+        count: Number of adapters N.
+        temperature: Routing temperature T > 0.
 
     Returns:
-        indices int32 (M, SLOTS) and weights float32 (M, SLOTS); slots past TOP_K hold index 0 and weight 0. Order, ties (lower index) and
-        NaN (counts as largest, gives NaN weights) as in :func:`meteora_kernels.reference.route`.
+        Indices int32 (M, SLOTS) and weights float32 (M, SLOTS); slots past TOP_K hold index 0 and weight 0. Order, ties and NaN are those of
+        :func:`meteora_kernels.reference.route`: the lower index wins a tie, and NaN counts as largest and gives NaN weights.
     """
-    logits = logits + 0.0  # -0 becomes +0, so that the integer order below equals the float order
+    logits = logits + 0.0  # -0 becomes +0, so that integer keys compare as floats do
     bits = logits.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(logits != logits, _NAN_KEY, key)
@@ -52,14 +52,16 @@ def top_of_tile(logits, columns, count, temperature, TOP_K: tl.constexpr, SLOTS:
 
 @triton.jit
 def slot_of(table, slots, slot):
-    """Column ``slot`` of a (M, SLOTS) tile, as (M, 1)."""
+    """Column ``slot`` (M, 1) of a tile (M, SLOTS)."""
     return tl.sum(tl.where(slots == slot, table, table * 0), axis=1)[:, None]
 
 
 @triton.jit
 def summed(pointer, where, stride_split, mask, SPLITS: tl.constexpr, FRESH: tl.constexpr = False):
-    """Load float32 values at ``where``: with SPLITS > 1 the sum of SPLITS partial sums, ``stride_split`` apart, in their order.
-    FRESH: other programs of the same launch may have written them."""
+    """Load float32 values at ``where``. With SPLITS > 1, add that number of partial sums, which are ``stride_split`` apart, in a fixed order.
+
+    FRESH: Other programs of the same launch may have written the values.
+    """
     CACHE: tl.constexpr = ".cg" if FRESH else ""
     total = tl.load(pointer + where, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
@@ -70,7 +72,7 @@ def summed(pointer, where, stride_split, mask, SPLITS: tl.constexpr, FRESH: tl.c
 
 @triton.jit
 def bounded_logits(pointer, tokens, stride, columns, count, allowed, token_mask, HAS_ALLOWED: tl.constexpr, stride_split=0, SPLITS: tl.constexpr = 1):
-    """Load logits float32 (M, P) of ``tokens`` (M, 1), as :func:`summed` does; adapters that are not allowed read as -inf."""
+    """Load logits float32 (M, P) of ``tokens`` (M, 1) by :func:`summed`; adapters that are not allowed get -inf."""
     logits = summed(pointer, tokens * stride + columns, stride_split, token_mask & (columns < count), SPLITS, True)
     if HAS_ALLOWED:
         permitted = tl.load(allowed + columns, mask=columns < count, other=1)
@@ -84,7 +86,7 @@ def routes_of_tile(
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, HAS_ALLOWED: tl.constexpr, GIVEN: tl.constexpr, stride_split=0,
     SPLITS: tl.constexpr = 1,
 ):  # fmt: skip
-    """indices int32 and weights float32 (M, SLOTS) of a tile of tokens, from logits (or their partial sums) or as given (M, TOP_K)."""
+    """Indices int32 and weights float32 (M, SLOTS) of a tile of tokens, from logits (or their partial sums) or from given routes (M, TOP_K)."""
     slots = tl.arange(0, SLOTS)[None, :]
     if GIVEN:
         keep = mask & (slots < TOP_K)
@@ -99,11 +101,14 @@ def routes_of_tile(
 
 @triton.jit
 def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
-    """Per token and row of A: the sum of ``w_j s_j`` over the slots j whose adapter owns the row, float32 (M, C).
+    """The sum of ``w_j s_j`` over the slots j whose adapter owns the row, for every token and row of A: float32 (M, C).
 
     Args:
-        rows: int32 (1, C) or (M, C).
-        picks, scaled, first, last: (M, SLOTS): adapter, ``w_j * s_j``, first row and one past the last row of each slot's adapter.
+        rows: Rows of A, int32 (1, C) or (M, C).
+        picks: Adapter of every slot (M, SLOTS).
+        scaled: ``w_j * s_j`` of every slot (M, SLOTS).
+        first: First row of every slot's adapter (M, SLOTS).
+        last: One past the last row of every slot's adapter (M, SLOTS).
     """
     slots = tl.arange(0, SLOTS)[None, :]
     total = tl.zeros([picks.shape[0], rows.shape[1]], dtype=tl.float32)
@@ -118,7 +123,7 @@ def routes_of_few(
     mid, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, MP: tl.constexpr, HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """picks, ``w_j s_j``, first and last rows, each (MP, SLOTS), from the logits (M, N) at ``mid``."""
+    """Adapters, ``w_j s_j``, first rows and ends of rows, each (MP, SLOTS), from the logits (M, N) at ``mid``."""
     tokens = tl.arange(0, MP)[:, None]
     columns = tl.arange(0, PADDED)[None, :]
     tile = bounded_logits(mid, tokens, stride_mid, columns, count, allowed, tokens < tokens_total, HAS_ALLOWED)

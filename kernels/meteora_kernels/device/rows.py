@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Rows of a matrix times tokens, and which rows belong to which member of a group."""
+"""Device functions that multiply rows of a matrix with tokens, and that find the member of a group to which outputs belong."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ def rows_times_tokens(
     w, rows, row_mask, x, tokens_total, length, stride_x, stride_w,
     BN: tl.constexpr, BK: tl.constexpr, MP: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """float32 (BN, MP): the rows (BN, 1) of ``w`` (., length), ``stride_w`` apart, times the tokens of ``x`` (M, length), ``stride_x`` apart, M <= MP.
+    """Products float32 (BN, MP) of the rows (BN, 1) of ``w`` (., length) and the tokens of ``x`` (M, length), M <= MP.
 
-    MP = 1 or MP >= 16. EVEN: length is a multiple of BK. STAGES: tiles of w in flight.
+    The row strides are ``stride_w`` and ``stride_x``. MP is 1, or at least 16. EVEN: ``length`` is a multiple of BK. STAGES: Number of tiles of ``w`` whose
+    loads are in flight.
     """
     steps = tl.arange(0, BK)
     if MP == 1:
@@ -46,7 +47,7 @@ def rows_times_tokens(
 
 @triton.jit
 def member_of(tile, width0, width1, width2, BN: tl.constexpr, MEMBERS: tl.constexpr):
-    """The ``tile``-th block of BN outputs of all members: its number within its member, the member, the outputs before that one, and its width."""
+    """Locate the ``tile``-th block of BN outputs: its number within its member, the member, the number of outputs before that member, and its width."""
     member = tile * 0
     before = tile * 0
     width = before + width0

@@ -1,1 +1,1 @@
-"""Kernels for the modules right before fused groups, which write where the group reads."""
+"""Kernels for the modules right before fused groups, which write their output directly into the buffer that the group reads."""

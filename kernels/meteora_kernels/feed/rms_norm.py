@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The root-mean-square norm of Llama and its kin in one launch, written where the linears behind it want their input."""
+"""The root-mean-square norm of Llama and similar models in one launch, written directly into the input buffer of the next linears."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from meteora_kernels.sizes import power_of_two
 
 MOST_COLUMNS = 16384
-"""A row must fit into the registers of one program."""
+"""The largest h, because a row must fit into the registers of one program."""
 
 
 @triton.jit
 def rms_norm_kernel(x, weight, out, hidden, stride_x, stride_out, epsilon, BLOCK: tl.constexpr):
-    """out[t] = weight * round(x[t] / sqrt(mean(x[t]^2) + epsilon)), sums in float32; round: to the dtype of x.
+    """out[t] = weight * round(x[t] / sqrt(mean(x[t]^2) + epsilon)), with sums in float32; ``round`` is to the dtype of x.
 
     x (M, h) and out (M, h), columns contiguous; weight (h,). The formula is that of RMSNorm (Zhang and Sennrich, arXiv 1910.07467), rounded where
     transformers' LlamaRMSNorm rounds. Grid: (M,).
@@ -35,10 +35,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> None:
     """Write the normalised, weighted rows of ``x`` into ``out``.
 
     Args:
-        x: (M, h), columns contiguous, h up to :data:`MOST_COLUMNS`.
-        weight: (h,), contiguous, the dtype of x.
-        epsilon: Added to the mean square.
-        out: (M, h), columns contiguous, the dtype of x.
+        x: Input (M, h), columns contiguous, h up to :data:`MOST_COLUMNS`.
+        weight: Weights (h,), contiguous, in the dtype of x.
+        epsilon: Summand of the mean square.
+        out: Output (M, h), columns contiguous, in the dtype of x.
     """
     tokens, hidden = x.shape
     block = power_of_two(hidden)
@@ -47,6 +47,6 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> None:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The same by the library, for x (..., h), in the dtype of x."""
+    """The same in plain PyTorch, for x (..., h), in the dtype of x."""
     wide = x.float() if x.dtype != torch.float64 else x
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""``silu(gate) * up`` in one launch, written where the linear behind it wants its input."""
+"""``silu(gate) * up`` in one launch, written directly into the input buffer of the next linear."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from meteora_kernels.sizes import ceil_div
 
 @triton.jit
 def silu_mul_kernel(gate, up, out, width, stride_gate, stride_up, stride_out, BLOCK: tl.constexpr):
-    """out[t, c] = round(gate[t, c] / (1 + exp(-gate[t, c]))) * up[t, c]; round: to the dtype of gate, as the library does.
+    """out[t, c] = round(gate[t, c] / (1 + exp(-gate[t, c]))) * up[t, c]; ``round`` is to the dtype of gate, as in PyTorch.
 
-    gate, up and out (M, f), columns contiguous, one dtype. The gated unit is SwiGLU's (Shazeer, arXiv 2002.05202). Grid: (M, ceil(f / BLOCK)).
+    gate, up and out (M, f) have contiguous columns and one dtype. The gated unit is SwiGLU's (Shazeer, arXiv 2002.05202). Grid: (M, ceil(f / BLOCK)).
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def silu_mul_kernel(gate, up, out, width, stride_gate, stride_up, stride_out, BL
 
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """Write ``silu(gate) * up`` into ``out``; all (M, f), columns contiguous, one dtype."""
+    """Write ``silu(gate) * up`` into ``out``; all three are (M, f), with contiguous columns and one dtype."""
     tokens, width = gate.shape
     block = 2048
     if tokens:
@@ -35,5 +35,5 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 
 def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """The same by the library."""
+    """The same in plain PyTorch."""
     return F.silu(gate) * up

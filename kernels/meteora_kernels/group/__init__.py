@@ -1,7 +1,7 @@
-"""Linears that share their input, base and adapters together: what ``fuse(model)`` runs (inference only).
+"""Linears that share their input, with base product and adapters together: the part of a model that ``fuse(model)`` replaces (inference only).
 
-Every path is a module of its name with two functions: ``can_run(case, row)`` says why it cannot run, or None, and ``run(x, group, routing, row)`` runs.
-:func:`meteora_kernels.plan.choose` takes one, by the table of the GPU.
+Every path is a module of the same name with two functions. ``can_run(case, row)`` returns the reason why the path cannot run, or None;
+``run(x, group, routing, row)`` runs it. :func:`meteora_kernels.plan.choose` chooses a path from the table of the GPU.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def row_for(group: Group, tokens: int, top_k: int, *, in_place: bool = False, al
     """The row of the table for a number of tokens.
 
     Args:
-        group: The linears.
-        tokens: M.
-        top_k: k.
-        in_place: x is a window of a wider buffer.
-        aligned: The copy engine can read x.
+        group: The group of linears.
+        tokens: Number of tokens M.
+        top_k: Number of adapters per token k.
+        in_place: Whether x is a window of a wider buffer.
+        aligned: Whether the copy engine can read x.
     """
     key = (tokens, top_k, in_place, aligned)
     row = group.choices.get(key)
@@ -49,22 +49,22 @@ def row_for(group: Group, tokens: int, top_k: int, *, in_place: bool = False, al
 
 
 def reads_in_place(group: Group, tokens: int, top_k: int) -> bool:
-    """Whether the group's next input should be written into a window of ``group.wide``'s rows (:meth:`meteora_kernels.wide.Wide.new_rows`)."""
+    """Whether the group's next input should be written into a window of a buffer that :meth:`meteora_kernels.wide.Wide.new_rows` of ``group.wide`` returns."""
     return group.wide is not None and row_for(group, tokens, top_k, in_place=True).path == "wide"
 
 
 def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
-    """Base outputs of one to three linears with their adapters' share; inference on a CUDA GPU.
+    """Outputs of one to three linears, base and adapters together, for inference on a CUDA GPU.
 
     Args:
-        x: (M, h), columns contiguous.
-        group: The linears.
-        routing: k, T and ``allowed``; given routes are not taken.
-        in_place: x is what :meth:`meteora_kernels.wide.Wide.new_rows` of ``group.wide`` gave, and the columns around it may be written. Compiled
-            code does not read B^T in the rows of the weights, since a compiler cannot see whether it is what B is now.
+        x: Input (M, h), columns contiguous.
+        group: The group of linears.
+        routing: Top-k, routing temperature and ``allowed``; given routes are not supported.
+        in_place: Whether :meth:`meteora_kernels.wide.Wide.new_rows` of ``group.wide`` returned x, so that the columns around it may be written. Compiled
+            code does not read B^T in the rows of the weights, because a compiler cannot check that it still equals B.
 
     Returns:
-        (M, O) in the dtype of x; for some sizes rows are further apart than O.
+        Outputs (M, O) in the dtype of x; for some sizes the row stride is larger than O.
 
     Example:
         >>> y = run_group(torch.randn(5, 16, device="cuda"), group, Routing(top_k=2))  # doctest: +SKIP
@@ -79,14 +79,14 @@ def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = Fal
 
 
 def _run(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
-    """:func:`run_group` where nothing traces, and within the operator."""
+    """:func:`run_group` when nothing is tracing, and inside the operator."""
     tokens = x.shape[0]
     row = row_for(group, tokens, routing.top_k, in_place=in_place, aligned=tokens > 16 and group.aligned and readable(x))
     return PATHS[row.path].run(x, group, routing, row, in_place=in_place)
 
 
 class Block(NamedTuple):
-    """What a compiled graph keeps of a group; see :meth:`Adapters.of_group`."""
+    """The part of a group that a compiled graph keeps; :meth:`Adapters.of_group` describes the fields."""
 
     packed: Tensor
     lora_B: Tensor
@@ -98,7 +98,7 @@ class Block(NamedTuple):
 
 
 def out_like(x: Tensor, block: Block, flags: Tensor, routing: Routing) -> Tensor:
-    """An empty result of :data:`group_operator`."""
+    """An empty tensor like the result of :data:`group_operator`."""
     return x.new_empty(x.shape[0], sum(block.widths))
 
 

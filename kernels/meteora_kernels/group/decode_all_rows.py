@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""A group of linears at few tokens (decoding): every weight is read once, at the rate of the memory, and the adapters ride along.
+"""A group of linears for few tokens (decoding): every base weight, gate and row of A is read once.
 
-:func:`decode_all_rows_kernel` does a whole group of linears that share their input (q, k, v or gate, up, or one alone) in ONE launch. Its first
-programs compute the gates and ``A x`` of all rows of A, the last of them routes and raises a flag; the others stream the base weights meanwhile, wait
-for the flag (which is up by then), add the chosen rows of B, and write the output. No floating-point atomics: two runs are bit-equal.
-Where many tokens choose many rows of a small A this is faster than :mod:`meteora_kernels.group.decode_chosen_rows`, which reads chosen rows only.
+:func:`decode_all_rows_kernel` computes a whole group of linears that share their input (q, k, v; gate, up; or a single linear) in one launch. The first
+programs of its grid compute the gates and ``A x`` for all rows of A; the last of them to finish routes the tokens and raises a flag. Meanwhile the other
+programs read the base weights; then they wait for the flag, which is usually up by then, add the chosen rows of B and write the output. There are no
+floating-point atomics, so two runs are bit-equal. Where many tokens choose many rows of a small A, this path is faster than
+:mod:`meteora_kernels.group.decode_chosen_rows`, which reads only the chosen rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def write_plan(
     here, stride_mid, gate_rows, rows_out, values_out, stride_plan, allowed, scaling, offsets, tokens_total, count, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, MP: tl.constexpr, HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """Route every token; per token, slot and place up to RANK_P, write the row of A and B (-1 past the rank) and ``w_j s_j`` times ``A x``."""
+    """Route every token, and write the row of A and B (-1 past the rank) and ``w_j s_j`` times ``A x`` for each token, slot and place up to RANK_P."""
     _, scaled, first, last = routes_of_few(here, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, MP, HAS_ALLOWED)
     tokens = tl.arange(0, MP)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
@@ -55,12 +56,12 @@ def decode_all_rows_kernel(
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
-    Shapes: x (M, h) contiguous, M <= MP; w (O, h), the members' weights one after the other, O = sum of widths; ga: per member N gate
-    rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``, (MEMBERS * stacked, h); rows of w and of ga are ``stride_w`` apart;
-    b: per member (R, width); bias (O,);
-    mid float32 scratch (M, stride_mid), per member ``member_mid`` columns: logits in ``gate_rows``, then A x; plan_rows
-    int32 and plan_values float32 scratch (M, MEMBERS * TOP_K * RANK_P); flags int32 (8,), all 0 before and after; y (M, O).
-    Grid, one dimension: first the gate programs (BG rows of ga each), of which the last to end routes; then per member ceil(width / BN) programs.
+    Shapes: x (M, h), contiguous, M <= MP; w (O, h), the members' weights one after the other, O = sum of widths; ga (MEMBERS * stacked, h), for each
+    member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b (R, width) for each member; bias (O,); y (M, O). The row stride of
+    w and ga is ``stride_w``.
+    Scratch: mid float32 (M, stride_mid), ``member_mid`` columns for each member: logits in ``gate_rows`` columns, then A x; plan_rows int32 and plan_values
+    float32 (M, MEMBERS * TOP_K * RANK_P). flags int32 (8,), all 0 before and after.
+    Grid, one dimension: first the gate programs (BG rows of ga each), the last of which to finish routes; then ceil(width / BN) programs for each member.
     """
     pid = tl.program_id(0)
     first_rows = gate_rows + rank
@@ -103,19 +104,19 @@ def decode_all_rows_kernel(
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """Why this path cannot run a case by a row of the table; None if it can."""
+    """The reason why this path cannot run a case with a row of the table; None if it can."""
     return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
-    """Base and adapters of a group of linears, for few tokens: (M, O), contiguous, the dtype of x.
+    """Outputs of a group of linears for few tokens, base and adapters together: (M, O), contiguous, in the dtype of x.
 
     Args:
-        x: (M, h), columns contiguous, 1 <= M <= 16.
-        group: The linears.
-        routing: k, T and ``allowed``.
-        row: Of its tile, ``gate_rows`` and ``gate_step`` are those of gates and A, ``outputs`` and ``step`` those of the base.
-        in_place: Not used here.
+        x: Input (M, h), columns contiguous, 1 <= M <= 16.
+        group: The group of linears.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table, with a tile: ``gate_rows`` and ``gate_step`` are for gates and A, ``outputs`` and ``step`` for the base.
+        in_place: Ignored by this path.
     """
     tile = row.tile
     assert tile is not None

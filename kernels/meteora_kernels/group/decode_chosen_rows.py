@@ -1,11 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""A group of linears at few tokens (decoding): every base weight and every gate is read once, of A and B only the rows of the chosen adapters.
+"""A group of linears for few tokens (decoding): every base weight and gate is read once, but only the chosen adapters' rows of A and B are read.
 
-:func:`decode_chosen_rows_kernel` does a whole group of linears that share their input in ONE launch, as :mod:`meteora_kernels.group.decode_all_rows` does with
-all rows of A. A cannot be read before the gates are known, so there is a chain: gates, routing, chosen rows of A, chosen rows of B. The chain must be over
-before the base weights are read, which takes 12 us for 4096 x 4096. Hence every link takes one trip to the memory: the sums over h of gates and of A are
-cut into pieces, each a program of its own that has its loads in flight at once, and every program that needs a whole sum adds its pieces in their order. Each
-program of A routes its token itself, which is faster than waiting for another program's route. No floating-point atomics: two runs are bit-equal.
+:func:`decode_chosen_rows_kernel` computes a whole group of linears that share their input in one launch, as :mod:`meteora_kernels.group.decode_all_rows` does
+with all rows of A. The rows of A are not known before the gates, so there is a chain of four steps: gates, routing, chosen rows of A, chosen rows of B. The
+chain should finish before the base weights have been read, which takes 12 us for 4096 x 4096. Therefore each step waits for memory only once: the sums over h
+of gates and A are cut into pieces, one program per piece, and each program has all its loads in flight at once. A program that needs a whole sum adds the
+pieces in a fixed order. Each program of A routes its token itself, which is faster than waiting for another program to do it. There are no floating-point
+atomics, so two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def decode_chosen_rows_kernel(
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
-    Shapes: x, w, ga, b, bias, flags and y as :mod:`meteora_kernels.group.decode_all_rows` has them. Scratch: logits float32 (GATE_PIECES, M, MEMBERS * count),
-    partial sums; plan_rows int32 (M, MEMBERS * TOP_K * RANK_P), the chosen rows, and plan_values float32 (DOWN_PIECES, M,
-    MEMBERS * TOP_K * RANK_P), partial sums of A x times ``w_j s_j``.
-    EVEN: h is a multiple of BK, BKG and BKD. WHOLE: h is a multiple of GATE_SPAN and DOWN_SPAN, the columns of a piece.
-    Grid, one dimension: per member ceil(count / BG) * GATE_PIECES programs for the gates; then per member M * ceil(TOP_K * RANK_P / ROWS) *
-    DOWN_PIECES for the chosen rows of A; then per member ceil(width / BN). Nobody waits for a program that comes later.
+    Shapes: x, w, ga, b, bias, flags and y as in :mod:`meteora_kernels.group.decode_all_rows`.
+    Scratch: logits float32 (GATE_PIECES, M, MEMBERS * count), partial sums; plan_rows int32 (M, MEMBERS * TOP_K * RANK_P), the chosen rows; plan_values
+    float32 (DOWN_PIECES, M, MEMBERS * TOP_K * RANK_P), partial sums of A x times ``w_j s_j``.
+    EVEN: h is a multiple of BK, BKG and BKD. WHOLE: h is a multiple of GATE_SPAN and DOWN_SPAN, the numbers of columns of a piece.
+    Grid, one dimension: for each member ceil(count / BG) * GATE_PIECES programs for the gates; then for each member M * ceil(TOP_K * RANK_P / ROWS) *
+    DOWN_PIECES programs for the chosen rows of A; then for each member ceil(width / BN) programs. No program waits for a later one.
     """
     pid = tl.program_id(0)
     PLACES: tl.constexpr = TOP_K * RANK_P
@@ -104,20 +105,20 @@ def decode_chosen_rows_kernel(
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """Why this path cannot run a case by a row of the table; None if it can."""
+    """The reason why this path cannot run a case with a row of the table; None if it can."""
     return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
-    """Base and adapters of a group of linears, for few tokens, reading only the chosen rows of A: (M, O), contiguous, the dtype of x.
+    """Outputs of a group of linears for few tokens, reading only the chosen rows of A: (M, O), contiguous, in the dtype of x.
 
     Args:
-        x: (M, h), columns contiguous, 1 <= M <= 16.
-        group: The linears.
-        routing: k, T and ``allowed``.
-        row: ``pieces`` of the sums over h of gates and A, as far as their steps allow. Of its tile, ``gate_rows`` and ``gate_step`` are those of the
-            gates, ``down_rows`` and ``down_step`` those of A, ``outputs`` and ``step`` those of the base.
-        in_place: Not used here.
+        x: Input (M, h), columns contiguous, 1 <= M <= 16.
+        group: The group of linears.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table, with ``pieces`` (the number of pieces of the sums over h, fewer where the steps do not allow that number) and a tile:
+            ``gate_rows`` and ``gate_step`` are for the gates, ``down_rows`` and ``down_step`` for A, ``outputs`` and ``step`` for the base.
+        in_place: Ignored by this path.
     """
     tile = row.tile
     assert tile is not None

@@ -1,19 +1,20 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""A group of linears at a few dozen tokens: every weight is read once, base and adapters in one launch, and the output is rounded once.
+"""A group of linears for a few dozen tokens: every weight is read once, in one launch, and the output is rounded once.
 
-:func:`one_launch_kernel` is to some dozens of tokens what :mod:`decode_chosen_rows` and :mod:`decode_all_rows` are to 16. The first programs of its
-grid compute the gates and ``A x`` as float32 partial sums, route, and write the masked and scaled middle of the layer; the others stream the
-base weights meanwhile, add ``middle B`` and write the output. Where a group has too few outputs to keep the GPU busy, the sum over h is cut into
-pieces, which meet in memory. A program that needs a whole sum adds its pieces in their order, so two runs are bit-equal; there are no floating-point
-atomics.
+:func:`one_launch_kernel` does for a few dozen tokens what :mod:`decode_chosen_rows` and :mod:`decode_all_rows` do for up to 16. The first programs of its
+grid compute the gates and ``A x`` as float32 partial sums, route the tokens, and write the middle: ``A x``, masked and scaled. Meanwhile the other
+programs read the base weights; then they add ``middle B`` and write the output. If a group has too few outputs to keep the GPU busy, the sum over h is cut
+into pieces that are exchanged through memory. A program that needs a whole sum adds the pieces in a fixed order. There are no floating-point atomics, so
+two runs are bit-equal.
 
-A program's time is spent on its stream of weights: what counts is how much is on its way at once, in pieces of 256 bytes a row or more, so that one
-program takes all shared memory of a multiprocessor, and that gates and base together are no more programs than multiprocessors or fill two waves.
+The time of a program is the time to read its weights, which depends on how many bytes are in flight. Reads of 256 bytes per row or more are fastest, and one
+program should take all shared memory of a multiprocessor. The programs of gates and base together should be at most as many as there are multiprocessors,
+or fill two waves.
 
-Who waits for whom: the programs of one member's gates for each other, the pieces of one tile of the output for each other, and all tiles for the
-gates. Programs start in the order of the grid. The gates come first and are fewer than the multiprocessors (:func:`can_run`), so all of them run
-at once and end without waiting for anybody else. Of the tiles that are not finished, the pieces of the first have started or are the next to start,
-since earlier tiles end and later ones start after them; so everybody gets what they wait for, whatever the pieces and however few run at once.
+Waiting order: the programs of one member's gates wait for each other, the pieces of one tile of the output wait for each other, and all tiles wait for the
+gates. Programs start in the order of the grid. The gates come first and are at most as many as there are multiprocessors (:func:`can_run`), so all of
+them run at the same time and finish without waiting for other programs. Consider the first unfinished tile: the tiles before it have finished and those
+after it start later, so its pieces are running or start next. Therefore no program waits forever, for any number of pieces.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from meteora_kernels.stacked import gate_rows_of
 from meteora_kernels.types import Group, Routing
 
 _FIRST_TILE = tl.constexpr(8)
-"""Flags: 0 to 2 gate programs that have stored their sums, per member; 3 to 5 those whose tokens are routed; 6 programs that no longer look at
-flags; from here on the pieces of every tile of outputs."""
+"""The first of the flags that count the pieces of every tile of outputs. Flags 0 to 2 count, for each member, the gate programs that have stored their sums,
+flags 3 to 5 those whose tokens are routed, and flag 6 all programs that no longer read flags."""
 
 
 @triton.jit
@@ -44,8 +45,11 @@ def write_middle(
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """Route the ``block``-th BLOCK tokens and write ROWS columns, ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, 0 elsewhere and past
-    the rank. CHUNK columns at once, as many as registers hold: chunks wait for each other's loads."""
+    """Route the ``block``-th BLOCK tokens and write ROWS columns of the middle.
+
+    A column is ``A x`` times ``w_j s_j`` where slot j's adapter owns the row, and 0 elsewhere and past the rank. CHUNK columns are computed at a time; CHUNK
+    should be as large as registers allow, because every chunk waits for the loads of the one before.
+    """
     tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
     mask = tokens < tokens_total
     picks, shares = routes_of_tile(
@@ -58,7 +62,7 @@ def write_middle(
         rows = start + tl.arange(0, CHUNK)[None, :]
         values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, mask & (rows < rank), SPLITS, True)
         factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
-        # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+        # NaN times 0 is NaN, so rows that no token chose are set to 0 by selection. Rows with a NaN route stay NaN.
         values = tl.where(factor == 0.0, 0.0, values * factor)
         tl.store(middle + tokens * stride_middle + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < ROWS))
 
@@ -68,7 +72,7 @@ def add_up(
     total, middle, stride_middle, b, width, rank, columns, live,
     MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """float32 ``total`` (C, MP) plus the columns (1, C) of ``b`` (R, width), transposed, times the transpose of ``middle`` (MP, R)."""
+    """float32 ``total`` (C, MP) plus ``b[:, columns]^T middle^T``, with columns (1, C), b (R, width) and middle (MP, R)."""
     tokens = tl.arange(0, MP)[:, None]
     for chunk in tl.range(CHUNKS, num_stages=5):
         rows = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -89,13 +93,13 @@ def one_launch_kernel(
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
-    Shapes: x (M, h), M <= MP, and packed (P, h), tensor descriptors with blocks (MP, BK) and (BN, BK); packed: O base rows of all members, then
-    per member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b: per member (R, width); bias (O,). Scratch: mid
-    float32 (GATE_PIECES, MP, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (MP, MEMBERS * CHUNKS * CHUNK) in the dtype of
-    b; parts float32 (tiles, PIECES, BN, MP) where PIECES > 1. flags int32 (1024,), all 0 before and after; y (M, O).
-    Grid, one dimension: per member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then per member ceil(width / BN) * PIECES
-    programs. SHARES, a power of two up to PIECES: the number of a tile's programs that write a part of it each. Sums are (outputs, tokens): the matrix units
-    take 64 rows of the left side at least, but any multiple of 8 of the right one, so that fewer tokens cost less.
+    Shapes: x (M, h), M <= MP, and packed (P, h), tensor descriptors with blocks (MP, BK) and (BN, BK); packed holds the O base rows of all members, then
+    for each member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b (R, width) for each member; bias (O,); y (M, O).
+    Scratch: mid float32 (GATE_PIECES, MP, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (MP, MEMBERS * CHUNKS * CHUNK) in the dtype
+    of b; parts float32 (tiles, PIECES, BN, MP) if PIECES > 1. flags int32 (1024,), all 0 before and after.
+    Grid, one dimension: for each member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then for each member ceil(width / BN) * PIECES
+    programs. SHARES, a power of two up to PIECES, is the number of a tile's programs that each write a part of it. Sums are (outputs, tokens), because the
+    matrix units need at least 64 rows on the left side, but any multiple of 8 on the right, so fewer tokens take less time.
     """
     pid = tl.program_id(0)
     width_mid = gate_rows + rank
@@ -171,12 +175,12 @@ def one_launch_kernel(
             wait_flag(flags + 3 + member, per_member)
         elif CONCURRENT:
             come = count_out(flags + 6, THREADS)
-        # One turn where CONCURRENT, since SHARES <= PIECES.
+        # One iteration if CONCURRENT, because SHARES <= PIECES.
         for share in range(first, SHARES, step):
             some = share * (BN // SHARES) + tl.arange(0, BN // SHARES)
             places = tile * BN + some[None, :]
             sums = tl.zeros([BN // SHARES, MP], dtype=tl.float32)
-            # B first: the other pieces arrive meanwhile.
+            # B is added first, while the other pieces arrive.
             sums = add_up(sums, inner, stride_middle, up, width, rank, places, live, MP, CHUNK, CHUNKS, PRECISION)
             if CONCURRENT:
                 wait_flag(arrived, PIECES)
@@ -192,13 +196,13 @@ def one_launch_kernel(
 
 
 def gate_programs_of(members: int, gate_rows: int, rank: int, row: Row) -> int:
-    """How many programs compute gates and A."""
+    """The number of programs that compute gates and A."""
     assert row.tile is not None
     return members * ceil_div(gate_rows + rank, row.tile.outputs) * row.gate_pieces
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """Why this path cannot run a case by a row of the table; None if it can: all gate programs must run at once."""
+    """The reason why this path cannot run a case with a row of the table; None if it can. All gate programs must run at the same time."""
     facts, tile = case.facts, row.tile
     if not case.aligned:
         return "the copy engine cannot read these rows: it takes 16-bit numbers in rows aligned to 16 bytes"
@@ -208,15 +212,15 @@ def can_run(case: Case, row: Row) -> str | None:
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
-    """Base and adapters of a group of linears, for some dozens of tokens: (M, O), contiguous, the dtype of x.
+    """Outputs of a group of linears for a few dozen tokens, base and adapters together: (M, O), contiguous, in the dtype of x.
 
     Args:
-        x: (M, h), columns contiguous, 1 <= M <= ``tile.tokens``, float16 or bfloat16, aligned as :func:`can_run` says.
-        group: The linears.
-        routing: k, T and ``allowed``.
-        row: ``gate_pieces`` of the sums over h for gates and A; ``pieces`` of those for base outputs, fewer where the
-            pieces would not all run at once. Of its tile, ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages``.
-        in_place: Not used here.
+        x: Input (M, h), columns contiguous, 1 <= M <= ``tile.tokens``, float16 or bfloat16, rows aligned to 16 bytes.
+        group: The group of linears.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table: ``gate_pieces`` is the number of pieces of the sums for gates and A, ``pieces`` that of the sums for base outputs (fewer
+            are used if they would not all run at the same time). The path reads ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages`` of its tile.
+        in_place: Ignored by this path.
     """
     assert row.tile is not None
     tokens, hidden = x.shape

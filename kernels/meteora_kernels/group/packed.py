@@ -1,4 +1,4 @@
-"""One product over base weights, gates and A; then B on top of the base's columns."""
+"""One product with base weights, gates and A; then B is added to the base's columns."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from meteora_kernels.types import Group, Routing
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """This path takes every case."""
+    """None: this path can run every case."""
     return None
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
-    """Base and adapters of a group of linears: (M, O), contiguous, the dtype of x.
+    """Outputs of a group of linears, base and adapters together: (M, O), contiguous, in the dtype of x.
 
     Args:
-        x: (M, h), columns contiguous.
-        group: The linears.
-        routing: k, T and ``allowed``.
-        row: ``pieces`` and ``tile`` of the product (:func:`meteora_kernels.steps.products.products_by`); ``inline``: every program of the pass over
-            the output routes its tokens itself, instead of one launch before it.
-        in_place: Not used here.
+        x: Input (M, h), columns contiguous.
+        group: The group of linears.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table, with ``pieces`` and ``tile`` of the product (:func:`meteora_kernels.steps.products.products_by`). With ``inline``, every
+            program of the pass over the output routes its tokens itself; otherwise a separate launch does so before it.
+        in_place: Ignored by this path.
     """
     adapters, outputs = group.adapters, sum(group.adapters.widths)
     y = x.new_empty(x.shape[0], outputs)

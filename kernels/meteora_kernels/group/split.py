@@ -1,4 +1,4 @@
-"""Gates and A, then B into the output, then the base's product on top; the output is rounded twice."""
+"""A product with gates and A, then B into the output, then the base's product added to it; the output is rounded twice."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from meteora_kernels.types import Group, Routing
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """This path takes every case."""
+    """None: this path can run every case."""
     return None
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
-    """Base and adapters of a group of linears: (M, O), contiguous, the dtype of x.
+    """Outputs of a group of linears, base and adapters together: (M, O), contiguous, in the dtype of x.
 
     Args:
-        x: (M, h), columns contiguous.
-        group: The linears.
-        routing: k, T and ``allowed``.
-        row: ``pieces`` and ``tile`` of the product with gates and A (:func:`meteora_kernels.steps.products.products_by`).
-        in_place: Not used here.
+        x: Input (M, h), columns contiguous.
+        group: The group of linears.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table, with ``pieces`` and ``tile`` of the product with gates and A (:func:`meteora_kernels.steps.products.products_by`).
+        in_place: Ignored by this path.
     """
     adapters, rank = group.adapters, group.total_rank
     y = x.new_empty(x.shape[0], sum(adapters.widths))

@@ -1,4 +1,4 @@
-"""B as an extension of K: gates and A, then base and B in one library product a member (:mod:`meteora_kernels.wide`); the output is rounded once."""
+"""Gates and A, then base and B in one library product for each window (:mod:`meteora_kernels.wide`); the output is rounded once."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from meteora_kernels.types import Group, Routing
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """Why this path cannot run a case by a row of the table; None if it can."""
+    """The reason why this path cannot run a case with a row of the table; None if it can."""
     if not case.facts.wide:
         return "the group does not keep B^T in the rows of its weights"
     return wide_before.can_run(case, row) if row.gate_pieces else None
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
-    """Base and adapters of a group of linears: (M, O), the dtype of x.
+    """Outputs of a group of linears, base and adapters together: (M, O), in the dtype of x.
 
     Args:
-        x: (M, h), columns contiguous.
-        group: The linears, with ``wide``.
-        routing: k, T and ``allowed``.
-        row: With ``gate_pieces``, one launch does all that comes before the product (:mod:`wide_before`); otherwise ``pieces`` and ``tile`` are those of
-            the product with gates and A, which copies x on the way where it has a tile.
-        in_place: x is a window of its buffer already, and is not copied.
+        x: Input (M, h), columns contiguous.
+        group: The group of linears, with ``wide``.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table. With ``gate_pieces``, one launch does everything before the product (:mod:`wide_before`); otherwise ``pieces`` and ``tile``
+            describe the product with gates and A, which also copies x if there is a tile.
+        in_place: Whether x is a window of the buffer already, so that it is not copied.
     """
     wide, adapters = group.wide, group.adapters
     assert wide is not None

@@ -1,13 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""All that comes before the product in "wide" in one launch: gates and ``A x``, the routing, and h written where that product reads it.
+"""Everything before the product of the path "wide" in one launch: gates and ``A x``, routing, and h, written into the buffer that the product reads.
 
-For groups whose x nobody writes in place (:mod:`meteora_kernels.wide`): the programs that multiply x copy it as well. Every program owns a tile of
-``[G; A] x`` and one piece of the sum over x's columns, and stores it as float32. Once all tiles and pieces of a block of tokens and a member
-are there, their programs share these tokens out, route them, and write h. Pieces are added in their order, so two runs are bit-equal; there are no
-floating-point atomics.
+If x is not in that buffer yet (:mod:`meteora_kernels.wide`), the programs that multiply x also copy it. Every program computes a tile of ``[G; A] x`` over one
+piece of x's columns and stores it as float32. When all tiles and pieces of a block of tokens and a member have been stored, their programs divide the
+tokens among themselves, route them, and write h. Pieces are added in a fixed order and there are no floating-point atomics, so two runs are bit-equal.
 
-Who waits for whom: the programs of one block of tokens and one member for each other, and nobody else. They are neighbours in the grid and at most as
-many as the GPU runs at once (:func:`can_run`), so those of the first block that is not done are all running or about to start, whatever comes after.
+Waiting order: only the programs of one block of tokens and one member wait for each other. They are neighbours in the grid and at most as many as the GPU
+runs at the same time (:func:`can_run`), so those of the first unfinished block are all running or start next.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from meteora_kernels.types import Group, Routing
 from meteora_kernels.wide import Wide
 
 MOST_BLOCKS = 512
-"""Blocks of tokens, times members, that have two flags each."""
+"""The largest number of blocks of tokens times members; each of these has two flags."""
 
 
 @triton.jit(do_not_specialize=["tokens_total"])
@@ -44,12 +43,12 @@ def wide_before_kernel(
 ):  # fmt: skip
     """``h[t, row] = (A x)[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
-    Shapes: x (M, h) and ga (P, h), tensor descriptors with blocks (BM, BK) and (BN, BK); ga: per member N gate rows, padding to ``gate_rows``, R rows of
-    A, padding to ``stacked``; ``h``: rows ``stride_row`` apart, in the dtype of x; the first member's columns start at ``first_h``, the others' from
-    ``second_h`` on. COPY: x, of which ``source`` is the pointer, is also copied to ``target``, with rows as far apart as those of ``h``;
-    the first COPIERS (a power of two up to TILES) tiles of a block copy a part of its tokens each.
+    Shapes: x (M, h) and ga (P, h), tensor descriptors with blocks (BM, BK) and (BN, BK); ga holds for each member N gate rows, padding to ``gate_rows``,
+    R rows of A, padding to ``stacked``; ``h`` has row stride ``stride_row`` and the dtype of x; the first member's columns start at ``first_h``, those of
+    the others at ``second_h``. COPY: x, whose pointer is ``source``, is also copied to ``target``, which has the row stride of ``h``; the first COPIERS (a
+    power of two up to TILES) tiles of a block each copy a part of its tokens.
     Scratch: mid float32 (blocks of BM tokens * members, PIECES, BM, gate_rows + R), partial sums. flags int32, two for each block and member, all 0
-    before and after. BLOCK: tokens that a program routes. Grid, one dimension: ceil(M / BM) * members * PIECES * TILES programs, with
+    before and after. BLOCK: Number of tokens that a program routes. Grid, one dimension: ceil(M / BM) * members * PIECES * TILES programs, with
     TILES = ceil((gate_rows + R) / BN).
     """
     pid = tl.program_id(0)
@@ -72,8 +71,8 @@ def wide_before_kernel(
     for step in tl.range(steps * piece // PIECES, steps * (piece + 1) // PIECES, num_stages=STAGES):
         over = step * BK + tl.arange(0, BK)[None, :]
         if COPY:
-            # Not the tile that is multiplied: Triton 3.6 and 3.7 give a loaded tile that has another user one buffer too few, and the copy engine
-            # overwrites it while the matrix unit reads it.
+            # The tile is loaded a second time: if a tile of the product has another use, Triton 3.6 and 3.7 allocate one buffer too few, and the copy
+            # engine overwrites it while the matrix unit reads it.
             values = tl.load(origin + over, mask=copied & (over < hidden))
         total = tl.dot(x.load([begin, step * BK]), ga.load([row, step * BK]).T, total, input_precision=PRECISION)
         if COPY:
@@ -100,8 +99,10 @@ def wide_before_kernel(
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """Why this launch cannot run a case by a row of the table; None if it can: all programs that wait for each other must run at once, and the chosen
-    rows must be few among those of A."""
+    """The reason why this launch cannot run a case with a row of the table; None if it can.
+
+    All programs that wait for each other must run at the same time, and the tokens must choose few of the rows of A.
+    """
     facts, tile = case.facts, row.tile
     members = len(facts.widths)
     if not case.aligned:
@@ -114,15 +115,16 @@ def can_run(case: Case, row: Row) -> str | None:
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Tensor | None) -> None:
-    """Gates, ``A x`` and routing of a group, and h written next to x, where :func:`can_run` says so.
+    """Compute gates, ``A x`` and routing of a group, and write h next to x. :func:`can_run` must have returned None.
 
     Args:
-        x: (M, h), columns contiguous, M >= 1, rows aligned to 16 bytes, float16 or bfloat16.
-        group: The linears; base weights and B are not read.
-        routing: k, T and ``allowed``.
-        row: ``gate_pieces`` of the sums over x's columns. Of its tile, ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages``.
-        out: Where h goes.
-        copy: (M, h), columns of ``out``'s rows: x is copied there. None: it is there already.
+        x: Input (M, h), columns contiguous, M >= 1, rows aligned to 16 bytes, float16 or bfloat16.
+        group: The group of linears; base weights and B are not read.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table: ``gate_pieces`` is the number of pieces of the sums over x's columns. The launch reads ``tokens``, ``outputs``, ``step``,
+            ``warps`` and ``stages`` of its tile.
+        out: Destination of h.
+        copy: Destination of a copy of x (M, h), columns of ``out``'s rows; None if x is there already.
     """
     assert row.tile is not None
     tokens, hidden = x.shape

@@ -1,10 +1,10 @@
 """The adapters of one linear on top of a finished base output: the Triton backend.
 
-Paths, of which :func:`meteora_kernels.plan.choose` takes one:
+:func:`meteora_kernels.plan.choose` chooses one of these paths:
 
-- :mod:`few_tokens`: decoding; gates and A in one launch, routing and B in a second (a third between them for many adapters);
-- :mod:`meteora_kernels.many_adapters`: a large total rank; only the chosen adapters' rows;
-- :mod:`many_tokens`: prefill and training; GEMMs over all R rows with the routing between them, and the same backwards.
+- :mod:`few_tokens` for decoding: gates and A in one launch, routing and B in a second (with a third between them for many adapters);
+- :mod:`meteora_kernels.many_adapters` for a large total rank: only the chosen adapters' rows are multiplied;
+- :mod:`many_tokens` for prefill and training: GEMMs over all R rows with the routing between them, and the corresponding backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from meteora_kernels.rank_rows import layout_of
 from meteora_kernels.types import Adapters, Routing
 
 _choices = choices_of("layers")
-"""Rows by all that they depend on: a lookup costs less than making a :class:`Case`."""
+"""Rows by everything that they depend on, because a lookup takes less time than creating a :class:`Case`."""
 CAN_RUN = {"few_tokens": few_tokens.can_run, "many_adapters": many_adapters.can_run, "many_tokens": many_tokens.can_run}
 
 
@@ -30,10 +30,10 @@ def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True) ->
     """The row of the table for these tokens.
 
     Args:
-        x: (..., h).
-        adapters: The adapters; without ``max_rank`` all rows are multiplied.
-        top_k: k.
-        plain: Neither gradients nor given routes nor a separate input of the adapters are wanted.
+        x: Input of the layer (..., h).
+        adapters: The adapters of the layer; without ``max_rank`` all rows are multiplied.
+        top_k: Number of adapters per token k.
+        plain: Whether the call needs neither gradients nor given routes nor a separate input of the adapters.
     """
     gate, _, lora_B, _, _, max_rank, _, _ = adapters
     tokens, plain = x.shape[:-1].numel(), plain and max_rank is not None
@@ -51,7 +51,7 @@ def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True) ->
 def mix(
     x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None = None, *, want_logits: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and result as in :func:`meteora_kernels.reference.mix`. Without ``want_logits`` the logits come back as None."""
+    """The layer, with the arguments and results of :func:`meteora_kernels.reference.mix`. Without ``want_logits`` the logits are None."""
     if not torch.is_autocast_enabled(x.device.type):
         return _flat(x, base_output, adapters, routing, lora_x, want_logits=want_logits)
     with torch.autocast(x.device.type, enabled=False):
@@ -60,7 +60,7 @@ def mix(
 
 
 def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, lora_x: Tensor | None, *, want_logits: bool) -> tuple[Tensor, Tensor | None]:
-    """Flatten the tokens, pick the path, and give the leading dimensions back."""
+    """Flatten the tokens, choose a path and run it, and restore the leading dimensions."""
     gate, lora_A, lora_B, scaling, offsets, max_rank, _, _ = adapters
     if lora_A.shape[0] == 0 or x.numel() == 0:
         return base_output.clone(), F.linear(x, gate) if routing.indices is None else None
@@ -87,18 +87,18 @@ def _flat(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, 
 
 
 def run(row: Row, x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """The adapters on top of a finished base output, by a row of the table.
+    """Add the adapters to a finished base output, by the path that a row of the table names.
 
     Args:
-        row: The row.
-        x: (M, h), contiguous.
-        lora_x: (M, h), what the adapters see when it is not ``x``, or None.
-        base: (M, o), columns contiguous.
-        adapters: Contiguous tensors.
-        routing: How tokens choose.
+        row: Row of the table.
+        x: Input (M, h), contiguous.
+        lora_x: Input of the adapters (M, h) where it differs from ``x``, or None.
+        base: Base output (M, o), columns contiguous.
+        adapters: The adapters of the layer, as contiguous tensors.
+        routing: How tokens choose their adapters.
 
     Returns:
-        (M, o), and in the first N columns of the second result the logits.
+        The output (M, o), and a tensor whose first N columns are the logits.
     """
     direct = eager(x)
     if row.path == "few_tokens":

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Few tokens on top of a finished base output: gates and ``A x`` in one launch, routing and B in a second."""
+"""Adapters on top of a finished base output, for few tokens: gates and ``A x`` in one launch, routing and B in a second."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def chosen_sum(
 ):  # fmt: skip
     """Add ``sum_j w_j s_j B_j (A_j x)`` to ``total`` (BN, MP).
 
-    mid_down holds A x: all R rows per token (DENSE_DOWN), or SLOT * RANK_P + row of the chosen adapters only. GATHER takes B's chosen rows
-    token by token, FLAT does so for one token without tiles of one row; otherwise all of B is multiplied by a middle that is zero elsewhere
-    (16 tokens and more).
+    mid_down holds A x: all R rows of every token (DENSE_DOWN), or only the rows of the chosen adapters, at place slot * RANK_P + row. GATHER reads the
+    chosen rows of B token by token, and FLAT does so for one token without tiles of one row. Otherwise all of B is multiplied with a middle that is zero
+    for rows that were not chosen (more than 16 tokens).
     """
     tokens = tl.arange(0, MP)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
     live = tokens < tokens_total
     if FLAT:
-        # Triton 3.6 moves loads of small one-row tiles to another layout without their masks and then refuses its own code.
+        # Triton 3.6 moves loads of small one-row tiles to another layout without their masks, and then rejects the code that it generated.
         PIECE: tl.constexpr = 16 if RANK_P >= 16 else RANK_P
-        share = tl.zeros([BN, MP], dtype=tl.float32)  # the base, which is larger, is added last: float32 loses less so
+        share = tl.zeros([BN, MP], dtype=tl.float32)  # the base is larger and is added last, because float32 then loses less
         for slot in tl.static_range(TOP_K):
             begin = tl.sum(slot_of(first, slots, slot))
             end = tl.sum(slot_of(last, slots, slot))
@@ -86,7 +86,7 @@ def few_gates_kernel(
     x, gate, a, mid, tokens_total, hidden, count, rank, stride_mid,
     MP: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """mid[t] = [G x, A x], float32 (M, N + R) (R = 0: the gates alone). Grid: ceil(N / BG) + ceil(R / BG) programs."""
+    """mid[t] = [G x, A x], float32 (M, N + R), or the logits alone with R = 0. Grid: ceil(N / BG) + ceil(R / BG) programs."""
     pid = tl.program_id(0)
     tokens = tl.arange(0, MP)[None, :]
     gate_tiles = tl.cdiv(count, BG)
@@ -105,7 +105,7 @@ def few_down_kernel(
     x, a, mid, allowed, scaling, offsets, hidden, count, temperature, stride_mid,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """mid[t, N + j * RANK_P + row] = A x of slot j's adapter, which the logits in mid[t] choose. Grid: (M * TOP_K,)."""
+    """mid[t, N + j * RANK_P + row] = A x of slot j's adapter, chosen by the logits in mid[t]. Grid: (M * TOP_K,)."""
     pid = tl.program_id(0)
     token = pid // TOP_K
     here = mid + token * stride_mid
@@ -129,7 +129,7 @@ def few_up_kernel(
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, DENSE_DOWN: tl.constexpr,
     GATHER: tl.constexpr, FLAT: tl.constexpr, HAS_ALLOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = base + the chosen adapters' share, from mid. Grid: (ceil(width / BN),)."""
+    """y = base + sum_j w_j s_j B_j (A_j x), with logits and A x from ``mid``. Grid: (ceil(width / BN),)."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
     tokens = tl.arange(0, MP)[None, :]
     mask = (columns < width) & (tokens < tokens_total)
@@ -145,25 +145,25 @@ def few_up_kernel(
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """Why this path cannot run a case by a row of the table; None if it can."""
+    """The reason why this path cannot run a case with a row of the table; None if it can."""
     if not case.plain:
         return "the path is for inference with the gate's own routes, and adapters that see what the gate sees"
     return None if case.tokens <= 64 else f"there are {case.tokens} tokens, the path takes up to 64"
 
 
 def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
-    """The adapters of one linear on top of a finished base output, for few tokens, in two or three launches.
+    """Add the adapters of one linear to a finished base output, for few tokens, in two or three launches.
 
     Args:
-        x: (M, h), contiguous, 1 <= M <= 64.
-        base: (M, o), columns contiguous.
-        adapters: Contiguous tensors; ``max_rank`` is known.
-        routing: k, T and ``allowed``.
-        row: ``way`` says whether all rows of A are read along with the gates, or the chosen rows after them. Of the tile, ``gate_rows``,
-            ``gate_step`` and ``stages`` are those of gates and A, ``outputs`` that of B.
+        x: Input (M, h), contiguous, 1 <= M <= 64.
+        base: Base output (M, o), columns contiguous.
+        adapters: The adapters of the layer, as contiguous tensors, with ``max_rank``.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table. ``way`` says whether all rows of A are read together with the gates, or the chosen rows after them. ``gate_rows``,
+            ``gate_step`` and ``stages`` of the tile are for gates and A, ``outputs`` for B.
 
     Returns:
-        (M, o) and the logits float32 (M, N).
+        The output (M, o) and the logits float32 (M, N).
     """
     tile = row.tile
     assert tile is not None
@@ -195,13 +195,13 @@ def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row)
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Empty results of :data:`few_tokens`."""
+    """Empty tensors like the results of :data:`few_tokens`."""
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], adapters.gate.shape[0]), dtype=torch.float32)
 
 
 @operator("few_tokens", out_like)
 def few_tokens(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """:func:`run` for compilers, which look the row up when the operator runs; the logits come back contiguous."""
+    """:func:`run` for compilers: the row is looked up when the operator runs, and the logits are contiguous."""
     from meteora_kernels.layer import row_for
 
     output, logits = run(x, base, adapters, routing, row_for(x, adapters, routing.top_k))

@@ -1,4 +1,4 @@
-"""Prefill and training on top of a finished base output: GEMMs over all R rows, with the routing between them, and the same backwards."""
+"""Adapters on top of a finished base output, for prefill and training: GEMMs over all R rows with the routing between them, and the backward pass."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from meteora_kernels.types import Adapters, Routing
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """This path takes every case."""
+    """None: this path can run every case."""
     return None
 
 
 def contiguous_routes(routing: Routing) -> Routing:
-    """Given routes as the kernels read them: contiguous, weights in float32."""
+    """The routing with given routes as the kernels read them: contiguous, and the weights in float32."""
     if routing.indices is None or routing.weights is None:
         return routing
     return routing._replace(indices=routing.indices.contiguous(), weights=routing.weights.to(torch.float32).contiguous())
 
 
 def run(x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adapters, routing: Routing, inline: bool) -> tuple[Tensor, Tensor]:
-    """GEMM over [G; A], the middle, GEMM over B on top of the base.
+    """A GEMM over [G; A], the middle, and a GEMM over B that is added to the base output.
 
     Args:
-        x: (M, h), contiguous.
-        lora_x: (M, h), what the adapters see when it is not ``x``, or None.
-        base: (M, o), columns contiguous.
-        adapters: Contiguous tensors.
-        routing: How tokens choose; given routes as :func:`contiguous_routes` returns them.
-        inline: Every program of the pass over B routes its tokens itself, instead of one launch before it.
+        x: Input (M, h), contiguous.
+        lora_x: Input of the adapters (M, h) where it differs from ``x``, or None.
+        base: Base output (M, o), columns contiguous.
+        adapters: The adapters of the layer, as contiguous tensors.
+        routing: How tokens choose their adapters; given routes as :func:`contiguous_routes` returns them.
+        inline: Whether every program of the pass over B routes its tokens itself, instead of a separate launch before it.
 
     Returns:
-        (M, o), and the products (M, stacked): logits in the first N columns (unset with given routes), ``A x`` from ``gate_rows_of(N)`` on.
+        The output (M, o), and the products (M, stacked): logits in the first N columns (not set for given routes), ``A x`` from ``gate_rows_of(N)`` on.
     """
     gate, lora_A = adapters.gate, adapters.lora_A
     number, rank = gate.shape[0], lora_A.shape[0]
@@ -62,7 +62,7 @@ def run(x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adapters, rout
 
 
 def out_like(x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adapters, routing: Routing, inline: bool) -> tuple[Tensor, Tensor]:
-    """Empty results of :data:`many_tokens`."""
+    """Empty tensors like the results of :data:`many_tokens`."""
     rows = stacked_rows_of(adapters.gate.shape[0], adapters.lora_A.shape[0])
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], rows))
 
@@ -73,7 +73,7 @@ many_tokens = operator("many_tokens", out_like)(run)
 def backward_like(
     grad: Tensor, grad_products: Tensor | None, products: Tensor, x: Tensor, lora_x: Tensor | None, adapters: Adapters, routing: Routing, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty results of :data:`many_tokens_backward`."""
+    """Empty tensors like the results of :data:`many_tokens_backward`."""
     likes = (x, x, adapters.gate, adapters.lora_A, adapters.lora_B)
     asked = (wanted[0], wanted[1] and lora_x is not None, wanted[2], wanted[3], wanted[4])
     first, second, third, fourth, fifth = (x.new_empty(like.shape) if ask else x.new_empty(0) for like, ask in zip(likes, asked, strict=True))
@@ -84,14 +84,14 @@ def backward_like(
 def many_tokens_backward(
     grad: Tensor, grad_products: Tensor | None, products: Tensor, x: Tensor, lora_x: Tensor | None, adapters: Adapters, routing: Routing, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, lora_x, gate, A and B; those not wanted come back empty.
+    """Gradients of x, lora_x, gate, A and B; those that are not wanted are empty.
 
     Args:
-        grad: (M, o).
-        grad_products: (M, N) or wider, that reached the logits on another way, or None.
-        products: As :func:`run` returned them.
-        x, lora_x, adapters, routing: As :func:`run` got them.
-        wanted: One flag a result.
+        grad: Gradient of the output (M, o).
+        grad_products: Gradient of the logits from other uses of them (M, N) or wider, or None.
+        products: The products that :func:`run` returned.
+        x, lora_x, adapters, routing: The arguments of :func:`run`.
+        wanted: One flag for each of the five results.
     """
     gate, lora_A, lora_B = adapters.gate, adapters.lora_A, adapters.lora_B
     number, rank = gate.shape[0], lora_A.shape[0]
@@ -125,7 +125,7 @@ def many_tokens_backward(
 
 
 def _save(ctx: Any, products: Tensor, x: Tensor, lora_x: Tensor | None, adapters: Adapters, routing: Routing) -> None:
-    """Keep for the backward pass what it needs."""
+    """Save the tensors that the backward pass needs."""
     gate, lora_A, lora_B, *ctx.others = adapters
     ctx.save_for_backward(products, x, lora_x, gate, lora_A, lora_B)
     ctx.routing = routing
@@ -156,14 +156,14 @@ torch.library.register_autograd("meteora::many_tokens", _backward, setup_context
 
 
 class _Many(torch.autograd.Function):
-    """:func:`run` with its gradients, for eager code: what the registration above does takes longer than the whole rest of the call.
+    """:func:`run` with gradients, for eager code: the registered autograd formula above takes longer than the rest of the call.
 
     x and lora_x (..., h), base (..., o); returns the output (..., o) and the logits (..., N).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_x: Tensor | None, base: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-        """``flat``: gate, A and B, which autograd does not see in ``adapters``, then ``adapters``, ``routing`` and ``inline``."""
+        """``flat`` holds gate, A and B, because autograd does not look into named tuples, then ``adapters``, ``routing`` and ``inline``."""
         _, _, _, adapters, routing, inline = flat
         tokens, flat_base = x.reshape(-1, x.shape[-1]).contiguous(), base.reshape(-1, base.shape[-1])
         flat_base = flat_base if flat_base.stride(-1) == 1 else flat_base.contiguous()

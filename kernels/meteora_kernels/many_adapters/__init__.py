@@ -1,10 +1,10 @@
-"""Many adapters, more than a few tokens: the work follows the rows that the tokens choose, not the number of adapters.
+"""Many adapters and more than a few tokens: the work grows with the rows that tokens choose, not with the number of adapters.
 
-Two ways, and the base's own product between them:
+There are two ways, both with the base product between A and B:
 
-- up to some dozens of tokens (:func:`few_forward`), each token is multiplied with its own rows: gates; routing and the chosen rows of A; base; the chosen
-  rows of B on top of it;
-- above (:func:`sorted_forward`), tokens are sorted by adapter for each slot, so that an adapter's rows are read once for all its tokens.
+- "few" (:func:`few_forward`), for up to a few hundred tokens: each token is multiplied with its chosen rows. The steps are gates; routing and the chosen rows
+  of A; base; the chosen rows of B, added to the base;
+- "sorted" (:func:`sorted_forward`), for more tokens: they are sorted by adapter for each slot, so that an adapter's rows are read once for all its tokens.
 
 While a CUDA graph is captured, everything before B runs on a second stream, at the same time as the base's product.
 """
@@ -28,11 +28,11 @@ from meteora_kernels.types import Adapters, Group, Routing
 __all__ = ["can_run", "few_forward", "layer", "layer_forward", "run", "run_layer", "sorted_forward"]
 
 EXACT_TOKENS = 256
-"""Up to here the base's product comes as float32, so that the output is rounded once."""
+"""Up to this number of tokens the base product is computed in float32, so that the output is rounded once."""
 
 
 def can_run(case: Case, row: Row) -> str | None:
-    """Why this path cannot run a case by a row of the table; None if it can."""
+    """The reason why this path cannot run a case with a row of the table; None if it can."""
     dtype, facts = case.facts.dtype, case.facts
     if not case.plain:
         return "the path is for inference with the gate's own routes, and adapters that see what the gate sees"
@@ -54,8 +54,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def on_second_stream(x: Tensor) -> Iterator[Callable[[], None]]:
-    """Run what is launched inside on a second stream while a CUDA graph is captured, and on the current one otherwise. Gives the
-    function that waits for it."""
+    """A context that runs its launches on a second stream while a CUDA graph is captured, and on the current stream otherwise.
+
+    Yields:
+        A function that makes the current stream wait for these launches.
+    """
     if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         yield lambda: None
         return
@@ -66,19 +69,19 @@ def on_second_stream(x: Tensor) -> Iterator[Callable[[], None]]:
 
 
 def base_product(x: Tensor, weights: Tensor, exact: bool) -> Tensor:
-    """``x weights^T``: (M, O) in the dtype of x, or with ``exact`` float32 (1, M, O)."""
+    """``x weights^T``: (M, O) in the dtype of x; with ``exact``, float32 (1, M, O)."""
     return library_products(x, weights, 1) if exact else F.linear(x, weights)
 
 
 def few_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapters, routing: Routing) -> Tensor:
-    """Base and adapters, token by token: (M, O), contiguous, the dtype of x.
+    """Base and adapters, token by token: (M, O), contiguous, in the dtype of x.
 
     Args:
-        x: (M, h), columns contiguous, M >= 1.
-        weights: (O, h), columns contiguous: the members' base weights, one after the other.
-        bias: (O,) or None.
+        x: Input (M, h), columns contiguous, M >= 1.
+        weights: The members' base weights, one after the other (O, h), columns contiguous.
+        bias: Bias of all members (O,), or None.
         adapters: The members' adapters.
-        routing: k, T and ``allowed``.
+        routing: Top-k, routing temperature and ``allowed``.
     """
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
     with on_second_stream(x) as join:
@@ -90,7 +93,7 @@ def few_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapt
 
 
 def sorted_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Adapters, routing: Routing) -> Tensor:
-    """Base and adapters, tokens sorted by adapter; arguments and result as in :func:`few_forward`."""
+    """Base and adapters, with tokens sorted by adapter; the arguments and the result are those of :func:`few_forward`."""
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
     with on_second_stream(x) as join:
         found = sort_tokens(gate_sums(x, adapters), adapters, routing)
@@ -106,31 +109,31 @@ FORWARDS = {"few": few_forward, "sorted": sorted_forward}
 
 
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
-    """Base outputs of a group with their adapters' share, (M, O), by the way that ``row`` names.
+    """Outputs of a group of linears, base and adapters together: (M, O), by the way that ``row`` names.
 
     Args:
-        x: (M, h), columns contiguous, M >= 1.
-        group: The linears.
-        routing: k, T and ``allowed``.
-        row: The row of the table.
-        in_place: Not used here.
+        x: Input (M, h), columns contiguous, M >= 1.
+        group: The group of linears.
+        routing: Top-k, routing temperature and ``allowed``.
+        row: Row of the table.
+        in_place: Ignored by this path.
     """
     return FORWARDS[row.way](x, group.weights, group.bias, group.adapters, routing)
 
 
 def layer_forward(way: str, x: Tensor, base: Tensor, logits: Tensor, adapters: Adapters, routing: Routing) -> Tensor:
-    """One linear's adapters on top of a finished output.
+    """Add the adapters of one linear to a finished base output.
 
     Args:
-        way: "few" or "sorted".
-        x: (M, h), columns contiguous, M >= 1.
-        base: (M, o), columns contiguous.
-        logits: (M, N) of the gate.
-        adapters: The adapters; the gates are not read.
-        routing: k, T and ``allowed``.
+        way: Name of the way, "few" or "sorted".
+        x: Input (M, h), columns contiguous, M >= 1.
+        base: Base output (M, o), columns contiguous.
+        logits: Gate logits (M, N).
+        adapters: The adapters of the layer; their gate is not read.
+        routing: Top-k, routing temperature and ``allowed``.
 
     Returns:
-        (M, o), contiguous, the dtype of ``base``.
+        The output (M, o), contiguous, in the dtype of ``base``.
     """
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     if way == "few":
@@ -142,19 +145,19 @@ def layer_forward(way: str, x: Tensor, base: Tensor, logits: Tensor, adapters: A
 
 
 def run_layer(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
-    """:func:`layer_forward` by the way that ``row`` names, (M, o), and the gate's logits (M, N)."""
+    """The output (M, o) of :func:`layer_forward` by the way that ``row`` names, and the gate logits (M, N)."""
     logits = torch.mm(x, adapters.gate.t())
     return layer_forward(row.way, x, base, logits, adapters, routing), logits
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Empty results of :data:`layer`."""
+    """Empty tensors like the results of :data:`layer`."""
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], adapters.gate.shape[0]))
 
 
 @operator("many_adapters", out_like)
 def layer(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """:func:`run_layer` for compilers, which look the row up when the operator runs."""
+    """:func:`run_layer` for compilers: the row is looked up when the operator runs."""
     from meteora_kernels.layer import row_for
 
     return run_layer(x, base, adapters, routing, row_for(x, adapters, routing.top_k))

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The kernels of "sorted", where tokens are sorted by adapter and multiplied in blocks; ``launch.py`` has the shapes and calls them.
+"""Kernels of the way "sorted", in which tokens are sorted by adapter and multiplied in blocks. ``launch.py`` launches them.
 
-Programs never wait for each other: what a kernel reads was written by an earlier launch, or by programs that have all been counted as done. There are no
-floating-point atomics, and every sum is added in a fixed order, so two runs give the same bits.
+Programs never wait for each other: a kernel reads only values that an earlier launch wrote, or programs that have all been counted as done. There are no
+floating-point atomics, and every sum is added in a fixed order, so two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def routes_kernel(
     logits, allowed, scaling, picks_out, factors_out, tokens_total, count, stride_logits, stride_split, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """The adapters of every token, ``picks_out`` int32 (members, TOP_K, M), and ``w_j s_j``, ``factors_out`` float32, likewise.
+    """Write the adapters of every token to ``picks_out``, int32 (members, TOP_K, M), and ``w_j s_j`` to ``factors_out``, float32 of the same shape.
 
-    logits: SPLITS partial sums (M, members * N), ``stride_split`` apart. Grid: (ceil(M / BLOCK), members).
+    ``logits`` are SPLITS partial sums (M, members * N) that are ``stride_split`` apart. Grid: (ceil(M / BLOCK), members).
     """
     member = tl.program_id(1)
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
@@ -39,7 +39,7 @@ def routes_kernel(
 
 @triton.jit
 def _write_blocks(table, fields, group, adapter, less, same, first, last, most_blocks, SIZE: tl.constexpr):
-    """One adapter's blocks of up to SIZE tokens, for ``same`` tokens behind ``less`` others; see :func:`sort_kernel`."""
+    """Write one adapter's blocks of up to SIZE tokens: ``same`` tokens that follow ``less`` tokens of other adapters (see :func:`sort_kernel`)."""
     begin = less // SIZE + adapter
     here = table + group * most_blocks + begin
     for index in range((less + same) // SIZE + adapter + 1 - begin):
@@ -56,12 +56,13 @@ def sort_kernel(
     picks, offsets, order, table, short_table, tokens_total, groups, most_blocks, most_short,
     SIZE: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sort the tokens of one member and slot by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE, and of up to SHORT.
+    """Sort the tokens of one member and slot by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE and up to SHORT.
 
-    Shapes: picks int32 (G, M), G = members * slots; order int32 (G, M), tokens; table int32 (6, G, most_blocks): a block's adapter (-1: there is no
-    block), its first place in ``order`` and one past its last, the adapter's first row and one past its last, and 0; short_table likewise. With S pairs of
-    adapters before it, adapter i's blocks start at ``S // SIZE + i``: ``(S + c) // SIZE + 1`` is at least ``S // SIZE + ceil(c / SIZE)``, so blocks never
-    overlap and no program needs to know how many blocks others have. Grid: (N, G).
+    Shapes: picks int32 (G, M), G = members * slots; order int32 (G, M), token numbers; table int32 (6, G, most_blocks), with these fields for each block:
+    its adapter (-1 for an unused block), its first place in ``order``, one past its last place, the adapter's first row, one past its last row, and a
+    counter that starts at 0; short_table has the same fields. If S tokens chose adapters before adapter i, the blocks of adapter i start at number
+    ``S // SIZE + i``. An adapter with c tokens needs ``ceil(c / SIZE)`` blocks, which is at most ``(S + c) // SIZE + 1 - S // SIZE``, so blocks never
+    overlap and no program needs to know the number of blocks of the others. Grid: (N, G).
     """
     adapter = tl.program_id(0)
     group = tl.program_id(1)
@@ -95,8 +96,8 @@ def blocks_down_kernel(
 ):  # fmt: skip
     """``middle[group, token, i] = w s (A x)_i`` for the tokens of one block and the rows i of its adapter.
 
-    middle float32 (G, M, RANK_P). RANK_D: RANK_P, or 16 if that is more. With PIECES > 1 every program computes the sum over SPAN columns, in ``parts``
-    float32 (PIECES, G * most_blocks, SIZE, RANK_D), and the last of a block's programs, counted in the table's last field, adds them up in their order.
+    middle float32 (G, M, RANK_P). RANK_D is the larger of RANK_P and 16. With PIECES > 1 every program writes its sum over SPAN columns to ``parts``,
+    float32 (PIECES, G * most_blocks, SIZE, RANK_D), and the last of a block's programs, counted in the table's last field, adds them in a fixed order.
     Grid, one dimension: PIECES * G * most_blocks.
     """
     pid = tl.program_id(0)
@@ -150,9 +151,9 @@ def blocks_up_kernel(
     SLOT: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, RANK_D: tl.constexpr, BLOCK_R: tl.constexpr, SIZE: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one slot's ``middle B`` for one block's tokens and BN columns; one launch for every slot, in turn. middle float32 (G, M, RANK_P).
+    """Add ``middle B`` of one slot for the tokens of one block and BN columns; there is one launch for each slot. middle float32 (G, M, RANK_P).
 
-    The first slots leave their share in ``out``, in its dtype; the last adds base, bias, share and its own product in float32 and rounds once.
+    The first slots store their sum in ``out``, in its dtype. The last slot adds base, bias, that sum and its product in float32, and rounds once.
     Grid: (most_blocks, sum of ceil(width / BN) over the members).
     """
     tile, member, before, width = member_of(tl.program_id(1), width0, width1, width2, BN, MEMBERS)
@@ -190,7 +191,7 @@ def blocks_up_kernel(
 
 @triton.jit
 def _token(order, place, end):
-    """One token of a block, and whether there is one."""
+    """The token at a place of a block, and whether the block has one there."""
     return tl.load(order + place, mask=place < end, other=0).to(tl.int64), place < end
 
 
@@ -199,7 +200,7 @@ def fours_up_kernel(
     middle, b, base, bias, out, order, table, tokens_total, rank, most_blocks, groups, stride_split, stride_base, stride_out, width0, width1, width2,
     SLOT: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`blocks_up_kernel` for blocks of up to four tokens, without matrix units: one row of B after the other."""
+    """:func:`blocks_up_kernel` for blocks of up to four tokens, without matrix units: B is read row by row."""
     tile, member, before, width = member_of(tl.program_id(1), width0, width1, width2, BN, MEMBERS)
     group = member * TOP_K + SLOT
     block = group * most_blocks + tl.program_id(0)

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The kernels of "few", where each token is multiplied with its own rows, and the gates of both ways; ``launch.py`` has the shapes and calls them.
+"""Kernels of the way "few", in which each token is multiplied with its chosen rows, and the gates of both ways. ``launch.py`` launches them.
 
-Programs never wait for each other: what a kernel reads was written by an earlier launch, or by programs that have all been counted as done. There are no
-floating-point atomics, and every sum is added in a fixed order, so two runs give the same bits.
+Programs never wait for each other: a kernel reads only values that an earlier launch wrote, or programs that have all been counted as done. There are no
+floating-point atomics, and every sum is added in a fixed order, so two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def gates_kernel(
     x, gates, logits, tokens_total, hidden, count, stride_x, stride_gates, member_rows,
     MEMBERS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``logits[piece, t, member * N + n]``: the sum over the ``piece``-th SPAN columns of ``x[t] * gates[member * member_rows + n]``.
+    """Write ``logits[piece, t, member * N + n]``: the sum over the ``piece``-th SPAN columns of ``x[t] * gates[member * member_rows + n]``.
 
     SPAN is a multiple of BK. WHOLE: h is a multiple of SPAN. Grid, one dimension: ceil(N / BN) * MEMBERS * ceil(M / BM) * ceil(h / SPAN).
     """
@@ -33,7 +33,7 @@ def gates_kernel(
     columns = pid % row_tiles * BN + tl.arange(0, BN)[None, :]
     steps = tl.arange(0, BK)
     begin = piece * SPAN
-    # Rows past the end are read from the start again; their sums are not stored.
+    # Rows past the end wrap around to the start; their sums are not stored.
     left = x + (tokens % tokens_total) * stride_x + begin + steps[None, :]
     right = gates + (member * member_rows + columns % count).to(tl.int64) * stride_gates + begin + steps[:, None]
     total = tl.zeros([BM, BN], dtype=tl.float32)
@@ -61,7 +61,8 @@ def tokens_down_kernel(
 ):  # fmt: skip
     """Route one token and multiply it with ROWS of its chosen rows of A, over the ``piece``-th SPAN columns.
 
-    Writes ``rows_out`` int32 (M, MEMBERS * TOP_K * RANK_P), the rows (-1: none), and ``values_out`` float32 (PIECES, M, the same), ``A x`` times ``w_j s_j``.
+    Writes the rows to ``rows_out``, int32 (M, MEMBERS * TOP_K * RANK_P), with -1 for unused places, and ``A x`` times ``w_j s_j`` to ``values_out``,
+    float32 (PIECES, M, MEMBERS * TOP_K * RANK_P).
     Grid, one dimension: PIECES * ceil(TOP_K * RANK_P / ROWS) * M * MEMBERS.
     """
     pid = tl.program_id(0)
@@ -92,9 +93,9 @@ def tokens_up_kernel(
     base, bias, b, rows_in, values_in, y, tokens_total, rank, stride_split, stride_base, stride_y, width0, width1, width2,
     MEMBERS: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """``y = base + bias +`` per token its chosen rows of B times their values, as :func:`tokens_down_kernel` wrote both.
+    """Write base plus bias plus every token's chosen rows of B times their values to ``y``; :func:`tokens_down_kernel` wrote rows and values.
 
-    base: SPLITS partial sums (M, O), ``stride_split`` apart. Grid: (sum of ceil(width / BN) over the members, ceil(M / BM)).
+    ``base`` are SPLITS partial sums (M, O) that are ``stride_split`` apart. Grid: (sum of ceil(width / BN) over the members, ceil(M / BM)).
     """
     tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BN, MEMBERS)
     tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]

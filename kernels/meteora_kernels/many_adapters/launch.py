@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""One function for each launch."""
+"""Launchers: one function for each launch. P is the largest rank rounded up to a power of two, G is members * top_k, and S a number of partial sums."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import Adapters, Routing
 
 UP_TILE = (256, 4)
-"""Columns of a program of :func:`blocks_up`, and its warps."""
+"""Columns and warps of a program of :func:`blocks_up`."""
 DOWN_TILE = (128, 1, 4, 4096)
-"""Columns a step of :func:`blocks_down`, warps, stages, and how many programs to aim at by cutting its sums."""
+"""Columns per step, warps and stages of :func:`blocks_down`, and the number of programs to reach by cutting its sums into pieces."""
 
 
 SIZE, SHORT = 16, 4
-"""Tokens of a block, at most."""
+"""The largest numbers of tokens in a block and in a short block."""
 MOST_FOURS = 16
-"""Up to this rank, a power of two, :func:`blocks_up` does without matrix units."""
+"""Up to this rank, a power of two, :func:`blocks_up` does not use matrix units."""
 FOURS_UP = (256, 1)
-"""Columns of a program of :func:`fours_up_kernel`, and its warps."""
+"""Columns and warps of a program of :func:`fours_up_kernel`."""
 
 
 class Sorted(NamedTuple):
-    """Tokens sorted by adapter, for every member and slot, in blocks of one adapter each; G = members * top_k.
+    """Tokens sorted by adapter for every member and slot, in blocks of one adapter each; G = members * top_k.
 
     Attributes:
-        factors: float32 (G, M), ``w_j s_j`` of every token.
-        order: int32 (G, M), tokens sorted by adapter, then by number.
-        table: int32 (6, G, B), blocks of up to SIZE tokens: a block's adapter (-1: none), its first place in ``order``, one past its last, the adapter's first
-            row, one past its last, and a counter, 0.
-        short_table: int32 (6, G, C), likewise of up to SHORT tokens, for ranks up to MOST_FOURS; otherwise empty.
+        factors: ``w_j s_j`` of every token, float32 (G, M).
+        order: Token numbers, sorted by adapter and then by number, int32 (G, M).
+        table: Blocks of up to SIZE tokens, int32 (6, G, B). The six fields are the block's adapter (-1 for an unused block), its first place in ``order``, one
+            past its last place, the adapter's first row, one past its last row, and a counter that starts at 0.
+        short_table: Blocks of up to SHORT tokens with the same fields, int32 (6, G, C), for ranks up to MOST_FOURS; otherwise empty.
     """
 
     factors: Tensor
@@ -46,12 +46,12 @@ class Sorted(NamedTuple):
 
 
 def pieces_of(programs: int, wanted: int, steps: int) -> int:
-    """Into how many pieces to cut a sum of ``steps`` steps so that about ``wanted`` programs run; none has fewer than four steps."""
+    """The number of pieces, of at least four steps each, into which to cut a sum of ``steps`` steps so that about ``wanted`` programs run."""
     return max(1, min(ceil_div(wanted, programs), steps // 4))
 
 
 def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
-    """Logits of all members as float32 partial sums (S, M, members * N). x: (M, h), columns contiguous."""
+    """Gate logits of all members for x (M, h), columns contiguous: float32 partial sums (S, M, members * N)."""
     tokens, hidden = x.shape
     count, members = adapters.number, adapters.members
     large = tokens >= 1024
@@ -70,7 +70,7 @@ def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
 
 
 def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Each token's chosen rows of A, int32 (M, members * k * P), and ``A x`` times ``w_j s_j`` there, float32 partial sums (S, M, the same)."""
+    """Every token's chosen rows of A, int32 (M, members * k * P), and ``A x`` times ``w_j s_j``, float32 partial sums (S, M, members * k * P)."""
     tokens, hidden = x.shape
     members, rank_p = adapters.members, adapters.rank_p
     places = routing.top_k * rank_p
@@ -90,7 +90,10 @@ def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing)
 
 
 def tokens_up(base: Tensor, bias: Tensor | None, chosen: tuple[Tensor, Tensor], adapters: Adapters, y: Tensor) -> None:
-    """``y = base + bias + B``'s chosen rows times their values, for ``chosen`` of :func:`tokens_down`. base: (M, O), or (S, M, O), partial sums."""
+    """Write base plus bias plus the chosen rows of B times their values to ``y`` (M, O).
+
+    ``chosen`` is the result of :func:`tokens_down`; ``base`` is (M, O), or (S, M, O) partial sums.
+    """
     rows, values = chosen
     tokens, members = y.shape[0], adapters.members
     bm, bn = 4, 256
@@ -103,7 +106,10 @@ def tokens_up(base: Tensor, bias: Tensor | None, chosen: tuple[Tensor, Tensor], 
 
 
 def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Every token's adapters, int32 (members * k, M), and ``w_j s_j``, float32, likewise. logits: (M, members * N), or (S, M, members * N), partial sums."""
+    """Every token's adapters, int32 (members * k, M), and ``w_j s_j``, float32 of the same shape.
+
+    ``logits`` are (M, members * N), or (S, M, members * N) partial sums.
+    """
     tokens, top_k, members = logits.shape[-2], routing.top_k, adapters.members
     picks = torch.empty(members * top_k, tokens, dtype=torch.int32, device=logits.device)
     factors = torch.empty(members * top_k, tokens, dtype=torch.float32, device=logits.device)
@@ -118,7 +124,7 @@ def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[
 
 
 def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> Sorted:
-    """Route all tokens and sort them by adapter, with no host wait; logits as in :func:`route_tokens`."""
+    """Route all tokens and sort them by adapter, without a wait on the host; ``logits`` are those of :func:`route_tokens`."""
     picks, factors = route_tokens(logits, adapters, routing)
     groups, tokens = picks.shape
     short = SHORT if adapters.rank_p <= MOST_FOURS else 0
@@ -135,7 +141,7 @@ def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> Sorted:
 
 
 def blocks_down(x: Tensor, found: Sorted, adapters: Adapters, top_k: int) -> Tensor:
-    """``A x`` times ``w_j s_j`` for every token, member and slot: float32 (G, M, P)."""
+    """``A x`` times ``w_j s_j`` for every token, member and slot, float32 (G, M, P)."""
     tokens, hidden = x.shape
     _, groups, most = found.table.shape
     rank_p = adapters.rank_p
@@ -156,7 +162,10 @@ def blocks_down(x: Tensor, found: Sorted, adapters: Adapters, top_k: int) -> Ten
 
 
 def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
-    """``y = base + bias +`` the slots' ``middle B``, for ``middle`` of :func:`blocks_down`. base: (M, O), or (S, M, O), partial sums; not ``y`` itself."""
+    """Write base plus bias plus ``middle B`` of all slots to ``y`` (M, O).
+
+    ``middle`` is the result of :func:`blocks_down`; ``base`` is (M, O), or (S, M, O) partial sums, and must not be ``y``.
+    """
     tokens, members, rank_p = y.shape[0], adapters.members, adapters.rank_p
     fours = rank_p <= MOST_FOURS
     table = found.short_table if fours else found.table

@@ -1,4 +1,4 @@
-"""What the launches of :mod:`meteora_kernels.many_adapters.launch` compute, in plain PyTorch and for one group (one member and slot) at a time; for tests."""
+"""The launches of :mod:`meteora_kernels.many_adapters.launch` in plain PyTorch, for one member and slot at a time. Tests compare with them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def sorted_by_adapter(picks: Tensor, adapters: int) -> list[Tensor]:
-    """The tokens of every adapter, in order. picks: int (M,)."""
+    """The tokens of every adapter in ascending order, from the adapter of every token ``picks``, int (M,)."""
     return [torch.nonzero(picks == adapter).flatten() for adapter in range(adapters)]
 
 
 def middle_of(x: Tensor, lora_A: Tensor, picks: Tensor, factors: Tensor, offsets: Tensor, places: int) -> Tensor:
-    """``w_j s_j A x`` of every token's adapter, (M, places), 0 past the adapter's rank, in the dtype of x.
+    """``w_j s_j A x`` of every token's adapter (M, places), with 0 past the adapter's rank, in the dtype of x.
 
     Args:
-        x: (M, h).
-        lora_A: (R, h).
-        picks: int (M,), an adapter for every token.
-        factors: (M,), ``w_j s_j``.
-        offsets: int64 (N + 1,).
-        places: At least the largest rank.
+        x: Input (M, h).
+        lora_A: A of all adapters (R, h).
+        picks: Adapter of every token, int (M,).
+        factors: ``w_j s_j`` of every token (M,).
+        offsets: Row ranges of the adapters, int64 (N + 1,).
+        places: Number of columns of the result, at least the largest rank.
     """
     middle = x.new_zeros(x.shape[0], places)
     for token, (pick, factor) in enumerate(zip(picks.tolist(), factors.tolist(), strict=True)):

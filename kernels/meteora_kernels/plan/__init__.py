@@ -1,4 +1,4 @@
-"""Which backend and which path runs: one function decides (:func:`choose`), from one table of measured choices per GPU."""
+"""The choice of a backend and a path: :func:`choose` decides, from a table of measured choices for each GPU."""
 
 from meteora_kernels.plan.backend import Call, choose_backend
 from meteora_kernels.plan.choose import choices_of, choose, table_of, use, user_file

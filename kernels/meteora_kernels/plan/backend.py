@@ -1,4 +1,4 @@
-"""Which backend ``auto`` takes: a short table, first match wins, with the reason."""
+"""The choice of a backend for ``auto``: the first row of a short table that fits, with the reason."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from meteora_kernels.plan import machine
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the choice of a backend depends on.
+    """The facts that the choice of a backend depends on.
 
     Attributes:
-        tokens: M.
-        adapters: N.
-        total_rank: R.
-        top_k: k.
+        tokens: Number of tokens M.
+        adapters: Number of adapters N.
+        total_rank: Sum of the adapters' ranks R.
+        top_k: Number of adapters per token k.
         dtype: The dtype of the input.
         device: The type of the device: "cpu", "cuda", …
-        capability: The compute capability of a CUDA device, major * 10 + minor; 0 elsewhere.
-        training: Gradients are wanted.
+        capability: The compute capability of a CUDA device, major * 10 + minor; 0 for other devices.
+        training: Whether gradients are needed.
     """
 
     tokens: int
@@ -36,7 +36,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class BackendRow:
-    """One line of the table: where all of its conditions hold, ``backend`` is chosen, for ``reason``."""
+    """A row of the table: if all its conditions hold, ``backend`` is chosen, for ``reason``."""
 
     backend: str
     reason: str
@@ -48,7 +48,7 @@ class BackendRow:
     most_adapters: int = 1 << 30
 
     def fits(self, call: Call) -> bool:
-        """Whether all conditions hold."""
+        """Whether all conditions hold for a call."""
         return (
             (not self.devices or call.device in self.devices)
             and (not self.dtypes or call.dtype in self.dtypes)
@@ -77,7 +77,7 @@ BACKEND_ROWS: tuple[BackendRow, ...] = (
 
 
 def choose_backend(call: Call) -> tuple[str, str]:
-    """The backend for a call, and why."""
+    """The backend for a call, and the reason."""
     for row in BACKEND_ROWS:
         if row.fits(call):
             return row.backend, row.reason

@@ -1,4 +1,4 @@
-"""The one function that decides which path runs, and where its table comes from."""
+"""The function that decides which path runs, and the lookup of its table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from meteora_kernels.plan.table import Case, Facts, Row, Table, parse, shipped, 
 _log = logging.getLogger(__name__)
 
 VARIABLE = "METEORA_KERNEL_TABLE"
-"""The environment variable that names the user's own table; empty: none is read."""
+"""The environment variable that names the user's table; if it is empty, no user's table is read."""
 
 
 class CanRun(Protocol):
-    """The part of a path that the choice needs."""
+    """The signature of a path's ``can_run``."""
 
     def __call__(self, case: Case, row: Row) -> str | None: ...
 
@@ -31,12 +31,12 @@ _choices: dict[Any, dict[Any, Row]] = {}
 
 
 def choose(rows: tuple[Row, ...], case: Case, can_run: Mapping[str, CanRun]) -> Row:
-    """The first row that fits and whose path can run.
+    """The first row that fits and whose path can run the case.
 
     Args:
-        rows: The rows of a table.
-        case: The sizes at hand.
-        can_run: By the path's name, the function that says why it cannot run a case by a row, or None if it can.
+        rows: Rows of a table.
+        case: The sizes of the call.
+        can_run: For every path's name, the function that returns the reason why the path cannot run a case with a row, or None.
 
     Raises:
         LookupError: No row fits.
@@ -48,13 +48,13 @@ def choose(rows: tuple[Row, ...], case: Case, can_run: Mapping[str, CanRun]) -> 
 
 
 def choices_of(owner: Facts | str) -> dict[Any, Row]:
-    """The choices made so far for these sizes, or by this caller of :func:`choose`; emptied by :func:`use`."""
+    """The choices that were made for these sizes, or by this caller of :func:`choose`. :func:`use` clears them."""
     return _choices.setdefault(owner, {})
 
 
 @torch.compiler.assume_constant_result
 def table_of(device: torch.device) -> Table:
-    """The table for a device, found once: the user's own before that of the GPU's name, of its compute capability, or the default."""
+    """The cached table for a device: the user's table, then the one for the GPU's name, for its compute capability, or the default."""
     found = _tables.get(device)
     if found is None:
         found = _tables[device] = _find(device)
@@ -62,7 +62,7 @@ def table_of(device: torch.device) -> Table:
 
 
 def use(device: torch.device, table: Table | None) -> Table | None:
-    """Take this table for a device from now on (None: find it anew), and return the one before, if any was in use."""
+    """Use this table for a device from now on (None looks it up again), and return the table that was in use, if any."""
     before = _tables.pop(device, None)
     if table is not None:
         _tables[device] = table
@@ -72,7 +72,7 @@ def use(device: torch.device, table: Table | None) -> Table | None:
 
 
 def user_file(name: str) -> Path | None:
-    """Where the user's own table for the GPU called ``name`` is: ``$METEORA_KERNEL_TABLE``, else ``kernels/<name>.toml`` in the cache folder of Meteora."""
+    """The path of the user's table for a GPU: ``$METEORA_KERNEL_TABLE``, or ``kernels/<name>.toml`` in Meteora's cache folder."""
     explicit = os.environ.get(VARIABLE)
     if explicit is not None:
         return Path(explicit).expanduser() if explicit else None
@@ -82,11 +82,11 @@ def user_file(name: str) -> Path | None:
 
 
 def shipped_for(name: str, capability: int) -> tuple[Table, str]:
-    """The shipped table for a GPU, and by what it was found: "name", "compute capability" or "default".
+    """The shipped table for a GPU, and how it was found: "name", "compute capability" or "default".
 
     Args:
-        name: The device's name, such as "NVIDIA H100 80GB HBM3"; "" for a CPU.
-        capability: Its compute capability, major * 10 + minor.
+        name: The device's name, for example "NVIDIA H100 80GB HBM3"; "" for a CPU.
+        capability: The device's compute capability, major * 10 + minor.
     """
     tables = shipped_tables()
     for table in tables:
@@ -111,7 +111,7 @@ def _find(device: torch.device) -> Table:
 
 
 def user_table(name: str) -> Table | None:
-    """The user's own table for a GPU; None if there is none. One that cannot be read is reported and left out."""
+    """The user's table for a GPU, or None. A table that cannot be read is reported in the log and ignored."""
     file = user_file(name)
     try:
         return None if file is None or not file.is_file() else parse(file.read_text(encoding="utf-8"), str(file))

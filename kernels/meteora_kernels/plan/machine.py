@@ -1,4 +1,4 @@
-"""What this machine can do: Triton, its interpreter, the GPU's programs and its copy engine."""
+"""Capabilities of this machine: Triton and its interpreter, the GPU's multiprocessors and its copy engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-"""Looked up once, and not by a function that torch.compile would have to trace."""
+"""Looked up at import, because torch.compile cannot trace the lookup."""
 
 HALVES = (torch.float16, torch.bfloat16)
 """The 16-bit dtypes."""
@@ -22,12 +22,12 @@ def triton_installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is on, which runs the kernels on a CPU (slowly, for tests)."""
+    """Whether Triton's interpreter is on. It runs the kernels on a CPU, slowly, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not_triton(device: str, dtype: torch.dtype) -> str | None:
-    """Why the Triton backend cannot run here; None when it can.
+    """The reason why the Triton backend cannot run on a device with a dtype; None if it can.
 
     Args:
         device: The type of the device: "cpu", "cuda", …
@@ -59,12 +59,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def at_once(device: torch.device) -> int:
-    """How many programs that fill a multiprocessor's shared memory run at once: one on each; where there is no GPU, as many as on an H100."""
+    """The number of programs that run at the same time if each fills a multiprocessor's shared memory; without a GPU, that of an H100."""
     return multiprocessors(device) if device.type == "cuda" else 132
 
 
 def why_not_at_once(device: torch.device, programs: int) -> str | None:
-    """Why this number of programs cannot wait for each other on this device; None where all of them run at once."""
+    """The reason why this number of programs cannot wait for each other on a device; None if all of them run at the same time."""
     if device.type != "cuda":
         return None if interpreted() else "the kernel needs a CUDA GPU"
     most = multiprocessors(device)

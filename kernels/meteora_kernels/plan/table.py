@@ -1,7 +1,7 @@
-"""The tables of measured choices: one file per GPU in ``tables/``, and one that the user measured.
+"""Tables of measured choices: one file for each GPU in ``tables/``, and one that the user measured.
 
 A table has two lists, ``[[group]]`` for fused groups and ``[[layer]]`` for adapters on top of a finished base output. Every entry names a path, the sizes
-for which it is taken, and how the path cuts its work; the first entry that fits, and whose path can run, is taken.
+that it is for, and block sizes of the path. The first entry that fits and whose path can run is chosen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from meteora_kernels.plan.machine import HALVES
 from meteora_kernels.tile import Tile
 
 EVER = 1 << 30
-"""More than any size."""
+"""A number that is larger than any size."""
 FOLDER = Path(__file__).parent / "tables"
 GROUP_PATHS = ("decode_chosen_rows", "decode_all_rows", "one_launch", "packed", "wide", "split", "many_adapters")
 LAYER_PATHS = ("few_tokens", "many_tokens", "many_adapters")
@@ -28,14 +28,14 @@ class Facts(NamedTuple):
     """The sizes of a layer or a group, which do not change from call to call.
 
     Attributes:
-        hidden: h.
-        widths: Outputs of each member.
-        adapters: N.
-        total_rank: R.
+        hidden: Width of the input h.
+        widths: Number of outputs of each member.
+        adapters: Number of adapters N.
+        total_rank: Sum of the adapters' ranks R.
         max_rank: The largest rank.
         dtype: The dtype of input and weights.
         device: The device of the weights.
-        wide: Whether the rows of a group's block hold B^T as well (:mod:`meteora_kernels.wide`).
+        wide: Whether the rows of a group's block also hold B^T (:mod:`meteora_kernels.wide`).
     """
 
     hidden: int
@@ -49,15 +49,15 @@ class Facts(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What the choice of a path depends on.
+    """The facts that the choice of a path depends on.
 
     Attributes:
-        facts: The layer's or group's sizes.
-        tokens: M.
-        top_k: k.
-        in_place: x is a window of a wider buffer whose other columns may be written (:meth:`meteora_kernels.wide.Wide.new_rows`).
-        aligned: The copy engine can read x and the weights (:func:`meteora_kernels.plan.machine.readable`).
-        plain: Neither gradients nor given routes nor a separate input of the adapters are wanted.
+        facts: Sizes of the layer or group.
+        tokens: Number of tokens M.
+        top_k: Number of adapters per token k.
+        in_place: Whether x is a window of a wider buffer whose other columns may be written (:meth:`meteora_kernels.wide.Wide.new_rows`).
+        aligned: Whether the copy engine can read x and the weights (:func:`meteora_kernels.plan.machine.readable`).
+        plain: Whether the call needs neither gradients nor given routes nor a separate input of the adapters.
     """
 
     facts: Facts
@@ -75,7 +75,7 @@ class Span(NamedTuple):
     most: int = EVER
 
     def holds(self, size: int) -> bool:
-        """Whether ``size`` lies in the span."""
+        """Whether the span contains ``size``."""
         return self.least <= size <= self.most
 
 
@@ -84,25 +84,25 @@ ANY = Span()
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One entry of a table: where all conditions hold and the path can run, ``path`` is taken.
+    """An entry of a table: ``path`` is chosen if all conditions hold and the path can run.
 
     Attributes:
-        path: The path's name, that of its module.
+        path: The path's name, which is also the name of its module.
         tokens, hidden, outputs, total_rank, max_rank, adapters, top_k: Conditions on M, h, the outputs of all members together, R, the largest rank, N and k.
-        half: A condition: 16-bit dtypes only.
-        in_place: A condition: x is a window of a wider buffer already.
-        gain: A condition: R is at least this many times the number of rows that one token chooses.
-        chosen: A condition: the rows of A that all tokens choose, counted once a token, are at most this number or R.
-        way: Which variant of the path: "few" or "sorted" (many_adapters), "chosen_rows" or "all_rows" (few_tokens).
-        pieces: How many float32 partial sums a product over h comes as, which keeps it exact; 0: rounded to the dtype of the model.
-        gate_pieces: The same for gates and A where the path cuts them apart from the base.
-        inline: Every program of the pass over the output routes its tokens itself.
-        flat: few_tokens at one token: B's rows are added without tiles of one row.
-        tile: How the kernel cuts its work; None: the library multiplies.
-        measured: Where and when this was measured.
+        half: Condition that the dtype has 16 bits.
+        in_place: Condition that x is a window of a wider buffer already.
+        gain: Condition that R is at least this number times the rows that one token chooses.
+        chosen: Condition that the rows of A that all tokens choose, counted separately for each token, are at most the larger of this number and R.
+        way: Variant of the path: "few" or "sorted" (many_adapters), "chosen_rows" or "all_rows" (few_tokens).
+        pieces: Number of float32 partial sums of a product over h, which are not rounded; 0 for one product in the dtype of the model.
+        gate_pieces: Number of float32 partial sums of gates and A, for paths that compute them separately from the base.
+        inline: Whether every program of the pass over the output routes its tokens itself.
+        flat: Whether few_tokens adds the rows of B for a single token without tiles of one row.
+        tile: Block sizes of the kernel; None to multiply with the library.
+        measured: Where and when the entry was measured.
 
     Raises:
-        ValueError: The entry makes no sense.
+        ValueError: The values contradict each other.
     """
 
     path: str
@@ -153,7 +153,7 @@ class Row:
             raise ValueError("only 'wide' reads x in place")
 
     def fits(self, case: Case) -> bool:
-        """Whether all conditions hold; whether the path can run is another question."""
+        """Whether all conditions hold. Whether the path can run has to be checked separately."""
         facts, rows = case.facts, case.top_k * case.facts.max_rank
         return (
             self.tokens.holds(case.tokens)
@@ -175,11 +175,11 @@ class Table:
     """The choices for one GPU.
 
     Attributes:
-        name: What logs and benchmarks call it.
-        group: For fused groups.
-        layer: For adapters on top of a finished base output.
-        gpus: Parts of device names that the table is for.
-        capability: The compute capability that it is for where no other table has the name; 0: none.
+        name: Name of the table in logs and benchmarks.
+        group: Entries for fused groups.
+        layer: Entries for adapters on top of a finished base output.
+        gpus: Parts of the device names that the table is for.
+        capability: Compute capability that the table is for if no table names the GPU; 0 for none.
     """
 
     name: str
@@ -189,15 +189,15 @@ class Table:
     capability: int = 0
 
     def before(self, other: Table) -> Table:
-        """This table's entries, then the other's."""
+        """A table with this table's entries, followed by the other's."""
         return Table(f"{self.name}, then {other.name}", self.group + other.group, self.layer + other.layer, other.gpus, other.capability)
 
 
 def row_of(entry: Mapping[str, Any], paths: tuple[str, ...]) -> Row:
-    """One entry as it stands in a file: sizes are a number (at least) or two (from, to), ``tile`` is a table of :class:`Tile`'s fields.
+    """The row for an entry of a file. A size is one number (the least) or two (least and most); ``tile`` is a table of :class:`Tile`'s fields.
 
     Raises:
-        ValueError: A key is unknown, a value has the wrong type, or the entry makes no sense.
+        ValueError: A key is unknown, a value has the wrong type, or values contradict each other.
     """
     kinds = {field.name: field.type for field in fields(Row)}
     values: dict[str, Any] = {}
@@ -225,10 +225,10 @@ def row_of(entry: Mapping[str, Any], paths: tuple[str, ...]) -> Row:
 
 
 def parse(text: str, name: str) -> Table:
-    """A table from TOML. ``rows_of`` takes over the entries of another shipped table.
+    """The table for a text in TOML. The key ``rows_of`` appends the entries of another shipped table.
 
     Raises:
-        ValueError: The text is no TOML, or an entry makes no sense; the message names the entry.
+        ValueError: The text is not TOML, or an entry is invalid; the message names the entry.
     """
     data = tomllib.loads(text)
     if unknown := sorted(set(data) - {"name", "gpus", "capability", "rows_of", "group", "layer"}):
@@ -255,12 +255,12 @@ def shipped(stem: str) -> Table:
 
 
 def shipped_tables() -> list[Table]:
-    """All shipped tables but the default, in the order of their names."""
+    """All shipped tables except the default, sorted by name."""
     return [shipped(file.stem) for file in sorted(FOLDER.glob("*.toml")) if file.stem != "default"]
 
 
 def format_row(row: Row) -> str:
-    """One entry as TOML lines, without its header; :func:`row_of` reads it back."""
+    """A row as TOML lines without the header of the entry; :func:`row_of` reads them back."""
     lines = []
     for field in fields(Row):
         value = getattr(row, field.name)

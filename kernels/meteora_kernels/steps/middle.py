@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The middle of the layer between its GEMMs: route, scale and mask ``A x`` (forward), and the derivative of that (backward)."""
+"""The middle of a layer, between its GEMMs: route, and scale and mask ``A x`` (forward), and the derivative (backward)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def middle_kernel(
 ):  # fmt: skip
     """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
-    logits (M, N) and down (M, R) in the model's dtype, or SPLITS partial sums of them in float32, ``stride_split`` apart; middle (M, R) in
-    the model's dtype. A fused group has several members side by side, ``member_*`` columns apart; in ``middle`` the first is at column
-    ``first_middle``, the others from ``second_middle`` on. RANKS: no adapter has more rows, and only rows of chosen adapters are read; 0: all are.
+    logits (M, N) and down (M, R) in the model's dtype, or SPLITS float32 partial sums of them that are ``stride_split`` apart; middle (M, R) in the
+    model's dtype. The members of a fused group are ``member_*`` columns apart; in ``middle``, the first member starts at column ``first_middle`` and the
+    second at ``second_middle``. RANKS > 0: no adapter has more rows, and only the rows of chosen adapters are read. RANKS = 0: all rows are read.
     Grid: (ceil(M / BLOCK), members).
     """
     member = tl.program_id(1)
@@ -55,7 +55,7 @@ def middle_kernel(
             inside = mask & (rows < rank)
             factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
             values = summed(down + member * member_down, tokens * stride_down + rows, stride_split, inside, SPLITS)
-            # NaN times 0 must stay NaN only where the route itself is NaN, so rows that nobody chose are 0 by selection.
+            # NaN times 0 is NaN, so rows that no token chose are set to 0 by selection. Rows with a NaN route stay NaN.
             values = tl.where(factor == 0.0, 0.0, values * factor)
             tl.store(middle + tokens * stride_middle + column + rows, values.to(middle.dtype.element_ty), mask=mask & (rows < padded_rank))
 
@@ -67,11 +67,11 @@ def middle_backward_kernel(
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_ALLOWED: tl.constexpr,
     GIVEN: tl.constexpr, HAS_IN: tl.constexpr, WANT_MIDDLE: tl.constexpr,
 ):  # fmt: skip
-    """From ``grad_middle = dy B^T`` to the gradients of the logits and of ``A x``.
+    """Compute the gradients of the logits and of ``A x`` from ``grad_middle = dy B^T``.
 
     ``grad_down = grad_middle * w_j s_j``; with ``g_j = s_j * sum over rows of j of grad_middle * down``, the logits get
-    ``w_j (g_j - sum_l w_l g_l) / T`` on top of ``grad_logits_in``. All (M, .) in the model's dtype; grad_logits and grad_down lie in
-    rows of ``stride_out``. WANT_MIDDLE also writes the forward's middle again (for the gradient of B). Grid: (ceil(M / BLOCK),).
+    ``w_j (g_j - sum_l w_l g_l) / T`` in addition to ``grad_logits_in``. All are (M, .) in the model's dtype; grad_logits and grad_down have the row stride
+    ``stride_out``. WANT_MIDDLE also writes the middle of the forward pass again, for the gradient of B. Grid: (ceil(M / BLOCK),).
     """
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     mask = tokens < tokens_total
@@ -113,30 +113,30 @@ def middle_backward_kernel(
 
 
 def block_of(padded: int, tokens: int) -> int:
-    """Tokens per program: enough programs for every multiprocessor, and a tile of logits that fits into registers."""
+    """The number of tokens per program: small enough to occupy every multiprocessor and to keep a tile of logits in registers."""
     return max(1, min(32, 4096 // max(padded, 64), power_of_two(tokens // 256 + 1)))
 
 
 def tile_of(padded: int, tokens: int) -> tuple[int, int]:
-    """Tokens a program and warps of :func:`middle`. More than 8 tokens were no faster at 2,048 and 4,096."""
+    """The number of tokens per program of :func:`middle`, and its warps. More than 8 were not faster for 2,048 and 4,096 tokens."""
     block = min(8, block_of(padded, tokens))
     return block, 1 if block <= 2 else 4
 
 
 def ranks_of(max_rank: int, top_k: int, columns: int) -> int:
-    """RANKS of the kernels: the largest rank as a power of two, or 0 where the chosen adapters' rows are not few against all ``columns``."""
+    """RANKS of the kernels: the largest rank rounded up to a power of two, or 0 if tokens choose more than half of all ``columns``."""
     ranks = power_of_two(max_rank)
     return ranks if 2 * power_of_two(top_k) * ranks <= columns else 0
 
 
 class Out(NamedTuple):
-    """Where :func:`middle` writes.
+    """The destination of :func:`middle`.
 
     Attributes:
-        rows: (M, .), columns contiguous.
-        first: The column of the first member.
-        second: The column of the second member, which the others follow.
-        columns: How many columns each member gets: R, the rest 0.
+        rows: Rows to write to (M, .), columns contiguous.
+        first: First column of the first member.
+        second: First column of the second member, which the third follows.
+        columns: Number of columns of each member: R columns of the middle, then zeros.
     """
 
     rows: Tensor
@@ -148,20 +148,21 @@ class Out(NamedTuple):
 def middle(
     logits: Tensor, down: Tensor, adapters: Adapters, routing: Routing, *, max_rank: int = 0, out: Out | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``A x`` scaled by its route, and 0 where not chosen: the middle of the one big LoRA.
+    """``A x`` scaled by the route of its token, and 0 for rows that the token did not choose.
 
     Args:
-        logits: (M, .), columns contiguous: member i's N logits from column ``i * member_rows``, which are not read where routes are given; or
-            (S, M, .), float32 partial sums of them.
-        down: (M, .), columns contiguous: member i's ``A x``, R columns, from column ``i * member_rows``; or (S, M, .), with the strides of ``logits``.
-        adapters: The adapters; of its large tensors none is read.
-        routing: How tokens choose; given routes are int64 and float32 (M, k), contiguous, for one member.
-        max_rank: The largest rank, to read only the chosen adapters' rows where they are few; 0: all rows are read.
-        out: Where to write instead of a new tensor.
-        dtype: The dtype of a new tensor; None: that of ``down``.
+        logits: Gate logits (M, .), columns contiguous, or float32 partial sums of them (S, M, .). The N logits of member i start at column
+            ``i * member_rows``. They are not read for given routes.
+        down: ``A x`` (M, .), columns contiguous, or float32 partial sums (S, M, .) with the strides of ``logits``. The R columns of member i start at
+            column ``i * member_rows``.
+        adapters: The adapters; gates, A and B are not read.
+        routing: How tokens choose their adapters; given routes are int64 and float32 (M, k), contiguous, for one member.
+        max_rank: The largest rank, which allows to read only the chosen adapters' rows if they are few; 0 reads all rows.
+        out: Destination to write to instead of a new tensor.
+        dtype: The dtype of a new tensor; None for that of ``down``.
 
     Returns:
-        (M, members * R) in the dtype asked for, or the rows of ``out``.
+        A new tensor (M, members * R), or the rows of ``out``.
     """
     tokens, members, rank, scaling = down.shape[-2], adapters.members, adapters.total_rank, adapters.scaling
     splits = down.shape[0] if down.dim() == 3 else 1
@@ -180,13 +181,13 @@ def middle(
 
 
 class Gradients(NamedTuple):
-    """What reaches the middle from behind, and where its own gradients go.
+    """Gradients that :func:`middle_backward` reads and writes.
 
     Attributes:
-        middle: (M, R), the gradient of the middle.
-        logits: (M, N), the gradient that reached the logits on another way, or None.
-        out_logits: (M, N), written unless routes are given.
-        out_down: (M, R), written; the same row stride as ``out_logits``.
+        middle: Gradient of the middle (M, R), read.
+        logits: Gradient of the logits from other uses of them (M, N), read, or None.
+        out_logits: Gradient of the logits (M, N), written unless routes are given.
+        out_down: Gradient of ``A x`` (M, R), written, with the row stride of ``out_logits``.
     """
 
     middle: Tensor
@@ -199,12 +200,12 @@ def middle_backward(logits: Tensor, down: Tensor, grads: Gradients, adapters: Ad
     """Gradients of :func:`middle`, written into ``grads``.
 
     Args:
-        logits, down, adapters, routing: As given to :func:`middle` (one member).
-        grads: What comes in, and where the results go.
-        want_middle: Also return the middle again.
+        logits, down, adapters, routing: The arguments of :func:`middle`, for one member.
+        grads: Gradients to read and to write.
+        want_middle: Whether to return the middle again.
 
     Returns:
-        (M, R) or None.
+        The middle (M, R), or None without ``want_middle``.
     """
     tokens, rank = down.shape
     scaling = adapters.scaling

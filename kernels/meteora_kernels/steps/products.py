@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""``x rows^T`` as float32 partial sums, for fused groups: the sum over x's columns is cut into one or more pieces, and none is rounded.
+"""``x rows^T`` as float32 partial sums, for fused groups: the sum over x's columns is cut into one or more pieces, which are not rounded.
 
-Every program owns a tile of the result and one piece of the sum and stores it; who reads the result adds the pieces in a fixed order
-(:func:`meteora_kernels.device.routing.summed`), so there are no atomics, no launch for the addition, and logits are never rounded to 16 bits.
+Every program computes one piece of the sum for a tile of the result and stores it. The kernel that reads the result adds the pieces in a fixed order
+(:func:`meteora_kernels.device.routing.summed`), so there are no atomics, there is no launch for the addition, and logits are never rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.tile import Tile
 
 COPY_TILE = (8, 1024)
-"""Tokens and columns that a program copies."""
+"""The numbers of tokens and columns that a program copies."""
 
 
 @triton.jit
@@ -30,10 +30,10 @@ def products_kernel(
 ):  # fmt: skip
     """out[s, t, r] = sum over the s-th ``span`` columns c of x[t, c] rows[r, c].
 
-    x (M, h) and rows (P, h) in one dtype, columns contiguous; out float32 (S, M, P); span a multiple of BLOCK_K. EVEN: no piece is cut
-    short by h. COPY_M > 0: x is also copied to ``copy`` (M, h).
-    Grid, one dimension: ceil(P / BLOCK_N) * ceil(M / BLOCK_M) * S programs, those of one x tile neighbours, so that it comes from memory once; then,
-    to run at the same time, ceil(h / COPY_N) * ceil(M / COPY_M) that copy.
+    x (M, h) and rows (P, h) in one dtype, columns contiguous; out float32 (S, M, P); span is a multiple of BLOCK_K. EVEN: h is a multiple of span.
+    COPY_M > 0: x is also copied to ``copy`` (M, h).
+    Grid, one dimension: ceil(P / BLOCK_N) * ceil(M / BLOCK_M) * S programs, in which those of one tile of x are neighbours, so that it is read from memory
+    once; then ceil(h / COPY_N) * ceil(M / COPY_M) programs that copy at the same time.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(rows_total, BLOCK_N)
@@ -45,7 +45,7 @@ def products_kernel(
         columns = (pid % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         steps = tl.arange(0, BLOCK_K)
         begin = split * span
-        # Tiles that stick out read the first tokens or rows again: their sums are not stored.
+        # Tokens and rows past the end wrap around to the start; their sums are not stored.
         left = x + (tokens % tokens_total) * stride_x + begin + steps[None, :]
         right = rows + (columns % rows_total).to(tl.int64) * stride_rows + begin + steps[:, None]
         total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -75,14 +75,14 @@ def products(x: Tensor, rows: Tensor, splits: int, tile: Tile, copy: Tensor | No
     """``x rows^T`` in at most ``splits`` float32 pieces, whose sum is the product.
 
     Args:
-        x: (M, h), columns contiguous, M >= 1.
-        rows: (P, h), columns contiguous, the dtype of x.
-        splits: Pieces of the sum; fewer are returned where h has fewer blocks.
-        tile: Its ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages``.
-        copy: (M, h), columns contiguous, the dtype of x: x is copied there in the same launch.
+        x: Input (M, h), columns contiguous, M >= 1.
+        rows: Weights (P, h), columns contiguous, in the dtype of x.
+        splits: Largest number of pieces of the sum; there are fewer if h has fewer blocks.
+        tile: Block sizes, of which ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages`` are used.
+        copy: Destination of a copy of x in the same launch (M, h), columns contiguous, in the dtype of x; None for no copy.
 
     Returns:
-        float32 (S, M, P), contiguous.
+        Partial sums float32 (S, M, P), contiguous.
     """
     tokens, hidden = x.shape
     block_m, block_n, block_k, warps, stages = tile[:5]
@@ -101,15 +101,15 @@ def products(x: Tensor, rows: Tensor, splits: int, tile: Tile, copy: Tensor | No
 
 
 def library_products(x: Tensor, rows: Tensor, splits: int) -> Tensor:
-    """The same by one batched GEMM of the library: piece s is the s-th matrix of the batch.
+    """:func:`products` by one batched GEMM of the library, in which each piece is a matrix of the batch.
 
     Args:
-        x: (M, h), columns contiguous.
-        rows: (P, h), columns contiguous, the dtype of x.
-        splits: Pieces of the sum; 1 where they would not be equally long and 16 bytes aligned.
+        x: Input (M, h), columns contiguous.
+        rows: Weights (P, h), columns contiguous, in the dtype of x.
+        splits: Number of pieces of the sum; one piece is used if they would not have equal lengths and be aligned to 16 bytes.
 
     Returns:
-        float32 (S, M, P), contiguous.
+        Partial sums float32 (S, M, P), contiguous.
     """
     hidden = x.shape[1]
     splits = 1 if hidden % (splits * 8) else splits
@@ -121,7 +121,7 @@ def library_products(x: Tensor, rows: Tensor, splits: int) -> Tensor:
 
 
 def products_by(row: Row, x: Tensor, rows: Tensor) -> Tensor:
-    """``x rows^T`` as a row of the table wants it: (M, P) in the dtype of x, or float32 partial sums (S, M, P)."""
+    """``x rows^T`` in the form that a row of the table asks for: (M, P) in the dtype of x, or float32 partial sums (S, M, P)."""
     if not row.pieces:
         return F.linear(x, rows)
     return library_products(x, rows, row.pieces) if row.tile is None else products(x, rows, row.pieces, row.tile)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Routing alone, in one launch."""
+"""Routing as a separate launch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def route_kernel(
     logits, allowed, indices, weights, tokens_total, stride, count, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """Routing alone: logits (M, N), row stride ``stride``, any float type -> indices int64 (M, k), weights float32 (M, k).
+    """Write indices int64 (M, k) and weights float32 (M, k) for logits (M, N) of any floating dtype, with row stride ``stride``.
 
-    Grid: (ceil(M / BLOCK),), one program per BLOCK tokens.
+    Grid: (ceil(M / BLOCK),).
     """
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     columns = tl.arange(0, PADDED)[None, :]
@@ -34,16 +34,16 @@ def route_kernel(
 
 
 def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`meteora_kernels.reference.route` (without gradients) by one kernel.
+    """:func:`meteora_kernels.reference.route` by one kernel, without gradients.
 
     Args:
-        logits: (M, N), float16, bfloat16 or float32, columns contiguous.
-        top_k: 1 <= top_k <= N.
-        temperature: T > 0.
-        allowed: bool (N,) or None.
+        logits: Gate logits (M, N), float16, bfloat16 or float32, columns contiguous.
+        top_k: Number of adapters per token k, 1 <= top_k <= N.
+        temperature: Routing temperature T > 0.
+        allowed: Mask of the adapters that may be chosen, bool (N,), or None for all.
 
     Returns:
-        indices int64 (M, k), weights float32 (M, k).
+        Indices int64 (M, k) and weights float32 (M, k).
     """
     tokens, adapters = logits.shape
     indices = torch.empty(tokens, top_k, dtype=torch.int64, device=logits.device)

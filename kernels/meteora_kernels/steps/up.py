@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""``out = base + middle B`` for every member of a group in one launch, where asked with the middle made on the way."""
+"""``out = base + middle B`` for every member of a group in one launch, which can also compute the middle."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def up_kernel(
 ):  # fmt: skip
     """out[t, c] = base[t, c] + sum_row middle[t, row] B[row, c] (without base where HAS_BASE is False).
 
-    middle (M, .) and B in one dtype: member i's columns of ``middle`` start at ``i * member_middle``, its B (R, width_i) is contiguous
-    and follows those before it, its columns of base and out likewise. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x`` and
-    ``logits`` (M, .) the gates', member i's from column ``i * member_logits``; every program then routes its tokens itself. SPLITS > 1: both
-    are SPLITS float32 partial sums, ``stride_split`` apart; BASE_SPLITS likewise for base.
+    middle (M, .) and B have one dtype. Member i's columns of ``middle`` start at ``i * member_middle``; its B (R, width_i) is contiguous and follows
+    those of the members before it, as do its columns of base and out. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x``, and ``logits``
+    (M, .) hold those of member i from column ``i * member_logits``; every program then routes its tokens itself. With SPLITS > 1, both are SPLITS float32
+    partial sums that are ``stride_split`` apart; BASE_SPLITS is the number of partial sums of base.
     Grid: (sum_i ceil(width_i / BLOCK_N), ceil(M / BLOCK_M)).
     """
     tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BLOCK_N, MEMBERS)
@@ -37,7 +37,7 @@ def up_kernel(
     column_mask = columns < width
     where = before + columns
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    # Read late: measured faster on large outputs, and in float32 a long sum loses less if the base, which is larger, is added last.
+    # Reading the base late is faster for large outputs, and a float32 sum loses less if the base, which is larger, is added last.
     LATE: tl.constexpr = not ROUTE or b.dtype.element_ty == tl.float32
     if HAS_BASE and not LATE:
         total += summed(base, tokens * stride_base + where, stride_base_split, token_mask & column_mask, BASE_SPLITS)
@@ -70,14 +70,14 @@ def up(middle: Tensor, adapters: Adapters, base: Tensor | None, out: Tensor, *, 
     """Write ``base + middle B`` into ``out``.
 
     Args:
-        middle: (M, .), columns contiguous: member i's R columns from ``i * R``. With ``logits``, the unscaled ``A x`` instead, from
-            ``i * member_rows``; or (S, M, .), float32 partial sums of it.
-        adapters: The adapters; gates and A are not read. B has the dtype of ``middle`` unless that is partial sums.
-        base: (M, sum of widths), columns contiguous; or (S, M, sum of widths), partial sums; None counts as 0.
-        out: (M, sum of widths), columns contiguous; may be ``base``.
-        logits: (M, .), member i's from column ``i * member_rows``, where every program routes its tokens itself; as many partial sums as ``middle``,
-            as far apart.
-        routing: How tokens choose, with ``logits``.
+        middle: The middle (M, .), columns contiguous; the R columns of member i start at ``i * R``. With ``logits``, the unscaled ``A x`` (M, .), or
+            float32 partial sums of it (S, M, .); the R columns of member i then start at ``i * member_rows``.
+        adapters: The adapters; gates and A are not read. B has the dtype of ``middle``, unless ``middle`` consists of partial sums.
+        base: Base output (M, O), columns contiguous, or partial sums of it (S, M, O), where O is the sum of the widths; None counts as 0.
+        out: Output (M, O), columns contiguous; may be ``base``.
+        logits: Gate logits (M, .), or as many partial sums as ``middle`` with the same stride. The logits of member i start at column
+            ``i * member_rows``. With logits, every program routes its tokens itself; None if ``middle`` is final.
+        routing: How tokens choose their adapters; needed with ``logits``.
     """
     tokens, rank = middle.shape[-2], adapters.total_rank
     block_m, block_n, block_k, warps, stages = 16 if tokens <= 64 else 64, 128, 32, 4, 3
