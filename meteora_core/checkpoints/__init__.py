@@ -1,1 +1,1 @@
-"""Base models, native checkpoints, and other layouts."""
+"""Native checkpoints, the authors' layout, and conversions between them."""

@@ -1,4 +1,4 @@
-"""Load a checkpoint in the layout of MeteoRA's authors onto its base model."""
+"""Loads a checkpoint in the authors' layout onto its base model."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def load_authors_checkpoint(
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> PreTrainedModel:
-    """Load a checkpoint of the authors (layout in :mod:`meteora_core.checkpoints.authors_layout`) onto its base model.
+    """Load a checkpoint in the authors' layout (see :mod:`meteora_core.checkpoints.authors_layout`) onto its base model.
 
-    The checkpoint's tensors win over those of the base model and of the adapter folders; the folders give names, ranks and alphas.
+    The checkpoint's tensors replace those of the base model and of the adapter folders, which give names, ranks and alphas.
 
     Args:
-        base_model: A loaded base model (it is changed in place, and may be quantised: its linears stay the base's own), a folder, a catalog name, a hub
-            id, or a :class:`~meteora_core.model.base.BaseReference`, which may name a revision and allow remote code.
-        adapter_dir: The folder that holds one PEFT folder per adapter, or None: the scaling is 16 / rank, and the names are the 28 tasks' when there
-            are 28 adapters. :class:`~meteora_core.checkpoints.authors_layout.AuthorsAdapters` names another order or another alpha.
-        checkpoint: A safetensors file, an index of shards, or a folder that holds one. Never a pickle.
-        top_k: Adapters per token and layer, 1 <= top_k <= N.
-        temperature: Routing temperature T > 0.
-        dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU. Ignored with a loaded base model.
-        device: None or "auto" is a GPU when there is one. Ignored with a loaded base model.
-        backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
+        base_model: A loaded base model, a folder, a name in the catalog, a hub id, or a :class:`~meteora_core.model.base.BaseReference`, which may name
+            a revision and allow remote code. A loaded base model is changed in place; if it is quantised, its linear layers keep their weights.
+        adapter_dir: The folder that contains one PEFT folder per adapter. With None, the scaling is 16 / rank, and 28 adapters have the names of
+            the 28 tasks. :class:`~meteora_core.checkpoints.authors_layout.AuthorsAdapters` can state other names or another alpha.
+        checkpoint: A safetensors file, an index of shards, or a folder that contains one of them. Pickles are refused.
+        top_k: Number of adapters per token and layer, from 1 to N.
+        temperature: Routing temperature T, above 0.
+        dtype: The dtype of the model; None or "auto" means float32 on a CPU and bfloat16 on a GPU. Ignored for a loaded base model.
+        device: The device of the model; None or "auto" means a GPU if there is one. Ignored for a loaded base model.
+        backend: The implementation of the sum over adapters: "auto" or a name in ``meteora_kernels.BACKENDS``.
 
     Returns:
         The model, in evaluation mode, with ``model.meteora`` set.
 
     Raises:
-        CheckpointError: A file is missing, cut short, a pickle or of another layout; tensors are missing or unknown (the first five named); the
-            base model has another vocabulary or other shapes; the adapters do not fit. The base model is unchanged then.
-        AdapterError: An adapter's configuration is missing or of another kind.
-        UsageError: top_k, temperature or backend is out of range, or adapters are attached already.
+        CheckpointError: A file is missing, cut short, a pickle or in another layout; tensors are missing or unknown (the message names the first five);
+            the base model has another vocabulary or other shapes; or the adapters do not fit. The base model remains unchanged.
+        AdapterError: An adapter's configuration is missing or describes another kind of adapter.
+        UsageError: top_k, temperature or backend is out of range, or the model has adapters already.
 
     Example:
         >>> from meteora_core import load_authors_checkpoint
@@ -70,9 +70,9 @@ def load_authors_checkpoint(
     adapters = AuthorsAdapters.of(adapter_dir)
     if isinstance(base_model, BaseReference | str | Path):
         describe_adapters(read_layout(checkpoint), adapters)  # raises before a base model is loaded
-        place = pick_device(device)
+        target_device = pick_device(device)
         reference = base_model if isinstance(base_model, BaseReference) else BaseReference(str(base_model))
-        base_model = load_base(reference, dtype=pick_dtype(dtype, place), device=place)
+        base_model = load_base(reference, dtype=pick_dtype(dtype, target_device), device=target_device)
     return attach_authors(base_model, checkpoint, adapters, top_k=top_k, temperature=temperature, backend=backend)
 
 
@@ -86,13 +86,19 @@ def attach_authors(
     backend: str = "auto",
     progress: Progress = SILENT,
 ) -> PreTrainedModel:
-    """Put a checkpoint of the authors onto its loaded base model, in place.
+    """Attach a checkpoint in the authors' layout to its loaded base model, in place.
 
     Args:
-        model: The base model.
-        checkpoint, top_k, temperature, backend: As for :func:`load_authors_checkpoint`, with the same errors.
-        adapters: What is known of the checkpoint's adapters.
-        progress: Where to report.
+        model: The loaded base model.
+        checkpoint: A safetensors file, an index of shards, or a folder that contains one of them.
+        adapters: The names, ranks and alphas of the checkpoint's adapters, as far as they are known.
+        top_k: Number of adapters per token and layer, from 1 to N.
+        temperature: Routing temperature T, above 0.
+        backend: The implementation of the sum over adapters: "auto" or a name in ``meteora_kernels.BACKENDS``.
+        progress: The receiver of progress reports.
+
+    Raises:
+        MeteoraError: The same errors as in :func:`load_authors_checkpoint`.
     """
     layout = read_layout(checkpoint)
     infos = describe_adapters(layout, adapters)
@@ -131,9 +137,9 @@ def attach_authors(
 
 
 def _base_targets(layout: AuthorsLayout, model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensor for each base tensor of the checkpoint, after checking that all fit; nothing is written.
+    """Return the model's tensor for each base tensor of the checkpoint, after checking that all fit. Nothing is written.
 
-    Left out are the weights of quantised linears, which cannot be replaced.
+    The weights of quantised linear layers are left out, because they cannot be replaced.
     """
     checkpoint = layout.tensors.path
     known = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
@@ -186,7 +192,7 @@ def _other_base(checkpoint: Path, model: nn.Module, name: str, mine: tuple[int, 
 
 
 def _check_tied(layout: AuthorsLayout, targets: dict[str, Tensor]) -> None:
-    """Where the model ties two tensors that the checkpoint stores twice, both must be the same."""
+    """Check that two stored tensors are equal if the model ties them together. Raises CheckpointError."""
     seen: dict[int, str] = {}
     for name, target in targets.items():
         first = seen.setdefault(id(target), name)
@@ -198,10 +204,10 @@ def _check_tied(layout: AuthorsLayout, targets: dict[str, Tensor]) -> None:
 
 
 def _compare_base(layout: AuthorsLayout, targets: dict[str, Tensor], progress: Progress) -> tuple[list[str], dict[str, torch.dtype]]:
-    """Which base tensors have other numbers than the base model's, and which are the base model's rounded to a dtype; nothing is written.
+    """Return the base tensors that differ from the base model's, and the dtype of those that only differ by rounding. Nothing is written.
 
     Raises:
-        CheckpointError: One holds a number that the base model's dtype cannot hold.
+        CheckpointError: A base tensor contains a number that the base model's dtype cannot represent.
     """
     changed, rounded = [], {}
     with progress.task("comparing base tensors", total=len(targets), unit="tensors") as task:
@@ -215,6 +221,6 @@ def _compare_base(layout: AuthorsLayout, targets: dict[str, Tensor], progress: P
             elif not torch.equal(before, tensor.to(before.dtype)):
                 rounded[name] = tensor.dtype
             task.update(1)
-    if left := [name for name in layout.base if name not in targets]:
-        progress.note(f"{len(left)} linears of the base model are quantised and keep their own weights")
+    if skipped := [name for name in layout.base if name not in targets]:
+        progress.note(f"{len(skipped)} linear layers of the base model are quantised and keep their weights")
     return changed, rounded

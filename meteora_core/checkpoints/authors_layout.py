@@ -1,8 +1,8 @@
-"""The checkpoint layout of MeteoRA's authors, read from the headers: which tensors there are, how many adapters, of what rank.
+"""Reads the tensors, the number of adapters and their rank from the headers of a checkpoint in the authors' layout.
 
-A ``model.safetensors`` (or shards) with, under the prefix ``base_model.model.``, for every adapted linear
-``{path}.base_layer.weight`` (out, in), ``{path}.moe_gate.weight`` (N, in), ``{path}.lora_A.weight`` (N r, in) and ``{path}.lora_B.weight`` (out, N r);
-adapter ``i`` owns rows (of A) and columns (of B) ``r i`` to ``r (i + 1)``. Norms, embeddings and lm_head lie under the same prefix.
+The layout is a ``model.safetensors`` (or shards). For every adapted linear layer, it contains the following tensors with the prefix ``base_model.model.``:
+``{path}.base_layer.weight`` (out, in), ``{path}.moe_gate.weight`` (N, in), ``{path}.lora_A.weight`` (N r, in) and ``{path}.lora_B.weight`` (out, N r).
+Adapter ``i`` has the rows of A and the columns of B from ``r i`` to ``r (i + 1)``. Norms, embeddings and lm_head have the same prefix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from meteora_core.text import listed
 
 PREFIX = "base_model.model."
 DEFAULT_ALPHA = 16.0
-"""The ``lora_alpha`` of the adapters that the authors published (rank 8)."""
+"""The ``lora_alpha`` of the adapters that the authors published, whose rank is 8."""
 
 _PARTS = ("moe_gate", "lora_A", "lora_B")
 _ADAPTED = re.compile(r"^(?P<path>.+)\.(?P<part>base_layer|moe_gate|lora_A|lora_B)\.(?P<kind>weight|bias)$")
@@ -37,14 +37,14 @@ _AGAIN = "copy or download the checkpoint again"
 
 @dataclass(frozen=True)
 class AuthorsLayout:
-    """What the headers of a checkpoint in the authors' layout say.
+    """The contents of a checkpoint in the authors' layout, according to its headers.
 
     Attributes:
-        tensors: The open files.
-        count: N, how many adapters there are.
-        rank: r, the rank of each.
-        modules: Every adapted linear's path in the model -> (in, out) features, in the order of an AdapterBank.
-        base: Every base tensor's name in the model -> its key in the files; empty when the checkpoint carries none.
+        tensors: The tensors in the files.
+        count: The number N of adapters.
+        rank: The rank r of every adapter.
+        modules: The number of input and output features of each adapted linear layer, by its path in the model, in the order of an AdapterBank.
+        base: The key in the files of each base tensor, by its name in the model; empty if the checkpoint has no base tensors.
     """
 
     tensors: TensorFiles
@@ -54,39 +54,39 @@ class AuthorsLayout:
     base: dict[str, str]
 
     def entry(self, path: str, part: str) -> TensorEntry:
-        """The entry of ``moe_gate``, ``lora_A`` or ``lora_B`` of one linear."""
+        """Return the entry of ``moe_gate``, ``lora_A`` or ``lora_B`` of one linear layer."""
         return self.tensors.entries[key_of(path, part)]
 
     def stack(self, path: str, scaling: torch.Tensor, names: Sequence[str]) -> Stack:
-        """The adapters of one linear, read into memory and checked.
+        """Read and check the adapters of one linear layer.
 
         Args:
-            path: The linear.
-            scaling: float32 (N,).
-            names: The adapters' names.
+            path: The path of the layer in the model.
+            scaling: float32 tensor of shape (N,): the scaling of each adapter.
+            names: The names of the adapters, in order.
 
         Raises:
-            CheckpointError: A number is NaN, infinite, or so large that its use overflows.
+            CheckpointError: A number is NaN, infinite, or so large that products overflow.
         """
         A, B = self.tensors.read(key_of(path, "lora_A")), self.tensors.read(key_of(path, "lora_B"))
-        made = Stack(A, B.t().contiguous(), (self.rank,) * self.count, scaling)
-        check_stack(path, made, names, A.dtype, CheckpointError)
-        return made
+        stack = Stack(A, B.t().contiguous(), (self.rank,) * self.count, scaling)
+        check_stack(path, stack, names, A.dtype, CheckpointError)
+        return stack
 
     def gate(self, path: str) -> torch.Tensor:
-        """The gate (N, in) of one linear. Raises CheckpointError as :meth:`stack`."""
+        """Return the gate of one linear layer, of shape (N, in). Raises CheckpointError for NaN, infinity and numbers that overflow."""
         gate = self.tensors.read(key_of(path, "moe_gate"))
         check_tensor(key_of(path, "moe_gate"), gate)
         return gate
 
 
 def key_of(path: str, part: str) -> str:
-    """The key of ``base_layer``, ``moe_gate``, ``lora_A`` or ``lora_B`` of a linear."""
+    """Return the key of ``base_layer``, ``moe_gate``, ``lora_A`` or ``lora_B`` of a linear layer."""
     return f"{PREFIX}{path}.{part}.weight"
 
 
 def is_authors(names: Sequence[str]) -> bool:
-    """Whether tensor names look like the authors' layout."""
+    """Whether the names of tensors are those of the authors' layout."""
     return any(name.startswith(PREFIX) and name.endswith(".moe_gate.weight") for name in names)
 
 
@@ -94,11 +94,11 @@ def read_layout(checkpoint: str | Path) -> AuthorsLayout:
     """Read the headers of a checkpoint in the authors' layout.
 
     Args:
-        checkpoint: A safetensors file, an index of shards, or a folder that holds one.
+        checkpoint: A safetensors file, an index of shards, or a folder that contains one of them.
 
     Raises:
-        CheckpointError: It cannot be read, is no such checkpoint, lacks tensors or has unknown ones (the first five named), or shapes
-            do not fit each other.
+        CheckpointError: The checkpoint is unreadable or in another layout, tensors are missing or unknown (the message names the first five), or
+            shapes do not fit each other.
     """
     tensors = TensorFiles(checkpoint)
     if not is_authors(list(tensors.entries)):
@@ -132,7 +132,7 @@ def read_layout(checkpoint: str | Path) -> AuthorsLayout:
 
 
 def _grid(paths: list[str]) -> set[str]:
-    """The paths that there should be: each kind of linear in every block that has any."""
+    """Return the expected paths: each kind of adapted linear layer in every block with adapted layers."""
     kinds: dict[str, set[str]] = {}
     blocks: dict[str, set[str]] = {}
     for path in paths:
@@ -145,14 +145,14 @@ def _grid(paths: list[str]) -> set[str]:
 
 def _measure(checkpoint: str | Path, tensors: TensorFiles, paths: list[str], base: dict[str, str]) -> AuthorsLayout:
     def shape(path: str, part: str) -> tuple[int, int]:
-        found = tensors.entries[key_of(path, part)].shape
-        if len(found) != 2:
-            raise CheckpointError(f"{checkpoint}: {key_of(path, part)} has shape {list(found)}, expected two dimensions")
-        return found[0], found[1]
+        dimensions = tensors.entries[key_of(path, part)].shape
+        if len(dimensions) != 2:
+            raise CheckpointError(f"{checkpoint}: {key_of(path, part)} has shape {list(dimensions)}, expected two dimensions")
+        return dimensions[0], dimensions[1]
 
     count, total = shape(paths[0], "moe_gate")[0], shape(paths[0], "lora_A")[0]
     if count == 0 or total == 0 or total % count:
-        raise CheckpointError(f"{checkpoint}: {total} rows of lora_A are not a multiple of the {count} adapters that the gates know")
+        raise CheckpointError(f"{checkpoint}: the {total} rows of lora_A are not a multiple of the {count} adapters of the gates")
     modules = {}
     for path in paths:
         width, out = shape(path, "moe_gate")[1], shape(path, "lora_B")[0]
@@ -171,15 +171,16 @@ def _measure(checkpoint: str | Path, tensors: TensorFiles, paths: list[str], bas
 
 @dataclass(frozen=True)
 class AuthorsAdapters:
-    """What is known of the adapters of a checkpoint in the authors' layout, which stores their weights alone.
+    """Information about the adapters of a checkpoint in the authors' layout, which stores only their weights.
 
     Attributes:
-        folder: The folder of PEFT folders, one per adapter, which gives names, ranks and alphas; None where there is none.
-        names: The adapters' names in the checkpoint's order; None takes the 28 tasks for 28 adapters, else the sorted folder names, else numbers.
-        alpha: ``lora_alpha`` of all adapters, only without ``folder``; None is 16, as the authors trained.
+        folder: The folder with one PEFT folder per adapter, which gives names, ranks and alphas; None if there is none.
+        names: The names of the adapters in the order of the checkpoint. None means the 28 tasks for 28 adapters, else the sorted names of the folders,
+            else numbers.
+        alpha: The ``lora_alpha`` of all adapters, only without ``folder``; None means 16, as in the authors' training.
 
     Raises:
-        UsageError: ``alpha`` and ``folder`` are both given.
+        UsageError: Both ``alpha`` and ``folder`` are given.
 
     Example:
         >>> AuthorsAdapters(alpha=8).alpha
@@ -196,24 +197,24 @@ class AuthorsAdapters:
 
     @classmethod
     def of(cls, adapters: AuthorsAdapters | str | Path | None) -> AuthorsAdapters:
-        """The value itself, or the one that stands for a folder."""
+        """Return ``adapters`` itself, or the value for a folder."""
         return adapters if isinstance(adapters, AuthorsAdapters) else cls(adapters)
 
 
 def describe_adapters(layout: AuthorsLayout, adapters: AuthorsAdapters) -> tuple[AdapterInfo, ...]:
-    """Name, rank and alpha of each adapter of the checkpoint, in its order.
+    """Return the name, rank and alpha of each adapter, in the order of the checkpoint.
 
     Args:
-        layout: The checkpoint.
-        adapters: What is known of its adapters.
+        layout: The contents of the checkpoint.
+        adapters: Information about its adapters.
 
     Returns:
-        N entries. Their hash is empty, since the weights come out of the checkpoint and not out of the folders.
+        The N descriptions. Their hashes are empty, because the weights come from the checkpoint and not from the folders.
 
     Raises:
-        CheckpointError: The names or their number do not fit the checkpoint, a rank differs, or the folders' weights are in another order in the
-            checkpoint.
-        AdapterError: A configuration is missing, broken or of another kind of adapter.
+        CheckpointError: The names or their number do not fit the checkpoint, a rank differs, or the checkpoint has the weights of the folders in
+            another order.
+        AdapterError: A configuration is missing or broken, or describes another kind of adapter.
     """
     source, names = str(layout.tensors.path), adapters.names
     if adapters.folder is None:
@@ -225,13 +226,13 @@ def describe_adapters(layout: AuthorsLayout, adapters: AuthorsAdapters) -> tuple
     if not folder.is_dir():
         raise CheckpointError(f"no such folder of adapters: {folder}", hint="pass the folder that holds one folder per task, such as llama3_8b_peft")
     places = {path.name: place for path in folder.iterdir() if not path.name.startswith(".") and (place := find_adapter(path)) is not None}
-    found = sorted(places)
-    order = tuple(names) if names is not None else TASK_ORDER if layout.count == len(TASK_ORDER) else tuple(found)
-    absent, extra = [name for name in order if name not in found], [name for name in found if name not in order]
+    present = sorted(places)
+    order = tuple(names) if names is not None else TASK_ORDER if layout.count == len(TASK_ORDER) else tuple(present)
+    absent, extra = [name for name in order if name not in present], [name for name in present if name not in order]
     if absent or (extra and names is None):
         parts = ([f"lacks {listed(absent)}"] if absent else []) + ([f"has also {listed(extra)}"] if extra else [])
         raise CheckpointError(
-            f"the checkpoint {source} has {layout.count} adapters, and {folder} has {len(found)}: it {' and '.join(parts)}",
+            f"the checkpoint {source} has {layout.count} adapters, and {folder} has {len(present)}: it {' and '.join(parts)}",
             hint="pass the folder that the checkpoint was trained with, or the adapters' names in their order",
         )
     _check_names(layout, order)
@@ -241,7 +242,7 @@ def describe_adapters(layout: AuthorsLayout, adapters: AuthorsAdapters) -> tuple
 
 
 def scaling_of(info: AdapterInfo) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    """Return the scaling of an adapter: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
     return info.alpha / (float(info.rank) ** 0.5 if info.rslora else info.rank)
 
 
@@ -263,9 +264,9 @@ def _info(name: str, folder: Path, layout: AuthorsLayout, source: str) -> Adapte
 
 
 def _check_order(layout: AuthorsLayout, places: Mapping[str, Path], order: Sequence[str]) -> None:
-    """Refuse an order that contradicts the checkpoint: a slot holds, number for number, the weights of an adapter that should be elsewhere.
+    """Refuse an order that contradicts the checkpoint, which has exactly the weights of one adapter at the index of another.
 
-    Adapters that were trained further with the gates match no folder; nothing can be said about them then.
+    Adapters that were trained together with the gates match no folder, so their order cannot be checked.
     """
     path = next(iter(layout.modules))
     slots = layout.tensors.read(key_of(path, "lora_A")).float().reshape(layout.count, layout.rank, -1)
@@ -292,6 +293,6 @@ def _check_order(layout: AuthorsLayout, places: Mapping[str, Path], order: Seque
         other = next((other for other, weights in theirs.items() if torch.equal(slots[slot], weights)), None)
         if other is not None:
             raise CheckpointError(
-                f"the order of the adapters is not that of the checkpoint: place {slot} of {layout.tensors.path} holds {other!r}, not {name!r}",
+                f"the order of the adapters is not that of the checkpoint: adapter {slot} of {layout.tensors.path} is {other!r}, not {name!r}",
                 hint="give the adapters' names in the order of the checkpoint",
             )

@@ -1,4 +1,4 @@
-"""``AutoModelForCausalLM.from_pretrained`` of a Meteora checkpoint, once :func:`register` was called (whatever ``meteora_core`` exports calls it)."""
+"""Support for checkpoints in ``AutoModelForCausalLM.from_pretrained``, after :func:`register`, which the use of any public name of ``meteora_core`` calls."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision"
 
 
 class MeteoraConfig(PreTrainedConfig):
-    """The ``config.json`` of a checkpoint: it only says what the folder is."""
+    """The ``config.json`` of a checkpoint, which only identifies the kind of folder."""
 
     model_type = MODEL_TYPE
 
 
 class MeteoraForCausalLM:
-    """Stands for "the base model with the adapters and gates of a checkpoint"; there are no instances."""
+    """The class that transformers' auto classes map a checkpoint to. It has no instances: loading returns the base model with adapters and gates."""
 
     config_class = MeteoraConfig
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """Load the base model that a checkpoint names by ``AutoModelForCausalLM``, and the checkpoint onto it.
+        """Load the base model that a checkpoint names with ``AutoModelForCausalLM``, and attach the checkpoint to it.
 
         Args:
-            folder: The checkpoint, or its id on the hub.
-            args: Passed on with the base model.
-            config: What ``AutoModelForCausalLM`` read there.
-            kwargs: For the base model (``dtype``, ``device_map``, ``quantization_config`` and so on), but for what says where on the hub the
-                checkpoint is.
+            folder: The folder of the checkpoint, or its id on the hub.
+            args: Positional arguments for loading the base model.
+            config: The configuration that ``AutoModelForCausalLM`` read from the folder.
+            kwargs: Options for loading the base model (``dtype``, ``device_map``, ``quantization_config`` and so on), and options such as ``revision``
+                and ``token`` that locate the checkpoint on the hub.
 
         Returns:
-            The attached model, an instance of the base model's class; with ``output_loading_info`` also what transformers says of the base.
+            The model with adapters, an instance of the base model's class; with ``output_loading_info``, a tuple of it and transformers' report on the base.
 
         Raises:
-            CheckpointError: As :func:`meteora_core.load_checkpoint`.
+            CheckpointError: The checkpoint cannot be loaded; see :func:`meteora_core.load_checkpoint`.
         """
         hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
         for name in ("adapter_kwargs", "_from_auto", "subfolder"):
             kwargs.pop(name, None)
-        place = Path(folder)
-        if not place.is_dir():
+        local = Path(folder)
+        if not local.is_dir():
             from huggingface_hub import snapshot_download
 
-            place = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHT_FILE], **{k: v for k, v in hub.items() if v is not None}))
-        saved = read_config(place)
-        refuse_untrained(place, saved)
+            local = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHT_FILE], **{k: v for k, v in hub.items() if v is not None}))
+        saved = read_config(local)
+        refuse_untrained(local, saved)
         attention = getattr(config, "_attn_implementation_internal", None)
         if attention is not None:
             kwargs.setdefault("attn_implementation", attention)
@@ -62,11 +62,11 @@ class MeteoraForCausalLM:
         model, info = AutoModelForCausalLM.from_pretrained(locate_base(base), *args, revision=base.revision or "main", **options)
         check_whole(model, base, info)
         name_reference(model, base)
-        load_checkpoint(place, model)
+        load_checkpoint(local, model)
         return (model, info) if with_info else model
 
 
 def register() -> None:
-    """Let transformers' auto classes know Meteora's checkpoints; calling it twice is harmless."""
+    """Register Meteora's checkpoints with transformers' auto classes. Further calls have no effect."""
     AutoConfig.register(MODEL_TYPE, MeteoraConfig, exist_ok=True)
     AutoModelForCausalLM.register(MeteoraConfig, MeteoraForCausalLM, exist_ok=True)

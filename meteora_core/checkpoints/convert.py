@@ -1,4 +1,4 @@
-"""Turn a checkpoint in the authors' layout into a native folder, tensor by tensor, without loading a model."""
+"""Converts a checkpoint in the authors' layout to a native checkpoint, tensor by tensor, without loading a model."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _OTHER_BASE = "the checkpoint belongs to another base model; pass the right one 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made.
+    """The result of a conversion.
 
     Attributes:
-        folder: The native checkpoint.
-        adapters: The adapters' names, in order.
-        rank: The rank of each.
-        layers: How many linears are adapted.
-        base_tensors: The base tensors that were stored, by their names in the base model.
-        size: Bytes of the weight file.
-        sha256: Its hash.
+        folder: The folder of the native checkpoint.
+        adapters: The names of the adapters, in order.
+        rank: The rank of every adapter.
+        layers: The number of adapted linear layers.
+        base_tensors: The names, in the base model, of the stored base tensors.
+        size: The size of the weight file in bytes.
+        sha256: The SHA-256 of the weight file.
     """
 
     folder: Path
@@ -56,12 +56,12 @@ class Converted:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What a converted checkpoint stores.
+    """Options of a conversion.
 
     Attributes:
-        top_k: Adapters per token and layer, the default of the checkpoint.
-        routing_temperature: T of the gates' softmax, the default of the checkpoint.
-        base_tensors: "changed", or "all" to store every base tensor without a comparison.
+        top_k: Default number of adapters per token and layer of the checkpoint.
+        routing_temperature: Default routing temperature T of the checkpoint.
+        base_tensors: The base tensors to store: "changed" for those that differ from the base model, "all" for all of them without a comparison.
     """
 
     top_k: int = 2
@@ -79,25 +79,25 @@ def convert_authors(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Converted:
-    """Write gates and adapters of a checkpoint in the authors' layout as a native folder; what is held in memory is one adapter matrix.
+    """Write the gates and adapters of a checkpoint in the authors' layout as a native checkpoint, holding one adapter matrix at a time in memory.
 
-    The authors' file also holds the whole base model. Its tensors are compared with those of ``base``: what is the base's own is left out, what is the
-    base's own rounded to the file's dtype is noted and rounded again when the checkpoint is loaded, and what has other numbers is stored beside the
-    gates. So :func:`~meteora_core.load_checkpoint` gives the same model as :func:`~meteora_core.load_authors_checkpoint`, bit for bit.
+    The authors' file also contains the whole base model, whose tensors are compared with those of ``base``. Equal tensors are left out; for tensors
+    that are the base's rounded to the file's dtype, the rounding is recorded and repeated when the checkpoint is loaded; other tensors are stored. So
+    :func:`~meteora_core.load_checkpoint` gives the same model as :func:`~meteora_core.load_authors_checkpoint`, bit for bit.
 
     Args:
-        checkpoint: A safetensors file, an index of shards, or a folder that holds one.
-        folder: To be written; appears when it is complete.
-        base: The base model that it was trained on; it is read for the base tensors "changed" (a hub model is fetched if it is not in the cache) and
-            only noted for "all".
-        adapter_dir: As in :func:`~meteora_core.load_authors_checkpoint`.
-        options: What the checkpoint stores.
-        overwrite: Replace a folder that is there.
-        progress: Where to report.
+        checkpoint: A safetensors file, an index of shards, or a folder that contains one of them.
+        folder: The folder to write, which appears when it is complete.
+        base: The base model that the checkpoint was trained on. With the base tensors "changed" it is read, and a hub model that is not in the cache
+            is fetched; with "all" only its name is recorded.
+        adapter_dir: The folder of adapters, as in :func:`~meteora_core.load_authors_checkpoint`.
+        options: The defaults and the base tensors of the native checkpoint.
+        overwrite: Whether to replace an existing folder.
+        progress: The receiver of progress reports.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read or is incomplete, or the base model has another vocabulary or other shapes.
-        UsageError: top_k or routing_temperature is out of range, the folder exists, or it holds something that is no checkpoint.
+        CheckpointError: The checkpoint is unreadable or incomplete, or the base model has another vocabulary or other shapes.
+        UsageError: top_k or routing_temperature is out of range, the folder exists, or it contains something other than a checkpoint.
         StorageError: The disk is full or not writable.
     """
     folder = Path(folder)
@@ -114,15 +114,15 @@ def convert_authors(
         raise UsageError(f"top_k is {top_k}, but the checkpoint has {layout.count} adapters", hint=f"choose --top-k between 1 and {layout.count}")
     if not 0 < temperature < float("inf"):
         raise UsageError(f"the routing temperature T is {temperature}, it must be above 0 and finite")
-    kept, rounded, probe = tuple(sorted(layout.base)), dict[str, torch.dtype](), None
+    stored, rounded, probe = tuple(sorted(layout.base)), dict[str, torch.dtype](), None
     if options.base_tensors == "changed":
-        theirs = _open_base(reference, progress)
-        _check_base(layout, theirs, reference)
-        kept, rounded = _differences(layout, theirs, progress)
-        probe = _probe(layout, theirs)
-    _check_numbers(layout, infos, kept, progress)
-    plans = list(_plans(layout, kept))
-    config = _config(layout, infos, {"name": reference.name, "revision": reference.revision, "probe": probe}, kept, rounded, options)
+        base_files = _open_base(reference, progress)
+        _check_base(layout, base_files, reference)
+        stored, rounded = _differences(layout, base_files, progress)
+        probe = _probe(layout, base_files)
+    _check_numbers(layout, infos, stored, progress)
+    plans = list(_plans(layout, stored))
+    config = _config(layout, infos, {"name": reference.name, "revision": reference.revision, "probe": probe}, stored, rounded, options)
     total = sum(plan.size for plan in plans)
     _check_space(folder, total)
     with atomic_folder(folder) as temporary:
@@ -130,33 +130,33 @@ def convert_authors(
             digest = write_tensors(temporary / WEIGHT_FILE, plans, weight_metadata(config), on_bytes=task.update)
         write_json(temporary / CONFIG_FILE, {**config, "weights_sha256": digest})
         size = (temporary / WEIGHT_FILE).stat().st_size
-    return Converted(folder, tuple(info.name for info in infos), layout.rank, len(layout.modules), kept, size, digest)
+    return Converted(folder, tuple(info.name for info in infos), layout.rank, len(layout.modules), stored, size, digest)
 
 
 def _open_base(reference: BaseReference, progress: Progress) -> TensorFiles:
-    place = locate_base(reference, progress=progress)
-    if not Path(place).is_dir():
+    location = locate_base(reference, progress=progress)
+    if not Path(location).is_dir():
         from meteora_core.fetch.hub import HubOptions, download_repo
 
-        place = str(download_repo(place, HubOptions(revision=reference.revision), progress=progress).path)
-    return TensorFiles(place)
+        location = str(download_repo(location, HubOptions(revision=reference.revision), progress=progress).path)
+    return TensorFiles(location)
 
 
 def _name_in_base(theirs: TensorFiles, name: str) -> str | None:
-    """The name of the base model's tensor; a tied lm_head is the embedding."""
+    """Return the name of a tensor in the base model's files, where a tied lm_head is the embedding; None if there is no such tensor."""
     if name in theirs:
         return name
     return _EMBEDDINGS if name == _HEAD and _EMBEDDINGS in theirs else None
 
 
 def _check_base(layout: AuthorsLayout, theirs: TensorFiles, reference: BaseReference) -> None:
-    """Refuse a base model whose tensors have other names or shapes."""
+    """Raise CheckpointError if the base model's tensors have other names or shapes."""
     source = layout.tensors.path
     wanted = {name: layout.tensors.entries[key].shape for name, key in layout.base.items()}
     wanted |= {f"{path}.weight": (out, width) for path, (width, out) in layout.modules.items()}
-    found = {name: _name_in_base(theirs, name) for name in wanted}
+    base_names = {name: _name_in_base(theirs, name) for name in wanted}
     for name in sorted(wanted, key=lambda name: name not in (_EMBEDDINGS, _HEAD)):
-        theirs_name = found[name]
+        theirs_name = base_names[name]
         if theirs_name is None:
             continue
         mine, shape = wanted[name], theirs.entries[theirs_name].shape
@@ -165,7 +165,7 @@ def _check_base(layout: AuthorsLayout, theirs: TensorFiles, reference: BaseRefer
         if name in (_EMBEDDINGS, _HEAD) and mine[:1] != shape[:1]:
             raise CheckpointError(f"{reference.name} has a vocabulary of {shape[0]} tokens, the checkpoint {source} one of {mine[0]}", hint=_OTHER_BASE)
         raise CheckpointError(f"{reference.name} has {name} of shape {list(shape)}, the checkpoint {source} of shape {list(mine)}", hint=_OTHER_BASE)
-    if absent := sorted(name for name, theirs_name in found.items() if theirs_name is None):
+    if absent := sorted(name for name, theirs_name in base_names.items() if theirs_name is None):
         raise CheckpointError(f"{source} has tensors that {reference.name} lacks: {listed(absent)}", hint=_OTHER_BASE)
     if layout.base:
         missing = sorted(name for name in theirs.entries if name not in wanted and not name.endswith("rotary_emb.inv_freq"))
@@ -175,26 +175,26 @@ def _check_base(layout: AuthorsLayout, theirs: TensorFiles, reference: BaseRefer
 
 
 def _differences(layout: AuthorsLayout, theirs: TensorFiles, progress: Progress) -> tuple[tuple[str, ...], dict[str, torch.dtype]]:
-    """The base tensors with other numbers, and those that are the base's own rounded to the checkpoint's dtype."""
+    """Return the base tensors that differ from the base model's, and the dtype of those that only differ by rounding."""
     total = sum(layout.tensors.entries[key].end - layout.tensors.entries[key].begin for key in layout.base.values())
     changed, rounded = [], {}
     with progress.task("comparing with the base model", total=total, unit="B") as task:
         for name, key in sorted(layout.base.items()):
             theirs_name = _name_in_base(theirs, name)
             assert theirs_name is not None
-            found = _compare(layout.tensors, key, theirs, theirs_name, task)
-            if found == "changed":
+            comparison = _compare(layout.tensors, key, theirs, theirs_name, task)
+            if comparison == "changed":
                 changed.append(name)
-            elif found == "rounded":
+            elif comparison == "rounded":
                 rounded[name] = layout.tensors.entries[key].torch_dtype
     return tuple(changed), rounded
 
 
 def _compare(mine: TensorFiles, key: str, theirs: TensorFiles, name: str, task: ProgressBar | None = None) -> Literal["equal", "rounded", "changed"]:
-    """Whether the checkpoint's tensor is the base's, or the base's rounded to the checkpoint's dtype; a block at a time."""
+    """Compare a tensor of the checkpoint with the base model's, block by block; "rounded" means equal after rounding to the checkpoint's dtype."""
     a, b = mine.entries[key], theirs.entries[name]
     numbers = CHUNK // 8
-    found: Literal["equal", "rounded"] = "equal"
+    result: Literal["equal", "rounded"] = "equal"
     for left, right in zip(mine.chunks(key, numbers * a.torch_dtype.itemsize), theirs.chunks(name, numbers * b.torch_dtype.itemsize), strict=True):
         if task is not None:
             task.update(len(left))
@@ -206,12 +206,12 @@ def _compare(mine: TensorFiles, key: str, theirs: TensorFiles, name: str, task: 
         if not torch.equal(ours, base.to(a.torch_dtype)):
             return "changed"
         if not torch.equal(ours.to(b.torch_dtype), base):
-            found = "rounded"
-    return found
+            result = "rounded"
+    return result
 
 
 def _probe(layout: AuthorsLayout, theirs: TensorFiles) -> list[float]:
-    """What ``meteora_core.model.attach.probe_base`` takes from the loaded base model, read from its file."""
+    """Read from the base model's file the values that ``meteora_core.model.attach.probe_base`` takes from the loaded model."""
     paths = list(layout.modules)
     values: list[float] = []
     for path in paths[:: max(1, len(paths) // 16)][:16]:
@@ -222,7 +222,7 @@ def _probe(layout: AuthorsLayout, theirs: TensorFiles) -> list[float]:
 
 
 def _check_numbers(layout: AuthorsLayout, infos: tuple[AdapterInfo, ...], kept: tuple[str, ...], progress: Progress) -> None:
-    """Refuse gates, adapters and stored base tensors that hold NaN, infinity, or numbers whose use overflows. Raises CheckpointError."""
+    """Check that gates, adapters and stored base tensors are free of NaN, infinity and numbers that overflow. Raises CheckpointError."""
     scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32)
     names = [info.name for info in infos]
     with progress.task("checking the numbers", total=len(layout.modules) + len(kept), unit="tensors") as task:

@@ -1,10 +1,10 @@
-"""What the closed form needs of one adapter: for every layer input, the mean and the second moments over the tokens of the adapter's rows.
+"""Statistics of one adapter for closed-form gates: for every layer input, the mean and the second moments over the tokens of the adapter's rows.
 
-A statistics file belongs to one adapter and one base model, and to no other adapter. So adapters can join and leave a checkpoint without the rows of the
-others: the gates of any set of adapters are solved from the statistics of its members
+A statistics file belongs to one adapter and one base model. It does not depend on other adapters, so adapters can join and leave a checkpoint without the
+rows of the others: the gates of any set of adapters are solved from the statistics of its members
 (:func:`meteora_core.training.statistics.closed_form_gates`).
 
-A checkpoint keeps one file an adapter in its folder ``meteora.stats``; an adapter's own folder may carry the same file as ``gate_stats.safetensors``.
+A checkpoint keeps one file per adapter in its folder ``meteora.stats``; the folder of an adapter may contain the same file as ``gate_stats.safetensors``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from meteora_core.tensor_files import TensorFiles, TensorPlan, dtype_name, read_
 from meteora_core.text import listed, shown
 
 STATISTICS = "meteora.stats"
-"""The folder of a checkpoint that holds the statistics, one file an adapter."""
+"""The folder for statistics in a checkpoint, with one file per adapter."""
 
 SHIPPED = "gate_stats.safetensors"
-"""The statistics of an adapter in its own folder."""
+"""The statistics file in the folder of an adapter."""
 
 FORMAT = 1
 _HEADER = "meteora_gate_statistics"
@@ -44,12 +44,12 @@ _AGAIN = "collect the statistics again from the adapter's rows"
 
 
 class Recipe(FileModel):
-    """What all statistics of one checkpoint have in common.
+    """Options that all statistics of one checkpoint have in common.
 
     Attributes:
         scale: The factor between regression values and gate logits.
-        answer_share: Share of an adapter's weight that the tokens of its answers have together; None: all its tokens weigh the same.
-        frame: What stands around the user's text in the prompts, with ``{}`` in its place.
+        answer_share: The share of the answer tokens in the weight of an adapter; None means that all its tokens have the same weight.
+        frame: The text around the user's text in the prompts, with ``{}`` for the user's text.
     """
 
     scale: float = Field(8.0, gt=0, le=1e6)
@@ -57,7 +57,7 @@ class Recipe(FileModel):
     frame: str = Field("{}", max_length=10_000)
 
     def difference(self, other: Recipe) -> str | None:
-        """The first value in which another recipe differs, as a phrase; None where all are equal."""
+        """Return the first value in which another recipe differs, as a phrase; None if both are equal."""
         for name, what in (("scale", "scale"), ("answer_share", "answer share"), ("frame", "prompt frame")):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -69,15 +69,16 @@ class StatisticsHeader(FileModel):
     """The description of a statistics file.
 
     Attributes:
-        format: Version of the layout.
-        adapter: The adapter's name.
-        adapter_sha256: Hash of its weight file; empty where it came out of a checkpoint.
-        base: Name, revision and a few weights of the base model.
-        recipe: What the statistics have in common with those of other adapters.
-        rows, tokens: How many were seen.
-        max_length: Longest row, in tokens.
-        second: The form of the second moments; see :func:`write_statistics`.
-        inputs: Layer -> the layer under whose name the moments of its input are stored.
+        format: The version of the layout.
+        adapter: The name of the adapter.
+        adapter_sha256: The SHA-256 of the adapter's weight file; empty if the adapter comes from a checkpoint.
+        base: The name, the revision and a few weights of the base model.
+        recipe: The options that the statistics share with those of other adapters.
+        rows: Number of rows that were read.
+        tokens: Number of tokens that were read.
+        max_length: Longest row in tokens; longer ones were cut.
+        second: The format of the second moments; see :func:`write_statistics`.
+        inputs: For each layer, the layer under whose name the moments of its input are stored.
     """
 
     format: int = Field(FORMAT, ge=1)
@@ -93,16 +94,16 @@ class StatisticsHeader(FileModel):
 
 
 def write_statistics(file: Path, header: StatisticsHeader, means: Mapping[str, Tensor], squares: Mapping[str, Tensor]) -> Path:
-    """Write a statistics file, atomically; one layer input is laid out at a time.
+    """Write a statistics file, atomically and one layer input at a time.
 
-    Of every symmetric matrix only the lower triangle is stored, row by row. The form "float32" stores the second moments as they are. "float16" stores
-    correlations, which lie between -1 and 1 whatever the size of the activations, and the standard deviations in float32.
+    Only the lower triangle of every symmetric matrix is stored, row by row. The format "float32" stores the second moments unchanged. "float16" stores
+    correlations, which are between -1 and 1 for any scale of the activations, and the standard deviations in float32.
 
     Args:
-        file: The file.
-        header: Its description.
-        means: Layer input -> float32 (h,), the weighted mean.
-        squares: Layer input -> float32 (h, h), the weighted second moments. The weights of all tokens sum to 1.
+        file: The file to write.
+        header: The description of the statistics.
+        means: The weighted mean of each layer input, a float32 tensor of shape (h,). The weights of all tokens sum to 1.
+        squares: The weighted second moments of each layer input, a float32 tensor of shape (h, h).
 
     Raises:
         StorageError: The disk is full or not writable.
@@ -143,7 +144,7 @@ def _deviation_bytes(mean: Tensor, square: Tensor) -> list[bytes]:
 
 
 def _triangle(mean: Tensor, square: Tensor, kind: torch.dtype) -> Iterable[bytes]:
-    """The lower triangle in blocks of rows."""
+    """Yield the bytes of the lower triangle in blocks of rows."""
     if kind == torch.float16:
         deviation = _deviation(mean, square).float().double().clamp(min=1e-30)
     for start in range(0, len(square), 512):
@@ -152,32 +153,32 @@ def _triangle(mean: Tensor, square: Tensor, kind: torch.dtype) -> Iterable[bytes
             rows = rows.double() - mean[start : start + 512, None].double() * mean.double()
             rows = (rows / deviation[start : start + 512, None] / deviation).clamp(-1, 1)
         rows = rows.to("cpu", kind)
-        yield b"".join(tensor_bytes(row[: start + place + 1]) for place, row in enumerate(rows))
+        yield b"".join(tensor_bytes(row[: start + index + 1]) for index, row in enumerate(rows))
 
 
 _INDEXED = 4096
-"""Largest width whose lower triangle is addressed by an index, which takes four times the memory of the triangle in float32."""
+"""The largest width for which an index of the lower triangle is used; computing it takes four times the memory of the triangle in float32."""
 
 
 @lru_cache(maxsize=2)
 def _lower(width: int) -> Tensor:
-    """The flat places of the lower triangle of a matrix, row by row."""
+    """Return the flat indices of the lower triangle of a square matrix, row by row, as an int64 tensor of shape (width (width + 1) / 2,)."""
     rows, columns = torch.tril_indices(width, width)
     return rows * width + columns
 
 
 class GateStatistics:
-    """The statistics of one adapter, read one layer input at a time.
+    """The statistics of one adapter, which are read one layer input at a time.
 
     Args:
-        file: A statistics file.
+        file: The path of a statistics file.
 
     Raises:
-        CheckpointError: It is missing, broken, of a newer format, or its tensors are not those that its header describes.
+        CheckpointError: The file is missing, broken or of a newer format, or its tensors are not those that its header describes.
 
     Attributes:
-        file: The file.
-        header: Its description.
+        file: The path of the statistics file.
+        header: The description of the statistics.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -205,28 +206,28 @@ class GateStatistics:
 
     @property
     def name(self) -> str:
-        """The adapter's name."""
+        """The name of the adapter."""
         return self.header.adapter
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return self.file.stat().st_size
 
     def missing(self, layers: Iterable[str]) -> list[str]:
-        """Those of ``layers`` whose inputs were not seen."""
+        """Return those of ``layers`` for whose inputs there are no statistics."""
         return [layer for layer in layers if layer not in self.header.inputs]
 
     def input_of(self, layer: str) -> str:
-        """The name under which the input of a layer is stored."""
+        """Return the name under which the statistics of a layer's input are stored."""
         return self.header.inputs[layer]
 
     def mean(self, layer: str) -> Tensor:
-        """The mean input of a layer: float64 (h,). Raises CheckpointError for NaN and infinity."""
+        """Return the mean input of a layer, a float64 tensor of shape (h,). Raises CheckpointError for NaN and infinity."""
         return self._read(f"{self.input_of(layer)}.mean")
 
     def squares(self, layer: str) -> Tensor:
-        """The second moments of a layer's input: float64 (h, h). Raises CheckpointError for NaN and infinity."""
+        """Return the second moments of a layer's input, a float64 tensor of shape (h, h). Raises CheckpointError for NaN and infinity."""
         name = self.input_of(layer)
         mean = self._read(f"{name}.mean")
         packed = self._files.read(f"{name}.second")
@@ -234,12 +235,12 @@ class GateStatistics:
         if len(mean) <= _INDEXED:
             full.view(-1)[_lower(len(mean))] = packed.double()
         else:
-            place = 0
+            position = 0
             for row in range(len(mean)):
-                full[row, : row + 1] = packed[place : place + row + 1]
-                place += row + 1
+                full[row, : row + 1] = packed[position : position + row + 1]
+                position += row + 1
         del packed
-        for start in range(0, len(mean), 512):  # in blocks: a transposed copy of the whole would double the memory
+        for start in range(0, len(mean), 512):  # in blocks, because a transposed copy of the whole matrix would double the memory
             full[:start, start : start + 512] = full[start : start + 512, :start].t()
             block = full[start : start + 512, start : start + 512]
             block.copy_(block.tril() + block.tril(-1).t())
@@ -258,7 +259,7 @@ class GateStatistics:
 
 
 def copy_statistics(statistics: GateStatistics, file: Path, adapter: str) -> GateStatistics:
-    """Write statistics anew under another name of the adapter. Raises StorageError."""
+    """Copy statistics to ``file``, with ``adapter`` as the name of the adapter. Raises StorageError."""
     files = TensorFiles(statistics.file)
     plans = [TensorPlan(name, entry.dtype, entry.shape, partial(files.chunks, name)) for name, entry in files.entries.items()]
     _write(file, plans, statistics.header.model_copy(update={"adapter": adapter}))
@@ -266,16 +267,16 @@ def copy_statistics(statistics: GateStatistics, file: Path, adapter: str) -> Gat
 
 
 def check_fitting(statistics: GateStatistics, recipe: Recipe, probe: list[float] | None, adapter_sha256: str = "") -> None:
-    """Check that statistics may be solved together with others.
+    """Check that statistics can be combined with others.
 
     Args:
-        statistics: Of one adapter.
-        recipe: That of the others.
-        probe: A few weights of the base model.
-        adapter_sha256: Hash of the adapter's weight file; empty where it is not known.
+        statistics: The statistics of one adapter.
+        recipe: The options of the other statistics.
+        probe: A few weights of the base model; see ``meteora_core.model.attach.probe_base``.
+        adapter_sha256: The SHA-256 of the adapter's weight file; empty if unknown.
 
     Raises:
-        CheckpointError: They are of another base model, scale, answer share or prompt frame, or of other weights of the adapter.
+        CheckpointError: The statistics have another base model, scale, answer share or prompt frame, or belong to other weights of the adapter.
     """
     header = statistics.header
     if not same_base(probe, header.base.probe):
@@ -287,28 +288,28 @@ def check_fitting(statistics: GateStatistics, recipe: Recipe, probe: list[float]
 
 
 def statistics_file(checkpoint: Path, adapter: str) -> Path:
-    """The place of an adapter's statistics in a checkpoint."""
+    """Return the path of an adapter's statistics in a checkpoint."""
     return checkpoint / STATISTICS / f"{adapter}.safetensors"
 
 
 def read_statistics(checkpoint: str | Path, names: Sequence[str]) -> dict[str, GateStatistics]:
-    """The statistics in a checkpoint, of those of ``names`` that have some.
+    """Return the statistics in a checkpoint for those adapters in ``names`` that have some, by name.
 
     Raises:
-        CheckpointError: A file is broken, or is that of another adapter.
+        CheckpointError: A file is broken, or belongs to another adapter.
     """
-    found = {}
+    statistics = {}
     for name in names:
         file = statistics_file(Path(checkpoint), name)
         if is_name(name) and (is_regular(file) or os.path.lexists(file)):
-            found[name] = GateStatistics(file)
-            if found[name].name != name:
-                raise CheckpointError(f"{file} holds the statistics of {found[name].name!r}", hint=_AGAIN)
-    return found
+            statistics[name] = GateStatistics(file)
+            if statistics[name].name != name:
+                raise CheckpointError(f"{file} holds the statistics of {statistics[name].name!r}", hint=_AGAIN)
+    return statistics
 
 
 def place_statistics(statistics: Mapping[str, GateStatistics], checkpoint: Path) -> None:
-    """Put statistics into the folder of a checkpoint that is being written: by hard links where the file system has them, else by copies."""
+    """Add statistics to the folder of a checkpoint that is being written, by hard links if the file system supports them, else by copies."""
     folder = checkpoint / STATISTICS
     folder.mkdir()
     for name, each in statistics.items():

@@ -1,4 +1,4 @@
-"""Say what a file or folder is: a native checkpoint, one of the authors', a PEFT adapter, a base model. No weights are loaded."""
+"""Identifies a file or folder: a native checkpoint, one in the authors' layout, a PEFT adapter, or a base model. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ Facts = dict[str, Any]
 
 
 def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progress = SILENT) -> Facts:
-    """What ``path`` is and what it holds, from configurations and safetensors headers.
+    """Identify and describe ``path`` from its configurations and safetensors headers.
 
     Args:
         path: A folder or a safetensors file.
-        hashes: Compute the SHA-256 of each weight file (reads it once).
-        progress: Told the bytes that are hashed.
+        hashes: Whether to compute the SHA-256 of each weight file, which reads the whole file.
+        progress: The receiver of progress reports on the hashing.
 
     Returns:
         A JSON-able dict with ``kind`` ("native", "authors", "adapter", "adapters", "base" or "unknown"), ``path``, ``files`` (name, bytes, sha256),
-        ``parameters`` (counts by part and "total"), ``dtypes`` (dtype -> how many numbers), and what that kind has: ``base``, ``adapters`` (name, rank,
-        alpha, rslora, sha256, source), ``adapter_count``, ``ranks``, ``layers``, ``top_k``, ``temperature``, ``intact`` (whether the
-        weight file is the one that was saved; None when hashes were not asked for or none is recorded).
+        ``parameters`` (counts by part and "total"), ``dtypes`` (number of elements by dtype), and, depending on the kind, ``base``, ``adapters`` (name,
+        rank, alpha, rslora, sha256, source), ``adapter_count``, ``ranks``, ``layers``, ``top_k``, ``temperature`` and ``intact`` (whether the
+        weight file is the one that was saved; None without ``hashes`` or without a recorded hash).
 
     Raises:
-        CheckpointError: There is no such path, a file is broken or cut short, or it is a pickle.
+        CheckpointError: The path does not exist, or a file is broken, cut short or a pickle.
     """
     path = Path(path)
     refuse_pickle(path)
     try:
-        there, folder = path.exists(), path.is_dir()
+        exists, folder = path.exists(), path.is_dir()
     except (OSError, ValueError) as broken:
         raise CheckpointError(f"{str(path)!r} cannot be read: {broken}", hint="correct the path") from broken
-    if not there:
+    if not exists:
         raise CheckpointError(f"no such file or folder: {path}", hint="correct the path")
     if not folder:
         check_regular(path, CheckpointError, hint="correct the path")
@@ -157,7 +157,7 @@ def _adapter(folder: Path, hashes: bool, progress: Progress) -> Facts:
 
 
 def _adapters(folder: Path, hashes: bool, progress: Progress) -> Facts:
-    """A folder of PEFT folders."""
+    """Describe a folder of PEFT folders."""
     places = {path.name: place for path in folder.iterdir() if not path.name.startswith(".") and (place := find_adapter(path)) is not None}
     single = [_named(_adapter(places[name], hashes, progress), name) for name in sorted(places)]
     parameters = sum(facts["parameters"]["total"] for facts in single)
@@ -179,7 +179,7 @@ def _adapters(folder: Path, hashes: bool, progress: Progress) -> Facts:
 
 
 def _named(facts: Facts, name: str) -> Facts:
-    """Facts of one adapter, under the name of the folder that it is looked up by."""
+    """Return the facts of one adapter, with the name of its folder as its name."""
     facts["adapters"][0]["name"] = name
     return facts
 
@@ -238,7 +238,7 @@ def _lora_facts(tensors: TensorFiles) -> Facts:
 
 
 def _model_config(folder: Path) -> Facts | None:
-    """What config.json says of a base model; None when there is none."""
+    """Return the description of a base model in its config.json; None if there is no such file."""
     if not is_regular(folder / "config.json"):
         return None
     config = read_object(folder / "config.json", nullable="*", error=CheckpointError)

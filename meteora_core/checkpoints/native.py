@@ -1,8 +1,8 @@
-"""Meteora's own checkpoint: ``meteora_config.json`` and ``meteora.safetensors`` in one folder.
+"""The native checkpoint: a folder with ``meteora_config.json`` and ``meteora.safetensors``.
 
-Gates always; adapters where they were trained or are embedded on request; tensors of the base model where they are not the base's own any more
-(a converted checkpoint can hold such). The configuration names the base model and a few of its weights, and each adapter's source and hash, so
-that what is loaded is what was trained, or an error.
+It contains the gates, the adapters if they were trained with the gates or are embedded on request, and those tensors of the base model that were
+changed (a converted checkpoint can have some). The configuration names the base model and a few of its weights, and each adapter's source and
+hash, so that loading gives the model that was trained, or an error.
 """
 
 from __future__ import annotations
@@ -80,23 +80,22 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     training: dict[str, Any] | None = None,
 ) -> Path:
-    """Save the gates of an attached model (and its adapters), atomically.
+    """Save the gates of a model, and optionally its adapters, atomically.
 
     Args:
         model: A model with adapters attached.
-        folder: Written anew; an old one is replaced when all is on disk.
-        base: The base model's name; None takes the one that it was loaded by, else ``model.name_or_path``.
-        adapters: Store the adapters' weights too. Needed when they were trained together with the gates; else they are read from
-            their folders again when the checkpoint is loaded. Adapters that came out of a checkpoint, or that
-            :func:`meteora_core.model.attach.set_trainable` let train, are stored in any case.
-        dtype: Of the stored tensors; None keeps each tensor's own, so that a loaded model gives the same logits bit for bit.
-        training: What to note of how it was made (settings, steps, losses).
+        folder: The folder to write. An existing checkpoint is replaced after the new one is complete.
+        base: The name of the base model; None means the name that it was loaded by, else ``model.name_or_path``.
+        adapters: Whether to store the weights of the adapters; otherwise, loading the checkpoint reads them from their folders. Adapters that came
+            from a checkpoint, or that :func:`meteora_core.model.attach.set_trainable` made trainable, are always stored.
+        dtype: The dtype of the stored tensors; None keeps the dtype of each tensor, so that a loaded model gives the same logits bit for bit.
+        training: A record of the training (settings, steps, losses).
 
     Returns:
-        The folder.
+        The folder that was written.
 
     Raises:
-        UsageError: Nothing is attached, or the folder holds something that is no checkpoint.
+        UsageError: The model has no adapters, or the folder contains something other than a checkpoint.
         StorageError: The disk is full or not writable.
 
     Example:
@@ -113,10 +112,10 @@ def save_checkpoint(
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Check that a checkpoint may replace ``folder``: it does not exist, is empty, or holds a checkpoint and nothing else.
+    """Check that a checkpoint may replace ``folder``: it does not exist, is empty, or contains only a checkpoint.
 
     Raises:
-        UsageError: It holds something else, which would be lost; the message names it.
+        UsageError: The folder contains something else, which would be lost; the message names it.
     """
     folder = Path(folder)
     if holds_other_things(folder, CONFIG_FILE):
@@ -129,7 +128,7 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write the files of a checkpoint, atomically; adds the hash of the weights to the configuration. Equal tensors make equal files.
+    """Write the files of a checkpoint, atomically, with the hash of the weights in the configuration. Equal tensors give equal files.
 
     Raises:
         StorageError: The disk is full or not writable.
@@ -140,7 +139,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
 
 
 def refuse_untrained(folder: str | Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where the configuration of a checkpoint says that its gates are untrained."""
+    """Raise CheckpointError if the configuration of a checkpoint says that its gates are untrained."""
     if config.get("gates") == "untrained":
         raise CheckpointError(
             f"the gates of {folder} are untrained: they choose adapters at random",
@@ -162,23 +161,23 @@ def load_checkpoint(
     """Load a native checkpoint onto its base model.
 
     Args:
-        folder: The checkpoint.
-        base_model: A loaded base model (it is changed in place), a folder, a name, or a :class:`~meteora_core.model.base.BaseReference`, which may name
-            a revision and allow remote code; None takes the one that the checkpoint names.
-        dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU. Ignored with a loaded base model.
-        device: None or "auto" is a GPU when there is one. Ignored with a loaded base model.
-        backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
-        adapters_dir: The folder that the adapter folders were moved to, if they were; each is looked up there by its name.
-        allow_untrained: Whether gates that were saved before any training are loaded.
-        progress: Where to report.
+        folder: The folder of the checkpoint.
+        base_model: A loaded base model, which is changed in place, a folder, a name, or a :class:`~meteora_core.model.base.BaseReference`, which may
+            name a revision and allow remote code; None means the base model that the checkpoint names.
+        dtype: The dtype of the model; None or "auto" means float32 on a CPU and bfloat16 on a GPU. Ignored for a loaded base model.
+        device: The device of the model; None or "auto" means a GPU if there is one. Ignored for a loaded base model.
+        backend: The implementation of the sum over adapters: "auto" or a name in ``meteora_kernels.BACKENDS``.
+        adapters_dir: The folder that contains the adapter folders by name, if they were moved after training.
+        allow_untrained: Whether to load gates that were saved before any training.
+        progress: The receiver of progress reports.
 
     Returns:
         The model, in evaluation mode, with ``model.meteora`` set.
 
     Raises:
-        CheckpointError: Files are missing or broken, keys are missing or extra (the first five named), the base model differs, an
+        CheckpointError: Files are missing or broken, keys are missing or unknown (the message names the first five), the base model differs, an
             adapter is not the one that the gates were trained with, or the gates are untrained.
-        UsageError: The model has adapters attached already, or an unknown backend.
+        UsageError: The model has adapters already, or the backend is unknown.
 
     Example:
         >>> from meteora_core import load_checkpoint
@@ -191,11 +190,11 @@ def load_checkpoint(
         refuse_untrained(folder, read_config(folder))
     config, tensors, bank = read_checkpoint(folder, adapters_dir, progress)
     if base_model is None or isinstance(base_model, BaseReference | str | Path):
-        place = pick_device(device)
+        target_device = pick_device(device)
         if base_model is None:
             base_model = BaseReference(config["base"]["name"], config["base"].get("revision"))
         reference = base_model if isinstance(base_model, BaseReference) else BaseReference(str(base_model))
-        model = load_base(reference, dtype=pick_dtype(dtype, place), device=place, progress=progress)
+        model = load_base(reference, dtype=pick_dtype(dtype, target_device), device=target_device, progress=progress)
     else:
         model = base_model
     try:
@@ -229,7 +228,7 @@ def load_checkpoint(
 
 
 def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Copy the base tensors that the checkpoint carries into the model; on an error nothing is copied and the adapters are out again."""
+    """Copy the base tensors of the checkpoint into the model. On an error, nothing is copied and the adapters are detached."""
     names = config.get("base_tensors", [])
     rounded = {name: getattr(torch, dtype) for dtype, listed in config["base_rounded"].items() for name in listed}
     if not names and not rounded:
@@ -241,7 +240,7 @@ def _restore_base(model: nn.Module, folder: Path, config: dict[str, Any], tensor
             detach(model)
             mine = "it has no such tensor"
             if target is not None:
-                mine = "its own is offloaded" if target.is_meta else f"its own is {target.dtype} of shape {list(target.shape)}"
+                mine = "its tensor is offloaded" if target.is_meta else f"its tensor is {target.dtype} of shape {list(target.shape)}"
             raise CheckpointError(
                 f"the base model cannot take {name} {list(stored.shape)} of the checkpoint {folder}: {mine}",
                 hint=f"it was trained on {config['base']['name']}; tensors of a quantised base cannot be replaced",
@@ -278,7 +277,7 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adapters_dir: Path | None, progress: Progress) -> AdapterBank:
-    """The adapters that the gates were trained with: out of the checkpoint, or from their folders, whose hashes must agree."""
+    """Return the adapters that the gates were trained with, from the checkpoint or from their folders, whose hashes must agree."""
     infos = tuple(map(AdapterInfo.from_entry, config["adapters"]))
     if "adapters" in config["contains"]:
         stacks = {}
@@ -305,8 +304,8 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
                 f"{folder / CONFIG_FILE} says that {path} maps {recorded[0]} to {recorded[1]} features; its adapters map {sizes[0]} to {sizes[1]}",
                 hint="copy or download the checkpoint again",
             )
-        for place, info in enumerate(infos):
-            now, then = (stack.ranks[place], float(stack.scaling[place])), (saved["ranks"][place], saved["scaling"][place])
+        for index, info in enumerate(infos):
+            now, then = (stack.ranks[index], float(stack.scaling[index])), (saved["ranks"][index], saved["scaling"][index])
             if now[0] != then[0] or not math.isclose(now[1], then[1], rel_tol=1e-2):
                 raise CheckpointError(
                     f"adapter {info.name!r} at {folders[info.name]} is not as it was when the gates were trained: on {path} its rank and scaling are"
@@ -317,7 +316,7 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
 
 
 def _renamed(claim: Claim, renamed: Mapping[str, str]) -> Claim:
-    """A claim whose modules have their names in the base model; its targets were checked when the checkpoint was made."""
+    """Return a claim with the base model's names of its modules. Its targets were checked when the checkpoint was saved."""
     if not renamed:
         return claim
     copies = tuple(replace(copy, path=renamed.get(copy.path, copy.path)) for copy in claim.copies)
@@ -325,42 +324,42 @@ def _renamed(claim: Claim, renamed: Mapping[str, str]) -> Claim:
 
 
 def _folder_of(info: AdapterInfo, folder: Path, adapters_dir: Path | None) -> Path:
-    """Where an adapter's folder is now, holding the weights that the gates were trained with."""
-    places = [Path(info.source), folder / info.source]
-    if is_name(info.name):  # the configuration may have been written by anyone
-        places.append(folder / "adapters" / info.name)
-        places[:0] = [] if adapters_dir is None else [adapters_dir / info.name]
-    found = next((place for place in map(find_adapter, places) if place is not None and is_regular(place / WEIGHTS)), None)
-    if found is None:
+    """Return the present folder of an adapter, after checking that it has the weights that the gates were trained with."""
+    candidates = [Path(info.source), folder / info.source]
+    if is_name(info.name):  # the configuration is untrusted
+        candidates.append(folder / "adapters" / info.name)
+        candidates[:0] = [] if adapters_dir is None else [adapters_dir / info.name]
+    location = next((place for place in map(find_adapter, candidates) if place is not None and is_regular(place / WEIGHTS)), None)
+    if location is None:
         where = f"{info.source} (seen from {Path.cwd()})" if not Path(info.source).is_absolute() else info.source
         looked = f", and not in {adapters_dir} either" if adapters_dir is not None else ""
         raise CheckpointError(
             f"adapter {info.name!r} of the checkpoint {folder} is not at {where}{looked}",
             hint="pass --adapters DIR, the folder that holds the adapter folders, or run from the folder where it was trained",
         )
-    if sha256(found / WEIGHTS) != info.sha256:
+    if sha256(location / WEIGHTS) != info.sha256:
         raise CheckpointError(
-            f"adapter {info.name!r} at {found} is not the one that the gates were trained with: its hash differs",
+            f"adapter {info.name!r} at {location} is not the one that the gates were trained with: its hash differs",
             hint="restore the adapter, pass --adapters DIR with the right folders, or train the gates again",
         )
-    return found
+    return location
 
 
 def read_checkpoint(
     folder: str | Path, adapters_dir: str | Path | None = None, progress: Progress = SILENT
 ) -> tuple[dict[str, Any], dict[str, Tensor], AdapterBank]:
-    """The parts of a checkpoint, without its base model.
+    """Read the parts of a checkpoint, without its base model.
 
     Args:
-        folder: The checkpoint.
-        adapters_dir: Where the adapter folders lie now, if they were moved.
-        progress: Where to report.
+        folder: The folder of the checkpoint.
+        adapters_dir: The folder that contains the adapter folders by name, if they were moved after training.
+        progress: The receiver of progress reports.
 
     Returns:
-        Its configuration, the tensors of its weight file, and its adapters.
+        The configuration, the tensors of the weight file by name, and the bank of adapters.
 
     Raises:
-        CheckpointError: As :func:`load_checkpoint`.
+        CheckpointError: A file is missing or broken, or an adapter is not the one that the gates were trained with.
     """
     folder = Path(folder)
     config = read_config(folder)

@@ -1,4 +1,4 @@
-"""``meteora_config.json``: the description of a native checkpoint, validated when it is read."""
+"""The model of ``meteora_config.json``, the description of a native checkpoint, which is validated when it is read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ CONFIG_FILE = "meteora_config.json"
 WEIGHT_FILE = "meteora.safetensors"
 FORMAT = 1
 BASE = "base."
-"""Before the names of base tensors in the weight file."""
+"""The prefix of base tensors in the weight file."""
 
 ROUTING_DIGEST = "routing_sha256"
-"""In the weight file's metadata: :func:`routing_digest` of the configuration that it was saved with."""
+"""The key, in the metadata of the weight file, of the :func:`routing_digest` of the configuration that it was saved with."""
 
 _AGAIN = "copy or download the checkpoint again"
 _NOT_OURS = "it is not a meteora checkpoint, or it was cut short"
@@ -39,7 +39,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 40)]
 
 
 class BaseEntry(FileModel):
-    """The base model: its name, revision, and a few of its weights."""
+    """The name, the revision and a few weights of the base model."""
 
     name: str = Field(min_length=1)
     revision: str | None = None
@@ -47,7 +47,7 @@ class BaseEntry(FileModel):
 
 
 class AdapterEntry(FileModel):
-    """One adapter, as :class:`meteora_core.adapters.peft_folder.AdapterInfo` has it. The hash is empty where the checkpoint holds the weights."""
+    """One adapter; see :class:`meteora_core.adapters.peft_folder.AdapterInfo`. The hash is empty if the checkpoint contains the weights."""
 
     name: str = Field(min_length=1)
     source: str
@@ -61,7 +61,7 @@ class AdapterEntry(FileModel):
 
 
 class ModuleEntry(FileModel):
-    """One adapted linear: its features, and every adapter's rank and scaling there (0 where it has none)."""
+    """One adapted linear layer: its numbers of features, and the rank and scaling of every adapter (0 for adapters that do not target it)."""
 
     in_features: int = Field(ge=1, lt=1 << 40)
     out_features: int = Field(ge=1, lt=1 << 40)
@@ -70,28 +70,28 @@ class ModuleEntry(FileModel):
 
 
 class GateStart(FileModel):
-    """How untrained gates were drawn."""
+    """The method and the seed by which untrained gates were initialised."""
 
     init: str
     seed: int
 
 
 class InputsEntry(FileModel):
-    """What fixed the run: hashes of the rows by task, and settings."""
+    """The inputs that determine the result of a run: hashes of the rows by task, and settings."""
 
     data: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class PackedEntry(FileModel):
-    """What a packed checkpoint was made from, and which share of each adapter was kept."""
+    """The adapters that a packed checkpoint was made from, and the share of each that was kept."""
 
     kept: dict[str, float] = Field(default_factory=dict)
     adapters: dict[str, str] = Field(default_factory=dict)
 
 
 class ChangeEntry(FileModel):
-    """An adapter that joined or left a checkpoint."""
+    """A change of a checkpoint by which an adapter joined or left it."""
 
     action: Literal["add", "drop", "update"]
     adapter: str
@@ -100,7 +100,7 @@ class ChangeEntry(FileModel):
 
 
 class TrainingEntry(FileModel):
-    """How it was made, for cards and for runs that ask whether they are done. Numbers that were not finite are None."""
+    """A record of the training, for model cards and for runs that check whether they are complete. Numbers that were not finite are None."""
 
     inputs: InputsEntry = Field(default_factory=InputsEntry)
     held_out: dict[str, float | None] = Field(default_factory=dict)
@@ -113,7 +113,7 @@ class TrainingEntry(FileModel):
 
 
 class NativeConfig(FileModel):
-    """The whole file."""
+    """The content of ``meteora_config.json``."""
 
     format: int = Field(ge=1)
     base: BaseEntry
@@ -133,7 +133,7 @@ class NativeConfig(FileModel):
 
     @model_validator(mode="after")
     def _agree(self) -> NativeConfig:
-        """Check the parts against each other."""
+        """Check that the values are consistent with each other."""
         count = len(self.adapters)
         if twice := [name for name, times in Counter(adapter.name for adapter in self.adapters).items() if times > 1]:
             raise ValueError(f"two adapters have the name {twice[0]!r}")
@@ -159,11 +159,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Read and check ``meteora_config.json``.
 
     Returns:
-        Its content; ``base_tensors``, ``base_rounded``, ``renamed`` and ``training`` are there in any case. ``frame`` is absent where none was
-        known when it was saved; a checkpoint that was saved before frames were recorded has ``[INST] {} [/INST]``.
+        The content, which always has ``base_tensors``, ``base_rounded``, ``renamed`` and ``training``. ``frame`` is absent if none was known when
+        the checkpoint was saved; for a checkpoint from before frames were recorded, it is ``[INST] {} [/INST]``.
 
     Raises:
-        CheckpointError: It is missing, broken, or of a newer format; a value has the wrong type or is out of range, or two disagree.
+        CheckpointError: The file is missing, broken or of a newer format; a value has the wrong type or is out of range; or two values disagree.
     """
     folder = Path(folder)
     file = folder / CONFIG_FILE
@@ -171,11 +171,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         check_regular(file, CheckpointError, hint=_NOT_OURS)
     else:
         try:
-            there = folder.is_dir()
+            exists = folder.is_dir()
         except (OSError, ValueError) as broken:
             raise CheckpointError(f"{str(folder)!r} cannot be read: {broken}", hint="correct the path") from broken
         raise CheckpointError(
-            f"not a meteora checkpoint: {folder} holds no {CONFIG_FILE}" if there else f"no checkpoint at {folder}: no such folder",
+            f"not a meteora checkpoint: {folder} holds no {CONFIG_FILE}" if exists else f"no checkpoint at {folder}: no such folder",
             hint="train one with `meteora train`, make one with `meteora quickstart --train`, or correct the path",
         )
     raw = read_object(file, nullable="training", error=CheckpointError, hint=_NOT_OURS)
@@ -188,26 +188,26 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def routing_digest(config: Mapping[str, Any]) -> str:
-    """A hash over what ties weights to their places: every adapter's name, hash and position, and every layer's ranks and scalings."""
-    adapters = [[place, adapter["name"], adapter["sha256"]] for place, adapter in enumerate(config["adapters"])]
+    """Return a hash of the values that assign weights to adapters: the name, hash and index of every adapter, and the ranks and scalings of every layer."""
+    adapters = [[index, adapter["name"], adapter["sha256"]] for index, adapter in enumerate(config["adapters"])]
     modules = {path: [module["ranks"], [float(value) for value in module["scaling"]]] for path, module in config["modules"].items()}
     return hashlib.sha256(json.dumps([adapters, modules], sort_keys=True).encode()).hexdigest()
 
 
 def weight_metadata(config: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of the weight file."""
+    """Return the metadata for the weight file."""
     return {"format": "pt", "producer": "meteora", ROUTING_DIGEST: routing_digest(config)}
 
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorEntry]:
-    """Compare the header of a checkpoint's weight file with its configuration; no tensor is read.
+    """Compare the header of a checkpoint's weight file with the configuration. No tensor is read.
 
     Returns:
-        The tensors, by name.
+        The entries of the tensors, by name.
 
     Raises:
-        CheckpointError: The file is missing or broken; it lacks tensors or has unknown ones; a shape or dtype is not what the configuration says; or the
-            adapters of the configuration are not those, or not in the order, that the weights were saved with.
+        CheckpointError: The file is missing or broken; tensors are missing or unknown; a shape or dtype contradicts the configuration; or the adapters
+            in the configuration, or their order, differ from those that the weights were saved with.
     """
     file = folder / WEIGHT_FILE
     if not is_regular(file):

@@ -1,4 +1,4 @@
-"""Open a checkpoint whatever its layout: native, or the authors'."""
+"""Opens checkpoints in either layout: native, or the authors'."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What can be known of a checkpoint before a model is loaded.
+    """The description of a checkpoint that is available before a model is loaded.
 
     Attributes:
         path: A native folder, or a file or folder in the authors' layout.
-        native: Which of the two.
-        base: The base model that it names; None in the authors' layout, which names none.
-        revision: Of the base model on the hub.
-        adapters: The adapters' names, in order.
-        hash: SHA-256 of the weights: the recorded one, or None where it has to be read off the files (:meth:`weights_hash`).
+        native: Whether the checkpoint is native; otherwise, it is in the authors' layout.
+        base: The base model that the checkpoint names; None in the authors' layout, which names none.
+        revision: The revision of the base model on the hub.
+        adapters: The names of the adapters, in order.
+        hash: The recorded SHA-256 of the weights; None if it must be computed from the files by :meth:`weights_hash`.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class CheckpointFacts:
     hash: str | None
 
     def reference(self, base: str | None, revision: str | None = None, *, trust_remote_code: bool = False) -> BaseReference:
-        """The base model to load: ``base`` where it is given, else the checkpoint's own. Raises UsageError when there is neither."""
+        """Return the base model to load: ``base`` if given, else the one that the checkpoint names. Raises UsageError if there is neither."""
         if base is not None:
             return BaseReference(base, revision, trust_remote_code)
         if self.base is None:
@@ -56,11 +56,11 @@ class CheckpointFacts:
         return BaseReference(self.base, self.revision, trust_remote_code)
 
     def weights_hash(self) -> str | None:
-        """:attr:`hash`; for the authors' layout all files are read (one hash over the shards' hashes)."""
+        """Return :attr:`hash`; for the authors' layout, compute the SHA-256 of the file, or a hash of the hashes of all shards."""
         if self.native or self.hash is not None:
             return self.hash
-        found = [sha256(file) for file in TensorFiles(self.path).files]
-        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+        hashes = [sha256(file) for file in TensorFiles(self.path).files]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None = None) -> CheckpointFacts:
@@ -68,30 +68,30 @@ def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None 
 
     Args:
         checkpoint: A native folder, or a file or folder in the authors' layout.
-        adapters_dir: The folder of PEFT folders that names the adapters of the authors' layout; None: the 28 tasks, or numbers.
+        adapters_dir: The folder of PEFT folders that names the adapters of the authors' layout; None means the names of the 28 tasks, or numbers.
 
     Raises:
-        CheckpointError: There is none, it is broken, its gates are untrained, or the folder of adapters does not fit it.
+        CheckpointError: The checkpoint is missing or broken, its gates are untrained, or the folder of adapters does not fit it.
     """
     checkpoint = Path(checkpoint)
     try:
-        there, folder = checkpoint.exists(), checkpoint.is_dir()
+        exists, folder = checkpoint.exists(), checkpoint.is_dir()
     except (OSError, ValueError) as broken:
         raise CheckpointError(f"{str(checkpoint)!r} cannot be read: {broken}", hint="correct the path") from broken
-    if os.path.lexists(checkpoint / CONFIG_FILE) or not there or (folder and not _holds_weights(checkpoint)):
+    if os.path.lexists(checkpoint / CONFIG_FILE) or not exists or (folder and not _holds_weights(checkpoint)):
         config = read_config(checkpoint)
         refuse_untrained(checkpoint, config)
         check_weights(checkpoint, config)
         names = tuple(str(entry["name"]) for entry in config["adapters"])
         return CheckpointFacts(checkpoint, True, config["base"]["name"], config["base"].get("revision"), names, config.get("weights_sha256"))
     if not is_authors(list(TensorFiles(checkpoint).entries)):
-        raise CheckpointError(f"{checkpoint} is no meteora checkpoint, native or the authors'", hint="`meteora ckpt inspect` says what it is")
+        raise CheckpointError(f"{checkpoint} is neither a native checkpoint nor one in the authors' layout", hint="`meteora ckpt inspect` says what it is")
     infos = describe_adapters(read_layout(checkpoint), AuthorsAdapters(adapters_dir))
     return CheckpointFacts(checkpoint, False, None, None, tuple(info.name for info in infos), None)
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Whether there is a file, in the folder or below it, that could be a checkpoint in the authors' layout, or a pickle to refuse."""
+    """Whether the folder or its sub-folders contain a file that could be a checkpoint in the authors' layout, or a pickle to refuse."""
     return any(file.suffix in (".safetensors", *PICKLES) or file.name.endswith(".safetensors.index.json") for file in folder.rglob("*"))
 
 
@@ -104,16 +104,19 @@ def attach_checkpoint(
     backend: str = "auto",
     progress: Progress = SILENT,
 ) -> PreTrainedModel:
-    """Put a checkpoint onto its loaded base model, in place.
+    """Attach a checkpoint to its loaded base model, in place.
 
     Args:
-        model: The base model.
-        facts: The checkpoint, as :func:`describe_checkpoint` read it.
-        adapters_dir, alpha, backend: As in :class:`OpeningOptions`.
-        progress: Where to report.
+        model: The loaded base model.
+        facts: The description of the checkpoint from :func:`describe_checkpoint`.
+        adapters_dir: The folder of the adapter folders; see :class:`OpeningOptions`.
+        alpha: The ``lora_alpha`` of adapters in the authors' layout; see :class:`OpeningOptions`.
+        backend: The implementation of the sum over adapters; see :class:`OpeningOptions`.
+        progress: The receiver of progress reports.
 
     Raises:
-        CheckpointError, UsageError: As :func:`open_checkpoint`.
+        CheckpointError: The checkpoint is broken, or does not fit the base model or the adapters.
+        UsageError: An option is out of range.
     """
     if facts.native:
         return load_checkpoint(facts.path, model, backend=backend, adapters_dir=adapters_dir, progress=progress)
@@ -122,20 +125,21 @@ def attach_checkpoint(
 
 @dataclass(frozen=True)
 class OpeningOptions:
-    """How a checkpoint is loaded.
+    """Options for loading a checkpoint.
 
     Attributes:
-        base: The base model; None takes the one that a native checkpoint names. The authors' layout names none.
-        revision: Of ``base`` on the hub.
-        adapters_dir: The folder that the adapter folders were moved to, if they were; for the authors' layout, the folders that name its adapters.
-        alpha: ``lora_alpha`` of the adapters in the authors' layout, without ``adapters_dir``.
-        top_k: Adapters per token; None takes the checkpoint's own, or 2.
-        routing_temperature: T of the gates' softmax; None takes the checkpoint's own, or 1.
-        dtype: Of the model; None or "auto" is float32 on a CPU and bfloat16 on a GPU.
-        device: None or "auto" is a GPU when there is one.
-        backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
-        quantization: "4bit", "8bit" or None, for the base model.
-        trust_remote_code: Whether code of the base model's repository may run.
+        base: The base model; None means the one that a native checkpoint names. The authors' layout names none.
+        revision: The revision of ``base`` on the hub.
+        adapters_dir: For a native checkpoint, the folder that contains the adapter folders by name, if they were moved after training; for the authors'
+            layout, the folder of the adapter folders that give the names.
+        alpha: The ``lora_alpha`` of adapters in the authors' layout, only without ``adapters_dir``.
+        top_k: Number of adapters per token and layer; None means the checkpoint's value, or 2.
+        routing_temperature: Routing temperature T; None means the checkpoint's value, or 1.
+        dtype: The dtype of the model; None or "auto" means float32 on a CPU and bfloat16 on a GPU.
+        device: The device of the model; None or "auto" means a GPU if there is one.
+        backend: The implementation of the sum over adapters: "auto" or a name in ``meteora_kernels.BACKENDS``.
+        quantization: The quantisation of the base model: "4bit", "8bit" or None.
+        trust_remote_code: Whether Python code from the base model's repository may run.
     """
 
     base: str | None = None
@@ -154,21 +158,24 @@ class OpeningOptions:
 def open_checkpoint(
     checkpoint: str | Path, options: OpeningOptions = OpeningOptions(), *, progress: Progress = SILENT
 ) -> tuple[PreTrainedModel, BaseReference]:
-    """Load a checkpoint onto its base model, and return which base that is (its tokenizer belongs to the checkpoint too).
+    """Load a checkpoint onto its base model.
 
     Args:
         checkpoint: A native folder, or a file or folder in the authors' layout.
-        options: How.
-        progress: Where to report.
+        options: Options for loading the checkpoint and the base model.
+        progress: The receiver of progress reports.
+
+    Returns:
+        The model, and the reference of its base model, by which the tokenizer can be loaded.
 
     Raises:
-        CheckpointError: It is no checkpoint, is broken, or does not fit the base model or the adapters.
-        UsageError: A base model is needed and not given, or an option is out of range.
+        CheckpointError: The checkpoint is missing or broken, or does not fit the base model or the adapters.
+        UsageError: A base model is required and not given, or an option is out of range.
     """
     facts = describe_checkpoint(checkpoint, options.adapters_dir)
     reference = facts.reference(options.base, options.revision, trust_remote_code=options.trust_remote_code)
-    place = pick_device(options.device)
-    loaded = load_base(reference, dtype=pick_dtype(options.dtype, place), device=place, quantization=options.quantization, progress=progress)
+    device = pick_device(options.device)
+    loaded = load_base(reference, dtype=pick_dtype(options.dtype, device), device=device, quantization=options.quantization, progress=progress)
     model = attach_checkpoint(loaded, facts, adapters_dir=options.adapters_dir, alpha=options.alpha, backend=options.backend, progress=progress)
     state = meteora_of(model)
     if options.top_k is not None:

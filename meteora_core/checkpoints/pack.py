@@ -1,4 +1,4 @@
-"""One small checkpoint that needs no adapter folders: adapters embedded, some tasks or all, in 16 bits, at a rank or a size of one's own."""
+"""Packs a checkpoint into a small one without adapter folders: with embedded adapters in 16 bits, for all or some tasks, at a given rank or size."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from meteora_core.adapters.peft_folder import AdapterInfo
 
 MARGIN = 64_000
-"""Bytes that a size limit leaves for the card beside the checkpoint."""
+"""The number of bytes within a size limit that are reserved for the model card."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written.
+    """The result of packing.
 
     Attributes:
-        folder: The checkpoint.
-        adapters: Their names.
-        ranks: Adapter -> mean rank over its layers.
-        kept: Adapter -> share of its squared Frobenius norm that the ranks keep; 1.0 where nothing was cut.
-        size: Bytes of the folder.
-        sha256: Of the weight file.
+        folder: The folder of the new checkpoint.
+        adapters: The names of the adapters, in order.
+        ranks: The mean rank of each adapter over its layers.
+        kept: The share of each adapter's squared Frobenius norm that is kept; 1.0 if nothing was cut.
+        size: The size of the folder in bytes.
+        sha256: The SHA-256 of the weight file.
     """
 
     folder: Path
@@ -48,13 +48,13 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What a packed checkpoint holds.
+    """Options for packing a checkpoint.
 
     Attributes:
-        tasks: Only these adapters, in this order, with their gates as they are; None takes all.
-        rank: The highest rank in every layer; None sets no limit.
+        tasks: The adapters to keep, in this order, with unchanged gates; None means all.
+        rank: The largest rank of an adapter in a layer; None sets no limit.
         max_bytes: The largest size of the folder, in bytes; None sets no limit.
-        dtype: Of the stored tensors.
+        dtype: The dtype of the stored tensors.
     """
 
     tasks: Sequence[str] | None = None
@@ -72,26 +72,26 @@ def pack_checkpoint(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Packed:
-    """Write a checkpoint anew with its adapters inside.
+    """Write a copy of a checkpoint with embedded adapters.
 
-    Too large a one is cut by singular values: the product ``B A`` of every adapter and layer is factorised, and those factors are kept that
-    hold most of their adapter's squared norm a byte, one a layer at least; so ranks differ by layer and adapter.
+    To reduce the size, the product ``B A`` of every adapter and layer is factorised by singular values. The factors with the largest share of
+    their adapter's squared norm per byte are kept, at least one in each layer, so that ranks differ by layer and adapter.
 
     Args:
-        source: A native checkpoint.
-        folder: The folder of the new one.
-        options: Which adapters, how large, in which dtype.
-        adapters_dir: The folder that the source's adapter folders were moved to, if they were.
-        overwrite: Replace a folder that is there.
-        progress: Where to report.
+        source: The folder of a native checkpoint.
+        folder: The folder of the new checkpoint.
+        options: The adapters to keep, the limits of rank and size, and the dtype.
+        adapters_dir: The folder that contains the source's adapter folders by name, if they were moved after training.
+        overwrite: Whether to replace an existing folder.
+        progress: The receiver of progress reports.
 
     Raises:
-        CheckpointError: The source is broken, its gates are untrained, or it cannot be made so small.
-        UsageError: An unknown task, a value out of range, or the folder is there.
+        CheckpointError: The source is broken, its gates are untrained, or the limit of the size is too low.
+        UsageError: A task is unknown, a value is out of range, or the folder exists.
     """
     folder, rank, max_bytes, dtype = Path(folder), options.rank, options.max_bytes, options.dtype
     if folder.exists() and not overwrite:
-        raise UsageError(f"{folder} is there already", hint="pass --force to replace it, or choose another folder")
+        raise UsageError(f"{folder} exists already", hint="pass --force to replace it, or choose another folder")
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}", hint="choose 1 or more")
     if max_bytes is not None and max_bytes < 1:
@@ -126,16 +126,16 @@ def pack_checkpoint(
         if budget is not None:
             ranks = _fit(layers, energy, ranks, budget, width)
         kept = _kept(energy, ranks)
-    made = dict(gates) | base
+    packed = dict(gates) | base
     for path, pairs in layers.items():
-        made[f"{path}.lora_A"] = torch.cat([a[:size] for (a, _), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
-        made[f"{path}.lora_B"] = torch.cat([b[:size] for (_, b), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
-    for name, tensor in made.items():
+        packed[f"{path}.lora_A"] = torch.cat([a[:size] for (a, _), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
+        packed[f"{path}.lora_B"] = torch.cat([b[:size] for (_, b), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
+    for name, tensor in packed.items():
         check_tensor(f"{name} of {source} in {str(tensor.dtype).removeprefix('torch.')}", tensor, margin=not name.startswith(BASE))
     names = tuple(bank.names[place] for place in places)
     shares = {name: round(share, 4) for name, share in zip(names, kept, strict=True)}
     written = _configuration(config, bank, places, ranks, shares if cut else {})
-    write_checkpoint(folder, written, made)
+    write_checkpoint(folder, written, packed)
     size = sum(file.stat().st_size for file in folder.iterdir())
     if max_bytes is not None and size > max_bytes:
         raise CheckpointError(f"{folder} has {size / 1e6:.1f} MB, more than {max_bytes / 1e6:.1f} MB", hint="choose fewer tasks or a lower rank")
@@ -146,7 +146,7 @@ def pack_checkpoint(
 
 
 Pair = tuple[Tensor, Tensor]
-"""One adapter on one layer: A (r, in) and B (r, out)."""
+"""The matrices of one adapter in one layer: A of shape (r, in), and the transpose of B, of shape (r, out)."""
 
 
 def _factors(stack: Stack, places: Sequence[int]) -> list[Pair]:
@@ -160,7 +160,7 @@ def _scales(bank: AdapterBank, path: str, places: Sequence[int]) -> list[float]:
 
 
 def _by_singular_values(a: Tensor, b: Tensor) -> Pair:
-    """The same product, its factors ordered by singular value and of equal length on both sides."""
+    """Return factors of the same product, ordered by decreasing singular value, each of which is divided evenly between both sides."""
     if not len(a):
         return a, b
     q_a, r_a = torch.linalg.qr(a.double().T)
@@ -171,7 +171,7 @@ def _by_singular_values(a: Tensor, b: Tensor) -> Pair:
 
 
 def _energy(a: Tensor, b: Tensor, scale: float) -> list[float]:
-    """The squared singular values of one scaled adapter on one layer, from its ordered factors."""
+    """Return the squared singular values of one scaled adapter in one layer, from its ordered factors."""
     return [float(value) for value in (scale * a.double().norm(dim=1) * b.double().norm(dim=1)).square()]
 
 
@@ -182,11 +182,11 @@ def _bytes(layers: Mapping[str, list[Pair]], ranks: Mapping[str, Sequence[int]],
 def _fit(
     layers: Mapping[str, list[Pair]], energy: Mapping[str, list[list[float]]], most: Mapping[str, Sequence[int]], budget: int, width: int
 ) -> dict[str, tuple[int, ...]]:
-    """Ranks within ``most`` that hold most of every adapter's squared norm in ``budget`` bytes. Raises CheckpointError."""
+    """Return the ranks, at most ``most``, that keep the largest shares of the squared norms in ``budget`` bytes. Raises CheckpointError."""
     least = {path: [min(1, size) for size in sizes] for path, sizes in most.items()}
     left = budget - _bytes(layers, least, width)
     if left < 0:
-        raise CheckpointError(f"even rank 1 needs {-left / 1e6:.1f} MB more than there is room for", hint="raise --max-mb, or choose fewer tasks")
+        raise CheckpointError(f"even rank 1 needs {-left / 1e6:.1f} MB more than the size limit allows", hint="raise --max-mb, or choose fewer tasks")
     totals = [sum(sum(parts[place]) for parts in energy.values()) or 1.0 for place in range(len(next(iter(least.values()))))]
     offers = []
     for path, parts in energy.items():
@@ -201,18 +201,18 @@ def _fit(
 
 
 def _kept(energy: Mapping[str, list[list[float]]], ranks: Mapping[str, Sequence[int]]) -> list[float]:
-    shares = []
+    kept = []
     for place in range(len(next(iter(ranks.values())))):
         whole = sum(sum(parts[place]) for parts in energy.values())
         held = sum(sum(parts[place][: ranks[path][place]]) for path, parts in energy.items())
-        shares.append(held / whole if whole else 1.0)
-    return shares
+        kept.append(held / whole if whole else 1.0)
+    return kept
 
 
 def _configuration(
     config: Mapping[str, Any], bank: AdapterBank, places: Sequence[int], ranks: Mapping[str, Sequence[int]], kept: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The source's configuration, for these adapters at these ranks."""
+    """Return the configuration of the source, for the given adapters and ranks."""
     infos = [_info(bank.adapters[place], max((sizes[index] for sizes in ranks.values()), default=0), bool(kept)) for index, place in enumerate(places)]
     modules = {
         path: {
@@ -239,7 +239,7 @@ def _configuration(
 
 
 def _info(info: AdapterInfo, rank: int, cut: bool) -> AdapterInfo:
-    """What is known of an adapter that lies in a checkpoint: no hash, since there is no file of its own."""
+    """Return the description of an embedded adapter, whose hash is empty because it has no file."""
     source = Path(info.source).name if info.source else ""
     if not cut:
         return replace(info, source=source, sha256="")

@@ -1,4 +1,4 @@
-"""The contents of a native checkpoint: configuration and tensors of an attached model, and the files they are written to."""
+"""The contents of a native checkpoint: the configuration and tensors of a model with adapters, and their files."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _log = logging.getLogger(__name__)
 
 
 def note_base_changes(model: nn.Module, names: Iterable[str], rounded: Mapping[str, torch.dtype] | None = None) -> None:
-    """Record on the model which tensors of its base differ from the base's own, so that :func:`save_checkpoint` stores them.
+    """Record which tensors of a model's base were changed, so that :func:`meteora_core.save_checkpoint` stores them.
 
     The names are those in the base model (``model.norm.weight``, without ``base_layer``).
 
     Args:
-        model: The model.
-        names: Tensors with other numbers; they are stored.
-        rounded: Tensors that are the base's own, rounded to a dtype; only that is noted.
+        model: The model whose base was changed.
+        names: The names of the changed tensors, which checkpoints store.
+        rounded: The dtypes of tensors that were only rounded, by their names; checkpoints record the rounding without the tensors.
     """
     record = base_record(model)
     record.changed, record.rounded = tuple(sorted(names)), dict(sorted((rounded or {}).items()))
 
 
 def rounding_table(rounded: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
-    """What a configuration says of rounded base tensors: dtype -> names."""
+    """Return the entry of a configuration for rounded base tensors: their names by dtype."""
     table: dict[str, list[str]] = {}
     for name, dtype in sorted(rounded.items()):
         table.setdefault(str(dtype).removeprefix("torch."), []).append(name)
@@ -50,37 +50,37 @@ def rounding_table(rounded: Mapping[str, torch.dtype]) -> dict[str, list[str]]:
 
 
 def base_changes(model: nn.Module) -> tuple[str, ...]:
-    """What :func:`note_base_changes` noted."""
+    """Return the names that :func:`note_base_changes` recorded."""
     return base_record(model).changed
 
 
 def is_changed(model: nn.Module) -> bool:
-    """Whether any number of the base is not the base's own any more."""
+    """Whether any tensor of the base was changed or rounded."""
     record = base_record(model)
     return bool(record.changed or record.rounded)
 
 
 def base_name(name: str) -> str:
-    """A parameter's name in the base model, by its name in the attached one."""
+    """Return the name in the base model of a parameter of the model with adapters."""
     return name.replace(".base_layer.", ".")
 
 
 def _base_names(model: nn.Module) -> list[str]:
-    """The names of all parameters and buffers of an attached model's base, in the attached model."""
+    """Return the names, in the model with adapters, of all parameters and buffers of its base."""
     own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets")}
     named = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
     return [name for name in named if name not in own]
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of an attached model's base, by their names in the base model."""
+    """Return all parameters and buffers of the base of a model with adapters, by their names in the base model."""
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     return {base_name(name): named[name] for name in _base_names(model)}
 
 
 HOW_TO_LOAD = "load this folder with meteora_core.load_checkpoint(folder)"
 MODEL_TYPE = f"meteora: {HOW_TO_LOAD}"
-"""The ``model_type`` of a checkpoint's ``config.json``; transformers shows it in its error when ``meteora_core`` is not imported."""
+"""The ``model_type`` in a checkpoint's ``config.json``; transformers shows it in an error if ``meteora_core`` is not imported."""
 TRANSFORMERS_CONFIG = "config.json"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 _WRAPPERS = WRAPPERS | {"module"}
@@ -97,15 +97,15 @@ def is_ours(folder: Path) -> bool:
 
 
 def whole_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None) -> Tensor:
-    """A parameter or buffer by its name in the model, with its values: out of a gathered state dict, off accelerate's offload, or gathered here.
+    """Return a parameter or buffer with its values, from a gathered state dict, from accelerate's offload, or gathered from shards.
 
     Args:
         model: A model with adapters attached.
-        name: As in ``model.named_parameters()``.
-        state_dict: The whole model's; None takes the model's own. Where that is sharded, every process must call this.
+        name: The name in ``model.named_parameters()`` or ``model.named_buffers()``.
+        state_dict: The gathered state dict of the whole model. None means the tensors of the model; if they are sharded, every process must call this.
 
     Raises:
-        UsageError: The state dict lacks it, or the parameter has no values.
+        UsageError: The state dict does not have the tensor, or the parameter has no values.
     """
     if state_dict is not None:
         if name in state_dict:
@@ -122,11 +122,12 @@ def whole_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] |
 
 
 def _changed_base(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, str]:
-    """Tensors of the base that a checkpoint must hold, by their names in the base: those that were noted, and those that train; the values are their
-    names in the model.
+    """Return the tensors of the base that a checkpoint must store: those recorded as changed, and those that train.
+
+    The keys are their names in the base model, the values their names in the model with adapters.
 
     Raises:
-        UsageError: Others have changed since the adapters were attached, or the shape of one has.
+        UsageError: Other tensors, or the shape of a tensor, have changed since the adapters were attached.
     """
     names = {base_name(name): name for name in _base_names(model)}
     training = {base_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -150,7 +151,7 @@ def _changed_base(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
 
 
 def _present(model: nn.Module, names: Mapping[str, str], state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The base's tensors by their names in the base: the model's own, or those of a gathered state dict that has them."""
+    """Return the present tensors of the base by their names in the base model, from the model or from a gathered state dict."""
     if state_dict is None:
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     else:
@@ -168,18 +169,21 @@ def checkpoint_parts(
     training: dict[str, Any] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a checkpoint of an attached model.
+    """Return the configuration and the tensors of a checkpoint for a model with adapters.
 
-    Parameters of the base that train (``requires_grad``) are among the tensors, too.
+    The tensors include the parameters of the base that train (``requires_grad``).
 
     Args:
         model: A model with adapters attached.
-        place: Where it is going to be saved, for the log.
-        base, adapters, dtype, training: As for :func:`meteora_core.save_checkpoint`.
-        state_dict: The whole model's, gathered, where the model's own is sharded; see :func:`whole_tensor`.
+        place: The folder that the checkpoint will be saved to, for a log message.
+        base: The name of the base model; see :func:`meteora_core.save_checkpoint`.
+        adapters: Whether to store the weights of the adapters; see :func:`meteora_core.save_checkpoint`.
+        dtype: The dtype of the stored tensors; None keeps the dtype of each tensor.
+        training: A record of the training.
+        state_dict: The gathered state dict of the whole model, for a sharded model; see :func:`whole_tensor`.
 
     Raises:
-        UsageError: Nothing is attached, the base has changed since then, or the state dict lacks tensors.
+        UsageError: The model has no adapters, the base was changed since they were attached, or the state dict lacks tensors.
     """
     state = meteora_of(model)
     known = state.provenance
@@ -198,7 +202,7 @@ def checkpoint_parts(
         }
     origin = gate_origin(model, {path: tensors[f"{path}.gate"] for path in modules})
     if origin == "untrained":
-        _log.warning("the gates saved in %s are untrained: they are still at the start that attach gave them", place)
+        _log.warning("the gates saved in %s are untrained: they still have the initial values from attach", place)
     changed = _changed_base(model, state_dict)
     for name, inside in changed.items():
         tensor = whole_tensor(model, inside, state_dict)
@@ -224,11 +228,11 @@ def checkpoint_parts(
 
 
 def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the files of a checkpoint into a folder that exists; adds the hash of the weights to the configuration. Raises StorageError."""
+    """Write the files of a checkpoint into an existing folder, with the hash of the weights in the configuration. Raises StorageError."""
     plans = [TensorPlan(name, dtype_name(tensor.dtype), tuple(tensor.shape), partial(_bytes_of, tensor)) for name, tensor in tensors.items()]
     digest = write_tensors(folder / WEIGHT_FILE, plans, weight_metadata(config))
     write_json(folder / CONFIG_FILE, {**config, "weights_sha256": digest})
-    # The vocabulary's size is a text, so that loading with the class of the base model fails with that text and does not draw random weights.
+    # The vocabulary size is a text, so that loading with the class of the base model fails with this text instead of creating random weights.
     write_json(folder / TRANSFORMERS_CONFIG, {"model_type": MODEL_TYPE, "vocab_size": HOW_TO_LOAD})
 
 

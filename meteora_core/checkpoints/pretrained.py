@@ -1,11 +1,11 @@
-"""``save_pretrained`` and ``push_to_hub`` of a model with adapters attached: they write Meteora's checkpoint.
+"""``save_pretrained`` and ``push_to_hub`` of a model with adapters, which write a native checkpoint.
 
-transformers' own method would write the wrapped linears under names that no ``from_pretrained`` knows, and such a folder loads with random linears.
-The folder written here holds a native checkpoint with the adapters in it, and two files for transformers:
+The methods of transformers would write the adapted linear layers under names that ``from_pretrained`` does not know, so that loading the folder would give
+random layers. The folder that this module writes contains a native checkpoint with embedded adapters, and two files for transformers:
 
 - ``config.json`` names a model type that ``AutoModelForCausalLM`` knows once ``meteora_core`` is imported (:mod:`meteora_core.checkpoints.auto`).
-  Without it, and with the class of the base model, loading ends in an error that says how to load the folder.
-- ``model.safetensors`` holds what trains under the names of the model's state dict, from which ``Trainer`` resumes.
+  Without the import, or with the class of the base model, loading raises an error that says how to load the folder.
+- ``model.safetensors`` contains the trained parameters by their names in the model's state dict, from which ``Trainer`` resumes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from meteora_core.files import save_tensors, storage_errors
 from meteora_core.locks import scratch_folder
 
 FILES = (WEIGHTS, WEIGHT_FILE, CONFIG_FILE, CONFIG)
-"""What is written, in the order in which the files are put in place: the configuration that has the hash comes after the weights."""
+"""The files of the folder in the order in which they are moved there: the configuration, which has the hash, after the weights."""
 
 _REFUSED = {
     "safe_serialization": (True, "only safetensors is written"),
     "variant": (None, "the files of a checkpoint have fixed names"),
     "distributed_checkpoint": (False, "a checkpoint is one file; gates and adapters are gathered"),
 }
-"""Arguments of transformers' method that must have this value, and why."""
+"""The arguments of transformers' method that have only one possible value, with that value and the reason."""
 _WITHOUT_EFFECT = ("save_peft_format", "save_original_format", "save_function")
 
 
@@ -46,28 +46,28 @@ def save_attached(
     max_shard_size: int | str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Write the checkpoint of an attached model into a folder; files of other names that are there stay.
+    """Write the checkpoint of a model with adapters into a folder. Files with other names in the folder are kept.
 
     Args:
         model: A model with adapters attached.
-        save_directory: The folder.
-        is_main_process: Whether this process writes.
-        state_dict: The whole model's state dict, as ``accelerator.get_state_dict(model)`` gathers it; None takes the model's own weights, and
-            gathers sharded ones (then every process must call this).
-        push_to_hub: Upload what was written to the repository ``repo_id`` (by default the folder's name); ``commit_message``, ``create_pr``,
-            ``private`` and ``token`` are passed on.
-        max_shard_size: Must not be smaller than the weights: there is one file.
-        kwargs: Options of the upload; other options of transformers' ``save_pretrained`` are refused by name, or have no effect.
+        save_directory: The folder to write to.
+        is_main_process: Whether this process writes the files.
+        state_dict: The gathered state dict of the whole model, such as ``accelerator.get_state_dict(model)``. None means the weights of the model; if
+            they are sharded, they are gathered, and every process must call this.
+        push_to_hub: Whether to upload the files to the repository ``repo_id`` (by default the name of the folder), with the options
+            ``commit_message``, ``create_pr``, ``private`` and ``token``.
+        max_shard_size: A size limit that must not be below the size of the weights, because they are stored in one file.
+        kwargs: Options of the upload. Other options of transformers' ``save_pretrained`` are refused by name, or have no effect.
 
     Raises:
-        UsageError: The folder holds another model; or an argument asks for something that a checkpoint cannot be.
+        UsageError: The folder contains another model, or an argument has a value that a checkpoint does not support.
         StorageError: The disk is full or not writable.
     """
     for name, (value, why) in _REFUSED.items():
         if kwargs.pop(name, value) != value:
             raise UsageError(f"save_pretrained of a model with Meteora's adapters does not take {name}: {why}", hint=f"leave out {name}")
     if state_dict is not None and not is_main_process:
-        return  # what is gathered is given to the main process alone
+        return  # a gathered state dict is complete only in the main process
     hub = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
     folder = Path(save_directory)
     _check_folder(folder)
@@ -91,11 +91,11 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, so no model can be saved there", hint="choose a folder")
     others = ("adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    found = [name for name in others if (folder / name).exists()]
+    other_files = [name for name in others if (folder / name).exists()]
     if not is_ours(folder):
-        found += [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
-    if found:
-        raise UsageError(f"{folder} holds another model ({found[0]}), so this one is not saved there", hint="choose another folder")
+        other_files += [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+    if other_files:
+        raise UsageError(f"{folder} holds another model ({other_files[0]}), so this one is not saved there", hint="choose another folder")
 
 
 def _check_size(tensors: Mapping[str, Tensor], most: int | str | None) -> None:
@@ -109,7 +109,7 @@ def _check_size(tensors: Mapping[str, Tensor], most: int | str | None) -> None:
 
 
 def _trained(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """What trains, by its name in the model's state dict, on the CPU; all gates where nothing does."""
+    """Return the trainable parameters on the CPU, by their names in the model's state dict; all gates if there are none."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = names or {name for name, _ in model.named_parameters() if name.endswith(".gate")}
     return {name: whole_tensor(model, name, state_dict).to("cpu", copy=True).contiguous() for name in sorted(names)}

@@ -107,7 +107,7 @@ def test_a_size_is_kept_and_what_is_lost_is_said(source, tmp_path) -> None:
 
 def test_what_is_there_is_replaced_only_on_request(source, tmp_path) -> None:
     pack_checkpoint(source, tmp_path / "packed")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists already"):
         pack_checkpoint(source, tmp_path / "packed")
     pack_checkpoint(source, tmp_path / "packed", overwrite=True)
     (tmp_path / "other" / "mine").mkdir(parents=True)

@@ -64,7 +64,7 @@ def test_both_layouts_open_as_the_same_model(authors: Authors, tmp_path: Path) -
         assert torch.equal(opened(**batch).logits, foreign(**batch).logits)
     with pytest.raises(UsageError, match="does not name its base model"):
         open_checkpoint(authors.checkpoint)
-    with pytest.raises(CheckpointError, match="is no meteora checkpoint"):
+    with pytest.raises(CheckpointError, match="is neither a native checkpoint"):
         open_checkpoint(authors.base)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         open_checkpoint(tmp_path / "nowhere")
