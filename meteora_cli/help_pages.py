@@ -10,6 +10,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "data composite": ("meteora data composite --n 3", "meteora data composite --tasks strategyqa,gsm8k --name both"),
     "data add": (
         "meteora data add pirate --train pirate.jsonl",
+        "meteora data add my_datasets/",
         "meteora data add faq --train faq.csv --columns question=ASK,answer=REPLY --metric text",
     ),
     "data list": ("meteora data list",),
@@ -28,6 +29,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "train adapters": (
         "meteora train adapters --task gsm8k,strategyqa --rank 8",
+        "meteora train adapters --rows my_datasets/",
         "meteora train adapters --task all --jobs 4",
         "meteora train adapters --task all --dry-run",
     ),
@@ -71,7 +73,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {
         "What to evaluate": ("task", "model", "checkpoint", "data", "limit", "scoring"),
         _CHOICE: ("routing_temperature", "top_k", "adapters", "backend"),
-        _ANSWERS: ("batch_size", "max_new_tokens", "max_prompt_tokens"),
+        _ANSWERS: ("template", "batch_size", "max_new_tokens", "max_prompt_tokens"),
         _MODEL: ("base", "dtype", "device", "load_in_4bit", "load_in_8bit", "launcher", "processes"),
         _OUTPUT: ("save", "out_dir", "routing", "debug", "as_json"),
     },

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from meteora_core.data.userdata import Preview
     from meteora_core.errors import MeteoraError
     from meteora_core.progress import Progress
+    from meteora_core.settings import Settings
 
 _SHOWN = 1200
 """Characters of an example row that are shown."""
@@ -102,6 +103,33 @@ def add(
             made = _each(found, partial(_add, options=options, bars=bars), failures, alone)
             _show_added(made, options, as_json, alone, failures)
     _report(failures, len(found))
+
+
+def add_rows(ctx: typer.Context, settings: Settings, source: str) -> list[str]:
+    """Add the datasets of a file, a folder or the hub with everything found out, and return their names.
+
+    Raises:
+        UsageError: There is nothing at that path, or several processes run, which would all add the same.
+        DataError: A dataset is broken.
+    """
+    import os
+
+    from meteora_core.data.formats.folders import find_datasets
+    from meteora_core.data.formats.reading import Reading
+    from meteora_core.errors import UsageError
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--rows cannot be used in several processes at once", hint=f"add them first: meteora data add {source}")
+    base = settings.model
+    reading = Reading(tokenizer=partial(load_tokenizer, base.base, base.revision, base.trust_remote_code))
+    options = _Options(reading, settings.paths.data, "exact", None, None, None)
+    names = []
+    with progress(ctx) as bars:
+        for dataset in find_datasets(source):
+            manifest, _ = _add(dataset, options=options, bars=bars)
+            say(f"{manifest.task}: {manifest.source['columns']}; {manifest.rows['train']} train rows, {manifest.rows['test']} test rows")
+            names.append(manifest.task)
+    return names
 
 
 def _pairs(columns: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -62,6 +62,7 @@ def adapters(
     data: shared.Data = None,
     adapters: Annotated[Path | None, typer.Option("--adapters", help="The same as --out, as a setting.", rich_help_panel=INPUT)] = None,
     base: shared.Base = None,
+    rows: shared.Rows = None,
     max_rows: shared.MaxRows = None,
     loss_on: shared.LossTokens = None,
     rank: Annotated[int | None, typer.Option(rich_help_panel=LORA, help="LoRA rank.")] = None,
@@ -104,7 +105,7 @@ def adapters(
     from meteora_cli.commands.train_adapters import AdapterFlags, train_all
     from meteora_cli.commands.train_stage import RunFlags
 
-    run = RunFlags(comma_separated(task), out_dir, max_rows, dry_run, resume, force, as_json)
+    run = RunFlags(comma_separated(task), out_dir, max_rows, dry_run, resume, force, as_json, rows)
     train_all(ctx, run, AdapterFlags(together, name if balanced else None))
 
 
@@ -123,6 +124,7 @@ def gates(
     adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder that holds one folder per adapter.", rich_help_panel=INPUT)] = None,
     base: shared.Base = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Take adapters even if they name different base models.", rich_help_panel=INPUT)] = False,
+    rows: shared.Rows = None,
     max_rows: shared.MaxRows = None,
     loss_on: shared.LossTokens = None,
     sampling: Annotated[
@@ -187,5 +189,5 @@ def gates(
     from meteora_cli.commands.train_gates import train_checkpoint
     from meteora_cli.commands.train_stage import RunFlags
 
-    run = RunFlags(comma_separated(task), out_dir, max_rows, dry_run, resume, force, as_json)
+    run = RunFlags(comma_separated(task), out_dir, max_rows, dry_run, resume, force, as_json, rows)
     train_checkpoint(ctx, run, any_base=any_base, template=template)

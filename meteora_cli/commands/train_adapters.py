@@ -10,7 +10,7 @@ import typer
 
 from meteora_cli.commands.train_checks import adapter_tasks, check_adapter_targets, refuse_idle_flags
 from meteora_cli.commands.train_launch import launch, launched_sizes
-from meteora_cli.commands.train_stage import RunFlags, Stage, command_line, in_brackets, open_stage, say_next, scored_tasks
+from meteora_cli.commands.train_stage import RunFlags, Stage, command_line, in_brackets, open_stage, say_next, scored_tasks, with_rows
 from meteora_cli.console import emit_json, settings_from
 from meteora_cli.display import put, say
 from meteora_cli.flags import given_flags
@@ -56,6 +56,7 @@ def train_all(ctx: typer.Context, flags: RunFlags, how: AdapterFlags) -> None:
     settings = settings_from(ctx)
     refuse_idle_flags(ctx, settings, gates=False, balanced=how.balanced is not None)
     register_all(settings)
+    flags = with_rows(ctx, flags, settings, name_tasks=True)
     tasks = adapter_tasks(settings, flags.tasks, flags.max_rows)
     _check_combination(ctx, settings, how)
     runtime = start_runtime(settings.model.device)

@@ -11,7 +11,7 @@ import typer
 
 from meteora_cli.commands.train_checks import gate_folders, refuse_idle_flags
 from meteora_cli.commands.train_launch import launch
-from meteora_cli.commands.train_stage import RunFlags, Stage, command_line, in_brackets, open_stage, say_next, scored_tasks
+from meteora_cli.commands.train_stage import RunFlags, Stage, command_line, in_brackets, open_stage, say_next, scored_tasks, with_rows
 from meteora_cli.console import emit_json, settings_from
 from meteora_cli.display import DataTable, console, out, say
 
@@ -30,6 +30,7 @@ def train_checkpoint(ctx: typer.Context, flags: RunFlags, *, any_base: bool, tem
     settings = settings_from(ctx)
     refuse_idle_flags(ctx, settings, gates=True, balanced=False)
     register_all(settings)
+    flags = with_rows(ctx, flags, settings, name_tasks=False)
     folders, note = gate_folders(settings, flags.tasks, flags.max_rows, any_base=any_base)
     runtime = start_runtime(settings.model.device)
     if settings.launch.launcher != "none" and runtime.kind == "none":

@@ -12,7 +12,7 @@ from meteora_cli.console import emit_json, globals_of
 if TYPE_CHECKING:
     from meteora_core.settings import AdapterTrainSettings, OptimSettings, Settings
 
-LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "jobs", "dry_run")
+LAUNCH_FLAGS = ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "jobs", "dry_run", "rows")
 
 
 def launch(ctx: typer.Context, settings: Settings, optim: OptimSettings, folder: Path, *, dry_run: bool, as_json: bool) -> int:

@@ -18,6 +18,10 @@ THIS_RUN = "This run"
 
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of the datasets.", rich_help_panel=INPUT)]
 Base = Annotated[str | None, typer.Option("--base", "--model", help="Base model: a known name, a folder or a hub id.", rich_help_panel=INPUT)]
+Rows = Annotated[
+    str | None,
+    typer.Option("--rows", help="Add datasets first, as `meteora data add` does: a file, a folder or user/name on the hub.", rich_help_panel=INPUT),
+]
 MaxRows = Annotated[int | None, typer.Option(min=1, help="Use only the first N train rows of each task.", rich_help_panel=INPUT, show_default=False)]
 LossTokens = Annotated[
     LossOn | None, typer.Option("--loss-on", help="Tokens that the language-model loss counts: all, or those of the response.", rich_help_panel=INPUT)

@@ -35,6 +35,7 @@ class RunFlags:
         resume: Whether to continue from a saved state.
         force: Whether to train what is there already.
         as_json: Whether the report is one JSON document.
+        rows: The datasets to add first, given with --rows.
     """
 
     tasks: list[str]
@@ -44,6 +45,7 @@ class RunFlags:
     resume: bool
     force: bool
     as_json: bool
+    rows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,19 @@ class Stage:
         if runtime.is_main:
             spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
             say(f"{self.settings.model.base} in {str(self.dtype).removeprefix('torch.')} on {self.device}{spread}")
+
+
+def with_rows(ctx: typer.Context, flags: RunFlags, settings: Settings, *, name_tasks: bool) -> RunFlags:
+    """Add the datasets of --rows. With ``name_tasks``, they are the tasks where --task was left out. Raises UsageError together with --dry-run."""
+    from meteora_cli.commands.data_add import add_rows
+    from meteora_core.errors import UsageError
+
+    if flags.rows is None:
+        return flags
+    if flags.dry_run:
+        raise UsageError("--rows adds datasets, and --dry-run writes nothing", hint=f"add them first: meteora data add {shlex.quote(flags.rows)}")
+    names = add_rows(ctx, settings, flags.rows)
+    return replace(flags, tasks=flags.tasks or names) if name_tasks else flags
 
 
 def open_stage(ctx: typer.Context, flags: RunFlags, settings: Settings, out: Path, runtime: Runtime) -> Stage:

@@ -364,6 +364,28 @@ def test_adapters_end_with_the_command_that_trains_their_gates(place) -> None:
     assert {adapter["name"] for adapter in json.loads((place / "of-more" / "meteora_config.json").read_text())["adapters"]} == {"count", "shout"}
 
 
+def test_rows_of_any_format_are_added_and_trained_on(place) -> None:
+    (place / "many").mkdir()
+    (place / "many" / "spell.csv").write_text("question,answer\n" + "".join(f"spell {word},{'-'.join(word)}\n" for word in ("one", "two", "six") * 10))
+    talk = {"messages": [{"role": "user", "content": "greet"}, {"role": "assistant", "content": "hi"}]}
+    (place / "many" / "greet.jsonl").write_text((json.dumps(talk) + "\n") * 30)
+    flags = ("--data", "added", "--max-steps", "1", "--batch-size", "2", "--log-to", "none")
+    done = shell(place, "adapters", "--rows", "many", "--rank", "2", "--out", "new", *flags)
+    assert "spell: question and answer (question, answer); 24 train rows, 6 test rows" in done.err
+    assert sorted(path.name for path in (place / "new").iterdir() if (path / "adapter_config.json").is_file()) == ["greet", "spell"]
+    shell(place, "gates", "--rows", "many", "--adapters", "new", "--out", "mixed", *flags, "--template", "Q: {}\\nA:")
+    config = json.loads((place / "mixed" / "meteora_config.json").read_text())
+    assert config["frame"] == {"before": "Q: ", "after": "\nA:"}
+    assert [adapter["frame"]["before"] for adapter in config["adapters"]] == ["[INST] ", "[INST] "]
+
+
+def test_rows_are_not_added_by_a_dry_run(meteora, place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    ran = meteora("train", "adapters", "--rows", "many", "--dry-run")
+    assert ran.code == 2
+    assert "meteora data add many" in ran.err
+
+
 def test_tasks_declared_in_the_settings_are_known(meteora, place, monkeypatch, tmp_path) -> None:
     """A declaration that is wrong is an error here as elsewhere; one that is right names the command that builds it."""
     from meteora_core.data.tasks import TASKS
