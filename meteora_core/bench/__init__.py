@@ -1,4 +1,4 @@
-"""Timing of the mixture kernels on the user's own machine."""
+"""Benchmarks of the mixture kernels on the user's machine."""
 
 from meteora_core.bench.contenders import Setting
 from meteora_core.bench.end_to_end import EndToEnd, ModelSizes, bench_end_to_end

@@ -1,4 +1,4 @@
-"""What is compared: one decoder layer's seven linears, done in several ways."""
+"""The contenders of a benchmark: the seven linears of a decoder layer, computed in several ways."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.wide import Wide
 
 RUN, POOL = 8, 16
-"""Local routes: the number of neighbours that share their adapters, and the largest number of different adapters in a batch."""
+"""For local routes, the number of neighbouring tokens that share their adapters, and the largest number of different adapters in a batch."""
 
 
 @dataclass
 class Linear:
-    """One linear with its adapters; tensors as in :func:`meteora_kernels.lora_mixture`, weight (o, h), one plain LoRA (r, h) and (o, r)."""
+    """One linear with its adapters, and a single plain LoRA for comparison.
+
+    Attributes:
+        weight: Base weights (o, h).
+        gate, lora_A, lora_B, scaling, offsets: Tensors of the adapters, as :func:`meteora_kernels.lora_mixture` takes them.
+        one_A: A of the plain LoRA (r, h).
+        one_B: B of the plain LoRA (o, r).
+    """
 
     weight: Tensor
     gate: Tensor
@@ -37,10 +44,10 @@ class Linears:
     """Linears that share their input.
 
     Attributes:
-        hidden: h.
-        linears: The members.
-        fed: Whether a fused model writes this input where the group reads it (by a norm or an activation), as :func:`lay_input` does.
-        group: A copy of the weights as fused kernels take them, or None.
+        hidden: Width of the input h.
+        linears: The linears.
+        fed: Whether a norm or an activation of a fused model writes this input into the buffer that the group reads, as :func:`lay_input` does.
+        group: A copy of the weights in the layout of the fused kernels, or None.
     """
 
     hidden: int
@@ -54,9 +61,9 @@ class Setting:
     """The adapters of a benchmark.
 
     Attributes:
-        adapters: Their number.
-        rank: The rank of every adapter.
-        top_k: Adapters per token and layer.
+        adapters: Number of adapters.
+        rank: Rank of every adapter.
+        top_k: Number of adapters per token and layer.
     """
 
     adapters: int = 28
@@ -65,7 +72,7 @@ class Setting:
 
 
 def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: torch.device, *, fused: bool) -> list[Linears]:
-    """Random weights of one layer; outputs are of order 1, the adapters' share about a fifth of that."""
+    """Random weights of one layer. Outputs are of order 1, to which the adapters contribute about a fifth."""
     total = setting.adapters * setting.rank
 
     def draw(*size: int, scale: float) -> Tensor:
@@ -86,7 +93,7 @@ def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: 
             )
             for width in widths
         ]
-        group = Linears(hidden, linears, fed=index != 1)  # what attention gives to o comes as it is
+        group = Linears(hidden, linears, fed=index != 1)  # the input of o comes from the attention, which does not write into the buffer
         if fused:
             group.group = fuse(group, setting)
         groups.append(group)
@@ -94,7 +101,7 @@ def make_layer(shape: ModelShape, setting: Setting, dtype: torch.dtype, device: 
 
 
 def fuse(linears: Linears, setting: Setting) -> Group:
-    """A copy of the weights as the fused kernels take them; the other contenders keep their own, which are contiguous."""
+    """A copy of the weights in the layout of the fused kernels. The other contenders use the original, contiguous weights."""
     total = setting.adapters * setting.rank
     stacked, begin = stacked_rows_of(setting.adapters, total), gate_rows_of(setting.adapters)
     widths = tuple(linear.weight.shape[0] for linear in linears.linears)
@@ -114,7 +121,7 @@ def fuse(linears: Linears, setting: Setting) -> Group:
 
 
 def lay_input(linears: Linears, x: Tensor, top_k: int) -> Tensor:
-    """``x`` as a fused model gives it to these linears: where the plan wants it, columns of a wider buffer."""
+    """``x`` in the form in which a fused model passes it to these linears: in columns of a wider buffer if the group reads it there."""
     from meteora_kernels.group import reads_in_place
 
     group = linears.group
@@ -127,9 +134,9 @@ def local_input(group: Linears, x: Tensor, setting: Setting) -> Tensor:
     """``x`` rotated so that runs of :data:`RUN` neighbours choose the same top_k adapters, out of :data:`POOL` in the whole batch, as tokens of a text do.
 
     Args:
-        group: The linears that read it; each chooses by its own gate.
-        x: (M, h).
-        setting: N and k.
+        group: The linears that read ``x``; each chooses adapters by its gate.
+        x: Input (M, h).
+        setting: The adapters of the benchmark.
     """
     generator = torch.Generator().manual_seed(x.shape[0])
     pool = torch.randperm(setting.adapters, generator=generator)[: max(POOL, setting.top_k)]
@@ -145,7 +152,7 @@ def local_input(group: Linears, x: Tensor, setting: Setting) -> Tensor:
 
 
 def run_linear(name: str, linear: Linear, x: Tensor, setting: Setting) -> Tensor:
-    """One linear's output by contender ``name``: base, peft, loop, gather or a backend's name."""
+    """The output of one linear by the contender ``name``: base, peft, loop, gather or the name of a backend."""
     output = F.linear(x, linear.weight)
     if name == "base":
         return output
@@ -162,7 +169,7 @@ def run_linear(name: str, linear: Linear, x: Tensor, setting: Setting) -> Tensor
 
 
 def run_group(name: str, linears: Linears, x: Tensor, setting: Setting) -> list[Tensor]:
-    """Outputs of all linears; ``fused`` does base and adapters of all in one call, on x as :func:`lay_input` gives it."""
+    """Outputs of all linears. The contender ``fused`` computes them in one call, for x as :func:`lay_input` returns it."""
     if name != "fused":
         return [run_linear(name, linear, x, setting) for linear in linears.linears]
     from meteora_kernels import group
@@ -173,7 +180,7 @@ def run_group(name: str, linears: Linears, x: Tensor, setting: Setting) -> list[
 
 
 def _loop(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: Tensor, setting: Setting) -> Tensor:
-    """A loop over adapters, each on the tokens that chose it (waits for the GPU once an adapter)."""
+    """A loop over adapters, each applied to the tokens that chose it. The host waits for the GPU once for each adapter."""
     for adapter in range(setting.adapters):
         tokens, slots = torch.where(indices == adapter)
         if tokens.numel():
@@ -185,7 +192,7 @@ def _loop(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: T
 
 
 def _gather(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights: Tensor, setting: Setting) -> Tensor:
-    """Every token gets copies of its adapters' A and B, multiplied as batches of small matrices."""
+    """Copies of A and B of every token's adapters, multiplied as batches of small matrices."""
     lora_A = linear.lora_A.view(setting.adapters, setting.rank, -1)[indices].flatten(1, 2)
     lora_B = linear.lora_B.view(setting.adapters, setting.rank, -1)[indices].flatten(1, 2)
     down = torch.bmm(lora_A, x.unsqueeze(2)).squeeze(2)
@@ -194,5 +201,5 @@ def _gather(x: Tensor, output: Tensor, linear: Linear, indices: Tensor, weights:
 
 
 def gather_bytes(shape: ModelShape, setting: Setting, tokens: int, itemsize: int) -> int:
-    """Bytes of the largest copies that :func:`_gather` makes."""
+    """Size in bytes of the largest copies that :func:`_gather` makes."""
     return tokens * setting.top_k * setting.rank * 2 * shape.ffn * itemsize

@@ -1,4 +1,4 @@
-"""A whole random model of a shape: decoding, prefill and a training step; base, one PEFT LoRA, MeteoRA, and MeteoRA fused."""
+"""Benchmarks of a whole random model: decoding, prefill and a training step, for the base model, one PEFT LoRA, MeteoRA and fused MeteoRA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _SPARE = 512
-"""Places in a static cache behind the context: each timed step fills one."""
+"""Number of places in a static cache after the context; each timed step fills one."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class EndToEndRow:
     """One model in one mode.
 
     Attributes:
-        work: "decode, batch B", "prefill of M" or "training step of M".
-        name: base, peft, meteora or fused.
-        milliseconds: Median.
-        tokens_per_second: All sequences together.
-        ratio: To the base in the same mode.
-        peak_mib: Memory on top of what is there before; None off CUDA.
-        mode: "graph" or "eager".
+        work: The work, "decode, batch B", "prefill of M" or "training step of M".
+        name: Name of the model, base, peft, meteora or fused.
+        milliseconds: Median time in milliseconds.
+        tokens_per_second: Tokens per second of all sequences together.
+        ratio: Time relative to the base model in the same mode.
+        peak_mib: Peak memory in MiB in addition to the memory in use before; None for devices other than CUDA.
+        mode: Mode of the measurement, "graph" or "eager".
     """
 
     work: str
@@ -53,7 +53,7 @@ class EndToEndRow:
 
 @dataclass
 class EndToEnd:
-    """A whole run; ``skipped`` says what could not be measured and why."""
+    """Results of a run. ``skipped`` lists the measurements that were not possible, with the reason."""
 
     shape: str
     layers: int
@@ -66,12 +66,12 @@ class EndToEnd:
     skipped: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The results as a dictionary for JSON."""
         return asdict(self)
 
 
 def random_model(shape: ModelShape, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A Llama of this shape with random weights, made where it runs."""
+    """A Llama of this shape with random weights, created on ``device``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -113,13 +113,13 @@ def random_bank(model: nn.Module, adapters: int, rank: int, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What is measured of a whole model.
+    """Sizes at which a whole model is measured.
 
     Attributes:
-        batches: The numbers of sequences that decode together, one measurement each.
-        context: Tokens in the cache while decoding.
-        prefill: Tokens of the prefill; 0 leaves it out.
-        training: Tokens of the training step; 0 leaves it out.
+        batches: Numbers of sequences that decode together, one measurement for each.
+        context: Number of tokens in the cache while decoding.
+        prefill: Number of tokens of the prefill; 0 skips it.
+        training: Number of tokens of the training step; 0 skips it.
     """
 
     batches: Sequence[int] = (1, 8)
@@ -137,15 +137,15 @@ def bench_end_to_end(
     sizes: ModelSizes = ModelSizes(),
     progress: Progress = SILENT,
 ) -> EndToEnd:
-    """Measure a random model: decode of one token per sequence behind a filled cache, prefill, and a training step.
+    """Measure a random model: decoding of one token per sequence after a filled cache, a prefill, and a training step.
 
     Args:
-        shape: Of the model.
-        setting: The adapters.
-        timing: Dtype, device and time.
-        layers: Fewer decoder layers than the shape has.
-        sizes: What is measured.
-        progress: Where to report.
+        shape: Shape of the model.
+        setting: The adapters of the benchmark.
+        timing: Dtype, device and time of a measurement.
+        layers: Number of decoder layers; None for that of the shape.
+        sizes: Sizes at which the model is measured.
+        progress: Receiver of progress reports.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -196,7 +196,7 @@ def bench_end_to_end(
 
 
 def _modes(work: str) -> tuple[str, ...]:
-    """How a work is timed where CUDA graphs are wanted: decoding by graphs, prefill both ways, training as it runs."""
+    """The modes in which a work is timed if CUDA graphs are wanted: decoding with graphs, prefill both with and without, training without."""
     return {"decode": ("graph",), "prefill": ("graph", "eager")}.get(work.split(",")[0].split(" ")[0], ("eager",))
 
 
@@ -214,7 +214,7 @@ def _works(model: nn.Module, ids: Tensor, sizes: ModelSizes, name: str) -> dict[
 
 
 def _decoder(model: nn.Module, ids: Tensor) -> Callable[[], object]:
-    """Decode one token for every row, again and again, behind a cache of fixed size that is filled once, at the first call."""
+    """A function that decodes one token per sequence, after a cache of fixed size that its first call fills."""
     from transformers import StaticCache
 
     config: Any = model.config
@@ -238,7 +238,7 @@ def _prefill(model: nn.Module, ids: Tensor) -> object:
 
 
 def _train(model: nn.Module, ids: Tensor, name: str) -> None:
-    """Forward with labels and backward; of the base nothing trains, of MeteoRA the gates, with their own cross-entropy."""
+    """A forward pass with labels and a backward pass. MeteoRA trains its gates, with their cross-entropy; the base model trains nothing."""
     from meteora_core.routing import meteora_of
 
     if name == "base":

@@ -1,4 +1,4 @@
-"""The seven linears of one decoder layer, per token count and contender."""
+"""Benchmarks of the seven linears of one decoder layer, for every number of tokens and contender."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from meteora_kernels import lora_mixture, pick_backend, plan
 _log = logging.getLogger(__name__)
 
 _CACHE_BYTES = {"cuda": 100 << 20, "cpu": 48 << 20}
-"""Weights are spread over so many bytes that no run finds them in a cache."""
+"""Copies of the weights take at least this number of bytes, by type of device, so that no run finds them in a cache."""
 _GATHER_LIMIT = 4 << 30
 ROUTES = ("uniform", "local")
 _CHECKED = 64
-"""Tokens whose error against float64 is computed."""
+"""Number of tokens whose error against float64 is computed."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class LayerRow:
     """One contender at one token count.
 
     Attributes:
-        tokens: M.
-        name: base, peft, loop, gather, reference, dense, triton or fused.
-        milliseconds: Median, one layer.
-        ratio: To ``base`` in the same mode.
-        gigabytes_per_second: Bytes that must move at least (weights once, chosen adapters, inputs, outputs) over the time.
-        roofline: Least possible time by the measured ceilings over the time.
-        peak_mib: Memory on top of weights and inputs; None off CUDA.
-        error: Relative error against float64, median over tokens, largest over the linears; None with ``backward``.
-        mode: "graph" or "eager".
-        routes: "uniform" (every token chooses at random) or "local" (neighbours share their adapters).
+        tokens: Number of tokens M.
+        name: Name of the contender: base, peft, loop, gather, reference, dense, triton or fused.
+        milliseconds: Median time of one layer in milliseconds.
+        ratio: Time relative to ``base`` in the same mode.
+        gigabytes_per_second: Least number of bytes that must move (weights once, chosen adapters, inputs, outputs), divided by the time, in GB/s.
+        roofline: Least possible time at the measured rates of the machine, divided by the time.
+        peak_mib: Peak memory in MiB in addition to weights and inputs; None for devices other than CUDA.
+        error: Relative error against float64, the median over tokens and the largest over the linears; None with ``backward``.
+        mode: Mode of the measurement, "graph" or "eager".
+        routes: Kind of routes: "uniform" (every token chooses at random) or "local" (neighbours share their adapters).
     """
 
     tokens: int
@@ -60,17 +60,17 @@ class LayerRow:
 
 @dataclass
 class LayerBench:
-    """A whole run.
+    """Results of a run.
 
     Attributes:
-        shape, adapters, rank, top_k, dtype, device, backward: What was asked for.
-        machine: The device's name.
-        copy_gbps: Measured memory rate.
-        gemm_tflops: Measured arithmetic rate.
-        base: What the ratios compare with.
-        chosen: What ``auto`` picks per token count, and why.
+        shape, adapters, rank, top_k, dtype, device, backward: The request.
+        machine: Name of the device.
+        copy_gbps: Measured memory rate in GB/s.
+        gemm_tflops: Measured arithmetic rate in TFLOP/s.
+        base: Description of the base that the ratios refer to.
+        chosen: Backend that ``auto`` picks for each number of tokens, with the reason.
         rows: The measurements.
-        skipped: What did not run, and why.
+        skipped: Contenders that did not run, with the reason.
     """
 
     shape: str
@@ -89,12 +89,12 @@ class LayerBench:
     skipped: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The results as a dictionary for JSON."""
         return asdict(self)
 
 
 def machine_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU and its threads."""
+    """The name of the GPU, or the type of the device and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
@@ -111,20 +111,20 @@ def bench_layers(
     routes: Sequence[str] = ("uniform",),
     progress: Progress = SILENT,
 ) -> LayerBench:
-    """Time every contender at every token count, in turn, in one process.
+    """Time every contender at every number of tokens, in turn, in one process.
 
-    The fused groups get x as a fused model gives it to them: for q, k, v, for gate, up and for down in the columns of a wider buffer, where the
-    model's norms and activation write it (their own time is nobody's here); for o as it is, a copy being part of the time.
+    The fused groups get x in the form in which a fused model passes it. For q, k, v, for gate, up and for down, x is in the columns of a wider buffer, into
+    which the norms and the activation of the model write it (their time is not counted). For o, x is contiguous, and the time of a copy is counted.
 
     Args:
-        shape: Of the layer.
-        tokens: Token counts, each at least 1.
-        setting: The adapters.
-        timing: Dtype, device and time; one measurement for each token count, kind of routes and mode.
-        backward: Forward and backward (inputs and gates get gradients; the plain LoRA trains).
-        contenders: Names to run instead of all; ``base`` always runs.
-        routes: How tokens choose adapters, one run each: "uniform" at random, "local" with neighbours sharing theirs, as in texts.
-        progress: Where to report.
+        shape: Shape of the model.
+        tokens: Numbers of tokens, each at least 1.
+        setting: The adapters of the benchmark.
+        timing: Dtype, device and time; there is one measurement for each number of tokens, kind of routes and mode.
+        backward: Whether to time forward and backward pass together (inputs and gates get gradients; the plain LoRA is trained).
+        contenders: Names of contenders to run instead of all; ``base`` always runs.
+        routes: Kinds of routes, one run for each: "uniform" chooses at random, "local" lets neighbouring tokens share adapters, as in texts.
+        progress: Receiver of progress reports.
 
     Raises:
         UsageError: A number is out of range, or a contender or a kind of routes is unknown.
@@ -192,7 +192,7 @@ def _one_size(
     routes: str,
     names: list[str],
 ) -> None:
-    """Time one token count with one kind of routes, and add its rows."""
+    """Time one number of tokens with one kind of routes, and add the rows to ``bench``."""
     device, count, itemsize = inputs[0][0].device, inputs[0][0].shape[0], inputs[0][0].element_size()
     eager: dict[str, Callable[[], object]] = {}
     for name in names:
@@ -236,7 +236,7 @@ def _one_size(
 
 
 def _least(shape: ModelShape, setting: Setting, tokens: int, itemsize: int, name: str) -> tuple[int, int]:
-    """Bytes and floating-point operations that cannot be avoided: the base's, and the chosen adapters' unless ``name`` is the base."""
+    """The least number of bytes and floating-point operations of the base, plus those of the chosen adapters unless ``name`` is the base."""
     size = sum(tokens * (inputs + sum(outputs)) for inputs, outputs in shape.groups)
     weights, flops = shape.weights, 2 * tokens * shape.weights
     if name != "base":
@@ -267,7 +267,7 @@ def _inference(name: str, sets: list[list[Linears]], inputs: list[list[Tensor]],
 
 
 def _training(name: str, sets: list[list[Linears]], inputs: list[list[Tensor]], setting: Setting) -> Callable[[], None]:
-    """Forward and backward; x and what trains get gradients (gates with a cross-entropy on their logits; the plain LoRA's A and B)."""
+    """A function that runs forward and backward passes, with gradients of x and of the gates (with a cross-entropy) or of the plain LoRA's A and B."""
     leaves = {id(x): x.detach().clone().requires_grad_() for given in inputs for x in given}
     jobs = []
     for groups, given in zip(sets, inputs, strict=True):
@@ -302,7 +302,7 @@ def _training(name: str, sets: list[list[Linears]], inputs: list[list[Tensor]], 
 
 
 def _error(name: str, groups: list[Linears], inputs: list[Tensor], setting: Setting) -> float:
-    """Relative error of the outputs against float64 on the same weights: median over tokens, largest over the linears."""
+    """Relative error of the outputs against float64 with the same weights: the median over tokens and the largest over the linears."""
     worst = 0.0
     for group, given in zip(groups, inputs, strict=True):
         x = given[:_CHECKED]

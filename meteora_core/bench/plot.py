@@ -1,4 +1,4 @@
-"""A picture of a layer benchmark."""
+"""A plot of a layer benchmark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from meteora_core.errors import UsageError
 
 
 def plot_layers(bench: LayerBench, path: Path) -> None:
-    """Draw each contender's ratio to the base over the tokens, both axes logarithmic, and save it.
+    """Plot the time of each contender, relative to the base, over the number of tokens, with logarithmic axes, and save the plot.
 
     Raises:
         UsageError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Sizes of the models that are benchmarked."""
+"""Shapes of the models in the benchmarks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from meteora_core.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a Llama-like decoder layer is made of.
+    """Sizes of a Llama-like model.
 
     Attributes:
-        name: As on the command line.
-        hidden: Width h.
-        key_value: Outputs of k and v.
+        name: Name on the command line.
+        hidden: Width of the hidden states h.
+        key_value: Number of outputs of k and of v.
         ffn: Width of the feed-forward part.
-        heads: Attention heads.
-        kv_heads: Key and value heads.
-        layers: Decoder layers.
-        vocabulary: Tokens.
+        heads: Number of attention heads.
+        kv_heads: Number of key and value heads.
+        layers: Number of decoder layers.
+        vocabulary: Number of tokens in the vocabulary.
     """
 
     name: str
@@ -33,13 +33,13 @@ class ModelShape:
 
     @property
     def groups(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """(inputs, outputs of each linear) for q, k, v; o; gate, up; down."""
+        """The number of inputs and the outputs of each linear, for q, k, v; o; gate, up; down."""
         h, kv, ffn = self.hidden, self.key_value, self.ffn
         return ((h, (h, kv, kv)), (h, (h,)), (h, (ffn, ffn)), (ffn, (h,)))
 
     @property
     def weights(self) -> int:
-        """Base weights of the seven linears of one layer."""
+        """The number of base weights of the seven linears of one layer."""
         return sum(inputs * sum(outputs) for inputs, outputs in self.groups)
 
 
@@ -54,7 +54,7 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def shape_named(name: str) -> ModelShape:
-    """Look a shape up. Raises UsageError for an unknown name."""
+    """The shape of this name. Raises UsageError if it is unknown."""
     if name not in SHAPES:
         raise UsageError(f"unknown model shape {name!r}", hint=did_you_mean(name, SHAPES) or f"choose from: {', '.join(SHAPES)}")
     return SHAPES[name]

@@ -1,4 +1,4 @@
-"""Honest timings: warm-up, contenders in turn and in changing order, medians, CUDA graphs where asked."""
+"""Timings by medians, with a warm-up, contenders in turn and in changing order, and optional CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """How works are timed.
+    """Conditions of a measurement.
 
     Attributes:
-        dtype: Of weights and inputs.
-        device: None is the GPU if there is one, else the CPU.
-        graph: Whether to replay CUDA graphs, on CUDA; what cannot be captured runs eagerly and says so.
-        seconds: The approximate time of one measurement, in seconds.
+        dtype: Dtype of weights and inputs.
+        device: Device of weights and inputs; None for the GPU if there is one, otherwise the CPU.
+        graph: Whether to replay CUDA graphs on a CUDA device. A contender that cannot be captured runs in mode "eager".
+        seconds: Approximate duration of one measurement in seconds.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -32,7 +32,7 @@ class Timing:
 
     @property
     def place(self) -> torch.device:
-        """The device that works run on."""
+        """The device on which works run."""
         return self.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
@@ -45,8 +45,8 @@ def capture(work: Work, pool: Any = None) -> Work:
     """A CUDA graph of ``work``, as a function that replays it.
 
     Args:
-        work: What to capture.
-        pool: Memory to share with other graphs (``torch.cuda.graph_pool_handle()``), whose results nobody keeps; None: memory of its own.
+        work: Function to capture.
+        pool: Memory pool (``torch.cuda.graph_pool_handle()``) to share with other graphs whose results are not kept; None for separate memory.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -61,17 +61,17 @@ def capture(work: Work, pool: Any = None) -> Work:
 
 
 def medians(works: dict[str, Work], device: torch.device, *, repeats: int, seconds: float, before: Work | None = None) -> dict[str, float]:
-    """Median milliseconds of each, run in turn so that a drift of the machine meets all of them.
+    """Median times in milliseconds of works that run in turn, so that a drift of the machine affects all of them.
 
-    Every round has an order of its own, drawn with a fixed seed: the clock that a GPU runs at, and what its cache holds, depend on who ran
-    before, so nobody may always follow the same one.
+    Every round has another order, drawn with a fixed seed: the clock of a GPU and the content of its cache depend on the work that ran before, so no work
+    may always follow the same one.
 
     Args:
-        works: Name -> what to run.
-        device: Where it runs; CUDA work is timed by events.
-        repeats: Rounds at most.
-        seconds: Rounds stop after about so long (five at least).
-        before: Runs before every work, and is not timed.
+        works: Functions to time, by name.
+        device: Device on which they run; CUDA works are timed by events.
+        repeats: Largest number of rounds.
+        seconds: Time in seconds after which no further round starts; there are at least five rounds.
+        before: Function that runs before every work and is not timed.
     """
     for work in works.values():
         work()
@@ -86,7 +86,10 @@ def medians(works: dict[str, Work], device: torch.device, *, repeats: int, secon
 
 
 def pairs(one: Work, other: Work, device: torch.device, count: int, before: Work | None = None) -> list[tuple[float, float]]:
-    """Milliseconds of two works run one right after the other, ``count`` times, each as often first as second; ``before`` runs before each, untimed."""
+    """Times in milliseconds of two works that run one after the other, ``count`` times.
+
+    Each is first as often as second. ``before`` runs before each work and is not timed.
+    """
     taken = []
     for index in range(count):
         if index % 2:
@@ -114,7 +117,7 @@ def _once(work: Work, device: torch.device, before: Work | None = None) -> float
 
 
 def peak_memory(work: Work, device: torch.device) -> float | None:
-    """MiB that ``work`` needs on top of what is there; None off CUDA."""
+    """Peak memory of ``work`` in MiB, in addition to the memory in use; None for devices other than CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -126,7 +129,7 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """The machine's memory rate (GB/s, read plus write of a large copy) and arithmetic rate (TFLOP/s of a large GEMM), as measured now."""
+    """The measured memory rate of a device in GB/s (reads plus writes of a large copy) and its arithmetic rate in TFLOP/s (a large GEMM)."""
     size = 1 << 28 if device.type == "cuda" else 1 << 25
     source = torch.empty(size, dtype=torch.float32, device=device).fill_(1.0)
     target = torch.empty_like(source)

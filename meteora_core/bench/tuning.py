@@ -1,4 +1,4 @@
-"""Measuring the kernels' table of choices on the user's own GPU: every path that can run, against float64 and against what is taken now."""
+"""Measurement of the kernels' table of choices on the user's GPU: every path that can run is compared with float64 and with the path used now."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ from meteora_kernels.plan.choose import user_table
 from meteora_kernels.plan.table import format_row, shipped_tables
 
 GAIN = 0.98
-"""A challenger must take at most this part of the incumbent's time, in the first measurement and in the median of the pairs."""
+"""A challenger must take at most this fraction of the incumbent's time, in the first measurement and in the median of the pairs."""
 SHARE = 0.75
-"""A challenger must be faster in at least this part of the pairs."""
+"""A challenger must be faster in at least this fraction of the pairs."""
 PAIRS = 24
 MOST_ERROR = 1.6
-"""The largest error against float64, as a multiple of the base's own: some paths round the output twice."""
+"""The largest error against float64, as a multiple of the error of the base; it is above 1 because some paths round the output twice."""
 SLACK = 2e-6
-"""Added to the largest error, for float32."""
+"""Absolute tolerance that is added to the largest error, for float32."""
 CHECKED = 64
-"""Tokens whose error is computed."""
+"""Number of tokens whose error is computed."""
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Token counts that are measured by default."""
+"""Numbers of tokens that are measured by default."""
 
 
 class Clock(Protocol):
-    """How works are timed."""
+    """Methods to time works."""
 
     def ready(self, work: Work) -> Work:
-        """The work as it is timed, for example as a CUDA graph."""
+        """The work in the form in which it is timed, for example as a CUDA graph."""
 
     def medians(self, works: dict[str, Work]) -> dict[str, float]:
-        """Median milliseconds of each, in turn."""
+        """Median times in milliseconds of works that run in turn."""
 
     def pairs(self, one: Work, other: Work) -> list[tuple[float, float]]:
-        """Milliseconds of both, one right after the other, again and again."""
+        """Times in milliseconds of two works that run one after the other, several times."""
 
 
 @dataclass(frozen=True)
 class GpuClock:
-    """CUDA graphs timed by events. Their memory is shared, and before each the GPU's cache is filled with other data, as the layers of a model do.
+    """CUDA graphs timed by events. They share memory, and the GPU's cache is filled with other data before each run, as the layers of a model do.
 
     Attributes:
-        device: Where the works run.
-        seconds: Time per measurement, about.
-        pool: The graphs' memory.
-        filler: Larger than the GPU's cache.
+        device: Device on which works run.
+        seconds: Approximate duration of one measurement in seconds.
+        pool: Memory pool of the graphs.
+        filler: Tensor that is larger than the GPU's cache.
     """
 
     device: torch.device
@@ -70,7 +70,7 @@ class GpuClock:
     filler: Tensor = field(default_factory=lambda: torch.empty(1 << 26, device="cuda"))
 
     def fill(self) -> None:
-        """Fill the cache."""
+        """Fill the GPU's cache with other data."""
         self.filler.zero_()
 
     def ready(self, work: Work) -> Work:
@@ -85,13 +85,13 @@ class GpuClock:
 
 @dataclass(frozen=True)
 class Trial:
-    """One path with one way to cut its work, for one size.
+    """A configuration of a path that was tried for one size.
 
     Attributes:
-        row: The path and its tile.
-        error: The error against float64 as a multiple of the base's own; None if the path cannot run.
-        milliseconds: The median time; None if it was not timed.
-        reason: Why it was not timed; empty if it was.
+        row: The path and its block sizes.
+        error: Error against float64 as a multiple of the error of the base; None if the path cannot run.
+        milliseconds: Median time in milliseconds; None if it was not timed.
+        reason: Reason why it was not timed; empty if it was.
     """
 
     row: Row
@@ -102,17 +102,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """What came out for one size.
+    """The result for one size.
 
     Attributes:
-        kind: "group" or "layer".
-        widths: Outputs of each member.
-        hidden: h.
-        tokens: M.
-        incumbent: What the table says now.
+        kind: Kind of the entry, "group" or "layer".
+        widths: Number of outputs of each member.
+        hidden: Width of the input h.
+        tokens: Number of tokens M.
+        incumbent: Row that the table selects now.
         winner: The incumbent, or the challenger that was faster in the paired recheck.
-        ratio: The winner's time over the incumbent's, by the median of the pairs; 1.0 where no challenger was rechecked.
-        trials: Everything that was tried.
+        ratio: Time of the winner divided by that of the incumbent, the median of the pairs; 1.0 if no challenger was rechecked.
+        trials: All configurations that were tried.
     """
 
     kind: str
@@ -127,12 +127,12 @@ class Choice:
 
 @dataclass
 class Tuning:
-    """A whole run.
+    """Results of a run.
 
     Attributes:
-        machine: The device's name.
-        file: The user's table that was written; None if nothing changed or no file was wanted.
-        choices: One for each size.
+        machine: Name of the device.
+        file: The user's table that was written; None if nothing changed.
+        choices: One result for each size.
     """
 
     machine: str
@@ -140,7 +140,7 @@ class Tuning:
     choices: list[Choice] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: a line for each size, and each trial's path and time."""
+        """The results as a dictionary for JSON: one entry for each size, with the path and time of each trial."""
         return {
             "machine": self.machine,
             "file": None if self.file is None else str(self.file),
@@ -164,7 +164,7 @@ class Tuning:
 
 
 def described(row: Row) -> str:
-    """A row's path and how it cuts its work, in one line."""
+    """The path of a row and its block sizes, in one line."""
     parts = [row.path, row.way, *(f"{name} {getattr(row, name)}" for name in ("pieces", "gate_pieces") if getattr(row, name))]
     if row.tile is not None:
         parts.append("tile " + "x".join(str(size) for size in row.tile[:5]))
@@ -174,14 +174,14 @@ def described(row: Row) -> str:
 
 
 def configuration(row: Row) -> Row:
-    """The row without its conditions on sizes: the path and how it cuts its work."""
+    """The row without its conditions on sizes: the path and its block sizes."""
     most = row.tile.tokens if row.path == "one_launch" and row.tile is not None else plan.EVER
     plain = Row(row.path, Span(most=most), half=row.half, in_place=row.in_place, way=row.way, pieces=row.pieces, gate_pieces=row.gate_pieces, tile=row.tile)
     return replace(plain, inline=row.inline, flat=row.flat)
 
 
 def candidates(rows: Sequence[Row], case: Case, can_run: dict[str, Any]) -> list[tuple[Row, str]]:
-    """Every different configuration among ``rows``, and why it cannot run this case ("" if it can)."""
+    """Every different configuration among ``rows``, and the reason why it cannot run this case, or "" if it can."""
     found: dict[Row, str] = {}
     for row in map(configuration, rows):
         if row.fits(case):
@@ -190,12 +190,12 @@ def candidates(rows: Sequence[Row], case: Case, can_run: dict[str, Any]) -> list
 
 
 def decide(works: dict[Row, Work], incumbent: Row, clock: Clock) -> tuple[Row, float, dict[Row, float]]:
-    """The winner, its time over the incumbent's, and all medians in milliseconds.
+    """The winner, its time divided by that of the incumbent, and all medians in milliseconds.
 
     Args:
-        works: The configurations that are right, the incumbent's among them.
-        incumbent: A key of ``works``.
-        clock: How they are timed.
+        works: Works by configuration; all of them are correct, and the incumbent is one of them.
+        incumbent: Configuration that is used now, a key of ``works``.
+        clock: Clock that times the works.
     """
     ready = {str(index): clock.ready(work) for index, work in enumerate(works.values())}
     names = dict(zip(works, ready, strict=True))
@@ -216,13 +216,13 @@ class Problem:
     """One size to tune.
 
     Attributes:
-        kind: "group" or "layer".
-        case: Its sizes.
-        rows: The rows of the table for this kind.
-        can_run: By path.
-        work: Runs a configuration and returns its output.
-        exact: The first tokens' outputs in float64.
-        own: The error of the base's product, relative, median over tokens.
+        kind: Kind of the entry, "group" or "layer".
+        case: Sizes of the call.
+        rows: Rows of the table for this kind.
+        can_run: Functions that return the reason why a path cannot run, by path.
+        work: Function that runs a configuration and returns its output.
+        exact: Outputs of the first tokens in float64.
+        own: Relative error of the base product, the median over tokens.
     """
 
     kind: str
@@ -234,7 +234,7 @@ class Problem:
     own: float
 
     def error(self, row: Row) -> float:
-        """The error of a configuration against float64, as a multiple of the base's own; infinite if two runs differ."""
+        """The error of a configuration against float64, as a multiple of the error of the base; infinite if two runs differ."""
         output = self.work(row)
         if not torch.equal(self.work(row), output):
             return math.inf
@@ -242,7 +242,7 @@ class Problem:
         return float(((found - self.exact).norm(dim=1) / self.exact.norm(dim=1)).median()) / self.own
 
     def solve(self, shipped: Sequence[Row], clock: Clock) -> Choice:
-        """Try everything."""
+        """Try all configurations of the table and of ``shipped`` that can run, and choose one."""
         facts = self.case.facts
         taken = plan.choose(self.rows, self.case, self.can_run)
         incumbent = configuration(taken)
@@ -270,7 +270,7 @@ class Problem:
 
 
 def group_problem(linears: Linears, tokens: int, setting: Setting) -> Problem:
-    """A fused group, its input as a fused model gives it."""
+    """The problem for a fused group, with its input in the form in which a fused model passes it."""
     from meteora_kernels.group import CAN_RUN, PATHS
 
     group = linears.group
@@ -290,7 +290,7 @@ def group_problem(linears: Linears, tokens: int, setting: Setting) -> Problem:
 
 
 def layer_problem(linears: Linears, tokens: int, setting: Setting) -> Problem:
-    """The first linear of a group, its adapters on top of a finished output."""
+    """The problem for the adapters of the first linear of a group, on top of a finished base output."""
     from meteora_kernels.layer import CAN_RUN, run
 
     linear = linears.linears[0]
@@ -306,7 +306,7 @@ def layer_problem(linears: Linears, tokens: int, setting: Setting) -> Problem:
 
 
 def reference_of(linears: Linears, x: Tensor, setting: Setting) -> tuple[Tensor, float]:
-    """The first tokens' outputs in float64, and the error of the base's product in the dtype of x."""
+    """The outputs of the first tokens in float64, and the relative error of the base product in the dtype of x."""
     few = x[:CHECKED].double()
     bases = [F.linear(few, linear.weight.double()) for linear in linears.linears]
     wholes = []
@@ -320,7 +320,7 @@ def reference_of(linears: Linears, x: Tensor, setting: Setting) -> tuple[Tensor,
 
 
 def row_to_write(choice: Choice, below: int, facts: Facts, top_k: int, measured: str) -> Row:
-    """The entry for a winner: for exactly these sizes, and for tokens from the geometric mean with the next smaller count that was measured."""
+    """The entry for a winner: for exactly these sizes, and from the geometric mean of the next smaller number of tokens that was measured and this number."""
     least = max(below + 1, math.isqrt(below * choice.tokens)) if below else choice.tokens
 
     def only(size: int) -> Span:
@@ -349,22 +349,22 @@ def tune(
     clock: Clock | None = None,
     progress: Progress = SILENT,
 ) -> Tuning:
-    """Measure every path that can run here, and write the user's own table for this GPU where another path is faster than the one taken now.
+    """Measure every path that can run on this GPU, and write entries to the user's table for sizes where another path is faster than the one used now.
 
-    A path must be right (against float64, and bit-equal twice). The path that is taken now stays unless a challenger is faster by 2 % in the median of all
-    rounds, and again in pairs run one right after the other.
+    A path must be correct: close to float64, and bit-equal in two runs. The path that is used now stays unless a challenger is faster by 2 % in the median
+    of all rounds, and again in pairs that run one after the other.
 
     Args:
-        shape: The model's sizes.
+        shape: Shape of the model.
         setting: Number and rank of the adapters, and top-k.
-        tokens: Token counts.
-        dtype: The dtype of weights and inputs.
+        tokens: Numbers of tokens.
+        dtype: Dtype of weights and inputs.
         device: A CUDA device.
-        clock: How to time; None: CUDA graphs and events.
-        progress: Where to report.
+        clock: Clock that times the works; None for CUDA graphs and events.
+        progress: Receiver of progress reports.
 
     Returns:
-        What was tried and chosen. The new table is in use from then on.
+        The configurations that were tried and chosen. This process uses the new table from then on.
 
     Raises:
         UsageError: A number is out of range, or no table is wanted (METEORA_KERNEL_TABLE is empty).
@@ -400,7 +400,7 @@ def tune(
 
 
 def write_table(file: Path, machine: str, rows: dict[str, list[Row]]) -> None:
-    """Write new entries before those of the user's table that they do not replace."""
+    """Write new entries, followed by those of the user's table that they do not replace."""
     before = user_table(machine)
     parts = [
         f"# Written by `meteora bench-kernels --tune` on {machine}. These entries come before those that Meteora ships; without this file only those are used."
@@ -414,5 +414,5 @@ def write_table(file: Path, machine: str, rows: dict[str, list[Row]]) -> None:
 
 
 def conditions(row: Row) -> tuple[Span, ...]:
-    """The sizes that an entry holds for."""
+    """The conditions of an entry on sizes."""
     return row.tokens, row.hidden, row.outputs, row.total_rank, row.max_rank, row.adapters, row.top_k
