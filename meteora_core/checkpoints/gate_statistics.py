@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from meteora_core.adapters.bank import natural_order
 from meteora_core.checkpoints.native_config import BaseEntry, Count, Sha256
 from meteora_core.errors import CheckpointError
 from meteora_core.file_models import FileModel, check_model
@@ -103,7 +104,8 @@ def write_statistics(file: Path, header: StatisticsHeader, means: Mapping[str, T
         file: The file to write.
         header: The description of the statistics.
         means: The weighted mean of each layer input, a float32 tensor of shape (h,). The weights of all tokens sum to 1.
-        squares: The weighted second moments of each layer input, a float32 tensor of shape (h, h).
+        squares: The weighted second moments of each layer input, a float32 tensor of shape (h, h); only the lower triangle
+            counts.
 
     Raises:
         StorageError: The disk is full or not writable.
@@ -256,6 +258,18 @@ class GateStatistics:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name} in {self.file} holds numbers that are not finite", hint=_AGAIN)
         return tensor
+
+
+def join_statistics(parts: Sequence[GateStatistics], file: Path) -> GateStatistics:
+    """Write the statistics of one adapter, of which every part holds some layer inputs, as one file. Raises StorageError."""
+    plans: list[TensorPlan] = []
+    inputs: dict[str, str] = {}
+    for part in parts:
+        files = TensorFiles(part.file)
+        plans += [TensorPlan(name, entry.dtype, entry.shape, partial(files.chunks, name)) for name, entry in files.entries.items()]
+        inputs |= part.header.inputs
+    _write(file, plans, parts[0].header.model_copy(update={"inputs": dict(sorted(inputs.items(), key=lambda item: natural_order(item[0])))}))
+    return GateStatistics(file)
 
 
 def copy_statistics(statistics: GateStatistics, file: Path, adapter: str) -> GateStatistics:

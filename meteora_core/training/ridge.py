@@ -5,7 +5,7 @@ An extension of the paper, offered as ``--init ridge``: gradient training then o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from meteora_core.training.encoding import Batch, TrainRow
 
 SHRINK = 1e-2
 """Ridge strength, as a share of the mean squared activation times the number of tokens."""
+
+
+_STRIPES = 4
 
 
 def token_weights(rows: Iterable[TrainRow], adapters: int, answer_share: float | None) -> Tensor:
@@ -100,7 +103,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
         for layer in layers.values():
             key = sums.of[id(layer)]
             if key not in solved:
-                solved[key] = ridge_rows(sums.squares[key].double(), sums.means[key].double()).float() * scale
+                solved[key] = ridge_rows(sums.square(key).double(), sums.means[key].double()).float() * scale
             layer.gate.copy_(solved[key])
             bar.update(1)
     state.gates = "closed form"
@@ -137,19 +140,28 @@ class InputSums:
     Args:
         adapters: N.
         table: float32 (N, 2), weights of a token of a prompt and of an answer of each adapter.
+        most_bytes: Size of the sums; inputs beyond it are postponed. None sets no limit. One input is summed in any case.
+        done: Keys of inputs that are not to be summed, since an earlier pass did.
 
     Attributes:
+        postponed: Keys of inputs that need another pass.
         of: ``id`` of a layer -> key of its input: the ``id`` of the first layer that reads it.
-        squares: Key -> float32 (h, h).
+        squares: Key -> float32 (h, h), of which only the lower triangle counts; see :meth:`square`.
         means: Key -> float32 (N, h).
     """
 
-    def __init__(self, adapters: int, table: Tensor) -> None:
-        self.adapters, self.table = adapters, table
+    def __init__(self, adapters: int, table: Tensor, most_bytes: int | None = None, done: Collection[int] = ()) -> None:
+        self.adapters, self.table, self.most_bytes, self.done = adapters, table, most_bytes, done
+        self.postponed: set[int] = set()
         self.of: dict[int, int] = {}
         self.squares: dict[int, Tensor] = {}
         self.means: dict[int, Tensor] = {}
         self._last: tuple[Tensor, int] | None = None
+
+    def square(self, key: int) -> Tensor:
+        """The symmetric matrix of an input, float32 (h, h); a new tensor."""
+        lower = self.squares[key].tril()
+        return lower + lower.tril(-1).t()
 
     def begin(self, keep: Tensor, wanted: Tensor, answer: Tensor) -> None:
         """Say which tokens the next forward pass has.
@@ -162,6 +174,11 @@ class InputSums:
         self.keep, self.wanted, self._last = keep, wanted, None
         self.weights = self.table.to(wanted.device)[wanted, answer.long()]
 
+    def _is_full(self, width: int) -> bool:
+        """Whether there is no room for another input."""
+        held = sum(square.numel() for square in self.squares.values())
+        return self.most_bytes is not None and bool(held) and 4 * (held + width * width) > self.most_bytes
+
     def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Add the input of a layer; a forward pre-hook."""
         x = arguments[0]
@@ -170,11 +187,19 @@ class InputSums:
             return
         key = self.of.setdefault(id(layer), id(layer))
         self._last = (x, key)
+        if key in self.done:
+            return
+        if key in self.postponed or (key not in self.squares and self._is_full(x.shape[-1])):
+            self.postponed.add(key)
+            return
         keep, wanted, weights = (tensor.to(x.device) for tensor in (self.keep, self.wanted, self.weights))  # layers may be spread over devices
         rows = x.reshape(-1, x.shape[-1])[keep].float()
         weighted = rows * weights[:, None]
         if key not in self.squares:
             self.squares[key] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
             self.means[key] = torch.zeros(self.adapters, x.shape[-1], device=x.device)
-        self.squares[key].addmm_(weighted.t(), rows)
+        step = -(-x.shape[-1] // _STRIPES)
+        for start in range(0, x.shape[-1], step):  # the lower triangle in stripes, as the upper one is its mirror image: 5/8 of the products
+            stop = start + step
+            self.squares[key][start:stop, :stop].addmm_(weighted[:, start:stop].t(), rows[:, :stop])
         self.means[key].index_add_(0, wanted, weighted)

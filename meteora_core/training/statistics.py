@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, natural_order
-from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, StatisticsHeader, write_statistics
+from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, StatisticsHeader, join_statistics, write_statistics
 from meteora_core.checkpoints.native_config import BaseEntry
 from meteora_core.errors import CheckpointError, DataError, MeteoraError
+from meteora_core.files import storage_errors
+from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, probe_base
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 TOKENS = 8_000
 """Tokens of an adapter's rows that its statistics are collected on, unless its rows have fewer."""
 
+MEMORY = 2 << 30
+"""Bytes that the sums of one pass take at most, as a default."""
+
 
 @dataclass(frozen=True)
 class Collecting:
@@ -50,6 +55,7 @@ class Collecting:
         seed: Of the choice of rows.
         second: The form in which second moments are stored; see :func:`meteora_core.checkpoints.gate_statistics.write_statistics`.
         backend: Mixture kernels.
+        memory: Bytes that the sums may take at once. Wide models are run through several times, each time for some of the inputs.
     """
 
     base: BaseReference
@@ -61,6 +67,7 @@ class Collecting:
     seed: int = 42
     second: str = "float32"
     backend: str = "auto"
+    memory: int = MEMORY
 
 
 @torch.no_grad()
@@ -116,27 +123,51 @@ def collect_statistics(
         plan = [batch for batch in plan if batch]
         seen = [rows[row] for batch in plan for row in batch]
         tokens = sum(label != IGNORE for row in seen for label in row.gate_labels)
-        weights = token_weights(seen, 1, how.recipe.answer_share).double() / tokens
-        sums = InputSums(1, weights.float())
-        _run(model, sums, observed, [[rows[row] for row in batch] for batch in plan], how, progress)
+        header = StatisticsHeader(
+            adapter=info.name,
+            adapter_sha256=info.sha256,
+            base=BaseEntry(name=how.base.name, revision=how.base.revision, probe=probe),
+            recipe=how.recipe,
+            rows=len(seen),
+            tokens=tokens,
+            max_length=how.max_length,
+            second=how.second,  # type: ignore[arg-type]  # checked by pydantic
+            inputs=dict.fromkeys(observed, ""),
+        )
+        table = (token_weights(seen, 1, how.recipe.answer_share).double() / tokens).float()
+        batches = [[rows[row] for row in batch] for batch in plan]
+        with storage_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(file.parent, f"{file.name}.parts") as folder:
+            return join_statistics(list(_passes(model, observed, batches, table, header, folder, how, progress)), file)
     finally:
         detach(model)
+
+
+def _passes(
+    model: nn.Module,
+    observed: Mapping[str, nn.Module],
+    batches: Sequence[Sequence[TrainRow]],
+    table: Tensor,
+    header: StatisticsHeader,
+    folder: Path,
+    how: Collecting,
+    progress: Progress,
+) -> Iterator[GateStatistics]:
+    """Run the rows through the model as often as the memory for sums asks for, and write what each pass has summed."""
     names = {id(module): path for path, module in observed.items()}
-    inputs = {path: names[sums.of[id(module)]] for path, module in observed.items() if id(module) in sums.of}
-    header = StatisticsHeader(
-        adapter=info.name,
-        adapter_sha256=info.sha256,
-        base=BaseEntry(name=how.base.name, revision=how.base.revision, probe=probe),
-        recipe=how.recipe,
-        rows=len(seen),
-        tokens=tokens,
-        max_length=how.max_length,
-        second=how.second,  # type: ignore[arg-type]  # checked by pydantic
-        inputs=inputs,
-    )
-    means = {names[key]: mean[0] for key, mean in sums.means.items()}
-    write_statistics(file, header, means, {names[key]: square for key, square in sums.squares.items()})
-    return GateStatistics(file)
+    done: set[int] = set()
+    while True:
+        sums = InputSums(1, table, how.memory, done)
+        _run(model, sums, observed, batches, how, progress)
+        inputs = {path: names[sums.of[id(module)]] for path, module in observed.items() if sums.of.get(id(module)) in sums.squares}
+        means = {names[key]: mean[0] for key, mean in sums.means.items()}
+        part = folder / f"{len(done)}.safetensors"
+        write_statistics(part, header.model_copy(update={"inputs": inputs}), means, {names[key]: square for key, square in sums.squares.items()})
+        yield GateStatistics(part)
+        done |= sums.squares.keys()
+        if not sums.postponed:
+            return
 
 
 def whole_probe(model: nn.Module) -> list[float] | None:

@@ -84,6 +84,17 @@ def test_statistics_do_not_depend_on_the_other_adapters(statistics, folders, tmp
         assert again.file.read_bytes() == statistics[name].file.read_bytes()
 
 
+def test_sums_that_do_not_fit_at_once_are_made_in_several_passes(folders, statistics, tmp_path, monkeypatch) -> None:
+    passes = []
+    model = make_tiny_llama()
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    bank = AdapterBank.from_peft({"count": folders["count"]})
+    found = collect_statistics(model, bank, tiny_rows(0), tmp_path / "s", replace(HOW, memory=4 * (32 * 32 + 48 * 48)))
+    assert found.file.read_bytes() == statistics["count"].file.read_bytes()
+    assert len(passes) == 2 * 3  # three batches, and the inputs of two layers
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_an_adapter_observes_layers_that_only_others_target(folders, tmp_path) -> None:
     layers = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.gate_proj")
     found = collect_statistics(make_tiny_llama(), AdapterBank.from_peft({"count": folders["count"]}), tiny_rows(0), tmp_path / "s", HOW, layers=layers)
