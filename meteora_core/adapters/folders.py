@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from meteora_core.adapters.base_names import same_base_name
-from meteora_core.adapters.config import find_adapter, read_adapter_config
+from meteora_core.adapters.config import CONFIG, WEIGHTS, find_adapter, read_adapter_config
 from meteora_core.data.frames import Frame, FrameModel, chat_frame
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.file_models import FileModel, check_model
@@ -29,11 +30,15 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
 
     Raises:
         UsageError: There are no adapters, or one of ``names`` is missing; the message lists the existing ones.
+        AdapterError: ``names`` is empty, and a folder holds an adapter's weights without their configuration.
     """
     from meteora_core.data.tasks import TASK_ORDER
 
-    inside = root.iterdir() if root.is_dir() else ()
-    present = sorted(path.name for path in inside if not path.name.startswith(".") and find_adapter(path) is not None)
+    inside = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
+    present = [path.name for path in inside if find_adapter(path) is not None]
+    for path in inside:
+        if not names and path.name not in present and os.path.lexists(path / WEIGHTS):
+            raise AdapterError(f"{path} holds {WEIGHTS}, but no {CONFIG}", hint="copy or train the adapter again, or name the adapters to use with --task")
     if not present:
         raise UsageError(f"no adapters in {root}", hint="train some with `meteora train adapters --task NAME`, or pass --adapters DIR")
     for name in names:

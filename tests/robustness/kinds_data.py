@@ -86,7 +86,7 @@ def _break_rows(rng: Random, file: Path) -> str:
         file.write_bytes(("\r\n" if rng.random() < 0.5 else "\r").join(lines).encode())
         return what
     elif action == 5:
-        text = rng.choice([*ESCAPES, "\u2028", "x" * 200_000, "\u0000", "[INST] a [/INST]", " ", "𝄞" * 50, "\ufeff"])
+        text = rng.choice([*ESCAPES, "", "\u2028", "x" * 200_000, "\u0000", "[INST] a [/INST]", " ", "𝄞" * 50, "\ufeff"])
         key = rng.choice(["prompt", "response"])
         row[key] = text
         lines[number], what = json.dumps(row), f"{key} = {text!a:.40}"
@@ -164,7 +164,7 @@ def _added(rng: Random) -> Case:
 
 
 def _addable(file: Path) -> None:
-    given_rows(file)
+    need(all(response.strip() for _, response in given_rows(file)), "an empty response")
 
 
 def _shown(file: Path) -> Any:
