@@ -1,7 +1,7 @@
-"""Starting several processes: an accelerate configuration from the settings, the launch command as an argument list, and its life.
+"""Launch several training processes: build accelerate's configuration and the launch command, and run the command.
 
-accelerate starts the processes (through torchrun) and ends all of them when one dies. It takes GPUs and CPUs by the same configuration: on CPUs the
-processes find no GPU and talk through gloo.
+accelerate starts the processes (through torchrun) and ends all of them when one dies. The same configuration serves GPUs and CPUs: on CPUs the
+processes find no GPU and communicate through gloo.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ GRACE = 40.0
 
 
 def process_count(settings: LaunchSettings, devices: int, *, planned: bool = False) -> int:
-    """How many processes to start over all machines.
+    """The number of processes to start on all machines together.
 
     Args:
-        settings: What is wished.
-        devices: GPUs of this machine that may be used; 0 on a CPU.
-        planned: Nothing will be started here: with a number of processes given, this machine need not be able to shard.
+        settings: Launcher, number of processes and machines.
+        devices: Number of usable GPUs of this machine; 0 on a CPU.
+        planned: Whether the command is only printed, not started. If ``settings`` give the number of processes, this machine then need not be able to
+            shard.
 
     Raises:
-        UsageError: The number is unknown, does not divide by the machines, or is larger than the GPUs that are there; the launcher shards and there
-            are no GPUs; or DeepSpeed is not installed.
+        UsageError: The number of processes is unknown, is not a multiple of the number of machines, or exceeds the available GPUs; the launcher shards
+            and there are no GPUs; or DeepSpeed is not installed.
     """
     elsewhere = planned and settings.num_processes is not None
     if settings.launcher == "deepspeed" and not elsewhere:
@@ -58,14 +59,14 @@ def process_count(settings: LaunchSettings, devices: int, *, planned: bool = Fal
 
 
 def launch_config(settings: LaunchSettings, processes: int, zero_file: Path | None = None) -> dict[str, Any]:
-    """accelerate's configuration file.
+    """The content of accelerate's configuration file.
 
-    The number type is the model's own business, so mixed precision is off. FSDP is version 2; its units are the decoder layers that the model names.
+    Mixed precision is off, because the model already has its number type. FSDP is version 2 and wraps the decoder layers that the model names.
 
     Args:
         settings: Launcher and machines.
-        processes: Over all machines.
-        zero_file: Where DeepSpeed's own configuration lies.
+        processes: Number of processes on all machines together.
+        zero_file: Path of DeepSpeed's configuration file.
     """
     several = settings.num_machines > 1
     config: dict[str, Any] = {
@@ -84,7 +85,7 @@ def launch_config(settings: LaunchSettings, processes: int, zero_file: Path | No
     if settings.main_process_ip:
         config["main_process_ip"] = settings.main_process_ip
     if settings.launcher == "deepspeed":
-        del config["mixed_precision"]  # DeepSpeed's own file says it
+        del config["mixed_precision"]  # set in DeepSpeed's configuration file
         config["deepspeed_config"] = {"deepspeed_config_file": str(zero_file), "zero3_init_flag": False, "deepspeed_multinode_launcher": "standard"}
     if settings.launcher == "fsdp":
         config["fsdp_config"] = {
@@ -103,8 +104,8 @@ def launch_command(config_file: Path, arguments: Sequence[str]) -> list[str]:
     """The command that starts the processes.
 
     Args:
-        config_file: Holds :func:`launch_config`.
-        arguments: Of ``meteora``, for each process.
+        config_file: File with the result of :func:`launch_config`.
+        arguments: Command-line arguments of ``meteora`` in each process.
     """
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file), "-m", "meteora_cli.app", *arguments]
 
@@ -113,11 +114,11 @@ def run_command(command: Sequence[str], *, threads: int | None = None) -> int:
     """Run a launch command to its end; Ctrl-C and a request to terminate are passed on to it.
 
     Args:
-        command: The argument list; no shell sees it.
-        threads: CPU threads of each process; None leaves them alone.
+        command: Argument list; it does not go through a shell.
+        threads: Number of CPU threads of each process; None keeps the default.
 
     Returns:
-        Its exit code; 128 + the signal's number when a signal ended it or this call (130 for Ctrl-C).
+        The exit code of the command, or 128 + the signal's number if a signal ended the command or this call (130 for Ctrl-C).
     """
     environment = dict(os.environ)
     if threads is not None:

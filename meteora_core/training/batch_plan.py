@@ -1,4 +1,4 @@
-"""Which rows make which batch: fixed by the seed alone, so that a resumed run goes on with the very batches that were left."""
+"""The assignment of rows to batches. It depends on the seed alone, so that a resumed run continues with the same batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 BUCKET = 16
-"""Batches whose rows are sorted by length together; less padding, and still random enough."""
+"""Number of batches whose rows are sorted by length together: this reduces padding and keeps the order random enough."""
 
 Pick = tuple[int, int]
 """``(task, row)``."""
@@ -18,9 +18,9 @@ class RowMix:
     """How often rows are drawn from the tasks.
 
     Attributes:
-        extra: Token counts of rows that belong to no single task (composites).
-        extra_share: Share of all rows that are extra ones; in a plan their task number is the number of tasks.
-        balanced: True draws as many tokens of every task; False draws every row as often as any other.
+        extra: Token counts of the rows that belong to no single task (composites).
+        extra_share: Fraction of all drawn rows that are composites; in a plan their task number is the number of tasks.
+        balanced: True draws the same number of tokens from every task; False draws every row equally often.
     """
 
     extra: Sequence[int] = ()
@@ -29,7 +29,7 @@ class RowMix:
 
 
 BALANCED = RowMix()
-"""As many tokens of every task, and no rows of several tasks."""
+"""The same number of tokens from every task, and no composites."""
 
 
 class _Picker:
@@ -60,18 +60,18 @@ class _Picker:
 
 
 def plan_batches(lengths: Sequence[Sequence[int]], batches: int, batch_size: int, seed: int, mix: RowMix = BALANCED) -> list[list[Pick]]:
-    """Lay out ``batches`` batches, tasks balanced by tokens, rows of like length together.
+    """Plan ``batches`` batches with the tasks balanced by tokens and rows of similar length together.
 
-    Every task's rows come in a random order, all of them once before any comes again. The next row is always of the task that has had the
-    fewest tokens so far: losses are means over tokens, so each task weighs the same whatever its rows' number and length. Unless ``mix.balanced``, the
-    next row is of the task that is least far through its rows instead.
+    The rows of each task are drawn in a random order, and each of them once before any is drawn again. The next row always comes from the task with the
+    fewest tokens so far: losses are means over tokens, so that every task has the same weight, independent of the number and length of its rows.
+    If ``mix.balanced`` is False, the next row comes from the task of which the smallest fraction of rows has been drawn.
 
     Args:
         lengths: Per task, the token count of each of its rows.
         batches: Number of batches.
         batch_size: Rows in each batch.
         seed: Seed of every random choice.
-        mix: How often rows are drawn from the tasks, and composites.
+        mix: Balance between the tasks, and the share of composites.
 
     Returns:
         Per batch, ``(task, row)`` pairs.
@@ -100,12 +100,12 @@ def plan_packed(
     seed: int,
     mix: RowMix = BALANCED,
 ) -> list[list[list[Pick]]]:
-    """Lay out batches of packed sequences: rows in the same balanced order, each put into the first sequence that has room for it.
+    """Plan batches of packed sequences: rows in the same balanced order, each put into the first sequence that has room for it.
 
     Args:
         lengths, batches, seed, mix: As for :func:`plan_batches`.
-        batch_size: Sequences in each batch.
-        capacity: Tokens that a sequence holds; no row is longer.
+        batch_size: Number of sequences in each batch.
+        capacity: Maximum number of tokens of a sequence; no row is longer.
 
     Returns:
         Per batch, per sequence, ``(task, row)`` pairs.
@@ -117,9 +117,9 @@ def plan_packed(
         count = min(BUCKET, batches - len(planned)) * batch_size
         bins: list[list[Pick]] = [[] for _ in range(count)]
         room = [capacity] * count
-        while (place := next((i for i, left in enumerate(room) if left >= picker.length(waiting)), None)) is not None:
-            bins[place].append(waiting)
-            room[place] -= picker.length(waiting)
+        while (index := next((i for i, left in enumerate(room) if left >= picker.length(waiting)), None)) is not None:
+            bins[index].append(waiting)
+            room[index] -= picker.length(waiting)
             waiting = picker.next()
         picker.rng.shuffle(bins)
         planned += [bins[start : start + batch_size] for start in range(0, count, batch_size)]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in backward, in the form (not re-entrant) that the gate loss is exact under."""
+    """Recompute activations in the backward pass. The non-reentrant variant is used, because only with it the gate loss is exact."""
     arguments = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(arguments)

@@ -1,7 +1,7 @@
 """Training rows that look like composites: several tasks in one prompt, numbered answers, gate labels by segment.
 
-An extension of the paper (``--composite-rows``): a small base whose adapters only ever answered one question forgets, under their influence, to
-answer the next one. The texts have the very format of :mod:`meteora_core.data.composite`, and are made of train rows alone.
+This extends the paper (``--composite-rows``). If the adapters of a small base model were trained on single questions only, the model tends to stop
+after the first answer. The texts have the format of :mod:`meteora_core.data.composite` and consist of train rows only.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 POOL = 4096
-"""At most so many different composites are made for one run; a longer run sees them again."""
+"""Maximum number of different composites of one run; a longer run repeats them."""
 
 MOST_EXAMPLES = 2
 TRIES = 8
-"""How often a composite that is too long is drawn anew, with fewer parts each time, before it is cut."""
+"""Number of attempts to draw a composite that is short enough, with fewer parts each time, before it is cut."""
 
 Part = tuple[int, Row]
-"""A row and the adapter that it belongs to."""
+"""The index of an adapter, and a row that belongs to it."""
 
 
 def composite_text(parts: Sequence[Part], examples: Sequence[Sequence[Row]] = ()) -> Labelled:
-    """One composite to train on.
+    """Build one composite to train on.
 
-    The prompt is what the data builder would make of these rows and solved examples, the response the answers as "1. ..." to "n. ...", one a line.
-    Every prompt part and every answer line (its number and line end included) has its own task's index, in the solved examples too; the
-    sentences between belong to no adapter.
+    The prompt is the one that the data builder would make from these rows and solved examples. The response lists the answers as "1. ..." to "n. ...",
+    one per line. Every prompt part and every answer line (including its number and line end) is labelled with the index of its task, also in the
+    solved examples; the sentences between them belong to no adapter.
 
     Args:
-        parts: The questions, each of another task.
-        examples: Solved examples, each with one row of every part's task, in the same order.
+        parts: The questions, each from a different task.
+        examples: Solved examples, each with one row per task of ``parts``, in the same order.
     """
     tasks = [task for task, _ in parts]
     lead = lead_text(examples)
@@ -69,7 +69,7 @@ def composite_text(parts: Sequence[Part], examples: Sequence[Sequence[Row]] = ()
 
 
 def _answer_lines(rows: Sequence[Row]) -> list[str]:
-    """The lines of :func:`meteora_core.data.composite.numbered`, one an answer (an answer may hold line breaks itself)."""
+    """The text of :func:`meteora_core.data.composite.numbered`, one string per answer (an answer may contain line breaks)."""
     answers = [row.response.strip() for row in rows]
     ends = [len(numbered(answers[:count])) for count in range(len(answers) + 1)]
     whole = numbered(answers)
@@ -77,19 +77,19 @@ def _answer_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenizerBase, *, count: int, largest: int, max_length: int, seed: int) -> Encoded:
-    """Draw composites of 2 to ``largest`` tasks; every other one has one or two solved examples before its questions.
+    """Draw composites of 2 to ``largest`` tasks; about half of them have one or two solved examples before the questions.
 
-    Tasks, their order, rows and examples are drawn at random. The examples come from the shortest quarter of a task's rows with one-line answers, as
-    the data builder's do. A composite that is too long is drawn anew, with fewer examples and then fewer tasks; what is still too long is
-    cut like any row.
+    Tasks, their order, rows and examples are drawn at random. As in the data builder, the examples come from the shortest quarter of a task's rows with
+    one-line answers. A composite that is too long is drawn again, with fewer examples and then fewer tasks; if it is still too long, it is cut like
+    any row.
 
     Args:
         rows: Per adapter, its train rows.
-        tokenizer: The base model's.
-        count: How many.
-        largest: Most tasks in one, at least 2; no more than there are adapters are used.
-        max_length: Longest sequence, in tokens.
-        seed: Fixes everything.
+        tokenizer: The base model's tokenizer.
+        count: Number of composites.
+        largest: Maximum number of tasks in a composite, at least 2; it is limited to the number of adapters.
+        max_length: Maximum length of a sequence in tokens.
+        seed: Seed of every random choice.
 
     Raises:
         UsageError: There are fewer than two adapters.
@@ -98,8 +98,8 @@ def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenize
         raise UsageError("composites need at least two adapters", hint="leave out --composite-rows, or train more adapters")
     rng = random.Random(f"composite rows {seed}")
     able = [_short_rows(task_rows) for task_rows in rows]
-    made: list[Labelled] = []
-    while len(made) < count:
+    texts: list[Labelled] = []
+    while len(texts) < count:
         most, examples = min(largest, len(rows)), rng.randint(1, MOST_EXAMPLES) if rng.random() < 0.5 else 0
         for _ in range(TRIES):
             n = rng.randint(2, most)
@@ -107,8 +107,8 @@ def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenize
             if len(tokenizer(text.prompt + text.response)["input_ids"]) < max_length:
                 break
             examples, most = max(0, examples - 1), max(2, n - (examples == 0))
-        made.append(text)
-    return encode_labelled(made, tokenizer, max_length)
+        texts.append(text)
+    return encode_labelled(texts, tokenizer, max_length)
 
 
 def _draw(rows: Sequence[Sequence[Row]], able: Sequence[Sequence[Row]], rng: random.Random, n: int, examples: int) -> Labelled:

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO: its configuration, and what its sharded weights and optimiser states are as whole tensors.
+"""DeepSpeed's ZeRO: its configuration, and access to its sharded optimiser states as whole tensors.
 
-DeepSpeed keeps its own checkpoints as pickles; here its public accessors read and write whole tensors instead, so a run's states are the
-safetensors files of every other launcher.
+DeepSpeed writes its checkpoints as pickle files. This module reads and writes whole tensors through DeepSpeed's public accessors instead, so that a
+run saves its states as safetensors files with every launcher.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from meteora_core.errors import UsageError
 from meteora_core.settings import LaunchSettings, OptimSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's states that are as large as a weight."""
+"""The optimiser states of AdamW that have the shape of the parameter."""
 
 
 def zero_config(launch: LaunchSettings, optim: OptimSettings, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration file.
+    """The content of DeepSpeed's configuration file.
 
     Args:
         launch: ZeRO stage, and whether to keep the shards in main memory.
-        optim: Batch size, accumulation and clipping.
-        dtype: bfloat16 or float32. With bfloat16 DeepSpeed keeps what trains in float32 beside the 16-bit weights.
+        optim: Batch size, accumulation and gradient clipping.
+        dtype: bfloat16 or float32. With bfloat16, DeepSpeed keeps an additional float32 copy of the trained weights.
 
     Raises:
         UsageError: The dtype is float16, whose loss scaling skips steps.
@@ -49,7 +49,7 @@ def zero_config(launch: LaunchSettings, optim: OptimSettings, dtype: torch.dtype
 
 
 def check_deepspeed(devices: int) -> None:
-    """Raise UsageError where DeepSpeed cannot run: no GPU, or it is not installed."""
+    """Raise UsageError if there is no GPU or DeepSpeed is not installed."""
     if devices == 0:
         raise UsageError("--launcher deepspeed needs CUDA GPUs, and there is none", hint="use --launcher ddp, which runs on CPUs too")
     if find_spec("deepspeed") is None:
@@ -57,16 +57,16 @@ def check_deepspeed(devices: int) -> None:
 
 
 def moments(parameter: nn.Parameter, optimizer: Any) -> dict[str, Tensor]:
-    """AdamW's states of a parameter as whole tensors, by name; every process must call this."""
+    """The AdamW states of a parameter as whole tensors, by name. Every process must call this function."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    found = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+    values = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
     steps = [state["step"] for state in _adamw(optimizer).state.values() if "step" in state]
-    return {**found, "step": torch.as_tensor(float(steps[0]))}
+    return {**values, "step": torch.as_tensor(float(steps[0]))}
 
 
 def set_moments(parameter: nn.Parameter, optimizer: Any, values: dict[str, Tensor]) -> None:
-    """Restore what :func:`moments` gave. DeepSpeed must have made a step before: its states do not exist until then."""
+    """Restore the result of :func:`moments`. DeepSpeed must have made at least one step, because it creates its states in the first step."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
     for key in MOMENTS:
@@ -76,7 +76,7 @@ def set_moments(parameter: nn.Parameter, optimizer: Any, values: dict[str, Tenso
 
 
 def _adamw(optimizer: Any) -> torch.optim.Optimizer:
-    """PyTorch's optimiser inside DeepSpeed's and accelerate's."""
+    """The PyTorch optimiser that DeepSpeed's and accelerate's optimisers wrap."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

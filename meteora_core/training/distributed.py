@@ -1,6 +1,6 @@
-"""One process, or one of several that train together: accelerate does the wrapping, this module says what is wrapped and gathers what trains.
+"""Training in one process or in several: accelerate wraps the model; this module names the modules to wrap and gathers the trained tensors.
 
-Every process computes its rows' share of a step's sums, divided by the counts of the whole step, so the shares of all processes add up to the
+Every process sums the losses of its rows and divides the sum by the counts of the whole step, so that the results of all processes add up to the
 step's loss. Data parallel and sharded training average gradients over processes; the loss is multiplied by their number to undo that.
 """
 
@@ -21,14 +21,14 @@ from meteora_core.training.deepspeed_zero import check_deepspeed, moments, set_m
 
 T = TypeVar("T")
 OnModel = Callable[[Callable[[nn.Module], Any]], Any]
-"""Runs work on the model, whatever wraps it; see :meth:`Runtime.run`."""
+"""A function that calls another function on the model through the model's wrapper; see :meth:`Runtime.run`."""
 
 
 class TrainStep(nn.Module):
-    """Runs any work on a model inside its own ``forward``, so that whatever wraps this module sees the call.
+    """A module whose ``forward`` calls a given function on a model, so that the wrapper of this module sees the call.
 
     Args:
-        model: What trains. Its decoder layers are what sharding makes units of.
+        model: The model that is trained. Sharding treats each of its decoder layers as one unit.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,12 +37,12 @@ class TrainStep(nn.Module):
         self._no_split_modules = layer_classes(model)
 
     def forward(self, work: Callable[[nn.Module], T]) -> T:
-        """``work(model)``; it returns tensors in tuples, lists and dictionaries."""
+        """Return ``work(model)``: tensors in tuples, lists and dictionaries."""
         return work(self.model)
 
 
 def layer_classes(model: nn.Module) -> list[str]:
-    """The class names of a transformers model's decoder layers, as the model itself states them."""
+    """The class names of a transformers model's decoder layers, from the model's ``_no_split_modules``."""
     names: set[str] = set()
     for module in model.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())
@@ -50,7 +50,7 @@ def layer_classes(model: nn.Module) -> list[str]:
 
 
 def shard_units(model: nn.Module) -> Iterator[nn.Module]:
-    """The wrap policy: each decoder layer is gathered and freed as one; what is left (embeddings, final norm) forms the root's unit."""
+    """The modules that are gathered and freed as one unit: the decoder layers. The root unit holds the rest (embeddings, final norm)."""
     names = set(layer_classes(model))
     for module in model.modules():
         if type(module).__name__ in names:
@@ -58,7 +58,7 @@ def shard_units(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(step: TrainStep, *, reshard_after_forward: bool = True) -> TrainStep:
-    """Shard a step over the default process group by PyTorch's ``fully_shard``, unit by unit; accelerate does the same from its plugin."""
+    """Shard a model over the default process group with PyTorch's ``fully_shard``, unit by unit; accelerate's FSDP plugin does the same."""
     from torch.distributed.fsdp import fully_shard
 
     for unit in list(shard_units(step.model)):
@@ -68,13 +68,13 @@ def shard(step: TrainStep, *, reshard_after_forward: bool = True) -> TrainStep:
 
 
 def optimizer_states(parameter: nn.Parameter, optimizer: Any) -> dict[str, Tensor]:
-    """AdamW's states of a parameter as whole tensors on the CPU; every process must call this."""
-    found = moments(parameter, optimizer) if is_zero(parameter) else optimizer.state.get(parameter, {})
-    return {key: full_tensor(torch.as_tensor(value)) for key, value in found.items()}
+    """The AdamW states of a parameter as whole tensors on the CPU. Every process must call this function."""
+    states = moments(parameter, optimizer) if is_zero(parameter) else optimizer.state.get(parameter, {})
+    return {key: full_tensor(torch.as_tensor(value)) for key, value in states.items()}
 
 
 def assign_states(parameter: nn.Parameter, optimizer: Any, values: dict[str, Tensor]) -> None:
-    """Restore what :func:`optimizer_states` gave."""
+    """Restore the result of :func:`optimizer_states`."""
     if is_zero(parameter):
         set_moments(parameter, optimizer, values)
     else:
@@ -82,13 +82,13 @@ def assign_states(parameter: nn.Parameter, optimizer: Any, values: dict[str, Ten
 
 
 class Runtime:
-    """What the loop asks of the processes.
+    """The processes that train together, as the training loop uses them.
 
     Args:
-        kind: How the model is spread.
-        rank, world: Which process this is, and of how many.
-        device: Its device; None leaves the choice to the caller.
-        accelerator: accelerate's; None for one process, or where PyTorch alone shards.
+        kind: Launcher that distributes the model.
+        rank, world: Number of this process (from 0), and number of processes.
+        device: Device of this process; None leaves the choice to the caller.
+        accelerator: accelerate's ``Accelerator``; None for a single process, or if PyTorch shards without accelerate.
     """
 
     def __init__(self, kind: Launcher = "none", rank: int = 0, world: int = 1, device: torch.device | None = None, accelerator: Any = None) -> None:
@@ -101,17 +101,17 @@ class Runtime:
         return self.rank == 0
 
     def loading_device(self, device: torch.device) -> torch.device:
-        """Where a base is loaded that nothing has to run before it is prepared: on the CPU if it will be sharded, so that no GPU ever holds the whole."""
+        """The device to load the base model on before :meth:`prepare`: the CPU if it will be sharded, so that no GPU ever holds the whole model."""
         return torch.device("cpu") if self.kind == "fsdp" else device
 
     def prepare(self, model: nn.Module, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Wrap the model for this kind of run, and make the optimiser over what trains in it. Parameters may be other objects afterwards."""
+        """Wrap the model for this launcher, and create the optimiser for its trained parameters. Parameters may be different objects afterwards."""
         step = TrainStep(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.accelerator is not None:
             optimizer = make_optimizer(trained)
             self._step, prepared = self.accelerator.prepare(step, optimizer)
-            if self.kind == "deepspeed":  # its engine steps within the backward pass; the wrapper's step and zero_grad do nothing
+            if self.kind == "deepspeed":  # DeepSpeed's engine steps within the backward pass; the wrapper's step and zero_grad do nothing
                 return prepared
             return getattr(prepared, "optimizer", prepared)
         if self.kind == "fsdp":
@@ -121,14 +121,14 @@ class Runtime:
         return make_optimizer(trained)
 
     def run(self, work: Callable[[nn.Module], T]) -> T:
-        """``work(model)``, seen by whatever wraps the model."""
+        """Return ``work(model)``, called through the wrapper of the model."""
         assert self._step is not None
         return self._step(work)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of this process's share of the loss; the processes' gradients add up."""
+        """Compute the gradients of this process's part of the loss; the gradients of all processes are added."""
         loss = loss * self.world
-        if self.kind == "deepspeed":  # it divides by the accumulation
+        if self.kind == "deepspeed":  # DeepSpeed divides the loss by the number of accumulated batches
             loss = loss * self.accelerator.gradient_accumulation_steps
         if self.accelerator is not None:
             self.accelerator.backward(loss)
@@ -136,7 +136,7 @@ class Runtime:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Around a batch: gradients go over the network only with a step's last one (DeepSpeed steps then)."""
+        """The context of one batch: gradients are exchanged between processes only in a step's last batch (in which DeepSpeed makes its step)."""
         if self.kind == "deepspeed":
             self.accelerator.sync_gradients = last
             return nullcontext()
@@ -145,25 +145,31 @@ class Runtime:
         return self.accelerator.no_sync(self._step)
 
     def clip(self, parameters: list[nn.Parameter], limit: float, own: Callable[[list[nn.Parameter], float], Tensor] | None = None) -> Tensor:
-        """Scale gradients down to a norm of ``limit``, and return the norm before; DeepSpeed did so in its step. ``own`` limits in another way."""
+        """Clip the gradients to a norm of ``limit``, and return the norm before clipping. DeepSpeed has already clipped them in its step.
+
+        Args:
+            parameters: Trained parameters.
+            limit: Largest norm.
+            own: Function that clips the gradients instead of :func:`torch.nn.utils.clip_grad_norm_`, with the same arguments and result.
+        """
         if self.kind == "deepspeed":
             return torch.as_tensor(float(self.accelerator.clip_grad_norm_(parameters, limit) or 0.0))
         return (own or torch.nn.utils.clip_grad_norm_)(parameters, limit)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over processes, in every process."""
+        """The sum of ``values`` over all processes; every process gets it."""
         if self.world > 1:
             values = values.clone()
             torch.distributed.all_reduce(values)
         return values
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this method."""
         if self.world > 1:
             torch.distributed.barrier()
 
     def mine(self, picks: list[T]) -> list[T]:
-        """This process's part of a batch of all processes."""
+        """The part of a global batch that this process computes."""
         return picks[self.rank :: self.world]
 
 
@@ -172,13 +178,13 @@ SINGLE = Runtime()
 
 
 def start_runtime(device: str = "auto") -> Runtime:
-    """What this process is: one that a launcher started (torchrun's environment says so), or a single one.
+    """The runtime of this process: one of several if torchrun's environment variables are set, otherwise a single one.
 
     Args:
-        device: The wish in the settings; "cpu" keeps the processes off the GPUs.
+        device: Device from the settings; "cpu" keeps the processes off the GPUs.
 
     Raises:
-        UsageError: The model should be sharded where nothing can shard.
+        UsageError: The launcher shards the model, and there is no GPU to shard it over.
     """
     if not all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
         return Runtime()
@@ -192,7 +198,7 @@ def start_runtime(device: str = "auto") -> Runtime:
     if sharding and on_cpu:
         raise cannot_shard()
     accelerator = Accelerator(cpu=on_cpu)
-    if sharding and accelerator.distributed_type != DistributedType.FSDP:  # accelerate says nothing when it leaves the plugin aside
+    if sharding and accelerator.distributed_type != DistributedType.FSDP:  # accelerate ignores its FSDP plugin without a warning
         raise UsageError(
             f"--launcher fsdp, but accelerate would not shard: it runs as {accelerator.distributed_type.value}",
             hint="use --launcher ddp, or an accelerate that can shard on this device",
@@ -203,5 +209,5 @@ def start_runtime(device: str = "auto") -> Runtime:
 
 
 def cannot_shard() -> UsageError:
-    """What to say where there is no device to shard over."""
+    """The error for a machine without a device to shard over."""
     return UsageError("--launcher fsdp needs GPUs: nothing can be sharded on this machine's CPU", hint="use --launcher ddp, which runs on CPUs too")

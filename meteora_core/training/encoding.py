@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 CHUNK = 1024
-"""Texts that are tokenised at once: the places of their tokens take more memory than the tokens."""
+"""Number of texts that are tokenised in one call; the offsets of their tokens take more memory than the tokens."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class TrainRow:
     """One sequence: prompt, response and the end-of-sequence token.
 
     Attributes:
-        tokens: Token ids, with whatever the tokenizer puts at the start of a prompt (BOS, for most).
-        gate_labels: One adapter index per token; -100 where no adapter is right or wrong.
+        tokens: Token ids, including the special tokens that the tokenizer puts before a prompt (usually BOS).
+        gate_labels: One adapter index per token; -100 for tokens that belong to no adapter.
         response_start: Position of the response's first token.
     """
 
@@ -41,7 +41,7 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows of one task, and how many were cut to the longest allowed length."""
+    """The rows of one task, and the number of rows that were cut to the maximum length."""
 
     rows: Sequence[TrainRow]
     cut: int
@@ -53,7 +53,7 @@ class Labelled:
 
     Attributes:
         prompt, response: The text is their concatenation.
-        spans: ``(begin, end, adapter)`` in characters of the text, in order, without overlap; what lies between belongs to no adapter.
+        spans: ``(begin, end, adapter)`` in characters of the text, in order, without overlap; the text between spans belongs to no adapter.
     """
 
     prompt: str
@@ -66,13 +66,13 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
 
     Args:
         rows: Prompts and responses.
-        tokenizer: The base model's.
+        tokenizer: The base model's tokenizer.
         adapter: Gate label of every token of these rows.
-        max_length: Longest sequence, in tokens.
+        max_length: Maximum length of a sequence in tokens.
         end: Token id that closes a response; None is the end-of-sequence token.
 
     Raises:
-        DataError: There are no rows, or one is no text that can be tokenised.
+        DataError: There are no rows, or a row's text cannot be tokenised.
     """
     if not rows:
         raise DataError("no training rows", hint="build the dataset again, without --max-train")
@@ -88,19 +88,19 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
 def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise texts whose parts belong to different adapters, as ``prompt + response + EOS``.
 
-    Prompt and response are tokenised as one text, as they meet in generation. A token has the label of the span that holds its first
-    character, else -100; the EOS token has the label of the last span. A row that is too long loses the start of its prompt (its BOS token
-    stays); if even the response is too long, its end.
+    Prompt and response are tokenised as one text, as in generation. A token has the label of the span that contains its first
+    character, or -100 if there is none; the EOS token has the label of the last span. A row that is too long loses the start of its prompt, except for
+    the BOS token; if the response alone is too long, the row loses the end of the response.
 
     Args:
-        texts: With their spans.
-        tokenizer: The base model's.
-        max_length: Longest sequence, in tokens.
+        texts: Texts with their spans.
+        tokenizer: The base model's tokenizer.
+        max_length: Maximum length of a sequence in tokens.
     """
     encoded, cut = [], 0
     head = leading_special_tokens(tokenizer)
-    for place, start, ids, offsets in tokenised([(text.prompt, text.response) for text in texts], tokenizer):
-        labels, spans, current = [], texts[place].spans, 0
+    for index, start, ids, offsets in tokenised([(text.prompt, text.response) for text in texts], tokenizer):
+        labels, spans, current = [], texts[index].spans, 0
         for begin, end in offsets:
             while current < len(spans) and spans[current][1] <= begin:
                 current += 1
@@ -116,14 +116,19 @@ def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBas
 def tokenised(
     texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, end: int | None = None
 ) -> Iterator[tuple[int, int, list[int], list[tuple[int, int]]]]:
-    """Per text: its number, the response's first token, the token ids with one EOS (or ``end``) at the end, the tokens' offsets (without the EOS)."""
+    """Tokenise ``(prompt, response)`` pairs.
+
+    Yields:
+        Per text: its index, the position of the response's first token, the token ids closed by one EOS (or ``end``), and the tokens' character offsets
+        (without the EOS).
+    """
     eos = int(tokenizer.eos_token_id)
     for first in range(0, len(texts), CHUNK):
         part = [prompt + response for prompt, response in texts[first : first + CHUNK]]
         check_texts(part)
-        found = tokenizer(part, return_offsets_mapping=True, return_attention_mask=False)
-        for place, (tokens, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True), start=first):
-            yield place, *_ended(list(tokens), offsets, len(texts[place][0]), eos, eos if end is None else end)
+        encoding = tokenizer(part, return_offsets_mapping=True, return_attention_mask=False)
+        for index, (tokens, offsets) in enumerate(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True), start=first):
+            yield index, *_ended(list(tokens), offsets, len(texts[index][0]), eos, eos if end is None else end)
 
 
 def _ended(ids: list[int], offsets: list[tuple[int, int]], begin: int, eos: int, end: int) -> tuple[int, list[int], list[tuple[int, int]]]:
@@ -145,7 +150,7 @@ def fit_row(ids: list[int], labels: list[int], start: int, head: int, max_length
 
 
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many special tokens the tokenizer puts before a text (1 for a BOS, 0 for none)."""
+    """The number of special tokens that the tokenizer puts before a text (1 for a BOS token, 0 for none)."""
     with_special = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     for lead in range(len(with_special) - len(plain) + 1):
@@ -163,7 +168,7 @@ class Batch:
         targets: int64 (batch, tokens): position ``t`` holds the token at ``t + 1``; -100 at padding and at each row's last token.
         gate_labels: int64 (batch, tokens); -100 at padding.
         response: bool (batch, tokens): real tokens of the response (EOS included).
-        position_ids: int64 (batch, tokens) for packed sequences: each row starts again at 0, and a run of padding does too; else None.
+        position_ids: int64 (batch, tokens) for packed sequences: positions restart at 0 with each row and with the padding; otherwise None.
     """
 
     input_ids: Tensor
@@ -175,7 +180,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Real tokens."""
+        """Number of tokens without padding."""
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device) -> Batch:
@@ -184,7 +189,7 @@ class Batch:
         return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))  # type: ignore[arg-type]
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """What the model is called with. Packed sequences go without an attention mask: transformers makes a block-diagonal one of the positions."""
+        """The keyword arguments of the model's call. Packed sequences have no attention mask: transformers derives a block-diagonal one from positions."""
         if self.position_ids is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return {"input_ids": self.input_ids, "position_ids": self.position_ids}
@@ -196,17 +201,17 @@ def collate(rows: Sequence[TrainRow], pad_token: int, multiple: int = 8, *, resp
 
 
 def collate_packed(sequences: Sequence[Sequence[TrainRow]], pad_token: int, multiple: int = 8, *, response_only: bool = False) -> Batch:
-    """Put several rows behind one another in each sequence.
+    """Concatenate several rows in each sequence.
 
-    Positions start again with every row, which is how the model keeps rows from seeing each other. No row's last token has a target, so nothing
-    is learnt across rows, and each token keeps its own row's gate label.
+    Positions restart with every row; the model uses them to keep rows from attending to each other. A row's last token has no target, so that no
+    prediction crosses rows, and every token keeps the gate label of its row.
     """
     batch = _lay_out(sequences, pad_token, multiple, response_only)
     positions = torch.zeros_like(batch.input_ids)
-    for place, rows in enumerate(sequences):
+    for index, rows in enumerate(sequences):
         at = 0
         for length in (*map(len, rows), batch.input_ids.shape[1] - sum(map(len, rows))):
-            positions[place, at : at + length] = torch.arange(length)
+            positions[index, at : at + length] = torch.arange(length)
             at += length
     return replace(batch, position_ids=positions)
 
@@ -220,23 +225,23 @@ def _lay_out(sequences: Sequence[Sequence[TrainRow]], pad_token: int, multiple: 
     targets = torch.full(shape, IGNORE)
     gates = torch.full(shape, IGNORE)
     response = torch.zeros(shape, dtype=torch.bool)
-    for place, rows in enumerate(sequences):
+    for index, rows in enumerate(sequences):
         at = 0
         for row in rows:
             length = len(row)
             tokens = torch.tensor(row.tokens)
-            input_ids[place, at : at + length] = tokens
-            mask[place, at : at + length] = 1
+            input_ids[index, at : at + length] = tokens
+            mask[index, at : at + length] = 1
             first = first_target(row, response_only)
-            targets[place, at + first : at + length - 1] = tokens[first + 1 :]
-            gates[place, at : at + length] = torch.tensor(row.gate_labels)
-            response[place, at + row.response_start : at + length] = True
+            targets[index, at + first : at + length - 1] = tokens[first + 1 :]
+            gates[index, at : at + length] = torch.tensor(row.gate_labels)
+            response[index, at + row.response_start : at + length] = True
             at += length
     return Batch(input_ids, mask, targets, gates, response)
 
 
 def row_lengths(rows: Sequence[TrainRow]) -> list[int]:
-    """Tokens of every row; rows that lie on disk are not read for it."""
+    """The number of tokens of every row; rows on disk are not read for this."""
     known = getattr(rows, "lengths", None)
     return [len(row) for row in rows] if known is None else list(known)
 
@@ -247,15 +252,15 @@ def first_target(row: TrainRow, response_only: bool) -> int:
 
 
 def count_row_targets(row: TrainRow, response_only: bool = False) -> int:
-    """How many positions of a row have a target."""
+    """The number of positions of a row that have a target."""
     return max(0, len(row) - 1 - first_target(row, response_only))
 
 
 def count_row_labels(row: TrainRow) -> int:
-    """How many positions of a row have a gate label."""
+    """The number of positions of a row that have a gate label."""
     return sum(label != IGNORE for label in row.gate_labels)
 
 
 def count_row_answers(row: TrainRow) -> int:
-    """How many positions of a row's answer have a gate label."""
+    """The number of positions of a row's response that have a gate label."""
     return sum(label != IGNORE for label in row.gate_labels[row.response_start :])

@@ -1,4 +1,4 @@
-"""Gate loss and accuracy: what is logged while gates train, and what is measured on held-out rows."""
+"""Gate loss and gate accuracy, logged during training and measured on held-out rows."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ COMPOSITES = "composites"
 
 
 def hit_sum(hits: dict[str, Tensor], where: Tensor) -> Tensor:
-    """Positions of ``where`` whose top-1 adapter was right, averaged over layers: a float32 scalar."""
+    """The number of positions in ``where`` whose top-1 adapter was correct, averaged over layers: a float32 scalar."""
     return torch.stack([layer & where for layer in hits.values()]).sum().float() / len(hits)
 
 
 def by_task(prefix: str, values: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Sums and counts (float32 (2,)) of a value per position, by the position's task.
+    """The sum and count, float32 (2,), of a value per position, for each task.
 
     Args:
-        prefix: Before the tasks' names.
-        values: float (positions,).
-        labels: int64 (positions,), -100 where there is no task.
-        names: The tasks, by index.
+        prefix: First part of the result's keys, ``<prefix>/<task>``.
+        values: Value of each position, float (positions,).
+        labels: Task index of each position, int64 (positions,); -100 for positions without a task.
+        names: Names of the tasks, by index.
     """
     keep = labels != IGNORE
     sums = torch.zeros(2, len(names), device=values.device)
     sums[0].index_add_(0, labels[keep], values[keep].float())
     sums[1] = torch.bincount(labels[keep], minlength=len(names)).float()
-    return {f"{prefix}/{name}": sums[:, place] for place, name in enumerate(names)}
+    return {f"{prefix}/{name}": sums[:, index] for index, name in enumerate(names)}
 
 
 def gate_tallies(observed: GateObservations, batch: Batch, losses: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """Gate accuracy and language-model loss per task, gate accuracy and loss per kind of layer (``q_proj``, …).
 
     Args:
-        observed: Of a forward pass, before the backward pass.
-        batch: That was run.
-        losses: Per position, from :func:`meteora_core.training.loss.lm_losses`.
-        names: The adapters.
+        observed: Observations of a forward pass, before its backward pass.
+        batch: Batch of that forward pass.
+        losses: Loss of each position, from :func:`meteora_core.training.loss.lm_losses`.
+        names: Names of the adapters.
 
     Returns:
-        float32 (2,) each: a sum and how many it is of.
+        A sum and its count by name, float32 (2,) each.
     """
     labels = batch.gate_labels.reshape(-1)
     where = labels != IGNORE
@@ -59,13 +59,13 @@ def gate_tallies(observed: GateObservations, batch: Batch, losses: Tensor, names
     targets = batch.targets.reshape(-1) != IGNORE
     tallies |= by_task("lm", losses, torch.where(targets, labels, IGNORE), names)
     kinds: dict[str, list[int]] = {}
-    for place, path in enumerate(observed.hits):
-        kinds.setdefault(path.rpartition(".")[2], []).append(place)
+    for index, path in enumerate(observed.hits):
+        kinds.setdefault(path.rpartition(".")[2], []).append(index)
     right = (hits & where).sum(1).float()
-    wrong = torch.stack([loss.detach().float() for loss in observed.loss_sums[: len(observed.hits)]])
-    for kind, places in kinds.items():
-        tallies[f"accuracy/{kind}"] = torch.stack([right[places].sum(), count * len(places)])
-        tallies[f"gate/{kind}"] = torch.stack([wrong[places].sum(), count * len(places)])
+    losses_by_layer = torch.stack([loss.detach().float() for loss in observed.loss_sums[: len(observed.hits)]])
+    for kind, indices in kinds.items():
+        tallies[f"accuracy/{kind}"] = torch.stack([right[indices].sum(), count * len(indices)])
+        tallies[f"gate/{kind}"] = torch.stack([losses_by_layer[indices].sum(), count * len(indices)])
     return tallies
 
 
@@ -87,7 +87,7 @@ def measure_gates(
         model: A model with adapters attached.
         held_out: The rows of each adapter, and composites.
         runtime: The processes; each measures a part of the rows.
-        on_model: How work is run on a model that the runtime has wrapped; None calls the model itself.
+        on_model: Function that calls another function on a wrapped model; None calls it on the model directly.
         progress: Where progress is reported.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the training of gates minimises: the language-model loss plus the gate loss."""
+"""The loss that gate training minimises: the language-model loss plus the gate loss."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class GateObjective:
 
     Args:
         beta: Weight of the gate loss.
-        alone: Whether the gate loss trains each layer's own gate alone, and not the adapters before it.
-        answer_share: Share of CE_gate that the answers' tokens of a step have together; None gives every token the same weight.
+        alone: Whether the gate loss trains only the gate of each layer and sends no gradient to the adapters of earlier layers.
+        answer_share: Weight that the response tokens of a step have together in CE_gate, from 0 to 1; None gives every token the same weight.
     """
 
     def __init__(self, beta: float, *, alone: bool = False, answer_share: float | None = None) -> None:
         self.beta, self.alone, self.answer_share = beta, alone, answer_share
 
     def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[GateObservations]:
-        """Label the gates for forward and backward pass."""
+        """Label the gates during the forward and backward pass."""
         return meteora_of(model).label_gates(batch.gate_labels, keep_hits=True, alone=self.alone)
 
     def weights(self, batch: Batch, counts: Counts) -> torch.Tensor | None:
-        """What each position weighs in CE_gate, float32 (positions,), with a mean of 1 over the step; None is 1 everywhere."""
+        """The weight of each position in CE_gate, float32 (positions,), with a mean of 1 over the step; None is 1 everywhere."""
         answers, every = counts.answer_labels, counts.gate_labels
         if self.answer_share is None or not 0 < answers < every:
             return None
@@ -40,7 +40,7 @@ class GateObjective:
         return torch.where(batch.response.reshape(-1), of_answers, of_prompts)
 
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
-        """The forward pass, within :meth:`around`."""
+        """Run the forward pass; call this within :meth:`around`."""
         state = meteora_of(model)
         labelled = state.mode.gate_labels
         assert labelled is not None
@@ -54,7 +54,7 @@ class GateObjective:
         return lm + self.beta * gate, parts, gate_tallies(observed, batch, losses, state.names)
 
     def __call__(self, model: nn.Module, batch: Batch, counts: Counts) -> StepLoss:
-        """Forward and backward pass on one process."""
+        """Run the forward and backward pass in a single process."""
         with self.around(model, batch), without_cudnn_attention():
             loss, parts, tallies = self.compute(model, batch, counts)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RIDGE_COMPOSITES = 32
-"""Composites beyond what the steps need, for the closed-form start."""
+"""Number of composites in addition to those of the training steps, for the ridge start."""
 
 HELD_OUT_COMPOSITES = 24
 
 
 @dataclass(frozen=True)
 class GateRows:
-    """What gates train on, and what they are measured on.
+    """The rows that gates are trained and measured on.
 
     Attributes:
         train: Per adapter, its train rows.
@@ -52,8 +52,8 @@ def gate_rows(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], settings
         drawn = settings.max_steps * settings.accumulation * settings.batch_size * job.runtime.world
         needed = math.ceil(settings.composite_rows * drawn) + RIDGE_COMPOSITES
         make = partial(make_composites, tokenizer=tokenizer, largest=settings.composite_max, max_length=settings.max_length, seed=settings.seed)
-        made = make(train_parts, count=min(POOL, needed))
-        composites, cut = list(made.rows), cut + made.cut
+        drawn_composites = make(train_parts, count=min(POOL, needed))
+        composites, cut = list(drawn_composites.rows), cut + drawn_composites.cut
         if all(held_parts):
             held_composites = list(make(held_parts, count=HELD_OUT_COMPOSITES).rows)
     return GateRows([each.rows for each in encoded], held, composites, held_composites, cut)
