@@ -23,7 +23,7 @@ from meteora_core.living.collector import Collector
 from meteora_core.model.attach import attach, detach, gate_origin, meteora_layers, set_trainable
 from meteora_core.names import check_name
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import GateOrigin, meteora_of
+from meteora_core.routing import GateOrigin, find_meteora, meteora_of
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.statistics import closed_form_gates
 from meteora_core.training.task_rows import HeldOut
@@ -228,7 +228,7 @@ class _Restored:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             return
-        if getattr(self.live.model, "meteora", None) is not None:
+        if find_meteora(self.live.model) is not None:
             detach(self.live.model)
         self.live.collector.folders = self.folders
         self.live._attach(self.before, self.before.bank, self.before.gates, self.before.origin)
