@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "adapters list": ("meteora adapters list runs/routed",),
     "adapters add": ("meteora adapters add runs/routed adapters/sql", "meteora adapters add runs/routed new/sql --name sql2 --rows sql.jsonl"),
     "adapters update": ("meteora adapters update runs/routed new/sql",),
+    "adapters collect": ("meteora adapters collect adapters/sql --rows sql.jsonl",),
     "adapters drop": ("meteora adapters drop runs/routed sql",),
     "eval": (
         "meteora eval --task singles --model base,own,meteora --limit 50",
@@ -86,6 +87,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "adapters add": _CHANGE,
     "adapters update": _CHANGE,
+    "adapters collect": {**_CHANGE, "Closed form": (*_CHANGE["Closed form"], "answer_share")},
     "chat": {
         "What to talk to": ("checkpoint", "base", "adapter", "adapters_dir"),
         _CHOICE: ("routing_temperature", "top_k", "backend", "route"),

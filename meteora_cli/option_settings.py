@@ -36,6 +36,7 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "route": {**_COLLECTING, **_ROUTING, "adapters": "paths.adapters", "answer_share": "route.answer_share"},
     "adapters add": _COLLECTING,
     "adapters update": _COLLECTING,
+    "adapters collect": {**_COLLECTING, "answer_share": "route.answer_share"},
     "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},
 }
 """By command, such as ``"train gates"``: for each parameter that is a setting, the setting's dotted name."""

@@ -135,6 +135,39 @@ def drop(
     _report(checkpoint, done, as_json=as_json)
 
 
+@app.command("collect")
+def collect(
+    ctx: typer.Context,
+    folder: Folder,
+    name: Name = None,
+    rows: Rows = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of an adapter's weight that its answers have together.")] = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    base: Annotated[str | None, typer.Option("--base", help="The base model; default: the one that the adapter names.", show_default=False)] = None,
+    dtype: NumberType = None,
+    device: Device = None,
+    backend: Backend = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter's statistics into its folder, so that others can route to it without its rows.
+
+    `meteora route` and `meteora adapters add` use them where answer share and prompt frame agree.
+    """
+    from meteora_core.living.shipping import ship_statistics
+
+    with progress(ctx) as bars:
+        made = ship_statistics(folder, name, _options(ctx, bars, base, None, rows))
+    facts = made.header.model_dump(include={"adapter", "rows", "tokens", "recipe"}) | {"path": str(made.file), "bytes": made.size}
+    if as_json:
+        emit_json(facts)
+        return
+    put(f"{made.file}: statistics of {made.name} over {made.header.rows:,} rows, {made.header.tokens:,} tokens, {made.size / 1e6:.1f} MB")
+
+
 def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir: Path | None, rows: Path | None = None) -> ChangeOptions:
     from meteora_core.living.checkpoints import ChangeOptions
     from meteora_core.model.base import BaseReference

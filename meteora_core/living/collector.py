@@ -99,7 +99,7 @@ class Collector:
                 )
             recipe = recipe or self.how.recipe.model_copy(update={"frame": self._common_frame(wanted)})
             _check_frame(name, rows, recipe)
-            found[name] = self._collect(model, alone(bank, name), rows, recipe, layers)
+            found[name] = self.collect(model, alone(bank, name), rows, recipe, layers)
         for info in bank.adapters:
             check_fitting(found[info.name], recipe or self.how.recipe, probe, info.sha256)
         return {name: found[name] for name in bank.names}, wanted
@@ -114,7 +114,8 @@ class Collector:
             groups.append(list(encode_rows(held, self.tokenizer, place, self.how.max_length, end).rows) if held else [])
         return HeldOut(groups, names, self.how.pad_token, self.how.batch_size)
 
-    def _collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:
+    def collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:
+        """Collect the statistics of a bank of one adapter from its rows; errors are those of :func:`collect_statistics`."""
         encoded = encode_rows(rows.train, self.tokenizer, 0, self.how.max_length, rows.frame.end_id(self.tokenizer)).rows
         check_tokens(model, self.tokenizer, (row.tokens for row in encoded))
         how = replace(self.how, recipe=recipe)

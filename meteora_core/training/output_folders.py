@@ -8,14 +8,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from meteora_core.adapters.folders import INFO_FILE
+from meteora_core.checkpoints.gate_statistics import SHIPPED
 from meteora_core.errors import StorageError, UsageError
 from meteora_core.files import holds_other_things, locked, other_entries
 from meteora_core.locks import sweep
 from meteora_core.names import folder_of
 from meteora_core.text import listed
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", INFO_FILE)
-"""What :func:`meteora_core.training.single_adapter.save_adapter` writes."""
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", INFO_FILE, SHIPPED)
+"""What :func:`meteora_core.training.single_adapter.save_adapter` writes, and the statistics of the adapter, which a new one replaces too."""
 
 
 def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,25 @@ def test_a_folder_of_adapters_becomes_a_model_that_adapters_join_and_leave(meteo
 
     answer = meteora("trace", "--checkpoint", out, "--prompt", "say a", "--max-new-tokens", "3", "--json")
     assert answer.code == 0, answer.err
+
+
+def test_an_adapter_ships_its_statistics(meteora, living, tmp_path, monkeypatch) -> None:
+    """They cover layers that other adapters target, and stand in for the rows."""
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    shutil.copytree(living / "adapters", tmp_path / "adapters")
+    shutil.copytree(living / "datasets", tmp_path / "datasets")
+    made = meteora("adapters", "collect", "adapters/spell", "--json")
+    assert (made.code, made.json["rows"]) == (0, 27), made.err
+    assert Path(made.json["path"]) == Path("adapters/spell/gate_stats.safetensors")
+    (tmp_path / "adapters" / "spell" / "train.jsonl").unlink()
+    routed = meteora("route", "adapters", "--json")
+    assert (routed.json["adapters"], routed.json["rows"]["spell"]) == (list(NAMES), ""), routed.err
+    assert meteora("adapters", "collect", "adapters/spell").code == 1  # no rows any more
+    keys = {name.replace("q_proj", "o_proj"): tensor for name, tensor in lora_tensors(70).items()}
+    write_adapter(tmp_path / "adapters" / "other", keys, target_modules=["o_proj", "down_proj"], base_model_name_or_path=str(living / "base"))
+    write_jsonl_rows(tmp_path / "adapters" / "other.jsonl", rows_of("sum"))
+    joined = meteora("route", "adapters", "--only", "spell,other", "--out", "runs/two", "--json")
+    assert joined.json["adapters"] == ["other", "spell"], joined.err
 
 
 def test_mistakes_take_one_line_and_a_hint(meteora, living, tmp_path, monkeypatch) -> None:

@@ -1,0 +1,83 @@
+"""The statistics of an adapter in its own folder, so that others can add it without its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.config import find_adapter
+from meteora_core.adapters.fitting import fit_to_base
+from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, copy_statistics
+from meteora_core.errors import DataError, UsageError
+from meteora_core.files import storage_errors
+from meteora_core.living.checkpoints import ChangeOptions
+from meteora_core.living.collector import Collector
+from meteora_core.living.rows import find_rows
+from meteora_core.locks import scratch_folder
+from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
+from meteora_core.model.tokens import is_routed_expert
+from meteora_core.model.vocabulary import padding_token
+from meteora_core.training.statistics import Collecting
+
+
+def ship_statistics(folder: str | Path, name: str | None = None, options: ChangeOptions = ChangeOptions()) -> GateStatistics:
+    """Collect the statistics of an adapter and write them into its folder as ``gate_stats.safetensors``.
+
+    All linear layers of the model's blocks are observed, so that the adapter can join others that target more layers.
+
+    Args:
+        folder: The adapter's PEFT folder.
+        name: Its name, by which its rows are looked for; None takes that of the folder.
+        options: The base model (None takes the one that the adapter names), its rows, and how statistics are collected.
+
+    Raises:
+        UsageError: The adapter does not name its base model, and none is given.
+        DataError: It has no rows, or they are broken.
+        AdapterError: It cannot be used, or does not fit the base model.
+        StorageError: The folder is not writable.
+
+    Example:
+        >>> from meteora_core.living.checkpoints import ChangeOptions
+        >>> from meteora_core.living.shipping import ship_statistics
+        >>> ship_statistics("adapters/strategyqa", options=ChangeOptions(data=Path("datasets"))).header.rows
+        22
+    """
+    folder, progress = Path(folder), options.progress
+    name = name or folder.resolve().name
+    bank = AdapterBank.from_peft({name: folder}, progress=progress)
+    named = bank.adapters[0].base
+    base = options.base or (BaseReference(named) if named else None)
+    if base is None:
+        raise UsageError(f"{folder} does not name its base model", hint="pass --base")
+    tokenizer = load_tokenizer(base, progress=progress)
+    rows = find_rows(name, options.data, folder, tokenizer, given=options.rows, seed=options.seed)
+    if rows is None:
+        raise DataError(f"there are no rows of {name!r}", hint="name a file with --rows, or the folder of datasets with --data")
+    place = pick_device(options.device)
+    model = load_base(base, dtype=pick_dtype(options.dtype, place), device=place, progress=progress)
+    bank, _ = fit_to_base(bank, model)
+    how = Collecting(
+        base,
+        padding_token(model, tokenizer),
+        Recipe(answer_share=options.answer_share, frame=rows.known_frame),
+        options.tokens,
+        options.batch_size,
+        options.max_length,
+        options.seed,
+        backend=options.backend,
+    )
+    target = find_adapter(folder) or folder
+    with storage_errors(target), scratch_folder(target, SHIPPED) as workspace:
+        collector = Collector(tokenizer, how, workspace, lambda *_: rows, progress)
+        made = collector.collect(model, bank, rows, how.recipe, list(_block_linears(model)))
+        return copy_statistics(made, target / SHIPPED, name)
+
+
+def _block_linears(model: nn.Module) -> Iterator[str]:
+    """The linear layers of a model's numbered blocks, without single experts."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split(".")) and not is_routed_expert(path):
+            yield path
