@@ -1,4 +1,4 @@
-"""``python -m meteora_cli``."""
+"""Runs the command line as ``python -m meteora_cli``."""
 
 from meteora_cli.app import entry
 

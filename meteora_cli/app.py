@@ -1,4 +1,4 @@
-"""The entry point of ``meteora``: it imports almost nothing, so that Ctrl-C ends the process without a traceback at any time."""
+"""The entry point of ``meteora``. It imports almost nothing, so that Ctrl-C ends the process without a traceback even while modules are imported."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import FrameType
 
 
 def entry() -> None:
-    """Run :func:`main`; before and after it, SIGINT and SIGTERM end the process at once."""
-    from_now_on = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    for number in from_now_on:
+    """Run :func:`main`. Before and after it, SIGINT and SIGTERM end the process immediately."""
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in signals:
         signal.signal(number, _end_now)
     try:
         main()
     finally:
-        for number in from_now_on:
+        for number in signals:
             signal.signal(number, _end_now)
 
 
@@ -25,7 +25,7 @@ def _end_now(number: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line, and end with 0, 1 (a known error), 2 (usage or configuration), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Run the command line. The exit code is 0, 1 (known error), 2 (usage or configuration), 130 (Ctrl-C) or 143 (SIGTERM)."""
     from meteora_cli.interrupts import answer_signals
 
     with answer_signals():

@@ -1,4 +1,4 @@
-"""What the commands share: JSON and text on stdout, progress bars, settings from the flags.
+"""Functions that the commands share: JSON and text on stdout, progress bars, and settings from flags.
 
 Results go to stdout, everything else to stderr.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Globals:
-    """The options that stand before the command."""
+    """The values of the global options, which precede the command."""
 
     config: Path | None = None
     verbose: int = 0
@@ -47,15 +47,15 @@ class Globals:
 
 
 def globals_of(ctx: typer.Context) -> Globals:
-    """The options that stood before the command."""
+    """Return the values of the global options."""
     return ctx.obj if isinstance(ctx.obj, Globals) else Globals()
 
 
 def emit_json(value: Any) -> None:
     """Print one JSON document on stdout.
 
-    Characters that it cannot hold, halves of surrogate pairs, and control and format characters are written as JSON's own escapes, so that the
-    document is exact and safe to show; a number that is NaN or infinite, which JSON has no word for, is written as null.
+    Characters that the encoding of stdout lacks, lone surrogates, and control and format characters are written as JSON escapes, so that the document
+    is exact and safe to print. NaN and infinite numbers, which JSON does not have, are written as null.
     """
     from meteora_core.json_files import finite
 
@@ -68,7 +68,7 @@ def emit_json(value: Any) -> None:
 
 
 def write_text(text: str) -> None:
-    """Write running text to stdout at once, such as a piece of an answer or a whole document; see :func:`meteora_core.text.printable`."""
+    """Write text, such as a part of an answer or a document, to stdout and flush it; see :func:`meteora_core.text.printable`."""
     sys.stdout.write(printable(text, multiline=True))
     sys.stdout.flush()
 
@@ -89,21 +89,21 @@ def _has_utf8(text: str) -> bool:
 
 
 def accept_all_text() -> None:
-    """Let stdout and stderr put "?" for a character that their encoding lacks, where they would raise an error."""
+    """Make stdout and stderr print "?" for characters that their encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 
 class _PrintableRecord(logging.LogRecord):
-    """A log record whose message is safe to print, whichever handler prints it."""
+    """A log record whose message is safe to print by any handler."""
 
     def getMessage(self) -> str:
         return printable(redact(super().getMessage()), multiline=True)
 
 
 def guard_messages() -> None:
-    """Make log messages, warnings and tracebacks safe to print: they quote names from files just as errors do."""
+    """Make log messages, warnings and tracebacks safe to print, because they can quote names from files."""
     logging.setLogRecordFactory(_PrintableRecord)
     warnings.formatwarning = _format_warning
     sys.excepthook = _show_traceback
@@ -118,17 +118,17 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def valid_text(text: str, name: str) -> str:
-    """What was given on the command line as text that can be encoded; bytes that are not UTF-8 are replaced, and a note says so.
+    """Return an argument of the command line as valid text. Bytes that are not UTF-8 are replaced, and a note says so.
 
     Args:
-        text: As Python decoded it: such a byte is half of a surrogate pair.
-        name: For the note, such as ``--prompt``.
+        text: The argument as Python decoded it, with lone surrogates for invalid bytes.
+        name: The name of the argument in the note, such as ``--prompt``.
     """
     if _has_utf8(text):
         return text
     try:
         raw = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # halves that no byte on a command line gives
+    except UnicodeEncodeError:  # surrogates that do not come from bytes
         raw = text.encode("utf-8", "surrogatepass")
     try:
         return raw.decode()
@@ -138,16 +138,16 @@ def valid_text(text: str, name: str) -> str:
 
 
 def note_replaced(name: str, place: int) -> None:
-    """Say on stderr that bytes were replaced, the first of them at ``place`` (from 0) of what ``name`` stands for."""
-    say(f"note: {name} is not UTF-8 at byte {place + 1}; what cannot be read is replaced by \N{REPLACEMENT CHARACTER}", style="yellow")
+    """Note on stderr that invalid bytes of the input ``name`` were replaced, the first one at offset ``place`` (from 0)."""
+    say(f"note: {name} is not UTF-8 at byte {place + 1}; invalid bytes are replaced by \N{REPLACEMENT CHARACTER}", style="yellow")
 
 
 def settings_from(ctx: typer.Context, **flags: Any) -> Settings:
-    """The settings in force: the environment, the settings file, and above them what was given on the command line.
+    """Return the settings in effect, from the command line, the environment, the settings file and the defaults.
 
     Args:
-        ctx: The context of the command; its options that are settings (:mod:`meteora_cli.option_settings`) are looked up there.
-        flags: Further values as ``section__name=value``; None means that the flag was not given.
+        ctx: The context of the command, which provides the options that are settings (see :mod:`meteora_cli.option_settings`).
+        flags: Further values of the command line, as ``section__name=value``; None means that a flag was not given.
 
     Raises:
         UsageError: The configuration is broken or a value is out of range.
@@ -165,7 +165,7 @@ def settings_from(ctx: typer.Context, **flags: Any) -> Settings:
 
 
 def quantization_of(in_4bit: bool, in_8bit: bool) -> str | None:
-    """The setting that --load-in-4bit and --load-in-8bit stand for; None when neither was given. Raises UsageError for both."""
+    """Return the quantisation that --load-in-4bit and --load-in-8bit select; None if neither was given. Raises UsageError if both were given."""
     if in_4bit and in_8bit:
         from meteora_core.errors import UsageError
 
@@ -174,7 +174,7 @@ def quantization_of(in_4bit: bool, in_8bit: bool) -> str | None:
 
 
 def _amount(task: RichTask) -> str:
-    """Done, total and unit; bytes as MB."""
+    """Return the completed amount, the total and the unit of a task; bytes are shown as MB."""
     unit = task.fields.get("unit", "it")
     if unit == "B":
         done, total = task.completed / 1e6, None if task.total is None else task.total / 1e6
@@ -187,7 +187,7 @@ def _columns() -> list[ProgressColumn]:
     from rich.text import Text
 
     class Amount(ProgressColumn):
-        """Done, total and unit; bytes as MB."""
+        """The column with the completed amount, the total and the unit."""
 
         def render(self, task: RichTask) -> Text:
             return Text(_amount(task))
@@ -205,7 +205,7 @@ def _columns() -> list[ProgressColumn]:
 
 
 PLAIN_SECONDS = 10.0
-"""Seconds between two lines about the same work where there is no terminal to draw a bar on."""
+"""The time between two lines about the same task without a terminal, in seconds."""
 
 
 class _RichBar:
@@ -222,7 +222,7 @@ class _RichBar:
             self.say()
 
     def say(self) -> None:
-        """Print how far the work is, in one line."""
+        """Print the progress of the task in one line."""
         task = next(task for task in self._bars.tasks if task.id == self._id)
         left = "" if task.time_remaining is None or task.finished else f", {task.time_remaining:.0f} s left"
         extra = f"  {task.fields['extra']}" if task.fields["extra"] else ""
@@ -230,7 +230,7 @@ class _RichBar:
 
     @property
     def said_something(self) -> bool:
-        """Whether the work has figures of its own to report at its end."""
+        """Whether the task reported figures, such as a loss, to print at its end."""
         return bool(self._fields)
 
 
@@ -271,8 +271,11 @@ class _Quiet:
 
 @contextmanager
 def progress(ctx: typer.Context | None = None) -> Iterator[Progress]:
-    """Yield a Progress that draws bars on stderr; without a terminal it prints a line at the start of each piece of work, every
-    ten seconds and, where there are figures such as a loss, at its end; with --quiet nothing."""
+    """Yield a Progress that draws bars on stderr.
+
+    Without a terminal, it prints a line at the start of each task, every ten seconds and, if there are figures such as a loss, at the end. With --quiet,
+    it prints nothing.
+    """
     if ctx is not None and globals_of(ctx).quiet:
         yield _Quiet()
         return
@@ -284,14 +287,14 @@ def progress(ctx: typer.Context | None = None) -> Iterator[Progress]:
 
 
 def usage_failure(error: BaseException) -> MeteoraError | None:
-    """The error to report for a command line that Typer does not understand; None for any other error.
+    """Return the error to report for an invalid command line; None for any other error.
 
     Raises:
-        SystemExit: The command line asked for nothing, and the help has been shown instead.
+        SystemExit: The command line names no command, and the help has been shown.
     """
     from meteora_core.errors import UsageError
 
-    kind = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")  # of click, or of Typer's own copy of it
+    kind = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")  # in click, or in Typer's copy of it
     if isinstance(error, typer.Abort):
         return UsageError("stopped")
     if not isinstance(error, kind):
@@ -315,7 +318,7 @@ def usage_failure(error: BaseException) -> MeteoraError | None:
 
 
 def _meant(name: str, choices: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the closest of ``choices``, if one is close."""
+    """Return the end of a message about an unknown name, which suggests the closest of ``choices``; empty if none is close."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, list(choices), n=1)
@@ -328,7 +331,7 @@ def _options_of(context: Any) -> list[str]:
 
 
 def _command_with(option: str, context: Any) -> str | None:
-    """The sibling of a context's command that has the option, with the words that name it."""
+    """Return the full name of another command in the same group that has the option; None if there is none."""
     parent = getattr(context, "parent", None)
     if parent is None or parent.parent is None:
         return None
@@ -339,5 +342,5 @@ def _command_with(option: str, context: Any) -> str | None:
 
 
 def report_error(error: BaseException) -> None:
-    """One line on stderr, and the hint below it."""
+    """Print an error in one line on stderr, with its hint in the next."""
     console.print(error_lines(getattr(error, "message", str(error)), getattr(error, "hint", None)), soft_wrap=True)

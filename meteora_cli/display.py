@@ -1,8 +1,8 @@
-"""The only way to the terminal: consoles, tables and panels that show text of unknown origin as it is.
+"""Consoles, tables and panels that show text of unknown origin literally.
 
 Dataset rows, names in checkpoints and adapters, tensor names, settings, answers, and errors that quote any of these may hold escape sequences or
-Rich's markup. A :class:`Terminal` interprets neither, whatever is printed with it, so that no command has to remember to escape. The other modules
-of ``meteora_cli`` print with what this module provides (``tests/cli/test_display.py`` checks that).
+Rich's markup. A :class:`Terminal` never interprets them, so that commands need not escape text. The other modules of ``meteora_cli`` print only through
+this module, which ``tests/cli/test_display.py`` checks.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from meteora_core.text import one_line, printable, redact
 
 
 class Terminal(Console):
-    """A Rich console without markup, emoji codes and highlighting, in which control and format characters are escaped on their way out."""
+    """A Rich console without markup, emoji codes and highlighting, which escapes control and format characters."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Like Rich's, of the text made printable."""
+        """Render a string as Rich does, after making it printable."""
         return super().render_str(printable(text, multiline=True), **{**options, "markup": False, "emoji": False})
 
     def render(self, renderable: ConsoleRenderable | RichCast | str, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Like Rich's; text is made printable before it is wrapped, and every segment once more."""
+        """Render as Rich does. Text is made printable before it is wrapped, and so is every segment of other renderables."""
         if isinstance(renderable, Text):
             renderable = safe_text(renderable)
         for segment in super().render(renderable, options):
@@ -42,7 +42,7 @@ class Terminal(Console):
                 yield Segment(printable(segment.text, multiline=True), segment.style)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        """Like Rich's; a string is shown as it is."""
+        """Return a status display as Rich does; a string is shown literally."""
         return _Status(_literal(status), console=self, **options)
 
 
@@ -56,12 +56,12 @@ def _literal(content: RenderableType) -> RenderableType:
 
 
 def safe_text(text: Text) -> Text:
-    """``text`` with the same styles, its characters made printable."""
+    """Return ``text`` with the same styles and printable characters."""
     if printable(text.plain, multiline=True) == text.plain:
         return text
     result = text.blank_copy()
-    for place, line in enumerate(text.split("\n", allow_blank=True)):
-        if place:
+    for number, line in enumerate(text.split("\n", allow_blank=True)):
+        if number:
             result.append("\n")
         start = 0
         plain = line.plain
@@ -76,46 +76,46 @@ def safe_text(text: Text) -> Text:
 
 
 def cell(value: object, style: str | Style = "", **options: Any) -> Text:
-    """A name or value for a table or a line: one line, everything unusual escaped. ``options`` are those of Rich's Text."""
+    """Return a name or value as one line with all unusual characters escaped. ``options`` are those of Rich's Text."""
     return Text(printable(str(value)), style, **options)
 
 
 def body(text: str, style: str | Style = "", **options: Any) -> Text:
-    """Running text, such as a dataset's row or an answer: line feeds and tabs stay. ``options`` are those of Rich's Text."""
+    """Return running text, such as a dataset's row or an answer, with line feeds and tabs. ``options`` are those of Rich's Text."""
     return Text(printable(text, multiline=True), style, **options)
 
 
 class DataTable(Table):
-    """A Rich table whose strings are shown as they are: title, column headings and cells."""
+    """A Rich table that shows the strings of titles, column headings and cells literally."""
 
     def __init__(self, *headers: str, title: str | None = None, caption: str | None = None, **options: Any) -> None:
         super().__init__(*headers, title=None if title is None else cell(title), caption=None if caption is None else body(caption), **options)
 
     def add_column(self, header: RenderableType = "", footer: RenderableType = "", **options: Any) -> None:
-        """Like Rich's; a string is shown as it is."""
+        """Add a column as Rich does; a string is shown literally."""
         super().add_column(cell(header) if isinstance(header, str) else header, cell(footer) if isinstance(footer, str) else footer, **options)
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """Like Rich's; a string is shown as it is, wrapped if it is long."""
+        """Add a row as Rich does; a string is shown literally, and wrapped if it is long."""
         super().add_row(*(cell(each, overflow="fold") if isinstance(each, str) else each for each in cells), **options)
 
 
 def panel(content: RenderableType, title: object, *, subtitle: object = None, **options: Any) -> Panel:
-    """A frame around ``content``; a string is shown as running text, and the titles as names."""
+    """Return a frame around ``content``. A string is shown as running text, and the titles as names."""
     inside = body(content) if isinstance(content, str) else content
     below = None if subtitle is None else subtitle if isinstance(subtitle, Text) else cell(subtitle)
     return Panel(inside, title=title if isinstance(title, Text) else cell(title), subtitle=below, **options)
 
 
 console = Terminal(stderr=True)
-"""For people: notes, progress, errors. Goes to stderr."""
+"""The console for notes, progress and errors, which writes to stderr."""
 
 out = Terminal()
-"""For results: tables and text. Goes to stdout."""
+"""The console for results, which writes to stdout."""
 
 
 def say(text: str, *, style: str = "") -> None:
-    """Print one line for people on stderr."""
+    """Print one line to the user on stderr."""
     console.print(cell(text, style), soft_wrap=True)
 
 
@@ -125,7 +125,7 @@ def put(text: str, *, style: str = "") -> None:
 
 
 def error_lines(message: object, hint: object = None) -> Text:
-    """An error's message and its hint, one line each."""
+    """Return the message of an error and its hint, one line each."""
     text = Text.assemble(("error: ", "bold red"), one_line(redact(str(message))))
     if hint:
         text.append("\n").append("hint: ", "bold yellow").append(one_line(redact(str(hint))))

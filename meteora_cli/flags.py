@@ -1,6 +1,6 @@
-"""Flags that would have no effect are refused, instead of being ignored.
+"""Refuses flags that would have no effect, instead of ignoring them.
 
-What depends on other flags or settings is asked by :func:`refuse_without_effect`. Only flags on the command line count: settings and the environment serve
+:func:`refuse_without_effect` checks flags whose effect depends on other flags or settings. It ignores settings and the environment, which are shared by
 many commands.
 """
 
@@ -12,24 +12,24 @@ import typer
 
 
 def comma_separated(text: str | None) -> list[str]:
-    """The names in the value of a flag such as ``--task a,b``; none where it was not given."""
+    """Return the names in the value of a flag such as ``--task a,b``; an empty list if the flag was not given."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def name_of_flag(flags: Sequence[str]) -> str:
-    """The flag that messages use: the first long one."""
+    """Return the name of a flag for messages: the first long one."""
     return next((flag for flag in flags if flag.startswith("--")), flags[0])
 
 
 def given_flags(ctx: typer.Context) -> dict[str, str]:
-    """The parameters that were given on the command line, by name, each with its flag (a switch that was turned off with that flag)."""
-    found = {}
+    """Return the flag of each parameter that was given on the command line, by the parameter's name; for a disabled switch, the flag that disables it."""
+    given = {}
     for parameter in ctx.command.params:
         name = parameter.name or ""
         source = ctx.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            found[name] = name_of_flag(parameter.secondary_opts if ctx.params.get(name) is False and parameter.secondary_opts else parameter.opts)
-    return found
+            given[name] = name_of_flag(parameter.secondary_opts if ctx.params.get(name) is False and parameter.secondary_opts else parameter.opts)
+    return given
 
 
 def refuse_without_effect(ctx: typer.Context, needs: Mapping[str, tuple[bool, str]]) -> None:
@@ -37,7 +37,7 @@ def refuse_without_effect(ctx: typer.Context, needs: Mapping[str, tuple[bool, st
 
     Args:
         ctx: The context of the command.
-        needs: For each parameter, whether its flag has an effect, and what it would need to have one, such as ``"--launcher ddp"``.
+        needs: For each parameter, whether its flag has an effect, and what the flag requires to have one, such as ``"--launcher ddp"``.
     """
     from meteora_core.errors import UsageError
 
@@ -48,7 +48,7 @@ def refuse_without_effect(ctx: typer.Context, needs: Mapping[str, tuple[bool, st
 
 
 def typed_template(text: str | None) -> str | None:
-    r"""The value of ``--template``: ``\n`` and ``\t`` stand for a line break and a tab."""
+    r"""Return the value of ``--template``, in which ``\n`` and ``\t`` denote a line break and a tab."""
     if text is None:
         return None
     from meteora_core.data.frames import typed

@@ -1,4 +1,4 @@
-"""What only the help shows: an example or two of every command, and the panels that group the options of long ones."""
+"""Examples of every command, and panels that group the options of long commands, both of which only the help shows."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "config": ("meteora config show",),
     "config show": ("meteora config show", "meteora config show --defaults"),
 }
-"""By the words that name a command; the test of the help parses every line."""
+"""The examples of each command, by the command's full name; a test parses every line."""
 
 _MODEL = "Model and device"
 _CHOICE = "Adapters and routing"
@@ -108,5 +108,5 @@ _PANEL_OF = {path: {name: panel for panel, names in panels.items() for name in n
 
 
 def panel_of(path: str, parameter: str | None) -> str | None:
-    """The panel of a command's option in its help; None for the panel of all other options."""
+    """Return the panel in which the help of a command shows an option; None for the panel of all other options."""
     return _PANEL_OF.get(path, {}).get(parameter or "")

@@ -1,4 +1,4 @@
-"""Handlers of SIGINT and SIGTERM: they end the command with code 130 or 143, without a traceback, after its clean-up."""
+"""Handlers of SIGINT and SIGTERM, which end a command with code 130 or 143, after its clean-up and without a traceback."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 PAUSE = 0.05
-"""Seconds after which a signal that arrived within an import is delivered again."""
+"""The time after which a signal that arrived during an import is delivered again, in seconds."""
 
 LONGEST = 40
-"""The number of times a signal is deferred at most."""
+"""The largest number of times that a signal is deferred."""
 
 _received: list[int] = []
 _put_off = 0
@@ -23,11 +23,11 @@ _again: threading.Timer | None = None
 
 @contextmanager
 def answer_signals() -> Iterator[None]:
-    """In this block, SIGINT raises KeyboardInterrupt and SIGTERM raises SystemExit. Any error that follows ends the process with 128 + the signal's number.
+    """Make SIGINT raise KeyboardInterrupt and SIGTERM raise SystemExit in this block. Any error after a signal ends the process with 128 + its number.
 
-    A library that is interrupted while it is being imported may turn the interrupt into an ImportError of its own, or swallow it. A signal is
-    therefore deferred while modules are being imported, for two seconds at most. Signals that the process was told to ignore stay ignored, and a
-    process that a launcher started (``RANK``) leaves SIGTERM alone: it may be waiting for other processes in native code.
+    A library that is interrupted during its import may turn the interrupt into an ImportError, or swallow it. A signal is therefore deferred while
+    modules are imported, for at most two seconds. Ignored signals stay ignored. A process that a launcher started (``RANK``) does not handle SIGTERM,
+    because it may be waiting for other processes in native code.
     """
     global _put_off
     numbers = [signal.SIGINT] if "RANK" in os.environ else [signal.SIGINT, signal.SIGTERM]
@@ -56,12 +56,12 @@ def answer_signals() -> Iterator[None]:
 
 
 def interrupted() -> bool:
-    """Whether a signal has arrived that nothing has handled yet."""
+    """Whether a signal has arrived that is not handled yet."""
     return bool(_received)
 
 
 def handled() -> None:
-    """Mark an interrupt as handled: the command continues (``meteora chat`` stops an answer and waits for the next message)."""
+    """Mark an interrupt as handled, so that the command continues, as ``meteora chat`` does after an answer is stopped."""
     _received.clear()
 
 

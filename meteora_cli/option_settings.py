@@ -1,4 +1,4 @@
-"""Which options are settings, by command: the parameter's name and the setting's."""
+"""Lists the options of each command that are settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def _same(section: str, names: Iterable[str]) -> dict[str, str]:
-    """Parameters that have the name of the setting."""
+    """Return the settings of parameters with the same names."""
     return {name: f"{section}.{name}" for name in names}
 
 
@@ -39,4 +39,4 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "adapters collect": {**_COLLECTING, "answer_share": "route.answer_share"},
     "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},
 }
-"""By command, such as ``"train gates"``: for each parameter that is a setting, the setting's dotted name."""
+"""The dotted name of the setting for each parameter that is one, by command, such as ``"train gates"``."""

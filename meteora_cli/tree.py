@@ -1,4 +1,4 @@
-"""The ``meteora`` command: its global options and its commands."""
+"""The ``meteora`` command, with its global options and its sub-commands."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ def _version(value: bool) -> None:
 @app.callback()
 def options(
     ctx: typer.Context,
-    config_file: Annotated[Path | None, typer.Option("--config", help="Settings file; default: meteora.toml here, if present.", show_default=False)] = None,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more (repeat for debug messages).", show_default=False)] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")] = False,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="Settings file; default: meteora.toml in the working directory, if present.", show_default=False)
+    ] = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Print more messages; repeat for debug messages.", show_default=False)] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """Options that every command understands."""
+    """Set the options that apply to every command."""
     ctx.obj = Globals(config_file, verbose, quiet)
     import logging
 
@@ -69,5 +71,5 @@ def options(
 
 @cache
 def command() -> Callable[..., Any]:
-    """The command tree that Typer builds from the functions above, built once because that takes longer than many commands."""
+    """Return the command tree that Typer builds from these functions; it is built once, because that takes longer than many commands."""
     return typer.main.get_command(app)

@@ -1,7 +1,7 @@
-"""Typer as this command line uses it: help that shows the defaults of settings, and names of options that are settings.
+"""Typer classes whose help shows examples, and the defaults of options that are settings.
 
-An option that is a setting stands in :data:`OPTION_SETTINGS`. It has no default of its own (None means that it was not given), so that the environment and
-meteora.toml still count; :func:`meteora_cli.console.settings_from` collects the given ones, and the help shows the setting's default.
+An option that is a setting is listed in :data:`OPTION_SETTINGS`. Its default is None, which means that it was not given, so that the environment and
+meteora.toml apply. :func:`meteora_cli.console.settings_from` collects the given options, and the help shows the default of the setting.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from meteora_cli.option_settings import OPTION_SETTINGS
 
 
 def path_of(ctx: typer.Context) -> str:
-    """The words that name a context's command, without the program's name: ``"train gates"``."""
+    """Return the full name of a context's command without the program's name, such as ``"train gates"``."""
     return ctx.command_path.partition(" ")[2]
 
 
 @contextmanager
 def help_completed(command: Any, path: str) -> Iterator[None]:
-    """While this is entered, a command has what only its help needs: panels, and the defaults of the options that are settings.
+    """Add panels, and the defaults of options that are settings, to a command while the block runs, for its help.
 
     Args:
-        command: A command or group of the tree.
-        path: The words that name it, such as ``"train gates"``.
+        command: A command or group in the command tree.
+        path: The full name of the command, such as ``"train gates"``.
     """
     from meteora_cli.help_pages import panel_of
 
@@ -51,7 +51,7 @@ def help_completed(command: Any, path: str) -> Iterator[None]:
 
 
 def show_examples(path: str) -> None:
-    """Print the examples of a command, which its help ends with."""
+    """Print the examples of a command, which are the end of its help."""
     from meteora_cli.display import put
     from meteora_cli.help_pages import EXAMPLES
 
@@ -60,7 +60,7 @@ def show_examples(path: str) -> None:
 
 
 def flags_without_type(parameters: list[Any]) -> list[Any]:
-    """The parameters, switches among them without a type, so that the help does not look as if they took a value."""
+    """Remove the type of switches, so that the help does not suggest that they take a value, and return the parameters."""
     for parameter in parameters:
         if getattr(parameter, "is_flag", False) or getattr(parameter, "count", False):
             parameter.metavar = ""
@@ -68,7 +68,7 @@ def flags_without_type(parameters: list[Any]) -> list[Any]:
 
 
 class HelpfulCommand(TyperCommand):
-    """A command whose help shows examples, and the defaults of the options that are settings."""
+    """A command whose help shows examples, and the defaults of options that are settings."""
 
     def get_params(self, ctx: Any) -> Any:
         return flags_without_type(super().get_params(ctx))
@@ -80,7 +80,7 @@ class HelpfulCommand(TyperCommand):
 
 
 class HelpfulGroup(TyperGroup):
-    """A group of commands whose own help shows examples, and the defaults of the options that are settings."""
+    """A group of commands whose help shows examples, and the defaults of options that are settings."""
 
     def get_params(self, ctx: Any) -> Any:
         return flags_without_type(super().get_params(ctx))
@@ -92,11 +92,11 @@ class HelpfulGroup(TyperGroup):
 
 
 class App(typer.Typer):
-    """A :class:`typer.Typer` whose commands and groups are the classes above, unless others are named."""
+    """A :class:`typer.Typer` that uses :class:`HelpfulCommand` and :class:`HelpfulGroup` unless other classes are given."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"cls": HelpfulGroup, **options})
 
     def command(self, name: str | None = None, **options: Any) -> Any:
-        """Like Typer's."""
+        """Return a decorator that registers a command, as Typer does."""
         return super().command(name, **{"cls": HelpfulCommand, **options})

@@ -1,1 +1,1 @@
-"""What `meteora chat` and `meteora trace` show in a terminal."""
+"""The terminal interface of `meteora chat`, and the pictures of `meteora trace`."""

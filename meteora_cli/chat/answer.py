@@ -1,4 +1,4 @@
-"""Showing one answer while it is written."""
+"""Shows an answer while it is generated."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
 
 LONG_READ = 600
-"""The number of prompt tokens from which a note shows how many have been read."""
+"""The number of prompt tokens above which a note shows how many have been processed."""
 SHOWN_PROMPT = 400
-"""Prompt tokens that are shown in colour at most; the page of /export shows all."""
+"""The largest number of prompt tokens that are shown in colour; /export shows all."""
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Within the block, the first Ctrl-C sets the event instead of raising; a second one raises KeyboardInterrupt."""
+    """Yield an event that the first Ctrl-C in this block sets; a second one raises KeyboardInterrupt."""
     stop = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
@@ -50,7 +50,7 @@ def interruptible() -> Iterator[threading.Event]:
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """Turn off the terminal's echo in this block, so that text typed meanwhile is kept for the next input line and not shown within the answer."""
+    """Turn off the terminal's echo in this block, so that text typed during an answer appears in the next input line and not in the answer."""
     try:
         import termios
     except ImportError:  # not on Windows
@@ -72,14 +72,14 @@ def unechoed() -> Iterator[None]:
 
 
 def show_answer(session: ChatSession, message: str, out: Console, notes: Console, painter: Painter | None) -> Finished:
-    """Ask, print the answer as it comes, then one line of figures.
+    """Send a message, print the answer while it is generated, and then one line of figures.
 
     Args:
         session: The conversation.
-        message: What the user wrote.
-        out: For the answer.
-        notes: For everything else.
-        painter: Colours by adapter, of the prompt too; None prints plain text.
+        message: The user's message.
+        out: The console for the answer.
+        notes: The console for notes and figures.
+        painter: The painter that colours the tokens of prompt and answer by adapter; None prints plain text.
     """
     from meteora_cli.chat.render import StreamPrinter
 
@@ -114,11 +114,11 @@ def show_answer(session: ChatSession, message: str, out: Console, notes: Console
                     if painter is None or event.routes is None:
                         printer.add(event.text, Style.null())
                         continue
-                    shares = mean_weights(*event.routes, adapters)[0]
-                    total = shares if total is None else total + shares
+                    weights = mean_weights(*event.routes, adapters)[0]
+                    total = weights if total is None else total + weights
                     written += 1
-                    who = int(speakers(*event.routes, adapters)[0])
-                    for piece, style in painter.pieces(event.text, who, float(shares[who])):
+                    speaker = int(speakers(*event.routes, adapters)[0])
+                    for piece, style in painter.pieces(event.text, speaker, float(weights[speaker])):
                         printer.add(piece, style)
                 else:
                     finished = event
@@ -133,7 +133,7 @@ def show_answer(session: ChatSession, message: str, out: Console, notes: Console
 
 
 def _show_prompt(session: ChatSession, encoded: Encoded, routes: list[Any], printer: Any, painter: Painter) -> None:
-    """This turn's part of the prompt, coloured. The earlier turns were shown before."""
+    """Print the part of the prompt that belongs to this turn in colour."""
     import torch
 
     from meteora_core.generation.text import token_texts
@@ -144,17 +144,17 @@ def _show_prompt(session: ChatSession, encoded: Encoded, routes: list[Any], prin
         printer.add("… ", Style.null())
     texts = token_texts(session.speaker.tokenizer, encoded.ids)[-count:]
     indices, weights = indices[-count:], weights[-count:]
-    shares = mean_weights(indices, weights, len(painter.names))
+    token_weights = mean_weights(indices, weights, len(painter.names))
     painter.restart()
-    for text, adapter, row in zip(texts, speakers(indices, weights, len(painter.names)).tolist(), shares, strict=True):
+    for text, adapter, row in zip(texts, speakers(indices, weights, len(painter.names)).tolist(), token_weights, strict=True):
         for piece, style in painter.pieces(text, adapter, float(row[adapter])):
             printer.add(piece, style)
 
 
 def figures(finished: Finished) -> str:
-    """One line on how it went."""
+    """Return one line of figures about an answer: numbers of tokens, speed, and the reason for its end."""
     ends = {"end": "", "length": " · cut at max-new-tokens (/set max-new-tokens)", "context": " · the model's context is full (/new)", "stopped": " · stopped"}
     speed = f" · {finished.tokens_per_second:.1f} tokens/s" if finished.tokens_per_second else ""
     first = f" · first after {finished.first_seconds:.2f} s" if finished.first_seconds else ""
-    kept = f" ({finished.reused} from the cache)" if finished.reused else ""
-    return f"{finished.prompt_tokens} read{kept} · {len(finished.ids)} written{first}{speed}{ends[finished.reason]}"
+    cached = f" ({finished.reused} from the cache)" if finished.reused else ""
+    return f"{finished.prompt_tokens} read{cached} · {len(finished.ids)} written{first}{speed}{ends[finished.reason]}"

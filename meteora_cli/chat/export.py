@@ -1,4 +1,4 @@
-"""Writing a picture of the routes in the format that the file's name asks for."""
+"""Writes pictures of routes, in the format that the file's extension selects."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FORMATS = (".html", ".png", ".svg", ".json")
 
 
 def check_format(path: Path) -> None:
-    """Raise UsageError unless the name ends as one of :data:`FORMATS`."""
+    """Raise UsageError unless the extension is one of :data:`FORMATS`."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"cannot tell the format of {path}", hint=f"choose a name that ends in {', '.join(FORMATS)}")
 
 
 def write_picture(picture: RoutePicture, path: Path, title: str) -> None:
-    """Write an HTML page, a PNG or SVG image, or a JSON document.
+    """Write a picture as an HTML page, a PNG or SVG image, or a JSON document.
 
     Raises:
-        UsageError: Another ending, or a PNG without matplotlib.
+        UsageError: The extension is unknown, or matplotlib, which PNG requires, is not installed.
         StorageError: The file cannot be written.
     """
     check_format(path)
@@ -53,7 +53,7 @@ def write_picture(picture: RoutePicture, path: Path, title: str) -> None:
 
 
 def to_svg(picture: RoutePicture, title: str, width: int = 96) -> str:
-    """The coloured text as a terminal shows it, by Rich's SVG export, without the web font that it would fetch."""
+    """Return the coloured text as Rich's SVG export draws it, without the web font that it would fetch."""
     from rich._export_format import CONSOLE_SVG_FORMAT
 
     from meteora_cli.chat.render import Painter, picture_text

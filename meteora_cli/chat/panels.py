@@ -1,4 +1,4 @@
-"""Tables and panels of the chat."""
+"""Tables and panels that slash commands of the chat print."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from meteora_core.trace.picture import RoutePicture
 
 NARROW = 72
-"""Below this width, tables drop what can be missed and panels stand below each other."""
+"""The width in characters below which tables have fewer columns and panels are stacked."""
 SPANS = 40
-"""Rows of /why at most."""
+"""The largest number of rows in the table of /why."""
 
 
 def _table(*columns: str) -> DataTable:
@@ -37,16 +37,16 @@ def _table(*columns: str) -> DataTable:
 
 
 def show_help(out: Console, commands: dict[str, tuple[str, str]]) -> None:
-    """The commands and the keys."""
+    """Print the commands and the keys."""
     table = _table("command", "")
     for name, (usage, text) in commands.items():
         table.add_row(Text(f"/{name} {usage}".rstrip(), "bold"), text)
     out.print(table)
-    out.print(Text("Enter sends, Alt-Enter (or Esc, Enter) begins a new line, Tab completes, Ctrl-C stops an answer, Ctrl-D leaves.", "dim"))
+    out.print(Text("Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Tab completes, Ctrl-C stops an answer, Ctrl-D exits.", "dim"))
 
 
 def show_settings(out: Console, session: ChatSession) -> None:
-    """What /set can change."""
+    """Print the settings that /set can change, with their ranges."""
     table = _table("setting", "value", "range") if out.width < NARROW else _table("setting", "value", "range", "")
     values = session.values()
     for name, option in options_for(session.speaker.routing).items():
@@ -58,7 +58,7 @@ def show_settings(out: Console, session: ChatSession) -> None:
 
 
 def show_adapters(out: Console, session: ChatSession) -> None:
-    """The bank."""
+    """Print the adapters of the bank."""
     state = session.state()
     painter = Painter(out, state.names)
     narrow = out.width < NARROW
@@ -82,7 +82,7 @@ def _top(names: Sequence[str], shares: Tensor, most: int = 3) -> str:
 
 
 def show_why(out: Console, picture: RoutePicture) -> None:
-    """The last answer by spans of one adapter, then by kind of layer."""
+    """Print the routes of the last answer: its spans by adapter, then the mean weights by kind of layer."""
     painter = Painter(out, picture.names)
     spans = picture.spans("answer")
     table = _table("", "tokens", "text", "mean weights")
@@ -104,7 +104,7 @@ def show_why(out: Console, picture: RoutePicture) -> None:
 
 
 def show_comparison(out: Console, notes: Console, session: ChatSession, adapter: str | None, message: str | None) -> None:
-    """Answers side by side; below each other in a narrow terminal."""
+    """Print the answers of several models side by side, or one below the other in a narrow terminal."""
     labels: list[str] = []
     texts: list[str] = []
     ends: list[str] = []

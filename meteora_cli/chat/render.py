@@ -1,4 +1,4 @@
-"""Text with routes in a terminal: colours, legend, word-wrapped streaming."""
+"""Shows text with its routes in a terminal: colours, a legend, and word-wrapped streaming."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _SIXTEEN = (
     "white on red",
     "white on magenta",
 )
-"""For terminals of 16 colours, where tints would fall together: one pair a hue of the palette."""
+"""The styles for terminals with 16 colours, one per hue of the palette, because tints would be indistinguishable."""
 
 
 class Painter:
-    """Gives every token the look of its adapter.
+    """Chooses the style of every token by its adapter.
 
-    Black text on a tint, both set, so that light and dark terminals show the same. Without colour (NO_COLOR, a dumb terminal, a pipe) the
-    adapter's name stands before the tokens wherever the adapter changes.
+    Text is black on a tint, so that light and dark terminals show the same. Without colour (NO_COLOR, a dumb terminal or a pipe), the name of the
+    adapter precedes the first token after each change of adapter.
 
     Args:
-        console: Where it will be printed.
-        names: The adapters.
+        console: The console that prints the text.
+        names: The names of the adapters.
     """
 
     def __init__(self, console: Console, names: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ class Painter:
         self._last: int | None = None
 
     def style(self, adapter: int, weight: float) -> Style:
-        """The style of a token of that adapter and mean weight; empty without colour."""
+        """Return the style of a token, given its adapter and the adapter's mean weight; an empty style without colour."""
         if self.system is None:
             return Style.null()
         pattern = _PATTERNS[look(adapter).pattern]
@@ -58,7 +58,7 @@ class Painter:
         return Style.parse(f"#000000 on {tint(adapter, weight)} {pattern}".strip())
 
     def pieces(self, text: str, adapter: int, weight: float) -> list[tuple[str, Style]]:
-        """A token as styled pieces; without colour the first of an adapter brings its name along."""
+        """Return a token as styled parts; without colour, the name of the adapter precedes its first token."""
         pieces = [(text, self.style(adapter, weight))]
         if self.system is None and adapter != self._last and text:
             pieces.insert(0, (f"<{printable(self.names[adapter])}> ", Style.null()))
@@ -67,15 +67,15 @@ class Painter:
         return pieces
 
     def restart(self) -> None:
-        """Begin another text: the next token names its adapter again."""
+        """Begin a new text, whose first token names its adapter again."""
         self._last = None
 
     def swatch(self, adapter: int) -> tuple[str, Style]:
-        """A mark for a legend."""
+        """Return the mark of an adapter for legends and tables."""
         return ("   " if self.system is not None else "  ", self.style(adapter, 1.0))
 
     def legend(self, shares: Tensor, *, most: int = 8) -> Text:
-        """The adapters that spoke, largest share first, as one paragraph."""
+        """Return one paragraph that lists the adapters by decreasing share."""
         values = shares.tolist()
         order = [index for index in sorted(range(len(values)), key=lambda index: -values[index]) if values[index] >= 0.005]
         text = Text()
@@ -89,10 +89,10 @@ class Painter:
 
 
 class StreamPrinter:
-    """Prints styled pieces as they come and wraps at words.
+    """Prints styled text as it arrives, wrapped at words.
 
     Args:
-        console: Where to.
+        console: The console that prints the text.
     """
 
     def __init__(self, console: Console) -> None:
@@ -101,7 +101,7 @@ class StreamPrinter:
         self._word: list[tuple[str, Style]] = []
 
     def add(self, text: str, style: Style) -> None:
-        """Print a piece; a word at its end waits until it is complete."""
+        """Print text. A word at its end is held back until it is complete."""
         for run in re.findall(r"\n|[^\S\n]+|\S+", printable(text, multiline=True)):
             if run == "\n":
                 self.flush()
@@ -117,7 +117,7 @@ class StreamPrinter:
                 self._word.append((run, style))
 
     def flush(self) -> None:
-        """Print what waits."""
+        """Print the word that is held back."""
         width = sum(cell_len(text) for text, _ in self._word)
         if self._column and self._column + width > self._console.width:
             self._newline()
@@ -126,7 +126,7 @@ class StreamPrinter:
         self._word = []
 
     def end(self) -> None:
-        """Finish the text: print what waits, and end the line if one is open."""
+        """Finish the text: print the word that is held back, and end an open line."""
         self.flush()
         if self._column:
             self._newline()
@@ -141,13 +141,13 @@ class StreamPrinter:
 
 
 def picture_text(picture: RoutePicture, painter: Painter, *, role: str | None = None) -> Text:
-    """The coloured text of a picture (of one role only, if given)."""
-    who, shares = picture.speakers().tolist(), picture.shares()
+    """Return the coloured text of a picture, or of its tokens with one role."""
+    speakers, shares = picture.speakers().tolist(), picture.shares()
     text = Text()
     painter.restart()
     for position, token in enumerate(picture.tokens):
         if role in (None, token.role):
-            adapter = who[position]
+            adapter = speakers[position]
             for piece, style in painter.pieces(printable(token.text, multiline=True), adapter, float(shares[position, adapter])):
                 text.append(piece, style)
     return text

@@ -20,51 +20,52 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings
 
 LARGE_PASTE = 2000
-"""A longer paste stands in the input line as a short mark; what is sent is the text."""
+"""The number of characters above which a pasted text appears as a short mark in the input line; the message contains the text."""
 
 
 class Pastes:
-    """Large pasted texts, and the marks that stand for them while a line is edited."""
+    """Large pasted texts, and the marks that represent them while a line is edited."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
 
     def mark(self, text: str) -> str:
-        """Keep a text; returns its mark."""
+        """Store a text and return its mark."""
         mark = f"[pasted text {len(self._texts) + 1}: {len(text):,} characters]"
         self._texts[mark] = text
         return mark
 
     def expand(self, line: str) -> str:
-        """The line with its pasted texts in place."""
+        """Return the line with pasted texts in place of their marks."""
         for mark, text in self._texts.items():
             line = line.replace(mark, text)
         return line
 
 
 def run_repl(chat: Chat, read: Callable[[], str]) -> None:
-    """Read lines and answer them until the user leaves.
+    """Read lines and answer them until the user exits.
 
     Args:
-        chat: The conversation and where it is shown.
-        read: Returns the next message; raises EOFError at the end (Ctrl-D) and KeyboardInterrupt on Ctrl-C, which only clears the line.
+        chat: The conversation and its consoles.
+        read: A function that returns the next message. It raises EOFError at the end (Ctrl-D), and KeyboardInterrupt on Ctrl-C, which only clears the
+            line.
     """
     while True:
         try:
             while _turn(chat, read):
                 pass
             return
-        except KeyboardInterrupt:  # it came between two prompts, where nothing waits for it
+        except KeyboardInterrupt:  # Ctrl-C arrived between two prompts
             handled()
 
 
 def _turn(chat: Chat, read: Callable[[], str]) -> bool:
-    """Read a line and answer it; False when the user leaves."""
+    """Read a line and answer it. Return False if the user exits."""
     try:
         line = read()
     except KeyboardInterrupt:
         handled()
-        chat.say("Ctrl-D leaves")
+        chat.say("press Ctrl-D to exit")
         return True
     except EOFError:
         return False
@@ -82,7 +83,7 @@ def _turn(chat: Chat, read: Callable[[], str]) -> bool:
 
 
 def take(chat: Chat, line: str) -> None:
-    """Handle one line: a command, or a message (two slashes at its start send one)."""
+    """Handle one line: a command, or a message. Two slashes at the start send a message that starts with one."""
     if not line.strip():
         return
     if line.startswith("/") and not line.startswith("//"):
@@ -94,7 +95,7 @@ def take(chat: Chat, line: str) -> None:
 
 
 def make_reader(chat: Chat, history: Path) -> Callable[[], str]:
-    """A reader with history, completion and multi-line editing."""
+    """Return a function that reads a message, with history, completion and multi-line editing."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.formatted_text import FormattedText
 
@@ -156,9 +157,9 @@ def _keys(pastes: Pastes) -> KeyBindings:
         if buffer.complete_state is not None:
             buffer.complete_next()
             return
-        found = list(buffer.completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
-        if len(found) == 1:
-            buffer.apply_completion(found[0])
+        completions = list(buffer.completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
+        if len(completions) == 1:
+            buffer.apply_completion(completions[0])
         else:
             buffer.start_completion(insert_common_part=True)
 
@@ -181,7 +182,7 @@ def _completer(chat: Chat) -> Completer:
     paths = PathCompleter(expanduser=True)
 
     class SlashCompleter(Completer):
-        """Commands, then what can follow them."""
+        """Completes commands and their arguments."""
 
         def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
             line = document.text_before_cursor

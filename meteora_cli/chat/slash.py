@@ -1,4 +1,4 @@
-"""The slash commands: their names, what they do, and how they are completed."""
+"""The slash commands of the chat, and their completion."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class Quit(Exception):
-    """The user wants to leave."""
+    """The user wants to exit."""
 
 
 @dataclass
 class Chat:
-    """What a command works with.
+    """The conversation, and the consoles that show it.
 
     Attributes:
         session: The conversation.
-        out: For what was asked for.
-        notes: For notes and errors.
-        route: Whether answers are coloured.
+        out: The console for answers and tables.
+        notes: The console for notes and errors.
+        route: Whether answers are coloured by adapter.
     """
 
     session: ChatSession
@@ -39,11 +39,11 @@ class Chat:
     route: bool = False
 
     def say(self, text: str) -> None:
-        """One note."""
+        """Print a note."""
         self.notes.print(body(text, "dim"), soft_wrap=True)
 
     def fail(self, error: MeteoraError) -> None:
-        """What went wrong, and what to do about it."""
+        """Print an error and its hint."""
         self.notes.print(error_lines(error.message, error.hint), soft_wrap=True)
 
 
@@ -52,10 +52,10 @@ class Command:
     """One slash command.
 
     Attributes:
-        usage: Its arguments.
-        text: What it does, in a line.
-        run: Does it.
-        complete: Gives the words that can follow.
+        usage: The arguments of the command, as the help shows them.
+        text: A one-line description.
+        run: The function that runs the command with its argument.
+        complete: A function that returns the possible words of the argument.
     """
 
     usage: str
@@ -121,7 +121,7 @@ def _mute(chat: Chat, argument: str) -> None:
 
 def _route(chat: Chat, argument: str) -> None:
     if argument not in ("", "on", "off"):
-        raise UsageError(f"/route cannot be {argument!r}", hint="it is on or off; /route alone switches")
+        raise UsageError(f"/route cannot be {argument!r}", hint="choose on or off; without an argument, /route toggles")
     wanted = not chat.route if not argument else argument == "on"
     if wanted:
         chat.session.state()
@@ -187,38 +187,38 @@ def _use_names(chat: Chat) -> Iterator[str]:
 
 
 COMMANDS: dict[str, Command] = {
-    "help": Command("", "this list", _help),
-    "new": Command("", "forget the conversation; settings stay (also /clear)", _new),
-    "system": Command("[TEXT|off]", "text that stands before the conversation", _system),
-    "set": Command("[NAME VALUE]", "change a setting; alone: show them with their ranges", _set, _settings),
-    "adapters": Command("", "the adapters, their ranks, and where they are from", _adapters),
-    "use": Command("NAME|auto", "force one adapter, or give the choice back to the gates", _use, _use_names),
-    "mute": Command("NAME", "never choose this adapter; again: lift it", _mute, _adapter_names),
-    "route": Command("[on|off]", "colour every token by the adapter that spoke", _route, _on_off),
-    "why": Command("", "which adapters wrote the last answer, span by span", _why),
-    "compare": Command("[NAME] [QUESTION]", "base, one adapter and MeteoRA side by side", _compare, _adapter_names),
-    "save": Command("FILE", "the conversation as training rows (JSON lines)", _save),
-    "load": Command("FILE", "go on from saved rows", _load),
-    "export": Command("FILE", "a picture of the routes: .html, .png, .svg or .json", _export),
-    "quit": Command("", "leave (so do /exit and Ctrl-D)", _quit),
+    "help": Command("", "show this list", _help),
+    "new": Command("", "start a new conversation with the same settings (also /clear)", _new),
+    "system": Command("[TEXT|off]", "set the system text, which precedes the conversation", _system),
+    "set": Command("[NAME VALUE]", "change a setting; without arguments: show all, with their ranges", _set, _settings),
+    "adapters": Command("", "list the adapters with their ranks and sources", _adapters),
+    "use": Command("NAME|auto", "use one adapter for every token, or let the gates choose again", _use, _use_names),
+    "mute": Command("NAME", "exclude an adapter from the choice; repeat to include it again", _mute, _adapter_names),
+    "route": Command("[on|off]", "colour every token by its adapter", _route, _on_off),
+    "why": Command("", "show which adapters wrote the last answer, span by span", _why),
+    "compare": Command("[NAME] [QUESTION]", "answer with base, one adapter and MeteoRA, side by side", _compare, _adapter_names),
+    "save": Command("FILE", "save the conversation as training rows (JSON lines)", _save),
+    "load": Command("FILE", "continue from saved rows", _load),
+    "export": Command("FILE", "write a picture of the routes: .html, .png, .svg or .json", _export),
+    "quit": Command("", "exit (also /exit and Ctrl-D)", _quit),
 }
 FILE_COMMANDS = ("save", "load", "export")
 ALIASES = {"exit": "quit", "clear": "new"}
-"""Names that other chat programs have for the same."""
+"""Alternative names of commands, as in other chat programs."""
 
 
 def run_command(chat: Chat, line: str) -> None:
-    """Run a line that begins with a slash.
+    """Run a line that starts with a slash.
 
     Raises:
-        UsageError: There is no such command (the nearest is named), or its argument is wrong.
-        Quit: The user wants to leave.
+        UsageError: There is no such command (the hint names the closest one), or its argument is invalid.
+        Quit: The user wants to exit.
     """
     name, _, argument = line[1:].strip().partition(" ")
     name = ALIASES.get(name, name)
     if name not in COMMANDS:
-        begun = [command for command in COMMANDS if name and command.startswith(name)]
-        near = did_you_mean(begun[0] if begun else name, COMMANDS)
-        hint = near.replace("'", "'/", 1) if near else "/help lists them; to send a text that begins with a slash, write two"
+        completions = [command for command in COMMANDS if name and command.startswith(name)]
+        suggestion = did_you_mean(completions[0] if completions else name, COMMANDS)
+        hint = suggestion.replace("'", "'/", 1) if suggestion else "/help lists them; to send a text that starts with a slash, write two"
         raise UsageError(f"unknown command /{name}", hint=hint)
     COMMANDS[name].run(chat, argument.strip())

@@ -1,4 +1,4 @@
-"""``meteora adapters``: adapters join and leave a checkpoint."""
+"""``meteora adapters``: adds adapters to a checkpoint, and drops, updates and lists them."""
 
 from __future__ import annotations
 
@@ -18,30 +18,28 @@ if TYPE_CHECKING:
     from meteora_core.living.live_bank import Change
     from meteora_core.progress import Progress
 
-app = App(help="Add adapters to a checkpoint, drop, update and list them; the gates are solved again in closed form.", no_args_is_help=True)
+app = App(help="Add, drop, update and list the adapters of a checkpoint; the gates are solved again in closed form.", no_args_is_help=True)
 
-Checkpoint = Annotated[Path, typer.Argument(help="A native checkpoint, such as `meteora route` makes.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help="A native checkpoint, such as one from `meteora route`.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's PEFT folder.", show_default=False)]
 Name = Annotated[str | None, typer.Option("--name", help="The adapter's name; default: the folder's name.", show_default=False)]
-Rows = Annotated[Path | None, typer.Option("--rows", help="A file or folder of the adapter's rows; default: they are looked for.", show_default=False)]
+Rows = Annotated[Path | None, typer.Option("--rows", help="A file or folder of the adapter's rows; default: found by the adapter's name.", show_default=False)]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")]
-Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens of an adapter's rows to look at.")]
-MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens; longer ones lose the start of their prompt.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows in one forward pass.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", help="Number of tokens of an adapter's rows to use.")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Number of rows in one forward pass.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")]
-Moved = Annotated[
-    Path | None, typer.Option("--adapters", help="The folder that the checkpoint's adapter folders were moved to, if they were.", show_default=False)
-]
-Base = Annotated[str | None, typer.Option("--base", help="The base model, where it is not what the checkpoint names.", show_default=False)]
-NumberType = Annotated[Dtype | None, typer.Option("--dtype", help="Number type of the base model.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-Backend = Annotated[str | None, typer.Option("--backend", help="Mixture kernels.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Moved = Annotated[Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)]
+Base = Annotated[str | None, typer.Option("--base", help="Base model, if not the one that the checkpoint names.", show_default=False)]
+NumberType = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the base model.")]
+Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.")]
+Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.command("list")
 def list_(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
-    """Show the adapters of a checkpoint and the statistics that their gates are solved from."""
+    """List the adapters of a checkpoint, with the statistics from which their gates are solved."""
     from meteora_core.living.checkpoints import list_adapters
 
     found = list_adapters(checkpoint)
@@ -75,10 +73,10 @@ def add(
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add an adapter to a checkpoint. All gates are solved again: they are those of one closed form over all adapters.
+    """Add an adapter to a checkpoint. All gates are solved again by one closed form over all adapters.
 
-    The adapter needs statistics (`gate_stats.safetensors` in its folder) or rows. The other adapters need neither their rows nor a forward pass where the
-    checkpoint holds their statistics.
+    The adapter needs statistics (`gate_stats.safetensors` in its folder) or rows. The other adapters need neither rows nor a forward pass if the
+    checkpoint contains their statistics.
     """
     from meteora_core.living.checkpoints import add_adapter
 
@@ -106,7 +104,7 @@ def update(
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace an adapter of a checkpoint by another version of it, at the same place."""
+    """Replace an adapter of a checkpoint by another version, with the same index."""
     from meteora_core.living.checkpoints import update_adapter
 
     with progress(ctx) as bars:
@@ -118,15 +116,15 @@ def update(
 def drop(
     ctx: typer.Context,
     checkpoint: Checkpoint,
-    name: Annotated[str, typer.Argument(help="The adapter.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)],
     adapters_dir: Moved = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take an adapter out of a checkpoint.
+    """Remove an adapter from a checkpoint.
 
-    Gates in closed form are solved again from the statistics of the others, as if the adapter had never been there. From trained gates its rows are
-    deleted, and the others stay as they are.
+    Closed-form gates are solved again from the statistics of the other adapters, as if the adapter had never been added. From trained gates, the rows
+    of the adapter are deleted, and the other rows stay unchanged.
     """
     from meteora_core.living.checkpoints import drop_adapter
 
@@ -198,7 +196,7 @@ def _report(checkpoint: Path, done: Change, *, as_json: bool) -> None:
     verb = {"add": "added", "drop": "dropped", "update": "updated"}[done.action]
     put(f"{checkpoint}: {verb} {done.adapter}, {len(done.adapters)} adapters ({done.seconds:.0f} s)")
     if done.gates == "deleted":
-        put("its rows of the gates were deleted; the other rows stay as they were")
+        put("its rows of the gates were deleted; the other rows are unchanged")
     elif done.correction is None:
         put("all gates were solved again from the statistics of the present adapters")
     else:

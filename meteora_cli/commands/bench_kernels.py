@@ -1,4 +1,4 @@
-"""``meteora bench-kernels``: what the kernels cost on this machine."""
+"""``meteora bench-kernels``: measures the kernels on this machine."""
 
 from __future__ import annotations
 
@@ -24,27 +24,34 @@ if TYPE_CHECKING:
 def bench_kernels(
     ctx: typer.Context,
     tokens: Annotated[
-        str, typer.Option("--tokens", help="Token counts, separated by commas; with --tune, by default, 1 to 4096 in steps of two or four.")
+        str, typer.Option("--tokens", help="Token counts, separated by commas; default with --tune: powers of two and four from 1 to 4096.")
     ] = "1,8,64,512,4096",
-    shape: Annotated[str, typer.Option("--model-shape", help="llama3-8b, llama2-13b or smollm2-135m.")] = "",
+    shape: Annotated[str, typer.Option("--model-shape", help="Model whose layers are measured: llama3-8b, llama2-13b or smollm2-135m.")] = "",
     adapters: Annotated[int, typer.Option("--adapters", help="Number of adapters.")] = 28,
     rank: Annotated[int, typer.Option("--rank", help="Rank of every adapter.")] = 8,
-    top_k: Annotated[int, typer.Option("--top-k", help="Adapters per token.")] = 2,
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32; default: bfloat16 on a GPU, float32 on a CPU.")] = "",
-    backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward.")] = False,
+    top_k: Annotated[int, typer.Option("--top-k", help="Adapters per token and layer.")] = 2,
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype: bfloat16, float16 or float32; default: bfloat16 on a GPU, float32 on a CPU.")] = "",
+    backward: Annotated[bool, typer.Option("--backward", help="Measure forward and backward together.")] = False,
     graph: Annotated[bool, typer.Option("--graph/--no-graph", help="Replay CUDA graphs (on a GPU).")] = True,
-    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also a whole random model: decode, prefill, a training step.")] = False,
-    layers: Annotated[int | None, typer.Option("--layers", help="Decoder layers of the whole model.", show_default=False)] = None,
-    contenders: Annotated[str, typer.Option("--contenders", help="Only these: peft,loop,gather,reference,dense,triton,fused.", show_default=False)] = "",
-    routes: Annotated[str, typer.Option("--routes", help="How tokens choose: uniform (at random), local (neighbours share adapters).")] = "uniform,local",
-    tune: Annotated[bool, typer.Option("--tune", help="Measure which kernel is fastest on this GPU for these sizes, and use it from then on.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this PNG.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Also measure a whole model with random weights: decode, prefill and a training step.")
+    ] = False,
+    layers: Annotated[int | None, typer.Option("--layers", help="Number of decoder layers of the whole model.", show_default=False)] = None,
+    contenders: Annotated[
+        str,
+        typer.Option("--contenders", help="Implementations to measure, from peft,loop,gather,reference,dense,triton,fused; default: all.", show_default=False),
+    ] = "",
+    routes: Annotated[
+        str, typer.Option("--routes", help="Choice of adapters: uniform (at random) or local (neighbouring tokens share adapters).")
+    ] = "uniform,local",
+    tune: Annotated[bool, typer.Option("--tune", help="Find the fastest kernel on this GPU for each size, and use it from then on.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="PNG file for a plot of the ratios.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Time MeteoRA's kernels against the base, one plain LoRA and the usual ways, in one run.
+    """Compare MeteoRA's kernels with the base model, one plain LoRA and other implementations in one run.
 
-    With --tune, measure every kernel that can run on this GPU instead, and write the choices that are faster than the shipped ones to the user's own
-    table: $METEORA_KERNEL_TABLE, or kernels/GPU.toml in the cache folder.
+    With --tune, every kernel that can run on this GPU is measured instead, and the kernels that are faster than the default choices are written to the
+    user's table: $METEORA_KERNEL_TABLE, or kernels/GPU.toml in the cache folder.
     """
     import torch
 
@@ -66,7 +73,7 @@ def bench_kernels(
     try:
         counts = [int(part) for part in tokens.split(",")]
     except ValueError:
-        raise UsageError(f"--tokens {tokens!r} is no list of numbers", hint="for example --tokens 1,64,1024") from None
+        raise UsageError(f"--tokens {tokens!r} is not a list of numbers", hint="for example --tokens 1,64,1024") from None
     if tune:
         if not gpu:
             raise UsageError("--tune measures GPU kernels, and there is no CUDA GPU here", hint="leave out --tune to time the CPU backends")
@@ -107,19 +114,19 @@ def _tune(ctx: typer.Context, shape: ModelShape, setting: Setting, counts: Seque
     from meteora_core.bench.tuning import described, tune
 
     with progress(ctx) as bars:
-        found = tune(shape, setting, counts, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()), progress=bars)
+        result = tune(shape, setting, counts, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()), progress=bars)
     if as_json:
-        emit_json(found.to_json())
+        emit_json(result.to_json())
         return
-    table = DataTable(title=f"{shape.name}: fastest kernels; {setting.adapters} adapters of rank {setting.rank}, top-{setting.top_k}; {found.machine}")
+    table = DataTable(title=f"{shape.name}: fastest kernels; {setting.adapters} adapters of rank {setting.rank}, top-{setting.top_k}; {result.machine}")
     for column in ("what", "hidden", "outputs", "tokens", "taken before", "taken now", "time"):
         table.add_column(column, justify="left" if column in ("what", "taken before", "taken now") else "right")
-    for choice in found.choices:
+    for choice in result.choices:
         now = "" if choice.winner is choice.incumbent else described(choice.winner)
         sizes = (str(choice.hidden), "+".join(map(str, choice.widths)), str(choice.tokens))
         table.add_row("fused group" if choice.kind == "group" else "layer", *sizes, described(choice.incumbent), now, f"{choice.ratio:.3f}" if now else "")
     out.print(table)
-    put("no other kernel is faster here: nothing was written" if found.file is None else f"written to {found.file}")
+    put("no other kernel is faster on this GPU, so nothing was written" if result.file is None else f"written to {result.file}")
 
 
 def _show_layers(bench: LayerBench) -> None:

@@ -1,4 +1,4 @@
-"""``meteora chat``: talk with a MeteoRA model, one adapter, or a base model."""
+"""``meteora chat``: a chat with a MeteoRA model, one adapter, or a base model."""
 
 from __future__ import annotations
 
@@ -20,26 +20,33 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--checkpoint",
-        help="Trained gates, native or in the authors' layout; default: RUNS/meteora, else the quickstart's, else the starter.",
+        help="Checkpoint, native or in the authors' layout; default: RUNS/meteora, else the quickstart's, else the starter checkpoint.",
         show_default=False,
     ),
 ]
-Base = Annotated[str | None, typer.Option("--base", help="A base model alone; with --checkpoint or --adapter: the one to load it onto.", show_default=False)]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="One adapter alone: a PEFT folder, or a name.", show_default=False)]
-AdaptersDir = Annotated[Path | None, typer.Option("--adapters", help="Where the checkpoint's adapter folders lie, if they were moved.", show_default=False)]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Base model to chat with; with --checkpoint or --adapter: the one to load it onto.", show_default=False)
+]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="Single adapter: a PEFT folder, or a name.", show_default=False)]
+AdaptersDir = Annotated[Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)]
 RoutingT = Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: the checkpoint's.", show_default=False)]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: the checkpoint's.", show_default=False)]
-System = Annotated[str | None, typer.Option("--system", help="Text that stands before the conversation.", show_default=False)]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: the checkpoint's.", show_default=False)]
+System = Annotated[str | None, typer.Option("--system", help="System text, which precedes the conversation.", show_default=False)]
 Template = Annotated[
     str | None,
-    typer.Option("--template", callback=typed_template, help="chat, inst, raw or a text with {} for the message; default: as in training.", show_default=False),
+    typer.Option(
+        "--template",
+        callback=typed_template,
+        help="Prompt template: chat, inst, raw or a text with {} for the message; default: as in training.",
+        show_default=False,
+    ),
 ]
-MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer.", show_default=False)]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps.", show_default=False)]
-Backend = Annotated[str | None, typer.Option("--backend", help="Mixture kernels; default: auto.", show_default=False)]
-In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to 4 bits by bitsandbytes (needs a CUDA GPU).")]
-In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="The same to 8 bits.")]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that a model repository ships.")]
+MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer in tokens.", show_default=False)]
+Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda or mps.", show_default=False)]
+Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters; default: auto.", show_default=False)]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")]
+In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")]
 
 
 def chat(
@@ -54,17 +61,17 @@ def chat(
     template: Template = None,
     max_new_tokens: MaxNew = None,
     sampling_temperature: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0: greedy.", show_default=False)] = None,
-    route: Annotated[bool, typer.Option("--route", help="Colour every token by the adapter that spoke.")] = False,
+    route: Annotated[bool, typer.Option("--route", help="Colour every token by its adapter.")] = False,
     device: Device = None,
     backend: Backend = None,
     load_in_4bit: In4Bit = False,
     load_in_8bit: In8Bit = False,
     trust_remote_code: TrustCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Answer one message from stdin as a JSON document.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer one message from stdin as one JSON document.")] = False,
 ) -> None:
-    """Talk with a model, and see which adapter speaks.
+    """Chat with a model, and see which adapter writes each token.
 
-    In a terminal this is a conversation (/help lists its commands). Without one, all of stdin is one message, and the answer goes to stdout.
+    In a terminal, this is a conversation, whose commands /help lists. Otherwise, stdin is one message, and the answer is written to stdout.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     message = "" if interactive else read_message()
@@ -80,7 +87,7 @@ def chat(
 
 
 def open_session(ctx: typer.Context) -> ChatSession:
-    """Load what the options of ``meteora chat`` or ``meteora trace`` name, and begin a conversation with it."""
+    """Load the model that the options of ``meteora chat`` or ``meteora trace`` name, and start a conversation with it."""
     from meteora_core.chat.session import ChatSession
     from meteora_core.chat.speaker import load_speaker
     from meteora_core.data.userdata import register_all
@@ -98,28 +105,28 @@ def open_session(ctx: typer.Context) -> ChatSession:
     system = None if given.system is None else valid_text(given.system, "--system")
     with progress(ctx) as bars:
         speaker = load_speaker(settings, checkpoint=given.checkpoint, base=given.base, adapter=given.adapter, adapters_dir=given.adapters_dir, progress=bars)
-    wishes, top_k, routing_temperature = settings.chat, given.top_k, given.routing_temperature
+    chat_settings, top_k, routing_temperature = settings.chat, given.top_k, given.routing_temperature
     if speaker.kind == "meteora":
-        # A setting that stands at its default does not override what the checkpoint was trained with.
+        # A setting with its default does not override the value of the checkpoint.
         configured = settings.routing.top_k
         top_k = top_k if top_k is not None else configured
         routing_temperature = routing_temperature if routing_temperature is not None else settings.routing.temperature
     return ChatSession(
         speaker,
-        Sampling(wishes.max_new_tokens, wishes.sampling_temperature, wishes.top_p, wishes.seed),
-        template=wishes.template,
+        Sampling(chat_settings.max_new_tokens, chat_settings.sampling_temperature, chat_settings.top_p, chat_settings.seed),
+        template=chat_settings.template,
         system=system,
         top_k=top_k,
         routing_temperature=routing_temperature,
-        cuda_graphs=wishes.cuda_graphs,
+        cuda_graphs=chat_settings.cuda_graphs,
     )
 
 
 def read_message() -> str:
-    """All of stdin as text; bytes that are not UTF-8 are replaced, and a note says so.
+    """Read stdin as text. Bytes that are not UTF-8 are replaced, and a note says so.
 
     Raises:
-        UsageError: There is nothing.
+        UsageError: stdin is empty.
     """
     from meteora_core.errors import UsageError
 
@@ -179,7 +186,7 @@ def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: b
 
 
 def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
-    """Answer one message; text, token ids, timings, and the routes where there are adapters."""
+    """Answer one message, and return the text, token ids, timings and, if the model has adapters, the routes."""
     from meteora_cli.chat.answer import interruptible
     from meteora_core.chat.prompts import Encoded
     from meteora_core.generation.requests import Finished

@@ -1,4 +1,4 @@
-"""``meteora ckpt``: download models, look into checkpoints, convert the authors' layout."""
+"""``meteora ckpt``: downloads models, and inspects, converts and packs checkpoints."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from meteora_cli.typer_app import App
 if TYPE_CHECKING:
     from meteora_core.checkpoints.convert import BaseTensors
 
-app = App(help="Download models, look into checkpoints, convert the authors' layout.", no_args_is_help=True)
+app = App(help="Download models, and inspect, convert and pack checkpoints.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.command("download")
@@ -25,18 +25,18 @@ def download(
     name: Annotated[
         str,
         typer.Argument(
-            help="smollm2-135m, meteora-llama3-8b, meteora-llama2-13b, or a hub repository ORGANISATION/NAME, with @REVISION if need be.", show_default=False
+            help="smollm2-135m, meteora-llama3-8b, meteora-llama2-13b, or a hub repository ORGANISATION/NAME or ORGANISATION/NAME@REVISION.", show_default=False
         ),
     ],
     include: Annotated[
         list[str] | None,
-        typer.Option("--include", help="Of a hub repository, only files that match this pattern, such as '*/top_1/*'; repeat for more.", show_default=False),
+        typer.Option("--include", help="Pattern of the files to fetch from a hub repository, such as '*/top_1/*'; can be repeated.", show_default=False),
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder for a hub repository; default: the hub's cache.", show_default=False)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch again even if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Fetch files again that exist already.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a model or a checkpoint; what is there already is not fetched again, and a download that was cut goes on."""
+    """Fetch a model or a checkpoint. Existing files are not fetched again, and interrupted downloads resume."""
     from meteora_core.errors import UsageError, did_you_mean
     from meteora_core.fetch.base_models import CATALOG
     from meteora_core.fetch.hub import KNOWN, HubOptions, download_known, download_repo, split_revision
@@ -52,30 +52,30 @@ def download(
     wanted = tuple(include) if include else None
     with progress(ctx) as bars:
         if short in KNOWN:
-            got = download_known(short, HubOptions(revision or None, wanted, to), force=force, progress=bars)
+            fetched = download_known(short, HubOptions(revision or None, wanted, to), force=force, progress=bars)
         else:
             repository, revision_ = split_revision(name)
-            got = download_repo(repository, HubOptions(revision_, wanted, to), force=force, progress=bars)
+            fetched = download_repo(repository, HubOptions(revision_, wanted, to), force=force, progress=bars)
     if as_json:
         emit_json(
             {
                 "name": name,
                 "kind": "hub",
-                "path": str(got.path),
-                "repository": got.repository,
-                "revision": got.revision,
-                "files": list(got.files),
-                "bytes": got.size,
-                "fetched": got.fetched,
+                "path": str(fetched.path),
+                "repository": fetched.repository,
+                "revision": fetched.revision,
+                "files": list(fetched.files),
+                "bytes": fetched.size,
+                "fetched": fetched.fetched,
             }
         )
         return
-    put(f"{name}: {got.path}")
-    commit = f" at {got.revision[:12]}" if got.revision else ""
-    put(f"{len(got.files)} files, {_size(got.size)} ({_size(got.fetched)} fetched now), {got.repository}{commit}")
+    put(f"{name}: {fetched.path}")
+    commit = f" at {fetched.revision[:12]}" if fetched.revision else ""
+    put(f"{len(fetched.files)} files, {_size(fetched.size)} ({_size(fetched.fetched)} fetched now), {fetched.repository}{commit}")
     if short in KNOWN:
-        place = got.path / KNOWN[short].include[0].removesuffix("/*")
-        adapters = got.path / KNOWN[short].include[1].removesuffix("/*")
+        place = fetched.path / KNOWN[short].include[0].removesuffix("/*")
+        adapters = fetched.path / KNOWN[short].include[1].removesuffix("/*")
         example = f"meteora ckpt convert {place} runs/{short} --base {KNOWN[short].base} --adapters {adapters}"
         put(f"next: {example}")
 
@@ -87,7 +87,7 @@ def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, 
 
     entry = catalog_entry(name)
     if include or to is not None:
-        raise UsageError(f"{name} goes into the cache as a whole", hint="leave out --include and --to; METEORA_CACHE says where the cache is")
+        raise UsageError(f"{name} is always fetched completely into the cache", hint="leave out --include and --to; METEORA_CACHE sets the folder of the cache")
     with progress(ctx) as bars:
         path = download_base(name, progress=bars, force=force)
     if as_json:
@@ -100,10 +100,10 @@ def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, 
 def inspect(
     ctx: typer.Context,
     path: Annotated[Path, typer.Argument(help="A folder or a safetensors file.", show_default=False)],
-    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compute the SHA-256 of the weight files (reads them once).")] = True,
+    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compute the SHA-256 of the weight files, which reads them completely.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint, adapter or model is and what it holds; no weights are loaded."""
+    """Describe a checkpoint, adapter or model without loading its weights."""
     from meteora_core.checkpoints.inspect import inspect_checkpoint
 
     with progress(ctx) as bars:
@@ -117,24 +117,28 @@ def inspect(
 @app.command("convert")
 def convert(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="The authors' model.safetensors, or the folder that holds it or its shards.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="The native checkpoint to write.", show_default=False)],
-    base: Annotated[str, typer.Option("--base", "--model", help="The base model it was trained on: a folder, a known name, or a hub id.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' model.safetensors, or the folder of it or of its shards.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder of the native checkpoint to write.", show_default=False)],
+    base: Annotated[
+        str, typer.Option("--base", "--model", help="Base model that the checkpoint was trained on: a folder, a known name, or a hub id.", show_default=False)
+    ],
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub base model.", show_default=False)] = None,
     adapters: Annotated[
-        Path | None, typer.Option("--adapters", help="The folder with one PEFT folder per adapter (gives names and alphas).", show_default=False)
+        Path | None, typer.Option("--adapters", help="Folder that contains one PEFT folder per adapter, which give names and alphas.", show_default=False)
     ] = None,
-    names: Annotated[str | None, typer.Option("--names", help="The adapters' names in the checkpoint's order, a,b,c.", show_default=False)] = None,
+    names: Annotated[
+        str | None, typer.Option("--names", help="Names of the adapters in the order of the checkpoint, separated by commas.", show_default=False)
+    ] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha of all adapters, without --adapters; default: 16.", show_default=False)] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="Adapters per token, stored as the default.")] = 2,
+    top_k: Annotated[int, typer.Option("--top-k", help="Adapters per token and layer, stored as the default.")] = 2,
     routing_temperature: Annotated[float, typer.Option("--T", help="Routing temperature T, stored as the default.")] = 1.0,
     base_tensors: Annotated[
-        str, typer.Option("--base-tensors", help="Which base tensors to store: changed (compares with the base model) or all.")
+        str, typer.Option("--base-tensors", help="Base tensors to store: changed (those that differ from the base model) or all.")
     ] = "changed",
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a checkpoint in the authors' layout into a native folder, tensor by tensor."""
+    """Convert a checkpoint in the authors' layout to a native checkpoint, tensor by tensor."""
     from typing import cast
 
     from meteora_core.checkpoints.authors_layout import AuthorsAdapters
@@ -170,25 +174,25 @@ def convert(
         return
     put(f"{done.folder}: {len(done.adapters)} adapters of rank {done.rank} on {done.layers} linears, {_size(done.size)}")
     if done.base_tensors:
-        put(f"{len(done.base_tensors)} base tensors are stored too, since they are not those of {base}")
+        put(f"{len(done.base_tensors)} base tensors are stored too, because they differ from those of {base}")
 
 
 @app.command("pack")
 def pack(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)],
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="Where its adapter folders lie now, if they were moved.", show_default=False)] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Only these adapters, a,b,c, in this order.", show_default=False)] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="At most this rank in every layer.", show_default=False)] = None,
-    max_mb: Annotated[float | None, typer.Option("--max-mb", help="Size of the folder in MB (millions of bytes), at most.", show_default=False)] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write.", show_default=False)],
+    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder of its adapter folders, if they were moved.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Adapters to keep, in this order, separated by commas; default: all.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of an adapter in a layer.", show_default=False)] = None,
+    max_mb: Annotated[float | None, typer.Option("--max-mb", help="Largest size of the folder in MB (millions of bytes).", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of the stored tensors: bfloat16, float16 or float32.")] = "bfloat16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint with its adapters inside: small, and complete without their folders.
+    """Write a small checkpoint that contains its adapters, so that it needs no adapter folders.
 
-    Too large a one is cut by singular values, layer by layer, where it loses least.
+    To meet a limit, adapters are cut by singular values, in those layers where the loss is smallest.
     """
     import torch
 
@@ -201,7 +205,7 @@ def pack(
     if max_mb is not None:
         check_range("--max-mb", max_mb, 0, 10**9, above=True)
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise UsageError(f"unknown dtype {dtype!r}", hint="bfloat16, float16 or float32")
+        raise UsageError(f"unknown dtype {dtype!r}", hint="choose from: bfloat16, float16, float32")
     with progress(ctx) as bars:
         done = pack_checkpoint(
             checkpoint,
@@ -231,14 +235,14 @@ def pack(
 @app.command("card")
 def card(
     folder: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
-    title: Annotated[str | None, typer.Option("--title", help="Headline; default: the folder's name.", show_default=False)] = None,
-    results: Annotated[Path | None, typer.Option("--results", help="Results of `meteora eval` on this checkpoint.", show_default=False)] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="The datasets that it was trained on.", show_default=False)] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Title; default: the folder's name.", show_default=False)] = None,
+    results: Annotated[Path | None, typer.Option("--results", help="Folder of the results of `meteora eval` on this checkpoint.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of the datasets that it was trained on.", show_default=False)] = None,
     licence: Annotated[
-        list[str] | None, typer.Option("--licence", help="TASK=TEXT: source and licence of a task's rows; repeat for more.", show_default=False)
+        list[str] | None, typer.Option("--licence", help="Source and licence of a task's rows, as TASK=TEXT; can be repeated.", show_default=False)
     ] = None,
 ) -> None:
-    """Write README.md beside a checkpoint: data, licences, training, scores, hashes."""
+    """Write README.md into the folder of a checkpoint: data, licences, training, scores and hashes."""
     from meteora_core.errors import UsageError
     from meteora_core.evaluation.card import write_card
 
@@ -256,24 +260,24 @@ def _size(count: int) -> str:
 
 
 def _frame_text(frame: dict[str, Any] | None) -> str:
-    """What stands around a message in prompts, in one line."""
+    """Return the text around a message in prompts, in one line."""
     from meteora_core.data.frames import read_frame
     from meteora_core.text import shown
 
-    found = read_frame(frame)
-    if found is None:
+    known = read_frame(frame)
+    if known is None:
         return "-"
-    name = {"raw": "as they are", "chat": "chat template"}.get(found.name, shown(found.text, limit=80))
-    return name + (f", end {found.end}" if found.end else "")
+    name = {"raw": "as they are", "chat": "chat template"}.get(known.name, shown(known.text, limit=80))
+    return name + (f", end {known.end}" if known.end else "")
 
 
 _KINDS = {
     "native": "a native meteora checkpoint",
-    "authors": "a checkpoint in the layout of MeteoRA's authors (`meteora ckpt convert` makes it native)",
+    "authors": "a checkpoint in the authors' layout (`meteora ckpt convert` converts it to a native one)",
     "adapter": "a PEFT LoRA adapter",
     "adapters": "a folder of PEFT LoRA adapters",
     "base": "a base model",
-    "unknown": "nothing that meteora knows",
+    "unknown": "not a kind of file that meteora knows",
 }
 
 

@@ -1,4 +1,4 @@
-"""``meteora config``: look at the settings in force."""
+"""``meteora config``: shows the settings."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from meteora_cli.flags import refuse_without_effect
 from meteora_cli.typer_app import App
 from meteora_core.text import redact
 
-app = App(help="Look at the settings in force.", no_args_is_help=True)
+app = App(help="Show the settings.", no_args_is_help=True)
 
 
 @app.command("show")
 def show(
     ctx: typer.Context,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-    defaults: Annotated[bool, typer.Option("--defaults", help="Print a meteora.toml with every setting commented at its default.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    defaults: Annotated[bool, typer.Option("--defaults", help="Print a meteora.toml with every setting, commented out and with its default.")] = False,
 ) -> None:
-    """Print the settings in force (flags > METEORA_* environment > meteora.toml > defaults)."""
+    """Print the settings in effect. Order of precedence: flags, METEORA_* environment variables, meteora.toml, defaults."""
     from meteora_core.settings import default_file_text
 
     refuse_without_effect(ctx, {"as_json": (not defaults, "a run without --defaults, which prints TOML")})
@@ -44,7 +44,7 @@ def show(
 
 
 def _without_secrets(value: Any) -> Any:
-    """The same settings with passwords and tokens in their texts replaced."""
+    """Return the settings with passwords and tokens in their texts replaced."""
     if isinstance(value, dict):
         return {key: _without_secrets(each) for key, each in value.items()}
     if isinstance(value, list):

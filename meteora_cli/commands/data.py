@@ -1,4 +1,4 @@
-"""``meteora data``: build datasets, look at them, check them."""
+"""``meteora data``: builds, shows and checks datasets."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from meteora_cli.typer_app import App
 if TYPE_CHECKING:
     pass
 
-app = App(help="Build datasets, look at them, check them.", no_args_is_help=True)
+app = App(help="Build, show and check datasets.", no_args_is_help=True)
 
-SOURCE_HELP = "auto, local, pypi, hub or authors (their ready-made rows); auto tries them in this order."
+SOURCE_HELP = "Source of raw tasks: auto (tries local, pypi and hub), local, pypi, hub or authors (the rows that the authors built)."
 
 
 @app.command("build")
@@ -29,16 +29,18 @@ def build(
     ctx: typer.Context,
     task: Annotated[list[str], typer.Option("--task", help="Tasks, separated by commas; all: the 28; bigbench: the 22 of BIG-bench.", show_default=False)],
     source: Annotated[str | None, typer.Option("--source", help=SOURCE_HELP, show_default=False)] = None,
-    raw_dir: Annotated[Path | None, typer.Option("--raw-dir", help="Folder of raw tasks, or the bigbench sdist as a file.", show_default=False)] = None,
+    raw_dir: Annotated[
+        Path | None, typer.Option("--raw-dir", help="Folder of raw tasks, or the file of BIG-bench's source distribution.", show_default=False)
+    ] = None,
     folder: Out = None,
     max_train: Annotated[int | None, typer.Option("--max-train", help="Largest number of train rows per task.", show_default=False)] = None,
     max_test: Annotated[int | None, typer.Option("--max-test", help="Largest number of test rows per task.", show_default=False)] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Processes that build at once.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Build again what is there and intact.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Number of processes that build at once.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Build again, even if the dataset exists and is intact.")] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Turn raw tasks into DIR/TASK/{train,test}.jsonl, with a manifest beside them."""
+    """Build DIR/TASK/{train,test}.jsonl and a manifest from raw tasks."""
     from meteora_core.data.build import BuildRequest, build_tasks
     from meteora_core.data.tasks import expand_names
     from meteora_core.errors import DataError, MeteoraError
@@ -80,17 +82,19 @@ def build(
 @app.command("composite")
 def composite(
     ctx: typer.Context,
-    n: Annotated[int | None, typer.Option("--n", help="How many tasks; 3, 5 and 10 are the authors' lists.", show_default=False)] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="The tasks, separated by commas, in the order of the prompts.", show_default=False)] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Number of tasks; 3, 5 and 10 select the authors' lists.", show_default=False)] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks, separated by commas, in the order of the prompts.", show_default=False)] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the dataset; default: composite_N.", show_default=False)] = None,
-    num_samples: Annotated[int | None, typer.Option("--num-samples", help="Rows; default: 200 or as many as there are.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the row order and the solved examples; 47 pairs rows as the authors do.")] = 47,
-    examples: Annotated[int, typer.Option("--examples", help="Solved examples before the questions.")] = 2,
+    num_samples: Annotated[
+        int | None, typer.Option("--num-samples", help="Number of rows; default: 200, or all if there are fewer.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the row order and the solved examples; 47 combines rows as the authors do.")] = 47,
+    examples: Annotated[int, typer.Option("--examples", help="Number of solved examples before the questions.")] = 2,
     folder: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Combine the test rows of built datasets: several tasks in one prompt."""
+    """Combine test rows of built datasets, so that each prompt has several tasks."""
     from meteora_core.data.composite import CompositeRequest, build_composite, plan_composite
 
     _, data_dir = prepare(ctx, folder)
@@ -116,26 +120,26 @@ app.command("add")(add)
 
 @app.command("list")
 def list_(ctx: typer.Context, folder: Out = None, as_json: Json = False) -> None:
-    """List all tasks: source, metric, rows, built or not."""
+    """List all tasks with source, metric, number of rows, and whether they are built."""
     from meteora_core.data.catalog import list_tasks
 
     _, data_dir = prepare(ctx, folder)
-    found = list_tasks(data_dir)
+    statuses = list_tasks(data_dir)
     rows = []
-    for status in found:
+    for status in statuses:
         counts = [str(status.rows.get(split, "")) for split in ("train", "test")]
         rows.append(
             ("" if status.index is None else str(status.index), status.name, status.source, status.metric, *counts, _state(status.built, status.built_from))
         )
-    show_table([asdict(status) for status in found], ("#", "task", "source", "metric", "train", "test", "built"), rows, as_json)
+    show_table([asdict(status) for status in statuses], ("#", "task", "source", "metric", "train", "test", "built"), rows, as_json)
 
 
 @app.command("show")
 def show(
     ctx: typer.Context,
-    task: Annotated[str, typer.Argument(help="The task.", show_default=False)],
-    n: Annotated[int, typer.Option("-n", min=1, max=10**9, help="How many rows.")] = 1,
-    split: Annotated[str, typer.Option("--split", help="train or test.")] = "test",
+    task: Annotated[str, typer.Argument(help="Name of the task.", show_default=False)],
+    n: Annotated[int, typer.Option("-n", min=1, max=10**9, help="Number of rows.")] = 1,
+    split: Annotated[str, typer.Option("--split", help="Split: train or test.")] = "test",
     folder: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -147,7 +151,7 @@ def show(
     _, data_dir = prepare(ctx, folder)
     known = task_in(data_dir, task)
     if split not in SPLITS:
-        raise UsageError(f"unknown split {split!r}", hint="train or test")
+        raise UsageError(f"unknown split {split!r}", hint="choose train or test")
     rows = read_rows(data_dir, known.name, split, limit=n)
     if as_json:
         emit_json({"task": known.name, "split": split, "metric": known.metric, "rows": [asdict(row) for row in rows]})
@@ -160,7 +164,7 @@ def show(
 @app.command("verify")
 def verify(
     ctx: typer.Context,
-    tasks: Annotated[list[str] | None, typer.Argument(help="Which datasets; default: all that are built.", show_default=False)] = None,
+    tasks: Annotated[list[str] | None, typer.Argument(help="Datasets to check; default: all that are built.", show_default=False)] = None,
     folder: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +179,7 @@ def verify(
     broken = [report.task for report in reports if not report.ok]
     if broken:
         raise DataError(
-            f"{len(broken)} of {len(reports)} datasets do not fit their manifests: {', '.join(broken)}",
+            f"{len(broken)} of {len(reports)} datasets do not match their manifests: {', '.join(broken)}",
             hint="build them again with --force, or add your own again from their files",
         )
 

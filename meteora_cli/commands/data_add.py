@@ -1,4 +1,4 @@
-"""``meteora data add``: tasks of one's own, from files, folders and the hub."""
+"""``meteora data add``: adds the user's tasks from files, folders and the hub."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from meteora_core.settings import Settings
 
 _SHOWN = 1200
-"""Characters of an example row that are shown."""
+"""The largest number of characters of an example row that are shown."""
 
 TEMPLATE_HELP = (
-    "How a user's text becomes a prompt: chat (the base model's chat template), inst, raw, a text with {} for the user's text, "
-    "or a whole prompt with columns' names in braces. Default: prompts stay as they are, and questions and conversations go into the chat template."
+    "Prompt template: chat (the base model's chat template), inst, raw, a text with {} for the user's text, or a whole prompt with names of columns "
+    "in braces. Default: prompts stay unchanged, and questions and conversations are put into the chat template."
 )
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What holds for all datasets of one call."""
+    """The options that apply to all datasets of one call."""
 
     reading: Reading
     data_dir: Path
@@ -51,29 +51,31 @@ class _Options:
 def add(
     ctx: typer.Context,
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME|PATH...", help="The task's name, with --train; or files, folders and hub datasets to add.", show_default=False)
+        list[str], typer.Argument(metavar="NAME|PATH...", help="Name of the task, with --train; or files, folders and hub datasets to add.", show_default=False)
     ],
-    train: Annotated[str | None, typer.Option("--train", help="File, folder or hub dataset (user/name) of the train rows.", show_default=False)] = None,
-    test: Annotated[str | None, typer.Option("--test", help="The same for the test rows; default: 20 % of train are set aside.", show_default=False)] = None,
+    train: Annotated[str | None, typer.Option("--train", help="File, folder or hub dataset (user/name) with the train rows.", show_default=False)] = None,
+    test: Annotated[str | None, typer.Option("--test", help="The same for the test rows; default: 20 % of the train rows.", show_default=False)] = None,
     columns: Annotated[
-        list[str] | None, typer.Option("--columns", help="What columns mean, for example question=ASK,answer=REPLY.", show_default=False)
+        list[str] | None, typer.Option("--columns", help="Names of columns for known ones, for example question=ASK,answer=REPLY.", show_default=False)
     ] = None,
     template: Annotated[str | None, typer.Option("--template", help=TEMPLATE_HELP, show_default=False)] = None,
-    target: Annotated[str | None, typer.Option("--target", help="The response, with columns' names in braces.", show_default=False)] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Template of the response: a text with names of columns in braces.", show_default=False)
+    ] = None,
     metric: Annotated[str, typer.Option("--metric", help=METRIC_HELP)] = "exact",
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer in tokens.", show_default=False)] = None,
     max_train: Annotated[int | None, typer.Option("--max-train", help="Largest number of train rows.", show_default=False)] = None,
     max_test: Annotated[int | None, typer.Option("--max-test", help="Largest number of test rows.", show_default=False)] = None,
     subset: Annotated[str | None, typer.Option("--subset", help="Configuration of a hub dataset.", show_default=False)] = None,
-    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave out rows that cannot be used, and count them.")] = False,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Skip rows that cannot be used, and count them.")] = False,
     base: Annotated[str | None, typer.Option("--base", help="Base model whose chat template is used; default: model.base.", show_default=False)] = None,
     folder: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Add tasks of your own: JSON lines, JSON, CSV, Parquet, text, a saved `datasets` folder or a dataset on the hub.
+    """Add your own tasks from JSON lines, JSON, CSV, Parquet, text, a saved `datasets` folder or a dataset on the hub.
 
-    The format is recognised and printed with one row as the model will see it.
+    The format is detected and printed, with one row as the model will see it.
 
     Examples: `meteora data add tickets --train tickets.csv` · `meteora data add my_datasets/` · `meteora data add tickets --train t.jsonl --columns
     question=ask,answer=reply --template '### Question:\\n{}\\n### Answer:\\n'`
@@ -97,11 +99,11 @@ def add(
     alone = train is not None or len(found) == 1
     with progress(ctx) as bars:
         if dry_run:
-            looked = _each(found, partial(_preview, options=options, bars=bars), failures, alone)
-            _show_previews(looked, options, as_json, alone, failures)
+            previews = _each(found, partial(_preview, options=options, bars=bars), failures, alone)
+            _show_previews(previews, options, as_json, alone, failures)
         else:
-            made = _each(found, partial(_add, options=options, bars=bars), failures, alone)
-            _show_added(made, options, as_json, alone, failures)
+            added = _each(found, partial(_add, options=options, bars=bars), failures, alone)
+            _show_added(added, options, as_json, alone, failures)
     _report(failures, len(found))
 
 
@@ -133,7 +135,7 @@ def add_rows(ctx: typer.Context, settings: Settings, source: str) -> list[str]:
 
 
 def _pairs(columns: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """``known=own`` pairs. Raises UsageError."""
+    """Return pairs of a known column and the user's name for it, from texts such as ``question=ASK``. Raises UsageError."""
     from meteora_core.errors import UsageError
 
     pairs = []
@@ -152,7 +154,7 @@ def _found(names: Sequence[str], train: str | None, test: str | None) -> list[Fo
     if train is not None:
         if len(names) != 1:
             raise UsageError(
-                f"--train gives the rows of one task, and {len(names)} are named", hint="add them one by one, or leave --train out and name their files"
+                f"--train gives the rows of one task, and {len(names)} are named", hint="add them one by one, or leave out --train and name their files"
             )
         return [Found(names[0], train, test)]
     found = [dataset for name in names for dataset in find_datasets(name)]
@@ -163,7 +165,7 @@ def _found(names: Sequence[str], train: str | None, test: str | None) -> list[Fo
 
 
 def _each(found: Sequence[Found], work: Any, failures: dict[str, MeteoraError], alone: bool) -> list[Any]:
-    """The results of ``work`` for every dataset; failures are collected, unless there is one dataset alone."""
+    """Return the results of ``work`` for every dataset. Failures are collected, unless there is only one dataset."""
     from meteora_core.errors import MeteoraError
 
     results = []
@@ -231,7 +233,7 @@ def _show_added(made: Sequence[tuple[Manifest, Row]], options: _Options, as_json
 
 
 def _show_example(name: str, columns: str, frame: Frame, example: Row) -> None:
-    """One row as the model will see it."""
+    """Print one row as the model will see it."""
     around = {"chat": "the base model's chat template", "raw": "none"}.get(frame.name, repr(frame.text))
     out.print(f"{name}: {columns}; frame: {around}", markup=False, highlight=False, soft_wrap=True)
     out.print(panel(shortened(example.prompt.rstrip("\n"), _SHOWN), f"{name} · train · row 0", title_align="left"))
@@ -239,7 +241,7 @@ def _show_example(name: str, columns: str, frame: Frame, example: Row) -> None:
 
 
 def _report(failures: dict[str, MeteoraError], count: int) -> None:
-    """Name every dataset that failed. Raises DataError if there is one."""
+    """Print every failure. Raises DataError if there is one."""
     from meteora_core.errors import DataError
 
     if not failures:

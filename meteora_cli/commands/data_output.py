@@ -1,4 +1,4 @@
-"""What the commands of ``meteora data`` share: their common options, the settings, and tables."""
+"""Shared parts of the commands of ``meteora data``: common options, settings, and tables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from meteora_core.data.manifest import Manifest
     from meteora_core.settings import Settings
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of all datasets; default: the setting paths.data.", show_default=False)]
-METRIC_HELP = "exact, contains, final_number, yes_no_text, text or bleu."
+METRIC_HELP = "Metric: exact, contains, final_number, yes_no_text, text or bleu."
 
 
 def prepare(ctx: typer.Context, folder: Path | None, base: str | None = None) -> tuple[Settings, Path]:
-    """The settings and the folder of all datasets, with every declared and built task known."""
+    """Register all declared and built tasks, and return the settings and the folder of datasets."""
     from meteora_core.data.userdata import register_all
 
     settings = settings_from(ctx, paths__data=folder, model__base=base)
@@ -32,7 +32,7 @@ def prepare(ctx: typer.Context, folder: Path | None, base: str | None = None) ->
 
 
 def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of a base model. Raises as :func:`meteora_core.model.base.load_tokenizer`."""
+    """Load the tokenizer of a base model. Raises the errors of :func:`meteora_core.model.base.load_tokenizer`."""
     from meteora_core.model.base import BaseReference
     from meteora_core.model.base import load_tokenizer as load
 
@@ -40,7 +40,7 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
 
 
 def show_manifests(manifests: Sequence[Manifest]) -> None:
-    """Print what was built as a table."""
+    """Print a table of the datasets that were built."""
     rows = []
     for manifest in manifests:
         counts = [str(manifest.rows.get(split, "")) for split in ("train", "test")]

@@ -1,4 +1,4 @@
-"""``meteora eval``: answers and scores on test rows; ``meteora eval report``: several results side by side."""
+"""``meteora eval``: generates and scores answers to test rows. ``meteora eval report``: compares several results."""
 
 from __future__ import annotations
 
@@ -28,55 +28,63 @@ def evaluate(
     ctx: typer.Context,
     task: Annotated[
         str | None,
-        typer.Option("--task", "--tasks", help="Task names, separated by commas; or singles, composites, all (of what is built). Needed.", show_default=False),
+        typer.Option(
+            "--task", "--tasks", help="Names of tasks, separated by commas; or singles, composites or all, of the built datasets. Required.", show_default=False
+        ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, several by commas, or all.")
+        str, typer.Option(help="Models, separated by commas: meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, or all.")
     ] = "meteora",
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Trained gates, native or in the authors' layout; default: runs/meteora, else the quickstart's, else the starter.", show_default=False
+            help="Checkpoint, native or in the authors' layout; default: runs/meteora, else the quickstart's, else the starter checkpoint.", show_default=False
         ),
     ] = None,
     routing_temperature: Annotated[
         float | None, typer.Option("--T", help="Routing temperature T; default: the task's (1; composites 15 to 30).", show_default=False)
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: the checkpoint's.", show_default=False)] = None,
-    batch_size: Annotated[str | None, typer.Option(help="Prompts at once: a number or auto.", show_default=False)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; default: the task's.", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: the checkpoint's.", show_default=False)] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Number of prompts in one batch, or auto.", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; default: the task's.", show_default=False)] = None,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Skip longer prompts; default: the model's context; for paper scoring, 4096 tokens with the answer.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Longest prompt in tokens; longer ones are skipped; default: the model's context, or 4096 with the answer for paper scoring.",
+            show_default=False,
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Number of test rows to evaluate, from the first on.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of test rows to evaluate, starting at the first.", show_default=False)] = None,
     template: Annotated[
         str | None,
         typer.Option(
-            callback=typed_template, help="Another frame: auto (as in chat), chat, inst, raw or a text with {}; default: the dataset's own.", show_default=False
+            callback=typed_template, help="Prompt template: auto (as in chat), chat, inst, raw or a text with {}; default: the dataset's.", show_default=False
         ),
     ] = None,
-    scoring: Annotated[Scoring | None, typer.Option(help="corrected: what the metrics mean; paper: as the authors computed them.", show_default=False)] = None,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval; a stopped run goes on.")] = True,
+    scoring: Annotated[
+        Scoring | None, typer.Option(help="corrected: by the definitions of the metrics; paper: as the authors computed them.", show_default=False)
+    ] = None,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Write results and samples under runs/eval, where an interrupted run resumes.")] = True,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", "--output-dir", help="Where results go, a folder a model; default: runs/eval.", show_default=False)
+        Path | None, typer.Option("--out", "--output-dir", help="Folder of the results, with one sub-folder per model; default: runs/eval.", show_default=False)
     ] = None,
-    routing: Annotated[bool, typer.Option("--routing", help="Count which adapters are chosen: a table, JSON and a heat-map.")] = False,
+    routing: Annotated[bool, typer.Option("--routing", help="Count the chosen adapters, for a table, JSON and a heat map.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show prompt, answer and reference of 10 rows.")] = False,
-    data: Annotated[Path | None, typer.Option(help="Datasets.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of datasets.", show_default=False)] = None,
     adapters: Annotated[
-        Path | None, typer.Option(help="Adapter folders; with the authors' layout also its adapters' names and alphas.", show_default=False)
+        Path | None, typer.Option(help="Folder of adapters; for the authors' layout, it also gives the adapters' names and alphas.", show_default=False)
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
-    backend: Annotated[str | None, typer.Option(help="Mixture kernels: auto, reference, dense, triton.", show_default=False)] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to 4 bits by bitsandbytes (needs a CUDA GPU).")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="The same to 8 bits.")] = False,
-    launcher: Annotated[EvalLauncher, typer.Option(help="ddp: processes share the rows; or `accelerate launch -m meteora_cli eval …`.")] = "none",
+    base: Annotated[str | None, typer.Option(help="Base model: a known name, a folder or a hub id.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the base model: auto, float32, bfloat16 or float16.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda, cuda:1 or mps.", show_default=False)] = None,
+    backend: Annotated[str | None, typer.Option(help="Implementation of the sum over adapters: auto, reference, dense or triton.", show_default=False)] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")] = False,
+    launcher: Annotated[EvalLauncher, typer.Option(help="ddp: divide the rows between processes, as `accelerate launch -m meteora_cli eval …` does.")] = "none",
     processes: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="With --launcher ddp: how many; default: one for each GPU.", show_default=False)
+        int | None, typer.Option(min=1, max=1024, help="With --launcher ddp: number of processes; default: one per GPU.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The results document on stdout; with several models a list of them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document, which is a list for several models.")] = False,
 ) -> None:
     """Generate greedy answers to test rows and score them."""
     if ctx.invoked_subcommand is not None:
@@ -126,21 +134,21 @@ def evaluate(
         return
     import torch
 
-    here = join_processes()
-    if here.rank:
+    group = join_processes()
+    if group.rank:
         console.quiet = out.quiet = True
-    if here.count > 1 and place.type == "cuda" and place.index is None:
-        place = pick_device(f"cuda:{here.local_rank}")
+    if group.count > 1 and place.type == "cuda" and place.index is None:
+        place = pick_device(f"cuda:{group.local_rank}")
         torch.cuda.set_device(place)
     from meteora_cli.commands.eval_live import eval_progress
     from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, speed_line, warnings_of
 
     try:
         with eval_progress(ctx, models, tasks) as (bars, on_result):
-            outcomes = run(plan, device=place, dtype=kind, on_result=on_result, progress=bars, processes=here)
+            outcomes = run(plan, device=place, dtype=kind, on_result=on_result, progress=bars, processes=group)
     finally:
         leave_processes()
-    if here.rank:
+    if group.rank:
         return
     if debug:
         for outcome in outcomes:
@@ -168,15 +176,17 @@ def report(
     ctx: typer.Context,
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Results files, folders of them (the newest counts), or a folder of such folders.", show_default=False),
+        typer.Argument(metavar="RUN...", help="Results files, folders of results files (the newest is used), or a folder of such folders.", show_default=False),
     ],
-    label: Annotated[list[str] | None, typer.Option("--label", help="A column's name, once for each RUN; default: the models'.", show_default=False)] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="Name of a column, once for each RUN; default: the models' names.", show_default=False)
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    picture: Annotated[Path | None, typer.Option("--plot", help="Draw the results: a .png, .svg or .pdf file.", show_default=False)] = None,
-    kind: Annotated[ReportKind, typer.Option(help="What the picture is; radar needs three tasks.")] = "bar",
-    as_json: Annotated[bool, typer.Option("--json", help="The comparison as one JSON document on stdout.")] = False,
+    picture: Annotated[Path | None, typer.Option("--plot", help="File for a chart of the results: .png, .svg or .pdf.", show_default=False)] = None,
+    kind: Annotated[ReportKind, typer.Option(help="Kind of chart; radar needs at least three tasks.")] = "bar",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON document.")] = False,
 ) -> None:
-    """Lay the results of several runs side by side."""
+    """Compare the results of several runs side by side."""
     from meteora_core.errors import UsageError
     from meteora_core.evaluation.report import as_document, compare, find_results, load_results, plot, to_markdown
 
@@ -199,15 +209,15 @@ def report(
 
 
 def _refuse_options(ctx: typer.Context) -> None:
-    """Options before the word report would have no effect: say so. Raises UsageError."""
+    """Refuse options before the word report, which would have no effect. Raises UsageError."""
     from meteora_core.errors import UsageError
 
     for flag in given_flags(ctx).values():
-        raise UsageError(f"{flag} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report behind the word report")
+        raise UsageError(f"{flag} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report after the word report")
 
 
 def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: EvalLauncher, *, save: bool) -> None:
-    """Refuse flags that do nothing for the models that are evaluated, or without another flag."""
+    """Refuse flags that have no effect for the given models, or without another flag."""
     from meteora_core.evaluation.arrow import ARROW
 
     routed = "meteora" in models or ARROW in models
@@ -226,14 +236,16 @@ def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: 
 
 
 def _launch(processes: int | None, place: torch.device) -> None:
-    """Start this very command in several processes; ends with their exit code if one fails."""
+    """Run this command in several processes, and exit with their exit code if one fails."""
     import torch
 
     from meteora_core.errors import UsageError
     from meteora_core.evaluation.processes import launch
 
     if processes is None and place.type != "cuda":
-        raise UsageError("how many processes?", hint="--launcher ddp --processes N; on GPUs the default is one for each")
+        raise UsageError(
+            "--launcher ddp needs a number of processes on this device", hint="use --launcher ddp --processes N; on GPUs, the default is one per GPU"
+        )
     code = launch([sys.executable, "-m", "meteora_cli", *sys.argv[1:]], processes or torch.cuda.device_count())
     if code:
         raise typer.Exit(code)

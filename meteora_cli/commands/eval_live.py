@@ -1,4 +1,4 @@
-"""The table that grows while ``meteora eval`` runs: tasks by models, what is done, what is under way, what went wrong."""
+"""The table that ``meteora eval`` updates while it runs: the progress, results and warnings of every task and model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ OnResult = Callable[[str, "TaskResult"], None]
 
 
 class EvalTable(_RichProgress):
-    """A Progress for an evaluation: the bars of its tasks also show in the table's cells.
+    """A Progress for an evaluation that also shows the progress of tasks in the cells of a table.
 
     Args:
-        models, tasks: Columns and rows.
+        models: The names of the models, which are the columns.
+        tasks: The names of the tasks, which are the rows.
     """
 
     def __init__(self, models: Sequence[str], tasks: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ class EvalTable(_RichProgress):
 
     @contextmanager
     def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
-        """A bar below the table; the bar of ``model: task`` also shows in its cell."""
+        """Show a bar below the table; a bar with the title ``model: task`` also updates its cell."""
         with super().task(title, total=total, unit=unit) as bar:
             known = title in {f"{model}: {task}" for model in self.models for task in self.tasks}
             if known:
@@ -49,7 +50,7 @@ class EvalTable(_RichProgress):
         self.bars.remove_task(self.bars.task_ids[-1])
 
     def done(self, model: str, result: TaskResult) -> None:
-        """Write a task's headline and warnings into the table."""
+        """Write the main metric and the warnings of a task into the table."""
         from meteora_core.evaluation.runner import headline
 
         shown = Text("all skipped", style="yellow")
@@ -73,7 +74,7 @@ class EvalTable(_RichProgress):
 
 
 class _Both:
-    """A bar that also writes into a cell."""
+    """A bar that also updates a cell."""
 
     def __init__(self, bar: ProgressBar, table: EvalTable, key: str, total: float | None) -> None:
         self._bar, self._table, self._key, self._total, self._done = bar, table, key, total or 0, 0.0
@@ -86,7 +87,7 @@ class _Both:
 
 @contextmanager
 def eval_progress(ctx: typer.Context, models: Sequence[str], tasks: Sequence[str]) -> Iterator[tuple[Progress, OnResult]]:
-    """Yield a Progress and what to call as each task of each model is done; without a terminal, one line for each of them."""
+    """Yield a Progress, and a function to call with the result of each task and model; without a terminal, it prints one line per result."""
     if globals_of(ctx).quiet or not console.is_terminal:
         with progress(ctx) as bars:
             yield bars, lambda model, result: bars.note(result_line(model, result))

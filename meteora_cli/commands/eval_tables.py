@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from meteora_core.evaluation.runner import TaskResult
 
 DEBUG_ROWS = 10
-"""How many rows ``--debug`` shows of each task."""
+"""The number of rows of each task that ``--debug`` shows."""
 
 WIDE = 8
-"""More adapters than this do not fit a table's columns."""
+"""The largest number of adapters for which a table has one column each."""
 
 
 def result_line(model: str, result: TaskResult) -> str:
-    """One task's headline."""
+    """Return one line with the main metric of a task."""
     from meteora_core.evaluation.runner import headline
 
     if not result.samples:
@@ -32,7 +32,7 @@ def result_line(model: str, result: TaskResult) -> str:
 
 
 def results_table(outcomes: list[ModelResults]) -> DataTable:
-    """All metrics with their standard errors, one column a model."""
+    """Return the table of all metrics with their standard errors, with one column per model."""
     table = DataTable()
     table.add_column("task")
     table.add_column("metric")
@@ -42,8 +42,8 @@ def results_table(outcomes: list[ModelResults]) -> DataTable:
     tasks = dict.fromkeys(task for outcome in outcomes for task in outcome.results)
     for task in tasks:
         metrics = dict.fromkeys(metric for outcome in outcomes if task in outcome.results for metric in outcome.results[task].scores.metrics)
-        found = [outcome.results[task] for outcome in outcomes if task in outcome.results]
-        rows, skipped = max(len(result.samples) for result in found), max(result.skipped for result in found)
+        results = [outcome.results[task] for outcome in outcomes if task in outcome.results]
+        rows, skipped = max(len(result.samples) for result in results), max(result.skipped for result in results)
         counted = f"{rows} ({skipped} skipped)" if skipped else str(rows)
         for metric in metrics or ["–"]:
             table.add_row(task, metric, counted, *[_cell(outcome.results.get(task), metric) for outcome in outcomes])
@@ -67,7 +67,7 @@ _COUNTS = {
 
 
 def short_warnings(result: TaskResult) -> list[str]:
-    """What went wrong with a task's rows: counts, and notes of the run."""
+    """Return the warnings about a task: counts of problematic rows, and notes of the run."""
     parts = [f"{result.scores.counts[key]} {text}" for key, text in _COUNTS.items() if result.scores.counts.get(key)]
     if result.skipped and result.samples:
         parts.append(f"{result.skipped} prompts skipped as too long")
@@ -75,21 +75,21 @@ def short_warnings(result: TaskResult) -> list[str]:
 
 
 def warnings_of(outcomes: list[ModelResults]) -> list[str]:
-    """One line for each task of each model that has something to say."""
+    """Return one line for each task and model with warnings."""
     return [
         f"{outcome.model}: {task}: {', '.join(parts)}" for outcome in outcomes for task, result in outcome.results.items() if (parts := short_warnings(result))
     ]
 
 
 def speed_line(outcomes: list[ModelResults]) -> str | None:
-    """How fast each model generated, beside the base where that ran too; None when all rows were done before."""
+    """Return the speed of each model, relative to the base model if that was evaluated too; None if all rows were done before."""
     speeds = {outcome.model: outcome.document["meteora"]["speed"] for outcome in outcomes}
     base = speeds.get("base", {})
 
     def figure(model: str, key: str, unit: str) -> str:
         value = speeds[model][key]
-        beside = f" ({value / base[key]:.2f} x base)" if model != "base" and base.get(key) else ""
-        return f"{value:.4g} {unit}{beside}"
+        relative = f" ({value / base[key]:.2f} x base)" if model != "base" and base.get(key) else ""
+        return f"{value:.4g} {unit}{relative}"
 
     kinds = (("rows_per_second", "rows/s"), ("tokens_per_second", "new tokens/s"), ("all_tokens_per_second", "tokens/s with prompts"))
     parts = [f"{model} " + ", ".join(figure(model, *kind) for kind in kinds) for model in speeds if speeds[model]["rows"]]
@@ -97,30 +97,30 @@ def speed_line(outcomes: list[ModelResults]) -> str | None:
 
 
 def samples_table(model: str, result: TaskResult) -> DataTable:
-    """The first rows' prompt, answer and reference side by side."""
+    """Return the table of prompt, answer and reference of the first rows."""
     rows: list[dict[str, Any]] = result.scores.rows or []
     table = DataTable("prompt", "answer", "reference", title=f"{model}: {result.task.name}", show_lines=True)
-    for place, sample in enumerate(result.samples[:DEBUG_ROWS]):
-        right = (rows[place] if place < len(rows) else {}).get("accuracy")
-        style = "" if right is None else "green" if right else "red"
+    for index, sample in enumerate(result.samples[:DEBUG_ROWS]):
+        correct = (rows[index] if index < len(rows) else {}).get("accuracy")
+        style = "" if correct is None else "green" if correct else "red"
         table.add_row(body(sample.row.prompt[-600:]), body(sample.response, style), body(sample.row.response))
     return table
 
 
 def routing_table(outcome: ModelResults) -> DataTable | None:
-    """Tasks by adapters: the share of answer tokens whose top-1 adapter it was, over all layers; None when no routing was counted.
+    """Return the table of each adapter's share of the top-1 choices for answer tokens, by task, over all layers; None if routing was not counted.
 
-    With more than :data:`WIDE` adapters, the three most chosen stand for all.
+    With more than :data:`WIDE` adapters, the table shows only the three that were chosen most often.
     """
-    found = {task: result.routing for task, result in outcome.results.items() if result.routing is not None}
-    if not found:
+    counted = {task: result.routing for task, result in outcome.results.items() if result.routing is not None}
+    if not counted:
         return None
-    names = next(iter(found.values())).names
+    names = next(iter(counted.values())).names
     wide = len(names) > WIDE
     table = DataTable("task", title="routing: top-1 adapters of the answers' tokens, all layers")
     for column in ("own, answer", "own, all", *(["most chosen"] if wide else names)):
         table.add_column(column, justify="left" if column == "most chosen" else "right")
-    for task, routing in found.items():
+    for task, routing in counted.items():
         own = ["–" if (share := routing.own_share(part)) is None else f"{share:.1%}" for part in ("answer", "all")]
         shares = routing.shares("top1", "answer").tolist()
         best = sorted(range(len(names)), key=lambda place: (-shares[place], place))
@@ -133,7 +133,7 @@ def routing_table(outcome: ModelResults) -> DataTable | None:
 
 
 def comparison_table(comparison: Comparison) -> DataTable:
-    """Several runs side by side, the best value of each row in bold."""
+    """Return the table that compares several runs, with the best value of each row in bold."""
     table = DataTable("task", "metric")
     table.add_column("rows", justify="right")
     for column in comparison.columns:

@@ -1,4 +1,4 @@
-"""``meteora quickstart``: everything, once, on a real model and real data."""
+"""``meteora quickstart``: the complete workflow with a real model and real data."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _MODELS = {"base": "base", "adapter": "own adapter (PEFT)", "meteora": "MeteoRA"
 
 def quickstart(
     ctx: typer.Context,
-    train: Annotated[bool, typer.Option("--train", help="Train adapters and gates, even where a trained starter checkpoint came with the package.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Train adapters and gates, even if the package contains a trained starter checkpoint.")] = False,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", "--output-dir", help="Folder; default: runs/quickstart, or runs/starter.", show_default=False)
+        Path | None, typer.Option("--out", "--output-dir", help="Folder of all results; default: runs/quickstart, or runs/starter.", show_default=False)
     ] = None,
-    adapter_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each adapter.", show_default=False)] = None,
-    gate_steps: Annotated[int | None, typer.Option(min=0, help="Optimiser steps of the gates.", show_default=False)] = None,
-    test_rows: Annotated[int | None, typer.Option(min=1, help="Test rows of each single task.", show_default=False)] = None,
-    composite_rows: Annotated[int | None, typer.Option(min=0, help="Test rows of composite_3; 0 leaves it out.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    adapter_steps: Annotated[int | None, typer.Option(min=1, help="Number of optimiser steps for each adapter.", show_default=False)] = None,
+    gate_steps: Annotated[int | None, typer.Option(min=0, help="Number of optimiser steps for the gates.", show_default=False)] = None,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="Number of test rows for each single task.", show_default=False)] = None,
+    composite_rows: Annotated[int | None, typer.Option(min=0, help="Number of test rows for composite_3; 0 leaves it out.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda, cuda:1 or mps.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Watch MeteoRA work on a small model and three BIG-bench tasks.
+    """Try MeteoRA with a small model and three BIG-bench tasks.
 
-    With --train (or where no starter checkpoint came with the package): train three adapters and the gates and compare, in about ten minutes on two
-    CPU cores. Without: compare the starter checkpoint with its base and draw its routing, in about two. Stop it when you like: the same
-    command goes on where it was.
+    By default, compare the starter checkpoint with its base model and draw its routing, in about two minutes on two CPU cores. With --train, or if the
+    package has no starter checkpoint, train three adapters and the gates and compare them with the base model, in about ten minutes. An interrupted run
+    resumes when the same command is run again.
     """
     from meteora_core.ranges import check_range
 
@@ -76,7 +76,7 @@ def quickstart(
 
 
 def _fits(starter: Path, base: str) -> bool:
-    """Whether the starter checkpoint is of the base that the settings name."""
+    """Whether the starter checkpoint belongs to the base model that the settings name."""
     from meteora_core.checkpoints.native import read_config
 
     return bool(read_config(starter)["base"]["name"] == base)
@@ -85,7 +85,7 @@ def _fits(starter: Path, base: str) -> bool:
 def _starter(
     ctx: typer.Context, settings: Settings, checkpoint: Path, out_dir: Path | None, *, test_rows: int | None, composite_rows: int | None, as_json: bool
 ) -> None:
-    """The starter checkpoint against its base, and a picture."""
+    """Compare the starter checkpoint with its base model, and draw its routing."""
     from meteora_core.starter.run import StarterPlan, next_commands, run_starter
 
     sizes: dict[str, Any] = {"test_rows": test_rows, "composite_rows": composite_rows}
@@ -97,7 +97,7 @@ def _starter(
         return
     out.print(_table(result.scores, result.rows, settings.model.base, {"base": "base", "meteora": "MeteoRA (starter)"}))
     if result.own_share is not None:
-        say(f"In the picture's answer {result.own_share:.0%} of the tokens' first choices are adapters of the prompt's own tasks (all layers).")
+        say(f"In the picture's answer {result.own_share:.0%} of the tokens' first choices are adapters of the prompt's tasks (all layers).")
     say(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
     for picture in result.pictures:
         say(f"saved {picture}")
@@ -114,8 +114,8 @@ def _next(commands: list[tuple[str, str]]) -> None:
 
 def _table(scores: dict[str, dict[str, dict[str, float]]], rows: dict[str, int], base: str, labels: dict[str, str]) -> DataTable:
     table = DataTable(
-        title=f"{base}: test rows never seen in training",
-        caption="accuracy: the answer holds the right one; exact: it is the right one; correct: right sub-tasks per prompt",
+        title=f"{base}: test rows that were not used in training",
+        caption="accuracy: the answer contains the reference; exact: it equals the reference; correct: number of correct sub-tasks per prompt",
     )
     table.add_column("task")
     table.add_column("rows", justify="right")

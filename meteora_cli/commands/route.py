@@ -1,4 +1,4 @@
-"""``meteora route``: a folder of adapters becomes a routed model."""
+"""``meteora route``: makes a routed model of a folder of adapters."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from meteora_core.choices import Dtype
 
 def route(
     ctx: typer.Context,
-    adapters: Annotated[Path | None, typer.Argument(help="The folder that holds one PEFT folder per adapter.")] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="The checkpoint to write; default: runs/routed.", show_default=False)] = None,
+    adapters: Annotated[Path | None, typer.Argument(help="Folder that contains one PEFT folder per adapter.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the checkpoint to write; default: runs/routed.", show_default=False)] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Only these adapters, separated by commas.", show_default=False)] = None,
-    exclude: Annotated[str | None, typer.Option("--exclude", help="Not these adapters, separated by commas.", show_default=False)] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Adapters to use, separated by commas; default: all.", show_default=False)] = None,
+    exclude: Annotated[str | None, typer.Option("--exclude", help="Adapters to leave out, separated by commas.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that most adapters name.", show_default=False)] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Tokens of each adapter's rows to look at.")] = None,
-    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of an adapter's weight that its answers have together.")] = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens; longer ones lose the start of their prompt.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows in one forward pass.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Number of tokens of each adapter's rows to use.")] = None,
+    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Number of rows in one forward pass.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: 2.", show_default=False)] = None,
-    routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature; default: 1.", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: 2.", show_default=False)] = None,
+    routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: 1.", show_default=False)] = None,
     embed: Annotated[
-        bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: up to 2 GiB of them.", show_default=False)
+        bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: if they have at most 2 GiB.", show_default=False)
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Number type of the base model.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Mixture kernels.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the base model.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Make one routed model of a folder of LoRA adapters, without training: the gates are solved in closed form.
+    """Make a routed model of a folder of LoRA adapters without training: the gates are solved in closed form.
 
-    An adapter's rows are its built dataset or a file NAME.jsonl (.csv, .parquet, …) in the folder of datasets, a file NAME.jsonl beside the adapter, or
-    train.jsonl inside its folder. What cannot be used is set aside, and the reason is given.
+    The rows of an adapter are its built dataset or a file NAME.jsonl (.csv, .parquet, …) in the folder of datasets, a file NAME.jsonl next to the
+    adapter, or train.jsonl in its folder. Adapters that cannot be used are set aside, and the reason is printed.
     """
     from meteora_core.living.route import LOW, RouteOptions, route_adapters
     from meteora_core.model.base import BaseReference
@@ -87,5 +87,5 @@ def route(
     if accuracy := done.held_out.get("gate_accuracy"):
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, without a training step")
         if accuracy < LOW:
-            put(f"That is below {LOW:.0%}. Look at more rows with --tokens, or train the gates: meteora train --init ridge --lr 1e-2 --answer-share 0.7")
-    put(f"Now talk to it: meteora chat --checkpoint {shlex.quote(str(done.folder))}")
+            put(f"This is below {LOW:.0%}. Use more rows with --tokens, or train the gates: meteora train --init ridge --lr 1e-2 --answer-share 0.7")
+    put(f"To chat with the model: meteora chat --checkpoint {shlex.quote(str(done.folder))}")

@@ -1,4 +1,4 @@
-"""``meteora trace``: a picture of the routes of one prompt and its answer."""
+"""``meteora trace``: draws the routes of one prompt and its answer."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 def trace(
     ctx: typer.Context,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The message.", show_default=False)] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="A file that holds the message.", show_default=False)] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Take a row of a built dataset.", show_default=False)] = None,
-    row: Annotated[int, typer.Option("--row", min=0, max=10**9, help="Which row of the task's test file, from 0.")] = 0,
-    target: Annotated[Path, typer.Option("--out", help="The picture: .html, .png, .svg or .json.")] = Path("trace.html"),
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Message to the model.", show_default=False)] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="File that contains the message.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Built dataset whose test row is the message.", show_default=False)] = None,
+    row: Annotated[int, typer.Option("--row", min=0, max=10**9, help="Number of the task's test row, from 0.")] = 0,
+    target: Annotated[Path, typer.Option("--out", help="File of the picture: .html, .png, .svg or .json.")] = Path("trace.html"),
     checkpoint: Checkpoint = None,
     base: Base = None,
     adapter: Adapter = None,
@@ -54,11 +54,11 @@ def trace(
     load_in_4bit: In4Bit = False,
     load_in_8bit: In8Bit = False,
     trust_remote_code: TrustCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The answer and its routes as one JSON document on stdout; no picture.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its routes as one JSON document, and draw no picture.")] = False,
 ) -> None:
-    """Draw which adapter each token of a prompt and its answer was given to.
+    """Draw which adapter was chosen for each token of a prompt and its answer.
 
-    An HTML page is one file that needs no network: tooltips, a slider over layers, heat maps.
+    An HTML page is a single file that works offline, with tooltips, a slider over the layers, and heat maps.
     """
     from meteora_cli.chat.answer import figures, interruptible
     from meteora_cli.chat.export import check_format, write_picture
@@ -94,7 +94,7 @@ def trace(
 
 
 def _inside(settings: Settings, task: str, prompt: str) -> str:
-    """The message inside a row's prompt, which the session's template frames again."""
+    """Return the message within a row's prompt, to which the session applies its template again."""
     from meteora_core.data.dataset_frames import dataset_frame
 
     frame = dataset_frame(settings.paths.data, task)
@@ -103,7 +103,7 @@ def _inside(settings: Settings, task: str, prompt: str) -> str:
 
 
 def _message(settings: Settings, prompt: str | None, file: Path | None, task: str | None, row: int) -> tuple[str, str]:
-    """The message that the flags name, and the picture's title."""
+    """Return the message that the flags select, and the title of the picture."""
     from meteora_core.errors import UsageError
     from meteora_core.reading import read_text
 

@@ -1,4 +1,4 @@
-"""``meteora train adapters`` and ``meteora train gates``; ``meteora train`` alone is the latter."""
+"""``meteora train adapters`` and ``meteora train gates``; ``meteora train`` without a command is the latter."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ GATES = "Gates and routing"
 
 
 class _GatesUnlessNamed(HelpfulGroup):
-    """``meteora train --lr 1e-3`` is ``meteora train gates --lr 1e-3``."""
+    """A group that runs the command ``gates`` if none is named: ``meteora train --lr 1e-3`` is ``meteora train gates --lr 1e-3``."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         return super().parse_args(ctx, with_stage(args))
 
 
 def with_stage(args: list[str]) -> list[str]:
-    """The arguments of ``meteora train`` with the name of its command in front: gates where no command is named.
+    """Return the arguments of ``meteora train`` with its command first, which is ``gates`` if none is named.
 
-    ``--stage``, which chose it in earlier versions, still does; a note names the command that has taken its place.
+    ``--stage``, which selected the command in earlier versions, still works; a note names the command that replaces it.
     """
-    for place, word in enumerate(args):
+    for index, word in enumerate(args):
         if word == "--stage" or word.startswith("--stage="):
             width = 1 if "=" in word else 2
-            stage = word.partition("=")[2] if width == 1 else "".join(args[place + 1 : place + 2])
+            stage = word.partition("=")[2] if width == 1 else "".join(args[index + 1 : index + 2])
             if stage in ("adapters", "gates"):
                 say(f"note: --stage {stage} is now the command `meteora train {stage}`", style="yellow")
-                return [stage, *args[:place], *args[place + width :]]
+                return [stage, *args[:index], *args[index + width :]]
     if args and (not args[0].startswith("-") or args[0] in ("-h", "--help")):
         return args
     return ["gates", *args]
@@ -44,8 +44,8 @@ def with_stage(args: list[str]) -> list[str]:
 
 app = App(
     cls=_GatesUnlessNamed,
-    help="Train adapters, one LoRA per task, or the gates over all of them. `meteora train` with options alone trains the gates.\n\n"
-    "Adapters and datasets are matched by name: adapters/gsm8k learns from, and its gate is labelled by, datasets/gsm8k.",
+    help="Train adapters, one LoRA per task, or the gates over all of them. `meteora train` without a command trains the gates.\n\n"
+    "Adapters and datasets are matched by name: adapters/gsm8k is trained on datasets/gsm8k, whose rows also train its gate.",
 )
 
 
@@ -53,23 +53,23 @@ app = App(
 def adapters(
     ctx: typer.Context,
     task: Annotated[
-        str | None, typer.Option("--task", "--tasks", help="Task names, separated by commas, or all. Needed.", rich_help_panel=INPUT, show_default=False)
+        str | None, typer.Option("--task", "--tasks", help="Names of tasks, separated by commas, or all. Required.", rich_help_panel=INPUT, show_default=False)
     ] = None,
     out_dir: Annotated[
         Path | None,
-        typer.Option("--out", "--output-dir", help="Folder that holds one folder per adapter; default: --adapters.", rich_help_panel=INPUT, show_default=False),
+        typer.Option("--out", "--output-dir", help="Folder for one sub-folder per adapter; default: --adapters.", rich_help_panel=INPUT, show_default=False),
     ] = None,
     data: shared.Data = None,
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="The same as --out, as a setting.", rich_help_panel=INPUT)] = None,
+    adapters: Annotated[Path | None, typer.Option("--adapters", help="The same as --out; this one is a setting.", rich_help_panel=INPUT)] = None,
     base: shared.Base = None,
     rows: shared.Rows = None,
     max_rows: shared.MaxRows = None,
     loss_on: shared.LossTokens = None,
     rank: Annotated[int | None, typer.Option(rich_help_panel=LORA, help="LoRA rank.")] = None,
     alpha: Annotated[float | None, typer.Option(rich_help_panel=LORA, help="LoRA alpha; the scaling is alpha / rank.")] = None,
-    together: Annotated[bool, typer.Option("--together", rich_help_panel=LORA, help="Train all tasks in one run, each row by its own adapter.")] = False,
-    balanced: Annotated[bool, typer.Option("--balanced", rich_help_panel=LORA, help="Train one LoRA on all the tasks, mixed evenly.")] = False,
-    name: Annotated[str, typer.Option(rich_help_panel=LORA, help="Name of the --balanced LoRA.")] = "balanced",
+    together: Annotated[bool, typer.Option("--together", rich_help_panel=LORA, help="Train all adapters in one run, each on the rows of its task.")] = False,
+    balanced: Annotated[bool, typer.Option("--balanced", rich_help_panel=LORA, help="Train one LoRA on all tasks, mixed evenly.")] = False,
+    name: Annotated[str, typer.Option(rich_help_panel=LORA, help="Name of the LoRA of --balanced.")] = "balanced",
     max_steps: shared.MaxSteps = None,
     batch_size: shared.BatchSize = None,
     accumulation: shared.Accumulation = None,
@@ -86,7 +86,10 @@ def adapters(
     device: shared.Device = None,
     gradient_checkpointing: shared.Checkpointing = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=PROCESSES, help="Adapters trained at once, each in its own process (and on its own GPU).")
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=PROCESSES, help="Number of adapters to train at once, each in a separate process and, if possible, on a separate GPU."
+        ),
     ] = None,
     launcher: shared.Start = None,
     num_processes: shared.NumProcesses = None,
@@ -95,13 +98,13 @@ def adapters(
     main_process_ip: shared.MainProcessIp = None,
     main_process_port: shared.MainProcessPort = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print each adapter's settings, or the launch command, and stop.", rich_help_panel=THIS_RUN)
+        bool, typer.Option("--dry-run", help="Print each adapter's settings, or the launch command, and exit.", rich_help_panel=THIS_RUN)
     ] = False,
     resume: shared.Resume = False,
     force: shared.Force = False,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Train one LoRA per task, as PEFT folders in adapters/."""
+    """Train one LoRA per task, and save it as a PEFT folder in adapters/."""
     from meteora_cli.commands.train_adapters import AdapterFlags, train_all
     from meteora_cli.commands.train_stage import RunFlags
 
@@ -114,41 +117,52 @@ def gates(
     ctx: typer.Context,
     task: Annotated[
         str | None,
-        typer.Option("--task", "--tasks", help="Adapters, separated by commas; default: every adapter folder.", rich_help_panel=INPUT, show_default=False),
+        typer.Option(
+            "--task",
+            "--tasks",
+            help="Names of adapters, separated by commas; default: all in the folder of adapters.",
+            rich_help_panel=INPUT,
+            show_default=False,
+        ),
     ] = None,
     out_dir: Annotated[
         Path | None,
         typer.Option("--out", "--output-dir", help="Folder of the checkpoint; default: runs/meteora.", rich_help_panel=INPUT, show_default=False),
     ] = None,
     data: shared.Data = None,
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder that holds one folder per adapter.", rich_help_panel=INPUT)] = None,
+    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder that contains one PEFT folder per adapter.", rich_help_panel=INPUT)] = None,
     base: shared.Base = None,
-    any_base: Annotated[bool, typer.Option("--any-base", help="Take adapters even if they name different base models.", rich_help_panel=INPUT)] = False,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Use adapters even if they name different base models.", rich_help_panel=INPUT)] = False,
     rows: shared.Rows = None,
     max_rows: shared.MaxRows = None,
     loss_on: shared.LossTokens = None,
     sampling: Annotated[
-        RowSampling | None, typer.Option(help="balanced: as many tokens of every task; proportional: every row as often.", rich_help_panel=INPUT)
+        RowSampling | None,
+        typer.Option(help="balanced: the same number of tokens from every task; proportional: every row equally often.", rich_help_panel=INPUT),
     ] = None,
-    composite_rows: Annotated[float | None, typer.Option(help="Share of the rows that are composites of several tasks.", rich_help_panel=INPUT)] = None,
+    composite_rows: Annotated[
+        float | None, typer.Option(help="Share of the training rows that are composites of several tasks.", rich_help_panel=INPUT)
+    ] = None,
     composite_max: Annotated[int | None, typer.Option(help="Largest number of tasks in a composite row.", rich_help_panel=INPUT)] = None,
     init: Annotated[
         GateStart | None,
-        typer.Option(help="How gates start: normal or zeros; arrow: from the adapters alone; ridge: in closed form on train rows.", rich_help_panel=GATES),
+        typer.Option(help="Initial gates: normal or zeros; arrow: from the adapters alone; ridge: in closed form from training rows.", rich_help_panel=GATES),
     ] = None,
-    trainable: Annotated[TrainedParts | None, typer.Option(help="What trains.", rich_help_panel=GATES)] = None,
+    trainable: Annotated[TrainedParts | None, typer.Option(help="Parameters to train.", rich_help_panel=GATES)] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the gate loss.", rich_help_panel=GATES)] = None,
     answer_share: Annotated[
-        float | None, typer.Option(help="Share of the gate loss that answers have together; default: every token weighs the same.", rich_help_panel=GATES)
+        float | None, typer.Option(help="Share of all answer tokens in the gate loss; default: every token has the same weight.", rich_help_panel=GATES)
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token; default: 2.", rich_help_panel=GATES)] = None,
-    routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature; default: 1.", rich_help_panel=GATES)] = None,
-    backend: Annotated[str | None, typer.Option(help="Mixture kernels: auto, reference, dense, triton.", rich_help_panel=GATES)] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: 2.", rich_help_panel=GATES)] = None,
+    routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: 1.", rich_help_panel=GATES)] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Implementation of the sum over adapters: auto, reference, dense or triton.", rich_help_panel=GATES)
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(
             callback=typed_template,
-            help="How chat makes a prompt of a message: chat, inst, raw or a text with {}; default: as in the adapters' rows.",
+            help="Prompt template for chat: chat, inst, raw or a text with {}; default: as in the adapters' rows.",
             rich_help_panel=GATES,
             show_default=False,
         ),
@@ -160,7 +174,10 @@ def gates(
     adapter_learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--adapter-lr", "--adapter-learning-rate", help="Peak rate of adapters that train along; default: that of the gates.", rich_help_panel=OPTIMISER
+            "--adapter-lr",
+            "--adapter-learning-rate",
+            help="With gates+adapters: peak learning rate of the adapters; default: the same as for the gates.",
+            rich_help_panel=OPTIMISER,
         ),
     ] = None,
     max_length: shared.MaxLength = None,
@@ -180,12 +197,12 @@ def gates(
     machine_rank: shared.MachineRank = None,
     main_process_ip: shared.MainProcessIp = None,
     main_process_port: shared.MainProcessPort = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command and stop.", rich_help_panel=THIS_RUN)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command and exit.", rich_help_panel=THIS_RUN)] = False,
     resume: shared.Resume = False,
     force: shared.Force = False,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Train the gates over all adapters, and save a checkpoint in runs/meteora."""
+    """Train the gates over all adapters, and save a checkpoint to runs/meteora."""
     from meteora_cli.commands.train_gates import train_checkpoint
     from meteora_cli.commands.train_stage import RunFlags
 

@@ -1,4 +1,4 @@
-"""The work of ``meteora train adapters``."""
+"""The implementation of ``meteora train adapters``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterFlags:
-    """How the adapters of several tasks are trained.
+    """Options for training on several tasks.
 
     Attributes:
-        together: Whether all tasks are trained in one run.
-        balanced: Name of one LoRA over all the tasks; None trains one per task.
+        together: Whether all adapters are trained in one run.
+        balanced: The name of one LoRA for all tasks; None means one LoRA per task.
     """
 
     together: bool
@@ -36,7 +36,7 @@ class AdapterFlags:
 
 @dataclass(frozen=True)
 class _Adapters:
-    """What is trained: the datasets, and the settings of each adapter by its name."""
+    """The datasets, and the settings of each adapter by its name."""
 
     tasks: list[str]
     settings: dict[str, AdapterTrainSettings]
@@ -44,12 +44,12 @@ class _Adapters:
 
     @property
     def members(self) -> list[str] | None:
-        """The datasets of one LoRA over several tasks, else None."""
+        """The datasets of one LoRA for several tasks, else None."""
         return self.tasks if self.flags.balanced is not None else None
 
 
 def train_all(ctx: typer.Context, flags: RunFlags, how: AdapterFlags) -> None:
-    """Check everything that can be checked, then train, launch or show the plan."""
+    """Check everything that can be checked first, then train, launch or print the plan."""
     from meteora_core.data.userdata import register_all
     from meteora_core.training.distributed import start_runtime
 
@@ -88,7 +88,7 @@ def _check_combination(ctx: typer.Context, settings: Settings, how: AdapterFlags
 
 
 def _task_settings(ctx: typer.Context, settings: Settings, names: list[str]) -> dict[str, AdapterTrainSettings]:
-    """How each adapter is trained; the flags that were given win over what the table and the file say of single tasks."""
+    """Return the settings of each adapter. Given flags override the values for single tasks in the table of tasks and in the settings file."""
     from meteora_core.settings import AdapterTrainSettings
     from meteora_core.training.task_defaults import task_settings
 
@@ -97,7 +97,7 @@ def _task_settings(ctx: typer.Context, settings: Settings, names: list[str]) -> 
 
 
 def _show_plan(stage: Stage, wanted: _Adapters) -> None:
-    """Print, for every adapter, what it would be trained with, and whether it is there already."""
+    """Print, for every adapter, its settings and whether it is trained already."""
     from meteora_core.training.single_adapter import adapter_inputs, adapter_is_current
     from meteora_core.training.task_defaults import differing
 
@@ -113,7 +113,7 @@ def _show_plan(stage: Stage, wanted: _Adapters) -> None:
     for entry in report:
         changed = others[entry["task"]] | ({} if job.max_rows is None else {"max_rows": job.max_rows})
         changes = ", ".join(f"{name} {value}" for name, value in changed.items())
-        state = "is there already" if entry["trained_already"] else "to train"
+        state = "trained already" if entry["trained_already"] else "to train"
         put(f"{entry['folder']}: {state}; {changes or 'all settings at their defaults'}")
 
 
@@ -125,7 +125,7 @@ def _train(stage: Stage, wanted: _Adapters, runtime: Runtime) -> list[TrainedAda
 
     how, job, settings = wanted.flags, stage.job, stage.settings
     if runtime.kind in ("fsdp", "deepspeed") and len(wanted.settings) > 1:
-        raise UsageError(f"--launcher {runtime.kind} trains one adapter a run", hint="name one --task, or use --launcher ddp")
+        raise UsageError(f"--launcher {runtime.kind} trains one adapter per run", hint="name one --task, or use --launcher ddp")
     inputs = {name: adapter_inputs(job, stage.dtype, name, each, wanted.members) for name, each in wanted.settings.items()}
     check_targets(job.out, [name for name in wanted.settings if job.force or not adapter_is_current(job.out / name, inputs[name])])
     several = settings.launch.jobs > 1 and len(wanted.settings) > 1 and runtime.kind == "none" and not how.together
@@ -145,7 +145,7 @@ def _train(stage: Stage, wanted: _Adapters, runtime: Runtime) -> list[TrainedAda
 
 
 def _train_here(stage: Stage, wanted: _Adapters, job: Any) -> list[TrainedAdapter]:
-    """Train in this process: all tasks in one run, or one adapter after another."""
+    """Train in this process, either all adapters in one run or one after another."""
     from meteora_core.model.base import load_base, load_tokenizer
     from meteora_core.training.joint_adapters import train_together
     from meteora_core.training.single_adapter import train_adapter
@@ -160,15 +160,15 @@ def _train_here(stage: Stage, wanted: _Adapters, job: Any) -> list[TrainedAdapte
 
 
 def _described(adapter: TrainedAdapter, settings: AdapterTrainSettings) -> str:
-    """One line about an adapter that was trained now or before."""
-    loss = "an untrained LoRA, no training step was made" if math.isnan(adapter.loss) else f"language-model loss {adapter.loss:.3f}"
-    state = ["was there already"] if adapter.skipped else [f"{adapter.steps} steps", f"{adapter.seconds:.0f} s"] if adapter.steps else []
+    """Return one line about an adapter that was trained in this run or before."""
+    loss = "an untrained LoRA, without a training step" if math.isnan(adapter.loss) else f"language-model loss {adapter.loss:.3f}"
+    state = ["trained already"] if adapter.skipped else [f"{adapter.steps} steps", f"{adapter.seconds:.0f} s"] if adapter.steps else []
     state += [f"{adapter.cut} rows cut to {settings.max_length} tokens"] if adapter.cut else []
     return f"{adapter.folder}: {loss}{in_brackets(state)}"
 
 
 def _next_commands(stage: Stage, wanted: _Adapters) -> list[tuple[str, str]]:
-    """What to do with the adapters: compare them with the base, and train the gates over all of them."""
+    """Return commands to run next: compare the adapters with the base model, and train the gates over all of them."""
     ctx, place = stage.ctx, [] if stage.flags.out is None and "adapters" not in given_flags(stage.ctx) else ["--adapters", str(stage.job.out)]
     commands, same = [], ("data", "base", "dtype", "device")
     if tasks := scored_tasks(stage.settings, wanted.tasks):

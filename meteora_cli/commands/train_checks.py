@@ -1,4 +1,4 @@
-"""The checks of ``meteora train`` that come before a model is loaded: flags, tasks, datasets and folders."""
+"""Checks of ``meteora train`` before a model is loaded: flags, tasks, datasets and folders."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def refuse_idle_flags(ctx: typer.Context, settings: Settings, *, gates: bool, balanced: bool) -> None:
-    """Refuse flags that have an effect only together with others, and curves by a package that is not installed.
+    """Refuse flags that have no effect without others, and a tracker that is not installed.
 
     Args:
         ctx: The context of the command.
-        settings: All settings, with the flags in them.
-        gates: Whether gates are trained, not adapters.
+        settings: All settings, including the values of flags.
+        gates: Whether gates are trained, instead of adapters.
         balanced: Whether --balanced was given.
 
     Raises:
-        UsageError: A flag has no effect, and the hint names what it needs; or a package is missing.
+        UsageError: A flag has no effect (the hint names what it requires), or a package is missing.
     """
     from meteora_core.training.trackers import check_tracker
 
@@ -38,7 +38,7 @@ def refuse_idle_flags(ctx: typer.Context, settings: Settings, *, gates: bool, ba
             "answer_share": (training.beta > 0, "--beta above 0"),
             "patience": (optim.eval_steps > 0, "--eval-steps"),
             "name": (balanced, "--balanced"),
-            "adapters": (gates or "out_dir" not in given_flags(ctx), "a run without --out, which says the same"),
+            "adapters": (gates or "out_dir" not in given_flags(ctx), "a run without --out, which has the same meaning"),
             "num_processes": (launched, "--launcher ddp, fsdp or deepspeed"),
             "num_machines": (launched, "--launcher ddp, fsdp or deepspeed"),
             **several_machines,
@@ -48,7 +48,7 @@ def refuse_idle_flags(ctx: typer.Context, settings: Settings, *, gates: bool, ba
 
 
 def adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) -> list[str]:
-    """The tasks to train adapters for. Every dataset is read, so that a broken one is reported before a model is loaded."""
+    """Return the tasks to train adapters for. Every dataset is read, so that a broken one is reported before a model is loaded."""
     from meteora_core.data.rows import available_tasks, check_rows
     from meteora_core.data.tasks import TASKS
     from meteora_core.errors import UsageError
@@ -58,7 +58,7 @@ def adapter_tasks(settings: Settings, names: list[str], max_rows: int | None) ->
         composites = {name for name, task in TASKS.items() if task.is_composite}
         names = [name for name in available_tasks(settings.paths.data) if not name.startswith("composite_") and name not in composites]
     if not names:
-        raise UsageError("no task given", hint="meteora train adapters --task NAME[,NAME] | all; `meteora data list` shows them")
+        raise UsageError("no task given", hint="meteora train adapters --task NAME[,NAME] | all; `meteora data list` lists them")
     check_names(names)
     for name in names:
         check_rows(settings.paths.data, name, "train", max_rows)
@@ -73,11 +73,11 @@ def check_adapter_targets(settings: Settings, root: Path, names: list[str], bala
 
     check_targets(root, names if balanced is None else [balanced], replaced=())
     if balanced in available_tasks(settings.paths.data):
-        raise UsageError(f"--name {balanced} is also the name of a dataset, whose own adapter would be replaced", hint="choose another --name")
+        raise UsageError(f"--name {balanced} is also the name of a dataset, whose adapter would be replaced", hint="choose another --name")
 
 
 def gate_folders(settings: Settings, names: list[str], max_rows: int | None, *, any_base: bool) -> tuple[dict[str, Path], str | None]:
-    """The folders of the adapters to train gates for, by name, and a note where they name another base model than the settings.
+    """Return the folders of the adapters to train gates for, by name, and a note if the adapters name another base model than the settings.
 
     Every dataset is read, and all adapters must name one base model unless ``any_base``. Raises UsageError, DataError, AdapterError.
     """

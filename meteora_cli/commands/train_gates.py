@@ -1,4 +1,4 @@
-"""The work of ``meteora train gates``."""
+"""The implementation of ``meteora train gates``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def train_checkpoint(ctx: typer.Context, flags: RunFlags, *, any_base: bool, template: str | None = None) -> None:
-    """Check everything that can be checked, then train or launch."""
+    """Check everything that can be checked first, then train or launch."""
     from meteora_core.checkpoints.native import check_replaceable
     from meteora_core.data.userdata import register_all
     from meteora_core.errors import UsageError
@@ -61,7 +61,7 @@ def _train(stage: Stage, folders: dict[str, Path]) -> TrainedGates:
     settings = stage.settings
     with stage.running() as job:
         bank = AdapterBank.from_peft(folders, progress=job.progress)
-        # the ridge start runs the whole model before it is sharded
+        # the ridge start runs the whole model before the model is sharded
         device = stage.device if settings.train_gates.init == "ridge" else job.runtime.loading_device(stage.device)
         return train_gates(
             load_base(job.base, dtype=stage.dtype, device=device, progress=job.progress),
@@ -76,19 +76,19 @@ def _train(stage: Stage, folders: dict[str, Path]) -> TrainedGates:
 
 
 def described(done: TrainedGates, settings: GateTrainSettings) -> str:
-    """One line about gates that were trained now or before: the loss in its parts, or how they were made without a step."""
+    """Return one line about gates that were trained in this run or before: the parts of the loss, or the origin of gates without a training step."""
     if math.isnan(done.loss) and not done.steps:
-        made = {
-            "ridge": f"gates in closed form (ridge) from about {settings.ridge_tokens:,} train tokens; no training step was made",
+        origins = {
+            "ridge": f"gates in closed form (ridge) from about {settings.ridge_tokens:,} training tokens; no training step was made",
             "arrow": "gates computed from the adapters' weights (arrow); no training step was made",
         }
-        what = made.get(settings.init, f"untrained gates at their start values ({settings.init}); no training step was made")
+        what = origins.get(settings.init, f"untrained gates with their initial values ({settings.init}); no training step was made")
     elif {"lm", "gate"} <= done.parts.keys():
         what = f"loss {done.loss:.3f} = language model {done.parts['lm']:.3f} + {settings.beta:g} x gates {done.parts['gate']:.4f}"
         what += f", right adapter for {done.parts['accuracy']:.1%} of the tokens" if "accuracy" in done.parts else ""
     else:
         what = f"loss {done.loss:.3f}"
-    state = ["was there already"] if done.skipped else [f"{done.steps} steps", f"{done.seconds:.0f} s"] if done.steps else []
+    state = ["trained already"] if done.skipped else [f"{done.steps} steps", f"{done.seconds:.0f} s"] if done.steps else []
     if done.memory and not done.skipped:
         state += [f"{done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s", f"at most {max(done.memory['peak']) / 2**30:.1f} GiB of a GPU"]
     state += [f"{done.cut} rows cut to {settings.max_length} tokens"] if done.cut else []
@@ -96,7 +96,7 @@ def described(done: TrainedGates, settings: GateTrainSettings) -> str:
 
 
 def _report(done: TrainedGates, settings: GateTrainSettings, *, on_stderr: bool) -> None:
-    """Print the loss, what was drawn of each task, and the held-out figures."""
+    """Print the loss, the number of rows drawn from each task, and the held-out figures."""
     say(described(done, settings))
     screen = console if on_stderr else out
     if done.sampled and done.steps:
@@ -112,15 +112,15 @@ def _report(done: TrainedGates, settings: GateTrainSettings, *, on_stderr: bool)
 
 
 def _next_commands(stage: Stage, done: TrainedGates, tasks: list[str]) -> list[tuple[str, str]]:
-    """What to do with the checkpoint; with gates that were left at their start values, only training."""
+    """Return commands to run next; for gates with their initial values, only a command that trains them."""
     ctx, init = stage.ctx, stage.settings.train_gates.init
     if not done.steps and init in ("normal", "zeros") and len(tasks) > 1:
         again = command_line(ctx, "train", "gates", "--init", "ridge", keep=("task", "out_dir", "adapters", "data", "base", "dtype", "device"))
-        return [(again, "train the gates: as they are, no command will use them")]
+        return [(again, "train the gates: no command uses untrained gates")]
     place = ("--checkpoint", str(done.folder))
-    commands = [(command_line(ctx, "chat", *place, keep=("device",)), "talk to it, and watch which adapter answers")]
+    commands = [(command_line(ctx, "chat", *place, keep=("device",)), "chat, and see which adapter answers")]
     if scored := scored_tasks(stage.settings, tasks):
         words = ("eval", "--task", ",".join(scored), "--model", "base,meteora", "--limit", "50", *place)
         commands.append((command_line(ctx, *words, keep=("data", "device", "dtype")), "compare with the base model on 50 test rows of each task"))
     trace = command_line(ctx, "trace", "--prompt", "Is the sky blue?", *place, keep=("device",))
-    return [*commands, (trace, "draw which adapter each token was given to")]
+    return [*commands, (trace, "draw which adapter was chosen for each token")]

@@ -1,4 +1,4 @@
-"""What both commands of ``meteora train`` share: their flags that are no settings, the job, and what is said at the end."""
+"""Shared parts of the commands of ``meteora train``: flags that are not settings, the job, and the suggestions at the end."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunFlags:
-    """The options of both commands that are no settings.
+    """The options of both commands that are not settings.
 
     Attributes:
-        tasks: The names given with --task; empty where it was left out.
-        out: The folder given with --out.
-        max_rows: Number of train rows of each task to use.
-        dry_run: Whether to say what would be done, and stop.
+        tasks: The names in --task; empty if the flag was not given.
+        out: The folder in --out; None if the flag was not given.
+        max_rows: Number of train rows of each task to use; None means all.
+        dry_run: Whether to print what would be done, and exit.
         resume: Whether to continue from a saved state.
-        force: Whether to train what is there already.
-        as_json: Whether the report is one JSON document.
-        rows: The datasets to add first, given with --rows.
+        force: Whether to train even if the same result exists.
+        as_json: Whether to print the report as one JSON document.
+        rows: The datasets in --rows to add first; None if the flag was not given.
     """
 
     tasks: list[str]
@@ -50,15 +50,15 @@ class RunFlags:
 
 @dataclass(frozen=True)
 class Stage:
-    """A training that is about to begin.
+    """A training run that is ready to start.
 
     Attributes:
         ctx: The context of the command.
-        flags: Options that are no settings.
-        settings: The settings in force.
-        job: Base model, folders and processes.
-        device: Device of the base model.
-        dtype: Number type of the base model.
+        flags: The options that are not settings.
+        settings: The settings in effect.
+        job: The base model, the folders and the processes of the run.
+        device: The device of the base model.
+        dtype: The dtype of the base model.
     """
 
     ctx: typer.Context
@@ -70,7 +70,7 @@ class Stage:
 
     @contextmanager
     def running(self) -> Iterator[TrainJob]:
-        """The job, with progress bars in the main process; an error names the process that it comes from."""
+        """Yield the job, with progress bars in the main process. Errors in other processes name the process."""
         from meteora_core.errors import MeteoraError
         from meteora_core.progress import SILENT
 
@@ -85,11 +85,11 @@ class Stage:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process says what was done."""
+        """Whether this process prints the results."""
         return self.job.runtime.is_main
 
     def announce(self) -> None:
-        """Say which base model is trained on, and where."""
+        """Print the base model, its dtype, the device and the number of processes."""
         runtime = self.job.runtime
         if runtime.is_main:
             spread = f", {runtime.world} processes ({runtime.kind})" if runtime.kind != "none" else ""
@@ -97,7 +97,7 @@ class Stage:
 
 
 def with_rows(ctx: typer.Context, flags: RunFlags, settings: Settings, *, name_tasks: bool) -> RunFlags:
-    """Add the datasets of --rows. With ``name_tasks``, they are the tasks where --task was left out. Raises UsageError together with --dry-run."""
+    """Add the datasets in --rows. With ``name_tasks``, they are the tasks if --task was not given. Raises UsageError together with --dry-run."""
     from meteora_cli.commands.data_add import add_rows
     from meteora_core.errors import UsageError
 
@@ -110,7 +110,7 @@ def with_rows(ctx: typer.Context, flags: RunFlags, settings: Settings, *, name_t
 
 
 def open_stage(ctx: typer.Context, flags: RunFlags, settings: Settings, out: Path, runtime: Runtime) -> Stage:
-    """The training that flags and settings ask for; ``out`` is the folder it writes."""
+    """Return the training run that flags and settings describe; ``out`` is the folder that it writes."""
     from meteora_core.files import cache_dir
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
     from meteora_core.training.job import TrainJob
@@ -122,12 +122,12 @@ def open_stage(ctx: typer.Context, flags: RunFlags, settings: Settings, out: Pat
 
 
 def command_line(ctx: typer.Context, *words: str, keep: Iterable[str] = ()) -> str:
-    """A command to type next, quoted for a shell.
+    """Return a command line to suggest, quoted for a shell.
 
     Args:
-        ctx: The context of the command that runs now.
-        words: The command and its arguments.
-        keep: Parameters of the command that runs now; those that were given are repeated.
+        ctx: The context of the running command.
+        words: The suggested command and its arguments.
+        keep: The parameters of the running command to repeat if they were given.
     """
     given, flags = globals_of(ctx), given_flags(ctx)
     before = ["--config", str(given.config)] if given.config else []
@@ -136,12 +136,12 @@ def command_line(ctx: typer.Context, *words: str, keep: Iterable[str] = ()) -> s
 
 
 def in_brackets(remarks: list[str]) -> str:
-    """Remarks behind a line, separated by commas; nothing without remarks."""
+    """Return remarks in brackets, separated by commas, to append to a line; an empty string without remarks."""
     return f" ({', '.join(remarks)})" if remarks else ""
 
 
 def scored_tasks(settings: Settings, tasks: Iterable[str]) -> list[str]:
-    """The tasks that ``meteora eval`` can score: they have a metric and test rows."""
+    """Return the tasks that ``meteora eval`` can score, which have a metric and test rows."""
     from meteora_core.data.rows import split_path
     from meteora_core.data.tasks import TASKS
 
@@ -149,7 +149,7 @@ def scored_tasks(settings: Settings, tasks: Iterable[str]) -> list[str]:
 
 
 def say_next(ctx: typer.Context, commands: Iterable[tuple[str, str]]) -> None:
-    """Say which commands to try next, each with its purpose; nothing with --quiet."""
+    """Print the commands to run next, each with its purpose; nothing with --quiet."""
     if globals_of(ctx).quiet:
         return
     say("")

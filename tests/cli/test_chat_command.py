@@ -205,7 +205,7 @@ def test_a_conversation(world) -> None:
     feed(chat, "Hello", "", KeyboardInterrupt, "//etc is a folder", "/route on", "Colours?")
     assert [turn.message for turn in chat.session.turns] == ["Hello", "/etc is a folder", "Colours?"]
     notes = shown(chat.notes)
-    assert "Ctrl-D leaves" in notes
+    assert "press Ctrl-D to exit" in notes
     assert "8 written" in notes
     assert "tokens/s" in notes
     assert any(name in notes for name in NAMES)
@@ -409,7 +409,7 @@ def test_ctrl_c_between_two_prompts_keeps_the_session(world, monkeypatch) -> Non
 
     monkeypatch.setattr(chat, "say", say)
     run_repl(chat, read)
-    assert said[0] == "Ctrl-D leaves"
+    assert said[0] == "press Ctrl-D to exit"
     assert "unknown command /quitt" in shown(chat.notes)
 
 
@@ -512,7 +512,7 @@ def test_in_a_real_terminal(world, tmp_path, width) -> None:
         time.sleep(2)
         terminal.keys("C-c")
         terminal.keys("C-c")
-        terminal.wait("Ctrl-D leaves")
+        terminal.wait("press Ctrl-D to exit")
         terminal.keys("/quitt", "Enter")
         terminal.wait("unknown command /quitt")
         terminal.keys("C-d")

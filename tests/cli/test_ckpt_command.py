@@ -72,12 +72,12 @@ def test_convert_then_inspect(meteora: Run, authors: Authors, tmp_path: Path) ->
 def test_inspect_prints_every_kind(meteora: Run, authors: Authors, tmp_path: Path) -> None:
     meteora("convert", authors.checkpoint, tmp_path / "native", "--base", authors.base, "--names", "a, b,c")
     for path, words in (
-        (authors.checkpoint, ("layout of MeteoRA's authors", "3 of rank 8", "14 linears")),
+        (authors.checkpoint, ("checkpoint in the authors' layout", "3 of rank 8", "14 linears")),
         (tmp_path / "native", ("a native meteora checkpoint", "top-2, T = 1.0", "gates, adapters, base", "intact")),
         (authors.adapters, ("a folder of PEFT LoRA adapters", "task_02")),
         (authors.adapters / "task_02", ("a PEFT LoRA adapter", "16.0")),
         (authors.base, ("a base model", "llama")),
-        (tmp_path, ("nothing that meteora knows",)),
+        (tmp_path, ("not a kind of file that meteora knows",)),
     ):
         text = meteora("inspect", path).stdout
         assert all(word in text for word in words), text
@@ -90,7 +90,7 @@ def test_download_of_unknown_names(meteora: Run) -> None:
     assert isinstance(failed, UsageError)
     assert failed.hint == "did you mean 'meteora-llama3-8b'?"
     assert "is not a hub repository" in str(meteora("download", "a/b/c", fails=UsageError).exception)
-    assert "goes into the cache as a whole" in str(meteora("download", "smollm2-135m", "--to", "x", fails=UsageError).exception)
+    assert "is always fetched completely into the cache" in str(meteora("download", "smollm2-135m", "--to", "x", fails=UsageError).exception)
 
 
 def test_a_base_model_that_is_there_is_not_fetched_again(meteora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,7 @@ def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
         (("--launcher", "fsdp", "--num-processes", "2"), "--launcher fsdp needs GPUs"),
         (("--launcher", "deepspeed", "--num-processes", "2"), "--launcher deepspeed needs CUDA GPUs"),
         (("--launcher", "deepspeed", "--dtype", "float16", "--num-processes", "2", "--dry-run"), "bfloat16 or float32"),
-        (("adapters", "--launcher", "deepspeed", "--task", "all"), "--launcher deepspeed trains one adapter a run"),
+        (("adapters", "--launcher", "deepspeed", "--task", "all"), "--launcher deepspeed trains one adapter per run"),
         (("--launcher", "fsdp"), "use --launcher ddp"),
         (("--launcher", "ddp"), "how many processes"),
         (("--launcher", "ddp", "--num-processes", "3", "--num-machines", "2", "--main-process-ip", "x"), "cannot be spread evenly"),
@@ -332,7 +332,7 @@ def test_training_ends_with_the_loss_in_its_parts_and_with_commands_that_work(pl
     assert re.search(r"^gates: 5/5 steps in \d+ s  tok/s .*loss", said, re.MULTILINE)
     assert re.search(r"^m y: loss [\d.]+ = language model [\d.]+ \+ 50 x gates [\d.]+, right adapter for [\d.]+% of the tokens \(5 steps, \d+ s\)$", said, re.M)
     again = shell(place, *GATES, "--out", "m y").err
-    assert re.search(r"^m y: loss [\d.]+ = language model .* \(was there already\)$", again, re.M)
+    assert re.search(r"^m y: loss [\d.]+ = language model .* \(trained already\)$", again, re.M)
     chat, trace = next_commands(said)
     assert chat == ["chat", "--checkpoint", "m y"]
     drawn = processes.run(processes.meteora, *trace, folder=place, environment=ENVIRONMENT)
@@ -344,12 +344,12 @@ def test_training_ends_with_the_loss_in_its_parts_and_with_commands_that_work(pl
 def test_gates_without_a_training_step_are_said_to_be_what_they_are(place) -> None:
     none = ("--max-steps", "0", "--log-to", "none")
     closed = shell(place, *none, "--init", "ridge", "--out", "closed").err
-    assert re.search(r"^closed: gates in closed form \(ridge\) from about 16,000 train tokens; no training step was made$", closed, re.M)
+    assert re.search(r"^closed: gates in closed form \(ridge\) from about 16,000 training tokens; no training step was made$", closed, re.M)
     assert "nan" not in closed
     arrow = shell(place, *none, "--init", "arrow", "--out", "arrow").err
     assert re.search(r"^arrow: gates computed from the adapters' weights \(arrow\); no training step was made$", arrow, re.M)
     untrained = shell(place, *none, "--out", "untrained").err
-    assert re.search(r"^untrained: untrained gates at their start values \(normal\)", untrained, re.M)
+    assert re.search(r"^untrained: untrained gates with their initial values \(normal\)", untrained, re.M)
     (again,) = next_commands(untrained)
     assert again == ["train", "gates", "--init", "ridge", "--out", "untrained", "--base", "base"]
 
