@@ -212,10 +212,10 @@ class GateTrainSettings(OptimSettings):
 class RouteSettings(_Section):
     """`meteora route` and `meteora adapters`: gates in closed form."""
 
-    tokens: int = Field(8000, ge=1, le=100_000_000, description="Tokens of each adapter's rows to look at.")
-    answer_share: float = Field(0.8, gt=0, lt=1, description="Share of an adapter's weight that its answers' tokens have together.")
-    max_length: int = Field(1024, ge=8, le=MOST_TOKENS, description="Longer rows are cut (prompt from the left).")
-    batch_size: int = Field(8, ge=1, le=65536, description="Rows in one forward pass.")
+    tokens: int = Field(8000, ge=1, le=100_000_000, description="Number of tokens of each adapter's rows to use.")
+    answer_share: float = Field(0.8, gt=0, lt=1, description="Share of the answer tokens in the weight of an adapter.")
+    max_length: int = Field(1024, ge=8, le=MOST_TOKENS, description="Longest row in tokens; longer rows are cut (prompt from the left).")
+    batch_size: int = Field(8, ge=1, le=65536, description="Number of rows in one forward pass.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the choice of rows.")
 
 
@@ -237,7 +237,7 @@ class LaunchSettings(_Section):
 
 
 def _known_template(template: str) -> str:
-    """Refuse what is neither a template's name nor a text with a place for the message. Raises ValueError."""
+    """Refuse a text that is neither the name of a template nor contains one ``{}`` for the message. Raises ValueError."""
     if template not in ("auto", "chat", "inst", "raw") and template.count("{}") != 1:
         raise ValueError("choose from auto, chat, inst, raw, or write a text with one {} for the message")
     return template

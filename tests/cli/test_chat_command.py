@@ -297,7 +297,7 @@ def test_errors_do_not_end_the_loop(world) -> None:
         ("/set top-k 9", "top-k cannot be 9", "it must be a whole number from 1 to 3"),
         ("/set top-p", "/set top-p needs a value", "it must be a number above 0 and up to 1"),
         ("/set topp 1", "unknown setting 'topp'", "did you mean 'top-p'?"),
-        ("/route maybe", "/route cannot be 'maybe'", "it is on or off"),
+        ("/route maybe", "/route cannot be 'maybe'", "choose on or off"),
         ("/why", "there is no answer yet", "ask something first"),
         ("/compare", "there is nothing to compare yet", "ask something first"),
         ("/save", "/save needs a file", "/save talk.jsonl"),
