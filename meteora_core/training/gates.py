@@ -1,4 +1,4 @@
-"""Stage "gates": the gate of every linear learns which adapter each token wants; the adapters may train along."""
+"""Stage "gates": the gate of every adapted layer learns to choose the adapter for each token; the adapters may be trained too."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedGates:
-    """The outcome of the stage.
+    """Result of the stage.
 
     Attributes:
         folder: The checkpoint's folder.
-        skipped: Whether it was there already, trained with the same inputs.
+        skipped: Whether the folder already held a checkpoint that was trained with the same inputs.
         steps: Number of optimiser steps.
-        loss: The last logged loss; NaN where nothing was logged.
+        loss: The last logged loss; NaN if nothing was logged.
         tokens: Number of tokens that were trained on.
         seconds: Duration of the training.
         held_out: Figures on train rows that were kept out of training; see :func:`meteora_core.training.gate_metrics.measure_gates`.
         cut: Number of rows that were cut to the longest length.
-        sampled: Per task, how much of it was seen; see :class:`meteora_core.training.state.RunState`.
-        memory: Per process, bytes of GPU memory; see :class:`meteora_core.training.state.RunState`.
-        parts: The parts of the last logged loss: ``lm``, ``gate`` (not yet times beta) and ``accuracy`` (top-1, of the tokens just trained on).
+        sampled: Per task, the rows and tokens that were drawn; see :class:`meteora_core.training.state.RunState`.
+        memory: GPU memory of each process in bytes, at the start and at the peak; see :class:`meteora_core.training.state.RunState`.
+        parts: The parts of the last logged loss: ``lm``, ``gate`` (not multiplied by beta) and ``accuracy`` (top-1, on the training tokens).
     """
 
     folder: Path
@@ -114,31 +114,35 @@ def train_gates(
     """Train the gates of a bank on its adapters' tasks, and save a checkpoint that holds only what was trained.
 
     ``loss = CE_lm + beta * CE_gate`` (MeteoRA, arXiv 2405.13053, section 3.2; beta as in the authors' code): CE_lm over all tokens of prompt
-    and response, CE_gate the mean over adapted linears and tokens of CE(gate logits, the sequence's task).
+    and response, CE_gate the mean over adapted layers and tokens of CE(gate logits, the sequence's task).
 
-    Extensions of ours, all off by default. ``settings.composite_rows``: a share of the rows are composites, made of the same train rows, whose parts are
-    labelled each with its own task. ``settings.trainable`` "gates+adapters": the adapters train along, by CE_lm alone. ``settings.loss_on`` "response":
-    CE_lm leaves prompts out. ``settings.answer_share``: answers have that share of CE_gate.
+    Meteora extends this with four settings, all off by default:
+
+    * ``settings.composite_rows``: this share of the rows are composites of the same train rows; each part is labelled with its own task.
+    * ``settings.trainable="gates+adapters"``: the adapters are trained too, by CE_lm alone.
+    * ``settings.loss_on="response"``: CE_lm leaves out the prompts.
+    * ``settings.answer_share``: the response tokens have this share of the weight in CE_gate.
 
     Args:
-        model: The base model; it is left with the trained gates attached. A model that was sharded is of no use afterwards.
+        model: The base model; afterwards it has the trained gates attached. A sharded model cannot be used afterwards.
         tokenizer: The base model's tokenizer.
         bank: The adapters; the name of each must be a built dataset in ``job.data_dir``.
-        settings: Steps, rates, beta, what trains.
+        settings: Steps, learning rates, beta, and the parts of the model that are trained.
         job: Datasets, the checkpoint's folder (``job.out``), processes.
-        top_k: Adapters per token and layer; saved as the checkpoint's default.
-        routing_temperature: T of the gates' softmax; saved as the checkpoint's default.
-        backend: Mixture kernels while training.
+        top_k: Number of adapters per token and layer; saved as the checkpoint's default.
+        routing_temperature: Routing temperature, which divides the gate logits before the softmax; saved as the checkpoint's default.
+        backend: Backend of the sum over adapters during training.
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: ``job.out`` holds something that a checkpoint may not replace, an adapter targets one expert of many, ``job.resume`` with other inputs
-            (the differences are listed), values out of range, or a rate of the adapters' own with DeepSpeed.
+        UsageError: ``job.out`` contains files that a checkpoint may not replace, an adapter targets single experts of a mixture of experts, ``job.resume``
+            is set and the saved state has other inputs (the differences are listed), a value is out of range, or the adapters have their own learning
+            rate with DeepSpeed.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     _check_job(bank, settings, job)
     if job.template is not None:
-        pick_frame(job.template, INST, tokenizer)  # a wrong one is refused before any training
+        pick_frame(job.template, INST, tokenizer)  # raises an error for a wrong template before the training starts
     dtype = next(model.parameters()).dtype
     inputs = gate_inputs(job, dtype, bank, settings, top_k, routing_temperature)
     states = job.out.parent / f".{job.out.name}.states"
@@ -164,13 +168,13 @@ def train_gates(
 
 
 def _check_job(bank: AdapterBank, settings: GateTrainSettings, job: TrainJob) -> None:
-    """Refuse what cannot be trained or saved before any row is read. Raises UsageError."""
+    """Raise UsageError for gates that cannot be trained or saved, before any row is read."""
     check_names(bank.names, "adapter")
     check_replaceable(job.out)
     check_observable(bank.modules, "the training of gates")
     check_tracker(settings.log_to)
     if job.runtime.kind == "deepspeed" and _adapter_rate(settings) != 1.0:
-        # its ZeRO 2 (0.19.8) links the optimiser's states after the first of two groups has stepped, and never finds those of the second
+        # DeepSpeed's ZeRO 2 (0.19.8) links the optimiser states after the step of the first parameter group and does not find those of the second.
         raise UsageError("--launcher deepspeed trains gates and adapters at one rate", hint="leave out --adapter-lr, or use --launcher fsdp")
 
 
@@ -183,16 +187,16 @@ def _adapter_rate(settings: GateTrainSettings) -> float:
 
 @dataclass(frozen=True)
 class _GateStage:
-    """What is trained, and on what, once the adapters are attached.
+    """The training of gates in a model with attached adapters.
 
     Attributes:
         model: The base model with the adapters attached.
         dtype: The base model's number type.
         rows: Train and held-out rows.
-        pad_token: Token id that fills up batches.
-        settings: Steps, rates, beta, what trains.
+        pad_token: Token id of the padding.
+        settings: Steps, learning rates, beta, and the parts of the model that are trained.
         job: Datasets, the checkpoint's folder, processes.
-        inputs: What fixes the run.
+        inputs: Inputs that determine the run; see :func:`meteora_core.training.run_inputs.run_inputs`.
         states: Folder of the resumable states.
     """
 
@@ -212,7 +216,7 @@ class _GateStage:
         return HeldOut(self.rows.held_out, names, self.pad_token, size, self.rows.held_out_composites, self.settings.loss_on == "response")
 
     def start_and_train(self) -> RunState:
-        """Give the gates their start values, then run the optimiser steps. The adapters are taken out of the model again if either fails."""
+        """Initialise the gates, then run the optimiser steps. If either fails, the adapters are detached from the model."""
         model, settings, job = self.model, self.settings, self.job
         if not job.resume and job.runtime.is_main:
             shutil.rmtree(self.states, ignore_errors=True)
@@ -257,8 +261,8 @@ class _GateStage:
         )
 
     def save(self, state: RunState, measured: Mapping[str, float], frames: Mapping[str, float]) -> None:
-        """Write the checkpoint with the record of its training (in the main process), and leave the model as a loaded checkpoint would be."""
-        runtime, kept = self.job.runtime, torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+        """Write the checkpoint with the record of its training (in the main process), and round the model's weights as in the saved checkpoint."""
+        runtime, saved_dtype = self.job.runtime, torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         if state.step:
             meteora_of(self.model).gates = "trained"
         record = {"inputs": self.inputs, "inputs_hash": short_hash(self.inputs), "steps": state.step, "loss": last_loss(state.history)}
@@ -269,15 +273,15 @@ class _GateStage:
         record |= {"evaluations": state.evaluations, "best_step": state.best_step} if state.evaluations else {}
         if runtime.is_main:
             adapters = self.settings.trainable == "gates+adapters"
-            save_checkpoint(self.model, self.job.out, base=self.job.base, adapters=adapters, dtype=kept, training=record)
+            save_checkpoint(self.model, self.job.out, base=self.job.base, adapters=adapters, dtype=saved_dtype, training=record)
             shutil.rmtree(self.states, ignore_errors=True)
         for _, layer in meteora_layers(self.model) if runtime.kind in ("none", "ddp") else ():
             for parameter in (layer.gate, layer.lora_A, layer.lora_B):
-                parameter.data = parameter.data.to(kept).to(self.dtype)
+                parameter.data = parameter.data.to(saved_dtype).to(self.dtype)
 
 
 def gather_trained(model: nn.Module) -> None:
-    """Replace what trained and is sharded by whole tensors, so that it can be saved; every process must call this."""
+    """Replace trained parameters that are sharded with whole tensors, so that they can be saved. Every process must call this function."""
     for _, layer in meteora_layers(model):
         for name in ("gate", "lora_A", "lora_B"):
             parameter = getattr(layer, name)
@@ -288,7 +292,7 @@ def gather_trained(model: nn.Module) -> None:
 def ridge_start(model: nn.Module, rows: GateRows, pad_token: int, settings: GateTrainSettings, job: TrainJob) -> int:
     """Set the gates by :func:`meteora_core.training.ridge.ridge_gates` on about ``settings.ridge_tokens`` train tokens; return the number of tokens.
 
-    Every process looks at the same rows, a global batch at a time.
+    Every process runs the same rows, one global batch at a time.
     """
     lengths = [row_lengths(task_rows) for task_rows in rows.train]
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
@@ -304,7 +308,7 @@ def ridge_start(model: nn.Module, rows: GateRows, pad_token: int, settings: Gate
 
 
 def trainable_in_float32(model: nn.Module, what: str) -> dict[str, nn.Parameter]:
-    """Mark what trains and make it float32 (a 16-bit optimiser step is lost to rounding); return it by name."""
+    """Mark the trained parameters and convert them to float32, because rounding would lose 16-bit optimiser steps; return them by name."""
     set_trainable(model, what)  # type: ignore[arg-type]
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in parameters.values():
@@ -314,7 +318,7 @@ def trainable_in_float32(model: nn.Module, what: str) -> dict[str, nn.Parameter]
 
 
 def check_pairs(bank_names: tuple[str, ...], datasets: list[str]) -> None:
-    """Raise UsageError that lists adapters without a dataset."""
+    """Raise UsageError if adapters have no dataset; the message lists them."""
     missing = [name for name in bank_names if name not in datasets]
     if missing:
         raise UsageError(f"no dataset for: {', '.join(missing)}", hint=f"run {', then '.join(f'`{command}`' for command in build_commands(missing))}")

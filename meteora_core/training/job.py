@@ -1,4 +1,4 @@
-"""What every training run is given: base model, folders, and the processes that run it."""
+"""The parameters that all training runs share: base model, folders, processes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from meteora_core.training.distributed import SINGLE, Runtime
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Where a run reads and writes, and how it runs. It is made once and handed to everything that trains.
+    """Folders, processes and progress of a training run.
 
     Attributes:
-        base: The base model, as adapters and checkpoints will name it.
+        base: The base model; adapters and checkpoints record its name and revision.
         data_dir: The folder of all datasets.
-        out: For adapters the folder that holds one folder per adapter; for gates the checkpoint's folder.
+        out: For adapters, the folder that holds one folder per adapter; for gates, the checkpoint's folder.
         max_rows: Number of train rows of each task to use, from the first on; None uses all.
-        token_cache: Folder in which tokenised rows are kept and from which they are read; None keeps them in memory.
-        resume: Continue from a saved state of the same inputs, if there is one.
-        force: Train even if the same result is there.
-        runtime: The processes that train together. Each of them calls the training function; the main one writes.
-        progress: Where progress is reported.
-        template: What stands around a message when nobody says otherwise, for gates: "chat", "inst", "raw" or a text with ``{}``; None chooses it.
+        token_cache: Folder of the cache of tokenised rows; None keeps them in memory.
+        resume: Whether to continue from a saved state of the same inputs, if there is one.
+        force: Whether to train even if a result with the same inputs exists.
+        runtime: The processes that train together. Each of them calls the training function; the main process writes the files.
+        progress: Object that progress is reported to.
+        template: Default prompt template of the checkpoint, for gates: "chat", "inst", "raw" or a text with ``{}``; None chooses it automatically.
 
     Example:
         >>> TrainJob(BaseReference("smollm2-135m"), Path("datasets"), Path("adapters"), max_rows=100).resume

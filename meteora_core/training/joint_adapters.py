@@ -1,8 +1,8 @@
-"""All adapters in one pass: every row goes to its own task's adapter by forced routing, so the adapters do not touch each other.
+"""Training of all adapters in one run: forced routing sends every row to its own task's adapter, so that the adapters do not affect each other.
 
-The result is that of training them one after another, to numerical noise: the same start, the same batches, each adapter's loss divided by
-its own counts and its gradient limited by its own norm. Only dropout draws other random numbers, and with held-out evaluation the best
-step is chosen for all adapters at once.
+Except for numerical noise, the result is that of training the adapters one after another: the initial weights and batches are the same, each adapter's
+loss is divided by its own counts, and its gradient is clipped by its own norm. Two things differ: dropout draws other random numbers, and held-out
+evaluation chooses one best step for all adapters together.
 """
 
 from __future__ import annotations
@@ -67,24 +67,24 @@ def train_together(
 ) -> list[TrainedAdapter]:
     """Train one LoRA for each task in one run, and save each as the PEFT folder ``job.out/<task>``.
 
-    Every optimiser step holds the batches that the tasks would have had alone, ``settings.together_rows`` rows to a forward pass. Adapters that are there
-    already with the same inputs are left out.
+    Every optimiser step uses the batches that each task would have alone, with ``settings.together_rows`` rows per forward pass. Tasks whose adapter
+    exists already with the same inputs are skipped.
 
     Args:
-        model: The base model; it is left as it was.
+        model: The base model; it is unchanged afterwards.
         tokenizer: The base model's tokenizer.
         tasks: Names of built datasets in ``job.data_dir``.
-        settings: Rank, steps, rates of all tasks.
+        settings: Rank, number of steps and learning rate of all tasks.
         job: Datasets, folder of adapters, processes.
-        per_task: The settings of single tasks; they may differ in ``max_length``, ``batch_size`` and ``accumulation`` alone.
+        per_task: The settings of single tasks; they may differ only in ``max_length``, ``batch_size`` and ``accumulation``.
 
     Returns:
         One entry per task, in the order of ``tasks``; steps and seconds are those of the whole run.
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: The settings cannot be combined with it (packing; tasks that differ in more than their sizes), the run is sharded, or a task's
-            folder holds something else than an adapter.
+        UsageError: The settings use packing or differ between tasks in other values than the three sizes, the run is sharded, or a task's folder
+            contains anything other than an adapter.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     own = {task: (per_task or {}).get(task, settings) for task in tasks}
@@ -106,7 +106,7 @@ def train_together(
 
 
 def _check_combination(settings: AdapterTrainSettings, own: Mapping[str, AdapterTrainSettings], job: TrainJob) -> None:
-    """Raise UsageError for settings, launchers and folders that a run of several adapters cannot have."""
+    """Raise UsageError for settings, launchers and folders that cannot be used when adapters are trained together."""
     check_targets(job.out, own, replaced=())
     if settings.packing:
         raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
@@ -117,7 +117,7 @@ def _check_combination(settings: AdapterTrainSettings, own: Mapping[str, Adapter
 
 
 def _differences(one: AdapterTrainSettings, other: AdapterTrainSettings) -> list[str]:
-    """The settings that two tasks of one run must share and do not."""
+    """The names of the settings that differ between two tasks but must be equal in one run."""
     sizes = {"max_length", "batch_size", "accumulation"}
     return [name for name in type(one).model_fields if name not in sizes and getattr(one, name) != getattr(other, name)]
 
@@ -135,7 +135,7 @@ class _JointRun:
         tasks: The tasks' names.
         settings: Settings of all tasks.
         job: Datasets, folder of adapters, processes.
-        inputs: Per task, what fixes its adapter; those that were trained before included.
+        inputs: Per task, the inputs that determine its adapter, including the tasks that were trained before.
         encoded: Per task, its train rows.
         held_out: The held-out rows of all tasks.
     """
@@ -150,7 +150,7 @@ class _JointRun:
 
     @property
     def title(self) -> str:
-        """Name of the run's files; runs of other tasks may write to the same folder at the same time."""
+        """The name of the run's files; it depends on the tasks, because several runs may write to the same folder at the same time."""
         return f"together-{short_hash(self.tasks)}"
 
     @property
@@ -158,7 +158,7 @@ class _JointRun:
         return self.job.out / f".{self.title}.states"
 
     def train(self, own: Sequence[AdapterTrainSettings]) -> tuple[RunState, Stacked]:
-        """Train all adapters as one bank; ``own`` are the settings of each task. The model is left as it was."""
+        """Train all adapters as one bank, with the settings ``own`` of each task. The model is unchanged afterwards."""
         model, settings = self.model, self.settings
         dtype = next(model.parameters()).dtype
         bank = fresh_bank(model, self.tasks, self.job.base, settings)
@@ -222,7 +222,7 @@ class _JointRun:
 
 
 def _train_only_adapters(model: nn.Module) -> None:
-    """Let the adapters train, in float32, and not the gates."""
+    """Make the adapters trainable, in float32, and freeze the gates."""
     for _, layer in meteora_layers(model):
         layer.gate.requires_grad_(False)
         for parameter in (layer.lora_A, layer.lora_B):
@@ -231,7 +231,7 @@ def _train_only_adapters(model: nn.Module) -> None:
 
 
 def fresh_bank(model: PreTrainedModel, tasks: Sequence[str], base: BaseReference, settings: AdapterTrainSettings) -> AdapterBank:
-    """A bank in which every task has the very LoRA that :func:`meteora_core.training.single_adapter.train_adapter` would start from."""
+    """A bank in which every task has the initial LoRA of :func:`meteora_core.training.single_adapter.train_adapter`."""
     torch.manual_seed(settings.seed)
     peft_model = with_lora(model, base, settings)
     try:
@@ -254,7 +254,11 @@ def fresh_bank(model: PreTrainedModel, tasks: Sequence[str], base: BaseReference
 def joint_batches(
     rows: Sequence[Sequence[TrainRow]], settings: AdapterTrainSettings, world: int, own: Sequence[AdapterTrainSettings]
 ) -> list[list[list[Pick]]]:
-    """Per step, per forward pass (of all processes), ``(task, row)`` pairs: what each task would have had alone, rows of like length together."""
+    """Plan the batches of each step: the rows that each task would have alone, with rows of similar length together.
+
+    Returns:
+        Per step, per forward pass (of all processes together), ``(task, row)`` pairs.
+    """
     lengths = [row_lengths(task_rows) for task_rows in rows]
     plans = [
         plan_batches([task_lengths], each.max_steps * each.accumulation, each.batch_size * world, each.seed)
@@ -273,11 +277,11 @@ def joint_batches(
 
 
 class TogetherObjective:
-    """The sum over tasks of each task's mean language-model loss, every row by its own adapter.
+    """The sum of the tasks' mean language-model losses; each row is computed with its own adapter.
 
     Args:
-        dtype: Of the base.
-        names: The tasks.
+        dtype: Number type of the base model.
+        names: Names of the tasks.
     """
 
     def __init__(self, dtype: torch.dtype, names: Sequence[str]) -> None:
@@ -285,12 +289,12 @@ class TogetherObjective:
 
     @contextmanager
     def around(self, model: nn.Module, batch: Batch) -> Iterator[None]:
-        """Force the routes for forward and backward pass (layers run again there with gradient checkpointing)."""
+        """Force the routes during the forward and backward pass, because gradient checkpointing runs layers again in the backward pass."""
         with meteora_of(model).force(row_tasks(batch)):
             yield
 
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
-        """The forward pass, within :meth:`around`."""
+        """Run the forward pass; call this within :meth:`around`."""
         own = torch.tensor([1 / max(1, count) for count in counts.targets_by_task], device=batch.input_ids.device)
         weights = own[row_tasks(batch)][:, None].expand(batch.input_ids.shape)
         with sixteen_bit(batch.input_ids.device, self.dtype):
@@ -304,12 +308,12 @@ def row_tasks(batch: Batch) -> Tensor:
 
 
 def clip_each(parameters: list[nn.Parameter], limit: float, count: int) -> Tensor:
-    """Scale each adapter's gradient down to norm ``limit``; return the largest norm before.
+    """Clip each adapter's gradient to norm ``limit``, and return the largest norm before clipping.
 
     Args:
-        parameters: Stacked A and B, each with one equal block of rows an adapter.
+        parameters: Stacked A and B matrices, each with one block of rows per adapter, all of the same size.
         limit: Largest norm.
-        count: How many adapters.
+        count: Number of adapters.
     """
     gradients = [parameter.grad.view(count, -1) for parameter in parameters if parameter.grad is not None]
     norms = torch.stack([gradient.square().sum(1) for gradient in gradients]).sum(0).sqrt()
@@ -327,7 +331,7 @@ def _slices(part: tuple[tuple[int, ...], Tensor, Tensor], place: int) -> dict[st
 
 
 def _of_task(entry: dict[str, float], task: str) -> dict[str, float]:
-    """A line of the common log as one task's."""
-    kept = {name: value for name, value in entry.items() if "/" not in name}
-    kept.pop("loss", None)
-    return kept if f"lm/{task}" not in entry else {**kept, "loss": entry[f"lm/{task}"]}
+    """The log entry of one task, from an entry of the joint log."""
+    common = {name: value for name, value in entry.items() if "/" not in name}
+    common.pop("loss", None)
+    return common if f"lm/{task}" not in entry else {**common, "loss": entry[f"lm/{task}"]}

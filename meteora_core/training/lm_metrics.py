@@ -1,4 +1,4 @@
-"""The language-model loss: what is logged per task, and what is measured on held-out rows."""
+"""The language-model loss, logged per task and measured on held-out rows."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def measure_lm(
         model: A causal language model, possibly wrapped by PEFT.
         held_out: The rows of each task.
         runtime: The processes; each measures a part of the rows.
-        on_model: How work is run on the wrapped model.
-        around: Context that holds each forward pass.
+        on_model: Function that calls another function on the wrapped model.
+        around: Function from a batch to a context in which its forward pass runs.
 
     Returns:
         ``loss`` over all rows, and ``lm/<task>`` for each of several tasks. Empty when there are no rows.

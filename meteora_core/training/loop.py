@@ -1,4 +1,7 @@
-"""The training loop: AdamW, warm-up and cosine, accumulation weighted by tokens, held-out evaluation, resumable at any step, on any number of processes."""
+"""The training loop: AdamW with warm-up and cosine decay, accumulation weighted by tokens, held-out evaluation, and states from which a run can resume.
+
+It runs on any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,14 @@ from meteora_core.training.trackers import Curves, CurvesOf, open_curves
 
 @dataclass(frozen=True)
 class Counts:
-    """What sums are divided by: targets and gate labels (of answers: ``answer_labels``) of one whole optimiser step, over all its batches and processes."""
+    """The counts that loss sums are divided by, each over all batches and processes of one optimiser step.
+
+    Attributes:
+        targets: Number of positions with a target.
+        gate_labels: Number of positions with a gate label.
+        targets_by_task: Number of positions with a target, per task.
+        answer_labels: Number of response positions with a gate label.
+    """
 
     targets: int
     gate_labels: int
@@ -39,12 +49,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """One batch's share of a step's loss, after its backward pass.
+    """One batch's part of a step's loss, after its backward pass.
 
     Attributes:
-        loss: Detached scalar; the shares of a step add up to its loss.
-        parts: What else to log, each a detached scalar that adds up over the batches of a step (``lm``, ``gate``, ``accuracy``).
-        tallies: What is logged as a mean of its own: float32 (2,), a sum and how many it is of.
+        loss: Detached scalar; the losses of a step's batches add up to the step's loss.
+        parts: Further values to log (``lm``, ``gate``, ``accuracy``), detached scalars that are summed over the batches of a step.
+        tallies: Values that are logged as a mean: float32 (2,), a sum and its count.
     """
 
     loss: Tensor
@@ -57,36 +67,36 @@ Computed = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
 class Objective(Protocol):
-    """Computes a batch's share of a step's loss."""
+    """Computes one batch's part of a step's loss."""
 
     def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
-        """Holds forward and backward pass of one batch."""
+        """The context in which the forward and backward pass of a batch run."""
 
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
-        """The forward pass."""
+        """Run the forward pass."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What one run of the loop trains, and on what.
+    """The model, rows and objective of one training run.
 
     Attributes:
         model: The model; it is in training mode while the loop runs.
         rows: Per task, its rows.
         objective: The function that is minimised.
-        pad_token: Token id that fills up batches.
+        pad_token: Token id of the padding.
         folder: Folder of the resumable states.
-        inputs: What fixes the run; a resumed run must have the same.
+        inputs: Inputs that determine the run; a resumed run must have the same inputs.
         title: Title of the progress bar and of the curves.
         names: The tasks' names, for messages.
         response_only: Whether the language-model loss leaves the prompts' tokens out.
-        balanced: Whether every task has as many tokens; False draws every row as often.
-        extra, extra_share: Rows of no single task (composites), and their share of all rows.
-        evaluate: Function that returns held-out figures by name; ``loss`` decides which weights are best. It returns nothing when no row was held out.
+        balanced: Whether the same number of tokens is drawn from every task; False draws every row equally often.
+        extra, extra_share: Rows that belong to no single task (composites), and their fraction of all drawn rows.
+        evaluate: Function that returns held-out metrics by name; the lowest ``loss`` determines the best weights. Empty if no rows are held out.
         log_dir: Folder of TensorBoard's event files; None writes none.
-        batches: The batches of every step, per batch ``(task, row)`` pairs; None makes a plan from the settings.
-        clip: Function that limits the gradients and returns their norm; None limits the norm of all of them together.
-        rate: Function from a parameter's name to the factor of its learning rate; None is 1 for all.
+        batches: The batches of every step, per batch ``(task, row)`` pairs; None plans them from the settings.
+        clip: Function that clips the gradients and returns their norm; None clips the norm of all gradients together.
+        rate: Function from a parameter's name to its learning-rate multiplier; None is 1 for all parameters.
     """
 
     model: nn.Module
@@ -109,7 +119,7 @@ class TrainingRun:
 
 
 def learning_rate(step: int, settings: OptimSettings) -> float:
-    """The rate of step ``step`` (from 0): a linear rise over ``warmup_ratio`` of the steps, then half a cosine down to 0."""
+    """The learning rate of a step (from 0): a linear increase over ``warmup_ratio`` of the steps, then a cosine decay to 0."""
     warmup = max(1, round(settings.warmup_ratio * settings.max_steps))
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
@@ -118,29 +128,30 @@ def learning_rate(step: int, settings: OptimSettings) -> float:
 
 
 def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, runtime: Runtime = SINGLE, progress: Progress = SILENT) -> RunState:
-    """Run, or go on with, the optimiser steps.
+    """Run the optimiser steps, from the start or from a saved state.
 
-    The batches of all processes together are fixed by the seed and the whole batch size; each process takes its part of them. Random
-    numbers (dropout) are seeded anew at every step.
+    The seed and the global batch size determine the global batches; each process computes its part of them. Random numbers (dropout) are seeded at the
+    start of every step.
 
     Args:
-        run: What is trained, and on what.
-        settings: Steps, rates, sizes.
-        resume: Go on from the newest saved state, if there is one.
+        run: Model, rows and objective.
+        settings: Number of steps, learning rates, batch sizes.
+        resume: Whether to continue from the newest saved state, if there is one.
         runtime: The processes.
-        progress: Gets loss, tokens/s and the time left.
+        progress: Object that loss, tokens/s and remaining time are reported to.
 
     Returns:
-        The final state; the parameters are trained in place. With held-out evaluation they are those of the best one.
+        The final state. The parameters are trained in place; with held-out evaluation they are those of the best evaluation.
 
     Raises:
-        UsageError: ``resume`` with other inputs than the saved run's, or packing for a model that lets packed rows see each other (asked of the
-            model before it is wrapped; a model that will be sharded is not asked).
-        MeteoraError: The loss or gradient is NaN or infinite (step, batch and layer named), or memory ran out (says what to lower).
+        UsageError: ``resume`` is set and the saved run has other inputs, or packing is on and the model lets packed rows attend to each other (tested
+            before the model is wrapped, and only if it is not sharded).
+        MeteoraError: The loss or gradient is NaN or infinite (the message names step, batch and layer), or memory ran out (the hint names settings to
+            lower).
     """
     if settings.packing and runtime.kind in ("none", "ddp"):
-        place = runtime.device or next(run.model.parameters()).device
-        check_packing(run.model, run.rows, run.pad_token, settings.batch_size, place)
+        device = runtime.device or next(run.model.parameters()).device
+        check_packing(run.model, run.rows, run.pad_token, settings.batch_size, device)
     optimizer = runtime.prepare(run.model, lambda trained: _optimizer(run, settings, trained))
     parameters = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     source = _Source(run, settings, runtime.world)
@@ -148,7 +159,7 @@ def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, ru
     memory = _Memory(runtime, stepper.device)
     run.model.train()
     if resume and runtime.kind == "deepspeed" and saved_states(run.folder) and settings.max_steps:
-        stepper.step(0, rate=0.0)  # DeepSpeed has no optimiser states before its first step; all that this one changes is restored
+        stepper.step(0, rate=0.0)  # DeepSpeed creates its optimiser states in its first step; load_state restores all that this step changes
     state = (load_state(run.folder, parameters, optimizer, run.inputs) if resume else None) or RunState()
     runtime.wait()
     curves = open_curves(settings.log_to if runtime.is_main else "none", CurvesOf(run.title, run.log_dir, run.inputs, state.step))
@@ -190,22 +201,22 @@ def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, ru
 
 
 def _optimizer(run: TrainingRun, settings: OptimSettings, trained: Sequence[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW, with one group for each learning rate; ``factor`` of a group is what multiplies the schedule."""
+    """AdamW with one parameter group per learning rate; the group's ``factor`` multiplies the schedule."""
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in trained:
         groups.setdefault(1.0 if run.rate is None else run.rate(names[id(parameter)]), []).append(parameter)
-    made = [{"params": members, "lr": settings.learning_rate * factor, "factor": factor} for factor, members in groups.items()]
-    return torch.optim.AdamW(made, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    parameter_groups = [{"params": members, "lr": settings.learning_rate * factor, "factor": factor} for factor, members in groups.items()]
+    return torch.optim.AdamW(parameter_groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch could not get memory, on a GPU or (where it is an ordinary RuntimeError) on the CPU."""
+    """Whether PyTorch could not allocate memory, on a GPU or on the CPU (where it raises an ordinary RuntimeError)."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _evaluate(run: TrainingRun, state: RunState, parameters: dict[str, nn.Parameter], runtime: Runtime, curves: Curves) -> None:
-    """Measure on held-out rows; keep the weights if they are the best so far."""
+    """Measure the model on held-out rows, and store the weights in ``state`` if they are the best so far."""
     measured = run.evaluate(runtime.run) if run.evaluate else {}
     run.model.train()
     if "loss" not in measured:
@@ -220,7 +231,7 @@ def _evaluate(run: TrainingRun, state: RunState, parameters: dict[str, nn.Parame
 
 
 class _Source:
-    """The batches of every step, for all processes and for one."""
+    """The batches of every step, with the rows and their counts."""
 
     def __init__(self, run: TrainingRun, settings: OptimSettings, world: int) -> None:
         self.run, self.settings = run, settings
@@ -241,7 +252,7 @@ class _Source:
             self.steps = [plan[first : first + settings.accumulation] for first in range(0, count, settings.accumulation)]
 
     def row(self, pick: Pick) -> TrainRow:
-        """A row of the step whose counts were asked for last; each is read once."""
+        """A row of the current step, for which :meth:`counts` was called last; each row is read once per step."""
         if pick not in self._held:
             self._held[pick] = self.rows[pick[0]][pick[1]]
         return self._held[pick]
@@ -260,7 +271,7 @@ class _Source:
         return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, rows))), tuple(by_task), sum(map(count_row_answers, rows)))
 
     def sampled(self, steps: int) -> dict[str, dict[str, float]]:
-        """What the first ``steps`` steps saw of each task; see :class:`meteora_core.training.state.RunState`."""
+        """The rows and tokens of each task in the first ``steps`` steps; see :class:`meteora_core.training.state.RunState`."""
         drawn, tokens = [0] * len(self.lengths), [0] * len(self.lengths)
         for which, row in (pick for step in self.steps[:steps] for batch in step for sequence in batch for pick in sequence):
             drawn[which] += 1
@@ -282,7 +293,7 @@ class _Source:
 
 
 class _Stepper:
-    """One optimiser step after another."""
+    """Runs single optimiser steps."""
 
     def __init__(
         self,
@@ -304,41 +315,41 @@ class _Stepper:
             group["lr"] = (learning_rate(number, settings) if rate is None else rate) * group.get("factor", 1.0)
         counts, batches = self.source.counts(number), self.source.steps[number]
         self.optimizer.zero_grad(set_to_none=True)
-        shares = []
-        for place, sequences in enumerate(batches):
+        losses = []
+        for index, sequences in enumerate(batches):
             batch = self.source.batch(runtime.mine(sequences)).to(self.device)
             around = self.run.objective.around(self.run.model, batch)
-            with runtime.accumulate(last=place == len(batches) - 1), without_cudnn_attention(), around:
+            with runtime.accumulate(last=index == len(batches) - 1), without_cudnn_attention(), around:
                 loss, parts, tallies = runtime.run(lambda model, batch=batch: self.run.objective.compute(model, batch, counts))  # type: ignore[misc]
-                self._check(loss, batch, number, place, sequences)
+                self._check(loss, batch, number, index, sequences)
                 runtime.backward(loss)
-            shares.append(StepLoss(loss.detach(), parts, tallies))
+            losses.append(StepLoss(loss.detach(), parts, tallies))
         if settings.max_grad_norm and self.parameters:
             norm = runtime.clip(self.parameters, settings.max_grad_norm, self.run.clip)
             if not math.isfinite(value := float(full_tensor(norm))):
                 raise MeteoraError(f"the gradient's norm is {value} at step {number + 1}; the loss is finite", hint=_LOWER)
         self.optimizer.step()
-        return _add(shares)
+        return _add(losses)
 
-    def _check(self, loss: Tensor, batch: Batch, number: int, place: int, sequences: list[list[Pick]]) -> None:
-        """Stop at a loss that is NaN or infinite in any process, before it spoils the weights."""
+    def _check(self, loss: Tensor, batch: Batch, number: int, index: int, sequences: list[list[Pick]]) -> None:
+        """Raise MeteoraError if the loss is NaN or infinite in any process, before it changes the weights."""
         value = float(loss.detach())
         if not float(self.runtime.total(torch.tensor(float(not math.isfinite(value)), device=self.device))):
             return
-        found = self.runtime.run(lambda model: first_nonfinite_module(model, lambda: model(**batch.model_inputs(), use_cache=False)))
+        nonfinite = self.runtime.run(lambda model: first_nonfinite_module(model, lambda: model(**batch.model_inputs(), use_cache=False)))
         names = (*self.run.names, "composite") if self.run.names else ()
         rows = [f"{names[which]} {row}" if which < len(names) else str(row) for sequence in sequences for which, row in sequence]
         named = ", ".join(rows[:6]) + (", …" if len(rows) > 6 else "")
-        where = f"the first layer whose output is not finite is {found[0]}" if found else "every layer's output is finite"
+        where = f"the first layer whose output is not finite is {nonfinite[0]}" if nonfinite else "every layer's output is finite"
         shown = value if not math.isfinite(value) else "not finite in another process"
-        raise MeteoraError(f"the loss is {shown} at step {number + 1}, batch {place + 1} (training rows {named}); {where}", hint=_LOWER)
+        raise MeteoraError(f"the loss is {shown} at step {number + 1}, batch {index + 1} (training rows {named}); {where}", hint=_LOWER)
 
 
 _LOWER = "lower --lr, or train in float32 with --dtype float32"
 
 
 class _Memory:
-    """What the GPUs of all processes hold, from here on; see :class:`meteora_core.training.state.RunState`."""
+    """The GPU memory of all processes since this object was created; see :class:`meteora_core.training.state.RunState`."""
 
     def __init__(self, runtime: Runtime, device: torch.device) -> None:
         self.runtime, self.device, self.start = runtime, device, 0
@@ -355,22 +366,22 @@ class _Memory:
         return {"start": start, "peak": peak}
 
 
-def _add(shares: list[StepLoss]) -> StepLoss:
-    total, rest = shares[0], shares[1:]
-    for share in rest:
-        parts = {name: value + share.parts[name] for name, value in total.parts.items()}
-        tallies = {name: value + share.tallies[name] for name, value in total.tallies.items()}
-        total = StepLoss(total.loss + share.loss, parts, tallies)
+def _add(losses: list[StepLoss]) -> StepLoss:
+    total, rest = losses[0], losses[1:]
+    for each in rest:
+        parts = {name: value + each.parts[name] for name, value in total.parts.items()}
+        tallies = {name: value + each.tallies[name] for name, value in total.tallies.items()}
+        total = StepLoss(total.loss + each.loss, parts, tallies)
     return total
 
 
 class _Log:
-    """Means of the logged parts since the last line, over all processes.
+    """Means of the logged values since the last log line, over all processes.
 
     Args:
         runtime: The processes.
-        pending: The sums of an interrupted run since its last line, as :meth:`pending` gave them; the main process takes them over.
-        device: Of the sums.
+        pending: Result of :meth:`pending` of an interrupted run; the main process adds these sums to its own.
+        device: Device of the sums.
     """
 
     def __init__(self, runtime: Runtime, pending: Mapping[str, Any], device: torch.device) -> None:
@@ -380,13 +391,13 @@ class _Log:
         self.tallies = {name: mine * torch.tensor(value, device=device) for name, value in pending.get("tallies", {}).items()}
 
     def pending(self) -> dict[str, Any]:
-        """The sums of all processes since the last line, for JSON; every process must call this."""
+        """The sums of all processes since the last log line, as JSON values. Every process must call this method."""
         sums = {name: float(self.runtime.total(value.float())) for name, value in self.sums.items()}
         return {"steps": self.steps, "sums": sums, "tallies": {name: self.runtime.total(value.float()).tolist() for name, value in self.tallies.items()}}
 
-    def add(self, share: StepLoss) -> None:
+    def add(self, step_loss: StepLoss) -> None:
         self.steps += 1
-        for into, values in ((self.sums, {"loss": share.loss, **share.parts}), (self.tallies, share.tallies)):
+        for into, values in ((self.sums, {"loss": step_loss.loss, **step_loss.parts}), (self.tallies, step_loss.tallies)):
             for name, value in values.items():
                 into[name] = into[name] + value if name in into else value.clone()
 

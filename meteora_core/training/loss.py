@@ -1,4 +1,4 @@
-"""Losses: the language-model loss in chunks, which never holds all logits at once, and the gate loss beside it."""
+"""The language-model loss. It is computed in chunks, so that the logits of all tokens never exist at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meteora_core.routing import IGNORE
 from meteora_core.training.encoding import Batch
 
 CHUNK = 256
-"""Tokens whose logits exist at once."""
+"""Number of tokens whose logits exist at the same time."""
 
 _SCALED = (
     "final_logit_softcapping",
@@ -28,20 +28,20 @@ _SCALED = (
     "output_multiplier",
     "softcap",
 )
-"""Settings under which architectures scale or cap their logits."""
+"""Names of configuration entries with which architectures scale or cap their logits."""
 
 _PROBED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""What :func:`_only_head_follows` found, by model."""
+"""Results of :func:`_only_head_follows`, by model."""
 
 _PROBE_TOKENS = 4
 _PROBE_LOGIT = 60.0
-"""The largest logit of the probe: well above the caps that are in use."""
+"""The largest logit of the probe; it is well above the caps of known architectures."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Weighted sum of CE(hidden W^T, targets) over positions, gradients for ``hidden`` only; also the plain CE of every position.
+    """The weighted sum of CE(hidden W^T, targets) over positions, with gradients for ``hidden`` only, and the unweighted CE of every position.
 
-    ``d/dh = (softmax(h W^T) - onehot) W`` is computed with the loss, chunk by chunk, so that the (tokens, vocabulary) matrix is never kept.
+    ``d/dh = (softmax(h W^T) - onehot) W`` is computed together with the loss, chunk by chunk, so that the (tokens, vocabulary) matrix is never stored.
     """
 
     @staticmethod
@@ -80,14 +80,16 @@ def lm_losses(model: nn.Module, batch: Batch, weights: Tensor | None = None, *, 
     """Weighted sum of the next-token cross-entropy, and the cross-entropy of every position.
 
     Args:
-        model: A causal LM, possibly wrapped by PEFT.
-        batch: On the model's device.
-        weights: float (batch, tokens), the weight of each position; None is 1 everywhere.
-        chunked: Compute logits a few hundred tokens at a time. It is only done where it is exact: a frozen output layer without bias, no scaling or
-            capping of logits, no wrapper that must see the call. Each model's own logits are compared once, on a few made-up hidden states.
+        model: A causal language model, possibly wrapped by PEFT.
+        batch: Batch on the model's device.
+        weights: Weight of each position, float (batch, tokens); None is 1 everywhere.
+        chunked: Whether to compute the logits of a few hundred tokens at a time. This is only done for models for which it is exact: the output layer is
+            frozen and has no bias, logits are not scaled or capped, and no wrapper must see the call. The first call for a model compares its logits on
+            a few random hidden states.
 
     Returns:
-        A float32 scalar (float64 for a float64 model) with gradients, and (batch * tokens,) of the same type without; 0 where there is no target.
+        The sum, a float32 scalar (float64 for a float64 model) with gradients, and the cross-entropy of each position, (batch * tokens,) of the same dtype
+        without gradients; 0 for positions without a target.
     """
     flat = batch.targets.reshape(-1)
     weights = None if weights is None else weights.reshape(-1)
@@ -109,30 +111,30 @@ def lm_losses(model: nn.Module, batch: Batch, weights: Tensor | None = None, *, 
 
 
 def _plain_head(model: nn.Module) -> tuple[nn.Module, Tensor] | None:
-    """The decoder and the output weight, where ``logits = hidden W^T`` is all that follows the decoder; else None."""
+    """The decoder and the output weight W if the logits are exactly ``hidden W^T`` of the decoder's output; otherwise None."""
     from transformers import PreTrainedModel
 
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    if not isinstance(inner, PreTrainedModel):
+    causal_lm: Any = model
+    if hasattr(causal_lm, "get_base_model"):
+        causal_lm = causal_lm.get_base_model()
+    if not isinstance(causal_lm, PreTrainedModel):
         return None
-    config = inner.config.get_text_config()
+    config = causal_lm.config.get_text_config()
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SCALED):
         return None
-    head = inner.get_output_embeddings()
-    decoder = inner.base_model
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or decoder is inner or head.weight.is_meta:
+    head = causal_lm.get_output_embeddings()
+    decoder = causal_lm.base_model
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or decoder is causal_lm or head.weight.is_meta:
         return None
     if type(head.weight) not in (nn.Parameter, Tensor) or is_sharded(head.weight):
         return None
-    if inner not in _PROBED:
-        _PROBED[inner] = _only_head_follows(inner, decoder, head.weight)
-    return (decoder, head.weight) if _PROBED[inner] else None
+    if causal_lm not in _PROBED:
+        _PROBED[causal_lm] = _only_head_follows(causal_lm, decoder, head.weight)
+    return (decoder, head.weight) if _PROBED[causal_lm] else None
 
 
 class _Hidden:
-    """A decoder's output with nothing but the last hidden state in it."""
+    """A decoder output that contains only the last hidden state; every other attribute is None."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
         self.last_hidden_state = last_hidden_state
@@ -141,26 +143,26 @@ class _Hidden:
         if name.startswith("__"):
             raise AttributeError(name)
 
-    def __getitem__(self, place: Any) -> Any:
-        return (self.last_hidden_state,)[place]
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
 
 
 @torch.no_grad()
 def _only_head_follows(model: Any, decoder: nn.Module, weight: Tensor) -> bool:
-    """Whether the model makes ``hidden W^T`` of its decoder's hidden states: given some in the decoder's place, it is asked for logits. No layer runs.
+    """Whether the model's logits are ``hidden W^T``. The probe replaces the decoder's output with random hidden states; no layer runs.
 
-    A model that cannot be asked so is taken at the word of its configuration (:data:`_SCALED`): True.
+    If the model cannot run this probe, the result is True: the caller has already checked the model's configuration (:data:`_SCALED`).
     """
     drawn = torch.randn(1, _PROBE_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
     hidden = drawn.to(weight.device, weight.dtype)
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=weight.device)
-    stages = {decoder, model.get_decoder() or decoder}  # some models (OPT) call the inner one
+    stages = {decoder, model.get_decoder() or decoder}  # OPT calls the module of get_decoder(), not base_model
     before = {stage: stage.__dict__.get("forward") for stage in stages}
     layers = {module for stage in stages for module in stage.modules()} - stages
 
     def refuse(module: nn.Module, _: Any) -> None:
         if module in layers:
-            raise RuntimeError("a layer would run, and what watches the layers would see it")
+            raise RuntimeError("a layer would run, and its hooks would see the probe")
 
     with torch.autocast(weight.device.type, enabled=False):
         largest = float((hidden @ weight.t()).abs().max())
@@ -186,10 +188,10 @@ def _only_head_follows(model: Any, decoder: nn.Module, weight: Tensor) -> bool:
 
 
 def count_targets(batch: Batch) -> int:
-    """Positions that the language-model loss counts."""
+    """The number of positions that the language-model loss counts."""
     return int((batch.targets != IGNORE).sum())
 
 
 def count_gate_labels(batch: Batch) -> int:
-    """Positions that the gate loss counts."""
+    """The number of positions that the gate loss counts."""
     return int((batch.gate_labels != IGNORE).sum())

@@ -1,4 +1,4 @@
-"""What a training run may write: names, folders that it may replace, locks, and what an earlier run left behind."""
+"""The output folders of a training run: checks of their names and contents, locks, and removal of files that an earlier run left behind."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md
 
 
 def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] | None = None) -> None:
-    """Check the names of adapters that will be written below ``root``, and that no foreign files would be replaced.
+    """Check the names of adapters that will be written below ``root``, and that their folders contain no other files.
 
     Args:
         root: The folder of all adapters.
         names: The adapters' names.
-        replaced: Those that will be trained, and so replaced; None: all.
+        replaced: The names of those that will be trained and therefore replaced; None is all of them.
 
     Raises:
-        UsageError: A name cannot be a name, a path leaves ``root``, or a folder holds something that Meteora did not train.
+        UsageError: A name is invalid, a path leaves ``root``, or a folder contains files that Meteora did not write.
     """
     if root.exists() and not root.is_dir():
         raise UsageError(f"{root} is a file, so no adapter can be written into it", hint="choose a folder with --out")
@@ -38,10 +38,10 @@ def check_targets(root: Path, names: Iterable[str], *, replaced: Iterable[str] |
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Check that a trained adapter may replace ``folder``: it does not exist, is empty, or holds an adapter that Meteora trained and nothing else.
+    """Check that a trained adapter may replace ``folder``: it does not exist, is empty, or contains only an adapter that Meteora trained.
 
     Raises:
-        UsageError: It holds something else; the message names it.
+        UsageError: The folder contains other files; the message names them.
     """
     hint = "choose another folder with --out, or move this one away"
     if holds_other_things(folder, "adapter_config.json"):
@@ -56,7 +56,7 @@ def check_adapter_folder(folder: Path) -> None:
 
 @contextmanager
 def only_writer(folders: Iterable[Path], *, is_main: bool) -> Iterator[None]:
-    """Hold the locks of what will be trained, in the process that writes it; see :func:`meteora_core.files.locked`. Raises BusyError, StorageError."""
+    """Lock the output folders in the main process; see :func:`meteora_core.files.locked`. Raises BusyError, StorageError."""
     with ExitStack() as stack:
         for folder in folders if is_main else ():
             stack.enter_context(locked(folder))
@@ -64,7 +64,7 @@ def only_writer(folders: Iterable[Path], *, is_main: bool) -> Iterator[None]:
 
 
 def tidy(folder: Path, states: Path, *, is_main: bool) -> None:
-    """Remove what a run left that was killed after it had saved its result, unless another process is writing there."""
+    """Remove the files of a run that was killed after it had saved its result, unless another process is writing to the folder."""
     if is_main:
         sweep(folder)
         if states.is_dir():

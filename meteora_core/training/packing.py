@@ -1,7 +1,7 @@
-"""Whether a model keeps packed rows apart: asked of the model itself, because architectures differ and none of them says so.
+"""A test of whether a model keeps packed rows separate. The test runs the model, because no configuration entry states it.
 
-Rows are told apart by positions that start again. Models without a use for positions (ALiBi, learned positions of their own counting, convolutions and
-state spaces) let every row see the ones before it.
+Packed rows are separated by positions that restart at 0. Models that ignore the given positions (ALiBi, learned positions that the model counts itself,
+convolutions, state-space models) let every row attend to the rows before it.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from meteora_core.routing import IGNORE, find_meteora
 from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed
 
 _LENGTHS = (9, 7)
-"""Tokens of the two rows of the probe; together a length that needs no padding."""
+"""Number of tokens of the two rows of the probe; together they need no padding."""
 
 _LOOKED_AT = 8
-"""Rows of each task whose tokens the probe's rows are drawn from."""
+"""Number of rows of each task from whose tokens the probe's rows are drawn."""
 
 
 def check_packing(model: nn.Module, rows: Sequence[Sequence[TrainRow]], pad_token: int, batch_size: int, device: torch.device) -> None:
-    """Compare a row behind another one with the same row behind a third one and with the row alone.
+    """Check that the logits of a packed row do not depend on the row before it.
 
-    The model runs three times on a few tokens, in evaluation mode, without gradients and without the adapters of an attached bank. PyTorch's generators
-    are left alone.
+    The logits of a row are compared after two different preceding rows and without one. The model runs three times on a few tokens, in evaluation mode,
+    without gradients and without the adapters of an attached bank. PyTorch's random generators are not used.
 
     Args:
-        model: Not yet wrapped or sharded; it is left in the mode that it was in.
-        rows: Per task, its train rows; the probe is made of tokens of theirs.
-        pad_token: Not used as a token.
-        batch_size: Sequences in a forward pass of one process: attention may tell rows apart for a single sequence alone.
-        device: The model's.
+        model: Model that is not yet wrapped or sharded; its training mode is restored.
+        rows: Per task, its train rows; the probe uses their tokens.
+        pad_token: Token id of the padding; the probe's rows do not contain it.
+        batch_size: Number of sequences in a forward pass of one process; some attention implementations separate rows only in a single sequence.
+        device: Device of the model.
 
     Raises:
-        UsageError: The row depends on what stands before it.
+        UsageError: The row depends on the row before it.
     """
-    seen = {token for task_rows in rows for place in range(min(_LOOKED_AT, len(task_rows))) for token in task_rows[place].tokens} - {pad_token}
+    seen = {token for task_rows in rows for index in range(min(_LOOKED_AT, len(task_rows))) for token in task_rows[index].tokens} - {pad_token}
     if len(seen) < 2:
         return
     pool = torch.tensor(sorted(seen))
@@ -53,7 +53,7 @@ def check_packing(model: nn.Module, rows: Sequence[Sequence[TrainRow]], pad_toke
     model.eval()
     state = find_meteora(model)
     try:
-        # Without adapters: what is asked is the base's, and a near tie of untrained gates may fall otherwise in another batch.
+        # The adapters are disabled: only the base model is tested, and untrained gates with nearly equal logits may choose differently in another batch.
         stack = ExitStack()
         if state is not None:
             stack.enter_context(state.disabled())
@@ -80,12 +80,12 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two rows of vectors at any position, beside the length of the vector there."""
+    """The largest relative difference of two sequences of vectors at any position."""
     return float(((one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-6)).max())
 
 
 def _leaks(model: nn.Module) -> UsageError:
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return UsageError(f"this architecture ({type(inner).__name__}) does not keep packed rows apart", hint="leave out --packing")
+    unwrapped: Any = model
+    if hasattr(unwrapped, "get_base_model"):
+        unwrapped = unwrapped.get_base_model()
+    return UsageError(f"this architecture ({type(unwrapped).__name__}) does not keep packed rows apart", hint="leave out --packing")

@@ -1,7 +1,7 @@
-"""Several adapters trained at once: every worker process has the base model on its own device and takes one task after another.
+"""Training of several adapters at the same time: every worker process loads the base model on its own device and trains one task after another.
 
-PyTorch's multiprocessing starts the workers, ends all when one dies, and ends them with this process. What a worker trains does not depend on the others:
-every task starts from its own seed and leaves the base as it was.
+PyTorch's multiprocessing starts the workers, ends all of them if one dies, and ends them together with this process. An adapter does not depend on the
+other tasks of its worker: every task starts from its own seed and leaves the base model unchanged.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from meteora_core.training.single_adapter import TrainedAdapter, adapter_inputs,
 from meteora_core.workers import follow_parent
 
 PAUSE = 0.2
-"""Seconds between two reports of one worker's bar."""
+"""Minimum time in seconds between two reports of a worker's progress bar."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What every worker process is given: the settings of each task, the base model's number type, each worker's device, and the job."""
+    """The arguments of every worker process: the settings of each task, the base model's number type, each worker's device, and the job."""
 
     settings: Mapping[str, AdapterTrainSettings]
     dtype: torch.dtype
@@ -67,17 +67,17 @@ class ParallelOutcome:
 
 
 def job_devices(wish: str, jobs: int) -> list[str]:
-    """The device of each of ``jobs`` workers: the GPUs in turn where ``wish`` leaves the choice among them, else all on one."""
-    place = pick_device(wish)
-    if place.type == "cuda" and place.index is None:
+    """The device of each of ``jobs`` workers: the GPUs in turn if ``wish`` names no single GPU, otherwise the same device for all."""
+    device = pick_device(wish)
+    if device.type == "cuda" and device.index is None:
         return [f"cuda:{number % torch.cuda.device_count()}" for number in range(jobs)]
-    return [str(place)] * jobs
+    return [str(device)] * jobs
 
 
 def train_in_parallel(settings: Mapping[str, AdapterTrainSettings], job: TrainJob, *, dtype: torch.dtype, devices: Sequence[str]) -> ParallelOutcome:
     """Train one LoRA for each task, ``len(devices)`` at a time; see :func:`meteora_core.training.single_adapter.train_adapter`.
 
-    A task that fails does not stop the others; adapters that are there with the same inputs are left alone.
+    A task that fails does not stop the others. Adapters that already exist with the same inputs are not trained again.
 
     Args:
         settings: The settings of each task, by name.
@@ -89,8 +89,9 @@ def train_in_parallel(settings: Mapping[str, AdapterTrainSettings], job: TrainJo
         The adapters that were trained, and the tasks that failed.
 
     Raises:
-        UsageError: A task's folder holds something else than an adapter; nothing was trained.
-        MeteoraError: A worker process died (its task is named), or could not load the base; the others were stopped, and what they saved can be resumed.
+        UsageError: A task's folder contains anything other than an adapter; nothing was trained.
+        MeteoraError: A worker process died (the message names its task) or could not load the base model. The other workers were stopped; their saved
+            states can be resumed.
     """
     check_targets(job.out, settings, replaced=())
     outcome, finished = ParallelOutcome(), dict[str, TrainedAdapter]()
@@ -112,7 +113,7 @@ def train_in_parallel(settings: Mapping[str, AdapterTrainSettings], job: TrainJo
 
 
 class _Workers:
-    """The processes, and what they report."""
+    """The worker processes and the results that they report."""
 
     def __init__(self, plan: _Plan, todo: Sequence[str], progress: Progress) -> None:
         self.plan, self.progress = plan, progress
@@ -187,7 +188,7 @@ class _Workers:
 
 
 def _start(plan: _Plan, ends: Sequence[Connection]) -> Any:
-    """Start the workers. Ctrl-C is held here, for the caller to let through, and in each worker until it can end without a word."""
+    """Start the workers with Ctrl-C blocked. The caller unblocks it in this process; each worker unblocks it once it can end without a traceback."""
     from torch.multiprocessing.spawn import start_processes
 
     _hold_interrupts(True)
@@ -206,7 +207,7 @@ def _hold_interrupts(hold: bool) -> None:
 
 
 def _end(processes: Sequence[Any]) -> None:
-    """End what still runs: a request first, then by force."""
+    """End the processes that are still running: by a request first, then by force."""
     for process in processes:
         if process.is_alive():
             process.terminate()
@@ -227,12 +228,12 @@ def _close(bar: AbstractContextManager[ProgressBar], *, well: bool) -> None:
 
 
 def _work(number: int, plan: _Plan, threads: int, ends: Sequence[Connection]) -> None:
-    """A worker process: load the base, then train what the main process hands out until nothing is left."""
+    """Run a worker process: load the base model, then train the tasks that the main process assigns until none is left."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     follow_parent()
     _hold_interrupts(False)
-    for place, end in enumerate(ends):
-        if place != number:
+    for index, end in enumerate(ends):
+        if index != number:
             end.close()
     torch.set_num_threads(threads)
     device = torch.device(plan.devices[number])
@@ -257,20 +258,20 @@ def _work(number: int, plan: _Plan, threads: int, ends: Sequence[Connection]) ->
 
 
 class _Line:
-    """A worker's connection to the main process; a Progress too."""
+    """A worker's connection to the main process; it also implements Progress."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._numbers = connection, count()
 
     def send(self, *message: Any) -> None:
-        """Send; without a main process there is nothing left to do."""
+        """Send a message to the main process; if that has ended, end this process too."""
         try:
             self._connection.send(message)
         except OSError as gone:
             raise SystemExit(1) from gone
 
     def ask(self) -> str | None:
-        """The next task, or None."""
+        """Request the next task; None if no task is left."""
         self.send("next")
         try:
             task: str | None = self._connection.recv()
@@ -280,7 +281,7 @@ class _Line:
 
     @contextmanager
     def task(self, title: str, *, total: float | None = None, unit: str = "it") -> Iterator[ProgressBar]:
-        """A bar in the main process."""
+        """Open a progress bar in the main process."""
         number = next(self._numbers)
         self.send("open", number, title, total, unit)
         bar, well = _RemoteBar(self, number), False
@@ -292,7 +293,7 @@ class _Line:
             self.send("close", number, well)
 
     def note(self, message: str) -> None:
-        """A line by the main process."""
+        """Report a message through the main process."""
         self.send("note", message)
 
 
