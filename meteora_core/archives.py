@@ -124,7 +124,7 @@ def copy_zip_member(archive: Path, name: str, target: IO[bytes]) -> None:
                         target.write(block)
                         left -= len(block)
                         if left <= 0:
-                            raise DataError(f"{archive} is refused: {printable(name)} unpacks to more than it may", hint=_REFUSED)
+                            raise DataError(f"{archive} is refused: {printable(name)} unpacks to more than the size limits allow", hint=_REFUSED)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError, struct.error) as broken:
             reason = first_line(broken)[:200]
             raise DataError(f"{archive} is not a complete zip file: {reason}", hint=_BROKEN) from broken

@@ -99,10 +99,10 @@ def check_regular(path: Path | str, error: Error = DataError, *, hint: str | Non
     if "\0" in str(path):
         raise error(f"{shown_path(path)} contains a NUL character, which no path can", hint=hint)
     with read_errors(path, error, hint=hint):
-        facts = Path(path).stat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise error(f"{shown_path(path)} is {kind_of(facts.st_mode)}, not a file", hint=hint)
-    return facts.st_size
+        status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{shown_path(path)} is {kind_of(status.st_mode)}, not a file", hint=hint)
+    return status.st_size
 
 
 def present(path: Path | str, error: Error = DataError, *, hint: str | None = None) -> bool:

@@ -143,7 +143,9 @@ def _entry(file: Path, name: str, entry: Any, start: int, size: int) -> TensorEn
 def refuse_pickle(path: Path) -> None:
     """Raise CheckpointError if the name is that of a pickle file."""
     if path.suffix in PICKLES:
-        raise CheckpointError(f"{path} is a pickle file, which is never read", hint="convert it to safetensors where it was made, and pass that file")
+        raise CheckpointError(
+            f"{path} is a pickle file, which is never read", hint="convert it to safetensors on the machine that wrote it, and pass that file"
+        )
 
 
 class TensorFiles:
@@ -230,7 +232,7 @@ def _find_files(path: Path) -> list[Path]:
     if pickled:
         raise CheckpointError(
             f"{path} holds no safetensors file, only pickle files, which are never read: {listed(pickled)}",
-            hint="convert it to safetensors where it was made",
+            hint="convert it to safetensors on the machine that wrote it",
         )
     below = sorted(str(file.relative_to(path)) for pattern in ("*/*.safetensors", "*/*/*.safetensors") for file in path.glob(pattern))
     raise CheckpointError(f"{path} holds no safetensors file", hint=f"sub-folders contain: {listed(below)}" if below else "correct the path")
@@ -326,7 +328,7 @@ def write_tensors(file: Path, plans: Iterable[TensorPlan], metadata: dict[str, s
                 put(handle, block)
                 written += len(block)
             if written != plan.size:
-                raise CheckpointError(f"{plan.name}: {written} bytes came where {plan.size} were expected")
+                raise CheckpointError(f"{plan.name}: {written} bytes were produced, but {plan.size} were expected")
         with storage_errors(file):
             handle.flush()
             os.fsync(handle.fileno())

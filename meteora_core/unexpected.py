@@ -29,7 +29,7 @@ def known_failure(error: BaseException) -> MeteoraError | None:
     if isinstance(error, OSError):
         return _system(error)
     if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return StorageError("the home directory cannot be determined", hint="set HOME, or write the whole path")
+        return StorageError("the home directory cannot be determined", hint="set HOME, or use an absolute path")
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         return StorageError(f"a link leads back to itself: {_text(error)}", hint="check the path")
     if isinstance(error, ValueError) and str(error).startswith("embedded null"):
@@ -41,7 +41,7 @@ def known_failure(error: BaseException) -> MeteoraError | None:
     if isinstance(error, UnicodeError):
         return DataError(f"a text cannot be read or written: {_text(error)}", hint="METEORA_DEBUG=1 shows where")
     if _is(error, "torch", "OutOfMemoryError"):
-        return MeteoraError(f"the GPU's memory is full: {_text(error).partition('. ')[0]}", hint="use a smaller batch, or --load-in-4bit where it is offered")
+        return MeteoraError(f"the GPU's memory is full: {_text(error).partition('. ')[0]}", hint="use a smaller batch, or --load-in-4bit if the command has it")
     if _is(error, "safetensors", "SafetensorError"):
         return DataError(f"a safetensors file cannot be used: {_text(error)}", hint="`meteora ckpt inspect PATH` says what a file holds")
     if _is(error, "httpx", "HTTPError") or _is(error, "httpx", "InvalidURL"):

@@ -79,7 +79,7 @@ def _help(chat: Chat, argument: str) -> None:
 
 def _new(chat: Chat, argument: str) -> None:
     chat.session.new()
-    chat.say("a new conversation")
+    chat.say("started a new conversation")
 
 
 def _system(chat: Chat, argument: str) -> None:
@@ -153,13 +153,13 @@ def _save(chat: Chat, argument: str) -> None:
     path = _path(argument, "save", "talk.jsonl")
     count = chat.session.save(path)
     cut = sum(not turn.complete for turn in chat.session.turns)
-    chat.say(f"{count} rows in {path}" + (f"; {cut} of the answers were cut short" if cut else ""))
+    chat.say(f"saved {count} rows to {path}" + (f"; {cut} of the answers were cut short" if cut else ""))
 
 
 def _load(chat: Chat, argument: str) -> None:
     path = _path(argument, "load", "talk.jsonl")
     count = chat.session.load(path)
-    chat.say(f"{count} turns from {path}")
+    chat.say(f"loaded {count} turns from {path}")
 
 
 def _export(chat: Chat, argument: str) -> None:
@@ -170,7 +170,7 @@ def _export(chat: Chat, argument: str) -> None:
     with chat.notes.status("reading the conversation"):
         picture = chat.session.picture()
     write_picture(picture, path, "Routing of a conversation")
-    chat.say(f"{path}: {len(picture.tokens)} tokens")
+    chat.say(f"saved {len(picture.tokens)} tokens to {path}")
 
 
 def _quit(chat: Chat, argument: str) -> None:

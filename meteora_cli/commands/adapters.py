@@ -42,12 +42,12 @@ def list_(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     """List the adapters of a checkpoint, with the statistics from which their gates are solved."""
     from meteora_core.living.checkpoints import list_adapters
 
-    found = list_adapters(checkpoint)
+    entries = list_adapters(checkpoint)
     if as_json:
-        emit_json([asdict(each) for each in found])
+        emit_json([asdict(each) for each in entries])
         return
     table = DataTable("adapter", "rank", "statistics", "rows", "tokens", "frame")
-    for each in found:
+    for each in entries:
         size = "none" if each.statistics is None else f"{each.statistics / 1e6:.1f} MB"
         seen = ("", "", "") if each.statistics is None else (f"{each.rows:,}", f"{each.tokens:,}", repr(each.frame))
         table.add_row(each.name, str(each.rank), size, *seen)
@@ -141,11 +141,11 @@ def collect(
     rows: Rows = None,
     data: Data = None,
     tokens: Tokens = None,
-    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of an adapter's weight that its answers have together.")] = None,
+    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")] = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
-    base: Annotated[str | None, typer.Option("--base", help="The base model; default: the one that the adapter names.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that the adapter names.", show_default=False)] = None,
     dtype: NumberType = None,
     device: Device = None,
     backend: Backend = None,
@@ -153,17 +153,18 @@ def collect(
 ) -> None:
     """Write an adapter's statistics into its folder, so that others can route to it without its rows.
 
-    `meteora route` and `meteora adapters add` use them where answer share and prompt frame agree.
+    `meteora route` and `meteora adapters add` use them if answer share and prompt frame agree.
     """
     from meteora_core.living.shipping import ship_statistics
 
     with progress(ctx) as bars:
-        made = ship_statistics(folder, name, _options(ctx, bars, base, None, rows))
-    facts = made.header.model_dump(include={"adapter", "rows", "tokens", "recipe"}) | {"path": str(made.file), "bytes": made.size}
+        statistics = ship_statistics(folder, name, _options(ctx, bars, base, None, rows))
+    report = statistics.header.model_dump(include={"adapter", "rows", "tokens", "recipe"}) | {"path": str(statistics.file), "bytes": statistics.size}
     if as_json:
-        emit_json(facts)
+        emit_json(report)
         return
-    put(f"{made.file}: statistics of {made.name} over {made.header.rows:,} rows, {made.header.tokens:,} tokens, {made.size / 1e6:.1f} MB")
+    header = statistics.header
+    put(f"{statistics.file}: statistics of {statistics.name} over {header.rows:,} rows, {header.tokens:,} tokens, {statistics.size / 1e6:.1f} MB")
 
 
 def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir: Path | None, rows: Path | None = None) -> ChangeOptions:

@@ -80,7 +80,7 @@ def bench_kernels(
         _tune(ctx, chosen, Setting(adapters, rank, top_k), counts if "tokens" in given_flags(ctx) else TOKENS, types[name], as_json=as_json)
         return
     if not gpu:
-        say("no CUDA GPU here: the CPU backends run instead")
+        say("there is no CUDA GPU: the CPU backends run instead")
     wanted = [part.strip() for part in contenders.split(",") if part.strip()] or None
     setting, timing = Setting(adapters, rank, top_k), Timing(types[name], graph=graph)
     with progress(ctx) as bars:
@@ -131,7 +131,9 @@ def _tune(ctx: typer.Context, shape: ModelShape, setting: Setting, counts: Seque
 
 def _show_layers(bench: LayerBench) -> None:
     what = "forward and backward" if bench.backward else "forward"
-    title = f"{bench.shape}: 7 linears of a layer, {what}; {bench.adapters} adapters of rank {bench.rank}, top-{bench.top_k}, {bench.dtype}; {bench.machine}"
+    title = (
+        f"{bench.shape}: 7 linear layers of a block, {what}; {bench.adapters} adapters of rank {bench.rank}, top-{bench.top_k}, {bench.dtype}; {bench.machine}"
+    )
     table = DataTable(title=title)
     for column in ("tokens", "routes", "contender", "ms", "x base", "GB/s", "roofline", "peak MiB", "error", "mode"):
         table.add_column(column, justify="left" if column in ("routes", "contender", "mode") else "right")

@@ -74,9 +74,9 @@ def download(
     commit = f" at {fetched.revision[:12]}" if fetched.revision else ""
     put(f"{len(fetched.files)} files, {_size(fetched.size)} ({_size(fetched.fetched)} fetched now), {fetched.repository}{commit}")
     if short in KNOWN:
-        place = fetched.path / KNOWN[short].include[0].removesuffix("/*")
+        checkpoint = fetched.path / KNOWN[short].include[0].removesuffix("/*")
         adapters = fetched.path / KNOWN[short].include[1].removesuffix("/*")
-        example = f"meteora ckpt convert {place} runs/{short} --base {KNOWN[short].base} --adapters {adapters}"
+        example = f"meteora ckpt convert {checkpoint} runs/{short} --base {KNOWN[short].base} --adapters {adapters}"
         put(f"next: {example}")
 
 
@@ -172,7 +172,7 @@ def convert(
             }
         )
         return
-    put(f"{done.folder}: {len(done.adapters)} adapters of rank {done.rank} on {done.layers} linears, {_size(done.size)}")
+    put(f"{done.folder}: {len(done.adapters)} adapters of rank {done.rank} on {done.layers} linear layers, {_size(done.size)}")
     if done.base_tensors:
         put(f"{len(done.base_tensors)} base tensors are stored too, because they differ from those of {base}")
 
@@ -290,7 +290,7 @@ def _show(facts: dict[str, Any]) -> None:
     if "adapter_count" in facts:
         table.add_row("adapters", f"{facts['adapter_count']} of rank {', '.join(map(str, facts['ranks']))}")
     if "layers" in facts:
-        table.add_row("on", f"{facts['layers']} linears: {', '.join(facts['targets'])}")
+        table.add_row("on", f"{facts['layers']} linear layers: {', '.join(facts['targets'])}")
     if "top_k" in facts:
         table.add_row("routing", f"top-{facts['top_k']}, T = {facts['temperature']}")
     if facts.get("frame"):

@@ -180,7 +180,7 @@ def verify(
     if broken:
         raise DataError(
             f"{len(broken)} of {len(reports)} datasets do not match their manifests: {', '.join(broken)}",
-            hint="build them again with --force, or add your own again from their files",
+            hint="build them again with --force, or add your own datasets again from their files",
         )
 
 

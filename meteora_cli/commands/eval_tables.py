@@ -123,11 +123,11 @@ def routing_table(outcome: ModelResults) -> DataTable | None:
     for task, routing in counted.items():
         own = ["–" if (share := routing.own_share(part)) is None else f"{share:.1%}" for part in ("answer", "all")]
         shares = routing.shares("top1", "answer").tolist()
-        best = sorted(range(len(names)), key=lambda place: (-shares[place], place))
+        best = sorted(range(len(names)), key=lambda index: (-shares[index], index))
         if wide:
-            cells = [cell(", ".join(f"{names[place]} {shares[place]:.1%}" for place in best[:3]))]
+            cells = [cell(", ".join(f"{names[index]} {shares[index]:.1%}" for index in best[:3]))]
         else:
-            cells = [Text(f"{share:.1%}", style="bold" if names[place] in routing.own else "") for place, share in enumerate(shares)]
+            cells = [Text(f"{share:.1%}", style="bold" if names[index] in routing.own else "") for index, share in enumerate(shares)]
         table.add_row(task, *own, *cells)
     return table
 
@@ -146,7 +146,7 @@ def comparison_table(comparison: Comparison) -> DataTable:
         sizes = sorted({size for size in line.samples if size is not None})
         rows = "–" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
         digits = 1 if line.metric.rpartition("/")[2].startswith("bleu") else 3
-        cells = [Text(_figure(cell, digits), style="bold green" if place in line.best else "") for place, cell in enumerate(line.cells)]
+        cells = [Text(_figure(cell, digits), style="bold green" if index in line.best else "") for index, cell in enumerate(line.cells)]
         table.add_row(line.task, line.metric, rows, *cells)
     return table
 

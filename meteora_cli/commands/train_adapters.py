@@ -103,9 +103,9 @@ def _show_plan(stage: Stage, wanted: _Adapters) -> None:
 
     job, others, report = stage.job, differing(wanted.settings), list[dict[str, Any]]()
     for name, settings in wanted.settings.items():
-        there = not job.force and adapter_is_current(job.out / name, adapter_inputs(job, stage.dtype, name, settings, wanted.members))
+        current = not job.force and adapter_is_current(job.out / name, adapter_inputs(job, stage.dtype, name, settings, wanted.members))
         report.append(
-            {"task": name, "folder": str(job.out / name), "trained_already": there, "settings": settings.model_dump(mode="json"), "max_rows": job.max_rows}
+            {"task": name, "folder": str(job.out / name), "trained_already": current, "settings": settings.model_dump(mode="json"), "max_rows": job.max_rows}
         )
     if stage.flags.as_json:
         emit_json(report)

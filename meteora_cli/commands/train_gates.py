@@ -117,10 +117,10 @@ def _next_commands(stage: Stage, done: TrainedGates, tasks: list[str]) -> list[t
     if not done.steps and init in ("normal", "zeros") and len(tasks) > 1:
         again = command_line(ctx, "train", "gates", "--init", "ridge", keep=("task", "out_dir", "adapters", "data", "base", "dtype", "device"))
         return [(again, "train the gates: no command uses untrained gates")]
-    place = ("--checkpoint", str(done.folder))
-    commands = [(command_line(ctx, "chat", *place, keep=("device",)), "chat, and see which adapter answers")]
+    checkpoint = ("--checkpoint", str(done.folder))
+    commands = [(command_line(ctx, "chat", *checkpoint, keep=("device",)), "chat, and see which adapter answers")]
     if scored := scored_tasks(stage.settings, tasks):
-        words = ("eval", "--task", ",".join(scored), "--model", "base,meteora", "--limit", "50", *place)
+        words = ("eval", "--task", ",".join(scored), "--model", "base,meteora", "--limit", "50", *checkpoint)
         commands.append((command_line(ctx, *words, keep=("data", "device", "dtype")), "compare with the base model on 50 test rows of each task"))
-    trace = command_line(ctx, "trace", "--prompt", "Is the sky blue?", *place, keep=("device",))
+    trace = command_line(ctx, "trace", "--prompt", "Is the sky blue?", *checkpoint, keep=("device",))
     return [*commands, (trace, "draw which adapter was chosen for each token")]

@@ -230,11 +230,11 @@ def find_adapter(folder: str | Path) -> Path | None:
         The folder; None if no sub-folder has the file, or several have.
     """
     folder = Path(folder)
-    for place in (folder, folder / "default"):
-        if os.path.lexists(place / CONFIG):  # also a broken link: reading it raises the error
-            return place
+    for location in (folder, folder / "default"):
+        if os.path.lexists(location / CONFIG):  # also a broken link: reading it raises the error
+            return location
     try:
-        candidates = [place for place in folder.iterdir() if not place.name.startswith(".") and os.path.lexists(place / CONFIG)]
+        candidates = [location for location in folder.iterdir() if not location.name.startswith(".") and os.path.lexists(location / CONFIG)]
     except (OSError, ValueError):
         return None
     return candidates[0] if len(candidates) == 1 else None

@@ -130,10 +130,10 @@ def _check_copy(name: str, copy: BaseCopy, module: nn.Module) -> None:
     if not isinstance(own, Tensor) or not own.is_floating_point() or own.is_meta:
         return
     try:
-        theirs = TensorFiles(copy.entry.file).read(copy.key)
+        saved = TensorFiles(copy.entry.file).read(copy.key)
     except CheckpointError as broken:
         raise AdapterError(f"adapter {name!r}: {broken.message}", hint=broken.hint) from broken
-    if not theirs.is_floating_point() or theirs.shape != own.shape or not _same(own.detach().cpu(), theirs):
+    if not saved.is_floating_point() or saved.shape != own.shape or not _same(own.detach().cpu(), saved):
         raise AdapterError(
             f"adapter {name!r} holds a {copy.path}.weight that differs from the base model's: it was trained on a changed base model",
             hint="use the base model that it was trained on",

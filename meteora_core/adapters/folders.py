@@ -50,8 +50,8 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
 
 
 def _several_tasks(folder: Path) -> bool:
-    place = find_adapter(folder) or folder
-    return is_regular(place / INFO_FILE) and bool(read_training_info(place).tasks)
+    location = find_adapter(folder) or folder
+    return is_regular(location / INFO_FILE) and bool(read_training_info(location).tasks)
 
 
 def check_bases(folders: Mapping[str, Path], base: str, *, any_base: bool = False) -> str | None:
@@ -132,16 +132,16 @@ def folder_frame(folder: Path) -> Frame | None:
     Raises:
         AdapterError: ``meteora_training.json`` is broken.
     """
-    place = find_adapter(folder) or folder
-    if is_regular(place / INFO_FILE):
-        recorded = read_training_info(place).frame
+    location = find_adapter(folder) or folder
+    if is_regular(location / INFO_FILE):
+        recorded = read_training_info(location).frame
         if recorded is not None:
             return recorded.to_frame()
-    if not is_regular(place / "tokenizer_config.json"):
+    if not is_regular(location / "tokenizer_config.json"):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return chat_frame(AutoTokenizer.from_pretrained(str(place)))
+        return chat_frame(AutoTokenizer.from_pretrained(str(location)))
     except Exception:  # a tokenizer that cannot be loaded states no frame
         return None

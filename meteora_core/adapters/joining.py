@@ -14,12 +14,12 @@ from meteora_core.errors import AdapterError
 
 def without_adapter(bank: AdapterBank, name: str) -> AdapterBank:
     """Return a bank without adapter ``name`` and without the layers that only it targets. Raises UsageError if there is no such adapter."""
-    place = bank.index(name)
-    kept = [other for other in range(len(bank)) if other != place]
-    modules = {path: _chosen(stack, kept) for path, stack in bank.modules.items() if any(stack.ranks[other] for other in kept)}
+    index = bank.index(name)
+    remaining = [other for other in range(len(bank)) if other != index]
+    modules = {path: _chosen(stack, remaining) for path, stack in bank.modules.items() if any(stack.ranks[other] for other in remaining)}
     return replace(
         bank,
-        adapters=tuple(bank.adapters[other] for other in kept),
+        adapters=tuple(bank.adapters[other] for other in remaining),
         modules=modules,
         claims=tuple(claim for claim in bank.claims if claim.name != name),
     )
@@ -27,9 +27,9 @@ def without_adapter(bank: AdapterBank, name: str) -> AdapterBank:
 
 def alone(bank: AdapterBank, name: str) -> AdapterBank:
     """Return a bank that contains only adapter ``name``. Raises UsageError if there is no such adapter."""
-    place = bank.index(name)
-    modules = {path: _chosen(stack, [place]) for path, stack in bank.modules.items() if stack.ranks[place]}
-    return replace(bank, adapters=(bank.adapters[place],), modules=modules, claims=tuple(claim for claim in bank.claims if claim.name == name))
+    index = bank.index(name)
+    modules = {path: _chosen(stack, [index]) for path, stack in bank.modules.items() if stack.ranks[index]}
+    return replace(bank, adapters=(bank.adapters[index],), modules=modules, claims=tuple(claim for claim in bank.claims if claim.name == name))
 
 
 def with_adapter(bank: AdapterBank, other: AdapterBank, place: int | None = None) -> AdapterBank:
@@ -76,6 +76,6 @@ def _inserted(mine: Stack, new: Stack, place: int) -> Stack:
 
 
 def _chosen(stack: Stack, places: list[int]) -> Stack:
-    starts = [sum(stack.ranks[:place]) for place in range(len(stack.ranks))]
-    rows = [row for place in places for row in range(starts[place], starts[place] + stack.ranks[place])]
-    return Stack(stack.A[rows].contiguous(), stack.B[rows].contiguous(), tuple(stack.ranks[place] for place in places), stack.scaling[places])
+    starts = [sum(stack.ranks[:index]) for index in range(len(stack.ranks))]
+    rows = [row for index in places for row in range(starts[index], starts[index] + stack.ranks[index])]
+    return Stack(stack.A[rows].contiguous(), stack.B[rows].contiguous(), tuple(stack.ranks[index] for index in places), stack.scaling[places])

@@ -54,11 +54,11 @@ class Patterns:
                 if len(self._compiled) >= MAX_EXPRESSIONS:
                     raise AdapterError(f"{self.source} has more than {MAX_EXPRESSIONS} regular expressions", hint=_PLAIN)
                 self._compiled[pattern] = self._compile(pattern)
-            found = self._compiled[pattern].fullmatch(text, timeout=max(self.left, 1e-3))
+            match = self._compiled[pattern].fullmatch(text, timeout=max(self.left, 1e-3))
         except TimeoutError as slow:
             raise AdapterError(f"{self.source}: the regular expression {shown(pattern)} takes too long to match", hint=_PLAIN) from slow
         self.left -= time.monotonic() - began
-        return found is not None
+        return match is not None
 
     def _compile(self, pattern: str) -> Any:
         if len(pattern) > MAX_LENGTH:

@@ -193,7 +193,7 @@ class AuthorsAdapters:
 
     def __post_init__(self) -> None:
         if self.folder is not None and self.alpha is not None:
-            raise UsageError("alpha is given, and so is the folder of adapters, which states it", hint="leave one out")
+            raise UsageError("alpha and the folder of adapters, which states alpha, exclude each other", hint="leave out one of them")
 
     @classmethod
     def of(cls, adapters: AuthorsAdapters | str | Path | None) -> AuthorsAdapters:
@@ -225,8 +225,10 @@ def describe_adapters(layout: AuthorsLayout, adapters: AuthorsAdapters) -> tuple
     folder = Path(adapters.folder)
     if not folder.is_dir():
         raise CheckpointError(f"no such folder of adapters: {folder}", hint="pass the folder that holds one folder per task, such as llama3_8b_peft")
-    places = {path.name: place for path in folder.iterdir() if not path.name.startswith(".") and (place := find_adapter(path)) is not None}
-    present = sorted(places)
+    adapter_folders = {
+        path.name: adapter_folder for path in folder.iterdir() if not path.name.startswith(".") and (adapter_folder := find_adapter(path)) is not None
+    }
+    present = sorted(adapter_folders)
     order = tuple(names) if names is not None else TASK_ORDER if layout.count == len(TASK_ORDER) else tuple(present)
     absent, extra = [name for name in order if name not in present], [name for name in present if name not in order]
     if absent or (extra and names is None):
@@ -236,8 +238,8 @@ def describe_adapters(layout: AuthorsLayout, adapters: AuthorsAdapters) -> tuple
             hint="pass the folder that the checkpoint was trained with, or the adapters' names in their order",
         )
     _check_names(layout, order)
-    infos = tuple(_info(name, places[name], layout, source) for name in order)
-    _check_order(layout, places, order)
+    infos = tuple(_info(name, adapter_folders[name], layout, source) for name in order)
+    _check_order(layout, adapter_folders, order)
     return infos
 
 
@@ -271,7 +273,7 @@ def _check_order(layout: AuthorsLayout, places: Mapping[str, Path], order: Seque
     path = next(iter(layout.modules))
     slots = layout.tensors.read(key_of(path, "lora_A")).float().reshape(layout.count, layout.rank, -1)
     dtype = layout.entry(path, "lora_A").torch_dtype
-    theirs = {}
+    folder_weights = {}
     for name in order:
         file = places[name] / WEIGHTS
         if not is_regular(file):
@@ -286,11 +288,11 @@ def _check_order(layout: AuthorsLayout, places: Mapping[str, Path], order: Seque
                 f"adapter {name!r} has {key} of shape {list(weights.shape)}, the checkpoint {list(slots.shape[1:])}",
                 hint="these adapters were trained on another base model",
             )
-        theirs[name] = weights.to(dtype).float()
+        folder_weights[name] = weights.to(dtype).float()
     for slot, name in enumerate(order):
-        if name not in theirs or torch.equal(slots[slot], theirs[name]):
+        if name not in folder_weights or torch.equal(slots[slot], folder_weights[name]):
             continue
-        other = next((other for other, weights in theirs.items() if torch.equal(slots[slot], weights)), None)
+        other = next((other for other, weights in folder_weights.items() if torch.equal(slots[slot], weights)), None)
         if other is not None:
             raise CheckpointError(
                 f"the order of the adapters is not that of the checkpoint: adapter {slot} of {layout.tensors.path} is {other!r}, not {name!r}",

@@ -63,7 +63,7 @@ def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progr
         if not any(path.glob("*.safetensors")):
             if os.path.lexists(path / "default" / ADAPTER_CONFIG):
                 return _adapter(path / "default", hashes, progress)
-            if any(find_adapter(place) for place in path.iterdir() if place.is_dir()):
+            if any(find_adapter(entry) for entry in path.iterdir() if entry.is_dir()):
                 return _adapters(path, hashes, progress)
         if not any(path.glob("*.safetensors")):
             return _unknown(path)
@@ -158,8 +158,10 @@ def _adapter(folder: Path, hashes: bool, progress: Progress) -> Facts:
 
 def _adapters(folder: Path, hashes: bool, progress: Progress) -> Facts:
     """Describe a folder of PEFT folders."""
-    places = {path.name: place for path in folder.iterdir() if not path.name.startswith(".") and (place := find_adapter(path)) is not None}
-    single = [_named(_adapter(places[name], hashes, progress), name) for name in sorted(places)]
+    adapter_folders = {
+        path.name: adapter_folder for path in folder.iterdir() if not path.name.startswith(".") and (adapter_folder := find_adapter(path)) is not None
+    }
+    single = [_named(_adapter(adapter_folders[name], hashes, progress), name) for name in sorted(adapter_folders)]
     parameters = sum(facts["parameters"]["total"] for facts in single)
     dtypes: Counter[str] = Counter()
     for facts in single:

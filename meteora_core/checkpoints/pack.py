@@ -120,7 +120,7 @@ def pack_checkpoint(
             for path, pairs in layers.items():
                 layers[path] = [_by_singular_values(a, b) for a, b in pairs]
                 bar.update(1)
-        # A product has no more singular values than inputs or outputs, whatever the adapter's rank.
+        # A product has at most as many singular values as inputs or outputs, for any rank of the adapter.
         ranks = {path: tuple(min(size, len(a)) for size, (a, _) in zip(sizes, layers[path], strict=True)) for path, sizes in ranks.items()}
         energy = {path: [_energy(a, b, scale) for (a, b), scale in zip(pairs, _scales(bank, path, places), strict=True)] for path, pairs in layers.items()}
         if budget is not None:
@@ -150,13 +150,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _factors(stack: Stack, places: Sequence[int]) -> list[Pair]:
-    starts = [sum(stack.ranks[:place]) for place in range(len(stack.ranks))]
-    cuts = [slice(starts[place], starts[place] + stack.ranks[place]) for place in places]
+    starts = [sum(stack.ranks[:index]) for index in range(len(stack.ranks))]
+    cuts = [slice(starts[index], starts[index] + stack.ranks[index]) for index in places]
     return [(stack.A[cut], stack.B[cut]) for cut in cuts]
 
 
 def _scales(bank: AdapterBank, path: str, places: Sequence[int]) -> list[float]:
-    return [float(bank.modules[path].scaling[place]) for place in places]
+    return [float(bank.modules[path].scaling[index]) for index in places]
 
 
 def _by_singular_values(a: Tensor, b: Tensor) -> Pair:
@@ -187,24 +187,24 @@ def _fit(
     left = budget - _bytes(layers, least, width)
     if left < 0:
         raise CheckpointError(f"even rank 1 needs {-left / 1e6:.1f} MB more than the size limit allows", hint="raise --max-mb, or choose fewer tasks")
-    totals = [sum(sum(parts[place]) for parts in energy.values()) or 1.0 for place in range(len(next(iter(least.values()))))]
+    totals = [sum(sum(parts[index]) for parts in energy.values()) or 1.0 for index in range(len(next(iter(least.values()))))]
     offers = []
     for path, parts in energy.items():
         cost = (layers[path][0][0].shape[1] + layers[path][0][1].shape[1]) * width
-        for place, values in enumerate(parts):
-            offers += [(-value / totals[place] / cost, path, place, cost) for value in values[1 : most[path][place]]]
-    for _, path, place, cost in sorted(offers):
+        for index, values in enumerate(parts):
+            offers += [(-value / totals[index] / cost, path, index, cost) for value in values[1 : most[path][index]]]
+    for _, path, index, cost in sorted(offers):
         if cost <= left:
-            least[path][place] += 1
+            least[path][index] += 1
             left -= cost
     return {path: tuple(sizes) for path, sizes in least.items()}
 
 
 def _kept(energy: Mapping[str, list[list[float]]], ranks: Mapping[str, Sequence[int]]) -> list[float]:
     kept = []
-    for place in range(len(next(iter(ranks.values())))):
-        whole = sum(sum(parts[place]) for parts in energy.values())
-        held = sum(sum(parts[place][: ranks[path][place]]) for path, parts in energy.items())
+    for index in range(len(next(iter(ranks.values())))):
+        whole = sum(sum(parts[index]) for parts in energy.values())
+        held = sum(sum(parts[index][: ranks[path][index]]) for path, parts in energy.items())
         kept.append(held / whole if whole else 1.0)
     return kept
 

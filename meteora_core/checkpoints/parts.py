@@ -140,12 +140,12 @@ def _changed_base(model: nn.Module, state_dict: Mapping[str, Tensor] | None = No
         was, shape = list(before.shapes[resized[0]]), list(now[resized[0]].shape)
         raise UsageError(
             f"{resized[0]} of the base model had the shape {was} when the adapters were attached, and now has {shape}; a checkpoint cannot change that",
-            hint="resize the base model first, save it with its save_pretrained, load it again, and attach the adapters to that",
+            hint="resize the base model first, save it with its save_pretrained, load it again, and attach the adapters to the loaded model",
         )
     if lost := [name for name in differ if name not in changed and name not in base_record(model).rounded]:
         raise UsageError(
             f"weights of the base model have changed since the adapters were attached, and a checkpoint does not hold them: {listed(lost)}",
-            hint="name what changed with meteora_core.checkpoints.native.note_base_changes(model, names), and it is saved too",
+            hint="pass the names of the changed tensors to meteora_core.checkpoints.native.note_base_changes(model, names) to save them too",
         )
     return changed
 

@@ -65,14 +65,14 @@ def test_convert_then_inspect(meteora: Run, authors: Authors, tmp_path: Path) ->
     failed = meteora(*arguments, fails=UsageError)
     assert "exists already" in str(failed.exception)
     text = meteora(*arguments, "--force").stdout
-    assert "3 adapters of rank 8 on 14 linears" in text
+    assert "3 adapters of rank 8 on 14 linear layers" in text
     assert "1 base tensors are stored too" in text
 
 
 def test_inspect_prints_every_kind(meteora: Run, authors: Authors, tmp_path: Path) -> None:
     meteora("convert", authors.checkpoint, tmp_path / "native", "--base", authors.base, "--names", "a, b,c")
     for path, words in (
-        (authors.checkpoint, ("checkpoint in the authors' layout", "3 of rank 8", "14 linears")),
+        (authors.checkpoint, ("checkpoint in the authors' layout", "3 of rank 8", "14 linear layers")),
         (tmp_path / "native", ("a native meteora checkpoint", "top-2, T = 1.0", "gates, adapters, base", "intact")),
         (authors.adapters, ("a folder of PEFT LoRA adapters", "task_02")),
         (authors.adapters / "task_02", ("a PEFT LoRA adapter", "16.0")),
