@@ -1,4 +1,4 @@
-"""The frames of the adapters' prompts, and the one that a checkpoint uses when nobody says which."""
+"""The prompt frames of the adapters, and the choice of a checkpoint's default frame."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS = 16
-"""Largest number of held-out rows of a task that frames are compared on."""
+"""Maximum number of held-out rows of a task on which frames are compared."""
 
 
 def with_frames(bank: AdapterBank, job: TrainJob) -> AdapterBank:
-    """A bank whose adapters know the frame of their dataset; without a dataset they keep what their folder told. Raises DataError."""
+    """A bank whose adapters have the prompt frame of their dataset; without one, they keep the frame from their folder. Raises DataError."""
     return replace(bank, adapters=tuple(replace(info, frame=dataset_frame(job.data_dir, info.name) or info.frame) for info in bank.adapters))
 
 
 def choose_frame(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, settings: GateTrainSettings, job: TrainJob
 ) -> tuple[Frame | None, dict[str, float]]:
-    """The frame for messages to a model whose gates were trained.
+    """Choose the default prompt frame of a model whose gates were trained.
 
-    It is the user's (``job.template``), or the one that all adapters share. Where they differ, each is tried on the held-out rows of all adapters, and the one
-    under which the gates choose the right adapter most often is taken.
+    This is the user's frame (``job.template``), or the frame that all adapters share. If the adapters' frames differ, each is tried on the held-out rows of
+    all adapters, and the frame with the highest gate accuracy is chosen. Every process must call this function.
 
     Args:
-        model: With the trained gates; every process calls this.
-        tokenizer: The base model's.
-        held_out: What the gates are measured on.
-        settings: The longest row, and the seed that chooses the held-out rows.
+        model: Model with the trained gates.
+        tokenizer: The base model's tokenizer.
+        held_out: Rows that the gates are measured on.
+        settings: Settings with the maximum row length and the seed that selects the held-out rows.
         job: Datasets, the user's template, processes.
 
     Returns:
-        The frame (None where no adapter's is known), and the accuracy of every frame that was tried, by its text.
+        The frame (None if no adapter's frame is known), and the gate accuracy with each frame that was tried, by the frame's text.
 
     Raises:
         UsageError: The user's template is unknown, or the base model has no chat template.
@@ -68,12 +68,12 @@ def choose_frame(
 
 @dataclass(frozen=True)
 class FrameTrial:
-    """How frames are tried.
+    """Parameters of the comparison of prompt frames.
 
     Attributes:
-        max_length: Longest row, in tokens.
-        runtime: The processes; each of them tries.
-        progress: Where progress is reported.
+        max_length: Maximum row length in tokens.
+        runtime: The processes; each measures a part of the rows.
+        progress: Object that progress is reported to.
     """
 
     max_length: int
@@ -84,17 +84,17 @@ class FrameTrial:
 def common_or_best(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, held: Callable[[], Sequence[Sequence[Row]]], held_out: HeldOut, trial: FrameTrial
 ) -> tuple[Frame | None, dict[str, float]]:
-    """The frame that all adapters of a model share; where they differ, the one under which the gates choose the right adapter most often.
+    """The frame that all adapters of a model share or, if the frames differ, the one with the highest gate accuracy.
 
     Args:
-        model: With its gates.
-        tokenizer: The base model's.
-        held: Called where frames differ; per adapter, held-out rows in the adapter's own frame.
-        held_out: What the gates are measured on; its rows are replaced.
-        trial: How frames are tried.
+        model: Model with attached adapters and their gates.
+        tokenizer: The base model's tokenizer.
+        held: Function that returns, per adapter, held-out rows in the adapter's own frame; it is called only if frames differ.
+        held_out: Parameters of the measurement; its rows are replaced.
+        trial: Maximum row length, processes and progress.
 
     Returns:
-        The frame (None where no adapter's is known), and the accuracy of every frame that was tried, by its text.
+        The frame (None if no adapter's frame is known), and the gate accuracy with each frame that was tried, by the frame's text.
     """
     frames = [info.frame for info in meteora_of(model).adapters]
     known = [frame for frame in frames if frame is not None]
@@ -120,6 +120,6 @@ def common_or_best(
 
 
 def _encoded(held: Sequence[tuple[Frame, Row]], frame: Frame, index: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[TrainRow]:
-    """Rows of one adapter with their messages in ``frame``, whatever theirs is."""
+    """The tokenised rows of one adapter, with each row's own frame replaced by ``frame``."""
     rows = [reframed(row, own, frame) for own, row in held]
     return encode_rows(rows, tokenizer, index, max_length, frame.end_id(tokenizer)).rows if rows else []

@@ -1,6 +1,6 @@
-"""Gates in closed form: ridge regression of the wanted adapter on each layer's input, in one pass without gradients.
+"""Gates in closed form: ridge regression of each token's adapter on the input of each layer, in one pass without gradients.
 
-An extension of the paper, offered as ``--init ridge``: gradient training then only has to finish the work.
+This extends the paper (``--init ridge``): training by gradients then starts from the closed-form gates.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from meteora_core.routing import IGNORE, meteora_of
 from meteora_core.training.encoding import Batch, TrainRow
 
 SHRINK = 1e-2
-"""Ridge strength, as a share of the mean squared activation times the number of tokens."""
+"""Ridge strength, relative to the mean squared activation times the number of tokens."""
 
 
 _STRIPES = 4
 
 
 def token_weights(rows: Iterable[TrainRow], adapters: int, answer_share: float | None) -> Tensor:
-    """Weights by which all adapters weigh the same over the rows.
+    """Token weights that give all adapters the same total weight over the rows.
 
     Args:
-        rows: That the closed form will see.
-        adapters: N.
-        answer_share: Share of an adapter's weight that its answers' tokens have together; None: all its tokens weigh the same.
+        rows: Rows from which the gates will be computed.
+        adapters: Number of adapters N.
+        answer_share: Fraction of an adapter's weight that its response tokens have together; None gives all its tokens the same weight.
 
     Returns:
-        float32 (N, 2), of a token of a prompt and of an answer; the mean over all labelled tokens is 1. An adapter that has tokens of one kind
-        alone has all its weight there, one without tokens has zeros.
+        float32 (N, 2), the weight of a prompt token and of a response token of each adapter. The mean over all labelled tokens is 1. If an adapter has only
+        prompt tokens or only response tokens, these have its whole weight; an adapter without tokens has weights of 0.
     """
     counts = torch.zeros(adapters, 2)
     for row in rows:
@@ -48,26 +48,26 @@ def token_weights(rows: Iterable[TrainRow], adapters: int, answer_share: float |
 
 @torch.no_grad()
 def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights: Tensor, *, scale: float = 8.0, progress: Progress = SILENT) -> int:
-    """Set every gate to the ridge solution on the given rows, every token routed to its labelled adapter meanwhile.
+    """Set every gate to the ridge solution on the given rows; every token is routed to its labelled adapter.
 
-    Per layer, with inputs ``X`` (tokens, h), one-hot labels ``Y`` (tokens, N) less ``1/N``, and the weights ``D`` of tokens,
+    Per layer, with inputs ``X`` (tokens, h), one-hot labels ``Y`` (tokens, N) minus ``1/N``, and the diagonal matrix ``D`` of token weights,
     ``G = scale * ((X^T D X + lambda I)^-1 X^T D Y)^T`` (Hoerl and Kennard, 1970). ``scale`` turns regression values, which differ
     by about one between right and wrong, into logits.
 
     Args:
-        model: With adapters attached.
-        batches: Labelled rows, on the model's device.
-        total: How many batches, for the progress bar.
-        weights: float32 (N, 2), of prompt and answer tokens of each adapter; see :func:`token_weights`.
-        scale: Of the logits.
-        progress: Where to report.
+        model: Model with attached adapters.
+        batches: Batches of labelled rows, on the model's device.
+        total: Number of batches, for the progress bar.
+        weights: Weight of a prompt token and of a response token of each adapter, float32 (N, 2); see :func:`token_weights`.
+        scale: Factor of the gates, and so of their logits.
+        progress: Object that progress is reported to.
 
     Returns:
-        How many tokens were seen.
+        The number of labelled tokens in the batches.
 
     Raises:
-        UsageError: Nothing is attached, or an adapter targets one expert of many.
-        MeteoraError: The rows hold no label of some adapter, or the sums do not fit in memory.
+        UsageError: No adapters are attached, or an adapter targets single experts of a mixture of experts.
+        MeteoraError: An adapter labels no token of the rows, or the sums do not fit in memory.
     """
     state = meteora_of(model)
     layers = dict(meteora_layers(model))
@@ -77,7 +77,7 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
     hooks = [layer.register_forward_pre_hook(sums.hook) for layer in layers.values()]
     seen = torch.zeros(adapters)
     model.eval()
-    whole = any(layer.is_output for layer in layers.values())  # the output layer is no part of the decoder
+    whole = any(layer.is_output for layer in layers.values())  # the output layer is not part of the decoder
     decoder = model if whole else getattr(model, "base_model", model)
     try:
         with progress.task("gates: closed-form start", total=total, unit="batches") as bar:
@@ -111,23 +111,23 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
 
 
 def filled_labels(labels: Tensor) -> Tensor:
-    """Labels (batch, tokens) in which a position without one has that of the last labelled position before it, or adapter 0."""
-    places = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    last = torch.where(labels != IGNORE, places, 0).cummax(1).values
+    """Labels, int64 (batch, tokens), in which unlabelled positions have the label of the last labelled position before them, or 0 if there is none."""
+    positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    last = torch.where(labels != IGNORE, positions, 0).cummax(1).values
     return labels.gather(1, last).clamp(min=0)
 
 
 def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
-    """The rows of a gate, before the scale: the ridge solution of one layer from its sums.
+    """The ridge solution of one layer from its sums: the gate before it is multiplied by the scale.
 
-    A common factor of ``squares`` and ``means`` cancels, since the ridge strength is a share of the mean square.
+    A common factor of ``squares`` and ``means`` cancels out, because the ridge strength is proportional to the mean square.
 
     Args:
-        squares: float64 (h, h), ``X^T D X``; it is changed.
-        means: float64 (N, h), row ``a`` is the weighted sum of the inputs of adapter ``a``.
+        squares: ``X^T D X``, float64 (h, h); it is modified.
+        means: Weighted sum of the inputs of each adapter's tokens, float64 (N, h).
 
     Returns:
-        float64 (N, h).
+        The rows of the gate, float64 (N, h).
     """
     targets = means - means.sum(0, keepdim=True) / len(means)
     squares.diagonal().add_(SHRINK * squares.diagonal().mean())
@@ -135,19 +135,19 @@ def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
 
 
 class InputSums:
-    """``X^T D X`` and ``X^T D Y``, summed by hooks once per distinct input (``q_proj``, ``k_proj`` and ``v_proj`` share theirs).
+    """``X^T D X`` and ``X^T D Y``, which hooks sum once per distinct input (``q_proj``, ``k_proj`` and ``v_proj`` have the same input).
 
     Args:
-        adapters: N.
-        table: float32 (N, 2), weights of a token of a prompt and of an answer of each adapter.
-        most_bytes: Size of the sums; inputs beyond it are postponed. None sets no limit. One input is summed in any case.
-        done: Keys of inputs that are not to be summed, since an earlier pass did.
+        adapters: Number of adapters N.
+        table: Weight of a prompt token and of a response token of each adapter, float32 (N, 2).
+        most_bytes: Maximum size of the sums in bytes; inputs that exceed it are postponed. At least one input is summed. None sets no limit.
+        done: Keys of the inputs that an earlier pass has summed; they are skipped.
 
     Attributes:
         postponed: Keys of inputs that need another pass.
-        of: ``id`` of a layer -> key of its input: the ``id`` of the first layer that reads it.
-        squares: Key -> float32 (h, h), of which only the lower triangle counts; see :meth:`square`.
-        means: Key -> float32 (N, h).
+        of: Key of each layer's input, by the layer's ``id``. The key is the ``id`` of the first layer that reads the input.
+        squares: ``X^T D X`` of each input, float32 (h, h), by key; only the lower triangle is valid, see :meth:`square`.
+        means: Weighted sum of the inputs of each adapter's tokens, float32 (N, h), by key.
     """
 
     def __init__(self, adapters: int, table: Tensor, most_bytes: int | None = None, done: Collection[int] = ()) -> None:
@@ -159,28 +159,28 @@ class InputSums:
         self._last: tuple[Tensor, int] | None = None
 
     def square(self, key: int) -> Tensor:
-        """The symmetric matrix of an input, float32 (h, h); a new tensor."""
+        """The symmetric matrix ``X^T D X`` of an input, float32 (h, h), as a new tensor."""
         lower = self.squares[key].tril()
         return lower + lower.tril(-1).t()
 
     def begin(self, keep: Tensor, wanted: Tensor, answer: Tensor) -> None:
-        """Say which tokens the next forward pass has.
+        """Set the labels of the tokens of the next forward pass.
 
         Args:
-            keep: bool (positions,), which positions count.
-            wanted: int64, adapter of each position that counts.
-            answer: bool, whether each position that counts belongs to an answer.
+            keep: Whether each position is counted, bool (positions,).
+            wanted: Adapter of each counted position, int64.
+            answer: Whether each counted position belongs to a response, bool.
         """
         self.keep, self.wanted, self._last = keep, wanted, None
         self.weights = self.table.to(wanted.device)[wanted, answer.long()]
 
     def _is_full(self, width: int) -> bool:
-        """Whether there is no room for another input."""
+        """Whether the sums of another input with ``width`` features would exceed the maximum size."""
         held = sum(square.numel() for square in self.squares.values())
         return self.most_bytes is not None and bool(held) and 4 * (held + width * width) > self.most_bytes
 
     def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Add the input of a layer; a forward pre-hook."""
+        """Add the input of a layer to the sums. This is a forward pre-hook."""
         x = arguments[0]
         if self._last is not None and self._last[0] is x:
             self.of[id(layer)] = self._last[1]
@@ -199,7 +199,7 @@ class InputSums:
             self.squares[key] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
             self.means[key] = torch.zeros(self.adapters, x.shape[-1], device=x.device)
         step = -(-x.shape[-1] // _STRIPES)
-        for start in range(0, x.shape[-1], step):  # the lower triangle in stripes, as the upper one is its mirror image: 5/8 of the products
+        for start in range(0, x.shape[-1], step):  # only the lower triangle, in stripes: 5/8 of the products
             stop = start + step
             self.squares[key][start:stop, :stop].addmm_(weighted[:, start:stop].t(), rows[:, :stop])
         self.means[key].index_add_(0, wanted, weighted)

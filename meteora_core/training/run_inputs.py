@@ -1,4 +1,4 @@
-"""What fixes a training run, so that a finished result is recognised and an interrupted run is resumed with the same inputs."""
+"""The inputs that determine a training run. They identify a finished result, and a run is resumed only with the same inputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from meteora_core.training.job import TrainJob
 
 
 def run_inputs(stage: str, job: TrainJob, dtype: torch.dtype, tasks: Sequence[str], settings: OptimSettings, more: dict[str, Any]) -> dict[str, Any]:
-    """What fixes a run: two runs with equal inputs on equal machines train the same weights.
+    """The inputs that determine a run: two runs with equal inputs on equal machines train the same weights.
 
-    What is logged and how rows are spread over processes does not count, and what is switched off leaves no trace. The order of several tasks counts
-    (``order``): what trains is stacked in it.
+    Logging settings and the distribution of rows over processes are left out, and so are options that are switched off. The order of several tasks is
+    included (``order``), because the trained tensors are stacked in this order.
 
     Args:
         stage: "adapters", "together" or "gates".
         job: Base model, datasets, number of rows and of processes.
         dtype: The base model's number type.
-        tasks: The datasets, in order.
-        settings: Steps, sizes and rates.
-        more: What else fixes this kind of run, JSON-able.
+        tasks: Names of the datasets, in order.
+        settings: Number of steps, batch sizes and learning rates.
+        more: Further inputs of this stage, as JSON values.
     """
     values = settings.model_dump(mode="json")
     ignored = {"log_steps", "save_steps", "log_to", "together_rows"}
@@ -48,12 +48,12 @@ def run_inputs(stage: str, job: TrainJob, dtype: torch.dtype, tasks: Sequence[st
 
 
 def with_order(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of a run that name the order of their tasks: ``order``.
+    """Inputs of a run with the order of the tasks as an entry ``order``.
 
-    Earlier versions have it as the order of ``data`` alone, which a comparison of dictionaries passes over.
+    Earlier versions stored the order only as the order of the keys of ``data``, which a comparison of dictionaries ignores.
 
     Args:
-        inputs: As :func:`run_inputs` gives them, or as a file of an earlier version holds them.
+        inputs: Result of :func:`run_inputs`, or the inputs in a file of an earlier version.
     """
     if "order" in inputs or len(inputs.get("data", ())) < 2:
         return inputs
@@ -61,7 +61,7 @@ def with_order(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def short_hash(value: Any) -> str:
-    """Twelve hexadecimal digits of a JSON-able value."""
+    """The first twelve hexadecimal digits of the SHA-256 hash of a JSON value."""
     import json
 
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

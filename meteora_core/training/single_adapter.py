@@ -1,4 +1,4 @@
-"""Stage "adapters": one ordinary PEFT LoRA per task, on all linear layers of the base."""
+"""Stage "adapters": one ordinary PEFT LoRA per task, on all linear layers of the base model."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class TrainedAdapter:
     Attributes:
         task: Name of the adapter.
         folder: Its PEFT folder.
-        skipped: Whether it was there already, trained with the same inputs.
+        skipped: Whether the folder already held an adapter that was trained with the same inputs.
         steps: Number of optimiser steps.
-        loss: The last logged loss; NaN where nothing was logged.
+        loss: The last logged loss; NaN if nothing was logged.
         tokens: Number of tokens that were trained on.
         seconds: Duration of the training.
         cut: Number of rows that were cut to the longest length.
@@ -66,7 +66,10 @@ class TrainedAdapter:
 
 
 def adapter_inputs(job: TrainJob, dtype: torch.dtype, task: str, settings: AdapterTrainSettings, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-    """What fixes an adapter's training; see :func:`meteora_core.training.run_inputs.run_inputs`. ``tasks``: the datasets of one LoRA over several tasks."""
+    """The inputs that determine an adapter; see :func:`meteora_core.training.run_inputs.run_inputs`.
+
+    ``tasks`` are the datasets of a LoRA that is trained on several tasks.
+    """
     return run_inputs("adapters", job, dtype, list(tasks or [task]), settings, {})
 
 
@@ -78,7 +81,7 @@ def adapter_is_current(folder: Path, inputs: dict[str, Any]) -> bool:
 
 
 def finished_adapter(task: str, folder: Path) -> TrainedAdapter:
-    """The outcome of an adapter that was trained before, from its files."""
+    """The result for an adapter that was trained before, read from its folder."""
     done = read_training_info(folder)
     loss = float("nan") if done.loss is None else done.loss
     return TrainedAdapter(task, folder, True, done.steps, loss, done.tokens, done.seconds, done.rows_cut)
@@ -93,23 +96,23 @@ def train_adapter(
     *,
     tasks: Sequence[str] | None = None,
 ) -> TrainedAdapter:
-    """Train a LoRA on one task's train rows, or on several tasks mixed evenly, and save it as the PEFT folder ``job.out/<task>``.
+    """Train a LoRA on the train rows of one task, or of several tasks in equal parts, and save it as the PEFT folder ``job.out/<task>``.
 
-    The loss is the cross-entropy over all tokens of prompt and response (or of the response alone, ``settings.loss_on``), the end-of-sequence
-    token included. The base is left as it was.
+    The loss is the cross-entropy over all tokens of prompt and response, or of the response only (``settings.loss_on``), including the end-of-sequence
+    token. The base model is unchanged afterwards.
 
     Args:
         model: The base model.
         tokenizer: The base model's tokenizer.
-        task: Name of the adapter, and unless ``tasks`` is given of a built dataset in ``job.data_dir``.
-        settings: Rank, steps, rates.
+        task: Name of the adapter. Without ``tasks`` it is also the name of a built dataset in ``job.data_dir``.
+        settings: Rank, number of steps, learning rate.
         job: Datasets, folder of adapters, processes.
-        tasks: Names of several datasets to train one LoRA on (the paper's LoRA-B); every task has as many tokens as any other.
+        tasks: Names of several datasets to train one LoRA on (the paper's LoRA-B); the same number of tokens is drawn from every task.
 
     Raises:
         DataError: The dataset is missing or broken.
-        UsageError: A name is not a valid name, or ``job.out/<task>`` leads elsewhere or holds something that Meteora did not train.
-        StorageError: It cannot be written, or (BusyError) another process trains it.
+        UsageError: A name is invalid, or ``job.out/<task>`` lies outside ``job.out`` or contains files that Meteora did not write.
+        StorageError: The folder cannot be written, or (BusyError) another process is training the adapter.
         MeteoraError: The loss is not finite, or memory ran out.
     """
     check_names(tasks or ())
@@ -160,11 +163,11 @@ def train_adapter(
 def adapter_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], settings: Mapping[str, AdapterTrainSettings], job: TrainJob
 ) -> tuple[list[Encoded], HeldOut]:
-    """The train rows of each task, labelled with its place in ``tasks``, and the held-out rows. Raises DataError.
+    """The train rows of each task, labelled with the task's index in ``tasks``, and the held-out rows. Raises DataError.
 
     Args:
-        model, tokenizer: The base model and its tokenizer, whose vocabulary must cover every row.
-        tasks: The datasets' names.
+        model, tokenizer: The base model and its tokenizer; the model's vocabulary must contain every token of the rows.
+        tasks: Names of the datasets.
         settings: The settings of each task.
         job: Datasets, number of rows, cache.
     """
@@ -176,7 +179,7 @@ def adapter_rows(
 
 
 def train_or_start_anew(run: TrainingRun, settings: AdapterTrainSettings, job: TrainJob) -> RunState:
-    """:func:`meteora_core.training.loop.train`; a saved state of other inputs is dropped, and without ``job.resume`` every saved state."""
+    """Call :func:`meteora_core.training.loop.train`, after removing saved states that have other inputs or, without ``job.resume``, all saved states."""
     runtime = job.runtime
     states = saved_states(run.folder) if job.resume else []
     other = bool(states) and bool(differences(with_order(read_json(states[-1] / INFO, error=CheckpointError)["inputs"]), run.inputs))
@@ -199,22 +202,22 @@ def save_adapter(
     tasks: Sequence[str] | None = None,
     frame: Frame | None = None,
 ) -> None:
-    """Write a PEFT folder and the file that says how it was trained, atomically.
+    """Write a PEFT folder with a record of the training, atomically.
 
     Args:
         peft_model: A PEFT model with the adapter's configuration.
         folder: The folder to write.
-        inputs: What fixed the run.
+        inputs: Inputs that determined the run.
         state: The final state of the run.
-        cut: Number of rows that were cut to the longest length.
-        weights: The adapter's tensors by parameter name; None takes the model's.
-        tasks: The datasets' names, for one LoRA over several tasks.
-        frame: What stands around the user's text in its prompts.
+        cut: Number of rows that were cut to the maximum length.
+        weights: The adapter's tensors by parameter name; None takes the tensors of ``peft_model``.
+        tasks: Names of the datasets, for a LoRA that was trained on several tasks.
+        frame: The prompt frame of the dataset; None if it is not known.
     """
     loss = last_loss(state.history)
     config = peft_model.peft_config["default"]
     if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # PEFT writes a set in another order in every process
+        config.target_modules = sorted(config.target_modules)  # the order of a set differs between processes
     with atomic_folder(folder) as temporary:
         peft_model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False, state_dict=weights)
         (temporary / WEIGHTS).chmod(0o644)
@@ -227,7 +230,7 @@ def save_adapter(
 
 
 def _in_order(file: Path) -> None:
-    """Write PEFT's configuration anew with its sets of module names sorted, which come in another order in every process."""
+    """Sort the lists of module names in PEFT's configuration file, because PEFT writes them from sets, whose order differs between processes."""
     config = read_json(file, error=CheckpointError)
     for name, value in config.items():
         if name.endswith("_modules") and isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -236,7 +239,7 @@ def _in_order(file: Path) -> None:
 
 
 def with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTrainSettings) -> Any:
-    """A PEFT model with a fresh LoRA on all linear layers, drawn from PyTorch's generator."""
+    """A PEFT model with a newly initialised LoRA on all linear layers, drawn from PyTorch's default generator."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -256,27 +259,27 @@ def with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTrai
 
 
 class LmObjective:
-    """The language-model loss; a 16-bit base computes in its own type, while the LoRA weights stay float32.
+    """The language-model loss. A 16-bit base model computes in its own number type, while the LoRA weights are float32.
 
     Args:
         dtype: The base model's number type.
-        names: The tasks' names, by gate label, for the log.
+        names: Names of the tasks by gate label, for the log.
     """
 
     def __init__(self, dtype: torch.dtype, names: Sequence[str]) -> None:
         self.dtype, self.names = dtype, names
 
     def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-        """Nothing is needed."""
+        """An empty context."""
         return nullcontext()
 
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
-        """The forward pass."""
+        """Run the forward pass."""
         with sixteen_bit(batch.input_ids.device, self.dtype):
             total, losses = lm_losses(model, batch)
         return total / counts.targets, {}, lm_tallies(batch, losses, self.names) if len(self.names) > 1 else {}
 
 
 def sixteen_bit(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to a 16-bit base's type; nothing for a wider one."""
+    """Autocast to the number type of a 16-bit base model; disabled for float32 and float64."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16))

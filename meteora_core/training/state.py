@@ -1,6 +1,6 @@
-"""What a resumed run needs, in safetensors and JSON: parameters, AdamW's moments, the best weights so far, the step, the log.
+"""The saved state of a run, as safetensors and JSON: parameters, AdamW's moments, the best weights so far, the step, the log.
 
-Random numbers need no saving: every step seeds them anew (:mod:`meteora_core.training.loop`).
+The states of random generators are not saved, because every step sets their seed (:mod:`meteora_core.training.loop`).
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ INFO = "state.json"
 _PREFIX = "step-"
 _KEPT = ("step", "history", "tokens", "seconds", "evaluations", "best_step", "worse")
 _LATER = ("pending",)
-"""What states of earlier versions lack."""
+"""Entries that the states of earlier versions do not have."""
 
 
 @dataclass
 class RunState:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        step: Optimiser steps that are done.
+        step: Number of completed optimiser steps.
         history: One entry per log line: step, losses, accuracy, tokens.
-        tokens: Real tokens seen.
-        seconds: Time spent, over all sessions of the run.
+        tokens: Number of tokens trained on, without padding.
+        seconds: Duration of the training in seconds, including the time before interruptions.
         evaluations: One entry per held-out evaluation.
-        best_step, best_value: Of the best evaluation so far (the lowest ``loss``); -1 and infinity before the first.
-        worse: Evaluations since then.
-        best: The weights of that step, by parameter name, on the CPU.
-        pending: The sums since the last log line, as the loop's log gives them.
-        sampled: Per task, at the end of a run: ``rows`` there are, rows ``drawn``, ``passes`` over them, ``tokens`` seen and their ``share``. It follows
-            from the plan, and is not saved.
-        memory: Of each process's GPU, at the end of a run, in bytes: ``start`` (what was allocated before the first step: weights, or a process's share of
+        best_step, best_value: Step and ``loss`` of the best evaluation so far, the one with the lowest loss; -1 and infinity before the first.
+        worse: Number of evaluations since the best one.
+        best: The weights of the best step, by parameter name, on the CPU.
+        pending: The sums of the loop's log since the last log line.
+        sampled: Per task, at the end of a run: the number of ``rows`` in the dataset, of rows ``drawn``, of ``passes`` over the rows, of ``tokens``, and the
+            ``share`` of all tokens. It follows from the plan and is not saved.
+        memory: GPU memory of each process in bytes, at the end of a run: ``start`` (allocated before the first step: the weights, or the process's part of
             them) and ``peak``. Empty on a CPU; not saved.
     """
 
@@ -74,17 +74,17 @@ def save_state(
     *,
     write: bool = True,
 ) -> None:
-    """Write ``folder/step-N`` atomically, then remove all others.
+    """Write the folder ``folder/step-N`` atomically, then remove all other states.
 
-    Sharded tensors are gathered one by one: every process must call this. What is written does not depend on the number of processes.
+    Sharded tensors are gathered one by one, so every process must call this function. The files do not depend on the number of processes.
 
     Args:
-        folder: Of the run's resumable states.
-        state: Where the run stands.
-        parameters: What trains, by name.
-        optimizer: An AdamW over them.
-        inputs: What fixes the run (settings, data and adapter hashes); a resumed run must have the same.
-        write: Whether this process is the one that writes.
+        folder: Folder of the run's resumable states.
+        state: Progress of the run.
+        parameters: The trained parameters, by name.
+        optimizer: AdamW optimiser of the parameters.
+        inputs: Inputs that determine the run (settings, hashes of data and adapters); a resumed run must have the same inputs.
+        write: Whether this process writes the files.
     """
     tensors: dict[str, Tensor] = {f"best.{name}": tensor for name, tensor in state.best.items()}
     for name, parameter in parameters.items():
@@ -107,19 +107,19 @@ def saved_states(folder: Path) -> list[Path]:
     """The complete states of a run, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[len(_PREFIX) :].isdigit() and (path / INFO).is_file()]
-    return sorted(found, key=lambda path: int(path.name[len(_PREFIX) :]))
+    states = [path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.name[len(_PREFIX) :].isdigit() and (path / INFO).is_file()]
+    return sorted(states, key=lambda path: int(path.name[len(_PREFIX) :]))
 
 
 def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> RunState | None:
     """Restore the newest state of a run into parameters and optimizer.
 
     Returns:
-        Where the run stands, or None when nothing was saved.
+        The progress of the run, or None if nothing was saved.
 
     Raises:
-        UsageError: The saved run had other inputs; the differences are listed.
-        CheckpointError: The state is broken.
+        UsageError: The saved run had other inputs; the message lists the differences.
+        CheckpointError: The saved state is broken.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -152,22 +152,22 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
 
 
 def last_loss(history: Sequence[Mapping[str, float]]) -> float:
-    """The loss of the last log line that has one; NaN before the first."""
+    """The loss of the last log line that has one; NaN if there is none."""
     return next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan)
 
 
 def loss_parts(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The parts of the loss in the last log line: ``lm``, ``gate`` and ``accuracy``, those of them that were logged."""
+    """The entries ``lm``, ``gate`` and ``accuracy`` of the last log line, as far as they were logged."""
     return {name: history[-1][name] for name in ("lm", "gate", "accuracy") if name in history[-1]} if history else {}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Where two nested dictionaries differ, as ``key: old -> new``."""
-    found = []
+    """The differences of two nested dictionaries, as ``key was old, now new``."""
+    lines = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} was {a}, now {b}")
-    return found
+            lines.append(f"{prefix}{key} was {a}, now {b}")
+    return lines

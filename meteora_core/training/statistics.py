@@ -1,8 +1,8 @@
-"""Collecting the statistics of one adapter, and gates in closed form from the statistics of many.
+"""Collection of one adapter's gate statistics, and closed-form gates from the statistics of several adapters.
 
-The gates of a bank are the ridge solution over the rows of all adapters (:mod:`meteora_core.training.ridge`). Its sums are those of the single adapters:
-a token is run with its own adapter, so what one adapter's tokens give does not depend on the others. Statistics are therefore collected with one adapter
-attached, and the gates of any bank are a function of its members' statistics: the same bits, in whatever order adapters came and went.
+The gates of a bank are the ridge solution over the rows of all adapters (:mod:`meteora_core.training.ridge`). Each token runs with its own adapter, so the
+sums over the tokens of one adapter do not depend on the other adapters. Statistics are therefore collected with one adapter attached, and the gates of a
+bank depend only on the statistics of its adapters: adding and removing other adapters in between does not change a bit of them.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 8_000
-"""Tokens of an adapter's rows that its statistics are collected on, unless its rows have fewer."""
+"""Number of tokens from which an adapter's statistics are collected, unless its rows have fewer."""
 
 MEMORY = 2 << 30
-"""Bytes that the sums of one pass take at most, as a default."""
+"""Default of the maximum size of the sums of one pass, in bytes."""
 
 
 @dataclass(frozen=True)
 class Collecting:
-    """How statistics are collected.
+    """Parameters of the collection of statistics.
 
     Attributes:
-        base: The base model, as the statistics will name it.
-        pad_token: Token id that fills up batches.
-        recipe: What the statistics have in common with those of other adapters.
-        tokens: About how many tokens are looked at.
-        batch_size: Rows in one forward pass.
-        max_length: Longest row, in tokens; it is recorded.
-        seed: Of the choice of rows.
+        base: The base model; the statistics record its name and revision.
+        pad_token: Token id of the padding.
+        recipe: Parameters that the statistics of all adapters of a bank must share.
+        tokens: Approximate number of tokens that are used.
+        batch_size: Number of rows in one forward pass.
+        max_length: Maximum row length in tokens; it is recorded.
+        seed: Seed of the choice of rows.
         second: The form in which second moments are stored; see :func:`meteora_core.checkpoints.gate_statistics.write_statistics`.
-        backend: Mixture kernels.
-        memory: Bytes that the sums may take at once. Wide models are run through several times, each time for some of the inputs.
+        backend: Backend of the sum over adapters.
+        memory: Maximum size of the sums in bytes. Models that need more run several times, each time for a part of the inputs.
     """
 
     base: BaseReference
@@ -84,21 +84,21 @@ def collect_statistics(
     """Run an adapter's rows through the base model with that adapter, and write the statistics of the layers' inputs.
 
     Args:
-        model: The base model, without adapters; it is left so.
-        bank: The adapter, alone.
-        rows: Its rows, whose tokens have one label, whichever, or none.
-        file: Where the statistics are written.
-        how: How they are collected.
-        layers: Further linears of the model that are to be observed, those of other adapters.
-        progress: Where progress is reported.
+        model: The base model without adapters; it has none afterwards either.
+        bank: Bank with this adapter only.
+        rows: Rows of the adapter. All labelled tokens of a row must have the same label; its value does not matter.
+        file: File that the statistics are written to.
+        how: Parameters of the collection.
+        layers: Paths of further linear layers to observe, which other adapters target.
+        progress: Object that progress is reported to.
 
     Returns:
         The statistics, as they were written.
 
     Raises:
         AdapterError: The adapter does not fit the model.
-        DataError: There are no rows, or one belongs to several adapters (a composite).
-        UsageError: Adapters are attached already, or the adapter targets one expert of many.
+        DataError: There are no rows, or a row belongs to several adapters (a composite).
+        UsageError: Adapters are attached already, or the adapter targets single experts of a mixture of experts.
         MeteoraError: The sums do not fit in memory.
         StorageError: The disk is full or not writable.
     """
@@ -118,7 +118,7 @@ def collect_statistics(
         picked = set[int]()
         plan: list[list[int]] = []
         for picks in plan_batches([lengths], count, how.batch_size, how.seed):
-            plan.append(sorted({row for _, row in picks} - picked))  # the last batch may begin the rows anew
+            plan.append(sorted({row for _, row in picks} - picked))  # the last batch may draw rows a second time
             picked.update(plan[-1])
         plan = [batch for batch in plan if batch]
         seen = [rows[row] for batch in plan for row in batch]
@@ -154,7 +154,7 @@ def _passes(
     how: Collecting,
     progress: Progress,
 ) -> Iterator[GateStatistics]:
-    """Run the rows through the model as often as the memory for sums asks for, and write what each pass has summed."""
+    """Run the rows through the model in as many passes as the memory for the sums requires, and write the statistics of each pass to a file."""
     names = {id(module): path for path, module in observed.items()}
     done: set[int] = set()
     while True:
@@ -171,12 +171,12 @@ def _passes(
 
 
 def whole_probe(model: nn.Module) -> list[float] | None:
-    """A few weights of a model without adapters, by which statistics recognise it; the same whichever layers adapters target."""
+    """A few weights of a model without adapters, from which statistics recognise it; they do not depend on the layers that adapters target."""
     return probe_base({path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)})
 
 
 def _own_row(row: TrainRow, name: str) -> TrainRow:
-    """A row of one adapter, labelled for a bank that holds this adapter alone. Raises DataError for a row of several adapters."""
+    """A row with the labels of a bank that contains only this adapter. Raises DataError for a row that belongs to several adapters."""
     if len({*row.gate_labels} - {IGNORE}) > 1:
         raise DataError(f"a row of {name!r} belongs to several adapters; statistics are those of one", hint="use rows of the adapter's own task, no composites")
     return replace(row, gate_labels=tuple(label if label == IGNORE else 0 for label in row.gate_labels))
@@ -186,7 +186,7 @@ def _run(
     model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], batches: Sequence[Sequence[TrainRow]], how: Collecting, progress: Progress
 ) -> None:
     state = meteora_of(model)
-    whole = any(layer.is_output for _, layer in meteora_layers(model))  # the output layer is no part of the decoder
+    whole = any(layer.is_output for _, layer in meteora_layers(model))  # the output layer is not part of the decoder
     decoder = model if whole else getattr(model, "base_model", model)
     device = next(model.parameters()).device
     hooks = [module.register_forward_pre_hook(sums.hook) for module in observed.values()]
@@ -209,20 +209,20 @@ def _run(
 
 
 def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str], *, progress: Progress = SILENT) -> Iterator[tuple[str, Tensor]]:
-    """The gates of a bank in closed form, one layer after another; no more than one layer's moments are in memory.
+    """The gates of a bank in closed form, one layer after another; the moments of only one layer are in memory at a time.
 
-    Every adapter weighs the same. The result depends on the statistics and on their order alone.
+    Every adapter has the same weight. The result depends only on the statistics and their order.
 
     Args:
-        statistics: Of every adapter, in the order of the bank.
-        layers: The layers with adapters.
-        progress: Where progress is reported.
+        statistics: Statistics of every adapter, in the order of the bank.
+        layers: Paths of the layers with adapters.
+        progress: Object that progress is reported to.
 
     Yields:
-        Layer and gate, float32 (N, h) on the CPU.
+        The path of a layer and its gate, float32 (N, h) on the CPU.
 
     Raises:
-        CheckpointError: A file is broken or lacks a layer, or the recipes or widths differ.
+        CheckpointError: A file is broken or lacks a layer, or the recipes or the widths of the layers differ.
     """
     first = statistics[0]
     for each in statistics:

@@ -1,4 +1,4 @@
-"""The rows of one task: which are trained on and which are held out, as text and as tokens."""
+"""The train rows and held-out rows of one task, as text and as tokens."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = 64
-"""Largest number of train rows of a task that are kept out of training, to watch it by; test rows are never looked at."""
+"""Maximum number of train rows of a task that are held out to measure the training; test rows are never used."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows that were kept out of training, and how a model is measured on them.
+    """Rows that were kept out of training, and parameters of the measurement on them.
 
     Attributes:
         rows: Per task, its rows.
-        names: The tasks' names, in the order of ``rows``.
-        pad_token: Token id that fills up batches.
-        batch_size: Rows in one forward pass.
-        composites: Rows that belong to several tasks; they are reported apart.
-        response_only: Whether the language-model loss leaves the prompts out.
+        names: Names of the tasks, in the order of ``rows``.
+        pad_token: Token id of the padding.
+        batch_size: Number of rows in one forward pass.
+        composites: Rows that belong to several tasks; they are reported separately.
+        response_only: Whether the language-model loss leaves out the prompts.
     """
 
     rows: Sequence[Sequence[TrainRow]]
@@ -42,7 +42,7 @@ class HeldOut:
 
 
 def split_places(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Which of ``count`` rows are trained on, and which are held out: a tenth of the rows, at most 64, drawn by seed."""
+    """The indices of the train rows and of the held-out rows; a tenth of ``count`` rows is held out, at most 64, drawn by ``seed``."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     held = order[: min(HELD_OUT, count // 10)]
@@ -52,26 +52,26 @@ def split_places(count: int, seed: int) -> tuple[list[int], list[int]]:
 def split_held_out(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
     """Train rows and held-out rows; see :func:`split_places`."""
     train, held = split_places(len(rows), seed)
-    return [rows[place] for place in train], [rows[place] for place in held]
+    return [rows[index] for index in train], [rows[index] for index in held]
 
 
 def train_rows(job: TrainJob, task: str, seed: int) -> tuple[list[Row], list[Row]]:
-    """The train and held-out rows of a built dataset. Raises DataError when it is missing or broken."""
+    """The train and held-out rows of a built dataset. Raises DataError if the dataset is missing or broken."""
     return split_held_out(read_rows(job.data_dir, task, "train", job.max_rows), seed)
 
 
 def encoded_rows(job: TrainJob, task: str, tokenizer: PreTrainedTokenizerBase, adapter: int, settings: OptimSettings) -> tuple[Encoded, list[TrainRow]]:
     """The tokenised train and held-out rows of a built dataset.
 
-    With ``job.token_cache``, train rows are read from the cache (:mod:`meteora_core.training.token_cache`) as they are needed; without it they are
-    tokenised now and held in memory. The rows are the same.
+    With ``job.token_cache``, train rows are read from the cache (:mod:`meteora_core.training.token_cache`) when they are needed; otherwise they are
+    tokenised by this call and kept in memory. The rows are the same.
 
     Args:
         job: Datasets, number of rows, cache.
         task: Name of the dataset.
-        tokenizer: The base model's.
+        tokenizer: The base model's tokenizer.
         adapter: Gate label of every token.
-        settings: The longest row (``max_length``), and the ``seed`` that chooses the held-out rows.
+        settings: Settings with the maximum row length (``max_length``) and the ``seed`` that selects the held-out rows.
 
     Raises:
         DataError: The dataset is missing or broken.
@@ -84,6 +84,6 @@ def encoded_rows(job: TrainJob, task: str, tokenizer: PreTrainedTokenizerBase, a
     from meteora_core.training.token_cache import cached_rows, open_rows
 
     dataset = cached_rows(job.data_dir, task, tokenizer, job.token_cache, max_rows=job.max_rows, progress=job.progress)
-    places, held_places = split_places(len(dataset), settings.seed)
-    rows = open_rows(dataset, places, tokenizer, adapter, settings.max_length)
-    return Encoded(rows, rows.cut), open_rows(dataset, held_places, tokenizer, adapter, settings.max_length)[:]
+    train_indices, held_indices = split_places(len(dataset), settings.seed)
+    rows = open_rows(dataset, train_indices, tokenizer, adapter, settings.max_length)
+    return Encoded(rows, rows.cut), open_rows(dataset, held_indices, tokenizer, adapter, settings.max_length)[:]

@@ -1,7 +1,7 @@
 """Tokenised train rows on disk: written once by Hugging Face ``datasets``, then read row by row from a memory-mapped Arrow file.
 
-An entry holds whole rows: how long a row may be, which rows are held out and which adapter they belong to is applied when a row is read. The
-prompt's template is part of the dataset's file, and so of its hash.
+An entry holds whole rows. The maximum length, the held-out split and the gate label are applied when a row is read. The prompt template is part of the
+dataset's file and therefore of its hash.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
-"""Changes with what is written."""
+"""Version of the file format of the cache."""
 
 CHUNK = 512
-"""Rows that are tokenised together."""
+"""Number of rows that are tokenised together."""
 
 
 class CachedRows(Sequence[TrainRow]):
-    """Rows of a dataset as :func:`meteora_core.training.encoding.encode_rows` would give them; each is read from disk when it is asked for.
+    """The rows that :func:`meteora_core.training.encoding.encode_rows` would give, each read from disk when it is accessed.
 
     Args:
-        dataset: With ``tokens``, ``start`` and ``length``.
-        places: Which of its rows, in order.
+        dataset: Dataset with the columns ``tokens``, ``start`` and ``length``.
+        places: Indices of the rows in the dataset, in order.
         adapter: Gate label of every token.
-        head: Special tokens at the start of every row, which a cut leaves.
-        max_length: Longest row, in tokens.
+        head: Number of special tokens at the start of every row, which are not cut.
+        max_length: Maximum row length in tokens.
 
     Attributes:
-        lengths: Of every row, in tokens.
-        cut: How many rows were longer.
+        lengths: Number of tokens of every row.
+        cut: Number of rows that were longer than ``max_length``.
     """
 
     def __init__(self, dataset: Any, places: Sequence[int], adapter: int, head: int, max_length: int) -> None:
@@ -74,19 +74,19 @@ class CachedRows(Sequence[TrainRow]):
 def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, root: Path, *, max_rows: int | None = None, progress: Progress = SILENT) -> Any:
     """The tokenised train rows of a task, as a memory-mapped ``datasets.Dataset`` with ``tokens``, ``start`` (of the response) and ``length``.
 
-    They are tokenised where no entry of the same file, tokenizer and number of rows is there; several processes may ask at once. A broken
-    entry is made anew.
+    The rows are tokenised if the cache has no entry for the same file, tokenizer and number of rows. Several processes may call this at the same time. A
+    broken entry is replaced.
 
     Args:
-        data_dir, task: The built dataset.
-        tokenizer: The base model's.
-        root: Where entries are kept, one folder each.
-        max_rows: Only the first so many rows.
-        progress: Where to report.
+        data_dir, task: Folder of all datasets, and the name of a built dataset.
+        tokenizer: The base model's tokenizer.
+        root: Folder of the cache, with one folder per entry.
+        max_rows: Number of rows to use, from the first on; None uses all.
+        progress: Object that progress is reported to.
 
     Raises:
         DataError: The dataset is missing, broken or empty.
-        StorageError: It cannot be written.
+        StorageError: The cache cannot be written.
     """
     import datasets
     from datasets.exceptions import DatasetGenerationError
@@ -113,11 +113,11 @@ def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, r
         except DatasetGenerationError as failed:
             with storage_errors(folder):
                 raise (failed.__cause__ if isinstance(failed.__cause__, MeteoraError | OSError) else failed) from failed
-        except (ArrowInvalid, ValueError, TypeError, KeyError, AttributeError) as broken:  # what `datasets` makes of an entry that is cut or changed
+        except (ArrowInvalid, ValueError, TypeError, KeyError, AttributeError) as broken:  # raised by `datasets` for a truncated or changed entry
             if last:
                 raise StorageError(f"the cache of tokens at {folder} cannot be used: {broken}", hint="remove that folder, or set METEORA_CACHE") from broken
             shutil.rmtree(folder, ignore_errors=True)
-        except StorageError as failed:  # a file of the entry is missing, for one
+        except StorageError as failed:  # for example, a file of the entry is missing
             if last or not isinstance(failed.__cause__, FileNotFoundError):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
@@ -133,7 +133,7 @@ def _generate(rows: Iterator[Any], tokenizer: PreTrainedTokenizerBase, end: int 
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a tokenizer makes of a text, as a hash: its rules and vocabulary, and the end-of-sequence token."""
+    """A hash of all that determines a tokenizer's output: its rules, its vocabulary and its end-of-sequence token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str())
     for state in ("padding", "truncation"):
@@ -143,5 +143,5 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def open_rows(dataset: Any, places: Sequence[int], tokenizer: PreTrainedTokenizerBase, adapter: int, max_length: int) -> CachedRows:
-    """Some rows of :func:`cached_rows`, cut to ``max_length`` and labelled with ``adapter``."""
+    """The rows with the indices ``places`` of :func:`cached_rows`, cut to ``max_length`` tokens and labelled with ``adapter``."""
     return CachedRows(dataset, places, adapter, leading_special_tokens(tokenizer), max_length)

@@ -1,4 +1,4 @@
-"""Where training curves are written besides the result: TensorBoard, Weights & Biases or MLflow, by accelerate's trackers."""
+"""Training curves, written to TensorBoard, Weights & Biases or MLflow through accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROJECT = "meteora"
 """The project of Weights & Biases, and the experiment of MLflow, in which runs are listed."""
 
 _EXTRAS = ("wandb", "mlflow")
-"""Trackers whose package comes with an extra of the same name."""
+"""Trackers whose package is installed by an extra of the same name."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CurvesOf:
     Attributes:
         title: Name of the run.
         folder: Folder of TensorBoard's event files; None writes none.
-        inputs: What fixes the run; it is shown as the run's configuration.
+        inputs: Inputs that determine the run; they are shown as the run's configuration.
         first_step: Step that the run continues after; later steps of an interrupted run are dropped from TensorBoard's curves.
     """
 
@@ -38,25 +38,25 @@ class CurvesOf:
 
 
 class Curves:
-    """Takes numbers by step, and hands them to one of accelerate's trackers, or to none.
+    """Writes numbers by step to one of accelerate's trackers, or to none.
 
     Args:
         tracker: A started tracker of accelerate; None writes nothing.
-        place: What error messages call the place where the tracker writes.
+        place: Name of the tracker's destination in error messages.
     """
 
     def __init__(self, tracker: Any = None, place: Path = Path("curves")) -> None:
         self._tracker, self._place = tracker, place
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values of one step; those that are not finite are left out. Raises StorageError when they cannot be written."""
+        """Record the values of one step, except those that are not finite. Raises StorageError if they cannot be written."""
         numbers = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._tracker is not None and numbers:
             with storage_errors(self._place):
                 self._tracker.log(numbers, step=step)
 
     def close(self) -> None:
-        """Write what is left, and end the run."""
+        """Write the remaining values, and end the run."""
         if self._tracker is not None:
             with storage_errors(self._place):
                 self._tracker.finish()
@@ -67,12 +67,12 @@ def open_curves(kind: LogTo, run: CurvesOf) -> Curves:
     """Open the tracker that the settings name.
 
     Args:
-        kind: "none", "tensorboard" (nothing is written where it is not installed), "wandb" or "mlflow".
-        run: Title, folder and configuration.
+        kind: "none", "tensorboard" (nothing is written if it is not installed), "wandb" or "mlflow".
+        run: Title, folder and configuration of the run.
 
     Raises:
-        UsageError: The package of the tracker is asked for and not installed.
-        MeteoraError: The tracker cannot be started, because its server cannot be reached for example.
+        UsageError: The package of the tracker is not installed.
+        MeteoraError: The tracker cannot be started, for example because its server cannot be reached.
         StorageError: TensorBoard's folder cannot be written.
     """
     if kind == "tensorboard":
@@ -104,29 +104,29 @@ def _tensorboard(run: CurvesOf, folder: Path) -> Curves:
 
 
 def _started_state() -> None:
-    """Let accelerate know its processes, which its trackers ask for; a run without a launcher has not done so."""
+    """Initialise accelerate's process state, which its trackers need; a run without a launcher has not initialised it."""
     from accelerate import PartialState
 
     PartialState()
 
 
 def check_tracker(kind: LogTo) -> None:
-    """Raise UsageError when the package that a tracker needs is not installed."""
+    """Raise UsageError if the package of a tracker is not installed."""
     if kind in _EXTRAS and find_spec(kind) is None:
         raise UsageError(f'log_to = "{kind}", and {kind} is not installed', hint=f"pip install 'meteora-lora[{kind}]', or pass --log-to tensorboard")
 
 
 def flat(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested inputs of a run as one level, with dots in the names; what is neither number nor text is written as text.
+    """Flatten the nested inputs of a run, with dots in the names; values that are neither numbers nor text are converted to text.
 
     Example:
         >>> flat({"stage": "gates", "settings": {"beta": 50.0}})
         {'stage': 'gates', 'settings.beta': 50.0}
     """
-    found: dict[str, str | int | float | bool] = {}
+    flattened: dict[str, str | int | float | bool] = {}
     for name, value in inputs.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            flattened |= flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value if isinstance(value, str | int | float | bool) else str(value)
-    return found
+            flattened[f"{prefix}{name}"] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flattened
