@@ -22,6 +22,7 @@ SHRINK = 1e-2
 
 
 _STRIPES = 4
+"""Number of stripes in which the lower triangle of a sum is computed."""
 
 
 def token_weights(rows: Iterable[TrainRow], adapters: int, answer_share: float | None) -> Tensor:

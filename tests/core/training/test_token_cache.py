@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: the same rows in the same order, made once, made anew when they are broken or their inputs change."""
+"""The cache of tokenised rows on disk: the same rows in the same order, written once, and replaced if broken or if their inputs change."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from support.tiny_training import BASE, Killed, held_out_rows, kill_at, letters,
 
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
-    """The titles of what was tokenised."""
-    found: list[str] = []
+    """The titles of the progress bars under which rows were tokenised."""
+    titles: list[str] = []
     real = token_cache._generate
 
-    def counting(rows, tokenizer, title, progress):
-        found.append(title)
-        return real(rows, tokenizer, title, progress)
+    def counting(rows, tokenizer, end, title, progress):
+        titles.append(title)
+        return real(rows, tokenizer, end, title, progress)
 
     monkeypatch.setattr(token_cache, "_generate", counting)
-    return found
+    return titles
 
 
 @pytest.mark.parametrize("options", [{"max_length": 64}, {"max_length": 9}, {"max_length": 9, "max_rows": 25}])
