@@ -40,27 +40,27 @@ def attach(
     seed: int = 0,
     dropout: float = 0.0,
 ) -> Model:
-    """Wrap, in place, every linear that the bank targets; the model keeps its class and gains ``model.meteora``.
+    """Wrap, in place, every linear layer that the bank targets. The model keeps its class and gets the attribute ``model.meteora``.
 
-    The base and the adapters are frozen, the gates require gradients (:func:`set_trainable` changes that).
+    The base model and the adapters are frozen; the gates require gradients (:func:`set_trainable` changes that).
 
     Args:
-        model: Any model whose targets are ``nn.Linear`` (or a quantised subclass); a Hugging Face causal LM as a rule.
-        bank: The adapters, as ``AdapterBank.from_peft`` makes them.
-        top_k: Adapters per token and layer, 1 <= top_k <= N.
-        temperature: Routing temperature T > 0 of the gates' softmax.
+        model: Model whose targets are ``nn.Linear`` (or a quantised subclass), usually a Hugging Face causal language model.
+        bank: The adapters, for example from ``AdapterBank.from_peft``.
+        top_k: Number of adapters per token and layer, 1 <= top_k <= N.
+        temperature: Routing temperature T > 0; divides the gate logits before the softmax.
         backend: "auto" or a name of ``meteora_kernels.BACKENDS``.
-        init: How gates start: "normal" (std 0.02), "zeros", or "arrow" (each adapter's leading right singular vector).
-        seed: Of the normal start; the same on every device and in every process.
-        dropout: Probability, applied in training to what the adapters see.
+        init: Initial gates: "normal" (std 0.02), "zeros", or "arrow" (each adapter's leading right singular vector).
+        seed: Seed of the normal initialisation; the gates are the same on every device and in every process.
+        dropout: Dropout probability of the adapters' input during training.
 
     Returns:
         The same model.
 
     Raises:
-        AdapterError: A target is missing in the model, is no linear, or has other shapes; an adapter does not have what its configuration says, was
-            trained on a changed base model, or overflows in the model's dtype. The model is unchanged.
-        UsageError: top_k, temperature, backend or init is out of range; or adapters are attached already, by Meteora or by PEFT; or a target has no
+        AdapterError: A target is missing in the model, is not a linear layer, or has different shapes; an adapter does not match its configuration, was
+            trained on a modified base model, or overflows in the model's dtype. The model is unchanged.
+        UsageError: top_k, temperature, backend or init is out of range; adapters are already attached, by Meteora or by PEFT; or a target has no
             weights (it is on the device "meta", and accelerate has no values for it).
 
     Example:
@@ -81,7 +81,7 @@ def attach(
     bank, known.renamed = fit_to_base(bank, model)
     targets = find_targets(model, bank)
     for path, module in targets.items():
-        compute_device(module, path)  # raises before anything is changed
+        compute_device(module, path)  # raises an error before the model is changed
         check_stack(path, bank.modules[path], bank.names, computing_dtype(module, bank.modules[path]))
     if unused := bypassed(model, {path: module for path, module in targets.items() if not is_routed_expert(path)}):
         raise AdapterError(
@@ -89,7 +89,7 @@ def attach(
             hint="use adapters that do not target such modules (train them again without, or list them in exclude_modules)",
         )
     known.base, known.base_probe, known.base_marks = base_record(model), probe_base(targets), mark_base(model)
-    known.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # one adapter has all the weight, whatever its gate
+    known.gates = "closed form" if init == "arrow" or len(bank) == 1 else "untrained"  # a single adapter always has weight 1
     known.start = GateStart(init, seed, tuple(bank.modules))
     generator = torch.Generator().manual_seed(seed)
     for path, stack in bank.modules.items():
@@ -99,7 +99,7 @@ def attach(
             model.resize_token_embeddings = Resizer(model, path)  # type: ignore[assignment]
         _replace(model, path, layer)
     watch_calls(model, state)
-    vars(model).pop("meteora_base")  # it is in the provenance from now on
+    vars(model).pop("meteora_base")  # moved to the provenance
     model.meteora = state  # type: ignore[assignment]
     guard_saving(model)
     set_trainable(model, "gates")
@@ -107,7 +107,7 @@ def attach(
 
 
 def detach(model: Model) -> Model:
-    """Take all MeteoRA layers out, in place; the base linears are back as they were. Raises UsageError when nothing is attached.
+    """Remove all MeteoRA layers, in place, and restore the linear layers of the base model. Raises UsageError if no adapters are attached.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -138,12 +138,12 @@ def meteora_layers(model: nn.Module) -> Iterator[tuple[str, MeteoraLinear]]:
 
 
 def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
-    """Freeze everything but the gates, or the gates and the adapters, or nothing; return what trains.
+    """Make the gates trainable, or the gates and the adapters, or nothing; freeze all other parameters, and return the trainable ones.
 
-    Adapters that may train are no longer those of their folders: a checkpoint of the model holds them from then on.
+    Trainable adapters may differ from the adapters in their folders; checkpoints of the model embed them from then on.
 
     Raises:
-        UsageError: Nothing is attached, or ``what`` is unknown.
+        UsageError: No adapters are attached, or ``what`` is unknown.
     """
     known = meteora_of(model).provenance
     if what not in ("none", "gates", "gates+adapters"):
@@ -163,14 +163,14 @@ def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
 def gate_origin(model: nn.Module, gates: Mapping[str, Tensor] | None = None) -> GateOrigin:
     """The origin of the gates of an attached model.
 
-    Gates that are not marked as trained are compared with the start that :func:`attach` gave them: where a single number differs, they are "trained".
+    Gates that are not marked as trained are compared with their initial values from :func:`attach`; if any value differs, they are "trained".
 
     Args:
         model: A model with adapters attached.
-        gates: The gates by layer, where the model's own are sharded; None takes the model's.
+        gates: Whole gates by layer, for a model whose gates are sharded; None takes the gates of the model.
 
     Raises:
-        UsageError: Nothing is attached.
+        UsageError: No adapters are attached.
     """
     known = meteora_of(model).provenance
     if known.gates != "untrained" or known.start is None:
@@ -187,7 +187,7 @@ def gate_origin(model: nn.Module, gates: Mapping[str, Tensor] | None = None) -> 
 
 
 def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
-    """A few weights of up to 16 of the linears, to recognise the base model by; None when they are quantised."""
+    """A few weights of up to 16 of the linear layers, from which the base model is recognised; None if they are quantised."""
     paths = sorted(linears, key=natural_order)
     values: list[float] = []
     for path in paths[:: max(1, len(paths) // 16)][:16]:
@@ -209,7 +209,7 @@ def same_base(mine: list[float] | None, theirs: list[float] | None) -> bool:
 
 
 def _refuse_wrapped(model: nn.Module, bank: AdapterBank) -> None:
-    """Refuse what is no bare model: PEFT's layers would be wrapped, or hide the linears, and a wrapper such as DDP changes all names."""
+    """Raise UsageError for a wrapped model: PEFT's layers hide the linear layers, and a wrapper such as DDP changes all module names."""
     if isinstance(getattr(model, "module", None), nn.Module) and not any(path.startswith("module.") for path in bank.modules):
         raise UsageError(f"the model is wrapped in a {type(model).__name__}", hint="attach adapters to the model itself (model.module), then wrap it")
     for path, module in model.named_modules():
@@ -225,7 +225,7 @@ def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
     """The linear layers of a model that a bank targets, by path.
 
     Raises:
-        AdapterError: One is missing, is no linear, has other shapes, or is targeted under two names (a layer that the model uses twice).
+        AdapterError: A target is missing, is not a linear layer, has different shapes, or is targeted under two names (a layer that the model shares).
     """
     targets: dict[str, nn.Module] = {}
     names: dict[int, str] = {}
@@ -240,8 +240,8 @@ def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
 
 
 def computing_dtype(base: nn.Module, stack: Stack) -> torch.dtype:
-    """The dtype of the adapters of a linear: its own, or the stack's where it is quantised."""
-    weight = getattr(base, "weight", None)  # some quantised linears have none of that name
+    """The dtype of the adapters of a linear layer: that of its weight, or that of the stack if the layer is quantised."""
+    weight = getattr(base, "weight", None)  # some quantised layers have no attribute of that name
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1 else stack.A.dtype
 
 
@@ -267,18 +267,18 @@ def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
 
 
 def _wrap(base: nn.Module, path: str, stack: Stack, state: Meteora, init: GateInit, generator: torch.Generator, dropout: float) -> MeteoraLinear:
-    place = {"device": compute_device(base, path), "dtype": computing_dtype(base, stack)}
+    options = {"device": compute_device(base, path), "dtype": computing_dtype(base, stack)}
     gate = start_gate(stack, init, generator)
-    A, B = stack.A.to(**place, copy=True), stack.B.to(**place, copy=True)  # type: ignore[call-overload]  # the bank's own stay as they are
-    layer = MeteoraLinear(base, path, gate.to(**place), replace(stack, A=A, B=B), state, dropout)  # type: ignore[call-overload]
+    A, B = stack.A.to(**options, copy=True), stack.B.to(**options, copy=True)  # type: ignore[call-overload]  # the bank stays unchanged
+    layer = MeteoraLinear(base, path, gate.to(**options), replace(stack, A=A, B=B), state, dropout)  # type: ignore[call-overload]
     return layer.train(base.training)
 
 
 def start_gate(stack: Stack, init: GateInit, generator: torch.Generator) -> Tensor:
-    """A gate (N, in), float32, on the CPU, that starts as ``init`` says.
+    """The initial gate of a layer, float32 (N, in), on the CPU.
 
     "arrow" is training-free routing as in Arrow (Ostapenko et al., arXiv 2405.11157): row ``i`` is the leading right singular vector of
-    ``B_i A_i``, scaled by nothing; its sign is not determined, so the vector's largest entry is made positive. Rows of rank 0 are 0.
+    ``B_i A_i``, without a scale. Its sign is arbitrary; it is chosen so that the largest entry is positive. Rows of adapters of rank 0 are 0.
     """
     if init == "zeros":
         return torch.zeros(len(stack.ranks), stack.in_features)
@@ -292,8 +292,7 @@ def start_gate(stack: Stack, init: GateInit, generator: torch.Generator) -> Tens
             rows.append(torch.zeros(stack.in_features))
             continue
         q, r = torch.linalg.qr(A.t())
-        middle = torch.linalg.qr(B).R @ r.t()
-        vector = q @ torch.linalg.svd(middle).Vh[0]
+        vector = q @ torch.linalg.svd(torch.linalg.qr(B).R @ r.t()).Vh[0]
         rows.append(vector * torch.sign(vector[vector.abs().argmax()]))
     return torch.stack(rows)
 

@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer by whatever name the user has for it."""
+"""Loading of a base model and its tokenizer by a catalog name, a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def pick_device(wish: str | torch.device | None) -> torch.device:
-    """``"auto"`` or None is the first of CUDA, MPS and CPU that is there. Raises UsageError for a device that is not."""
+    """The device of a name; ``"auto"`` or None is the first available of CUDA, MPS and CPU. Raises UsageError for a device that is not available."""
     if wish is None or wish == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(kind)
@@ -52,7 +52,7 @@ def pick_device(wish: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(wish: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """``"auto"`` or None is bfloat16 on a GPU that has it, float16 on an older one, and float32 elsewhere."""
+    """The dtype of a name; ``"auto"`` or None is bfloat16 on a GPU that supports it, float16 on an older GPU, and float32 on other devices."""
     if isinstance(wish, torch.dtype):
         return wish
     if wish is None or wish == "auto":
@@ -65,7 +65,7 @@ def pick_dtype(wish: str | torch.dtype | None, device: torch.device) -> torch.dt
 
 
 def fast_cpu_dtype() -> tuple[torch.dtype, str]:
-    """bfloat16 where this CPU multiplies it clearly faster than float32, and why: measured on one small matrix product of each, in a few ms.
+    """Choose bfloat16 if this CPU multiplies it clearly faster than float32. A small matrix product of each dtype is timed, which takes a few ms.
 
     Returns:
         The dtype and a phrase such as ``"bfloat16 products run 2.1 x as fast as float32 ones on this CPU"``.
@@ -89,10 +89,10 @@ def fast_cpu_dtype() -> tuple[torch.dtype, str]:
 
 
 def locate_base(reference: BaseReference, *, progress: Progress = SILENT) -> str:
-    """The folder or hub id that transformers can load; a catalog model that is not there yet is downloaded.
+    """The folder or hub id that transformers can load; a catalog model is downloaded if necessary.
 
     Raises:
-        UsageError: A name that looks like a catalog name or path but is neither.
+        UsageError: The name looks like a catalog name or a path, but is neither.
         DownloadError: A catalog model cannot be fetched.
     """
     name = reference.name
@@ -107,7 +107,7 @@ def locate_base(reference: BaseReference, *, progress: Progress = SILENT) -> str
 
 
 def load_tokenizer(reference: BaseReference, *, progress: Progress = SILENT) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a padding token (the end-of-sequence token when it has none of its own).
+    """The base model's tokenizer, with a padding token (the end-of-sequence token if the tokenizer defines none).
 
     Raises:
         CheckpointError: It cannot be loaded, or it has no end-of-sequence token.
@@ -141,16 +141,16 @@ def load_base(
     """Load a causal language model in evaluation mode; only safetensors weights are read.
 
     Args:
-        reference: Which.
-        dtype: Of the weights.
-        device: Where to; None is the CPU.
-        attention: transformers' ``attn_implementation``; None lets it choose (SDPA as a rule).
-        quantization: "4bit" (NF4, computing in ``dtype``) or "8bit" by bitsandbytes, on a GPU; None keeps the weights as they are.
-        progress: Where to report.
+        reference: Name and revision of the base model.
+        dtype: Dtype of the weights.
+        device: Device of the weights; None is the CPU.
+        attention: transformers' ``attn_implementation``; None lets transformers choose (usually SDPA).
+        quantization: "4bit" (NF4, computing in ``dtype``) or "8bit" with bitsandbytes, on a GPU; None does not quantise.
+        progress: Object that progress is reported to.
 
     Raises:
-        CheckpointError: It cannot be loaded (missing, broken, gated, no network); the reason is named. Or its files lack weights, which transformers
-            would draw at random; or its end tokens are no tokens; or it is a model that cannot decode with a cache.
+        CheckpointError: The model cannot be loaded (missing, broken, gated, no network; the message gives the reason), its files lack weights, which
+            transformers would initialise at random, its end tokens are not token ids, or it cannot decode with a cache.
         UsageError: Quantisation is asked for without a GPU or without bitsandbytes, or by an unknown name.
     """
     from transformers import AutoModelForCausalLM
@@ -188,7 +188,7 @@ def name_reference(model: nn.Module, reference: BaseReference) -> None:
 
 
 def loaded_by(model: nn.Module) -> BaseReference | None:
-    """How a model was named when :func:`load_base` loaded it; None for other models."""
+    """The name by which :func:`load_base` loaded a model; None for other models."""
     return base_record(model).reference
 
 

@@ -26,11 +26,11 @@ _pieces: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _MISFITS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 _PIECE = 3
-"""Tokens of the texts that are read to try a model out; shorter than the kernels of the usual convolutions."""
+"""Number of tokens of the test texts; it is smaller than the kernel size of the usual convolutions."""
 
 
 def cache_argument(model: nn.Module) -> CacheArgument:
-    """What the model calls its cache. Raises CheckpointError for a model without a cache that it takes and gives back."""
+    """The name of the model's cache argument. Raises CheckpointError for a model that does not take a cache."""
     known = inspect.signature(model.forward).parameters
     if "past_key_values" in known:
         return "past_key_values"
@@ -40,7 +40,7 @@ def cache_argument(model: nn.Module) -> CacheArgument:
 
 
 def new_cache(model: nn.Module) -> Any:
-    """An empty cache, or None where the model makes its own."""
+    """An empty cache, or None if the model creates its cache itself."""
     if cache_argument(model) == "cache_params":
         return None
     from transformers import DynamicCache
@@ -57,7 +57,7 @@ def cache_of(model: nn.Module, output: Any) -> Any:
 
 
 def check_decoding(model: nn.Module) -> None:
-    """Raise CheckpointError for a model that cannot decode with a cache, before any work is put into it."""
+    """Raise CheckpointError for a model that cannot decode with a cache."""
     padding_is_safe(model)
 
 
@@ -90,10 +90,10 @@ def keep_rows(cache: Any, rows: Tensor) -> bool:
 
     Args:
         cache: Changed in place.
-        rows: int64 (kept,), their indices.
+        rows: Indices of the rows, int64 (kept,).
 
     Returns:
-        Whether the cache could do it; if not, it is unchanged.
+        Whether the cache supports this; if not, it is unchanged.
     """
     from transformers import Cache
 
@@ -109,9 +109,9 @@ def keep_rows(cache: Any, rows: Tensor) -> bool:
 
 @torch.inference_mode()
 def padding_is_safe(model: nn.Module) -> bool:
-    """Whether padding at the left leaves a row's logits as they are without it, in the first pass and in the next step.
+    """Whether left padding does not change a row's logits, in the first pass and in the next step.
 
-    True for attention alone. A model with states is tried out with a short text, once.
+    This is true for models with attention only. A model with states is tested once with a short text.
 
     Raises:
         CheckpointError: The model cannot decode with a cache.
@@ -140,9 +140,9 @@ def padding_is_safe(model: nn.Module) -> bool:
 
 @torch.inference_mode()
 def pieces_are_safe(model: nn.Module) -> bool:
-    """Whether reading a text in pieces of several tokens gives the logits of reading it at once.
+    """Whether a text that is read in parts of several tokens gives the same logits as the whole text.
 
-    True for attention alone. A model with states is tried out with a short text, once.
+    This is true for models with attention only. A model with states is tested once with a short text.
     """
     if not has_states(model):
         return True
@@ -162,16 +162,16 @@ def pieces_are_safe(model: nn.Module) -> bool:
 
 @torch.inference_mode()
 def bypassed(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Which modules a model with states never calls, because it computes with their weights itself (dt_proj of Mamba): an adapter would do nothing there.
+    """The modules that a model with states never calls, because it uses their weights directly (dt_proj of Mamba); adapters would have no effect on them.
 
     Args:
-        model: A causal language model; one without states is taken at its word.
-        modules: Path to module, without the experts of a mixture, which see some of the tokens only.
+        model: A causal language model; models without states are not tested.
+        modules: Modules by path, without those of single experts of a mixture of experts, which may get no tokens.
     """
     try:
         if not hasattr(model, "config") or not has_states(model):
             return []
-    except CheckpointError:  # a model that is no causal language model, which cannot be tried out
+    except CheckpointError:  # not a causal language model, so it cannot be tested
         return []
     called: set[str] = set()
     hooks = [module.register_forward_hook(lambda *_, path=path: called.add(path)) for path, module in modules.items()]
@@ -231,18 +231,18 @@ class Reader:
         self.cache: Any = None
 
     def read(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Read on.
+        """Read the next tokens.
 
         Args:
-            ids: int64 (batch, tokens), the next ones.
-            mask: int64 (batch, all tokens so far): 1 for tokens, 0 for padding; None without padding.
-            positions: int64 (batch, tokens); None where the model counts them itself.
+            ids: Token ids, int64 (batch, tokens).
+            mask: Attention mask, int64 (batch, all tokens so far): 1 for tokens, 0 for padding; None without padding.
+            positions: Positions of the tokens, int64 (batch, tokens); None lets the model count them.
 
         Returns:
-            The last position's logits (batch, vocabulary).
+            The logits of the last position (batch, vocabulary).
         """
         arguments: dict[str, Any] = {self.name: self.cache}
-        if mask is not None and (self.name == "past_key_values" or self.cache is None):  # states hold what the mask said of the text before
+        if mask is not None and (self.name == "past_key_values" or self.cache is None):  # states already include the mask of earlier tokens
             arguments["attention_mask"] = mask
         if positions is not None and self.takes_positions:
             arguments["position_ids"] = positions
@@ -252,5 +252,5 @@ class Reader:
         return logits
 
     def keep(self, rows: Tensor) -> bool:
-        """Keep some rows of the batch; False where the cache cannot, and all rows stay."""
+        """Keep some rows of the batch. Returns False, and keeps all rows, if the cache does not support this."""
         return keep_rows(self.cache, rows)

@@ -19,7 +19,7 @@ class LayerGroup(Protocol):
     """Layers that share their input and run as one; :class:`meteora_core.fused.group.FusedGroup` is one."""
 
     def output(self, member: int, x: Tensor) -> Tensor | None:
-        """The output of a member for its input (..., in), or None where the layer has to compute it by itself."""
+        """The output of a member for its input (..., in), or None if the layer has to compute it itself."""
 
 
 class MeteoraLinear(nn.Module):
@@ -28,15 +28,15 @@ class MeteoraLinear(nn.Module):
     Formulas in :mod:`meteora_kernels.reference` (MeteoRA, arXiv 2405.13053, section 3).
 
     Args:
-        base_layer: The linear that is wrapped; it stays as it is.
-        path: Its name in the model.
-        gate: (N, in), one row for each adapter.
+        base_layer: The linear layer that is wrapped; it is not changed.
+        path: Name of the layer in the model.
+        gate: Gate weights (N, in), one row for each adapter.
         stack: The adapters' weights, in the dtype and on the device of ``gate``.
-        state: What all layers of the model share.
-        dropout: Probability, applied in training to what the adapters (not the gate) see.
+        state: Routing state, which all layers of the model share.
+        dropout: Dropout probability of the adapters' (not the gate's) input during training.
 
     Attributes:
-        is_output: Whether this layer makes the model's logits; it may be called with the last tokens of every row alone.
+        is_output: Whether this layer computes the model's logits; it may be called with only the last tokens of every row.
         group: The group that this layer runs as part of, or None; :func:`meteora_core.fuse` makes groups.
         member: The index of this layer in its group.
     """
@@ -80,11 +80,11 @@ class MeteoraLinear(nn.Module):
         self.group = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a layer have weights of their own, so they run alone."""
+        """Copies and pickles of a layer have separate weights, so they belong to no group."""
         return {**vars(self), "group": None}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MeteoraLinear:
-        """Scalings stay float32 and as they are when the model changes its dtype: in 16 bits they would be rounded for good."""
+        """Keep the scalings in float32 when the model changes its dtype, because rounding to 16 bits could not be undone."""
         exact = self.scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scaling.dtype != exact.dtype and not exact.is_meta:
@@ -92,7 +92,7 @@ class MeteoraLinear(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """``weight`` and ``bias`` are the base layer's: a model that ties its output layer to the embedding sets them here."""
+        """Set ``weight`` and ``bias`` on the base layer: a model that ties its output layer to the embedding assigns them."""
         if name in ("weight", "bias"):
             setattr(self.base_layer, name, value)
         else:
@@ -108,7 +108,7 @@ class MeteoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight (some models look at it to learn a dtype)."""
+        """The base layer's weight (some models read its dtype)."""
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property

@@ -13,17 +13,17 @@ from meteora_kernels import Adapters, Routing, mix, route
 
 
 def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapters, lora_x: Tensor | None) -> Tensor:
-    """What :func:`meteora_kernels.mix` gives in the mode of the layer's model, which is told what the layer chooses.
+    """Call :func:`meteora_kernels.mix` in the mode of the layer's model, and report the layer's choices to the model's recorder and gate labels.
 
     Args:
         layer: The layer.
-        x: (..., in).
-        output: (..., out), the base layer's output.
+        x: Input of the layer (..., in).
+        output: Output of the base layer (..., out).
         adapters: The layer's adapters.
-        lora_x: (..., in), what the adapters see where it is not ``x``.
+        lora_x: Input of the adapters (..., in), if it differs from ``x``; None is ``x``.
 
     Raises:
-        UsageError: The layer's tokens cannot be told apart, or the labels are those of another batch.
+        UsageError: The layer's tokens cannot be matched to the batch, or the labels belong to another batch.
     """
     state, mode = layer.state, layer.state.mode
     if mode.forced is not None:
@@ -44,13 +44,13 @@ def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapte
 
 
 def _record(layer: RoutedLayer, recorder: Recorder, shape: torch.Size, indices: Tensor, weights: Tensor) -> None:
-    """Tell a recorder what the layer chose for tokens laid out as ``shape``."""
+    """Report the layer's choices, for tokens of the given shape, to a recorder."""
     add = recorder.add_output if layer.is_output else recorder.add
     add(layer.path, indices.reshape(*shape, -1), weights.reshape(*shape, -1))
 
 
 def _compare(layer: RoutedLayer, wanted: GateLabels, shape: torch.Size, logits: Tensor) -> None:
-    """Compare gate logits, of tokens laid out as ``shape``, with the labels; an output layer may see the last tokens of every row alone."""
+    """Compare gate logits, for tokens of the given shape, with the labels; an output layer may see only the last tokens of every row."""
     labels, observations = wanted.labels, wanted.observations
     last = shape[-1] if layer.is_output and labels.ndim == len(shape) == 2 else labels.shape[-1]
     seen = labels[..., labels.shape[-1] - last :]
@@ -61,7 +61,7 @@ def _compare(layer: RoutedLayer, wanted: GateLabels, shape: torch.Size, logits: 
         )
     flat = logits.reshape(-1, logits.shape[-1])
     wide = flat if flat.dtype == torch.float64 else flat.float()
-    weights = observations.weights  # autocast leaves float32 alone here
+    weights = observations.weights  # float32; autocast does not change it
     targets = seen.reshape(-1).to(flat.device)
     losses = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum" if weights is None else "none")
     if weights is not None:

@@ -1,4 +1,4 @@
-"""The frame of the prompts that a model was trained on."""
+"""The prompt frame that a model was trained on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 
 
 def model_frame(model: nn.Module, tokenizer: PreTrainedTokenizerBase, adapter: str | None = None) -> Frame:
-    """What stands around a message to a model, as far as it is known, and else the usual frame.
+    """The prompt frame of messages to a model.
 
-    It is the adapter's own, where one answers alone; else the one that was chosen in training; else the one that all adapters have; else the chat template, or
-    ``[INST] {} [/INST]`` for the paper's tasks and where the tokenizer has no chat template.
+    The first known frame of this list is used:
+
+    1. the frame of ``adapter``, if one is given;
+    2. the frame that training chose;
+    3. the frame that all adapters share;
+    4. the chat template, or ``[INST] {} [/INST]`` for the paper's tasks and for tokenizers without a chat template.
 
     Args:
-        model: With or without adapters.
-        tokenizer: The base model's.
-        adapter: The adapter that answers alone; None is the gates.
+        model: Model with or without adapters.
+        tokenizer: The base model's tokenizer.
+        adapter: Name of the adapter that answers alone; None if the gates choose.
     """
     frame = recorded_frame(model, adapter)
     if frame is not None:
@@ -32,7 +36,7 @@ def model_frame(model: nn.Module, tokenizer: PreTrainedTokenizerBase, adapter: s
 
 
 def recorded_frame(model: nn.Module, adapter: str | None = None) -> Frame | None:
-    """The frame that is recorded for a model, or for one adapter of it; None where none is."""
+    """The frame that is recorded for a model or for one of its adapters; None if there is none."""
     state = find_meteora(model)
     if state is None:
         return None

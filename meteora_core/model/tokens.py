@@ -1,7 +1,7 @@
-"""The tokens of the batch that a layer sees: a layer may get (batch, tokens, h), all tokens in one dimension, or only the last tokens of every row.
+"""The position of a layer's tokens in the batch: a layer may get (batch, tokens, h), all tokens in one dimension, or only the last tokens of every row.
 
-A hook on the model notes the shape of the batch of each call, so that a layer can tell which row and which position each of its tokens belongs to.
-Only forced routes, gate labels and recorders need to know.
+A hook on the model stores the shape of the batch of each call, from which a layer finds the row and position of each of its tokens. Only forced routes,
+gate labels and recorders need them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _INPUTS = ("input_ids", "inputs_embeds")
 
 
 class RoutedLayer(Protocol):
-    """What this module needs to know of a layer; :class:`meteora_core.model.layer.MeteoraLinear` is one.
+    """The attributes of a layer that this module uses; :class:`meteora_core.model.layer.MeteoraLinear` has them.
 
     Attributes:
         path: The layer's name in the model.
-        is_output: Whether the layer makes the model's logits.
-        state: What all layers of the model share.
+        is_output: Whether the layer computes the model's logits.
+        state: Routing state, which all layers of the model share.
     """
 
     path: str
@@ -34,7 +34,7 @@ class RoutedLayer(Protocol):
 
 
 class CallWatcher:
-    """A forward pre-hook that notes (batch, tokens) of a call in the routing state while layers are observed."""
+    """A forward pre-hook that stores the shape (batch, tokens) of a call in the routing state while layers are observed."""
 
     def __init__(self, state: Meteora) -> None:
         self.state = state
@@ -51,7 +51,7 @@ class CallWatcher:
 
 
 def watch_calls(model: nn.Module, state: Meteora) -> None:
-    """Let the model, and the decoder inside it, note the shapes of their batches in ``state``."""
+    """Register hooks on the model and its decoder that store the shapes of their batches in ``state``."""
     for module in _callers(model):
         module.register_forward_pre_hook(CallWatcher(state), with_kwargs=True)
 
@@ -84,22 +84,22 @@ def is_head(model: nn.Module, path: str) -> bool:
 
 
 def is_output_layer(model: nn.Module, path: str) -> bool:
-    """Whether a layer comes after the decoder, and so may be called with the last tokens of every row alone."""
+    """Whether a layer comes after the decoder, so that it may be called with only the last tokens of every row."""
     decoder, prefix = getattr(model, "base_model", model), getattr(model, "base_model_prefix", "")
     return is_head(model, path) or (decoder is not model and not path.startswith(f"{prefix}."))
 
 
 def is_routed_expert(path: str) -> bool:
-    """Whether a layer belongs to one expert of many, which sees some of the tokens in an order of its own."""
+    """Whether a layer belongs to an expert of a mixture of experts, which gets a part of the tokens, in another order."""
     return "experts" in path.split(".")
 
 
 def check_observable(paths: Iterable[str], what: str) -> None:
-    """Raise UsageError where a layer cannot tell its tokens apart, before any work is done.
+    """Raise UsageError, before any work is done, if the tokens of a layer cannot be matched to the batch.
 
     Args:
-        paths: The layers with adapters.
-        what: The feature that needs to tell them apart, as the subject of the message.
+        paths: Paths of the layers with adapters.
+        what: Name of the feature that needs the tokens' positions, as the subject of the message.
     """
     for path in paths:
         if is_routed_expert(path):
@@ -110,10 +110,10 @@ def check_observable(paths: Iterable[str], what: str) -> None:
 
 
 def token_shape(layer: RoutedLayer, x: Tensor) -> torch.Size:
-    """How the tokens of a layer's input (..., in) are laid out as (batch, tokens): all of the batch, or the last tokens of every row.
+    """The shape (batch, tokens) of the tokens in a layer's input (..., in): all tokens of the batch, or the last tokens of every row.
 
     Raises:
-        UsageError: The layer sees other tokens than those of the batch, or in another order.
+        UsageError: The layer gets other tokens than those of the batch, or gets them in another order.
     """
     shape = x.shape[:-1]
     call = layer.state.last_call
@@ -139,11 +139,11 @@ def forced_routes(layer: RoutedLayer, forced: Tensor, x: Tensor) -> tuple[Tensor
 
     Args:
         layer: The layer.
-        forced: int64 (1,), (batch,) or (batch, tokens).
-        x: Its input.
+        forced: Index of the adapter for all tokens, for each row, or for each token: int64 (1,), (batch,) or (batch, tokens).
+        x: Input of the layer.
 
     Raises:
-        UsageError: ``forced`` is of another batch.
+        UsageError: The shape of ``forced`` does not match the batch.
     """
     shape = x.shape[:-1]
     if forced.numel() == 1:
