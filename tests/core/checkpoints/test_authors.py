@@ -278,7 +278,7 @@ def test_adapters_that_do_not_fit_the_checkpoint(make_authors: Make) -> None:
 
     swapped = list(made.names)
     swapped[3], swapped[7] = swapped[7], swapped[3]
-    with pytest.raises(CheckpointError, match=r"not that of the checkpoint: place 3 .* holds 'contextual_parametric_.*', not 'epistemic_reasoning'"):
+    with pytest.raises(CheckpointError, match=r"not that of the checkpoint: adapter 3 of .* is 'contextual_parametric_.*', not 'epistemic_reasoning'"):
         load(swapped)
     with pytest.raises(CheckpointError, match="has 28 adapters, and there are 27 names"):
         load(made.names[:27])
