@@ -139,7 +139,7 @@ def release(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[Feeder], MeteoraLinear]]:
-    """The places of modules that may feed a group: their parent, their name there, what kind they are, and the first linear that gets their output."""
+    """Modules that may feed a group: their parent, their name in it, their kind of feeder, and the first linear layer that gets their output."""
     for parent in model.modules():
         children = dict(parent.named_children())
         if not any(name in children for name in _OTHERS):
@@ -184,7 +184,7 @@ def _product(gate: Tensor, up: Tensor, group: FusedGroup) -> Tensor:
 
 
 class _Halves:
-    """Stands in for a gated MLP: its first linear gives the first half of x, its second the other, its third what it gets."""
+    """A substitute for a gated MLP: its first linear layer returns the first half of x, its second layer the other half, its third layer its input."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -19,7 +19,7 @@ class Inputs:
 
     Args:
         group: The group.
-        state: What says how many adapters a token gets, on which the path of the kernels depends.
+        state: Routing state; its top-k determines which kernels run.
     """
 
     def __init__(self, group: Group, state: Meteora) -> None:

@@ -1,4 +1,4 @@
-"""What the layers of a model do besides routing by their gates: forced routes, gate labels, a recorder, or the base model alone."""
+"""The modes of a model's layers other than routing by their gates: forced routes, gate labels, a recorder, or the base model alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IGNORE = -100
 
 @dataclass
 class GateObservations:
-    """What the layers hand out while gate labels are set: one entry per layer call.
+    """The results that the layers report while gate labels are set, one entry per layer call.
 
     Attributes:
         loss_sums: Per layer, the sum over labelled positions of CE(gate logits, label); float32 scalars with gradients.
         hits: Per layer path, bool (positions,) whether the top-1 adapter is the label (at ignored positions it is meaningless).
-        weights: Set by whoever labels the gates, before the forward pass: what each position weighs in the sums, float32 (positions,); None is 1.
+        weights: Weight of each position in the sums, float32 (positions,); None is 1. The caller sets it before the forward pass.
     """
 
     loss_sums: list[Tensor] = field(default_factory=list)
@@ -37,9 +37,9 @@ class GateLabels:
     """The adapter that each position of a batch should choose.
 
     Attributes:
-        labels: int64 (batch, tokens); :data:`IGNORE` where it does not matter.
-        observations: Where the layers put their gate losses.
-        keep_hits: Whether the layers also say where their top-1 adapter is the label.
+        labels: Adapter of each position, int64 (batch, tokens); :data:`IGNORE` for positions that are not counted.
+        observations: Object to which the layers add their gate losses.
+        keep_hits: Whether the layers also report at which positions their top-1 adapter is the label.
         alone: Whether a layer's gate loss has gradients for its own gate only.
     """
 
@@ -55,10 +55,10 @@ class Mode:
 
     Attributes:
         enabled: Whether adapters take part; without them the model is its base.
-        forced: int64 (1,), (batch,) or (batch, tokens): the adapter to use instead of the gates' choice; None: the gates choose.
-        gate_labels: What the gates should choose; None: nobody asks.
-        recorder: Who gets the layers' choices; None: nobody.
-        observed: Whether layers have to do more than to route by their gates.
+        forced: Adapter to use instead of the gates' choice, int64 (1,), (batch,) or (batch, tokens); None lets the gates choose.
+        gate_labels: Adapters that the gates should choose; None computes no gate loss.
+        recorder: Recorder of the layers' choices; None records nothing.
+        observed: Whether routes are forced, gates are labelled or choices are recorded.
     """
 
     enabled: bool = True

@@ -1,4 +1,4 @@
-"""Where an attached model comes from: its adapters' folders, its base model, and how its gates came to be."""
+"""The origin of an attached model: its adapters' folders, its base model and its gates."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from meteora_core.routing.base_marks import Marks
 from meteora_core.routing.base_record import BaseRecord
 
 GateOrigin = Literal["untrained", "closed form", "trained"]
-"""How the gates of a model came to be: at their random or zero start, computed without gradients (Arrow, ridge regression), or trained."""
+"""Origin of a model's gates: still at their initial values, computed without gradients (Arrow, ridge regression), or trained."""
 
 
 @dataclass(frozen=True)
 class GateStart:
-    """How ``attach`` started the gates.
+    """The initialisation of the gates by ``attach``.
 
     Attributes:
         init: "normal", "zeros" or "arrow".
-        seed: The seed of a random start.
-        paths: The layers, in the order in which they were started.
+        seed: Seed of the random initialisation.
+        paths: Paths of the layers, in the order of their initialisation.
     """
 
     init: str
@@ -30,18 +30,17 @@ class GateStart:
 
 @dataclass
 class Provenance:
-    """What a checkpoint says of a model besides its weights.
+    """The information that a checkpoint stores about a model in addition to its weights.
 
     Attributes:
         base: The base model.
-        base_probe: A few weights of the base model's linears, to recognise it by; None where they are quantised.
-        base_marks: Samples of the base model's weights from when the adapters were attached, to notice changes by.
-        gates: How the gates came to be, as far as it is known; "untrained" is checked against the weights before it is believed
-            (:func:`meteora_core.model.attach.gate_origin`).
-        start: How the gates started; None where it is not known.
-        renamed: Modules that the adapters' folders call otherwise: their name there, and their name here.
-        frame: What stands around a message in prompts when nobody says otherwise, as training chose it; None where it is not known.
-        embedded: Whether the adapters are no longer those of their folders, so that a checkpoint has to hold them.
+        base_probe: A few weights of the base model's linear layers, from which it is recognised; None if they are quantised.
+        base_marks: Samples of the base model's weights at the time of ``attach``, from which later changes are detected.
+        gates: Origin of the gates, as far as known; "untrained" is verified against the weights (:func:`meteora_core.model.attach.gate_origin`).
+        start: Initialisation of the gates; None if it is not known.
+        renamed: Names of modules in the model, by their different name in the adapters' folders.
+        frame: Default prompt frame that training chose; None if it is not known.
+        embedded: Whether the adapters may differ from those in their folders, so that a checkpoint has to contain them.
     """
 
     base: BaseRecord = field(default_factory=BaseRecord)

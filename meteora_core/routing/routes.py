@@ -13,13 +13,13 @@ from meteora_core.errors import UsageError
 
 
 class Recorder(Protocol):
-    """Whoever wants to know what the layers choose; :class:`Routes` is one."""
+    """An object that receives the choices of the layers, such as :class:`Routes`."""
 
     def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
-        """Take the choice of layer ``path`` for one forward call: int64 and float32, (batch, tokens, k) or (tokens, k)."""
+        """Receive the choices of layer ``path`` in one forward call: int64 and float32, (batch, tokens, k) or (tokens, k)."""
 
     def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
-        """The same for a layer that makes the model's logits, which may see the last tokens of every row alone."""
+        """Receive the choices of a layer that computes the model's logits; it may see only the last tokens of every row."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class RoutingDecision:
 
 @dataclass
 class Routes:
-    """What every layer chose while :func:`record_routes` was on, in the order of the forward calls.
+    """The choices of every layer during :func:`record_routes`, in the order of the forward calls.
 
-    An output layer (``lm_head``) with adapters is recorded apart, since it may see only the last token of every row: :meth:`steps` has what it chose,
-    :attr:`paths`, :meth:`packed` and :meth:`shares` leave it out.
+    An output layer (``lm_head``) with adapters is recorded separately, because it may see only the last token of every row: :meth:`steps` returns its
+    choices; :attr:`paths`, :meth:`packed` and :meth:`shares` leave it out.
 
     Attributes:
         names: The adapters' names, by index.
@@ -107,9 +107,9 @@ class Routes:
             return empty.long(), empty
         indices, weights = [], []
         for call in zip(*self._steps.values(), strict=True):
-            place = call[0].indices.device  # the layers of a model may be spread over several
-            indices.append(torch.stack([decision.indices.to(place) for decision in call], 2)[row].cpu())
-            weights.append(torch.stack([decision.weights.to(place) for decision in call], 2)[row].cpu())
+            device = call[0].indices.device  # the layers of a model may be on several devices
+            indices.append(torch.stack([decision.indices.to(device) for decision in call], 2)[row].cpu())
+            weights.append(torch.stack([decision.weights.to(device) for decision in call], 2)[row].cpu())
         width = max(part.shape[-1] for part in indices)
         padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in (*indices, *weights)]
         return torch.cat(padded[: len(indices)]), torch.cat(padded[len(indices) :])
