@@ -9,6 +9,7 @@ A checkpoint keeps one file per adapter in its folder ``meteora.stats``; the fol
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -169,6 +170,24 @@ def _lower(width: int) -> Tensor:
     return rows * width + columns
 
 
+def unpacked(packed: Tensor) -> Tensor:
+    """A symmetric matrix (h, h) from its lower triangle, row by row (h (h + 1) / 2,)."""
+    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    full = torch.empty(width, width, dtype=packed.dtype)
+    if width <= _INDEXED:
+        full.view(-1)[_lower(width)] = packed
+    else:
+        place = 0
+        for row in range(width):
+            full[row, : row + 1] = packed[place : place + row + 1]
+            place += row + 1
+    for start in range(0, width, 512):  # in blocks: a transposed copy of the whole would double the memory
+        full[:start, start : start + 512] = full[start : start + 512, :start].t()
+        block = full[start : start + 512, start : start + 512]
+        block.copy_(block.tril() + block.tril(-1).t())
+    return full
+
+
 class GateStatistics:
     """The statistics of one adapter, which are read one layer input at a time.
 
@@ -229,29 +248,21 @@ class GateStatistics:
         return self._read(f"{self.input_of(layer)}.mean")
 
     def squares(self, layer: str) -> Tensor:
-        """Return the second moments of a layer's input, a float64 tensor of shape (h, h). Raises CheckpointError for NaN and infinity."""
+        """The second moments of a layer's input: float64 (h, h). Raises CheckpointError for NaN and infinity."""
+        return unpacked(self.packed(layer))
+
+    def packed(self, layer: str) -> Tensor:
+        """The lower triangle of the second moments of a layer's input, row by row: float64 (h (h + 1) / 2,). Raises CheckpointError as :meth:`squares`."""
         name = self.input_of(layer)
-        mean = self._read(f"{name}.mean")
-        packed = self._files.read(f"{name}.second")
-        full = torch.empty(len(mean), len(mean), dtype=torch.float64)
-        if len(mean) <= _INDEXED:
-            full.view(-1)[_lower(len(mean))] = packed.double()
-        else:
-            position = 0
-            for row in range(len(mean)):
-                full[row, : row + 1] = packed[position : position + row + 1]
-                position += row + 1
-        del packed
-        for start in range(0, len(mean), 512):  # in blocks, because a transposed copy of the whole matrix would double the memory
-            full[:start, start : start + 512] = full[start : start + 512, :start].t()
-            block = full[start : start + 512, start : start + 512]
-            block.copy_(block.tril() + block.tril(-1).t())
+        packed = self._read(f"{name}.second")
         if self.header.second == "float16":
-            deviation = self._read(f"{name}.deviation")
-            full.mul_(deviation[:, None]).mul_(deviation).addr_(mean, mean)
-        if not torch.isfinite(full).all():
-            raise CheckpointError(f"{name}.second in {self.file} holds numbers that are not finite", hint=_AGAIN)
-        return full
+            mean, deviation = self._read(f"{name}.mean"), self._read(f"{name}.deviation")
+            place = 0
+            for row in range(len(mean)):
+                part = packed[place : place + row + 1]
+                part.mul_(deviation[row]).mul_(deviation[: row + 1]).add_(mean[: row + 1] * mean[row])
+                place += row + 1
+        return packed
 
     def _read(self, name: str) -> Tensor:
         tensor = self._files.read(name).double()

@@ -132,7 +132,10 @@ def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
     """
     targets = means - means.sum(0, keepdim=True) / len(means)
     squares.diagonal().add_(SHRINK * squares.diagonal().mean())
-    return torch.linalg.solve(squares, targets.t()).t()
+    factor, failed = torch.linalg.cholesky_ex(squares)
+    if failed:  # rounded sums may be a little indefinite
+        return torch.linalg.solve(squares, targets.t()).t()
+    return torch.cholesky_solve(targets.t(), factor).t()
 
 
 class InputSums:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, natural_order
-from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, StatisticsHeader, join_statistics, write_statistics
+from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, StatisticsHeader, join_statistics, unpacked, write_statistics
 from meteora_core.checkpoints.native_config import BaseEntry
 from meteora_core.errors import CheckpointError, DataError, MeteoraError
 from meteora_core.files import storage_errors
@@ -247,7 +247,9 @@ def _solve(statistics: Sequence[GateStatistics], layer: str) -> Tensor:
         raise CheckpointError(
             f"the statistics of {layer} have different widths: {listed(str(len(mean)) for mean in means)}", hint="use those of one base model"
         )
-    total = statistics[0].squares(layer)
+    packed = statistics[0].packed(layer)
     for each in statistics[1:]:
-        total += each.squares(layer)
+        packed += each.packed(layer)
+    total = unpacked(packed)
+    del packed
     return ridge_rows(total, torch.stack(means)).float()
