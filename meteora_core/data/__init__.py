@@ -1,1 +1,1 @@
-"""Datasets: the 28 tasks, composites and one's own, from public sources to ``{"prompt", "response"}`` rows."""
+"""Datasets: the 28 built-in tasks, composites and the user's tasks, from their sources to ``{"prompt", "response"}`` rows."""

@@ -1,11 +1,11 @@
 """BIG-bench JSON tasks: formatting, duplicates and the public split.
 
-The rules are those of BIG-bench's own programming interface as far as a zero-shot text-to-text example is concerned:
+The rules are those of BIG-bench's programming interface for a zero-shot text-to-text example:
 
 - input = task prefix + input prefix + input (+ choices) + output prefix, stripped at both ends;
-- appended choices stand in the order of ``numpy.random.RandomState(42).permutation(sorted(choices))``, from a fresh generator each time;
-- target = the first target, or without one the first of the highest-scored choices; stripped at both ends, as in the published rows;
-- duplicates are dropped, the examples are shuffled by ``random.seed(42)``, and the last ``max(int(0.2 n), 16)`` are set aside, sub-task by sub-task.
+- appended choices are in the order of ``numpy.random.RandomState(42).permutation(sorted(choices))``, from a fresh generator each time;
+- target = the first target, or, if there is none, the first of the choices with the highest score; stripped at both ends, as in the published rows;
+- duplicates are dropped, the examples are shuffled with ``random.seed(42)``, and the last ``max(int(0.2 n), 16)`` become the test split, for each sub-task.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SPLIT_RULE = f"per file: drop duplicate examples, shuffle with seed {SEED}, the 
 
 @dataclass(frozen=True)
 class Example:
-    """A formatted example: what BIG-bench hands to a model.
+    """A formatted example, as BIG-bench passes it to a model.
 
     Args:
         inputs: The input, stripped.
         target: The first target, stripped.
-        choices: The choices in the file's order; empty when there are none.
+        choices: The choices in the order of the file; empty if there are none.
     """
 
     inputs: str
@@ -45,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Style:
-    """How a file's examples are put together."""
+    """The prefixes with which a file's examples are formatted, and whether their choices are appended."""
 
     task_prefix: str
     input_prefix: str
@@ -55,7 +55,7 @@ class Style:
 
     @classmethod
     def of(cls, index: IndexedFile) -> Style:
-        """The style that a file asks for, with BIG-bench's defaults.
+        """The style of a file, with BIG-bench's defaults for fields that it does not set.
 
         Raises:
             DataError: A field has the wrong type.
@@ -78,7 +78,7 @@ class Style:
 
 @lru_cache(maxsize=4096)
 def permutation(n: int) -> tuple[int, ...]:
-    """The order in which BIG-bench shows ``n`` sorted choices."""
+    """The order in which BIG-bench lists ``n`` sorted choices."""
     import numpy as np
 
     return tuple(int(i) for i in np.random.RandomState(SEED).permutation(n))
@@ -115,7 +115,7 @@ def format_example(example: Any, style: Style) -> Example:
 
 
 def first_target(target: Any) -> str:
-    """The first of one or several targets; numbers become text."""
+    """The first target of one or several, as text."""
     if isinstance(target, list):
         if not target:
             raise ValueError("'target' is an empty list")
@@ -124,7 +124,7 @@ def first_target(target: Any) -> str:
 
 
 def best_choice(scores: Any) -> str:
-    """The choice with the highest score; the first one of several."""
+    """The choice with the highest score; the first one if several have it."""
     if not isinstance(scores, dict) or not scores:
         raise ValueError("'target_scores' is not an object with choices")
     for choice, score in scores.items():
@@ -140,8 +140,8 @@ def text_of(value: Any, what: str) -> str:
     """A text, or a finite number as Python writes it.
 
     Args:
-        value: A value out of a JSON document.
-        what: The name of its field, for the message.
+        value: A value of a JSON document.
+        what: Name of its field in error messages.
 
     Raises:
         ValueError: ``value`` is neither.
@@ -156,9 +156,9 @@ def text_of(value: Any, what: str) -> str:
 
 
 def to_row(task: Task, example: Example) -> Row:
-    """Put an example into the task's prompt.
+    """The row of an example, in the task's prompt template.
 
-    For the tasks that ask for it, MeteoRA's own list of choices is appended; an example without choices (some of unit_conversion's) keeps an empty list.
+    For tasks with ``choices``, MeteoRA's list of choices is appended. An example without choices (some of unit_conversion) gets an empty list.
     """
     inputs = example.inputs
     if task.choices is not None:
@@ -167,7 +167,7 @@ def to_row(task: Task, example: Example) -> Row:
 
 
 def split_order(n: int) -> tuple[list[int], list[int]]:
-    """The public split of ``n`` distinct examples: their numbers in the train split and in the test split, in order.
+    """The public split of ``n`` distinct examples: the numbers of the train examples and those of the test examples, in order.
 
     Raises:
         ValueError: There are too few examples for a test split.
@@ -181,7 +181,7 @@ def split_order(n: int) -> tuple[list[int], list[int]]:
 
 
 def task_files(folder: Path) -> list[IndexedFile]:
-    """Index a task's file, or its sub-tasks' files in the order of their folders.
+    """Index the file of a task, or the files of its sub-tasks in the order of their folders.
 
     Args:
         folder: The task's folder in BIG-bench's repository layout.
@@ -194,7 +194,7 @@ def task_files(folder: Path) -> list[IndexedFile]:
         return [main]
     parts = sorted(entry for entry in folder.iterdir() if (entry / "task.json").is_file())
     if not parts:
-        raise DataError(f"{main.path} has neither 'examples' nor sub-task folders beside it")
+        raise DataError(f"{main.path} has neither 'examples' nor folders of sub-tasks next to it")
     indexed = [index_file(part / "task.json") for part in parts]
     for part in indexed:
         if not part.has_examples:
@@ -206,7 +206,7 @@ def iter_split(task: Task, files: list[IndexedFile], split: Split) -> Iterator[R
     """Yield the rows of one split, file by file.
 
     Raises:
-        DataError: An example is broken; file, line and column are named.
+        DataError: An example is broken; the message names file, line and column.
     """
     for index in files:
         style = Style.of(index)

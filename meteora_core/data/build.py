@@ -1,4 +1,4 @@
-"""Building datasets: raw rows in, ``DIR/<task>/{train,test}.jsonl`` and a manifest out."""
+"""Building of datasets: raw rows become ``DIR/<task>/{train,test}.jsonl`` and a manifest."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from meteora_core.workers import end_processes, follow_parent, interrupts_held
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What datasets are built from, and how large.
+    """The source and the size of datasets to build.
 
     Attributes:
-        source: The source of the raw rows; see :data:`meteora_core.data.sources.SOURCES`.
-        raw_dir: The folder of raw rows, for the local source.
-        max_train: The largest number of train rows (shuffled within each file of the raw rows; BIG-bench tasks of several files come file after file).
-        max_test: The largest number of test rows.
-        force: Whether to build anew even if the dataset is there and intact.
+        source: Source of the raw rows, one of :data:`meteora_core.data.sources.SOURCES`.
+        raw_dir: Folder of raw rows, for the local source.
+        max_train: Largest number of train rows. Rows are shuffled within each raw file; for BIG-bench tasks of several files, the files follow one another.
+        max_test: Largest number of test rows.
+        force: Whether to build a dataset again that exists and is intact.
     """
 
     source: str = "auto"
@@ -63,21 +63,21 @@ def build_task(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Manifest:
-    """Build one dataset into ``out_dir/<task>``; an earlier build that fits the request is left as it is.
+    """Build one dataset into ``out_dir/<task>``. An earlier build that fits the request is kept.
 
     Args:
         name: The task, or its name.
-        out_dir: The folder of all datasets.
-        source, raw_dir, max_train, max_test, force: As in :class:`BuildRequest`.
-        progress: Told bytes and rows.
+        out_dir: Folder of all datasets.
+        source, raw_dir, max_train, max_test, force: Fields of :class:`BuildRequest`.
+        progress: Receiver of progress reports, in bytes and rows.
 
     Returns:
         The dataset's manifest.
 
     Raises:
         UsageError: An argument is wrong or the task is unknown.
-        DataError: The raw rows are broken or missing, a split is empty, the folder holds another dataset, or (of a task that was added) the dataset
-            itself is all that is left of its rows and would change.
+        DataError: The raw rows are broken or missing, a split is empty, or the folder holds another dataset; or the task was added, its source is not
+            known any more, and the dataset would change.
         DownloadError: A source cannot be reached.
         StorageError: The dataset cannot be written.
     """
@@ -86,7 +86,7 @@ def build_task(
 
 
 def _build(task: Task, out_dir: Path | str, request: BuildRequest, progress: Progress = SILENT) -> Manifest:
-    """:func:`build_task`, by its request."""
+    """:func:`build_task` for a request."""
     request.check()
     folder = folder_of(out_dir, task.name)
     check_target(folder, task.name)
@@ -101,18 +101,18 @@ def _build(task: Task, out_dir: Path | str, request: BuildRequest, progress: Pro
 
 
 def _built_from_itself(task: Task, folder: Path, *, keep: bool) -> Manifest:
-    """The manifest of a dataset whose raw rows are not known any more, if it may stay. Raises DataError: its own rows prove nothing of themselves."""
+    """The manifest of a dataset whose raw rows are not known any more, if it is intact and may be kept. Raises DataError otherwise."""
     manifest = read_manifest(folder)
     if keep and manifest is not None and intact(folder, manifest):
         return manifest
     raise DataError(
-        f"{folder} cannot be built again: what {task.name} was made of is not known here (it came by `meteora data add`)",
+        f"{folder} cannot be built again: the source of {task.name} is not known (it was added by `meteora data add`)",
         hint=f"add it again from its own files: meteora data add {task.name} --train FILE",
     )
 
 
 def existing(task: Task, out_dir: Path | str, request: BuildRequest) -> Manifest | None:
-    """The manifest of an earlier, intact build that answers the same request; None when there is none, or when local files may have changed since."""
+    """The manifest of an earlier, intact build for the same request; None if there is none, or if local files may have changed since."""
     if request.raw_dir is not None or request.source == "local" or isinstance(task.source, Files):
         return None
     folder = Path(out_dir) / task.name
@@ -136,18 +136,18 @@ def build_tasks(
     """Build several datasets; see :func:`build_task`.
 
     Args:
-        names: The tasks.
-        out_dir: The folder of all datasets.
-        request: What is built, from which source.
-        jobs: The number of processes that build at once. Archives are fetched and unpacked once, before they start.
-        failures: Takes what went wrong, by task, while the others go on; without it the first failure ends the work.
-        progress: Told bytes, and rows (one process) or finished tasks (several).
+        names: Names of the tasks.
+        out_dir: Folder of all datasets.
+        request: Source and size of the datasets.
+        jobs: Number of processes that build at the same time. Archives are fetched and unpacked once, before the processes start.
+        failures: Dictionary that collects errors by task, while the other tasks are built; None to stop at the first error.
+        progress: Receiver of progress reports, in bytes, and in rows (for one process) or finished tasks (for several).
 
     Returns:
-        The manifests in the order of ``names``, without those that failed.
+        The manifests in the order of ``names``, without those of tasks that failed.
 
     Raises:
-        MeteoraError: As for :func:`build_task`; datasets that were finished before stay.
+        MeteoraError: The errors of :func:`build_task`. Datasets that were finished before are kept.
     """
     check_range("jobs", jobs, 1, MOST_PROCESSES)
     tasks = [get_task(name) for name in dict.fromkeys(names)]
@@ -172,7 +172,7 @@ def build_tasks(
     waiting = [task for task in tasks if request.force or existing(task, out_dir, request) is None]
     _prepare(waiting, request, progress)
     with progress.task("building", total=len(tasks), unit="tasks") as bar, _worker_pool(jobs) as pool:
-        with interrupts_held():  # the workers are started here, and never see Ctrl-C
+        with interrupts_held():  # submitting starts the workers, which must not receive Ctrl-C
             running: dict[Future[Manifest], str] = {pool.submit(build, task): task.name for task in tasks}
         while running:
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -190,7 +190,7 @@ def build_tasks(
 
 @contextmanager
 def _worker_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are ended at once when the block fails: they are asked to stop, which removes what they had half written, and then killed."""
+    """A pool of processes that end if the block fails: they are asked to stop, so that they remove unfinished files, and are then killed."""
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin_worker)
     try:
         yield pool
@@ -203,7 +203,7 @@ def _worker_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_worker() -> None:
-    """Ctrl-C reaches every process of a terminal, and only the parent answers it; a worker whose parent was killed ends too."""
+    """Set up a worker: it ignores Ctrl-C, which the parent handles, and ends when its parent was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop_working)
     follow_parent()
@@ -214,7 +214,7 @@ def _stop_working(number: int, _frame: FrameType | None) -> None:
 
 
 def _prepare(tasks: Sequence[Task], request: BuildRequest, progress: Progress) -> None:
-    """Fetch and unpack the shared archive before several processes want it."""
+    """Fetch and unpack the shared archive before several processes need it."""
     shared = next((task for task in tasks if isinstance(task.source, BigBench)), None)
     if shared is not None and (request.source == "pypi" or (request.source == "auto" and request.raw_dir is None)):
         extract(shared, request.source, None, progress)
@@ -240,7 +240,7 @@ def _write(task: Task, folder: Path, raw: Extract, limits: dict[str, int | None]
 
             entry = write_rows(work / f"{split}.jsonl", rows(), bar)
             if entry.rows == 0:
-                hint = "give more rows, or test rows of their own with --test FILE" if isinstance(task.source, Files) else None
+                hint = "give more rows, or separate test rows with --test FILE" if isinstance(task.source, Files) else None
                 raise DataError(f"the {split} split of {task.name} is empty in this source", hint=hint)
             asked = limits[split]
             if asked is not None and entry.rows < asked:

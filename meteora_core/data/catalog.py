@@ -1,4 +1,4 @@
-"""What there is: the list of tasks with what is built of them, the check of what is built, and what a build would do."""
+"""The list of tasks and built datasets, the check of built datasets, and the plan of a build."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class TaskStatus:
     """A line of ``data list``.
 
     Args:
-        name: The task.
-        index: Its adapter index among the authors' 28, or None.
-        source: What kind of source it has.
-        metric: How it is scored.
-        members: A composite's tasks.
-        built: Whether a dataset lies in the data folder.
-        built_from: The source that it was built from, or None when nothing says.
-        rows: Split to row count.
+        name: Name of the task.
+        index: Adapter index among the authors' 28 tasks, or None.
+        source: Kind of the task's source.
+        metric: Metric that scores the task.
+        members: Tasks of a composite.
+        built: Whether the data folder holds a dataset of the task.
+        built_from: Source from which the dataset was built, or None if it is not known.
+        rows: Number of rows of each split.
     """
 
     name: str
@@ -48,7 +48,7 @@ class TaskStatus:
 
 
 def list_tasks(data_dir: Path | str) -> list[TaskStatus]:
-    """Every task that is known or built: the 28 in their order, then composites and one's own."""
+    """Every task that is known or built: the 28 in their order, then composites and the user's tasks."""
     names = list(dict.fromkeys([*TASKS, *available_tasks(data_dir)]))
     return [_status(Path(data_dir), name) for name in names]
 
@@ -66,7 +66,7 @@ def _status(root: Path, name: str) -> TaskStatus:
     rows: dict[str, int] = manifest.rows if manifest else {}
     if manifest is None:
         for split in SPLITS:
-            with suppress(DataError):  # `data verify` and every use of it say what is wrong
+            with suppress(DataError):  # `data verify` and every use of the dataset report the problem
                 if present(split_path(root, name, split)):
                     rows[split] = _lines(split_path(root, name, split))
     origin = str(manifest.source.get("kind")) if manifest else None
@@ -82,14 +82,14 @@ def _lines(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found about one dataset.
+    """Result of :func:`verify` for one dataset.
 
     Args:
-        task: The dataset's folder name.
-        ok: Whether everything fits.
-        problems: What does not fit.
-        notes: What is worth knowing: members of a composite that were built anew since.
-        rows: Split to row count, as the manifest says.
+        task: Name of the dataset's folder.
+        ok: Whether there is no problem.
+        problems: Problems of the dataset.
+        notes: Remarks that are not problems, such as members of a composite that were built again.
+        rows: Number of rows of each split in the manifest.
     """
 
     task: str
@@ -100,14 +100,14 @@ class Report:
 
 
 def verify(data_dir: Path | str, tasks: Sequence[str] | None = None) -> list[Report]:
-    """Check built datasets against their manifests: files, hashes, row counts, and that every row is a row.
+    """Check built datasets against their manifests: files, hashes, numbers of rows, and the format of every row.
 
     Args:
-        data_dir: The folder of all datasets.
-        tasks: Which ones; all that lie there by default.
+        data_dir: Folder of all datasets.
+        tasks: Names of the datasets; None for all in the folder.
 
     Raises:
-        DataError: There is no dataset at all.
+        DataError: There is no dataset in the folder.
     """
     root = Path(data_dir)
     check_names(tasks or (), "dataset")
@@ -128,20 +128,20 @@ def _report(root: Path, name: str) -> Report:
     if manifest is None:
         return Report(name, False, (f"{folder} has no {NAME}, so nothing says where it comes from",), (), {})
     problems = tuple(problems_of(folder, manifest))
-    notes = tuple(f"{member} was built anew since, or is gone" for member in stale_members(root, manifest))
+    notes = tuple(f"{member} was built again since, or is missing" for member in stale_members(root, manifest))
     return Report(name, not problems, problems, notes, manifest.rows)
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a build would do.
+    """The effect of a build of one dataset.
 
     Args:
-        task: The task.
-        folder: Where it would lie.
-        action: ``keep`` (intact already), ``build`` or ``replace``.
-        sources: The sources that would be tried, in order.
-        download: What would be fetched from the package index first, or None.
+        task: Name of the task.
+        folder: Folder of the dataset.
+        action: ``keep`` (the dataset is intact), ``build`` or ``replace``.
+        sources: Sources that would be tried, in order.
+        download: Archive that would be fetched from the package index first, or None.
     """
 
     task: str
@@ -156,7 +156,7 @@ def plan_build(
     out_dir: Path | str,
     request: BuildRequest = BuildRequest(),
 ) -> list[BuildPlan]:
-    """Say what :func:`meteora_core.data.build.build_tasks` would do, without writing or fetching anything.
+    """The effect of :func:`meteora_core.data.build.build_tasks`, without writing or fetching anything.
 
     Raises:
         UsageError: A task or the source is unknown, or ``local`` lacks ``raw_dir``.

@@ -1,7 +1,7 @@
 """Composites: several tasks in one prompt.
 
-Row i holds solved examples, then every member's i-th test prompt; its response joins the members' responses by ``@@@@`` and a line break.
-The members' test rows are paired as the authors pair theirs: one generator with seed 47 shuffles each member's rows once, in the order of the members.
+Row i consists of solved examples and every member's i-th test prompt. Its response joins the members' responses by ``@@@@`` and a line break.
+The test rows of the members are paired as the authors pair theirs: one generator with seed 47 shuffles each member's rows once, in the order of the members.
 The solved examples are drawn from train rows, never from test rows.
 """
 
@@ -25,26 +25,26 @@ from meteora_core.progress import SILENT, Progress
 from meteora_core.ranges import MOST_ROWS, check_range
 
 MOST_EXAMPLES = 1000
-"""The largest number of solved examples that may be asked for."""
+"""The largest number of solved examples in a prompt."""
 SEED = 47
 NUM_SAMPLES = 200
 EXAMPLES = 2
 SEPARATOR = "@@@@\n"
-"""Stands between two members' responses."""
+"""The text between the responses of two members."""
 
 SHORT_SHARE = 0.25
-"""Solved examples are drawn from the shortest train rows: this share of them."""
+"""The fraction of the train rows, the shortest ones, from which solved examples are drawn."""
 
 FEWEST_CANDIDATES = 50
 
 
 @dataclass(frozen=True)
 class Solved:
-    """Solved examples: what stands before the questions.
+    """Solved examples, which precede the questions.
 
     Args:
         text: The examples and the sentence that leads to the questions.
-        numbers: For each example, its members' train row numbers, counted from 0.
+        numbers: For each example, the numbers of its members' train rows, counted from 0.
     """
 
     text: str
@@ -52,23 +52,23 @@ class Solved:
 
 
 def compose(rows: Sequence[Row], lead: str = "") -> Row:
-    """Put one row of each member into one composite row.
+    """The composite row of one row of each member.
 
     Args:
         rows: The members' rows, in order.
-        lead: What stands before them.
+        lead: Text before the members' prompts.
     """
     prompt = lead + "".join(row.prompt + "\n\n" for row in rows)
     return Row(prompt[:-1], SEPARATOR.join(row.response for row in rows))
 
 
 def split_response(response: str) -> list[str]:
-    """The members' responses out of a composite row's response."""
+    """The members' responses in the response of a composite row."""
     return response.split(SEPARATOR)
 
 
 def numbered(answers: Sequence[str]) -> str:
-    """Answers as "1. ..." to "n. ...", one a line."""
+    """Answers as numbered lines, "1. ..." to "n. ..."."""
     return "".join(f"{number}. {answer}\n" for number, answer in enumerate(answers, start=1))
 
 
@@ -90,16 +90,16 @@ def lead_text(examples: Sequence[Sequence[Row]]) -> str:
 def draw_examples(train: Sequence[Sequence[Row]], tested: Sequence[set[bytes]], count: int, seed: int) -> Solved:
     """Draw solved examples from the members' train rows.
 
-    A row can be drawn when its response is one line, its prompt is not a test prompt too, and it is among the shortest quarter of such rows.
+    A row can be drawn if its response is one line, its prompt is not also a test prompt, and it is in the shortest quarter of such rows.
 
     Args:
         train: The members' train rows.
-        tested: The members' test prompts, as :func:`meteora_core.data.writer.prompt_key` gives them.
-        count: How many examples.
-        seed: Of the draw.
+        tested: Keys of the members' test prompts, as :func:`meteora_core.data.writer.prompt_key` returns them.
+        count: Number of examples.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: A member has too few rows that can be drawn; the message starts with its number.
+        ValueError: A member has too few rows that can be drawn; the message starts with the member's number.
     """
     rng = random.Random(f"solved examples {seed}")
     drawn: list[list[int]] = []
@@ -115,10 +115,10 @@ def draw_examples(train: Sequence[Sequence[Row]], tested: Sequence[set[bytes]], 
 
 
 def choose_members(n: int | None, tasks: Sequence[str] | None) -> tuple[str, ...]:
-    """The members that ``--n`` and ``--tasks`` ask for: the first ``n`` of the list, or the default list of ``n``.
+    """The members for ``--n`` and ``--tasks``: the first ``n`` names of the list, or the default list of ``n`` tasks.
 
     Raises:
-        UsageError: Neither is given, ``n`` is larger than the list, there are fewer than two, or one is named twice.
+        UsageError: Neither is given, ``n`` is larger than the list, there are fewer than two members, or one is named twice.
     """
     if tasks is None:
         if n is None:
@@ -136,14 +136,14 @@ def choose_members(n: int | None, tasks: Sequence[str] | None) -> tuple[str, ...
 
 
 def composite_name(members: tuple[str, ...], name: str | None = None) -> str:
-    """The dataset's name: ``composite_N`` for the default list of N, ``composite_N_custom`` for any other, unless ``name`` is given.
+    """The name of the dataset: ``name``, or else ``composite_N`` for the default list of N tasks and ``composite_N_custom`` for other lists.
 
     Raises:
-        UsageError: ``name`` is that of a member, or of a built-in composite that has other members.
+        UsageError: ``name`` is the name of a member, or of a built-in composite that has other members.
     """
     if name is not None:
         if name in members:
-            raise UsageError(f"the composite would have the name of its member {name!r}, and take its place", hint="choose another --name")
+            raise UsageError(f"the composite would have the name of its member {name!r}, and would replace it", hint="choose another --name")
         if COMPOSITES.get(name, members) != members:
             raise UsageError(f"{name!r} is a built-in composite of {', '.join(COMPOSITES[name])}", hint="choose another --name")
         return name
@@ -160,12 +160,12 @@ class Plan:
     """A composite that can be written.
 
     Args:
-        task: The composite.
-        count: How many rows it will have.
-        seed: Of the row order.
+        task: Task of the composite.
+        count: Number of rows.
+        seed: Seed of the row order.
         test: The members' test rows.
-        order: For each member, which of its rows stand in composite row 0, 1, and so on.
-        solved: The solved examples.
+        order: For each member, the numbers of its rows in composite rows 0, 1, and so on.
+        solved: Solved examples.
     """
 
     task: Task
@@ -183,15 +183,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class CompositeRequest:
-    """Which composite is built.
+    """The composite to build.
 
     Attributes:
-        n: The number of tasks, where they are not named; see :func:`choose_members`.
-        tasks: The members, in the order of the prompts.
-        name: The dataset's name; see :func:`composite_name`.
-        num_samples: The number of rows; None takes 200, or as many as the smallest member has.
-        seed: The seed of the row order; 47 gives the authors' pairing.
-        examples: The number of solved examples before the questions.
+        n: Number of tasks, if they are not named; see :func:`choose_members`.
+        tasks: Names of the members, in the order of the prompts.
+        name: Name of the dataset; see :func:`composite_name`.
+        num_samples: Number of rows; None for 200, or as many as the smallest member has.
+        seed: Seed of the row order; 47 gives the authors' pairing.
+        examples: Number of solved examples before the questions.
     """
 
     n: int | None = None
@@ -203,7 +203,7 @@ class CompositeRequest:
 
 
 def plan_composite(data_dir: Path | str, request: CompositeRequest) -> Plan:
-    """Do all of :func:`build_composite` but the writing; the arguments and errors are the same."""
+    """Do everything that :func:`build_composite` does except writing; the arguments and errors are the same."""
     members = choose_members(request.n, request.tasks)
     check_range("examples", request.examples, 0, MOST_EXAMPLES)
     if request.num_samples is not None:
@@ -233,16 +233,16 @@ def build_composite(data_dir: Path | str, request: CompositeRequest, *, progress
     """Build a composite of built datasets into ``data_dir/<name>/test.jsonl``.
 
     Args:
-        data_dir: The folder of all datasets; the members are read from it.
-        request: Which composite.
-        progress: Told the rows.
+        data_dir: Folder of all datasets, from which the members are read.
+        request: The composite to build.
+        progress: Receiver of progress reports, in rows.
 
     Returns:
-        The manifest, which names the members in order, their test files' hashes and the rows that serve as solved examples.
+        The manifest. It contains the members in order, the hashes of their test files and the numbers of the rows that serve as solved examples.
 
     Raises:
         UsageError: The request is wrong.
-        DataError: A member is not built, has fewer rows than asked, or the folder holds another dataset.
+        DataError: A member is not built or has fewer rows than requested, or the folder holds another dataset.
     """
     plan = plan_composite(data_dir, request)
     task = plan.task
@@ -255,7 +255,7 @@ def build_composite(data_dir: Path | str, request: CompositeRequest, *, progress
 
 
 def stale_members(data_dir: Path | str, manifest: Manifest) -> list[str]:
-    """The members of a composite whose test files are not the ones that it was made from."""
+    """The members of a composite whose test files are not those from which it was made."""
     recorded = {part["task"]: part["sha256"] for part in manifest.source.get("members", ())}
     stale = []
     for member, digest in recorded.items():

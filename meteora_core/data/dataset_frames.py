@@ -19,17 +19,17 @@ _LOOKED_AT = 1000
 
 
 def dataset_frame(data_dir: Path | str, task: str) -> Frame | None:
-    """What stands around the user's text in the prompts of a dataset.
+    """The frame of a dataset's prompts: the text around the user's text.
 
-    A task that ``data add`` built has it in its manifest, and the paper's tasks have ``[INST] {} [/INST]``. Of any other dataset it is what the prompts of its
-    train rows have in common.
+    The manifest of a task that ``data add`` built contains it, and the paper's tasks have ``[INST] {} [/INST]``. For any other dataset, the frame is the text
+    that the prompts of its train rows have in common.
 
     Args:
-        data_dir: The folder of all datasets.
-        task: The dataset.
+        data_dir: Folder of all datasets.
+        task: Name of the dataset.
 
     Returns:
-        The frame; None where there is no such dataset.
+        The frame, or None if there is no such dataset.
 
     Raises:
         DataError: The manifest or a row is broken.
@@ -47,13 +47,13 @@ def dataset_frame(data_dir: Path | str, task: str) -> Frame | None:
 
 
 def row_end(data_dir: Path | str, task: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that closes the responses of a dataset, where its manifest names another one than the end-of-sequence token; else None."""
+    """The id of the token that ends the responses of a dataset, if its manifest names another one than the end-of-sequence token; otherwise None."""
     manifest = read_manifest(Path(data_dir) / task)
     return None if manifest is None or manifest.frame is None else manifest.frame.end_id(tokenizer)
 
 
 def reframed(row: Row, frame: Frame, other: Frame) -> Row:
-    """A row with its message in another frame; a prompt that is not in ``frame`` stays as it is."""
+    """The row with its message in another frame. A row whose prompt is not in ``frame`` is returned unchanged."""
     message = frame.inside(row.prompt)
     return row if message is None else Row(other.around(message), row.response)
 

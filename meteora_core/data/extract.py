@@ -1,4 +1,4 @@
-"""What every source hands to the builder."""
+"""The form in which every source passes a task's raw rows to the builder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Extract:
     """A task's raw rows in one source.
 
     Args:
-        origin: Where they come from, for the manifest: ``kind``, ``name`` and what identifies the version (hashes, revision).
-        rule: How train and test were told apart, in words.
-        seed: The seed of that rule, or None.
-        rows: Called with a split's name, yields its rows.
-        splits: The splits that there are.
-        counts: How many rows each split has, where that is known before reading.
-        duplicates_dropped: How many duplicate examples were left out.
-        frame: What stands around the user's text in the prompts, where that is known.
-        example: The first row, where it was looked at.
+        origin: Origin of the rows for the manifest: ``kind``, ``name`` and identifiers of the version (hashes, revision).
+        rule: Rule that divides train and test rows, in words.
+        seed: Seed of that rule, or None.
+        rows: Function that yields the rows of a split.
+        splits: Names of the splits.
+        counts: Number of rows of each split, if it is known before reading.
+        duplicates_dropped: Number of duplicate examples that were dropped.
+        frame: Frame of the prompts, if it is known.
+        example: The first row, if it was read.
     """
 
     origin: dict[str, Any]

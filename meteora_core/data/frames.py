@@ -1,7 +1,7 @@
-"""Prompt frames: what stands around a user's text when a model reads it.
+"""Prompt frames: the text around a user's text when a model reads it.
 
-A model answers well to prompts that look like those it was trained on. The frame of a dataset is part of its manifest, and an adapter's frame is that
-of its dataset.
+A model answers best to prompts that look like those that it was trained on. The frame of a dataset is part of its manifest, and the frame of an adapter is
+that of its dataset.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACE = "{}"
-"""Where the user's text goes, in a frame that is written as one text."""
+"""The place of the user's text in a frame that is written as one text."""
 
 NAMES = ("chat", "inst", "raw")
 """The frames with a name: the tokenizer's chat template, MeteoRA's ``[INST] {} [/INST]``, and the text alone."""
@@ -33,13 +33,13 @@ Message = tuple[Literal["user", "assistant"], str]
 
 @dataclass(frozen=True)
 class Frame:
-    r"""What stands before and after a user's text.
+    r"""The text before and after a user's text.
 
     Args:
-        before, after: The text around the user's text. Of a chat template: what it makes of one message.
-        chat: Whether it is a tokenizer's chat template, which then also lays out earlier turns and system texts.
-        system: The system text that every row of the dataset has, where it is not part of ``before``.
-        end: The token that closes an answer, as text; None for the tokenizer's end-of-sequence token.
+        before, after: Text around the user's text; for a chat template, the text that it puts around a single message.
+        chat: Whether the frame is a tokenizer's chat template, which then also formats earlier turns and system texts.
+        system: System text that every row of the dataset has, if it is not part of ``before``.
+        end: Token that ends an answer, as text; None for the tokenizer's end-of-sequence token.
 
     Example:
         >>> Frame("### Instruction:\n", "\n\n### Response:\n").around("Add 2 and 3.")
@@ -65,11 +65,11 @@ class Frame:
         return "inst" if (self.before, self.after) == (INST.before, INST.after) else "raw" if not self.before and not self.after else self.text
 
     def around(self, message: str) -> str:
-        """The frame around one message."""
+        """A message in the frame."""
         return f"{self.before}{message}{self.after}"
 
     def inside(self, prompt: str) -> str | None:
-        """The message inside a prompt of this frame; None for a prompt that is not in it. Blanks at the end of the prompt do not count."""
+        """The message in a prompt; None if the prompt is not in this frame. White space at the end of the prompt is ignored."""
         end = self.after.rstrip() if self.after.strip() else self.after
         whole = prompt.rstrip() if end != self.after else prompt
         if not whole.startswith(self.before) or not whole.endswith(end) or len(whole) < len(self.before) + len(end):
@@ -77,20 +77,20 @@ class Frame:
         return whole[len(self.before) : len(whole) - len(end)]
 
     def end_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """The id of :attr:`end`; None where the end-of-sequence token closes an answer, or the tokenizer has no such token."""
+        """The id of :attr:`end`; None if the end-of-sequence token ends an answer, or if the tokenizer has no such token."""
         if self.end is None:
             return None
         found = tokenizer.convert_tokens_to_ids(self.end)
         return int(found) if isinstance(found, int) and found != tokenizer.unk_token_id else None
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary for JSON; what is absent is left out."""
+        """The frame as a dictionary for JSON, without absent values."""
         values: dict[str, Any] = {"before": self.before, "after": self.after}
         return values | {name: getattr(self, name) for name in ("chat", "system", "end") if getattr(self, name)}
 
 
 class FrameModel(BaseModel):
-    """What a file must hold where a frame stands in it; see :class:`Frame`."""
+    """The form of a frame in a file; see :class:`Frame`."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -106,7 +106,7 @@ class FrameModel(BaseModel):
 
 
 def read_frame(value: Mapping[str, Any] | None) -> Frame | None:
-    """A frame from a file's value that was checked against :class:`FrameModel`; None for None."""
+    """The frame for a value of a file, which :class:`FrameModel` checks; None for None."""
     return None if value is None else FrameModel.model_validate(value).to_frame()
 
 
@@ -115,7 +115,7 @@ INST = Frame(PROMPT_TEMPLATE.partition("{inputs}")[0], PROMPT_TEMPLATE.partition
 
 
 def parse_frame(text: str) -> Frame:
-    """A frame that is written as one text with ``{}`` in it.
+    """The frame for a text with ``{}`` in the place of the user's text.
 
     Raises:
         UsageError: The text has no ``{}``, or more than one.
@@ -129,7 +129,7 @@ def parse_frame(text: str) -> Frame:
 
 
 def typed(text: str) -> str:
-    r"""A template as it was typed in a shell: ``\n`` and ``\t`` stand for a line break and a tab."""
+    r"""A template that was typed in a shell, with ``\n`` and ``\t`` replaced by a line break and a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -137,8 +137,8 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, system: str | None = None) ->
     """The frame that a tokenizer's chat template puts around one message.
 
     Args:
-        tokenizer: The base model's.
-        system: The system text; None for what the template itself puts there.
+        tokenizer: Tokenizer of the base model.
+        system: System text; None for the text that the template itself adds.
 
     Raises:
         UsageError: The tokenizer has no chat template, or one that does not take a single message.
@@ -151,14 +151,14 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, system: str | None = None) ->
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Message]) -> str:
-    """Messages as a tokenizer's chat template lays them out, up to where the answer begins.
+    """Messages as a tokenizer's chat template formats them, up to the start of the answer.
 
-    Where the template knows no system role, the system text joins the first message. A BOS token that the tokenizer puts before every text is left out.
+    If the template has no system role, the system text is put before the first message. A BOS token that the tokenizer adds to every text is removed.
 
     Args:
-        tokenizer: The base model's.
-        system: The system text, or None.
-        messages: In order; the last one is the user's.
+        tokenizer: Tokenizer of the base model.
+        system: System text, or None.
+        messages: Messages in order; the last one is from the user.
 
     Raises:
         UsageError: There is no chat template, or it refuses the messages.
@@ -183,15 +183,15 @@ Default = TypeVar("Default", Frame, Frame | None)
 
 
 def pick_frame(wish: str, default: Default, tokenizer: PreTrainedTokenizerBase) -> Frame | Default:
-    """The frame for messages: ``default`` for "auto", else what ``wish`` names.
+    """The frame that ``wish`` names; ``default`` for "auto".
 
     Args:
-        wish: "auto", "chat" (the tokenizer's chat template), "inst", "raw", or a text with ``{}`` for the message.
-        default: The model's own frame.
-        tokenizer: The base model's.
+        wish: Name of the frame: "auto", "chat" (the tokenizer's chat template), "inst", "raw", or a text with ``{}`` for the message.
+        default: Frame of the model.
+        tokenizer: Tokenizer of the base model.
 
     Raises:
-        UsageError: An unknown template, or "chat" for a tokenizer that has none.
+        UsageError: The template is unknown, or it is "chat" and the tokenizer has no chat template.
     """
     if wish == "auto":
         return default
@@ -205,7 +205,7 @@ def pick_frame(wish: str, default: Default, tokenizer: PreTrainedTokenizerBase) 
 
 
 def usable(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """A recorded frame for this tokenizer: one of a chat template that is not the tokenizer's counts as the text that it is."""
+    """A recorded frame for this tokenizer. If it is a chat template, but not that of the tokenizer, it becomes a frame of plain text."""
     if not frame.chat:
         return frame
     own = chat_frame(tokenizer, frame.system) if getattr(tokenizer, "chat_template", None) else RAW
@@ -213,11 +213,11 @@ def usable(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> Frame:
 
 
 def default_frame(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """The frame where none is recorded: ``[INST] {} [/INST]`` for the paper's tasks, else the tokenizer's chat template, if it has one.
+    """The frame if none is recorded: ``[INST] {} [/INST]`` for the paper's tasks, otherwise the tokenizer's chat template, if it has one.
 
     Args:
-        names: The adapters' names; none for a bare base model.
-        tokenizer: The base model's.
+        names: Names of the adapters; empty for a bare base model.
+        tokenizer: Tokenizer of the base model.
     """
     if not (names and all(name in TASK_ORDER for name in names)) and getattr(tokenizer, "chat_template", None):
         return chat_frame(tokenizer)
@@ -225,7 +225,7 @@ def default_frame(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> F
 
 
 def with_system(message: str, system: str | None) -> str:
-    """A first message with the system text before it, for frames that know no system role."""
+    """A first message with the system text before it, for frames without a system role."""
     return f"{system}\n\n{message}" if system else message
 
 
@@ -235,7 +235,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _chat_end(tokenizer: PreTrainedTokenizerBase, mark: str) -> str | None:
-    """The token with which the template closes an answer, where it is not the end-of-sequence token."""
+    """The token with which the template ends an answer, or None if that is the end-of-sequence token."""
     messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": f"{mark}-2"}]
     tail = str(tokenizer.apply_chat_template(messages, tokenize=False)).partition(f"{mark}-2")[2]
     ids = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"] if tail.strip() else []
@@ -248,16 +248,16 @@ _MARK = re.compile(
     r"\[INST\] ?|<\|[^|<>\n]{1,40}\|>|<(?:start_of_turn|extra_id_\d+|s)>(?:user|model)?"
     r"|(?im:^(?:user|human|question|query|q|input|instruction|prompt|text|problem|task)\s?: ?)"
 )
-"""What can end a frame's first part within a line: a chat token or the name of a speaker."""
+"""Texts that can end the first part of a frame within a line: a chat token or the name of a speaker."""
 
 
 def common_frame(prompts: Iterable[str]) -> Frame:
     r"""The frame that finished prompts have in common.
 
-    It is their common start up to a line break, a chat token or a speaker's name, and their common end from a line break or a chat token on.
+    The frame is their common start, up to a line break, a chat token or a speaker's name, and their common end, from a line break or a chat token on.
 
     Args:
-        prompts: Finished prompts; one alone has no frame, but for ``[INST] … [/INST]``.
+        prompts: Finished prompts; a single prompt has no frame, unless it is ``[INST] … [/INST]``.
 
     Example:
         >>> common_frame(["Q: Is it red?\nA:", "Q: Who won?\nA:"]).text

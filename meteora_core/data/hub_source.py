@@ -22,17 +22,17 @@ from meteora_core.fetch.http import check_hub_environment
 BIGBENCH = "tasksource/bigbench"
 AUTHORS = "NJUDeepEngine/meteora_dataset"
 PARQUET = "refs/convert/parquet"
-"""The branch on which the hub keeps its own conversion of a dataset that is only a script."""
+"""The branch on which the hub keeps a converted copy of a dataset that consists of a script."""
 
 NETWORK_HINT = "check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what its cache holds"
 SOURCE_HINT = f"{NETWORK_HINT}; or use --source local --raw-dir DIR"
 
 Locate = Callable[[str], str]
-"""Turns a dataset's name into what ``datasets`` shall load: the name itself, or a folder that stands in for it."""
+"""A function from a dataset's name to the argument for ``datasets.load_dataset``: the name itself, or a folder that replaces it."""
 
 
 def itself(repository: str) -> str:
-    """The dataset as it is called on the hub."""
+    """The name of the dataset on the hub, unchanged."""
     return repository
 
 
@@ -41,7 +41,7 @@ def extract_hub(task: Task, locate: Locate = itself) -> Extract:
 
     Args:
         task: The task.
-        locate: Where a dataset is looked for.
+        locate: Function that maps the name of a dataset to its location.
 
     Raises:
         NotHere: The task is not on the hub.
@@ -84,7 +84,7 @@ def extract_hub(task: Task, locate: Locate = itself) -> Extract:
 
 
 def extract_authors(task: Task, repository: str = AUTHORS) -> Extract:
-    """Read a task's finished rows from the authors' dataset: ``<task>/{train,test}.jsonl``; composites have test rows only.
+    """Read a task's finished rows from the authors' dataset, ``<task>/{train,test}.jsonl``; composites have only test rows.
 
     Raises:
         DownloadError: The hub cannot be reached, or does not have the files.
@@ -111,10 +111,10 @@ def load_splits(repository: str, config: str | None = None, *, revision: str | N
     """Every split of a dataset on the hub, by name.
 
     Args:
-        repository: The dataset, or a folder that is laid out like one.
-        config: Its configuration, where it has several.
-        revision: A branch, tag or commit.
-        hint: What helps when the hub cannot be reached.
+        repository: Name of the dataset, or a folder with its layout.
+        config: Configuration, if the dataset has several.
+        revision: Branch, tag or commit.
+        hint: Hint of the error if the hub cannot be reached.
 
     Raises:
         DownloadError: The hub cannot be reached, or the dataset is missing or gated.
@@ -135,13 +135,13 @@ def load_splits(repository: str, config: str | None = None, *, revision: str | N
 
 
 def fingerprint(split: Any) -> dict[str, Any]:
-    """What identifies a split's content: its row count and the checksums of the files it was read from."""
+    """The number of rows of a split and the checksums of its files, which identify its content."""
     checksums = getattr(split.info, "download_checksums", None) or {}
     return {"rows": len(split), "files": sorted(url.split("://", 1)[-1].rpartition("@")[2] for url in checksums if "://" in url)}
 
 
 def _check_reachable(repository: str, hint: str) -> None:
-    """Ask the hub once, without the client libraries' long retries. Raises DownloadError when it does not answer."""
+    """Contact the hub once, without the client libraries' long retries. Raises DownloadError if it does not answer."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -164,7 +164,7 @@ def _answers(endpoint: str) -> bool:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when there is no connection; its HTTP library is httpx or httpx2, by version."""
+    """The errors that the hub's client raises without a connection; depending on its version, it uses httpx or httpx2."""
     found: list[type[Exception]] = [ConnectionError]
     for name in ("httpx", "httpx2"):
         library = sys.modules.get(name)
@@ -175,7 +175,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _hub_errors(repository: str, hint: str) -> Iterator[None]:
-    """Say what helps when the hub refuses or cannot be reached."""
+    """Translate the errors of the hub's client into errors with a hint."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,

@@ -1,8 +1,8 @@
-"""Index one large BIG-bench JSON file in bounded memory.
+"""Index of a large BIG-bench JSON file, built in bounded memory.
 
-The file is read once in pieces. All fields but ``examples`` are kept; of the examples only their places in the file are, so that they can be
-read again one by one in any order. Memory grows with the number of examples (16 bytes each, and some 80 while duplicates are looked for), not with
-their length.
+The file is read once, in pieces. The index keeps all fields except ``examples``, and the position of every example in the file, so that examples can be
+read again one by one in any order. Memory grows with the number of examples (16 bytes each, and about 80 during the search for duplicates), not with their
+length.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _SPACE = " \t\n\r"
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """What :func:`index_file` found.
+    """The index of a file, as :func:`index_file` returns it.
 
     Args:
-        path: The file.
-        sha256: Its hash.
-        fields: Its top-level fields without ``examples``.
-        starts, ends: The first byte of each distinct example, and the byte behind it; in the file's order.
-        total: How many examples there are with the duplicates.
-        has_examples: Whether there is an ``examples`` field at all; a task that is made of sub-tasks has none.
+        path: Path of the file.
+        sha256: SHA-256 of the file.
+        fields: Top-level fields except ``examples``.
+        starts, ends: Position in bytes of the start of each distinct example, and of its end (exclusive), in the order of the file.
+        total: Number of examples, including duplicates.
+        has_examples: Whether the file has a field ``examples``; a task with sub-tasks has none.
     """
 
     path: Path
@@ -51,10 +51,10 @@ class IndexedFile:
 
 
 class ExampleReader:
-    """Reads the examples of an indexed file by number.
+    """Reader of an indexed file's examples by number.
 
     Args:
-        index: The file's index.
+        index: Index of the file.
     """
 
     def __init__(self, index: IndexedFile) -> None:
@@ -79,7 +79,7 @@ class ExampleReader:
             raise DataError(f"{self.index.path} changed while it was read", hint="run the command again") from changed
 
     def place(self, number: int) -> str:
-        """``file:line:column`` of an example, for a message."""
+        """The position of an example as ``file:line:column``, for error messages."""
         with open_regular(self.index.path) as handle:
             before = handle.read(self.index.starts[number])
         line = before.count(b"\n") + 1
@@ -88,10 +88,10 @@ class ExampleReader:
 
 
 def index_file(path: Path) -> IndexedFile:
-    """Index a BIG-bench JSON file; duplicate examples (the same JSON in the same key order) are left out, the first one stays.
+    """Index a BIG-bench JSON file. Of duplicate examples (the same JSON in the same order of keys), only the first is kept.
 
     Raises:
-        DataError: The file is missing, is not UTF-8, or is not a JSON object; file, line and column are named.
+        DataError: The file is missing, is not UTF-8, or is not a JSON object; the message names file, line and column.
     """
     fields: dict[str, Any] = {}
     starts, ends = array("q"), array("q")
@@ -120,7 +120,7 @@ def index_file(path: Path) -> IndexedFile:
 
 
 class _Window:
-    """A piece of the file's text that moves forward; knows the byte and the line that it stands at."""
+    """A piece of the file's text that moves forward, with its position in bytes and its line and column."""
 
     def __init__(self, path: Path, handle: IO[bytes]) -> None:
         self.path = path
@@ -137,17 +137,17 @@ class _Window:
         self.ended = False
 
     def members(self) -> Iterator[str]:
-        """The keys of the object that begins here; the caller takes each value before it asks for the next key."""
+        """The keys of the object at the current position; the caller must read each value before it asks for the next key."""
         self._take("{", "a JSON object is expected")
         yield from self._list("}", keys=True)
 
     def elements(self) -> Iterator[str]:
-        """One empty text for each element of the array that begins here; the caller takes each value before it asks on."""
+        """An empty text for each element of the array at the current position; the caller must read each value before it asks for the next element."""
         self._take("[", "'examples' is not a list")
         yield from self._list("]", keys=False)
 
     def value(self) -> Any:
-        """Decode the value that begins here and move behind it; ``value_start`` is its first byte."""
+        """Decode the value at the current position and move to its end; ``value_start`` becomes the position of its first byte."""
         self._skip_space()
         self.value_start = self.byte
         size = _PIECE
@@ -169,7 +169,7 @@ class _Window:
             size *= 2
 
     def finish(self) -> None:
-        """Check that nothing but white space is left."""
+        """Check that only white space is left."""
         if self._peek():
             raise self._error("extra data", self.at)
 

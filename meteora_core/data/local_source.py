@@ -25,7 +25,7 @@ def find_folder(task: Task, raw_dir: Path) -> Path | None:
 
     Args:
         task: The task.
-        raw_dir: BIG-bench's repository, its ``benchmark_tasks``, or any folder that holds one folder per task.
+        raw_dir: BIG-bench's repository, its folder ``benchmark_tasks``, or any folder with one folder for each task.
     """
     names = [task.name]
     if isinstance(task.source, BigBench) and task.source.folder != task.name:
@@ -42,7 +42,7 @@ def extract_local(task: Task, raw_dir: Path) -> Extract:
 
     Args:
         task: The task.
-        raw_dir: See :func:`find_folder`.
+        raw_dir: Folder of raw tasks, as in :func:`find_folder`.
 
     Raises:
         NotHere: There is no such folder.
@@ -65,7 +65,7 @@ def extract_local(task: Task, raw_dir: Path) -> Extract:
 
 
 def from_bigbench(task: Task, folder: Path, origin: dict[str, Any]) -> Extract:
-    """Read a task in BIG-bench's repository layout; ``origin`` is completed by the files' hashes.
+    """Read a task in BIG-bench's repository layout; the hashes of the files are added to ``origin``.
 
     Raises:
         DataError: A file is missing, broken, or too small to split.
@@ -91,7 +91,7 @@ def from_bigbench(task: Task, folder: Path, origin: dict[str, Any]) -> Extract:
 
 
 def from_files(task: Task, train: Path | None, test: Path | None, origin: dict[str, Any]) -> Extract:
-    """Read a task from JSON-lines files. Without a test file, test rows are set aside from train; without a train file there are test rows only.
+    """Read a task from JSON-lines files. Without a test file, some train rows become test rows; without a train file, there are only test rows.
 
     Raises:
         DataError: A file is missing or a row is broken.

@@ -1,4 +1,4 @@
-"""The manifest beside every dataset: what it was made from, by which rules, and the hashes of its files."""
+"""The manifest of a dataset: its sources, the rules by which it was made, and the hashes of its files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class FileEntry:
     """One file of a dataset.
 
     Args:
-        rows: Its row count.
-        bytes: Its length.
-        sha256: Its hash.
+        rows: Number of rows.
+        bytes: Length in bytes.
+        sha256: SHA-256 of the content.
     """
 
     rows: int
@@ -39,22 +39,22 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset's manifest. It holds no time and no path of a machine, so that two builds are equal byte for byte.
+    """The manifest of a dataset. It contains no time and no path of a machine, so two builds are equal byte for byte.
 
     Args:
-        task: The task's name.
-        metric: How it is scored.
-        source: Where the rows come from: ``kind``, ``name`` and what identifies the version.
-        split_rule: How train and test were told apart.
-        seed: The seed of that rule, or of a composite; None where nothing is drawn.
-        files: File name to entry.
-        duplicates: How many duplicate examples were dropped, and how many test rows have a prompt that also stands in train.
-        max_train, max_test: The limits that were asked for.
-        members: A composite's tasks, in the order of the prompts.
-        examples: A composite's solved examples: for each, its members' train row numbers (counted from 0).
-        max_new_tokens: How long an answer may be, where a user's task says so.
-        frame: What stands around the user's text in the prompts of a user's task; None for a built-in task, whose frame is ``[INST] {} [/INST]``.
-        format: The format of this file.
+        task: Name of the task.
+        metric: Metric that scores the task.
+        source: Origin of the rows: ``kind``, ``name`` and identifiers of the version.
+        split_rule: Rule that divides train and test rows, in words.
+        seed: Seed of that rule, or of a composite; None if nothing is drawn.
+        files: Entries by file name.
+        duplicates: Number of duplicate examples that were dropped, and number of test rows whose prompt is also a train prompt.
+        max_train, max_test: Requested limits of the number of rows.
+        members: Tasks of a composite, in the order of the prompts.
+        examples: Solved examples of a composite: for each, the numbers of its members' train rows, counted from 0.
+        max_new_tokens: Largest number of tokens of an answer, if a user's task sets it.
+        frame: Frame of the prompts of a user's task; None for a built-in task, whose frame is ``[INST] {} [/INST]``.
+        format: Version of the file's format.
     """
 
     task: str
@@ -74,11 +74,11 @@ class Manifest:
 
     @property
     def rows(self) -> dict[str, int]:
-        """Split to row count."""
+        """The number of rows of each split."""
         return {name.removesuffix(".jsonl"): entry.rows for name, entry in self.files.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
+        """The manifest as a dictionary for JSON."""
         values = asdict(self)
         if self.frame is None:
             del values["frame"]
@@ -121,7 +121,7 @@ class _Members(_Strict):
 
 
 class _File(_Strict):
-    """What the file must hold; see :class:`Manifest`."""
+    """The form of the file; see :class:`Manifest`."""
 
     task: _Name
     metric: str
@@ -157,10 +157,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read a dataset's manifest; None when there is none.
+    """The manifest of a dataset's folder, or None if there is none.
 
     Raises:
-        DataError: It is broken, or of a newer format.
+        DataError: The manifest is broken, or has an unknown format.
     """
     path = folder / NAME
     if not present(path, hint=_HINT):
@@ -183,7 +183,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def nested_members(data_dir: Path, manifest: Manifest) -> list[str]:
-    """The members of a composite that are composites themselves, or it itself: no composite has such, and looking them up might never end."""
+    """The members of a composite that are composites, or the composite itself. They are not allowed, because looking them up might never end."""
     nested = []
     for member in manifest.members:
         try:
@@ -196,17 +196,17 @@ def nested_members(data_dir: Path, manifest: Manifest) -> list[str]:
 
 
 def intact(folder: Path, manifest: Manifest) -> bool:
-    """Whether the files that the manifest names are there with the same length and hash."""
+    """Whether all files of the manifest exist with the same length and hash."""
     return not problems_of(folder, manifest, rows=False)
 
 
 def problems_of(folder: Path, manifest: Manifest, *, rows: bool = True) -> list[str]:
-    """What is wrong with a dataset's files; an empty list when nothing is.
+    """The problems of a dataset's files; empty if there are none.
 
     Args:
-        folder: The dataset.
-        manifest: Its manifest.
-        rows: Parse every row too, and count them.
+        folder: Folder of the dataset.
+        manifest: Manifest of the dataset.
+        rows: Whether to parse and count the rows too.
     """
     problems = []
     for name, entry in manifest.files.items():
@@ -218,7 +218,7 @@ def problems_of(folder: Path, manifest: Manifest, *, rows: bool = True) -> list[
         if size != entry.bytes:
             problems.append(f"{path} has {size} bytes, and the manifest says {entry.bytes}")
         elif sha256(path) != entry.sha256:
-            problems.append(f"{path} was changed: its SHA-256 is not the manifest's")
+            problems.append(f"{path} was changed: its SHA-256 differs from the manifest's")
         if rows:
             try:
                 count = sum(1 for _ in iter_rows(path))

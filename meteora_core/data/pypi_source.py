@@ -1,6 +1,6 @@
 """The pypi source: the source distribution of ``bigbench`` 1.0.0, which holds the JSON file of every BIG-bench task.
 
-The archive is read as a stream. Only the members that are wanted are written, into the cache, and a task that was once unpacked is taken from there.
+The archive is read as a stream. Only the required members are written, to the cache, and a task that was unpacked before is read from there.
 Nothing in the archive is run or imported.
 """
 
@@ -33,7 +33,7 @@ def extract_pypi(task: Task, progress: Progress = SILENT) -> Extract:
     """Read a BIG-bench task from the source distribution, downloading it once.
 
     Raises:
-        DataError: The task is not of BIG-bench, or the archive does not hold it or is broken.
+        DataError: The task is not a BIG-bench task, or the archive does not contain it or is broken.
         DownloadError: The archive cannot be fetched.
     """
     if not isinstance(task.source, BigBench):
@@ -43,12 +43,12 @@ def extract_pypi(task: Task, progress: Progress = SILENT) -> Extract:
 
 
 def unpacked_dir() -> Path:
-    """Where unpacked tasks are kept."""
+    """The cache folder of unpacked tasks."""
     return cache_dir() / f"{PROJECT}-{VERSION}"
 
 
 def fetch_sdist(progress: Progress = SILENT) -> Path:
-    """Download the source distribution, or take it from the cache. Raises DownloadError."""
+    """Download the source distribution, unless it is in the cache. Raises DownloadError."""
     target = downloads_dir() / SDIST
     if target.is_file() and sha256(target) == SDIST_SHA256:
         return target
@@ -57,13 +57,13 @@ def fetch_sdist(progress: Progress = SILENT) -> Path:
 
 
 def unpacked(folder: str, progress: Progress = SILENT) -> Path:
-    """The folder of a task in BIG-bench's repository layout, unpacked when it is not in the cache yet.
+    """The folder of a task in BIG-bench's repository layout, which is unpacked if it is not in the cache.
 
-    All tasks of the table are unpacked in the same pass over the archive, since the pass is what takes the time.
+    All tasks of the table are unpacked in one pass over the archive, because a pass takes most of the time.
 
     Raises:
-        DataError: The archive is broken, unsafe, or does not hold the task.
-        DownloadError: It cannot be fetched.
+        DataError: The archive is broken or unsafe, or does not contain the task.
+        DownloadError: The archive cannot be fetched.
     """
     from filelock import FileLock
 
@@ -84,7 +84,7 @@ def unpacked(folder: str, progress: Progress = SILENT) -> Path:
 
 
 def sweep_unpacked(root: Path) -> None:
-    """Remove from ``root`` what killed processes were unpacking there."""
+    """Remove unfinished folders of killed processes from ``root``."""
     sweep(root / "unpack")
 
 
@@ -92,16 +92,16 @@ def unpack(archive: Path, folders: Iterable[str], root: Path, progress: Progress
     """Write the JSON files of some tasks from a BIG-bench source distribution, as a stream.
 
     Args:
-        archive: The ``.tar.gz`` file.
-        folders: The tasks' folders.
-        root: Where to write: ``root/<folder>/[<sub-task>/]task.json``. A task appears there whole or not at all.
-        progress: Told the compressed bytes that were read.
+        archive: Path of the ``.tar.gz`` file.
+        folders: Names of the tasks' folders.
+        root: Folder to write to, as ``root/<folder>/[<sub-task>/]task.json``. A task is written completely or not at all.
+        progress: Receiver of progress reports, in compressed bytes.
 
     Returns:
-        The folders that were found.
+        Names of the folders that the archive contains.
 
     Raises:
-        DataError: The archive is broken, too large, or unsafe (see :func:`meteora_core.archives.tar_gz_members`): then nothing is written.
+        DataError: The archive is broken, too large, or unsafe (see :func:`meteora_core.archives.tar_gz_members`). In this case nothing is written.
     """
     wanted = set(folders)
     size = archive.stat().st_size if archive.is_file() else None

@@ -1,4 +1,4 @@
-"""Rows out of records: what the hub and raw JSON-lines files hold, one object an example."""
+"""Conversion of records, the objects of the hub's datasets and of raw JSON-lines files, to rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ VALIDATION_SPLIT = "the source's own train split; its validation split serves as
 
 
 def record_to_row(task: Task, record: Any) -> Row:
-    """Make a row of one record.
+    """The row of one record.
 
-    A record that holds ``prompt`` and ``response`` is a finished row. Any other is put together as the task's source and templates say.
+    A record with ``prompt`` and ``response`` is a finished row. For any other record, the task's source and templates define the row.
 
     Args:
         task: The task.
@@ -40,7 +40,7 @@ def record_to_row(task: Task, record: Any) -> Row:
         if task.source.nested is not None:
             record = record.get(task.source.nested)
             if not isinstance(record, Mapping):
-                raise ValueError(f"the record has no field {task.source.nested!r} with fields of its own")
+                raise ValueError(f"the record has no field {task.source.nested!r} that holds an object")
         extra = record.get(task.source.optional_suffix) if task.source.optional_suffix else None
         if extra:
             suffix = f"\n{extra}"
@@ -48,7 +48,7 @@ def record_to_row(task: Task, record: Any) -> Row:
 
 
 def divide(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Set test rows aside where the source has none; see :data:`SPLIT_RULE`.
+    """Divide the rows of a source without test rows into train and test rows, by :data:`SPLIT_RULE`.
 
     Returns:
         The train rows and the test rows.

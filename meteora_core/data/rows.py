@@ -1,4 +1,4 @@
-"""Reading built datasets: ``DIR/<task>/{train,test}.jsonl``, one ``{"prompt", "response"}`` object a line."""
+"""Reading of built datasets: ``DIR/<task>/{train,test}.jsonl`` with one ``{"prompt", "response"}`` object per line."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ SPLITS: tuple[Split, Split] = ("train", "test")
 
 @dataclass(frozen=True)
 class Row:
-    """One example: what the model reads and what it should answer."""
+    """A prompt that the model reads, and the response that it should give."""
 
     prompt: str
     response: str
 
 
 def build_command(task: str, data_dir: Path | str = "datasets") -> str:
-    """The command that makes the dataset of ``task``; one that works when it is typed, but for the name of a file of the user's own.
+    """The command that builds the dataset of ``task``. For a user's task, ``FILE`` stands for the user's file.
 
     Args:
-        task: The task's name.
-        data_dir: The folder of all datasets.
+        task: Name of the task.
+        data_dir: Folder of all datasets.
     """
     return build_commands([task], data_dir)[0]
 
 
 def build_commands(tasks: Sequence[str], data_dir: Path | str = "datasets") -> list[str]:
-    """The commands that make the datasets of ``tasks``: built-in and declared tasks are built, the user's own are added, composites come last."""
+    """The commands that build the datasets of ``tasks``: first built-in and declared tasks, then the user's tasks, then composites."""
     to = "" if str(data_dir) == "datasets" else f" --out {shlex.quote(str(data_dir))}"
     built = [name for name in dict.fromkeys(tasks) if _can_be_built(name, data_dir)]
     numbered = [name for name in dict.fromkeys(tasks) if _composite_size(name)]
@@ -48,7 +48,7 @@ def build_commands(tasks: Sequence[str], data_dir: Path | str = "datasets") -> l
 
 
 def _can_be_built(name: str, data_dir: Path | str) -> bool:
-    """Whether `data build` knows where the rows of a task come from: a task of the table, or one that the settings declare."""
+    """Whether `data build` knows the source of a task: a task of the table, or one that the settings declare."""
     if name in RESERVED:
         return True
     task = TASKS.get(name)
@@ -62,7 +62,7 @@ def _composite_size(name: str) -> int | None:
 
 
 def split_path(data_dir: Path | str, task: str, split: str) -> Path:
-    """Where the rows of a task's split are kept."""
+    """The path of the rows of a task's split."""
     return Path(data_dir) / task / f"{split}.jsonl"
 
 
@@ -70,7 +70,7 @@ def iter_rows(path: Path, *, hint: str | None = None) -> Iterator[Row]:
     """Yield the rows of one file.
 
     Raises:
-        DataError: The file is missing or a line is broken; file, line and column are named.
+        DataError: The file is missing or a line is broken; the message names file, line and column.
     """
     for number, row in enumerate(read_jsonl(path, required=("prompt", "response"), hint=hint), start=1):
         for key in ("prompt", "response"):
@@ -80,13 +80,13 @@ def iter_rows(path: Path, *, hint: str | None = None) -> Iterator[Row]:
 
 
 def stream_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> Iterator[Row]:
-    """Yield a task's rows, one after another.
+    """Yield the rows of a task.
 
     Args:
-        data_dir: The folder of all datasets.
-        task: The task's name.
-        split: ``"train"`` or ``"test"``.
-        limit: At most so many rows, the first ones.
+        data_dir: Folder of all datasets.
+        task: Name of the task.
+        split: Name of the split, ``"train"`` or ``"test"``.
+        limit: Largest number of rows, counted from the start of the file; None for all.
 
     Raises:
         DataError: The dataset is not built (the hint is the command that builds it), a line is broken, or there is no row.
@@ -106,17 +106,17 @@ def stream_rows(data_dir: Path | str, task: str, split: str, limit: int | None =
 
 
 def read_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> list[Row]:
-    """A task's rows as a list; arguments and errors are those of :func:`stream_rows`."""
+    """The rows of a task as a list; the arguments and errors are those of :func:`stream_rows`."""
     return list(stream_rows(data_dir, task, split, limit))
 
 
 def check_rows(data_dir: Path | str, task: str, split: str, limit: int | None = None) -> int:
-    """Read a task's rows without keeping them, and return how many there are; arguments and errors are those of :func:`stream_rows`."""
+    """Read the rows of a task and return their number; the arguments and errors are those of :func:`stream_rows`."""
     return sum(1 for _ in stream_rows(data_dir, task, split, limit))
 
 
 def available_tasks(data_dir: Path | str) -> list[str]:
-    """The names of the datasets that lie in ``data_dir`` (those with a test file or a train file), sorted."""
+    """The names of the datasets in ``data_dir``, which are the folders with a train or a test file, sorted."""
     root = Path(data_dir)
     if not root.is_dir():
         return []
@@ -124,9 +124,9 @@ def available_tasks(data_dir: Path | str) -> list[str]:
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raise DataError for a text that no tokenizer takes: one with half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    """Raise DataError for a text with half of a surrogate pair, which JSON can contain but UTF-8 and tokenizers cannot."""
     broken = next((text for text in texts if has_surrogate(text)), None)
     if broken is not None:
         raise DataError(
-            f"a row holds half of a character (a lone surrogate), which no tokenizer takes: {broken[:60]!a}", hint="take it out of the dataset's rows"
+            f"a row holds half of a character (a lone surrogate), which no tokenizer takes: {broken[:60]!a}", hint="remove it from the dataset"
         )

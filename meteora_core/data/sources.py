@@ -1,4 +1,4 @@
-"""Choosing where a task's raw rows come from."""
+"""The choice of the source of a task's raw rows."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def extract(task: Task, source: str = "auto", raw_dir: Path | None = None, progr
 
     Args:
         task: The task.
-        source: One of :data:`SOURCES`.
-        raw_dir: For the local source: a folder of raw tasks, or BIG-bench's source distribution as a file.
-        progress: Told the downloads.
+        source: Name of the source, one of :data:`SOURCES`.
+        raw_dir: Folder of raw tasks, or BIG-bench's source distribution as a file, for the local source.
+        progress: Receiver of progress reports.
 
     Raises:
         UsageError: There is no such source, or ``local`` lacks ``raw_dir``.
         DataError: No source has the task, or its files are broken.
-        DownloadError: The one source that was asked for cannot be reached.
+        DownloadError: The requested source cannot be reached.
     """
     tried = candidates(task, source, raw_dir)
     if isinstance(task.source, Files):
@@ -88,7 +88,7 @@ def _open(task: Task, source: str, raw_dir: Path | None, progress: Progress) -> 
 
 
 def _from_archive(task: Task, archive: Path, progress: Progress) -> Extract:
-    """Read a BIG-bench task from a source distribution that the user has."""
+    """Read a BIG-bench task from a source distribution on the user's disk."""
     if not isinstance(task.source, BigBench):
         raise NotHere(f"{task.name} is not a BIG-bench task, so it is not in {archive.name}")
     digest = sha256(archive)

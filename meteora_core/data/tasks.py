@@ -1,4 +1,4 @@
-"""The tasks: one declarative table. Adding a task is one row.
+"""The table of tasks, with one row for each task.
 
 The order of the 28 tasks is the adapter order of the authors' checkpoints and must not change.
 """
@@ -16,13 +16,13 @@ from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.names import check_name, is_name
 
 Metric = Literal["exact", "contains", "final_number", "yes_no_text", "text", "bleu", "composite"]
-"""How a task is scored: accuracy (exact, reference contained, final number), BLEU + ROUGE + yes/no accuracy, BLEU + ROUGE, BLEU, or per sub-task."""
+"""The metric of a task: accuracy (exact, reference contained, final number), BLEU + ROUGE + yes/no accuracy, BLEU + ROUGE, BLEU, or per sub-task."""
 
 METRICS: tuple[str, ...] = ("exact", "contains", "final_number", "yes_no_text", "text", "bleu")
-"""The metrics that a user's own task may name."""
+"""The metrics that a user's task may have."""
 
 PROMPT_TEMPLATE = "[INST] {inputs} [/INST]\n"
-"""Every prompt's frame; a task's own template fills ``{inputs}``."""
+"""The frame of every prompt; the template of a task fills ``{inputs}``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BigBench:
     """A BIG-bench JSON task.
 
     Args:
-        folder: The task's folder in BIG-bench's repository, and its configuration name on the hub.
+        folder: Name of the task's folder in BIG-bench's repository, and of its configuration on the hub.
     """
 
     folder: str
@@ -42,12 +42,12 @@ class Records:
     """A dataset of plain records on the hub.
 
     Args:
-        repository: The hub dataset.
-        config: Its configuration.
-        splits: The source's split names that become train and test. Without a test split, 20 % of train are set aside.
-        nested: The field that holds the record (``translation`` of the news sets), or None.
-        optional_suffix: A field that is added to the input after a line break when it is not empty.
-        train_cap, test_cap: At most so many rows are read, as the authors did.
+        repository: Name of the dataset on the hub.
+        config: Name of its configuration.
+        splits: Names of the source's splits that become train and test. Without a test split, 20 % of the train rows become test rows.
+        nested: Field that holds the record (``translation`` in the news datasets), or None.
+        optional_suffix: Field that is added to the input after a line break if it is not empty.
+        train_cap, test_cap: Largest numbers of rows that are read, which are those of the authors.
     """
 
     repository: str
@@ -62,12 +62,12 @@ class Records:
 
 @dataclass(frozen=True)
 class Files:
-    """A user's own task.
+    """A user's task.
 
     Args:
-        train: A file, a folder, or the name of a dataset on the hub.
-        test: The same for the test rows; None takes those of ``train``, or sets some aside.
-        reading: How its records become rows; None finds everything out.
+        train: File, folder, or name of a dataset on the hub, for the train rows.
+        test: The same for the test rows; None for those of ``train``, or for a part of its train rows if it has none.
+        reading: Rules by which records become rows; None to detect everything.
     """
 
     train: Path | str
@@ -91,17 +91,17 @@ class Task:
     """One task.
 
     Args:
-        name: The task's name, and its folder's.
-        index: Its position among the authors' 28, which is its adapter index in their checkpoints; None for all others.
-        metric: How it is scored.
-        source: Where its rows come from.
-        template: The input, with the source's field names in braces.
-        target: The response, with the source's field names in braces.
-        choices: For the tasks whose choices MeteoRA appends itself: the text between the input and the first ``choice: ...`` line; else None.
-        eval_cap: At most so many test rows are evaluated, or None for all.
-        max_new_tokens: How many tokens an answer may have.
-        routing_temperature: The routing temperature of an evaluation when none is given.
-        members: A composite's tasks, in the order of its prompts; empty otherwise.
+        name: Name of the task and of its folder.
+        index: Position among the authors' 28 tasks, which is the adapter index in their checkpoints; None for other tasks.
+        metric: Metric that scores the task.
+        source: Source of the rows.
+        template: Template of the input, with names of the source's fields in braces.
+        target: Template of the response, with names of the source's fields in braces.
+        choices: Text between the input and the first ``choice: ...`` line, for tasks whose choices MeteoRA appends; None for other tasks.
+        eval_cap: Largest number of test rows that are evaluated, or None for all.
+        max_new_tokens: Largest number of tokens of an answer.
+        routing_temperature: Routing temperature of an evaluation if none is given.
+        members: Tasks of a composite, in the order of the prompts; empty for other tasks.
     """
 
     name: str
@@ -192,14 +192,14 @@ COMPOSITES: dict[str, tuple[str, ...]] = {
         "linguistics_puzzles",
     ),
 }
-"""The authors' composites: name to members, in the order of the prompts."""
+"""The members of the authors' composites by name, in the order of the prompts."""
 
 _COMPOSITE_TEMPERATURES = {3: 15.0, 5: 20.0, 10: 30.0}
 _COMPOSITE_NAME = re.compile(r"composite_([1-9][0-9]*)")
 
 
 def composite_routing_temperature(n: int) -> float:
-    """The routing temperature for a composite of ``n`` tasks: the authors' 15, 20 and 30 for 3, 5 and 10; the nearest of them for any other ``n``."""
+    """The routing temperature for a composite of ``n`` tasks: the authors' 15, 20 and 30 for 3, 5 and 10; for any other ``n``, that of the nearest."""
     return _COMPOSITE_TEMPERATURES[min(_COMPOSITE_TEMPERATURES, key=lambda known: (abs(known - n), known))]
 
 
@@ -219,12 +219,12 @@ def default_members(n: int) -> tuple[str, ...]:
 
 
 def composite_task(members: tuple[str, ...], name: str | None = None, resolve: Callable[[str], Task] | None = None) -> Task:
-    """Make the task of a composite of ``members``; its answers may be as long as all members' together.
+    """The task of a composite. Its answers may have as many tokens as those of all members together.
 
     Args:
-        members: The tasks, in the order of the prompts.
-        name: The composite's name; ``composite_N`` by default.
-        resolve: Looks a member up; :func:`get_task` by default.
+        members: Names of the members, in the order of the prompts.
+        name: Name of the composite; ``composite_N`` by default.
+        resolve: Function that returns the task of a member; :func:`get_task` by default.
     """
     tokens = sum((resolve or get_task)(member).max_new_tokens + 8 for member in members)
     routing_temperature = composite_routing_temperature(len(members))
@@ -239,17 +239,17 @@ def _numbered() -> dict[str, Task]:
 
 
 TASKS: dict[str, Task] = _numbered()
-"""Every task by name: the 28, the authors' composites, and what :func:`register_task` adds."""
+"""Every task by name: the 28, the authors' composites, and those that :func:`register_task` adds."""
 
 RESERVED: frozenset[str] = frozenset(TASK_ORDER)
-"""The names that a user's own task cannot have."""
+"""The names that a user's task cannot have."""
 
 
 def get_task(name: str) -> Task:
-    """Look a task up; ``composite_N`` is known for every N from 2 to 28.
+    """The task of a name. ``composite_N`` is known for every N from 2 to 28.
 
     Raises:
-        UsageError: There is no such task; the closest name is offered.
+        UsageError: There is no such task; the hint suggests the closest name.
     """
     task = TASKS.get(name)
     if task is not None:
@@ -286,11 +286,11 @@ BIGBENCH_TASKS: tuple[str, ...] = tuple(name for name in TASK_ORDER if isinstanc
 
 
 def expand_names(names: Iterable[str], source: str = "auto") -> list[str]:
-    """Take lists of tasks apart: commas separate, ``all`` means the 28, ``bigbench`` the 22 of BIG-bench; each name stands once.
+    """The names in comma-separated lists of tasks, each once. ``all`` means the 28 tasks, and ``bigbench`` the 22 tasks of BIG-bench.
 
     Args:
-        names: The lists.
-        source: With ``pypi``, ``all`` means the 22 that are there.
+        names: Comma-separated lists.
+        source: Source of the rows; with ``pypi``, ``all`` means the 22 tasks that it has.
 
     Raises:
         UsageError: No name is given, or one is unknown.

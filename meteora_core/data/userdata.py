@@ -1,4 +1,4 @@
-"""A user's own tasks: added by ``data add``, declared in the settings, or found as built datasets."""
+"""The user's tasks: added by ``data add``, declared in the settings, or found as built datasets."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def own_task(
     reading: Reading | None = None,
     max_new_tokens: int | None = None,
 ) -> Task:
-    """Describe a task of one's own.
+    """Register a user's task.
 
     Args:
-        name: Its name, which is its folder's too.
+        name: Name of the task and of its folder.
         train: A data file, a folder of one dataset, a saved ``datasets`` folder or a hub dataset; see :func:`meteora_core.data.formats.sources.open_source`.
-        test: The same, for the test rows; without it, those of ``train`` are taken, or 20 % of the train rows are set aside with seed 42.
-        metric: One of :data:`meteora_core.data.tasks.METRICS`.
-        reading: How its records become rows; None finds everything out.
-        max_new_tokens: How long an answer may be.
+        test: The same for the test rows; None for those of ``train``, or for 20 % of its train rows, drawn with seed 42, if it has none.
+        metric: Metric of the task, one of :data:`meteora_core.data.tasks.METRICS`.
+        reading: Rules by which records become rows; None to detect everything.
+        max_new_tokens: Largest number of tokens of an answer.
 
     Raises:
-        UsageError: The metric is unknown, a template is broken, or the name is taken or not a name.
+        UsageError: The metric is unknown, a template is broken, or the name is taken or not valid.
     """
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}", hint=did_you_mean(metric, METRICS) or f"one of {', '.join(METRICS)}")
@@ -62,19 +62,19 @@ def own_task(
 
 
 def add_task(task: Task, data_dir: Path | str, progress: Progress = SILENT, *, max_train: int | None = None, max_test: int | None = None) -> Manifest:
-    """Build a task of one's own. Raises as :func:`meteora_core.data.build.build_task` does."""
+    """Build the dataset of a user's task. The errors are those of :func:`meteora_core.data.build.build_task`."""
     return build_task(task, data_dir, max_train=max_train, max_test=max_test, progress=progress)
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a task of one's own would become.
+    """A preview of a user's task.
 
     Attributes:
-        rows: Split to row count.
-        columns: The format that was recognised.
-        frame: What stands around the user's text in the prompts.
-        example: The first row, as the model will see it.
+        rows: Number of rows of each split.
+        columns: Format that was recognised.
+        frame: Frame of the prompts.
+        example: First row, as the model will read it.
     """
 
     rows: dict[str, int]
@@ -84,7 +84,7 @@ class Preview:
 
 
 def preview(task: Task, data_dir: Path | str, progress: Progress = SILENT) -> Preview:
-    """Read a task of one's own without writing it.
+    """Read a user's task without writing a dataset.
 
     Raises:
         DataError: A file is missing, broken or empty, or the target folder holds another dataset.
@@ -94,7 +94,7 @@ def preview(task: Task, data_dir: Path | str, progress: Progress = SILENT) -> Pr
     counts = {str(split): sum(1 for _ in raw.rows(split)) for split in raw.splits}
     for split, count in counts.items():
         if count == 0:
-            raise DataError(f"the {split} split of {task.name} is empty", hint="give more rows, or test rows of their own with --test FILE")
+            raise DataError(f"the {split} split of {task.name} is empty", hint="give more rows, or separate test rows with --test FILE")
     assert raw.frame is not None
     assert raw.example is not None
     return Preview(counts, str(raw.origin["columns"]), raw.frame, raw.example)
@@ -107,9 +107,9 @@ def register_settings(tasks: Mapping[str, Any], tokenizer: Tokenizer | None = No
     """Register the tasks that the settings declare.
 
     Args:
-        tasks: Name to an object with ``train``, ``test``, ``metric``, ``max_new_tokens``, ``columns``, ``template`` and ``target`` (``Settings.tasks``), or
-            to a dictionary of those.
-        tokenizer: Loads the base model's tokenizer, for tasks that are put into its chat template.
+        tasks: Declarations by name: objects or dictionaries with ``train``, ``test``, ``metric``, ``max_new_tokens``, ``columns``, ``template`` and
+            ``target`` (``Settings.tasks``).
+        tokenizer: Function that loads the base model's tokenizer, for tasks that need its chat template.
 
     Raises:
         UsageError: A declaration is wrong.
@@ -128,9 +128,9 @@ def register_settings(tasks: Mapping[str, Any], tokenizer: Tokenizer | None = No
 
 
 def register_built(data_dir: Path | str) -> list[Task]:
-    """Register the datasets in ``data_dir`` that are not in the table: tasks of one's own, and composites of other lists of tasks.
+    """Register the datasets in ``data_dir`` that are not in the table: the user's tasks, and composites of other lists of tasks.
 
-    Datasets whose manifest is missing or broken are passed over; ``data verify`` names them.
+    Datasets whose manifest is missing or broken are skipped; ``data verify`` reports them.
     """
     registered = []
     for name in available_tasks(data_dir):
@@ -147,19 +147,19 @@ def register_built(data_dir: Path | str) -> list[Task]:
 
 
 def register_all(settings: Settings, tokenizer: Tokenizer | None = None) -> None:
-    """Make every task known that the settings declare or that lies built in their data folder. Raises UsageError for a wrong declaration."""
+    """Register every task that the settings declare, and every dataset in their data folder. Raises UsageError for a wrong declaration."""
     register_settings(settings.tasks, tokenizer)
     register_built(settings.paths.data)
 
 
 def task_in(data_dir: Path | str, name: str) -> Task:
-    """Look a task up by name, in the table first and then among the built datasets.
+    """The task of a name, from the table or from the built datasets.
 
-    A composite that was built from another list of tasks than the usual one has the members that its manifest names.
+    A composite that was built from another list of tasks than the default has the members of its manifest.
 
     Raises:
-        UsageError: There is no such task; the closest name is offered.
-        DataError: Its dataset is broken, and nothing else says what it is.
+        UsageError: There is no such task; the hint suggests the closest name.
+        DataError: The dataset is broken, and the task is not in the table.
     """
     if name not in RESERVED and is_name(name):
         try:
@@ -179,7 +179,7 @@ def _built(data_dir: Path, name: str) -> Task | None:
         return None
     if nested := nested_members(data_dir, manifest):
         what = "itself" if name in nested else f"the composite {nested[0]}"
-        raise DataError(f"{data_dir / name} is broken: its manifest names {what} as a member", hint="build the composite anew, under a name of its own")
+        raise DataError(f"{data_dir / name} is broken: its manifest names {what} as a member", hint="build the composite again under another name")
     if manifest.members:
         return composite_task(manifest.members, name, resolve=lambda member: task_in(data_dir, member))
     if manifest.metric not in get_args(Metric):

@@ -1,4 +1,4 @@
-"""Writing a dataset: rows to files with hashes, all or nothing."""
+"""Writing of datasets: rows to files with hashes, completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BATCH = 512
 
 
 def row_line(row: Row) -> bytes:
-    """A row as one UTF-8 line. Half of a surrogate pair, which UTF-8 cannot hold, is written as an escape."""
+    """A row as one line in UTF-8. Half of a surrogate pair, which UTF-8 cannot encode, is written as an escape."""
     value = {"prompt": row.prompt, "response": row.response}
     try:
         return (json.dumps(value, ensure_ascii=False) + "\n").encode()
@@ -28,12 +28,12 @@ def row_line(row: Row) -> bytes:
 
 
 def prompt_key(row: Row) -> bytes:
-    """What tells prompts apart, in 16 bytes."""
+    """A key of 16 bytes that identifies a row's prompt."""
     return hashlib.blake2b(row.prompt.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
 
 
 def write_rows(path: Path, rows: Iterable[Row], task: ProgressBar) -> FileEntry:
-    """Write rows into a new file inside an unfinished dataset folder.
+    """Write rows to a new file in an unfinished dataset folder.
 
     Raises:
         StorageError: The disk is full.
@@ -57,11 +57,11 @@ def write_rows(path: Path, rows: Iterable[Row], task: ProgressBar) -> FileEntry:
 
 @contextmanager
 def dataset_folder(folder: Path, task: str, *, composite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``folder`` when the block ends well.
+    """Yield a temporary folder that becomes ``folder`` if the block ends without an error.
 
     Raises:
-        DataError: ``folder`` is there and is not an earlier build of ``task``; see :func:`check_target`.
-        StorageError: It cannot be written.
+        DataError: ``folder`` exists and is not an earlier build of ``task``; see :func:`check_target`.
+        StorageError: The folder cannot be written.
     """
     check_target(folder, task, composite=composite)
     with atomic_folder(folder) as work:
@@ -69,12 +69,12 @@ def dataset_folder(folder: Path, task: str, *, composite: bool = False) -> Itera
 
 
 def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
-    """Refuse to replace what is not an earlier build of the same task.
+    """Check that ``folder`` is free or holds an earlier build of the same task.
 
     Args:
-        folder: Where the dataset will lie.
-        task: Its name.
-        composite: It is a composite. Composites replace composites alone, and nothing else replaces one.
+        folder: Folder of the dataset.
+        task: Name of the task.
+        composite: Whether the task is a composite. A composite replaces only composites, and only a composite replaces one.
 
     Raises:
         DataError: The folder holds another dataset, or files without a manifest.
@@ -92,7 +92,7 @@ def check_target(folder: Path, task: str, *, composite: bool = False) -> None:
     if manifest.task != task:
         raise DataError(f"{folder} holds the dataset of {manifest.task}, not of {task}", hint=hint)
     if composite and manifest.metric != "composite":
-        raise DataError(f"{folder} holds a dataset that is no composite", hint="choose another --name, or move this one away")
+        raise DataError(f"{folder} holds a dataset that is not a composite", hint="choose another --name, or move this one away")
     if manifest.metric == "composite" and not composite:
         raise DataError(f"{folder} holds a composite", hint="choose another name, or move this one away")
     if others := other_entries(folder, (NAME, *(f"{split}.jsonl" for split in SPLITS))):

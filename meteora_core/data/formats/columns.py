@@ -105,7 +105,7 @@ def find_layout(names: Iterable[str], renamed: Mapping[str, str], where: str) ->
     unknown = next((name for name in renamed if name not in KNOWN_COLUMNS), None)
     if unknown is not None:
         raise UsageError(
-            f"--columns: {unknown!r} is no known column",
+            f"--columns: {unknown!r} is not a known column",
             hint=did_you_mean(unknown, KNOWN_COLUMNS) or "for example --columns question=ASK,answer=REPLY, with your columns' names on the right",
         )
     present = list(names)

@@ -82,7 +82,7 @@ def _messages(value: Any) -> list[Any]:
         try:
             value = decode_json(value)
         except (ValueError, RecursionError) as broken:
-            raise ValueError("the conversation is a text that is no JSON") from broken
+            raise ValueError("the conversation is a text that is not JSON") from broken
     if isinstance(value, Mapping):
         columns = {name: list(part) for name, part in value.items() if isinstance(part, list)}
         if not columns or len({len(part) for part in columns.values()}) != 1:
@@ -128,7 +128,7 @@ def _content(content: Any, number: int) -> str:
             texts.append(part)
         else:
             kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(f"message {number} has a part that is no text: {str(kind)[:40]!r}")
+            raise ValueError(f"message {number} has a part that is not text: {str(kind)[:40]!r}")
     return "".join(texts)
 
 

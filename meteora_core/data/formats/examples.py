@@ -186,7 +186,7 @@ def _from_text(layout: Layout, sample: Sequence[Record], reading: Reading) -> tu
     texts = [text for record in sample if isinstance(text := value_of(record, column) if column in record else None, str)]
     mark = next((mark for mark in _ANSWERS if texts and all(mark in text for text in texts)), None)
     if mark is None:
-        note = "the texts hold no known mark before an answer: each is learnt as the answer to an empty prompt"
+        note = "the texts hold no known mark before an answer: each text is learned as the answer to an empty prompt"
         return lambda record: _answered("", text_in(record, column)), RAW, note
 
     def divide(record: Record) -> Row:
@@ -262,7 +262,7 @@ def _frame(reading: Reading) -> tuple[Frame, str | None, Any]:
     if wish is not None and wish != "chat":
         return parse_frame(wish), None, None
     if reading.tokenizer is None:
-        raise UsageError("the base model's chat template is needed, and no base model is known here", hint="use --template inst, raw or '…{}…'")
+        raise UsageError("the base model's chat template is needed, and no base model is given", hint="use --template inst, raw or '…{}…'")
     tokenizer = reading.tokenizer()
     if wish is None and not getattr(tokenizer, "chat_template", None):
         return INST, "the base model has no chat template: the prompts are put between [INST] and [/INST] (--template '…{}…' chooses another frame)", tokenizer

@@ -80,7 +80,7 @@ def kind_of_file(path: Path) -> Kind:
     name = name.removesuffix(next((each for each in PACKED if name.endswith(each)), ""))
     named = next((kind for ending, kind in KINDS.items() if name.endswith(ending)), None)
     if named in ("parquet", "arrow"):
-        raise DataError(f"{shown_path(path)} is no {named.title()} file", hint="write it again, or name another file")
+        raise DataError(f"{shown_path(path)} is not in the {named.title()} format", hint="write it again, or name another file")
     if named is None and head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
         return "json"
     if named is None:

@@ -173,7 +173,7 @@ def test_verify_notices_members_that_were_built_anew(data: Path, repository: Pat
     build_task("strategyqa", data, raw_dir=repository, max_test=10)
     report = verify(data, ["composite_3"])[0]
     assert report.ok
-    assert report.notes == ("strategyqa was built anew since, or is gone",)
+    assert report.notes == ("strategyqa was built again since, or is missing",)
 
 
 def test_plan_writes_nothing(data: Path) -> None:

@@ -233,13 +233,13 @@ BAD: dict[str, tuple[Write, str]] = {
     "parquet: a null": (parquet("a.parquet", question=["q", None], answer=["a", "b"]), r"row 2: field 'question' is null"),
     "parquet: bytes": (parquet("a.parquet", question=[b"q"], answer=["a"]), r"row 1: field 'question' is not a text"),
     "parquet: cut off": (raw("a.parquet", b"PAR1 and then nothing"), r"a\.parquet cannot be read"),
-    "parquet: only by name": (raw("a.parquet", b"question,answer\nq,a\n"), r"is no Parquet file"),
+    "parquet: only by name": (raw("a.parquet", b"question,answer\nq,a\n"), r"is not in the Parquet format"),
     "messages: no answer": (lines("a.jsonl", {"messages": [{"role": "user", "content": "hi"}]}), r"row 1: the conversation has no answer of the assistant"),
     "messages: an unknown role": (lines("a.jsonl", {"messages": [{"role": "narrator", "content": "hi"}]}), r"message 1 has an unknown role: 'narrator'"),
     "messages: null": (lines("a.jsonl", TALK, {"messages": None}), r"row 2: the conversation is null"),
     "messages: a picture": (
         lines("a.jsonl", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}),
-        r"message 1 has a part that is no text: 'image_url'",
+        r"message 1 has a part that is not text: 'image_url'",
     ),
     "messages: the content is null": (lines("a.jsonl", {"messages": [{"role": "user", "content": None}]}), r"message 1 has no content"),
     "sharegpt: no role": (lines("a.jsonl", {"conversations": [{"value": "hi"}]}), r"message 1 has no role; there are: value"),
@@ -308,7 +308,7 @@ def test_columns_template_and_target(tmp_path: Path, reading: Reading, expected:
 @pytest.mark.parametrize(
     ("reading", "message"),
     [
-        (Reading(columns=(("questoin", "ask"),)), "'questoin' is no known column"),
+        (Reading(columns=(("questoin", "ask"),)), "'questoin' is not a known column"),
         (Reading(columns=(("question", "ask"), ("answer", "reply")), template="raw"), "row 1: no field 'reply'; there are: ask, n"),
         (Reading(template="{ask}"), "fit no known format"),
         (Reading(template="no place at all"), "has no place for the user's text"),
