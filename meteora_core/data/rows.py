@@ -127,6 +127,4 @@ def check_texts(texts: Sequence[str]) -> None:
     """Raise DataError for a text with half of a surrogate pair, which JSON can contain but UTF-8 and tokenizers cannot."""
     broken = next((text for text in texts if has_surrogate(text)), None)
     if broken is not None:
-        raise DataError(
-            f"a row holds half of a character (a lone surrogate), which no tokenizer takes: {broken[:60]!a}", hint="remove it from the dataset"
-        )
+        raise DataError(f"a row holds half of a character (a lone surrogate), which no tokenizer takes: {broken[:60]!a}", hint="remove it from the dataset")

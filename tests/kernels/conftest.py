@@ -1,4 +1,4 @@
-"""On a machine without a GPU, kernels run in Triton's interpreter, which takes seconds a pass: of large grids of cases only a covering part runs there."""
+"""Set-up of the kernel tests. Without a GPU, kernels run in Triton's slow interpreter, so only a covering part of large grids of cases runs there."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ STRENGTH = {
     "test_split.py::test_partial_sums": 2,
     "test_wide.py::test_wide_groups_round_once": 2,
 }
-"""2: every two values of two parameters meet in some case; 1: every value of every parameter is in some case. On a GPU all cases run."""
+"""Strength of the covering part: with 2, every pair of values of two parameters is in some case; with 1, every value is. On a GPU all cases run."""
 
 
 @pytest.fixture(autouse=True)
 def _nan_where_nothing_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors that nobody has written hold NaN in all kernel tests, so that whatever is read or returned must have been written."""
+    """Fill new tensors with NaN in all kernel tests, so that a value that was never written is noticed when it is read or returned."""
     poison(monkeypatch)
 
 
 def values(item: Any) -> dict[str, str]:
-    """The values of a case, those of one ``parametrize`` together."""
+    """The values of a case, by ``parametrize`` mark."""
     found = {}
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
@@ -37,7 +37,7 @@ def values(item: Any) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that are not needed."""
+    """Deselect the cases that the covering part does not need."""
     if torch.cuda.is_available():
         return
     grids: dict[str, list[Any]] = {}

@@ -1,4 +1,4 @@
-"""Which cases of a large grid run where kernels are interpreted."""
+"""The cases of a large grid that run in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense backend: the same numbers as the definition and the reference, forward and backward."""
+"""The dense backend against the definition and the reference, forward and backward."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def run(way: str, group: Linears, x: Tensor) -> Tensor:
 
 
 def tokens_of(group: Linears, tokens: int, local: bool) -> Tensor:
-    """Random x; with ``local``, every eight neighbours choose the same two adapters of the first member's gate."""
+    """Random x. With ``local``, eight neighbouring tokens choose the same two adapters by the first member's gate."""
     x = torch.randn(tokens, group.weight.shape[1], generator=torch.Generator("cuda").manual_seed(tokens), device="cuda")
     if local:
         runs = torch.arange(tokens, device="cuda") // 8
@@ -45,7 +45,7 @@ def tokens_of(group: Linears, tokens: int, local: bool) -> Tensor:
 @pytest.mark.parametrize(("widths", "hidden"), GROUPS)
 @torch.no_grad()
 def test_at_real_sizes(widths: tuple[int, ...], hidden: int, adapters: int, rank: int, way: str, counts: tuple[int, ...], most: float, local: bool) -> None:
-    """The error is at most the base's own plus 20 % where the base's product is float32, and plus 60 % where it was rounded before."""
+    """The error is at most 20 % above that of the base if the base product is in float32, and at most 60 % above it if that is rounded."""
     group = Linears(adapters, rank, widths, hidden, torch.bfloat16)
     for tokens in counts:
         x = tokens_of(group, tokens, local)

@@ -32,7 +32,7 @@ WAYS = [Row("many_adapters", way="few"), Row("many_adapters", way="sorted")]
     ],
 )
 def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, tokens: int, top_k: int) -> None:
-    """Sizes that fill no tile, with a bias and a mask; twice the same bits."""
+    """Sizes do not fill a tile, there are a bias and a mask, and two runs are bit-equal."""
     given, row = members(widths, tokens, ranks=ranks, hidden=hidden, bias=tokens == 3), Row("many_adapters", way=way)
     allowed = torch.arange(len(ranks), device=DEVICE) % 3 != 1 if tokens == 3 else None
     routing = Routing(top_k, 1.5, allowed)
@@ -42,7 +42,7 @@ def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[in
 
 
 def test_sums_over_columns_may_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last program of a block adds the pieces up; h fills neither a step nor a piece."""
+    """The last program of a block adds the pieces; h fills neither a step nor a piece."""
     monkeypatch.setattr(launch, "DOWN_TILE", (32, 1, 2, 1 << 20))
     given, routing = members((5,), 2, hidden=262), Routing()
     taken: list[int] = []
@@ -68,7 +68,7 @@ def test_ties_go_to_the_lower_index_and_logits_are_not_rounded(row: Row) -> None
 
 
 def test_tokens_are_sorted_into_blocks_of_one_adapter() -> None:
-    """Every token once in each slot, in order, in blocks that do not overlap; many tokens for one adapter and none for another."""
+    """Every token is once in each slot, in order and in blocks that do not overlap, also if one adapter has many tokens and another none."""
     count, tokens, slots = 7, 45, 2
     picks = torch.randint(0, count, (tokens, slots), generator=torch.Generator().manual_seed(1)) % 6
     picks[:24, 0] = 5
@@ -116,7 +116,7 @@ def test_says_what_it_cannot_do() -> None:
 
 @pytest.mark.parametrize("way", ["few", "sorted"])
 def test_the_table_s_way_is_taken_by_groups_and_by_layers(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 17 tokens on, where the table says so; what the kernels cannot do goes to the next row."""
+    """The path is used from 17 tokens on if the table says so, and the next row for cases that the kernels cannot run."""
     given, routing = members((5,), 17, ranks=(1,) * 4, hidden=16, bias=True), Routing(1)
     taken: list[str] = []
     plain = many_adapters.FORWARDS[way]
@@ -144,7 +144,7 @@ def test_operator_is_sound_for_compilers() -> None:
 @pytest.mark.parametrize("way", ["few", "sorted"])
 @pytest.mark.parametrize("one", [False, True])
 def test_chosen_rows_on_top_of_a_base(way: str, one: bool) -> None:
-    """Random routes, and all tokens on one adapter; on an output that was rounded before, the result is rounded once."""
+    """Routes are random, or all tokens choose one adapter; the sum with a rounded base output is rounded once."""
     wide = make([5, 17, 3, 0, 9, 1], 20, 40, (18,), torch.float64, device=DEVICE)
     wide.lora_B *= 0.2
     if one:

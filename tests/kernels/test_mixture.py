@@ -1,4 +1,4 @@
-"""The entry point: what it refuses, what auto picks, what it does when the GPU kernels fail."""
+"""The entry point: refused arguments, the choice of ``auto``, and the fallback when the GPU kernels fail."""
 
 from __future__ import annotations
 

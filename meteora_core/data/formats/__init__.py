@@ -1,6 +1,5 @@
-"""Datasets as people keep them, turned into rows: which file it is, which columns it has, and what the model will see of it.
+"""Conversion of users' datasets, in common file formats and with common columns, to rows.
 
-``files`` tells kinds of files apart and unpacks them, ``tables`` reads them as records, ``columns`` finds out what the columns mean,
-``conversations`` takes chats apart,
-``examples`` makes a row of every record, ``sources`` finds the splits, and ``folders`` finds the datasets in a folder.
+``files`` detects the kind of a file and unpacks it, ``tables`` reads files as records, ``columns`` finds the meaning of columns, ``conversations`` parses
+chats, ``examples`` turns every record into a row, ``sources`` finds the splits, and ``folders`` finds the datasets in a folder.
 """

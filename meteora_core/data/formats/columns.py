@@ -1,4 +1,4 @@
-"""What the columns of a dataset mean."""
+"""The meaning of a dataset's columns."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Format:
     """A known set of columns.
 
     Args:
-        name: What it is called in messages.
-        kind: How its records become examples.
-        required: Role to the names that its column may have, the usual one first.
-        optional: The same for columns that may be absent, or empty.
+        name: Name of the format in messages.
+        kind: Kind of conversion of its records to rows.
+        required: Names that a column may have, by role, the usual name first.
+        optional: The same for columns that may be absent or empty.
     """
 
     name: str
@@ -63,12 +63,12 @@ FORMATS: tuple[Format, ...] = (
     Format("text and label", "instruction", {"user": ("text", "sentence"), "response": ("label", "label_text", *_RESPONSES)}, {}),
     Format("plain text", "text", {"text": ("text", "content")}, {}),
 )
-"""Known formats; the first that fits is taken."""
+"""The known formats, of which the first that fits is used."""
 
 KNOWN_COLUMNS: tuple[str, ...] = tuple(
     dict.fromkeys(name for each in FORMATS for names in (*each.required.values(), *each.optional.values()) for name in names)
 )
-"""Every column's name that means something."""
+"""The names of all columns that have a meaning in a format."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Layout:
     """The columns of one dataset.
 
     Attributes:
-        format: What it is.
-        columns: Role to the column's own name.
+        format: Format of the dataset.
+        columns: Names of the dataset's columns, by role.
     """
 
     format: Format
@@ -85,21 +85,21 @@ class Layout:
 
     @property
     def shown(self) -> str:
-        """The format and its columns, for people: ``question and answer (ask, reply)``."""
+        """The format and its columns for messages, for example ``question and answer (ask, reply)``."""
         usual = " ".join(self.columns.values()) == self.format.name
         return self.format.name if usual else f"{self.format.name} ({', '.join(self.columns.values())})"
 
 
 def find_layout(names: Iterable[str], renamed: Mapping[str, str], where: str) -> Layout:
-    """Find out what a dataset's columns mean. Case and blanks around a name do not count.
+    """The layout of a dataset's columns. Case and white space around a name are ignored.
 
     Args:
-        names: The columns.
-        renamed: Known column to the dataset's own name for it; where it is not empty, no other column counts.
-        where: What the dataset is called in messages.
+        names: Names of the dataset's columns.
+        renamed: The dataset's names for known columns; if it is not empty, other columns are ignored.
+        where: Name of the dataset in messages.
 
     Raises:
-        UsageError: ``renamed`` has an unknown column.
+        UsageError: ``renamed`` contains an unknown column.
         DataError: The columns fit no known format.
     """
     unknown = next((name for name in renamed if name not in KNOWN_COLUMNS), None)
@@ -128,7 +128,7 @@ def _first(known: Mapping[str, str], options: tuple[str, ...], taken: Iterable[s
 
 
 def value_of(record: Mapping[str, Any], name: str) -> Any:
-    """The value of a column; ``a.b`` also means the field ``b`` of the column ``a``.
+    """The value of a column. ``a.b`` can also be the field ``b`` of the column ``a``.
 
     Raises:
         ValueError: There is no such column.
@@ -142,7 +142,7 @@ def value_of(record: Mapping[str, Any], name: str) -> Any:
 
 
 def text_in(record: Mapping[str, Any], name: str) -> str:
-    """A column's text. Raises ValueError: it is absent, null, or neither a text nor a number."""
+    """The text of a column. Raises ValueError if it is absent, null, or neither a text nor a number."""
     value = value_of(record, name)
     if value is None:
         raise ValueError(f"field {name!r} is null")
@@ -150,10 +150,10 @@ def text_in(record: Mapping[str, Any], name: str) -> str:
 
 
 def template_fields(template: str) -> list[str]:
-    """The columns' names in a template.
+    """The names of columns in a template.
 
     Raises:
-        UsageError: Its braces do not match.
+        UsageError: The braces of the template do not match.
     """
     try:
         return [name for _, name, _, _ in Formatter().parse(template) if name]
@@ -162,7 +162,7 @@ def template_fields(template: str) -> list[str]:
 
 
 def fill(template: str, record: Mapping[str, Any]) -> str:
-    """Put a record's columns into a template; finite numbers become text as Python writes them (``7``, ``0.5``).
+    """A template filled with the columns of a record. Finite numbers become text in Python's notation (``7``, ``0.5``).
 
     Raises:
         ValueError: The template is broken, or the record lacks one of its columns.

@@ -1,4 +1,4 @@
-"""Conversations: ``messages`` with roles and contents, ShareGPT's ``from`` and ``value``, and the calls of tools, which are kept as text."""
+"""Conversations: ``messages`` with roles and contents, ShareGPT's ``from`` and ``value``, and tool calls, which become text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
 }
-"""The names that datasets give to the speakers."""
+"""The roles of speakers, by the names that datasets use."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Conversation:
     """A conversation up to its last answer.
 
     Attributes:
-        system: The system text with the descriptions of the tools, or None.
-        messages: The user's messages and the answers before the last, in turn; the last one is the user's.
-        response: The last answer.
+        system: System text, including the descriptions of tools, or None.
+        messages: Messages of the user and answers, in turn, without the last answer; the last message is from the user.
+        response: Last answer.
     """
 
     system: str | None
@@ -38,15 +38,15 @@ class Conversation:
 
 
 def conversation(value: Any, *, system: Any = None, tools: Any = None) -> Conversation:
-    """Take a conversation apart. Messages after the last answer are left out, and messages of one speaker in a row are joined by an empty line.
+    """Parse a conversation. Messages after the last answer are dropped, and consecutive messages of one speaker are joined by an empty line.
 
     Args:
-        value: A list of messages, each with ``role`` and ``content`` or ``from`` and ``value``; also as JSON text, or as columns (one list for each field).
-        system: The record's own system text, or None.
-        tools: The record's descriptions of tools: JSON, or a list of objects; or None.
+        value: Messages with ``role`` and ``content`` or ``from`` and ``value``, as a list, as JSON text, or as columns (one list for each field).
+        system: System text of the record, or None.
+        tools: Descriptions of tools in the record, as JSON text or a list of objects, or None.
 
     Raises:
-        ValueError: It is no conversation, or has no answer.
+        ValueError: The value is not a conversation, or it has no answer.
     """
     leading = [text_of(system, "'system'")] if system else []
     turns: list[tuple[str, str]] = []
@@ -73,7 +73,7 @@ def conversation(value: Any, *, system: Any = None, tools: Any = None) -> Conver
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value looks like a list of messages (which is not a text)."""
+    """Whether a value looks like a list of messages rather than a text."""
     return isinstance(value, list) or (isinstance(value, Mapping) and any(isinstance(part, list) for part in value.values()))
 
 
@@ -138,7 +138,7 @@ def _call(call: Any, number: int) -> str:
         raise ValueError(f"message {number} has a tool call without a name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):  # else it stays a text
+        with suppress(ValueError, RecursionError):  # arguments that are not JSON stay text
             arguments = decode_json(arguments)
     return _json({"name": function["name"], "arguments": arguments if arguments is not None else {}})
 
@@ -153,7 +153,7 @@ def _tools(tools: Any) -> str:
 
 
 def _present(value: Any) -> Any:
-    """A value without the nulls that Parquet puts where records differ."""
+    """A value without the nulls that Parquet adds for fields that other records have."""
     if isinstance(value, Mapping):
         return {key: _present(entry) for key, entry in value.items() if entry is not None}
     return [_present(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Records to rows: the plan for a dataset, made from its first records, and the rows that it makes."""
+"""Conversion of records to rows, by a plan that is made from the first records of a dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from meteora_core.data.rows import Row
 from meteora_core.errors import DataError, UsageError, did_you_mean
 
 SAMPLE = 1000
-"""Records that a plan looks at."""
+"""The number of records from which a plan is made."""
 
 _ANSWERS = (
     "<|im_start|>assistant\n",
@@ -34,7 +34,7 @@ _ANSWERS = (
     "### Output:\n",
     "ASSISTANT:",
 )
-"""What stands before an answer in a text that holds prompt and answer."""
+"""Marks before the answer in a text that contains prompt and answer."""
 
 _BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 _ENDS = re.compile(r"\s*(?:(?:<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_of_text\|>|<\|end\|>|<end_of_turn>|</s>|<eos>)\s*)+$")
@@ -42,13 +42,13 @@ _ENDS = re.compile(r"\s*(?:(?:<\|im_end\|>|<\|eot_id\|>|<\|endoftext\|>|<\|end_o
 
 @dataclass(frozen=True)
 class Plan:
-    """How the records of a dataset become rows.
+    """The conversion of a dataset's records to rows.
 
     Attributes:
-        layout: What its columns mean.
-        frame: What stands around a user's text.
-        note: A line about the frame for the user, or None.
-        example: The first row.
+        layout: Layout of the columns.
+        frame: Frame of the prompts.
+        note: Note about the frame for the user, or None.
+        example: First row.
     """
 
     layout: Layout
@@ -61,12 +61,12 @@ class Plan:
         """The rows of a table.
 
         Args:
-            table: With the columns that the plan was made for.
-            skip_invalid: Leave out records that make no row.
-            skipped: Takes what was wrong with those.
+            table: Table with the columns for which the plan was made.
+            skip_invalid: Whether to skip invalid records.
+            skipped: List that collects the problems of skipped records.
 
         Raises:
-            DataError: The table is broken, or a record makes no row; its number is named.
+            DataError: The table is broken, or a record is invalid; the message contains its number.
         """
         for number, record in enumerate(table.read(), start=1):
             try:
@@ -79,11 +79,11 @@ class Plan:
 
 
 def make_plan(table: Table, reading: Reading) -> Plan:
-    """Find out from its first records how a table becomes rows.
+    """The plan for a table, made from its first records.
 
     Args:
-        table: The train rows.
-        reading: What the user says.
+        table: Table of the train rows.
+        reading: The user's options.
 
     Raises:
         DataError: The table is empty or broken, or its columns fit no known format.
@@ -122,14 +122,14 @@ def _tried(made: Callable[[Record], Row]) -> Callable[[Record], Row | None]:
 
 @dataclass(frozen=True)
 class _Filled:
-    """A whole prompt and a response, with columns' names in braces."""
+    """Templates of a whole prompt and a response, with names of columns in braces."""
 
     prompt: str
     response: str
 
 
 def _layout(sample: Sequence[Record], reading: Reading, name: str) -> tuple[Layout, _Filled | None]:
-    """The layout, and the user's template where it is a whole prompt."""
+    """The layout, and the user's templates if they describe a whole prompt."""
     names = list(dict.fromkeys(str(column) for record in sample for column in record))
     template = reading.template
     fields = template_fields(template) if template is not None and template not in NAMES and PLACE not in template else []
@@ -179,7 +179,7 @@ def _response(layout: Layout, reading: Reading) -> Callable[[Record], str]:
 
 
 def _from_text(layout: Layout, sample: Sequence[Record], reading: Reading) -> tuple[Callable[[Record], Row], Frame, str | None]:
-    """Texts that hold prompt and answer are divided at the mark before the answer; other texts are answers to an empty prompt."""
+    """The plan for plain texts: they are divided at the mark before the answer, or are answers to an empty prompt if there is no such mark."""
     if reading.template is not None:
         raise UsageError("a template has no effect on plain text", hint="leave it out, or name the columns: --template 'Q: {ASK}' --target '{REPLY}'")
     column = layout.columns["text"]
@@ -203,7 +203,7 @@ def _from_text(layout: Layout, sample: Sequence[Record], reading: Reading) -> tu
 
 
 def _from_finished(layout: Layout, sample: Sequence[Record], reading: Reading) -> tuple[Callable[[Record], Row], Frame, str | None]:
-    """Prompts that the model reads as they are."""
+    """The plan for finished prompts, which the model reads unchanged."""
     response = _response(layout, reading)
     column, system = layout.columns["prompt"], layout.columns.get("system")
 
@@ -221,7 +221,7 @@ def _has_conversations(layout: Layout, sample: Sequence[Record]) -> bool:
 
 
 def _from_conversations(layout: Layout, sample: Sequence[Record], reading: Reading) -> tuple[Callable[[Record], Row], Frame, str | None]:
-    """Questions and conversations, put into a frame: the user's, or the base model's chat template."""
+    """The plan for questions and conversations, which are put into the user's frame or the base model's chat template."""
     opened = _opener(layout, reading)
     talks = [talk for talk in map(_tried_talk(opened), sample) if talk is not None]
     systems = {talk.system for talk in talks}
@@ -232,7 +232,7 @@ def _from_conversations(layout: Layout, sample: Sequence[Record], reading: Readi
     def made(record: Record) -> Row:
         talk = opened(record)
         if layout.format.kind == "finished" and frame.before and frame.inside(talk.messages[-1][1]) is not None:
-            return _answered(talk.messages[-1][1], talk.response)  # it is in this frame already
+            return _answered(talk.messages[-1][1], talk.response)  # the prompt is in this frame already
         if frame.chat:
             return _answered(render_chat(tokenizer, talk.system, talk.messages), talk.response)
         if len(talk.messages) > 1:
@@ -253,7 +253,7 @@ def _tried_talk(opened: Callable[[Record], Conversation]) -> Callable[[Record], 
 
 
 def _frame(reading: Reading) -> tuple[Frame, str | None, Any]:
-    """The frame for questions, a note, and the tokenizer if it was needed."""
+    """The frame for questions, a note about it, and the tokenizer if it was loaded."""
     wish = reading.template
     if wish == "inst":
         return INST, None, None
@@ -283,7 +283,7 @@ def _in_turn(frame: Frame, talk: Conversation, end: str) -> str:
 
 
 def _opener(layout: Layout, reading: Reading) -> Callable[[Record], Conversation]:
-    """How a record becomes a conversation."""
+    """A function that turns a record into a conversation."""
     columns = layout.columns
     if layout.format.kind == "messages":
         return lambda record: conversation(value_of(record, columns["messages"]), system=_any(record, columns, "system"), tools=_any(record, columns, "tools"))
@@ -314,7 +314,7 @@ def _asked(message: str, record: Record, columns: Mapping[str, str], response: s
 
 
 def _optional(record: Record, column: str | None) -> str:
-    """A column's text; empty where it is absent or null."""
+    """The text of a column; empty if it is absent or null."""
     if column is None:
         return ""
     try:

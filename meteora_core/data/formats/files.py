@@ -1,4 +1,4 @@
-"""What kind of file it is, and its unpacked bytes."""
+"""The kind of a data file, and its unpacked content."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ KINDS: dict[str, Kind] = {
     ".feather": "arrow",
     ".txt": "text",
 }
-"""File name ending to kind."""
+"""Kinds of files by the ending of the name."""
 
 PACKED = (".gz", ".zst")
-"""Endings that may follow those of :data:`KINDS`."""
+"""Endings of packed files, which may follow those of :data:`KINDS`."""
 
 READABLE = "JSON lines, JSON, CSV, TSV, Parquet, Arrow and text, also packed by gzip or zstd"
 
 MAX_RATIO = 200
-"""A packed file that unpacks to more than this many times its size is refused, beyond :data:`FREE_BYTES`."""
+"""The largest ratio of unpacked to packed size; files with a larger ratio are refused if they unpack to more than :data:`FREE_BYTES`."""
 FREE_BYTES = 256 << 20
-"""The number of bytes that may be unpacked whatever the ratio."""
+"""The number of bytes that may be unpacked at any ratio."""
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _MAGIC: tuple[tuple[bytes, Kind], ...] = ((b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"\xff\xff\xff\xff", "arrow"))
@@ -47,7 +47,7 @@ _BLOCK = 1 << 20
 
 
 def bare_name(path: Path) -> str:
-    """A data file's name without the endings that say what kind of file it is: ``"sql"`` for ``sql.jsonl.gz``."""
+    """The name of a data file without the endings for its kind: ``"sql"`` for ``sql.jsonl.gz``."""
     name = path.name
     for endings in (PACKED, tuple(KINDS)):
         ending = next((each for each in endings if name.lower().endswith(each)), "")
@@ -56,17 +56,17 @@ def bare_name(path: Path) -> str:
 
 
 def has_data_name(path: Path) -> bool:
-    """Whether a file's name is that of a data file."""
+    """Whether a file has the name of a data file."""
     name = path.name.lower()
     name = name.removesuffix(next((each for each in PACKED if name.endswith(each)), ""))
     return any(name.endswith(ending) and name != ending for ending in KINDS)
 
 
 def kind_of_file(path: Path) -> Kind:
-    """Tell by its first bytes and its name what kind of data file ``path`` is.
+    """The kind of a data file, detected by its first bytes and its name.
 
     Raises:
-        DataError: It is missing, no regular file, or of no kind that can be read.
+        DataError: The file is missing, is not a regular file, or is of a kind that cannot be read.
     """
     check_regular(path)
     with unpacked(path) as handle, read_errors(path):
@@ -90,10 +90,10 @@ def kind_of_file(path: Path) -> Kind:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[io.BufferedReader]:
-    """Open a file for reading; what gzip or zstd packed is unpacked, whatever its name.
+    """Open a file for reading. Content that gzip or zstd packed is unpacked, whatever the name of the file.
 
     Raises:
-        DataError: The file is missing, no regular file or broken, or unpacks to too much.
+        DataError: The file is missing, broken or not a regular file, or its unpacked content is too large.
     """
     with open_regular(path) as packed:
         with read_errors(path):
@@ -112,10 +112,10 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
 
 @contextmanager
 def plain_file(path: Path) -> Iterator[Path]:
-    """A file with the unpacked content of ``path`` under a name without wildcards or endings: a link, or a copy of what is packed.
+    """Yield a file with the unpacked content of ``path`` under a name without wildcards and endings: a link, or a copy if ``path`` is packed.
 
     Raises:
-        DataError: As for :func:`unpacked`.
+        DataError: The errors of :func:`unpacked`.
         StorageError: The copy cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="meteora-data-") as folder, unpacked(path) as handle:
@@ -131,7 +131,7 @@ def plain_file(path: Path) -> Iterator[Path]:
 
 
 class _Counted(io.RawIOBase):
-    """Unpacked bytes, counted; more than the limit is an error."""
+    """A stream of unpacked bytes that raises an error above a limit."""
 
     def __init__(self, source: IO[bytes], path: Path) -> None:
         self._source, self._path, self._total = source, path, 0
@@ -158,7 +158,7 @@ def _limited(source: object, path: Path) -> io.BufferedReader:
 
 @contextmanager
 def _unpacking(path: Path) -> Iterator[None]:
-    """Say which file is broken."""
+    """Translate errors of the unpacking into errors that name the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as broken:

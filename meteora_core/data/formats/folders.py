@@ -1,4 +1,4 @@
-"""The datasets in a folder of many, and the names that they get."""
+"""The datasets in a folder, and the names of their tasks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Found:
     """A dataset that was found.
 
     Attributes:
-        name: The name of its task.
-        train: Its file, folder or hub name.
-        test: The file of its test rows, where that is another one.
+        name: Name of its task.
+        train: File, folder or hub name of the dataset.
+        test: File of the test rows, if it is a separate one.
     """
 
     name: str
@@ -31,17 +31,17 @@ class Found:
 
 
 def find_datasets(source: str) -> list[Found]:
-    """The datasets that a path or a hub name stands for, in the order of their names.
+    """The datasets of a path or a hub name, sorted by name.
 
-    A file, a saved dataset, or a folder with ``train`` files is one dataset, called like it. Any other folder holds many: each data file, and each folder
-    that is a dataset. ``sql_train.csv`` and ``sql_test.csv`` (also with a dot or a hyphen) belong together. Other files are passed over.
+    A file, a saved dataset, or a folder with ``train`` files is one dataset of the same name. Any other folder contains several: each data file and each
+    folder that is a dataset. ``sql_train.csv`` and ``sql_test.csv`` (also with a dot or a hyphen) are one dataset. Other files are ignored.
 
     Args:
-        source: A file, a folder or a hub dataset.
+        source: Path of a file or a folder, or name of a hub dataset.
 
     Raises:
-        UsageError: There is nothing at that path.
-        DataError: There is no dataset in it, or two of one name.
+        UsageError: The path does not exist.
+        DataError: The folder contains no dataset, or two with the same name.
     """
     path = Path(source)
     if is_hub_name(source):
@@ -65,10 +65,10 @@ def find_datasets(source: str) -> list[Found]:
 
 
 def task_name(text: str) -> str:
-    """A task's name made of a file's: what a name cannot have becomes a hyphen.
+    """A task's name from a file's name. Characters that a name cannot contain become hyphens.
 
     Raises:
-        UsageError: Nothing is left.
+        UsageError: The result is not a valid name.
     """
     name = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9._-]+", "-", text)).strip(".-")
     if problem := problem_of(name):
@@ -80,7 +80,7 @@ def _is_one(folder: Path) -> bool:
     try:
         train, _ = dataset_files(folder)
     except DataError:
-        return True  # opening it says what is wrong
+        return True  # opening the dataset reports the problem
     return train is not None and any(word == bare_name(train).lower().partition("-")[0] for word in TRAIN)
 
 

@@ -1,4 +1,4 @@
-"""A task of one's own as raw rows for the builder."""
+"""The raw rows of a user's task, for the builder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def extract_own(task: Task, progress: Progress = SILENT) -> Extract:
 
     Args:
         task: The task.
-        progress: Told what was left out, and what was found out about the prompts.
+        progress: Receiver of notes about skipped rows and about the frame of the prompts.
 
     Raises:
         DataError: A file is missing or broken, or its columns fit no known format.
         DownloadError: The hub, or the base model's tokenizer, cannot be reached.
-        UsageError: What the user says about the columns or the template is wrong.
+        UsageError: The user's columns or template are wrong.
     """
     assert isinstance(task.source, Files)
     reading = task.source.reading or Reading()

@@ -1,4 +1,4 @@
-"""What a user says about the columns of a dataset."""
+"""The user's options for reading a dataset."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Tokenizer = Callable[[], Any]
-"""Loads the base model's tokenizer, when a chat template or an end token is needed."""
+"""A function that loads the base model's tokenizer if a chat template or an end token is needed."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How records become rows; everything that is absent is found out.
+    """Rules by which records become rows; absent values are detected from the dataset.
 
     Args:
-        columns: Pairs of a known column (``"question"``) and the dataset's own name for it (``"ask"`` or ``"fields.ask"``). With pairs, no other column counts.
-        template: ``"chat"``, ``"inst"`` or ``"raw"``; a frame with ``{}`` in the place of the user's text; or a whole prompt with columns' names in braces.
-        target: The response, with columns' names in braces.
-        subset: A hub dataset's configuration.
-        skip_invalid: Leave out records that make no row, and count them, instead of refusing the dataset.
-        tokenizer: Loads the base model's tokenizer; without it, what needs one is refused.
+        columns: Pairs of a known column (``"question"``) and its name in the dataset (``"ask"`` or ``"fields.ask"``). With pairs, other columns are ignored.
+        template: Template of the prompt: ``"chat"``, ``"inst"`` or ``"raw"``, a frame with ``{}`` in the place of the user's text, or a whole prompt with
+            names of columns in braces.
+        target: Template of the response, with names of columns in braces.
+        subset: Configuration of a hub dataset.
+        skip_invalid: Whether to skip and count invalid records instead of refusing the dataset.
+        tokenizer: Function that loads the base model's tokenizer; without it, datasets that need a tokenizer are refused.
     """
 
     columns: tuple[tuple[str, str], ...] = ()

@@ -1,4 +1,4 @@
-"""Where a dataset of one's own is: a file, a folder, a saved ``datasets`` folder or a dataset on the hub."""
+"""The sources of users' datasets: files, folders, saved ``datasets`` folders and datasets on the hub."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from meteora_core.reading import kind_of, shown_path
 from meteora_core.text import listed
 
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
-"""Files that a folder has that ``datasets`` saved."""
+"""Names of files in a folder that ``datasets`` saved."""
 
 TRAIN = ("train", "training")
 TEST = ("test", "testing", "eval", "validation", "valid", "val", "dev")
-"""Names of splits, and of files, in the order in which they are taken."""
+"""Names of splits and of their files, in the order of preference."""
 
 _HUB = re.compile(r"(?:hub:)?[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A dataset of one's own.
+    """An open dataset of the user.
 
     Attributes:
-        train: Its train rows.
-        test: Its test rows; None where they are to be set aside.
-        origin: What identifies it, for the manifest.
+        train: Table of the train rows.
+        test: Table of the test rows; None if some train rows have to become test rows.
+        origin: Origin of the rows, for the manifest.
         validation: Whether the test rows are the source's validation split.
     """
 
@@ -53,15 +53,15 @@ def is_saved(folder: Path) -> bool:
 
 
 def open_source(train: Path | str, test: Path | str | None = None, subset: str | None = None) -> Opened:
-    """Open a dataset of one's own.
+    """Open a user's dataset.
 
     Args:
-        train: A data file, a folder of one dataset, a saved ``datasets`` folder, or a hub dataset.
-        test: The same, for the test rows; None takes those of ``train``, if it has some.
-        subset: A hub dataset's configuration.
+        train: Data file, folder of one dataset, saved ``datasets`` folder, or name of a hub dataset.
+        test: The same for the test rows; None for those of ``train``, if it has any.
+        subset: Configuration of a hub dataset.
 
     Raises:
-        DataError: It is missing or broken, or has no train rows.
+        DataError: The dataset is missing or broken, or has no train rows.
         DownloadError: The hub cannot be reached.
     """
     opened = _open(train, subset)
@@ -93,10 +93,10 @@ def _open(source: Path | str, subset: str | None) -> Opened:
 
 
 def dataset_files(folder: Path) -> tuple[Path | None, Path | None]:
-    """The train and the test file of a folder that holds one dataset: those named after the splits, or its only data file.
+    """The train file and the test file of a folder with one dataset: the files that are named after splits, or its only data file.
 
     Raises:
-        DataError: There are two files of one split.
+        DataError: There are two files for one split.
     """
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and has_data_name(path)]
     found: list[Path | None] = []
@@ -112,7 +112,7 @@ def dataset_files(folder: Path) -> tuple[Path | None, Path | None]:
 
 
 def _bare(path: Path) -> str:
-    """``"train"`` for ``train.jsonl`` and for the hub's ``train-00000-of-00001.parquet``."""
+    """The name of a file's split: ``"train"`` for ``train.jsonl`` and for the hub's ``train-00000-of-00001.parquet``."""
     return re.sub(r"-0{5}-of-0{4}1$", "", bare_name(path).lower())
 
 

@@ -1,7 +1,7 @@
-"""Data files and ``datasets`` objects as records: one dictionary of columns a row.
+"""Data files and ``datasets`` objects as records, one dictionary of columns for each row.
 
-JSON, CSV and text are read by the standard library, so that a text stays the text that it is: the type inference of other readers turns ``None`` and
-``NA`` into missing values, ``007`` into 7 and dates into timestamps. Parquet, Arrow, saved datasets and the hub are read by the ``datasets`` library.
+The standard library reads JSON, CSV and text, so that texts do not change: the type inference of other readers turns ``None`` and ``NA`` into missing
+values, ``007`` into 7 and dates into timestamps. The ``datasets`` library reads Parquet, Arrow, saved datasets and datasets on the hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from meteora_core.text import listed, shown
 Record = dict[str, Any]
 
 _LONGEST_FIELD = 1 << 30
-"""Characters in a field of a CSV file; the standard library's own limit is 131,072."""
+"""The largest number of characters in a field of a CSV file; the default of the standard library is 131,072."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Table:
     """Records in order, readable more than once.
 
     Attributes:
-        name: What the table is called in messages.
-        read: Opens it anew, and yields the records.
+        name: Name of the table in messages.
+        read: Function that opens the table and yields its records.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Table:
 
 
 def file_table(path: Path) -> Table:
-    """Open one data file of any kind in :data:`meteora_core.data.formats.files.KINDS`, packed or not.
+    """The table of a data file of any kind in :data:`meteora_core.data.formats.files.KINDS`, packed or not.
 
     Raises:
-        DataError: It is missing, or of another kind. What is broken inside is said when its records are read.
+        DataError: The file is missing, or of another kind. Errors in its content are raised when records are read.
     """
     kind = kind_of_file(path)
     readers: dict[Kind, Callable[[Path], Iterator[Record]]] = {
@@ -59,7 +59,7 @@ def file_table(path: Path) -> Table:
 
 
 def split_table(name: str, split: Any) -> Table:
-    """A split that ``datasets`` opened as a table; class labels are given by their names, and pictures and sounds are left out."""
+    """The table of a split that ``datasets`` opened. Class labels become their names; images and audio are dropped."""
 
     def read() -> Iterator[Record]:
         with library_errors(name):
@@ -69,7 +69,7 @@ def split_table(name: str, split: Any) -> Table:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """JSON lines, or one array of objects."""
+    """The records of JSON lines, or of one JSON array of objects."""
     with unpacked(path) as handle:
         if not handle.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             yield from _json_lines(handle, path)
@@ -96,7 +96,7 @@ def _json_lines(handle: io.BufferedReader, path: Path) -> Iterator[Record]:
 
 
 def _single_object(path: Path) -> list[str] | None:
-    """The fields of a file that is one JSON object over several lines; None for any other file."""
+    """The fields of a file that consists of one JSON object; None for any other file."""
     with unpacked(path) as handle:
         try:
             value = parse_json(handle.read(), shown_path(path))
@@ -106,7 +106,7 @@ def _single_object(path: Path) -> list[str] | None:
 
 
 def _delimited(path: Path, delimiter: str | None) -> Iterator[Record]:
-    """CSV with a line of column names. Every field stays text; an empty one is an empty text."""
+    """The records of a CSV file with a line of column names. Every field is a text; an empty field is an empty text."""
     csv.field_size_limit(_LONGEST_FIELD)
     name = shown_path(path)
     with unpacked(path) as handle:
@@ -133,7 +133,7 @@ def _delimited(path: Path, delimiter: str | None) -> Iterator[Record]:
 
 
 def _delimiter(head: str) -> str:
-    """The delimiter that occurs most often in the line of column names, outside of quotes; the comma for none."""
+    """The delimiter that occurs most often in the line of column names outside of quotes; the comma if there is none."""
     bare = "".join(head.split('"')[::2])
     return max(",;\t|", key=bare.count)
 
@@ -145,7 +145,7 @@ def _check_columns(columns: list[str], name: str) -> None:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    """A text file: every line that is not blank is a record with the column ``text``."""
+    """The records of a text file: every line that is not blank is a record with the column ``text``."""
     with unpacked(path) as handle:
         text = io.TextIOWrapper(handle, encoding="utf-8-sig")
         number = 0
@@ -159,7 +159,7 @@ def _lines(path: Path) -> Iterator[Record]:
 
 
 def _columnar(path: Path, builder: str) -> Iterator[Record]:
-    """A Parquet or Arrow file, streamed by ``datasets``."""
+    """The records of a Parquet or Arrow file, streamed by ``datasets``."""
     import datasets
 
     with library_errors(shown_path(path)), plain_file(path) as plain:
@@ -167,7 +167,7 @@ def _columnar(path: Path, builder: str) -> Iterator[Record]:
 
 
 def _plain_records(split: Any) -> Iterator[Record]:
-    """The records of a ``datasets`` split, with class labels by name and without pictures and sounds."""
+    """The records of a ``datasets`` split, with names of class labels and without images and audio."""
     from datasets import ClassLabel
 
     features = dict(split.features or {})
@@ -183,7 +183,7 @@ def _plain_records(split: Any) -> Iterator[Record]:
 
 @contextmanager
 def library_errors(name: str) -> Iterator[None]:
-    """Translate what ``datasets`` raises about a broken file. Raises DataError."""
+    """Translate the errors of ``datasets`` about a broken file into DataError."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 

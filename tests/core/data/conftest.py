@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fast tests never see the user's cache; slow ones may use the archive that lies there."""
+    """Fast tests never see the user's cache; slow tests may use the archive in it."""
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setenv("METEORA_CACHE", str(tmp_path_factory.mktemp("cache")))
 

@@ -1,4 +1,4 @@
-"""BIG-bench's formatting and split, against examples worked out by hand and against NumPy and random themselves."""
+"""BIG-bench's formatting and split, against examples computed by hand and against NumPy and random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building, manifests and verification: what is written, what is refused, and what a kill leaves behind."""
+"""Building, manifests and verification: written files, refusals, and the state after a kill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ THREE = ["logical_deduction", "question_selection", "strategyqa"]
 
 
 class Notes:
-    """A progress that keeps what it is told."""
+    """A progress that records its reports."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

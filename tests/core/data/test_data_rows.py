@@ -1,4 +1,4 @@
-"""Reading built rows."""
+"""Reading of built datasets."""
 
 from __future__ import annotations
 

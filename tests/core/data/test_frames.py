@@ -1,4 +1,4 @@
-"""Prompt frames: how they are written, and how they are found in prompts."""
+"""Prompt frames: their notation, and their detection in prompts."""
 
 from __future__ import annotations
 

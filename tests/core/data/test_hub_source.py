@@ -1,4 +1,4 @@
-"""The hub source against local folders in the real datasets' schemas, and what the user is told when the hub refuses."""
+"""The hub source, with local folders in the schemas of the real datasets, and its error messages when the hub refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def stand_in(root: Path, config: str, splits: dict[str, list[Any]], write_lines: Any) -> Path:
-    """A folder that ``datasets`` loads like a hub dataset with one configuration."""
+    """Make a folder that ``datasets`` loads as a hub dataset with one configuration."""
     lines = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
     for split, rows in splits.items():
         write_lines(root / config / f"{split}.jsonl", rows)

@@ -1,4 +1,4 @@
-"""The streaming index against Python's own JSON reader."""
+"""The streaming index against Python's JSON reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local source in its layouts, and rows out of records."""
+"""The layouts of the local source, and the conversion of records to rows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_repository_layout(repository: Path, below: str) -> None:
 
 
 def test_hub_export_equals_the_repository(repository: Path, tmp_path: Path, write_lines: Any) -> None:
-    """The hub's exported rows and BIG-bench's own file must give the same dataset."""
+    """The hub's exported rows and BIG-bench's file must give the same dataset."""
     from meteora_core.data.bigbench import ExampleReader, Style, format_example, split_order, task_files
 
     task = TASKS["logical_deduction"]

@@ -1,4 +1,4 @@
-"""Reading BIG-bench's source distribution as a stream: what is unpacked, and which archives are refused."""
+"""Reading of BIG-bench's source distribution as a stream: the unpacked files, and the refused archives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real source distribution: all 22 tasks, against the published rows, in bounded memory. Fetches 358 MB unless the cache has them."""
+"""The real source distribution: all 22 tasks, against the published rows, in bounded memory. The test fetches 358 MB unless they are in the cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PUBLISHED = {
     (23, 5): "0ad1014c887b2c00",
     (23, 6): "f8084fcaff4214a2",
 }
-"""Row and member of the authors' published composite_10, to the start of the SHA-256 of its prompt, a zero character and its response."""
+"""The start of the SHA-256 of prompt, a zero character and response, by row and member of the authors' published composite_10."""
 
 TEST_ROWS = {
     "logical_deduction": 300,
@@ -56,16 +56,16 @@ from meteora_core.data.tasks import BIGBENCH_TASKS
 build_tasks(BIGBENCH_TASKS, sys.argv[1], BuildRequest(source="pypi"))
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """
-"""The peak is this program's own: ru_maxrss would also count the process that it was forked from."""
+"""A program that measures its peak of memory; ru_maxrss would also count the process from which it was forked."""
 
 
 AGAIN = ["logical_deduction", "question_selection", "strategyqa", "unit_conversion", "winowhy"]
-"""Tasks that are built twice; the larger ones take long and are made by the same code."""
+"""The tasks that are built twice. The larger ones take long and use the same code."""
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
-    """All 22 tasks, built from the archive in a process of their own that finds nothing unpacked, with its peak of memory; and some, built again by two."""
+    """All 22 tasks, built from the archive by a separate process without unpacked tasks, its peak of memory, and some tasks built again by two processes."""
     archive = fetch_sdist()
     root = tmp_path_factory.mktemp("real")
     (root / "cache" / "downloads").mkdir(parents=True)

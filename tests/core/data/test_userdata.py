@@ -1,4 +1,4 @@
-"""Tasks of one's own."""
+"""The user's tasks."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def test_built_tasks_are_known_in_a_later_process(tmp_path: Path, write_lines: A
 
 
 def test_a_dataset_is_not_built_from_its_own_rows(tmp_path: Path, write_lines: Any) -> None:
-    """Else changed rows would be taken for right, and a smaller build for the whole."""
+    """Otherwise changed rows would count as correct, and a smaller build as complete."""
     data = tmp_path / "data"
     before = add_task(own_task("kept", train=write_lines(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(40)])), data)
-    tasks.TASKS.pop("kept")  # as in a later process
+    tasks.TASKS.pop("kept")  # a later process does not know the task
     register_built(data)
     assert build_task("kept", data) == before
     for options in ({"force": True}, {"max_train": 3}, {"max_test": 3}):

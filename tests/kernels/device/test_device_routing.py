@@ -1,4 +1,4 @@
-"""Routing on the device against the reference's; in the interpreter on a CPU, compiled on a GPU."""
+"""Routing on the device against the reference; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The norm's kernel against its formula in float64 and against the library; in the interpreter on a CPU, compiled on a GPU."""
+"""The kernel of the norm against its formula in float64 and against PyTorch; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 16), (5, 72), (3, 1000), (7, 4096)])
 def test_norm_equals_its_formula(tokens: int, hidden: int, dtype: torch.dtype) -> None:
-    """Rows with gaps on both sides, one of them tiny so that epsilon decides; what lies beside the output is not touched."""
+    """Rows have gaps on both sides, one is so small that epsilon matters, and values next to the output do not change."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(tokens, hidden + 5, generator=generator).to(DEVICE, dtype)[:, 2 : hidden + 2]
     x[-1] *= 1e-3

@@ -1,4 +1,4 @@
-"""The gated activation's kernel against float64 and the library; in the interpreter on a CPU, compiled on a GPU."""
+"""The kernel of the gated activation against float64 and PyTorch; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (5, 72), (3, 2500)])
 def test_gated_equals_its_formula(tokens: int, width: int, dtype: torch.dtype) -> None:
-    """Halves of one tensor, large values of both signs; what lies beside the output is not touched."""
+    """Inputs are halves of one tensor with large values of both signs, and values next to the output do not change."""
     both = torch.randn(tokens, 2 * width, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
     both[0, :3] = torch.tensor([80.0, -80.0, 0.0], dtype=dtype)
     gate, up = both.chunk(2, dim=1)

@@ -11,7 +11,7 @@ from meteora_kernels.tile import Tile
 from support.kernel_groups import DEVICE, RANKS, check_equals_reference, check_rounded_once, check_ties, members, nan_stays
 
 ROW = Row("decode_all_rows", tile=Tile(outputs=32, step=16, warps=2, stages=2, gate_rows=16, gate_step=32))
-"""Steps so short that 72 columns are several."""
+"""A row with steps so short that 72 columns are several."""
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ ROW = Row("decode_all_rows", tile=Tile(outputs=32, step=16, warps=2, stages=2, g
     ],
 )
 def test_equals_the_reference(ranks: tuple[int, ...], widths: tuple[int, ...], top_k: int, tokens: int) -> None:
-    """Rows and outputs that do not fill a block, with a bias and a mask; twice the same bits."""
+    """Rows and outputs do not fill a block, there are a bias and a mask, and two runs are bit-equal."""
     allowed = torch.arange(len(ranks), device=DEVICE) % 3 != 1 if tokens == 5 else None
     check_equals_reference(members(widths, tokens, ranks=ranks, bias=tokens == 5), ROW, Routing(top_k, 1.5, allowed))
 
@@ -42,6 +42,6 @@ def test_nan_stays_in_its_token_and_in_its_adapter() -> None:
 
 
 def test_reads_rows_with_gaps() -> None:
-    """Between the rows of the weights, and where these hold B^T."""
+    """The rows of the weights may have gaps, which may hold B^T."""
     check_equals_reference(members((24, 9, 33), 3, bias=True, gap=24), ROW)
     check_equals_reference(members((24, 9, 33), 3, bias=True, has_up=True), ROW, in_place=True)

@@ -14,7 +14,7 @@ from support.kernel_groups import DEVICE, RANKS, check_equals_reference, check_r
 from support.kernel_rows import taking
 
 SMALL = Row("decode_chosen_rows", pieces=3, tile=Tile(outputs=16, step=16, warps=2, stages=2, gate_rows=16, gate_step=16, down_rows=4, down_step=16))
-"""Steps and pieces so short that 72 columns are several, and that the last is cut short."""
+"""A row with steps and pieces so short that 72 columns are several, of which the last is shorter."""
 TALL = Row("decode_chosen_rows", pieces=5, tile=Tile(outputs=32, step=32, warps=2, stages=3, gate_rows=16, gate_step=32, down_rows=16, down_step=16))
 PLAIN = Row("decode_chosen_rows", pieces=4, tile=Tile(outputs=32, step=128, warps=2, stages=5, gate_rows=16, gate_step=256, down_rows=8, down_step=256))
 EVERY = Row("decode_all_rows", tile=Tile(outputs=32, step=16, warps=2, stages=2, gate_rows=16, gate_step=32))
@@ -35,14 +35,14 @@ EVERY = Row("decode_all_rows", tile=Tile(outputs=32, step=16, warps=2, stages=2,
     ],
 )
 def test_equals_the_reference(ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, top_k: int, row: Row, tokens: int) -> None:
-    """Pieces that do not divide h, rows and outputs that do not fill a block, with a bias and a mask; twice the same bits."""
+    """Pieces do not divide h, rows and outputs do not fill a block, there are a bias and a mask, and two runs are bit-equal."""
     given = members(widths, tokens, ranks=ranks, hidden=hidden, bias=tokens == 5)
     allowed = torch.arange(len(ranks), device=DEVICE) % 3 != 1 if tokens == 5 and top_k < 3 else None
     check_equals_reference(given, row, Routing(top_k, 1.5, allowed))
 
 
 def test_a_rank_of_256_equals_the_reference() -> None:
-    """With few tokens: in the interpreter its time grows with both."""
+    """Few tokens are enough: the time of the interpreter grows with their number."""
     check_equals_reference(members((20,), 2, ranks=(256, 0), hidden=33), PLAIN, Routing(2, 1.5))
 
 
@@ -60,13 +60,13 @@ def test_nan_stays_in_its_token_and_in_its_adapter() -> None:
 
 
 def test_reads_rows_with_gaps() -> None:
-    """Between the rows of the weights, and where these hold B^T."""
+    """The rows of the weights may have gaps, which may hold B^T."""
     check_equals_reference(members((24, 9, 33), 3, bias=True, gap=24), SMALL)
     check_equals_reference(members((24, 9, 33), 3, bias=True, has_up=True), SMALL, in_place=True)
 
 
 def test_groups_decode_by_the_row_that_fits() -> None:
-    """The outputs of both ways to decode agree up to rounding; more tokens than a tile holds go to the next row."""
+    """The outputs of both decoding paths agree up to rounding, and the next row is used for more tokens than a tile holds."""
     given = members((24, 9), 4)
     outputs = []
     for first, second in ((SMALL, EVERY), (EVERY, SMALL)):

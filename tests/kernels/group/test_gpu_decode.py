@@ -1,4 +1,4 @@
-"""Decoding with many adapters on a CUDA GPU, all rows of A and chosen rows only: at most 20 % above the base's own error, bit-equal, CUDA graphs."""
+"""Decoding with many adapters on a CUDA GPU, with all rows of A or only chosen ones: error at most 20 % above the base's, bit-equal, CUDA graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused groups on a CUDA GPU as the plan computes them: at most 20 % above the base's own error, two runs bit-equal, CUDA graphs."""
+"""Fused groups on a CUDA GPU, by the path of the table: error at most 20 % above the base's, two runs bit-equal, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GROUPS = [
 @pytest.mark.parametrize(("widths", "hidden"), GROUPS)
 @torch.no_grad()
 def test_every_line_of_the_plan(widths: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
-    """Numbers of tokens on both sides of every limit; x in place, with NaN around it, and as it comes."""
+    """Numbers of tokens on both sides of every limit, with x in place (and NaN around it) and with a contiguous x."""
     cases = [make(RANKS, hidden, width, (4097,), torch.float32, seed=seed, device="cuda") for seed, width in enumerate(widths)]
     for case in cases:
         case.lora_B *= 0.2
@@ -80,7 +80,7 @@ def test_every_line_of_the_plan(widths: tuple[int, ...], hidden: int, dtype: tor
 @pytest.mark.parametrize("tokens", [300, 1000, 3000])
 @torch.no_grad()
 def test_a_token_keeps_its_nan(tokens: int) -> None:
-    """x as it comes, in one launch with its copy: the other tokens' outputs stay what they were, to the bit."""
+    """A contiguous x is copied in the same launch, and the outputs of the other tokens are bit-equal."""
     case = make(RANKS, 4096, 1024, (tokens,), torch.bfloat16, seed=0, device="cuda")
     wide = Wide(4096, sum(RANKS), 1)
     weight = torch.randn(1024, 4096, device="cuda").bfloat16() * 4096**-0.5
@@ -101,7 +101,7 @@ def test_a_token_keeps_its_nan(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [100, 300, 1500])
 @torch.no_grad()
 def test_graphs_replay_with_new_inputs(tokens: int) -> None:
-    """Norm, a group in place, the activation and the group behind it, captured once."""
+    """A norm, a group in place, the activation and the next group are captured in one graph."""
     hidden, width = 1024, 512
     first, second = (make(RANKS, hidden, width, (tokens,), torch.bfloat16, seed=seed, device="cuda") for seed in (0, 1))
     last = make(RANKS, width, hidden, (tokens,), torch.bfloat16, seed=2, device="cuda")
@@ -144,7 +144,7 @@ def test_graphs_replay_with_new_inputs(tokens: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 4096), (2049, 4096), (33, 5120), (7, 576), (5, 16384)])
 def test_norm_and_activation(tokens: int, hidden: int, dtype: torch.dtype) -> None:
-    """The library's numbers up to one rounding each way, into rows with gaps."""
+    """The results are PyTorch's up to one rounding, for outputs with gaps between rows."""
     close = {"rtol": max(3 * torch.finfo(dtype).eps, 1e-5), "atol": 1e-6}
     x = torch.randn(tokens, 2 * hidden, device="cuda").to(dtype)
     weight = torch.rand(hidden, device="cuda").to(dtype) + 0.5

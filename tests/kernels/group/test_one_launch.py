@@ -1,4 +1,4 @@
-"""The one-launch path for some dozens of tokens, against float64; in the interpreter on a CPU, compiled on a GPU."""
+"""The one-launch path for a few dozen tokens, against float64; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.kernel_groups import DEVICE, check_rounded_once, errors, members, n
 from support.kernel_rows import taking
 
 TILE = Tile(64, 32, 16, 4, 3)
-"""Steps so short that 72 columns are several pieces."""
+"""A row with steps so short that 72 columns are several pieces."""
 
 needs_copy_engine = pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for compute capability 9.0")
 
@@ -30,7 +30,7 @@ def row(pieces: int = 1, gate_pieces: int = 2, tile: Tile = TILE) -> Row:
 @pytest.mark.parametrize(("pieces", "gate_pieces"), [(1, 1), (2, 3), (3, 2)])
 @pytest.mark.parametrize(("widths", "tokens"), [((40,), 1), ((24, 41), 33), ((24, 9, 33), 64), ((24, 9, 33), 17)])
 def test_equals_its_members(widths: tuple[int, ...], tokens: int, pieces: int, gate_pieces: int, masked: bool) -> None:
-    """Tiles that stick out of every member, sums in pieces of unequal length, rows with gaps."""
+    """Tiles extend past every member, sums have pieces of unequal length, and rows have gaps."""
     given = members(widths, tokens, bias=masked, dtype=torch.float16, gap=24 if masked else 0)
     allowed = torch.tensor([True, False, True, False, True], device=DEVICE) if masked else None
     tile = TILE._replace(outputs=64) if pieces > 2 else TILE
@@ -74,7 +74,7 @@ def test_ties_go_to_the_lower_index_and_logits_are_not_rounded() -> None:
 
 @needs_copy_engine
 def test_groups_take_it_where_the_table_says_so_and_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the next row where it cannot: rows that are not aligned to 16 bytes, float32, more tokens than the tile holds."""
+    """The next row is used for rows that are not aligned to 16 bytes, for float32, and for more tokens than the tile holds."""
     called: list[int] = []
     run = one_launch.run
     monkeypatch.setattr(one_launch, "run", lambda x, *others, **options: [called.append(len(x)), run(x, *others, **options)][1])
@@ -101,7 +101,7 @@ def test_rows_that_the_copy_engine_cannot_read() -> None:
 
 @pytest.mark.parametrize(("major", "processors", "expected"), [(9, 132, True), (9, 16, False), (9, 4, False), (8, 108, False), (10, 148, False)])
 def test_gates_must_all_run_at_once(major: int, processors: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their programs wait for each other: a part of a GPU with too few multiprocessors must not start them."""
+    """The programs wait for each other, so a part of a GPU with too few multiprocessors must not start them."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, multi_processor_count=processors))
     monkeypatch.setattr(machine, "multiprocessors", machine.multiprocessors.__wrapped__)
     facts = members((8, 8), 1, ranks=(8,) * 28, dtype=torch.float16).group.facts._replace(device=torch.device("cuda:0"))
@@ -130,7 +130,7 @@ def test_gates_must_all_run_at_once(major: int, processors: int, expected: bool,
     ids=["qkv", "o", "down", "wide", "odd", "small", "qkv-17", "down-32", "down-100", "wide-128"],
 )
 def test_a_graph_replays_with_new_inputs(widths: tuple[int, ...], hidden: int, tokens: int) -> None:
-    """As the table has it, at sizes that fill the GPU; whatever order its programs run in, the output is the same."""
+    """The table's row at sizes that fill the GPU gives the same output for any order of programs."""
     given = members(widths, tokens, ranks=(8,) * 28, hidden=hidden, dtype=torch.bfloat16, bias=hidden < 4096)
     assert row_for(given.group, tokens, 2, aligned=True).path == "one_launch"
 

@@ -1,4 +1,4 @@
-"""One product over base, gates and A, then B on top, against the reference; in the interpreter on a CPU, compiled on a GPU."""
+"""One product with base, gates and A, to which B is added, against the reference; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_equals_its_members(widths: tuple[int, ...], tokens: int, bias: bool, in
     ],
 )
 def test_partial_sums(row: Row, widths: tuple[int, ...], tokens: int, masked: bool) -> None:
-    """In float16, against float64: no token is routed elsewhere, and the output is off by little more than one rounding."""
+    """In float16, against float64: every token has the same route, and the error is little more than one rounding."""
     given = members(widths, tokens, bias=masked, dtype=torch.float16)
     allowed = torch.tensor([True, False, True, False, True], device=DEVICE) if masked else None
     check_rounded_once(given, row, Routing(allowed=allowed), most=1.15)
@@ -42,7 +42,7 @@ def test_nan_stays_in_its_token() -> None:
 
 @pytest.mark.parametrize("tile", [None, TILE], ids=["library", "kernel"])
 def test_logits_are_not_rounded_in_pieces(tile: Tile | None) -> None:
-    """Two logits that are one number in float16: the larger wins with partial sums, the first adapter without."""
+    """Two logits that are equal in float16: the larger wins with partial sums, the first adapter without."""
     given = ties(members((24,), 18, dtype=torch.float16))
     exact = given.exact(Routing(1))
     assert float(errors(given.run(Row("packed", pieces=2, tile=tile), Routing(1)), exact).max()) < 0.005

@@ -1,4 +1,4 @@
-"""Fused groups as compilers see them."""
+"""Fused groups in compiled code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_group_operator_is_sound_for_compilers(pieces: int) -> None:
 
 
 def test_compiled_groups_are_whole_graphs() -> None:
-    """And do not read B^T in the rows of the weights, which may be stale there."""
+    """Compiled code does not read B^T in the rows of the weights, which may be stale."""
     given = members((24, 9), 20, dtype=torch.float16, has_up=True)
     given.wide.place_up(given.group.packed, torch.zeros_like(given.group.adapters.lora_B), list(given.widths))
     compiled = torch.compile(lambda x: run_group(x, given.group, Routing()), backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""B as an extension of K: the layout itself, and groups that run so, against the reference; in the interpreter on a CPU, compiled on a GPU."""
+"""B as further input columns of the base weights: the layout, and groups with it, against the reference; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.kernel_rows import taking
 @pytest.mark.parametrize("members", [1, 2, 3])
 @pytest.mark.parametrize("rank", [1, 64, 224])
 def test_windows_hold_weights_and_b_side_by_side(members: int, rank: int) -> None:
-    """Filled with random numbers, every window times ``[x, h]`` is ``W x + B^T h``, and the rows of the block are still what they were."""
+    """With random numbers, every window times ``[x, h]`` is ``W x + B^T h``, and the rows of the block do not change."""
     torch.manual_seed(0)
     wide, widths = Wide(20, rank, members), [7, 5, 3][:members]
     assert wide.pad % 64 == 0
@@ -57,27 +57,27 @@ def test_windows_hold_weights_and_b_side_by_side(members: int, rank: int) -> Non
     ("widths", "tokens"), [((24, 9, 33), 21), pytest.param((24, 9), 67, marks=pytest.mark.slow), pytest.param((40,), 18, marks=pytest.mark.slow)]
 )
 def test_wide_groups_round_once(widths: tuple[int, ...], tokens: int, row: Row, masked: bool, in_place: bool) -> None:
-    """In float16, against float64: the error is that of one rounding of the output, and what was around x does not matter."""
+    """In float16, against float64: the error is that of one rounding of the output, for any values around x."""
     given = members(widths, tokens, bias=masked, dtype=torch.float16, has_up=True)
     allowed = torch.tensor([True, False, True, False, True], device=DEVICE) if masked else None
     if row.pieces or row.gate_pieces:
-        # PyTorch before 2.13 rounds before it adds a bias on some ways.
+        # On some paths, PyTorch before 2.13 rounds before it adds a bias.
         check_rounded_once(given, row, Routing(allowed=allowed), in_place=in_place, most=1.6 if masked else 1.2)
         return
     exact = given.exact(Routing(allowed=allowed))
     found = given.run(row, Routing(allowed=allowed), in_place=in_place)
-    assert float(errors(found, exact).median()) <= 1.6 * float(errors(exact.half(), exact).median())  # rounded logits may send a near tie elsewhere
+    assert float(errors(found, exact).median()) <= 1.6 * float(errors(exact.half(), exact).median())  # rounded logits may decide a near tie differently
 
 
 @pytest.mark.parametrize("row", [Row("packed"), Row("split"), Row("wide")], ids=["packed", "split", "wide"])
 def test_wide_rows_serve_every_other_path(row: Row) -> None:
-    """They read the same block, whose rows are further apart than h, and x in its buffer."""
+    """Other paths read the same block, whose row stride is larger than h, and x in its buffer."""
     given = members((24, 9, 33), 21, bias=True, has_up=True)
     torch.testing.assert_close(given.run(row, in_place=True), given.exact().float(), rtol=2e-4, atol=2e-4)
 
 
 def test_only_groups_that_keep_b_in_the_rows_read_it_there() -> None:
-    """Stale columns are read by groups that say so, and by no others; a row in place only waits for such an x."""
+    """Only groups with ``has_up`` read the columns of B^T, and a row with ``in_place`` is used only for x in such a buffer."""
     given = members((24, 9), 20, dtype=torch.float16, has_up=True)
     given.wide.place_up(given.group.packed, torch.zeros_like(given.group.adapters.lora_B), list(given.widths))
     plain = members((24, 9), 20, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""The launch before a wide product, against float64; in the interpreter on a CPU, compiled on a GPU."""
+"""The launch before the product of the wide path, against float64; in the interpreter on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.kernel_groups import DEVICE, Members, laid, members
 from support.kernel_rows import taking
 
 TILE = Tile(16, 32, 16, 4, 2)
-"""Steps so short that 72 columns are several pieces, and tiles that do not hold all rows."""
+"""A row with steps so short that 72 columns are several pieces, and with tiles that do not hold all rows."""
 ROW = Row("wide", gate_pieces=2, tile=TILE)
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for compute capability 9.0")
@@ -29,7 +29,7 @@ def linears(count: int, tokens: int, ranks: tuple[int, ...] = (3, 0, 8, 1, 5), h
 
 
 def write(given: Members, row: Row = ROW, routing: Routing = Routing(), *, copied: bool = True) -> Tensor:
-    """The whole buffer, NaN beforehand."""
+    """The whole buffer, which is filled with NaN first."""
     wide = given.wide
     rows = laid(given.x, wide)
     buffer = wide.whole(rows)
@@ -43,7 +43,7 @@ def write(given: Members, row: Row = ROW, routing: Routing = Routing(), *, copie
 
 
 def h_of(given: Members, buffer: Tensor) -> Tensor:
-    """(M, members, columns of one)."""
+    """The columns of h (M, members, columns of one member)."""
     wide = given.wide
     places = [wide.places[0], *(wide.places[1] + index * wide.pad for index in range(len(given.cases) - 1))]
     return torch.stack([buffer[:, place : place + wide.pad] for place in places], dim=1)
@@ -63,7 +63,7 @@ def exact(given: Members, routing: Routing = Routing()) -> Tensor:
 
 
 def check(given: Members, row: Row = ROW, routing: Routing = Routing(), *, copied: bool = True) -> None:
-    """Off by one rounding, zeros where the reference has them, the same twice."""
+    """The error is one rounding, zeros are those of the reference, and two runs are bit-equal."""
     buffer = write(given, row, routing, copied=copied)
     assert torch.equal(write(given, row, routing, copied=copied), buffer)
     torch.testing.assert_close(h_of(given, buffer).double(), exact(given, routing), rtol=2e-3 if buffer.dtype == torch.float16 else 1e-2, atol=2e-4)
@@ -83,7 +83,7 @@ def test_takes_any_ranks(ranks: tuple[int, ...], top_k: int, hidden: int) -> Non
 
 
 def test_with_few_allowed() -> None:
-    """Fewer than top-k: one adapter fills two slots, and counts once."""
+    """With fewer allowed adapters than top-k, one adapter fills two slots and is applied once."""
     for permitted in ([True, False, True, False, True], [True, False, False, False, False], [False, False, False, False, True]):
         check(linears(2, 19), routing=Routing(allowed=torch.tensor(permitted, device=DEVICE)))
 
@@ -99,7 +99,7 @@ def test_nan_stays_in_its_token() -> None:
 
 
 def test_groups_take_it_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """x is copied where it is not in place; where the launch cannot run, the next row is taken."""
+    """x is copied if it is not in place, and the next row is used if the launch cannot run."""
     given = members((24, 9), 20, dtype=torch.float16, has_up=True)
     called: list[bool] = []
     run = wide_before.run
@@ -134,7 +134,7 @@ def test_chosen_rows_are_few() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tokens", [257, 512, 1000, 4096, 8191])
 def test_the_copy_is_exact(tokens: int) -> None:
-    """Full-size tiles as the table has them for o, many times, with what runs at the same time; NaN beforehand."""
+    """The table's tiles for o at full size give the same result many times, next to other work; the buffer is filled with NaN first."""
     given = linears(1, tokens, (8,) * 28, 4096, torch.bfloat16)
     rows = [row for row in shipped("h100").group if row.path == "wide" and row.gate_pieces and row.tokens.holds(tokens)]
     assert rows
@@ -146,5 +146,5 @@ def test_the_copy_is_exact(tokens: int) -> None:
                 first = buffer
                 errors = (h_of(given, buffer).double() - wanted).norm(dim=2) / wanted.norm(dim=2)
                 assert float(errors.median()) < 2e-3
-                assert int((errors > 1e-2).sum()) <= 2  # ties that float32 cannot tell apart
+                assert int((errors > 1e-2).sum()) <= 2  # ties that float32 cannot resolve
             assert torch.equal(buffer, first)

@@ -25,7 +25,7 @@ def test_reads_all_or_only_the_chosen_rows(tokens: int, way: str) -> None:
 
 
 def test_one_token_with_and_without_tiles_of_one_row() -> None:
-    """The published figures are those of tiles of one row, which the table keeps for their sizes."""
+    """The table keeps tiles of one row for the sizes of the published figures, which were measured with them."""
     case = make(UNIFORM, 33, 17, (1,), torch.float32, device=DEVICE)
     x, base, *tensors = case.arguments
     outputs = [

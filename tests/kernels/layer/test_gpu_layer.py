@@ -21,7 +21,7 @@ pytestmark = [
 
 DEVICE = "cuda"
 MORE = 1.2
-"""The error of a mixture may be the base linear's own plus 20 %."""
+"""The largest error of a mixture, as a multiple of the error of the base linear."""
 ALL, SOME = (1, 7, 16, 17, 64, 65, 100, 1025), (1, 16, 48, 300)
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 GRID = [
@@ -41,7 +41,7 @@ GRID = [
 
 
 def layer(ranks: list[int], hidden: int, out: int, tokens: int, dtype: torch.dtype) -> tuple[Case, Tensor]:
-    """Inputs whose base output is that of a linear, and its weight; the adapters' share is about a fifth of the output."""
+    """Inputs with the base output of a linear, and its weight. The adapters contribute about a fifth of the output."""
     case = make(ranks, hidden, out, (tokens,), torch.float32, device=DEVICE)
     generator = torch.Generator().manual_seed(7)
     weight = (torch.randn(out, hidden, generator=generator) * hidden**-0.5).to(DEVICE, dtype)
@@ -51,12 +51,12 @@ def layer(ranks: list[int], hidden: int, out: int, tokens: int, dtype: torch.dty
 
 
 def error(got: Tensor, wide: Tensor) -> float:
-    """Relative, median over tokens: a near tie that falls to another adapter is no rounding error."""
+    """The relative error, as the median over tokens, because a near tie that is decided differently is not a rounding error."""
     return float(((got.double() - wide).norm(dim=1) / wide.norm(dim=1)).median())
 
 
 def allowance(case: Case, wide: Tensor, own: float, ranks: list[int], top_k: int) -> float:
-    """What :func:`error` may be: 20 % above the base's ``own``; in float32 plus the rounding of the adapters' two sums.
+    """The largest value of :func:`error`: 20 % above the base's error ``own``; in float32 plus the rounding of the adapters' two sums.
 
     A sum of n float32 terms, taken one after the other, is off by about ``sqrt(n) * eps / 2`` of itself, here n = hidden + k * r; that is
     weighed by the adapters' part of the output. In 16 bits the rounding of the output hides it.
@@ -68,14 +68,14 @@ def allowance(case: Case, wide: Tensor, own: float, ranks: list[int], top_k: int
 
 
 def exact(case: Case, top_k: int) -> Tensor:
-    """The mixture on top of the base output as it is, in float64."""
+    """The mixture in float64, on top of the given base output."""
     wide = Case(*(tensor.double() for tensor in case.floats), case.scaling, case.offsets)
     return lora_mixture(*wide.arguments, top_k=top_k, backend="reference")  # type: ignore[return-value]
 
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Within the block, whatever makes the host wait for the GPU raises."""
+    """Raise an error in the block if the host waits for the GPU."""
     try:
         torch.cuda.set_sync_debug_mode("error")
         yield
@@ -99,7 +99,7 @@ def test_grid(ranks: list[int], hidden: int, out: int, top_k: int, dtype: torch.
         with no_waiting():
             again = lora_mixture(*case.arguments, **options)
         assert torch.equal(again, got), tokens  # type: ignore[arg-type]
-    # All tokens on one adapter (the same top-k for all), and none at all.
+    # All tokens choose the same adapters; then there are no tokens.
     case, _ = layer(ranks, hidden, out, 300, dtype)
     best = (case.x.double() @ case.gate.double().t()).sort(dim=1, descending=True).values
     clear = best[:, :top_k] - best[:, 1 : top_k + 1] if len(ranks) > top_k else best
@@ -116,7 +116,7 @@ def test_grid(ranks: list[int], hidden: int, out: int, top_k: int, dtype: torch.
 @pytest.mark.parametrize("adapters", [2, 3, 4])
 @torch.no_grad()
 def test_few_small_adapters(adapters: int, rank: int, top_k: int) -> None:
-    """Tiles of a few numbers, which compilers seldom see."""
+    """Very small tiles, which compilers are rarely tested with."""
     for tokens in (1, 5, 20, 100):
         case, _ = layer([rank] * adapters, 64, 48, tokens, SINGLE)
         got = lora_mixture(*case.arguments, top_k=top_k, backend="triton", max_rank=rank)
@@ -150,7 +150,7 @@ def test_a_graph_replays_with_new_inputs(ranks: list[int], tokens: int) -> None:
 @pytest.mark.parametrize("dtype", [BRAIN, SINGLE])
 @pytest.mark.parametrize(("ranks", "tokens"), [([8] * 28, 5), ([8] * 28, 700), ([3, 0, 64, 1, 5, 17], 130)])
 def test_gradients(ranks: list[int], tokens: int, dtype: torch.dtype) -> None:
-    """Of x, the gates, A and B: those of the reference in float64, and bit-equal twice."""
+    """The gradients of x, the gates, A and B are those of the reference in float64, and two runs are bit-equal."""
     case, _ = layer(ranks, 192, 144, tokens, dtype)
     slope = torch.randn(tokens, 144, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
 
@@ -164,5 +164,5 @@ def test_gradients(ranks: list[int], tokens: int, dtype: torch.dtype) -> None:
     first, second = (gradients(case.copy(dtype), "triton") for _ in range(2))
     for got, again, expected in zip(first, second, wide, strict=True):
         assert torch.equal(got, again)
-        # In bfloat16 a few near ties fall to another adapter, whose gradients then differ.
+        # In bfloat16 a few near ties are decided differently, and then the gradients differ.
         assert float((got.double() - expected).norm() / expected.norm()) < (0.3 if dtype == BRAIN else 1e-3)

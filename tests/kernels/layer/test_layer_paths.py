@@ -24,7 +24,7 @@ def test_backend_equals_reference(ranks: list[int], hidden: int, out: int, token
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if GPU else [torch.float16])
 @pytest.mark.parametrize("tokens", [1, 9, 20, 65])
 def test_low_precision(dtype: torch.dtype, tokens: int) -> None:
-    """Compared token by token, since rounding may turn a near tie: nearly all tokens must agree."""
+    """Nearly all tokens must agree; rounding may change the route of a token with a near tie."""
     case = make(UNIFORM, 64, 48, (tokens,), torch.float32, device=DEVICE).copy(dtype)
     output = lora_mixture(*case.arguments, temperature=1.5, backend="triton")
     assert isinstance(output, torch.Tensor)
@@ -84,7 +84,7 @@ def test_fake_tensors_reach_no_kernel(tokens: int, grad: bool) -> None:
 
 
 def test_nothing_flat_is_asked_of_the_caller() -> None:
-    """Leading dimensions, inputs with gaps, and gradients that arrive for one of the two results only."""
+    """Inputs have leading dimensions and gaps, and gradients may reach only one of the two results."""
     for which in ("output", "logits"):
         results = []
         for backend in ("reference", "triton"):

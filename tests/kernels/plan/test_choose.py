@@ -1,4 +1,4 @@
-"""The shipped tables, which one a GPU gets, and what they choose at Llama-3-8B's sizes and elsewhere."""
+"""The shipped tables, the table that a GPU gets, and the choices at Llama-3-8B's sizes and others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_paths_of_layers() -> None:
 
 
 def test_fused_groups_sort_many_adapters_on_the_h200() -> None:
-    """From 512 tokens on, with a total rank of 2,048 and more."""
+    """The path is used from 512 tokens on, for a total rank of 2,048 and more."""
 
     def path(tokens: int, adapters: int) -> tuple[str, str]:
         row = choose(shipped("h200").group, Case(facts((4096,), 4096, adapters=adapters, rank=8), tokens, 2), CAN_RUN)
@@ -124,7 +124,7 @@ COPYING = [("wide", pieces, Tile(64, 128, 64, 4, 3)) for pieces in (8, 8, 4)] + 
     ],
 )
 def test_groups_that_the_copy_engine_cannot_read(widths: tuple[int, ...], hidden: int, plain: list[object], wide: list[object], in_place: list[object]) -> None:
-    """Llama-3-8B's groups, and both sides of every limit; float32 has no use for float32 sums."""
+    """The choices for Llama-3-8B's groups on both sides of every limit; float32 needs no partial sums."""
 
     def found(dtype: torch.dtype, *, has_up: bool = False, window: bool = False) -> list[object]:
         rows = [group_row(Case(facts(widths, hidden, dtype, wide=has_up), count, 2, in_place=window)) for count in TOKENS]
@@ -140,7 +140,7 @@ def test_groups_that_the_copy_engine_cannot_read(widths: tuple[int, ...], hidden
 
 @pytest.mark.parametrize("name", LLAMA)
 def test_one_launch_where_it_can_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to 128 tokens and in 16 bits; the programs that wait for each other are fewer than an H100's multiprocessors."""
+    """The path is used up to 128 tokens in 16 bits, with fewer waiting programs than an H100 has multiprocessors."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     widths, hidden = LLAMA[name]
     for tokens in (17, 32, 33, 64, 65, 128):
@@ -155,7 +155,7 @@ def test_one_launch_where_it_can_run(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_launch_before_a_wide_product_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For x that nobody wrote in place, above 256 tokens."""
+    """The launch is used above 256 tokens, for x that is not in place."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for tokens, pieces in ((257, 8), (1024, 4), (2048, 4), (2049, 2)):
         sizes = facts((4096,), 4096, wide=True)
@@ -183,7 +183,7 @@ def test_tables_are_found_by_name_then_by_compute_capability(name: str, capabili
 
 
 def test_shipped_tables_are_whole() -> None:
-    """Every table fits every size, names what was measured elsewhere, and the default takes over the rows of the H100."""
+    """Every table has a row for every size and says what was measured on another GPU, and the default has the rows of the H100."""
     tables = shipped_tables()
     assert [table.name for table in tables] == ["NVIDIA H100", "NVIDIA H200"]
     assert shipped("default").group == H100.group
@@ -201,7 +201,7 @@ def test_shipped_tables_are_whole() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that no table knows, as far as the choice of a table looks."""
+    """Replace the properties of the GPU that the choice of a table reads by those of an unknown GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(plan.machine, "capability", lambda device: 80)
 

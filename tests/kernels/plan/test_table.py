@@ -1,4 +1,4 @@
-"""Entries of tables: what they refuse, and that TOML gives back what was written."""
+"""Entries of tables: refused values, and the round trip through TOML."""
 
 from __future__ import annotations
 

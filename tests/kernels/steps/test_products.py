@@ -17,7 +17,7 @@ from support.kernel_groups import DEVICE, TILE
     [(37, 50, 72, 3, (32, 32, 8)), (16, 64, 64, 2, (32, 32)), (1, 5, 20, 8, (16, 4)), (70, 96, 40, 1, (40,)), (33, 7, 64, 2, (32, 32))],
 )
 def test_products_are_partial_sums(tokens: int, rows: int, hidden: int, splits: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Tiles that stick out on every side, pieces cut short, inputs with gaps between rows; every piece is the product of its columns."""
+    """Every piece is the product of its columns, also with tiles that extend past the end, shorter pieces and inputs with gaps between rows."""
     generator = torch.Generator().manual_seed(1)
     x, weights = (torch.randn(count, hidden + 3, generator=generator).to(DEVICE, dtype)[:, :hidden] for count in (tokens, rows))
     exact = [left @ right.t() for left, right in zip(x.double().split(lengths, dim=1), weights.double().split(lengths, dim=1), strict=True)]
@@ -35,7 +35,7 @@ def test_products_are_partial_sums(tokens: int, rows: int, hidden: int, splits: 
 
 
 def test_rows_say_what_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel with its tile, the library's pieces, or one product in the model's dtype."""
+    """A row selects the kernel with its tile, pieces of the library, or one product in the model's dtype."""
     x, rows, called = torch.randn(3, 48).to(DEVICE, torch.float16), torch.randn(5, 48).to(DEVICE, torch.float16), []
     monkeypatch.setattr(module, "products", lambda *arguments: called.append(arguments[2:]))
     monkeypatch.setattr(module, "library_products", lambda *arguments: called.append(arguments[2:]))

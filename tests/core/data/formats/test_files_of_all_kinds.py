@@ -1,4 +1,4 @@
-"""Every kind of file and every format: the right rows, which are those that the ``datasets`` library gives, or one clear line."""
+"""Every kind of file and every format gives the rows of the ``datasets`` library, or an error of one clear line."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def packed(write: Write, by: str) -> Write:
 
 
 def read(path: Path, reading: Reading | None = None) -> list[Row]:
-    """All rows of a dataset in its order: it serves as its own test split, so that none are set aside."""
+    """All rows of a dataset in order. The dataset is also the test split, so that no train rows become test rows."""
     task = Task("mine", None, "exact", Files(path, path, reading or Reading(template="inst")))
     return list(extract_own(task).rows("train"))
 
@@ -95,7 +95,7 @@ def inst(text: str) -> str:
 
 
 def library(path: Path) -> list[dict[str, Any]]:
-    """The records as ``datasets`` gives them; of CSV as texts, since its own guess makes 7 of ``007`` and None of ``NA``."""
+    """The records as ``datasets`` reads them. CSV is read as text, because type inference turns ``007`` into 7 and ``NA`` into None."""
     if path.is_dir():
         return list(datasets.load_from_disk(str(path)))
     name = path.name.removesuffix(".gz")
@@ -196,7 +196,7 @@ AS_IT_IS = {
     *("jsonl: extra columns and an emoji", "jsonl: packed by gzip", "jsonl: blank lines and CRLF"),
     *("text: prompt and answer in one column", "text: lines", "completion: numbers become text"),
 }
-"""Those whose prompts are finished; all others are put into a frame."""
+"""The cases with finished prompts; the prompts of all others are put into a frame."""
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -209,7 +209,7 @@ def test_rows_are_those_of_the_library(tmp_path: Path, name: str) -> None:
 
 
 def test_zstd_gives_the_same_rows(tmp_path: Path) -> None:
-    """``datasets`` needs one more package for it."""
+    """``datasets`` needs another package for this kind of file."""
     records = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(5000)]
     for write in (lines("a.jsonl", *records), array("b.json", *records), parquet("c.parquet", question=["q"], answer=["a"])):
         rows = read(write(tmp_path))

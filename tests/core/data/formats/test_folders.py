@@ -1,4 +1,4 @@
-"""Datasets in folders, saved ones, and those on the hub."""
+"""Datasets in folders, saved datasets, and datasets on the hub."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_labels_are_given_by_name(tmp_path: Path) -> None:
 
 
 def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in the hub's layout stands in for it."""
+    """A folder in the layout of the hub replaces the hub."""
     touch(tmp_path / "set" / "train.jsonl", tmp_path / "set" / "test.jsonl")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     asked = []
