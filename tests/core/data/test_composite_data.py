@@ -199,7 +199,7 @@ def test_names_that_would_replace_something_else_are_refused(data: Path, write_l
     before = read_manifest(data / "one")
     with pytest.raises(UsageError, match="its member 'one'"):
         build_composite(data, CompositeRequest(tasks=["one", "two"], name="one"))
-    with pytest.raises(DataError, match="no composite"):
+    with pytest.raises(DataError, match="not a composite"):
         build_composite(data, CompositeRequest(tasks=["two", "three"], name="one"))
     assert read_manifest(data / "one") == before
     assert task_in(data, "one").metric == "exact"

@@ -42,7 +42,7 @@ def test_equals_the_reference(ranks: tuple[int, ...], widths: tuple[int, ...], h
 
 
 def test_a_rank_of_256_equals_the_reference() -> None:
-    """Few tokens are enough: the time of the interpreter grows with their number."""
+    """With few tokens, because the time of the interpreter grows with the rank and the number of tokens."""
     check_equals_reference(members((20,), 2, ranks=(256, 0), hidden=33), PLAIN, Routing(2, 1.5))
 
 
