@@ -127,7 +127,7 @@ def test_broken_example_is_placed(tmp_path: Path, write_json: Any) -> None:
 
 def test_broken_layouts(tmp_path: Path, write_json: Any) -> None:
     write_json(tmp_path / "a" / "task.json", {"name": "a"})
-    with pytest.raises(DataError, match="neither 'examples' nor sub-task folders"):
+    with pytest.raises(DataError, match="neither 'examples' nor folders of sub-tasks"):
         task_files(tmp_path / "a")
     write_json(tmp_path / "a" / "part" / "task.json", {"name": "part"})
     with pytest.raises(DataError, match="no field 'examples'"):
