@@ -7,6 +7,7 @@ import doctest
 import importlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,3 +189,9 @@ def test_every_public_name_has_an_example(package: str) -> None:
 def test_the_files_that_go_first_exist() -> None:
     names = [module.name for module in (ROOT / "tests").rglob("test_*.py")]
     assert [name for name in FIRST if names.count(name) != 1] == []
+
+
+def test_every_test_module_has_a_name_of_its_own() -> None:
+    """pytest imports test modules by their names alone, so two of one name are an error on a fresh clone."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

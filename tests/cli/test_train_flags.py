@@ -13,7 +13,13 @@ from meteora_cli.flags import name_of_flag
 from meteora_cli.tree import command
 
 STAGES = command().commands["train"].commands
-SAME = {"any_base": "it lifts a check of adapters that these are not", "as_json": "it changes the output alone", "dry_run": "nothing is trained"}
+SAME = {
+    "any_base": "it lifts a check of adapters that these are not",
+    "as_json": "it changes the output alone",
+    "dry_run": "nothing is trained",
+    "rows": "it adds datasets before the training of named tasks (test_train_command.py)",
+}
+"""Options that change nothing in what is trained here, and why."""
 VALUES = {
     "task": "other",
     "out_dir": "elsewhere",

@@ -140,7 +140,7 @@ def test_without_adapter_folders_alpha_gives_the_scaling(make_authors: Make) -> 
         assert with_folders.meteora.names == without.meteora.names == made.names
         assert torch.equal(with_folders(**batch).logits, without(**batch).logits)
         assert not torch.allclose(halved(**batch).logits, without(**batch).logits, atol=1e-2)
-    with pytest.raises(UsageError, match="which states it"):
+    with pytest.raises(UsageError, match="which states alpha"):
         AuthorsAdapters(made.adapters, alpha=8)
 
 

@@ -59,7 +59,7 @@ def test_adapters_of_unequal_rank_are_refused_and_the_base_stays(folders, make_a
         with_arrow(model, {**folders, "d": make_adapter("d", r=2)}),
     ):
         pass
-    assert "one rank" in (caught.value.hint or "")
+    assert "same base model, rank" in (caught.value.hint or "")
     assert {name for name, _ in model.named_parameters()} == names
 
 
