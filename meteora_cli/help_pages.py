@@ -11,7 +11,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "data add": (
         "meteora data add pirate --train pirate.jsonl",
         "meteora data add my_datasets/",
-        "meteora data add faq --train faq.csv --columns question=ASK,answer=REPLY --metric text",
+        "meteora data add faq --train faq.csv --columns question=ASK,answer=REPLY --template '### Question:\\n{}\\n### Answer:\\n'",
     ),
     "data list": ("meteora data list",),
     "data show": ("meteora data show strategyqa -n 3 --split train",),

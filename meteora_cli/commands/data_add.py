@@ -76,9 +76,6 @@ def add(
     """Add your own tasks from JSON lines, JSON, CSV, Parquet, text, a saved `datasets` folder or a dataset on the hub.
 
     The format is detected and printed, with one row as the model will see it.
-
-    Examples: `meteora data add tickets --train tickets.csv` · `meteora data add my_datasets/` · `meteora data add tickets --train t.jsonl --columns
-    question=ask,answer=reply --template '### Question:\\n{}\\n### Answer:\\n'`
     """
     from meteora_core.data.formats.reading import Reading
     from meteora_core.data.frames import typed
