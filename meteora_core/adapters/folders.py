@@ -30,7 +30,7 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
 
     Raises:
         UsageError: There are no adapters, or one of ``names`` is missing; the message lists the existing ones.
-        AdapterError: ``names`` is empty, and a folder holds an adapter's weights without their configuration.
+        AdapterError: ``names`` is empty, and a folder holds an adapter's weights without their configuration, or only folders of adapters.
     """
     from meteora_core.data.tasks import TASK_ORDER
 
@@ -39,6 +39,10 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     for path in inside:
         if not names and path.name not in present and os.path.lexists(path / WEIGHTS):
             raise AdapterError(f"{path} holds {WEIGHTS}, but no {CONFIG}", hint="copy or train the adapter again, or name the adapters to use with --task")
+        within = [] if names or path.name in present or not path.is_dir() else sorted(each.name for each in path.iterdir() if find_adapter(each) is not None)
+        if within:
+            hint = f"copy the one to use into {root}, or name the adapters to use with --task"
+            raise AdapterError(f"{path} holds several adapters and is none itself: {', '.join(within)}", hint=hint)
     if not present:
         raise UsageError(f"no adapters in {root}", hint="train some with `meteora train adapters --task NAME`, or pass --adapters DIR")
     for name in names:

@@ -19,3 +19,15 @@ def test_weights_without_a_configuration_are_not_left_out_in_silence(tmp_path) -
     assert list(adapter_folders(tmp_path, ["whole"])) == ["whole"]
     (tmp_path / "broken" / "adapter_model.safetensors").unlink()
     assert list(adapter_folders(tmp_path, [])) == ["whole"]
+
+
+def test_a_folder_of_several_adapters_is_not_left_out_in_silence(tmp_path) -> None:
+    """A run's checkpoints are several adapters: which one is meant cannot be known. A trained adapter with checkpoints inside is that adapter."""
+    write_adapter(tmp_path / "whole")
+    write_adapter(tmp_path / "whole" / "checkpoint-100")
+    write_adapter(tmp_path / "run" / "checkpoint-100")
+    write_adapter(tmp_path / "run" / "checkpoint-200")
+    with pytest.raises(AdapterError, match="run holds several adapters and is none itself: checkpoint-100, checkpoint-200") as caught:
+        adapter_folders(tmp_path, [])
+    assert "--task" in (caught.value.hint or "")
+    assert list(adapter_folders(tmp_path, ["whole"])) == ["whole"]
