@@ -1,8 +1,8 @@
-"""Models with caches of several kinds: keys and values, states of convolutions and recurrences, or both.
+"""Support for the caches of different models: keys and values, states of convolutions and recurrences, or both.
 
-transformers calls a model's cache ``past_key_values``, or ``cache_params`` where it consists of states only (Mamba). States have no token axis: they
-cannot be cut back to a shorter text, and it depends on the model whether they ignore padding and whether a text may be read in pieces. Both are tested
-once per model, with a short text.
+transformers calls a model's cache ``past_key_values``, or ``cache_params`` if it consists of states only (Mamba). States have no token axis, so they
+cannot be cut back to a shorter text. Whether they ignore padding, and whether a text may be read in parts, depends on the model; both properties are
+tested once per model with a short text.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from meteora_core.reading import first_line
 
 CacheArgument = Literal["past_key_values", "cache_params"]
 
-_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_pieces: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_padding_safe: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_parts_safe: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 _MISFITS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
-_PIECE = 3
+_TEST_TOKENS = 3
 """Number of tokens of the test texts; it is smaller than the kernel size of the usual convolutions."""
 
 
 def cache_argument(model: nn.Module) -> CacheArgument:
-    """The name of the model's cache argument. Raises CheckpointError for a model that does not take a cache."""
+    """The name of the model's cache argument. Raises CheckpointError if the model does not accept a cache."""
     known = inspect.signature(model.forward).parameters
     if "past_key_values" in known:
         return "past_key_values"
@@ -49,7 +49,7 @@ def new_cache(model: nn.Module) -> Any:
 
 
 def cache_of(model: nn.Module, output: Any) -> Any:
-    """The cache in a model's output. Raises CheckpointError when there is none."""
+    """The cache in a model's output. Raises CheckpointError if the output has none."""
     cache = getattr(output, cache_argument(model), None)
     if cache is None:
         raise _unusable(model, f"their output holds no {cache_argument(model)}")
@@ -57,7 +57,7 @@ def cache_of(model: nn.Module, output: Any) -> Any:
 
 
 def check_decoding(model: nn.Module) -> None:
-    """Raise CheckpointError for a model that cannot decode with a cache."""
+    """Check that a model can decode with a cache. Raises CheckpointError if it cannot."""
     padding_is_safe(model)
 
 
@@ -67,7 +67,7 @@ def _unusable(model: nn.Module, reason: str) -> CheckpointError:
 
 
 def has_states(model: nn.Module) -> bool:
-    """Whether the model's cache holds states of convolutions or recurrences; True also where that cannot be known."""
+    """Whether the model's cache holds states of convolutions or recurrences; also True if this cannot be determined."""
     if cache_argument(model) == "cache_params":
         return True
     from transformers import DynamicCache
@@ -81,19 +81,19 @@ def has_states(model: nn.Module) -> bool:
 
 
 def can_be_cut(cache: Any) -> bool:
-    """Whether a cache can be cut back to a shorter text: it holds keys and values only."""
+    """Whether a cache can be cut back to a shorter text; this is so if it holds keys and values only."""
     return hasattr(cache, "crop") and not any(hasattr(layer, "conv_states") for layer in getattr(cache, "layers", ()))
 
 
 def keep_rows(cache: Any, rows: Tensor) -> bool:
-    """Keep some rows of the batch in a cache.
+    """Keep some rows of the batch in a cache and drop the others.
 
     Args:
-        cache: Changed in place.
-        rows: Indices of the rows, int64 (kept,).
+        cache: Cache of a model, changed in place.
+        rows: Indices of the rows to keep, int64 (rows,).
 
     Returns:
-        Whether the cache supports this; if not, it is unchanged.
+        Whether the cache supports this; if it does not, it is unchanged.
     """
     from transformers import Cache
 
@@ -102,14 +102,14 @@ def keep_rows(cache: Any, rows: Tensor) -> bool:
         cache.batch_select_indices(rows)
         return True
     if isinstance(cache, Cache) and hasattr(cache, "reorder_cache"):
-        cache.reorder_cache(rows)  # an index of every row to keep, as in beam search
+        cache.reorder_cache(rows)  # beam search selects rows with the same method
         return True
     return False
 
 
 @torch.inference_mode()
 def padding_is_safe(model: nn.Module) -> bool:
-    """Whether left padding does not change a row's logits, in the first pass and in the next step.
+    """Whether left padding leaves a row's logits unchanged, in the prefill and in the first decoding step.
 
     This is true for models with attention only. A model with states is tested once with a short text.
 
@@ -118,11 +118,11 @@ def padding_is_safe(model: nn.Module) -> bool:
     """
     if not has_states(model):
         return True
-    if model not in _padding:
-        text = _text(model, _PIECE)
-        padded = torch.cat([text[:, :1].expand(1, _PIECE), text], 1)
+    if model not in _padding_safe:
+        text = _text(model, _TEST_TOKENS)
+        padded = torch.cat([text[:, :1].expand(1, _TEST_TOKENS), text], 1)
         mask = torch.ones_like(padded)
-        mask[:, :_PIECE] = 0
+        mask[:, :_TEST_TOKENS] = 0
         try:
             alone = _first_and_next(model, text, torch.ones_like(text))
         except _MISFITS as error:
@@ -130,43 +130,45 @@ def padding_is_safe(model: nn.Module) -> bool:
                 raise
             raise _unusable(model, first_line(error)) from error
         try:
-            _padding[model] = _alike(alone, _first_and_next(model, padded, mask))
+            _padding_safe[model] = _alike(alone, _first_and_next(model, padded, mask))
         except _MISFITS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            _padding[model] = False
-    return _padding[model]
+            _padding_safe[model] = False
+    return _padding_safe[model]
 
 
 @torch.inference_mode()
 def pieces_are_safe(model: nn.Module) -> bool:
-    """Whether a text that is read in parts of several tokens gives the same logits as the whole text.
+    """Whether a text gives the same logits when it is read in parts of several tokens as when it is read at once.
 
     This is true for models with attention only. A model with states is tested once with a short text.
     """
     if not has_states(model):
         return True
-    if model not in _pieces:
-        text, name = _text(model, 2 * _PIECE), cache_argument(model)
+    if model not in _parts_safe:
+        text, name = _text(model, 2 * _TEST_TOKENS), cache_argument(model)
         whole = model(input_ids=text, use_cache=True).logits[:, -1]
-        cache = cache_of(model, model(input_ids=text[:, :_PIECE], use_cache=True))
+        cache = cache_of(model, model(input_ids=text[:, :_TEST_TOKENS], use_cache=True))
         try:
-            parts = model(input_ids=text[:, _PIECE:], use_cache=True, **{name: cache}).logits[:, -1]
-            _pieces[model] = _alike([whole], [parts])
+            parts = model(input_ids=text[:, _TEST_TOKENS:], use_cache=True, **{name: cache}).logits[:, -1]
+            _parts_safe[model] = _alike([whole], [parts])
         except _MISFITS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            _pieces[model] = False
-    return _pieces[model]
+            _parts_safe[model] = False
+    return _parts_safe[model]
 
 
 @torch.inference_mode()
 def bypassed(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The modules that a model with states never calls, because it uses their weights directly (dt_proj of Mamba); adapters would have no effect on them.
+    """Paths of the modules that a model with states never calls.
+
+    Such a model uses the weights of these modules directly (``dt_proj`` of Mamba), so adapters on them would have no effect.
 
     Args:
         model: A causal language model; models without states are not tested.
-        modules: Modules by path, without those of single experts of a mixture of experts, which may get no tokens.
+        modules: Modules by path. Leave out the experts of a mixture of experts, which may receive no tokens.
     """
     try:
         if not hasattr(model, "config") or not has_states(model):
@@ -176,7 +178,7 @@ def bypassed(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     called: set[str] = set()
     hooks = [module.register_forward_hook(lambda *_, path=path: called.add(path)) for path, module in modules.items()]
     try:
-        model(input_ids=_text(model, _PIECE), use_cache=True)
+        model(input_ids=_text(model, _TEST_TOKENS), use_cache=True)
     except _MISFITS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -188,7 +190,7 @@ def bypassed(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _text(model: nn.Module, length: int) -> Tensor:
-    """Some tokens, int64 (1, length)."""
+    """Arbitrary token ids, int64 (1, length)."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     return (torch.arange(length, device=next(model.parameters()).device) * 7 + rows // 3)[None] % rows
 
@@ -201,8 +203,9 @@ def _first_and_next(model: nn.Module, ids: Tensor, mask: Tensor) -> list[Tensor]
     return [first, reader.read(ids[:, -1:], mask, positions[:, -1:] + 1)]
 
 
-def _alike(made: list[Tensor], wanted: list[Tensor]) -> bool:
-    for one, other in zip(made, wanted, strict=True):
+def _alike(logits: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether logits are equal up to the rounding of their dtype."""
+    for one, other in zip(logits, expected, strict=True):
         allowed = 1e-3 if one.dtype in (torch.float32, torch.float64) else 3e-2
         scale = other.float().abs().amax().clamp_min(1.0)
         if not bool((one.float() - other.float()).abs().amax() <= allowed * scale):
@@ -211,17 +214,17 @@ def _alike(made: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 class Reader:
-    """Reads a batch piece by piece, with the model's own growing cache.
+    """Reads a batch in parts, with the model's cache.
 
     Args:
-        model: A causal LM in evaluation mode.
-        options: More keyword arguments of its forward.
+        model: A causal language model in evaluation mode.
+        options: Further keyword arguments of the model's ``forward``.
 
     Attributes:
-        cache: The cache, once something was read.
+        cache: The model's cache; None before the first call of :meth:`read` unless one is assigned.
 
     Raises:
-        CheckpointError: The model has no cache.
+        CheckpointError: The model does not accept a cache.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -235,14 +238,14 @@ class Reader:
 
         Args:
             ids: Token ids, int64 (batch, tokens).
-            mask: Attention mask, int64 (batch, all tokens so far): 1 for tokens, 0 for padding; None without padding.
-            positions: Positions of the tokens, int64 (batch, tokens); None lets the model count them.
+            mask: Attention mask, int64 (batch, all tokens so far): 1 for tokens, 0 for padding. None if there is no padding.
+            positions: Positions of the tokens, int64 (batch, tokens); None if the model counts them itself.
 
         Returns:
-            The logits of the last position (batch, vocabulary).
+            The logits of the last position, in the model's dtype, (batch, vocabulary).
         """
         arguments: dict[str, Any] = {self.name: self.cache}
-        if mask is not None and (self.name == "past_key_values" or self.cache is None):  # states already include the mask of earlier tokens
+        if mask is not None and (self.name == "past_key_values" or self.cache is None):  # states already reflect the mask of earlier tokens
             arguments["attention_mask"] = mask
         if positions is not None and self.takes_positions:
             arguments["position_ids"] = positions
@@ -252,5 +255,5 @@ class Reader:
         return logits
 
     def keep(self, rows: Tensor) -> bool:
-        """Keep some rows of the batch. Returns False, and keeps all rows, if the cache does not support this."""
+        """Keep some rows of the batch, given by int64 indices (rows,). Returns False, and keeps all rows, if the cache does not support this."""
         return keep_rows(self.cache, rows)

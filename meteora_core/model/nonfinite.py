@@ -1,4 +1,4 @@
-"""Where NaN and infinity in a model come from."""
+"""Finds the module in which NaN or infinity first appears."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def first_nonfinite_module(model: nn.Module, run: Callable[[], object]) -> tuple
     Returns:
         The module's path and the module; None when all outputs are finite.
     """
-    found: list[tuple[str, nn.Module]] = []
+    first: list[tuple[str, nn.Module]] = []
 
     def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, _arguments: Any, output: Any) -> None:
             for tensor in output if isinstance(output, tuple | list) else [output]:
-                if not found and isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    found.append((path, module))
+                if not first and isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    first.append((path, module))
 
         return hook
 
@@ -38,4 +38,4 @@ def first_nonfinite_module(model: nn.Module, run: Callable[[], object]) -> tuple
     finally:
         for handle in hooks:
             handle.remove()
-    return found[0] if found else None
+    return first[0] if first else None

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def model_frame(model: nn.Module, tokenizer: PreTrainedTokenizerBase, adapter: str | None = None) -> Frame:
-    """The prompt frame of messages to a model.
+    """The prompt frame for messages to a model.
 
-    The first known frame of this list is used:
+    It is the first known frame of this list:
 
     1. the frame of ``adapter``, if one is given;
-    2. the frame that training chose;
+    2. the frame that is recorded for the model as a whole; training and ``meteora route`` choose one;
     3. the frame that all adapters share;
     4. the chat template, or ``[INST] {} [/INST]`` for the paper's tasks and for tokenizers without a chat template.
 

@@ -1,4 +1,4 @@
-"""Quantised base models by bitsandbytes; adapters attach on top of its linears as on any other."""
+"""Settings for base models that bitsandbytes quantises; adapters attach to their linear layers as to any others."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ QUANTIZATIONS: tuple[str, ...] = ("4bit", "8bit")
 
 
 def quantized_loading(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What to pass to ``from_pretrained`` for a quantised model.
+    """Keyword arguments of ``from_pretrained`` that load a quantised model.
 
     Args:
-        quantization: "4bit": NF4 with double quantisation, computing in ``dtype``. "8bit": LLM.int8(), which computes in float16.
-        dtype: Of what is not quantised.
+        quantization: "4bit" for NF4 with double quantisation, which computes in ``dtype``, or "8bit" for LLM.int8(), which computes in float16.
+        dtype: Data type of the weights that are not quantised.
         device: A CUDA device.
 
     Raises:
-        UsageError: Unknown name, no GPU, or bitsandbytes is not installed.
+        UsageError: The quantisation is unknown, the device is not an available GPU, or bitsandbytes is not installed.
     """
     if quantization not in QUANTIZATIONS:
         raise UsageError(f"unknown quantisation {quantization!r}", hint=f"choose from: {', '.join(QUANTIZATIONS)}")

@@ -1,4 +1,4 @@
-"""Resizing the vocabulary of a model whose output layer carries adapters."""
+"""Resizes the vocabulary of a model whose output layer has adapters."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from meteora_core.model.layer import MeteoraLinear
 
 
 class Resizer:
-    """``resize_token_embeddings`` of a model whose output layer carries adapters: they are resized along.
+    """``resize_token_embeddings`` for a model whose output layer has adapters; it also resizes the adapters.
 
-    transformers replaces the output layer by a new linear, which would remove the adapters silently. New tokens get logits of the base model
-    alone (their columns of B are 0); columns of tokens that are removed are removed.
+    transformers replaces the output layer with a new linear layer, which would remove the adapters without notice. The columns of B for new tokens are 0,
+    so the adapters do not change the logits of these tokens; the columns of B for removed tokens are dropped.
 
     Args:
-        model: The model.
-        path: Its output layer.
+        model: The model with adapters attached.
+        path: Path of its output layer.
     """
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.model, self.path = model, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call transformers' method on the plain layer, then resize B; arguments and result are those of transformers."""
+        """Resize the plain output layer, then B. Arguments and result are those of transformers' ``resize_token_embeddings``."""
         resize: Any = type(self.model).resize_token_embeddings  # type: ignore[attr-defined]
         parent_path, _, name = self.path.rpartition(".")
         parent = self.model.get_submodule(parent_path)
@@ -38,9 +38,9 @@ class Resizer:
             return resize(self.model, *args, **kwargs)
         finally:
             layer.base_layer = getattr(parent, name)
-            wanted = layer.weight.shape[0]
-            if wanted != layer.out_features:
+            out_features = layer.weight.shape[0]
+            if out_features != layer.out_features:
                 with torch.no_grad():
-                    made = F.pad(layer.lora_B.detach(), (0, wanted - layer.out_features)).contiguous()
-                layer.lora_B = nn.Parameter(made, requires_grad=layer.lora_B.requires_grad)
+                    resized = F.pad(layer.lora_B.detach(), (0, out_features - layer.out_features)).contiguous()
+                layer.lora_B = nn.Parameter(resized, requires_grad=layer.lora_B.requires_grad)
             setattr(parent, name, layer)

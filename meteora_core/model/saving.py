@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a model with adapters attached: it writes Meteora's checkpoint instead of linears under names that nothing can load."""
+"""``save_pretrained`` for a model with adapters attached: it writes a Meteora checkpoint, because transformers' format has no place for the adapters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from meteora_core.errors import UsageError
 
 
 class AttachedSaver:
-    """``save_pretrained`` of a model while adapters are attached to it; see :func:`meteora_core.checkpoints.pretrained.save_attached`.
+    """``save_pretrained`` of a model while adapters are attached; see :func:`meteora_core.checkpoints.pretrained.save_attached`.
 
-    transformers has no hook that replaces the format of a model, so :func:`meteora_core.model.attach.attach` puts this object in the place of the
-    model's method and :func:`meteora_core.model.attach.detach` takes it away again. Copies and pickles of the model have their own.
+    transformers has no hook that replaces the format of a model, so :func:`meteora_core.model.attach.attach` replaces the model's
+    method with this object and :func:`meteora_core.model.attach.detach` restores the method. Copies and pickles of the model get an object of their own.
 
     Args:
-        model: The model.
+        model: The model with adapters attached.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,40 +30,40 @@ class AttachedSaver:
         _guard_class()
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
-        """Write the checkpoint into a folder; arguments as for transformers' ``save_pretrained``."""
+        """Write the checkpoint into a folder. The arguments are those of transformers' ``save_pretrained``."""
         hooks.save_attached(self.model, save_directory, *args, **options)
 
 
 class PartSaver:
-    """``save_pretrained`` of a model inside an attached model, such as its decoder: transformers would write linears that no one can load."""
+    """``save_pretrained`` of a model inside an attached model, such as its decoder; it refuses, since nothing could load what transformers would write."""
 
     def __call__(self, save_directory: str | os.PathLike[str], *_args: Any, **_options: Any) -> None:
-        """Raises UsageError."""
+        """Raise UsageError; nothing is written."""
         raise UsageError(
-            f"this is only a part of the model that carries the adapters, so it is not saved at {save_directory}",
-            hint="call save_pretrained of the whole model, or meteora_core.detach(model) first",
+            f"this is only a part of the model with adapters, so it is not saved at {save_directory}",
+            hint="call save_pretrained on the whole model, or call meteora_core.detach(model) first",
         )
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of an attached model write Meteora's checkpoint, and of the models inside it nothing."""
-    for inner in model.modules():
-        if hasattr(inner, "save_pretrained"):
-            inner.save_pretrained = AttachedSaver(model) if inner is model else PartSaver()  # type: ignore[assignment]
+    """Replace ``save_pretrained`` of an attached model and of the models inside it (:class:`AttachedSaver`, :class:`PartSaver`)."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained = AttachedSaver(model) if module is model else PartSaver()  # type: ignore[assignment]
             _guard_class()
 
 
 def unguard_saving(model: nn.Module) -> None:
-    """Give a model, and the models inside it, their own ``save_pretrained`` again."""
-    for inner in model.modules():
-        if isinstance(vars(inner).get("save_pretrained"), AttachedSaver | PartSaver):
-            del inner.save_pretrained
+    """Restore the original ``save_pretrained`` of a model and of the models inside it."""
+    for module in model.modules():
+        if isinstance(vars(module).get("save_pretrained"), AttachedSaver | PartSaver):
+            del module.save_pretrained
 
 
 def _guard_class() -> None:
-    """Let ``PreTrainedModel.save_pretrained(model, folder)``, which passes over the model's own attribute, do what ``model.save_pretrained(folder)`` does.
+    """Make ``PreTrainedModel.save_pretrained(model, folder)`` do the same as ``model.save_pretrained(folder)``, although it skips the model's attribute.
 
-    Models without adapters are saved by transformers as before. A second call changes nothing.
+    Models without adapters are still saved by transformers. A second call has no effect.
     """
     from transformers import PreTrainedModel
 

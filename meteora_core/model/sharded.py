@@ -1,4 +1,4 @@
-"""Parameters whose values are spread over several processes (FSDP, tensor parallelism, DeepSpeed's ZeRO), read and written as whole tensors."""
+"""Reads and writes, as whole tensors, parameters whose values are distributed over several processes (FSDP, tensor parallelism, DeepSpeed ZeRO)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from torch import Tensor, nn
 
 
 def is_zero(parameter: Tensor) -> bool:
-    """Whether a parameter belongs to DeepSpeed: sharded itself (stage 3), or trained with sharded states (stage 2)."""
+    """Whether DeepSpeed manages a parameter: it is sharded (stage 3), or its optimizer states are (stage 2)."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def is_spread(parameter: Tensor) -> bool:
-    """Whether a parameter has to be gathered to be read: FSDP, tensor parallelism or DeepSpeed hold it."""
+    """Whether a parameter must be gathered before it can be read, because FSDP, tensor parallelism or DeepSpeed manages it."""
     return hasattr(parameter, "full_tensor") or is_zero(parameter)
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter's values are spread over the processes (stage 3), so that only a module's own forward sees them."""
+    """Whether DeepSpeed shards a parameter's values over the processes (stage 3), so that they are complete only during its module's forward call."""
     return hasattr(parameter, "ds_id")
 
 
 def _whole_weight(parameter: Tensor) -> Tensor:
-    """The parameter as a whole, float32 where it trains; every process must call this."""
+    """The whole parameter, in float32 if it is trainable. Every process must call this function."""
     if parameter.requires_grad:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found = safe_get_full_fp32_param(parameter)
-        if found is not None:
-            return found.detach().float()
+        master = safe_get_full_fp32_param(parameter)
+        if master is not None:
+            return master.detach().float()
     with _gathered(parameter):
         return parameter.detach().clone()
 
 
 def _set_weight(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter that trains another value (whole, the same in every process), and its float32 copy too."""
+    """Assign a whole tensor, the same in every process, to a trainable parameter and to its float32 copy."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     value = value.to(parameter.device)
@@ -46,7 +46,7 @@ def _set_weight(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A parameter or moment as a whole on the CPU; for a sharded one every process must call this."""
+    """A whole parameter or optimizer moment, on the CPU. If it is sharded, every process must call this function."""
     from torch.distributed.tensor import DTensor
 
     if is_zero(tensor):
@@ -58,7 +58,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same in every process, placed and sharded as ``parameter`` is; its dtype is kept."""
+    """A whole tensor, the same in every process, on the device of ``parameter`` and sharded like it. The dtype does not change."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     value = value.to(parameter.device)
@@ -68,7 +68,7 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter another value, a whole tensor that is the same in every process."""
+    """Assign a whole tensor, the same in every process, to a parameter."""
     if is_zero(parameter):
         _set_weight(parameter, value)
         return

@@ -1,4 +1,4 @@
-"""Where a tokenizer and a model's embedding disagree: a padding token that was added later, tokens that the embedding does not have."""
+"""Checks a tokenizer against a model's embedding, which may lack tokens that were added to the tokenizer later."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ if TYPE_CHECKING:
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """How many tokens the model's input embedding has."""
+    """The number of tokens in the model's input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
 
 def padding_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with that the embedding has: the tokenizer's padding token, or else its end-of-sequence token. Padding is masked, so any will do.
+    """The id of a padding token that the embedding has: the tokenizer's padding token, or else its end-of-sequence token.
+
+    Padding is masked, so the choice does not change the results.
 
     Raises:
-        CheckpointError: The end-of-sequence token itself is beyond the embedding, so that no answer could end.
+        CheckpointError: The embedding lacks the end-of-sequence token, so no answer could end.
     """
     rows, end = embedding_rows(model), int(tokenizer.eos_token_id)
     if end >= rows:
@@ -34,12 +36,15 @@ def padding_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Iterable[Sequence[int]]) -> None:
-    """Raise DataError, which names the token, when a text has one that the model's embedding does not have.
+    """Check that the model's embedding has every token of some texts.
 
     Args:
         model: A causal language model.
-        tokenizer: For the token's name.
-        texts: Token ids.
+        tokenizer: Tokenizer of the texts, for the name of a missing token.
+        texts: Token ids of each text.
+
+    Raises:
+        DataError: The embedding lacks a token; the message names it.
     """
     rows = embedding_rows(model)
     if _largest(tokenizer) < rows:
@@ -52,7 +57,7 @@ def check_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: It
 
 
 def _largest(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest token that the tokenizer can give."""
+    """The largest token id that the tokenizer can produce."""
     return max(len(tokenizer) - 1, *getattr(tokenizer, "added_tokens_decoder", {}), 0)
 
 
