@@ -104,7 +104,7 @@ def check_observable(paths: Iterable[str], what: str) -> None:
     for path in paths:
         if is_routed_expert(path):
             raise UsageError(
-                f"{what} cannot tell which tokens {path} sees: it is one expert of many, to which the model sends some of the tokens",
+                f"{what} cannot tell which tokens {path} receives: it belongs to one of several experts, each of which gets only some of the tokens",
                 hint="use adapters that do not target the experts (attention and shared experts can be targets)",
             )
 
@@ -129,7 +129,8 @@ def token_shape(layer: RoutedLayer, x: Tensor) -> torch.Size:
     if shape.numel() == call.shape.numel() and (len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)):
         return call.shape
     raise UsageError(
-        f"{layer.path} sees an input of shape {tuple(x.shape)} in a batch of {call.shape[0]} x {call.shape[1]} tokens: the tokens cannot be told apart",
+        f"{layer.path} receives an input of shape {tuple(x.shape)} in a batch of {call.shape[0]} x {call.shape[1]} tokens, "
+        "so its tokens cannot be matched to the batch",
         hint="routes cannot be forced by row, labelled or recorded in this layer; use adapters that do not target it",
     )
 

@@ -1,4 +1,4 @@
-"""What the weights of a base model were when adapters were attached: enough of each to notice later that it has changed."""
+"""Samples of a base model's weights, taken when adapters are attached, by which a later change of the weights is detected."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Marks:
     """Samples of tensors.
 
     Attributes:
-        shapes: By name, in the order of ``values``.
-        values: (n), float32, on the CPU: evenly spaced numbers of each tensor.
+        shapes: Shape of each tensor by name, in the order of ``values``.
+        values: Evenly spaced elements of all tensors, float32 (samples,), on the CPU.
     """
 
     shapes: dict[str, torch.Size]
     values: Tensor
 
     def changed(self, now: Marks) -> list[str]:
-        """The names of tensors, of those in both, that have another shape or other numbers, allowing for changes of the dtype."""
+        """The names of the tensors in both sets of samples whose shape or values differ by more than a conversion to another dtype."""
         before, after = self._by_name(), now._by_name()
         return [name for name, values in before.items() if name in after and not _alike(self.shapes[name], values, now.shapes[name], after[name])]
 
@@ -34,26 +34,26 @@ class Marks:
 
 
 def mark(tensors: Mapping[str, Tensor]) -> Marks:
-    """Samples of the tensors that hold plain numbers: not of those that are quantised, offloaded or spread over processes."""
+    """Samples of floating-point tensors; quantised and offloaded tensors and those that are distributed over processes are left out."""
     shapes: dict[str, torch.Size] = {}
     samples: list[Tensor] = []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.is_meta or any(hasattr(tensor, at) for at in ("full_tensor", "ds_id")):
             continue
         flat, count = tensor.detach(), min(_SAMPLES, tensor.numel())
-        places = torch.arange(count, device=flat.device) * (flat.numel() // max(count, 1))
-        samples.append(flat.reshape(-1)[places].float())
+        indices = torch.arange(count, device=flat.device) * (flat.numel() // max(count, 1))
+        samples.append(flat.reshape(-1)[indices].float())
         shapes[name] = tensor.shape
     return Marks(shapes, torch.cat([sample.cpu() for sample in samples]) if samples else torch.zeros(0))
 
 
 def mark_base(model: nn.Module) -> Marks:
-    """The parameters of a model without adapters."""
+    """Samples of the parameters of a model without adapters."""
     return mark(dict(model.named_parameters(remove_duplicate=False)))
 
 
 def roundings(start: Tensor) -> Iterable[Tensor]:
-    """``start`` as it is after a model's changes of dtype."""
+    """``start``, float32, and its values after conversions to bfloat16 and float16, in float32."""
     yield start
     for dtype in (torch.bfloat16, torch.float16):
         yield start.to(dtype).float()

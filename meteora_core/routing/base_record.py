@@ -1,4 +1,4 @@
-"""What is known of a base model besides its weights."""
+"""Records of a base model: its name, and which of its tensors have changed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 @dataclass(frozen=True)
 class BaseReference:
-    """A base model as it is named in settings and checkpoints.
+    """The name of a base model, as in settings and checkpoints.
 
     Attributes:
-        name: A catalog name, a folder, or a hub id.
-        revision: The revision of a hub model.
-        trust_remote_code: Whether code of the repository may run.
+        name: Name in the catalog, folder, or id on the Hugging Face Hub.
+        revision: Branch, tag or commit on the Hub; None for the default branch.
+        trust_remote_code: Whether Python code from the model's repository may run.
     """
 
     name: str
@@ -24,14 +24,14 @@ class BaseReference:
 
 @dataclass
 class BaseRecord:
-    """How a base model was named, and which of its tensors are no longer its own.
+    """The name of a base model, and which of its tensors have changed since it was loaded.
 
-    A model carries one as ``meteora_base``, and as ``meteora.provenance.base`` while adapters are attached.
+    It is the attribute ``meteora_base`` of a model, and ``meteora.provenance.base`` while adapters are attached.
 
     Attributes:
-        reference: The name that it was loaded by; None if Meteora did not load it.
-        changed: Names of tensors with other numbers than the base's own.
-        rounded: Tensors that are the base's own, rounded to a dtype.
+        reference: The name by which it was loaded; None if Meteora did not load it.
+        changed: Names of the tensors whose values differ from those of the base model.
+        rounded: For tensors that hold the values of the base model rounded to another dtype: that dtype, by name.
     """
 
     reference: BaseReference | None = None

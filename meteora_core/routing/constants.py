@@ -1,4 +1,4 @@
-"""Small tensors that name adapters, each made once and copied once to a device."""
+"""Small tensors of adapter indices and masks, each created once and copied once to every device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Constants:
-    """The tensors of one model. A captured CUDA graph reads them where they were at its capture and cannot copy from the host; so they stay in place.
+    """The small constant tensors of one model.
 
-    Copies and pickles are empty: a tensor is made again where it is needed.
+    A captured CUDA graph reads a tensor at its address during the capture and cannot copy from the host, so the tensors are kept and never moved.
+    Copies and pickles of this object are empty; they create their tensors again.
     """
 
     def __init__(self) -> None:
@@ -24,21 +25,21 @@ class Constants:
         return Constants, ()
 
     def single(self, adapter: int) -> Tensor:
-        """int64 (1,): one adapter."""
+        """The index of one adapter, int64 (1,), on the CPU."""
         if adapter not in self._singles:
             with torch.inference_mode(False):
                 self._singles[adapter] = torch.tensor([adapter])
         return self._singles[adapter]
 
     def all_but(self, muted: frozenset[int], count: int) -> Tensor:
-        """bool (count,): False for the muted adapters."""
+        """A mask over ``count`` adapters, bool (count,), on the CPU: False for the muted adapters."""
         if muted not in self._masks:
             with torch.inference_mode(False):
                 self._masks[muted] = torch.tensor([adapter not in muted for adapter in range(count)])
         return self._masks[muted]
 
     def on(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A tensor on a device; copied by the first call, not by every layer."""
+        """A tensor on a device. Only the first call for a tensor and a device copies it."""
         if tensor.device == device or torch.compiler.is_compiling():
             return tensor.to(device)
         copies = self._copies.setdefault(tensor, {})

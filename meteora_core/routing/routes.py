@@ -1,4 +1,4 @@
-"""Records of which adapters the layers chose."""
+"""Recorded routes: the adapters that the layers chose, with their weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Recorder(Protocol):
     """An object that receives the choices of the layers, such as :class:`Routes`."""
 
     def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
-        """Receive the choices of layer ``path`` in one forward call: int64 and float32, (batch, tokens, k) or (tokens, k)."""
+        """Receive the choices of layer ``path`` in one forward call: int64 indices and float32 weights, (batch, tokens, k) or (tokens, k)."""
 
     def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
         """Receive the choices of a layer that computes the model's logits; it may see only the last tokens of every row."""
@@ -24,11 +24,11 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """What one layer chose for a batch of tokens.
+    """The choices of one layer for a batch of tokens.
 
     Attributes:
-        indices: int64 (batch, tokens, k), adapters in falling order of their logits.
-        weights: float32 (batch, tokens, k), summing to 1 over k.
+        indices: Indices of the chosen adapters, highest logit first, int64 (batch, tokens, k).
+        weights: Mixing weights, float32 (batch, tokens, k); they sum to 1 over k.
 
     Raises:
         ValueError: The shapes differ or are not three-dimensional.
@@ -58,20 +58,25 @@ class Routes:
     _outputs: dict[str, list[RoutingDecision]] = field(default_factory=dict)
 
     def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
-        """Append the choice of layer ``path`` for one forward call; shapes (batch, tokens, k) or (tokens, k).
+        """Append the choices of layer ``path`` in one forward call.
+
+        Args:
+            path: Path of the layer in the model.
+            indices: Indices of the chosen adapters, int64 (batch, tokens, k) or (tokens, k).
+            weights: Mixing weights, in the shape of ``indices``.
 
         Raises:
-            UsageError: A CUDA graph is being captured: its replays would never come here.
+            UsageError: A CUDA graph is being captured; its replays would not be recorded.
         """
         self._steps.setdefault(path, []).append(_decision(indices, weights))
 
     def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
-        """The same for a layer that makes logits; see the class."""
+        """Append the choices of an output layer, such as ``lm_head``. Arguments and errors are those of :meth:`add`."""
         self._outputs.setdefault(path, []).append(_decision(indices, weights))
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The layers that were recorded, in the order of their first call."""
+        """Paths of the recorded layers, in the order of their first call."""
         return tuple(self._steps)
 
     def steps(self, path: str) -> list[RoutingDecision]:
@@ -79,9 +84,9 @@ class Routes:
         return self._steps[path] if path in self._steps else self._outputs[path]
 
     def layer(self, path: str) -> RoutingDecision:
-        """All calls of one layer joined along the tokens, on the CPU.
+        """All calls of one layer, concatenated along the tokens, on the CPU.
 
-        With ``generate`` and a cache, position ``t`` is token ``t`` of the padded prompt and answer.
+        After ``generate`` with a cache, position ``t`` is token ``t`` of the padded prompt followed by the answer.
 
         Raises:
             ValueError: The batch size changed between calls.
@@ -94,14 +99,14 @@ class Routes:
     def packed(self, row: int = 0) -> tuple[Tensor, Tensor]:
         """All decisions for one row of the batch: indices int64 and weights float32, both (tokens, layers, k), on the CPU.
 
-        The layers stand in the order of :attr:`paths`. A later forward call with another k (forced routes have 1) is padded with weight 0.
+        The order of the layers is that of :attr:`paths`. If k differs between forward calls (forced routes have k = 1), the smaller k is padded with weight 0.
 
         Raises:
-            ValueError: The layers did not see the same tokens.
+            ValueError: The layers were not all called equally often.
         """
         calls = {len(steps) for steps in self._steps.values()}
         if len(calls) > 1:
-            raise ValueError("the layers were called differently often while routes were recorded; use steps() instead")
+            raise ValueError("some layers were called more often than others while routes were recorded; use steps() instead")
         if not calls or calls == {0}:
             empty = torch.zeros(0, len(self._steps), 1)
             return empty.long(), empty
@@ -115,15 +120,18 @@ class Routes:
         return torch.cat(padded[: len(indices)]), torch.cat(padded[len(indices) :])
 
     def clear(self) -> None:
-        """Forget what was recorded so far; the layers' order is kept."""
+        """Delete all recorded choices. The order of the layers is kept."""
         for steps in (*self._steps.values(), *self._outputs.values()):
             steps.clear()
 
     def shares(self, paths: Iterable[str] | None = None) -> Tensor:
-        """Mean weight of every adapter per token, over layers: float32 (batch, tokens, N); rows sum to 1.
+        """The weight of every adapter for each token, averaged over layers.
 
         Args:
-            paths: The layers to average over; None means all that were recorded.
+            paths: Paths of the layers to average over; None for all recorded layers.
+
+        Returns:
+            Mean weights, float32 (batch, tokens, N) on the CPU; they sum to 1 over the adapters.
         """
         paths = tuple(self._steps if paths is None else paths)
         total: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What all layers of an attached model share."""
+"""The routing state that all layers of an attached model share, and functions that find it or record its routes."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ _log = logging.getLogger(__name__)
 
 
 class Meteora:
-    """What ``attach`` puts on a model as ``model.meteora``; all layers of the model share it.
+    """The routing state of a model with adapters: ``model.meteora``, which ``attach`` sets and all layers of the model share.
 
-    It has three parts: how tokens choose adapters (:attr:`routing`, :attr:`backend`), what layers do besides (:attr:`mode`, set by the ``with`` blocks
-    :meth:`force`, :meth:`label_gates`, :meth:`record` and :meth:`disabled`), and where the model comes from (:attr:`provenance`).
+    It has three parts: how tokens choose adapters (:attr:`routing`, :attr:`backend`), what a call of the layers does in addition or instead
+    (:attr:`mode`, set by the ``with`` blocks :meth:`force`, :meth:`label_gates`, :meth:`record` and :meth:`disabled`), and the origin of the model
+    (:attr:`provenance`).
 
     Args:
         adapters: The bank's adapters, in order.
-        top_k: Adapters per token.
-        temperature: Routing temperature T > 0.
-        backend: A name of ``meteora_kernels.BACKENDS``.
+        top_k: Number of adapters per token in each layer, between 1 and N.
+        temperature: Routing temperature T > 0; divides the chosen gate logits before the softmax.
+        backend: Implementation of the sum over adapters, a name of ``meteora_kernels.BACKENDS``.
 
     Attributes:
-        provenance: The base model, and how the gates came to be.
-        last_call: The batch that the model was called with last, while layers are observed.
-        version: Grows with every change of :attr:`routing`, :attr:`backend` and :attr:`mode`.
+        provenance: The base model and the origin of the gates.
+        last_call: Shape of the last batch that the model was called with; it is only kept while layers are observed.
+        version: Counter that increases with every change of :attr:`routing`, :attr:`backend` and :attr:`mode`.
 
     Raises:
         UsageError: top_k or temperature is out of range, or the backend is unknown.
@@ -72,7 +73,7 @@ class Meteora:
 
     @property
     def routing(self) -> Routing:
-        """How tokens choose: top_k, temperature, and the adapters that may be chosen. Assign an earlier value to return to it."""
+        """How tokens choose adapters: top-k, routing temperature and the adapters that are allowed. Assign an earlier value to restore it."""
         return self._routing
 
     @routing.setter
@@ -82,7 +83,7 @@ class Meteora:
 
     @property
     def top_k(self) -> int:
-        """Adapters per token; setting it out of 1..N raises UsageError."""
+        """The number of adapters per token in each layer. Setting it to a value outside 1..N raises UsageError."""
         return self._routing.top_k
 
     @top_k.setter
@@ -93,7 +94,7 @@ class Meteora:
 
     @property
     def temperature(self) -> float:
-        """Routing temperature T of the softmax over the chosen adapters; setting it to 0 or less raises UsageError."""
+        """The routing temperature T of the softmax over the chosen adapters. It must be positive and finite; other values raise UsageError."""
         return self._routing.temperature
 
     @temperature.setter
@@ -104,7 +105,7 @@ class Meteora:
 
     @property
     def backend(self) -> str:
-        """Which implementation runs; setting an unknown name raises UsageError."""
+        """The implementation of the sum over adapters. Setting an unknown name raises UsageError."""
         return self._backend
 
     @backend.setter
@@ -115,14 +116,21 @@ class Meteora:
         self.version += 1
 
     def mute(self, names: Iterable[str]) -> None:
-        """Never choose these adapters (an empty list lifts it). Raises UsageError for an unknown name or when none would be left."""
+        """Exclude adapters from routing; every call replaces the list of the call before, and an empty list allows all adapters again.
+
+        Args:
+            names: Names of the adapters that are never chosen.
+
+        Raises:
+            UsageError: A name is unknown, or no adapter would be left.
+        """
         muted = frozenset(names)
         if unknown := muted - set(self.names):
             raise UsageError(f"no adapter named {sorted(unknown)[0]!r}", hint=f"there are: {', '.join(self.names)}")
         if len(muted) == len(self.names):
             raise UsageError("all adapters would be muted", hint="leave at least one")
-        places = frozenset(self.names.index(name) for name in muted)
-        self.routing = self._routing._replace(allowed=self._constants.all_but(places, len(self.names)) if muted else None)
+        indices = frozenset(self.names.index(name) for name in muted)
+        self.routing = self._routing._replace(allowed=self._constants.all_but(indices, len(self.names)) if muted else None)
 
     def routing_on(self, device: torch.device) -> Routing:
         """:attr:`routing` with its tensors on a layer's device."""
@@ -135,11 +143,11 @@ class Meteora:
         """A tensor of :attr:`routing` or :attr:`mode` on a layer's device (:class:`~meteora_core.routing.constants.Constants`)."""
         return self._constants.on(tensor, device)
 
-    # --- what layers do besides ------------------------------------------------------------------------------------------------
+    # --- what layers do in addition ----------------------------------------------------------------------------------------------
 
     @property
     def mode(self) -> Mode:
-        """What layers do besides routing by their gates."""
+        """What a call of the layers does in addition to routing, or instead of it."""
         return self._mode
 
     @mode.setter
@@ -149,19 +157,22 @@ class Meteora:
 
     @property
     def observed(self) -> bool:
-        """Whether layers must do more than compute their output."""
+        """Whether layers must do more than compute their output: routes are forced, labelled or recorded."""
         return self._mode.observed
 
     @contextmanager
     def label_gates(self, labels: Tensor, *, keep_hits: bool = False, alone: bool = False) -> Iterator[GateObservations]:
-        """Within the block, forward calls also compute the gate loss.
+        """Compute the gate loss in all forward calls within the block.
 
-        The block must also hold ``backward`` when gradient checkpointing is on: layers run again there and must see the same labels.
+        With gradient checkpointing, ``backward`` must also be called within the block: layers run again there and need the same labels.
 
         Args:
-            labels: int64 (batch, tokens), the adapter that each position should choose; -100 is ignored.
-            keep_hits: Also keep, per layer, where the top-1 adapter is the label.
-            alone: The gate loss has gradients for each layer's own gate alone, none for what computed its input.
+            labels: Index of the adapter that each token should choose, int64 (batch, tokens); -100 is ignored.
+            keep_hits: Whether to keep, for each layer, at which tokens the first choice equals the label.
+            alone: Whether the gate loss has gradients only for the gate of its layer, and none for the modules that computed the layer's input.
+
+        Yields:
+            The gate losses, and the hits if they are kept, filled in by the forward calls.
         """
         observations = GateObservations()
         self.last_call = LastCall()
@@ -173,7 +184,15 @@ class Meteora:
 
     @contextmanager
     def force(self, adapters: Tensor | int | str | None) -> Iterator[None]:
-        """Within the block, bypass the gates: one adapter for all, per row (batch,), or per token (batch, tokens)."""
+        """Bypass the gates within the block.
+
+        Args:
+            adapters: One adapter for all tokens, by name or index; or indices, int64, one per row (batch,) or one per token (batch, tokens). None
+                lets the gates choose.
+
+        Raises:
+            UsageError: There is no adapter of this name.
+        """
         if isinstance(adapters, str):
             if adapters not in self.names:
                 raise UsageError(f"no adapter named {adapters!r}", hint=f"there are: {', '.join(self.names)}")
@@ -188,7 +207,7 @@ class Meteora:
 
     @contextmanager
     def record(self, recorder: Recorder) -> Iterator[None]:
-        """Within the block, layers tell ``recorder`` what they choose. Code that replays a captured or compiled graph does not."""
+        """Pass the choices of all layers to ``recorder`` within the block. Replays of a captured CUDA graph record nothing."""
         self.last_call = LastCall()
         before, self.mode = self.mode.recorder, replace(self.mode, recorder=recorder)
         try:
@@ -198,18 +217,18 @@ class Meteora:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block, the model is its base."""
+        """Switch all adapters off within the block, so that the model computes what its base model computes."""
         before, self.mode = self.mode.enabled, replace(self.mode, enabled=False)
         try:
             yield
         finally:
             self.mode = replace(self.mode, enabled=before)
 
-    # --- where the model comes from --------------------------------------------------------------------------------------------
+    # --- the origin of the model -----------------------------------------------------------------------------------------------
 
     @property
     def gates(self) -> GateOrigin:
-        """How the gates came to be, as far as it is known."""
+        """The origin of the gates, if it is known."""
         return self.provenance.gates
 
     @gates.setter
@@ -219,23 +238,23 @@ class Meteora:
 
 def find_meteora(model: nn.Module) -> Meteora | None:
     """``model.meteora`` of a model with adapters attached; None for other models."""
-    found = getattr(model, "meteora", None)
-    return found if isinstance(found, Meteora) else None
+    state = getattr(model, "meteora", None)
+    return state if isinstance(state, Meteora) else None
 
 
 def meteora_of(model: nn.Module) -> Meteora:
     """``model.meteora`` of a model with adapters attached. Raises UsageError when nothing is attached."""
-    found = find_meteora(model)
-    if found is None:
+    state = find_meteora(model)
+    if state is None:
         raise UsageError("this model has no adapters attached", hint="call meteora_core.attach(model, bank) first")
-    return found
+    return state
 
 
 def base_record(model: nn.Module) -> BaseRecord:
-    """What is known of a model's base, with adapters attached or without; changes to it last."""
-    found = find_meteora(model)
-    if found is not None:
-        return found.provenance.base
+    """The record of a model's base model, with or without adapters attached. The record belongs to the model, so changes to it persist."""
+    state = find_meteora(model)
+    if state is not None:
+        return state.provenance.base
     record = getattr(model, "meteora_base", None)
     if record is None:
         record = BaseRecord()
@@ -246,18 +265,18 @@ def base_record(model: nn.Module) -> BaseRecord:
 
 @contextmanager
 def record_routes(model: nn.Module) -> Iterator[Routes]:
-    """Record what every layer chooses for every token, within the block.
+    """Record the choices of every layer for every token, within the block.
 
-    When nothing is recorded, a layer pays one check a call. Within the block compiled code (``torch.compile``, and the compiled or
-    graph-captured decoding that transformers' ``generate`` uses with a static cache) is left for eager code, since a replayed graph runs no
-    Python; a note is logged if the model is compiled. A decoder that replays CUDA graphs of its own must run eagerly while
+    Outside such a block, recording costs a layer one check per call. Within the block, the model runs eagerly, because a replayed graph runs no Python
+    code: compiled code is not used (``torch.compile``, and the compiled or captured decoding that transformers' ``generate`` uses with a static cache).
+    A warning is logged if the model is compiled. A decoder that captures and replays CUDA graphs itself must run eagerly while
     :attr:`Meteora.observed` is true.
 
     Args:
         model: A model with adapters attached.
 
     Yields:
-        A :class:`Routes` that fills as the model runs (forward, or ``generate`` with or without a cache).
+        A :class:`Routes`, filled by the calls of the model (``forward``, or ``generate`` with or without a cache).
 
     Raises:
         UsageError: Nothing is attached to the model.
@@ -274,13 +293,13 @@ def record_routes(model: nn.Module) -> Iterator[Routes]:
     state = meteora_of(model)
     routes = Routes(state.names)
     if is_compiled(model):
-        _log.warning("routes are recorded by eager code: the compiled or captured code of this model is not used meanwhile")
+        _log.warning("routes are recorded by eager code: the compiled or captured code of this model is not used while they are recorded")
     with state.record(routes), torch.compiler.set_stance("force_eager"):
         yield routes
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether calling the model runs ``torch.compile``'s code, or ``generate`` is set to a static cache, for which it compiles on a GPU."""
+    """Whether the model is compiled by ``torch.compile``, or ``generate`` is set to a static cache, for which transformers compiles the model on a GPU."""
     compiled = any(getattr(model, name, None) is not None for name in ("_orig_mod", "_compiled_call_impl", "_compiled_call"))
     cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
     return compiled or (isinstance(cache, str) and "static" in cache)

@@ -45,7 +45,7 @@ def process_count(settings: LaunchSettings, devices: int, *, planned: bool = Fal
     if settings.launcher == "fsdp" and devices == 0 and not elsewhere:
         raise cannot_shard()
     if settings.num_processes is None and devices == 0:
-        raise UsageError("how many processes? There is no GPU to count", hint="pass --num-processes N")
+        raise UsageError("the number of processes is unknown, because there are no GPUs to count", hint="pass --num-processes N")
     count = settings.num_processes or devices * settings.num_machines
     if count % settings.num_machines:
         raise UsageError(f"{count} processes cannot be spread evenly over {settings.num_machines} machines", hint="choose --num-processes accordingly")

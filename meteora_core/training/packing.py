@@ -88,4 +88,7 @@ def _leaks(model: nn.Module) -> UsageError:
     unwrapped: Any = model
     if hasattr(unwrapped, "get_base_model"):
         unwrapped = unwrapped.get_base_model()
-    return UsageError(f"this architecture ({type(unwrapped).__name__}) does not keep packed rows apart", hint="leave out --packing")
+    return UsageError(
+        f"this architecture ({type(unwrapped).__name__}) cannot be trained with packed rows: tokens of one row affect the other rows",
+        hint="leave out --packing",
+    )

@@ -184,7 +184,7 @@ class _Workers:
         why = str(died).strip().splitlines()[-1].removeprefix(f"process {died.error_index} ")
         others = ", ".join(name for number, name in self.running.items() if number != died.error_index)
         stopped = f"; stopped: {others}" if others else ""
-        return MeteoraError(f"{what} ended: {why}{stopped}", hint="if memory ran out, lower --jobs; the same command with --resume goes on")
+        return MeteoraError(f"{what} ended: {why}{stopped}", hint="if memory ran out, lower --jobs; to continue, repeat the command with --resume")
 
 
 def _start(plan: _Plan, ends: Sequence[Connection]) -> Any:

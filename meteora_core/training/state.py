@@ -127,7 +127,7 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     states = saved_states(folder)
     if not states:
         return None
-    hint = f"remove {states[-1]} to go on from the start"
+    hint = f"remove {states[-1]} to start from the beginning"
     info = read_json(states[-1] / INFO, error=CheckpointError, hint=hint)
     if not isinstance(info, dict) or {*_KEPT, "inputs", "best_value"} - info.keys() or not isinstance(info["inputs"], dict):
         raise CheckpointError(f"{states[-1] / INFO} is not the state of a run", hint=hint)

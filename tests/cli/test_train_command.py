@@ -250,7 +250,7 @@ def test_deepspeed_that_is_not_installed_is_said(monkeypatch) -> None:
         (("--launcher", "deepspeed", "--dtype", "float16", "--num-processes", "2", "--dry-run"), "bfloat16 or float32"),
         (("adapters", "--launcher", "deepspeed", "--task", "all"), "--launcher deepspeed trains one adapter per run"),
         (("--launcher", "fsdp"), "use --launcher ddp"),
-        (("--launcher", "ddp"), "how many processes"),
+        (("--launcher", "ddp"), "number of processes is unknown"),
         (("--launcher", "ddp", "--num-processes", "3", "--num-machines", "2", "--main-process-ip", "x"), "cannot be spread evenly"),
         (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2"), "address of machine 0"),
         (("--launcher", "ddp", "--num-processes", "4", "--num-machines", "2", "--main-process-ip", "x", "--machine-rank", "2"), "--machine-rank 2"),

@@ -80,7 +80,7 @@ def test_architectures_that_mix_packed_rows_are_refused(kind, dtype) -> None:
     model = AutoModelForCausalLM.from_config(LEAKY[kind]()).to(dtype)
     for parameter in model.parameters():
         parameter.data *= 5 if parameter.dim() > 1 else 1
-    with pytest.raises(UsageError, match="does not keep packed rows apart") as refused:
+    with pytest.raises(UsageError, match="cannot be trained with packed rows") as refused:
         check_packing(model, [some_rows()], 2, 2, torch.device("cpu"))
     assert refused.value.hint == "leave out --packing"
     assert model.training
@@ -117,5 +117,5 @@ def test_a_packed_run_asks_the_model_first(tmp_path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LEAKY["state space"]())
     settings = AdapterTrainSettings(max_steps=1, batch_size=2, packing=True, max_length=64, log_to="none")
-    with pytest.raises(UsageError, match="does not keep packed rows apart"):
+    with pytest.raises(UsageError, match="cannot be trained with packed rows"):
         train(TrainingRun(model, [some_rows()], LmObjective(torch.float32, ["a"]), 2, tmp_path, {}, "a"), settings)
