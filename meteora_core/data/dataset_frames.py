@@ -15,17 +15,17 @@ from meteora_core.reading import is_regular
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOOKED_AT = 1000
+_SAMPLED_ROWS = 1000
 
 
 def dataset_frame(data_dir: Path | str, task: str) -> Frame | None:
-    """The frame of a dataset's prompts: the text around the user's text.
+    """The prompt frame of a dataset.
 
-    The manifest of a task that ``data add`` built contains it, and the paper's tasks have ``[INST] {} [/INST]``. For any other dataset, the frame is the text
-    that the prompts of its train rows have in common.
+    For a task that ``meteora data add`` built, the manifest contains the frame; the paper's tasks have ``[INST] {} [/INST]``. For any other dataset, the
+    frame is the text that the prompts of its training rows have in common.
 
     Args:
-        data_dir: Folder of all datasets.
+        data_dir: Folder that contains all datasets.
         task: Name of the dataset.
 
     Returns:
@@ -43,11 +43,11 @@ def dataset_frame(data_dir: Path | str, task: str) -> Frame | None:
         return None
     if task in TASK_ORDER or (manifest is not None and manifest.members):
         return INST
-    return common_frame(row.prompt for row in islice(iter_rows(rows), _LOOKED_AT))
+    return common_frame(row.prompt for row in islice(iter_rows(rows), _SAMPLED_ROWS))
 
 
 def row_end(data_dir: Path | str, task: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that ends the responses of a dataset, if its manifest names another one than the end-of-sequence token; otherwise None."""
+    """The id of the token that ends the responses of a dataset; None for the end-of-sequence token, unless its manifest names another token."""
     manifest = read_manifest(Path(data_dir) / task)
     return None if manifest is None or manifest.frame is None else manifest.frame.end_id(tokenizer)
 

@@ -1,7 +1,7 @@
-"""Prompt frames: the text around a user's text when a model reads it.
+"""Prompt frames: the text around a user's message in a prompt.
 
-A model answers best to prompts that look like those that it was trained on. The frame of a dataset is part of its manifest, and the frame of an adapter is
-that of its dataset.
+A model answers best if its prompts look like those it was trained on. The frame of a dataset is part of its manifest, and the frame of an adapter is
+the frame of its dataset.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACE = "{}"
-"""The place of the user's text in a frame that is written as one text."""
+"""Placeholder for the user's message in a frame that is written as one text."""
 
 NAMES = ("chat", "inst", "raw")
-"""The frames with a name: the tokenizer's chat template, MeteoRA's ``[INST] {} [/INST]``, and the text alone."""
+"""Names of the frames that have one: the tokenizer's chat template, MeteoRA's ``[INST] {} [/INST]``, and the message alone."""
 
 _Part = Annotated[str, Field(max_length=100_000)]
 
@@ -33,10 +33,10 @@ Message = tuple[Literal["user", "assistant"], str]
 
 @dataclass(frozen=True)
 class Frame:
-    r"""The text before and after a user's text.
+    r"""The text before and after a user's message.
 
     Args:
-        before, after: Text around the user's text; for a chat template, the text that it puts around a single message.
+        before, after: Text around the message; for a chat template, the text that it puts around a single message.
         chat: Whether the frame is a tokenizer's chat template, which then also formats earlier turns and system texts.
         system: System text that every row of the dataset has, if it is not part of ``before``.
         end: Token that ends an answer, as text; None for the tokenizer's end-of-sequence token.
@@ -54,22 +54,22 @@ class Frame:
 
     @property
     def text(self) -> str:
-        """The frame as one text, with ``{}`` in the place of the user's text."""
+        """The frame as one text, with ``{}`` for the message."""
         return f"{self.before}{PLACE}{self.after}"
 
     @property
     def name(self) -> str:
-        """``"chat"``, ``"inst"`` or ``"raw"``; any other frame's :attr:`text`."""
+        """``"chat"``, ``"inst"`` or ``"raw"``; for any other frame, its :attr:`text`."""
         if self.chat:
             return "chat"
         return "inst" if (self.before, self.after) == (INST.before, INST.after) else "raw" if not self.before and not self.after else self.text
 
     def around(self, message: str) -> str:
-        """A message in the frame."""
+        """The prompt that consists of a message in the frame."""
         return f"{self.before}{message}{self.after}"
 
     def inside(self, prompt: str) -> str | None:
-        """The message in a prompt; None if the prompt is not in this frame. White space at the end of the prompt is ignored."""
+        """The message of a prompt; None if the prompt does not have this frame. White space at the end of the prompt is ignored."""
         end = self.after.rstrip() if self.after.strip() else self.after
         whole = prompt.rstrip() if end != self.after else prompt
         if not whole.startswith(self.before) or not whole.endswith(end) or len(whole) < len(self.before) + len(end):
@@ -80,8 +80,8 @@ class Frame:
         """The id of :attr:`end`; None if the end-of-sequence token ends an answer, or if the tokenizer has no such token."""
         if self.end is None:
             return None
-        found = tokenizer.convert_tokens_to_ids(self.end)
-        return int(found) if isinstance(found, int) and found != tokenizer.unk_token_id else None
+        token = tokenizer.convert_tokens_to_ids(self.end)
+        return int(token) if isinstance(token, int) and token != tokenizer.unk_token_id else None
 
     def to_json(self) -> dict[str, Any]:
         """The frame as a dictionary for JSON, without absent values."""
@@ -90,7 +90,7 @@ class Frame:
 
 
 class FrameModel(BaseModel):
-    """The form of a frame in a file; see :class:`Frame`."""
+    """The schema of a frame in a JSON file; see :class:`Frame`."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -101,12 +101,12 @@ class FrameModel(BaseModel):
     end: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
     def to_frame(self) -> Frame:
-        """The frame."""
+        """The values as a :class:`Frame`."""
         return Frame(self.before, self.after, self.chat, self.system, self.end)
 
 
 def read_frame(value: Mapping[str, Any] | None) -> Frame | None:
-    """The frame for a value of a file, which :class:`FrameModel` checks; None for None."""
+    """The frame for a value from a JSON file, checked by :class:`FrameModel`; None for None."""
     return None if value is None else FrameModel.model_validate(value).to_frame()
 
 
@@ -115,14 +115,14 @@ INST = Frame(PROMPT_TEMPLATE.partition("{inputs}")[0], PROMPT_TEMPLATE.partition
 
 
 def parse_frame(text: str) -> Frame:
-    """The frame for a text with ``{}`` in the place of the user's text.
+    """The frame for a text with ``{}`` for the message.
 
     Raises:
         UsageError: The text has no ``{}``, or more than one.
     """
     if text.count(PLACE) != 1:
         what = "no" if PLACE not in text else "more than one"
-        hint = "write {} once, where the user's text goes: --template '### Question:\\n{}\\n### Answer:\\n'"
+        hint = "write {} once, in the place of the message: --template '### Question:\\n{}\\n### Answer:\\n'"
         raise UsageError(f"the template {text!r} has {what} {{}}", hint=hint)
     before, _, after = text.partition(PLACE)
     return Frame(before, after)
@@ -144,8 +144,8 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, system: str | None = None) ->
         UsageError: The tokenizer has no chat template, or one that does not take a single message.
     """
     mark = "METEORA-MESSAGE"
-    before, found, after = render_chat(tokenizer, system, [("user", mark)]).partition(mark)
-    if not found:
+    before, message, after = render_chat(tokenizer, system, [("user", mark)]).partition(mark)
+    if not message:
         raise UsageError("this model's chat template leaves out the user's message", hint="use --template inst, raw or '…{}…'")
     return Frame(before, after, chat=True, system=system, end=_chat_end(tokenizer, mark))
 
@@ -153,15 +153,16 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, system: str | None = None) ->
 def render_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Message]) -> str:
     """Messages as a tokenizer's chat template formats them, up to the start of the answer.
 
-    If the template has no system role, the system text is put before the first message. A BOS token that the tokenizer adds to every text is removed.
+    If the template has no system role, the system text is put before the first message. A BOS token at the start is removed if the tokenizer adds one to
+    every text.
 
     Args:
         tokenizer: Tokenizer of the base model.
-        system: System text, or None.
+        system: System text; None for none.
         messages: Messages in order; the last one is from the user.
 
     Raises:
-        UsageError: There is no chat template, or it refuses the messages.
+        UsageError: The tokenizer has no chat template, or the template rejects the messages.
     """
     from jinja2 import TemplateError
 
@@ -173,7 +174,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, system: str | None, messages
         whole = str(tokenizer.apply_chat_template([*lead, *turns], tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         if not system:
-            raise UsageError(f"the model's chat template refuses this conversation: {error}", hint="use --template inst or raw") from error
+            raise UsageError(f"the model's chat template rejects this conversation: {error}", hint="use --template inst or raw") from error
         return render_chat(tokenizer, None, [("user", with_system(messages[0][1], system)), *messages[1:]])
     bos = tokenizer.bos_token
     return whole.removeprefix(str(bos)) if bos and _adds_bos(tokenizer) else whole
@@ -187,7 +188,7 @@ def pick_frame(wish: str, default: Default, tokenizer: PreTrainedTokenizerBase) 
 
     Args:
         wish: Name of the frame: "auto", "chat" (the tokenizer's chat template), "inst", "raw", or a text with ``{}`` for the message.
-        default: Frame of the model.
+        default: Frame of the model, which is returned for "auto".
         tokenizer: Tokenizer of the base model.
 
     Raises:
@@ -205,18 +206,18 @@ def pick_frame(wish: str, default: Default, tokenizer: PreTrainedTokenizerBase) 
 
 
 def usable(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """A recorded frame for this tokenizer. If it is a chat template, but not that of the tokenizer, it becomes a frame of plain text."""
+    """A recorded frame for use with a tokenizer. A chat template that is not the tokenizer's becomes a frame of plain text."""
     if not frame.chat:
         return frame
-    own = chat_frame(tokenizer, frame.system) if getattr(tokenizer, "chat_template", None) else RAW
-    return frame if (own.before, own.after) == (frame.before, frame.after) else replace(frame, chat=False, system=None)
+    current = chat_frame(tokenizer, frame.system) if getattr(tokenizer, "chat_template", None) else RAW
+    return frame if (current.before, current.after) == (frame.before, frame.after) else replace(frame, chat=False, system=None)
 
 
 def default_frame(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """The frame if none is recorded: ``[INST] {} [/INST]`` for the paper's tasks, otherwise the tokenizer's chat template, if it has one.
+    """The frame to use if none is recorded: ``[INST] {} [/INST]`` for the paper's tasks, otherwise the tokenizer's chat template, if it has one.
 
     Args:
-        names: Names of the adapters; empty for a bare base model.
+        names: Names of the adapters; empty for a base model without adapters.
         tokenizer: Tokenizer of the base model.
     """
     if not (names and all(name in TASK_ORDER for name in names)) and getattr(tokenizer, "chat_template", None):
@@ -225,7 +226,7 @@ def default_frame(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> F
 
 
 def with_system(message: str, system: str | None) -> str:
-    """A first message with the system text before it, for frames without a system role."""
+    """The first message with the system text before it, for frames without a system role."""
     return f"{system}\n\n{message}" if system else message
 
 
@@ -248,16 +249,17 @@ _MARK = re.compile(
     r"\[INST\] ?|<\|[^|<>\n]{1,40}\|>|<(?:start_of_turn|extra_id_\d+|s)>(?:user|model)?"
     r"|(?im:^(?:user|human|question|query|q|input|instruction|prompt|text|problem|task)\s?: ?)"
 )
-"""Texts that can end the first part of a frame within a line: a chat token or the name of a speaker."""
+"""Texts with which :attr:`Frame.before` can end within a line: a chat token or the name of a speaker."""
 
 
 def common_frame(prompts: Iterable[str]) -> Frame:
-    r"""The frame that finished prompts have in common.
+    r"""The frame that complete prompts have in common.
 
-    The frame is their common start, up to a line break, a chat token or a speaker's name, and their common end, from a line break or a chat token on.
+    It consists of their common start, up to a line break, a chat token or a speaker's name, and their common end, starting with a line break or a chat
+    token.
 
     Args:
-        prompts: Finished prompts; a single prompt has no frame, unless it is ``[INST] … [/INST]``.
+        prompts: Complete prompts; a single prompt has no frame, unless it is ``[INST] … [/INST]``.
 
     Example:
         >>> common_frame(["Q: Is it red?\nA:", "Q: Who won?\nA:"]).text
@@ -269,14 +271,14 @@ def common_frame(prompts: Iterable[str]) -> Frame:
     if len(texts) < 2:
         return RAW
     start, end = _common_start(texts), _common_start([text[::-1] for text in texts])[::-1]
-    breaks = [start.rfind("\n") + 1, *(found.end() for found in _MARK.finditer(start))]
+    breaks = [start.rfind("\n") + 1, *(match.end() for match in _MARK.finditer(start))]
     before = start[: max(breaks)]
     shortest = min(map(len, texts)) - len(before)
     end = end[max(0, len(end) - shortest) :]
-    place = min((found for found in (end.find("\n"), end.find("[/INST]"), end.find("<"), end.find(" [/INST]")) if found >= 0), default=-1)
-    return Frame(before, end[place:] if place >= 0 else "")
+    first = min((index for index in (end.find("\n"), end.find("[/INST]"), end.find("<"), end.find(" [/INST]")) if index >= 0), default=-1)
+    return Frame(before, end[first:] if first >= 0 else "")
 
 
 def _common_start(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)
-    return first[: next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))]
+    return first[: next((index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))]

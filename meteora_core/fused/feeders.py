@@ -1,9 +1,9 @@
-"""Modules right before fused linears: norms and gated activations that write their output where the fused product reads it.
+"""Replaces norms and gated activations directly before a fused group by modules that write their output into the memory that the group reads.
 
-A fused group multiplies ``[x, h]`` by ``[W, B^T]`` for prefill, and x would have to be copied into wider rows (:mod:`meteora_core.fused.inputs`).
-So :func:`feed` puts a :class:`Feeder` in the place of the module that makes x, which writes x there by one kernel. A module takes part only if it is of
-a known form and its own forward gives the same numbers, up to rounding, on random input; in each call it runs its own forward wherever the group
-would not run as one.
+In prefill, a fused group multiplies ``[x, h]`` by ``[W, B^T]``, so x would have to be copied into wider rows (:mod:`meteora_core.fused.inputs`).
+:func:`feed` therefore replaces the module that computes x by a :class:`Feeder`, which computes x and writes it into such rows with one kernel. A module
+is only replaced if it has a known form and its ``forward`` gives the same numbers as the kernel on random input, up to rounding. In calls in which the
+group would not run as one, a feeder calls the module's ``forward``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from meteora_core.model.layer import MeteoraLinear
 from meteora_kernels.operators import on_device_of
 
 NORMS: tuple[tuple[str, str, str], ...] = (("input_layernorm", "self_attn", "q_proj"), ("post_attention_layernorm", "mlp", "gate_proj"))
-"""In a decoder layer: a norm, the module that gets its output, and the first linear that this calls with it."""
-_OTHERS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-"""Decoder layers with these put their norms elsewhere."""
+"""In a decoder layer: a norm, the module that receives its output, and the first linear layer that this module calls with it."""
+_OTHER_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+"""Norms of decoder layers in which the order of :data:`NORMS` does not hold; these layers are left out."""
 
 
 class Feeder(nn.Module):
-    """Stands in the place of a module whose output a fused group reads, with the same parameters, buffers, children and hooks.
+    """Replaces a module whose output a fused group reads; it has the same parameters, buffers, children and hooks.
 
-    Where the group runs as one, :meth:`write` computes the output; elsewhere the module's own forward does. Copies and pickles of a feeder are the
-    module itself.
+    If the group runs as one, :meth:`write` computes the output, otherwise the module's ``forward``. Copies and pickles of a feeder are copies and pickles
+    of the module.
 
     Args:
-        own: The module.
+        own: The module that is replaced.
         group: The group that reads the output.
     """
 
@@ -41,10 +41,10 @@ class Feeder(nn.Module):
 
     def __init__(self, own: nn.Module, group: FusedGroup) -> None:
         super().__init__()
-        vars(self).update(vars(own), own=own, group=group)  # the dictionaries of parameters, children and hooks are the module's own
+        vars(self).update(vars(own), own=own, group=group)  # shares the module's dictionaries of parameters, children and hooks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments and result are those of the module."""
+        """Compute the output of the module. Arguments and result are those of the module's ``forward``."""
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs and type(args[0]) is Tensor and self.group.usable(args[0]):
             output = self.write(args[0])
             if output is not None:
@@ -52,21 +52,21 @@ class Feeder(nn.Module):
         return self.own.forward(*args, **kwargs)
 
     def write(self, x: Tensor) -> Tensor | None:
-        """The module's output by a kernel that writes what the group reads, or None where the kernel cannot compute it."""
+        """The module's output for ``x`` (..., features), from a kernel that writes the group's input; None if the kernel cannot compute it."""
         raise NotImplementedError
 
     @classmethod
     def imitates(cls, module: nn.Module, group: FusedGroup) -> bool:
-        """Whether :meth:`write` of a feeder for this module gives what the module gives, on random input."""
+        """Whether :meth:`write` of a feeder for this module gives the same output as the module, up to rounding, on random input."""
         raise NotImplementedError
 
     def itself(self) -> nn.Module:
-        """The module, with the attributes that were set here meanwhile."""
+        """The module, with the attributes that were set on the feeder."""
         vars(self.own).update({name: value for name, value in vars(self).items() if name not in ("own", "group")})
         return self.own
 
     def extra_repr(self) -> str:
-        return f"in the place of a {type(self.own).__name__}"
+        return f"replaces {type(self.own).__name__}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(self.itself(), memo)
@@ -76,14 +76,14 @@ class Feeder(nn.Module):
 
 
 class NormFeeder(Feeder):
-    """An RMS norm."""
+    """A feeder for an RMS norm."""
 
     def write(self, x: Tensor) -> Tensor | None:
         return _norm(self, self.group, x)
 
     @classmethod
     def imitates(cls, module: nn.Module, group: FusedGroup) -> bool:
-        """Compares large, small and tiny rows, on which epsilon decides."""
+        """Compares the outputs for large, small and tiny rows; for tiny rows they depend on epsilon."""
         from meteora_kernels.feed.rms_norm import MOST_COLUMNS
 
         weight = getattr(module, "weight", None)
@@ -96,7 +96,7 @@ class NormFeeder(Feeder):
 
 
 class GatedFeeder(Feeder):
-    """A gated MLP, ``down(silu(gate(x)) * up(x))``; what the group of the last linear reads is the product."""
+    """A feeder for a gated MLP, ``down(silu(gate(x)) * up(x))``. The group of the last linear layer reads the product."""
 
     def write(self, x: Tensor) -> Tensor | None:
         product = _product(self.gate_proj(x), self.up_proj(x), self.group)  # type: ignore[operator]
@@ -106,7 +106,7 @@ class GatedFeeder(Feeder):
 
     @classmethod
     def imitates(cls, module: nn.Module, group: FusedGroup) -> bool:
-        """Runs the module's own forward around stand-ins of its linears."""
+        """Compares the module's ``forward`` with the kernel, with substitutes for its linear layers."""
         packed = group.layout.group.packed
         x = torch.randn(1, 4, 2 * 64, generator=torch.Generator().manual_seed(0)) * 3
         own: Any = type(module).forward
@@ -117,7 +117,7 @@ class GatedFeeder(Feeder):
 
 
 def feed(model: nn.Module) -> int:
-    """Let norms and gated activations before fused groups write where the groups read. Returns how many modules take part."""
+    """Replace norms and gated activations before fused groups by feeders. Returns the number of replaced modules."""
     replaced = 0
     with torch.inference_mode(False), torch.no_grad():
         for parent, name, kind, linear in list(_candidates(model)):
@@ -131,7 +131,7 @@ def feed(model: nn.Module) -> int:
 
 
 def release(model: nn.Module) -> None:
-    """Undo :func:`feed`."""
+    """Undo :func:`feed`: put the replaced modules back."""
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, Feeder):
@@ -139,10 +139,10 @@ def release(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[Feeder], MeteoraLinear]]:
-    """Modules that may feed a group: their parent, their name in it, their kind of feeder, and the first linear layer that gets their output."""
+    """Modules that can feed a group: parent, name in the parent, class of the feeder, and the first linear layer that receives their output."""
     for parent in model.modules():
         children = dict(parent.named_children())
-        if not any(name in children for name in _OTHERS):
+        if not any(name in children for name in _OTHER_NORMS):
             for name, user, first in NORMS:
                 linear = getattr(children.get(user), first, None)
                 if name in children and isinstance(linear, MeteoraLinear):
@@ -203,11 +203,12 @@ class _Halves:
 
 
 def _agree(own: Callable[[Tensor], Any], ours: Callable[[Tensor], Tensor | None], x: Tensor) -> bool:
+    """Whether two functions give the same tensor for ``x``, up to rounding."""
     try:
-        expected, found = own(x), ours(x)
-    except Exception:  # another form: the module stays as it is
+        expected, actual = own(x), ours(x)
+    except Exception:  # the module has another form, so it is not replaced
         return False
-    if type(expected) is not Tensor or found is None or expected.shape != found.shape or expected.dtype != found.dtype:
+    if type(expected) is not Tensor or actual is None or expected.shape != actual.shape or expected.dtype != actual.dtype:
         return False
     close = max(3 * torch.finfo(x.dtype).eps, 1e-5)
-    return torch.allclose(found, expected, rtol=close, atol=1e-7)
+    return torch.allclose(actual, expected, rtol=close, atol=1e-7)

@@ -1,8 +1,8 @@
-"""Faster inference on a GPU: linears that share their input (q, k, v; gate, up) run as one, base and adapters together.
+"""Fuses linear layers for inference on a GPU: layers with a common input (q, k, v; gate, up) run as one group, base weights and adapters together.
 
-:func:`fuse` moves the weights of such a group into one block of memory and makes the parameters views of it, so that no weight is stored
-twice and a checkpoint that is loaded into the model later is seen at once. While gradients are wanted, routes are forced, labelled or recorded,
-or another backend is asked for, the layers run as they did before.
+:func:`fuse` moves the weights of a group into one block of memory and makes the parameters views of this block. No weight is stored twice, and a
+checkpoint that is loaded into the model later takes effect at once. A group is not used while gradients are enabled, while routes are forced, labelled
+or recorded, or with a backend other than "auto" and "triton"; its layers then run separately.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from meteora_kernels import pick_backend, plan
 _log = logging.getLogger(__name__)
 
 GROUPS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of siblings that are called with the same input, in this order."""
+"""Names of layers of one module that are called with the same input, in this order."""
 
 
 def fuse(model: nn.Module) -> int:
-    """Run linears that share an input as one, in place; for inference on a CUDA GPU. Logits stay the same up to rounding.
+    """Fuse linear layers that share an input, in place, for inference on a CUDA GPU. Logits do not change, except by rounding.
 
-    Norms and gated activations right before such linears run as one kernel each (:mod:`meteora_core.fused.feeders`).
-    Layers that cannot take part (quantised bases, adapters of rank 0 only) stay as they are; calling it twice is harmless.
+    Each norm and gated activation directly before a group runs as one kernel (:mod:`meteora_core.fused.feeders`).
+    Layers that cannot be fused (quantised base weights, only adapters of rank 0) are unchanged. A second call has no effect.
 
     Args:
         model: A model with adapters attached.
 
     Returns:
-        How many groups were made.
+        The number of groups that were created.
 
     Raises:
-        UsageError: Nothing is attached, or the GPU kernels cannot run where the model is.
+        UsageError: The model has no adapters attached, or the GPU kernels cannot run on its device or with its dtype.
 
     Example:
         >>> from meteora_core import fuse, load_checkpoint
@@ -54,31 +54,32 @@ def fuse(model: nn.Module) -> int:
     for layers in list(_groups(model)):
         reason = plan.why_not_triton(layers[0].weight.device.type, layers[0].weight.dtype)
         if reason is not None:
-            raise UsageError(f"this model cannot be fused: {reason}", hint="fusing speeds up inference on a CUDA GPU; without it the model runs as it is")
+            raise UsageError(f"this model cannot be fused: {reason}", hint="fusing only speeds up inference on a CUDA GPU; leave it out on this device")
         group = FusedGroup(layers)
         for index, layer in enumerate(layers):
             layer.join(group, index)
         count += 1
-    _log.debug("fused %d groups; %d modules before them write where they read", count, feed(model))
+    _log.debug("fused %d groups; %d modules before them write directly into the groups' inputs", count, feed(model))
     return count
 
 
 def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "auto") -> int:
-    """:func:`fuse` where it pays.
+    """Call :func:`fuse` if the model benefits from it.
 
     Args:
         model: A model with adapters attached.
-        mode: "on" fuses or raises; "off" does nothing; "auto" fuses on a CUDA GPU whose kernels the model's backend would use anyway.
+        mode: "on" fuses, or raises an error if that is impossible; "off" does nothing; "auto" fuses if the model is on a CUDA GPU and its backend would
+            run the Triton kernels there.
 
     Returns:
-        How many groups were made.
+        The number of groups that were created.
 
     Raises:
-        UsageError: Nothing is attached; or, with "on", the model cannot be fused.
+        UsageError: The model has no adapters attached, the mode is unknown, or the mode is "on" and the model cannot be fused.
     """
     state = meteora_of(model)
     if mode not in ("auto", "on", "off"):
-        raise UsageError(f"unknown way to fuse: {mode!r}", hint="choose from: auto, on, off")
+        raise UsageError(f"unknown fusing mode {mode!r}", hint="choose from: auto, on, off")
     if mode == "off":
         return 0
     if mode == "auto":
@@ -93,7 +94,7 @@ def fuse_for_inference(model: nn.Module, mode: Literal["auto", "on", "off"] = "a
 
 
 def unfuse(model: nn.Module) -> int:
-    """Undo :func:`fuse`: every weight gets its own memory again. Returns how many layers were released.
+    """Undo :func:`fuse` and give every weight separate memory again. Returns the number of layers that left a group.
 
     Example:
         >>> from meteora_core import fuse, load_checkpoint, unfuse
@@ -116,21 +117,21 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def _groups(model: nn.Module) -> Iterator[list[MeteoraLinear]]:
-    """Layers to fuse: siblings of :data:`GROUPS` with equal ranks and scaling together, all others alone."""
+    """The groups of layers to fuse: layers of :data:`GROUPS` with equal ranks and scaling together, every other layer by itself."""
     for parent in model.modules():
-        left = {name: child for name, child in parent.named_children() if isinstance(child, MeteoraLinear) and _can_fuse(child)}
+        unfused = {name: child for name, child in parent.named_children() if isinstance(child, MeteoraLinear) and _can_fuse(child)}
         for names in GROUPS:
-            siblings = [left[name] for name in names if name in left]
+            siblings = [unfused[name] for name in names if name in unfused]
             if len(siblings) == len(names) and all(_alike(siblings[0], sibling) for sibling in siblings[1:]):
                 yield siblings
                 for name in names:
-                    del left[name]
-        for child in left.values():
+                    del unfused[name]
+        for child in unfused.values():
             yield [child]
 
 
 def _can_fuse(layer: MeteoraLinear) -> bool:
-    """Whether a layer may become a member: a plain linear with adapters of its dtype, which is in no group and whose forward nobody has replaced."""
+    """Whether a layer can join a group: a plain linear layer with adapters of its dtype, in no group yet, whose ``forward`` was not replaced."""
     base = layer.base_layer
     plain = type(base) is nn.Linear and base.weight.is_floating_point() and not base.weight.is_meta and "forward" not in vars(layer)
     return plain and layer.group is None and sum(layer.ranks) > 0 and layer.gate.dtype == layer.lora_A.dtype == base.weight.dtype

@@ -1,4 +1,4 @@
-"""Layers that share their input and run as one."""
+"""Groups of layers that share their input and run as one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from meteora_kernels.operators import eager, on_device_of
 _log = logging.getLogger(__name__)
 
 PATIENCE = 4
-"""A group whose members were called with different inputs more often than this runs no longer as one."""
+"""Number of times that the members of a group may be called with different inputs; after more, the layers run separately."""
 
 
 class FusedGroup:
-    """One to three layers that run as one: the first member that meets an input computes the outputs of all.
+    """One to three layers that run as one: the first member that is called with an input computes the outputs of all members.
 
     Args:
         layers: The members, in the order in which their model calls them.
 
     Attributes:
-        layout: Where the members' weights are.
-        inputs: Memory for the group's inputs, for whoever computes them.
+        layout: The block of memory that holds the members' weights.
+        inputs: Memory for the group's inputs, into which the module before the group can write.
     """
 
     def __init__(self, layers: Sequence[MeteoraLinear]) -> None:
@@ -41,14 +41,14 @@ class FusedGroup:
         self._failed = False
 
     def output(self, member: int, x: Tensor) -> Tensor | None:
-        """The output of a member, base and adapters, or None where the layer has to compute it by itself.
+        """The output of a member, base weights and adapters together.
 
         Args:
-            member: Its index.
-            x: (..., h).
+            member: Index of the member in the group.
+            x: Input of the group, (..., h).
 
         Returns:
-            (..., width of the member) in the dtype of ``x``, or None.
+            The output in the dtype of ``x``, (..., o) with the member's o; None if the layer must compute it separately.
         """
         compiling = torch.compiler.is_compiling()
         version = (0, 0) if compiling else (self.state.version, 0 if x.is_inference() else x._version)
@@ -63,7 +63,7 @@ class FusedGroup:
         return self._outputs.take(member, x, version)
 
     def usable(self, x: Tensor) -> bool:
-        """Whether the layers may run as one on this input."""
+        """Whether the layers can run as one on the input ``x`` (..., h) in the current mode."""
         mode, first, weight = self.state.mode, self.layers[0], self.layout.group.packed
         if self._failed or not mode.enabled or mode.observed or self.state.backend not in ("auto", "triton") or self._outputs.misses > PATIENCE:
             return False
@@ -74,7 +74,7 @@ class FusedGroup:
         return torch.compiler.is_compiling() or self.layout.is_current()
 
     def _run_or_fail(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """:meth:`_run`; None where a kernel cannot be built here (too little shared memory, no compiler), and then the group never runs again."""
+        """:meth:`_run`, or None if a kernel cannot be built on this machine (too little shared memory, no compiler); the group then never runs again."""
         try:
             return self._run(x)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -86,7 +86,7 @@ class FusedGroup:
             return None
 
     def _run(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of all members."""
+        """The outputs of all members, each (..., o) with the member's o."""
         from meteora_kernels.group import run_group  # needs Triton
 
         group = self.layout.group
@@ -102,5 +102,5 @@ class FusedGroup:
 
 @cache
 def warn_once(device: str, reason: str) -> None:
-    """Log that fused layers cannot run on a device, once for each reason."""
-    _log.warning("fused layers cannot run on %s (%s); the layers run apart", device, reason)
+    """Log a warning that fused layers cannot run on a device, once for each device and reason."""
+    _log.warning("fused layers cannot run on %s (%s); the layers run separately", device, reason)

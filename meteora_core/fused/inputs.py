@@ -1,4 +1,4 @@
-"""Inputs of a fused group that are written where its prefill product reads them."""
+"""Memory for the inputs of a fused group, in the form in which its prefill kernel reads them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from meteora_kernels import Group
 
 
 class Inputs:
-    """Hands out memory for the next input of a group, and recognises it when the group is called with it.
+    """Allocates memory for the next input of a group, and recognises this memory when the group is called with it.
 
-    For prefill a group multiplies ``[x, h]`` by ``[W, B^T]``, where ``h`` is the routed, scaled ``A x``. Memory from here has columns around x for h, so
-    that x does not have to be copied (:mod:`meteora_kernels.wide`).
+    In prefill, a group multiplies ``[x, h]`` by ``[W, B^T]``, where ``h`` is the routed and scaled ``A x``. The allocated rows have additional columns for
+    h, so that x does not have to be copied (:mod:`meteora_kernels.wide`).
 
     Args:
-        group: The group.
-        state: Routing state; its top-k determines which kernels run.
+        group: The weights of the group.
+        state: Routing state of the model; its top-k determines which kernels run.
     """
 
     def __init__(self, group: Group, state: Meteora) -> None:
@@ -27,7 +27,7 @@ class Inputs:
         self._last: weakref.ref[Tensor] | None = None
 
     def new(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """An unwritten tensor for the group's next input, (..., h), in the dtype and on the device of ``like``."""
+        """An uninitialised tensor for the group's next input, of shape ``shape`` (..., h), in the dtype and on the device of ``like``."""
         from meteora_kernels.group import reads_in_place  # needs Triton
 
         tokens, wide = shape[:-1].numel(), self._group.wide
@@ -38,7 +38,7 @@ class Inputs:
         return rows
 
     def made(self, x: Tensor) -> bool:
-        """Whether (M, h) ``x`` is what :meth:`new` gave last, or a view of all of it. As long as that tensor lives, no other has its address."""
+        """Whether ``x`` (M, h) is the tensor that :meth:`new` returned last, or a view of all of it. While that tensor exists, no other has its address."""
         last, wide = None if self._last is None else self._last(), self._group.wide
         if last is None or wide is None:
             return False

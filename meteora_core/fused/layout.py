@@ -1,4 +1,4 @@
-"""The memory of a fused group: the weights of all members in one block, and the parameters views of it."""
+"""The memory of a fused group: one block with the weights of all members, whose parameters are views of it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from meteora_kernels.wide import Wide
 
 
 class Layout:
-    """Moves the weights of one to three layers into one block, so that no weight is stored twice and one that is loaded later is seen at once.
+    """Moves the weights of one to three layers into one block of memory.
+
+    No weight is stored twice, and weights that are loaded into the layers later take effect at once.
 
     Args:
-        layers: The members, in the order in which their model calls them; their ranks, scaling, dtype and device are the same.
+        layers: The members, in the order in which their model calls them. They have equal ranks, scaling, dtype and device.
 
     Attributes:
-        group: The block as the kernels take it. Where ``group.wide`` is set, its rows hold a copy of B^T, which :meth:`refresh` keeps up to date.
+        group: The block in the form that the kernels accept. If ``group.wide`` is set, the rows of the block also hold a copy of B^T, which :meth:`refresh`
+            updates.
     """
 
     def __init__(self, layers: Sequence[MeteoraLinear]) -> None:
@@ -30,7 +33,7 @@ class Layout:
         weight, widths = first.weight, tuple(layer.out_features for layer in layers)
         count, rank, outputs = len(first.ranks), sum(first.ranks), sum(widths)
         wide = Wide(first.in_features, rank, len(layers))
-        # PyTorch does not count the changes of inference tensors, so that a copy of them could not be kept up to date.
+        # PyTorch does not count changes of inference tensors, so a stale copy of B^T would go unnoticed.
         counted = not any(layer.lora_B.is_inference() for layer in layers)
         has_up = counted and wide.pays(weight.dtype)
         gate_rows, stacked = gate_rows_of(count), stacked_rows_of(count, rank)
@@ -60,11 +63,11 @@ class Layout:
         self._versions: list[int] = []
 
     def is_current(self) -> bool:
-        """Whether every parameter is still a view of the block: none was replaced or moved to another dtype or device."""
+        """Whether every parameter is still a view of the block, so none was replaced or moved to another dtype or device."""
         return all(holder[name] is tensor and tensor.data_ptr() == address for holder, name, tensor, address in self._addresses)
 
     def refresh(self) -> None:
-        """Copy B^T into the rows of the block again if B has changed since the last call."""
+        """Update the copy of B^T in the rows of the block if B has changed since the last call."""
         group = self.group
         if group.wide is None:
             return
@@ -76,14 +79,14 @@ class Layout:
 
 
 def give_own_memory(layer: MeteoraLinear) -> None:
-    """Undo :class:`Layout` for a layer: each of its parameters gets memory of its own."""
+    """Undo :class:`Layout` for a layer: give each of its parameters separate memory."""
     with torch.no_grad():
         for _, _, parameter in _named_parameters(layer):
             parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
 
 
 def save_contiguous(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A state-dict hook: copies of strided parameters become contiguous, because ``save_pretrained`` rejects tensors that are not."""
+    """A state-dict hook that makes tensors contiguous, because ``save_pretrained`` rejects tensors that are not."""
     for name, parameter in layer.named_parameters():
         tensor = state.get(prefix + name)
         if tensor is not None and tensor is not parameter and not tensor.is_contiguous():
@@ -91,7 +94,7 @@ def save_contiguous(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any
 
 
 def _named_parameters(layer: MeteoraLinear) -> list[tuple[nn.Module, str, Tensor]]:
-    """The parameters of a layer, each with the module that holds it and its name there."""
+    """The parameters of a layer, each with the module that holds it and its name in that module."""
     base: nn.Module = layer.base_layer
     named = [(base, "weight", layer.weight), (layer, "gate", layer.gate), (layer, "lora_A", layer.lora_A), (layer, "lora_B", layer.lora_B)]
     return named if layer.bias is None else [*named, (base, "bias", layer.bias)]

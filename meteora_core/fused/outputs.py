@@ -1,4 +1,4 @@
-"""The outputs of one run of a fused group, which wait until its members are called."""
+"""Stores the outputs of one run of a fused group until its members are called."""
 
 from __future__ import annotations
 
@@ -6,45 +6,48 @@ from torch import Tensor
 
 
 class Outputs:
-    """What the first member that meets an input has computed for the others.
+    """The outputs that the first member of a group computed for the other members.
 
-    An output is handed out once, to the same input tensor in the same state.
+    An output is returned once, and only for the same input tensor, with unchanged values and routing.
 
     Args:
         members: The number of members.
 
     Attributes:
-        misses: How often a member was called with another input than the member before it, so that outputs were computed in vain.
+        misses: Number of times that outputs were computed and not used, because a member was called with another input than the member before it.
     """
 
     def __init__(self, members: int) -> None:
-        self._waiting: list[Tensor | None] = [None] * members
+        self._stored: list[Tensor | None] = [None] * members
         self._input: Tensor | None = None
         self._version = (0, 0)
         self.misses = 0
 
     def take(self, member: int, x: Tensor, version: tuple[int, int]) -> Tensor | None:
-        """The waiting output of a member, or None where there is none for this input.
+        """Return and remove the stored output of a member.
 
         Args:
-            member: Its index.
-            x: The input.
-            version: Numbers that change when the input's values or the routing change.
+            member: Index of the member in the group.
+            x: The input tensor of the member.
+            version: Counters that increase when the routing or the input's values change.
+
+        Returns:
+            The output, (..., o); None if none is stored for this input.
         """
         if self._input is not x or self._version != version:
             return None
-        waiting = self._waiting
-        output, waiting[member] = waiting[member], None
-        if not any(other is not None for other in waiting):
+        stored = self._stored
+        output, stored[member] = stored[member], None
+        if not any(other is not None for other in stored):
             self._input = None
         return output
 
     def put(self, outputs: tuple[Tensor, ...], x: Tensor, version: tuple[int, int]) -> None:
-        """Let the outputs of all members, computed from ``x``, wait in the place of earlier ones."""
-        if any(output is not None for output in self._waiting):
+        """Store the outputs of all members, computed from ``x``; they replace earlier ones."""
+        if any(output is not None for output in self._stored):
             self.misses += 1
-        self._waiting, self._input, self._version = list(outputs), x, version
+        self._stored, self._input, self._version = list(outputs), x, version
 
     def clear(self) -> None:
-        """Forget what is waiting."""
-        self._waiting, self._input = [None] * len(self._waiting), None
+        """Delete the stored outputs."""
+        self._stored, self._input = [None] * len(self._stored), None
