@@ -1,1 +1,1 @@
-"""Banks that change: adapters that join or leave a checkpoint or a loaded model, and a folder of adapters that becomes a routed model."""
+"""Banks that change: adds adapters to a checkpoint or a loaded model, removes them, and makes a routed model of a folder of adapters."""

@@ -1,4 +1,4 @@
-"""Adapters join and leave a checkpoint on disk, atomically: a reader sees the old checkpoint or the new one."""
+"""Adds, updates and removes adapters of a checkpoint on disk, atomically: a reader finds either the old checkpoint or the new one."""
 
 from __future__ import annotations
 
@@ -34,28 +34,31 @@ from meteora_core.tensor_files import read_header
 from meteora_core.training.statistics import TOKENS, Collecting
 
 _STALE = ("inputs", "inputs_hash", "held_out", "history", "evaluations", "best_step", "sampled", "packed")
-"""Keys of a checkpoint's record of training that no longer hold once an adapter has joined or left."""
+"""Keys of a checkpoint's training record that are no longer valid after an adapter was added or removed."""
 
 ANSWER_SHARE = 0.8
-"""Share of an adapter's weight that its answers have together, in statistics that are collected without others to match."""
+"""Default share of an adapter's weight in its statistics that its answer tokens have together."""
 
 
 @dataclass(frozen=True)
 class ChangeOptions:
-    """How a checkpoint is opened and statistics are collected.
+    """Options for opening a checkpoint and collecting statistics.
 
     Attributes:
-        base: The base model; None takes the one that the checkpoint names.
-        adapters_dir: The folder that the adapter folders were moved to, if they were.
-        data: The folder of all datasets.
-        rows: A file or folder of rows of the adapter that joins; None looks for them.
-        dtype, device, backend: Of the model, as in the settings.
-        tokens: Tokens of each adapter that are looked at.
-        batch_size: Rows in one forward pass.
-        max_length: Longest row, in tokens.
-        seed: Of the choice of rows.
-        answer_share: Share of an adapter's weight that its answers have together, where there are no statistics that say it.
-        progress: Where progress is reported.
+        base: Base model; None for the one that the checkpoint names.
+        adapters_dir: Folder that contains the adapter folders, if they were moved.
+        data: Folder that contains all datasets.
+        rows: File or folder with the rows of the added adapter; None to search for them (:func:`meteora_core.living.rows.find_rows`).
+        dtype: Data type of the model: "auto", "float32", "bfloat16" or "float16".
+        device: Device of the model, such as "auto", "cpu" or "cuda:1".
+        backend: Implementation of the sum over adapters, a name of ``meteora_kernels.BACKENDS``.
+        tokens: Largest number of tokens per adapter for the statistics.
+        batch_size: Number of rows in one forward pass.
+        max_length: Largest number of tokens of a row.
+        seed: Random seed for the selection of rows.
+        answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally. Existing
+            statistics take precedence.
+        progress: Receiver of progress reports.
     """
 
     base: BaseReference | None = None
@@ -75,15 +78,15 @@ class ChangeOptions:
 
 @dataclass(frozen=True)
 class Listed:
-    """One adapter of a checkpoint.
+    """An adapter of a checkpoint and its statistics.
 
     Attributes:
-        name: Its name.
-        rank: Its usual rank.
-        source: The folder it was read from; empty where it came out of a checkpoint.
-        statistics: Bytes of its statistics; None where there are none.
-        tokens, rows: How many its statistics have seen.
-        frame: The frame of its prompts; None without statistics.
+        name: Name of the adapter.
+        rank: Rank of the adapter in most of its layers.
+        source: Folder from which it was read; empty if it was read from a checkpoint.
+        statistics: Size of its statistics in bytes; None if there are none.
+        tokens, rows: Number of tokens and rows from which the statistics were computed.
+        frame: Frame of its prompts; None if there are no statistics.
     """
 
     name: str
@@ -96,7 +99,7 @@ class Listed:
 
 
 def list_adapters(checkpoint: str | Path) -> list[Listed]:
-    """The adapters of a checkpoint and their statistics, without loading a model. Raises CheckpointError where files are broken.
+    """The adapters of a checkpoint and their statistics, without loading a model. Raises CheckpointError if files are broken.
 
     Example:
         >>> from meteora_core.living.checkpoints import list_adapters
@@ -105,27 +108,27 @@ def list_adapters(checkpoint: str | Path) -> list[Listed]:
     """
     config = read_config(checkpoint)
     statistics = read_statistics(checkpoint, [adapter["name"] for adapter in config["adapters"]])
-    found = []
+    adapters = []
     for adapter in config["adapters"]:
         each = statistics.get(adapter["name"])
         size, header = (None, None) if each is None else (each.size, each.header)
         tokens, rows, frame = (header.tokens, header.rows, header.recipe.frame) if header else (0, 0, None)
-        found.append(Listed(adapter["name"], adapter["rank"], adapter["source"], size, tokens, rows, frame))
-    return found
+        adapters.append(Listed(adapter["name"], adapter["rank"], adapter["source"], size, tokens, rows, frame))
+    return adapters
 
 
 def add_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = None, options: ChangeOptions = ChangeOptions()) -> Change:
     """Add an adapter to a checkpoint; see :meth:`meteora_core.living.live_bank.LiveBank.add`.
 
     Args:
-        checkpoint: A native checkpoint; it is replaced when all is on disk.
-        folder: The adapter's PEFT folder.
-        name: Its name; None takes that of the folder.
-        options: How the checkpoint is opened and statistics are collected.
+        checkpoint: Native checkpoint; it is replaced after the new one is completely written.
+        folder: PEFT folder of the adapter.
+        name: Name of the adapter; None for the name of the folder.
+        options: Options for opening the checkpoint and collecting statistics.
 
     Raises:
         CheckpointError: The checkpoint is broken, its gates are untrained, or its statistics do not fit.
-        MeteoraError: As :meth:`~meteora_core.living.live_bank.LiveBank.add`. The checkpoint is unchanged.
+        MeteoraError: An error of :meth:`~meteora_core.living.live_bank.LiveBank.add`. The checkpoint is unchanged.
 
     Example:
         >>> from meteora_core.living.checkpoints import ChangeOptions, add_adapter
@@ -139,7 +142,7 @@ def add_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = N
 
 
 def update_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = None, options: ChangeOptions = ChangeOptions()) -> Change:
-    """Replace an adapter of a checkpoint by another version of it. Arguments and errors are those of :func:`add_adapter`."""
+    """Replace an adapter of a checkpoint by a new version. Arguments and errors are those of :func:`add_adapter`."""
     folder = Path(folder)
     chosen = name or folder.resolve().name
     _known(checkpoint, chosen)
@@ -147,14 +150,14 @@ def update_adapter(checkpoint: str | Path, folder: str | Path, name: str | None 
 
 
 def drop_adapter(checkpoint: str | Path, name: str, options: ChangeOptions = ChangeOptions()) -> Change:
-    """Take an adapter out of a checkpoint; see :meth:`meteora_core.living.live_bank.LiveBank.drop`.
+    """Remove an adapter from a checkpoint; see :meth:`meteora_core.living.live_bank.LiveBank.drop`.
 
-    The base model is only loaded where a layer loses its last adapter.
+    The base model is only loaded if a layer loses its last adapter.
 
     Args:
-        checkpoint: A native checkpoint; it is replaced when all is on disk.
-        name: The adapter.
-        options: Where the base model and the adapters are.
+        checkpoint: Native checkpoint; it is replaced after the new one is completely written.
+        name: Name of the adapter.
+        options: Options for opening the checkpoint.
 
     Raises:
         UsageError: There is no such adapter, or it is the only one.
@@ -171,23 +174,23 @@ def drop_adapter(checkpoint: str | Path, name: str, options: ChangeOptions = Cha
             known = read_statistics(checkpoint, rest.names)
             gates = {path: tensors[f"{path}.gate"] for path in bank.modules}
             origin: GateOrigin = config.get("gates") or "trained"
-            made, exact = gates_without(gates, bank.names, name, rest.modules, origin, known, progress=options.progress)
+            remaining, exact = gates_without(gates, bank.names, name, rest.modules, origin, known, progress=options.progress)
             change = Change("drop", name, rest.names, "solved" if exact else "deleted", exact, seconds=time.perf_counter() - began)
-            for path, gate in made.items():
+            for path, gate in remaining.items():
                 tensors[f"{path}.gate"] = gate.to(gates[path].dtype).contiguous()
                 if "adapters" in config["contains"]:
                     tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = rest.modules[path].A, rest.modules[path].B
-            place = bank.index(name)
-            _write(checkpoint, _without(config, place), tensors, known, change, config["adapters"][place]["sha256"])
+            index = bank.index(name)
+            _write(checkpoint, _without(config, index), tensors, known, change, config["adapters"][index]["sha256"])
             return change
     return _changed(checkpoint, name, None, options, lambda live: live.drop(name))
 
 
-def _without(config: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """A configuration without the adapter at a position."""
+def _without(config: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A configuration without the adapter at an index."""
 
     def rest(values: list[Any]) -> list[Any]:
-        return values[:place] + values[place + 1 :]
+        return values[:index] + values[index + 1 :]
 
     adapters = rest(config["adapters"])
     modules = {path: {**module, "ranks": rest(module["ranks"]), "scaling": rest(module["scaling"])} for path, module in config["modules"].items()}
@@ -195,7 +198,7 @@ def _without(config: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 
 def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOptions, change: Callable[[LiveBank], Change]) -> Change:
-    """Load a checkpoint, change its bank, and write it anew."""
+    """Load a checkpoint, change its bank and replace the checkpoint."""
     with _locked(checkpoint), scratch_folder(checkpoint.parent, f"{checkpoint.name}.statistics") as workspace:
         config = read_config(checkpoint)
         base = options.base or BaseReference(config["base"]["name"], config["base"].get("revision"))
@@ -214,9 +217,9 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
         )
         sources = {adapter["name"]: _source(checkpoint, adapter["name"], adapter["source"], options.adapters_dir) for adapter in config["adapters"]}
 
-        def find(wanted: str, place: Path | None) -> AdapterRows | None:
-            own = place or sources.get(wanted)
-            return find_rows(wanted, options.data, own, tokenizer, given=options.rows if wanted == name else None, seed=options.seed)
+        def find(adapter: str, known_folder: Path | None) -> AdapterRows | None:
+            given = options.rows if adapter == name else None
+            return find_rows(adapter, options.data, known_folder or sources.get(adapter), tokenizer, given=given, seed=options.seed)
 
         live = LiveBank(model, Collector(tokenizer, how, workspace, find, progress), read_statistics(checkpoint, list(sources)))
         done = change(live)
@@ -229,7 +232,13 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
 
 
 def relocate(model: Any, folders: Mapping[str, Path], checkpoint: Path) -> None:
-    """Name the sources of adapters relative to the checkpoint, so that it does not depend on the working directory."""
+    """Make the recorded folders of adapters relative to the checkpoint, so that they do not depend on the working directory.
+
+    Args:
+        model: A model with adapters attached; its routing state is changed.
+        folders: PEFT folders of adapters by name; other adapters are unchanged.
+        checkpoint: Folder of the checkpoint.
+    """
     state = model.meteora
     state.adapters = tuple(
         replace(info, source=os.path.relpath(find_adapter(folders[info.name]) or folders[info.name], checkpoint)) if info.name in folders else info
@@ -238,20 +247,25 @@ def relocate(model: Any, folders: Mapping[str, Path], checkpoint: Path) -> None:
 
 
 def _source(checkpoint: Path, name: str, source: str, adapters_dir: Path | None) -> Path | None:
-    """The folder of an adapter, where it is there."""
+    """The folder of an adapter; None if it does not exist."""
     places = [*([adapters_dir / name] if adapters_dir is not None and is_name(name) else []), *([Path(source), checkpoint / source] if source else [])]
     return next((place for place in places if place.is_dir()), None)
 
 
 def narrowed(tensors: Mapping[str, Tensor], checkpoint: Path) -> dict[str, Tensor]:
-    """Embedded adapters in the dtype that the checkpoint has them in, where that keeps their numbers: the model may compute in another."""
+    """Tensors with adapters in the dtype that the checkpoint stores, if this changes no value; the model may compute in another dtype.
+
+    Args:
+        tensors: Tensors of the changed checkpoint, by name.
+        checkpoint: The checkpoint that is replaced.
+    """
     stored, _ = read_header(checkpoint / WEIGHT_FILE)
-    made = dict(tensors)
+    result = dict(tensors)
     for name, tensor in tensors.items():
         if name.endswith((".lora_A", ".lora_B")) and name in stored:
             narrow = tensor.to(stored[name].torch_dtype)
-            made[name] = narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
-    return made
+            result[name] = narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+    return result
 
 
 def _write(checkpoint: Path, config: dict[str, Any], tensors: dict[str, Tensor], statistics: Mapping[str, GateStatistics], change: Change, digest: str) -> None:
@@ -278,15 +292,15 @@ def write_with_statistics(checkpoint: Path, config: dict[str, Any], tensors: dic
 
 @contextmanager
 def _locked(checkpoint: Path) -> Iterator[None]:
-    """Be the only process that changes a checkpoint."""
-    read_config(checkpoint)  # a path that is no checkpoint is refused before a lock is made
+    """Prevent other processes from changing a checkpoint within the block."""
+    read_config(checkpoint)  # rejects a path that is not a checkpoint before a lock file is created
     check_replaceable(checkpoint)
     with locked(checkpoint.resolve()):
         yield
 
 
 def _known(checkpoint: str | Path, name: str) -> None:
-    """Raise UsageError where a checkpoint holds no adapter of this name."""
+    """Raise UsageError if a checkpoint has no adapter of this name."""
     names = [adapter["name"] for adapter in read_config(checkpoint)["adapters"]]
     if name not in names:
         raise UsageError(f"no adapter named {name!r} in {checkpoint}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}")

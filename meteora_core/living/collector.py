@@ -1,4 +1,4 @@
-"""The statistics and held-out rows of adapters: taken from where they are, or collected from rows."""
+"""The statistics and held-out rows of adapters: existing statistics are used, missing ones are collected from rows."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FindRows = Callable[[str, Path | None], AdapterRows | None]
-"""Finds the rows of an adapter by its name and folder; None where there are none."""
+"""Finds the rows of an adapter by its name and folder; returns None if there are none."""
 
 
 class Collector:
     """Finds or collects the statistics of adapters.
 
     Args:
-        tokenizer: The base model's.
-        how: How statistics are collected; its recipe counts only where there are no statistics yet.
-        workspace: The folder that new statistics are written to.
-        find: Finds the rows of an adapter.
-        progress: Where progress is reported.
+        tokenizer: Tokenizer of the base model.
+        how: Options for collecting statistics. Its recipe is only used if no adapter has statistics yet.
+        workspace: Folder to which new statistics are written.
+        find: Function that finds the rows of an adapter.
+        progress: Receiver of progress reports.
 
     Attributes:
-        folders: PEFT folders of adapters, by name, where they are known.
+        folders: PEFT folders of adapters by name, if known.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, how: Collecting, workspace: Path, find: FindRows, progress: Progress = SILENT) -> None:
@@ -50,13 +50,13 @@ class Collector:
         self._find, self._found, self._numbers = find, dict[str, AdapterRows | None](), count()
 
     def rows(self, name: str) -> AdapterRows | None:
-        """The rows of an adapter; None where there are none. Raises DataError where they are broken."""
+        """The rows of an adapter; None if there are none. Raises DataError if they are broken."""
         if name not in self._found:
             self._found[name] = self._find(name, self.folders.get(name))
         return self._found[name]
 
     def with_frame(self, bank: AdapterBank) -> AdapterBank:
-        """A bank whose adapters know the frame of their rows; those without rows keep what their folders told. Raises DataError for broken rows."""
+        """The bank with the frame of its rows recorded for each adapter. Adapters without rows keep their frame. Raises DataError for broken rows."""
         rows = {name: self.rows(name) for name in bank.names}
         return replace(bank, adapters=tuple(replace(info, frame=found.frame) if (found := rows[info.name]) is not None else info for info in bank.adapters))
 
@@ -66,21 +66,21 @@ class Collector:
         self._found.pop(name, None)
 
     def shipped(self, name: str) -> Path | None:
-        """The statistics in an adapter's own folder; None where there are none."""
+        """The file of statistics in an adapter's folder; None if there is none."""
         folder = find_adapter(self.folders[name]) if name in self.folders else None
         return folder / SHIPPED if folder is not None and is_regular(folder / SHIPPED) else None
 
     def complete(self, model: PreTrainedModel, bank: AdapterBank, known: Mapping[str, GateStatistics]) -> tuple[dict[str, GateStatistics], tuple[str, ...]]:
-        """The statistics of all adapters of a bank, and the names of those that were collected for it.
+        """The statistics of all adapters of a bank, and the names of the adapters whose statistics were collected in this call.
 
         Args:
-            model: The base model, without adapters; it is left so.
+            model: Base model without adapters; it has none afterwards either.
             bank: The adapters.
-            known: Statistics that are there. Those that lack a layer of the bank are collected again.
+            known: Existing statistics by adapter. Statistics that lack a layer of the bank are collected again.
 
         Raises:
             MeteoraError: An adapter has neither statistics nor rows.
-            AdapterError: The prompts of an adapter have another frame than those of the others.
+            AdapterError: The prompts of an adapter do not have the frame of the other adapters.
             CheckpointError: Statistics do not fit the model, each other or their adapter.
             DataError: Rows are broken.
         """
@@ -95,7 +95,7 @@ class Collector:
             rows = self.rows(name)
             if rows is None:
                 raise MeteoraError(
-                    f"there are neither statistics nor rows of the adapter {name!r}", hint="pass --data DIR, the folder that holds the rows of the adapters"
+                    f"there are neither statistics nor rows of the adapter {name!r}", hint="pass --data DIR, the folder with the rows of the adapters"
                 )
             recipe = recipe or self.how.recipe.model_copy(update={"frame": self._common_frame(wanted)})
             _check_frame(name, rows, recipe)
@@ -105,36 +105,36 @@ class Collector:
         return {name: found[name] for name in bank.names}, wanted
 
     def held_out(self, names: Sequence[str]) -> HeldOut:
-        """The held-out rows of the adapters that have rows."""
+        """The encoded held-out rows of the adapters, in the order of ``names``; adapters without rows have none."""
         groups: list[list[TrainRow]] = []
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             rows = self.rows(name)
             held = rows.held_out if rows is not None else []
             end = None if rows is None else rows.frame.end_id(self.tokenizer)
-            groups.append(list(encode_rows(held, self.tokenizer, place, self.how.max_length, end).rows) if held else [])
+            groups.append(list(encode_rows(held, self.tokenizer, index, self.how.max_length, end).rows) if held else [])
         return HeldOut(groups, names, self.how.pad_token, self.how.batch_size)
 
     def collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:
-        """Collect the statistics of a bank of one adapter from its rows; errors are those of :func:`collect_statistics`."""
+        """Collect the statistics of a bank of one adapter from its rows. Raises the errors of :func:`collect_statistics`, and DataError for unknown tokens."""
         encoded = encode_rows(rows.train, self.tokenizer, 0, self.how.max_length, rows.frame.end_id(self.tokenizer)).rows
         check_tokens(model, self.tokenizer, (row.tokens for row in encoded))
         how = replace(self.how, recipe=recipe)
         return collect_statistics(model, bank, encoded, self._file(bank.names[0]), how, layers=layers, progress=self.progress)
 
     def _common_frame(self, names: Sequence[str]) -> str:
-        """The frame of the prompts of all these adapters; ``{}`` where they differ, so that no frame is asked for later."""
+        """The common frame of the prompts of these adapters; ``{}``, with which any frame agrees, if they differ."""
         frames = {rows.known_frame for name in names if (rows := self.rows(name)) is not None}
         return frames.pop() if len(frames) == 1 else PLACE
 
     def _file(self, name: str) -> Path:
-        """A new file: statistics of an earlier version of the adapter may still be in use."""
+        """The path of a new file; statistics of an earlier version of the adapter may still be in use."""
         return self.workspace / f"{name}.{next(self._numbers)}.safetensors"
 
 
 def _check_frame(name: str, rows: AdapterRows, recipe: Recipe) -> None:
-    """Refuse an adapter whose prompts have another frame than those of the others: gates would learn the frame, not the task. Raises AdapterError."""
+    """Raise AdapterError if the prompts of an adapter do not have the frame of the others, because gates would learn the frame instead of the task."""
     if PLACE not in (rows.known_frame, recipe.frame) and rows.known_frame != recipe.frame:
         raise AdapterError(
-            f"the prompts of {name!r} ({rows.source}) have the frame {shown(rows.known_frame)}, those of the other adapters {shown(recipe.frame)}",
-            hint="bring its rows into the same frame: meteora data add NAME --train FILE --template inst|chat|'…{}…'",
+            f"the prompts of {name!r} ({rows.source}) have the frame {shown(rows.known_frame)}, but the other adapters have {shown(recipe.frame)}",
+            hint="build its dataset with the same frame: meteora data add NAME --train FILE --template inst|chat|'…{}…'",
         )

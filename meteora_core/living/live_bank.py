@@ -1,4 +1,4 @@
-"""Adapters join and leave a loaded model, whose gates are solved again from the statistics of all adapters that are then there."""
+"""Adds, updates and removes adapters of a loaded model; its gates are solved again from the statistics of all remaining adapters."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
     from meteora_core.adapters.peft_folder import AdapterInfo
 
 CORRECTIONS = (0.0, 0.5, 1.0)
-"""Shares of what gradient training had added to the closed form that are tried when trained gates are solved again."""
+"""When trained gates are solved again: the shares of the correction from gradient training, relative to the closed form, that are compared."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a change did.
+    """The result of a change to a bank.
 
     Attributes:
         action: "add", "drop" or "update".
-        adapter: The adapter's name.
-        adapters: The names of all adapters that are there now, in order.
-        gates: How the gates came to be: "solved" from the statistics of all adapters, or the row was "deleted" from gates that otherwise stay.
-        exact: Whether they are those of one joint closed form over the present adapters.
-        correction: Share of what gradient training had added that was kept; None where the gates had not been trained.
-        collected: The adapters whose statistics were collected for this.
-        held_out: Routing on held-out rows, as :func:`meteora_core.training.gate_metrics.measure_gates` gives it; empty where no rows are at hand.
-        seconds: Duration.
+        adapter: Name of the changed adapter.
+        adapters: Names of all adapters after the change, in order.
+        gates: "solved" if the gates were computed from the statistics of all adapters, "deleted" if only the adapter's row was removed from them.
+        exact: Whether the gates are the joint closed form over all adapters.
+        correction: Share of the correction from gradient training that was kept, between 0 and 1; None if the gates had not been trained.
+        collected: Names of the adapters whose statistics were collected for the change.
+        held_out: Measurements on held-out rows (:func:`meteora_core.training.gate_metrics.measure_gates`); empty if there are no rows.
+        seconds: Duration in seconds.
     """
 
     action: str
@@ -81,17 +81,17 @@ class _Before:
 
 
 class LiveBank:
-    """The bank of a loaded model, to which adapters can be added and from which they can be dropped.
+    """The bank of a loaded model, whose adapters can be added, updated and removed.
 
-    The model is changed in place and gets a new ``model.meteora``; a fused model is unfused. A change that fails leaves it as it was.
+    The model is changed in place and gets a new ``model.meteora``; a fused model is unfused. If a change fails, the model is restored.
 
     Args:
         model: A model with adapters attached.
-        collector: Collects the statistics that are missing.
-        statistics: The statistics that are there, by adapter.
+        collector: Collector for missing statistics.
+        statistics: Existing statistics, by adapter.
 
     Attributes:
-        statistics: The statistics of the present adapters that have some.
+        statistics: Statistics of the bank's adapters, by name; an adapter may have none.
     """
 
     def __init__(self, model: PreTrainedModel, collector: Collector, statistics: Mapping[str, GateStatistics]) -> None:
@@ -107,29 +107,32 @@ class LiveBank:
         """Add an adapter at the end of the bank.
 
         Args:
-            name: Its name.
-            folder: Its PEFT folder. Statistics in it (``gate_stats.safetensors``) are used; else its rows are needed.
+            name: Name of the new adapter.
+            folder: PEFT folder of the adapter. Its statistics (``gate_stats.safetensors``) are used if it contains any; otherwise its rows are needed.
 
         Raises:
-            UsageError: The name is taken or not a name, or the bank holds this adapter under another name.
-            AdapterError: The adapter cannot be used or does not fit the model.
-            DataError: Its rows are broken, or in another prompt frame than those of the others.
+            UsageError: The name is invalid or already used, or the bank contains this adapter under another name.
+            AdapterError: The adapter cannot be used, does not fit the model, or its prompts do not have the frame of the other adapters.
+            DataError: The rows of the adapter are broken.
             MeteoraError: An adapter has neither statistics nor rows.
         """
         if name in self.names:
-            raise UsageError(f"the bank holds an adapter named {name!r} already", hint="use `meteora adapters update`, or give another --name")
+            raise UsageError(f"the bank already contains an adapter named {name!r}", hint="use `meteora adapters update`, or choose another name with --name")
         return self._join("add", name, Path(folder), None)
 
     def update(self, name: str, folder: str | Path) -> Change:
-        """Replace an adapter by another version of it, at the same place. Arguments and errors are those of :meth:`add`."""
-        place = _state_bank(self.model).index(name)
-        return self._join("update", name, Path(folder), place)
+        """Replace an adapter by a new version, at the same index. Arguments and errors are those of :meth:`add`."""
+        index = _state_bank(self.model).index(name)
+        return self._join("update", name, Path(folder), index)
 
     def drop(self, name: str) -> Change:
-        """Take an adapter out.
+        """Remove an adapter.
 
-        Gates in closed form are solved again from the statistics of the others, so that they are those of a bank that never had the adapter. From trained
-        gates, and where statistics are missing, its rows are deleted, and the others stay as they are.
+        Gates in closed form are solved again from the statistics of the other adapters, as if the bank had never contained the adapter. If the gates were
+        trained, or if statistics are missing, only the adapter's row is deleted from each gate.
+
+        Args:
+            name: Name of the adapter.
 
         Raises:
             UsageError: There is no such adapter, or it is the only one.
@@ -148,11 +151,11 @@ class LiveBank:
         how = "solved" if exact else "deleted"
         return Change("drop", name, self.names, how, exact, seconds=time.perf_counter() - began)
 
-    def _join(self, action: str, name: str, folder: Path, place: int | None) -> Change:
+    def _join(self, action: str, name: str, folder: Path, index: int | None) -> Change:
         began, before = time.perf_counter(), _before(self.model)
         check_name(name, "adapter")
         new = AdapterBank.from_peft({name: folder}, progress=self._progress)
-        others = before.bank if place is None else without_adapter(before.bank, name)
+        others = before.bank if index is None else without_adapter(before.bank, name)
         _refuse_twin(new.adapters[0], others.adapters)
         previous = {other: each for other, each in self.statistics.items() if other in before.bank.names}
         with self._restored(before):
@@ -160,7 +163,7 @@ class LiveBank:
             self.collector.forget(name)
             self.collector.folders[name] = folder
             new = self.collector.with_frame(new)
-            bank = with_adapter(others, new, place)
+            bank = with_adapter(others, new, index)
             statistics, collected = self.collector.complete(self.model, bank, {other: each for other, each in previous.items() if other != name})
             gates = dict(closed_form_gates([statistics[other] for other in bank.names], list(bank.modules), progress=self._progress))
             origin: GateOrigin = "closed form"
@@ -180,7 +183,7 @@ class LiveBank:
     def _correct(
         self, before: _Before, gates: Mapping[str, Tensor], statistics: Mapping[str, GateStatistics], held_out: HeldOut, changed: str
     ) -> tuple[float, dict[str, float]]:
-        """Keep what gradient training had added to the closed form, as far as it serves the held-out rows; return its share and the measurement."""
+        """Add the share of the correction from gradient training that is best on held-out rows; return the share and the measurements."""
         old = [name for name in before.bank.names if name in self.names and name != changed]
         if not any(held_out.rows) or any(name not in statistics for name in before.bank.names if name != changed) or changed in before.bank.names:
             return 0.0, self._measure(held_out)
@@ -217,7 +220,7 @@ class LiveBank:
 
 
 class _Restored:
-    """Takes the adapters out of the model for the length of a block; where the block fails, the model is as it was."""
+    """Detaches the adapters from the model within a block; if the block fails, the model is restored."""
 
     def __init__(self, live: LiveBank, before: _Before) -> None:
         self.live, self.before, self.folders = live, before, dict(live.collector.folders)
@@ -235,15 +238,15 @@ class _Restored:
 
 
 def refuse_last(names: Sequence[str], name: str) -> None:
-    """Raise UsageError where ``name`` is the only adapter."""
+    """Raise UsageError if ``name`` is the only adapter."""
     if len(names) == 1:
-        raise UsageError(f"{name!r} is the only adapter, and a bank needs one", hint="use the base model alone, or add another adapter first")
+        raise UsageError(f"{name!r} is the only adapter, and a bank needs at least one", hint="use the base model alone, or add another adapter first")
 
 
 def _refuse_twin(info: AdapterInfo, others: Sequence[AdapterInfo]) -> None:
     twin = next((other.name for other in others if info.sha256 and other.sha256 == info.sha256), None)
     if twin is not None:
-        raise UsageError(f"the bank holds this adapter already, under the name {twin!r}", hint=f"drop that first: meteora adapters drop CHECKPOINT {twin}")
+        raise UsageError(f"the bank already contains this adapter under the name {twin!r}", hint=f"remove it first: meteora adapters drop CHECKPOINT {twin}")
 
 
 def gates_without(
@@ -259,45 +262,51 @@ def gates_without(
     """The gates of a bank without one of its adapters, and whether they were solved again.
 
     Args:
-        gates: Layer -> (N, h).
-        names: The adapters.
-        name: The one that leaves.
-        layers: The layers that remain.
-        origin: Origin of the gates; only those in closed form are solved again.
-        statistics: Of the adapters that remain, as far as they have some.
-        progress: Where progress is reported.
+        gates: Weights of each gate, (N, h), by the layer's path.
+        names: Names of the N adapters.
+        name: Name of the removed adapter.
+        layers: Remaining layers, by path.
+        origin: Origin of the gates; only gates in closed form are solved again.
+        statistics: Statistics of the remaining adapters, by name; if any are missing, the gates are not solved again.
+        progress: Receiver of progress reports.
+
+    Returns:
+        Weights of each remaining gate, (N - 1, h), by the layer's path; and True if they were solved again, False if the adapter's row was deleted.
     """
     rest = [other for other in names if other != name]
     complete = all(other in statistics and not statistics[other].missing(layers) for other in rest)
     if origin == "closed form" and complete:
         return dict(closed_form_gates([statistics[other] for other in rest], list(layers), progress=progress)), True
-    kept = [place for place, other in enumerate(names) if other != name]
-    return {path: gates[path][kept].contiguous() for path in layers}, False
+    indices = [index for index, other in enumerate(names) if other != name]
+    return {path: gates[path][indices].contiguous() for path in layers}, False
 
 
 def _added(before: _Before, statistics: Mapping[str, GateStatistics], old: Sequence[str]) -> dict[str, Tensor]:
-    """What gradient training added to the gates of the old adapters: trained gates less the closed form from their statistics."""
+    """The correction from gradient training for the old adapters: the trained gates minus the closed form from their statistics."""
     solved = dict(closed_form_gates([statistics[name] for name in old], list(before.bank.modules)))
     return {path: before.gates[path].float() - solved[path] for path in solved}
 
 
 def corrected(gates: Mapping[str, Tensor], added: Mapping[str, Tensor], names: Sequence[str], old: Sequence[str], share: float) -> dict[str, Tensor]:
-    """Gates in closed form plus a share of what training had added to the rows of the old adapters.
+    """Gates in closed form plus a share of the correction that gradient training had added for the old adapters.
 
     Args:
-        gates: Layer -> float32 (N, h).
-        added: Layer -> float32 (n, h), for the old adapters.
-        names: The N adapters.
-        old: The n old ones, in the order of ``added``.
-        share: Between 0 and 1.
+        gates: Gates in closed form, float32 (N, h), by the layer's path.
+        added: Corrections for the old adapters, float32 (old adapters, h), by the layer's path.
+        names: Names of the N adapters.
+        old: Names of the old adapters, in the order of the rows of ``added``.
+        share: Share of the corrections to add, between 0 and 1.
+
+    Returns:
+        The corrected gates, float32 (N, h), by the layer's path.
     """
-    places = [names.index(name) for name in old]
-    made = {}
+    indices = [names.index(name) for name in old]
+    result = {}
     for path, gate in gates.items():
-        made[path] = gate.clone()
+        result[path] = gate.clone()
         if path in added and share:
-            made[path][places] += share * added[path]
-    return made
+            result[path][indices] += share * added[path]
+    return result
 
 
 def _state_bank(model: nn.Module) -> AdapterBank:

@@ -1,4 +1,4 @@
-"""A folder of adapters becomes a routed model: ``meteora route``."""
+"""Makes a routed model of a folder of adapters: ``meteora route``."""
 
 from __future__ import annotations
 
@@ -41,32 +41,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED = 2 << 30
-"""Bytes of adapters up to which a checkpoint holds them itself."""
+"""Largest size of the adapters, in bytes, with which they are embedded in the checkpoint by default."""
 
 LOW = 0.85
-"""Share of held-out answer tokens below which a closed form is called weak."""
+"""Gate accuracy on held-out answer tokens below which gates in closed form are reported as weak."""
 
 
 @dataclass(frozen=True)
 class RouteOptions:
-    """Which adapters are taken, and how.
+    """Options of :func:`route_adapters`.
 
     Attributes:
-        only: Only these adapters; empty takes all.
-        exclude: Not these.
-        data: The folder of all datasets.
-        base: The base model; None takes the one that most adapters name.
-        dtype, device, backend: Of the model, as in the settings.
-        top_k: Adapters per token and layer; None is 2, or 1 where there is one adapter.
-        temperature: Routing temperature.
-        tokens: Tokens of each adapter that are looked at.
-        answer_share: Share of an adapter's weight that its answers' tokens have together; None: all tokens weigh the same.
-        batch_size: Rows in one forward pass.
-        max_length: Longest row, in tokens.
-        seed: Of the choice of rows.
-        embed: Whether the checkpoint holds the adapters' weights; None: where they are small.
-        overwrite: Replace a checkpoint that is there.
-        progress: Where progress is reported.
+        only: Names of the adapters to use; empty for all.
+        exclude: Names of adapters to leave out.
+        data: Folder that contains all datasets.
+        base: Base model; None for the one that most adapters name.
+        dtype: Data type of the model: "auto", "float32", "bfloat16" or "float16".
+        device: Device of the model, such as "auto", "cpu" or "cuda:1".
+        backend: Implementation of the sum over adapters, a name of ``meteora_kernels.BACKENDS``.
+        top_k: Number of adapters per token in each layer; None for 2, or 1 if there is only one adapter.
+        temperature: Routing temperature; divides the chosen gate logits before the softmax.
+        tokens: Largest number of tokens per adapter for the statistics.
+        answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally.
+        batch_size: Number of rows in one forward pass.
+        max_length: Largest number of tokens of a row.
+        seed: Random seed for the selection of rows.
+        embed: Whether to store the adapters' weights in the checkpoint; None to store them if they have at most :data:`EMBEDDED` bytes.
+        overwrite: Whether an existing checkpoint is replaced.
+        progress: Receiver of progress reports.
     """
 
     only: tuple[str, ...] = ()
@@ -90,19 +92,19 @@ class RouteOptions:
 
 @dataclass(frozen=True)
 class Routed:
-    """The outcome.
+    """The result of :func:`route_adapters`.
 
     Attributes:
-        folder: The checkpoint.
-        base: The base model's name.
-        adapters: The adapters, in order.
-        set_aside: Adapters that were left out, and why.
-        rows: Adapter -> where its rows were found; empty text where its own statistics were used.
-        held_out: Routing on held-out rows; see :func:`meteora_core.training.gate_metrics.measure_gates`.
-        embedded: Whether the checkpoint holds the adapters' weights.
-        tokens: Number of tokens that all statistics have seen.
-        bytes: Size of the statistics.
-        seconds: Duration.
+        folder: Folder of the checkpoint.
+        base: Name of the base model.
+        adapters: Names of the adapters, in order.
+        set_aside: Reasons why adapters were left out, by name.
+        rows: File or folder of the rows of each adapter, by name; empty if the statistics in the adapter's folder were used.
+        held_out: Measurements on held-out rows (:func:`meteora_core.training.gate_metrics.measure_gates`).
+        embedded: Whether the checkpoint contains the adapters' weights.
+        tokens: Number of tokens in all statistics together.
+        bytes: Size of all statistics in bytes.
+        seconds: Duration in seconds.
     """
 
     folder: Path
@@ -120,18 +122,18 @@ class Routed:
 def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptions = RouteOptions()) -> Routed:
     """Make a checkpoint of a folder of PEFT adapters, with gates in closed form.
 
-    Adapters that cannot be used, that belong to another base model or that have no rows are set aside.
+    Adapters that cannot be used, that belong to another base model, or that have neither rows nor statistics are left out.
 
     Args:
-        adapters: The folder that holds one folder per adapter.
-        folder: The checkpoint to write.
-        options: Which adapters are taken, and how.
+        adapters: Folder that contains one folder per adapter.
+        folder: Folder of the checkpoint to write.
+        options: Selection of the adapters and settings of the routing.
 
     Returns:
-        What was written, and what was set aside.
+        The checkpoint's content, and the adapters that were left out.
 
     Raises:
-        UsageError: There is no adapter that can be used, a name in ``only`` or ``exclude`` is unknown, or ``folder`` holds something already.
+        UsageError: There is no adapter that can be used, a name in ``only`` or ``exclude`` is unknown, or ``folder`` already exists.
         MeteoraError: The base model cannot be loaded, or memory or the disk is full.
 
     Example:
@@ -142,7 +144,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
     """
     began, root, folder, progress = time.perf_counter(), Path(adapters), Path(folder), options.progress
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not options.overwrite:
-        raise UsageError(f"{folder} is there already", hint="pass --force to replace it, or choose another folder with --out")
+        raise UsageError(f"{folder} already exists", hint="pass --force to replace it, or choose another folder with --out")
     check_replaceable(folder)
     set_aside: dict[str, str] = {}
     folders = _candidates(root, options, set_aside)
@@ -153,9 +155,9 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
     if not banks or base is None:
         raise _nothing(root, set_aside)
     base = replace(base, name=str(Path(base.name).resolve())) if Path(base.name).is_dir() else base
-    place = pick_device(options.device)
+    device = pick_device(options.device)
     tokenizer = load_tokenizer(base, progress=progress)
-    model = load_base(base, dtype=pick_dtype(options.dtype, place), device=place, progress=progress)
+    model = load_base(base, dtype=pick_dtype(options.dtype, device), device=device, progress=progress)
     banks, renamed = _fitting(banks, model, set_aside)
     recipe = Recipe(answer_share=options.answer_share)
     how = Collecting(
@@ -197,11 +199,11 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
 
 
 def _candidates(root: Path, options: RouteOptions, set_aside: dict[str, str]) -> dict[str, Path]:
-    """The adapter folders that were asked for, by name."""
+    """The selected adapter folders, by name."""
     if not root.is_dir():
-        raise UsageError(f"no such folder: {root}", hint="give the folder that holds one folder per adapter")
+        raise UsageError(f"no such folder: {root}", hint="give the folder that contains one folder per adapter")
     if find_adapter(root) in (root, root / "default"):
-        raise UsageError(f"{root} is one adapter", hint=f"give the folder that holds all adapters: meteora route {root.parent}")
+        raise UsageError(f"{root} is one adapter", hint=f"give the folder that contains all adapters: meteora route {root.parent}")
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     present = {path.name: path for path in inside if find_adapter(path) is not None}
     for name in (*options.only, *options.exclude):
@@ -215,16 +217,16 @@ def _candidates(root: Path, options: RouteOptions, set_aside: dict[str, str]) ->
 
 
 def _readable(folders: Mapping[str, Path], set_aside: dict[str, str]) -> tuple[dict[str, AdapterBank], str | None]:
-    """The adapters that can be stacked and that name one base model, and that base model."""
+    """The adapters that can be stacked and name the most frequent base model, and the name of this model."""
     banks: dict[str, AdapterBank] = {}
     for name, folder in folders.items():
-        place = find_adapter(folder) or folder
+        source = find_adapter(folder) or folder
         try:
             if problem := problem_of(name):
                 raise AdapterError(f"its folder's name cannot be an adapter's name: {problem}")
-            read_adapter_config(name, place)
-            if is_regular(place / INFO_FILE) and read_training_info(place).tasks:
-                raise AdapterError("it was trained on several tasks at once, which no gate can be labelled with")
+            read_adapter_config(name, source)
+            if is_regular(source / INFO_FILE) and read_training_info(source).tasks:
+                raise AdapterError("it was trained on several tasks at once, so it has no task with which gates can be labelled")
             bank = AdapterBank.from_peft({name: folder})
             twin = next((other for other, each in banks.items() if each.adapters[0].sha256 == bank.adapters[0].sha256), None)
             if twin is not None:
@@ -246,7 +248,7 @@ def _readable(folders: Mapping[str, Path], set_aside: dict[str, str]) -> tuple[d
 
 
 def _fitting(banks: Mapping[str, AdapterBank], model: PreTrainedModel, set_aside: dict[str, str]) -> tuple[dict[str, AdapterBank], dict[str, str]]:
-    """The adapters that fit the model, their layers under its names, and the names that changed."""
+    """The adapters that fit the model, with the model's names of their layers, and the names that were changed."""
     fitting, renamed = {}, dict[str, str]()
     for name, bank in banks.items():
         try:
@@ -260,17 +262,17 @@ def _fitting(banks: Mapping[str, AdapterBank], model: PreTrainedModel, set_aside
 
 
 def _with_rows(banks: Mapping[str, AdapterBank], collector: Collector, set_aside: dict[str, str]) -> dict[str, AdapterBank]:
-    """The adapters that have rows, or statistics of their own."""
-    kept = {}
+    """The adapters that have rows, or statistics in their folder."""
+    usable = {}
     for name, bank in banks.items():
         try:
             if collector.rows(name) is None and collector.shipped(name) is None:
                 raise DataError(f"it has no rows (looked for a dataset, a file or a folder named {name}) and no statistics")
-            kept[name] = bank
+            usable[name] = bank
         except MeteoraError as error:
             set_aside[name] = error.message
             collector.forget(name)
-    return kept
+    return usable
 
 
 def _joined(banks: Mapping[str, AdapterBank]) -> AdapterBank:

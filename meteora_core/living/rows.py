@@ -1,4 +1,4 @@
-"""Finding the rows of an adapter: a built dataset, or a file of any known format beside the adapter."""
+"""Finds the rows of an adapter: a built dataset, or a file of any known format next to the adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST = 20_000
-"""Number of an adapter's rows that are read, from the first on."""
+"""Largest number of rows that are read for an adapter, from the start of its file."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class AdapterRows:
     """The rows of one adapter.
 
     Attributes:
-        train: Those that statistics are collected on.
-        held_out: Those that the routing is measured on; a tenth of all, at most 64.
-        frame: What stands around the user's text in the prompts.
-        known_frame: The text of the frame where it is ``[INST] {} [/INST]`` or the base model's chat template, else ``{}``: what finished prompts have in
-            common besides may belong to the task.
-        source: Where they were found.
+        train: Rows from which statistics are collected.
+        held_out: Rows on which the routing is measured: a tenth of all rows, at most 64.
+        frame: Frame of the prompts.
+        known_frame: Text of the frame if it is ``[INST] {} [/INST]`` or the base model's chat template, otherwise ``{}``, because any other text that
+            complete prompts have in common may belong to the task.
+        source: File or folder of the rows.
     """
 
     train: list[Row]
@@ -53,30 +53,37 @@ class AdapterRows:
 def find_rows(
     name: str, data: Path | None, adapter: Path | None, tokenizer: PreTrainedTokenizerBase, *, given: Path | None = None, seed: int = 42
 ) -> AdapterRows | None:
-    """The rows of an adapter; None where none are found.
+    """Find the rows of an adapter.
 
-    They are looked for in this order: ``given``; in the folder ``data`` the built dataset ``NAME/``, a file ``NAME.jsonl`` (or of another format) or a
-    folder ``NAME/`` of data files; beside the adapter a file ``NAME.jsonl``; in the adapter's folder a file ``train.jsonl`` or a folder ``data/``.
+    The first of these places that exists is read:
+
+    1. ``given``;
+    2. in the folder ``data``: the built dataset ``NAME/``, a file ``NAME.jsonl`` (or of another format), or a folder ``NAME/`` of data files;
+    3. next to the adapter's folder: a file ``NAME.jsonl``;
+    4. in the adapter's folder: a file ``train.jsonl`` or a folder ``data/``.
 
     Args:
-        name: The adapter's name.
-        data: The folder of all datasets.
-        adapter: The adapter's folder.
-        tokenizer: The base model's; questions without a frame are put into its chat template.
-        given: A file or folder of rows of this adapter.
-        seed: Of the choice of held-out rows.
+        name: Name of the adapter.
+        data: Folder that contains all datasets; None for none.
+        adapter: PEFT folder of the adapter; None if unknown.
+        tokenizer: Tokenizer of the base model; its chat template is put around questions without a frame.
+        given: File or folder with the rows of this adapter; None to search for them.
+        seed: Random seed for the selection of held-out rows.
+
+    Returns:
+        The rows; None if there are none.
 
     Raises:
-        DataError: Rows were found that are broken, that are those of a composite, or of a format that is not known.
+        DataError: The rows are broken, belong to a composite, or have an unknown format.
     """
-    place = given or next(_places(name, data, adapter), None)
-    if place is None:
+    source = given or next(_places(name, data, adapter), None)
+    if source is None:
         return None
-    rows, frame = _read(name, place, tokenizer)
+    rows, frame = _read(name, source, tokenizer)
     if not rows:
-        raise DataError(f"{place} has no rows", hint="add some, or remove it")
+        raise DataError(f"{source} has no rows", hint="add rows to it, or remove it")
     train, held_out = split_held_out(rows, seed)
-    return AdapterRows(train, held_out, frame, _known_frame(rows, tokenizer), place)
+    return AdapterRows(train, held_out, frame, _known_frame(rows, tokenizer), source)
 
 
 def _known_frame(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -109,13 +116,13 @@ def _files(folder: Path, stem: str) -> Iterator[Path]:
                 yield file
 
 
-def _read(name: str, place: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], Frame]:
-    manifest = read_manifest(place) if place.is_dir() else None
-    known = TASKS.get(place.name)
+def _read(name: str, source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], Frame]:
+    manifest = read_manifest(source) if source.is_dir() else None
+    known = TASKS.get(source.name)
     if (manifest is not None and manifest.members) or (known is not None and known.is_composite):
-        raise DataError(f"{place} is a composite: its rows belong to several adapters", hint=f"give rows of {name} alone")
-    if place.is_dir() and is_regular(split_path(place.parent, place.name, "train")):
-        return read_rows(place.parent, place.name, "train", MOST), dataset_frame(place.parent, place.name) or RAW
-    opened = open_source(place)
+        raise DataError(f"{source} is a composite: its rows belong to several adapters", hint=f"give rows of {name} alone")
+    if source.is_dir() and is_regular(split_path(source.parent, source.name, "train")):
+        return read_rows(source.parent, source.name, "train", MOST), dataset_frame(source.parent, source.name) or RAW
+    opened = open_source(source)
     plan = make_plan(opened.train, Reading(tokenizer=lambda: tokenizer))
     return list(islice(plan.rows(opened.train), MOST)), plan.frame

@@ -1,4 +1,4 @@
-"""The statistics of an adapter in its own folder, so that others can add it without its rows."""
+"""Writes the statistics of an adapter into its folder, so that others can add the adapter without its rows."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from meteora_core.training.statistics import Collecting
 def ship_statistics(folder: str | Path, name: str | None = None, options: ChangeOptions = ChangeOptions()) -> GateStatistics:
     """Collect the statistics of an adapter and write them into its folder as ``gate_stats.safetensors``.
 
-    All linear layers of the model's blocks are observed, so that the adapter can join others that target more layers.
+    The statistics cover all linear layers of the model's blocks, so that the adapter can be combined with adapters that target more layers.
 
     Args:
-        folder: The adapter's PEFT folder.
-        name: Its name, by which its rows are looked for; None takes that of the folder.
-        options: The base model (None takes the one that the adapter names), its rows, and how statistics are collected.
+        folder: PEFT folder of the adapter.
+        name: Name of the adapter, by which its rows are found; None for the name of the folder.
+        options: Options for collecting statistics. With ``base=None``, the base model is the one that the adapter names.
 
     Raises:
-        UsageError: The adapter does not name its base model, and none is given.
-        DataError: It has no rows, or they are broken.
-        AdapterError: It cannot be used, or does not fit the base model.
+        UsageError: The adapter does not name its base model, and the options do not either.
+        DataError: The adapter has no rows, or they are broken.
+        AdapterError: The adapter cannot be used, or does not fit the base model.
         StorageError: The folder is not writable.
 
     Example:
@@ -55,9 +55,9 @@ def ship_statistics(folder: str | Path, name: str | None = None, options: Change
     tokenizer = load_tokenizer(base, progress=progress)
     rows = find_rows(name, options.data, folder, tokenizer, given=options.rows, seed=options.seed)
     if rows is None:
-        raise DataError(f"there are no rows of {name!r}", hint="name a file with --rows, or the folder of datasets with --data")
-    place = pick_device(options.device)
-    model = load_base(base, dtype=pick_dtype(options.dtype, place), device=place, progress=progress)
+        raise DataError(f"there are no rows of {name!r}", hint="pass a file with --rows, or the folder of datasets with --data")
+    device = pick_device(options.device)
+    model = load_base(base, dtype=pick_dtype(options.dtype, device), device=device, progress=progress)
     bank, _ = fit_to_base(bank, model)
     how = Collecting(
         base,
@@ -72,12 +72,12 @@ def ship_statistics(folder: str | Path, name: str | None = None, options: Change
     target = find_adapter(folder) or folder
     with storage_errors(target), scratch_folder(target, SHIPPED) as workspace:
         collector = Collector(tokenizer, how, workspace, lambda *_: rows, progress)
-        made = collector.collect(model, bank, rows, how.recipe, list(_block_linears(model)))
-        return copy_statistics(made, target / SHIPPED, name)
+        statistics = collector.collect(model, bank, rows, how.recipe, list(_block_linears(model)))
+        return copy_statistics(statistics, target / SHIPPED, name)
 
 
 def _block_linears(model: nn.Module) -> Iterator[str]:
-    """The linear layers of a model's numbered blocks, without single experts."""
+    """Paths of the linear layers in a model's numbered blocks, except those of routed experts."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split(".")) and not is_routed_expert(path):
             yield path

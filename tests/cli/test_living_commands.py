@@ -70,11 +70,11 @@ def test_mistakes_take_one_line_and_a_hint(meteora, living, tmp_path, monkeypatc
     write_adapter(tmp_path / "lonely", lora_tensors(51))
     before = {file: file.read_bytes() for file in (tmp_path / "m").rglob("*") if file.is_file()}
     for words, code, message in (
-        (("route", "adapters", "--out", tmp_path / "m"), 2, "is there already"),
+        (("route", "adapters", "--out", tmp_path / "m"), 2, "already exists"),
         (("route", "adapters", "--only", "cuont"), 2, "no adapter 'cuont'"),
         (("route", "nowhere"), 2, "no such folder"),
         (("route", "adapters", "--answer-share", "2"), 2, "route.answer_share"),
-        (("adapters", "add", tmp_path / "m", "adapters/count"), 2, "holds an adapter named 'count' already"),
+        (("adapters", "add", tmp_path / "m", "adapters/count"), 2, "already contains an adapter named 'count'"),
         (("adapters", "add", tmp_path / "m", "adapters/nothing"), 1, "nothing"),
         (("adapters", "add", tmp_path / "m", tmp_path / "lonely", "--rows", tmp_path / "absent.jsonl"), 1, "absent.jsonl"),
         (("adapters", "drop", tmp_path / "m", "count"), 2, "the only adapter"),

@@ -104,8 +104,8 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(world, checkpoint,
     write_adapter(tmp_path / "wide", {key: tensor.repeat(1, 2) if "lora_A" in key else tensor for key, tensor in lora_tensors(11).items()})
     write_jsonl_rows(tmp_path / "wide.jsonl", rows_of("sum"))
     for act, kind, message in (
-        (lambda: add_adapter(checkpoint, adapters / "shout", options=how(world)), UsageError, "holds an adapter named 'shout' already"),
-        (lambda: add_adapter(checkpoint, adapters / "shout", "again", how(world)), UsageError, "already, under the name 'shout'"),
+        (lambda: add_adapter(checkpoint, adapters / "shout", options=how(world)), UsageError, "already contains an adapter named 'shout'"),
+        (lambda: add_adapter(checkpoint, adapters / "shout", "again", how(world)), UsageError, "already contains this adapter under the name 'shout'"),
         (lambda: add_adapter(checkpoint, adapters / "sum", "all", how(world)), UsageError, "reserved word"),
         (lambda: add_adapter(checkpoint, tmp_path / "lonely", options=how(world)), MeteoraError, "neither statistics nor rows of the adapter 'lonely'"),
         (lambda: add_adapter(checkpoint, tmp_path / "nothing", options=how(world)), AdapterError, "nothing"),
@@ -130,7 +130,7 @@ def test_a_frame_of_its_own_is_refused(world, checkpoint, tmp_path) -> None:
     from meteora_core.model.base import BaseReference
 
     before = contents(checkpoint)
-    with pytest.raises(AdapterError, match=r"have the frame '<user>{}<bot>', those of the other adapters"):
+    with pytest.raises(AdapterError, match=r"have the frame '<user>{}<bot>', but the other adapters have"):
         add_adapter(checkpoint, world / "adapters" / "sum", options=how(world, base=BaseReference(str(tmp_path / "base")), rows=rows))
     assert contents(checkpoint) == before
 

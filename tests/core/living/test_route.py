@@ -115,5 +115,5 @@ def test_mistakes_are_said_in_one_line_and_write_nothing(own) -> None:
     assert not (own / "m").exists()
     (own / "m").mkdir()
     (own / "m" / "precious").write_text("x")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         route_adapters(own / "adapters", own / "m", options(own))
