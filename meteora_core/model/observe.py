@@ -56,7 +56,7 @@ def _compare(layer: RoutedLayer, wanted: GateLabels, shape: torch.Size, logits: 
     seen = labels[..., labels.shape[-1] - last :]
     if seen.numel() != shape.numel():
         raise UsageError(
-            f"gates are labelled for a batch of shape {tuple(labels.shape)}, but {layer.path} sees one of shape {tuple(shape)}",
+            f"gates are labelled for a batch of shape {tuple(labels.shape)}, but {layer.path} receives a batch of shape {tuple(shape)}",
             hint="give labels for the very batch that the model gets",
         )
     flat = logits.reshape(-1, logits.shape[-1])

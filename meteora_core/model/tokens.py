@@ -43,9 +43,9 @@ class CallWatcher:
         if not self.state.mode.observed:
             return
         given = [kwargs.get(name) for name in _INPUTS] + list(args[:1])
-        found = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
-        if found is not None:
-            self.state.last_call.shape = found.shape[:2]
+        inputs = next((value for value in given if isinstance(value, Tensor) and value.ndim >= 2), None)
+        if inputs is not None:
+            self.state.last_call.shape = inputs.shape[:2]
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             self.state.last_call.scattered = True
 
@@ -69,11 +69,11 @@ def _callers(model: nn.Module) -> list[nn.Module]:
     decoder = None
     with suppress(AttributeError, NotImplementedError):  # not every model has one
         decoder = model.get_decoder()  # type: ignore[operator]
-    found: list[nn.Module] = []
+    callers: list[nn.Module] = []
     for module in (model, getattr(model, "base_model", None), decoder):
-        if isinstance(module, nn.Module) and not any(module is other for other in found):
-            found.append(module)
-    return found
+        if isinstance(module, nn.Module) and not any(module is other for other in callers):
+            callers.append(module)
+    return callers
 
 
 def is_head(model: nn.Module, path: str) -> bool:
@@ -157,8 +157,8 @@ def forced_routes(layer: RoutedLayer, forced: Tensor, x: Tensor) -> tuple[Tensor
             indices = forced[:, forced.shape[1] - rows[1] :]
         else:
             raise UsageError(
-                f"routes are forced for a batch of shape {tuple(forced.shape)}, but {layer.path} sees one of shape {tuple(rows)}",
-                hint="force one adapter, one for each row, or one for each token of the very batch that the model gets",
+                f"routes are forced for a batch of shape {tuple(forced.shape)}, but {layer.path} receives a batch of shape {tuple(rows)}",
+                hint="force one adapter, one for each row, or one for each token of the batch that the model is called with",
             )
     indices = indices.reshape(shape).unsqueeze(-1)
     return indices, torch.ones(indices.shape, device=x.device, dtype=torch.float32)

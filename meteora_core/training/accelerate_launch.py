@@ -48,9 +48,14 @@ def process_count(settings: LaunchSettings, devices: int, *, planned: bool = Fal
         raise UsageError("the number of processes is unknown, because there are no GPUs to count", hint="pass --num-processes N")
     count = settings.num_processes or devices * settings.num_machines
     if count % settings.num_machines:
-        raise UsageError(f"{count} processes cannot be spread evenly over {settings.num_machines} machines", hint="choose --num-processes accordingly")
+        raise UsageError(
+            f"{count} processes cannot be spread evenly over {settings.num_machines} machines",
+            hint="choose a multiple of the number of machines for --num-processes",
+        )
     if devices and count // settings.num_machines > devices and not planned:
-        raise UsageError(f"{count // settings.num_machines} processes on a machine with {devices} GPUs", hint="one process a GPU: lower --num-processes")
+        raise UsageError(
+            f"{count // settings.num_machines} processes on a machine with {devices} GPUs", hint="lower --num-processes: each process needs one GPU"
+        )
     if settings.num_machines > 1 and settings.main_process_ip is None:
         raise UsageError("several machines need the address of machine 0", hint="pass --main-process-ip")
     if settings.machine_rank >= settings.num_machines:

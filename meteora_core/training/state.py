@@ -132,7 +132,9 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     if not isinstance(info, dict) or {*_KEPT, "inputs", "best_value"} - info.keys() or not isinstance(info["inputs"], dict):
         raise CheckpointError(f"{states[-1] / INFO} is not the state of a run", hint=hint)
     if different := differences(with_order(info["inputs"]), inputs):
-        raise UsageError(f"cannot resume {folder.parent}: {'; '.join(different[:5])}", hint="start anew without --resume, or use the old settings")
+        raise UsageError(
+            f"cannot resume {folder.parent}: {'; '.join(different[:5])}", hint="start again without --resume, or use the settings of the saved run"
+        )
     try:
         if info.get("sha256", digest := sha256(states[-1] / _STATE)) != digest:
             raise CheckpointError(f"{states[-1] / _STATE} is not the file that was saved: its hash differs", hint=hint)
