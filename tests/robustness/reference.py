@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from .world import linear_shapes
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LETTERS = dict(enumerate(string.printable, start=3))
 END = 2
+PATTERN_SECONDS = 20.0
+"""The longest time, in seconds, for one expression of a configuration: Python's own engine can need years for one that a mutation has made."""
 CLOSE = 1e-3
 """Two logits that are nearer to each other than this may change places in float32."""
 
@@ -106,10 +109,12 @@ def _pattern(patterns: Any, path: str, default: float) -> float:
     for key, value in (patterns or {}).items():
         need(type(value) in (int, float) and math.isfinite(value), f"pattern {key}")
         try:
-            if re.match(rf"(.*\.)?({key})$", path):
+            if regex.match(rf"(.*\.)?({key})$", path, timeout=PATTERN_SECONDS):
                 return float(value)
-        except re.error as broken:
+        except regex.error as broken:
             raise Invalid(f"pattern {key}") from broken
+        except TimeoutError as endless:
+            raise Unknown(f"pattern {key} takes too long to match") from endless
     return default
 
 
