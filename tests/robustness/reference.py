@@ -331,11 +331,13 @@ def decode(ids: Sequence[int]) -> str:
 
 def changed_base(folder: Path) -> nn.Module:
     """A model of the world's architecture with the weights that lie in ``folder`` now. Raises Invalid where they are not all there."""
-    import copy
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    plain = copy.deepcopy(_base(str(folder)))
+    plain = LlamaForCausalLM._from_config(LlamaConfig.from_pretrained(folder), attn_implementation="eager").double().eval()
     tensors = read_tensors(folder / "model.safetensors", finite=False)
     own = plain.state_dict()
+    # transformers also reads names without the prefix of the inner model, as LlamaModel.save_pretrained writes them
+    tensors = {name: tensors[name if name in tensors else name.removeprefix("model.")] for name in own if {name, name.removeprefix("model.")} & tensors.keys()}
     missing = [name for name, tensor in own.items() if name not in tensors or tensors[name].shape != tensor.shape]
     need(not missing, f"no such weights: {missing[:2]}")
     plain.load_state_dict({name: tensors[name] for name in own})
