@@ -44,7 +44,7 @@ def test_a_folder_of_adapters_becomes_a_model_that_adapters_join_and_leave(meteo
 
 
 def test_an_adapter_ships_its_statistics(meteora, living, tmp_path, monkeypatch) -> None:
-    """They cover layers that other adapters target, and stand in for the rows."""
+    """Statistics shipped with an adapter replace its rows, and also cover the layers that only other adapters target."""
     monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
     shutil.copytree(living / "adapters", tmp_path / "adapters")
     shutil.copytree(living / "datasets", tmp_path / "datasets")
