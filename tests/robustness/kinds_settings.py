@@ -64,6 +64,8 @@ TOML_VALUES += [
 def _sense(name: str, value: Any) -> bool | None:
     """Whether a value may be accepted for a setting; None: it cannot be said here."""
     kind, *limits = SETTINGS[name]
+    if name == "model.device":
+        return None  # every child gets METEORA_MODEL__DEVICE, which overrides the file
     if kind == "bool":
         return True if isinstance(value, bool) else None
     if kind in ("int", "float"):
