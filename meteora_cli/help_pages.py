@@ -21,6 +21,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "ckpt inspect": ("meteora ckpt inspect runs/meteora", "meteora ckpt inspect adapters/gsm8k --no-hashes"),
     "ckpt convert": ("meteora ckpt convert model.safetensors runs/authors --base meta-llama/Meta-Llama-3-8B --adapters llama3_8b_peft",),
     "ckpt pack": ("meteora ckpt pack runs/meteora small --rank 4 --max-mb 20",),
+    "ckpt export": (
+        "meteora ckpt export runs/meteora gsm8k-peft --adapter gsm8k",
+        "meteora ckpt export runs/meteora gsm8k-merged --merge gsm8k --dtype bfloat16",
+    ),
     "ckpt card": ("meteora ckpt card runs/meteora --results runs/eval/meteora --licence gsm8k=MIT",),
     "train": (
         "meteora train adapters --task gsm8k,strategyqa",

@@ -33,6 +33,7 @@ ROOMS: tuple[frozenset[str], ...] = tuple(
         "routing",
         "model fused",
         "checkpoints",
+        "exports",
         "generation",
         "trace",
         "evaluation",

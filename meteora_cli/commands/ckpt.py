@@ -1,4 +1,4 @@
-"""``meteora ckpt``: downloads models, and inspects, converts and packs checkpoints."""
+"""``meteora ckpt``: downloads models, and inspects, converts, packs and exports checkpoints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meteora_cli.commands.ckpt_export import export
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.typer_app import App
@@ -14,7 +15,7 @@ from meteora_cli.typer_app import App
 if TYPE_CHECKING:
     from meteora_core.checkpoints.convert import BaseTensors
 
-app = App(help="Download models, and inspect, convert and pack checkpoints.", no_args_is_help=True)
+app = App(help="Download models, and inspect, convert, pack and export checkpoints.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -253,6 +254,9 @@ def card(
             raise UsageError(f"--licence {entry!r} is not TASK=TEXT", hint="--licence 'gsm8k=MIT'")
         stated[name.strip()] = text.strip()
     put(str(write_card(folder, title=title, results=results, data_dir=data, licences=stated)))
+
+
+app.command("export")(export)
 
 
 def _size(count: int) -> str:

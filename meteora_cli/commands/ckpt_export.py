@@ -1,0 +1,76 @@
+"""``meteora ckpt export``: writes a checkpoint, or one of its adapters, for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meteora_cli.console import emit_json, progress
+from meteora_cli.display import put
+from meteora_cli.flags import refuse_without_effect
+
+if TYPE_CHECKING:
+    from meteora_core.exports.common import Exported, ExportOptions
+
+FORMATS = ("peft", "merged")
+"""The values of ``--format``."""
+
+
+def export(
+    ctx: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Adapter to write as a PEFT folder.", show_default=False)] = None,
+    merge: Annotated[
+        str | None, typer.Option("--merge", help="Adapter to merge into the base model, which transformers then loads by itself.", show_default=False)
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="Format: peft or merged; default: the one that --adapter or --merge implies.", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of a merged model: float32, bfloat16 or float16.")] = "float32",
+    base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that the checkpoint names.", show_default=False)] = None,
+    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder of its adapter folders, if they were moved.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write an adapter as a PEFT folder, or merge an adapter into the base model."""
+    from meteora_core.exports.common import ExportOptions
+
+    chosen = _format(form, adapter, merge)
+    refuse_without_effect(ctx, {"dtype": (chosen == "merged", "--merge")})
+    with progress(ctx) as bars:
+        done = _write(chosen, checkpoint, folder, adapter or merge or "", ExportOptions(base, adapters, force, bars), dtype)
+    if as_json:
+        emit_json({"path": str(done.folder), "format": done.kind, "adapter": done.adapter, "files": list(done.files), "bytes": done.size})
+        return
+    what = {"peft": "a PEFT adapter", "merged": "a model for transformers"}[done.kind]
+    put(f"{done.folder}: {done.adapter} as {what}, {done.size / 1e6:.1f} MB")
+
+
+def _format(form: str | None, adapter: str | None, merge: str | None) -> str:
+    """Return the format that the flags ask for. Raises UsageError if they contradict each other."""
+    from meteora_core.errors import UsageError
+
+    if adapter is not None and merge is not None:
+        raise UsageError("--adapter and --merge exclude each other", hint="run the command once for each")
+    if form is not None and form not in FORMATS:
+        raise UsageError(f"unknown format {form!r}", hint=f"choose from: {', '.join(FORMATS)}")
+    chosen = form or ("merged" if merge is not None else "peft")
+    if chosen == "merged" and merge is None:
+        raise UsageError("--format merged needs the name of an adapter", hint="pass --merge NAME")
+    if chosen != "merged" and adapter is None:
+        raise UsageError("nothing says what to export", hint="pass --adapter NAME for a PEFT folder, or --merge NAME for a merged model")
+    return chosen
+
+
+def _write(form: str, checkpoint: Path, folder: Path, name: str, options: ExportOptions, dtype: str) -> Exported:
+    if form == "merged":
+        from meteora_core.exports.merged import export_merged
+
+        return export_merged(checkpoint, folder, name, options, dtype)
+    from meteora_core.exports.peft_adapter import export_adapter
+
+    return export_adapter(checkpoint, folder, name, options)
