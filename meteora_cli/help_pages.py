@@ -17,7 +17,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "data show": ("meteora data show strategyqa -n 3 --split train",),
     "data verify": ("meteora data verify", "meteora data verify strategyqa gsm8k"),
     "ckpt": ("meteora ckpt download smollm2-135m", "meteora ckpt inspect runs/meteora"),
-    "ckpt download": ("meteora ckpt download smollm2-135m", "meteora ckpt download ParagonLight/MeteoRA-llama3-8b --include '*/top_2/*'"),
+    "ckpt download": (
+        "meteora ckpt download smollm2-135m",
+        "meteora ckpt download qwen2.5-coder-0.5b",
+        "meteora ckpt download ParagonLight/MeteoRA-llama3-8b --include '*/top_2/*'",
+    ),
     "ckpt inspect": ("meteora ckpt inspect runs/meteora", "meteora ckpt inspect adapters/gsm8k --no-hashes"),
     "ckpt convert": ("meteora ckpt convert model.safetensors runs/authors --base meta-llama/Meta-Llama-3-8B --adapters llama3_8b_peft",),
     "ckpt pack": ("meteora ckpt pack runs/meteora small --rank 4 --max-mb 20",),

@@ -26,7 +26,9 @@ def download(
     name: Annotated[
         str,
         typer.Argument(
-            help="smollm2-135m, meteora-llama3-8b, meteora-llama2-13b, or a hub repository ORGANISATION/NAME or ORGANISATION/NAME@REVISION.", show_default=False
+            help="smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b, meteora-llama3-8b, meteora-llama2-13b,"
+            " or a hub repository ORGANISATION/NAME or ORGANISATION/NAME@REVISION.",
+            show_default=False,
         ),
     ],
     include: Annotated[
@@ -39,7 +41,7 @@ def download(
 ) -> None:
     """Fetch a model or a checkpoint. Existing files are not fetched again, and interrupted downloads resume."""
     from meteora_core.errors import UsageError, did_you_mean
-    from meteora_core.fetch.base_models import CATALOG
+    from meteora_core.fetch.catalog import CATALOG
     from meteora_core.fetch.hub import KNOWN, HubOptions, download_known, download_repo, split_revision
 
     short, _, revision = name.partition("@")
@@ -83,7 +85,8 @@ def download(
 
 def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, to: Path | None, force: bool, as_json: bool) -> None:
     from meteora_core.errors import UsageError
-    from meteora_core.fetch.base_models import catalog_entry, download_base
+    from meteora_core.fetch.base_models import download_base
+    from meteora_core.fetch.catalog import catalog_entry
     from meteora_core.files import sha256
 
     entry = catalog_entry(name)

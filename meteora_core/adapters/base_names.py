@@ -53,7 +53,8 @@ def _names(base: str) -> set[str]:
 
 def _folder(base: str) -> Path | None:
     """Return the local folder of a base model, if any: a folder, a model of the catalog, or an entry of the hub's cache."""
-    from meteora_core.fetch.base_models import CATALOG, is_ready, model_folder
+    from meteora_core.fetch.base_models import is_ready, model_folder
+    from meteora_core.fetch.catalog import CATALOG
 
     if base in CATALOG:
         return model_folder(base) if is_ready(base) else None

@@ -11,6 +11,7 @@ from meteora_core.data.manifest import Manifest, read_manifest
 from meteora_core.data.tasks import TASKS, BigBench, Records
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.results import load_results
+from meteora_core.fetch.catalog import CATALOG
 from meteora_core.files import atomic_write, sha256
 from meteora_core.names import is_name
 
@@ -24,7 +25,7 @@ LICENCES = {
 }
 """Licences of datasets on the hub, as stated on their cards, by repository."""
 
-BASE_LICENCES = {"smollm2-135m": "Apache-2.0"}
+BASE_LICENCES = {entry.name: entry.licence for entry in CATALOG.values()}
 """Licences of base models, by name."""
 
 

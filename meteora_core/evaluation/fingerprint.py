@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meteora_core.adapters.peft_folder import CONFIG, WEIGHTS, find_adapter
-from meteora_core.fetch.base_models import CATALOG
+from meteora_core.fetch.catalog import CATALOG
 from meteora_core.files import sha256
 
 if TYPE_CHECKING:

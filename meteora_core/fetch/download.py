@@ -35,7 +35,9 @@ def downloads_dir() -> Path:
     return cache_dir() / "downloads"
 
 
-def download(url: str, dest: Path, *, sha256: str | None = None, size: int | None = None, progress: Progress = SILENT, title: str | None = None) -> Path:
+def download(
+    url: str, dest: Path, *, sha256: str | None = None, size: int | None = None, progress: Progress = SILENT, title: str | None = None, attempts: int = ATTEMPTS
+) -> Path:
     """Fetch ``url`` into ``dest``, unless ``dest`` exists and has the expected hash.
 
     Bytes are written to ``dest`` + ``.part``, where a later attempt or call resumes. Only a complete file with the expected hash gets the name ``dest``.
@@ -48,6 +50,7 @@ def download(url: str, dest: Path, *, sha256: str | None = None, size: int | Non
         size: The expected length in bytes, if known.
         progress: The receiver of progress reports.
         title: The title of the download in progress reports; the file's name by default.
+        attempts: The number of consecutive attempts without a new byte after which the download fails.
 
     Returns:
         ``dest``.
@@ -68,7 +71,7 @@ def download(url: str, dest: Path, *, sha256: str | None = None, size: int | Non
             return dest
         part = dest.with_name(dest.name + ".part")
         with progress.task(title or dest.name, total=size, unit="B") as task:
-            fetch = _Fetch(url, part, sha256, size, task)
+            fetch = _Fetch(url, part, sha256, size, task, attempts)
             if urlsplit(url).scheme == "file":
                 fetch.copy()
             else:
@@ -93,8 +96,9 @@ class _Cut(Exception):
 class _Fetch:
     """The state of one download over all attempts."""
 
-    def __init__(self, url: str, part: Path, sha256: str | None, size: int | None, task: ProgressBar) -> None:
+    def __init__(self, url: str, part: Path, sha256: str | None, size: int | None, task: ProgressBar, attempts: int) -> None:
         self.url = url
+        self.attempts = attempts
         self.name = without_credentials(url)
         self.part = part
         self.sha256 = sha256
@@ -117,7 +121,7 @@ class _Fetch:
                     self._attempt(client)
                 except _Cut as cut:
                     failures = 1 if self.done > before else failures + 1
-                    if failures >= ATTEMPTS:
+                    if failures >= self.attempts:
                         raise DownloadError(f"cannot download {self.name}: {cut}", hint=NETWORK_HINT) from cut
                     resumed = True
                     time.sleep(min(0.2 * 2**failures, 10.0))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError, did_you_mean
-from meteora_core.fetch.base_models import CATALOG, download_base, is_ready, model_folder
+from meteora_core.fetch.base_models import download_base, is_ready, model_folder
+from meteora_core.fetch.catalog import CATALOG
 from meteora_core.model.caches import check_decoding
 from meteora_core.model.quantized import quantized_loading
 from meteora_core.progress import SILENT, Progress

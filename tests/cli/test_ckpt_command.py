@@ -19,6 +19,7 @@ from meteora_cli.commands import ckpt as command
 from meteora_cli.console import Globals
 from meteora_core.errors import CheckpointError, DownloadError, MeteoraError, UsageError
 from meteora_core.fetch import base_models
+from meteora_core.fetch.catalog import CATALOG
 from support.authors_files import Authors, write_authors
 from support.hub_server import COMMIT, serving
 
@@ -99,8 +100,8 @@ def test_a_base_model_that_is_there_is_not_fetched_again(meteora: Run, tmp_path:
     folder = base_models.model_folder("smollm2-135m")
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights")
-    entry = base_models.CATALOG["smollm2-135m"]
-    (folder / base_models.SOURCE_FILE).write_text(json.dumps({"member_sha256": entry.member_sha256, "conversion": base_models._CONVERSION}))
+    entry = CATALOG["smollm2-135m"]
+    (folder / base_models.SOURCE_FILE).write_text(json.dumps({"member_sha256": entry.gguf_sha256, "conversion": base_models._CONVERSION}))
     said = json.loads(meteora("download", "smollm2-135m", "--json").stdout)
     assert (said["name"], said["kind"], said["path"]) == ("smollm2-135m", "base", str(folder))
     assert said["sha256"] == hashlib.sha256(b"weights").hexdigest()
