@@ -75,6 +75,36 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
     return indices, torch.softmax(chosen / temperature, dim=-1)
 
 
+def route_rows(logits: Tensor, top_k: Tensor, temperature: Tensor, allowed: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """:func:`route` with values that differ from token to token.
+
+    Args:
+        logits: Gate logits (..., N).
+        top_k: Number of adapters of each token, int64, broadcast to (...); at most ``most``.
+        temperature: Routing temperature T > 0 of each token, floating point, broadcast to (...).
+        allowed: Mask of the adapters that may get weight, bool, broadcast to (..., N).
+        most: Number of routes per token k, 1 <= k <= N.
+
+    Returns:
+        Indices int64 (..., k) and weights (..., k), as from :func:`route`; routes beyond a token's ``top_k`` have weight 0.
+
+    Example:
+        >>> import torch
+        >>> from meteora_kernels import route_rows
+        >>> logits, allowed = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]), torch.ones(2, 3, dtype=torch.bool)
+        >>> route_rows(logits, torch.tensor([2, 1]), torch.tensor([1.0, 1.0]), allowed, most=2)[1]
+        tensor([[0.7311, 0.2689],
+                [1.0000, 0.0000]])
+    """
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    indices = top_indices(logits, most)
+    chosen = logits.gather(-1, indices)
+    if chosen.dtype != torch.float64:
+        chosen = chosen.float()
+    unused = torch.arange(most, device=logits.device) >= top_k.unsqueeze(-1)
+    return indices, torch.softmax((chosen / temperature.to(chosen.dtype).unsqueeze(-1)).masked_fill(unused, float("-inf")), dim=-1)
+
+
 def spread(indices: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:
     """The coefficient of every adapter for every token: ``w_j * s_{i_j}`` for chosen adapters and 0 for the others.
 

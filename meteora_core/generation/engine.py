@@ -31,7 +31,7 @@ from meteora_core.generation.rows import Batch, Rows, Rules, until_end
 from meteora_core.generation.text import TextDecoder
 from meteora_core.model.caches import cache_argument, padding_is_safe, pieces_are_safe
 from meteora_core.model.vocabulary import check_tokens, padding_token
-from meteora_core.routing import record_routes
+from meteora_core.routing import RouteOptions, find_meteora, meteora_of, record_routes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,22 +112,21 @@ class Engine:
         If padding would change the results, as in models with recurrent states, only prompts of the same length share a batch.
 
         Args:
-            requests: Prompts with their sampling settings. All must have the same routing scope, and none may record routes.
+            requests: Prompts with their sampling settings. Their routing scopes have routing options or are all the same, and none may record routes.
 
         Returns:
             The new token ids of each request, without the end token.
 
         Raises:
-            ValueError: The requests differ in the key of their routing scope, or one of them records routes.
+            ValueError: The routing scopes differ and one of them has no routing options, or a request records routes.
             NonFiniteError: The model's logits are NaN or infinite.
             CheckpointError: The model's embedding has no row for the tokenizer's end token.
             torch.OutOfMemoryError: The batch does not fit into memory; fewer requests may.
         """
         if not requests:
             return []
-        scope = requests[0].scope
-        if any(request.scope.key != scope.key for request in requests):
-            raise ValueError("the requests of a batch must have the same routing scope")
+        if any(request.scope.key != requests[0].scope.key and (request.scope.options is None or requests[0].scope.options is None) for request in requests):
+            raise ValueError("the requests of a batch must have the same routing scope, or scopes with routing options")
         if any(request.record for request in requests):
             raise ValueError("routes can be recorded only for a streamed answer")
         answers: list[list[int]] = [[]] * len(requests)
@@ -140,9 +139,9 @@ class Engine:
                 self.device,
             )
             cache = self._cache_for(batch)
-            passes = _Passes(self.model, scope, False)
-            with passes.one():
-                rows = cache.seat(batch)
+            passes = _Passes(self.model, [request.scope for request in members], False)
+            rows = cache.seat(batch)
+            with passes.one(len(rows)):
                 rows.choose(cache.read_batch(batch))
             for index, answer in zip(indices, self._finish(cache, rows, batch, passes), strict=True):
                 answers[index] = answer
@@ -220,7 +219,7 @@ class Engine:
         answer: list[int] = []
         text, first = "", 0.0
         reason: Finish = "stopped"
-        passes, logits = _Passes(self.model, request.scope, request.record), None
+        passes, logits = _Passes(self.model, [request.scope], request.record), None
         cache, reused = self._reuse(request)
         for read, reading in self._read(request, cache, reused, passes, stop):
             yield reading
@@ -260,7 +259,7 @@ class Engine:
         """
         check_tokens(self.model, self.tokenizer, [request.ids])
         cache, reused = self._reuse(request)
-        for _, reading in self._read(request, cache, reused, _Passes(self.model, request.scope, request.record), no_stop):
+        for _, reading in self._read(request, cache, reused, _Passes(self.model, [request.scope], request.record), no_stop):
             yield reading
 
     def _read(self, request: Request, cache: Cache, reused: int, passes: _Passes, stop: Callable[[], bool]) -> Iterator[tuple[Tensor, Reading]]:
@@ -322,28 +321,42 @@ class Engine:
 
 
 class _Passes:
-    """Forward passes with one routing scope, and the routes of the last one.
+    """Forward passes of rows with their routing scopes, and the routes of the last pass.
 
     Attributes:
-        scope: Settings that choose the adapters.
+        scopes: Settings that choose the adapters, of each row.
         record: Whether to record routes.
         routes: (indices, weights) of the last pass, each of shape (tokens, layers, k); None if routes are not recorded.
         paths: Module paths of the recorded layers.
     """
 
-    def __init__(self, model: nn.Module, scope: RoutingScope, record: bool) -> None:
-        self.model, self.scope, self.record = model, scope, record
+    def __init__(self, model: nn.Module, scopes: Sequence[RoutingScope], record: bool) -> None:
+        self.model, self.scopes, self.record = model, tuple(scopes), record
         self.routes: tuple[Tensor, Tensor] | None = None
         self.paths: tuple[str, ...] = ()
 
+    def select(self, rows: Sequence[int]) -> _Passes:
+        """The passes of some of the rows."""
+        return _Passes(self.model, [self.scopes[row] for row in rows], self.record)
+
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Context manager of one forward pass."""
+    def one(self, count: int = 1) -> Iterator[Hashable]:
+        """Context manager of one forward pass of ``count`` rows, in which spare rows repeat the others.
+
+        Yields:
+            Everything besides the weights that the pass depends on, as a key. It keeps the tensors of the routing options alive.
+        """
+        first = self.scopes[0]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(self.scope.enter())
+            if all(scope.key == first.key for scope in self.scopes):
+                stack.enter_context(first.enter())
+            else:
+                options = [self.scopes[row % len(self.scopes)].options or RouteOptions() for row in range(count)]
+                stack.enter_context(meteora_of(self.model).apply_rows(options))
+            state = find_meteora(self.model)
             recorded = stack.enter_context(record_routes(self.model)) if self.record else None
-            yield
+            yield (tuple(dict.fromkeys(scope.key for scope in self.scopes)), None if state is None else state.mode.rows)
         if recorded is not None:
             self.routes, self.paths = recorded.packed(), recorded.paths
 
@@ -365,8 +378,8 @@ class _Writing:
 
     def advance(self) -> None:
         """Read the last token of each row and choose the next."""
-        with self.passes.one():
-            self.cache.advance(self.rows, self.passes.scope.key, eager=self.passes.record)
+        with self.passes.one(len(self.rows)) as key:
+            self.cache.advance(self.rows, key, eager=self.passes.record)
         self.steps += 1
 
     def look(self) -> None:
@@ -378,7 +391,8 @@ class _Writing:
         rows = self.rows
         done, usable, self.tokens = torch.stack([rows.done.long(), rows.usable.long(), rows.token[:, 0]]).tolist()
         if not all(usable):
-            raise non_finite_error(self.cache.model, rows.tokens_of(usable.index(0)), self.passes.scope.enter)
+            row = usable.index(0)
+            raise non_finite_error(self.cache.model, rows.tokens_of(row), self.passes.scopes[row % len(self.passes.scopes)].enter)
         self.done = [bool(flag) for flag in done]
 
     def leave(self, unfinished: Sequence[int], steps: int) -> bool:
@@ -389,6 +403,7 @@ class _Writing:
         if smaller is None:
             return False
         self.cache, self.rows = smaller
+        self.passes = self.passes.select(unfinished)
         return True
 
 

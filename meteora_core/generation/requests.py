@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from meteora_core.generation.sampling import Sampling
+from meteora_core.routing import Meteora, RouteOptions
 
 Finish = Literal["end", "length", "context", "stopped"]
 """Reason why an answer ended: an end token, max_new_tokens, a full context, or a stop by the caller."""
@@ -22,15 +23,31 @@ class RoutingScope:
     Attributes:
         key: Everything besides the tokens that the keys and values of a cache depend on. Requests with equal keys can share a cache.
         enter: Function that returns the context manager of a forward pass, such as one that forces routes or disables adapters.
+        options: The same choice as a value. Requests whose scopes have options can share a batch even if the options differ; None allows only equal keys.
     """
 
     key: Hashable = None
     enter: Callable[[], AbstractContextManager[Any]] = nullcontext
+    options: RouteOptions | None = None
+
+    @classmethod
+    def of(cls, state: Meteora, options: RouteOptions) -> RoutingScope:
+        """The scope of a request that is routed by ``options``.
+
+        Args:
+            state: The routing state of the model.
+            options: The options of the request.
+
+        Raises:
+            UsageError: The options do not fit the model's adapters.
+        """
+        options.check(state.names)
+        return cls(options, lambda: state.apply(options), options)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer. The requests of a batch may differ in everything but their routing scope.
+    """One prompt to answer. The requests of a batch may differ in everything; scopes that differ must have routing options.
 
     Attributes:
         ids: Token ids of the whole prompt, including earlier turns; at least one.

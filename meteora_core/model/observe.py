@@ -1,4 +1,4 @@
-"""A layer's output while routes are forced, gates are labelled, or a recorder listens."""
+"""A layer's output while routes are forced, rows have routing options of their own, gates are labelled, or a recorder listens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from meteora_core.errors import UsageError
 from meteora_core.model.tokens import RoutedLayer, forced_routes, token_shape
-from meteora_core.routing import IGNORE, GateLabels, Recorder
-from meteora_kernels import Adapters, Routing, mix, route
+from meteora_core.routing import IGNORE, GateLabels, Recorder, RowRoutes
+from meteora_kernels import Adapters, Routing, mix, route, route_rows
 
 
 def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapters, lora_x: Tensor | None) -> Tensor:
@@ -26,12 +26,19 @@ def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapte
         UsageError: The layer's tokens cannot be matched to the batch, or the labels belong to another batch.
     """
     state, mode = layer.state, layer.state.mode
-    if mode.forced is not None:
-        indices, weights = forced_routes(layer, state.on(mode.forced, x.device), x)
-        mixed = mix(x, output, adapters, Routing(top_k=1, indices=indices, weights=weights), lora_x=lora_x, backend=state.backend)
+    if mode.forced is not None or mode.rows is not None:
+        logits = None
+        if mode.forced is not None:
+            indices, weights = forced_routes(layer, state.on(mode.forced, x.device), x)
+        elif mode.rows is not None:
+            indices, weights, logits = row_routes(layer, mode.rows, x, adapters)
+        given = Routing(top_k=indices.shape[-1], indices=indices, weights=weights)
+        mixed = mix(x, output, adapters, given, lora_x=lora_x, backend=state.backend)
         assert isinstance(mixed, Tensor)
         if mode.recorder is not None:
             _record(layer, mode.recorder, token_shape(layer, x), indices, weights)
+        if mode.gate_labels is not None and logits is not None:
+            _compare(layer, mode.gate_labels, token_shape(layer, x), logits)
         return mixed
     routing = state.routing_on(x.device)
     mixed, logits = mix(x, output, adapters, routing, lora_x=lora_x, backend=state.backend, return_logits=True)
@@ -41,6 +48,40 @@ def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapte
     if mode.gate_labels is not None:
         _compare(layer, mode.gate_labels, shape, F.linear(x.detach(), adapters.gate) if mode.gate_labels.alone else logits)
     return mixed
+
+
+def row_routes(layer: RoutedLayer, rows: RowRoutes, x: Tensor, adapters: Adapters) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The routes of each token by the options of its row.
+
+    Args:
+        layer: The layer.
+        rows: The options of each row of the batch, or of all rows.
+        x: Input of the layer (..., in).
+        adapters: The layer's adapters.
+
+    Returns:
+        Indices int64 (..., k), weights (..., k), and the gate logits (..., N), or None if no row needs them.
+
+    Raises:
+        UsageError: The number of rows is not that of the batch.
+    """
+    on, lead = layer.state.on, x.shape[:-1]
+    shape = torch.Size((1, lead.numel())) if rows.rows == 1 else token_shape(layer, x)
+    if rows.rows > 1 and (len(shape) != 2 or shape[0] != rows.rows):
+        raise UsageError(
+            f"there are routing options for {rows.rows} rows, but {layer.path} receives a batch of shape {tuple(shape)}",
+            hint="give one RouteOptions for each row of the batch that the model is called with",
+        )
+    indices = on(rows.indices, x.device).expand(*shape, -1)
+    weights = on(rows.weights, x.device).expand(*shape, -1)
+    logits = None
+    if rows.gated:
+        logits = F.linear(x, adapters.gate)
+        top_k, temperature, allowed = on(rows.top_k, x.device), on(rows.temperature, x.device), on(rows.allowed, x.device)
+        chosen, shares = route_rows(logits.reshape(*shape, -1), top_k, temperature, allowed, rows.width)
+        fixed = on(rows.fixed, x.device)
+        indices, weights = torch.where(fixed, indices, chosen), torch.where(fixed, weights.to(shares.dtype), shares)
+    return indices.reshape(*lead, -1), weights.reshape(*lead, -1), logits
 
 
 def _record(layer: RoutedLayer, recorder: Recorder, shape: torch.Size, indices: Tensor, weights: Tensor) -> None:

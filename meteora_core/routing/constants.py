@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Hashable, MutableMapping
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from meteora_core.routing.options import RowRoutes
+
+KEPT = 64
+"""Number of batches of routing options whose tensors are kept for the next call."""
 
 
 class Constants:
@@ -19,6 +24,7 @@ class Constants:
     def __init__(self) -> None:
         self._singles: dict[int, Tensor] = {}
         self._masks: dict[frozenset[int], Tensor] = {}
+        self._rows: dict[Hashable, RowRoutes] = {}
         self._copies: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakTensorKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
@@ -37,6 +43,17 @@ class Constants:
             with torch.inference_mode(False):
                 self._masks[muted] = torch.tensor([adapter not in muted for adapter in range(count)])
         return self._masks[muted]
+
+    def rows(self, key: Hashable, make: Callable[[], RowRoutes]) -> RowRoutes:
+        """The tensors of a batch's routing options; an equal key returns the same object for as long as it is among the last :data:`KEPT`.
+
+        A captured CUDA graph that reads the tensors must keep the object.
+        """
+        found = self._rows.pop(key, None)
+        self._rows[key] = found = make() if found is None else found
+        while len(self._rows) > KEPT:
+            del self._rows[next(iter(self._rows))]
+        return found
 
     def on(self, tensor: Tensor, device: torch.device) -> Tensor:
         """A tensor on a device. Only the first call for a tensor and a device copies it."""

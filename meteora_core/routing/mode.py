@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from meteora_core.routing.options import RowRoutes
 from meteora_core.routing.routes import Recorder
 
 IGNORE = -100
@@ -56,19 +57,21 @@ class Mode:
     Attributes:
         enabled: Whether adapters take part; without them the model is its base.
         forced: Adapter to use instead of the gates' choice, int64 (1,), (batch,) or (batch, tokens); None lets the gates choose.
+        rows: Routing options of each row of the batch, which count where ``forced`` is None.
         gate_labels: Adapters that the gates should choose; None computes no gate loss.
         recorder: Recorder of the layers' choices; None records nothing.
-        observed: Whether routes are forced, gates are labelled or choices are recorded.
+        observed: Whether routes are forced, rows differ, gates are labelled or choices are recorded.
     """
 
     enabled: bool = True
     forced: Tensor | None = None
+    rows: RowRoutes | None = None
     gate_labels: GateLabels | None = None
     recorder: Recorder | None = None
     observed: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        observed = self.forced is not None or self.gate_labels is not None or self.recorder is not None
+        observed = any(part is not None for part in (self.forced, self.rows, self.gate_labels, self.recorder))
         object.__setattr__(self, "observed", observed)
 
 

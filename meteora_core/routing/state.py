@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from meteora_core.errors import UsageError
 from meteora_core.routing.base_record import BaseRecord
 from meteora_core.routing.constants import Constants
 from meteora_core.routing.mode import GateLabels, GateObservations, LastCall, Mode
+from meteora_core.routing.options import RouteOptions, RowRoutes
 from meteora_core.routing.provenance import GateOrigin, Provenance
 from meteora_core.routing.routes import Recorder, Routes
 from meteora_kernels import BACKENDS, Routing
@@ -29,8 +30,8 @@ class Meteora:
     """The routing state of a model with adapters: ``model.meteora``, which ``attach`` sets and all layers of the model share.
 
     It has three parts: how tokens choose adapters (:attr:`routing`, :attr:`backend`), what a call of the layers does in addition or instead
-    (:attr:`mode`, set by the ``with`` blocks :meth:`force`, :meth:`label_gates`, :meth:`record` and :meth:`disabled`), and the origin of the model
-    (:attr:`provenance`).
+    (:attr:`mode`, set by the ``with`` blocks :meth:`force`, :meth:`mix`, :meth:`apply`, :meth:`apply_rows`, :meth:`label_gates`, :meth:`record` and
+    :meth:`disabled`), and the origin of the model (:attr:`provenance`).
 
     Args:
         adapters: The bank's adapters, in order.
@@ -132,6 +133,12 @@ class Meteora:
         indices = frozenset(self.names.index(name) for name in muted)
         self.routing = self._routing._replace(allowed=self._constants.all_but(indices, len(self.names)) if muted else None)
 
+    @property
+    def muted(self) -> frozenset[str]:
+        """Names of the adapters that are excluded from routing."""
+        allowed = self._routing.allowed
+        return frozenset() if allowed is None else frozenset(name for name, fine in zip(self.names, allowed.tolist(), strict=True) if not fine)
+
     def routing_on(self, device: torch.device) -> Routing:
         """:attr:`routing` with its tensors on a layer's device."""
         routing = self._routing
@@ -204,6 +211,89 @@ class Meteora:
             yield
         finally:
             self.mode = replace(self.mode, forced=before)
+
+    def mix(self, weights: Mapping[str, float]) -> AbstractContextManager[None]:
+        """Replace the gates within the block by a static mix: ``y = W x + sum_i w_i s_i B_i A_i x`` for every token and layer.
+
+        PEFT's ``add_weighted_adapter(..., combination_type="cat")`` computes the same. Its "linear" does not: it multiplies sums of matrices, so that A of
+        one adapter also meets B of another; the two agree only if one adapter has a weight.
+
+        Args:
+            weights: Weight of each adapter by name; they need not sum to 1.
+
+        Raises:
+            UsageError: A name is unknown or a weight is not finite.
+
+        Example:
+            >>> with model.meteora.mix({"gsm8k": 0.7, "strategyqa": 0.3}):  # doctest: +SKIP
+            ...     model.generate(**inputs)
+        """
+        return self.apply(RouteOptions(weights=weights))
+
+    @contextmanager
+    def apply(self, options: RouteOptions) -> Iterator[None]:
+        """Route all tokens by ``options`` within the block. Raises UsageError if the options do not fit the adapters.
+
+        Example:
+            >>> with model.meteora.apply(RouteOptions(top_k=1, muted={"gsm8k"})):  # doctest: +SKIP
+            ...     model.generate(**inputs)
+        """
+        options.check(self.names)
+        rows = None if options.weights is None or not options.enabled else self._row_routes((options,))
+        forced = options.forced if options.enabled else None
+        routing, mode = self._routing, self._mode
+        self.last_call = LastCall()
+        try:
+            if options.top_k is not None:
+                self.top_k = options.top_k
+            if options.temperature is not None:
+                self.temperature = options.temperature
+            if options.muted:
+                self.mute({*options.muted, *self.muted})
+            self.mode = replace(mode, enabled=options.enabled, rows=rows, forced=None if forced is None else self._constants.single(self.names.index(forced)))
+            yield
+        finally:
+            self.routing = routing
+            self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
+
+    @contextmanager
+    def apply_rows(self, options: Sequence[RouteOptions]) -> Iterator[None]:
+        """Route each row of a batch by options of its own within the block.
+
+        The layers compute all rows in one call. Every row has as many routes as the row that needs most; the others have weight 0, so a row's output does
+        not depend on the options of other rows.
+
+        Args:
+            options: Options of each row. The model must be called with this number of rows; a single one holds for all rows.
+
+        Raises:
+            UsageError: The options do not fit the adapters, or the list is empty.
+
+        Example:
+            >>> with model.meteora.apply_rows([RouteOptions(forced="gsm8k"), RouteOptions(top_k=1)]):  # doctest: +SKIP
+            ...     model(**batch_of_two_rows)
+        """
+        if not options:
+            raise UsageError("there are no routing options for the rows", hint="give one RouteOptions for each row of the batch")
+        if all(row == options[0] for row in options):
+            with self.apply(options[0]):
+                yield
+            return
+        for row in options:
+            row.check(self.names)
+        self.last_call = LastCall()
+        mode = self._mode
+        self.mode = replace(mode, enabled=True, forced=None, rows=self._row_routes(tuple(options)))
+        try:
+            yield
+        finally:
+            self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
+
+    def _row_routes(self, options: tuple[RouteOptions, ...]) -> RowRoutes:
+        """The tensors of some rows' options; equal options give the same object while it is in use."""
+        routing = self._routing
+        key = (options, routing.top_k, routing.temperature, self.muted)
+        return self._constants.rows(key, lambda: RowRoutes.of(options, self.names, routing))
 
     @contextmanager
     def record(self, recorder: Recorder) -> Iterator[None]:

@@ -9,11 +9,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from meteora_core import AdapterBank, attach
+from meteora_core.errors import UsageError
 from meteora_core.generation import engine as engine_module
 from meteora_core.generation import fixed_cache, growing_cache
 from meteora_core.generation.fixed_cache import FixedCache, can_be_fixed
 from meteora_core.generation.requests import Request, RoutingScope
 from meteora_core.generation.sampling import Sampling
+from meteora_core.routing import RouteOptions
 from support.chat_world import without_ends
 from support.generation import by_transformers, engine_of, requests_of
 from support.tiny_models import make_tiny_llama
@@ -214,3 +216,23 @@ def test_every_pass_of_a_batch_runs_in_its_scope(model, make_adapter) -> None:
         engine = engine_of(model, graphs)
         assert engine.answer(forced) == wanted
         assert engine.answer(requests_of()) == free
+
+
+@pytest.mark.parametrize("graphs", ["off", "on"])
+def test_requests_with_their_own_routing_options_answer_as_alone(model, graphs, monkeypatch) -> None:
+    state = getattr(model, "meteora", None)
+    if state is None:
+        pytest.skip("nothing routes")
+    monkeypatch.setattr(fixed_cache, "TAIL_STEPS", 2)
+    options = [RouteOptions(), RouteOptions(top_k=1), RouteOptions(forced="two"), RouteOptions(weights={"one": 0.7, "two": 0.6}), RouteOptions(enabled=False)]
+    routed = [replace(request, scope=RoutingScope.of(state, options[place % 5])) for place, request in enumerate([*requests_of(), *requests_of(seed=2)])]
+    engine, alone = engine_of(model, graphs), engine_of(model)
+    together = engine.answer(routed)
+    for request, answer in zip(routed, together, strict=True):
+        assert list(list(alone.stream(request))[-1].ids) == answer
+        with state.apply(request.scope.options):
+            assert by_transformers(model, [request]) == [answer]
+    assert engine.answer(routed) == together
+    assert together != engine.answer([*requests_of(), *requests_of(seed=2)])
+    with pytest.raises(UsageError, match="no adapter named 'three'"):
+        RoutingScope.of(state, RouteOptions(forced="three"))

@@ -1,0 +1,176 @@
+"""The routing options of one request: how the adapters of its tokens are chosen, whatever other requests of its batch ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from meteora_core.errors import UsageError, did_you_mean
+from meteora_kernels import Routing
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """How adapters are chosen for the tokens of one request.
+
+    Without ``enabled``, the base model answers alone. Otherwise ``weights`` or ``forced`` replace the gates, and if both are absent the gates choose.
+
+    Attributes:
+        top_k: Number of adapters per token and layer; None keeps the model's.
+        temperature: Routing temperature T; None keeps the model's.
+        forced: Name of the only adapter in use, with weight 1.
+        muted: Names of adapters that the gates never choose, in addition to those that are muted for the whole model.
+        weights: A static mix: the weight of each adapter by name, the same for every token and layer. Weights need not sum to 1.
+        enabled: Whether adapters are used at all.
+
+    Example:
+        >>> from meteora_core.routing import RouteOptions
+        >>> RouteOptions(forced="gsm8k").describe()
+        'forced: gsm8k'
+        >>> RouteOptions(weights={"gsm8k": 0.7, "strategyqa": 0.3}).describe()
+        'mix: 0.7 gsm8k + 0.3 strategyqa'
+    """
+
+    top_k: int | None = None
+    temperature: float | None = None
+    forced: str | None = None
+    muted: frozenset[str] = frozenset()
+    weights: Mapping[str, float] | None = None
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "muted", frozenset(self.muted))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", dict(self.weights))
+
+    def __hash__(self) -> int:
+        weights = None if self.weights is None else frozenset(self.weights.items())
+        return hash((self.top_k, self.temperature, self.forced, self.muted, weights, self.enabled))
+
+    @property
+    def gated(self) -> bool:
+        """Whether the gates choose."""
+        return self.enabled and self.forced is None and self.weights is None
+
+    def describe(self) -> str:
+        """A short description for users."""
+        if not self.enabled:
+            return "base model"
+        if self.weights is not None:
+            return "mix: " + " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+        if self.forced is not None:
+            return f"forced: {self.forced}"
+        top = "gates" if self.top_k is None else f"gates: top {self.top_k}"
+        temperature = "" if self.temperature is None else f", T {self.temperature:g}"
+        return top + temperature + (f", without {', '.join(sorted(self.muted))}" if self.muted else "")
+
+    def check(self, names: Sequence[str]) -> None:
+        """Check the options against the adapters of a model.
+
+        Args:
+            names: Names of the model's adapters.
+
+        Raises:
+            UsageError: A name is unknown, a value is out of range, all adapters are muted, or two options exclude each other.
+        """
+        for name in (*self.muted, *(self.weights or ()), *([] if self.forced is None else [self.forced])):
+            if name not in names:
+                raise UsageError(f"no adapter named {name!r}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}")
+        if self.top_k is not None and not 1 <= self.top_k <= len(names):
+            raise UsageError(f"top_k is {self.top_k}, but the bank has {len(names)} adapters", hint=f"choose a top_k between 1 and {len(names)}")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise UsageError(f"the routing temperature T is {self.temperature}, it must be above 0 and finite", hint="T = 1 is the default")
+        if len(self.muted) == len(names):
+            raise UsageError("all adapters would be muted", hint="leave at least one")
+        if self.weights is not None:
+            if self.forced is not None:
+                raise UsageError("a forced adapter and weights exclude each other", hint="give one of the two")
+            if not self.weights:
+                raise UsageError("the weights name no adapter", hint=f"there are: {', '.join(names)}")
+            for name, weight in self.weights.items():
+                if not math.isfinite(weight):
+                    raise UsageError(f"the weight of {name} is {weight}, it must be a finite number", hint="weights are numbers such as 0.7")
+
+
+@dataclass(frozen=True, eq=False)
+class RowRoutes:
+    """The routing options of each row of a batch, as tensors on the CPU. With a single row, they hold for all tokens of the batch.
+
+    Attributes:
+        options: The options of each row.
+        width: Number of routes per token k, the most that a row needs; rows that need fewer have routes of weight 0.
+        gated: Whether the gates choose in any row.
+        top_k: Number of adapters per token of each row, int64 (batch, 1).
+        temperature: Routing temperature of each row, float32 (batch, 1).
+        allowed: Whether the gates of each row may choose an adapter, bool (batch, 1, N).
+        fixed: Whether each row has fixed routes instead of gates, bool (batch, 1, 1).
+        indices: Fixed routes of each row, int64 (batch, 1, k); in other rows they have no effect.
+        weights: Weights of the fixed routes, float32 (batch, 1, k).
+    """
+
+    options: tuple[RouteOptions, ...]
+    width: int
+    gated: bool
+    top_k: Tensor = field(repr=False)
+    temperature: Tensor = field(repr=False)
+    allowed: Tensor = field(repr=False)
+    fixed: Tensor = field(repr=False)
+    indices: Tensor = field(repr=False)
+    weights: Tensor = field(repr=False)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.options)
+
+    @classmethod
+    def of(cls, options: tuple[RouteOptions, ...], names: Sequence[str], routing: Routing) -> RowRoutes:
+        """Make the tensors of some rows.
+
+        Args:
+            options: The checked options of each row; at least one.
+            names: Names of the model's adapters.
+            routing: The routing of the whole model, from which options that are None are taken.
+
+        Raises:
+            UsageError: All adapters of a row are muted.
+        """
+        fixed = [_fixed(row, names) for row in options]
+        top_k = [row.top_k or routing.top_k for row in options]
+        width = max(top_k[index] if routes is None else len(routes) for index, routes in enumerate(fixed))
+        everywhere = [True] * len(names) if routing.allowed is None else routing.allowed.tolist()
+        allowed = [[fine and name not in row.muted for fine, name in zip(everywhere, names, strict=True)] for row in options]
+        if not all(map(any, allowed)):
+            raise UsageError("all adapters would be muted", hint="leave at least one")
+        filled = [_filled(routes or {}, width, len(names)) for routes in fixed]
+        with torch.inference_mode(False):
+            return cls(
+                options,
+                width,
+                None in fixed,
+                torch.tensor(top_k).unsqueeze(1),
+                torch.tensor([row.temperature or routing.temperature for row in options], dtype=torch.float32).unsqueeze(1),
+                torch.tensor(allowed).unsqueeze(1),
+                torch.tensor([routes is not None for routes in fixed]).view(-1, 1, 1),
+                torch.tensor([list(routes) for routes in filled]).unsqueeze(1),
+                torch.tensor([list(routes.values()) for routes in filled], dtype=torch.float32).unsqueeze(1),
+            )
+
+
+def _fixed(options: RouteOptions, names: Sequence[str]) -> dict[int, float] | None:
+    """The weights of the adapters by index; None if the gates choose. The base model alone is an adapter of weight 0."""
+    if not options.enabled:
+        return {0: 0.0}
+    if options.weights is not None:
+        return {names.index(name): float(weight) for name, weight in options.weights.items()}
+    return None if options.forced is None else {names.index(options.forced): 1.0}
+
+
+def _filled(routes: Mapping[int, float], width: int, count: int) -> dict[int, float]:
+    """``width`` routes: the given ones, then other adapters with weight 0."""
+    others = [index for index in range(count) if index not in routes][: width - len(routes)]
+    return {**routes, **dict.fromkeys(others, 0.0)}
