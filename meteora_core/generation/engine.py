@@ -31,7 +31,7 @@ from meteora_core.generation.rows import Batch, Rows, Rules, until_end
 from meteora_core.generation.text import TextDecoder
 from meteora_core.model.caches import cache_argument, padding_is_safe, pieces_are_safe
 from meteora_core.model.vocabulary import check_tokens, padding_token
-from meteora_core.routing import RouteOptions, find_meteora, meteora_of, record_routes
+from meteora_core.routing import RoutingOptions, find_meteora, meteora_of, record_routes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -352,7 +352,7 @@ class _Passes:
             if all(scope.key == first.key for scope in self.scopes):
                 stack.enter_context(first.enter())
             else:
-                options = [self.scopes[row % len(self.scopes)].options or RouteOptions() for row in range(count)]
+                options = [self.scopes[row % len(self.scopes)].options or RoutingOptions() for row in range(count)]
                 stack.enter_context(meteora_of(self.model).apply_rows(options))
             state = find_meteora(self.model)
             recorded = stack.enter_context(record_routes(self.model)) if self.record else None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from meteora_core.generation.sampling import Sampling
-from meteora_core.routing import Meteora, RouteOptions
+from meteora_core.routing import Meteora, RoutingOptions
 
 Finish = Literal["end", "length", "context", "stopped"]
 """Reason why an answer ended: an end token, max_new_tokens, a full context, or a stop by the caller."""
@@ -28,10 +28,10 @@ class RoutingScope:
 
     key: Hashable = None
     enter: Callable[[], AbstractContextManager[Any]] = nullcontext
-    options: RouteOptions | None = None
+    options: RoutingOptions | None = None
 
     @classmethod
-    def of(cls, state: Meteora, options: RouteOptions) -> RoutingScope:
+    def of(cls, state: Meteora, options: RoutingOptions) -> RoutingScope:
         """The scope of a request that is routed by ``options``.
 
         Args:

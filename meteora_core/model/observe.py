@@ -70,7 +70,7 @@ def row_routes(layer: RoutedLayer, rows: RowRoutes, x: Tensor, adapters: Adapter
     if rows.rows > 1 and (len(shape) != 2 or shape[0] != rows.rows):
         raise UsageError(
             f"there are routing options for {rows.rows} rows, but {layer.path} receives a batch of shape {tuple(shape)}",
-            hint="give one RouteOptions for each row of the batch that the model is called with",
+            hint="give one RoutingOptions for each row of the batch that the model is called with",
         )
     indices = on(rows.indices, x.device).expand(*shape, -1)
     weights = on(rows.weights, x.device).expand(*shape, -1)

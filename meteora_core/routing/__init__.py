@@ -4,7 +4,7 @@
 """
 
 from meteora_core.routing.mode import IGNORE, GateLabels, GateObservations, LastCall, Mode
-from meteora_core.routing.options import RouteOptions, RowRoutes
+from meteora_core.routing.options import RoutingOptions, RowRoutes
 from meteora_core.routing.provenance import GateOrigin, GateStart, Provenance
 from meteora_core.routing.routes import Recorder, Routes, RoutingDecision
 from meteora_core.routing.state import Meteora, base_record, find_meteora, is_compiled, meteora_of, record_routes
@@ -20,9 +20,9 @@ __all__ = [
     "Mode",
     "Provenance",
     "Recorder",
-    "RouteOptions",
     "Routes",
     "RoutingDecision",
+    "RoutingOptions",
     "RowRoutes",
     "base_record",
     "find_meteora",

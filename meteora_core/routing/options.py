@@ -14,7 +14,7 @@ from meteora_kernels import Routing
 
 
 @dataclass(frozen=True)
-class RouteOptions:
+class RoutingOptions:
     """How adapters are chosen for the tokens of one request.
 
     Without ``enabled``, the base model answers alone. Otherwise ``weights`` or ``forced`` replace the gates, and if both are absent the gates choose.
@@ -28,10 +28,10 @@ class RouteOptions:
         enabled: Whether adapters are used at all.
 
     Example:
-        >>> from meteora_core.routing import RouteOptions
-        >>> RouteOptions(forced="gsm8k").describe()
+        >>> from meteora_core.routing import RoutingOptions
+        >>> RoutingOptions(forced="gsm8k").describe()
         'forced: gsm8k'
-        >>> RouteOptions(weights={"gsm8k": 0.7, "strategyqa": 0.3}).describe()
+        >>> RoutingOptions(weights={"gsm8k": 0.7, "strategyqa": 0.3}).describe()
         'mix: 0.7 gsm8k + 0.3 strategyqa'
     """
 
@@ -112,7 +112,7 @@ class RowRoutes:
         weights: Weights of the fixed routes, float32 (batch, 1, k).
     """
 
-    options: tuple[RouteOptions, ...]
+    options: tuple[RoutingOptions, ...]
     width: int
     gated: bool
     top_k: Tensor = field(repr=False)
@@ -128,7 +128,7 @@ class RowRoutes:
         return len(self.options)
 
     @classmethod
-    def of(cls, options: tuple[RouteOptions, ...], names: Sequence[str], routing: Routing) -> RowRoutes:
+    def of(cls, options: tuple[RoutingOptions, ...], names: Sequence[str], routing: Routing) -> RowRoutes:
         """Make the tensors of some rows.
 
         Args:
@@ -161,7 +161,7 @@ class RowRoutes:
             )
 
 
-def _fixed(options: RouteOptions, names: Sequence[str]) -> dict[int, float] | None:
+def _fixed(options: RoutingOptions, names: Sequence[str]) -> dict[int, float] | None:
     """The weights of the adapters by index; None if the gates choose. The base model alone is an adapter of weight 0."""
     if not options.enabled:
         return {0: 0.0}

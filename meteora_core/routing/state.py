@@ -15,7 +15,7 @@ from meteora_core.errors import UsageError
 from meteora_core.routing.base_record import BaseRecord
 from meteora_core.routing.constants import Constants
 from meteora_core.routing.mode import GateLabels, GateObservations, LastCall, Mode
-from meteora_core.routing.options import RouteOptions, RowRoutes
+from meteora_core.routing.options import RoutingOptions, RowRoutes
 from meteora_core.routing.provenance import GateOrigin, Provenance
 from meteora_core.routing.routes import Recorder, Routes
 from meteora_kernels import BACKENDS, Routing
@@ -228,14 +228,14 @@ class Meteora:
             >>> with model.meteora.mix({"gsm8k": 0.7, "strategyqa": 0.3}):  # doctest: +SKIP
             ...     model.generate(**inputs)
         """
-        return self.apply(RouteOptions(weights=weights))
+        return self.apply(RoutingOptions(weights=weights))
 
     @contextmanager
-    def apply(self, options: RouteOptions) -> Iterator[None]:
+    def apply(self, options: RoutingOptions) -> Iterator[None]:
         """Route all tokens by ``options`` within the block. Raises UsageError if the options do not fit the adapters.
 
         Example:
-            >>> with model.meteora.apply(RouteOptions(top_k=1, muted={"gsm8k"})):  # doctest: +SKIP
+            >>> with model.meteora.apply(RoutingOptions(top_k=1, muted={"gsm8k"})):  # doctest: +SKIP
             ...     model.generate(**inputs)
         """
         options.check(self.names)
@@ -257,7 +257,7 @@ class Meteora:
             self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
 
     @contextmanager
-    def apply_rows(self, options: Sequence[RouteOptions]) -> Iterator[None]:
+    def apply_rows(self, options: Sequence[RoutingOptions]) -> Iterator[None]:
         """Route each row of a batch by options of its own within the block.
 
         The layers compute all rows in one call. Every row has as many routes as the row that needs most; the others have weight 0, so a row's output does
@@ -270,11 +270,11 @@ class Meteora:
             UsageError: The options do not fit the adapters, or the list is empty.
 
         Example:
-            >>> with model.meteora.apply_rows([RouteOptions(forced="gsm8k"), RouteOptions(top_k=1)]):  # doctest: +SKIP
+            >>> with model.meteora.apply_rows([RoutingOptions(forced="gsm8k"), RoutingOptions(top_k=1)]):  # doctest: +SKIP
             ...     model(**batch_of_two_rows)
         """
         if not options:
-            raise UsageError("there are no routing options for the rows", hint="give one RouteOptions for each row of the batch")
+            raise UsageError("there are no routing options for the rows", hint="give one RoutingOptions for each row of the batch")
         if all(row == options[0] for row in options):
             with self.apply(options[0]):
                 yield
@@ -289,7 +289,7 @@ class Meteora:
         finally:
             self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
 
-    def _row_routes(self, options: tuple[RouteOptions, ...]) -> RowRoutes:
+    def _row_routes(self, options: tuple[RoutingOptions, ...]) -> RowRoutes:
         """The tensors of some rows' options; equal options give the same object while it is in use."""
         routing = self._routing
         key = (options, routing.top_k, routing.temperature, self.muted)

@@ -15,7 +15,7 @@ from meteora_core.generation import fixed_cache, growing_cache
 from meteora_core.generation.fixed_cache import FixedCache, can_be_fixed
 from meteora_core.generation.requests import Request, RoutingScope
 from meteora_core.generation.sampling import Sampling
-from meteora_core.routing import RouteOptions
+from meteora_core.routing import RoutingOptions
 from support.chat_world import without_ends
 from support.generation import by_transformers, engine_of, requests_of
 from support.tiny_models import make_tiny_llama
@@ -224,7 +224,13 @@ def test_requests_with_their_own_routing_options_answer_as_alone(model, graphs, 
     if state is None:
         pytest.skip("nothing routes")
     monkeypatch.setattr(fixed_cache, "TAIL_STEPS", 2)
-    options = [RouteOptions(), RouteOptions(top_k=1), RouteOptions(forced="two"), RouteOptions(weights={"one": 0.7, "two": 0.6}), RouteOptions(enabled=False)]
+    options = [
+        RoutingOptions(),
+        RoutingOptions(top_k=1),
+        RoutingOptions(forced="two"),
+        RoutingOptions(weights={"one": 0.7, "two": 0.6}),
+        RoutingOptions(enabled=False),
+    ]
     routed = [replace(request, scope=RoutingScope.of(state, options[place % 5])) for place, request in enumerate([*requests_of(), *requests_of(seed=2)])]
     engine, alone = engine_of(model, graphs), engine_of(model)
     together = engine.answer(routed)
@@ -235,4 +241,4 @@ def test_requests_with_their_own_routing_options_answer_as_alone(model, graphs, 
     assert engine.answer(routed) == together
     assert together != engine.answer([*requests_of(), *requests_of(seed=2)])
     with pytest.raises(UsageError, match="no adapter named 'three'"):
-        RoutingScope.of(state, RouteOptions(forced="three"))
+        RoutingScope.of(state, RoutingOptions(forced="three"))

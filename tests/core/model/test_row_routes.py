@@ -9,20 +9,20 @@ from peft import PeftModel
 from meteora_core import AdapterBank, attach, record_routes
 from meteora_core.errors import UsageError
 from meteora_core.model.attach import meteora_layers
-from meteora_core.routing import RouteOptions
+from meteora_core.routing import RoutingOptions
 from support.tiny_models import make_tiny_llama
 
 NAMES = ("one", "two", "three")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS = (
-    RouteOptions(),
-    RouteOptions(top_k=1),
-    RouteOptions(top_k=3, temperature=7.0),
-    RouteOptions(forced="two"),
-    RouteOptions(muted={"one"}),
-    RouteOptions(muted={"one", "two"}, top_k=3),
-    RouteOptions(weights={"three": 0.7, "one": -0.4}),
-    RouteOptions(enabled=False),
+    RoutingOptions(),
+    RoutingOptions(top_k=1),
+    RoutingOptions(top_k=3, temperature=7.0),
+    RoutingOptions(forced="two"),
+    RoutingOptions(muted={"one"}),
+    RoutingOptions(muted={"one", "two"}, top_k=3),
+    RoutingOptions(weights={"three": 0.7, "one": -0.4}),
+    RoutingOptions(enabled=False),
 )
 
 
@@ -59,7 +59,7 @@ def test_rows_of_a_batch_are_what_each_is_alone(model, ids, backend) -> None:
         assert torch.equal(model(ids).logits, together)
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
     assert len({tuple(row[-1].tolist()) for row in logits_of(model, ids[:1].repeat(1, 1), OPTIONS[0])}) == 1
-    plain = logits_of(model, ids, RouteOptions())
+    plain = logits_of(model, ids, RoutingOptions())
     for row, options in enumerate(OPTIONS[1:], 1):
         assert (together[row] - plain[row]).abs().max() > 1e-3, options
 
@@ -67,9 +67,9 @@ def test_rows_of_a_batch_are_what_each_is_alone(model, ids, backend) -> None:
 def test_options_alone_are_what_the_blocks_of_the_state_do(model, ids) -> None:
     state = model.meteora
     with torch.no_grad(), state.force("two"):
-        assert torch.equal(model(ids).logits, logits_of(model, ids, RouteOptions(forced="two")))
+        assert torch.equal(model(ids).logits, logits_of(model, ids, RoutingOptions(forced="two")))
     with torch.no_grad(), state.disabled():
-        assert torch.equal(model(ids).logits, logits_of(model, ids, RouteOptions(enabled=False)))
+        assert torch.equal(model(ids).logits, logits_of(model, ids, RoutingOptions(enabled=False)))
     before = state.routing
     state.top_k, state.temperature = 1, 3.0
     state.mute(["three"])
@@ -77,16 +77,16 @@ def test_options_alone_are_what_the_blocks_of_the_state_do(model, ids) -> None:
         wanted = model(ids).logits
     changed = state.routing
     state.routing = before
-    assert torch.equal(wanted, logits_of(model, ids, RouteOptions(top_k=1, temperature=3.0, muted={"three"})))
+    assert torch.equal(wanted, logits_of(model, ids, RoutingOptions(top_k=1, temperature=3.0, muted={"three"})))
     assert state.routing is before
     state.routing = changed
-    assert torch.equal(wanted, logits_of(model, ids, RouteOptions()))
-    with torch.no_grad(), state.apply_rows([RouteOptions()] * len(ids)):
+    assert torch.equal(wanted, logits_of(model, ids, RoutingOptions()))
+    with torch.no_grad(), state.apply_rows([RoutingOptions()] * len(ids)):
         assert torch.equal(wanted, model(ids).logits)
-    with torch.no_grad(), state.apply_rows([RouteOptions(), RouteOptions(muted={"two"})]):
+    with torch.no_grad(), state.apply_rows([RoutingOptions(), RoutingOptions(muted={"two"})]):
         both = model(ids[:2]).logits
     torch.testing.assert_close(both[0], wanted[0], rtol=0, atol=2e-5)
-    torch.testing.assert_close(both[1:], logits_of(model, ids[1:2], RouteOptions(muted={"two", "three"})), rtol=0, atol=2e-5)
+    torch.testing.assert_close(both[1:], logits_of(model, ids[1:2], RoutingOptions(muted={"two", "three"})), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("weights", [{"one": 0.7, "three": 0.3}, {"one": 1.0, "two": 1.0, "three": 1.0}, {"two": 2.5}])
@@ -104,7 +104,7 @@ def test_a_static_mix_is_pefts_concatenated_adapter(model, folders, ids, weights
     model, peft = model.float(), peft.float().eval()
     with torch.no_grad():
         wanted = peft(ids).logits
-    mixed = logits_of(model, ids, RouteOptions(weights=weights))
+    mixed = logits_of(model, ids, RoutingOptions(weights=weights))
     torch.testing.assert_close(mixed, wanted, rtol=1e-5, atol=5e-5)  # logits of more than 10
     with torch.no_grad(), model.meteora.mix(weights):
         assert torch.equal(model(ids).logits, mixed)
@@ -120,7 +120,7 @@ def test_a_linear_combination_of_peft_agrees_only_for_a_single_adapter(make_adap
         peft.add_weighted_adapter(list(weights), list(weights.values()), f"mixed{number}", combination_type="linear")
         peft.set_adapter(f"mixed{number}")
         with torch.no_grad():
-            difference = (peft.eval()(ids).logits - logits_of(model, ids, RouteOptions(weights=weights))).abs().max()
+            difference = (peft.eval()(ids).logits - logits_of(model, ids, RoutingOptions(weights=weights))).abs().max()
         assert (difference <= 1e-5) == agrees
 
 
@@ -162,22 +162,22 @@ def test_a_batch_of_another_size_is_refused(model, ids) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (RouteOptions(forced="four"), "no adapter named 'four'"),
-        (RouteOptions(muted={"four"}), "no adapter named 'four'"),
-        (RouteOptions(weights={"four": 1.0}), "no adapter named 'four'"),
-        (RouteOptions(weights={}), "name no adapter"),
-        (RouteOptions(weights={"one": float("nan")}), "finite"),
-        (RouteOptions(weights={"one": 1.0}, forced="one"), "exclude each other"),
-        (RouteOptions(top_k=4), "top_k is 4"),
-        (RouteOptions(top_k=0), "top_k is 0"),
-        (RouteOptions(temperature=0.0), "temperature"),
-        (RouteOptions(temperature=float("inf")), "temperature"),
-        (RouteOptions(muted=frozenset(NAMES)), "all adapters"),
+        (RoutingOptions(forced="four"), "no adapter named 'four'"),
+        (RoutingOptions(muted={"four"}), "no adapter named 'four'"),
+        (RoutingOptions(weights={"four": 1.0}), "no adapter named 'four'"),
+        (RoutingOptions(weights={}), "name no adapter"),
+        (RoutingOptions(weights={"one": float("nan")}), "finite"),
+        (RoutingOptions(weights={"one": 1.0}, forced="one"), "exclude each other"),
+        (RoutingOptions(top_k=4), "top_k is 4"),
+        (RoutingOptions(top_k=0), "top_k is 0"),
+        (RoutingOptions(temperature=0.0), "temperature"),
+        (RoutingOptions(temperature=float("inf")), "temperature"),
+        (RoutingOptions(muted=frozenset(NAMES)), "all adapters"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_runs(model, options, text) -> None:
     before = (model.meteora.routing, model.meteora.mode)
-    for block in (lambda: model.meteora.apply(options), lambda: model.meteora.apply_rows([RouteOptions(), options])):
+    for block in (lambda: model.meteora.apply(options), lambda: model.meteora.apply_rows([RoutingOptions(), options])):
         with pytest.raises(UsageError, match=text), block():
             pass
     assert (model.meteora.routing, model.meteora.mode) == before
@@ -187,8 +187,8 @@ def test_muting_all_adapters_that_the_model_has_left_is_refused(model) -> None:
     model.meteora.mute(["one", "two"])
     assert model.meteora.muted == {"one", "two"}
     for block in (
-        lambda: model.meteora.apply(RouteOptions(muted={"three"})),
-        lambda: model.meteora.apply_rows([RouteOptions(), RouteOptions(muted={"three"})]),
+        lambda: model.meteora.apply(RoutingOptions(muted={"three"})),
+        lambda: model.meteora.apply_rows([RoutingOptions(), RoutingOptions(muted={"three"})]),
     ):
         with pytest.raises(UsageError, match="all adapters would be muted"), block():
             pass
@@ -197,9 +197,9 @@ def test_muting_all_adapters_that_the_model_has_left_is_refused(model) -> None:
 
 def test_options_are_values() -> None:
     weights = {"one": 0.5, "two": 0.5}
-    options = RouteOptions(weights=weights)
-    assert options == RouteOptions(weights={"two": 0.5, "one": 0.5})
-    assert len({options, RouteOptions(weights={"two": 0.5, "one": 0.5}), RouteOptions(muted=["one"]), RouteOptions(muted={"one"})}) == 2
+    options = RoutingOptions(weights=weights)
+    assert options == RoutingOptions(weights={"two": 0.5, "one": 0.5})
+    assert len({options, RoutingOptions(weights={"two": 0.5, "one": 0.5}), RoutingOptions(muted=["one"]), RoutingOptions(muted={"one"})}) == 2
     weights["one"] = 9.0
     assert options.weights == {"one": 0.5, "two": 0.5}
     described = [each.describe() for each in OPTIONS]
