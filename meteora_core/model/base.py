@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.errors import CheckpointError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.base_models import download_base, is_ready, model_folder
 from meteora_core.fetch.catalog import CATALOG
@@ -151,7 +152,7 @@ def load_base(
 
     Raises:
         CheckpointError: The model cannot be loaded (missing, broken, gated, no network; the message gives the reason), its files lack weights, which
-            transformers would initialise at random, its end tokens are not token ids, or it cannot decode with a cache.
+            transformers would initialise at random, or hold NaN or infinity, its end tokens are not token ids, or it cannot decode with a cache.
         UsageError: Quantisation is asked for without a GPU or without bitsandbytes, or by an unknown name.
     """
     from transformers import AutoModelForCausalLM
@@ -177,6 +178,7 @@ def load_base(
     except Exception as error:  # whatever a broken file makes transformers raise
         raise _cannot_load("model", reference, error) from error
     check_whole(model, reference, info)
+    check_finite(model, reference)
     name_reference(model, reference)
     model = (model if quantized else model.to(device)).eval()
     check_decoding(model)
@@ -213,6 +215,23 @@ def check_whole(model: PreTrainedModel, reference: BaseReference, info: dict[str
             raise CheckpointError(
                 f"{reference.name} names {end!r} as an end token, which is not a token id", hint="correct eos_token_id in its generation_config.json"
             )
+
+
+def check_finite(model: nn.Module, reference: BaseReference) -> None:
+    """Check that the weights of a base model are finite.
+
+    Logits do not always show it: PyTorch's attention on a CPU gives zeros, not NaN, where every score is NaN.
+
+    Args:
+        model: The model; weights that are offloaded or quantised to eight or fewer bits are skipped.
+        reference: Its name, for the message.
+
+    Raises:
+        CheckpointError: A weight contains NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            check_tensor(f"{name} of the base model {reference.name}", parameter, margin=False)
 
 
 def _cannot_load(what: str, reference: BaseReference, error: Exception) -> CheckpointError:

@@ -10,14 +10,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.file_models import FileModel, read_model
 from meteora_core.files import atomic_folder, save_tensors, sha256
-from meteora_core.json_files import read_json, write_json
+from meteora_core.json_files import write_json
 from meteora_core.model.sharded import assign, full_tensor
 from meteora_core.text import listed
 from meteora_core.training.distributed import assign_states, optimizer_states
@@ -29,6 +31,28 @@ _PREFIX = "step-"
 _KEPT = ("step", "history", "tokens", "seconds", "evaluations", "best_step", "worse")
 _LATER = ("pending",)
 """Entries that the states of earlier versions do not have."""
+_Number = Annotated[float, Field(strict=False, allow_inf_nan=False)] | None
+"""A number of the log; JSON has null for NaN and infinity."""
+
+
+class _Pending(FileModel):
+    steps: int = Field(0, ge=0)
+    sums: dict[str, float] = Field(default_factory=dict)
+    tallies: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(default_factory=dict)
+
+
+class _SavedProgress(FileModel):
+    step: int = Field(ge=0)
+    history: list[dict[str, _Number]]
+    tokens: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    evaluations: list[dict[str, _Number]]
+    best_step: int = Field(ge=-1)
+    best_value: float | None
+    worse: int = Field(ge=0)
+    inputs: dict[str, Any]
+    pending: _Pending = Field(default_factory=_Pending)
+    sha256: str | None = None
 
 
 @dataclass
@@ -128,15 +152,13 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
     if not states:
         return None
     hint = f"remove {states[-1]} to start from the beginning"
-    info = read_json(states[-1] / INFO, error=CheckpointError, hint=hint)
-    if not isinstance(info, dict) or {*_KEPT, "inputs", "best_value"} - info.keys() or not isinstance(info["inputs"], dict):
-        raise CheckpointError(f"{states[-1] / INFO} is not the state of a run", hint=hint)
-    if different := differences(with_order(info["inputs"]), inputs):
+    saved = read_model(states[-1] / INFO, _SavedProgress, error=CheckpointError, hint=hint)
+    if different := differences(with_order(saved.inputs), inputs):
         raise UsageError(
             f"cannot resume {folder.parent}: {'; '.join(different[:5])}", hint="start again without --resume, or use the settings of the saved run"
         )
     try:
-        if info.get("sha256", digest := sha256(states[-1] / _STATE)) != digest:
+        if saved.sha256 not in (None, sha256(states[-1] / _STATE)):
             raise CheckpointError(f"{states[-1] / _STATE} is not the file that was saved: its hash differs", hint=hint)
         tensors = load_file(states[-1] / _STATE)
     except (SafetensorError, OSError) as broken:
@@ -149,8 +171,9 @@ def load_state(folder: Path, parameters: dict[str, nn.Parameter], optimizer: tor
         if moments:
             assign_states(parameter, optimizer, moments)
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
-    kept = {key: info[key] for key in (*_KEPT, *_LATER) if key in info}
-    return RunState(**kept, best_value=math.inf if info["best_value"] is None else info["best_value"], best=best)
+    kept = {key: getattr(saved, key) for key in _KEPT}
+    best_value = math.inf if saved.best_value is None else saved.best_value
+    return RunState(**kept, best_value=best_value, best=best, pending=saved.pending.model_dump(exclude_unset=True))
 
 
 def last_loss(history: Sequence[Mapping[str, float]]) -> float:

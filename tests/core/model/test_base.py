@@ -74,6 +74,18 @@ def test_a_base_that_lacks_weights_or_is_broken_is_refused_in_one_line(tmp_path)
         load_base(reference)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_a_base_with_numbers_that_are_not_finite_is_refused(tmp_path, number) -> None:
+    """A key of NaN gives finite logits on a CPU: PyTorch's attention answers zeros where every score is NaN."""
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[3, 4] = number
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight of the base model .* holds") as caught:
+        load_base(BaseReference(str(tmp_path)))
+    assert "again" in str(caught.value.hint)
+
+
 def test_a_broken_tokenizer_is_refused_in_one_line(tmp_path) -> None:
     import json
 

@@ -170,7 +170,19 @@ def test_a_broken_state_is_one_line(tmp_path, broken) -> None:
     with pytest.raises(CheckpointError, match="its hash differs"):
         load_state(tmp_path, {"weight": weight}, optimizer, {})
     (tmp_path / "step-3" / "state.json").write_text(broken)
-    with pytest.raises(CheckpointError, match="not the state of a run") as caught:
+    with pytest.raises(CheckpointError, match=r"state\.json.*(missing|object)") as caught:
+        load_state(tmp_path, {"weight": weight}, optimizer, {})
+    assert "remove" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(("key", "value"), [("pending", {"tallies": {"gate/v_proj": ["x", 1.0]}}), ("pending", []), ("step", -1), ("history", [{"loss": "x"}])])
+def test_a_state_with_a_wrong_type_is_one_line(tmp_path, key, value) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight])
+    save_state(tmp_path, RunState(step=3), {"weight": weight}, optimizer, {})
+    file = tmp_path / "step-3" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=key) as caught:
         load_state(tmp_path, {"weight": weight}, optimizer, {})
     assert "remove" in (caught.value.hint or "")
 
