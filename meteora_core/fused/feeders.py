@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from meteora_core.fused.group import FusedGroup
 from meteora_core.model.layer import MeteoraLinear
-from meteora_kernels.operators import on_device_of
 
 NORMS: tuple[tuple[str, str, str], ...] = (("input_layernorm", "self_attn", "q_proj"), ("post_attention_layernorm", "mlp", "gate_proj"))
 """In a decoder layer: a norm, the module that receives its output, and the first linear layer that this module calls with it."""
@@ -168,8 +167,7 @@ def _norm(module: nn.Module, group: FusedGroup, x: Tensor) -> Tensor | None:
         return None
     out = group.inputs.new(x.shape, x)
     flat = x.reshape(-1, x.shape[-1])
-    with on_device_of(x):
-        rms_norm(flat if flat.stride(1) == 1 else flat.contiguous(), weight, epsilon, out.view(-1, x.shape[-1]))
+    rms_norm(flat if flat.stride(1) == 1 else flat.contiguous(), weight, epsilon, out.view(-1, x.shape[-1]))
     return out
 
 
@@ -178,8 +176,7 @@ def _product(gate: Tensor, up: Tensor, group: FusedGroup) -> Tensor:
 
     out = group.inputs.new(gate.shape, gate)
     width = gate.shape[-1]
-    with on_device_of(gate):
-        silu_mul(gate.reshape(-1, width), up.reshape(-1, width), out.view(-1, width))
+    silu_mul(gate.reshape(-1, width), up.reshape(-1, width), out.view(-1, width))
     return out
 
 

@@ -13,7 +13,6 @@ from meteora_core.fused.inputs import Inputs
 from meteora_core.fused.layout import Layout
 from meteora_core.fused.outputs import Outputs
 from meteora_core.model.layer import MeteoraLinear
-from meteora_kernels.operators import eager, on_device_of
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ class FusedGroup:
     def _run_or_fail(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """:meth:`_run`, or None if a kernel cannot be built on this machine (too little shared memory, no compiler); the group then never runs again."""
         try:
+            self.layout.refresh()
             return self._run(x)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
@@ -91,12 +91,8 @@ class FusedGroup:
 
         group = self.layout.group
         flat = x.reshape(-1, x.shape[-1])
-        with on_device_of(x):
-            in_place = False
-            if eager(x):
-                self.layout.refresh()
-                in_place = self.inputs.made(flat)
-            output = run_group(flat if in_place else flat.contiguous(), group, self.state.routing_on(x.device), in_place=in_place)
+        in_place = self.inputs.owns(flat)
+        output = run_group(flat if in_place else flat.contiguous(), group, self.state.routing_on(x.device), in_place=in_place)
         return torch.split(output.view(*x.shape[:-1], -1), list(group.adapters.widths), dim=-1)
 
 

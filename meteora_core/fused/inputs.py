@@ -9,6 +9,7 @@ from torch import Tensor
 
 from meteora_core.routing import Meteora
 from meteora_kernels import Group
+from meteora_kernels.operators import eager
 
 
 class Inputs:
@@ -37,9 +38,12 @@ class Inputs:
         self._last = weakref.ref(rows)
         return rows
 
-    def made(self, x: Tensor) -> bool:
-        """Whether ``x`` (M, h) is the tensor that :meth:`new` returned last, or a view of all of it. While that tensor exists, no other has its address."""
+    def owns(self, x: Tensor) -> bool:
+        """Whether ``x`` (M, h) is the tensor that :meth:`new` returned last, or a view of all of it; False while a compiler traces."""
+        if not eager(x):
+            return False
         last, wide = None if self._last is None else self._last(), self._group.wide
         if last is None or wide is None:
             return False
+        # While the last tensor exists, no other tensor has its address.
         return x.data_ptr() == last.data_ptr() and x.numel() == last.numel() and x.stride() == (wide.row, 1)

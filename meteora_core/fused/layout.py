@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from meteora_core.model.layer import MeteoraLinear
 from meteora_kernels import Adapters, Group
+from meteora_kernels.operators import eager
 from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.wide import Wide
 
@@ -67,12 +68,12 @@ class Layout:
         return all(holder[name] is tensor and tensor.data_ptr() == address for holder, name, tensor, address in self._addresses)
 
     def refresh(self) -> None:
-        """Update the copy of B^T in the rows of the block if B has changed since the last call."""
+        """Update the copy of B^T in the rows of the block if B has changed since the last call. Traced calls do not read the copy, and do not update it."""
         group = self.group
         if group.wide is None:
             return
         versions = [layer.lora_B._version for layer in self.layers]
-        if versions != self._versions:
+        if versions != self._versions and eager(group.packed):
             with torch.no_grad():
                 group.wide.place_up(group.packed, group.adapters.lora_B, list(group.adapters.widths))
             self._versions = versions

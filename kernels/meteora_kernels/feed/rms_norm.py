@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.operators import on_device_of
 from meteora_kernels.sizes import power_of_two
 
 MOST_COLUMNS = 16384
@@ -43,7 +44,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> None:
     tokens, hidden = x.shape
     block = power_of_two(hidden)
     if tokens:
-        rms_norm_kernel[(tokens,)](x, weight, out, hidden, x.stride(0), out.stride(0), epsilon, BLOCK=block, num_warps=max(1, min(8, block // 512)))
+        with on_device_of(x):
+            rms_norm_kernel[(tokens,)](x, weight, out, hidden, x.stride(0), out.stride(0), epsilon, BLOCK=block, num_warps=max(1, min(8, block // 512)))
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

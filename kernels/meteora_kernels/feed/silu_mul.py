@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.operators import on_device_of
 from meteora_kernels.sizes import ceil_div
 
 
@@ -31,7 +32,8 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> None:
     tokens, width = gate.shape
     block = 2048
     if tokens:
-        silu_mul_kernel[(tokens, ceil_div(width, block))](gate, up, out, width, gate.stride(0), up.stride(0), out.stride(0), BLOCK=block, num_warps=4)
+        with on_device_of(gate):
+            silu_mul_kernel[(tokens, ceil_div(width, block))](gate, up, out, width, gate.stride(0), up.stride(0), out.stride(0), BLOCK=block, num_warps=4)
 
 
 def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:

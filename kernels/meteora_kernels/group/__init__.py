@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meteora_kernels import many_adapters
 from meteora_kernels.group import decode_all_rows, decode_chosen_rows, one_launch, packed, split, wide
-from meteora_kernels.operators import eager, operator
+from meteora_kernels.operators import eager, on_device_of, operator
 from meteora_kernels.plan import Case, Row, choose, readable, table_of
 from meteora_kernels.types import Adapters, Group, Routing
 
@@ -82,7 +82,8 @@ def _run(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -
     """:func:`run_group` when nothing is tracing, and inside the operator."""
     tokens = x.shape[0]
     row = row_for(group, tokens, routing.top_k, in_place=in_place, aligned=tokens > 16 and group.aligned and readable(x))
-    return PATHS[row.path].run(x, group, routing, row, in_place=in_place)
+    with on_device_of(x):
+        return PATHS[row.path].run(x, group, routing, row, in_place=in_place)
 
 
 class Block(NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meteora_core import AdapterBank, attach, detach, fuse, unfuse
 from meteora_core.fused.feeders import Feeder
@@ -191,8 +192,8 @@ def test_other_forms_stay_as_they_are(make_adapter, kind: str, monkeypatch: pyte
     assert close(logits_of(model), expected)
 
 
-def test_only_what_was_handed_out_counts_as_lying_wide(model) -> None:
-    """A view of it does; a copy, a part, and rows of somebody else's matrix with the same strides do not."""
+def test_only_the_tensor_that_was_allocated_last_is_read_in_place(model) -> None:
+    """A view of all of it is; a copy, a part of it, and rows of another matrix with the same strides are not, and nothing is while a mode traces."""
     fuse(model)
     q = next(layer for path, layer in meteora_layers(model) if path.endswith("q_proj"))
     inputs = q.group.inputs
@@ -200,14 +201,16 @@ def test_only_what_was_handed_out_counts_as_lying_wide(model) -> None:
     given = inputs.new(like.shape, like)
     flat = given.view(-1, 32)
     assert flat.stride() == (Wide(32, 12, 3).row, 1)
-    assert inputs.made(flat)
-    assert inputs.made(given.reshape(3, 6, 32).reshape(-1, 32))
-    assert not inputs.made(flat[:17])
-    assert not inputs.made(flat[1:])
-    assert not inputs.made(flat.clone())
-    assert not inputs.made(torch.zeros(18, Wide(32, 12, 3).row, dtype=torch.float16, device=like.device)[:, 64:96])
+    assert inputs.owns(flat)
+    assert inputs.owns(given.reshape(3, 6, 32).reshape(-1, 32))
+    assert not inputs.owns(flat[:17])
+    assert not inputs.owns(flat[1:])
+    assert not inputs.owns(flat.clone())
+    assert not inputs.owns(torch.zeros(18, Wide(32, 12, 3).row, dtype=torch.float16, device=like.device)[:, 64:96])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not inputs.owns(flat)
     del given, flat
-    assert not inputs.made(torch.zeros_like(like).view(-1, 32))
+    assert not inputs.owns(torch.zeros_like(like).view(-1, 32))
     assert inputs.new(torch.Size((1, 1, 32)), like).is_contiguous()
 
 
