@@ -54,8 +54,7 @@ def list_(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     out.print(table)
 
 
-@app.command("add")
-def add(
+def add_or_update(
     ctx: typer.Context,
     checkpoint: Checkpoint,
     folder: Folder,
@@ -73,43 +72,22 @@ def add(
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add an adapter to a checkpoint. All gates are solved again by one closed form over all adapters.
+    """Do what the command's name says: ``add`` or ``update``, which have the same options."""
+    from meteora_core.living.checkpoints import add_adapter, update_adapter
 
-    The adapter needs statistics (`gate_stats.safetensors` in its folder) or rows. The other adapters need neither rows nor a forward pass if the
-    checkpoint contains their statistics.
-    """
-    from meteora_core.living.checkpoints import add_adapter
-
+    change = {"add": add_adapter, "update": update_adapter}[ctx.info_name or ""]
     with progress(ctx) as bars:
-        done = add_adapter(checkpoint, folder, name, _options(ctx, bars, base, adapters_dir, rows))
+        done = change(checkpoint, folder, name, _options(ctx, bars, base, adapters_dir, rows))
     _report(checkpoint, done, as_json=as_json)
 
 
-@app.command("update")
-def update(
-    ctx: typer.Context,
-    checkpoint: Checkpoint,
-    folder: Folder,
-    name: Name = None,
-    rows: Rows = None,
-    data: Data = None,
-    tokens: Tokens = None,
-    max_length: MaxLength = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
-    adapters_dir: Moved = None,
-    base: Base = None,
-    dtype: NumberType = None,
-    device: Device = None,
-    backend: Backend = None,
-    as_json: AsJson = False,
-) -> None:
-    """Replace an adapter of a checkpoint by another version, with the same index."""
-    from meteora_core.living.checkpoints import update_adapter
+ADD = """Add an adapter to a checkpoint. All gates are solved again by one closed form over all adapters.
 
-    with progress(ctx) as bars:
-        done = update_adapter(checkpoint, folder, name, _options(ctx, bars, base, adapters_dir, rows))
-    _report(checkpoint, done, as_json=as_json)
+The adapter needs statistics (`gate_stats.safetensors` in its folder) or rows. The other adapters need neither rows nor a forward pass if the
+checkpoint contains their statistics.
+"""
+app.command("add", help=ADD)(add_or_update)
+app.command("update", help="Replace an adapter of a checkpoint by another version, with the same index.")(add_or_update)
 
 
 @app.command("drop")
