@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from meteora_core.training import trackers
 from support import processes
 from support.train_command import DDP, ENVIRONMENT, GATES, begun, command, descendants, rank_of, shell, training, wait_for, words
 
@@ -309,15 +310,22 @@ def test_dry_run_of_adapters_shows_what_each_would_be_trained_with(meteora, plac
 
 
 @pytest.mark.slow
-def test_jobs_train_all_and_what_is_missing_is_said_before_they_begin(place) -> None:
+def test_jobs_train_all(place) -> None:
     flags = ("adapters", "--task", "all", "--max-steps", "3", "--rank", "2", "--out", "side", "--jobs", "2")
     done = json.loads(shell(place, *flags, "--json").out)
     assert [(entry["task"], entry["skipped"]) for entry in done] == [("count", False), ("shout", False)]
     assert all(entry["skipped"] for entry in json.loads(shell(place, *flags, "--json").out))
     assert {path.name.partition("-")[0] for path in (place / "cache" / "tokens").iterdir()} == {"count", "shout"}
-    failed = shell(place, *flags, "--task", "count", "--force", "--log-to", "wandb", code=2)
+
+
+def test_a_tracker_that_is_missing_is_named_before_jobs_begin(meteora, place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    failed = meteora("train", "adapters", "--base", "base", "--task", "count", "--out", "missing", "--jobs", "2", "--log-to", "wandb")
+    assert failed.code == 2
     assert 'log_to = "wandb", and wandb is not installed' in failed.err
     assert "Traceback" not in failed.err
+    assert not (place / "missing").exists()
 
 
 def next_commands(said: str) -> list[list[str]]:
