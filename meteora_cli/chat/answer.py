@@ -142,7 +142,7 @@ def _show_prompt(session: ChatSession, encoded: Encoded, routes: list[Any], prin
     count = min(len(encoded.ids) - encoded.last_start, indices.shape[0], SHOWN_PROMPT)
     if count < len(encoded.ids) - encoded.last_start:
         printer.add("… ", Style.null())
-    texts = token_texts(session.speaker.tokenizer, encoded.ids)[-count:]
+    texts = token_texts(session.chat_model.tokenizer, encoded.ids)[-count:]
     indices, weights = indices[-count:], weights[-count:]
     token_weights = mean_weights(indices, weights, len(painter.names))
     painter.restart()

@@ -49,7 +49,7 @@ def show_settings(out: Console, session: ChatSession) -> None:
     """Print the settings that /set can change, with their ranges."""
     table = _table("setting", "value", "range") if out.width < NARROW else _table("setting", "value", "range", "")
     values = session.values()
-    for name, option in options_for(session.speaker.routing).items():
+    for name, option in options_for(session.chat_model.routing).items():
         value = values[name]
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         cells: list[Text | str] = [Text(name, "bold"), shown, option.range(), option.text]

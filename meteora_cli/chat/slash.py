@@ -65,12 +65,12 @@ class Command:
 
 
 def _adapter_names(chat: Chat) -> Iterator[str]:
-    state = chat.session.speaker.routing
+    state = chat.session.chat_model.routing
     yield from () if state is None else state.names
 
 
 def _settings(chat: Chat) -> Iterator[str]:
-    yield from options_for(chat.session.speaker.routing)
+    yield from options_for(chat.session.chat_model.routing)
 
 
 def _help(chat: Chat, argument: str) -> None:
@@ -94,7 +94,7 @@ def _set(chat: Chat, argument: str) -> None:
         return
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     if not value.strip():
-        known = options_for(chat.session.speaker.routing)
+        known = options_for(chat.session.chat_model.routing)
         if name in known:
             raise UsageError(f"/set {name} needs a value", hint=f"it must be {known[name].range()}")
     chat.session.set(name, value.strip())

@@ -88,8 +88,8 @@ def chat(
 
 def open_session(ctx: typer.Context) -> ChatSession:
     """Load the model that the options of ``meteora chat`` or ``meteora trace`` name, and start a conversation with it."""
+    from meteora_core.chat.chat_model import load_chat_model
     from meteora_core.chat.session import ChatSession
-    from meteora_core.chat.speaker import load_speaker
     from meteora_core.data.userdata import register_all
     from meteora_core.generation.sampling import Sampling
 
@@ -104,15 +104,17 @@ def open_session(ctx: typer.Context) -> ChatSession:
     register_all(settings)
     system = None if given.system is None else valid_text(given.system, "--system")
     with progress(ctx) as bars:
-        speaker = load_speaker(settings, checkpoint=given.checkpoint, base=given.base, adapter=given.adapter, adapters_dir=given.adapters_dir, progress=bars)
+        chat_model = load_chat_model(
+            settings, checkpoint=given.checkpoint, base=given.base, adapter=given.adapter, adapters_dir=given.adapters_dir, progress=bars
+        )
     chat_settings, top_k, routing_temperature = settings.chat, given.top_k, given.routing_temperature
-    if speaker.kind == "meteora":
+    if chat_model.kind == "meteora":
         # A setting with its default does not override the value of the checkpoint.
         configured = settings.routing.top_k
         top_k = top_k if top_k is not None else configured
         routing_temperature = routing_temperature if routing_temperature is not None else settings.routing.temperature
     return ChatSession(
-        speaker,
+        chat_model,
         Sampling(chat_settings.max_new_tokens, chat_settings.sampling_temperature, chat_settings.top_p, chat_settings.seed),
         template=chat_settings.template,
         system=system,
@@ -150,8 +152,8 @@ def _converse(session: ChatSession, data_dir: Path, *, route: bool, quiet: bool)
 
     talk = Chat(session, out, console, route)
     if not quiet:
-        talk.say(f"{session.speaker.title} · /help")
-        greeting = welcome(session.speaker, data_dir)
+        talk.say(f"{session.chat_model.title} · /help")
+        greeting = welcome(session.chat_model, data_dir)
         if greeting.skills:
             talk.say(greeting.skills)
         if greeting.prompts:
@@ -203,7 +205,7 @@ def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
     if stop.is_set() or finished is None:
         raise KeyboardInterrupt
     document: dict[str, Any] = {
-        "model": session.speaker.title,
+        "model": session.chat_model.title,
         "mode": session.mode.describe(),
         "template": session.template,
         "message": message,
@@ -216,6 +218,6 @@ def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
         "tokens_per_second": round(finished.tokens_per_second, 2),
         "settings": session.values(),
     }
-    if session.speaker.routing is not None:
+    if session.chat_model.routing is not None:
         document["routes"] = session.picture().to_json()
     return document

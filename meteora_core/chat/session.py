@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from meteora_core.chat.chat_model import ChatModel
 from meteora_core.chat.options import check_option
 from meteora_core.chat.prompts import Encoded, Turn, encode, fit
-from meteora_core.chat.speaker import Speaker
 from meteora_core.data.frames import INST, RAW, Frame, pick_frame, with_system
 from meteora_core.data.rows import iter_rows
 from meteora_core.errors import UsageError, did_you_mean
@@ -72,7 +72,7 @@ class ChatSession:
     """A conversation with one model.
 
     Args:
-        speaker: The model that answers.
+        chat_model: The model that answers.
         sampling: Initial sampling settings.
         template: Prompt template: "auto" (the frame that the model was trained on), "chat", "inst", "raw", or a text with ``{}`` for the message.
         system: System text at the beginning of the conversation, or None.
@@ -86,7 +86,7 @@ class ChatSession:
 
     def __init__(
         self,
-        speaker: Speaker,
+        chat_model: ChatModel,
         sampling: Sampling = Sampling(),
         *,
         template: str = "auto",
@@ -95,31 +95,31 @@ class ChatSession:
         routing_temperature: float | None = None,
         cuda_graphs: Literal["auto", "on", "off"] = "auto",
     ) -> None:
-        self.speaker = speaker
+        self.chat_model = chat_model
         self.sampling = sampling
         self.system = system or None
         self.turns: list[Turn] = []
         self._graphs = cuda_graphs
-        self.engine = Engine(speaker.model, speaker.tokenizer, cuda_graphs)
+        self.engine = Engine(chat_model.model, chat_model.tokenizer, cuda_graphs)
         self._wish = template
         self._frames: dict[str, Frame] = {}
         self._first_turn = 0
         self._last: tuple[Encoded, Mode] | None = None
-        state = speaker.routing
+        state = chat_model.routing
         for name, value in (("top-k", top_k), ("T", routing_temperature)):
             if value is not None:
                 check_option(name, str(value), state)
         if state is None:
             self.mode = Mode(enabled=False)
         else:
-            self.mode = Mode(top_k or state.top_k, routing_temperature or state.temperature, speaker.adapter)
-        pick_frame(template, RAW, speaker.tokenizer)
+            self.mode = Mode(top_k or state.top_k, routing_temperature or state.temperature, chat_model.adapter)
+        pick_frame(template, RAW, chat_model.tokenizer)
 
     def frame_of(self, mode: Mode) -> Frame:
         """The prompt frame for ``mode``: the template that the user chose, or with "auto" the frame that the adapter or the gates were trained on."""
         key = "" if not mode.enabled else mode.forced or "gates"
         if key not in self._frames:
-            self._frames[key] = pick_frame(self._wish, self.speaker.frame(mode.forced, base=not mode.enabled), self.speaker.tokenizer)
+            self._frames[key] = pick_frame(self._wish, self.chat_model.frame(mode.forced, base=not mode.enabled), self.chat_model.tokenizer)
         return self._frames[key]
 
     @property
@@ -153,7 +153,7 @@ class ChatSession:
             raise UsageError("the message is empty", hint="write something first")
         message, note = self._bare(message)
         turns = [*self.turns, Turn(message)]
-        encoded = fit(self.speaker.tokenizer, self.frame, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
+        encoded = fit(self.chat_model.tokenizer, self.frame, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
         if note:
             encoded = replace(encoded, notice="; ".join(filter(None, (note, encoded.notice))))
         mode = self.mode
@@ -182,7 +182,7 @@ class ChatSession:
         return engine.stream(Request(encoded.ids, self.sampling, scope, record, read_from), stop)
 
     def _scope(self, mode: Mode) -> Callable[[], AbstractContextManager[Any]]:
-        state = self.speaker.routing
+        state = self.chat_model.routing
         return nullcontext if state is None else lambda: routing_mode(state, mode)
 
     def new(self) -> None:
@@ -198,7 +198,7 @@ class ChatSession:
 
     def state(self) -> Meteora:
         """The model's Meteora object. Raises UsageError for a bare base model."""
-        state = self.speaker.routing
+        state = self.chat_model.routing
         if state is None:
             raise UsageError("this is the base model alone, without adapters", hint="start `meteora chat` with --checkpoint or --adapter")
         return state
@@ -230,7 +230,7 @@ class ChatSession:
 
     def set(self, name: str, value: str) -> None:
         """Change a setting. Raises UsageError for an unknown name or a value out of range, with a hint."""
-        parsed = check_option(name, value, self.speaker.routing)
+        parsed = check_option(name, value, self.chat_model.routing)
         if name == "T":
             self.mode = replace(self.mode, routing_temperature=float(parsed))
         elif name == "top-k":
@@ -248,7 +248,7 @@ class ChatSession:
             "top-p": sampling.top_p,
             "seed": sampling.seed,
         }
-        return values if self.speaker.routing is None else {**values, "T": self.mode.routing_temperature, "top-k": self.mode.top_k}
+        return values if self.chat_model.routing is None else {**values, "T": self.mode.routing_temperature, "top-k": self.mode.top_k}
 
     # --- looking back ----------------------------------------------------------------------------------------------------------
 
@@ -269,13 +269,13 @@ class ChatSession:
         ids = [*encoded.ids, *self.turns[-1].ids]
         roles: list[Role] = [*encoded.roles, *(["answer"] * len(self.turns[-1].ids))]  # type: ignore[list-item]
         with routing_mode(state, mode):
-            picture = trace_tokens(self.speaker.model, self.speaker.tokenizer, ids, roles, about=self.about(mode), on_read=on_read)
+            picture = trace_tokens(self.chat_model.model, self.chat_model.tokenizer, ids, roles, about=self.about(mode), on_read=on_read)
         return picture.since(encoded.last_start) if last_turn else picture
 
     def about(self, mode: Mode | None = None) -> dict[str, str]:
         """Captions of a picture: the model, the routing settings and the template."""
         mode = mode or self.mode
-        return {"model": self.speaker.title, "routing": mode.describe(), "template": self.frame_of(mode).name}
+        return {"model": self.chat_model.title, "routing": mode.describe(), "template": self.frame_of(mode).name}
 
     def compare(self, *, adapter: str | None = None, message: str | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[Compared]:
         """Answer one message by the base model, by one adapter and by the gates, one after the other. The conversation does not change.
@@ -298,12 +298,12 @@ class ChatSession:
         turns = [*self.turns, Turn(self._bare(message)[0])] if message is not None else [*self.turns[:-1], Turn(self.turns[-1].message)]
         adapter = adapter or self.mode.forced or self._main_adapter(state)
         columns = [("base", replace(self.mode, enabled=False)), (f"adapter {adapter}", replace(self.mode, forced=adapter))]
-        if self.speaker.kind == "meteora":
+        if self.chat_model.kind == "meteora":
             columns.append(("MeteoRA", replace(self.mode, forced=None)))
         for column, (label, mode) in enumerate(columns):
             frame = self.frame_of(mode)
-            encoded = fit(self.speaker.tokenizer, frame, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
-            for event in self._generate(Engine(self.speaker.model, self.speaker.tokenizer, self._graphs), encoded, mode, False, stop):
+            encoded = fit(self.chat_model.tokenizer, frame, self.system, turns, self.engine.context, self.sampling.max_new_tokens, self._first_turn)
+            for event in self._generate(Engine(self.chat_model.model, self.chat_model.tokenizer, self._graphs), encoded, mode, False, stop):
                 yield Compared(column, len(columns), f"{label} ({frame.name})", event)
             if stop():
                 return
@@ -350,8 +350,8 @@ class ChatSession:
             raise DataError(f"{path} has no rows", hint="each line is a JSON object with prompt and response, as /save writes them")
         self.new()
         self.turns = turns
-        encoded = encode(self.speaker.tokenizer, self.frame, self.system, turns)
-        ids = self.speaker.tokenizer(turns[-1].answer or "", add_special_tokens=False)["input_ids"]
+        encoded = encode(self.chat_model.tokenizer, self.frame, self.system, turns)
+        ids = self.chat_model.tokenizer(turns[-1].answer or "", add_special_tokens=False)["input_ids"]
         self.turns[-1] = replace(turns[-1], ids=tuple(int(token) for token in ids))
         fits = self.engine.context is None or len(encoded.ids) + len(ids) <= self.engine.context
         self._last = (encoded, self.mode) if fits else None

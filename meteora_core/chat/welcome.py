@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from meteora_core.chat.speaker import Speaker
+from meteora_core.chat.chat_model import ChatModel
 from meteora_core.data.dataset_frames import dataset_frame
 from meteora_core.data.frames import RAW
 from meteora_core.data.rows import iter_rows, split_path
@@ -45,16 +45,16 @@ class Welcome:
     prompts: tuple[str, ...]
 
 
-def welcome(speaker: Speaker, data_dir: Path) -> Welcome:
+def welcome(chat_model: ChatModel, data_dir: Path) -> Welcome:
     """Build the greeting from the names of the model's adapters.
 
     Args:
-        speaker: The model that answers.
+        chat_model: The model that answers.
         data_dir: Folder of all datasets, whose test rows supply messages for tasks of the user.
     """
-    if speaker.routing is None:
+    if chat_model.routing is None:
         return Welcome("", ())
-    names = [speaker.adapter] if speaker.kind == "adapter" and speaker.adapter else list(speaker.routing.names)
+    names = [chat_model.adapter] if chat_model.kind == "adapter" and chat_model.adapter else list(chat_model.routing.names)
     what = "one task and answers everything as such" if len(names) == 1 else f"{len(names)} tasks and answers everything as one of them"
     return Welcome(
         f"This model was trained for {what}: {listed(names, _LISTED)}{' (/adapters)' if len(names) > _LISTED else ''}.",

@@ -24,7 +24,7 @@ from meteora_core.errors import DataError, MeteoraError
 from meteora_core.generation.sampling import Sampling
 from meteora_core.json_files import write_jsonl
 from support import processes
-from support.chat_world import NAMES, World, build_world, open_speaker, without_ends
+from support.chat_world import NAMES, World, build_world, open_chat_model, without_ends
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def make_console(width: int = 100, **options) -> Console:
 
 
 def make_chat(world: World, **options) -> Chat:
-    speaker = open_speaker(world)
+    speaker = open_chat_model(world)
     without_ends(speaker.model)
     return Chat(ChatSession(speaker, Sampling(max_new_tokens=8)), make_console(**options), make_console(**options))
 
@@ -249,7 +249,7 @@ def test_the_first_lines_say_what_the_model_can_do(world, tmp_path, monkeypatch)
     monkeypatch.setattr(repl, "make_reader", lambda chat, history: lambda: (_ for _ in ()).throw(EOFError))
     monkeypatch.setattr(command, "console", notes)
     write_jsonl(tmp_path / "beta" / "test.jsonl", [{"prompt": "[INST] Say hello [/INST]\n", "response": "x"}])
-    command._converse(ChatSession(open_speaker(world)), tmp_path, route=False, quiet=False)
+    command._converse(ChatSession(open_chat_model(world)), tmp_path, route=False, quiet=False)
     assert "trained for 3 tasks and answers everything as one of them: alpha, beta, gamma." in shown(notes)
     assert "Try one of these:\n  Say hello" in shown(notes)
 
@@ -267,7 +267,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(world) -> None:
         if passes == 6:
             signal.raise_signal(signal.SIGINT)
 
-    handle = chat.session.speaker.model.register_forward_pre_hook(press)
+    handle = chat.session.chat_model.model.register_forward_pre_hook(press)
     before = signal.getsignal(signal.SIGINT)
     feed(chat, "Hello", "Again")
     handle.remove()

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from meteora_core import AdapterBank, attach
-from meteora_core.chat.speaker import Speaker
+from meteora_core.chat.chat_model import ChatModel
 from meteora_core.model.attach import meteora_layers
-from support.chat_world import World, build_world, open_speaker, without_ends
+from support.chat_world import World, build_world, open_chat_model, without_ends
 from support.tiny_models import make_tiny_llama
 
 
@@ -23,9 +23,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def speaker(world: World) -> Speaker:
+def speaker(world: World) -> ChatModel:
     """The checkpoint, loaded anew, which never ends an answer by itself."""
-    opened = open_speaker(world)
+    opened = open_chat_model(world)
     without_ends(opened.model)
     return opened
 

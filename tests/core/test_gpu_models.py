@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from meteora_core import fuse, record_routes, unfuse
+from meteora_core.chat.chat_model import load_chat_model
 from meteora_core.chat.session import ChatSession
-from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
 from meteora_core.evaluation.evaluate import evaluate
@@ -141,7 +141,7 @@ def test_chat_by_graphs_says_the_same(tmp_path: Path, caplog) -> None:
 
     def session(fuse: str, graphs: Any) -> ChatSession:
         settings = load_settings(None, {"model": {"device": DEVICE, "dtype": "float32"}, "chat": {"fuse": fuse}})
-        return ChatSession(load_speaker(settings, checkpoint=world.checkpoint), Sampling(max_new_tokens=12), cuda_graphs=graphs)
+        return ChatSession(load_chat_model(settings, checkpoint=world.checkpoint), Sampling(max_new_tokens=12), cuda_graphs=graphs)
 
     def talk(chat: ChatSession) -> list[Any]:
         said: list[Any] = []
@@ -168,7 +168,7 @@ def test_chat_by_graphs_says_the_same(tmp_path: Path, caplog) -> None:
 
     wanted = talk(session("off", "off"))
     graphs = session("auto", "auto")
-    assert is_fused(graphs.speaker.model)
+    assert is_fused(graphs.chat_model.model)
     assert talk(graphs) == wanted
     assert graphs.engine.stream_cache is not None
     assert graphs.engine.stream_cache.captured

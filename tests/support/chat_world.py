@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meteora_core import AdapterBank, attach, save_checkpoint
-from meteora_core.chat.speaker import Speaker
+from meteora_core.chat.chat_model import ChatModel
 from meteora_core.data.frames import INST
 from meteora_core.model.base import BaseReference
 
@@ -85,12 +85,12 @@ def build_world(folder: Path) -> World:
     return World(base, folder / "adapters", folder / "runs" / "meteora")
 
 
-def open_speaker(world: World) -> Speaker:
+def open_chat_model(world: World) -> ChatModel:
     """The checkpoint, loaded."""
     from meteora_core import load_checkpoint
 
     model = load_checkpoint(world.checkpoint)
-    return Speaker("meteora", "the checkpoint", model, byte_tokenizer(), BaseReference(str(world.base)))
+    return ChatModel("meteora", "the checkpoint", model, byte_tokenizer(), BaseReference(str(world.base)))
 
 
 def without_ends(model: torch.nn.Module) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from meteora_core.chat.chat_model import load_chat_model
 from meteora_core.chat.session import ChatSession
-from meteora_core.chat.speaker import load_speaker
 from meteora_core.errors import UsageError
 from meteora_core.generation.sampling import Sampling
 from meteora_core.settings import load_settings
@@ -51,7 +51,7 @@ def talk(session: ChatSession) -> list[object]:
 
 def session_of(world, fuse: str = "off", cuda_graphs: str = "off") -> ChatSession:
     settings = load_settings(None, {"model": {"base": str(world.base), "device": "cpu"}, "paths": {"runs": world.checkpoint.parent}, "chat": {"fuse": fuse}})
-    speaker = load_speaker(settings, checkpoint=world.checkpoint)
+    speaker = load_chat_model(settings, checkpoint=world.checkpoint)
     without_ends(speaker.model)
     return ChatSession(speaker, Sampling(max_new_tokens=4), cuda_graphs=cuda_graphs)
 
@@ -70,25 +70,25 @@ def test_a_checkpoint_in_the_authors_layout_speaks(tmp_path: Path, monkeypatch) 
     made = write_authors(tmp_path, count=3, vocabulary=259)
     byte_tokenizer().save_pretrained(made.base)
     settings = load_settings(None, {"model": {"device": "cpu"}})
-    speaker = load_speaker(settings, checkpoint=made.checkpoint, base=str(made.base), adapters_dir=made.adapters)
+    speaker = load_chat_model(settings, checkpoint=made.checkpoint, base=str(made.base), adapters_dir=made.adapters)
     assert (speaker.kind, speaker.routing.names) == ("meteora", made.names)
     session = ChatSession(speaker, Sampling(max_new_tokens=4))
     prompt = next(iter(session.ask("What?"))).ids
     expected = speaker.model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
     finished = list(session.ask("What?"))[-1]
     assert list(finished.ids) == [token for token in expected if token != 2]
-    assert load_speaker(settings, checkpoint=made.checkpoint, base=str(made.base), adapter="adapter_1").adapter == "adapter_1"
+    assert load_chat_model(settings, checkpoint=made.checkpoint, base=str(made.base), adapter="adapter_1").adapter == "adapter_1"
     with pytest.raises(UsageError, match="does not name its base model") as caught:
-        load_speaker(settings, checkpoint=made.checkpoint)
+        load_chat_model(settings, checkpoint=made.checkpoint)
     assert "--base" in (caught.value.hint or "")
     in_settings = load_settings(None, {"model": {"device": "cpu", "base": str(made.base)}})
-    assert load_speaker(in_settings, checkpoint=made.file).base.name == str(made.base)
+    assert load_chat_model(in_settings, checkpoint=made.file).base.name == str(made.base)
     with pytest.raises(UsageError, match="no adapter 'task_9'"):
-        load_speaker(settings, checkpoint=made.checkpoint, base=str(made.base), adapters_dir=made.adapters, adapter="task_9")
+        load_chat_model(settings, checkpoint=made.checkpoint, base=str(made.base), adapters_dir=made.adapters, adapter="task_9")
 
 
-def test_quantised_speakers_are_refused_without_a_gpu(world) -> None:
+def test_quantised_models_are_refused_without_a_gpu(world) -> None:
     settings = load_settings(None, {"model": {"device": "cpu", "quantization": "8bit"}, "paths": {"runs": world.checkpoint.parent}})
     for names in ({"checkpoint": world.checkpoint}, {"base": str(world.base)}, {"adapter": str(world.adapters / "beta")}):
         with pytest.raises(UsageError, match="an 8bit base model needs a CUDA GPU"):
-            load_speaker(settings, **names)
+            load_chat_model(settings, **names)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from meteora_core.chat.chat_model import ChatModel, load_chat_model
 from meteora_core.chat.options import OPTIONS, check_option, options_for
 from meteora_core.chat.prompts import Encoded
 from meteora_core.chat.session import ChatSession, Mode, routing_mode
-from meteora_core.chat.speaker import Speaker, load_speaker
 from meteora_core.data.frames import Frame
 from meteora_core.errors import AdapterError, CheckpointError, DataError, UsageError
 from meteora_core.generation.requests import Finished, Reading, Written
@@ -19,7 +19,7 @@ from meteora_core.generation.sampling import Sampling
 from meteora_core.model.base import BaseReference
 from meteora_core.settings import Settings, load_settings
 from meteora_core.starter import usual_checkpoint
-from support.chat_world import NAMES, byte_llama, byte_tokenizer, open_speaker, without_ends
+from support.chat_world import NAMES, byte_llama, byte_tokenizer, open_chat_model, without_ends
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_message_in_its_frame_is_not_framed_again(session) -> None:
     for other in ("[INST] a [/INST] and more", "[INST] a [/INST] b [INST] c [/INST]", "[INST] [/INST]"):
         session.new()
         assert next(session.ask(other)).notice is None
-    raw = ChatSession(session.speaker, template="raw")
+    raw = ChatSession(session.chat_model, template="raw")
     assert next(raw.ask("[INST] Hello [/INST]\n")).notice is None
 
 
@@ -86,7 +86,7 @@ def test_empty_messages_are_refused(session) -> None:
 
 def test_forced_muted_and_gates_are_those_of_the_model(session) -> None:
     ids = torch.tensor([next(event for event in session.ask("Hello") if isinstance(event, Encoded)).ids])
-    model, state = session.speaker.model, session.speaker.routing
+    model, state = session.chat_model.model, session.chat_model.routing
 
     def expected() -> list[int]:
         return model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :].tolist()
@@ -165,7 +165,7 @@ def test_settings_in_range_take_effect(session) -> None:
 def test_a_bare_base_has_no_gates(world) -> None:
     model = byte_llama()
     without_ends(model)
-    session = ChatSession(Speaker("base", "tiny", model, byte_tokenizer(), BaseReference("tiny")), Sampling(max_new_tokens=5))
+    session = ChatSession(ChatModel("base", "tiny", model, byte_tokenizer(), BaseReference("tiny")), Sampling(max_new_tokens=5))
     assert session.template == "chat"
     assert set(session.values()) == {"max-new-tokens", "temperature", "top-p", "seed"}
     assert set(options_for(None)) == set(session.values())
@@ -211,7 +211,7 @@ def test_saved_rows_are_read_by_training(session, tmp_path) -> None:
     ask(session, "One?")
     session.save(tmp_path / "mine" / "train.jsonl")
     rows = read_rows(tmp_path, "mine", "train")
-    assert encode_rows(rows, session.speaker.tokenizer, 0, 512).rows[0].gate_labels[0] == 0
+    assert encode_rows(rows, session.chat_model.tokenizer, 0, 512).rows[0].gate_labels[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def test_three_answers_to_one_message(session) -> None:
     assert ask(session, "Two?").ids == finished["adapter beta (inst)"].ids
     again = {event.label for event in session.compare()}
     assert again == set(finished)
-    base = ChatSession(Speaker("base", "", byte_llama(), byte_tokenizer(), BaseReference("")), Sampling(max_new_tokens=10))
-    without_ends(base.speaker.model)
+    base = ChatSession(ChatModel("base", "", byte_llama(), byte_tokenizer(), BaseReference("")), Sampling(max_new_tokens=10))
+    without_ends(base.chat_model.model)
     base.turns = session.turns[:1]
     assert ask(base, "Two?").ids == finished["base (chat)"].ids
 
@@ -320,37 +320,37 @@ def settings_of(world, **sections) -> Settings:
     return load_settings(None, {"model": {"base": str(world.base)}, "paths": {"adapters": world.adapters, "runs": world.checkpoint.parent}, **sections})
 
 
-def test_speakers_by_flag(world, tmp_path, monkeypatch) -> None:
+def test_chat_models_by_flag(world, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = settings_of(world)
     assert usual_checkpoint(settings.paths.runs) == world.checkpoint
-    gates = load_speaker(settings)
+    gates = load_chat_model(settings)
     assert (gates.kind, gates.adapter, gates.routing.names) == ("meteora", None, NAMES)
-    base = load_speaker(settings, base=str(world.base))
+    base = load_chat_model(settings, base=str(world.base))
     assert (base.kind, base.routing) == ("base", None)
     for adapter in ("beta", str(world.adapters / "beta")):
-        single = load_speaker(settings, adapter=adapter)
+        single = load_chat_model(settings, adapter=adapter)
         assert (single.kind, single.routing.names, single.adapter) == ("adapter", ("beta",), "beta")
-    inside = load_speaker(settings, checkpoint=world.checkpoint, adapter="beta")
+    inside = load_chat_model(settings, checkpoint=world.checkpoint, adapter="beta")
     assert (inside.kind, inside.adapter) == ("meteora", "beta")
     ids = torch.tensor([[5, 6, 7, 8]])
     with inside.routing.force("beta"):
         torch.testing.assert_close(inside.model(ids).logits, single.model(ids).logits)
-    torch.testing.assert_close(load_speaker(settings, checkpoint=world.checkpoint, base=str(world.base)).model(ids).logits, gates.model(ids).logits)
+    torch.testing.assert_close(load_chat_model(settings, checkpoint=world.checkpoint, base=str(world.base)).model(ids).logits, gates.model(ids).logits)
 
 
-def test_speakers_that_are_not_there(world, tmp_path, monkeypatch) -> None:
+def test_chat_models_that_do_not_exist(world, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = settings_of(world)
     with pytest.raises(UsageError, match="no adapter 'bta'") as raised:
-        load_speaker(settings, adapter="bta")
+        load_chat_model(settings, adapter="bta")
     assert raised.value.hint == "did you mean 'beta'?"
     with pytest.raises(CheckpointError, match="no such folder"):
-        load_speaker(settings, checkpoint=tmp_path / "none")
+        load_chat_model(settings, checkpoint=tmp_path / "none")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterError):
-        load_speaker(settings, adapter=str(tmp_path / "broken"))
+        load_chat_model(settings, adapter=str(tmp_path / "broken"))
 
 
 def test_what_was_trained_comes_before_the_quickstarts_checkpoint(tmp_path, monkeypatch) -> None:
@@ -366,11 +366,11 @@ def test_what_was_trained_comes_before_the_quickstarts_checkpoint(tmp_path, monk
 
 
 def test_the_world_is_what_it_seems(world) -> None:
-    assert open_speaker(world).routing.names == NAMES
+    assert open_chat_model(world).routing.names == NAMES
 
 
 def test_each_who_answers_has_its_own_frame(world) -> None:
-    speaker = open_speaker(world)
+    speaker = open_chat_model(world)
     state = speaker.routing
     state.adapters = tuple(replace(info, frame=frame) for info, frame in zip(state.adapters, (Frame("Q: ", "\nA:"), Frame("<", ">"), None), strict=True))
     session = ChatSession(speaker, Sampling(max_new_tokens=2))
@@ -392,7 +392,7 @@ def test_each_who_answers_has_its_own_frame(world) -> None:
 def test_a_frames_end_token_ends_an_answer(world) -> None:
     from meteora_core.generation.limits import end_tokens
 
-    speaker = open_speaker(world)
+    speaker = open_chat_model(world)
     state, before = speaker.routing, end_tokens(speaker.model, speaker.tokenizer)
     state.adapters = tuple(replace(info, frame=Frame(end="<s>")) for info in state.adapters)
     assert end_tokens(speaker.model, speaker.tokenizer) == before | {1}

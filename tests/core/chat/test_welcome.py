@@ -11,7 +11,7 @@ from support.chat_world import NAMES
 
 
 class Bank:
-    """A speaker that has only names."""
+    """A chat model that has only names."""
 
     kind, adapter = "meteora", None
 

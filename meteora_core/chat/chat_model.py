@@ -25,7 +25,7 @@ Kind = Literal["meteora", "adapter", "base"]
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ChatModel:
     """A loaded model with its tokenizer and its description.
 
     Attributes:
@@ -59,7 +59,7 @@ class Speaker:
         return default_frame((), self.tokenizer) if base else model_frame(self.model, self.tokenizer, adapter)
 
 
-def load_speaker(
+def load_chat_model(
     settings: Settings,
     *,
     checkpoint: Path | None = None,
@@ -67,7 +67,7 @@ def load_speaker(
     adapter: str | None = None,
     adapters_dir: Path | None = None,
     progress: Progress = SILENT,
-) -> Speaker:
+) -> ChatModel:
     """Load the model that the user has chosen.
 
     With ``base`` alone, this is the bare base model. With ``adapter``, it is a PEFT folder, the adapter of that name in ``settings.paths.adapters``, or an
@@ -108,13 +108,13 @@ def _load(settings: Settings, reference: BaseReference, progress: Progress) -> P
     return load_base(reference, dtype=pick_dtype(settings.model.dtype, device), device=device, quantization=quantization, progress=progress)
 
 
-def _bare_base(settings: Settings, name: str, progress: Progress) -> Speaker:
+def _bare_base(settings: Settings, name: str, progress: Progress) -> ChatModel:
     reference = _reference(settings, name)
     model = _load(settings, reference, progress)
-    return Speaker("base", f"{reference.name} (base model, no adapters)", model, load_tokenizer(reference, progress=progress), reference)
+    return ChatModel("base", f"{reference.name} (base model, no adapters)", model, load_tokenizer(reference, progress=progress), reference)
 
 
-def _single_adapter(settings: Settings, folder: Path, base: str | None, progress: Progress) -> Speaker:
+def _single_adapter(settings: Settings, folder: Path, base: str | None, progress: Progress) -> ChatModel:
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model.attach import attach
 
@@ -125,10 +125,10 @@ def _single_adapter(settings: Settings, folder: Path, base: str | None, progress
     model = _load(settings, reference, progress)
     attach(model, bank, top_k=1, backend=settings.model.backend, init="zeros")
     tokenizer = load_tokenizer(reference, progress=progress)
-    return Speaker("adapter", f"{name} on {reference.name} (one adapter)", model.eval(), tokenizer, reference, name)
+    return ChatModel("adapter", f"{name} on {reference.name} (one adapter)", model.eval(), tokenizer, reference, name)
 
 
-def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str | None, adapters_dir: Path | None, progress: Progress) -> Speaker:
+def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str | None, adapters_dir: Path | None, progress: Progress) -> ChatModel:
     from meteora_core.checkpoints.opening import attach_checkpoint, describe_checkpoint
     from meteora_core.errors import did_you_mean
     from meteora_core.fused.fuse import fuse_for_inference
@@ -147,4 +147,4 @@ def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str
     fuse_for_inference(model, settings.chat.fuse)
     tokenizer = load_tokenizer(reference, progress=progress)
     title = f"{folder}: {len(names)} adapters on {reference.name}"
-    return Speaker("meteora", title, model, tokenizer, reference, adapter)
+    return ChatModel("meteora", title, model, tokenizer, reference, adapter)
