@@ -123,10 +123,11 @@ def _argument(parameter: Any) -> str:
 def _names(parameter: Any) -> str:
     """The spellings of an option with its value, such as ``--limit NUMBER``."""
     if not parameter.opts[0].startswith("-"):
-        return f"`{_argument(parameter)}`"
+        return f"`{_argument(parameter)}`".replace("|", r"\|")
     spellings = sorted([*parameter.opts, *parameter.secondary_opts], key=lambda each: (each in parameter.secondary_opts, not each.startswith("--")))
     value = _value(parameter)
-    return ", ".join(f"`{each}{' ' + value if value and each.startswith('--') else ''}`".replace("|", r"\|") for each in spellings)
+    with_value = [each for each in spellings if each.startswith("--")] or spellings
+    return ", ".join(f"`{each}{' ' + value if value and each in with_value else ''}`".replace("|", r"\|") for each in spellings)
 
 
 def _value(parameter: Any) -> str:

@@ -20,13 +20,11 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--checkpoint",
-        help="Checkpoint, native or in the authors' layout; default: RUNS/meteora, else the quickstart's, else the starter checkpoint.",
+        help="Checkpoint, native or in the authors' layout; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
         show_default=False,
     ),
 ]
-Base = Annotated[
-    str | None, typer.Option("--base", help="Base model to chat with; with --checkpoint or --adapter: the one to load it onto.", show_default=False)
-]
+Base = Annotated[str | None, typer.Option("--base", help="Base model alone; with --checkpoint or --adapter, the base model for them.", show_default=False)]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="Single adapter: a PEFT folder, or a name.", show_default=False)]
 AdaptersDir = Annotated[Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)]
 RoutingT = Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: the checkpoint's.", show_default=False)]

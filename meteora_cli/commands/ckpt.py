@@ -36,7 +36,7 @@ def download(
         typer.Option("--include", help="Pattern of the files to fetch from a hub repository, such as '*/top_1/*'; can be repeated.", show_default=False),
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder for a hub repository; default: the hub's cache.", show_default=False)] = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch files again that exist already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Fetch existing files again.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fetch a model or a checkpoint. Existing files are not fetched again, and interrupted downloads resume."""
@@ -121,14 +121,14 @@ def inspect(
 @app.command("convert")
 def convert(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="The authors' model.safetensors, or the folder of it or of its shards.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' model.safetensors, or the folder that contains it or its shards.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Folder of the native checkpoint to write.", show_default=False)],
     base: Annotated[
         str, typer.Option("--base", "--model", help="Base model that the checkpoint was trained on: a folder, a known name, or a hub id.", show_default=False)
     ],
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub base model.", show_default=False)] = None,
     adapters: Annotated[
-        Path | None, typer.Option("--adapters", help="Folder that contains one PEFT folder per adapter, which give names and alphas.", show_default=False)
+        Path | None, typer.Option("--adapters", help="Folder with one PEFT folder per adapter, from which names and alphas are read.", show_default=False)
     ] = None,
     names: Annotated[
         str | None, typer.Option("--names", help="Names of the adapters in the order of the checkpoint, separated by commas.", show_default=False)
@@ -186,7 +186,9 @@ def pack(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write.", show_default=False)],
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder of its adapter folders, if they were moved.", show_default=False)] = None,
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", help="Adapters to keep, in this order, separated by commas; default: all.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of an adapter in a layer.", show_default=False)] = None,
     max_mb: Annotated[float | None, typer.Option("--max-mb", help="Largest size of the folder in MB (millions of bytes).", show_default=False)] = None,

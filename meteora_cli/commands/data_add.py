@@ -51,12 +51,12 @@ class _Options:
 def add(
     ctx: typer.Context,
     names: Annotated[
-        list[str], typer.Argument(metavar="NAME|PATH...", help="Name of the task, with --train; or files, folders and hub datasets to add.", show_default=False)
+        list[str], typer.Argument(metavar="NAME|PATH", help="Name of the task, with --train; or files, folders and hub datasets to add.", show_default=False)
     ],
     train: Annotated[str | None, typer.Option("--train", help="File, folder or hub dataset (user/name) with the train rows.", show_default=False)] = None,
     test: Annotated[str | None, typer.Option("--test", help="The same for the test rows; default: 20 % of the train rows.", show_default=False)] = None,
     columns: Annotated[
-        list[str] | None, typer.Option("--columns", help="Names of columns for known ones, for example question=ASK,answer=REPLY.", show_default=False)
+        list[str] | None, typer.Option("--columns", help="Known column names and yours for them, for example question=ASK,answer=REPLY.", show_default=False)
     ] = None,
     template: Annotated[str | None, typer.Option("--template", help=TEMPLATE_HELP, show_default=False)] = None,
     target: Annotated[

@@ -39,10 +39,10 @@ def route(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Make a routed model of a folder of LoRA adapters without training: the gates are solved in closed form.
+    """Turn a folder of LoRA adapters into a routed model without training: the gates are solved in closed form.
 
     The rows of an adapter are its built dataset or a file NAME.jsonl (.csv, .parquet, …) in the folder of datasets, a file NAME.jsonl next to the
-    adapter, or train.jsonl in its folder. Adapters that cannot be used are set aside, and the reason is printed.
+    adapter, or train.jsonl in its folder. Adapters that cannot be used are left out, and the reason is printed.
     """
     from meteora_core.living.route import LOW, RouteOptions, route_adapters
     from meteora_core.model.base import BaseReference
@@ -81,7 +81,7 @@ def route(
         accuracy = done.held_out.get(f"gate_accuracy/{name}")
         table.add_row(name, done.rows[name] or "its own statistics", "–" if accuracy is None else f"{accuracy:.1%}")
     for name, why in done.set_aside.items():
-        table.add_row(name, f"set aside: {why}", "")
+        table.add_row(name, f"left out: {why}", "")
     out.print(table)
     put(f"{done.folder}: {len(done.adapters)} adapters of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
     if accuracy := done.held_out.get("gate_accuracy"):
