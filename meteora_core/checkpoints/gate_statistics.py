@@ -177,10 +177,10 @@ def unpacked(packed: Tensor) -> Tensor:
     if width <= _INDEXED:
         full.view(-1)[_lower(width)] = packed
     else:
-        place = 0
+        offset = 0
         for row in range(width):
-            full[row, : row + 1] = packed[place : place + row + 1]
-            place += row + 1
+            full[row, : row + 1] = packed[offset : offset + row + 1]
+            offset += row + 1
     for start in range(0, width, 512):  # in blocks: a transposed copy of the whole would double the memory
         full[:start, start : start + 512] = full[start : start + 512, :start].t()
         block = full[start : start + 512, start : start + 512]
@@ -257,11 +257,11 @@ class GateStatistics:
         packed = self._read(f"{name}.second")
         if self.header.second == "float16":
             mean, deviation = self._read(f"{name}.mean"), self._read(f"{name}.deviation")
-            place = 0
+            offset = 0
             for row in range(len(mean)):
-                part = packed[place : place + row + 1]
+                part = packed[offset : offset + row + 1]
                 part.mul_(deviation[row]).mul_(deviation[: row + 1]).add_(mean[: row + 1] * mean[row])
-                place += row + 1
+                offset += row + 1
         return packed
 
     def _read(self, name: str) -> Tensor:

@@ -107,7 +107,7 @@ def save_checkpoint(
         ['config.json', 'meteora.safetensors', 'meteora_config.json']
     """
     check_replaceable(folder)
-    config, tensors = checkpoint_parts(model, place=folder, base=base, adapters=adapters, dtype=dtype, training=training)
+    config, tensors = checkpoint_parts(model, folder=folder, base=base, adapters=adapters, dtype=dtype, training=training)
     return write_checkpoint(Path(folder), config, tensors)
 
 

@@ -101,19 +101,19 @@ def pack_checkpoint(
     if adapters_dir is not None and "adapters" in config["contains"]:
         raise UsageError(f"{source} holds its adapters, so another folder of them has no effect", hint="leave out --adapters")
     check_replaceable(folder)
-    places = [bank.index(name) for name in (options.tasks or bank.names)]
-    if len(set(places)) != len(places):
+    chosen = [bank.index(name) for name in (options.tasks or bank.names)]
+    if len(set(chosen)) != len(chosen):
         raise UsageError("a task is named twice")
-    gates = {f"{path}.gate": tensors[f"{path}.gate"][places].to(dtype).contiguous() for path in config["modules"]}
+    gates = {f"{path}.gate": tensors[f"{path}.gate"][chosen].to(dtype).contiguous() for path in config["modules"]}
     base = {key: value for key, value in tensors.items() if key.startswith(BASE)}
-    layers = {path: _factors(stack, places) for path, stack in bank.modules.items()}
+    layers = {path: _factors(stack, chosen) for path, stack in bank.modules.items()}
     width = torch.finfo(dtype).bits // 8
     fixed = sum(tensor.numel() * tensor.element_size() for tensor in (*gates.values(), *base.values()))
     full = {path: tuple(len(a) for a, _ in pairs) for path, pairs in layers.items()}
     ranks = {path: tuple(min(size, rank) if rank else size for size in sizes) for path, sizes in full.items()}
-    text = len(json.dumps(_configuration(config, bank, places, full, {}), indent=2)) if max_bytes else 0
+    text = len(json.dumps(_configuration(config, bank, chosen, full, {}), indent=2)) if max_bytes else 0
     budget = None if max_bytes is None else max_bytes - fixed - text - MARGIN - 160 * (len(gates) * 3 + len(base))
-    cut, kept = ranks != full, [1.0] * len(places)
+    cut, kept = ranks != full, [1.0] * len(chosen)
     if cut or (budget is not None and _bytes(layers, ranks, width) > budget):
         cut = True
         with progress.task("factorising adapters", total=len(layers), unit="layers") as bar:
@@ -122,7 +122,7 @@ def pack_checkpoint(
                 bar.update(1)
         # A product has at most as many singular values as inputs or outputs, for any rank of the adapter.
         ranks = {path: tuple(min(size, len(a)) for size, (a, _) in zip(sizes, layers[path], strict=True)) for path, sizes in ranks.items()}
-        energy = {path: [_energy(a, b, scale) for (a, b), scale in zip(pairs, _scales(bank, path, places), strict=True)] for path, pairs in layers.items()}
+        energy = {path: [_energy(a, b, scale) for (a, b), scale in zip(pairs, _scales(bank, path, chosen), strict=True)] for path, pairs in layers.items()}
         if budget is not None:
             ranks = _fit(layers, energy, ranks, budget, width)
         kept = _kept(energy, ranks)
@@ -132,16 +132,16 @@ def pack_checkpoint(
         packed[f"{path}.lora_B"] = torch.cat([b[:size] for (_, b), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
     for name, tensor in packed.items():
         check_tensor(f"{name} of {source} in {str(tensor.dtype).removeprefix('torch.')}", tensor, margin=not name.startswith(BASE))
-    names = tuple(bank.names[place] for place in places)
+    names = tuple(bank.names[number] for number in chosen)
     shares = {name: round(share, 4) for name, share in zip(names, kept, strict=True)}
-    written = _configuration(config, bank, places, ranks, shares if cut else {})
+    written = _configuration(config, bank, chosen, ranks, shares if cut else {})
     write_checkpoint(folder, written, packed)
     size = sum(file.stat().st_size for file in folder.iterdir())
     if max_bytes is not None and size > max_bytes:
         raise CheckpointError(f"{folder} has {size / 1e6:.1f} MB, more than {max_bytes / 1e6:.1f} MB", hint="choose fewer tasks or a lower rank")
     from meteora_core.files import sha256
 
-    mean = {name: sum(sizes[place] for sizes in ranks.values()) / len(ranks) for place, name in enumerate(names)}
+    mean = {name: sum(sizes[index] for sizes in ranks.values()) / len(ranks) for index, name in enumerate(names)}
     return Packed(folder, names, {name: round(value, 2) for name, value in mean.items()}, shares, size, sha256(folder / WEIGHT_FILE))
 
 
@@ -149,14 +149,14 @@ Pair = tuple[Tensor, Tensor]
 """The matrices of one adapter in one layer: A of shape (r, in), and the transpose of B, of shape (r, out)."""
 
 
-def _factors(stack: Stack, places: Sequence[int]) -> list[Pair]:
+def _factors(stack: Stack, chosen: Sequence[int]) -> list[Pair]:
     starts = [sum(stack.ranks[:index]) for index in range(len(stack.ranks))]
-    cuts = [slice(starts[index], starts[index] + stack.ranks[index]) for index in places]
+    cuts = [slice(starts[index], starts[index] + stack.ranks[index]) for index in chosen]
     return [(stack.A[cut], stack.B[cut]) for cut in cuts]
 
 
-def _scales(bank: AdapterBank, path: str, places: Sequence[int]) -> list[float]:
-    return [float(bank.modules[path].scaling[index]) for index in places]
+def _scales(bank: AdapterBank, path: str, chosen: Sequence[int]) -> list[float]:
+    return [float(bank.modules[path].scaling[index]) for index in chosen]
 
 
 def _by_singular_values(a: Tensor, b: Tensor) -> Pair:
@@ -210,27 +210,27 @@ def _kept(energy: Mapping[str, list[list[float]]], ranks: Mapping[str, Sequence[
 
 
 def _configuration(
-    config: Mapping[str, Any], bank: AdapterBank, places: Sequence[int], ranks: Mapping[str, Sequence[int]], kept: Mapping[str, float]
+    config: Mapping[str, Any], bank: AdapterBank, chosen: Sequence[int], ranks: Mapping[str, Sequence[int]], kept: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return the configuration of the source, for the given adapters and ranks."""
-    infos = [_info(bank.adapters[place], max((sizes[index] for sizes in ranks.values()), default=0), bool(kept)) for index, place in enumerate(places)]
+    infos = [_info(bank.adapters[number], max((sizes[index] for sizes in ranks.values()), default=0), bool(kept)) for index, number in enumerate(chosen)]
     modules = {
         path: {
             **module,
             "ranks": list(ranks[path]),
-            "scaling": [float(bank.modules[path].scaling[place]) if size else 0.0 for place, size in zip(places, ranks[path], strict=True)],
+            "scaling": [float(bank.modules[path].scaling[number]) if size else 0.0 for number, size in zip(chosen, ranks[path], strict=True)],
         }
         for path, module in config["modules"].items()
     }
     training = {key: value for key, value in config.get("training", {}).items() if key not in ("history", "evaluations")}
-    packed = {"from": config.get("weights_sha256"), "adapters": {bank.adapters[place].name: bank.adapters[place].sha256 for place in places}}
+    packed = {"from": config.get("weights_sha256"), "adapters": {bank.adapters[number].name: bank.adapters[number].sha256 for number in chosen}}
     if kept:
         packed["kept"] = dict(kept)
     contains = ["gates", "adapters", *(["base"] if config.get("base_tensors") else [])]
     rest = {key: value for key, value in config.items() if key != "weights_sha256"}
     return {
         **rest,
-        "top_k": min(config["top_k"], len(places)),
+        "top_k": min(config["top_k"], len(chosen)),
         "adapters": [info.to_json() for info in infos],
         "contains": contains,
         "modules": modules,

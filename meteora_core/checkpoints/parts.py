@@ -162,7 +162,7 @@ def _present(model: nn.Module, names: Mapping[str, str], state_dict: Mapping[str
 def checkpoint_parts(
     model: nn.Module,
     *,
-    place: str | Path,
+    folder: str | Path,
     base: BaseReference | None = None,
     adapters: bool = False,
     dtype: torch.dtype | None = None,
@@ -175,7 +175,7 @@ def checkpoint_parts(
 
     Args:
         model: A model with adapters attached.
-        place: The folder that the checkpoint will be saved to, for a log message.
+        folder: The folder that the checkpoint will be saved to, for a log message.
         base: The name of the base model; see :func:`meteora_core.save_checkpoint`.
         adapters: Whether to store the weights of the adapters; see :func:`meteora_core.save_checkpoint`.
         dtype: The dtype of the stored tensors; None keeps the dtype of each tensor.
@@ -202,7 +202,7 @@ def checkpoint_parts(
         }
     origin = gate_origin(model, {path: tensors[f"{path}.gate"] for path in modules})
     if origin == "untrained":
-        _log.warning("the gates saved in %s are untrained: they still have the initial values from attach", place)
+        _log.warning("the gates saved in %s are untrained: they still have the initial values from attach", folder)
     changed = _changed_base(model, state_dict)
     for name, inside in changed.items():
         tensor = whole_tensor(model, inside, state_dict)

@@ -71,7 +71,7 @@ def save_attached(
     hub = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
     folder = Path(save_directory)
     _check_folder(folder)
-    config, tensors = checkpoint_parts(model, adapters=True, state_dict=state_dict, place=folder)
+    config, tensors = checkpoint_parts(model, adapters=True, state_dict=state_dict, folder=folder)
     resumed = _trained(model, state_dict)
     if not is_main_process:
         return

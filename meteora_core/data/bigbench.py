@@ -109,7 +109,7 @@ def format_example(example: Any, style: Style) -> Example:
         choices = tuple(scores)
         if style.append_choices:
             ordered = sorted(choices)
-            shown += "".join(style.choice_prefix + ordered[place] for place in permutation(len(ordered)))
+            shown += "".join(style.choice_prefix + ordered[position] for position in permutation(len(ordered)))
     target = first_target(example["target"]) if "target" in example else best_choice(scores)
     return Example((style.task_prefix + style.input_prefix + shown + style.output_prefix).strip(), target.strip(), choices)
 

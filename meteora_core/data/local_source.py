@@ -50,8 +50,8 @@ def extract_local(task: Task, raw_dir: Path) -> Extract:
     """
     if not raw_dir.is_dir():
         if raw_dir.exists():
-            raise DataError(f"{raw_dir} is {kind_of(raw_dir.stat().st_mode)}, not a folder of raw tasks or an archive", hint="name another with --raw-dir")
-        raise NotHere(f"no such folder: {raw_dir}", hint="give the folder that holds one folder per raw task with --raw-dir")
+            raise DataError(f"{raw_dir} is {kind_of(raw_dir.stat().st_mode)}, not a folder of raw tasks or an archive", hint="pass another one by --raw-dir")
+        raise NotHere(f"no such folder: {raw_dir}", hint="pass the folder that contains one folder per raw task by --raw-dir")
     folder = find_folder(task, raw_dir)
     if folder is None:
         raise NotHere(f"no folder {task.name} in {raw_dir}")
@@ -60,7 +60,7 @@ def extract_local(task: Task, raw_dir: Path) -> Extract:
     test = next((folder / name for name in TEST_FILES if (folder / name).is_file()), None)
     train = folder / "train.jsonl"
     if not train.is_file() and test is None:
-        raise DataError(f"{folder} has neither task.json nor train.jsonl", hint="known layouts: BIG-bench's repository, the hub's JSON lines, raw rows")
+        raise DataError(f"{folder} has neither task.json nor train.jsonl", hint="a raw task is task.json as in BIG-bench's repository, or train.jsonl")
     return from_files(task, train if train.is_file() else None, test, {"kind": "local", "name": "JSON lines"})
 
 

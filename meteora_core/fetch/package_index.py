@@ -108,15 +108,15 @@ def _is_release(file: PypiFile, name: str, version: str, suffix: str) -> bool:
         return False
 
 
-def _files(place: str) -> Iterator[PypiFile]:
+def _files(location: str) -> Iterator[PypiFile]:
     """Yield the files that a project's page, or a find-links page or folder, lists; none if the page is missing."""
-    scheme = scheme_of(place)
+    scheme = scheme_of(location)
     if scheme in ("http", "https"):
-        for file in _remote(place):
+        for file in _remote(location):
             if scheme_of(file.url) in ("http", "https"):  # a server must not make us read local files
                 yield file
         return
-    path = local_path(place) if scheme == "file" else Path(place).expanduser()
+    path = local_path(location) if scheme == "file" else Path(location).expanduser()
     if path.is_dir() and (path / "index.html").is_file():
         path = path / "index.html"
     if path.is_dir():

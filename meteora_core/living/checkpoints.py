@@ -225,7 +225,7 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
         done = change(live)
         if folder is not None:
             relocate(model, {name: folder}, checkpoint)
-        new, tensors = checkpoint_parts(model, place=checkpoint, base=how.base, training=config["training"])
+        new, tensors = checkpoint_parts(model, folder=checkpoint, base=how.base, training=config["training"])
         hashes = {adapter["name"]: adapter["sha256"] for adapter in (*config["adapters"], *new["adapters"])}
         _write(checkpoint, new, narrowed(tensors, checkpoint), live.statistics, done, hashes[name])
         return done

@@ -191,7 +191,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         seconds = time.perf_counter() - began
         record = {"held_out": measured, "tokens": tokens, "seconds": seconds, "closed_form": {**recipe.model_dump(), "tokens": options.tokens}}
         record |= {"frames": tried} if tried else {}
-        config, tensors = checkpoint_parts(model, place=folder, base=base, adapters=embed, training=record)
+        config, tensors = checkpoint_parts(model, folder=folder, base=base, adapters=embed, training=record)
         write_with_statistics(folder, config, tensors, statistics)
         rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}
         stored = sum(each.size for each in statistics.values())

@@ -116,9 +116,9 @@ def load_tokenizer(reference: BaseReference, *, progress: Progress = SILENT) -> 
     """
     from transformers import AutoTokenizer
 
-    place = locate_base(reference, progress=progress)
+    source = locate_base(reference, progress=progress)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=reference.revision or "main", trust_remote_code=reference.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=reference.revision or "main", trust_remote_code=reference.trust_remote_code)
         tokenizer("a")  # some broken configurations are only noticed here
     except (MeteoraError, MemoryError):
         raise
@@ -160,11 +160,11 @@ def load_base(
 
     device = device or torch.device("cpu")
     quantized = {} if quantization is None else quantized_loading(quantization, dtype, device)
-    place = locate_base(reference, progress=progress)
+    source = locate_base(reference, progress=progress)
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            place,
+            source,
             revision=reference.revision or "main",
             dtype=dtype,
             use_safetensors=True,

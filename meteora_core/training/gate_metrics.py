@@ -102,9 +102,9 @@ def measure_gates(
     device = runtime.device or next(model.parameters()).device
     groups = [*zip(names, held_out.rows, strict=True), *([(COMPOSITES, composites)] if composites else [])]
     work = []
-    for place, (_, group) in enumerate(groups):
+    for index, (_, group) in enumerate(groups):
         ordered = sorted(group, key=len)
-        work += [(place, ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+        work += [(index, ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
     if not work:
         return {}
     totals = torch.zeros(len(groups), len(_SUMS), dtype=torch.float64, device=device)
@@ -112,13 +112,13 @@ def measure_gates(
     with progress.task("measuring gates on held-out rows", total=-(-len(work) // runtime.world), unit="batches") as bar:
         for start in range(0, len(work), runtime.world):
             mine = start + runtime.rank
-            place, picked = work[min(mine, len(work) - 1)]
+            index, picked = work[min(mine, len(work) - 1)]
             batch = collate(picked, held_out.pad_token, response_only=held_out.response_only).to(device)
             with state.label_gates(batch.gate_labels, keep_hits=True) as observed:
                 lm, losses = on_model(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
             if mine < len(work):
-                totals[place] += _sums(lm, observed, batch)
-                if place < len(names):
+                totals[index] += _sums(lm, observed, batch)
+                if index < len(names):
                     for name, value in gate_tallies(observed, batch, losses, names).items():
                         kinds[name] = kinds[name] + value if name in kinds else value
             elif not kinds:

@@ -204,11 +204,11 @@ class _JointRun:
         done = {}
         peft_model = with_lora(self.model, self.job.base, self.settings)
         try:
-            for place, (task, encoded) in enumerate(zip(self.tasks, self.encoded, strict=True)):
+            for index, (task, encoded) in enumerate(zip(self.tasks, self.encoded, strict=True)):
                 history = [_of_task(entry, task) for entry in state.history]
                 folder, alone = self.job.out / task, replace(state, history=history, evaluations=[], best={})
                 if self.job.runtime.is_main:
-                    weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, place).items()}
+                    weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, index).items()}
                     frame = dataset_frame(self.job.data_dir, task)
                     save_adapter(peft_model, folder, self.inputs[task], alone, encoded.cut, weights=weights, frame=frame)
                 done[task] = TrainedAdapter(task, folder, False, state.step, last_loss(history), state.tokens, state.seconds, encoded.cut)
@@ -323,10 +323,10 @@ def clip_each(parameters: list[nn.Parameter], limit: float, count: int) -> Tenso
     return norms.max()
 
 
-def _slices(part: tuple[tuple[int, ...], Tensor, Tensor], place: int) -> dict[str, Tensor]:
+def _slices(part: tuple[tuple[int, ...], Tensor, Tensor], index: int) -> dict[str, Tensor]:
     ranks, A, B = part
-    start = sum(ranks[:place])
-    rows = slice(start, start + ranks[place])
+    start = sum(ranks[:index])
+    rows = slice(start, start + ranks[index])
     return {"lora_A.default.weight": A[rows].contiguous(), "lora_B.default.weight": B[rows].t().contiguous()}
 
 

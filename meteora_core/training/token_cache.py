@@ -48,26 +48,26 @@ class CachedRows(Sequence[TrainRow]):
         cut: Number of rows that were longer than ``max_length``.
     """
 
-    def __init__(self, dataset: Any, places: Sequence[int], adapter: int, head: int, max_length: int) -> None:
-        self._dataset, self._places = dataset, np.asarray(places, dtype=np.int64)
+    def __init__(self, dataset: Any, indices: Sequence[int], adapter: int, head: int, max_length: int) -> None:
+        self._dataset, self._indices = dataset, np.asarray(indices, dtype=np.int64)
         self._adapter, self._head, self._max_length = adapter, head, max_length
-        whole = np.asarray(dataset.with_format("numpy")["length"][:])[self._places]
+        whole = np.asarray(dataset.with_format("numpy")["length"][:])[self._indices]
         self.lengths: list[int] = np.minimum(whole, max_length).tolist()
         self.cut = int((whole > max_length).sum())
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     @overload
-    def __getitem__(self, place: int) -> TrainRow: ...
+    def __getitem__(self, index: int) -> TrainRow: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[TrainRow]: ...
+    def __getitem__(self, index: slice) -> list[TrainRow]: ...
 
-    def __getitem__(self, place: int | slice) -> TrainRow | list[TrainRow]:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        row = self._dataset[int(self._places[place])]
+    def __getitem__(self, index: int | slice) -> TrainRow | list[TrainRow]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        row = self._dataset[int(self._indices[index])]
         return fit_row(row["tokens"], [self._adapter] * len(row["tokens"]), row["start"], self._head, self._max_length)[0]
 
 

@@ -42,23 +42,23 @@ class Curves:
 
     Args:
         tracker: A started tracker of accelerate; None writes nothing.
-        place: Name of the tracker's destination in error messages.
+        destination: Name of the tracker's destination in error messages.
     """
 
-    def __init__(self, tracker: Any = None, place: Path = Path("curves")) -> None:
-        self._tracker, self._place = tracker, place
+    def __init__(self, tracker: Any = None, destination: Path = Path("curves")) -> None:
+        self._tracker, self._destination = tracker, destination
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record the values of one step, except those that are not finite. Raises StorageError if they cannot be written."""
         numbers = {name: value for name, value in values.items() if math.isfinite(value)}
         if self._tracker is not None and numbers:
-            with storage_errors(self._place):
+            with storage_errors(self._destination):
                 self._tracker.log(numbers, step=step)
 
     def close(self) -> None:
         """Write the remaining values, and end the run."""
         if self._tracker is not None:
-            with storage_errors(self._place):
+            with storage_errors(self._destination):
                 self._tracker.finish()
             self._tracker = None
 

@@ -57,7 +57,7 @@ def find_datasets(source: str) -> list[Found]:
     found = [*_files(path), *_folders(path)]
     if not found:
         raise DataError(f"no dataset in {shown_path(path)}", hint=f"a dataset is a file ({READABLE}), a folder with a train file, or what `datasets` saved")
-    repeated = next((one.name for place, one in enumerate(found) if one.name in [other.name for other in found[:place]]), None)
+    repeated = next((one.name for index, one in enumerate(found) if one.name in [other.name for other in found[:index]]), None)
     if repeated is not None:
         both = ", ".join(shown_path(each.train) for each in found if each.name == repeated)
         raise DataError(f"{shown_path(path)} has two datasets called {repeated}: {both}", hint="add them one by one, with --train")

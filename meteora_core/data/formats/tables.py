@@ -139,7 +139,7 @@ def _delimiter(head: str) -> str:
 
 
 def _check_columns(columns: list[str], name: str) -> None:
-    repeated = next((column for place, column in enumerate(columns) if column in columns[:place]), None)
+    repeated = next((column for index, column in enumerate(columns) if column in columns[:index]), None)
     if repeated is not None:
         raise DataError(f"{name} has two columns called {shown(repeated)}", hint="its first line must name the columns, each once")
 
