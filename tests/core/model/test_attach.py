@@ -1,4 +1,4 @@
-"""Attaching to a whole model: PEFT as the judge, padding, caches, checkpointing, autocast."""
+"""Attaching to a whole model, compared with PEFT: padding, caches, checkpointing, autocast."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bank(make_adapter) -> AdapterBank:
     )
 
 
-def test_models_of_one_bank_do_not_train_each_other(bank) -> None:
+def test_models_that_share_a_bank_are_trained_separately(bank) -> None:
     kept = {path: (stack.A.clone(), stack.B.clone()) for path, stack in bank.modules.items()}
     one, other = attach(make_tiny_llama(), bank), attach(make_tiny_llama(), bank)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_forced_routing_equals_each_adapter_by_peft(bank, make_adapter) -> None:
             torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_detach_gives_the_base_back(bank, tiny_llama) -> None:
+def test_detach_restores_the_base_model(bank, tiny_llama) -> None:
     before = tiny_llama(IDS).logits
     keys = list(tiny_llama.state_dict())
     model = attach(tiny_llama, bank)

@@ -1,4 +1,4 @@
-"""Which device and number type run, and loading a base model by name."""
+"""The choice of device and dtype, and loading a base model by name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_folder_is_loaded_and_pickles_are_not(tmp_path) -> None:
         load_base(BaseReference(str(tmp_path / "safe")))
 
 
-def test_an_encoder_decoder_is_refused_for_what_it_is(tmp_path) -> None:
+def test_an_encoder_decoder_is_refused_by_name(tmp_path) -> None:
     from transformers import T5Config
 
     T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
@@ -53,7 +53,7 @@ def test_an_encoder_decoder_is_refused_for_what_it_is(tmp_path) -> None:
 
 
 def test_a_base_that_lacks_weights_or_is_broken_is_refused_in_one_line(tmp_path) -> None:
-    """transformers would draw what is missing at random, with a warning."""
+    """transformers would initialise missing weights at random, with a warning."""
     import json
 
     from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""Models with states beside or instead of keys and values: batches, padding, conversations, pictures; and models without a cache."""
+"""Models whose caches hold states in addition to or instead of keys and values: batches, padding, conversations, traces; and models without a cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def by_transformers(model, ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", USABLE)
-def test_rows_leave_the_batch_and_answer_as_alone_and_as_by_transformers(models, kind, monkeypatch) -> None:
+def test_rows_that_leave_the_batch_early_answer_as_they_do_alone_and_in_transformers(models, kind, monkeypatch) -> None:
     model, kept = models[kind], []
     real = caches.keep_rows
     monkeypatch.setattr(caches, "keep_rows", lambda cache, rows: kept.append(real(cache, rows)) or kept[-1])
@@ -77,7 +77,7 @@ def test_a_conversation_answers_as_if_it_were_new(models, kind) -> None:
         assert answer(engine, ids)[0] == by_transformers(model, ids, 4)
 
 
-def test_mamba_reads_a_text_again_where_its_states_would_be_misread(models) -> None:
+def test_mamba_reads_a_text_again_where_its_states_would_be_wrong(models) -> None:
     assert not caches.can_be_cut(decode_cache(models["mamba"]))
     assert caches.can_be_cut(decode_cache(make_tiny_llama()))
     assert caches.padding_is_safe(models["mamba"])
@@ -120,7 +120,7 @@ def bank_of(tmp_path, **config: object) -> AdapterBank:
     return AdapterBank.from_peft(folders)
 
 
-def test_mamba_with_adapters_decodes_and_draws(tmp_path) -> None:
+def test_mamba_with_adapters_decodes_and_is_traced(tmp_path) -> None:
     model = attach(make_hybrid("mamba"), bank_of(tmp_path, target_modules=["in_proj", "x_proj"]), top_k=1)
     together = answers(model, [0, 1, 2])
     assert together == [by_transformers(model, ids, count) for ids, count in zip(texts(), ROOM, strict=True)]

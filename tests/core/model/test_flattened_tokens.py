@@ -1,4 +1,4 @@
-"""Models that put all tokens of a batch into one dimension before a linear, and layers that see some tokens alone."""
+"""Models that flatten the tokens of a batch before a linear, and layers that see only some tokens."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_labels_of_flattened_layers_belong_to_their_tokens(model) -> None:
         assert bool(seen.hits[path].view(3, 7)[1, 4]) == bool(routes.layer(path).indices[1, 4, 0] == 2)
 
 
-def test_copies_and_pickles_watch_their_own_calls(model) -> None:
+def test_copies_and_pickles_observe_their_own_calls(model) -> None:
     expected = None
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad(), twin.meteora.force(torch.tensor([2, 0, 1])):
@@ -124,7 +124,7 @@ def test_routes_of_another_batch_are_refused_in_one_line() -> None:
 
 
 class Experts(nn.Module):
-    """A mixture of experts in the old style: a list of linears, each of which gets some of the tokens."""
+    """An old-style mixture of experts: a list of linears, each of which processes some of the tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_routed_experts_run_and_are_refused_where_tokens_must_be_known() -> None
         check_observable(dict(meteora_layers(model)), "gate labels")
 
 
-def test_adapters_of_flattening_models_train_together_as_alone(model) -> None:
+def test_adapters_of_flattening_models_train_together_as_they_do_alone(model) -> None:
     rows = [TrainRow(tuple(IDS[place].tolist()), (task,) * 7, 3) for place, task in enumerate((2, 0, 1))]
     set_trainable(model, "gates+adapters")
     enable_checkpointing(model.train())

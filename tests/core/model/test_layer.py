@@ -1,4 +1,4 @@
-"""The layer against a float64 loop over tokens and adapters, written here from the formula."""
+"""The layer compared with a float64 loop over tokens and adapters, written here from the formula."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_no_tokens(shape, backend) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_nan_stays_nan_and_stays_in_its_token(backend) -> None:
+def test_nan_stays_nan_and_does_not_spread_to_other_tokens(backend) -> None:
     layer, state = build((2, 3, 4), 8, 6, 2, 1.0, backend=backend)
     x = torch.randn(1, 4, 8, dtype=torch.float64)
     x[0, 2, 3] = float("nan")
@@ -191,8 +191,8 @@ def test_a_muted_adapter_is_never_chosen() -> None:
     assert not torch.allclose(layer(x), muted)
 
 
-def test_masks_and_forced_adapters_are_made_once_and_copied_once_a_device() -> None:
-    """A captured graph keeps reading the tensors that it saw; and no layer copies them anew."""
+def test_masks_and_forced_adapters_are_created_once_and_copied_once_per_device() -> None:
+    """A captured graph keeps reading the same tensors, and no layer copies them again."""
     state = Meteora(tuple(AdapterInfo(name, "", "", None, 4, 16.0, False, 0.0) for name in ("one", "two")), 1, 1.0, "auto")
     far = torch.device("meta")
     seen, copies = [], []

@@ -1,4 +1,4 @@
-"""Bases that accelerate keeps partly on the CPU or on disk."""
+"""Base models that accelerate keeps partly on the CPU or on disk."""
 
 from __future__ import annotations
 

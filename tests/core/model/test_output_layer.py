@@ -1,4 +1,4 @@
-"""Adapters on lm_head, tied to the embedding or not: PEFT as the judge, recording, training, resizing, saving."""
+"""Adapters on lm_head, tied to the embedding or not, compared with PEFT: recording, training, resizing, saving."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_head_gets_gates_by_ridge_and_by_gradients(model) -> None:
     assert layer.gate.grad.abs().sum() > 0
 
 
-def test_it_is_saved_and_loaded(model, tied, tmp_path: Path) -> None:
+def test_adapters_of_the_head_are_saved_and_loaded(model, tied, tmp_path: Path) -> None:
     for adapters in (False, True):
         save_checkpoint(declare_trained(model), tmp_path / "saved", adapters=adapters)
         loaded = load_checkpoint(tmp_path / "saved", make_tiny_llama(tie_word_embeddings=tied))

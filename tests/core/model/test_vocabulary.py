@@ -1,4 +1,4 @@
-"""Tokenizers that know more tokens than the model's embedding."""
+"""Tokenizers with more tokens than the model's embedding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.evaluation_workspace import TASKS, make_workspace, rows
 
 @pytest.fixture
 def padded():
-    """A tokenizer whose [PAD] was added later, and the model that was not resized."""
+    """A tokenizer with a [PAD] token that was added later, and a model that was not resized."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     return tokenizer, byte_llama()
@@ -48,7 +48,7 @@ def test_tokens_beyond_the_embedding_are_named(padded) -> None:
         list(Engine(model, tokenizer).stream(Request(tokenizer("a[PAD]")["input_ids"], Sampling(max_new_tokens=1))))
 
 
-def test_an_evaluation_pads_with_what_there_is(tmp_path, make_adapter, monkeypatch) -> None:
+def test_an_evaluation_pads_with_a_token_of_the_embedding(tmp_path, make_adapter, monkeypatch) -> None:
     place = make_workspace(tmp_path, make_adapter, count=4)
     plan = plan_of(place, TASKS[:1], ("meteora",), save=False, routing=True, max_new_tokens=3)
     wanted = run(plan)[0]
@@ -65,7 +65,7 @@ def test_an_evaluation_pads_with_what_there_is(tmp_path, make_adapter, monkeypat
         run(plan)
 
 
-def test_a_picture_of_such_tokens_is_refused(padded, make_adapter) -> None:
+def test_tracing_tokens_beyond_the_embedding_is_refused(padded, make_adapter) -> None:
     from meteora_core import AdapterBank, attach
     from support.tiny_models import make_tiny_llama
 

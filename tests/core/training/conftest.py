@@ -1,4 +1,4 @@
-"""Rows and adapters of the tiny world of training."""
+"""Rows and adapters for the tests of training."""
 
 from __future__ import annotations
 

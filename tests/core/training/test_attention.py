@@ -20,7 +20,7 @@ ROWS = [TrainRow((5, 6, 7, 8), (0,) * 4, 2)] * 4
 
 @pytest.fixture(params=[True, False])
 def chosen(request):
-    """What the user chose for cuDNN's attention."""
+    """The user's setting of cuDNN's attention."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(request.param)
     yield request.param
@@ -42,7 +42,7 @@ def watched():
     return model, seen
 
 
-def test_it_is_off_within_the_block_and_as_it_was_behind_it(chosen: bool) -> None:
+def test_it_is_off_within_the_block_and_restored_afterwards(chosen: bool) -> None:
     with pytest.raises(KeyError), without_cudnn_attention():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         raise KeyError
@@ -50,7 +50,7 @@ def test_it_is_off_within_the_block_and_as_it_was_behind_it(chosen: bool) -> Non
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_training_loop_goes_without_it(chosen: bool, checkpointing: bool, watched, tmp_path) -> None:
+def test_the_training_loop_does_not_use_it(chosen: bool, checkpointing: bool, watched, tmp_path) -> None:
     """In the forward pass, in the backward pass, and where gradient checkpointing runs the layers again."""
     model, seen = watched
     if checkpointing:
@@ -61,7 +61,7 @@ def test_the_training_loop_goes_without_it(chosen: bool, checkpointing: bool, wa
     assert torch.backends.cuda.cudnn_sdp_enabled() == chosen
 
 
-def test_the_gate_objective_goes_without_it(chosen: bool, watched, make_adapter) -> None:
+def test_the_gate_objective_does_not_use_it(chosen: bool, watched, make_adapter) -> None:
     model, seen = watched
     attach(model, AdapterBank.from_peft({"a": make_adapter("a")}), top_k=1)
     GateObjective(1.0)(model, collate(ROWS, 2), Counts(12, 16))

@@ -52,7 +52,7 @@ def test_tokens_have_the_labels_of_their_characters_and_connecting_text_has_none
     assert cut.rows[0].gate_labels == (-100, *row.gate_labels[-59:])
 
 
-def test_made_composites_are_fixed_by_the_seed_fit_and_differ_in_size() -> None:
+def test_composites_depend_on_the_seed_alone_fit_and_vary_in_size() -> None:
     rows = [[Row(f"[INST] {name}{i} [/INST]\n", f"{name}{i}") for i in range(60)] for name in "abcd"]
     made = make_composites(rows, letters(), count=60, largest=3, max_length=400, seed=1)
     assert made.rows == make_composites(rows, letters(), count=60, largest=3, max_length=400, seed=1).rows
@@ -69,7 +69,7 @@ def test_made_composites_are_fixed_by_the_seed_fit_and_differ_in_size() -> None:
         make_composites(rows[:1], letters(), count=1, largest=3, max_length=100, seed=0)
 
 
-def test_the_plan_mixes_them_in_by_their_share() -> None:
+def test_the_plan_has_the_requested_share_of_composites() -> None:
     lengths = [[10] * 30, [20] * 30]
     plan = plan_batches(lengths, 40, 5, 0, RowMix([50] * 7, 0.3))
     picked = [pick for batch in plan for pick in batch if pick[0] == 2]

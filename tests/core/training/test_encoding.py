@@ -75,11 +75,11 @@ def test_the_plan_is_fixed_by_the_seed_and_balances_tokens() -> None:
 
 
 def test_a_shorter_plan_is_not_the_start_of_a_longer_one_by_chance_only() -> None:
-    """Whole buckets are planned together: a run of as many steps always gets the same batches."""
+    """Whole buckets are planned together, so runs with the same number of steps get the same batches."""
     lengths = [[5, 6, 7, 8] * 10]
     assert torch.equal(torch.tensor(plan_batches(lengths, 16, 2, 0)), torch.tensor(plan_batches(lengths, 16, 2, 0)))
 
 
-def test_half_a_character_is_said() -> None:
+def test_rows_with_half_a_character_are_refused() -> None:
     with pytest.raises(DataError, match=r"half of a character .a lone surrogate., which no tokenizer takes: 'ab.ud83dc'"):
         encode_rows([Row("x", "y"), Row("ab\ud83d", "c")], letters(), 0, 100)

@@ -41,7 +41,7 @@ def test_together_equals_one_by_one(data, tmp_path, changes) -> None:
     assert not list((tmp_path / "together").glob(".*"))
 
 
-def test_tasks_may_have_sizes_of_their_own(data, tmp_path) -> None:
+def test_tasks_may_have_their_own_batch_sizes_and_lengths(data, tmp_path) -> None:
     common = together_options(data, tmp_path / "x")["settings"]
     own = {"count": common.model_copy(update={"batch_size": 2, "accumulation": 3, "max_length": 8})}
     for task in TASKS:
@@ -57,7 +57,7 @@ def test_tasks_may_have_sizes_of_their_own(data, tmp_path) -> None:
         train_together(model(), letters(), TASKS, per_task=own, **together_options(data, tmp_path / "no"))
 
 
-def test_what_is_there_is_left_and_a_killed_run_resumes(data, tmp_path, monkeypatch) -> None:
+def test_finished_adapters_are_kept_and_a_killed_run_resumes(data, tmp_path, monkeypatch) -> None:
     train_together(model(), letters(), TASKS, **together_options(data, tmp_path / "whole"))
     with monkeypatch.context() as patch:
         kill_at(patch, 4)

@@ -44,7 +44,7 @@ def test_chunks_change_neither_loss_nor_gradients(monkeypatch, chunk) -> None:
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
 
 
-def test_the_head_is_left_alone_where_chunks_would_be_wrong() -> None:
+def test_the_head_is_not_split_where_chunks_would_be_wrong() -> None:
     model = make_tiny_llama()
     model.requires_grad_(False)
     assert loss_module._plain_head(model) is not None
@@ -93,7 +93,7 @@ def test_the_probe_reaches_a_decoder_within_the_decoder() -> None:
     assert loss_module._plain_head(OPTForCausalLM(config).requires_grad_(False)) is not None
 
 
-def test_a_model_that_cannot_be_probed_is_taken_at_its_word() -> None:
+def test_a_model_that_cannot_be_probed_is_judged_by_its_configuration() -> None:
     model = Closed(make_tiny_llama().config).requires_grad_(False)
     ran = []
     model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: ran.append(1))

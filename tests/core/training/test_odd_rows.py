@@ -1,4 +1,4 @@
-"""Training on rows as people have them: empty answers, one row, the same row everywhere."""
+"""Training on unusual rows: empty answers, a single row, the same row in every task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed sequences: the same losses and gradients as padded rows, nothing learnt or seen across rows."""
+"""Packed sequences: the same losses and gradients as padded rows, and no attention across rows."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_a_model_that_keeps_rows_apart_is_not_refused(make_adapter, dtype, batch
     assert not model.training
 
 
-def test_gates_whose_choice_turns_on_rounding_do_not_count(make_adapter, monkeypatch) -> None:
-    """The base is asked alone: adapters that depend on the batch, as near ties do, are no leak."""
+def test_gates_whose_choice_depends_on_rounding_are_not_taken_for_a_leak(make_adapter, monkeypatch) -> None:
+    """The base model is tested alone: adapters whose choice depends on the batch, as near ties do, are not a leak."""
     model = attach(make_tiny_llama(), AdapterBank.from_peft({name: make_adapter(name, seed) for seed, name in enumerate(("a", "b"))}))
     drift = [0.0]
 
@@ -113,7 +113,7 @@ def test_gates_whose_choice_turns_on_rounding_do_not_count(make_adapter, monkeyp
     assert model.meteora.mode.enabled
 
 
-def test_a_packed_run_asks_the_model_first(tmp_path) -> None:
+def test_a_packed_run_checks_the_model_first(tmp_path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LEAKY["state space"]())
     settings = AdapterTrainSettings(max_steps=1, batch_size=2, packing=True, max_length=64, log_to="none")

@@ -1,4 +1,4 @@
-"""Adapters trained side by side: the same bits as one after another, failures and deaths named, nothing left behind."""
+"""Adapters trained in parallel: the same bits as one after another; failed and killed workers are named, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def base(tmp_path: Path) -> BaseReference:
 
 @pytest.fixture(autouse=True)
 def _workers_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are forked; the test of ``meteora train --jobs`` in tests/cli starts them as users' are."""
+    """Workers are forked here; the test of ``meteora train --jobs`` in tests/cli starts them as users do."""
     processes.fork_workers(monkeypatch)
 
 
@@ -43,7 +43,7 @@ def run(job: TrainJob, workers: int = 2, **settings: AdapterTrainSettings) -> Pa
 
 
 class Recorder:
-    """A Progress that remembers; its first note or bar may call something."""
+    """A Progress that records its notes and bars; the first of them may call a function."""
 
     def __init__(self, act=None) -> None:
         self.titles: list[str] = []
@@ -80,7 +80,7 @@ def test_gpus_are_taken_in_turn(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_side_by_side_equals_one_after_another_and_skips_what_is_there(base, data, tmp_path) -> None:
+def test_parallel_training_equals_sequential_training_and_skips_finished_adapters(base, data, tmp_path) -> None:
     for task in ("shout", "count"):
         train_adapter(load_base(base), load_tokenizer(base), task, AdapterTrainSettings(**SETTINGS), TrainJob(base, data, tmp_path / "alone"))
     recorder = Recorder()

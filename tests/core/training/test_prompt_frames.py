@@ -1,4 +1,4 @@
-"""The frames of adapters' prompts: kept in checkpoints, and the common one that training chooses."""
+"""Prompt frames: those of adapters are recorded in checkpoints, and training chooses a common one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def known_tasks() -> Any:
 
 
 def datasets(folder: Path, frames: dict[str, str]) -> Path:
-    """Two tasks of one's own in their frames."""
+    """Two tasks with frames of their own."""
     rows = {"shout": lambda i: (f"say {chr(97 + i % 26)}", chr(65 + i % 26) * 3), "count": lambda i: (f"{i % 9} +1?", str(i % 9 + 1))}
     for name, frame in frames.items():
         path = folder / f"{name}.jsonl"
@@ -84,7 +84,7 @@ def test_one_frame_for_all_is_taken(tmp_path: Path) -> None:
     assert folder_frame(tmp_path / "adapters" / "shout") == Frame("Q: ", "\nA:")
 
 
-def test_of_several_frames_the_one_with_the_best_routing_is_chosen_and_said(tmp_path: Path) -> None:
+def test_of_several_frames_the_one_with_the_best_routing_is_chosen_and_reported(tmp_path: Path) -> None:
     notes: list[str] = []
     folder = trained(tmp_path, FRAMES, notes)
     facts = inspect_checkpoint(folder)
@@ -98,14 +98,14 @@ def test_of_several_frames_the_one_with_the_best_routing_is_chosen_and_said(tmp_
     assert repr(chosen) in said[0]
 
 
-def test_the_users_frame_wins(tmp_path: Path) -> None:
+def test_the_users_frame_has_precedence(tmp_path: Path) -> None:
     folder = trained(tmp_path, FRAMES, template="inst")
     assert load_checkpoint(folder, model()).meteora.provenance.frame == INST
     with pytest.raises(UsageError, match="unknown template 'x'"):
         trained(tmp_path / "other", FRAMES, template="x")
 
 
-def test_a_checkpoint_of_an_earlier_version_has_the_frame_of_that_time(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_has_the_frame_of_that_version(tmp_path: Path) -> None:
     folder = trained(tmp_path, dict.fromkeys(FRAMES, "Q: {}\nA:"))
     file = folder / "meteora_config.json"
     config = json.loads(file.read_text())
@@ -130,7 +130,7 @@ def test_the_frame_of_a_dataset(tmp_path: Path) -> None:
     assert dataset_frame(data, "bare") == RAW
 
 
-def test_an_adapters_folder_tells_its_chat_template(tmp_path: Path) -> None:
+def test_a_chat_template_in_an_adapters_folder_is_its_frame(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")

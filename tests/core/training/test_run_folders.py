@@ -1,4 +1,4 @@
-"""What a run finds in its folders: states of other orders and of other runs, and what is not to be replaced."""
+"""Folders of a run: states with other orders and of other runs, and contents that must not be replaced."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from support.tiny_training import BASE, Killed, adapter, gates, kill_at, letters
 
 
 def other_order(data: Path, adapters: Path, folder: Path, **options):
-    """What ``gates`` does, with the adapters in the other order."""
+    """The same as ``gates``, with the adapters in the opposite order."""
     settings = GateTrainSettings(max_steps=6, batch_size=4, learning_rate=1e-2, save_steps=2, log_steps=1, log_to="none")
     bank = AdapterBank.from_peft({"count": adapters / "count", "shout": adapters / "shout"})
     return train_gates(model(), letters(), bank, settings, TrainJob(BASE, data, folder, **options))
 
 
 def without_order(path: Path) -> None:
-    """Rewrite a saved document as versions wrote it that did not save the order."""
+    """Rewrite a saved document as earlier versions did, which did not save the order."""
     document = json.loads(path.read_text())
     inputs = document["training"]["inputs"] if "training" in document else document["inputs"]
     assert inputs.pop("order") == ["shout", "count"]
@@ -41,7 +41,7 @@ def without_order(path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_gates_of_another_order_are_not_resumed(data, adapters, tmp_path, monkeypatch, old) -> None:
+def test_gates_with_another_order_of_adapters_are_not_resumed(data, adapters, tmp_path, monkeypatch, old) -> None:
     with monkeypatch.context() as patch:
         kill_at(patch, 4)
         with pytest.raises(Killed):
@@ -53,14 +53,14 @@ def test_gates_of_another_order_are_not_resumed(data, adapters, tmp_path, monkey
     assert gates(data, adapters, tmp_path / "x", resume=True)[1].steps == 6
 
 
-def test_a_finished_checkpoint_without_a_saved_order_is_current_in_its_own_order(data, adapters, tmp_path) -> None:
+def test_a_finished_checkpoint_without_a_saved_order_is_current_for_its_own_order_only(data, adapters, tmp_path) -> None:
     gates(data, adapters, tmp_path / "x")
     without_order(tmp_path / "x" / "meteora_config.json")
     assert gates(data, adapters, tmp_path / "x")[1].skipped
     assert not other_order(data, adapters, tmp_path / "x").skipped
 
 
-def test_adapters_together_in_another_order_start_anew(data, tmp_path, monkeypatch) -> None:
+def test_joint_training_in_another_order_starts_from_the_beginning(data, tmp_path, monkeypatch) -> None:
     def run(order, out):
         return train_together(model(), letters(), order, **together_options(data, tmp_path / out))
 
@@ -90,14 +90,14 @@ def test_a_run_without_resume_drops_old_states_and_keeps_its_own(data, tmp_path,
     assert run(1) == []
 
 
-def test_a_state_removes_all_others(tmp_path) -> None:
+def test_saving_a_state_removes_all_earlier_ones(tmp_path) -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     for step in (9, 3):
         save_state(tmp_path, RunState(step=step), {"weight": weight}, torch.optim.AdamW([weight]), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
 
 
-def test_a_folder_of_other_things_is_not_replaced_by_a_checkpoint(data, adapters, tmp_path, monkeypatch) -> None:
+def test_a_folder_with_other_contents_is_not_replaced_by_a_checkpoint(data, adapters, tmp_path, monkeypatch) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("mine")
     kill_at(monkeypatch, 1)
@@ -110,7 +110,7 @@ def test_a_folder_of_other_things_is_not_replaced_by_a_checkpoint(data, adapters
     assert (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_folder_of_other_things_is_not_replaced_by_an_adapter(data, tmp_path, monkeypatch) -> None:
+def test_a_folder_with_other_contents_is_not_replaced_by_an_adapter(data, tmp_path, monkeypatch) -> None:
     kept = tmp_path / "a" / "shout" / "thesis.txt"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
@@ -145,7 +145,7 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(data, tmp_path, monke
     assert resumed.loss == whole["loss"] == whole["history"][-1]["loss"]
 
 
-def test_a_state_without_what_later_versions_keep_is_resumed(data, tmp_path, monkeypatch) -> None:
+def test_a_state_of_an_earlier_version_is_resumed(data, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         kill_at(patch, 4)
         with pytest.raises(Killed):
@@ -158,7 +158,7 @@ def test_a_state_without_what_later_versions_keep_is_resumed(data, tmp_path, mon
 
 
 @pytest.mark.parametrize("broken", ["[]", "{}", '{"inputs": 3}'])
-def test_a_broken_state_is_one_line(tmp_path, broken) -> None:
+def test_a_broken_state_is_reported_in_one_line(tmp_path, broken) -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([weight])
     save_state(tmp_path, RunState(step=3), {"weight": weight}, optimizer, {})
@@ -213,7 +213,7 @@ def test_the_next_run_removes_what_a_killed_one_left(data, adapters, tmp_path) -
     assert [path.name for folder in (adapters, tmp_path) for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(data, tmp_path, monkeypatch) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_the_run_can_be_resumed(data, tmp_path, monkeypatch) -> None:
     whole = adapter(data, tmp_path / "whole")
 
     def full(*_, **__):

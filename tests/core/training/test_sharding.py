@@ -57,7 +57,7 @@ def test_two_sharded_processes_equal_one(data, adapters, tmp_path, more, acceler
 
 
 @pytest.mark.slow
-def test_what_sharded_processes_saved_resumes_on_one_and_the_other_way_round(data, adapters, tmp_path) -> None:
+def test_a_state_of_sharded_processes_resumes_on_one_process_and_vice_versa(data, adapters, tmp_path) -> None:
     gates(data, adapters, tmp_path / "one", **{**SETTINGS, "batch_size": 4})
     sharded(data, adapters, tmp_path / "cut", 2, stop=4)
     assert [path.name for path in (tmp_path / ".cut.states").iterdir()] == ["step-4"]

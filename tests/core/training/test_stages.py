@@ -1,4 +1,4 @@
-"""Both stages on a tiny model: what they save, skipping, resuming bit for bit, what stops them."""
+"""Both stages on a tiny model: saved files, skipped runs, bit-equal resumption, and refusals."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_the_share_of_each_task_is_reported_for_both_ways_of_sampling(data, adap
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
-def test_memory_that_runs_out_is_said_with_what_to_lower(data, tmp_path, monkeypatch, error) -> None:
+def test_out_of_memory_errors_say_what_to_lower(data, tmp_path, monkeypatch, error) -> None:
     def full(*_arguments, **_named):
         raise error
 
@@ -253,8 +253,8 @@ def test_accumulation_is_weighted_by_tokens(data, adapters, tmp_path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gate_loss_leaves_adapters_that_train_along_alone(data, adapters) -> None:
-    """Alone: the same loss, the last layer's gate has the same gradient, A and B have none; without, they have some."""
+def test_the_gate_loss_gives_trained_adapters_no_gradient(data, adapters) -> None:
+    """With ``alone``, the loss and the gradient of the last layer's gate are the same, but A and B have no gradient; without it, they have one."""
     bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
     batch = collate(encode_rows([Row("ab\n", "AB"), Row("say something longer\n", "ABC")], letters(), 1, 64).rows, 1)
     counts = Counts(count_targets(batch), count_gate_labels(batch))
@@ -292,8 +292,8 @@ def test_the_settings_reach_the_objective(data, adapters, tmp_path, monkeypatch)
     assert seen[1] == (True, 0.5, True, pytest.approx(0.1), 1.0)
 
 
-def test_adapters_that_train_along_keep_their_tasks(data, adapters, tmp_path) -> None:
-    """Trained along on answers alone, the adapters' answers get likelier, not less likely."""
+def test_adapters_trained_with_the_gates_still_solve_their_tasks(data, adapters, tmp_path) -> None:
+    """Adapters that are trained with the gates on answers alone make their answers likelier."""
     common = {"max_steps": 40, "learning_rate": 5e-3, "init": "ridge", "ridge_tokens": 800, "loss_on": "response"}
     _, before = gates(data, adapters, tmp_path / "g", **common)
     _, after = gates(data, adapters, tmp_path / "b", trainable="gates+adapters", **common)
@@ -303,7 +303,7 @@ def test_adapters_that_train_along_keep_their_tasks(data, adapters, tmp_path) ->
 
 
 def test_answers_have_their_share_of_the_gate_loss(data, adapters) -> None:
-    """However a step is split, the weights' mean is 1 and the answers' sum their share; the loss is the weighted mean."""
+    """For every split of a step, the mean weight is 1, the answers' weights sum to their share, and the loss is the weighted mean."""
     bank = AdapterBank.from_peft({"shout": adapters / "shout", "count": adapters / "count"})
     rows = encode_rows([Row("a\n", "b"), Row("say something longer\n", "ABC"), Row("cd\n", "EFGH")], letters(), 1, 64).rows
     batches = [collate(rows[:1], 1), collate(rows[1:], 1)]
@@ -338,7 +338,7 @@ def test_answers_have_their_share_of_the_gate_loss(data, adapters) -> None:
     assert objective.weights(batches[0], Counts(3, labels)) is None
 
 
-def test_tokens_of_the_closed_form_weigh_as_asked() -> None:
+def test_tokens_have_the_requested_weight_in_the_closed_form() -> None:
     rows = [TrainRow((1,) * 10, (0,) * 10, 8), TrainRow((1,) * 4, (1, 1, -100, 1), 3), TrainRow((1,) * 3, (2,) * 3, 3)]
     alike = token_weights(rows, 4, None)
     shared = token_weights(rows, 4, 0.5)
@@ -349,8 +349,8 @@ def test_tokens_of_the_closed_form_weigh_as_asked() -> None:
     torch.testing.assert_close(shared[:2] * counts[:2], torch.full((2, 2), 2.0))
 
 
-def test_a_share_for_answers_and_a_rate_for_adapters_train_and_resume(data, adapters, tmp_path, monkeypatch) -> None:
-    """Adapters that train along move by their own rate; a run that was killed ends with the same bits."""
+def test_training_with_an_answer_share_and_an_adapter_rate_resumes_to_the_same_bits(data, adapters, tmp_path, monkeypatch) -> None:
+    """Adapters that are trained with the gates use their own learning rate; a killed run ends with the same bits."""
     settings = {"trainable": "gates+adapters", "answer_share": 0.5, "init": "ridge", "ridge_tokens": 800, "weight_decay": 0.0}
     untrained, _ = gates(data, adapters, tmp_path / "z", max_steps=0, **settings)
     before = {path: (layer.gate.clone(), layer.lora_A.clone()) for path, layer in meteora_layers(untrained)}
@@ -379,7 +379,7 @@ def test_a_share_for_answers_and_a_rate_for_adapters_train_and_resume(data, adap
         assert torch.equal(one.lora_A, other.lora_A)
 
 
-def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
+def test_the_learning_rate_warms_up_and_then_follows_a_cosine() -> None:
     settings = GateTrainSettings(max_steps=100, warmup_ratio=0.1, learning_rate=1.0)
     rates = [loop.learning_rate(step, settings) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -389,7 +389,7 @@ def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
     assert max(rates) == 1.0
 
 
-def test_composite_rows_train_and_are_measured_apart(data, adapters, tmp_path) -> None:
+def test_composite_rows_are_trained_on_and_measured_separately(data, adapters, tmp_path) -> None:
     _, done = gates(data, adapters, tmp_path / "m", max_steps=20, init="ridge", ridge_tokens=800, composite_rows=0.5, composite_max=2, max_length=120)
     assert done.held_out["gate_accuracy/composites"] > 0.5
     with pytest.raises(ValueError):
@@ -456,7 +456,7 @@ def test_a_resumed_run_remembers_its_best_weights(data, adapters, tmp_path, monk
     assert len(notes[0]["evaluations"]) == 4
 
 
-def test_what_is_logged_names_tasks_and_kinds_of_layer(data, adapters, tmp_path) -> None:
+def test_log_entries_name_tasks_and_kinds_of_layer(data, adapters, tmp_path) -> None:
     gates(data, adapters, tmp_path / "m", log_to="tensorboard")
     history = json.loads((tmp_path / "m" / "meteora_config.json").read_text())["training"]["history"]
     entry = history[-1]

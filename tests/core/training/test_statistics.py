@@ -76,7 +76,7 @@ def test_a_thousand_adapters_that_come_and_go_leave_no_trace(statistics, tmp_pat
 
 
 def test_statistics_do_not_depend_on_the_other_adapters(statistics, folders, tmp_path) -> None:
-    """Collected on a model that has carried other adapters before, and twice: the same bytes."""
+    """Collecting twice, and on a model that carried other adapters before, gives the same bytes."""
     model = make_tiny_llama()
     for place, name in enumerate(NAMES):
         bank = AdapterBank.from_peft({name: folders[name]})
@@ -84,7 +84,7 @@ def test_statistics_do_not_depend_on_the_other_adapters(statistics, folders, tmp
         assert again.file.read_bytes() == statistics[name].file.read_bytes()
 
 
-def test_sums_that_do_not_fit_at_once_are_made_in_several_passes(folders, statistics, tmp_path, monkeypatch) -> None:
+def test_sums_that_do_not_fit_at_once_are_computed_in_several_passes(folders, statistics, tmp_path, monkeypatch) -> None:
     passes = []
     model = make_tiny_llama()
     model.model.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -152,7 +152,7 @@ def test_broken_files_are_refused(statistics, tmp_path) -> None:
         gates(read_statistics(tmp_path, NAMES), NAMES[:1])
 
 
-def test_an_adapter_without_rows_is_refused_and_the_model_stays_bare(folders, tmp_path) -> None:
+def test_an_adapter_without_rows_is_refused_and_the_model_is_left_unchanged(folders, tmp_path) -> None:
     model = make_tiny_llama()
     with pytest.raises(DataError, match="adapter 'count' has no rows"):
         collect_statistics(model, AdapterBank.from_peft({"count": folders["count"]}), [], tmp_path / "s", HOW)

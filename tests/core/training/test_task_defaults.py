@@ -1,4 +1,4 @@
-"""What single tasks train with: flags, their own section, the common section, the table, the default, in this order."""
+"""Settings of single tasks: flags, their own section, the common section, the table and the default, in this order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_table_names_tasks_and_keeps_the_rows_of_a_step() -> None:
         assert merged.max_length > plain.max_length
 
 
-def test_each_level_wins_over_the_next(tmp_path, monkeypatch) -> None:
+def test_each_source_of_settings_takes_precedence_over_the_next(tmp_path, monkeypatch) -> None:
     file = tmp_path / "m.toml"
     file.write_text("[train_adapters]\nmax_length = 900\nrank = 4\nalpha = 9.0\n[train_adapters.tasks.cnn_dailymail]\nalpha = 5.0\nlearning_rate = 0.1\n")
     monkeypatch.setenv("METEORA_TRAIN_ADAPTERS__RANK", "5")
@@ -32,7 +32,7 @@ def test_each_level_wins_over_the_next(tmp_path, monkeypatch) -> None:
     assert type(found) is AdapterTrainSettings
 
 
-def test_without_anything_given_the_table_applies(tmp_path) -> None:
+def test_the_table_applies_where_nothing_is_set(tmp_path) -> None:
     stage = load_settings(None).train_adapters
     assert task_settings(stage, "paragraph_segmentation").max_length == 4096
     assert task_settings(stage, "gsm8k") == AdapterTrainSettings()
@@ -41,6 +41,6 @@ def test_without_anything_given_the_table_applies(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("given", "pair"), [({"batch_size": 16}, (16, 1)), ({"accumulation": 3}, (8, 3)), ({"tasks": {"cnn_dailymail": {"batch_size": 16}}}, (16, 1))]
 )
-def test_a_given_batch_size_or_accumulation_takes_the_place_of_the_pair(given, pair) -> None:
+def test_setting_the_batch_size_or_the_accumulation_replaces_the_pair_of_the_table(given, pair) -> None:
     found = task_settings(load_settings(None, {"train_adapters": given}).train_adapters, "cnn_dailymail")
     assert (found.batch_size, found.accumulation, found.max_length) == (*pair, 2048)

@@ -39,7 +39,7 @@ def made(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("options", [{"max_length": 64}, {"max_length": 9}, {"max_length": 9, "max_rows": 25}])
 @pytest.mark.parametrize("bos", [False, True])
-def test_rows_are_those_of_memory(data, tmp_path, options, bos) -> None:
+def test_cached_rows_equal_rows_tokenised_in_memory(data, tmp_path, options, bos) -> None:
     held_out_rows(data)
     settings = OptimSettings(seed=3, max_length=options["max_length"])
     job = TrainJob(BASE, data, tmp_path, options.get("max_rows"))
@@ -55,7 +55,7 @@ def test_rows_are_those_of_memory(data, tmp_path, options, bos) -> None:
     assert row_lengths(cached.rows) == row_lengths(plain.rows)
 
 
-def test_rows_are_tokenised_once_for_any_length_and_lie_in_a_mapped_file(data, tmp_path, made) -> None:
+def test_rows_are_tokenised_once_for_any_length_into_a_mapped_file(data, tmp_path, made) -> None:
     job = TrainJob(BASE, data, tmp_path, token_cache=tmp_path)
     for length in (64, 9):
         encoded_rows(job, "shout", letters(), 0, OptimSettings(max_length=length))
@@ -79,7 +79,7 @@ def test_padding_and_truncation_of_an_earlier_call_do_not_change_the_tokenizer()
     assert tokenizer_fingerprint(letters(eos=True)) != before
 
 
-def test_a_broken_entry_is_made_anew(data, tmp_path, made) -> None:
+def test_a_broken_entry_is_replaced(data, tmp_path, made) -> None:
     whole = list(cached_rows(data, "shout", letters(), tmp_path))
     file = next(tmp_path.rglob("*.arrow"))
     file.write_bytes(file.read_bytes()[:40])
@@ -90,14 +90,14 @@ def test_a_broken_entry_is_made_anew(data, tmp_path, made) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"features": 3}'])
-def test_a_broken_description_of_an_entry_is_made_anew(data, tmp_path, made, content) -> None:
+def test_an_entry_with_a_broken_description_is_replaced(data, tmp_path, made, content) -> None:
     rows = [entry["tokens"] for entry in cached_rows(data, "shout", letters(), tmp_path / "cache")]
     (description,) = (tmp_path / "cache").rglob("dataset_info.json")
     description.write_text(content)
     assert [entry["tokens"] for entry in cached_rows(data, "shout", letters(), tmp_path / "cache")] == rows
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(data, tmp_path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported_in_one_line(data, tmp_path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(StorageError, match="is a file"):
         cached_rows(data, "shout", letters(), tmp_path / "cache")

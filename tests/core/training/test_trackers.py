@@ -96,7 +96,7 @@ def test_tensorboard_writes_nothing_where_it_is_not_installed(data, adapters, tm
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_a_tracker_that_cannot_be_started_is_one_line(monkeypatch) -> None:
+def test_a_tracker_that_cannot_be_started_is_reported_in_one_line(monkeypatch) -> None:
     from accelerate import tracking
 
     def refused(self) -> None:
