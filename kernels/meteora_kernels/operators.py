@@ -34,7 +34,7 @@ class Operator:
         op: The operator, which takes flat arguments (:meth:`flat`).
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], out_like: Callable[..., Any], mutates: Sequence[str]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], out_like: Callable[..., Any]) -> None:
         hints = get_type_hints(function)
         parameters = [(key, hints[key]) for key in inspect.signature(function).parameters]
         self.function = function
@@ -48,7 +48,7 @@ class Operator:
             return out_like(*self.values(flat))
 
         run.__signature__ = inspect.Signature(list(flat_parameters(parameters)), return_annotation=hints["return"])  # type: ignore[attr-defined]
-        schema = torch.library.infer_schema(run, mutates_args=tuple(mutates))
+        schema = torch.library.infer_schema(run, mutates_args=())
         torch.library.define(f"meteora::{name}", schema)
         torch.library.impl(f"meteora::{name}", "default", run)
         torch.library.register_fake(f"meteora::{name}", fake)
@@ -97,15 +97,14 @@ def flat_parameters(parameters: Iterable[tuple[str, Any]]) -> Iterable[inspect.P
             yield inspect.Parameter(field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Sequence[int] if is_numbers(hint) else hint)
 
 
-def operator(name: str, out_like: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+def operator(name: str, out_like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operator]:
     """Make a function an :class:`Operator`.
 
-    The function must return new tensors only (none of its inputs, no views of them, none twice).
+    The function must return new tensors only (none of its inputs, no views of them, none twice), and leave its inputs as they were.
 
     Args:
         name: The operator's name.
         out_like: A function that takes the same arguments and returns empty results; it replaces the function where tensors have no data.
-        mutates: Names of the arguments that the function writes to.
 
     Example:
         >>> @operator("doctest_double", out_like=lambda x: torch.empty_like(x))
@@ -116,6 +115,6 @@ def operator(name: str, out_like: Callable[..., Any], mutates: Sequence[str] = (
     """
 
     def register(function: Callable[..., Any]) -> Operator:
-        return Operator(name, function, out_like, mutates)
+        return Operator(name, function, out_like)
 
     return register

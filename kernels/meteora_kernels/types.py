@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -164,6 +164,7 @@ class Group:
         aligned: Whether the copy engine can read ``packed`` (:func:`meteora_kernels.plan.machine.readable`).
         facts: The sizes that the choice of a path depends on.
         choices: The choices that were made for these sizes (:func:`meteora_kernels.plan.choose.choices_of`).
+        views: Views of the block that a path keeps between calls, by any key, because making a view takes the host 2 us.
     """
 
     packed: Tensor
@@ -177,6 +178,7 @@ class Group:
     aligned: bool
     facts: Facts
     choices: dict[Any, Row]
+    views: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, packed: Tensor, adapters: Adapters, bias: Tensor | None = None, flags: Tensor | None = None, *, has_up: bool = False) -> Group:

@@ -56,6 +56,7 @@ class Layout:
                 row, extra, begin = row + width, extra + stacked, begin + rank * width
             adapters = Adapters.of_group(packed, lora_B, first.scaling, first.offsets, widths, first.max_rank)
             self.group = Group.of(packed, adapters, bias, has_up=has_up)
+        keep_addresses(self.group)
         holders: list[tuple[dict[str, Any], str, Tensor]] = [
             (module._parameters, name, parameter) for layer in layers for module, name, parameter in _named_parameters(layer)
         ]
@@ -77,6 +78,14 @@ class Layout:
             with torch.no_grad():
                 group.wide.place_up(group.packed, group.adapters.lora_B, list(group.adapters.widths))
             self._versions = versions
+
+
+def keep_addresses(group: Group) -> None:
+    """Tell ``torch.compile`` that a group's tensors stay where they are, as a module's parameters do; otherwise a compiled model that replays CUDA graphs
+    (``mode="max-autotune"`` or ``"reduce-overhead"``) copies all weights before every call."""
+    for tensor in (group.packed, group.adapters.lora_B, group.adapters.scaling, group.adapters.offsets, group.flags, group.bias):
+        if tensor is not None:
+            torch._dynamo.mark_static_address(tensor)
 
 
 def give_own_memory(layer: MeteoraLinear) -> None:

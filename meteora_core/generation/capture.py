@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class CapturedStep:
         return self.output
 
 
-def capture(step: Callable[[], Tensor], undo: Callable[[], None], device: torch.device) -> CapturedStep | None:
+def capture(step: Callable[[], Tensor], undo: Callable[[], object], device: torch.device, *, pool: Any = None) -> CapturedStep | None:
     """Capture a step in a CUDA graph.
 
     The step first runs once on a side stream, which loads its kernels, allocates its workspaces and copies its constants to the device.
@@ -51,6 +52,8 @@ def capture(step: Callable[[], Tensor], undo: Callable[[], None], device: torch.
         step: The function to capture. It works in place on tensors with fixed addresses and copies nothing between host and device.
         undo: A function that reverts the changes of one run of ``step``.
         device: The CUDA device that the step runs on.
+        pool: Memory pool (``torch.cuda.graph_pool_handle()``) to share with graphs whose outputs are not needed when this one is replayed; None for
+            separate memory.
 
     Returns:
         The captured step, not yet replayed; or None, with a warning in the log, if the step cannot be captured. The state is unchanged in both cases.
@@ -72,7 +75,7 @@ def capture(step: Callable[[], Tensor], undo: Callable[[], None], device: torch.
             if constants.written():
                 raise RuntimeError("the model overwrites tensors that it creates from Python numbers")
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph), constants:
+            with torch.cuda.graph(graph, pool=pool), constants:
                 output = step()
     except torch.OutOfMemoryError:
         raise

@@ -2,7 +2,7 @@
 
 Both use the same loop. A cache reads the prompts, then :class:`~meteora_core.generation.rows.Rows` choose the next token of every row and the cache reads
 it, until all rows are finished; finished rows leave the batch early. On a CUDA GPU, if the model allows it, the cache has a fixed size and steps are
-replayed as CUDA graphs. Otherwise the cache is the model's own, which grows.
+replayed as CUDA graphs, and so is reading a streamed prompt. Otherwise the cache is the model's own, which grows.
 
 A stream keeps its cache between calls and reads a prompt only from the first token that differs from the previous text, so each turn of a conversation
 costs time for its new tokens only. (Attention still covers all tokens, but in a chat most of the time goes into the weights.)
@@ -273,7 +273,7 @@ class Engine:
             chunk = ids[start : start + size]
             cached, self._cached = self._cached, []
             with passes.one():
-                logits = cache.read_piece(chunk)
+                logits = cache.read_piece(chunk, request.scope.key, eager=passes.record)
             if bool(not_finite(logits)):
                 raise non_finite_error(self.model, cached + chunk, request.scope.enter)
             # Only a complete pass leaves these tokens in every layer's cache. After an interrupted pass, nothing is reused.

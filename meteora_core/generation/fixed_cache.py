@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.generation.capture import CapturedStep, capture
+from meteora_core.generation.piece_graphs import PieceGraphs
 from meteora_core.generation.rows import Batch, Rows, Rules
 from meteora_core.routing import find_meteora
 
@@ -71,6 +72,7 @@ class FixedCache:
         self._mask = torch.zeros(len(self.rows), 1, 1, capacity, dtype=torch.bool, device=self.device)
         self._columns = torch.arange(capacity, device=self.device)
         self._step = None
+        self._pieces = PieceGraphs(self._read_padded, self.cut, self._columns)
 
     @property
     def captured(self) -> bool:
@@ -97,11 +99,22 @@ class FixedCache:
         return self._forward(batch.ids[spare], mask, batch.positions()[spare])
 
     @torch.inference_mode()
-    def read_piece(self, tokens: Sequence[int]) -> Tensor:
-        """Read further tokens of a single row. Returns the logits of the last position, (1, vocabulary)."""
+    def read_piece(self, tokens: Sequence[int], key: Hashable = None, *, eager: bool = False) -> Tensor:
+        """Read further tokens of a single row, on a CUDA GPU by a graph of :class:`~meteora_core.generation.piece_graphs.PieceGraphs`.
+
+        Args:
+            tokens: The tokens to read.
+            key: Everything besides the weights that a graph depends on, such as the choice of adapters.
+            eager: Whether to run without a graph, because routes are recorded.
+
+        Returns:
+            The logits of the last position, (1, vocabulary).
+        """
         end = self.length + len(tokens)
         if end > self.capacity:
             self._grow(end)
+        if self.can_capture and not (eager or is_observed(self.model)) and (captured := self._pieces.read(tokens, self.length, key)) is not None:
+            return captured
         positions = torch.arange(self.length, end, device=self.device)
         mask = (self._columns <= positions.view(-1, 1)).view(1, 1, len(tokens), -1)
         logits = self._forward(torch.tensor([list(tokens)], device=self.device), mask, positions.unsqueeze(0))
@@ -119,6 +132,13 @@ class FixedCache:
     def _set_length(self, length: int) -> None:
         self.length = length
         self._mask.copy_(self._columns < length)
+
+    def _read_padded(self, ids: Tensor, mask: Tensor, positions: Tensor, last: Tensor) -> Tensor:
+        """Read tokens with padding on the right. Returns the logits of the token with the index ``last``, int64 (1,); (1, vocabulary)."""
+        options = dict.fromkeys(self.options, last)  # the only option is the position whose logits are needed
+        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **options)
+        logits: Tensor = output.logits
+        return logits[:, 0] if options else logits[:, last][:, 0]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **self.options)

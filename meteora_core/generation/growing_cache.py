@@ -55,8 +55,11 @@ class GrowingCache:
         return self._reader.read(batch.ids, batch.mask, batch.positions())
 
     @torch.inference_mode()
-    def read_piece(self, tokens: Sequence[int]) -> Tensor:
-        """Read further tokens of a single row. Returns the logits of the last position, (1, vocabulary)."""
+    def read_piece(self, tokens: Sequence[int], key: Hashable = None, *, eager: bool = False) -> Tensor:
+        """Read further tokens of a single row. Returns the logits of the last position, (1, vocabulary).
+
+        ``key`` and ``eager`` matter only for :class:`FixedCache`.
+        """
         logits = self._reader.read(torch.tensor([list(tokens)], device=next(self.model.parameters()).device))
         self.length += len(tokens)
         return logits

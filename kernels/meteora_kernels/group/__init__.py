@@ -103,8 +103,11 @@ def out_like(x: Tensor, block: Block, flags: Tensor, routing: Routing) -> Tensor
     return x.new_empty(x.shape[0], sum(block.widths))
 
 
-@operator("group", out_like, mutates=("flags",))
+@operator("group", out_like)
 def group_operator(x: Tensor, block: Block, flags: Tensor, routing: Routing) -> Tensor:
-    """:func:`run_group` for compilers."""
+    """:func:`run_group` for compilers.
+
+    ``flags`` is not declared as mutated, because it is zero before and after every call: compilers neither copy it nor give up CUDA graphs for it.
+    """
     adapters = Adapters.of_group(block.packed, block.lora_B, block.scaling, block.offsets, block.widths, block.max_rank)
     return _run(x, Group.of(block.packed, adapters, block.bias, flags), routing)

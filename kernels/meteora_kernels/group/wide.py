@@ -8,7 +8,7 @@ from torch import Tensor
 from meteora_kernels.group import wide_before
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.steps.middle import Out, middle
-from meteora_kernels.steps.products import products, products_by
+from meteora_kernels.steps.products import library_products, products, products_by, right_of
 from meteora_kernels.types import Group, Routing
 
 
@@ -38,11 +38,37 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         wide_before.run(x, group, routing, row, out, None if in_place else rows)
     else:
         copied = not in_place and row.tile is not None
-        found = products(x, adapters.gate, row.pieces, row.tile, rows) if copied and row.tile is not None else products_by(row, x, adapters.gate)
+        if copied and row.tile is not None:
+            found = products(x, adapters.gate, row.pieces, row.tile, rows)
+        elif row.tile is None and row.pieces:
+            found = library_products(x, adapters.gate, row.pieces, right(group, row.pieces))
+        else:
+            found = products_by(row, x, adapters.gate)
         middle(found, found[..., group.gate_rows :], adapters, routing, max_rank=adapters.max_rank or 0, out=out)
         if not in_place and not copied:
             rows.copy_(x)
-    y = x.new_empty(x.shape[0], sum(adapters.widths))
-    for columns, weights, place in wide.windows(group.packed, list(adapters.widths)):
-        torch.mm(out.rows[:, columns], weights.t(), out=y[:, place])
+    tokens, outputs = x.shape[0], group.weights.shape[0]
+    y = x.new_empty(tokens, outputs)
+    for begin, weights, start in windows(group):
+        left = out.rows.as_strided((tokens, weights.shape[0]), (wide.row, 1), out.rows.storage_offset() + begin)
+        torch.mm(left, weights, out=y.as_strided((tokens, weights.shape[1]), (outputs, 1), start))
     return y if group.bias is None else y.add_(group.bias)
+
+
+def right(group: Group, pieces: int) -> Tensor:
+    """The right operand of the product with gates and A, which the group keeps."""
+    found = group.views.get(pieces)
+    if found is None:
+        found = group.views[pieces] = right_of(group.adapters.gate, pieces)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def windows(group: Group) -> list[tuple[int, Tensor, int]]:
+    """The products of base and B, which the group keeps: first column in the buffer, transposed weights (columns, o), first column of the output."""
+    found: list[tuple[int, Tensor, int]] | None = group.views.get("windows")
+    if found is None:
+        assert group.wide is not None
+        pairs = group.wide.windows(group.packed, list(group.adapters.widths))
+        found = group.views["windows"] = [(columns.start, weights.t(), place.start) for columns, weights, place in pairs]
+    return found

@@ -100,21 +100,32 @@ def products(x: Tensor, rows: Tensor, splits: int, tile: Tile, copy: Tensor | No
     return out
 
 
-def library_products(x: Tensor, rows: Tensor, splits: int) -> Tensor:
+def pieces_of(hidden: int, splits: int) -> int:
+    """The number of pieces into which :func:`library_products` cuts the sum: ``splits``, or 1 if the pieces would not be equal and aligned to 16 bytes."""
+    return 1 if hidden % (splits * 8) else splits
+
+
+def right_of(rows: Tensor, splits: int) -> Tensor:
+    """The right operand of :func:`library_products` for weights (P, h): a view (S, h / S, P)."""
+    hidden, pieces = rows.shape[1], pieces_of(rows.shape[1], splits)
+    return rows.as_strided((pieces, hidden // pieces, rows.shape[0]), (hidden // pieces, 1, rows.stride(0)))
+
+
+def library_products(x: Tensor, rows: Tensor, splits: int, right: Tensor | None = None) -> Tensor:
     """:func:`products` by one batched GEMM of the library, in which each piece is a matrix of the batch.
 
     Args:
         x: Input (M, h), columns contiguous.
         rows: Weights (P, h), columns contiguous, in the dtype of x.
         splits: Number of pieces of the sum; one piece is used if they would not have equal lengths and be aligned to 16 bytes.
+        right: The result of :func:`right_of` for ``rows``, if the caller keeps it.
 
     Returns:
         Partial sums float32 (S, M, P), contiguous.
     """
-    hidden = x.shape[1]
-    splits = 1 if hidden % (splits * 8) else splits
-    left = x.unflatten(1, (splits, -1)).transpose(0, 1)
-    right = rows.unflatten(1, (splits, -1)).permute(1, 2, 0)
+    right = right_of(rows, splits) if right is None else right
+    pieces, span = right.shape[:2]
+    left = x.as_strided((pieces, x.shape[0], span), (span, x.stride(0), 1))
     if x.dtype == torch.float32 or x.device.type != "cuda":
         return torch.bmm(left.float(), right.float())
     return torch.bmm(left, right, out_dtype=torch.float32)

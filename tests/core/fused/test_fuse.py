@@ -12,17 +12,24 @@ from meteora_core import AdapterBank, attach, detach, fuse, load_checkpoint, sav
 from meteora_core.errors import UsageError
 from meteora_core.fused import group as group_module
 from meteora_core.fused.fuse import fuse_for_inference, is_fused
+from meteora_core.fused.group import FusedGroup
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import meteora_of, record_routes
 from meteora_kernels import group
+from support.plain_groups import run_group as run_plain_group
 from support.plain_groups import use_plain_groups
 from support.tiny_models import declare_trained, make_tiny_llama
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(5))
 
 
-BY_KERNELS = ("test_logits_are_the_same_for_decoding_and_prefill", "test_compiles_without_a_graph_break", "test_new_biases_are_seen")
+BY_KERNELS = (
+    "test_logits_are_the_same_for_decoding_and_prefill",
+    "test_compiles_without_a_graph_break",
+    "test_inductor_fuses_around_the_groups",
+    "test_new_biases_are_seen",
+)
 """Tests that run the kernels themselves on every machine; the others are about the layers around them, and the interpreter needs seconds a pass."""
 
 
@@ -315,3 +322,39 @@ def test_compiles_without_a_graph_break(model, backend: str) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(IDS.to(device)).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # raised by PyTorch's own compiler
+def test_inductor_fuses_around_the_groups(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are opaque operators in one graph, without copies of weights or flags; decoding and prefill give the eager logits."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.compile_fx import compile_fx
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(group, "_run", run_plain_group)
+        monkeypatch.setattr(FusedGroup, "_run_or_fail", lambda self, x: None)
+    device = next(model.parameters()).device
+    fuse(model)
+    with torch.no_grad():
+        expected = [model(ids.to(device)).logits for ids in (IDS[:, :1], IDS)]
+        torch._dynamo.reset()
+        counters.clear()
+        seen: list[torch.fx.GraphModule] = []
+        compiled = torch.compile(model, backend=lambda graph, inputs: seen.append(graph) or compile_fx(graph, inputs), fullgraph=True, dynamic=False)
+        for ids, logits in zip((IDS[:, :1], IDS), expected, strict=True):
+            torch.testing.assert_close(compiled(ids.to(device)).logits, logits, rtol=1e-4, atol=1e-4)
+        assert len(seen) == 2
+        for graph in seen:
+            assert len(graph.graph.find_nodes(op="call_function", target=group.group_operator.op)) == 8
+        assert not counters["inductor"]["auto_functionalize_missed_reinplaced_bytes"]
+    torch._dynamo.reset()
+
+
+def test_compiled_models_know_that_weights_stay(model) -> None:
+    """Otherwise a compiled model that replays CUDA graphs would copy all weights before every call."""
+    fuse(model)
+    for _, layer in meteora_layers(model):
+        given = layer.group.layout.group
+        tensors = [given.packed, given.flags, given.adapters.lora_B, given.adapters.scaling, given.adapters.offsets]
+        assert all(tensor._dynamo_static_input_type == "unguarded" for tensor in tensors)

@@ -145,6 +145,22 @@ def test_a_captured_stream_goes_on_through_turns_scopes_and_larger_caches(speake
     assert cache.capacity >= 256
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_prompts_are_read_by_graphs(gpu_model: Any, fused: bool) -> None:
+    """The answers after a prompt, and after parts of it at several places of the cache, are those of eager code."""
+    if fused:
+        fuse(gpu_model)
+    engine, eager = engine_of(gpu_model, "auto"), engine_of(gpu_model, "off")
+    for request in requests_of((30, 90, 17, 25, 200, 120), (8, 3, 8, 8, 3, 8)):
+        ids = list(request.ids)
+        for prompt in (ids, [*ids, 7, 8, 9], ids):
+            each = [list(one.stream(replace(request, ids=prompt)))[-1].ids for one in (engine, eager)]
+            assert each[0] == each[1]
+    cache = engine.stream_cache
+    assert isinstance(cache, FixedCache)
+    assert len(cache._pieces._graphs) > 2
+
+
 def test_a_step_that_cannot_be_captured_runs_without(gpu_model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     requests = requests_of()
     wanted = engine_of(gpu_model, "off", 3).answer(requests)
