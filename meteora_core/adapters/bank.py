@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, Claim, read_adapter
-from meteora_core.adapters.stack import Stack
+from meteora_core.adapters.stack import Stack, table
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.progress import SILENT, Progress
 
@@ -85,7 +85,7 @@ class AdapterBank:
         """Stack adapters that were read already. Raises AdapterError if two of them have different shapes for a layer."""
         paths = sorted({path for adapter in adapters for path in adapter.modules}, key=natural_order)
         modules = {path: _stack_layer(path, adapters, dtype) for path in paths}
-        claims = (Claim(adapter.info.name, adapter.config, adapter.copies, frozenset(adapter.modules)) for adapter in adapters if adapter.config)
+        claims = (Claim(adapter.info.name, adapter.config, adapter.copies, adapter.targeted()) for adapter in adapters if adapter.config)
         return cls(tuple(adapter.info for adapter in adapters), modules, tuple(claims))
 
 
@@ -99,17 +99,22 @@ def _stack_layer(path: str, adapters: list[Adapter], dtype: torch.dtype | None) 
     first = present[0].modules[path]
     for adapter in present:
         weights = adapter.modules[path]
-        if (weights.A.shape[1], weights.B.shape[0]) != (first.A.shape[1], first.B.shape[0]):
+        if (weights.A.shape[1], weights.B.shape[0], weights.experts) != (first.A.shape[1], first.B.shape[0], first.experts):
+            of = "" if weights.experts == first.experts == 1 else f" in {first.experts} and {weights.experts} experts"
             raise AdapterError(
                 f"{path}: adapter {present[0].info.name!r} maps {first.A.shape[1]} to {first.B.shape[0]} features, "
-                f"adapter {adapter.info.name!r} maps {weights.A.shape[1]} to {weights.B.shape[0]}",
+                f"adapter {adapter.info.name!r} maps {weights.A.shape[1]} to {weights.B.shape[0]}{of}",
                 hint="all adapters of a bank must be trained on the same base model",
             )
     dtypes = {tensor.dtype for adapter in present for tensor in (adapter.modules[path].A, adapter.modules[path].B)}
     dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    layers = [adapter.modules.get(path) for adapter in adapters]
     return Stack(
         A=torch.cat([adapter.modules[path].A.to(dtype) for adapter in present]),
         B=torch.cat([adapter.modules[path].B.t().to(dtype) for adapter in present]).contiguous(),
-        ranks=tuple(adapter.modules[path].A.shape[0] if path in adapter.modules else 0 for adapter in adapters),
-        scaling=torch.tensor([adapter.modules[path].scaling if path in adapter.modules else 0.0 for adapter in adapters], dtype=torch.float32),
+        ranks=tuple(layer.A.shape[0] if layer else 0 for layer in layers),
+        scaling=torch.tensor([layer.scaling if layer else 0.0 for layer in layers], dtype=torch.float32),
+        shift=table([layer.shift if layer else None for layer in layers], first.B.shape[0]),
+        pending={index: layer.pending for index, layer in enumerate(layers) if layer and layer.pending},
+        experts=first.experts,
     )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator
 
@@ -21,7 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts that wrappers insert into the names of modules."""
 
-PLAIN = "train a plain LoRA: bias='none', no DoRA, no modules_to_save"
+PLAIN = "train an ordinary LoRA or DoRA of linear layers"
 
 _KEEPS_BASE = ("gaussian", "orthogonal", "eva", "mica")
 """PEFT's initialisations that leave the base model unchanged, so that a trained adapter does not depend on them."""
@@ -30,15 +30,9 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's initialisations that change or quantise the base model whenever the adapter is loaded."""
 
 _UNSTACKABLE = {
-    "use_dora": "DoRA (use_dora)",
     "use_qalora": "QALoRA (use_qalora)",
     "use_bdlora": "BD-LoRA (use_bdlora)",
-    "lora_bias": "lora_bias",
-    "fan_in_fan_out": "fan_in_fan_out",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
-    "modules_to_save": "modules_to_save",
-    "target_parameters": "target_parameters",
-    "trainable_token_indices": "trainable_token_indices",
     "layer_replication": "layer_replication",
     "arrow_config": "Arrow routing (arrow_config)",
     "kasa_config": "KaSA (kasa_config)",
@@ -48,12 +42,13 @@ _UNSTACKABLE = {
 }
 """Keys that change the result of an adapter, with their names in errors."""
 
-_LISTED = frozenset({"modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"})
+_LISTED = frozenset({"layer_replication"})
 """Keys of ``_UNSTACKABLE`` whose value the error shows."""
 
 _HARMLESS = frozenset(
     {
         "task_type",
+        "fan_in_fan_out",
         "auto_mapping",
         "peft_version",
         "revision",
@@ -73,7 +68,8 @@ _HARMLESS = frozenset(
         "unsloth_fixed",
     }
 )
-"""Keys that do not affect the result of a trained plain LoRA: initialisation, origin, and options of the run."""
+"""Keys that do not affect the result of a trained LoRA: initialisation, origin, and options of the run. The layout of weights (``fan_in_fan_out``) is
+that of the base model's layer."""
 
 
 def _patterns(values: dict[str, Any] | None) -> dict[str, Any]:
@@ -96,8 +92,13 @@ class AdapterConfig(FileModel):
         exclude_modules: The modules to leave out, as a list of names or a regular expression.
         layers_to_transform: The numbers of the adapted layers; None means all.
         layers_pattern: The name of the list of layers to which these numbers refer.
-        bias: The trained biases; only "none" can be stacked.
+        bias: The trained biases: "none", "lora_only" or "all".
         init_lora_weights: The initialisation before training.
+        use_dora: Whether the adapter is a DoRA, with a magnitude vector for every module.
+        lora_bias: Whether the B matrices have biases.
+        modules_to_save: The modules that were trained as a whole.
+        target_parameters: The adapted parameters, such as the weights of all experts in one tensor.
+        trainable_token_indices: The token ids whose embeddings were trained, as a list, or as lists by the name of the embedding.
     """
 
     peft_type: str = "LORA"
@@ -112,8 +113,13 @@ class AdapterConfig(FileModel):
     exclude_modules: Any = None
     layers_to_transform: Any = None
     layers_pattern: Any = None
-    bias: str = "none"
+    bias: Literal["none", "lora_only", "all"] = "none"
     init_lora_weights: Any = True
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     _source: str = PrivateAttr(CONFIG)
 
     @field_validator("target_modules", "exclude_modules", "layers_pattern")
@@ -158,6 +164,26 @@ class AdapterConfig(FileModel):
         """Return the alpha that the configuration states for a module. Raises AdapterError for a pattern that cannot be matched."""
         return float(self._alphas.get(path, self.lora_alpha))
 
+    @property
+    def more(self) -> str | None:
+        """What the adapter has besides plain LoRA of linear layers, such as "DoRA (use_dora)"; None if it has nothing."""
+        reasons = {
+            "DoRA (use_dora)": self.use_dora,
+            f"bias={self.bias!r}": self.bias != "none",
+            "lora_bias": self.lora_bias,
+            "modules_to_save": self.modules_to_save,
+            "target_parameters": self.target_parameters,
+            "trainable_token_indices": self.trainable_token_indices,
+        }
+        return next((name for name, used in reasons.items() if used), None)
+
+    def token_rows(self, path: str) -> tuple[int, ...]:
+        """Return the token ids whose rows of an embedding were trained, in the order of the saved rows."""
+        tokens = self.trainable_token_indices or []
+        if isinstance(tokens, dict):
+            tokens = next((ids for name, ids in tokens.items() if is_named(path, {name})), [])
+        return tuple(tokens)
+
     def targets(self, paths: Iterable[str], every_linear: Collection[str] = ()) -> set[str]:
         """Return the modules of a model that the configuration targets; an empty set if it names no targets.
 
@@ -174,11 +200,11 @@ class AdapterConfig(FileModel):
 
     def _targeted(self, path: str, every_linear: Collection[str]) -> bool:
         excluded, targets = self.exclude_modules, self.target_modules
-        if excluded and (self._runner.full(excluded, path) if isinstance(excluded, str) else _named(path, self._excluded)):
+        if excluded and (self._runner.full(excluded, path) if isinstance(excluded, str) else is_named(path, self._excluded)):
             return False
         if isinstance(targets, str):
             return path in every_linear if targets.lower() == "all-linear" else self._runner.full(targets, path)
-        return path in self._names_targeted or (_named(path, self._names_targeted) and self._in_layers(path))
+        return path in self._names_targeted or (is_named(path, self._names_targeted) and self._in_layers(path))
 
     @cached_property
     def _excluded(self) -> frozenset[str]:
@@ -211,7 +237,7 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("module.")
 
 
-def _named(path: str, names: frozenset[str]) -> bool:
+def is_named(path: str, names: Collection[str]) -> bool:
     """Whether the path, or its end after one of its dots, is among the names."""
     parts = path.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
@@ -261,8 +287,8 @@ def _refuse_unsupported(name: str, config: AdapterConfig) -> None:
         raise AdapterError(f"adapter {name!r} is a {config.peft_type[:40]!r} adapter; only LORA can be stacked", hint="train a LoRA with PEFT's LoraConfig")
     start, more = config.init_lora_weights, config.model_extra or {}
     reasons = []
-    if config.bias != "none":
-        reasons.append(f"bias={config.bias!r}")
+    if config.use_dora and config.lora_bias:
+        reasons.append("lora_bias together with use_dora, of which PEFT knows no exact form,")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         reasons.append(f"init_lora_weights={start!r}, which changed its base model")
     reasons += [f"{said}={more[key]}" if key in _LISTED else said for key, said in _UNSTACKABLE.items() if more.get(key)]

@@ -41,6 +41,7 @@ def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[
             saved with the adapter differs from the model's.
     """
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    known |= {name for name, parameter in model.named_parameters() if parameter.ndim == 3}
     unknown = [path for path in bank.modules if path not in known]
     renamed = _renamed(model, unknown) if unknown else {}
     renamed = {old: new for old, new in renamed.items() if new in known and new not in bank.modules}
@@ -53,7 +54,10 @@ def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[
     for claim in bank.claims:
         _check_targets(claim, model, renamed)
         for copy in claim.copies:
-            _check_copy(claim.name, copy, model.get_submodule(renamed.get(copy.path, copy.path)))
+            path = renamed.get(copy.path, copy.path)
+            if path not in known:
+                raise AdapterError(f"adapter {claim.name!r} holds weights of {path}, which {type(model).__name__} does not have", hint=OTHER_BASE)
+            _check_copy(claim.name, copy, model.get_submodule(path))
     return bank, renamed
 
 
@@ -133,11 +137,24 @@ def _check_copy(name: str, copy: BaseCopy, module: nn.Module) -> None:
         saved = TensorFiles(copy.entry.file).read(copy.key)
     except CheckpointError as broken:
         raise AdapterError(f"adapter {name!r}: {broken.message}", hint=broken.hint) from broken
-    if not saved.is_floating_point() or saved.shape != own.shape or not _same(own.detach().cpu(), saved):
+    if copy.rows is not None and max(copy.rows, default=0) < len(own):
+        own = own[list(copy.rows)]
+    if saved.is_floating_point() and saved.shape == own.shape and _same(own.detach().cpu(), saved):
+        return
+    if copy.rows is not None:
         raise AdapterError(
-            f"adapter {name!r} holds a {copy.path}.weight that differs from the base model's: it was trained on a changed base model",
-            hint="use the base model that it was trained on",
+            f"adapter {name!r} trained the embeddings of {len(copy.rows)} tokens ({copy.path}), which are computed before any gate could choose",
+            hint="train it without trainable_token_indices, or put these embeddings into the base model, save that, and attach to it",
         )
+    if saved.ndim == own.ndim == 2 and saved.shape[1] == own.shape[1] and len(saved) != len(own):
+        raise AdapterError(
+            f"adapter {name!r} was trained with {len(saved)} rows in {copy.path}, and the base model has {len(own)}: its vocabulary was resized",
+            hint="resize the base model, put the trained rows into it, save it with save_pretrained, and attach to the saved model",
+        )
+    raise AdapterError(
+        f"adapter {name!r} holds a {copy.path}.weight that differs from the base model's: it was trained on a changed base model",
+        hint="use the base model that it was trained on",
+    )
 
 
 def _same(own: Tensor, theirs: Tensor) -> bool:

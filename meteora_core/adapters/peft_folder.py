@@ -6,8 +6,6 @@ Banks, the evaluation of single adapters, chat and Arrow all read adapters throu
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meteora_core.adapters.config import CONFIG, PLAIN, WEIGHTS, WRAPPERS, AdapterConfig, find_adapter, read_adapter_config
-from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor, refuse_peak
+from meteora_core.adapters.config import CONFIG, WEIGHTS, AdapterConfig, find_adapter, read_adapter_config
+from meteora_core.adapters.magnitudes import check_tensor, refuse_peak
+from meteora_core.adapters.stack import Pending
+from meteora_core.adapters.tensor_names import BaseCopy, read_names
 from meteora_core.data.frames import Frame, read_frame
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.files import sha256
@@ -26,9 +26,7 @@ from meteora_core.tensor_files import PICKLES, TensorEntry, read_header
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "AdapterInfo", "BaseCopy", "LoraWeights", "check_adapter", "find_adapter", "read_adapter"]
 
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-_COPY = re.compile(r"^(?P<path>(?:.+\.)?(?:lm_head|embed_out|output_layer))\.base_layer\.weight$")
+_SAID = {"A": "lora_A", "B": "lora_B", "shift": "the bias of lora_B", "magnitude": "the DoRA magnitude", "bias": "the bias"}
 _AGAIN = "copy or download the file again"
 
 
@@ -78,26 +76,23 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The weights of one adapter on one linear layer: ``A`` (r, in), ``B`` (out, r), and the scaling."""
+    """The weights of one adapter on one linear layer.
+
+    Attributes:
+        A: Tensor of shape (r, in); for the experts of a mixture (experts * r, in), expert by expert.
+        B: Tensor of shape (out, r), or (out, experts * r).
+        scaling: The factor of the product.
+        shift: The vector (out,) that the adapter adds to the output; None if it adds none.
+        pending: The parts that depend on the base layer; None for plain LoRA.
+        experts: The number of experts; 1 for an ordinary linear layer.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
-
-
-@dataclass(frozen=True)
-class BaseCopy:
-    """A tensor of the base model that PEFT saved with the adapter, as it does for an adapted ``lm_head``; it must equal the base model's.
-
-    Attributes:
-        path: The path of the module in the base model.
-        entry: The file, dtype and shape of the copy.
-        key: The name of the copy in the file.
-    """
-
-    path: str
-    entry: TensorEntry
-    key: str
+    shift: Tensor | None = None
+    pending: Pending | None = None
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -133,6 +128,10 @@ class Adapter:
     config: AdapterConfig | None = None
     copies: tuple[BaseCopy, ...] = ()
 
+    def targeted(self) -> frozenset[str]:
+        """Return the paths of the modules that ``target_modules`` must name: those with LoRA, except the experts of mixtures."""
+        return frozenset(path for path, weights in self.modules.items() if weights.experts == 1 and not (weights.pending and weights.pending.whole))
+
 
 def read_adapter(name: str, folder: str | Path) -> Adapter:
     """Read a PEFT LoRA folder (``adapter_config.json`` and ``adapter_model.safetensors``) onto the CPU.
@@ -145,28 +144,29 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
         The adapter, with tensors in the dtype of the file (float16, bfloat16, float32 or float64).
 
     Raises:
-        AdapterError: The folder is missing or broken, or contains only pickled weights; the adapter cannot be stacked (DoRA, bias, modules_to_save,
-            embeddings, other PEFT methods); or the model cannot compute with its weights (integers, NaN, infinity, numbers that overflow).
+        AdapterError: The folder is missing or broken, or contains only pickled weights; the adapter cannot be stacked (embeddings, other PEFT methods);
+            or the model cannot compute with its weights (integers, NaN, infinity, numbers that overflow).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     location, config, entries = _open(name, Path(folder))
     weights = location / WEIGHTS
-    paths, copies = _paths(name, entries, config)
+    names = read_names(name, entries, config)
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError, ValueError) as broken:
         raise AdapterError(f"adapter {name!r}: {weights} cannot be read: {broken}", hint=_AGAIN) from broken
-    modules = {path: _weights(name, path, tensors[sides["A"]], tensors[sides["B"]], config) for path, sides in paths.items()}
+    modules = {path: _weights(name, path, {what: tensors[key] for what, key in keys.items()}, config, names.experts) for path, keys in names.lora.items()}
+    modules |= {path: _whole(name, path, {what: tensors[key] for what, key in keys.items()}) for path, keys in names.whole.items()}
     info = AdapterInfo.from_config(name, str(location), sha256(weights), config)
-    return Adapter(info, modules, config, copies)
+    return Adapter(info, modules, config, tuple(names.copies))
 
 
 def check_adapter(name: str, folder: str | Path) -> None:
     """Check configuration, names, shapes and dtypes as :func:`read_adapter` does, without reading tensors. Raises AdapterError."""
     _, config, entries = _open(name, Path(folder))
-    _paths(name, entries, config)
+    read_names(name, entries, config)
 
 
 def _open(name: str, folder: Path) -> tuple[Path, AdapterConfig, dict[str, TensorEntry]]:
@@ -192,77 +192,23 @@ def _open(name: str, folder: Path) -> tuple[Path, AdapterConfig, dict[str, Tenso
     return location, config, entries
 
 
-def module_path(key: str) -> str:
-    """Return a tensor's name without the prefixes and parts that wrappers (PEFT, ``torch.compile``, FSDP, DDP) insert, even repeatedly."""
-    key = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-    while True:
-        bare = key.removeprefix("module.").removeprefix(_PREFIX)
-        if bare == key:
-            return key
-        key = bare
-
-
-def _paths(name: str, entries: dict[str, TensorEntry], config: AdapterConfig) -> tuple[dict[str, dict[str, str]], tuple[BaseCopy, ...]]:
-    """Return the keys of A and B by module path, and the copies of base tensors. Raises AdapterError for any other tensor."""
-    sides: dict[str, dict[str, str]] = {}
-    copies, adapters = [], Counter[str]()
-    for key, entry in entries.items():
-        bare = module_path(key)
-        if copied := _COPY.match(bare):
-            copies.append(BaseCopy(copied["path"], entry, key))
-            continue
-        match = _KEY.match(bare)
-        if match is None:
-            raise AdapterError(f"adapter {name!r}: {key} is {_what(bare)}; it cannot be stacked", hint=_without(bare))
-        if entry.dtype not in WEIGHT_NAMES:
-            raise AdapterError(f"adapter {name!r}: {key} has dtype {entry.dtype}; weights are F16, BF16, F32 or F64", hint="save it in a floating dtype")
-        if len(entry.shape) != 2:
-            raise AdapterError(f"adapter {name!r}: {key} has shape {entry.shape}; only adapters of linear layers can be stacked", hint=PLAIN)
-        pair = sides.setdefault(match["path"], {})
-        if match["side"] in pair:
-            raise AdapterError(
-                f"adapter {name!r} holds two tensors for lora_{match['side']} of {match['path']}: {pair[match['side']]} and {key}",
-                hint="save one adapter per folder",
-            )
-        pair[match["side"]] = key
-        adapters[match["adapter"] or ""] += 1
-    if not sides:
-        raise AdapterError(f"adapter {name!r} holds no weights", hint="copy or train the adapter again")
-    if len(adapters) > 1:
-        raise AdapterError(f"adapter {name!r} holds several adapters: {', '.join(sorted(adapters))}", hint="save one adapter per folder")
-    for path, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            raise AdapterError(f"adapter {name!r}: {path} has lora_{next(iter(pair))} but not the other matrix", hint=_AGAIN)
-        first, second = entries[pair["A"]].shape, entries[pair["B"]].shape
-        rank, wanted = first[0], config.rank_of(path)
-        if second[1] != rank or 0 in (*first, *second):
-            raise AdapterError(f"adapter {name!r}: {path} has A {first} and B {second}, whose ranks differ or are 0", hint=_AGAIN)
-        if rank != wanted:
-            raise AdapterError(f"adapter {name!r}: {path} has rank {rank}, and {CONFIG} says {wanted}", hint="correct r or rank_pattern there")
-    for copy in copies:
-        if copy.path not in sides:
-            raise AdapterError(f"adapter {name!r}: {copy.key} belongs to no adapted module; it cannot be stacked", hint=_without(copy.key))
-    return dict(sides), tuple(copies)
-
-
-def _what(key: str) -> str:
-    if "lora_embedding" in key:
-        return "an embedding adapter"
-    if re.search(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out)\.(?:base_layer\.)?weight$", key):
-        return "a tensor of the base model (PEFT saves embeddings that were resized or trained)"
-    return "not a LoRA weight"
-
-
-def _without(key: str) -> str:
-    if "embed" in key or "lm_head" in key or "wte" in key:
-        return "train on linear layers of an unchanged base model, and save with save_embedding_layers=False"
-    return "only plain LoRA on linear layers can be stacked"
-
-
-def _weights(name: str, path: str, A: Tensor, B: Tensor, config: AdapterConfig) -> LoraWeights:
-    for side, tensor in (("lora_A", A), ("lora_B", B)):
-        check_tensor(f"adapter {name!r}: {side} of {path}", tensor, error=AdapterError)
-    rank, alpha = A.shape[0], config.alpha_of(path)
+def _weights(name: str, path: str, tensors: Mapping[str, Tensor], config: AdapterConfig, experts: Mapping[str, int]) -> LoraWeights:
+    for what, tensor in tensors.items():
+        check_tensor(f"adapter {name!r}: {_SAID[what]} of {path}", tensor, error=AdapterError)
+    A, B, count = tensors["A"], tensors["B"], experts.get(path, 1)
+    rank, alpha = A.shape[0] // count, config.alpha_of(path)
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     refuse_peak(f"adapter {name!r}: the scaling of {path}", abs(scaling), torch.float32, AdapterError)
-    return LoraWeights(A, B, scaling)
+    if path in experts:  # PEFT's columns of B go through the experts for every rank
+        B = B.reshape(-1, rank, count).transpose(1, 2).reshape(-1, count * rank)
+    shift = tensors["shift"] * scaling if "shift" in tensors else None
+    pending = Pending(tensors.get("magnitude"), tensors.get("bias")) if tensors.keys() & {"magnitude", "bias"} else None
+    return LoraWeights(A, B, scaling, shift, pending, count)
+
+
+def _whole(name: str, path: str, tensors: Mapping[str, Tensor]) -> LoraWeights:
+    """Return a linear layer that was trained as a whole as an adapter of full rank, whose A is the identity."""
+    for what, tensor in tensors.items():
+        check_tensor(f"adapter {name!r}: {what} of {path}", tensor, error=AdapterError)
+    weight = tensors["weight"]
+    return LoraWeights(torch.eye(weight.shape[1], dtype=weight.dtype), weight, 1.0, pending=Pending(bias=tensors.get("bias"), whole=True))

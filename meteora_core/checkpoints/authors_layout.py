@@ -260,6 +260,8 @@ def _info(name: str, folder: Path, layout: AuthorsLayout, source: str) -> Adapte
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         if patterns:
             raise AdapterError(f"adapter {name!r} uses {key}, which the authors' layout cannot hold", hint="its adapters have one rank and one alpha")
+    if config.more:
+        raise AdapterError(f"adapter {name!r} uses {config.more}, which the authors' layout cannot hold", hint="its adapters are plain LoRA")
     if config.r != layout.rank:
         raise CheckpointError(f"adapter {name!r} has rank {config.r}, and the adapters in {source} have rank {layout.rank}", hint="these are other adapters")
     return AdapterInfo.from_config(name, source, "", config)

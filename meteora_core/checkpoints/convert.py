@@ -15,7 +15,7 @@ from meteora_core.adapters.magnitudes import WEIGHT_NAMES, check_tensor
 from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.checkpoints.authors_layout import AuthorsAdapters, AuthorsLayout, describe_adapters, key_of, read_layout, scaling_of
 from meteora_core.checkpoints.native import check_replaceable, rounding_table
-from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, weight_metadata
 from meteora_core.data.frames import INST
 from meteora_core.errors import CheckpointError, StorageError, UsageError
 from meteora_core.files import atomic_folder, storage_errors
@@ -278,7 +278,7 @@ def _config(
 ) -> dict[str, Any]:
     scaling = torch.tensor([scaling_of(info) for info in infos], dtype=torch.float32).tolist()
     return {
-        "format": FORMAT,
+        "format": 1,
         "base": base,
         "top_k": options.top_k,
         "temperature": options.routing_temperature,

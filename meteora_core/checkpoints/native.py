@@ -21,9 +21,8 @@ from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.fitting import OTHER_BASE
 from meteora_core.adapters.magnitudes import check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
-from meteora_core.adapters.stack import Stack
 from meteora_core.checkpoints.gate_statistics import STATISTICS
-from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, check_weights, read_config
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
 from meteora_core.checkpoints.parts import (
     TRANSFORMERS_CONFIG,
     TRANSFORMERS_WEIGHTS,
@@ -36,6 +35,7 @@ from meteora_core.checkpoints.parts import (
     rounding_table,
     write_files,
 )
+from meteora_core.checkpoints.stacks import read_stack
 from meteora_core.data.frames import read_frame
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
 from meteora_core.files import atomic_folder, holds_other_things, other_entries, sha256
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 __all__ = [
     "BASE",
     "CONFIG_FILE",
-    "FORMAT",
     "WEIGHT_FILE",
     "base_changes",
     "check_replaceable",
@@ -282,9 +281,7 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
     if "adapters" in config["contains"]:
         stacks = {}
         for path in sorted(config["modules"], key=natural_order):
-            module = config["modules"][path]
-            scaling = torch.tensor(module["scaling"], dtype=torch.float32)
-            stacks[path] = Stack(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"], tuple(module["ranks"]), scaling)
+            stacks[path] = read_stack(path, config["modules"][path], tensors)
             check_stack(path, stacks[path], [info.name for info in infos], stacks[path].A.dtype, CheckpointError)
         return AdapterBank(infos, stacks)
     folders = {info.name: _folder_of(info, folder, adapters_dir) for info in infos}
@@ -299,7 +296,7 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
     for path, stack in bank.modules.items():
         saved = config["modules"][path]
         sizes, recorded = (stack.in_features, stack.out_features), (saved["in_features"], saved["out_features"])
-        if sizes != recorded:
+        if sizes != recorded or stack.experts != saved.get("experts", 1):
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} says that {path} maps {recorded[0]} to {recorded[1]} features; its adapters map {sizes[0]} to {sizes[1]}",
                 hint="copy or download the checkpoint again",

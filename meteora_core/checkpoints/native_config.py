@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 
 from meteora_core.adapters.magnitudes import WEIGHT_NAMES
+from meteora_core.checkpoints.stacks import FEATURES, FORMAT
 from meteora_core.data.frames import INST, FrameModel
 from meteora_core.errors import CheckpointError
 from meteora_core.file_models import FileModel, check_model
@@ -24,7 +25,6 @@ from meteora_core.text import listed
 
 CONFIG_FILE = "meteora_config.json"
 WEIGHT_FILE = "meteora.safetensors"
-FORMAT = 1
 BASE = "base."
 """The prefix of base tensors in the weight file."""
 
@@ -61,12 +61,17 @@ class AdapterEntry(FileModel):
 
 
 class ModuleEntry(FileModel):
-    """One adapted linear layer: its numbers of features, and the rank and scaling of every adapter (0 for adapters that do not target it)."""
+    """One adapted linear layer: its numbers of features, and the rank and scaling of every adapter (0 for adapters that do not target it).
+
+    ``tables`` names the tables of scales and shifts, and ``experts`` is the number of experts; see :class:`meteora_core.adapters.stack.Stack`.
+    """
 
     in_features: int = Field(ge=1, lt=1 << 40)
     out_features: int = Field(ge=1, lt=1 << 40)
     ranks: list[Count]
     scaling: list[float]
+    tables: list[Literal["scale", "shift"]] = Field(default_factory=list)
+    experts: int = Field(1, ge=1, lt=1 << 20)
 
 
 class GateStart(FileModel):
@@ -125,6 +130,7 @@ class NativeConfig(FileModel):
     contains: list[Literal["gates", "adapters", "base"]]
     base_tensors: list[str] = Field(default_factory=list)
     base_rounded: dict[str, list[str]] | None = None
+    features: list[str] = Field(default_factory=list)
     modules: dict[str, ModuleEntry] = Field(min_length=1)
     frame: FrameModel | None = None
     renamed: dict[str, str] = Field(default_factory=dict)
@@ -146,6 +152,8 @@ class NativeConfig(FileModel):
                 raise ValueError(f"modules.{path} has {len(module.ranks)} ranks and {len(module.scaling)} scalings, and there are {count} adapters")
             if not any(module.ranks):
                 raise ValueError(f"modules.{path} has no adapter of a rank above 0")
+            if any(rank % module.experts for rank in module.ranks):
+                raise ValueError(f"modules.{path} has {module.experts} experts and ranks that are no multiples of it")
         if bool(self.base_tensors) != ("base" in self.contains):
             raise ValueError("base_tensors and contains disagree")
         for name in self.base_rounded or {}:
@@ -182,6 +190,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     form = raw.get("format")
     if type(form) is int and form > FORMAT:
         raise CheckpointError(f"{folder} has format {form}, this version reads up to {FORMAT}", hint="upgrade meteora")
+    wanted = raw.get("features")
+    if isinstance(wanted, list) and (unknown := [str(each) for each in wanted if each not in FEATURES]):
+        raise CheckpointError(f"{folder} uses {listed(unknown)}, which this version does not know", hint="upgrade meteora")
     config = check_model(NativeConfig, raw, str(file), error=CheckpointError, hint=_NOT_OURS).model_dump(exclude_unset=True)
     absent: dict[str, Any] = {"base_tensors": [], "base_rounded": {}, "renamed": {}, "training": {}, "frame": None if "frame" in config else INST.to_json()}
     return {key: value for key, value in absent.items() if value is not None} | {key: value for key, value in config.items() if value is not None}
@@ -220,6 +231,7 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorEn
         if "adapters" in config["contains"]:
             expected[f"{path}.lora_A"] = (sum(module["ranks"]), module["in_features"])
             expected[f"{path}.lora_B"] = (sum(module["ranks"]), module["out_features"])
+            expected |= {f"{path}.{table}": (count, module["out_features"]) for table in module.get("tables", ())}
     for what, keys in (("lacks", expected.keys() - entries.keys()), ("has unknown", entries.keys() - expected.keys())):
         if keys:
             raise CheckpointError(f"{file} {what} tensors: {listed(sorted(keys))}", hint=_AGAIN)

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.adapters.stack import Stack
 from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, read_config, refuse_untrained, write_checkpoint
+from meteora_core.checkpoints.stacks import stack_entry, with_features
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.model.attach import find_targets, resolve_bank
+from meteora_core.model.base import BaseReference, load_base
 from meteora_core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -101,6 +105,7 @@ def pack_checkpoint(
     if adapters_dir is not None and "adapters" in config["contains"]:
         raise UsageError(f"{source} holds its adapters, so another folder of them has no effect", hint="leave out --adapters")
     check_replaceable(folder)
+    bank = _without_pending(bank, config, progress)
     chosen = [bank.index(name) for name in (options.tasks or bank.names)]
     if len(set(chosen)) != len(chosen):
         raise UsageError("a task is named twice")
@@ -108,7 +113,8 @@ def pack_checkpoint(
     base = {key: value for key, value in tensors.items() if key.startswith(BASE)}
     layers = {path: _factors(stack, chosen) for path, stack in bank.modules.items()}
     width = torch.finfo(dtype).bits // 8
-    fixed = sum(tensor.numel() * tensor.element_size() for tensor in (*gates.values(), *base.values()))
+    tables = {f"{path}.{name}": table for path, stack in bank.modules.items() for name, table in _tables(stack.chosen(chosen)).items()}
+    fixed = sum(tensor.numel() * tensor.element_size() for tensor in (*gates.values(), *base.values(), *tables.values()))
     full = {path: tuple(len(a) for a, _ in pairs) for path, pairs in layers.items()}
     ranks = {path: tuple(min(size, rank) if rank else size for size in sizes) for path, sizes in full.items()}
     text = len(json.dumps(_configuration(config, bank, chosen, full, {}), indent=2)) if max_bytes else 0
@@ -116,6 +122,8 @@ def pack_checkpoint(
     cut, kept = ranks != full, [1.0] * len(chosen)
     if cut or (budget is not None and _bytes(layers, ranks, width) > budget):
         cut = True
+        if joint := next((path for path, stack in bank.modules.items() if stack.experts > 1), None):
+            raise UsageError(f"the adapters of the experts in {joint} cannot be cut", hint="leave out --rank, and choose a larger --max-mb or none")
         with progress.task("factorising adapters", total=len(layers), unit="layers") as bar:
             for path, pairs in layers.items():
                 layers[path] = [_by_singular_values(a, b) for a, b in pairs]
@@ -126,7 +134,7 @@ def pack_checkpoint(
         if budget is not None:
             ranks = _fit(layers, energy, ranks, budget, width)
         kept = _kept(energy, ranks)
-    packed = dict(gates) | base
+    packed = dict(gates) | base | tables
     for path, pairs in layers.items():
         packed[f"{path}.lora_A"] = torch.cat([a[:size] for (a, _), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
         packed[f"{path}.lora_B"] = torch.cat([b[:size] for (_, b), size in zip(pairs, ranks[path], strict=True)]).to(dtype).contiguous()
@@ -143,6 +151,20 @@ def pack_checkpoint(
 
     mean = {name: sum(sizes[index] for sizes in ranks.values()) / len(ranks) for index, name in enumerate(names)}
     return Packed(folder, names, {name: round(value, 2) for name, value in mean.items()}, shares, size, sha256(folder / WEIGHT_FILE))
+
+
+def _without_pending(bank: AdapterBank, config: Mapping[str, Any], progress: Progress) -> AdapterBank:
+    """Return the bank with its pending parts resolved; the base model is loaded only if there are any."""
+    if not any(stack.pending for stack in bank.modules.values()):
+        return bank
+    reference = BaseReference(config["base"]["name"], config["base"].get("revision"))
+    model = load_base(reference, progress=progress)
+    bank, _ = fit_to_base(bank, model)
+    return resolve_bank(bank, find_targets(model, bank))
+
+
+def _tables(stack: Stack) -> dict[str, Tensor]:
+    return {name: getattr(stack, name) for name in stack.tables}
 
 
 Pair = tuple[Tensor, Tensor]
@@ -216,11 +238,11 @@ def _configuration(
     infos = [_info(bank.adapters[number], max((sizes[index] for sizes in ranks.values()), default=0), bool(kept)) for index, number in enumerate(chosen)]
     modules = {
         path: {
-            **module,
+            **stack_entry(bank.modules[path].chosen(chosen)),
             "ranks": list(ranks[path]),
             "scaling": [float(bank.modules[path].scaling[number]) if size else 0.0 for number, size in zip(chosen, ranks[path], strict=True)],
         }
-        for path, module in config["modules"].items()
+        for path in config["modules"]
     }
     training = {key: value for key, value in config.get("training", {}).items() if key not in ("history", "evaluations")}
     packed = {"from": config.get("weights_sha256"), "adapters": {bank.adapters[number].name: bank.adapters[number].sha256 for number in chosen}}
@@ -228,7 +250,7 @@ def _configuration(
         packed["kept"] = dict(kept)
     contains = ["gates", "adapters", *(["base"] if config.get("base_tensors") else [])]
     rest = {key: value for key, value in config.items() if key != "weights_sha256"}
-    return {
+    packed_config = {
         **rest,
         "top_k": min(config["top_k"], len(chosen)),
         "adapters": [info.to_json() for info in infos],
@@ -236,6 +258,7 @@ def _configuration(
         "modules": modules,
         "training": {**training, "packed": packed},
     }
+    return with_features(packed_config)
 
 
 def _info(info: AdapterInfo, rank: int, cut: bool) -> AdapterInfo:

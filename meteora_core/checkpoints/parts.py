@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.config import WRAPPERS
-from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, FORMAT, WEIGHT_FILE, weight_metadata
+from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, weight_metadata
+from meteora_core.checkpoints.stacks import TABLES, stack_entry, with_features
 from meteora_core.errors import CheckpointError, UsageError
 from meteora_core.json_files import read_json, write_json
 from meteora_core.model.attach import gate_origin, meteora_layers
@@ -67,7 +68,7 @@ def base_name(name: str) -> str:
 
 def _base_names(model: nn.Module) -> list[str]:
     """Return the names, in the model with adapters, of all parameters and buffers of its base."""
-    own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets")}
+    own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets", *TABLES)}
     named = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
     return [name for name in named if name not in own]
 
@@ -187,19 +188,19 @@ def checkpoint_parts(
     """
     state = meteora_of(model)
     known = state.provenance
+    layers = dict(meteora_layers(model))
     adapters = adapters or known.embedded or not all(adapter.sha256 for adapter in state.adapters)
+    adapters = adapters or (is_changed(model) and not all(layer.is_plain for layer in layers.values()))  # DoRA's factors depend on the base
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
-    for path, layer in meteora_layers(model):
+    for path, layer in layers.items():
         for name in ("gate", "lora_A", "lora_B") if adapters else ("gate",):
             tensor = whole_tensor(model, f"{path}.{name}", state_dict)
             tensors[f"{path}.{name}"] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
-        modules[path] = {
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "ranks": list(layer.ranks),
-            "scaling": [float(value) for value in layer.scaling.cpu()],
-        }
+        for name in TABLES if adapters else ():
+            if (values := getattr(layer, name)) is not None:
+                tensors[f"{path}.{name}"] = values.detach().cpu().contiguous()
+        modules[path] = stack_entry(layer.stack)
     origin = gate_origin(model, {path: tensors[f"{path}.gate"] for path in modules})
     if origin == "untrained":
         _log.warning("the gates saved in %s are untrained: they still have the initial values from attach", folder)
@@ -209,7 +210,6 @@ def checkpoint_parts(
         tensors[BASE + name] = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
     reference = base or loaded_by(model) or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
     config = {
-        "format": FORMAT,
         "base": {"name": reference.name, "revision": reference.revision, "probe": known.base_probe},
         "top_k": state.top_k,
         "temperature": state.temperature,
@@ -224,7 +224,7 @@ def checkpoint_parts(
         **({"renamed": known.renamed} if known.renamed else {}),
         "training": training or {},
     }
-    return config, tensors
+    return with_features(config), tensors
 
 
 def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -1,26 +1,23 @@
 """Evaluation of a single adapter with PEFT, as a comparison for MeteoRA.
 
 The folder is read by :func:`meteora_core.adapters.peft_folder.read_adapter`, as for a bank. PEFT receives the checked weights under the exact names of the
-base model's modules, without the folder's patterns. So everything that a bank refuses (DoRA, bias, ...) is refused, and no weight is silently left out.
+base model's modules, without the folder's patterns. So everything that a bank refuses is refused, and no weight is silently left out.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.adapters.peft_folder import find_adapter, read_adapter
-from meteora_core.adapters.stack import Stack
 from meteora_core.errors import AdapterError
+from meteora_core.exports.peft_adapter import peft_parts
 from meteora_core.reading import first_line
 
 if TYPE_CHECKING:
@@ -59,44 +56,6 @@ def read_for_base(folder: Path, model: PreTrainedModel) -> AdapterBank:
     return bank
 
 
-def peft_parts(bank: AdapterBank) -> tuple[Any, dict[str, Tensor]]:
-    """PEFT's configuration and state dict for a bank of one adapter, with the exact name, rank and alpha of every module."""
-    from peft import LoraConfig
-
-    ranks: dict[int, list[str]] = {}
-    alphas: dict[float, list[str]] = {}
-    state = {}
-    for path, stack in bank.modules.items():
-        rank = stack.ranks[0]
-        ranks.setdefault(rank, []).append(path)
-        alphas.setdefault(_alpha(stack), []).append(path)
-        state[f"base_model.model.{path}.lora_A.weight"] = stack.A
-        state[f"base_model.model.{path}.lora_B.weight"] = stack.B.t().contiguous()
-    usual_rank, usual_alpha = max(ranks, key=lambda rank: len(ranks[rank])), max(alphas, key=lambda alpha: len(alphas[alpha]))
-    config = LoraConfig(
-        r=usual_rank,
-        lora_alpha=usual_alpha,
-        target_modules=sorted(bank.modules),
-        rank_pattern={_exactly(paths): rank for rank, paths in ranks.items() if rank != usual_rank},
-        alpha_pattern={_exactly(paths): alpha for alpha, paths in alphas.items() if alpha != usual_alpha},
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    return config, state
-
-
-def _alpha(stack: Stack) -> float:
-    """The alpha for which alpha / rank equals the stack's scaling."""
-    alpha = float(stack.scaling[0]) * stack.ranks[0]
-    return float(round(alpha)) if abs(alpha - round(alpha)) < 1e-6 * abs(alpha) else alpha
-
-
-def _exactly(paths: list[str]) -> str:
-    """A key of rank_pattern or alpha_pattern that matches exactly these modules."""
-    return f"^(?:{'|'.join(re.escape(path) for path in paths)})"
-
-
 def remove_lora(model: PreTrainedModel, names: set[str]) -> None:
     """Remove the LoRA layers that a failed attempt has put in place of the modules ``names``, and set the model to evaluation mode."""
     from peft.tuners.lora import LoraLayer
@@ -131,7 +90,7 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
     try:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore")
                 adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
             loaded = set_peft_model_state_dict(adapted, state)
         except (RuntimeError, ValueError) as error:

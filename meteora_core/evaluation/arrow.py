@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.adapters.peft_folder import WEIGHTS, find_adapter
 from meteora_core.errors import AdapterError, UsageError
-from meteora_core.evaluation.adapters import check_adapter, peft_parts, read_for_base, remove_lora
+from meteora_core.evaluation.adapters import check_adapter, read_for_base, remove_lora
+from meteora_core.exports.peft_adapter import peft_parts
 from meteora_core.files import sha256
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def with_arrow(
     from peft import ArrowConfig, create_arrow_model
 
     banks = [read_for_base(folder, model) for folder in folders.values()]
+    for name, bank in zip(folders, banks, strict=True):
+        if any(stack.pending or stack.shift is not None or stack.experts > 1 for stack in bank.modules.values()):
+            raise AdapterError(f"PEFT's Arrow takes plain LoRA adapters only, and {name!r} has more", hint=f"move {name} out of the folder of adapters")
     config = ArrowConfig(top_k=arrow_top_k(top_k, len(folders)), router_temperature=routing_temperature, rng_seed=seed)
     base_modules = set(dict(model.named_modules()))
     try:

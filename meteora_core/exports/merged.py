@@ -14,7 +14,9 @@ from meteora_core.exports.common import Exported, ExportOptions, check_export
 from meteora_core.files import atomic_folder, storage_errors
 from meteora_core.model.attach import detach, meteora_layers
 from meteora_core.model.base import BaseReference, load_tokenizer
+from meteora_core.model.experts import ExpertsLinear
 from meteora_core.model.layer import MeteoraLinear
+from meteora_core.model.linears import bias_of, is_conv1d, plain_weight
 from meteora_core.routing import meteora_of
 
 if TYPE_CHECKING:
@@ -84,31 +86,61 @@ def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     for layer in changed:
         if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
             raise UsageError(f"{layer.path} of the base model is quantised, so that no adapter can be merged into it", hint="load the base model unquantised")
-    with torch.no_grad():
-        weights = {layer.path: merged_weight(layer, index) for layer in changed}
+    layers = {layer.path: (merged_weight(layer, index), _merged_bias(layer, index)) for layer in changed}
+    experts = {layer.path for layer in changed if isinstance(layer, ExpertsLinear)}
     detach(model)
-    for path, weight in weights.items():
-        _set_weight(model, path, weight)
+    for path, (weight, bias) in layers.items():
+        _set_weight(model, path, weight, bias, of_experts=path in experts)
     return model
 
 
+@torch.no_grad()
 def merged_weight(layer: MeteoraLinear, index: int) -> Tensor:
-    """Return the weight of a layer with one adapter merged, ``W + s B A``, in the dtype of the base layer (computed in float32 or wider)."""
-    own = layer.weight
+    """Return the weight of a layer with one adapter merged, such as ``W + s B A``, in the layout and dtype of the base layer.
+
+    It is computed in float32 or wider. DoRA's factor multiplies the rows of W, and is part of B already.
+    """
+    stack, own = layer.stack, layer.weight
     wide = torch.float64 if own.dtype == torch.float64 else torch.float32
-    start = sum(layer.ranks[:index])
-    rows = slice(start, start + layer.ranks[index])
-    delta = (layer.lora_B[rows].to(wide).t() @ layer.lora_A[rows].to(wide)) * float(layer.scaling[index])
-    return (own.to(wide) + delta).to(own.dtype)
+    rows, scaling = stack.rows(index), float(stack.scaling[index])
+    A, B = stack.A[rows].to(wide), stack.B[rows].to(wide)
+    if isinstance(layer, ExpertsLinear):
+        first, second = A.reshape(stack.experts, -1, A.shape[1]), B.reshape(stack.experts, -1, B.shape[1])
+        delta = torch.einsum("eri,ero->eio" if layer.base_layer.is_transposed else "eri,ero->eoi", first, second) * scaling
+        return (own.to(wide) + delta).to(own.dtype)
+    W = plain_weight(layer.base_layer, layer.path).to(wide)
+    if stack.scale is not None:
+        W = W * (1 + stack.scale[index].to(wide))[:, None]
+    merged = torch.addmm(W, B.t(), A, alpha=scaling).to(own.dtype)
+    return merged.t().contiguous() if is_conv1d(layer.base_layer) else merged
 
 
-def _set_weight(model: PreTrainedModel, path: str, weight: Tensor) -> None:
+def _merged_bias(layer: MeteoraLinear, index: int) -> Tensor | None:
+    """Return the bias of a layer with one adapter merged; None if the adapter does not change it."""
+    shift = layer.shift
+    if shift is None or not bool(shift[index].any()):
+        return None
+    own = bias_of(layer.base_layer, layer.path)
+    if own is None:
+        raise UsageError(
+            f"the adapter adds a bias to {layer.path}, and the base model has no bias there, so it cannot be merged", hint="export it with --adapter instead"
+        )
+    return (own.to(shift.dtype) + shift[index]).to(own.dtype)
+
+
+@torch.no_grad()
+def _set_weight(model: PreTrainedModel, path: str, weight: Tensor, bias: Tensor | None, *, of_experts: bool) -> None:
+    if of_experts:
+        parent, _, name = path.rpartition(".")
+        getattr(model.get_submodule(parent), name).copy_(weight)
+        return
     module = model.get_submodule(path)
+    if bias is not None:
+        module.bias.copy_(bias)
     embedding = model.get_input_embeddings()
     if module.weight is getattr(embedding, "weight", None):
         module.weight = nn.Parameter(weight, requires_grad=False)
         for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
     else:
-        with torch.no_grad():
-            module.weight.copy_(weight)
+        module.weight.copy_(weight)

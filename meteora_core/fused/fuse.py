@@ -131,10 +131,10 @@ def _groups(model: nn.Module) -> Iterator[list[MeteoraLinear]]:
 
 
 def _can_fuse(layer: MeteoraLinear) -> bool:
-    """Whether a layer can join a group: a plain linear layer with adapters of its dtype, in no group yet, whose ``forward`` was not replaced."""
+    """Whether a layer can join a group: a plain linear layer with plain LoRA of its dtype, in no group yet, whose ``forward`` was not replaced."""
     base = layer.base_layer
     plain = type(base) is nn.Linear and base.weight.is_floating_point() and not base.weight.is_meta and "forward" not in vars(layer)
-    return plain and layer.group is None and sum(layer.ranks) > 0 and layer.gate.dtype == layer.lora_A.dtype == base.weight.dtype
+    return plain and layer.is_plain and layer.group is None and sum(layer.ranks) > 0 and layer.gate.dtype == layer.lora_A.dtype == base.weight.dtype
 
 
 def _alike(one: MeteoraLinear, other: MeteoraLinear) -> bool:

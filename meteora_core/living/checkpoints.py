@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.joining import without_adapter
 from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, place_statistics, read_statistics
 from meteora_core.checkpoints.native import check_replaceable, load_checkpoint, read_checkpoint, read_config, refuse_untrained
 from meteora_core.checkpoints.native_config import WEIGHT_FILE
 from meteora_core.checkpoints.parts import checkpoint_parts, write_files
+from meteora_core.checkpoints.stacks import TABLES, stack_entry, stack_tensors, with_features
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.files import atomic_folder, locked
 from meteora_core.living.collector import Collector
@@ -179,22 +181,20 @@ def drop_adapter(checkpoint: str | Path, name: str, options: ChangeOptions = Cha
             for path, gate in remaining.items():
                 tensors[f"{path}.gate"] = gate.to(gates[path].dtype).contiguous()
                 if "adapters" in config["contains"]:
-                    tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = rest.modules[path].A, rest.modules[path].B
+                    tensors = {key: tensor for key, tensor in tensors.items() if key not in {f"{path}.{table}" for table in TABLES}}
+                    tensors |= stack_tensors(path, rest.modules[path])
             index = bank.index(name)
-            _write(checkpoint, _without(config, index), tensors, known, change, config["adapters"][index]["sha256"])
+            _write(checkpoint, _without(config, index, rest), tensors, known, change, config["adapters"][index]["sha256"])
             return change
     return _changed(checkpoint, name, None, options, lambda live: live.drop(name))
 
 
-def _without(config: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A configuration without the adapter at an index."""
-
-    def rest(values: list[Any]) -> list[Any]:
-        return values[:index] + values[index + 1 :]
-
-    adapters = rest(config["adapters"])
-    modules = {path: {**module, "ranks": rest(module["ranks"]), "scaling": rest(module["scaling"])} for path, module in config["modules"].items()}
-    return {**config, "adapters": adapters, "modules": modules, "top_k": min(config["top_k"], len(adapters))}
+def _without(config: Mapping[str, Any], index: int, rest: AdapterBank) -> dict[str, Any]:
+    """A configuration without the adapter at an index, for a bank with the remaining adapters."""
+    adapters = config["adapters"][:index] + config["adapters"][index + 1 :]
+    modules = {path: stack_entry(stack) for path, stack in rest.modules.items()}
+    changed = {**config, "adapters": adapters, "modules": modules, "top_k": min(config["top_k"], len(adapters))}
+    return with_features(changed)
 
 
 def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOptions, change: Callable[[LiveBank], Change]) -> Change:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.joining import with_adapter, without_adapter
-from meteora_core.adapters.stack import Stack
 from meteora_core.checkpoints.gate_statistics import GateStatistics
 from meteora_core.data.frames import Frame
 from meteora_core.errors import UsageError
@@ -311,10 +310,7 @@ def corrected(gates: Mapping[str, Tensor], added: Mapping[str, Tensor], names: S
 
 def _state_bank(model: nn.Module) -> AdapterBank:
     state = meteora_of(model)
-    modules = {
-        path: Stack(layer.lora_A.detach(), layer.lora_B.detach(), tuple(layer.ranks), layer.scaling.detach().cpu()) for path, layer in meteora_layers(model)
-    }
-    return AdapterBank(state.adapters, modules)
+    return AdapterBank(state.adapters, {path: layer.stack for path, layer in meteora_layers(model)})
 
 
 def _before(model: PreTrainedModel) -> _Before:

@@ -18,6 +18,7 @@ from meteora_core.living.collector import Collector
 from meteora_core.living.rows import find_rows
 from meteora_core.locks import scratch_folder
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
+from meteora_core.model.linears import can_carry
 from meteora_core.model.tokens import is_routed_expert
 from meteora_core.model.vocabulary import padding_token
 from meteora_core.training.statistics import Collecting
@@ -79,5 +80,5 @@ def ship_statistics(folder: str | Path, name: str | None = None, options: Change
 def _block_linears(model: nn.Module) -> Iterator[str]:
     """Paths of the linear layers in a model's numbered blocks, except those of routed experts."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split(".")) and not is_routed_expert(path):
+        if can_carry(module) and any(part.isdigit() for part in path.split(".")) and not is_routed_expert(path):
             yield path

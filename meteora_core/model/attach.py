@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from meteora_core.adapters.bank import AdapterBank, natural_order
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_stack
-from meteora_core.adapters.stack import Stack
+from meteora_core.adapters.stack import Stack, resolved
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.fused.fuse import unfuse
 from meteora_core.model.caches import bypassed
+from meteora_core.model.experts import ExpertsLinear, ExpertsWeight, MeteoraExperts, find_experts
 from meteora_core.model.layer import MeteoraLinear
+from meteora_core.model.linears import bias_of, can_carry, features_of, plain_weight
 from meteora_core.model.offload import compute_device, real_tensor
 from meteora_core.model.resize import Resizer
 from meteora_core.model.saving import guard_saving, unguard_saving
@@ -80,6 +82,7 @@ def attach(
     known = state.provenance
     bank, known.renamed = fit_to_base(bank, model)
     targets = find_targets(model, bank)
+    bank = resolve_bank(bank, targets)
     for path, module in targets.items():
         compute_device(module, path)  # raises an error before the model is changed
         check_stack(path, bank.modules[path], bank.names, computing_dtype(module, bank.modules[path]))
@@ -94,6 +97,9 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     for path, stack in bank.modules.items():
         layer = _wrap(targets[path], path, stack, state, init, generator, dropout)
+        if isinstance(layer, ExpertsLinear):
+            _place_experts(model, path, layer)
+            continue
         layer.is_output = is_output_layer(model, path)
         if is_head(model, path):
             model.resize_token_embeddings = Resizer(model, path)  # type: ignore[assignment]
@@ -119,7 +125,10 @@ def detach(model: Model) -> Model:
     """
     unfuse(model)
     for path, layer in dict(meteora_layers(model)).items():
-        _replace(model, path, layer.base_layer)
+        if not isinstance(layer, ExpertsLinear):
+            _replace(model, path, layer.base_layer)
+    for path, experts in [(path, module) for path, module in model.named_modules() if isinstance(module, MeteoraExperts)]:
+        _replace(model, path, experts.base_layer)
     stop_watching(model)
     unguard_saving(model)
     if isinstance(vars(model).get("resize_token_embeddings"), Resizer):
@@ -148,9 +157,14 @@ def set_trainable(model: nn.Module, what: Trainable) -> list[nn.Parameter]:
     known = meteora_of(model).provenance
     if what not in ("none", "gates", "gates+adapters"):
         raise UsageError(f"cannot train {what!r}", hint="choose from: gates, gates+adapters")
-    model.requires_grad_(False)
     if what == "gates+adapters":
+        if scaled := next((path for path, layer in meteora_layers(model) if layer.scale is not None), None):
+            raise UsageError(
+                f"DoRA adapters cannot be trained together with gates: their factors on {scaled} depend on their weights",
+                hint="train the gates alone, or train the adapters with `meteora train adapters`",
+            )
         known.embedded = True
+    model.requires_grad_(False)
     trained = []
     for _, layer in meteora_layers(model):
         chosen = {"none": [], "gates": [layer.gate], "gates+adapters": [layer.gate, layer.lora_A, layer.lora_B]}[what]
@@ -186,15 +200,15 @@ def gate_origin(model: nn.Module, gates: Mapping[str, Tensor] | None = None) -> 
     return "untrained"
 
 
-def probe_base(linears: dict[str, nn.Module]) -> list[float] | None:
+def probe_base(linears: Mapping[str, nn.Module]) -> list[float] | None:
     """A few weights of up to 16 of the linear layers, from which the base model is recognised; None if they are quantised."""
     paths = sorted(linears, key=natural_order)
     values: list[float] = []
     for path in paths[:: max(1, len(paths) // 16)][:16]:
         weight = getattr(linears[path], "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
             return None
-        weight = real_tensor(linears[path], "weight", path)
+        weight = weight if isinstance(linears[path], ExpertsWeight) else real_tensor(linears[path], "weight", path)
         flat = weight.detach().reshape(-1)
         step = max(1, flat.shape[0] // 4)
         values += [float(value) for value in flat[::step][:4].float().cpu()]
@@ -222,7 +236,7 @@ def _refuse_wrapped(model: nn.Module, bank: AdapterBank) -> None:
 
 
 def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
-    """The linear layers of a model that a bank targets, by path.
+    """The linear layers, and the parameters of experts, that a bank targets in a model, by path.
 
     Raises:
         AdapterError: A target is missing, is not a linear layer, has different shapes, or is targeted under two names (a layer that the model shares).
@@ -239,6 +253,23 @@ def find_targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
     return targets
 
 
+def resolve_bank(bank: AdapterBank, targets: Mapping[str, nn.Module]) -> AdapterBank:
+    """A bank whose stacks have no pending parts: DoRA factors, and differences of biases and whole weights, are computed from the base layers.
+
+    Args:
+        bank: The bank, fitted to the model.
+        targets: The layers of the model that the bank targets, by path.
+
+    Raises:
+        UsageError: A layer is quantised and its weight cannot be read.
+    """
+    modules = {
+        path: resolved(stack, plain_weight(targets[path], path), bias_of(targets[path], path)) if stack.pending else stack
+        for path, stack in bank.modules.items()
+    }
+    return replace(bank, modules=modules)
+
+
 def computing_dtype(base: nn.Module, stack: Stack) -> torch.dtype:
     """The dtype of the adapters of a linear layer: that of its weight, or that of the stack if the layer is quantised."""
     weight = getattr(base, "weight", None)  # some quantised layers have no attribute of that name
@@ -246,6 +277,8 @@ def computing_dtype(base: nn.Module, stack: Stack) -> torch.dtype:
 
 
 def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
+    if stack.experts > 1:
+        return find_experts(model, path, stack)
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -253,23 +286,36 @@ def _target(model: nn.Module, path: str, stack: Stack) -> nn.Module:
             f"the adapters target {path}, which {type(model).__name__} does not have",
             hint="the adapters were trained on another base model",
         ) from None
-    if not isinstance(module, nn.Linear):
+    if not can_carry(module):
         raise AdapterError(
-            f"the adapters target {path}, which is a {type(module).__name__}; only nn.Linear and its subclasses can carry adapters",
+            f"the adapters target {path}, which is a {type(module).__name__}; only nn.Linear, its subclasses and Conv1D can carry adapters",
             hint="use adapters of other modules, or another base model",
         )
-    if (module.in_features, module.out_features) != (stack.in_features, stack.out_features):
+    width, out = features_of(module)
+    if (width, out) != (stack.in_features, stack.out_features):
         raise AdapterError(
-            f"{path}: the adapters map {stack.in_features} to {stack.out_features} features, the base layer {module.in_features} to {module.out_features}",
+            f"{path}: the adapters map {stack.in_features} to {stack.out_features} features, the base layer {width} to {out}",
             hint="the adapters were trained on another base model",
         )
     return module
+
+
+def _place_experts(model: nn.Module, path: str, layer: ExpertsLinear) -> None:
+    """Put the adapters of one parameter of experts into the module that takes the place of the experts."""
+    parent, _, name = path.rpartition(".")
+    experts = model.get_submodule(parent)
+    if not isinstance(experts, MeteoraExperts):
+        experts = MeteoraExperts(experts, layer.state)
+        _replace(model, parent, experts)
+    setattr(experts, name, layer)
 
 
 def _wrap(base: nn.Module, path: str, stack: Stack, state: Meteora, init: GateInit, generator: torch.Generator, dropout: float) -> MeteoraLinear:
     options = {"device": compute_device(base, path), "dtype": computing_dtype(base, stack)}
     gate = start_gate(stack, init, generator)
     A, B = stack.A.to(**options, copy=True), stack.B.to(**options, copy=True)  # type: ignore[call-overload]  # the bank stays unchanged
+    if isinstance(base, ExpertsWeight):
+        return ExpertsLinear(base, path, gate.to(**options), replace(stack, A=A, B=B), state).train(base.training)  # type: ignore[call-overload]
     layer = MeteoraLinear(base, path, gate.to(**options), replace(stack, A=A, B=B), state, dropout)  # type: ignore[call-overload]
     return layer.train(base.training)
 
@@ -292,7 +338,11 @@ def start_gate(stack: Stack, init: GateInit, generator: torch.Generator) -> Tens
             rows.append(torch.zeros(stack.in_features))
             continue
         q, r = torch.linalg.qr(A.t())
-        vector = q @ torch.linalg.svd(torch.linalg.qr(B).R @ r.t()).Vh[0]
+        if stack.experts > 1:  # the products of all experts, one below the other
+            mixed = torch.linalg.qr(B.t().reshape(stack.experts, -1, len(B)).transpose(1, 2)).R @ A.reshape(stack.experts, -1, A.shape[1])
+            vector = torch.linalg.svd(mixed.flatten(0, 1), full_matrices=False).Vh[0]
+        else:
+            vector = q @ torch.linalg.svd(torch.linalg.qr(B).R @ r.t()).Vh[0]
         rows.append(vector * torch.sign(vector[vector.abs().argmax()]))
     return torch.stack(rows)
 

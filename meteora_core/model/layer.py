@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meteora_core.adapters.stack import Stack
+from meteora_core.model.linears import float_table
 from meteora_core.model.observe import mix_observed
 from meteora_core.routing import Meteora
-from meteora_kernels import Adapters, mix
+from meteora_kernels import Adapters, Routing, mix, route
 
 
 class LayerGroup(Protocol):
@@ -25,13 +26,14 @@ class LayerGroup(Protocol):
 class MeteoraLinear(nn.Module):
     """``y = W x + sum_j w_j s_{i_j} B_{i_j} A_{i_j} dropout(x)``, the top-k ``i_j`` chosen per token by ``G x``.
 
-    Formulas in :mod:`meteora_kernels.reference` (MeteoRA, arXiv 2405.13053, section 3).
+    Formulas in :mod:`meteora_kernels.reference` (MeteoRA, arXiv 2405.13053, section 3). Adapters that scale the base layer's output (DoRA) or shift the
+    output (biases) add ``sum_j w_j (scale_{i_j} * W x + shift_{i_j})`` to it; such a layer computes its routes here and passes them on.
 
     Args:
         base_layer: The linear layer that is wrapped; it is not changed.
         path: Name of the layer in the model.
         gate: Gate weights (N, in), one row for each adapter.
-        stack: The adapters' weights, in the dtype and on the device of ``gate``.
+        stack: The adapters' weights, in the dtype and on the device of ``gate``, without pending parts.
         state: Routing state, which all layers of the model share.
         dropout: Dropout probability of the adapters' (not the gate's) input during training.
 
@@ -43,6 +45,8 @@ class MeteoraLinear(nn.Module):
 
     scaling: Tensor
     offsets: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
 
     def __init__(
         self,
@@ -70,6 +74,8 @@ class MeteoraLinear(nn.Module):
         offsets[1:] = torch.tensor(stack.ranks).cumsum(0)
         self.register_buffer("scaling", stack.scaling.to(gate.device), persistent=False)
         self.register_buffer("offsets", offsets.to(gate.device), persistent=False)
+        self.register_buffer("scale", float_table(stack.scale, gate.device), persistent=False)
+        self.register_buffer("shift", float_table(stack.shift, gate.device), persistent=False)
 
     def join(self, group: LayerGroup, member: int) -> None:
         """Run as a member of a group from now on, wherever the group can."""
@@ -85,10 +91,12 @@ class MeteoraLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MeteoraLinear:
         """Keep the scalings in float32 when the model changes its dtype, because rounding to 16 bits could not be undone."""
-        exact = self.scaling
+        exact = {name: getattr(self, name) for name in ("scaling", "scale", "shift") if getattr(self, name) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scaling.dtype != exact.dtype and not exact.is_meta:
-            self.scaling = exact.to(self.scaling.device)
+        for name, before in exact.items():
+            now = getattr(self, name)
+            if now.dtype != before.dtype and not before.is_meta:
+                setattr(self, name, before.to(now.device))
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -105,6 +113,17 @@ class MeteoraLinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.lora_B.shape[1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all adapters are plain LoRA, which add ``s B A x`` alone; fused groups take only such layers."""
+        return self.scale is None and self.shift is None
+
+    @property
+    def stack(self) -> Stack:
+        """The adapters' weights as they are now."""
+        scaling = self.scaling.detach().cpu()
+        return Stack(self.lora_A.detach(), self.lora_B.detach(), tuple(self.ranks), scaling, self.scale, self.shift)
 
     @property
     def weight(self) -> Tensor:
@@ -129,9 +148,29 @@ class MeteoraLinear(nn.Module):
         lora_x = F.dropout(x, self.dropout) if self.dropout and self.training else None
         if mode.observed:
             return mix_observed(self, x, output, adapters, lora_x)
-        mixed = mix(x, output, adapters, state.routing_on(x.device), lora_x=lora_x, backend=state.backend)
+        routing = state.routing_on(x.device)
+        if not self.is_plain:
+            indices, weights = route(F.linear(x, adapters.gate), routing.top_k, routing.temperature, routing.allowed)
+            output, routing = self.adjusted(output, indices, weights), Routing(routing.top_k, indices=indices, weights=weights)
+        mixed = mix(x, output, adapters, routing, lora_x=lora_x, backend=state.backend)
         assert isinstance(mixed, Tensor)
         return mixed
+
+    def adjusted(self, output: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Add what chosen adapters add to the base layer's output besides ``s B A x``; see :class:`meteora_core.adapters.stack.Stack`.
+
+        Args:
+            output: Output of the base layer (..., out).
+            indices: Indices of the chosen adapters, int64 (..., k).
+            weights: Their weights (..., k).
+        """
+        spread = weights.new_zeros(*indices.shape[:-1], len(self.ranks)).scatter_add(-1, indices, weights)
+        if self.scale is not None:
+            linear = output if self.bias is None else output - self.bias
+            output = output + (linear * (spread @ self.scale.to(spread.dtype))).to(output.dtype)
+        if self.shift is not None:
+            output = output + (spread @ self.shift.to(spread.dtype)).to(output.dtype)
+        return output
 
     def _adapters(self, dtype: torch.dtype) -> Adapters:
         """The adapters as the kernels take them."""

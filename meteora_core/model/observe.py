@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,18 @@ from meteora_core.routing import IGNORE, GateLabels, Recorder, RowRoutes
 from meteora_kernels import Adapters, Routing, mix, route, route_rows
 
 
-def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapters, lora_x: Tensor | None) -> Tensor:
+class ObservedLayer(RoutedLayer, Protocol):
+    """A layer that can also scale and shift the base layer's output; :class:`meteora_core.model.layer.MeteoraLinear` is one."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no adapter scales or shifts the output."""
+
+    def adjusted(self, output: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The base layer's output (..., out) with what the chosen adapters add to it besides ``s B A x``."""
+
+
+def mix_observed(layer: ObservedLayer, x: Tensor, output: Tensor, adapters: Adapters, lora_x: Tensor | None) -> Tensor:
     """Call :func:`meteora_kernels.mix` in the mode of the layer's model, and report the layer's choices to the model's recorder and gate labels.
 
     Args:
@@ -33,6 +46,7 @@ def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapte
         elif mode.rows is not None:
             indices, weights, logits = row_routes(layer, mode.rows, x, adapters)
         given = Routing(top_k=indices.shape[-1], indices=indices, weights=weights)
+        output = output if layer.is_plain else layer.adjusted(output, indices, weights)
         mixed = mix(x, output, adapters, given, lora_x=lora_x, backend=state.backend)
         assert isinstance(mixed, Tensor)
         if mode.recorder is not None:
@@ -41,7 +55,15 @@ def mix_observed(layer: RoutedLayer, x: Tensor, output: Tensor, adapters: Adapte
             _compare(layer, mode.gate_labels, token_shape(layer, x), logits)
         return mixed
     routing = state.routing_on(x.device)
-    mixed, logits = mix(x, output, adapters, routing, lora_x=lora_x, backend=state.backend, return_logits=True)
+    if layer.is_plain:
+        mixed, logits = mix(x, output, adapters, routing, lora_x=lora_x, backend=state.backend, return_logits=True)
+    else:
+        logits = F.linear(x, adapters.gate)
+        indices, weights = route(logits, routing.top_k, routing.temperature, routing.allowed)
+        given = Routing(routing.top_k, indices=indices, weights=weights)
+        done = mix(x, layer.adjusted(output, indices, weights), adapters, given, lora_x=lora_x, backend=state.backend)
+        assert isinstance(done, Tensor)
+        mixed = done
     shape = token_shape(layer, x)
     if mode.recorder is not None:
         _record(layer, mode.recorder, shape, *route(logits.detach(), routing.top_k, routing.temperature, routing.allowed))

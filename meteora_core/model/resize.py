@@ -42,5 +42,7 @@ class Resizer:
             if out_features != layer.out_features:
                 with torch.no_grad():
                     resized = F.pad(layer.lora_B.detach(), (0, out_features - layer.out_features)).contiguous()
+                for extra, values in (("scale", layer.scale), ("shift", layer.shift)):
+                    setattr(layer, extra, None if values is None else F.pad(values, (0, out_features - values.shape[1])))
                 layer.lora_B = nn.Parameter(resized, requires_grad=layer.lora_B.requires_grad)
             setattr(parent, name, layer)

@@ -72,14 +72,13 @@ def test_names_are_looked_up(make_adapter) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "no DoRA magnitude, and use_dora is true"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which changed its base model"),
         ({"init_lora_weights": "olora"}, "olora"),
-        ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        ({"lora_bias": True}, "no bias of lora_B, and lora_bias is true"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias together with use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "no weights for lm_head, which modules_to_save"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ],
 )
@@ -129,8 +128,8 @@ def test_half_a_pair_and_foreign_tensors(make_adapter) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, weights)
     with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj has lora_A but not the other matrix"):
         read_adapter("x", folder)
-    save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, weights)
-    with pytest.raises(AdapterError, match=r"lm_head\.weight"):
+    save_file({**tensors, "base_model.model.model.norm.weight": torch.zeros(2)}, weights)
+    with pytest.raises(AdapterError, match=r"norm\.weight is not a LoRA weight"):
         read_adapter("x", folder)
 
 

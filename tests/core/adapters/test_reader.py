@@ -329,13 +329,40 @@ def test_a_copy_of_the_head_must_be_the_base_models_own(tmp_path) -> None:
         tensors = lora_tensors() | head | {key: own.to(dtype)}
         bank = AdapterBank.from_peft({"x": write_adapter(tmp_path / str(dtype), tensors, target_modules=targets)})
         assert type(attach(make_tiny_llama(), bank, top_k=1).lm_head).__name__ == "MeteoraLinear"
-    for other in (own + 0.01, own[:60].clone(), torch.full_like(own, math.nan)):
+    for other, said in (
+        (own + 0.01, r"lm_head\.weight that differs from the base model's"),
+        (own[:60].clone(), "with 60 rows in lm_head, and the base model has 64: its vocabulary was resized"),
+        (torch.full_like(own, math.nan), r"lm_head\.weight that differs from the base model's"),
+    ):
         bank = AdapterBank.from_peft({"x": write_adapter(tmp_path / "other", lora_tensors() | head | {key: other}, target_modules=targets)})
-        with pytest.raises(AdapterError, match=r"lm_head\.weight that differs from the base model's"):
+        with pytest.raises(AdapterError, match=said):
             attach(make_tiny_llama(), bank, top_k=1)
-    assert "belongs to no adapted module" in refusal(write_adapter(tmp_path / "alone", lora_tensors() | {key: own})).message
-    embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(66, 32)}
-    assert "a tensor of the base model" in refusal(write_adapter(tmp_path / "embedding", lora_tensors() | embedding)).message
+
+
+@pytest.mark.parametrize("key", ["lm_head.weight", "lm_head.base_layer.weight", "model.embed_tokens.weight", "model.embed_tokens.original_module.weight"])
+def test_saved_vocabularies_must_be_the_base_models_own(tmp_path, key) -> None:
+    """PEFT saves them after a vocabulary was resized, and with ``modules_to_save``."""
+    own = make_tiny_llama().get_submodule(key.removesuffix(".weight").removesuffix(".base_layer").removesuffix(".original_module")).weight.detach().clone()
+    for rows, said in ((own, None), (own * 2, "differs from the base model's"), (torch.cat([own, own[:2]]), "its vocabulary was resized")):
+        bank = AdapterBank.from_peft({"x": write_adapter(tmp_path / "x", lora_tensors() | {f"base_model.model.{key}": rows})})
+        if said is None:
+            attach(make_tiny_llama(), bank, top_k=1)
+        else:
+            with pytest.raises(AdapterError, match=said):
+                attach(make_tiny_llama(), bank, top_k=1)
+
+
+def test_trained_token_embeddings_are_refused_unless_they_are_the_base_models(tmp_path) -> None:
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    own = make_tiny_llama().model.embed_tokens.weight.detach()[[5, 9]]
+    for tokens in ([5, 9], {"embed_tokens": [5, 9]}):
+        folder = write_adapter(tmp_path / "same", lora_tensors() | {key: own.clone()}, trainable_token_indices=tokens)
+        attach(make_tiny_llama(), AdapterBank.from_peft({"x": folder}), top_k=1)
+    folder = write_adapter(tmp_path / "trained", lora_tensors() | {key: own + 1}, trainable_token_indices=[5, 9])
+    with pytest.raises(AdapterError, match=r"trained the embeddings of 2 tokens .* before any gate could choose"):
+        attach(make_tiny_llama(), AdapterBank.from_peft({"x": folder}), top_k=1)
+    folder = write_adapter(tmp_path / "cut", lora_tensors() | {key: own[:1].clone()}, trainable_token_indices=[5, 9])
+    assert "has 1 rows, and adapter_config.json names 2 tokens" in refusal(folder).message
 
 
 def test_messages_show_neither_control_characters_nor_whole_files(tmp_path) -> None:
