@@ -4,6 +4,7 @@
 
 - :mod:`few_tokens` for decoding: gates and A in one launch, routing and B in a second (with a third between them for many adapters);
 - :mod:`meteora_kernels.many_adapters` for a large total rank: only the chosen adapters' rows are multiplied;
+- :mod:`library` for a large total rank where tokens choose many of the rows: all products by the library;
 - :mod:`many_tokens` for prefill and training: GEMMs over all R rows with the routing between them, and the corresponding backward pass.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from meteora_kernels import many_adapters
 from meteora_kernels.dense import cast, flat_routes
-from meteora_kernels.layer import few_tokens, many_tokens
+from meteora_kernels.layer import few_tokens, library, many_tokens
 from meteora_kernels.operators import eager
 from meteora_kernels.plan import Case, Facts, Row, choices_of, choose, table_of
 from meteora_kernels.rank_rows import layout_of
@@ -23,7 +24,12 @@ from meteora_kernels.types import Adapters, Routing
 
 _choices = choices_of("layers")
 """Rows by everything that they depend on, because a lookup takes less time than creating a :class:`Case`."""
-CAN_RUN = {"few_tokens": few_tokens.can_run, "many_adapters": many_adapters.can_run, "many_tokens": many_tokens.can_run}
+CAN_RUN = {
+    "few_tokens": few_tokens.can_run,
+    "many_adapters": many_adapters.can_run,
+    "library": library.can_run,
+    "many_tokens": many_tokens.can_run,
+}
 
 
 def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True) -> Row:
@@ -105,6 +111,8 @@ def run(row: Row, x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adap
         output, logits = few_tokens.run(x, base, adapters, routing, row) if direct else few_tokens.few_tokens(x, base, adapters, routing)
     elif row.path == "many_adapters":
         output, logits = many_adapters.run_layer(x, base, adapters, routing, row) if direct else many_adapters.layer(x, base, adapters, routing)
+    elif row.path == "library":
+        output, logits = (library.run if direct else library.library)(x, base, adapters, routing)
     else:
         output, logits = (many_tokens.run if direct else many_tokens.many_tokens)(x, lora_x, base, adapters, routing, row.inline)
     return output, logits

@@ -21,7 +21,7 @@ EVER = 1 << 30
 """A number that is larger than any size."""
 FOLDER = Path(__file__).parent / "tables"
 GROUP_PATHS = ("decode_chosen_rows", "decode_all_rows", "one_launch", "packed", "wide", "split", "many_adapters")
-LAYER_PATHS = ("few_tokens", "many_tokens", "many_adapters")
+LAYER_PATHS = ("few_tokens", "many_tokens", "many_adapters", "library")
 
 
 class Facts(NamedTuple):
