@@ -27,6 +27,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "ckpt pack": ("meteora ckpt pack runs/meteora small --rank 4 --max-mb 20",),
     "ckpt export": (
         "meteora ckpt export runs/meteora gsm8k-peft --adapter gsm8k",
+        "meteora ckpt export runs/meteora gsm8k-gguf --adapter gsm8k --gguf",
         "meteora ckpt export runs/meteora gsm8k-merged --merge gsm8k --dtype bfloat16",
     ),
     "ckpt card": ("meteora ckpt card runs/meteora --results runs/eval/meteora --licence gsm8k=MIT",),

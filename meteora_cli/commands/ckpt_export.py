@@ -14,7 +14,7 @@ from meteora_cli.flags import refuse_without_effect
 if TYPE_CHECKING:
     from meteora_core.exports.common import Exported, ExportOptions
 
-FORMATS = ("peft", "merged")
+FORMATS = ("peft", "merged", "gguf")
 """The values of ``--format``."""
 
 
@@ -22,47 +22,56 @@ def export(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
-    adapter: Annotated[str | None, typer.Option("--adapter", help="Adapter to write as a PEFT folder.", show_default=False)] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="Adapter to write as a PEFT folder, or as a GGUF file with --gguf.", show_default=False)
+    ] = None,
     merge: Annotated[
         str | None, typer.Option("--merge", help="Adapter to merge into the base model, which transformers then loads by itself.", show_default=False)
     ] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write the adapter as adapter.gguf, which llama.cpp loads.")] = False,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="Format: peft or merged; default: the one that --adapter or --merge implies.", show_default=False),
+        typer.Option("--format", help="Format: peft, merged or gguf; default: the one that --adapter, --merge or --gguf implies.", show_default=False),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of a merged model: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Dtype of a merged model or a GGUF file: float32, float16 or, for a merged model, bfloat16.")
+    ] = "float32",
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that the checkpoint names.", show_default=False)] = None,
     adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder of its adapter folders, if they were moved.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Write an adapter as a PEFT folder, or merge an adapter into the base model."""
+    """Write an adapter as a PEFT folder or for llama.cpp, or merge an adapter into the base model."""
     from meteora_core.exports.common import ExportOptions
 
-    chosen = _format(form, adapter, merge)
-    refuse_without_effect(ctx, {"dtype": (chosen == "merged", "--merge")})
+    chosen = _format(form, adapter, merge, gguf=gguf)
+    refuse_without_effect(ctx, {"dtype": (chosen != "peft", "--merge or --gguf")})
     with progress(ctx) as bars:
         done = _write(chosen, checkpoint, folder, adapter or merge or "", ExportOptions(base, adapters, force, bars), dtype)
     if as_json:
         emit_json({"path": str(done.folder), "format": done.kind, "adapter": done.adapter, "files": list(done.files), "bytes": done.size})
         return
-    what = {"peft": "a PEFT adapter", "merged": "a model for transformers"}[done.kind]
+    what = {"peft": "a PEFT adapter", "merged": "a model for transformers", "gguf": "an adapter for llama.cpp"}[done.kind]
     put(f"{done.folder}: {done.adapter} as {what}, {done.size / 1e6:.1f} MB")
 
 
-def _format(form: str | None, adapter: str | None, merge: str | None) -> str:
+def _format(form: str | None, adapter: str | None, merge: str | None, *, gguf: bool) -> str:
     """Return the format that the flags ask for. Raises UsageError if they contradict each other."""
     from meteora_core.errors import UsageError
 
     if adapter is not None and merge is not None:
         raise UsageError("--adapter and --merge exclude each other", hint="run the command once for each")
+    if gguf and (merge is not None or form not in (None, "gguf")):
+        raise UsageError("--gguf writes one adapter", hint="pass --adapter NAME --gguf")
     if form is not None and form not in FORMATS:
         raise UsageError(f"unknown format {form!r}", hint=f"choose from: {', '.join(FORMATS)}")
-    chosen = form or ("merged" if merge is not None else "peft")
+    chosen = form or ("gguf" if gguf else "merged" if merge is not None else "peft")
     if chosen == "merged" and merge is None:
         raise UsageError("--format merged needs the name of an adapter", hint="pass --merge NAME")
     if chosen != "merged" and adapter is None:
-        raise UsageError("nothing says what to export", hint="pass --adapter NAME for a PEFT folder, or --merge NAME for a merged model")
+        raise UsageError(
+            "nothing says what to export", hint="pass --adapter NAME for a PEFT folder, with --gguf for llama.cpp, or --merge NAME for a merged model"
+        )
     return chosen
 
 
@@ -71,6 +80,10 @@ def _write(form: str, checkpoint: Path, folder: Path, name: str, options: Export
         from meteora_core.exports.merged import export_merged
 
         return export_merged(checkpoint, folder, name, options, dtype)
+    if form == "gguf":
+        from meteora_core.exports.gguf_adapter import export_gguf
+
+        return export_gguf(checkpoint, folder, name, options, dtype)
     from meteora_core.exports.peft_adapter import export_adapter
 
     return export_adapter(checkpoint, folder, name, options)

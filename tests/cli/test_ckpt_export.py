@@ -33,6 +33,8 @@ def test_an_adapter_and_a_merged_model(folder: Path) -> None:
     assert (said["path"], said["format"], said["adapter"]) == ("b", "merged", "gsm8k")
     assert said["bytes"] == sum((Path("b") / name).stat().st_size for name in said["files"])
     assert run("a", "--adapter", "gsm8k", "--format", "peft", "--force")
+    assert run("c", "--adapter", "gsm8k", "--gguf", "--dtype", "float16").startswith("c: gsm8k as an adapter for llama.cpp, ")
+    assert [file.name for file in Path("c").iterdir()] == ["adapter.gguf"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,8 @@ def test_an_adapter_and_a_merged_model(folder: Path) -> None:
         (("--adapter", "gsm8k", "--format", "onnx"), "unknown format 'onnx'"),
         (("--adapter", "gsm8k", "--format", "merged"), "needs the name of an adapter"),
         (("--adapter", "gsm8k", "--dtype", "float16"), "--dtype has no effect here"),
+        (("--adapter", "gsm8k", "--gguf", "--dtype", "bfloat16"), "cannot have the dtype 'bfloat16'"),
+        (("--merge", "gsm8k", "--gguf"), "--gguf writes one adapter"),
     ],
 )
 def test_flags_that_contradict_each_other(folder: Path, flags: tuple[str, ...], said: str) -> None:
