@@ -10,6 +10,7 @@ from rich.text import Text
 from meteora_cli.chat.answer import interruptible
 from meteora_cli.chat.render import Painter
 from meteora_cli.display import DataTable, body, cell, panel
+from meteora_core.adapters.base_route import is_base_route
 from meteora_core.chat.options import options_for
 from meteora_core.generation.requests import Finished, Written
 from meteora_core.text import printable
@@ -72,7 +73,8 @@ def show_adapters(out: Console, session: ChatSession) -> None:
             table.add_row(Text(mark, style), name.append(f" {status}", "not bold"), str(adapter.rank))
         else:
             alpha = f"{adapter.alpha:g}" + (" rs" if adapter.rslora else "")
-            table.add_row(Text(mark, style), name, str(adapter.rank), alpha, adapter.source, status)
+            source = "the base model alone" if is_base_route(adapter) else adapter.source
+            table.add_row(Text(mark, style), name, str(adapter.rank), alpha, source, status)
     out.print(table)
 
 

@@ -73,18 +73,23 @@ def add_or_update(
     as_json: AsJson = False,
 ) -> None:
     """Do what the command's name says: ``add`` or ``update``, which have the same options."""
-    from meteora_core.living.checkpoints import add_adapter, update_adapter
+    from meteora_core.adapters.base_route import NO_ADAPTER
+    from meteora_core.living.checkpoints import add_adapter, add_base_route, update_adapter
 
     change = {"add": add_adapter, "update": update_adapter}[ctx.info_name or ""]
     with progress(ctx) as bars:
-        done = change(checkpoint, folder, name, _options(ctx, bars, base, adapters_dir, rows))
+        options = _options(ctx, bars, base, adapters_dir, rows)
+        if ctx.info_name == "add" and str(folder) == NO_ADAPTER and name is None and not folder.exists():
+            done = add_base_route(checkpoint, options)
+        else:
+            done = change(checkpoint, folder, name, options)
     _report(checkpoint, done, as_json=as_json)
 
 
 ADD = """Add an adapter to a checkpoint. All gates are solved again by one closed form over all adapters.
 
 The adapter needs statistics (`gate_stats.safetensors` in its folder) or rows. The other adapters need neither rows nor a forward pass if the
-checkpoint contains their statistics.
+checkpoint contains their statistics. `no_adapter` instead of a folder adds the base route, for tokens that need no adapter.
 """
 app.command("add", help=ADD)(add_or_update)
 app.command("update", help="Replace an adapter of a checkpoint by another version, with the same index.")(add_or_update)
@@ -169,11 +174,14 @@ def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir:
 
 
 def _report(checkpoint: Path, done: Change, *, as_json: bool) -> None:
+    from meteora_core.adapters.base_route import NO_ADAPTER
+
     if as_json:
         emit_json({"path": str(checkpoint), **asdict(done)})
         return
     verb = {"add": "added", "drop": "dropped", "update": "updated"}[done.action]
-    put(f"{checkpoint}: {verb} {done.adapter}, {len(done.adapters)} adapters ({done.seconds:.0f} s)")
+    count, with_base = sum(name != NO_ADAPTER for name in done.adapters), " and the base route" if NO_ADAPTER in done.adapters else ""
+    put(f"{checkpoint}: {verb} {done.adapter}, {count} adapters{with_base} ({done.seconds:.0f} s)")
     if done.gates == "deleted":
         put("its rows of the gates were deleted; the other rows are unchanged")
     elif done.correction is None:

@@ -30,6 +30,9 @@ def route(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: 2.", show_default=False)] = None,
     routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: 1.", show_default=False)] = None,
+    base_route: Annotated[
+        bool, typer.Option("--base-route/--no-base-route", help="Add a base route: tokens that need no adapter get the base model alone.")
+    ] = True,
     embed: Annotated[
         bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: if they have at most 2 GiB.", show_default=False)
     ] = None,
@@ -68,6 +71,7 @@ def route(
                 batch_size=closed_form.batch_size,
                 max_length=closed_form.max_length,
                 seed=closed_form.seed,
+                base_route=base_route,
                 embed=embed,
                 overwrite=force,
                 progress=bars,
@@ -83,7 +87,8 @@ def route(
     for name, why in done.set_aside.items():
         table.add_row(name, f"left out: {why}", "")
     out.print(table)
-    put(f"{done.folder}: {len(done.adapters)} adapters of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
+    count, also = len(done.adapters) - base_route, "and the base route " if base_route else ""
+    put(f"{done.folder}: {count} adapter{'s' * (count != 1)} {also}of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
     if accuracy := done.held_out.get("gate_accuracy"):
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, without a training step")
         if accuracy < LOW:

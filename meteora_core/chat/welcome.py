@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from meteora_core.adapters.base_route import NO_ADAPTER
 from meteora_core.chat.chat_model import ChatModel
 from meteora_core.data.dataset_frames import dataset_frame
 from meteora_core.data.frames import RAW
@@ -54,8 +55,13 @@ def welcome(chat_model: ChatModel, data_dir: Path) -> Welcome:
     """
     if chat_model.routing is None:
         return Welcome("", ())
-    names = [chat_model.adapter] if chat_model.kind == "adapter" and chat_model.adapter else list(chat_model.routing.names)
+    if chat_model.kind == "adapter" and chat_model.adapter:
+        names = [chat_model.adapter]
+    else:
+        names = [name for name in chat_model.routing.names if name != NO_ADAPTER]
     what = "one task and answers everything as such" if len(names) == 1 else f"{len(names)} tasks and answers everything as one of them"
+    if chat_model.kind != "adapter" and NO_ADAPTER in chat_model.routing.names:
+        what = f"{'one task' if len(names) == 1 else f'{len(names)} tasks'} and answers other questions as its base model does"
     return Welcome(
         f"This model was trained for {what}: {listed(names, _LISTED)}{' (/adapters)' if len(names) > _LISTED else ''}.",
         tuple(islice(_prompts(names, data_dir), PROMPTS)),

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, natural_order
+from meteora_core.adapters.base_route import base_route, is_base_route, real_adapters
 from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.fitting import OTHER_BASE
+from meteora_core.adapters.joining import with_adapter
 from meteora_core.adapters.magnitudes import check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.checkpoints.gate_statistics import STATISTICS
@@ -284,8 +286,11 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
             stacks[path] = read_stack(path, config["modules"][path], tensors)
             check_stack(path, stacks[path], [info.name for info in infos], stacks[path].A.dtype, CheckpointError)
         return AdapterBank(infos, stacks)
-    folders = {info.name: _folder_of(info, folder, adapters_dir) for info in infos}
+    folders = {info.name: _folder_of(info, folder, adapters_dir) for info in real_adapters(infos)}
     bank = AdapterBank.from_peft(folders, progress=progress)
+    for index, info in enumerate(infos):
+        if is_base_route(info):
+            bank = with_adapter(bank, base_route(), index)
     renamed = config["renamed"]
     bank = replace(bank, modules={renamed.get(path, path): stack for path, stack in bank.modules.items()})
     if set(bank.modules) != set(config["modules"]):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meteora_core.adapters.base_route import real_adapters
 from meteora_core.adapters.config import WRAPPERS
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, weight_metadata
 from meteora_core.checkpoints.stacks import TABLES, stack_entry, with_features
@@ -189,7 +190,7 @@ def checkpoint_parts(
     state = meteora_of(model)
     known = state.provenance
     layers = dict(meteora_layers(model))
-    adapters = adapters or known.embedded or not all(adapter.sha256 for adapter in state.adapters)
+    adapters = adapters or known.embedded or not all(adapter.sha256 for adapter in real_adapters(state.adapters))
     adapters = adapters or (is_changed(model) and not all(layer.is_plain for layer in layers.values()))  # DoRA's factors depend on the base
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.base_route import is_base_route
 from meteora_core.adapters.config import WEIGHTS
 from meteora_core.adapters.folders import INFO_FILE
 from meteora_core.adapters.joining import alone
 from meteora_core.adapters.stack import Pending, Stack
 from meteora_core.adapters.tensor_names import nested_name
 from meteora_core.checkpoints.native import read_checkpoint
+from meteora_core.errors import UsageError
 from meteora_core.exports.common import Exported, ExportOptions, check_export
 from meteora_core.files import atomic_folder, save_tensors
 from meteora_core.json_files import write_json
@@ -45,7 +47,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, name: str, option
         options: The options of the export.
 
     Raises:
-        UsageError: There is no such adapter, or the folder exists.
+        UsageError: There is no such adapter, it is the base route, or the folder exists.
         CheckpointError: The checkpoint is broken, or an adapter is not the one that the gates were trained with.
         StorageError: The folder cannot be written.
 
@@ -58,6 +60,8 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, name: str, option
     check_export(checkpoint, folder, overwrite=options.overwrite)
     config, _, bank = read_checkpoint(checkpoint, options.adapters_dir, options.progress)
     bank = alone(bank, name)
+    if is_base_route(bank.adapters[0]):
+        raise UsageError(f"{name!r} stands for the base model alone, so it has no weights", hint="choose an adapter")
     base = options.base or config["base"]["name"]
     if any(stack.scale is not None for stack in bank.modules.values()):
         revision = config["base"].get("revision") if options.base is None else None

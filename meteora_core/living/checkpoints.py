@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.base_route import NO_ADAPTER
 from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.joining import without_adapter
 from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, place_statistics, read_statistics
@@ -143,6 +144,21 @@ def add_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = N
     return _changed(Path(checkpoint), chosen, folder, options, lambda live: live.add(chosen, folder))
 
 
+def add_base_route(checkpoint: str | Path, options: ChangeOptions = ChangeOptions()) -> Change:
+    """Add the base route to a checkpoint; see :meth:`meteora_core.living.live_bank.LiveBank.add_base_route`. Errors are those of :func:`add_adapter`.
+
+    Args:
+        checkpoint: Native checkpoint; it is replaced after the new one is completely written.
+        options: Options for opening the checkpoint and collecting statistics. ``rows`` replaces the general text.
+
+    Example:
+        >>> from meteora_core.living.checkpoints import add_base_route
+        >>> add_base_route("runs/mine").adapters  # doctest: +SKIP
+        ('gsm8k', 'strategyqa', 'no_adapter')
+    """
+    return _changed(Path(checkpoint), NO_ADAPTER, None, options, lambda live: live.add_base_route())
+
+
 def update_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = None, options: ChangeOptions = ChangeOptions()) -> Change:
     """Replace an adapter of a checkpoint by a new version. Arguments and errors are those of :func:`add_adapter`."""
     folder = Path(folder)
@@ -162,7 +178,7 @@ def drop_adapter(checkpoint: str | Path, name: str, options: ChangeOptions = Cha
         options: Options for opening the checkpoint.
 
     Raises:
-        UsageError: There is no such adapter, or it is the only one.
+        UsageError: There is no such adapter, or it is the only one besides the base route.
         CheckpointError: The checkpoint is broken, or its gates are untrained.
     """
     checkpoint, began = Path(checkpoint), time.perf_counter()
@@ -170,7 +186,7 @@ def drop_adapter(checkpoint: str | Path, name: str, options: ChangeOptions = Cha
     with _locked(checkpoint):
         config, tensors, bank = read_checkpoint(checkpoint, options.adapters_dir, options.progress)
         refuse_untrained(checkpoint, config)
-        refuse_last(bank.names, name)
+        refuse_last(bank.adapters, name)
         rest = without_adapter(bank, name)
         if rest.modules.keys() == bank.modules.keys():
             known = read_statistics(checkpoint, rest.names)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.base_route import NO_ADAPTER, is_base_route
 from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.joining import alone
 from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, check_fitting, copy_statistics
-from meteora_core.data.frames import PLACE
+from meteora_core.data.frames import PLACE, parse_frame
 from meteora_core.errors import AdapterError, MeteoraError
+from meteora_core.living.general import general_rows
 from meteora_core.living.rows import AdapterRows
 from meteora_core.model.vocabulary import check_tokens
 from meteora_core.progress import SILENT, Progress
@@ -42,22 +44,26 @@ class Collector:
 
     Attributes:
         folders: PEFT folders of adapters by name, if known.
+        frame: Frame of the prompts, as text with ``{}`` for the message. General text for the base route has it too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, how: Collecting, workspace: Path, find: FindRows, progress: Progress = SILENT) -> None:
         self.tokenizer, self.how, self.workspace, self.progress = tokenizer, how, workspace, progress
         self.folders: dict[str, Path] = {}
+        self.frame = how.recipe.frame
         self._find, self._found, self._numbers = find, dict[str, AdapterRows | None](), count()
 
     def rows(self, name: str) -> AdapterRows | None:
-        """The rows of an adapter; None if there are none. Raises DataError if they are broken."""
+        """The rows of an adapter; None if there are none. Those of the base route are general text, unless there are others. Raises DataError."""
         if name not in self._found:
             self._found[name] = self._find(name, self.folders.get(name))
+        if name == NO_ADAPTER and self._found[name] is None:
+            return general_rows(parse_frame(self.frame), self.how.seed)
         return self._found[name]
 
     def with_frame(self, bank: AdapterBank) -> AdapterBank:
         """The bank with the frame of its rows recorded for each adapter. Adapters without rows keep their frame. Raises DataError for broken rows."""
-        rows = {name: self.rows(name) for name in bank.names}
+        rows = {info.name: None if is_base_route(info) else self.rows(info.name) for info in bank}
         return replace(bank, adapters=tuple(replace(info, frame=found.frame) if (found := rows[info.name]) is not None else info for info in bank.adapters))
 
     def forget(self, name: str) -> None:
@@ -89,19 +95,22 @@ class Collector:
             if name not in found and (file := self.shipped(name)) is not None:
                 found[name] = copy_statistics(GateStatistics(file), self._file(name), name)
         found = {name: each for name, each in found.items() if not each.missing(layers)}
-        recipe = next((each.header.recipe for each in found.values()), None)
         wanted = tuple(name for name in bank.names if name not in found)
+        recipe = next((each.header.recipe for each in found.values()), None)
+        if recipe is None and wanted:
+            recipe = self.how.recipe.model_copy(update={"frame": self._common_frame([name for name in wanted if name != NO_ADAPTER])})
+        recipe = recipe or self.how.recipe
+        self.frame = recipe.frame
         for name in wanted:
             rows = self.rows(name)
             if rows is None:
                 raise MeteoraError(
                     f"there are neither statistics nor rows of the adapter {name!r}", hint="pass --data DIR, the folder with the rows of the adapters"
                 )
-            recipe = recipe or self.how.recipe.model_copy(update={"frame": self._common_frame(wanted)})
             _check_frame(name, rows, recipe)
             found[name] = self.collect(model, alone(bank, name), rows, recipe, layers)
         for info in bank.adapters:
-            check_fitting(found[info.name], recipe or self.how.recipe, probe, info.sha256)
+            check_fitting(found[info.name], recipe, probe, info.sha256)
         return {name: found[name] for name in bank.names}, wanted
 
     def held_out(self, names: Sequence[str]) -> HeldOut:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.base_route import NO_ADAPTER, base_route, real_adapters
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.joining import with_adapter, without_adapter
 from meteora_core.checkpoints.gate_statistics import GateStatistics
@@ -103,7 +104,7 @@ class LiveBank:
         return meteora_of(self.model).names
 
     def add(self, name: str, folder: str | Path) -> Change:
-        """Add an adapter at the end of the bank.
+        """Add an adapter at the end of the bank, before the base route if there is one.
 
         Args:
             name: Name of the new adapter.
@@ -115,14 +116,25 @@ class LiveBank:
             DataError: The rows of the adapter are broken.
             MeteoraError: An adapter has neither statistics nor rows.
         """
-        if name in self.names:
+        if name in self.names and name != NO_ADAPTER:
             raise UsageError(f"the bank already contains an adapter named {name!r}", hint="use `meteora adapters update`, or choose another name with --name")
-        return self._join("add", name, Path(folder), None)
+        return self._join("add", name, self._read(name, folder), folder=Path(folder))
+
+    def add_base_route(self) -> Change:
+        """Add the base route (:mod:`meteora_core.adapters.base_route`) at the end of the bank. Its rows are general text, unless the collector finds others.
+
+        Raises:
+            UsageError: The bank has a base route already.
+            MeteoraError: An adapter has neither statistics nor rows.
+        """
+        if NO_ADAPTER in self.names:
+            raise UsageError("the bank has a base route already", hint=f"remove it first: meteora adapters drop CHECKPOINT {NO_ADAPTER}")
+        return self._join("add", NO_ADAPTER, base_route())
 
     def update(self, name: str, folder: str | Path) -> Change:
         """Replace an adapter by a new version, at the same index. Arguments and errors are those of :meth:`add`."""
         index = _state_bank(self.model).index(name)
-        return self._join("update", name, Path(folder), index)
+        return self._join("update", name, self._read(name, folder), index, Path(folder))
 
     def drop(self, name: str) -> Change:
         """Remove an adapter.
@@ -134,12 +146,12 @@ class LiveBank:
             name: Name of the adapter.
 
         Raises:
-            UsageError: There is no such adapter, or it is the only one.
+            UsageError: There is no such adapter, or it is the only one besides the base route.
         """
         began, before = time.perf_counter(), _before(self.model)
         bank = before.bank
         bank.index(name)
-        refuse_last(bank.names, name)
+        refuse_last(bank.adapters, name)
         rest = without_adapter(bank, name)
         statistics = {other: self.statistics[other] for other in rest.names if other in self.statistics}
         gates, exact = gates_without(before.gates, bank.names, name, rest.modules, before.origin, statistics, progress=self._progress)
@@ -150,18 +162,25 @@ class LiveBank:
         how = "solved" if exact else "deleted"
         return Change("drop", name, self.names, how, exact, seconds=time.perf_counter() - began)
 
-    def _join(self, action: str, name: str, folder: Path, index: int | None) -> Change:
-        began, before = time.perf_counter(), _before(self.model)
+    def _read(self, name: str, folder: str | Path) -> AdapterBank:
+        if name == NO_ADAPTER:
+            raise UsageError(f"{name!r} is the name of the base route", hint="choose another name with --name")
         check_name(name, "adapter")
-        new = AdapterBank.from_peft({name: folder}, progress=self._progress)
+        return AdapterBank.from_peft({name: folder}, progress=self._progress)
+
+    def _join(self, action: str, name: str, new: AdapterBank, index: int | None = None, folder: Path | None = None) -> Change:
+        began, before = time.perf_counter(), _before(self.model)
         others = before.bank if index is None else without_adapter(before.bank, name)
         _refuse_twin(new.adapters[0], others.adapters)
         previous = {other: each for other, each in self.statistics.items() if other in before.bank.names}
         with self._restored(before):
             new, renamed = fit_to_base(new, self.model)
             self.collector.forget(name)
-            self.collector.folders[name] = folder
+            if folder is not None:
+                self.collector.folders[name] = folder
             new = self.collector.with_frame(new)
+            if index is None and NO_ADAPTER in others.names:
+                index = others.index(NO_ADAPTER)  # the base route stays the last entry
             bank = with_adapter(others, new, index)
             statistics, collected = self.collector.complete(self.model, bank, {other: each for other, each in previous.items() if other != name})
             gates = dict(closed_form_gates([statistics[other] for other in bank.names], list(bank.modules), progress=self._progress))
@@ -236,9 +255,9 @@ class _Restored:
         self.live._attach(self.before, self.before.bank, self.before.gates, self.before.origin)
 
 
-def refuse_last(names: Sequence[str], name: str) -> None:
-    """Raise UsageError if ``name`` is the only adapter."""
-    if len(names) == 1:
+def refuse_last(adapters: Sequence[AdapterInfo], name: str) -> None:
+    """Raise UsageError if ``name`` is the only adapter; the base route does not count."""
+    if [adapter.name for adapter in real_adapters(adapters)] == [name]:
         raise UsageError(f"{name!r} is the only adapter, and a bank needs at least one", hint="use the base model alone, or add another adapter first")
 
 

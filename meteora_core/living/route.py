@@ -13,6 +13,7 @@ import torch
 
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.base_names import same_base_name
+from meteora_core.adapters.base_route import NO_ADAPTER, base_route
 from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.folders import INFO_FILE, read_training_info
@@ -59,13 +60,14 @@ class RouteOptions:
         dtype: Data type of the model: "auto", "float32", "bfloat16" or "float16".
         device: Device of the model, such as "auto", "cpu" or "cuda:1".
         backend: Implementation of the sum over adapters, a name of ``meteora_kernels.BACKENDS``.
-        top_k: Number of adapters per token in each layer; None for 2, or 1 if there is only one adapter.
+        top_k: Number of adapters per token in each layer; None for 2, or 1 if there is only one adapter and no base route.
         temperature: Routing temperature; divides the chosen gate logits before the softmax.
         tokens: Largest number of tokens per adapter for the statistics.
         answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally.
         batch_size: Number of rows in one forward pass.
         max_length: Largest number of tokens of a row.
         seed: Random seed for the selection of rows.
+        base_route: Whether to add the base route, which tokens choose that need no adapter.
         embed: Whether to store the adapters' weights in the checkpoint; None to store them if they have at most :data:`EMBEDDED` bytes.
         overwrite: Whether an existing checkpoint is replaced.
         progress: Receiver of progress reports.
@@ -85,6 +87,7 @@ class RouteOptions:
     batch_size: int = 8
     max_length: int = 1024
     seed: int = 42
+    base_route: bool = True
     embed: bool | None = None
     overwrite: bool = False
     progress: Progress = SILENT
@@ -97,7 +100,7 @@ class Routed:
     Attributes:
         folder: Folder of the checkpoint.
         base: Name of the base model.
-        adapters: Names of the adapters, in order.
+        adapters: Names of the adapters, in order; the base route is the last one.
         set_aside: Reasons why adapters were left out, by name.
         rows: File or folder of the rows of each adapter, by name; empty if the statistics in the adapter's folder were used.
         held_out: Measurements on held-out rows (:func:`meteora_core.training.gate_metrics.measure_gates`).
@@ -171,6 +174,8 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         if not banks:
             raise _nothing(root, set_aside)
         bank = collector.with_frame(_joined(banks))
+        if options.base_route:
+            bank = with_adapter(bank, base_route())
         statistics, _ = collector.complete(model, bank, {})
         gates = dict(closed_form_gates(list(statistics.values()), list(bank.modules), progress=progress))
         attach(model, bank, top_k=options.top_k or min(2, len(bank)), temperature=options.temperature, backend=options.backend, init="zeros")
@@ -222,7 +227,7 @@ def _readable(folders: Mapping[str, Path], set_aside: dict[str, str]) -> tuple[d
     for name, folder in folders.items():
         source = find_adapter(folder) or folder
         try:
-            if problem := problem_of(name):
+            if problem := "it is the name of the base route" if name == NO_ADAPTER else problem_of(name):
                 raise AdapterError(f"its folder's name cannot be an adapter's name: {problem}")
             read_adapter_config(name, source)
             if is_regular(source / INFO_FILE) and read_training_info(source).tasks:

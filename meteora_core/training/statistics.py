@@ -23,7 +23,7 @@ from meteora_core.files import storage_errors
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, probe_base
 from meteora_core.model.base import BaseReference
-from meteora_core.model.tokens import check_observable
+from meteora_core.model.tokens import check_observable, is_output_layer
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, meteora_of
 from meteora_core.text import listed
@@ -85,7 +85,7 @@ def collect_statistics(
 
     Args:
         model: The base model without adapters; it has none afterwards either.
-        bank: Bank with this adapter only.
+        bank: Bank with this adapter only, or with the base route only (:func:`meteora_core.adapters.base_route.base_route`).
         rows: Rows of the adapter. All labelled tokens of a row must have the same label; its value does not matter.
         file: File that the statistics are written to.
         how: Parameters of the collection.
@@ -186,7 +186,7 @@ def _run(
     model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], batches: Sequence[Sequence[TrainRow]], how: Collecting, progress: Progress
 ) -> None:
     state = meteora_of(model)
-    whole = any(layer.is_output for _, layer in meteora_layers(model))  # the output layer is not part of the decoder
+    whole = any(is_output_layer(model, path) for path in observed)  # the output layer is not part of the decoder
     decoder = model if whole else getattr(model, "base_model", model)
     device = next(model.parameters()).device
     hooks = [module.register_forward_pre_hook(sums.hook) for module in observed.values()]

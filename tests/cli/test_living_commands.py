@@ -24,10 +24,10 @@ def test_a_folder_of_adapters_becomes_a_model_that_adapters_join_and_leave(meteo
     assert ran.code == 0, ran.err
     assert "held-out answer tokens are routed to their own adapter, without a training step" in ran.out
     assert ran.out.splitlines()[-1] == f"To chat with the model: meteora chat --checkpoint '{out}'"
-    assert [each["name"] for each in meteora("adapters", "list", out, "--json").json] == list(NAMES[:3])
+    assert [each["name"] for each in meteora("adapters", "list", out, "--json").json] == [*NAMES[:3], "no_adapter"]
 
     added = meteora("adapters", "add", out, "adapters/sum", "--json")
-    assert (added.code, added.json["adapters"], added.json["collected"], added.json["exact"]) == (0, list(NAMES), ["sum"], True), added.err
+    assert (added.code, added.json["adapters"], added.json["collected"], added.json["exact"]) == (0, [*NAMES, "no_adapter"], ["sum"], True), added.err
     joint = meteora("route", "adapters", "--out", tmp_path / "joint", "--json")
     assert joint.json["set_aside"] == {}
     weights = [(folder / "meteora.safetensors").read_bytes() for folder in (out, tmp_path / "joint")]
@@ -37,7 +37,7 @@ def test_a_folder_of_adapters_becomes_a_model_that_adapters_join_and_leave(meteo
     assert (dropped.code, "all gates were solved again" in dropped.out) == (0, True), dropped.err
     new = write_adapter(tmp_path / "new" / "spell", lora_tensors(50))
     updated = meteora("adapters", "update", out, new, "--rows", living / "adapters" / "spell" / "train.jsonl", "--tokens", "200")
-    assert (updated.code, "updated spell, 3 adapters" in updated.out) == (0, True), updated.err
+    assert (updated.code, "updated spell, 3 adapters and the base route" in updated.out) == (0, True), updated.err
 
     answer = meteora("trace", "--checkpoint", out, "--prompt", "say a", "--max-new-tokens", "3", "--json")
     assert answer.code == 0, answer.err
@@ -53,12 +53,12 @@ def test_an_adapter_ships_its_statistics(meteora, living, tmp_path, monkeypatch)
     assert Path(made.json["path"]) == Path("adapters/spell/gate_stats.safetensors")
     (tmp_path / "adapters" / "spell" / "train.jsonl").unlink()
     routed = meteora("route", "adapters", "--json")
-    assert (routed.json["adapters"], routed.json["rows"]["spell"]) == (list(NAMES), ""), routed.err
+    assert (routed.json["adapters"], routed.json["rows"]["spell"]) == ([*NAMES, "no_adapter"], ""), routed.err
     assert meteora("adapters", "collect", "adapters/spell").code == 1  # no rows any more
     keys = {name.replace("q_proj", "o_proj"): tensor for name, tensor in lora_tensors(70).items()}
     write_adapter(tmp_path / "adapters" / "other", keys, target_modules=["o_proj", "down_proj"], base_model_name_or_path=str(living / "base"))
     write_jsonl_rows(tmp_path / "adapters" / "other.jsonl", rows_of("sum"))
-    joined = meteora("route", "adapters", "--only", "spell,other", "--out", "runs/two", "--json")
+    joined = meteora("route", "adapters", "--only", "spell,other", "--no-base-route", "--out", "runs/two", "--json")
     assert joined.json["adapters"] == ["other", "spell"], joined.err
 
 
@@ -87,3 +87,14 @@ def test_mistakes_take_one_line_and_a_hint(meteora, living, tmp_path, monkeypatc
         assert len(errors) == 1, ran.err
         assert message in errors[0], ran.err
     assert {file: file.read_bytes() for file in (tmp_path / "m").rglob("*") if file.is_file()} == before
+
+
+def test_the_base_route_joins_by_its_name(meteora, living, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(living)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    assert meteora("route", "adapters", "--only", "count,shout", "--no-base-route", "--out", tmp_path / "m").code == 0
+    added = meteora("adapters", "add", tmp_path / "m", "no_adapter")
+    assert (added.code, "added no_adapter, 2 adapters and the base route" in added.out) == (0, True), added.err
+    forced = meteora("trace", "--checkpoint", tmp_path / "m", "--prompt", "say a", "--max-new-tokens", "3", "--json")
+    assert "no_adapter" in forced.out, forced.err
+    assert meteora("adapters", "update", tmp_path / "m", "no_adapter").code == 2

@@ -19,8 +19,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def routed(world: Path) -> Path:
-    """A checkpoint of count, shout and spell, for reading alone."""
-    route_adapters(world / "adapters", world / "runs" / "three", RouteOptions(data=world / "datasets", exclude=("sum",), device="cpu"))
+    """A checkpoint of count, shout and spell without a base route, for reading alone."""
+    route_adapters(world / "adapters", world / "runs" / "three", RouteOptions(data=world / "datasets", exclude=("sum",), base_route=False, device="cpu"))
     return world / "runs" / "three"
 
 

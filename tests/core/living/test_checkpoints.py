@@ -42,7 +42,7 @@ def test_adding_gives_the_gates_of_one_joint_closed_form_and_dropping_those_of_n
     change = add_adapter(checkpoint, world / "adapters" / "sum", options=how(world))
     assert (change.adapters, change.gates, change.exact, change.collected) == (NAMES, "solved", True, ("sum",))
     assert change.held_out["gate_accuracy"] > 0.4
-    route_adapters(world / "adapters", tmp_path / "joint", RouteOptions(data=world / "datasets", device="cpu"))
+    route_adapters(world / "adapters", tmp_path / "joint", RouteOptions(data=world / "datasets", base_route=False, device="cpu"))
     assert same(checkpoint, tmp_path / "joint")
     change = drop_adapter(checkpoint, "sum", how(world))
     assert (change.adapters, change.gates, change.exact) == (NAMES[:3], "solved", True)
@@ -57,7 +57,7 @@ def test_adding_gives_the_gates_of_one_joint_closed_form_and_dropping_those_of_n
 
 def test_an_adapter_in_the_middle_leaves_too(world, checkpoint, tmp_path) -> None:
     drop_adapter(checkpoint, "shout", how(world))
-    route_adapters(world / "adapters", tmp_path / "two", RouteOptions(data=world / "datasets", only=("count", "spell"), device="cpu"))
+    route_adapters(world / "adapters", tmp_path / "two", RouteOptions(data=world / "datasets", only=("count", "spell"), base_route=False, device="cpu"))
     assert same(checkpoint, tmp_path / "two")
     assert load_checkpoint(checkpoint, device="cpu").meteora.names == ("count", "spell")
 
@@ -69,7 +69,7 @@ def test_an_update_keeps_the_place_and_only_collects_the_new_version(world, chec
     shutil.copytree(world / "adapters", tmp_path / "adapters")
     shutil.rmtree(tmp_path / "adapters" / "shout")
     shutil.copytree(new, tmp_path / "adapters" / "shout")
-    route_adapters(tmp_path / "adapters", tmp_path / "joint", RouteOptions(data=world / "datasets", exclude=("sum",), device="cpu"))
+    route_adapters(tmp_path / "adapters", tmp_path / "joint", RouteOptions(data=world / "datasets", exclude=("sum",), base_route=False, device="cpu"))
     assert same(checkpoint, tmp_path / "joint")
 
 

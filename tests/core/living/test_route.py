@@ -26,7 +26,7 @@ def own(world: Path, tmp_path: Path) -> Path:
 
 
 def options(place: Path, **changes) -> RouteOptions:
-    return RouteOptions(**{"data": place / "datasets", "device": "cpu", "tokens": 400, **changes})
+    return RouteOptions(**{"data": place / "datasets", "device": "cpu", "tokens": 400, "base_route": False, **changes})
 
 
 def test_four_adapters_with_rows_in_four_places_are_routed(world, own, monkeypatch) -> None:
