@@ -39,6 +39,7 @@ ROOMS: tuple[frozenset[str], ...] = tuple(
         "evaluation",
         "training",
         "living",
+        "routers",
         "bench integrations starter",
         "chat quickstart",
         "__init__",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,8 +33,19 @@ def evaluate(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Models, separated by commas: meteora, base, own (each task's own adapter), peft-arrow, an adapter's name or folder, or all.")
+        str,
+        typer.Option(
+            help="Models, separated by commas: meteora, base, own (each task's own adapter), peft-arrow, router:NAME (oracle, meteora, closed-form, arrow,"
+            " spectr, phatgoose, centroid, uniform or random; router:all for these nine), an adapter's name or folder, or all."
+        ),
     ] = "meteora",
+    without_asked: Annotated[
+        bool, typer.Option("--without-asked", help="Remove the asked task's adapter from all routers but the oracle (requires a router).")
+    ] = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", help="Seeds, separated by commas: each router that depends on a seed is evaluated once per seed.", show_default=False),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -96,7 +107,7 @@ def evaluate(
     if not names:
         raise UsageError("no task given", hint="meteora eval --task NAME[,NAME] | singles | composites | all; `meteora data list` shows them")
     settings = settings_from(ctx, model__quantization=quantization_of(load_in_4bit, load_in_8bit))
-    models = ("base", "own", "meteora") if model == "all" else tuple(dict.fromkeys(name.strip() for name in model.split(",") if name.strip()))
+    models = _models(ctx, model, seeds, without_asked=without_asked)
     _refuse_without_effect(ctx, models, launcher, save=save)
     from meteora_core.data.userdata import register_all
     from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan, choose_tasks
@@ -104,6 +115,7 @@ def evaluate(
     from meteora_core.evaluation.evaluate import prepare
     from meteora_core.evaluation.processes import join_processes, leave_processes
     from meteora_core.model.base import BaseReference, pick_device, pick_dtype
+    from meteora_core.routers import make_router
     from meteora_core.settings import ModelSettings
     from meteora_core.starter import usual_checkpoint
 
@@ -125,6 +137,7 @@ def evaluate(
         quantization=None if settings.model.quantization == "none" else settings.model.quantization,
         out_dir=settings.paths.runs / "eval" if save else None,
         options=EvalOptions.of(settings.eval, settings.routing, count_routes=routing),
+        make_router=make_router,
     )
     if out_dir is not None and save:
         plan = replace(plan, out_dir=out_dir)
@@ -141,7 +154,9 @@ def evaluate(
         place = pick_device(f"cuda:{group.local_rank}")
         torch.cuda.set_device(place)
     from meteora_cli.commands.eval_live import eval_progress
-    from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, speed_line, warnings_of
+    from meteora_cli.commands.eval_tables import results_table, routing_table, samples_table, shares_table, speed_line, warnings_of
+    from meteora_core.errors import DataError
+    from meteora_core.evaluation.oracle_shares import ORACLE, oracle_shares
 
     try:
         with eval_progress(ctx, models, tasks) as (bars, on_result):
@@ -159,6 +174,11 @@ def evaluate(
         emit_json(documents[0] if len(documents) == 1 else documents)
     else:
         out.print(results_table(outcomes))
+        if len(outcomes) > 1 and any(outcome.model == ORACLE for outcome in outcomes):
+            try:
+                out.print(shares_table(oracle_shares([outcome.document for outcome in outcomes]), ORACLE))
+            except DataError as error:
+                say(error.message)
         for table in filter(None, map(routing_table, outcomes)):
             out.print(table)
         for line in (*warnings_of(outcomes), speed_line(outcomes)):
@@ -184,6 +204,14 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     picture: Annotated[Path | None, typer.Option("--plot", help="File for a chart of the results: .png, .svg or .pdf.", show_default=False)] = None,
     kind: Annotated[ReportKind, typer.Option(help="Kind of chart; radar needs at least three tasks.")] = "bar",
+    relative_to: Annotated[
+        str | None,
+        typer.Option(
+            "--relative-to",
+            help="Show the mean score of each model as a share of this model's, usually router:oracle, with 95 % intervals; runs of one model are averaged.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON document.")] = False,
 ) -> None:
     """Compare the results of several runs side by side."""
@@ -192,8 +220,12 @@ def report(
 
     if markdown and as_json:
         raise UsageError("--markdown and --json exclude each other", hint="choose one of them")
-    refuse_without_effect(ctx, {"kind": (picture is not None, "--plot")})
+    refuse_without_effect(ctx, {"kind": (picture is not None and relative_to is None, "--plot and without --relative-to")})
     files = find_results(runs)
+    if relative_to is not None:
+        refuse_without_effect(ctx, {"label": (False, "a report without --relative-to")})
+        _report_shares([load_results(file) for file in files], relative_to, picture, "markdown" if markdown else "json" if as_json else "table")
+        return
     comparison = compare([load_results(file) for file in files], label or None)
     if picture is not None:
         plot(comparison, picture, kind)
@@ -208,6 +240,23 @@ def report(
         out.print(comparison_table(comparison))
 
 
+def _report_shares(documents: Sequence[Mapping[str, Any]], oracle: str, picture: Path | None, form: str) -> None:
+    """Print the scores of several runs relative to one model's, as a table, Markdown or JSON, and draw them."""
+    from meteora_core.evaluation.oracle_shares import oracle_shares, plot_shares, shares_document, shares_markdown
+
+    shares = oracle_shares(documents, oracle)
+    if picture is not None:
+        say(f"saved {plot_shares(shares, oracle, picture)}")
+    if form == "json":
+        emit_json(shares_document(shares, oracle))
+    elif form == "markdown":
+        write_text(shares_markdown(shares, oracle))
+    else:
+        from meteora_cli.commands.eval_tables import shares_table
+
+        out.print(shares_table(shares, oracle))
+
+
 def _refuse_options(ctx: typer.Context) -> None:
     """Refuse options before the word report, which would have no effect. Raises UsageError."""
     from meteora_core.errors import UsageError
@@ -216,18 +265,43 @@ def _refuse_options(ctx: typer.Context) -> None:
         raise UsageError(f"{flag} belongs to `meteora eval`, not to `meteora eval report`", hint="write the options of report after the word report")
 
 
-def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: EvalLauncher, *, save: bool) -> None:
-    """Refuse flags that have no effect for the given models, or without another flag."""
-    from meteora_core.evaluation.arrow import ARROW
+def _models(ctx: typer.Context, text: str, seeds: str | None, *, without_asked: bool) -> tuple[str, ...]:
+    """The names of the models, with ``all`` and ``router:all`` expanded, and each router once per seed. Raises UsageError."""
+    from meteora_core.errors import UsageError
+    from meteora_core.evaluation.router_names import PREFIX, ROUTERS, SEEDED, expand_routers, router_name
 
-    routed = "meteora" in models or ARROW in models
+    names: list[str] = []
+    for name in ("base", "own", "meteora") if text == "all" else comma_separated(text):
+        names += [PREFIX + router for router in ROUTERS] if name == f"{PREFIX}all" else [name]
+    routers = {router.name for router in map(router_name, names) if router is not None}
     refuse_without_effect(
         ctx,
         {
-            "checkpoint": ("meteora" in models, "--model meteora"),
-            "backend": ("meteora" in models, "--model meteora"),
-            "routing_temperature": (routed, "--model meteora or peft-arrow"),
-            "top_k": (routed, "--model meteora or peft-arrow"),
+            "without_asked": (bool(routers - {"oracle"}), "a router in --model, such as router:arrow"),
+            "seeds": (bool(routers & SEEDED), "a router in --model that depends on a seed, such as router:random"),
+        },
+    )
+    numbers = comma_separated(seeds)
+    if not all(number.isdecimal() and len(number) < 10 for number in numbers):
+        raise UsageError(f"{seeds!r} is not a list of seeds", hint="for example --seeds 1,2")
+    return expand_routers(names, without_asked=without_asked, seeds=tuple(map(int, numbers)))
+
+
+def _refuse_without_effect(ctx: typer.Context, models: Sequence[str], launcher: EvalLauncher, *, save: bool) -> None:
+    """Refuse flags that have no effect for the given models, or without another flag."""
+    from meteora_core.evaluation.arrow import ARROW
+    from meteora_core.evaluation.router_names import CHOOSES_TOP_K, is_meteora, router_name
+
+    names = [router.name for router in map(router_name, models) if router is not None]
+    checkpoints = any(map(is_meteora, models))
+    routed = checkpoints or ARROW in models or bool(CHOOSES_TOP_K.intersection(names))
+    refuse_without_effect(
+        ctx,
+        {
+            "checkpoint": (checkpoints, "--model meteora"),
+            "backend": (checkpoints or "closed-form" in names, "--model meteora"),
+            "routing_temperature": (routed, "--model meteora, peft-arrow or a router that mixes adapters"),
+            "top_k": (routed, "--model meteora, peft-arrow or a router that mixes adapters"),
             "adapters": (tuple(models) != ("base",), "a --model with adapters"),
             "out_dir": (save, "--save"),
             "processes": (launcher == "ddp", "--launcher ddp"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -10,6 +11,7 @@ from meteora_cli.display import DataTable, body, cell
 
 if TYPE_CHECKING:
     from meteora_core.evaluation.evaluate import ModelResults
+    from meteora_core.evaluation.oracle_shares import OracleShare
     from meteora_core.evaluation.report import Cell, Comparison
     from meteora_core.evaluation.runner import TaskResult
 
@@ -148,6 +150,20 @@ def comparison_table(comparison: Comparison) -> DataTable:
         digits = 1 if line.metric.rpartition("/")[2].startswith("bleu") else 3
         cells = [Text(_figure(cell, digits), style="bold green" if index in line.best else "") for index, cell in enumerate(line.cells)]
         table.add_row(line.task, line.metric, rows, *cells)
+    return table
+
+
+def shares_table(shares: Sequence[OracleShare], oracle: str) -> DataTable:
+    """Return the table of scores relative to the oracle's, in per cent, with 95 % intervals and the best in bold."""
+    from meteora_core.evaluation.oracle_shares import interval
+
+    table = DataTable("model")
+    for column in ("tasks", "runs", f"share of {oracle}", "95 % interval"):
+        table.add_column(column, justify="right")
+    best = max(share.share for share in shares)
+    for share in shares:
+        figure = Text(f"{share.share:.1%}", style="bold green" if share.share == best and len(shares) > 1 else "")
+        table.add_row(share.model, str(len(share.tasks)), str(share.runs), figure, interval(share))
     return table
 
 

@@ -7,17 +7,23 @@ prototypes are most aligned with the token's hidden state. The implementation is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from meteora_core.adapters.folders import adapter_folders
 from meteora_core.adapters.peft_folder import WEIGHTS, find_adapter
+from meteora_core.data.tasks import Task
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.evaluation.adapters import check_adapter, read_for_base, remove_lora
+from meteora_core.evaluation.processes import Processes
+from meteora_core.evaluation.router_models import RoutedModel
+from meteora_core.evaluation.router_names import RouterName
 from meteora_core.exports.peft_adapter import peft_parts
 from meteora_core.files import sha256
+from meteora_core.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,43 +109,90 @@ def _write(bank: AdapterBank, folder: Path) -> str:
 
 
 class ArrowRouter:
-    """Arrow routing over all adapters of a folder, which stays in the model over several tasks until :meth:`leave` removes it.
+    """Arrow routing over all adapters of a folder (Ostapenko et al., arXiv 2405.11157), a :class:`meteora_core.evaluation.router_models.Router`.
 
     Args:
+        name: Name of the router, with its seed.
         adapters_dir: Folder of the adapter folders. Adapters of several tasks (``--balanced``) are left out.
-        top_k, routing_temperature, seed: Arguments of :func:`with_arrow`.
-
-    Attributes:
-        model: The model with the adapters; None while they are in no model.
-        tokenizer: The model's tokenizer; None while the adapters are in no model.
+        top_k, routing_temperature, seed: Arguments of :func:`with_arrow`; the name's seed, if any, takes precedence.
     """
 
-    def __init__(self, adapters_dir: Path, top_k: int | None, routing_temperature: float, seed: int) -> None:
-        self.adapters_dir, self.top_k, self.routing_temperature, self.seed = adapters_dir, top_k, routing_temperature, seed
+    def __init__(self, name: RouterName, adapters_dir: Path, top_k: int | None, routing_temperature: float, seed: int) -> None:
+        self.name, self.adapters_dir, self.top_k, self.routing_temperature = name, adapters_dir, top_k, routing_temperature
+        self.seed = seed if name.seed is None else name.seed
         self.folders: dict[str, Path] = {}
-        self.model: Any = None
-        self.tokenizer: Any = None
+        self._base: PreTrainedModel | None = None
+        self._present: tuple[str, ...] = ()
+        self._model: Any = None
         self._context = ExitStack()
 
-    def prepare(self) -> None:
+    def prepare(self, tasks: Sequence[Task]) -> None:
         """Find and check the adapters. Raises AdapterError or UsageError."""
-        from meteora_core.adapters.folders import adapter_folders
+        self.folders = checked_folders(self.adapters_dir)
+        fewest = fewest_left(self.name, tasks, tuple(self.folders))
+        arrow_top_k(self.top_k, fewest)
 
-        self.folders = adapter_folders(self.adapters_dir, [])
-        for folder in self.folders.values():
-            check_adapter(folder)
-        arrow_top_k(self.top_k, len(self.folders))
+    def evaluates(self, task: Task) -> bool:
+        """True."""
+        return True
 
     def hashes(self) -> dict[str, str]:
         """The SHA-256 of each adapter's weights, by name."""
-        return {name: sha256((find_adapter(folder) or folder) / WEIGHTS) for name, folder in self.folders.items()}
+        return hashes_of(self.folders)
 
-    def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Put the adapters into a base model. Raises AdapterError."""
-        context = with_arrow(model, self.folders, top_k=self.top_k, routing_temperature=self.routing_temperature, seed=self.seed)
-        self.model, self.tokenizer = self._context.enter_context(context), tokenizer
+    def facts(self) -> dict[str, Any]:
+        """The parameters of Arrow, and the hashes of the adapters."""
+        return {
+            "method": "arrow",
+            "without_asked": self.name.without_asked,
+            "top_k": self.top_k or TOP_K,
+            "temperature": self.routing_temperature,
+            "seed": self.seed,
+            "adapters": self.hashes(),
+        }
+
+    def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress, processes: Processes) -> None:
+        """Keep the base model, into which :meth:`ready` puts the adapters."""
+        self._base = model
+
+    @contextmanager
+    def ready(self, task: Task) -> Iterator[RoutedModel]:
+        """Context manager that yields the model with the adapters that a task may use. They stay in the model afterwards. Raises AdapterError."""
+        assert self._base is not None
+        removed = self.name.removed(task, self.folders)
+        present = tuple(name for name in self.folders if name not in removed)
+        if present != self._present:
+            self._context.close()
+            folders = {name: self.folders[name] for name in present}
+            context = with_arrow(self._base, folders, top_k=self.top_k, routing_temperature=self.routing_temperature, seed=self.seed)
+            self._model, self._present = self._context.enter_context(context), present
+        yield RoutedModel(self._model)
 
     def leave(self) -> None:
         """Remove the adapters from the model, if they are in one."""
         self._context.close()
-        self.model = self.tokenizer = None
+        self._base, self._model, self._present = None, None, ()
+
+
+def checked_folders(adapters_dir: Path) -> dict[str, Path]:
+    """The folders of all adapters of single tasks, by name, each checked. Raises AdapterError or UsageError."""
+    folders = adapter_folders(adapters_dir, [])
+    for folder in folders.values():
+        check_adapter(folder)
+    return folders
+
+
+def hashes_of(folders: Mapping[str, Path]) -> dict[str, str]:
+    """The SHA-256 of each adapter's weights, by name."""
+    return {name: sha256((find_adapter(folder) or folder) / WEIGHTS) for name, folder in folders.items()}
+
+
+def fewest_left(router: RouterName, tasks: Sequence[Task], names: Sequence[str]) -> int:
+    """The smallest number of adapters that a router has for one of the tasks. Raises UsageError if none is left for a task."""
+    fewest = len(names)
+    for task in tasks:
+        left = len(names) - len(router.removed(task, names))
+        if not left:
+            raise UsageError(f"no adapter is left for {task.name} without those that are asked", hint="add adapters of other tasks, or leave out this task")
+        fewest = min(fewest, left)
+    return fewest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from meteora_core.data.tasks import TASKS, Task, get_task
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.evaluation.arrow import ARROW
 from meteora_core.evaluation.available import commands_for
+from meteora_core.evaluation.router_models import Router
+from meteora_core.evaluation.router_names import PREFIX, RouterName, router_name
 from meteora_core.settings import EvalSettings, PathSettings, RoutingSettings
 
 if TYPE_CHECKING:
@@ -72,8 +74,8 @@ class EvalPlan:
 
     Attributes:
         tasks: Names of the tasks.
-        models: Names of the models: "base", "meteora", "own" (each task's own adapter), "peft-arrow" (PEFT's Arrow routing over all adapters), or the name or
-            folder of an adapter.
+        models: Names of the models: "base", "meteora", "own" (each task's own adapter), "peft-arrow" (PEFT's Arrow routing over all adapters),
+            "router:NAME" (see :mod:`meteora_core.evaluation.router_names`), or the name or folder of an adapter.
         data_dir: Folder of all datasets.
         adapters_dir: Folder of all adapters.
         checkpoint: Checkpoint of the model "meteora".
@@ -85,6 +87,7 @@ class EvalPlan:
         quantization: Quantisation of the base model: "4bit", "8bit" or None.
         out_dir: Folder for the results, with one folder per model; None writes no files.
         other_data: Other folders of datasets, which the hint suggests if ``data_dir`` lacks rows that they have.
+        make_router: Function that makes the routers of the models "router:NAME": :func:`meteora_core.routers.make_router`.
     """
 
     tasks: tuple[str, ...]
@@ -100,6 +103,7 @@ class EvalPlan:
     quantization: str | None = None
     out_dir: Path | None = None
     other_data: tuple[Path, ...] = ()
+    make_router: Callable[[RouterName, EvalPlan], Router] | None = None
 
 
 def choose_tasks(names: Sequence[str], data_dir: Path) -> tuple[str, ...]:
@@ -143,12 +147,12 @@ def _training_command(plan: EvalPlan, task: Task) -> str:
 
 
 def adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
-    """Folder of the adapter that ``model`` uses for ``task``; None for the base model, MeteoRA, Arrow, and a composite's own adapter.
+    """Folder of the adapter that ``model`` uses for ``task``; None for the base model, MeteoRA, routers, and a composite's own adapter.
 
     Raises:
         UsageError: The adapter or the model does not exist.
     """
-    if model in ("base", "meteora", ARROW):
+    if model in ("base", "meteora", ARROW) or router_name(model) is not None:
         return None
     if model == OWN:
         if task.is_composite:
@@ -161,7 +165,7 @@ def adapter_of(plan: EvalPlan, model: str, task: Task) -> Path | None:
         if find_adapter(folder) is not None:
             return folder
     present = sorted(path.name for path in plan.adapters_dir.iterdir() if path.is_dir()) if plan.adapters_dir.is_dir() else []
-    known = ["base", "meteora", "own", ARROW, "all", *present]
+    known = ["base", "meteora", "own", ARROW, f"{PREFIX}NAME", "all", *present]
     raise UsageError(
         f"no model {model!r}: it is neither an adapter in {plan.adapters_dir} nor a folder",
         hint=did_you_mean(model, known) or f"the models are: {', '.join(known)}",

@@ -16,13 +16,13 @@ from meteora_core.data.rows import split_path
 from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import MeteoraError, StorageError, UsageError
 from meteora_core.evaluation.adapters import check_adapter
-from meteora_core.evaluation.arrow import ARROW
 from meteora_core.evaluation.available import check_built
 from meteora_core.evaluation.eval_plan import OWN, Assigned, EvalPlan, adapter_of
 from meteora_core.evaluation.fingerprint import adapter_files
 from meteora_core.evaluation.model_loader import ModelLoader
 from meteora_core.evaluation.processes import ALONE, Processes
 from meteora_core.evaluation.results import ResultsBuilder, SampleWriter, earlier_results, partial_file, partial_files, sample_rows, write_results
+from meteora_core.evaluation.router_names import router_name
 from meteora_core.evaluation.runner import AllSkippedError, TaskResult, evaluate_task, test_rows
 from meteora_core.files import atomic_write, locked, sha256
 from meteora_core.json_files import write_jsonl
@@ -95,7 +95,7 @@ def evaluate(
         builder = ResultsBuilder(model, loader.config(model))
         stamps = [stamp]
         for task, adapter in pairs[model]:
-            if model == OWN and adapter is None:
+            if (model == OWN and adapter is None) or (model in loader.routers and not loader.routers[model].evaluates(task)):
                 continue
             try:
                 result, first_stamp = _one(plan, loader, model, task, adapter, stamp, progress, processes)
@@ -158,10 +158,13 @@ def prepare(plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: 
     for adapter in adapters.values():
         check_adapter(adapter)
     loader = ModelLoader(plan, device, dtype, progress)
-    if ARROW in plan.models:
-        loader.arrow.prepare()
+    for model, router in loader.routers.items():
+        router.prepare(tasks)
+        if not any(router.evaluates(task) for task in tasks):
+            raise UsageError(f"{model} is not defined for composites", hint="choose single tasks, or another model")
+        adapters |= {str(folder): folder for folder in router.folders.values()}
     loader.check(plan.models)
-    if note := check_bases(adapters | {str(folder): folder for folder in loader.arrow.folders.values()}, loader.base.name, any_base=True):
+    if note := check_bases(adapters, loader.base.name, any_base=True):
         progress.note(note)
     return loader, pairs
 
@@ -205,7 +208,8 @@ def _save(folder: Path, outcome: ModelResults, begun: str, now: str, progress: P
 
 def _inputs(plan: EvalPlan, loader: ModelLoader, model: str, task: Task, adapter: Path | None) -> dict[str, Any]:
     """Everything that the answers of a model to a task depend on."""
-    adapters = [adapter] if adapter is not None else list(loader.arrow.folders.values()) if model == ARROW else []
+    router = loader.routers.get(model)
+    adapters = [adapter] if adapter is not None else [] if router is None else list(router.folders.values())
     options = {key: value for key, value in plan.options.document().items() if key not in FREE_OPTIONS}
     options["max_total_tokens"] = plan.options.max_total_tokens
     options["max_new_tokens"] = plan.options.max_new_tokens or task.max_new_tokens
@@ -237,9 +241,12 @@ def _one(
             if writer.done:
                 progress.note(f"{task.name}: {len(writer.done)} rows were finished by an earlier run")
         processes.gather(None)
-        if model != ARROW:
-            loader.arrow.leave()
-        loaded, tokenizer = stack.enter_context(loader.routed() if model == ARROW else loader.ready(model, adapter))
+        loaded: Any
+        if model in loader.routers or router_name(model) is not None:
+            loaded, tokenizer = stack.enter_context(loader.routed(model, task, processes))
+        else:
+            loader.leave()
+            loaded, tokenizer = stack.enter_context(loader.ready(model, adapter))
         result = evaluate_task(loaded, tokenizer, task, plan.data_dir, plan.options, kept=writer, progress=Titled(progress, model), processes=processes)
     return result, writer.stamp if writer else stamp
 

@@ -7,12 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meteora_core.data.tasks import Task, get_task
 from meteora_core.errors import UsageError
 from meteora_core.evaluation.adapters import with_adapter
-from meteora_core.evaluation.arrow import ARROW, ArrowRouter
+from meteora_core.evaluation.arrow import ARROW, ArrowRouter, fewest_left
 from meteora_core.evaluation.eval_plan import EvalPlan
 from meteora_core.evaluation.fingerprint import base_files
+from meteora_core.evaluation.processes import Processes
+from meteora_core.evaluation.router_models import RoutedModel, Router
+from meteora_core.evaluation.router_names import RouterName, is_meteora, router_name
 from meteora_core.progress import Progress
+from meteora_core.routing import find_meteora, meteora_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +37,7 @@ class ModelLoader:
 
     Attributes:
         base: The base model, which may differ from the plan's after :meth:`check`.
-        arrow: Arrow routing over all adapters.
+        routers: Routers of the plan's models, by the model's name.
     """
 
     def __init__(self, plan: EvalPlan, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
@@ -43,7 +48,17 @@ class ModelLoader:
         self._base_files: dict[str, Any] | None = None
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.arrow = ArrowRouter(plan.adapters_dir, plan.options.top_k, plan.options.routing_temperature or 1.0, plan.options.seed)
+        self.routers: dict[str, Router] = {}
+        self._entered: Router | None = None
+        for model in dict.fromkeys(plan.models):
+            name = router_name(model)
+            if model == ARROW:
+                options = plan.options
+                self.routers[model] = ArrowRouter(RouterName("arrow"), plan.adapters_dir, options.top_k, options.routing_temperature or 1.0, options.seed)
+            elif name is not None and not is_meteora(model):
+                if plan.make_router is None:
+                    raise UsageError(f"nothing makes the router {model}", hint="EvalPlan(..., make_router=meteora_core.routers.make_router)")
+                self.routers[model] = plan.make_router(name, plan)
 
     def check(self, models: Sequence[str]) -> None:
         """Check the quantisation and read the checkpoint's configuration. Its base model becomes that of all models, so that they are comparable.
@@ -60,8 +75,10 @@ class ModelLoader:
 
         if self.plan.quantization is not None:
             quantized_loading(self.plan.quantization, self.dtype, self.device)
-        if "meteora" in models:
+        if any(map(is_meteora, models)):
             facts = self._checkpoint = describe_checkpoint(self.plan.checkpoint, self.plan.checkpoint_adapters)
+            for name in filter(None, map(router_name, filter(is_meteora, models))):
+                fewest_left(name, [get_task(task) for task in self.plan.tasks], facts.adapters)
             planned = self.plan.base
             if facts.base is None and not self.plan.base_given:
                 facts.reference(None)
@@ -91,15 +108,17 @@ class ModelLoader:
         from meteora_core import __version__
 
         options = self.plan.options.document()
-        weights = self._hash if model == "meteora" else None
+        router = self.routers[model].facts() if model in self.routers else None
+        weights = self._hash if is_meteora(model) else None
         return {
             "model_args": {
                 "base": self.base.name,
                 "revision": self.base.revision,
                 "name": model,
-                "weights_sha256": self.arrow.hashes() if model == ARROW else weights,
+                "weights_sha256": weights if router is None else router["adapters"],
+                **({"router": router} if router is not None and model != ARROW else {}),
             },
-            "checkpoint": str(self.plan.checkpoint) if model == "meteora" else None,
+            "checkpoint": str(self.plan.checkpoint) if is_meteora(model) else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "backend": self.plan.backend,
@@ -126,7 +145,6 @@ class ModelLoader:
         from meteora_core.fused.fuse import fuse_for_inference
         from meteora_core.model.attach import detach
         from meteora_core.model.base import load_base, load_tokenizer
-        from meteora_core.routing import find_meteora
 
         plan = self.plan
         if model != "meteora" and self._model is not None and find_meteora(self._model) is not None:
@@ -149,9 +167,37 @@ class ModelLoader:
             yield adapted, self._tokenizer
 
     @contextmanager
-    def routed(self) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
-        """Context manager that yields the base model with PEFT's Arrow routing, and its tokenizer. The routing stays in the model afterwards."""
-        if self.arrow.model is None:
+    def routed(self, model: str, task: Task, processes: Processes) -> Iterator[tuple[RoutedModel, PreTrainedTokenizerBase]]:
+        """Context manager that yields the base model with a router's choices for a task, and its tokenizer. The router stays in the model afterwards.
+
+        Args:
+            model: Name of the model in the plan.
+            task: The task.
+            processes: The processes that share the evaluation, which may share the making of the router too.
+        """
+        name = router_name(model)
+        if name is not None and is_meteora(model):
+            self.leave()
+            with self.ready("meteora", None) as (attached, tokenizer):
+                state = meteora_of(attached)
+                state.mute(name.removed(task, state.names))
+                try:
+                    yield RoutedModel(attached), tokenizer
+                finally:
+                    state.mute(())
+            return
+        router = self.routers[model]
+        if router is not self._entered:
+            self.leave()
             with self.ready("base", None) as (base, tokenizer):
-                self.arrow.enter(base, tokenizer)
-        yield self.arrow.model, self.arrow.tokenizer
+                router.enter(base, tokenizer, self.progress, processes)
+            self._entered = router
+        assert self._tokenizer is not None
+        with router.ready(task) as routed:
+            yield routed, self._tokenizer
+
+    def leave(self) -> None:
+        """Restore the base model, if a router is in it."""
+        if self._entered is not None:
+            self._entered.leave()
+            self._entered = None

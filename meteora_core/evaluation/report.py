@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,7 +17,22 @@ from meteora_core.errors import DataError, MeteoraError, UsageError, did_you_mea
 from meteora_core.evaluation.results import load_results
 from meteora_core.files import atomic_write
 
-__all__ = ["Cell", "Comparison", "Line", "as_document", "compare", "find_results", "headlines", "load_results", "plot", "to_markdown"]
+__all__ = [
+    "Cell",
+    "Comparison",
+    "Line",
+    "as_document",
+    "compare",
+    "figures",
+    "find_results",
+    "headline_metric",
+    "headlines",
+    "load_results",
+    "model_name",
+    "plot",
+    "save_figure",
+    "to_markdown",
+]
 
 KINDS = ("bar", "radar")
 FORMATS = ("png", "svg", "pdf")
@@ -134,15 +149,15 @@ def compare(documents: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
         raise UsageError("no results to compare", hint="name at least one results file or folder")
     if labels is not None and len(labels) != len(documents):
         raise UsageError(f"there are {len(labels)} labels for {len(documents)} results", hint="give one label for each results file or folder")
-    names = list(labels) if labels is not None else [_model_name(document) for document in documents]
-    figures = [_figures(document) for document in documents]
-    tasks = dict.fromkeys(task for document in figures for task in document)
+    names = list(labels) if labels is not None else [model_name(document) for document in documents]
+    tables = [figures(document) for document in documents]
+    tasks = dict.fromkeys(task for table in tables for task in table)
     rows = []
     for task in tasks:
-        metrics = dict.fromkeys(metric for document in figures for metric in document.get(task, {}))
-        samples = tuple(_samples(document, task) if task in tasks_of else None for document, tasks_of in zip(documents, figures, strict=True))
+        metrics = dict.fromkeys(metric for table in tables for metric in table.get(task, {}))
+        samples = tuple(_samples(document, task) if task in tasks_of else None for document, tasks_of in zip(documents, tables, strict=True))
         for metric in metrics:
-            cells = tuple(document.get(task, {}).get(metric) for document in figures)
+            cells = tuple(table.get(task, {}).get(metric) for table in tables)
             rows.append(Line(task, metric, all(_higher(document, task, metric) for document in documents), cells, samples))
     return Comparison(tuple(_distinct(names)), tuple(rows))
 
@@ -178,7 +193,7 @@ def headlines(comparison: Comparison) -> dict[str, tuple[float | None, ...]]:
         by_task.setdefault(row.task, {})[row.metric.partition(",")[0]] = row
     values: dict[str, tuple[float | None, ...]] = {}
     for task, rows in by_task.items():
-        metric = next((name for name in _HEADLINES if name in rows), None)
+        metric = headline_metric(rows)
         if metric is None:
             continue
         scale = 100.0 if metric == "bleu" else 1.0
@@ -186,6 +201,11 @@ def headlines(comparison: Comparison) -> dict[str, tuple[float | None, ...]]:
             scale = float(sum(name.endswith("/acc") for name in rows)) or 1.0
         values[task] = tuple(None if cell is None else cell.value / scale for cell in rows[metric].cells)
     return values
+
+
+def headline_metric(metrics: Mapping[str, Any]) -> str | None:
+    """The name of a task's main metric: accuracy, a composite's correct answers, BLEU or ROUGE-L; None if it has none of them."""
+    return next((name for name in _HEADLINES if name in metrics), None)
 
 
 def plot(comparison: Comparison, path: Path, kind: str = "bar") -> Path:
@@ -204,22 +224,45 @@ def plot(comparison: Comparison, path: Path, kind: str = "bar") -> Path:
         UsageError: The kind or the ending of the file name is unknown, or there are too few tasks.
         StorageError: The file cannot be written.
     """
-    path = Path(path)
-    ending = path.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise UsageError(f"unknown kind of chart {kind!r}", hint=did_you_mean(kind, KINDS) or "use bar or radar")
-    if ending not in FORMATS:
-        raise UsageError(f"cannot draw {path.name}", hint=f"end the file's name in {', '.join('.' + name for name in FORMATS)}")
+    _ending(path)
     values = headlines(comparison)
     if kind == "radar":
         values = {task: cells for task, cells in values.items() if None not in cells}
     if len(values) < (3 if kind == "radar" else 1):
         raise UsageError(f"{len(values)} tasks are too few for a {kind} chart", hint="use bar" if kind == "radar" and values else None)
+    draw = _bars if kind == "bar" else _radar
+    return save_figure(lambda figure_type: draw(figure_type, comparison.columns, values), path)
+
+
+def _ending(path: Path) -> str:
+    """The ending of a picture's file name. Raises UsageError if it is not in :data:`FORMATS`."""
+    ending = path.suffix.lower().removeprefix(".")
+    if ending not in FORMATS:
+        raise UsageError(f"cannot draw {path.name}", hint=f"end the file's name in {', '.join('.' + name for name in FORMATS)}")
+    return ending
+
+
+def save_figure(draw: Callable[[Any], Any], path: Path) -> Path:
+    """Draw a picture with matplotlib and write it atomically.
+
+    Args:
+        draw: Function that makes the figure from matplotlib's class ``Figure``.
+        path: File to write, whose name ends in ``.png``, ``.svg`` or ``.pdf``.
+
+    Raises:
+        MeteoraError: matplotlib is not installed.
+        UsageError: The ending of the file name is unknown.
+        StorageError: The file cannot be written.
+    """
+    path = Path(path)
+    ending = _ending(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MeteoraError("matplotlib is not installed", hint="pip install 'meteora-lora[plot]'") from error
-    figure = _bars(Figure, comparison.columns, values) if kind == "bar" else _radar(Figure, comparison.columns, values)
+    figure = draw(Figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=ending, dpi=150, bbox_inches="tight")
     with atomic_write(path, "wb") as handle:
@@ -280,12 +323,12 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return distinct
 
 
-def _model_name(document: Mapping[str, Any]) -> str:
+def model_name(document: Mapping[str, Any]) -> str:
     config = document.get("config")
     return str(document.get("model_name") or (config.get("model") if isinstance(config, Mapping) else None) or "model")
 
 
-def _figures(document: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
+def figures(document: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
     """The figures of a results document by task and metric. Values that are not finite numbers are left out."""
     figures: dict[str, dict[str, Cell]] = {}
     for task, values in document["results"].items():

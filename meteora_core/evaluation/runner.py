@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ from meteora_core.errors import DataError, MeteoraError, UsageError
 from meteora_core.evaluation.clean import clean_response
 from meteora_core.evaluation.eval_plan import EvalOptions
 from meteora_core.evaluation.processes import ALONE, Processes
+from meteora_core.evaluation.router_models import RoutedModel
 from meteora_core.evaluation.scoring import Scores, evaluate_responses
 from meteora_core.generation.batches import BatchLimits, answer_all, auto_budget
 from meteora_core.generation.engine import Engine
@@ -152,7 +154,7 @@ def test_rows(data_dir: Path, task: Task, limit: int | None) -> list[Row]:
 
 
 def evaluate_task(
-    model: PreTrainedModel,
+    model: PreTrainedModel | RoutedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: str | Task,
     data_dir: Path,
@@ -165,7 +167,8 @@ def evaluate_task(
     """Generate and score the answers to the test rows of one task.
 
     Args:
-        model: A causal language model. If adapters are attached, its routing settings are changed during this call.
+        model: A causal language model, or one whose routing changes between groups of prompts. If adapters are attached, its routing settings are changed
+            during this call.
         tokenizer: The model's tokenizer.
         task: The task or its name.
         data_dir: Folder of all datasets.
@@ -182,6 +185,8 @@ def evaluate_task(
         MeteoraError: A single row does not fit into GPU memory.
     """
     definition = get_task(task) if isinstance(task, str) else task
+    routed_model = model if isinstance(model, RoutedModel) else RoutedModel(model)
+    model = routed_model.model
     rows = test_rows(data_dir, definition, options.limit)
     if options.template is not None:
         rows = _in_frame(rows, data_dir, definition, pick_frame(options.template, recorded_frame(model), tokenizer))
@@ -208,7 +213,7 @@ def evaluate_task(
         with progress.task(definition.name, total=len(finished) + len(waiting), unit="rows") as bar:
             bar.update(len(finished))
             started = time.monotonic()
-            samples = _generate(_Generation(model, reader, options, total, result, counter, kept), waiting, bar)
+            samples = _generate(_Generation(routed_model, reader, options, total, result, counter, kept), waiting, bar)
             seconds = time.monotonic() - started if samples else 0.0
         counts = counter.finish() if counter is not None else None  # must run while the routing settings are in force
     sizes = {prompt.index: len(prompt.tokens) for prompt in fitting}
@@ -267,7 +272,7 @@ class _Generation:
     """Everything that the generation of a task's rows needs.
 
     Attributes:
-        model: A causal language model.
+        routed: A causal language model, and the groups into which its routing divides prompts.
         reader: Converter of answers to samples.
         options: Options for decoding.
         total: Maximum number of tokens in prompt and answer together; None for no limit.
@@ -276,7 +281,7 @@ class _Generation:
         kept: Storage to which each new row is added, or None.
     """
 
-    model: PreTrainedModel
+    routed: RoutedModel
     reader: _Reader
     options: EvalOptions
     total: int | None
@@ -292,10 +297,14 @@ def _generate(run: _Generation, waiting: Sequence[Prompt], bar: ProgressBar) -> 
     samples: dict[int, Sample] = {}
     began, tokens = time.monotonic(), 0
     try:
-        engine = Engine(run.model, run.reader.tokenizer, run.options.cuda_graphs, no_repeat_ngram_size=run.options.no_repeat_ngram_size)
+        engine = Engine(run.routed.model, run.reader.tokenizer, run.options.cuda_graphs, no_repeat_ngram_size=run.options.no_repeat_ngram_size)
         limits = BatchLimits(run.options.batch_size, run.result.max_new_tokens, run.total)
         notes = run.result.notes
-        for prompt, new in answer_all(engine, waiting, limits, lambda size: notes.append(f"out of memory: continued with batches of {size}")):
+
+        def smaller(size: int) -> None:
+            notes.append(f"out of memory: continued with batches of {size}")
+
+        for prompt, new in chain.from_iterable(answer_all(engine, group, limits, smaller) for group in run.routed.groups(waiting)):
             samples[prompt.index] = sample = run.reader.sample(prompt.index, run.reader.tokenizer.decode(new, skip_special_tokens=True), new)
             tokens += len(new) + len(prompt.tokens)
             if run.counter is not None:

@@ -84,6 +84,22 @@ def test_mistakes_of_a_report(meteora, runs, arguments, code, message) -> None:
     assert ran.out == ""
 
 
+def test_a_report_relative_to_the_oracle(meteora, runs, tmp_path) -> None:
+    write_json(runs / "oracle" / "results_2026-01-02T00-00-00.json", document("router:oracle", winowhy=0.5, gsm8k=0.25, disfl_qa=0.0))
+    ran = meteora("eval", "report", runs, "--relative-to", "router:oracle", "--plot", tmp_path / "x.png")
+    assert ran.code == 0, ran.err
+    lines = [line.split() for line in ran.out.replace("│", " ").splitlines()]
+    assert ["base", "2", "1", "50.0%", "45.1%", "to", "54.9%"] in lines
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "| meteora | 1 | **100.0%** |" in meteora("eval", "report", runs, "--relative-to", "router:oracle", "--markdown").out
+    assert meteora("eval", "report", runs, "--relative-to", "base", "--json").json["relative_to"] == "base"
+    for extra, message in ((("--kind", "radar", "--plot", "x.png"), "--kind has no effect here"), (("--label", "a"), "--label has no effect here")):
+        ran = meteora("eval", "report", runs, "--relative-to", "base", *extra)
+        assert ran.code == 2
+        assert message in ran.err
+    assert "there are no results of own" in meteora("eval", "report", runs, "--relative-to", "own").err
+
+
 def test_help_shows_every_option_and_the_report(meteora) -> None:
     text = meteora("eval", "--help").out
     for word in ("--task", "--model", "--scoring", "--routing", "--launcher", "--T", "report", "Examples:"):
@@ -116,6 +132,27 @@ def test_all_models_with_routing_and_debug(meteora, place) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = meteora("eval", "report", place.folder / "runs" / "eval", "--json")
     assert {run["name"] for run in report.json["runs"]} == {"base", "own", "meteora"}
+
+
+def test_routers_by_seed_and_without_the_asked_adapter(meteora, place) -> None:
+    ran = evaluate(
+        meteora, place, "--task", "strategyqa", "--model", "router:oracle,router:random", "--without-asked", "--seeds", "1,2", "--limit", "2", "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert [made["model_name"] for made in ran.json] == ["router:oracle", "router:random:without-asked@1", "router:random:without-asked@2"]
+    assert [made["config"]["model_args"]["router"]["seed"] for made in ran.json[1:]] == [1, 2]
+    shown = evaluate(meteora, place, "--task", "strategyqa", "--model", "router:oracle,router:uniform", "--limit", "2", "--no-save")
+    assert "share of router:oracle" in shown.out or "no task with a positive score of router:oracle is in all results" in shown.err
+    for arguments, message in (
+        (("--model", "router:oracle", "--without-asked"), "--without-asked has no effect here: it needs a router in --model"),
+        (("--model", "router:spectr", "--seeds", "1"), "--seeds has no effect here: it needs a router in --model that depends on a seed"),
+        (("--model", "router:random", "--seeds", "1,x"), "is not a list of seeds"),
+        (("--model", "router:randon"), "did you mean 'random'?"),
+        (("--model", "router:uniform", "--top-k", "2"), "--top-k has no effect here"),
+    ):
+        failed = evaluate(meteora, place, "--task", "strategyqa", *arguments)
+        assert failed.code == 2
+        assert message in failed.err
 
 
 def test_json_is_the_results_document(meteora, place) -> None:
