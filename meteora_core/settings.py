@@ -65,7 +65,7 @@ class PathSettings(_Section):
     """Folders of files; relative paths start at the working directory."""
 
     data: Path = Field(Path("datasets"), description="Folder of datasets, one sub-folder per task.")
-    adapters: Path = Field(Path("adapters"), description="Folder of LoRA adapters, one PEFT folder per task.")
+    adapters: Path = Field(Path("adapters"), description="Folder of LoRA adapters, one PEFT folder per task; for gates also hub ids, separated by commas.")
     runs: Path = Field(Path("runs"), description="Folder of checkpoints, evaluation results and the quickstart.")
 
     @field_validator("data", "adapters", "runs", mode="before")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 app = App(help="Add, drop, update and list the adapters of a checkpoint; the gates are solved again in closed form.", no_args_is_help=True)
 
 Checkpoint = Annotated[Path, typer.Argument(help="A native checkpoint, such as one from `meteora route`.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's PEFT folder.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's PEFT folder, or its id on the hub.", show_default=False)]
 Name = Annotated[str | None, typer.Option("--name", help="The adapter's name; default: the folder's name.", show_default=False)]
 Rows = Annotated[Path | None, typer.Option("--rows", help="A file or folder of the adapter's rows; default: found by the adapter's name.", show_default=False)]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")]

@@ -20,7 +20,7 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--checkpoint",
-        help="Checkpoint, native or in the authors' layout; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
+        help="Checkpoint, native or in the authors' layout, or its id on the hub; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
         show_default=False,
     ),
 ]

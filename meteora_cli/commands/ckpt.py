@@ -1,4 +1,4 @@
-"""``meteora ckpt``: downloads models, and inspects, converts, packs and exports checkpoints."""
+"""``meteora ckpt``: downloads models, and inspects, converts, packs, exports and uploads checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meteora_cli.commands.ckpt_export import export
+from meteora_cli.commands.ckpt_push import push
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.typer_app import App
@@ -15,7 +16,7 @@ from meteora_cli.typer_app import App
 if TYPE_CHECKING:
     from meteora_core.checkpoints.convert import BaseTensors
 
-app = App(help="Download models, and inspect, convert, pack and export checkpoints.", no_args_is_help=True)
+app = App(help="Download models, and inspect, convert, pack, export and upload checkpoints.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -103,7 +104,7 @@ def _download_base(ctx: typer.Context, name: str, *, include: list[str] | None, 
 @app.command("inspect")
 def inspect(
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(help="A folder or a safetensors file.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="A folder, a safetensors file, or the id of a checkpoint on the hub.", show_default=False)],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compute the SHA-256 of the weight files, which reads them completely.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -184,7 +185,7 @@ def convert(
 @app.command("pack")
 def pack(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint, or its id on the hub.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write.", show_default=False)],
     adapters: Annotated[
         Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
@@ -262,6 +263,7 @@ def card(
 
 
 app.command("export")(export)
+app.command("push")(push)
 
 
 def _size(count: int) -> str:

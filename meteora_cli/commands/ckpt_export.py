@@ -20,7 +20,7 @@ FORMATS = ("peft", "merged", "gguf")
 
 def export(
     ctx: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint, or its id on the hub.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     adapter: Annotated[
         str | None, typer.Option("--adapter", help="Adapter to write as a PEFT folder, or as a GGUF file with --gguf.", show_default=False)

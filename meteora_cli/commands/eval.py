@@ -49,7 +49,8 @@ def evaluate(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint, native or in the authors' layout; default: runs/meteora, else the quickstart's, else the starter checkpoint.", show_default=False
+            help="Checkpoint, native or in the authors' layout, or its id on the hub; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
+            show_default=False,
         ),
     ] = None,
     routing_temperature: Annotated[

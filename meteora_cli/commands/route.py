@@ -17,7 +17,7 @@ from meteora_core.choices import Dtype
 
 def route(
     ctx: typer.Context,
-    adapters: Annotated[Path | None, typer.Argument(help="Folder that contains one PEFT folder per adapter.")] = None,
+    adapters: Annotated[Path | None, typer.Argument(help="Folder that contains one PEFT folder per adapter, or ids on the hub, separated by commas.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the checkpoint to write; default: runs/routed.", show_default=False)] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Adapters to use, separated by commas; default: all.", show_default=False)] = None,

@@ -130,7 +130,9 @@ def gates(
         typer.Option("--out", "--output-dir", help="Folder of the checkpoint; default: runs/meteora.", rich_help_panel=INPUT, show_default=False),
     ] = None,
     data: shared.Data = None,
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder that contains one PEFT folder per adapter.", rich_help_panel=INPUT)] = None,
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", help="Folder of one PEFT folder per adapter, or ids on the hub.", rich_help_panel=INPUT)
+    ] = None,
     base: shared.Base = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Use adapters even if they name different base models.", rich_help_panel=INPUT)] = False,
     rows: shared.Rows = None,

@@ -11,6 +11,7 @@ import torch
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, Claim, read_adapter
 from meteora_core.adapters.stack import Stack, table
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
+from meteora_core.fetch.hub_names import adapter_folder
 from meteora_core.progress import SILENT, Progress
 
 
@@ -58,7 +59,8 @@ class AdapterBank:
         """Read PEFT LoRA folders and stack them. Ranks, alphas and target modules may differ between adapters.
 
         Args:
-            folders: The folder of each adapter, by the adapter's name, in the order of the bank.
+            folders: The folder of each adapter, or its id on the hub (``user/name`` or ``user/name@revision``), by the adapter's name, in the order of the
+                bank.
             dtype: The dtype of the stacked tensors; None keeps the dtype of the files, or uses float32 if they differ.
             progress: The receiver of progress reports.
 
@@ -76,7 +78,7 @@ class AdapterBank:
         adapters = []
         with progress.task("reading adapters", total=len(folders), unit="adapters") as task:
             for name, folder in folders.items():
-                adapters.append(read_adapter(name, folder))
+                adapters.append(read_adapter(name, adapter_folder(folder)))
                 task.update(1)
         return cls.stack(adapters, dtype=dtype)
 

@@ -13,6 +13,7 @@ from meteora_core.adapters.base_names import same_base_name
 from meteora_core.adapters.config import CONFIG, WEIGHTS, find_adapter, read_adapter_config
 from meteora_core.data.frames import Frame, FrameModel, chat_frame
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
+from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.file_models import FileModel, check_model
 from meteora_core.json_files import read_object
 from meteora_core.reading import is_regular
@@ -25,7 +26,7 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     """Return the adapter folders under ``root`` by name: first the authors' tasks in their order, then the others by name.
 
     Args:
-        root: The folder that contains the adapter folders.
+        root: The folder that contains the adapter folders, or ids of repositories on the hub; see :func:`meteora_core.fetch.hub_names.adapters_root`.
         names: The adapters to return. Empty means all except those that were trained on several tasks (``--balanced``), for which gates have no label.
 
     Raises:
@@ -34,6 +35,7 @@ def adapter_folders(root: Path, names: Sequence[str]) -> dict[str, Path]:
     """
     from meteora_core.data.tasks import TASK_ORDER
 
+    root = adapters_root(root)
     inside = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
     present = [path.name for path in inside if find_adapter(path) is not None]
     for path in inside:

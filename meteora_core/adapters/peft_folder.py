@@ -20,6 +20,7 @@ from meteora_core.adapters.stack import Pending
 from meteora_core.adapters.tensor_names import BaseCopy, read_names
 from meteora_core.data.frames import Frame, read_frame
 from meteora_core.errors import AdapterError, CheckpointError
+from meteora_core.fetch.hub_names import hub_source
 from meteora_core.files import sha256
 from meteora_core.reading import is_regular
 from meteora_core.tensor_files import PICKLES, TensorEntry, read_header
@@ -36,7 +37,7 @@ class AdapterInfo:
 
     Attributes:
         name: The adapter's name in the bank, usually the name of its task.
-        source: The folder that the adapter was read from.
+        source: The folder that the adapter was read from; for the hub's cache, ``hf://`` and the repository with its commit.
         sha256: The SHA-256 of the weight file; empty if the weights come from a checkpoint.
         base: The base model that the configuration names, if any.
         rank: The rank (``r``) of modules without a rank in ``rank_pattern``.
@@ -159,7 +160,8 @@ def read_adapter(name: str, folder: str | Path) -> Adapter:
         raise AdapterError(f"adapter {name!r}: {weights} cannot be read: {broken}", hint=_AGAIN) from broken
     modules = {path: _weights(name, path, {what: tensors[key] for what, key in keys.items()}, config, names.experts) for path, keys in names.lora.items()}
     modules |= {path: _whole(name, path, {what: tensors[key] for what, key in keys.items()}) for path, keys in names.whole.items()}
-    info = AdapterInfo.from_config(name, str(location), sha256(weights), config)
+    on_hub = hub_source(location)
+    info = AdapterInfo.from_config(name, str(location) if on_hub is None else on_hub.uri, sha256(weights), config)
     return Adapter(info, modules, config, tuple(names.copies))
 
 

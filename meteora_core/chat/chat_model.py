@@ -10,6 +10,7 @@ from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.folders import folder_frame
 from meteora_core.data.frames import Frame, default_frame
 from meteora_core.errors import UsageError
+from meteora_core.fetch.hub_names import adapter_folder, adapter_label
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
 from meteora_core.model.prompts import model_frame
 from meteora_core.progress import SILENT, Progress
@@ -70,8 +71,9 @@ def load_chat_model(
 ) -> ChatModel:
     """Load the model that the user has chosen.
 
-    With ``base`` alone, this is the bare base model. With ``adapter``, it is a PEFT folder, the adapter of that name in ``settings.paths.adapters``, or an
-    adapter in the checkpoint's bank. Otherwise it is the checkpoint, by default :func:`meteora_core.starter.usual_checkpoint`.
+    With ``base`` alone, this is the bare base model. With ``adapter``, it is a PEFT folder or its id on the hub, the adapter of that name in
+    ``settings.paths.adapters``, or an adapter in the checkpoint's bank. Otherwise it is the checkpoint, by default
+    :func:`meteora_core.starter.usual_checkpoint`.
 
     Args:
         settings: Settings for the device, the dtype, the paths, and the default base model.
@@ -88,7 +90,7 @@ def load_chat_model(
         UsageError: The adapter, the device or the dtype does not exist.
     """
     if adapter is not None and checkpoint is None:
-        candidates = (Path(adapter), settings.paths.adapters / adapter)
+        candidates = (adapter_folder(adapter, progress=progress), settings.paths.adapters / adapter)
         folder = next((candidate for candidate in candidates if find_adapter(candidate) is not None), None)
         if folder is not None:
             return _single_adapter(settings, folder, base, progress)
@@ -118,7 +120,7 @@ def _single_adapter(settings: Settings, folder: Path, base: str | None, progress
     from meteora_core.adapters.bank import AdapterBank
     from meteora_core.model.attach import attach
 
-    name = folder.resolve().name
+    name = adapter_label(folder)
     bank = AdapterBank.from_peft({name: folder}, progress=progress)
     bank = replace(bank, adapters=(replace(bank.adapters[0], frame=folder_frame(folder)),))
     reference = _reference(settings, base or bank.adapters[0].base)
@@ -134,7 +136,7 @@ def _checkpoint(settings: Settings, folder: Path, base: str | None, adapter: str
     from meteora_core.fused.fuse import fuse_for_inference
     from meteora_core.settings import ModelSettings
 
-    facts = describe_checkpoint(folder, adapters_dir)
+    facts = describe_checkpoint(folder, adapters_dir, progress=progress)
     names = list(facts.adapters)
     if adapter is not None and adapter not in names:
         hint = did_you_mean(adapter, names) or f"the bank of {folder} has: {', '.join(names)}; a PEFT folder can be given by its path"

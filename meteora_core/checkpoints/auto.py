@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from meteora_core.checkpoints.native import CONFIG_FILE, WEIGHT_FILE, load_checkpoint, read_config, refuse_untrained
+from meteora_core.checkpoints.located import FILES
+from meteora_core.checkpoints.native import load_checkpoint, read_config, refuse_untrained
 from meteora_core.checkpoints.parts import MODEL_TYPE
 from meteora_core.model.base import BaseReference, check_whole, locate_base, name_reference
 
@@ -49,7 +50,7 @@ class MeteoraForCausalLM:
         if not local.is_dir():
             from huggingface_hub import snapshot_download
 
-            local = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHT_FILE], **{k: v for k, v in hub.items() if v is not None}))
+            local = Path(snapshot_download(str(folder), allow_patterns=list(FILES), **{k: v for k, v in hub.items() if v is not None}))
         saved = read_config(local)
         refuse_untrained(local, saved)
         attention = getattr(config, "_attn_implementation_internal", None)

@@ -12,6 +12,7 @@ from meteora_core.adapters.config import CONFIG as ADAPTER_CONFIG
 from meteora_core.adapters.config import WEIGHTS as ADAPTER_WEIGHTS
 from meteora_core.adapters.config import AdapterConfig, find_adapter
 from meteora_core.checkpoints.authors_layout import is_authors, read_layout
+from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.file_models import read_model
@@ -41,7 +42,7 @@ def inspect_checkpoint(path: str | Path, *, hashes: bool = True, progress: Progr
     Raises:
         CheckpointError: The path does not exist, or a file is broken, cut short or a pickle.
     """
-    path = Path(path)
+    path = checkpoint_folder(path, progress=progress)
     refuse_pickle(path)
     try:
         exists, folder = path.exists(), path.is_dir()

@@ -24,6 +24,7 @@ from meteora_core.adapters.joining import with_adapter
 from meteora_core.adapters.magnitudes import check_stack, check_tensor
 from meteora_core.adapters.peft_folder import WEIGHTS, AdapterInfo
 from meteora_core.checkpoints.gate_statistics import STATISTICS
+from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, check_weights, read_config
 from meteora_core.checkpoints.parts import (
     TRANSFORMERS_CONFIG,
@@ -40,6 +41,7 @@ from meteora_core.checkpoints.parts import (
 from meteora_core.checkpoints.stacks import read_stack
 from meteora_core.data.frames import read_frame
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
+from meteora_core.fetch.hub_names import SCHEME, adapter_folder
 from meteora_core.files import atomic_folder, holds_other_things, other_entries, sha256
 from meteora_core.model.attach import attach, detach, meteora_layers, same_base
 from meteora_core.model.base import BaseReference, load_base, pick_device, pick_dtype
@@ -162,7 +164,7 @@ def load_checkpoint(
     """Load a native checkpoint onto its base model.
 
     Args:
-        folder: The folder of the checkpoint.
+        folder: The folder of the checkpoint, or its id on the hub: ``user/name`` or ``user/name@revision``.
         base_model: A loaded base model, which is changed in place, a folder, a name, or a :class:`~meteora_core.model.base.BaseReference`, which may
             name a revision and allow remote code; None means the base model that the checkpoint names.
         dtype: The dtype of the model; None or "auto" means float32 on a CPU and bfloat16 on a GPU. Ignored for a loaded base model.
@@ -179,6 +181,7 @@ def load_checkpoint(
         CheckpointError: Files are missing or broken, keys are missing or unknown (the message names the first five), the base model differs, an
             adapter is not the one that the gates were trained with, or the gates are untrained.
         UsageError: The model has adapters already, or the backend is unknown.
+        DownloadError: The checkpoint, its adapters or its base model cannot be fetched from the hub.
 
     Example:
         >>> from meteora_core import load_checkpoint
@@ -186,7 +189,7 @@ def load_checkpoint(
         >>> model.meteora.names, model.meteora.top_k
         (('gsm8k', 'strategyqa'), 2)
     """
-    folder = Path(folder)
+    folder = checkpoint_folder(folder, progress=progress)
     if not allow_untrained:
         refuse_untrained(folder, read_config(folder))
     config, tensors, bank = read_checkpoint(folder, adapters_dir, progress)
@@ -286,7 +289,7 @@ def _bank(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], adap
             stacks[path] = read_stack(path, config["modules"][path], tensors)
             check_stack(path, stacks[path], [info.name for info in infos], stacks[path].A.dtype, CheckpointError)
         return AdapterBank(infos, stacks)
-    folders = {info.name: _folder_of(info, folder, adapters_dir) for info in real_adapters(infos)}
+    folders = {info.name: locate_adapter(info, folder, adapters_dir, progress) for info in real_adapters(infos)}
     bank = AdapterBank.from_peft(folders, progress=progress)
     for index, info in enumerate(infos):
         if is_base_route(info):
@@ -325,13 +328,27 @@ def _renamed(claim: Claim, renamed: Mapping[str, str]) -> Claim:
     return replace(claim, config=None, copies=copies, paths=frozenset(renamed.get(path, path) for path in claim.paths))
 
 
-def _folder_of(info: AdapterInfo, folder: Path, adapters_dir: Path | None) -> Path:
-    """Return the present folder of an adapter, after checking that it has the weights that the gates were trained with."""
-    candidates = [Path(info.source), folder / info.source]
+def locate_adapter(info: AdapterInfo, folder: Path, adapters_dir: Path | None, progress: Progress) -> Path:
+    """Return the present folder of an adapter, after checking that it has the weights that the gates were trained with.
+
+    Args:
+        info: The description of the adapter in the checkpoint.
+        folder: The folder of the checkpoint.
+        adapters_dir: The folder that contains the adapter folders by name, if they were moved after training.
+        progress: The receiver of progress reports.
+
+    Raises:
+        CheckpointError: The adapter is missing, or has other weights.
+        DownloadError: It is on the hub and cannot be fetched.
+    """
+    on_hub = info.source.startswith(SCHEME)
+    candidates = [] if on_hub else [folder / info.source, Path(info.source)]
     if is_name(info.name):  # the configuration is untrusted
         candidates.append(folder / "adapters" / info.name)
         candidates[:0] = [] if adapters_dir is None else [adapters_dir / info.name]
     location = next((place for place in map(find_adapter, candidates) if place is not None and is_regular(place / WEIGHTS)), None)
+    if location is None and on_hub:
+        location = find_adapter(adapter_folder(info.source, progress=progress))
     if location is None:
         where = f"{info.source} (seen from {Path.cwd()})" if not Path(info.source).is_absolute() else info.source
         looked = f", and not in {adapters_dir} either" if adapters_dir is not None else ""
@@ -353,7 +370,7 @@ def read_checkpoint(
     """Read the parts of a checkpoint, without its base model.
 
     Args:
-        folder: The folder of the checkpoint.
+        folder: The folder of the checkpoint, or its id on the hub.
         adapters_dir: The folder that contains the adapter folders by name, if they were moved after training.
         progress: The receiver of progress reports.
 
@@ -363,7 +380,7 @@ def read_checkpoint(
     Raises:
         CheckpointError: A file is missing or broken, or an adapter is not the one that the gates were trained with.
     """
-    folder = Path(folder)
+    folder = checkpoint_folder(folder, progress=progress)
     config = read_config(folder)
     tensors = _read_weights(folder, config)
     return config, tensors, _bank(folder, config, tensors, Path(adapters_dir) if adapters_dir else None, progress)

@@ -12,6 +12,7 @@ import torch
 
 from meteora_core.checkpoints.authors import attach_authors
 from meteora_core.checkpoints.authors_layout import AuthorsAdapters, describe_adapters, is_authors, read_layout
+from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native import load_checkpoint, refuse_untrained
 from meteora_core.checkpoints.native_config import CONFIG_FILE, check_weights, read_config
 from meteora_core.errors import CheckpointError, UsageError
@@ -63,17 +64,18 @@ class CheckpointFacts:
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None = None) -> CheckpointFacts:
+def describe_checkpoint(checkpoint: str | Path, adapters_dir: str | Path | None = None, *, progress: Progress = SILENT) -> CheckpointFacts:
     """Read a checkpoint's configuration, or its headers in the authors' layout.
 
     Args:
-        checkpoint: A native folder, or a file or folder in the authors' layout.
+        checkpoint: A native folder, its id on the hub (``user/name`` or ``user/name@revision``), or a file or folder in the authors' layout.
         adapters_dir: The folder of PEFT folders that names the adapters of the authors' layout; None means the names of the 28 tasks, or numbers.
+        progress: The receiver of progress reports.
 
     Raises:
         CheckpointError: The checkpoint is missing or broken, its gates are untrained, or the folder of adapters does not fit it.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = checkpoint_folder(checkpoint, progress=progress)
     try:
         exists, folder = checkpoint.exists(), checkpoint.is_dir()
     except (OSError, ValueError) as broken:
@@ -161,7 +163,7 @@ def open_checkpoint(
     """Load a checkpoint onto its base model.
 
     Args:
-        checkpoint: A native folder, or a file or folder in the authors' layout.
+        checkpoint: A native folder, its id on the hub (``user/name`` or ``user/name@revision``), or a file or folder in the authors' layout.
         options: Options for loading the checkpoint and the base model.
         progress: The receiver of progress reports.
 
@@ -172,7 +174,7 @@ def open_checkpoint(
         CheckpointError: The checkpoint is missing or broken, or does not fit the base model or the adapters.
         UsageError: A base model is required and not given, or an option is out of range.
     """
-    facts = describe_checkpoint(checkpoint, options.adapters_dir)
+    facts = describe_checkpoint(checkpoint, options.adapters_dir, progress=progress)
     reference = facts.reference(options.base, options.revision, trust_remote_code=options.trust_remote_code)
     device = pick_device(options.device)
     loaded = load_base(reference, dtype=pick_dtype(options.dtype, device), device=device, quantization=options.quantization, progress=progress)

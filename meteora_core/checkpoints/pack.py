@@ -15,6 +15,7 @@ from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.adapters.stack import Stack
+from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, read_config, refuse_untrained, write_checkpoint
 from meteora_core.checkpoints.stacks import stack_entry, with_features
 from meteora_core.errors import CheckpointError, UsageError
@@ -100,6 +101,7 @@ def pack_checkpoint(
         raise UsageError(f"rank is {rank}", hint="choose 1 or more")
     if max_bytes is not None and max_bytes < 1:
         raise UsageError(f"the largest size is {max_bytes} bytes", hint="choose a size above 0")
+    source = checkpoint_folder(source, progress=progress)
     refuse_untrained(source, read_config(source))
     config, tensors, bank = read_checkpoint(source, adapters_dir, progress)
     if adapters_dir is not None and "adapters" in config["contains"]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from meteora_core.adapters.config import WRAPPERS
 from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FILE, weight_metadata
 from meteora_core.checkpoints.stacks import TABLES, stack_entry, with_features
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.fetch.catalog import CATALOG
+from meteora_core.fetch.hub_names import SCHEME
 from meteora_core.json_files import read_json, write_json
 from meteora_core.model.attach import gate_origin, meteora_layers
 from meteora_core.model.base import BaseReference, loaded_by
@@ -209,12 +213,12 @@ def checkpoint_parts(
     for name, inside in changed.items():
         tensor = whole_tensor(model, inside, state_dict)
         tensors[BASE + name] = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
-    reference = base or loaded_by(model) or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
+    reference = _reference(model, base)
     config = {
         "base": {"name": reference.name, "revision": reference.revision, "probe": known.base_probe},
         "top_k": state.top_k,
         "temperature": state.temperature,
-        "adapters": [adapter.to_json() for adapter in state.adapters],
+        "adapters": [replace(adapter, source=_source(adapter.source, Path(folder))).to_json() for adapter in state.adapters],
         "gates": origin,
         **({"gates_start": {"init": known.start.init, "seed": known.start.seed}} if origin == "untrained" and known.start else {}),
         "contains": ["gates", *(["adapters"] if adapters else []), *(["base"] if changed else [])],
@@ -226,6 +230,25 @@ def checkpoint_parts(
         "training": training or {},
     }
     return with_features(config), tensors
+
+
+def _reference(model: nn.Module, base: BaseReference | None) -> BaseReference:
+    """The base model to record: a model on the hub with the commit that it was loaded at, and a folder by its absolute path."""
+    loaded = loaded_by(model)
+    reference = base or loaded or BaseReference(str(getattr(model, "name_or_path", "") or "unknown"))
+    if reference.name not in CATALOG and Path(reference.name).is_dir():
+        return replace(reference, name=str(Path(reference.name).absolute()))
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if commit and reference.name in (getattr(model, "name_or_path", None), loaded.name if loaded else None):
+        return replace(reference, revision=str(commit))
+    return reference
+
+
+def _source(source: str, folder: Path) -> str:
+    """The folder of an adapter, relative to the checkpoint if it was relative to the working directory."""
+    if not source or source.startswith(SCHEME) or Path(source).is_absolute() or not Path(source).is_dir():
+        return source
+    return os.path.relpath(source, folder)
 
 
 def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

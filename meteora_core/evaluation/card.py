@@ -36,6 +36,7 @@ def write_card(
     results: str | Path | None = None,
     data_dir: str | Path | None = None,
     licences: Mapping[str, str] | None = None,
+    checkpoint: str | None = None,
 ) -> Path:
     """Write ``README.md`` into a checkpoint's folder.
 
@@ -45,6 +46,7 @@ def write_card(
         results: Results file of `meteora eval` for this checkpoint, or the folder with it.
         data_dir: Folder of the datasets that the checkpoint was trained on, whose manifests name sources and hashes.
         licences: Source and licence of a task's rows, by task, for rows whose manifest does not state them, such as local ones.
+        checkpoint: Name of the checkpoint in the commands on the card; None means the folder's name.
 
     Returns:
         The path of the card.
@@ -69,7 +71,8 @@ def write_card(
             raise UsageError(f"{results} holds the scores of another checkpoint", hint=f"meteora eval --checkpoint {folder} --task …")
     base, training = config["base"], config.get("training", {})
     lines = [f"# {title or folder.name}", "", f"{len(names)} LoRA adapters and the MeteoRA gates that choose among them, for the base model `{base['name']}`."]
-    lines += ["", f"    meteora chat --checkpoint {folder.name}", f"    meteora eval --checkpoint {folder.name} --task {names[0]}", ""]
+    name = checkpoint or folder.name
+    lines += ["", f"    meteora chat --checkpoint {name}", f"    meteora eval --checkpoint {name} --task {names[0]}", ""]
     lines += _model_lines(config, folder)
     lines += ["", "## Tasks and data", "", "| task | rows from | licence of the rows | train rows (SHA-256) | mean rank |", "| --- | --- | --- | --- | ---: |"]
     for index, name in enumerate(names):

@@ -76,7 +76,7 @@ class ModelLoader:
         if self.plan.quantization is not None:
             quantized_loading(self.plan.quantization, self.dtype, self.device)
         if any(map(is_meteora, models)):
-            facts = self._checkpoint = describe_checkpoint(self.plan.checkpoint, self.plan.checkpoint_adapters)
+            facts = self._checkpoint = describe_checkpoint(self.plan.checkpoint, self.plan.checkpoint_adapters, progress=self.progress)
             for name in filter(None, map(router_name, filter(is_meteora, models))):
                 fewest_left(name, [get_task(task) for task in self.plan.tasks], facts.adapters)
             planned = self.plan.base

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.joining import alone
+from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native import read_checkpoint
 from meteora_core.errors import AdapterError, CheckpointError, UsageError
 from meteora_core.exports.common import Exported, ExportOptions, check_export
@@ -84,6 +85,7 @@ def export_gguf(checkpoint: str | Path, folder: str | Path, name: str, options: 
         ('adapter.gguf',)
     """
     folder = Path(folder)
+    checkpoint = checkpoint_folder(checkpoint, progress=options.progress)
     check_export(checkpoint, folder, overwrite=options.overwrite)
     if dtype not in _FLOATS:
         raise UsageError(f"an adapter in GGUF cannot have the dtype {dtype!r}", hint=f"choose from: {', '.join(_FLOATS)}")

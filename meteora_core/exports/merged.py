@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native import load_checkpoint, read_config
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.exports.common import Exported, ExportOptions, check_export
@@ -46,6 +47,7 @@ def export_merged(checkpoint: str | Path, folder: str | Path, name: str, options
         'merged'
     """
     folder = Path(folder)
+    checkpoint = checkpoint_folder(checkpoint, progress=options.progress)
     check_export(checkpoint, folder, overwrite=options.overwrite)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UsageError(f"unknown dtype {dtype!r}", hint="choose from: float32, bfloat16, float16")

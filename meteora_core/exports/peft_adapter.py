@@ -21,6 +21,7 @@ from meteora_core.adapters.folders import INFO_FILE
 from meteora_core.adapters.joining import alone
 from meteora_core.adapters.stack import Pending, Stack
 from meteora_core.adapters.tensor_names import nested_name
+from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native import read_checkpoint
 from meteora_core.errors import UsageError
 from meteora_core.exports.common import Exported, ExportOptions, check_export
@@ -57,6 +58,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, name: str, option
         ('adapter_config.json', 'adapter_model.safetensors')
     """
     folder = Path(folder)
+    checkpoint = checkpoint_folder(checkpoint, progress=options.progress)
     check_export(checkpoint, folder, overwrite=options.overwrite)
     config, _, bank = read_checkpoint(checkpoint, options.adapters_dir, options.progress)
     bank = alone(bank, name)

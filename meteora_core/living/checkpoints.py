@@ -18,11 +18,13 @@ from meteora_core.adapters.base_route import NO_ADAPTER
 from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.joining import without_adapter
 from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, place_statistics, read_statistics
+from meteora_core.checkpoints.located import checkpoint_folder, refuse_hub
 from meteora_core.checkpoints.native import check_replaceable, load_checkpoint, read_checkpoint, read_config, refuse_untrained
 from meteora_core.checkpoints.native_config import WEIGHT_FILE
 from meteora_core.checkpoints.parts import checkpoint_parts, write_files
 from meteora_core.checkpoints.stacks import TABLES, stack_entry, stack_tensors, with_features
 from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.fetch.hub_names import adapter_folder, adapter_label, hub_source
 from meteora_core.files import atomic_folder, locked
 from meteora_core.living.collector import Collector
 from meteora_core.living.live_bank import Change, LiveBank, gates_without, refuse_last
@@ -109,6 +111,7 @@ def list_adapters(checkpoint: str | Path) -> list[Listed]:
         >>> [(each.name, each.rank, each.statistics) for each in list_adapters("runs/mine")]
         [('gsm8k', 4, None), ('strategyqa', 8, None)]
     """
+    checkpoint = checkpoint_folder(checkpoint)
     config = read_config(checkpoint)
     statistics = read_statistics(checkpoint, [adapter["name"] for adapter in config["adapters"]])
     adapters = []
@@ -125,7 +128,7 @@ def add_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = N
 
     Args:
         checkpoint: Native checkpoint; it is replaced after the new one is completely written.
-        folder: PEFT folder of the adapter.
+        folder: PEFT folder of the adapter, or its id on the hub.
         name: Name of the adapter; None for the name of the folder.
         options: Options for opening the checkpoint and collecting statistics.
 
@@ -139,8 +142,9 @@ def add_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = N
         >>> add_adapter("runs/mine", "adapters/sql", options=options).adapters  # doctest: +SKIP
         ('gsm8k', 'strategyqa', 'sql')
     """
-    folder = Path(folder)
-    chosen = name or folder.resolve().name
+    refuse_hub(checkpoint)
+    folder = adapter_folder(folder, progress=options.progress)
+    chosen = name or adapter_label(folder)
     return _changed(Path(checkpoint), chosen, folder, options, lambda live: live.add(chosen, folder))
 
 
@@ -161,8 +165,9 @@ def add_base_route(checkpoint: str | Path, options: ChangeOptions = ChangeOption
 
 def update_adapter(checkpoint: str | Path, folder: str | Path, name: str | None = None, options: ChangeOptions = ChangeOptions()) -> Change:
     """Replace an adapter of a checkpoint by a new version. Arguments and errors are those of :func:`add_adapter`."""
-    folder = Path(folder)
-    chosen = name or folder.resolve().name
+    refuse_hub(checkpoint)
+    folder = adapter_folder(folder, progress=options.progress)
+    chosen = name or adapter_label(folder)
     _known(checkpoint, chosen)
     return _changed(Path(checkpoint), chosen, folder, options, lambda live: live.update(chosen, folder))
 
@@ -248,7 +253,7 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
 
 
 def relocate(model: Any, folders: Mapping[str, Path], checkpoint: Path) -> None:
-    """Make the recorded folders of adapters relative to the checkpoint, so that they do not depend on the working directory.
+    """Make the recorded folders of adapters relative to the checkpoint, so that they do not depend on the working directory. Those on the hub stay.
 
     Args:
         model: A model with adapters attached; its routing state is changed.
@@ -256,10 +261,13 @@ def relocate(model: Any, folders: Mapping[str, Path], checkpoint: Path) -> None:
         checkpoint: Folder of the checkpoint.
     """
     state = model.meteora
-    state.adapters = tuple(
-        replace(info, source=os.path.relpath(find_adapter(folders[info.name]) or folders[info.name], checkpoint)) if info.name in folders else info
-        for info in state.adapters
-    )
+
+    def moved(name: str) -> str:
+        folder = find_adapter(folders[name]) or folders[name]
+        on_hub = hub_source(folder)
+        return os.path.relpath(folder, checkpoint) if on_hub is None else on_hub.uri
+
+    state.adapters = tuple(replace(info, source=moved(info.name)) if info.name in folders else info for info in state.adapters)
 
 
 def _source(checkpoint: Path, name: str, source: str, adapters_dir: Path | None) -> Path | None:
@@ -309,6 +317,7 @@ def write_with_statistics(checkpoint: Path, config: dict[str, Any], tensors: dic
 @contextmanager
 def _locked(checkpoint: Path) -> Iterator[None]:
     """Prevent other processes from changing a checkpoint within the block."""
+    refuse_hub(checkpoint)
     read_config(checkpoint)  # rejects a path that is not a checkpoint before a lock file is created
     check_replaceable(checkpoint)
     with locked(checkpoint.resolve()):
@@ -316,7 +325,8 @@ def _locked(checkpoint: Path) -> Iterator[None]:
 
 
 def _known(checkpoint: str | Path, name: str) -> None:
-    """Raise UsageError if a checkpoint has no adapter of this name."""
+    """Raise UsageError if a checkpoint has no adapter of this name, or is on the hub."""
+    refuse_hub(checkpoint)
     names = [adapter["name"] for adapter in read_config(checkpoint)["adapters"]]
     if name not in names:
         raise UsageError(f"no adapter named {name!r} in {checkpoint}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}")

@@ -22,6 +22,7 @@ from meteora_core.checkpoints.gate_statistics import Recipe
 from meteora_core.checkpoints.native import check_replaceable
 from meteora_core.checkpoints.parts import checkpoint_parts
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
+from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.living.checkpoints import ANSWER_SHARE, relocate, write_with_statistics
 from meteora_core.living.collector import Collector
 from meteora_core.living.rows import find_rows
@@ -128,7 +129,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
     Adapters that cannot be used, that belong to another base model, or that have neither rows nor statistics are left out.
 
     Args:
-        adapters: Folder that contains one folder per adapter.
+        adapters: Folder that contains one folder per adapter, or ids of repositories on the hub, separated by commas.
         folder: Folder of the checkpoint to write.
         options: Selection of the adapters and settings of the routing.
 
@@ -145,10 +146,11 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         >>> done.adapters, done.set_aside
         (('strategyqa',), {})
     """
-    began, root, folder, progress = time.perf_counter(), Path(adapters), Path(folder), options.progress
+    began, folder, progress = time.perf_counter(), Path(folder), options.progress
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not options.overwrite:
         raise UsageError(f"{folder} already exists", hint="pass --force to replace it, or choose another folder with --out")
     check_replaceable(folder)
+    root = adapters_root(adapters, progress=progress)
     set_aside: dict[str, str] = {}
     folders = _candidates(root, options, set_aside)
     banks, named = _readable(folders, set_aside)
