@@ -53,6 +53,14 @@ class Clock(Protocol):
         """Times in milliseconds of two works that run one after the other, several times."""
 
 
+def lasting_pool() -> tuple[Any, torch.cuda.CUDAGraph]:
+    """A memory pool for CUDA graphs, and a graph that keeps it alive."""
+    pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        torch.zeros(1, device="cuda")
+    return pool, graph
+
+
 @dataclass(frozen=True)
 class GpuClock:
     """CUDA graphs timed by events. They share memory, and the GPU's cache is filled with other data before each run, as the layers of a model do.
@@ -60,13 +68,13 @@ class GpuClock:
     Attributes:
         device: Device on which works run.
         seconds: Approximate duration of one measurement in seconds.
-        pool: Memory pool of the graphs.
+        pool: Memory pool of the graphs, and a graph that keeps it: a pool whose graphs are all deleted is gone, and capturing into it fails.
         filler: Tensor that is larger than the GPU's cache.
     """
 
     device: torch.device
     seconds: float = 1.0
-    pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
+    pool: tuple[Any, torch.cuda.CUDAGraph] = field(default_factory=lasting_pool)
     filler: Tensor = field(default_factory=lambda: torch.empty(1 << 26, device="cuda"))
 
     def fill(self) -> None:
@@ -74,7 +82,7 @@ class GpuClock:
         self.filler.zero_()
 
     def ready(self, work: Work) -> Work:
-        return capture(work, self.pool)
+        return capture(work, self.pool[0])
 
     def medians(self, works: dict[str, Work]) -> dict[str, float]:
         return medians(works, self.device, repeats=30, seconds=self.seconds, before=self.fill)

@@ -72,7 +72,7 @@ class FixedCache:
         self._mask = torch.zeros(len(self.rows), 1, 1, capacity, dtype=torch.bool, device=self.device)
         self._columns = torch.arange(capacity, device=self.device)
         self._step = None
-        self._pieces = PieceGraphs(self._read_padded, self.cut, self._columns)
+        self._pieces = PieceGraphs(self._columns)  # holds no reference to this cache, whose memory is freed with the last reference
 
     @property
     def captured(self) -> bool:
@@ -113,7 +113,7 @@ class FixedCache:
         end = self.length + len(tokens)
         if end > self.capacity:
             self._grow(end)
-        if self.can_capture and not (eager or is_observed(self.model)) and (captured := self._pieces.read(tokens, self.length, key)) is not None:
+        if self.can_capture and not (eager or is_observed(self.model)) and (captured := self._pieces.read(self, tokens, key)) is not None:
             return captured
         positions = torch.arange(self.length, end, device=self.device)
         mask = (self._columns <= positions.view(-1, 1)).view(1, 1, len(tokens), -1)
@@ -133,7 +133,7 @@ class FixedCache:
         self.length = length
         self._mask.copy_(self._columns < length)
 
-    def _read_padded(self, ids: Tensor, mask: Tensor, positions: Tensor, last: Tensor) -> Tensor:
+    def read_padded(self, ids: Tensor, mask: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         """Read tokens with padding on the right. Returns the logits of the token with the index ``last``, int64 (1,); (1, vocabulary)."""
         options = dict.fromkeys(self.options, last)  # the only option is the position whose logits are needed
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True, **options)

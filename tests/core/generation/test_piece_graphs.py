@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +78,8 @@ def test_graphs_are_made_at_the_second_need_and_dropped_with_their_settings(spea
     graph = reader._pieces._graphs[32]
     answer(engine, [9, *ids])
     assert reader._pieces._graphs[32] is graph
-    assert reader._pieces.read(ids, 0, "other settings") is not None
+    reader.cut(0)
+    assert reader._pieces.read(reader, ids, "other settings") is not None
     assert reader._pieces._graphs[32] is not graph
 
 
@@ -87,8 +90,23 @@ def test_tokens_that_do_not_fit_are_read_without_a_graph(speaker, captures) -> N
     cache = engine.stream_cache
     assert isinstance(cache, fixed_cache.FixedCache)
     for _ in range(3):
-        assert cache._pieces.read([5] * 513, 0, None) is None
-        assert cache._pieces.read([5] * 3, cache.capacity - 15, None) is None
-    cache._pieces.can_capture = False
-    assert cache._pieces.read([5] * 40, 0, None) is None
-    assert cache._pieces.read([5] * 40, 0, None) is None
+        cache.length = 0
+        assert cache._pieces.read(cache, [5] * 513, None) is None
+        cache.length = cache.capacity - 15
+        assert cache._pieces.read(cache, [5] * 3, None) is None
+    cache.length, cache._pieces.can_capture = 0, False
+    assert cache._pieces.read(cache, [5] * 40, None) is None
+    assert cache._pieces.read(cache, [5] * 40, None) is None
+
+
+def test_a_cache_is_freed_with_its_last_reference(speaker) -> None:
+    """Its memory must be free before the next cache is made."""
+    engine = Engine(speaker.model, speaker.tokenizer, "on")
+    answer(engine, [5, 6, 7])
+    cache = weakref.ref(engine.stream_cache)
+    gc.disable()
+    try:
+        engine.release()
+        assert cache() is None
+    finally:
+        gc.enable()
