@@ -13,6 +13,7 @@ import argparse
 import cProfile
 import io
 import json
+import logging
 import os
 import pstats
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from meteora_core import attach, fuse
 from meteora_core.bench import SHAPES, ModelShape
@@ -30,7 +32,7 @@ from meteora_core.bench.timing import capture as capture_on_gpu
 from meteora_core.bench.timing import medians
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MODE = "max-autotune-no-cudagraphs" if DEVICE.type == "cuda" else "default"
+MODE = os.environ.get("MODE", "max-autotune-no-cudagraphs" if DEVICE.type == "cuda" else "default")
 """Inductor's most thorough mode; the script captures the graphs itself, so that no time of the host is in the figures."""
 CONTEXT = 512
 Work = Callable[[], object]
@@ -78,6 +80,7 @@ def compiled_of(model: nn.Module, name: str, report: dict[str, float], work: Cal
     run()
     synchronize()
     report[f"compile_s_{name}"] = round(time.perf_counter() - begin, 1)
+    print(f"compiled {name}: {report[f'compile_s_{name}']} s", flush=True)
     return run
 
 
@@ -90,6 +93,7 @@ def decode(models: dict[str, nn.Module], rows: int, seconds: float) -> dict[str,
     report: dict[str, float] = {}
     ids = torch.randint(0, 32000, (rows, CONTEXT), device=DEVICE)
     works: dict[str, Work] = {}
+    kept = []  # the works own the caches that their graphs read
     for name, model in models.items():
         plain = decoder(model, model, ids)
         works[f"{name}_eager"] = capture(plain)
@@ -101,6 +105,7 @@ def decode(models: dict[str, nn.Module], rows: int, seconds: float) -> dict[str,
         again = torch.compile(model, mode=MODE, fullgraph=True, dynamic=False)  # finds the compiled code
         report[f"{name}_compiled_against_eager"] = error(decoder(model, again, ids)(), decoder(model, model, ids)())
         works[f"{name}_compiled"] = capture(run)
+        kept += [plain, run]
     return report | medians(works, DEVICE, repeats=60, seconds=seconds)
 
 
@@ -150,6 +155,8 @@ def main() -> None:
     parser.add_argument("stages", nargs="+")
     given = parser.parse_args()
     began, out = time.perf_counter(), Path(os.environ.get("OUT", "."))
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    inductor.autotune_num_choices_displayed = 0
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # no effect on bfloat16; keeps the compiler's advice out of the output
     shape = SHAPES["llama3-8b"] if DEVICE.type == "cuda" else ModelShape("tiny", 64, 32, 128, 4, 2, given.layers, 40000)
@@ -164,6 +171,9 @@ def main() -> None:
         kind, _, size = stage.partition("-")
         try:
             report = runs[kind](models, int(size), 4.0)
+        except torch.AcceleratorError as problem:  # the device is of no more use
+            print(f"{stage}: {str(problem).splitlines()[0]}", flush=True)
+            return
         except Exception as problem:
             report = {"failed": f"{type(problem).__name__}: {str(problem)[:1500]}"}
         (out / f"{stage}.json").write_text(json.dumps(report, indent=1))
