@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from meteora_core.adapters.misfits import Misfits
 from meteora_core.adapters.peft_folder import Adapter, AdapterInfo, Claim, read_adapter
 from meteora_core.adapters.stack import Stack, table
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
@@ -65,7 +66,8 @@ class AdapterBank:
             progress: The receiver of progress reports.
 
         Raises:
-            AdapterError: A folder cannot be used, or two adapters have different shapes for a layer; the message names adapter, layer and shapes.
+            AdapterError: Folders cannot be used, or two adapters have different shapes for a layer; the message names all such adapters, or the layer
+                and the shapes.
 
         Example:
             >>> from meteora_core import AdapterBank
@@ -75,11 +77,13 @@ class AdapterBank:
         """
         if not folders:
             raise AdapterError("no adapters given", hint="train some with `meteora train adapters --task NAME`")
-        adapters = []
+        adapters, misfits = [], Misfits(list(folders))
         with progress.task("reading adapters", total=len(folders), unit="adapters") as task:
             for name, folder in folders.items():
-                adapters.append(read_adapter(name, adapter_folder(folder)))
+                with misfits.of(name):
+                    adapters.append(read_adapter(name, adapter_folder(folder)))
                 task.update(1)
+        misfits.refuse()
         return cls.stack(adapters, dtype=dtype)
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.config import CONFIG
+from meteora_core.adapters.misfits import Misfits
 from meteora_core.adapters.peft_folder import BaseCopy, Claim
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.tensor_files import TensorFiles
@@ -51,13 +52,16 @@ def fit_to_base(bank: AdapterBank, model: nn.Module) -> tuple[AdapterBank, dict[
         raise AdapterError(f"the adapters target {listed(absent)}, which {type(model).__name__} does not have", hint=_why_absent(absent[0], known))
     if renamed:
         bank = replace(bank, modules={renamed.get(path, path): stack for path, stack in bank.modules.items()})
+    misfits = Misfits(bank.names)
     for claim in bank.claims:
-        _check_targets(claim, model, renamed)
-        for copy in claim.copies:
-            path = renamed.get(copy.path, copy.path)
-            if path not in known:
-                raise AdapterError(f"adapter {claim.name!r} holds weights of {path}, which {type(model).__name__} does not have", hint=OTHER_BASE)
-            _check_copy(claim.name, copy, model.get_submodule(path))
+        with misfits.of(claim.name):
+            _check_targets(claim, model, renamed)
+            for copy in claim.copies:
+                path = renamed.get(copy.path, copy.path)
+                if path not in known:
+                    raise AdapterError(f"adapter {claim.name!r} holds weights of {path}, which {type(model).__name__} does not have", hint=OTHER_BASE)
+                _check_copy(claim.name, copy, model.get_submodule(path))
+    misfits.refuse()
     return bank, renamed
 
 

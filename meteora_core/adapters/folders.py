@@ -11,6 +11,8 @@ from pydantic import Field
 
 from meteora_core.adapters.base_names import same_base_name
 from meteora_core.adapters.config import CONFIG, WEIGHTS, find_adapter, read_adapter_config
+from meteora_core.adapters.misfits import Misfits
+from meteora_core.adapters.peft_folder import check_adapter
 from meteora_core.data.frames import Frame, FrameModel, chat_frame
 from meteora_core.errors import AdapterError, UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapters_root
@@ -72,14 +74,18 @@ def check_bases(folders: Mapping[str, Path], base: str, *, any_base: bool = Fals
         A note if the adapters name another base model than ``base``, else None.
 
     Raises:
-        AdapterError: A configuration is missing or broken, or an adapter cannot be stacked.
+        AdapterError: A configuration or a header is missing or broken, or adapters cannot be stacked; the message names all of them.
         UsageError: The adapters name different base models; the message lists each with its adapters.
     """
     named: dict[str, list[str]] = {}
+    misfits = Misfits(list(folders))
     for name, folder in folders.items():
-        origin = read_adapter_config(name, find_adapter(folder) or folder).base_model_name_or_path
-        if origin:
-            named.setdefault(next((known for known in named if same_base_name(known, origin)), origin), []).append(name)
+        with misfits.of(name):
+            check_adapter(name, folder)
+            origin = read_adapter_config(name, find_adapter(folder) or folder).base_model_name_or_path
+            if origin:
+                named.setdefault(next((known for known in named if same_base_name(known, origin)), origin), []).append(name)
+    misfits.refuse()
     if len(named) > 1:
         bases = "; ".join(f"{origin}: {', '.join(names)}" for origin, names in named.items())
         if any_base:

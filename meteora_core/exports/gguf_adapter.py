@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank
+from meteora_core.adapters.base_route import is_base_route
 from meteora_core.adapters.joining import alone
 from meteora_core.checkpoints.located import checkpoint_folder
 from meteora_core.checkpoints.native import read_checkpoint
@@ -91,6 +92,8 @@ def export_gguf(checkpoint: str | Path, folder: str | Path, name: str, options: 
         raise UsageError(f"an adapter in GGUF cannot have the dtype {dtype!r}", hint=f"choose from: {', '.join(_FLOATS)}")
     config, _, bank = read_checkpoint(checkpoint, options.adapters_dir, options.progress)
     bank = alone(bank, name)
+    if is_base_route(bank.adapters[0]):
+        raise UsageError(f"{name!r} stands for the base model alone, so it has no weights", hint="choose an adapter")
     base = BaseReference(options.base) if options.base else BaseReference(config["base"]["name"], config["base"].get("revision"))
     model = _model_config(base, options)
     with atomic_folder(folder) as temporary, storage_errors(folder):

@@ -233,6 +233,8 @@ def _candidates(root: Path, options: RouteOptions, set_aside: dict[str, str]) ->
     for path in inside:
         if path.name not in present and any(path.glob("*.safetensors")):
             set_aside[path.name] = "it has no adapter_config.json"
+        elif path.name not in present and (within := sorted(each.name for each in path.iterdir() if each.is_dir() and find_adapter(each) is not None)):
+            set_aside[path.name] = f"it holds several adapters: {listed(within)}"
     return chosen
 
 

@@ -108,7 +108,8 @@ def common_or_best(
     accuracy = {}
     for candidate in candidates:
         rows = [_encoded(part, candidate, index, tokenizer, trial.max_length) for index, part in enumerate(pairs)]
-        measured = measure_gates(model, replace(held_out, rows=rows, composites=()), runtime=trial.runtime, on_model=trial.runtime.run, progress=trial.progress)
+        on_model = None if trial.runtime is SINGLE else trial.runtime.run
+        measured = measure_gates(model, replace(held_out, rows=rows, composites=()), runtime=trial.runtime, on_model=on_model, progress=trial.progress)
         accuracy[candidate.text] = measured.get("gate_accuracy", 0.0)
     best = max(candidates, key=lambda candidate: accuracy[candidate.text])
     others = ", ".join(f"{value:.1%}" for text, value in accuracy.items() if text != best.text)

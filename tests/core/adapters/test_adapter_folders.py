@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from meteora_core.adapters.folders import adapter_folders
+from meteora_core import AdapterBank, attach
+from meteora_core.adapters.folders import adapter_folders, check_bases
 from meteora_core.errors import AdapterError
-from support.adapter_files import write_adapter
+from support.adapter_files import DOWN, lora_tensors, write_adapter
+from support.tiny_models import make_tiny_llama
 
 
 def test_weights_without_a_configuration_are_not_left_out_in_silence(tmp_path) -> None:
@@ -31,3 +33,20 @@ def test_a_folder_of_several_adapters_is_not_left_out_in_silence(tmp_path) -> No
         adapter_folders(tmp_path, [])
     assert "--task" in (caught.value.hint or "")
     assert list(adapter_folders(tmp_path, ["whole"])) == ["whole"]
+
+
+def test_all_adapters_that_do_not_fit_are_named_at_once(tmp_path) -> None:
+    """In the configuration, in the tensors' names, and in the base model."""
+    good = write_adapter(tmp_path / "good")
+    torn = write_adapter(tmp_path / "torn", text="{")
+    kind = write_adapter(tmp_path / "kind", peft_type="IA3")
+    pair = write_adapter(tmp_path / "pair", {key: tensor for key, tensor in lora_tensors().items() if "lora_B" not in key})
+    folders = {folder.name: folder for folder in (good, torn, kind, pair)}
+    for check in (lambda: check_bases(folders, "base"), lambda: AdapterBank.from_peft(folders)):
+        with pytest.raises(AdapterError, match=r"^3 of 4 adapters cannot be used: .*torn.*; adapter 'kind' is a 'IA3' adapter.*; adapter 'pair'") as caught:
+            check()
+        assert "--task good;" in str(caught.value.hint)
+    less = {key: tensor for key, tensor in lora_tensors().items() if DOWN not in key}
+    bank = AdapterBank.from_peft({"good": good, "one": write_adapter(tmp_path / "one", less), "two": write_adapter(tmp_path / "two", less)})
+    with pytest.raises(AdapterError, match=r"^2 of 3 adapters cannot be used: adapter 'one' has no weights for .*; adapter 'two' has no weights for"):
+        attach(make_tiny_llama(), bank)

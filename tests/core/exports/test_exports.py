@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meteora_core import load_checkpoint
+from meteora_core.checkpoints.native import read_config
 from meteora_core.errors import UsageError
 from meteora_core.exports.common import ExportOptions
 from meteora_core.exports.merged import export_merged
@@ -56,7 +57,7 @@ def test_an_exported_adapter_is_what_peft_loads(folder: Path, name: str) -> None
 def test_an_exported_adapter_names_its_base(folder: Path) -> None:
     export_adapter("runs/mine", "out", "gsm8k")
     written = json.loads(Path("out/adapter_config.json").read_text())
-    assert (written["base_model_name_or_path"], written["r"], written["lora_alpha"]) == ("base", 4, 8)
+    assert (written["base_model_name_or_path"], written["r"], written["lora_alpha"]) == (read_config("runs/mine")["base"]["name"], 4, 8)
     assert len(written["target_modules"]) == 14
 
 
