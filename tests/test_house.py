@@ -25,7 +25,7 @@ FORBIDDEN = {
 ROOMS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "text errors reading locks files json_files file_models tensor_files archives names ranges memory progress workers environment "
+        "text tensors errors reading locks files json_files file_models tensor_files archives names ranges memory progress workers environment "
         "unexpected hooks choices settings",
         "fetch",
         "data",

@@ -8,14 +8,14 @@ adapters together, on a CUDA GPU. This package knows nothing of models, files or
 from typing import TYPE_CHECKING, Any
 
 from meteora_kernels import reference
-from meteora_kernels.mixture import BACKENDS, lora_mixture, mix, pick_backend
+from meteora_kernels.mixture import BACKENDS, lora_mixture, mix, mix_over, pick_backend
 from meteora_kernels.reference import route, route_rows
 from meteora_kernels.types import Adapters, Group, Routing
 
 if TYPE_CHECKING:
     from meteora_kernels.group import run_group
 
-__all__ = ["BACKENDS", "Adapters", "Group", "Routing", "lora_mixture", "mix", "pick_backend", "reference", "route", "route_rows", "run_group"]
+__all__ = ["BACKENDS", "Adapters", "Group", "Routing", "lora_mixture", "mix", "mix_over", "pick_backend", "reference", "route", "route_rows", "run_group"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol, TypedDict, Unpack
 
 import torch
@@ -176,6 +177,51 @@ def mix(
         assert logits is not None
         return output, logits
     return output
+
+
+def mix_over(x: Tensor, product: Callable[[Tensor], Tensor], adapters: Adapters, routing: Routing, *, backend: str = "auto") -> Tensor:
+    """:func:`mix` for a base output that a function computes, such as the product with a quantised weight.
+
+    The Triton kernels of the adapters that do not need the base output run at the same time as the function, while a CUDA graph is captured for inference.
+
+    Args:
+        x: Input of the layer (..., h), which the gate reads.
+        product: Function that computes ``W x`` plus bias (..., o) from x.
+        adapters: The adapters of one linear.
+        routing: How tokens choose their adapters.
+        backend: One of :data:`BACKENDS`.
+
+    Returns:
+        The output (..., o) in the dtype of the base output.
+
+    Raises:
+        ValueError: The conditions are those of :func:`mix`.
+
+    Example:
+        >>> linear = torch.nn.Linear(16, 8)
+        >>> adapters = Adapters.of_layer(torch.randn(3, 16), torch.randn(12, 16), torch.randn(12, 8), torch.ones(3), torch.tensor([0, 4, 8, 12]), 4)
+        >>> mix_over(torch.randn(5, 16), linear, adapters, Routing()).shape
+        torch.Size([5, 8])
+    """
+    if _can_overlap(x, adapters, routing, backend):
+        with on_device_of(x):
+            return _triton().mix_over(x, product, adapters, routing)
+    mixed = mix(x, product(x), adapters, routing, backend=backend)
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+def _can_overlap(x: Tensor, adapters: Adapters, routing: Routing, backend: str) -> bool:
+    """Whether work of the Triton backend can run beside the base's product: for inference, while a CUDA graph is captured."""
+    if not x.is_cuda or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+        return False
+    if torch.is_grad_enabled() or routing.indices is not None or adapters.max_rank is None or not adapters.lora_A.numel() or not x.numel():
+        return False
+    if torch.is_autocast_enabled("cuda") or not x.dtype == adapters.gate.dtype == adapters.lora_A.dtype == adapters.lora_B.dtype:
+        return False
+    if backend == "auto":
+        backend, _ = pick_backend(x, adapters.number, adapters.total_rank, routing.top_k, training=False)
+    return backend == "triton"
 
 
 def _triton_or_dense(

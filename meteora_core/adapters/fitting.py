@@ -15,6 +15,7 @@ from meteora_core.adapters.misfits import Misfits
 from meteora_core.adapters.peft_folder import BaseCopy, Claim
 from meteora_core.errors import AdapterError, CheckpointError
 from meteora_core.tensor_files import TensorFiles
+from meteora_core.tensors import is_quantized
 from meteora_core.text import listed
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _head(model: Any) -> nn.Module | None:
 def _check_copy(name: str, copy: BaseCopy, module: nn.Module) -> None:
     """Refuse an adapter whose copy of a base tensor differs from the base model's: it was trained on a changed base model."""
     own = getattr(module, "weight", None)
-    if not isinstance(own, Tensor) or not own.is_floating_point() or own.is_meta:
+    if not isinstance(own, Tensor) or is_quantized(own) or own.is_meta:
         return
     try:
         saved = TensorFiles(copy.entry.file).read(copy.key)

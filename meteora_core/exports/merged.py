@@ -19,6 +19,7 @@ from meteora_core.model.experts import ExpertsLinear
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.linears import bias_of, is_conv1d, plain_weight
 from meteora_core.routing import meteora_of
+from meteora_core.tensors import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,7 @@ def merge_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     index = names.index(name)
     changed = [layer for _, layer in meteora_layers(model) if layer.ranks[index]]
     for layer in changed:
-        if not layer.weight.is_floating_point() or layer.weight.dtype.itemsize < 2:
+        if is_quantized(layer.weight):
             raise UsageError(f"{layer.path} of the base model is quantised, so that no adapter can be merged into it", hint="load the base model unquantised")
     layers = {layer.path: (merged_weight(layer, index), _merged_bias(layer, index)) for layer in changed}
     experts = {layer.path for layer in changed if isinstance(layer, ExpertsLinear)}

@@ -20,6 +20,7 @@ from meteora_core.fused.group import FusedGroup
 from meteora_core.fused.layout import give_own_memory
 from meteora_core.model.layer import MeteoraLinear
 from meteora_core.routing import meteora_of
+from meteora_core.tensors import is_quantized
 from meteora_kernels import pick_backend, plan
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _groups(model: nn.Module) -> Iterator[list[MeteoraLinear]]:
 def _can_fuse(layer: MeteoraLinear) -> bool:
     """Whether a layer can join a group: a plain linear layer with plain LoRA of its dtype, in no group yet, whose ``forward`` was not replaced."""
     base = layer.base_layer
-    plain = type(base) is nn.Linear and base.weight.is_floating_point() and not base.weight.is_meta and "forward" not in vars(layer)
+    plain = type(base) is nn.Linear and not is_quantized(base.weight) and not base.weight.is_meta and "forward" not in vars(layer)
     return plain and layer.is_plain and layer.group is None and sum(layer.ranks) > 0 and layer.gate.dtype == layer.lora_A.dtype == base.weight.dtype
 
 

@@ -27,6 +27,8 @@ TAIL_STEPS = 64
 """Minimum number of remaining steps for such a move, which costs the capture of another graph."""
 CAPACITY = 256
 """Capacities for batches are multiples of this, so that batches of similar length share a graph."""
+CAPTURABLE = ("torchao", "compressed-tensors")
+"""Names of the libraries whose products with quantised weights can be captured in CUDA graphs, as transformers spells them."""
 LEAST = 512
 """Capacity of the smallest cache for a single row. Larger ones have capacities that are powers of two."""
 
@@ -257,11 +259,16 @@ def batch_shape(rows: int, tokens: int) -> tuple[int, int]:
 
 
 def can_be_fixed(model: PreTrainedModel) -> bool:
-    """Whether :class:`FixedCache` supports the model: it uses SDPA attention over a plain cache, no quantised weights, and its routes are not observed."""
+    """Whether :class:`FixedCache` supports the model: it uses SDPA attention over a plain cache, and its routes are not observed.
+
+    Of the libraries that quantise weights, only those of :data:`CAPTURABLE` are supported; products of others may wait for the host.
+    """
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
-    if getattr(model.config, "_attn_implementation", None) != "sdpa" or getattr(model, "is_quantized", False) or is_observed(model):
+    if getattr(model.config, "_attn_implementation", None) != "sdpa" or is_observed(model):
+        return False
+    if getattr(model, "is_quantized", False) and getattr(getattr(model.config, "quantization_config", None), "quant_method", None) not in CAPTURABLE:
         return False
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(model.config, "is_encoder_decoder", False):
         return False

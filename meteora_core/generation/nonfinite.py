@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from meteora_core.errors import NonFiniteError
 from meteora_core.model.nonfinite import first_nonfinite_module
+from meteora_core.tensors import is_quantized
 
 
 def not_finite(logits: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def _error(model: nn.Module, layer: tuple[str, nn.Module] | None) -> NonFiniteEr
         return NonFiniteError("the model's output is NaN or infinite", hint=f"compute in a wider dtype than {dtype}: METEORA_MODEL__DTYPE=float32")
     path, module = layer
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    broken = [name for name, tensor in tensors if not is_quantized(tensor) and not bool(torch.isfinite(tensor).all())]
     message = f"the model's output is NaN or infinite; the first layer where that happens is {path}"
     if broken:
         return NonFiniteError(f"{message}, whose {' and '.join(broken)} {'holds' if len(broken) == 1 else 'hold'} such values", hint=_AGAIN)

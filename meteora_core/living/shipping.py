@@ -68,8 +68,7 @@ def ship_statistics(folder: str | Path, name: str | None = None, options: Change
         options.batch_size,
         options.max_length,
         options.seed,
-        options.statistics,
-        options.backend,
+        backend=options.backend,
     )
     target = find_adapter(folder) or folder
     with storage_errors(target), scratch_folder(target, SHIPPED) as workspace:

@@ -25,6 +25,7 @@ from meteora_core.model.saving import guard_saving, unguard_saving
 from meteora_core.model.tokens import is_head, is_output_layer, is_routed_expert, stop_watching, watch_calls
 from meteora_core.routing import GateOrigin, GateStart, Meteora, base_record, find_meteora, meteora_of
 from meteora_core.routing.base_marks import mark_base, roundings
+from meteora_core.tensors import is_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
 Trainable = Literal["none", "gates", "gates+adapters"]
@@ -206,7 +207,7 @@ def probe_base(linears: Mapping[str, nn.Module]) -> list[float] | None:
     values: list[float] = []
     for path in paths[:: max(1, len(paths) // 16)][:16]:
         weight = getattr(linears[path], "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim < 2:
+        if not isinstance(weight, Tensor) or is_quantized(weight) or weight.ndim < 2:
             return None
         weight = weight if isinstance(linears[path], ExpertsWeight) else real_tensor(linears[path], "weight", path)
         flat = weight.detach().reshape(-1)

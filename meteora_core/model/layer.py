@@ -13,7 +13,7 @@ from meteora_core.adapters.stack import Stack
 from meteora_core.model.linears import float_table
 from meteora_core.model.observe import mix_observed
 from meteora_core.routing import Meteora
-from meteora_kernels import Adapters, Routing, mix, route
+from meteora_kernels import Adapters, Routing, mix, mix_over, route
 
 
 class LayerGroup(Protocol):
@@ -139,12 +139,14 @@ class MeteoraLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if self.group is not None and (fused := self.group.output(self.member, x)) is not None:
             return fused
-        output = self.base_layer(x)
         state = self.state
         mode = state.mode
         if not mode.enabled:
-            return output
+            return self.base_layer(x)
         adapters = self._adapters(x.dtype)
+        if not mode.observed and self.is_plain and not (self.dropout and self.training):
+            return mix_over(x, self.base_layer, adapters, state.routing_on(x.device), backend=state.backend)
+        output = self.base_layer(x)
         lora_x = F.dropout(x, self.dropout) if self.dropout and self.training else None
         if mode.observed:
             return mix_observed(self, x, output, adapters, lora_x)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from meteora_core.errors import UsageError
 from meteora_core.model.offload import real_tensor
 from meteora_core.model.sharded import full_tensor, is_spread
+from meteora_core.tensors import is_quantized
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -40,7 +41,7 @@ def plain_weight(module: nn.Module, path: str) -> Tensor:
         UsageError: The weight is quantised in a way that PEFT cannot undo, or it has no values.
     """
     weight = real_tensor(module, "weight", path)
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    if is_quantized(weight):
         from peft.utils.integrations import dequantize_module_weight
 
         try:

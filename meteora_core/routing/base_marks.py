@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from meteora_core.tensors import is_quantized
+
 _SAMPLES = 64
 
 
@@ -38,7 +40,7 @@ def mark(tensors: Mapping[str, Tensor]) -> Marks:
     shapes: dict[str, torch.Size] = {}
     samples: list[Tensor] = []
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or tensor.is_meta or any(hasattr(tensor, at) for at in ("full_tensor", "ds_id")):
+        if is_quantized(tensor) or tensor.is_meta or any(hasattr(tensor, at) for at in ("full_tensor", "ds_id")):
             continue
         flat, count = tensor.detach(), min(_SAMPLES, tensor.numel())
         indices = torch.arange(count, device=flat.device) * (flat.numel() // max(count, 1))

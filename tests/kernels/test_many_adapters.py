@@ -7,7 +7,7 @@ import torch
 
 from meteora_kernels import Adapters, Routing, lora_mixture, many_adapters
 from meteora_kernels.group import row_for, run_group
-from meteora_kernels.many_adapters import can_run, launch, layer_forward, reference
+from meteora_kernels.many_adapters import can_run, launch, reference, run_layer
 from meteora_kernels.plan import Case, Row
 from support.kernel_groups import DEVICE, RANKS, check_rounded_once, check_ties, members, nan_stays
 from support.kernel_rows import taking
@@ -151,7 +151,7 @@ def test_chosen_rows_on_top_of_a_base(way: str, one: bool) -> None:
         wide.x[:] = wide.x[0].clone()
     case = wide.copy(torch.float16)
     adapters = Adapters.of_layer(case.gate, case.lora_A, case.lora_B, case.scaling.float(), case.offsets, 17)
-    output = layer_forward(way, case.x, case.base, case.x @ case.gate.t(), adapters, Routing(2, 1.5))
+    output, _ = run_layer(case.x, case.base, adapters, Routing(2, 1.5), Row("many_adapters", way=way))
     expected = routed(case.copy(torch.float64), 2)
 
     def error(got: torch.Tensor) -> float:

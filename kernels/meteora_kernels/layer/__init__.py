@@ -10,6 +10,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +23,7 @@ from meteora_kernels.layer import few_tokens, library, many_tokens
 from meteora_kernels.operators import eager
 from meteora_kernels.plan import Case, Facts, Row, choices_of, choose, table_of
 from meteora_kernels.rank_rows import layout_of
+from meteora_kernels.steps.second_stream import on_second_stream
 from meteora_kernels.types import Adapters, Routing
 
 _choices = choices_of("layers")
@@ -116,3 +120,37 @@ def run(row: Row, x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adap
     else:
         output, logits = (many_tokens.run if direct else many_tokens.many_tokens)(x, lora_x, base, adapters, routing, row.inline)
     return output, logits
+
+
+OVERLAPPING: dict[str, Any] = {"few_tokens": few_tokens, "many_adapters": many_adapters, "library": library}
+"""Paths whose work before B does not need the base output, by name."""
+MOST_OVERLAPPING = 128
+"""The largest number of tokens at which that work runs at the same time as the base's product; for more, the product fills the GPU."""
+
+
+def mix_over(x: Tensor, product: Callable[[Tensor], Tensor], adapters: Adapters, routing: Routing) -> Tensor:
+    """The layer for inference, where ``product`` computes the base output. While a CUDA graph is captured, few tokens' work before B runs beside it.
+
+    Args:
+        x: Input of the layer (..., h), not empty.
+        product: Function that computes ``W x`` plus bias (..., o) from x.
+        adapters: The adapters of the layer, with ``max_rank``.
+        routing: Top-k, routing temperature and ``allowed``; no given routes.
+
+    Returns:
+        The output (..., o) in the dtype of the base output.
+    """
+    gate, lora_A, lora_B, scaling, offsets, max_rank, _, _ = adapters
+    tokens, row = x.reshape(-1, x.shape[-1]).contiguous(), row_for(x, adapters, routing.top_k)
+    if row.path not in OVERLAPPING or len(tokens) > MOST_OVERLAPPING:
+        return mix(x, product(x), adapters, routing, want_logits=False)[0]
+    if not (gate.is_contiguous() and lora_A.is_contiguous() and lora_B.is_contiguous()):
+        adapters = Adapters.of_layer(gate.contiguous(), lora_A.contiguous(), lora_B.contiguous(), scaling, offsets, max_rank)
+    path = OVERLAPPING[row.path]
+    with on_second_stream(x) as join:
+        begun = path.before(tokens, adapters, routing, row)
+    output = product(x)
+    base = output.reshape(-1, output.shape[-1])
+    join()
+    mixed: Tensor = path.after(begun, base if base.stride(-1) == 1 else base.contiguous(), adapters, routing, row).view(output.shape)
+    return mixed

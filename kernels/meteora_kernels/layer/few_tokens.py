@@ -151,47 +151,68 @@ def can_run(case: Case, row: Row) -> str | None:
     return None if case.tokens <= 64 else f"there are {case.tokens} tokens, the path takes up to 64"
 
 
-def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
-    """Add the adapters of one linear to a finished base output, for few tokens, in two or three launches.
+def places_of(tokens: int) -> int:
+    """The number of tokens that a program reserves room for."""
+    return 1 if tokens == 1 else max(16, power_of_two(tokens))
+
+
+def reads_all(tokens: int, row: Row) -> bool:
+    """Whether all rows of A are multiplied together with the gates, instead of the chosen rows after them."""
+    return row.way == "all_rows" or places_of(tokens) > 16
+
+
+def before(x: Tensor, adapters: Adapters, routing: Routing, row: Row) -> Tensor:
+    """Gate logits, and ``A x`` of all rows or of the chosen ones, in one or two launches: float32 (M, N + .), an argument of :func:`after`.
 
     Args:
         x: Input (M, h), contiguous, 1 <= M <= 64.
-        base: Base output (M, o), columns contiguous.
         adapters: The adapters of the layer, as contiguous tensors, with ``max_rank``.
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table. ``way`` says whether all rows of A are read together with the gates, or the chosen rows after them. ``gate_rows``,
             ``gate_step`` and ``stages`` of the tile are for gates and A, ``outputs`` for B.
-
-    Returns:
-        The output (M, o) and the logits float32 (M, N).
     """
     tile = row.tile
     assert tile is not None
     tokens, hidden = x.shape
-    gate, lora_A, lora_B, scaling, offsets, *_ = adapters
-    count, (rank, width) = gate.shape[0], lora_B.shape
-    mp = 1 if tokens == 1 else max(16, power_of_two(tokens))
+    gate, lora_A, _, scaling, offsets, *_ = adapters
+    count, rank, all_rows = gate.shape[0], lora_A.shape[0], reads_all(tokens, row)
     rank_p, bg, bk, stages = adapters.rank_p, tile.gate_rows, tile.gate_step, tile.stages
-    gather = mp <= 16
-    dense_down = row.way == "all_rows" or not gather
-    mid = torch.empty(tokens, count + (rank if dense_down else routing.top_k * rank_p), dtype=torch.float32, device=x.device)
-    y = torch.empty(tokens, width, dtype=base.dtype, device=x.device)
-    permitted, constants = or_any(routing.allowed, x), choice_constants(adapters, routing)
-    few_gates_kernel[(ceil_div(count, bg) + (ceil_div(rank, bg) if dense_down else 0),)](
+    mid = torch.empty(tokens, count + (rank if all_rows else routing.top_k * rank_p), dtype=torch.float32, device=x.device)
+    few_gates_kernel[(ceil_div(count, bg) + (ceil_div(rank, bg) if all_rows else 0),)](
         x, gate, lora_A, mid, tokens, hidden, count, rank, mid.stride(0),
-        MP=mp, BG=bg, BK=bk, EVEN=hidden % bk == 0, STAGES=stages, PRECISION="ieee", num_warps=tile.warps, num_stages=stages,
+        MP=places_of(tokens), BG=bg, BK=bk, EVEN=hidden % bk == 0, STAGES=stages, PRECISION="ieee", num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
-    if not dense_down:
+    if not all_rows:
         few_down_kernel[(tokens * routing.top_k,)](
-            x, lora_A, mid, permitted, scaling, offsets, hidden, count, routing.temperature, mid.stride(0),
-            **constants, RANK_P=rank_p, BK=512, EVEN=hidden % 512 == 0, num_warps=4,
+            x, lora_A, mid, or_any(routing.allowed, x), scaling, offsets, hidden, count, routing.temperature, mid.stride(0),
+            **choice_constants(adapters, routing), RANK_P=rank_p, BK=512, EVEN=hidden % 512 == 0, num_warps=4,
         )  # fmt: skip
-    bn = tile.outputs if gather else 32
+    return mid
+
+
+def after(mid: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> Tensor:
+    """Add the adapters to a base output (M, o), columns contiguous, in one launch: (M, o), contiguous. ``mid`` is the result of :func:`before`."""
+    assert row.tile is not None
+    tokens, mp = base.shape[0], places_of(base.shape[0])
+    gather, count, (rank, width) = mp <= 16, adapters.gate.shape[0], adapters.lora_B.shape
+    y = torch.empty(tokens, width, dtype=base.dtype, device=base.device)
+    bn = row.tile.outputs if gather else 32
     few_up_kernel[(ceil_div(width, bn),)](
-        base, lora_B, mid, permitted, scaling, offsets, y, tokens, count, rank, width, base.stride(0), mid.stride(0), routing.temperature,
-        **constants, RANK_P=rank_p, MP=mp, BN=bn, DENSE_DOWN=dense_down, GATHER=gather, FLAT=mp == 1 and row.flat, PRECISION="ieee", num_warps=4,
+        base, adapters.lora_B, mid, or_any(routing.allowed, mid), adapters.scaling, adapters.offsets, y, tokens, count, rank, width, base.stride(0),
+        mid.stride(0), routing.temperature,
+        **choice_constants(adapters, routing), RANK_P=adapters.rank_p, MP=mp, BN=bn, DENSE_DOWN=reads_all(tokens, row), GATHER=gather,
+        FLAT=mp == 1 and row.flat, PRECISION="ieee", num_warps=4,
     )  # fmt: skip
-    return y, mid[:, :count]
+    return y
+
+
+def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
+    """Add the adapters of one linear to a finished base output, for few tokens, in two or three launches.
+
+    Returns the output (M, o) and the logits float32 (M, N); arguments as in :func:`before` and :func:`after`.
+    """
+    mid = before(x, adapters, routing, row)
+    return after(mid, base, adapters, routing, row), mid[:, : adapters.gate.shape[0]]
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:

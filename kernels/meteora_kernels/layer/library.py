@@ -10,29 +10,39 @@ from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.steps.middle import middle
 from meteora_kernels.types import Adapters, Routing
 
+ANY_ROW = Row("library")
+
 
 def can_run(case: Case, row: Row) -> str | None:
     """The reason why this path cannot run a case with a row of the table; None if it can."""
     return None if case.plain else "the path is for inference with the gate's own routes, and adapters that see what the gate sees"
 
 
-def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Add the adapters of one linear to a finished base output: ``base + middle(G x, A x) B``.
+def before(x: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
+    """The gate logits (M, N), and ``A x`` scaled by the route of its token and 0 for rows that the token did not choose (M, R).
 
     Args:
         x: Input (M, h), contiguous, M >= 1.
-        base: Base output (M, o), columns contiguous.
         adapters: The adapters of the layer, as contiguous tensors.
         routing: Top-k, routing temperature and ``allowed``.
-
-    Returns:
-        The output (M, o), contiguous, and the logits (M, N).
+        row: Row of the table, of which nothing is read.
     """
     logits, down = torch.mm(x, adapters.gate.t()), torch.mm(x, adapters.lora_A.t())
-    found = middle(logits, down, adapters, routing, max_rank=adapters.max_rank or 0)
+    return logits, middle(logits, down, adapters, routing, max_rank=adapters.max_rank or 0)
+
+
+def after(begun: tuple[Tensor, Tensor], base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> Tensor:
+    """Add the adapters to a base output (M, o), columns contiguous: (M, o), contiguous. ``begun`` is the result of :func:`before`."""
+    found = begun[1]
     if base.dtype == found.dtype:
-        return torch.addmm(base, found, adapters.lora_B), logits
-    return base + torch.mm(found, adapters.lora_B), logits
+        return torch.addmm(base, found, adapters.lora_B)
+    return base + torch.mm(found, adapters.lora_B)
+
+
+def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The output (M, o), contiguous, and the logits (M, N); arguments as in :func:`before` and :func:`after`."""
+    begun = before(x, adapters, routing, ANY_ROW)
+    return after(begun, base, adapters, routing, ANY_ROW), begun[0]
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:

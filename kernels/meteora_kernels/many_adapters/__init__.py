@@ -11,9 +11,7 @@ While a CUDA graph is captured, everything before B runs on a second stream, at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +21,10 @@ from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_su
 from meteora_kernels.operators import operator
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.steps.products import library_products
+from meteora_kernels.steps.second_stream import on_second_stream
 from meteora_kernels.types import Adapters, Group, Routing
 
-__all__ = ["can_run", "few_forward", "layer", "layer_forward", "run", "run_layer", "sorted_forward"]
+__all__ = ["after", "before", "can_run", "few_forward", "layer", "run", "run_layer", "sorted_forward"]
 
 EXACT_TOKENS = 256
 """Up to this number of tokens the base product is computed in float32, so that the output is rounded once."""
@@ -45,27 +44,6 @@ def can_run(case: Case, row: Row) -> str | None:
     if facts.max_rank > 256:
         return f"the largest rank is {facts.max_rank}, the kernels take up to 256"
     return None
-
-
-@lru_cache(maxsize=16)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def on_second_stream(x: Tensor) -> Iterator[Callable[[], None]]:
-    """A context that runs its launches on a second stream while a CUDA graph is captured, and on the current stream otherwise.
-
-    Yields:
-        A function that makes the current stream wait for these launches.
-    """
-    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        yield lambda: None
-        return
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
 
 
 def base_product(x: Tensor, weights: Tensor, exact: bool) -> Tensor:
@@ -121,33 +99,38 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     return FORWARDS[row.way](x, group.weights, group.bias, group.adapters, routing)
 
 
-def layer_forward(way: str, x: Tensor, base: Tensor, logits: Tensor, adapters: Adapters, routing: Routing) -> Tensor:
-    """Add the adapters of one linear to a finished base output.
+def before(x: Tensor, adapters: Adapters, routing: Routing, row: Row, logits: Tensor | None = None) -> Any:
+    """What one linear's adapters need besides the base output; an argument of :func:`after`.
 
     Args:
-        way: Name of the way, "few" or "sorted".
         x: Input (M, h), columns contiguous, M >= 1.
-        base: Base output (M, o), columns contiguous.
-        logits: Gate logits (M, N).
-        adapters: The adapters of the layer; their gate is not read.
+        adapters: The adapters of the layer.
         routing: Top-k, routing temperature and ``allowed``.
-
-    Returns:
-        The output (M, o), contiguous, in the dtype of ``base``.
+        row: Row of the table; its ``way`` is "few" or "sorted".
+        logits: Gate logits (M, N) if they are known; the gate is then not read.
     """
-    y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    if way == "few":
-        tokens_up(base, None, tokens_down(x, logits.unsqueeze(0), adapters, routing), adapters, y)
-        return y
+    logits = torch.mm(x, adapters.gate.t()) if logits is None else logits
+    if row.way == "few":
+        return tokens_down(x, logits.unsqueeze(0), adapters, routing)
     found = sort_tokens(logits, adapters, routing)
-    blocks_up(base, None, blocks_down(x, found, adapters, routing.top_k), found, adapters, y)
+    return blocks_down(x, found, adapters, routing.top_k), found
+
+
+def after(begun: Any, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> Tensor:
+    """Add the adapters of one linear to a base output (M, o), columns contiguous: (M, o), contiguous. ``begun`` is the result of :func:`before`."""
+    y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    if row.way == "few":
+        tokens_up(base, None, begun, adapters, y)
+    else:
+        middle, found = begun
+        blocks_up(base, None, middle, found, adapters, y)
     return y
 
 
 def run_layer(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[Tensor, Tensor]:
-    """The output (M, o) of :func:`layer_forward` by the way that ``row`` names, and the gate logits (M, N)."""
+    """The output of one linear (M, o) by the way that ``row`` names, and the gate logits (M, N); arguments as in :func:`before` and :func:`after`."""
     logits = torch.mm(x, adapters.gate.t())
-    return layer_forward(row.way, x, base, logits, adapters, routing), logits
+    return after(before(x, adapters, routing, row, logits), base, adapters, routing, row), logits
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:

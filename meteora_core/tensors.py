@@ -1,0 +1,25 @@
+"""Whether a tensor's values can be read as numbers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor are not the numbers that it stands for.
+
+    These are integers (bitsandbytes, compressed-tensors), 8-bit floating-point numbers that have a scale elsewhere, and torchao's tensors, which hold
+    integers and scales but have the dtype of the numbers that they stand for. A tensor that is distributed over processes is not quantised for that.
+
+    Args:
+        tensor: Any tensor.
+
+    Example:
+        >>> import torch
+        >>> is_quantized(torch.zeros(2)), is_quantized(torch.zeros(2, dtype=torch.int8))
+        (False, True)
+    """
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        return True
+    return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "full_tensor")
