@@ -137,9 +137,9 @@ def valid_text(text: str, name: str) -> str:
         return raw.decode(errors="replace")
 
 
-def note_replaced(name: str, place: int) -> None:
-    """Note on stderr that invalid bytes of the input ``name`` were replaced, the first one at offset ``place`` (from 0)."""
-    say(f"note: {name} is not UTF-8 at byte {place + 1}; invalid bytes are replaced by \N{REPLACEMENT CHARACTER}", style="yellow")
+def note_replaced(name: str, offset: int) -> None:
+    """Note on stderr that invalid bytes of the input ``name`` were replaced, the first one at ``offset`` (from 0)."""
+    say(f"note: {name} is not UTF-8 at byte {offset + 1}; invalid bytes are replaced by \N{REPLACEMENT CHARACTER}", style="yellow")
 
 
 def settings_from(ctx: typer.Context, **flags: Any) -> Settings:
@@ -217,13 +217,17 @@ class _RichBar:
         self._fields.update(fields)
         extra = "  ".join(f"{key} {printable(value)}" for key, value in self._fields.items())
         self._bars.update(self._id, advance=advance, extra=extra, **({} if total is None else {"total": total}))  # type: ignore[arg-type]
-        if self._plain and time.monotonic() - self._said >= PLAIN_SECONDS:
+        if self._plain and time.monotonic() - self._said >= PLAIN_SECONDS and not (self._fields and self._task.finished):
             self._said = time.monotonic()
             self.say()
 
+    @property
+    def _task(self) -> RichTask:
+        return next(task for task in self._bars.tasks if task.id == self._id)
+
     def say(self) -> None:
         """Print the progress of the task in one line."""
-        task = next(task for task in self._bars.tasks if task.id == self._id)
+        task = self._task
         left = "" if task.time_remaining is None or task.finished else f", {task.time_remaining:.0f} s left"
         extra = f"  {task.fields['extra']}" if task.fields["extra"] else ""
         say(f"{task.description}: {_amount(task)} in {task.elapsed or 0:.0f} s{left}{extra}")

@@ -88,15 +88,15 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         _OUTPUT: ("save", "out_dir", "routing", "debug", "as_json"),
     },
     "route": {
-        "Adapters and rows": ("adapters", "data", "only", "exclude"),
-        "Closed form": ("tokens", "answer_share", "max_length", "batch_size", "seed"),
+        "Adapters and rows": ("adapters", "data", "only", "exclude", "base_route"),
+        "Closed form": ("tokens", "answer_share", "statistics", "max_length", "batch_size", "seed"),
         _CHOICE: ("routing_temperature", "top_k", "backend"),
         _MODEL: ("base", "dtype", "device"),
         _OUTPUT: ("out_dir", "embed", "force", "as_json"),
     },
     "adapters add": _CHANGE,
     "adapters update": _CHANGE,
-    "adapters collect": {**_CHANGE, "Closed form": (*_CHANGE["Closed form"], "answer_share")},
+    "adapters collect": {**_CHANGE, "Closed form": (*_CHANGE["Closed form"], "answer_share", "statistics")},
     "chat": {
         "What to talk to": ("checkpoint", "base", "adapter", "adapters_dir"),
         _CHOICE: ("routing_temperature", "top_k", "backend", "route"),

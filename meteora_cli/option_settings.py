@@ -16,6 +16,7 @@ _ROUTING = _same("routing", ("top_k",)) | {"routing_temperature": "routing.tempe
 _OPTIMISER = ("max_steps", "batch_size", "accumulation", "learning_rate", "max_length", "seed", "gradient_checkpointing", "packing", "loss_on")
 _WATCHING = ("eval_steps", "patience", "log_steps", "save_steps", "log_to")
 _LAUNCH = _same("launch", ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"))
+_STATISTICS = {"answer_share": "route.answer_share", "statistics": "route.statistics"}
 _OF_GATES = ("beta", "answer_share", "adapter_learning_rate", "trainable", "init", "composite_rows", "composite_max", "sampling")
 
 _SESSION = _same("chat", ("template", "max_new_tokens")) | _same("model", ("device", "backend"))
@@ -33,10 +34,10 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "eval": {**_PLACES, **_MODEL, **_ROUTING, **_same("eval", ("batch_size", "max_new_tokens", "max_prompt_tokens", "limit", "scoring", "template"))},
     "chat": {**_SESSION, "sampling_temperature": "chat.sampling_temperature"},
     "trace": _SESSION,
-    "route": {**_COLLECTING, **_ROUTING, "adapters": "paths.adapters", "answer_share": "route.answer_share"},
+    "route": {**_COLLECTING, **_ROUTING, "adapters": "paths.adapters", **_STATISTICS},
     "adapters add": _COLLECTING,
     "adapters update": _COLLECTING,
-    "adapters collect": {**_COLLECTING, "answer_share": "route.answer_share"},
+    "adapters collect": {**_COLLECTING, **_STATISTICS},
     "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},
 }
 """The dotted name of the setting for each parameter that is one, by command, such as ``"train gates"``."""

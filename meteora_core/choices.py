@@ -16,6 +16,10 @@ Launcher = Literal["none", "ddp", "fsdp", "deepspeed"]
 EvalLauncher = Literal["none", "ddp"]
 """How an evaluation is distributed over devices: not at all, or the rows over one copy of the model on each device."""
 
+SecondMoments = Literal["auto", "float32", "float16", "low-rank"]
+"""How the second moments of gate statistics are stored: whole in float32 or float16, or as a matrix of low rank and a diagonal. auto is "float32" for small
+models and "low-rank" for others."""
+
 GateStart = Literal["normal", "zeros", "arrow", "ridge"]
 """The gates' initial values: random, zeros, from the adapters alone, or in closed form from training rows."""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossOn, RowSampling, Scoring, Switch, TrainedParts
+from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossOn, RowSampling, Scoring, SecondMoments, Switch, TrainedParts
 from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.file_models import first_problem
@@ -214,6 +214,7 @@ class RouteSettings(_Section):
 
     tokens: int = Field(8000, ge=1, le=100_000_000, description="Number of tokens of each adapter's rows to use.")
     answer_share: float = Field(0.8, gt=0, lt=1, description="Share of the answer tokens in the weight of an adapter.")
+    statistics: SecondMoments = Field("auto", description="Form of stored second moments; auto: whole for small models, of low rank for others.")
     max_length: int = Field(1024, ge=8, le=MOST_TOKENS, description="Longest row in tokens; longer rows are cut (prompt from the left).")
     batch_size: int = Field(8, ge=1, le=65536, description="Number of rows in one forward pass.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of the choice of rows.")

@@ -151,9 +151,15 @@ def _show_prompt(session: ChatSession, encoded: Encoded, routes: list[Any], prin
             printer.add(piece, style)
 
 
-def figures(finished: Finished) -> str:
-    """Return one line of figures about an answer: numbers of tokens, speed, and the reason for its end."""
-    ends = {"end": "", "length": " · cut at max-new-tokens (/set max-new-tokens)", "context": " · the model's context is full (/new)", "stopped": " · stopped"}
+def figures(finished: Finished, *, in_chat: bool = True) -> str:
+    """Return one line of figures about an answer: numbers of tokens, speed, and the reason for its end.
+
+    Args:
+        finished: The answer.
+        in_chat: Whether the user is in a conversation, where slash commands work; otherwise the line names the option of the command.
+    """
+    length, context = ("/set max-new-tokens", " (/new)") if in_chat else ("--max-new-tokens", "")
+    ends = {"end": "", "length": f" · cut at max-new-tokens ({length})", "context": f" · the model's context is full{context}", "stopped": " · stopped"}
     speed = f" · {finished.tokens_per_second:.1f} tokens/s" if finished.tokens_per_second else ""
     first = f" · first after {finished.first_seconds:.2f} s" if finished.first_seconds else ""
     cached = f" ({finished.reused} from the cache)" if finished.reused else ""

@@ -11,7 +11,7 @@ import typer
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.typer_app import App
-from meteora_core.choices import Dtype
+from meteora_core.choices import Dtype, SecondMoments
 
 if TYPE_CHECKING:
     from meteora_core.living.checkpoints import ChangeOptions
@@ -48,7 +48,7 @@ def list_(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         return
     table = DataTable("adapter", "rank", "statistics", "rows", "tokens", "frame")
     for each in entries:
-        size = "none" if each.statistics is None else f"{each.statistics / 1e6:.1f} MB"
+        size = "none" if each.statistics is None else f"{each.statistics / 1e6:.1f} MB, {each.form}"
         seen = ("", "", "") if each.statistics is None else (f"{each.rows:,}", f"{each.tokens:,}", repr(each.frame))
         table.add_row(each.name, str(each.rank), size, *seen)
     out.print(table)
@@ -125,6 +125,7 @@ def collect(
     data: Data = None,
     tokens: Tokens = None,
     answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")] = None,
+    statistics: Annotated[SecondMoments | None, typer.Option("--statistics", help="Form of stored second moments.")] = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
@@ -141,13 +142,13 @@ def collect(
     from meteora_core.living.shipping import ship_statistics
 
     with progress(ctx) as bars:
-        statistics = ship_statistics(folder, name, _options(ctx, bars, base, None, rows))
-    report = statistics.header.model_dump(include={"adapter", "rows", "tokens", "recipe"}) | {"path": str(statistics.file), "bytes": statistics.size}
+        shipped = ship_statistics(folder, name, _options(ctx, bars, base, None, rows))
+    report = shipped.header.model_dump(include={"adapter", "rows", "tokens", "recipe"}) | {"path": str(shipped.file), "bytes": shipped.size}
     if as_json:
         emit_json(report)
         return
-    header = statistics.header
-    put(f"{statistics.file}: statistics of {statistics.name} over {header.rows:,} rows, {header.tokens:,} tokens, {statistics.size / 1e6:.1f} MB")
+    header = shipped.header
+    put(f"{shipped.file}: statistics of {shipped.name} over {header.rows:,} rows, {header.tokens:,} tokens, {shipped.size / 1e6:.1f} MB")
 
 
 def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir: Path | None, rows: Path | None = None) -> ChangeOptions:
@@ -169,6 +170,7 @@ def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir:
         max_length=route.max_length,
         seed=route.seed,
         answer_share=route.answer_share,
+        statistics=route.statistics,
         progress=bars,
     )
 

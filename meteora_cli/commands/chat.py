@@ -180,7 +180,7 @@ def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: b
             elif isinstance(event, Finished):
                 write_text("\n")
                 if verbose:
-                    say(figures(event), style="dim")
+                    say(figures(event, in_chat=False), style="dim")
     if stop.is_set():
         raise KeyboardInterrupt
 

@@ -175,7 +175,7 @@ def verify(
     _, data_dir = prepare(ctx, folder)
     reports = catalog.verify(data_dir, tasks)
     rows = [(report.task, "ok" if report.ok else "broken", "; ".join((*report.problems, *report.notes))) for report in reports]
-    show_table([asdict(report) for report in reports], ("dataset", "state", "what"), rows, as_json)
+    show_table([asdict(report) for report in reports], ("dataset", "state", "details"), rows, as_json)
     broken = [report.task for report in reports if not report.ok]
     if broken:
         raise DataError(

@@ -62,15 +62,16 @@ def _cell(result: TaskResult | None, metric: str) -> str:
 
 
 _COUNTS = {
-    "empty_responses": "empty answers",
-    "over_long_responses": "over-long answers",
-    "unusable_references": "references that cannot be scored",
+    "empty_responses": ("empty answer", "empty answers"),
+    "over_long_responses": ("over-long answer", "over-long answers"),
+    "unusable_references": ("reference that cannot be scored", "references that cannot be scored"),
 }
 
 
 def short_warnings(result: TaskResult) -> list[str]:
     """Return the warnings about a task: counts of problematic rows, and notes of the run."""
-    parts = [f"{result.scores.counts[key]} {text}" for key, text in _COUNTS.items() if result.scores.counts.get(key)]
+    counts = ((result.scores.counts.get(key, 0), nouns) for key, nouns in _COUNTS.items())
+    parts = [f"{count} {one if count == 1 else several}" for count, (one, several) in counts if count]
     if result.skipped and result.samples:
         parts.append(f"{result.skipped} prompts skipped as too long")
     return [*parts, *result.notes]

@@ -12,7 +12,7 @@ import typer
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.flags import comma_separated
-from meteora_core.choices import Dtype
+from meteora_core.choices import Dtype, SecondMoments
 
 
 def route(
@@ -25,6 +25,7 @@ def route(
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that most adapters name.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", help="Number of tokens of each adapter's rows to use.")] = None,
     answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")] = None,
+    statistics: Annotated[SecondMoments | None, typer.Option("--statistics", help="Form of stored second moments.")] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Number of rows in one forward pass.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")] = None,
@@ -68,6 +69,7 @@ def route(
                 temperature=routing.temperature or 1.0,
                 tokens=closed_form.tokens,
                 answer_share=closed_form.answer_share,
+                statistics=closed_form.statistics,
                 batch_size=closed_form.batch_size,
                 max_length=closed_form.max_length,
                 seed=closed_form.seed,
@@ -89,6 +91,8 @@ def route(
     out.print(table)
     count, also = len(done.adapters) - base_route, "and the base route " if base_route else ""
     put(f"{done.folder}: {count} adapter{'s' * (count != 1)} {also}of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
+    approximate = "; second moments are of low rank, and gates are exact for these statistics" if "low-rank" in done.forms else ""
+    put(f"The statistics take {done.bytes / 1e6:.0f} MB{approximate}")
     if accuracy := done.held_out.get("gate_accuracy"):
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, without a training step")
         if accuracy < LOW:

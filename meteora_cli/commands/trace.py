@@ -89,7 +89,7 @@ def trace(
         picture = session.picture()
     write_picture(picture, target, title)
     if not globals_of(ctx).quiet:
-        say(figures(finished), style="dim")
+        say(figures(finished, in_chat=False), style="dim")
     put(str(target))
 
 

@@ -40,9 +40,19 @@ STATISTICS = "meteora.stats"
 SHIPPED = "gate_stats.safetensors"
 """The statistics file in the folder of an adapter."""
 
-FORMAT = 1
+FORMAT = 2
 _HEADER = "meteora_gate_statistics"
 _AGAIN = "collect the statistics again from the adapter's rows"
+
+Second = Literal["float32", "float16", "low-rank"]
+"""The forms in which second moments are stored; see :func:`write_statistics` and :func:`write_low_rank`."""
+
+_PARTS: dict[Second, dict[str, str]] = {
+    "float32": {"mean": "float32", "second": "float32"},
+    "float16": {"mean": "float32", "second": "float16", "deviation": "float32"},
+    "low-rank": {"mean": "float32", "factor": "float16", "size": "float32", "residual": "float32"},
+}
+"""The tensors of each layer input and their dtypes, by the form of the second moments."""
 
 
 class Recipe(FileModel):
@@ -71,7 +81,7 @@ class StatisticsHeader(FileModel):
     """The description of a statistics file.
 
     Attributes:
-        format: The version of the layout.
+        format: The version of the layout: 2 for low-rank moments, else 1.
         adapter: The name of the adapter.
         adapter_sha256: The SHA-256 of the adapter's weight file; empty if the adapter comes from a checkpoint.
         base: The name, the revision and a few weights of the base model.
@@ -79,11 +89,11 @@ class StatisticsHeader(FileModel):
         rows: Number of rows that were read.
         tokens: Number of tokens that were read.
         max_length: Longest row in tokens; longer ones were cut.
-        second: The format of the second moments; see :func:`write_statistics`.
+        second: The form of the second moments; see :func:`write_statistics` and :func:`write_low_rank`.
         inputs: For each layer, the layer under whose name the moments of its input are stored.
     """
 
-    format: int = Field(FORMAT, ge=1)
+    format: int = Field(1, ge=1)
     adapter: str = Field(min_length=1)
     adapter_sha256: Literal[""] | Sha256 = ""
     base: BaseEntry
@@ -91,7 +101,7 @@ class StatisticsHeader(FileModel):
     rows: Count
     tokens: Count
     max_length: int = Field(ge=1)
-    second: Literal["float32", "float16"] = "float32"
+    second: Second = "float32"
     inputs: dict[str, str] = Field(min_length=1)
 
 
@@ -119,6 +129,38 @@ def write_statistics(file: Path, header: StatisticsHeader, means: Mapping[str, T
         kind = getattr(torch, header.second)
         plans.append(_plan(f"{name}.second", kind, (len(mean) * (len(mean) + 1) // 2,), partial(_triangle, mean, squares[name], kind)))
     return _write(file, plans, header)
+
+
+def write_low_rank(file: Path, header: StatisticsHeader, means: Mapping[str, Tensor], factors: Mapping[str, Tensor], diagonals: Mapping[str, Tensor]) -> Path:
+    """Write a statistics file whose second moments are a matrix of low rank plus a diagonal.
+
+    A factor ``F`` (r, h) stands for ``F^T F``. Its rows are stored in float16, each divided by its largest magnitude, which is stored in float32. The
+    residual, a float32 diagonal, makes the diagonal of the second moments exact.
+
+    Args:
+        file: The file to write.
+        header: The description of the statistics; ``second`` is "low-rank".
+        means: The weighted mean of each layer input, float32 (h,).
+        factors: The factor of each layer input, float (r, h).
+        diagonals: The weighted mean square of each feature of the layer inputs, float32 (h,).
+
+    Raises:
+        StorageError: The disk is full or not writable.
+    """
+    plans = []
+    for name, mean in means.items():
+        factor = factors[name].to("cpu", torch.float64)
+        size = factor.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny).float()
+        rows = (factor / size[:, None].double()).half()
+        residual = diagonals[name].to("cpu", torch.float64) - (rows.double() * size[:, None].double()).square().sum(0)
+        parts = {"mean": mean.float(), "factor": rows, "size": size, "residual": residual.clamp(min=0).float()}
+        for part, kind in _PARTS["low-rank"].items():
+            plans.append(_plan(f"{name}.{part}", getattr(torch, kind), tuple(parts[part].shape), partial(_bytes, parts[part])))
+    return _write(file, plans, header.model_copy(update={"format": FORMAT}))
+
+
+def _bytes(tensor: Tensor) -> list[bytes]:
+    return [tensor_bytes(tensor.cpu().contiguous())]
 
 
 def _write(file: Path, plans: Sequence[TensorPlan], header: StatisticsHeader) -> Path:
@@ -213,15 +255,18 @@ class GateStatistics:
         self.header = check_model(StatisticsHeader, raw, str(self.file), error=CheckpointError, hint=_AGAIN)
         self._files = TensorFiles(self.file)
         stored = set(self.header.inputs.values())
-        parts = ("mean", "second", *(["deviation"] if self.header.second == "float16" else []))
+        parts = _PARTS[self.header.second]
         expected = {f"{name}.{part}" for name in stored for part in parts}
         if different := sorted(expected ^ entries.keys()):
             raise CheckpointError(f"{self.file} does not hold what its header describes: {listed(different)}", hint=_AGAIN)
         for name in stored:
             width = entries[f"{name}.mean"].count
-            shapes = {"mean": (width,), "deviation": (width,), "second": (width * (width + 1) // 2,)}
-            for part in parts:
-                entry, kind = entries[f"{name}.{part}"], self.header.second if part == "second" else "float32"
+            shapes: dict[str, tuple[int, ...]] = {**dict.fromkeys(parts, (width,)), "second": (width * (width + 1) // 2,)}
+            if self.header.second == "low-rank":
+                rank = entries[f"{name}.size"].count
+                shapes |= {"size": (rank,), "factor": (rank, width)}
+            for part, kind in parts.items():
+                entry = entries[f"{name}.{part}"]
                 if entry.shape != shapes[part] or entry.torch_dtype != getattr(torch, kind):
                     raise CheckpointError(f"{name}.{part} in {self.file} has shape {list(entry.shape)} and dtype {entry.dtype}", hint=_AGAIN)
 
@@ -249,10 +294,24 @@ class GateStatistics:
 
     def squares(self, layer: str) -> Tensor:
         """The second moments of a layer's input: float64 (h, h). Raises CheckpointError for NaN and infinity."""
+        if self.is_low_rank:
+            factor, residual = self.low_rank(layer)
+            return factor.t() @ factor + torch.diag(residual)
         return unpacked(self.packed(layer))
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the second moments are stored as a matrix of low rank plus a diagonal."""
+        return self.header.second == "low-rank"
+
+    def low_rank(self, layer: str) -> tuple[Tensor, Tensor]:
+        """The factor and the residual of low-rank second moments: float64 (r, h) and (h,). Raises CheckpointError for NaN and infinity."""
+        name = self.input_of(layer)
+        factor = self._read(f"{name}.factor").mul_(self._read(f"{name}.size")[:, None])
+        return factor, self._read(f"{name}.residual")
+
     def packed(self, layer: str) -> Tensor:
-        """The lower triangle of the second moments of a layer's input, row by row: float64 (h (h + 1) / 2,). Raises CheckpointError as :meth:`squares`."""
+        """The lower triangle of second moments that are stored whole, row by row: float64 (h (h + 1) / 2,). Raises CheckpointError as :meth:`squares`."""
         name = self.input_of(layer)
         packed = self._read(f"{name}.second")
         if self.header.second == "float16":

@@ -23,6 +23,7 @@ from meteora_core.checkpoints.native import check_replaceable, load_checkpoint, 
 from meteora_core.checkpoints.native_config import WEIGHT_FILE
 from meteora_core.checkpoints.parts import checkpoint_parts, write_files
 from meteora_core.checkpoints.stacks import TABLES, stack_entry, stack_tensors, with_features
+from meteora_core.choices import SecondMoments
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapter_folder, adapter_label, hub_source
 from meteora_core.files import atomic_folder, locked
@@ -63,6 +64,7 @@ class ChangeOptions:
         seed: Random seed for the selection of rows.
         answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally. Existing
             statistics take precedence.
+        statistics: Form in which new statistics store second moments; see :func:`meteora_core.training.statistics.stored_form`.
         progress: Receiver of progress reports.
     """
 
@@ -78,6 +80,7 @@ class ChangeOptions:
     max_length: int = 1024
     seed: int = 42
     answer_share: float | None = ANSWER_SHARE
+    statistics: SecondMoments = "auto"
     progress: Progress = SILENT
 
 
@@ -90,6 +93,7 @@ class Listed:
         rank: Rank of the adapter in most of its layers.
         source: Folder from which it was read; empty if it was read from a checkpoint.
         statistics: Size of its statistics in bytes; None if there are none.
+        form: Form of its second moments: "float32", "float16" or "low-rank"; None if there are no statistics.
         tokens, rows: Number of tokens and rows from which the statistics were computed.
         frame: Frame of its prompts; None if there are no statistics.
     """
@@ -101,6 +105,7 @@ class Listed:
     tokens: int
     rows: int
     frame: str | None
+    form: str | None = None
 
 
 def list_adapters(checkpoint: str | Path) -> list[Listed]:
@@ -119,7 +124,8 @@ def list_adapters(checkpoint: str | Path) -> list[Listed]:
         each = statistics.get(adapter["name"])
         size, header = (None, None) if each is None else (each.size, each.header)
         tokens, rows, frame = (header.tokens, header.rows, header.recipe.frame) if header else (0, 0, None)
-        adapters.append(Listed(adapter["name"], adapter["rank"], adapter["source"], size, tokens, rows, frame))
+        form = header.second if header else None
+        adapters.append(Listed(adapter["name"], adapter["rank"], adapter["source"], size, tokens, rows, frame, form))
     return adapters
 
 
@@ -234,7 +240,8 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
             options.batch_size,
             options.max_length,
             options.seed,
-            backend=options.backend,
+            options.statistics,
+            options.backend,
         )
         sources = {adapter["name"]: _source(checkpoint, adapter["name"], adapter["source"], options.adapters_dir) for adapter in config["adapters"]}
 

@@ -21,6 +21,7 @@ from meteora_core.adapters.joining import with_adapter
 from meteora_core.checkpoints.gate_statistics import Recipe
 from meteora_core.checkpoints.native import check_replaceable
 from meteora_core.checkpoints.parts import checkpoint_parts
+from meteora_core.choices import SecondMoments
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.living.checkpoints import ANSWER_SHARE, relocate, write_with_statistics
@@ -65,6 +66,7 @@ class RouteOptions:
         temperature: Routing temperature; divides the chosen gate logits before the softmax.
         tokens: Largest number of tokens per adapter for the statistics.
         answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally.
+        statistics: Form in which new statistics store second moments; see :func:`meteora_core.training.statistics.stored_form`.
         batch_size: Number of rows in one forward pass.
         max_length: Largest number of tokens of a row.
         seed: Random seed for the selection of rows.
@@ -85,6 +87,7 @@ class RouteOptions:
     temperature: float = 1.0
     tokens: int = TOKENS
     answer_share: float | None = ANSWER_SHARE
+    statistics: SecondMoments = "auto"
     batch_size: int = 8
     max_length: int = 1024
     seed: int = 42
@@ -108,6 +111,7 @@ class Routed:
         embedded: Whether the checkpoint contains the adapters' weights.
         tokens: Number of tokens in all statistics together.
         bytes: Size of all statistics in bytes.
+        forms: Forms of the second moments in the statistics: "float32", "float16" or "low-rank".
         seconds: Duration in seconds.
     """
 
@@ -120,6 +124,7 @@ class Routed:
     embedded: bool = True
     tokens: int = 0
     bytes: int = 0
+    forms: tuple[str, ...] = ()
     seconds: float = 0.0
 
 
@@ -166,7 +171,15 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
     banks, renamed = _fitting(banks, model, set_aside)
     recipe = Recipe(answer_share=options.answer_share)
     how = Collecting(
-        base, padding_token(model, tokenizer), recipe, options.tokens, options.batch_size, options.max_length, options.seed, backend=options.backend
+        base,
+        padding_token(model, tokenizer),
+        recipe,
+        options.tokens,
+        options.batch_size,
+        options.max_length,
+        options.seed,
+        options.statistics,
+        options.backend,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, f"{folder.name}.statistics") as workspace:
@@ -201,8 +214,8 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         config, tensors = checkpoint_parts(model, folder=folder, base=base, adapters=embed, training=record)
         write_with_statistics(folder, config, tensors, statistics)
         rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}
-        stored = sum(each.size for each in statistics.values())
-    return Routed(folder, base.name, bank.names, set_aside, rows, measured, embed, tokens, stored, time.perf_counter() - began)
+        stored, forms = sum(each.size for each in statistics.values()), tuple(sorted({each.header.second for each in statistics.values()}))
+    return Routed(folder, base.name, bank.names, set_aside, rows, measured, embed, tokens, stored, forms, time.perf_counter() - began)
 
 
 def _candidates(root: Path, options: RouteOptions, set_aside: dict[str, str]) -> dict[str, Path]:

@@ -68,7 +68,8 @@ def ship_statistics(folder: str | Path, name: str | None = None, options: Change
         options.batch_size,
         options.max_length,
         options.seed,
-        backend=options.backend,
+        options.statistics,
+        options.backend,
     )
     target = find_adapter(folder) or folder
     with storage_errors(target), scratch_folder(target, SHIPPED) as workspace:

@@ -138,6 +138,28 @@ def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
     return torch.cholesky_solve(targets.t(), factor).t()
 
 
+def ridge_rows_low_rank(factor: Tensor, diagonal: Tensor, means: Tensor) -> Tensor:
+    """:func:`ridge_rows` for second moments ``F^T F + diag(d)``, by the identity of Woodbury if ``F`` has fewer rows than columns.
+
+    Args:
+        factor: ``F``, float64 (R, h).
+        diagonal: ``d``, float64 (h,).
+        means: Weighted sum of the inputs of each adapter's tokens, float64 (N, h).
+
+    Returns:
+        The rows of the gate, float64 (N, h).
+    """
+    if factor.shape[0] >= factor.shape[1]:
+        return ridge_rows(torch.addmm(torch.diag(diagonal), factor.t(), factor), means)
+    targets = means - means.sum(0, keepdim=True) / len(means)
+    scale = diagonal + SHRINK * (diagonal + factor.square().sum(0)).mean()
+    scaled = factor / scale
+    core = scaled @ factor.t()
+    core.diagonal().add_(1.0)
+    first = targets / scale
+    return first - torch.cholesky_solve(factor @ first.t(), torch.linalg.cholesky(core)).t() @ scaled
+
+
 class InputSums:
     """``X^T D X`` and ``X^T D Y``, which hooks sum once per distinct input (``q_proj``, ``k_proj`` and ``v_proj`` have the same input).
 
@@ -178,10 +200,14 @@ class InputSums:
         self.keep, self.wanted, self._last = keep, wanted, None
         self.weights = self.table.to(wanted.device)[wanted, answer.long()]
 
+    def _columns(self, width: int) -> int:
+        """The number of columns of the sum of an input with ``width`` features."""
+        return width
+
     def _is_full(self, width: int) -> bool:
         """Whether the sums of another input with ``width`` features would exceed the maximum size."""
         held = sum(square.numel() for square in self.squares.values())
-        return self.most_bytes is not None and bool(held) and 4 * (held + width * width) > self.most_bytes
+        return self.most_bytes is not None and bool(held) and 4 * (held + width * self._columns(width)) > self.most_bytes
 
     def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Add the input of a layer to the sums. This is a forward pre-hook."""
@@ -200,10 +226,14 @@ class InputSums:
         rows = x.reshape(-1, x.shape[-1])[keep].float()
         weighted = rows * weights[:, None]
         if key not in self.squares:
-            self.squares[key] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+            self.squares[key] = torch.zeros(x.shape[-1], self._columns(x.shape[-1]), device=x.device)
             self.means[key] = torch.zeros(self.adapters, x.shape[-1], device=x.device)
-        step = -(-x.shape[-1] // _STRIPES)
-        for start in range(0, x.shape[-1], step):  # only the lower triangle, in stripes: 5/8 of the products
+        self._add(key, rows, weighted)
+        self.means[key].index_add_(0, wanted, weighted)
+
+    def _add(self, key: int, rows: Tensor, weighted: Tensor) -> None:
+        """Add tokens (n, h) and the same tokens times their weights to the sum of an input."""
+        step = -(-rows.shape[-1] // _STRIPES)
+        for start in range(0, rows.shape[-1], step):  # only the lower triangle, in stripes: 5/8 of the products
             stop = start + step
             self.squares[key][start:stop, :stop].addmm_(weighted[:, start:stop].t(), rows[:, :stop])
-        self.means[key].index_add_(0, wanted, weighted)

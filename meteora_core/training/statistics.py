@@ -16,20 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, natural_order
-from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, StatisticsHeader, join_statistics, unpacked, write_statistics
+from meteora_core.checkpoints.gate_statistics import (
+    GateStatistics,
+    Recipe,
+    Second,
+    StatisticsHeader,
+    join_statistics,
+    unpacked,
+    write_low_rank,
+    write_statistics,
+)
 from meteora_core.checkpoints.native_config import BaseEntry
+from meteora_core.choices import SecondMoments
 from meteora_core.errors import CheckpointError, DataError, MeteoraError
 from meteora_core.files import storage_errors
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, probe_base
 from meteora_core.model.base import BaseReference
-from meteora_core.model.tokens import check_observable, is_output_layer
+from meteora_core.model.tokens import check_observable, is_head, is_output_layer
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, meteora_of
 from meteora_core.text import listed
 from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.encoding import TrainRow, collate, row_lengths
-from meteora_core.training.ridge import InputSums, filled_labels, ridge_rows, token_weights
+from meteora_core.training.ridge import InputSums, filled_labels, ridge_rows, ridge_rows_low_rank, token_weights
+from meteora_core.training.sketches import SketchedSums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +50,10 @@ TOKENS = 8_000
 
 MEMORY = 2 << 30
 """Default of the maximum size of the sums of one pass, in bytes."""
+
+
+WHOLE = 512 << 20
+"""Maximum size, in bytes, of the whole second moments of all linear layers' inputs with which the form "auto" stores them whole."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class Collecting:
         batch_size: Number of rows in one forward pass.
         max_length: Maximum row length in tokens; it is recorded.
         seed: Seed of the choice of rows.
-        second: The form in which second moments are stored; see :func:`meteora_core.checkpoints.gate_statistics.write_statistics`.
+        second: The form in which second moments are stored: "auto" (see :func:`stored_form`), or a form of
+            :func:`meteora_core.checkpoints.gate_statistics.write_statistics` or :func:`~meteora_core.checkpoints.gate_statistics.write_low_rank`.
         backend: Backend of the sum over adapters.
         memory: Maximum size of the sums in bytes. Models that need more run several times, each time for a part of the inputs.
     """
@@ -65,7 +81,7 @@ class Collecting:
     batch_size: int = 8
     max_length: int = 1024
     seed: int = 42
-    second: str = "float32"
+    second: SecondMoments = "auto"
     backend: str = "auto"
     memory: int = MEMORY
 
@@ -131,7 +147,7 @@ def collect_statistics(
             rows=len(seen),
             tokens=tokens,
             max_length=how.max_length,
-            second=how.second,  # type: ignore[arg-type]  # checked by pydantic
+            second=stored_form(model, how.second),
             inputs=dict.fromkeys(observed, ""),
         )
         table = (token_weights(seen, 1, how.recipe.answer_share).double() / tokens).float()
@@ -158,16 +174,34 @@ def _passes(
     names = {id(module): path for path, module in observed.items()}
     done: set[int] = set()
     while True:
-        sums = InputSums(1, table, how.memory, done)
+        sums = (SketchedSums if header.second == "low-rank" else InputSums)(1, table, how.memory, done)
         _run(model, sums, observed, batches, how, progress)
         inputs = {path: names[sums.of[id(module)]] for path, module in observed.items() if sums.of.get(id(module)) in sums.squares}
         means = {names[key]: mean[0] for key, mean in sums.means.items()}
         part = folder / f"{len(done)}.safetensors"
-        write_statistics(part, header.model_copy(update={"inputs": inputs}), means, {names[key]: square for key, square in sums.squares.items()})
+        part_header = header.model_copy(update={"inputs": inputs})
+        if isinstance(sums, SketchedSums):
+            factors = {names[key]: sums.factor(key) for key in sums.squares}
+            write_low_rank(part, part_header, means, factors, {names[key]: diagonal for key, diagonal in sums.diagonals.items()})
+        else:
+            write_statistics(part, part_header, means, {names[key]: square for key, square in sums.squares.items()})
         yield GateStatistics(part)
         done |= sums.squares.keys()
         if not sums.postponed:
             return
+
+
+def stored_form(model: nn.Module, form: SecondMoments) -> Second:
+    """The form in which a model's second moments are stored.
+
+    Args:
+        model: The base model.
+        form: The wanted form. "auto" is "float32" if the whole second moments of all linear layers take at most :data:`WHOLE` bytes, else "low-rank".
+    """
+    if form != "auto":
+        return form
+    widths = [module.in_features for path, module in model.named_modules() if isinstance(module, nn.Linear) and not is_head(model, path)]
+    return "float32" if sum(2 * width * (width + 1) for width in widths) <= WHOLE else "low-rank"
 
 
 def whole_probe(model: nn.Module) -> list[float] | None:
@@ -247,9 +281,18 @@ def _solve(statistics: Sequence[GateStatistics], layer: str) -> Tensor:
         raise CheckpointError(
             f"the statistics of {layer} have different widths: {listed(str(len(mean)) for mean in means)}", hint="use those of one base model"
         )
-    packed = statistics[0].packed(layer)
-    for each in statistics[1:]:
+    stacked = torch.stack(means)
+    low = [each.low_rank(layer) for each in statistics if each.is_low_rank]
+    whole = [each for each in statistics if not each.is_low_rank]
+    if not whole:
+        diagonal = torch.stack([residual for _, residual in low]).sum(0)
+        return ridge_rows_low_rank(torch.cat([factor for factor, _ in low]), diagonal, stacked).float()
+    packed = whole[0].packed(layer)
+    for each in whole[1:]:
         packed += each.packed(layer)
     total = unpacked(packed)
     del packed
-    return ridge_rows(total, torch.stack(means)).float()
+    for factor, residual in low:
+        total.addmm_(factor.t(), factor)
+        total.diagonal().add_(residual)
+    return ridge_rows(total, stacked).float()

@@ -318,7 +318,7 @@ def test_the_live_table_shows_cells_bars_and_warnings(monkeypatch) -> None:
     table.done("base", TaskResult(get_task("winowhy"), samples, evaluate_responses("winowhy", [""], ["correct"]), skipped=2))
     text = shown()
     assert "accuracy 0.000" in text
-    assert "base: 1 empty answers; base: 2 prompts skipped as too long" in text
+    assert "base: 1 empty answer; base: 2 prompts skipped as too long" in text
     table.done("meteora", TaskResult(get_task("winowhy"), [], Scores({}, {}, []), skipped=4))
     assert "all skipped" in shown()
     assert "tok/s" not in text

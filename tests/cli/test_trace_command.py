@@ -21,6 +21,7 @@ def test_a_prompt_as_a_page(meteora, world, tmp_path) -> None:
     ran = meteora("trace", "--prompt", "Is <script>alert(1)</script> safe?", "--checkpoint", world.checkpoint, "--max-new-tokens", "5")
     assert ran.code == 0, ran.err
     assert ran.out == "trace.html\n"
+    assert "/set" not in ran.err
     source = (tmp_path / "trace.html").read_text(encoding="utf-8")
     assert "<script>alert" not in source
     assert 'data-text="&lt;"' in source

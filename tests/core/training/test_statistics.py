@@ -16,7 +16,7 @@ from meteora_core.model.attach import meteora_layers
 from meteora_core.tensor_files import read_header
 from meteora_core.training.encoding import collate
 from meteora_core.training.ridge import ridge_gates, token_weights
-from meteora_core.training.statistics import closed_form_gates, collect_statistics
+from meteora_core.training.statistics import closed_form_gates, collect_statistics, stored_form
 from support.gate_statistics import HOW, NAMES, collect_all, tiny_rows, write_adapters
 from support.tiny_models import make_tiny_llama
 
@@ -161,3 +161,24 @@ def test_an_adapter_without_rows_is_refused_and_the_model_is_left_unchanged(fold
     with pytest.raises(DataError, match="belongs to several adapters"):
         collect_statistics(model, AdapterBank.from_peft({"count": folders["count"]}), [composite], tmp_path / "s", HOW)
     assert not (tmp_path / "s").exists()
+
+
+def test_low_rank_statistics_give_the_gates_of_whole_ones_if_there_are_few_tokens(folders, statistics, tmp_path) -> None:
+    """Rows of 120 tokens on inputs of 32 and 48 features: the rank of 112 leaves nothing out, apart from rounding to 16 bits."""
+    low = collect_all(tmp_path, folders, replace(HOW, second="low-rank"))
+    header = low["count"].header
+    assert (header.format, header.second, low["count"].is_low_rank) == (2, "low-rank", True)
+    assert difference(gates(low), gates(statistics)) < 1e-2
+    layer = "model.layers.1.mlp.down_proj"
+    whole, approximate = statistics["count"].squares(layer), low["count"].squares(layer)
+    assert float((whole - approximate).norm() / whole.norm()) < 1e-3
+    assert torch.allclose(whole.diagonal(), approximate.diagonal(), rtol=1e-3)
+    assert difference(gates({**low, "shout": statistics["shout"]}), gates(statistics)) < 1e-2  # forms may be mixed
+    assert torch.equal(gates(low, NAMES[:2])[layer], gates({name: GateStatistics(low[name].file) for name in NAMES[:2]}, NAMES[:2])[layer])
+
+
+def test_the_form_of_the_second_moments_depends_on_the_width_alone(monkeypatch) -> None:
+    model = make_tiny_llama()
+    assert [stored_form(model, form) for form in ("auto", "float16", "low-rank")] == ["float32", "float16", "low-rank"]
+    monkeypatch.setattr("meteora_core.training.statistics.WHOLE", 1000)
+    assert stored_form(model, "auto") == "low-rank"
