@@ -35,6 +35,11 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "chat": {**_SESSION, "sampling_temperature": "chat.sampling_temperature"},
     "trace": _SESSION,
     "route": {**_COLLECTING, **_ROUTING, "adapters": "paths.adapters", **_STATISTICS},
+    "serve": {
+        **_same("serve", ("host", "port", "name", "template", "max_new_tokens", "max_batch", "max_queue", "max_model_len", "prefix_cache_mb", "cors")),
+        **_same("model", ("device", "dtype", "backend")),
+        "adapter_root": "serve.adapter_roots",
+    },
     "adapters add": _COLLECTING,
     "adapters update": _COLLECTING,
     "adapters collect": {**_COLLECTING, **_STATISTICS},

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meteora_cli.commands import adapters, bench_kernels, chat, ckpt, config, data, quickstart, route, trace, train
+from meteora_cli.commands import adapters, bench_kernels, chat, ckpt, config, data, quickstart, route, serve, trace, train
 from meteora_cli.commands import eval as evaluate
 from meteora_cli.console import Globals
 from meteora_cli.typer_app import App
@@ -32,6 +32,7 @@ app.command("route")(route.route)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(evaluate.app, name="eval")
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("trace")(trace.trace)
 app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.add_typer(config.app, name="config")

@@ -12,8 +12,8 @@ from meteora_core.errors import UsageError
 from meteora_core.text import printable
 
 PREFIX = "METEORA_"
-OTHERS = ("METEORA_CACHE", "METEORA_DEBUG", "METEORA_KERNEL_TABLE", "METEORA_RUN_LOG")
-"""Variables that are not settings: the folder of downloads, whether errors show a traceback, the user's table of kernels, and the log of a test run."""
+OTHERS = ("METEORA_API_KEY", "METEORA_CACHE", "METEORA_DEBUG", "METEORA_KERNEL_TABLE", "METEORA_RUN_LOG")
+"""Variables that are not settings: the server's key, the folder of downloads, whether errors show a traceback, the user's table of kernels, a test's log."""
 
 _CLOSE = 0.75
 _log = logging.getLogger(__name__)

@@ -293,6 +293,34 @@ class ChatSettings(_Section):
         return _known_template(template)
 
 
+class ServeSettings(_Section):
+    """`meteora serve`."""
+
+    host: str = Field("127.0.0.1", min_length=1, max_length=255, description="Address to listen on; one that is not a loopback address needs METEORA_API_KEY.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
+    name: str = Field("meteora", min_length=1, max_length=512, description="Name of the model whose gates choose the adapters.")
+    template: str = Field("auto", description="As in [chat].")
+    max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS, description="Longest chat answer in tokens, if the request does not limit it.")
+    max_batch: int | None = Field(None, examples=[16], ge=1, le=1024, description="Largest number of requests in a batch; absent: 16 on a CPU, 64 on a GPU.")
+    max_queue: int = Field(256, ge=1, le=1_000_000, description="Largest number of waiting requests; more are refused.")
+    max_model_len: int | None = Field(
+        None, examples=[4096], ge=2, le=MOST_TOKENS, description="Longest prompt and answer together in tokens; absent: the model's context."
+    )
+    step_tokens: int | None = Field(
+        None, examples=[512], ge=16, le=1_000_000, description="Largest number of tokens in a forward pass; absent: 512 on a CPU, 8192 on a GPU."
+    )
+    prefix_cache_mb: int = Field(1024, ge=0, le=10_000_000, description="Size of the prefix cache in MB; 0: none.")
+    max_body_mb: int = Field(8, ge=1, le=1024, description="Largest body of a request in MB.")
+    cors: list[str] = Field([], max_length=64, description='Origins of websites whose scripts may use the server, such as "https://example.org".')
+    adapter_roots: list[Path] = Field([], max_length=64, description="Folders of adapters that clients may add; absent: [paths] adapters.")
+    fuse: Switch = Field("auto", description="As in [eval].")
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, template: str) -> str:
+        return _known_template(template)
+
+
 class UserTask(_Section):
     """A task that the user defines, `[tasks.NAME]`."""
 
@@ -326,6 +354,7 @@ class Settings(BaseSettings):
     launch: LaunchSettings = LaunchSettings()
     eval: EvalSettings = EvalSettings()
     chat: ChatSettings = ChatSettings()
+    serve: ServeSettings = ServeSettings()
     tasks: dict[str, UserTask] = {}
 
     @field_validator("tasks")
@@ -437,37 +466,3 @@ def default_of(name: str) -> Any:
     assert isinstance(kind, type)
     assert issubclass(kind, BaseModel)
     return kind.model_fields[field].default
-
-
-def default_file_text() -> str:
-    """Return the text of a meteora.toml in which every setting is commented out and has its default."""
-    lines = [
-        "# Every setting of meteora, commented out and with its default. Order of precedence: command-line flag, METEORA_* environment variable",
-        "# (nested with __: METEORA_EVAL__LIMIT=10), this file, default. `meteora config show` prints the value in effect and its source.",
-    ]
-    for section, field in Settings.model_fields.items():
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            continue
-        lines += ["", f"[{section}]  # {(field.annotation.__doc__ or '').strip().splitlines()[0]}"]
-        for name, setting in field.annotation.model_fields.items():
-            if isinstance(setting.default, dict):
-                continue
-            absent = setting.default is None
-            value = (setting.examples or [""])[0] if absent else setting.default
-            lines.append(f"# {name} = {_toml(value)}  # {setting.description}{' (an example; absent by default)' if absent else ''}")
-    lines += [
-        "",
-        "# Other values for the adapter of one task: max_steps, batch_size, accumulation, learning_rate, weight_decay, max_length, loss_on, rank,",
-    ]
-    lines += ["# alpha, dropout.", "# [train_adapters.tasks.gsm8k]", "# max_steps = 600", "# learning_rate = 0.0003"]
-    lines += ["", "# Your own task (`meteora data add` builds one without this file).", "# [tasks.my_task]"]
-    lines += ['# train = "my_task/train.jsonl"', '# test = "my_task/test.jsonl"', '# metric = "exact"']
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    return f'"{value}"'

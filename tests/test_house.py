@@ -26,7 +26,7 @@ ROOMS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "text tensors errors reading locks files json_files file_models tensor_files archives names ranges memory progress workers environment "
-        "unexpected hooks choices settings",
+        "unexpected hooks choices settings settings_file",
         "fetch",
         "data",
         "adapters",
@@ -42,6 +42,7 @@ ROOMS: tuple[frozenset[str], ...] = tuple(
         "routers",
         "bench integrations starter",
         "chat quickstart",
+        "serving",
         "__init__",
     )
 )

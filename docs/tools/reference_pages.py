@@ -185,6 +185,8 @@ def _section(title: str, kind: type[BaseModel]) -> list[str]:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return str(value)
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else f'"{value}"'
 
 

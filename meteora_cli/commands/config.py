@@ -22,7 +22,7 @@ def show(
     defaults: Annotated[bool, typer.Option("--defaults", help="Print a meteora.toml with every setting, commented out and with its default.")] = False,
 ) -> None:
     """Print the settings in effect. Order of precedence: flags, METEORA_* environment variables, meteora.toml, defaults."""
-    from meteora_core.settings import default_file_text
+    from meteora_core.settings_file import default_file_text
 
     refuse_without_effect(ctx, {"as_json": (not defaults, "a run without --defaults, which prints TOML")})
     if defaults:

@@ -50,7 +50,9 @@ def mix_observed(layer: ObservedLayer, x: Tensor, output: Tensor, adapters: Adap
         mixed = mix(x, output, adapters, given, lora_x=lora_x, backend=state.backend)
         assert isinstance(mixed, Tensor)
         if mode.recorder is not None:
-            _record(layer, mode.recorder, token_shape(layer, x), indices, weights)
+            packed = layer.is_output and mode.rows is not None and mode.rows.rows == 1
+            shape = torch.Size((1, x.shape[:-1].numel())) if packed else token_shape(layer, x)
+            _record(layer, mode.recorder, shape, indices, weights)
         if mode.gate_labels is not None and logits is not None:
             _compare(layer, mode.gate_labels, token_shape(layer, x), logits)
         return mixed
@@ -87,6 +89,8 @@ def row_routes(layer: RoutedLayer, rows: RowRoutes, x: Tensor, adapters: Adapter
     Raises:
         UsageError: The number of rows is not that of the batch.
     """
+    if layer.is_output and rows.output is not None:
+        rows = rows.output
     on, lead = layer.state.on, x.shape[:-1]
     shape = torch.Size((1, lead.numel())) if rows.rows == 1 else token_shape(layer, x)
     if rows.rows > 1 and (len(shape) != 2 or shape[0] != rows.rows):

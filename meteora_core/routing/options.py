@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,7 @@ class RowRoutes:
         fixed: Whether each row has fixed routes instead of gates, bool (batch, 1, 1).
         indices: Fixed routes of each row, int64 (batch, 1, k); in other rows they have no effect.
         weights: Weights of the fixed routes, float32 (batch, 1, k).
+        output: The options of the tokens that an output layer sees, if they differ from those that other layers see; for packed batches.
     """
 
     options: tuple[RoutingOptions, ...]
@@ -121,6 +122,39 @@ class RowRoutes:
     fixed: Tensor = field(repr=False)
     indices: Tensor = field(repr=False)
     weights: Tensor = field(repr=False)
+    output: RowRoutes | None = field(default=None, repr=False)
+
+    def packed(self, counts: Sequence[int], outputs: Sequence[int]) -> RowRoutes:
+        """The options of the tokens of all rows, one after the other in a batch of one row.
+
+        Args:
+            counts: Number of tokens of each row.
+            outputs: Positions, among all tokens, of those that an output layer sees.
+
+        Returns:
+            Options with tensors (1, tokens, ...), on the CPU.
+        """
+        row_of = torch.arange(self.rows).repeat_interleave(torch.tensor(list(counts)))
+        return replace(self._at(row_of), output=self._at(row_of[list(outputs)]))
+
+    def _at(self, row_of: Tensor) -> RowRoutes:
+        """The options of tokens with the given rows, int64 (tokens,), as a batch of one row."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[row_of].transpose(0, 1)
+
+        with torch.inference_mode(False):
+            return RowRoutes(
+                self.options[:1],
+                self.width,
+                self.gated,
+                pick(self.top_k),
+                pick(self.temperature),
+                pick(self.allowed),
+                pick(self.fixed),
+                pick(self.indices),
+                pick(self.weights),
+            )
 
     @property
     def rows(self) -> int:

@@ -289,6 +289,38 @@ class Meteora:
         finally:
             self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
 
+    @contextmanager
+    def apply_packed(self, options: Sequence[RoutingOptions], counts: Sequence[int], outputs: Sequence[int]) -> Iterator[None]:
+        """Route the tokens of several texts that are packed into one row, each text by options of its own, within the block.
+
+        Args:
+            options: Options of each text.
+            counts: Number of tokens of each text, in order. The model must be called with all of them in a batch of one row.
+            outputs: Positions, among all tokens, of those that logits are computed for (``logits_to_keep``).
+
+        Raises:
+            UsageError: The options do not fit the adapters.
+
+        Example:
+            >>> with model.meteora.apply_packed([RoutingOptions(forced="gsm8k"), RoutingOptions(top_k=1)], [5, 3], [4, 7]):  # doctest: +SKIP
+            ...     model(input_ids, position_ids=positions, use_cache=False, logits_to_keep=torch.tensor([4, 7]))
+        """
+        for text in set(options):
+            text.check(self.names)
+        same = all(text == options[0] for text in options)
+        if same and self._mode.recorder is None:
+            with self.apply(options[0]):
+                yield
+            return
+        self.last_call = LastCall()
+        mode = self._mode
+        rows = self._row_routes((options[0],) if same else tuple(options))
+        self.mode = replace(mode, enabled=True, forced=None, rows=rows if same else rows.packed(counts, outputs))
+        try:
+            yield
+        finally:
+            self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
+
     def _row_routes(self, options: tuple[RoutingOptions, ...]) -> RowRoutes:
         """The tensors of some rows' options; equal options give the same object while it is in use."""
         routing = self._routing

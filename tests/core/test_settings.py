@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from meteora_core.errors import UsageError
-from meteora_core.settings import Settings, default_file_text, load_settings
+from meteora_core.settings import Settings, load_settings
+from meteora_core.settings_file import default_file_text
 
 ROOT = Path(__file__).parents[2]
 

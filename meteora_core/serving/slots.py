@@ -1,0 +1,98 @@
+"""The keys and values of the requests that are in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FIRST_CAPACITY = 256
+"""Number of columns that are allocated at first."""
+
+
+class Slots:
+    """Keys and values of up to ``count`` requests; slot ``i`` holds the tokens of one request from column 0.
+
+    Args:
+        count: Number of slots.
+        longest: Maximum number of columns.
+
+    Attributes:
+        capacity: Number of columns that are allocated; it grows as needed.
+    """
+
+    def __init__(self, count: int, longest: int) -> None:
+        self.count, self.longest = count, longest
+        self.capacity = min(FIRST_CAPACITY, longest)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Number of allocated bytes."""
+        return sum(tensor.numel() * tensor.element_size() for pair in self._layers.values() for tensor in pair)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a forward pass has allocated the layers."""
+        return bool(self._layers)
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of one layer, each (slots, heads, columns, width), allocated like ``key`` and ``value`` (1, heads, tokens, width)."""
+        if index not in self._layers:
+            self._layers[index] = self._new(key, self.capacity), self._new(value, self.capacity)
+        return self._layers[index]
+
+    def _new(self, like: Tensor, capacity: int) -> Tensor:
+        return like.new_zeros(self.count, like.shape[1], capacity, like.shape[3])
+
+    def reserve(self, columns: int) -> None:
+        """Allocate at least ``columns`` columns, and keep what is stored."""
+        if columns <= self.capacity:
+            return
+        capacity = min(self.longest, max(columns, 2 * self.capacity))
+        for index, pair in self._layers.items():
+            wider = tuple(self._new(tensor, capacity) for tensor in pair)
+            for new, old in zip(wider, pair, strict=True):
+                new[:, :, : self.capacity] = old
+            self._layers[index] = wider[0], wider[1]
+        self.capacity = capacity
+
+    def shrink(self) -> None:
+        """Free the memory of all slots. Nothing may be stored in them."""
+        self._layers.clear()
+        self.capacity = min(FIRST_CAPACITY, self.longest)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` columns of one slot to another."""
+        for pair in self._layers.values():
+            for tensor in pair:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first ``length`` columns of two slots."""
+        for pair in self._layers.values():
+            for tensor in pair:
+                kept = tensor[one, :, :length].clone()
+                tensor[one, :, :length] = tensor[other, :, :length]
+                tensor[other, :, :length] = kept
+
+    def read(self, slot: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the columns from ``start`` to ``end`` of a slot: for each layer keys and values, (heads, columns, width)."""
+        return [(keys[slot, :, start:end].clone(), values[slot, :, start:end].clone()) for _, (keys, values) in sorted(self._layers.items())]
+
+    def write(self, slot: int, start: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Store columns, as :meth:`read` returns them, from column ``start`` on."""
+        for (_, (keys, values)), (key, value) in zip(sorted(self._layers.items()), layers, strict=True):
+            keys[slot, :, start : start + key.shape[1]] = key
+            values[slot, :, start : start + value.shape[1]] = value
+
+
+def nbytes(layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """Number of bytes of columns that :meth:`Slots.read` returned."""
+    return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
+
+
+def joined(blocks: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """Blocks of columns, one after the other, as columns of each layer."""
+    return [(torch.cat([pair[0] for pair in layer], 1), torch.cat([pair[1] for pair in layer], 1)) for layer in zip(*blocks, strict=True)]

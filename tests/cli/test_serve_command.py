@@ -1,0 +1,92 @@
+"""`meteora serve` as a process: the address, the key, SIGTERM, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from meteora_cli.commands.serve import check_access, is_loopback, key_of, listen
+from meteora_core.errors import UsageError
+from support.chat_world import World, build_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def process(world: World, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server with a key, and its address."""
+    command = [sys.executable, "-m", "meteora_cli", "serve", str(world.checkpoint), "--port", "0", "--served-model-name", "mine", "--device", "cpu"]
+    environment = {**os.environ, "METEORA_API_KEY": "secret"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        lines: list[str] = []
+        for line in running.stderr:
+            lines.append(line)
+            if line.startswith("Serving on "):
+                break
+        else:
+            pytest.fail("".join(lines))
+        threading.Thread(target=running.stderr.read, daemon=True).start()
+        try:
+            yield running, line.split()[2]
+        finally:
+            running.kill()
+
+
+def test_sigterm_lets_requests_finish(process: tuple[subprocess.Popen[str], str]) -> None:
+    running, url = process
+    headers = {"authorization": "Bearer secret"}
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert httpx.get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"] == "mine"
+    body = {"model": "mine", "prompt": "ab", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=120) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert running.wait(60) == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_a_public_address_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("METEORA_API_KEY", raising=False)
+    for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.9.9.9"):
+        assert is_loopback(host)
+        check_access(host, None, no_auth=False, changes=False)
+    for host in ("0.0.0.0", "192.168.0.7", "::", "example.org"):
+        assert not is_loopback(host)
+        with pytest.raises(UsageError, match="no key"):
+            check_access(host, None, no_auth=False, changes=False)
+        check_access(host, None, no_auth=True, changes=False)
+        check_access(host, "secret", no_auth=False, changes=False)
+    with pytest.raises(UsageError, match="exclude"):
+        check_access("::", "secret", no_auth=True, changes=False)
+    with pytest.raises(UsageError, match="needs a key"):
+        check_access("127.0.0.1", None, no_auth=False, changes=True)
+    assert key_of(None) is None
+    monkeypatch.setenv("METEORA_API_KEY", "from-the-environment")
+    assert (key_of(None), key_of("flag")) == ("from-the-environment", "flag")
+    for key in ("two words", "ä", "line\n"):
+        with pytest.raises(UsageError, match="ASCII"):
+            key_of(key)
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match=r"cannot listen on 127\.0\.0\.1"):
+        listen("127.0.0.1", taken.getsockname()[1]).close()
+    with listen("127.0.0.1", 0) as free:
+        assert free.getsockname()[1] > 0
