@@ -158,6 +158,7 @@ class AdapterTrainSettings(OptimSettings):
     dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout.")
     loss_on: LossOn = Field("all", description="Tokens that the loss covers: prompt and response, or the response alone.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    dora: bool = Field(False, description="Train DoRA, which also learns the magnitude of every output.")
     together_rows: int = Field(32, ge=1, le=65536, description="With --together: number of rows in one forward pass.")
 
 

@@ -39,6 +39,7 @@ class MeteoraLinear(nn.Module):
 
     Attributes:
         is_output: Whether this layer computes the model's logits; it may be called with only the last tokens of every row.
+        is_plain: Whether all adapters are plain LoRA, which add ``s B A x`` alone; fused groups take only such layers.
         group: The group that this layer runs as part of, or None; :func:`meteora_core.fuse` makes groups.
         member: The index of this layer in its group.
     """
@@ -64,6 +65,7 @@ class MeteoraLinear(nn.Module):
         self.max_rank = max(stack.ranks)
         self.dropout = dropout
         self.is_output = False
+        self.is_plain = stack.scale is None and stack.shift is None
         self.group: LayerGroup | None = None
         self.member = 0
         self.state = state
@@ -113,11 +115,6 @@ class MeteoraLinear(nn.Module):
     @property
     def out_features(self) -> int:
         return self.lora_B.shape[1]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all adapters are plain LoRA, which add ``s B A x`` alone; fused groups take only such layers."""
-        return self.scale is None and self.shift is None
 
     @property
     def stack(self) -> Stack:

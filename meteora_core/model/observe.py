@@ -15,11 +15,13 @@ from meteora_kernels import Adapters, Routing, mix, route, route_rows
 
 
 class ObservedLayer(RoutedLayer, Protocol):
-    """A layer that can also scale and shift the base layer's output; :class:`meteora_core.model.layer.MeteoraLinear` is one."""
+    """A layer that can also scale and shift the base layer's output; :class:`meteora_core.model.layer.MeteoraLinear` is one.
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether no adapter scales or shifts the output."""
+    Attributes:
+        is_plain: Whether no adapter scales or shifts the output.
+    """
+
+    is_plain: bool
 
     def adjusted(self, output: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The base layer's output (..., out) with what the chosen adapters add to it besides ``s B A x``."""

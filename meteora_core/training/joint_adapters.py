@@ -83,7 +83,7 @@ def train_together(
 
     Raises:
         DataError: A dataset is missing or broken.
-        UsageError: The settings use packing or differ between tasks in other values than the three sizes, the run is sharded, or a task's folder
+        UsageError: The settings use packing or DoRA, or differ between tasks in other values than the three sizes, the run is sharded, or a task's folder
             contains anything other than an adapter.
         MeteoraError: The loss is not finite, or memory ran out.
     """
@@ -110,6 +110,8 @@ def _check_combination(settings: AdapterTrainSettings, own: Mapping[str, Adapter
     check_targets(job.out, own, replaced=())
     if settings.packing:
         raise UsageError("--packing cannot be combined with --together", hint="leave one of them out")
+    if settings.dora:
+        raise UsageError("--together cannot train DoRA, whose factors depend on the weights of one adapter", hint="leave out --together")
     if job.runtime.kind in ("fsdp", "deepspeed"):
         raise UsageError(f"--together cannot run with --launcher {job.runtime.kind}", hint="use --launcher ddp, or leave out --together")
     if unequal := [f"{task}.{name}" for task in own for name in _differences(own[task], settings)]:

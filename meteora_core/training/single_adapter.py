@@ -247,6 +247,7 @@ def with_lora(model: PreTrainedModel, base: BaseReference, settings: AdapterTrai
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
+        use_dora=settings.dora,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
