@@ -89,7 +89,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "route": {
         "Adapters and rows": ("adapters", "data", "only", "exclude", "base_route"),
-        "Closed form": ("tokens", "answer_share", "statistics", "max_length", "batch_size", "seed"),
+        "Closed form": ("tokens", "answer_share", "statistics", "steps", "max_length", "batch_size", "seed"),
         _CHOICE: ("routing_temperature", "top_k", "backend"),
         _MODEL: ("base", "dtype", "device"),
         _OUTPUT: ("out_dir", "embed", "force", "as_json"),

@@ -34,6 +34,7 @@ def route(
     base_route: Annotated[
         bool, typer.Option("--base-route/--no-base-route", help="Add a base route: tokens that need no adapter get the base model alone.")
     ] = True,
+    steps: Annotated[int, typer.Option("--steps", min=0, max=10_000_000, help="Gradient steps on the gates after the closed form.")] = 0,
     embed: Annotated[
         bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: if they have at most 2 GiB.", show_default=False)
     ] = None,
@@ -74,6 +75,7 @@ def route(
                 max_length=closed_form.max_length,
                 seed=closed_form.seed,
                 base_route=base_route,
+                steps=steps,
                 embed=embed,
                 overwrite=force,
                 progress=bars,
@@ -94,7 +96,8 @@ def route(
     approximate = "; second moments are of low rank, and gates are exact for these statistics" if "low-rank" in done.forms else ""
     put(f"The statistics take {done.bytes / 1e6:.0f} MB{approximate}")
     if accuracy := done.held_out.get("gate_accuracy"):
-        put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, without a training step")
+        after = f"after {steps} gradient steps" if steps else "without a training step"
+        put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, {after}")
         if accuracy < LOW:
-            put(f"This is below {LOW:.0%}. Use more rows with --tokens, or train the gates: meteora train --init ridge --lr 1e-2 --answer-share 0.7")
+            put(f"This is below {LOW:.0%}. Use more rows with --tokens, or train the gates with --steps 100")
     put(f"To chat with the model: meteora chat --checkpoint {shlex.quote(str(done.folder))}")

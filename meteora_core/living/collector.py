@@ -14,7 +14,7 @@ from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.joining import alone
 from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, check_fitting, copy_statistics
 from meteora_core.data.frames import PLACE, parse_frame
-from meteora_core.errors import AdapterError, MeteoraError
+from meteora_core.errors import AdapterError, DataError, MeteoraError
 from meteora_core.living.general import general_rows
 from meteora_core.living.rows import AdapterRows
 from meteora_core.model.vocabulary import check_tokens
@@ -125,10 +125,20 @@ class Collector:
 
     def collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:
         """Collect the statistics of a bank of one adapter from its rows. Raises the errors of :func:`collect_statistics`, and DataError for unknown tokens."""
-        encoded = encode_rows(rows.train, self.tokenizer, 0, self.how.max_length, rows.frame.end_id(self.tokenizer)).rows
+        encoded = self._encoded(rows, 0)
         check_tokens(model, self.tokenizer, (row.tokens for row in encoded))
         how = replace(self.how, recipe=recipe)
         return collect_statistics(model, bank, encoded, self._file(bank.names[0]), how, layers=layers, progress=self.progress)
+
+    def train_rows(self, name: str, index: int) -> Sequence[TrainRow]:
+        """The encoded rows of an adapter, without its held-out rows, labelled with an index. Raises DataError if there are none."""
+        rows = self.rows(name)
+        if rows is None:
+            raise DataError(f"adapter {name!r} has no rows", hint="pass --data DIR, the folder with the rows of the adapters")
+        return self._encoded(rows, index)
+
+    def _encoded(self, rows: AdapterRows, index: int) -> Sequence[TrainRow]:
+        return encode_rows(rows.train, self.tokenizer, index, self.how.max_length, rows.frame.end_id(self.tokenizer)).rows
 
     def _common_frame(self, names: Sequence[str]) -> str:
         """The common frame of the prompts of these adapters; ``{}``, with which any frame agrees, if they differ."""

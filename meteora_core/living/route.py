@@ -27,6 +27,7 @@ from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.living.checkpoints import ANSWER_SHARE, relocate, write_with_statistics
 from meteora_core.living.collector import Collector
 from meteora_core.living.rows import find_rows
+from meteora_core.living.steps import train_solved_gates
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
@@ -71,6 +72,7 @@ class RouteOptions:
         max_length: Largest number of tokens of a row.
         seed: Random seed for the selection of rows.
         base_route: Whether to add the base route, which tokens choose that need no adapter.
+        steps: Number of gradient steps after the closed form; 0 for none.
         embed: Whether to store the adapters' weights in the checkpoint; None to store them if they have at most :data:`EMBEDDED` bytes.
         overwrite: Whether an existing checkpoint is replaced.
         progress: Receiver of progress reports.
@@ -92,6 +94,7 @@ class RouteOptions:
     max_length: int = 1024
     seed: int = 42
     base_route: bool = True
+    steps: int = 0
     embed: bool | None = None
     overwrite: bool = False
     progress: Progress = SILENT
@@ -200,6 +203,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
             for path, layer in meteora_layers(model):
                 layer.gate.copy_(gates[path])
         set_trainable(model, "none")
+        trained = train_solved_gates(model, collector, options.steps, workspace, progress) if options.steps else {}
         held = collector.held_out(bank.names)
         measured = measure_gates(model, held, progress=progress) if any(held.rows) else {}
         texts = [found.held_out[:ROWS] if (found := collector.rows(name)) is not None else [] for name in bank.names]
@@ -211,6 +215,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         seconds = time.perf_counter() - began
         record = {"held_out": measured, "tokens": tokens, "seconds": seconds, "closed_form": {**recipe.model_dump(), "tokens": options.tokens}}
         record |= {"frames": tried} if tried else {}
+        record |= trained
         config, tensors = checkpoint_parts(model, folder=folder, base=base, adapters=embed, training=record)
         write_with_statistics(folder, config, tensors, statistics)
         rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}

@@ -117,3 +117,20 @@ def test_mistakes_are_said_in_one_line_and_write_nothing(own) -> None:
     (own / "m" / "precious").write_text("x")
     with pytest.raises(UsageError, match="already exists"):
         route_adapters(own / "adapters", own / "m", options(own))
+
+
+def test_gradient_steps_follow_the_closed_form_if_asked_for(own) -> None:
+    solved = route_adapters(own / "adapters", own / "solved", options(own))
+    done = route_adapters(own / "adapters", own / "m", options(own, steps=3, base_route=True))
+    model = load_checkpoint(own / "m", device="cpu")
+    assert model.meteora.gates == "trained"
+    record = json.loads((own / "m" / "meteora_config.json").read_text())["training"]
+    assert (record["steps"], record["loss"] > 0, record["held_out"]) == (3, True, done.held_out)
+    gates = load_checkpoint(own / "solved", device="cpu").get_submodule("model.layers.0.self_attn.q_proj").gate
+    assert not torch.equal(gates, model.get_submodule("model.layers.0.self_attn.q_proj").gate[:4])
+    assert sorted(read_statistics(own / "m", done.adapters)) == sorted(done.adapters)
+    shutil.copy(statistics_file(solved.folder, "spell"), own / "adapters" / "spell" / SHIPPED)
+    (own / "adapters" / "spell" / "train.jsonl").unlink()
+    with pytest.raises(UsageError, match="gradient steps need rows of all adapters, and there are none of spell"):
+        route_adapters(own / "adapters", own / "other", options(own, steps=3, exclude=("sum",)))
+    assert not (own / "other").exists()
