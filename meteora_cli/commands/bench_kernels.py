@@ -36,6 +36,9 @@ def bench_kernels(
     end_to_end: Annotated[
         bool, typer.Option("--end-to-end", help="Also measure a whole model with random weights: decode, prefill and a training step.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also measure decoding with the base and the fused model under torch.compile; takes minutes (on a GPU).")
+    ] = False,
     layers: Annotated[int | None, typer.Option("--layers", help="Number of decoder layers of the whole model.", show_default=False)] = None,
     contenders: Annotated[
         str,
@@ -60,11 +63,11 @@ def bench_kernels(
     from meteora_core.bench.tuning import TOKENS
     from meteora_core.errors import UsageError
 
-    needs = {"layers": (end_to_end, "--end-to-end")}
-    if tune:
-        needs = dict.fromkeys(("backward", "graph", "end_to_end", "layers", "contenders", "routes", "plot"), (False, "a run without --tune"))
-    refuse_without_effect(ctx, needs)
     gpu = torch.cuda.is_available()
+    needs = {"layers": (end_to_end, "--end-to-end"), "compiled": (end_to_end and graph and gpu, "--end-to-end on a CUDA GPU, with CUDA graphs")}
+    if tune:
+        needs = dict.fromkeys(("backward", "graph", "end_to_end", "compiled", "layers", "contenders", "routes", "plot"), (False, "a run without --tune"))
+    refuse_without_effect(ctx, needs)
     chosen = shape_named(shape or ("llama3-8b" if gpu else "smollm2-135m"))
     name = dtype or ("bfloat16" if gpu else "float32")
     types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -97,7 +100,7 @@ def bench_kernels(
         whole = None
         if end_to_end:
             sizes = ModelSizes(context=512, prefill=2048, training=4096) if gpu else ModelSizes(context=64, prefill=256, training=256)
-            whole = bench_end_to_end(chosen, setting, replace(timing, seconds=4.0), layers=layers, sizes=sizes, progress=bars)
+            whole = bench_end_to_end(chosen, setting, replace(timing, seconds=4.0), layers=layers, sizes=sizes, compiled=compiled, progress=bars)
     if plot is not None:
         plot_layers(bench, plot)
     if as_json:
@@ -171,5 +174,7 @@ def _show_model(whole: EndToEnd) -> None:
         peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         table.add_row(row.work, row.name, f"{row.milliseconds:.4g}", f"{row.tokens_per_second:.0f}", f"{row.ratio:.2f}", peak, row.mode)
     out.print(table)
+    for mode, base in whole.bases.items():
+        put(f"base in mode {mode}: {base}")
     for note in whole.skipped:
         put(f"not run: {note}")

@@ -17,6 +17,7 @@ from meteora_core.bench.timing import Timing, capture, medians, peak_memory
 from meteora_core.errors import UsageError
 from meteora_core.progress import SILENT, Progress
 from meteora_core.ranges import check_range
+from meteora_core.reading import first_line
 
 if TYPE_CHECKING:
     from meteora_core.adapters.bank import AdapterBank
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BASES = {
+    "graph": "transformers' eager code in a CUDA graph",
+    "eager": "transformers' eager code, launched kernel by kernel",
+    "compiled": "transformers' code under torch.compile (max-autotune) in a CUDA graph",
+}
+"""How the base model, and all others with it, runs in each mode."""
+_COMPILED = ("base", "fused")
+"""The models that are measured in the mode "compiled"; compiling others takes minutes and answers no question."""
 _SPARE = 512
 """Number of places in a static cache after the context; each timed step fills one."""
 
@@ -39,7 +48,7 @@ class EndToEndRow:
         tokens_per_second: Tokens per second of all sequences together.
         ratio: Time relative to the base model in the same mode.
         peak_mib: Peak memory in MiB in addition to the memory in use before; None for devices other than CUDA.
-        mode: Mode of the measurement, "graph" or "eager".
+        mode: Mode of the measurement, a key of :data:`BASES`.
     """
 
     work: str
@@ -53,7 +62,10 @@ class EndToEndRow:
 
 @dataclass
 class EndToEnd:
-    """Results of a run. ``skipped`` lists the measurements that were not possible, with the reason."""
+    """Results of a run.
+
+    ``bases`` describes the base of each mode that was measured; ``skipped`` lists the measurements that were not possible, with the reason.
+    """
 
     shape: str
     layers: int
@@ -62,6 +74,7 @@ class EndToEnd:
     top_k: int
     dtype: str
     machine: str
+    bases: dict[str, str] = field(default_factory=dict)
     rows: list[EndToEndRow] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -135,6 +148,7 @@ def bench_end_to_end(
     *,
     layers: int | None = None,
     sizes: ModelSizes = ModelSizes(),
+    compiled: bool = False,
     progress: Progress = SILENT,
 ) -> EndToEnd:
     """Measure a random model: decoding of one token per sequence after a filled cache, a prefill, and a training step.
@@ -145,6 +159,8 @@ def bench_end_to_end(
         timing: Dtype, device and time of a measurement.
         layers: Number of decoder layers; None for that of the shape.
         sizes: Sizes at which the model is measured.
+        compiled: Whether decoding is also measured with the base and the fused model under ``torch.compile``, on a CUDA GPU with CUDA graphs. Each
+            number of sequences takes minutes to compile.
         progress: Receiver of progress reports.
     """
     from peft import LoraConfig, get_peft_model
@@ -163,12 +179,20 @@ def bench_end_to_end(
     def measure(name: str, subject: nn.Module) -> None:
         with progress.task(f"timing {name}", total=None) as task:
             for work, run in _works(subject, ids, sizes, name).items():
-                for mode in _modes(work) if timing.captured else ("eager",):
+                modes = _modes(work) if timing.captured else ("eager",)
+                if compiled and "graph" in modes and name in _COMPILED and work.startswith("decode"):
+                    modes = (*modes, "compiled")
+                for mode in modes:
                     try:
-                        taken.setdefault((work, mode), {})[name] = _time(run, device, graph=mode == "graph", seconds=timing.seconds)
+                        timed = run if mode != "compiled" else _decoder(subject, ids[: _tokens_of(work), : sizes.context], compiled=True)
+                        taken.setdefault((work, mode), {})[name] = _time(timed, device, graph=mode != "eager", seconds=timing.seconds)
                     except torch.OutOfMemoryError:
                         result.skipped.append(f"{work}, {name}, {mode}: not enough GPU memory")
                         torch.cuda.empty_cache()
+                    except Exception as problem:
+                        if mode != "compiled":
+                            raise
+                        result.skipped.append(f"{work}, {name}, {mode}: {first_line(problem)}")
                 task.update(1)
 
     measure("base", model)
@@ -187,6 +211,7 @@ def bench_end_to_end(
         except UsageError as error:
             result.skipped.append(f"fused: {error}")
     detach(model)
+    result.bases = {mode: BASES[mode] for mode in dict.fromkeys(mode for _, mode in taken)}
     for (work, mode), found in taken.items():
         for name, (milliseconds, peak) in found.items():
             tokens = _tokens_of(work)
@@ -213,21 +238,25 @@ def _works(model: nn.Module, ids: Tensor, sizes: ModelSizes, name: str) -> dict[
     return works
 
 
-def _decoder(model: nn.Module, ids: Tensor) -> Callable[[], object]:
-    """A function that decodes one token per sequence, after a cache of fixed size that its first call fills."""
+def _decoder(model: nn.Module, ids: Tensor, *, compiled: bool = False) -> Callable[[], object]:
+    """A function that decodes one token per sequence, after a cache of fixed size that its first call fills, by eager or by compiled code."""
     from transformers import StaticCache
 
     config: Any = model.config
     cache = StaticCache(config=config, max_cache_len=ids.shape[1] + _SPARE)
     step = ids[:, :1].clone()
     filled: list[bool] = []
+    decode: Any = model
+    if compiled:
+        torch.compiler.reset()
+        decode = torch.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
 
     def run() -> object:
         with torch.no_grad():
             if not filled:
                 filled.append(True)
                 model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return model(step, past_key_values=cache, use_cache=True)
+            return decode(step, past_key_values=cache, use_cache=True)
 
     return run
 

@@ -25,6 +25,7 @@ import pytest
         ("trace --prompt x --base y --backend dense", "--backend"),
         ("data build --task strategyqa --source pypi --raw-dir x", "--raw-dir"),
         ("bench-kernels --layers 2", "--layers"),
+        ("bench-kernels --end-to-end --no-graph --compile", "--compile"),
         ("bench-kernels --tune --plot x.png", "--plot"),
         ("config show --defaults --json", "--json"),
     ],

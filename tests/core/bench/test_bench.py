@@ -9,6 +9,7 @@ import torch
 
 from meteora_core.bench import ModelShape, ModelSizes, bench_end_to_end, bench_layers, plot_layers
 from meteora_core.bench.contenders import POOL, RUN, Setting, lay_input, local_input, make_layer, run_group
+from meteora_core.bench.end_to_end import BASES, _decoder, random_model
 from meteora_core.bench.shapes import SHAPES, shape_named
 from meteora_core.bench.timing import Timing, medians
 from meteora_core.errors import UsageError
@@ -107,8 +108,20 @@ def test_end_to_end_on_a_tiny_model() -> None:
     works = {"decode, batch 1", "decode, batch 2", "prefill of 6", "training step of 7"}
     assert {(row.work, row.name) for row in whole.rows} == {(work, name) for work in works for name in ("base", "peft", "meteora")}
     assert whole.skipped == []
+    assert whole.bases == {"eager": BASES["eager"]}
     for row in whole.rows:
         assert row.tokens_per_second == pytest.approx(int(row.work.split()[-1]) / row.milliseconds * 1e3)
+
+
+def test_compiled_decoding_is_one_graph_of_the_thorough_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step, with the whole model passed to the compiler once."""
+    model = random_model(TINY, 1, torch.float32, torch.device("cpu"))
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda given, **options: asked.append((given, options)) or given)
+    ids = torch.arange(10).view(2, 5)
+    one, other = (_decoder(model, ids, compiled=compiled)() for compiled in (False, True))
+    assert asked == [(model, {"mode": "max-autotune-no-cudagraphs", "fullgraph": True, "dynamic": False})]
+    assert torch.equal(one.logits, other.logits)
 
 
 def test_large_gathers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
