@@ -67,28 +67,24 @@ def flags_without_type(parameters: list[Any]) -> list[Any]:
     return parameters
 
 
-class HelpfulCommand(TyperCommand):
+class _Helpful:
+    """A mixin for commands: their help shows examples, and the defaults of options that are settings."""
+
+    def get_params(self, ctx: Any) -> Any:
+        return flags_without_type(super().get_params(ctx))  # type: ignore[misc]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with help_completed(self, path_of(ctx)):
+            super().format_help(ctx, formatter)  # type: ignore[misc]
+        show_examples(path_of(ctx))
+
+
+class HelpfulCommand(_Helpful, TyperCommand):
     """A command whose help shows examples, and the defaults of options that are settings."""
 
-    def get_params(self, ctx: Any) -> Any:
-        return flags_without_type(super().get_params(ctx))
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        with help_completed(self, path_of(ctx)):
-            super().format_help(ctx, formatter)
-        show_examples(path_of(ctx))
-
-
-class HelpfulGroup(TyperGroup):
+class HelpfulGroup(_Helpful, TyperGroup):
     """A group of commands whose help shows examples, and the defaults of options that are settings."""
-
-    def get_params(self, ctx: Any) -> Any:
-        return flags_without_type(super().get_params(ctx))
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        with help_completed(self, path_of(ctx)):
-            super().format_help(ctx, formatter)
-        show_examples(path_of(ctx))
 
 
 class App(typer.Typer):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meteora_core.adapters.stack import Stack
-from meteora_core.model.linears import float_table
+from meteora_core.model.linears import WrappedLinear, float_table
 from meteora_core.model.observe import mix_observed
 from meteora_core.routing import Meteora
 from meteora_kernels import Adapters, Routing, mix, mix_over, route
@@ -23,7 +23,7 @@ class LayerGroup(Protocol):
         """The output of a member for its input (..., in), or None if the layer has to compute it itself."""
 
 
-class MeteoraLinear(nn.Module):
+class MeteoraLinear(WrappedLinear):
     """``y = W x + sum_j w_j s_{i_j} B_{i_j} A_{i_j} dropout(x)``, the top-k ``i_j`` chosen per token by ``G x``.
 
     Formulas in :mod:`meteora_kernels.reference` (MeteoRA, arXiv 2405.13053, section 3). Adapters that scale the base layer's output (DoRA) or shift the
@@ -121,16 +121,6 @@ class MeteoraLinear(nn.Module):
         """The adapters' weights as they are now."""
         scaling = self.scaling.detach().cpu()
         return Stack(self.lora_A.detach(), self.lora_B.detach(), tuple(self.ranks), scaling, self.scale, self.shift)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight (some models read its dtype)."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

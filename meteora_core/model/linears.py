@@ -65,3 +65,23 @@ def bias_of(module: nn.Module, path: str) -> Tensor | None:
 def float_table(values: Tensor | None, device: torch.device) -> Tensor | None:
     """A table of a stack in float32 on a device; None if there is none."""
     return None if values is None else values.to(device, torch.float32)
+
+
+class WrappedLinear(nn.Module):
+    """The base of layers that take the place of a linear layer and run it: models see the weight and the bias of the wrapped layer.
+
+    Attributes:
+        base_layer: The linear layer that is wrapped.
+    """
+
+    base_layer: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; some models read its dtype."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]

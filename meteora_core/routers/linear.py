@@ -14,6 +14,7 @@ from meteora_core.adapters.stack import Stack
 from meteora_core.errors import AdapterError
 from meteora_core.model.attach import computing_dtype, find_targets
 from meteora_core.model.caches import bypassed
+from meteora_core.model.linears import WrappedLinear
 from meteora_core.model.tokens import is_routed_expert
 
 
@@ -69,7 +70,7 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 """A function from a layer's input (..., in) and its product with all A matrices (..., R) to scores, float32 (..., N)."""
 
 
-class RoutedLinear(nn.Module):
+class RoutedLinear(WrappedLinear):
     """``y = W x + sum_i w_i s_i B_i A_i x`` with weights ``w`` from scores of the token, or fixed for all tokens.
 
     Args:
@@ -88,16 +89,6 @@ class RoutedLinear(nn.Module):
         self.A, self.B = nn.Parameter(stack.A, requires_grad=False), nn.Parameter(stack.B, requires_grad=False)
         self.register_buffer("owners", owners_of(stack).to(stack.A.device), persistent=False)
         self.register_buffer("scaling", stack.scaling.float().to(stack.A.device), persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, of which some models read the dtype."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -20,6 +20,7 @@ from meteora_core.errors import MeteoraError
 from meteora_core.evaluation.fingerprint import adapter_files, base_files
 from meteora_core.evaluation.processes import Processes
 from meteora_core.files import cache_dir, locked, save_tensors
+from meteora_core.model.linears import WrappedLinear
 from meteora_core.model.vocabulary import padding_token
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routers.folder import FolderRouter
@@ -149,7 +150,7 @@ def standardised(values: Tensor) -> Tensor:
     return centred / centred.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
-class _Gate(nn.Module):
+class _Gate(WrappedLinear):
     """``y = W x + sigmoid(v x) s B A x`` for one adapter, with a trainable float32 gate ``v`` that starts at 0."""
 
     def __init__(self, wrapped: nn.Module, A: Tensor, B: Tensor, scaling: float) -> None:
@@ -157,14 +158,6 @@ class _Gate(nn.Module):
         self.base_layer, self.scaling = wrapped, scaling
         self.A, self.B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
         self.gate = nn.Parameter(torch.zeros(A.shape[1], device=A.device))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x)
