@@ -30,6 +30,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "meteora ckpt export runs/meteora gsm8k-gguf --adapter gsm8k --gguf",
         "meteora ckpt export runs/meteora gsm8k-merged --merge gsm8k --dtype bfloat16",
     ),
+    "ckpt push": ("meteora ckpt push runs/meteora me/helpdesk --dry-run", "meteora ckpt push runs/meteora me/helpdesk --licence apache-2.0 --public"),
     "ckpt card": ("meteora ckpt card runs/meteora --results runs/eval/meteora --licence gsm8k=MIT",),
     "train": (
         "meteora train adapters --task gsm8k,strategyqa",
@@ -60,6 +61,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "eval report": ("meteora eval report runs/eval/base runs/eval/meteora --plot compare.png --kind radar",),
     "chat": ("meteora chat", "echo 'Is the sky blue?' | meteora chat --checkpoint runs/meteora --json"),
+    "serve": ("meteora serve runs/meteora --port 8080", "meteora serve runs/meteora --max-batch 16 --cors https://example.org"),
     "trace": ("meteora trace --prompt 'Is the sky blue?' --out trace.html", "meteora trace --task strategyqa --row 3 --out trace.png"),
     "bench-kernels": ("meteora bench-kernels --tokens 1,8,512", "meteora bench-kernels --model-shape llama3-8b --end-to-end --layers 8"),
     "config": ("meteora config show",),
@@ -81,7 +83,7 @@ _CHANGE = {
 
 _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "eval": {
-        "What to evaluate": ("task", "model", "checkpoint", "data", "limit", "scoring"),
+        "What to evaluate": ("task", "model", "without_asked", "checkpoint", "data", "limit", "scoring", "seeds"),
         _CHOICE: ("routing_temperature", "top_k", "adapters", "backend"),
         _ANSWERS: ("template", "batch_size", "max_new_tokens", "max_prompt_tokens"),
         _MODEL: ("base", "dtype", "device", "load_in_4bit", "load_in_8bit", "launcher", "processes"),
@@ -103,6 +105,14 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         _ANSWERS: ("system", "template", "max_new_tokens", "sampling_temperature"),
         _MODEL: ("device", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
         _OUTPUT: ("as_json",),
+    },
+    "serve": {
+        "What to serve": ("base", "adapters_dir", "name", "engine"),
+        "Address and access": ("host", "port", "api_key", "no_auth", "cors", "allow_adapter_changes", "adapter_root"),
+        "Limits": ("max_batch", "max_queue", "max_model_len", "max_new_tokens", "prefix_cache_mb"),
+        _CHOICE: ("routing_temperature", "top_k", "backend"),
+        "Prompts": ("template",),
+        _MODEL: ("device", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
     },
     "trace": {
         "What to trace": ("prompt", "file", "task", "row"),

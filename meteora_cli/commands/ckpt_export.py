@@ -37,7 +37,9 @@ def export(
         str, typer.Option("--dtype", help="Dtype of a merged model or a GGUF file: float32, float16 or, for a merged model, bfloat16.")
     ] = "float32",
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that the checkpoint names.", show_default=False)] = None,
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder of its adapter folders, if they were moved.", show_default=False)] = None,
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

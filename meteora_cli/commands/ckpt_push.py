@@ -21,7 +21,9 @@ def push(
         str | None,
         typer.Option("--base", help="The base model's id on the hub, if the checkpoint names a folder: ORGANISATION/NAME[@REVISION].", show_default=False),
     ] = None,
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="Folder of its adapter folders, if they were moved.", show_default=False)] = None,
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
+    ] = None,
     statistics: Annotated[bool, typer.Option("--statistics", help="Upload the statistics for `meteora adapters add` too.")] = False,
     message: Annotated[str, typer.Option("--message", help="Message of the commit.")] = "Upload a Meteora checkpoint",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and show the model card; make no request.")] = False,
