@@ -9,13 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_kernels import reference
 from meteora_kernels.mixture import BACKENDS, lora_mixture, mix, mix_over, pick_backend
+from meteora_kernels.plan import batch_invariance
 from meteora_kernels.reference import route, route_rows
 from meteora_kernels.types import Adapters, Group, Routing
 
 if TYPE_CHECKING:
     from meteora_kernels.group import run_group
 
-__all__ = ["BACKENDS", "Adapters", "Group", "Routing", "lora_mixture", "mix", "mix_over", "pick_backend", "reference", "route", "route_rows", "run_group"]
+__all__ = [
+    "BACKENDS",
+    "Adapters",
+    "Group",
+    "Routing",
+    "batch_invariance",
+    "lora_mixture",
+    "mix",
+    "mix_over",
+    "pick_backend",
+    "reference",
+    "route",
+    "route_rows",
+    "run_group",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,8 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         group: The group of linears.
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table, with ``pieces`` and ``tile`` of the product (:func:`meteora_kernels.steps.products.products_by`). With ``inline``, every
-            program of the pass over the output routes its tokens itself; otherwise a separate launch does so before it.
+            program of the pass over the output routes its tokens itself; otherwise a separate launch does so before it. With the way "invariant", the
+            pass over the output has the tile's number of tokens per program, too.
         in_place: Ignored by this path.
     """
     adapters, outputs = group.adapters, sum(group.adapters.widths)
@@ -35,7 +36,8 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         (base[0] if base.dim() == 3 else base).add_(group.bias)
     down = found[..., group.gate_rows :]
     if row.inline:
-        up(down, adapters, base, y, logits=found, routing=routing)
+        block = row.tile.tokens if row.way == "invariant" and row.tile is not None else None
+        up(down, adapters, base, y, logits=found, routing=routing, block_tokens=block)
     else:
         up(middle(found, down, adapters, routing, max_rank=adapters.max_rank or 0, dtype=x.dtype), adapters, base, y)
     return y

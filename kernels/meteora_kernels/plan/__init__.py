@@ -2,6 +2,7 @@
 
 from meteora_kernels.plan.backend import Call, choose_backend
 from meteora_kernels.plan.choose import choices_of, choose, table_of, use, user_file
+from meteora_kernels.plan.invariant import batch_invariance
 from meteora_kernels.plan.machine import interpreted, readable, triton_installed, why_not_triton
 from meteora_kernels.plan.table import EVER, Case, Facts, Row, Span, Table
 
@@ -13,6 +14,7 @@ __all__ = [
     "Row",
     "Span",
     "Table",
+    "batch_invariance",
     "choices_of",
     "choose",
     "choose_backend",

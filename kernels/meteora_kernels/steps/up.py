@@ -66,7 +66,16 @@ def up_kernel(
     tl.store(out + tokens * stride_out + where, total.to(out.dtype.element_ty), mask=token_mask & column_mask)
 
 
-def up(middle: Tensor, adapters: Adapters, base: Tensor | None, out: Tensor, *, logits: Tensor | None = None, routing: Routing | None = None) -> None:
+def up(
+    middle: Tensor,
+    adapters: Adapters,
+    base: Tensor | None,
+    out: Tensor,
+    *,
+    logits: Tensor | None = None,
+    routing: Routing | None = None,
+    block_tokens: int | None = None,
+) -> None:
     """Write ``base + middle B`` into ``out``.
 
     Args:
@@ -78,9 +87,10 @@ def up(middle: Tensor, adapters: Adapters, base: Tensor | None, out: Tensor, *, 
         logits: Gate logits (M, .), or as many partial sums as ``middle`` with the same stride. The logits of member i start at column
             ``i * member_rows``. With logits, every program routes its tokens itself; None if ``middle`` is final.
         routing: How tokens choose their adapters; needed with ``logits``.
+        block_tokens: Number of tokens per program; None to choose it by the number of tokens.
     """
     tokens, rank = middle.shape[-2], adapters.total_rank
-    block_m, block_n, block_k, warps, stages = 16 if tokens <= 64 else 64, 128, 32, 4, 3
+    block_m, block_n, block_k, warps, stages = block_tokens or (16 if tokens <= 64 else 64), 128, 32, 4, 3
     member_stride = rank if logits is None else adapters.member_rows
     choice = routing if routing is not None else Routing(top_k=1)
     grid = (sum(ceil_div(width, block_n) for width in adapters.widths), ceil_div(tokens, block_m))
