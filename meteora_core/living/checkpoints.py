@@ -27,17 +27,16 @@ from meteora_core.choices import SecondMoments
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapter_folder, adapter_label, hub_source
 from meteora_core.files import atomic_folder, locked
-from meteora_core.living.collector import Collector
+from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.live_bank import Change, LiveBank, gates_without, refuse_last
 from meteora_core.living.rows import AdapterRows, find_rows
 from meteora_core.locks import scratch_folder
 from meteora_core.model.base import BaseReference, load_tokenizer
-from meteora_core.model.vocabulary import padding_token
 from meteora_core.names import is_name
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import GateOrigin
 from meteora_core.tensor_files import read_header
-from meteora_core.training.statistics import TOKENS, Collecting
+from meteora_core.training.statistics import TOKENS
 
 _STALE = ("inputs", "inputs_hash", "held_out", "history", "evaluations", "best_step", "sampled", "packed")
 """Keys of a checkpoint's training record that are no longer valid after an adapter was added or removed."""
@@ -232,17 +231,8 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
         progress = options.progress
         model = load_checkpoint(checkpoint, base, options.dtype, options.device, backend=options.backend, adapters_dir=options.adapters_dir, progress=progress)
         tokenizer = load_tokenizer(base, progress=progress)
-        how = Collecting(
-            BaseReference(config["base"]["name"], config["base"].get("revision")),
-            padding_token(model, tokenizer),
-            Recipe(answer_share=options.answer_share),
-            options.tokens,
-            options.batch_size,
-            options.max_length,
-            options.seed,
-            options.statistics,
-            options.backend,
-        )
+        named = BaseReference(config["base"]["name"], config["base"].get("revision"))
+        how = collecting(options, named, model, tokenizer, Recipe(answer_share=options.answer_share))
         sources = {adapter["name"]: _source(checkpoint, adapter["name"], adapter["source"], options.adapters_dir) for adapter in config["adapters"]}
 
         def find(adapter: str, known_folder: Path | None) -> AdapterRows | None:

@@ -25,13 +25,12 @@ from meteora_core.choices import SecondMoments
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.living.checkpoints import ANSWER_SHARE, relocate, write_with_statistics
-from meteora_core.living.collector import Collector
+from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.rows import find_rows
 from meteora_core.living.steps import train_solved_gates
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
-from meteora_core.model.vocabulary import padding_token
 from meteora_core.names import problem_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import is_regular
@@ -39,7 +38,7 @@ from meteora_core.routing import meteora_of
 from meteora_core.text import listed
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.prompt_frames import ROWS, FrameTrial, common_or_best
-from meteora_core.training.statistics import TOKENS, Collecting, closed_form_gates
+from meteora_core.training.statistics import TOKENS, closed_form_gates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,17 +172,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
     model = load_base(base, dtype=pick_dtype(options.dtype, device), device=device, progress=progress)
     banks, renamed = _fitting(banks, model, set_aside)
     recipe = Recipe(answer_share=options.answer_share)
-    how = Collecting(
-        base,
-        padding_token(model, tokenizer),
-        recipe,
-        options.tokens,
-        options.batch_size,
-        options.max_length,
-        options.seed,
-        options.statistics,
-        options.backend,
-    )
+    how = collecting(options, base, model, tokenizer, recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, f"{folder.name}.statistics") as workspace:
         collector = Collector(tokenizer, how, workspace, lambda name, adapter: find_rows(name, options.data, adapter, tokenizer, seed=options.seed), progress)

@@ -14,14 +14,12 @@ from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Re
 from meteora_core.errors import DataError, UsageError
 from meteora_core.files import storage_errors
 from meteora_core.living.checkpoints import ChangeOptions
-from meteora_core.living.collector import Collector
+from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.rows import find_rows
 from meteora_core.locks import scratch_folder
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
 from meteora_core.model.linears import can_carry
 from meteora_core.model.tokens import is_routed_expert
-from meteora_core.model.vocabulary import padding_token
-from meteora_core.training.statistics import Collecting
 
 
 def ship_statistics(folder: str | Path, name: str | None = None, options: ChangeOptions = ChangeOptions()) -> GateStatistics:
@@ -60,17 +58,7 @@ def ship_statistics(folder: str | Path, name: str | None = None, options: Change
     device = pick_device(options.device)
     model = load_base(base, dtype=pick_dtype(options.dtype, device), device=device, progress=progress)
     bank, _ = fit_to_base(bank, model)
-    how = Collecting(
-        base,
-        padding_token(model, tokenizer),
-        Recipe(answer_share=options.answer_share, frame=rows.known_frame),
-        options.tokens,
-        options.batch_size,
-        options.max_length,
-        options.seed,
-        options.statistics,
-        options.backend,
-    )
+    how = collecting(options, base, model, tokenizer, Recipe(answer_share=options.answer_share, frame=rows.known_frame))
     target = find_adapter(folder) or folder
     with storage_errors(target), scratch_folder(target, SHIPPED) as workspace:
         collector = Collector(tokenizer, how, workspace, lambda *_: rows, progress)
