@@ -14,7 +14,7 @@ from meteora_cli.flags import refuse_without_effect
 if TYPE_CHECKING:
     from meteora_core.exports.common import Exported, ExportOptions
 
-FORMATS = ("peft", "merged", "gguf")
+FORMATS = ("peft", "merged", "gguf", "vllm")
 """The values of ``--format``."""
 
 
@@ -31,7 +31,9 @@ def export(
     gguf: Annotated[bool, typer.Option("--gguf", help="Write the adapter as adapter.gguf, which llama.cpp loads.")] = False,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="Format: peft, merged or gguf; default: the one that --adapter, --merge or --gguf implies.", show_default=False),
+        typer.Option(
+            "--format", help="Format: peft, merged or gguf, which --adapter, --merge or --gguf implies; or vllm, for the whole model.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Dtype of a merged model or a GGUF file: float32, float16 or, for a merged model, bfloat16.")
@@ -43,18 +45,20 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Write an adapter as a PEFT folder or for llama.cpp, or merge an adapter into the base model."""
+    """Write an adapter as a PEFT folder or for llama.cpp, merge an adapter into the base model, or write the whole model for vLLM."""
     from meteora_core.exports.common import ExportOptions
 
     chosen = _format(form, adapter, merge, gguf=gguf)
-    refuse_without_effect(ctx, {"dtype": (chosen != "peft", "--merge or --gguf")})
+    refuse_without_effect(ctx, {"dtype": (chosen in ("merged", "gguf"), "--merge or --gguf")})
     with progress(ctx) as bars:
         done = _write(chosen, checkpoint, folder, adapter or merge or "", ExportOptions(base, adapters, force, bars), dtype)
     if as_json:
         emit_json({"path": str(done.folder), "format": done.kind, "adapter": done.adapter, "files": list(done.files), "bytes": done.size})
         return
-    what = {"peft": "a PEFT adapter", "merged": "a model for transformers", "gguf": "an adapter for llama.cpp"}[done.kind]
+    what = {"peft": "a PEFT adapter", "merged": "a model for transformers", "gguf": "an adapter for llama.cpp", "vllm": "a model for vLLM"}[done.kind]
     put(f"{done.folder}: {done.adapter} as {what}, {done.size / 1e6:.1f} MB")
+    if done.kind == "vllm":
+        put(f"next: vllm serve {done.folder}   (with pip install 'meteora-lora[vllm]')")
 
 
 def _format(form: str | None, adapter: str | None, merge: str | None, *, gguf: bool) -> str:
@@ -67,12 +71,17 @@ def _format(form: str | None, adapter: str | None, merge: str | None, *, gguf: b
         raise UsageError("--gguf writes one adapter", hint="pass --adapter NAME --gguf")
     if form is not None and form not in FORMATS:
         raise UsageError(f"unknown format {form!r}", hint=f"choose from: {', '.join(FORMATS)}")
+    if form == "vllm":
+        if adapter is not None or merge is not None:
+            raise UsageError("--format vllm writes all adapters", hint="leave out --adapter and --merge; `meteora ckpt pack` chooses adapters")
+        return form
     chosen = form or ("gguf" if gguf else "merged" if merge is not None else "peft")
     if chosen == "merged" and merge is None:
         raise UsageError("--format merged needs the name of an adapter", hint="pass --merge NAME")
     if chosen != "merged" and adapter is None:
         raise UsageError(
-            "nothing says what to export", hint="pass --adapter NAME for a PEFT folder, with --gguf for llama.cpp, or --merge NAME for a merged model"
+            "nothing says what to export",
+            hint="pass --adapter NAME for a PEFT folder, with --gguf for llama.cpp, --merge NAME for a merged model, or --format vllm",
         )
     return chosen
 
@@ -86,6 +95,10 @@ def _write(form: str, checkpoint: Path, folder: Path, name: str, options: Export
         from meteora_core.exports.gguf_adapter import export_gguf
 
         return export_gguf(checkpoint, folder, name, options, dtype)
+    if form == "vllm":
+        from meteora_core.exports.vllm_model import export_vllm
+
+        return export_vllm(checkpoint, folder, options)
     from meteora_core.exports.peft_adapter import export_adapter
 
     return export_adapter(checkpoint, folder, name, options)

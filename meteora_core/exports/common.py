@@ -33,8 +33,8 @@ class Exported:
 
     Attributes:
         folder: The folder that was written.
-        kind: The format: "peft", "merged" or "gguf".
-        adapter: The name of the adapter.
+        kind: The format: "peft", "merged", "gguf" or "vllm".
+        adapter: The name of the adapter, or how many there are.
         files: The names of the files, sorted.
         size: The total size of the files in bytes.
     """

@@ -37,6 +37,13 @@ def test_an_adapter_and_a_merged_model(folder: Path) -> None:
     assert [file.name for file in Path("c").iterdir()] == ["adapter.gguf"]
 
 
+def test_a_folder_for_vllm(folder: Path) -> None:
+    said = run("served", "--format", "vllm").splitlines()
+    assert said[0].startswith("served: 2 adapters as a model for vLLM, ")
+    assert said[1].startswith("next: vllm serve served")
+    assert json.loads(run("again", "--format", "vllm", "--json"))["files"] == sorted(path.name for path in Path("again").iterdir() if path.is_file())
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -47,6 +54,9 @@ def test_an_adapter_and_a_merged_model(folder: Path) -> None:
         (("--adapter", "gsm8k", "--dtype", "float16"), "--dtype has no effect here"),
         (("--adapter", "gsm8k", "--gguf", "--dtype", "bfloat16"), "cannot have the dtype 'bfloat16'"),
         (("--merge", "gsm8k", "--gguf"), "--gguf writes one adapter"),
+        (("--adapter", "gsm8k", "--format", "vllm"), "--format vllm writes all adapters"),
+        (("--gguf", "--format", "vllm"), "--gguf writes one adapter"),
+        (("--format", "vllm", "--dtype", "float16"), "--dtype has no effect here"),
     ],
 )
 def test_flags_that_contradict_each_other(folder: Path, flags: tuple[str, ...], said: str) -> None:

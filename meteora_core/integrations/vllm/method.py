@@ -1,0 +1,112 @@
+"""The linear method "meteora": a layer's own method, and the adapters of its members."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod, register_weight_loader_v2_supported_method
+
+from meteora_core.integrations.vllm import operators
+from meteora_core.integrations.vllm.layout import Block, Shape, buffers, weights_of
+from meteora_core.integrations.vllm.runtime import RUNTIME
+from meteora_core.integrations.vllm.served import Served
+from meteora_core.integrations.vllm.slices import Slices
+
+
+class MeteoraMethodV1(LinearMethodBase):
+    """Wraps the linear method that a layer would have without adapters.
+
+    Unquantised base weights on a GPU share one block of memory with gates and A, and run in one operator with the adapters. Other base weights keep their
+    method, and a second operator adds the adapters to its output.
+
+    Args:
+        config: The configuration.
+        under: The wrapped method.
+        members: For every part of the layer's output, the path of the checkpoint's layer, or None.
+    """
+
+    def __init__(self, config: Served, under: LinearMethodBase, members: Sequence[str | None]) -> None:
+        self.config, self.under, self.members = config, under, tuple(members)
+        self.uses_meta_device = bool(getattr(under, "uses_meta_device", False))
+        self.requires_device_loading = True
+        self.block: Block | None = None
+        self.fused = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "under" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.under, name)
+
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+        """Create the base weights. The arguments are those of the wrapped method."""
+        names = ("input_size_per_partition", "output_partition_sizes", "input_size", "output_size", "params_dtype")
+        given = dict(zip(names, sizes, strict=False)) | attributes
+        self.under.create_weights(layer, *sizes, **attributes)
+        widths = list(given["output_partition_sizes"])
+        if len(self.members) not in (1, len(widths)):
+            raise ValueError(f"the layer of {self.members} computes {len(widths)} outputs, and the checkpoint has adapters for {len(self.members)}")
+        self.hidden, self.parts, self.dtype = int(given["input_size_per_partition"]), widths, given["params_dtype"]
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Lay out gates and adapters, and the base weights with them where they run together."""
+        self.config.check_complete()
+        store, slices = self.config.store, Slices.of(layer, self.parts)
+        widths = self.parts if len(self.members) > 1 else [sum(self.parts)]
+        shape = Shape.of(store, self.members, widths)
+        fused = self._can_fuse(layer, shape, slices)
+        if not fused:
+            self.under.process_weights_after_loading(layer)
+        like = torch.empty(0, dtype=self.dtype, device=layer.weight.device if fused else device_of(layer))
+        if self.block is None:  # when weights are loaded again, captured graphs keep the addresses of the first time
+            self.block = Block(shape, self.hidden, like, base=fused, wide=self.config.wide)
+        block = self.block
+        block.fill(store, slices)
+        if fused:
+            weights_of(block).copy_(layer.weight.data)
+            layer.weight.data = weights_of(block)
+        buffers(layer, block.tensors())
+        layer.meteora_outputs = sum(widths)
+        operators.register_layer(block, slices.sums, RUNTIME, self.config)
+        self.fused = fused
+
+    def _can_fuse(self, layer: Any, shape: Shape, slices: Slices) -> bool:
+        weight = getattr(layer, "weight", None)
+        if type(self.under) is not UnquantizedLinearMethod or not isinstance(weight, Tensor) or weight.dtype != self.dtype:
+            return False
+        return not slices.sums and len(shape.widths) <= 3 and operators.has_kernels(weight.device, weight.dtype, self.config)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output (..., O) for x (..., h), base and adapters together."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.fused:
+            y = torch.ops.meteora_vllm.group(flat, layer.meteora_rows, layer.meteora_outputs)
+            y = y if bias is None else y + bias
+        else:
+            y = self.under.apply(layer, x, bias)
+            y = torch.ops.meteora_vllm.add(flat, y.reshape(-1, y.shape[-1]), layer.meteora_rows)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@register_weight_loader_v2_supported_method
+class MeteoraMethod(MeteoraMethodV1):
+    """:class:`MeteoraMethodV1` for layers whose weights vLLM loads by their parameters (its loader asks for the class's name)."""
+
+
+def method_for(config: Served, under: LinearMethodBase, members: Sequence[str | None]) -> MeteoraMethodV1:
+    """The method of a layer with adapters."""
+    modern = type(under).__name__ in linear.WEIGHT_LOADER_V2_SUPPORTED
+    return (MeteoraMethod if modern else MeteoraMethodV1)(config, under, members)
+
+
+def device_of(layer: torch.nn.Module) -> torch.device:
+    """The device of a layer's weights."""
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    from vllm.platforms import current_platform
+
+    return torch.device(current_platform.device_type)

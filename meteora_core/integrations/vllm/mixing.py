@@ -1,0 +1,121 @@
+"""The arithmetic of a layer's adapters on top of a finished base output, with the options of every token where a step asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meteora_core.integrations.vllm.layout import Block
+from meteora_core.integrations.vllm.runtime import Runtime
+from meteora_kernels import Adapters, Routing, mix
+from meteora_kernels.reference import top_indices
+from meteora_kernels.stacked import gate_rows_of
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What an operator needs of a layer.
+
+    Attributes:
+        block: Its memory.
+        sums: Whether gate logits must be added up over the processes of a tensor-parallel group.
+        routing: The routing of a plain step.
+        kernels: Whether the GPU kernels run.
+        runtime: The state of the process.
+    """
+
+    block: Block
+    sums: bool
+    routing: Routing
+    kernels: bool
+    runtime: Runtime
+
+
+def fresh(parts: list[Tensor], y: Tensor) -> Tensor:
+    """The members' outputs side by side, in memory of their own, because an operator must not return its input."""
+    if len(parts) > 1:
+        return torch.cat(parts, dim=1)
+    return parts[0].clone() if parts[0].data_ptr() == y.data_ptr() else parts[0]
+
+
+def mixed(x: Tensor, y: Tensor, adapters: Adapters, routing: Routing) -> Tensor:
+    """``y`` plus the adapters of one member."""
+    found = mix(x, y, adapters, routing)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def added(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    """:func:`add` by GPU kernels: one product with all gates and A, one launch that routes, one that adds B."""
+    from meteora_kernels.steps.middle import middle
+    from meteora_kernels.steps.up import up
+
+    adapters, block = layer.block.adapters, layer.block
+    found = F.linear(x, block.rows)
+    down = found[:, gate_rows_of(adapters.number) :]
+    logits = summed_logits(x, block.single[0]) if layer.sums else found
+    values = middle(logits, down, adapters, layer.routing, max_rank=adapters.max_rank or 0, dtype=x.dtype)
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    up(values, adapters, y if y.stride(1) == 1 else y.contiguous(), out)
+    return out
+
+
+def summed_logits(x: Tensor, adapters: Adapters | None) -> Tensor:
+    """Gate logits float32 (M, N), added up over the processes of the tensor-parallel group."""
+    assert adapters is not None
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    logits = gate_logits(x, adapters.gate).float()
+    return tensor_model_parallel_all_reduce(logits.contiguous())
+
+
+def gate_logits(x: Tensor, gate: Tensor) -> Tensor:
+    """Gate logits (M, N), not rounded to 16 bits on a GPU."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, gate.t(), out_dtype=torch.float32)
+    return torch.mm(x, gate.t())
+
+
+def observed(layer: Layer, x: Tensor, y: Tensor, logits: Tensor | None = None) -> Tensor:
+    """``y`` plus the adapters, with the options of every token; the routes are recorded.
+
+    Args:
+        layer: The layer.
+        x: Input (M, h).
+        y: Base output (M, O).
+        logits: Gate logits (M, N) of the first member, if they are known.
+    """
+    runtime, shape = layer.runtime, layer.block.shape
+    parts, found = torch.split(y, list(shape.widths), dim=1), []
+    for path, part, adapters in zip(shape.paths, parts, layer.block.single, strict=True):
+        if path is None or adapters is None:
+            found.append(part)
+            continue
+        if logits is None:
+            logits = summed_logits(x, adapters) if layer.sums else gate_logits(x, adapters.gate)
+        indices, weights = routes_of(layer, logits)
+        if runtime.observed:
+            runtime.record(path, indices, weights)
+        found.append(mixed(x, part.contiguous(), adapters, Routing(indices.shape[1], 1.0, None, indices, weights)))
+        logits = None
+    return fresh(found, y)
+
+
+def routes_of(layer: Layer, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices int64 and weights float32 (M, k) for gate logits (M, N), by the options of every token; slots past a token's top_k have weight 0."""
+    runtime = layer.runtime
+    if not runtime.observed:
+        top_k, temperature = layer.routing.top_k, layer.routing.temperature
+        indices = top_indices(logits, top_k)
+        return indices, torch.softmax(logits.gather(1, indices).float() / temperature, dim=1)
+    tokens = runtime.tokens(logits.shape[0], logits.device)
+    if tokens.allowed is not None:
+        logits = logits.masked_fill(~tokens.allowed, float("-inf"))
+    indices = top_indices(logits, tokens.most)
+    chosen = logits.gather(1, indices).float() / tokens.temperature[:, None]
+    slots = torch.arange(tokens.most, device=logits.device)
+    chosen = chosen.masked_fill(slots >= tokens.top_k.clamp(min=1)[:, None], float("-inf"))
+    return indices, torch.softmax(chosen, dim=1).masked_fill((tokens.top_k == 0)[:, None], 0.0)

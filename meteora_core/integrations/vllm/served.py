@@ -1,0 +1,31 @@
+"""What the layers ask the configuration for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from meteora_core.integrations.vllm.checkpoint import Store
+from meteora_core.integrations.vllm.options import Options
+
+
+class Served(Protocol):
+    """The part of :class:`meteora_core.integrations.vllm.config.MeteoraConfig` that layers use.
+
+    Attributes:
+        wide: Whether rows of weights may also hold B^T.
+        count_every: At which steps the choices are counted; 0 for none.
+    """
+
+    wide: bool
+    count_every: int
+
+    @property
+    def store(self) -> Store:
+        """The checkpoint."""
+
+    @property
+    def default(self) -> Options:
+        """The options of requests that set none."""
+
+    def check_complete(self) -> None:
+        """Raise ValueError if vLLM's model has no layers for some adapters."""

@@ -1,0 +1,116 @@
+"""The layers of the plugin for vLLM, without vLLM: memory, GPU kernels (in Triton's interpreter on a CPU) and options, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from meteora_core.integrations.vllm.layout import Block, Shape, weights_of
+from meteora_core.integrations.vllm.mixing import Layer, added, observed
+from meteora_core.integrations.vllm.options import Options
+from meteora_core.integrations.vllm.runtime import Runtime, Scheduled
+from meteora_core.integrations.vllm.slices import Slices
+from meteora_kernels import Adapters, Routing, reference, run_group
+
+HIDDEN, COUNT = 64, 5
+RANKS = {"q": [4, 0, 8, 8, 2], "v": [0, 4, 8, 4, 8]}
+SCALING = {"q": [1.0, 0.0, 2.0, 0.5, 1.0], "v": [0.0, 2.0, 2.0, 1.0, 1.0]}
+WIDTHS = {"q": 32, "v": 16}
+ROUTING = Routing(2, 1.5)
+
+
+class Weights:
+    """A checkpoint of two layers with different ranks and scaling."""
+
+    names = tuple(f"a{index}" for index in range(COUNT))
+
+    def __init__(self) -> None:
+        self.modules: dict[str, dict[str, Any]] = {path: {"ranks": RANKS[path], "scaling": SCALING[path]} for path in RANKS}
+        self.tensors: dict[str, Tensor] = {}
+        for path, ranks in RANKS.items():
+            self.tensors[f"{path}.gate"] = torch.randn(COUNT, HIDDEN) * 0.4
+            self.tensors[f"{path}.lora_A"] = torch.randn(sum(ranks), HIDDEN) * 0.2
+            self.tensors[f"{path}.lora_B"] = torch.randn(sum(ranks), WIDTHS[path])
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def exact(self, path: str, x: Tensor, base: Tensor, routing: Routing) -> Tensor:
+        """The layer in float64."""
+        offsets = torch.tensor([0, *torch.tensor(RANKS[path]).cumsum(0).tolist()])
+        gate, A, B = (self.tensors[f"{path}.{name}"].double() for name in ("gate", "lora_A", "lora_B"))
+        return reference.mix(x.double(), base.double(), Adapters.of_layer(gate, A, B, torch.tensor(SCALING[path]), offsets, 8), routing)[0]
+
+
+@pytest.fixture
+def weights() -> Weights:
+    return Weights()
+
+
+PARTS = ("q", None, "v")
+SIZES = [32, 16, 16]
+WHOLE = Slices((0, HIDDEN), ((32, 0, 32), (16, 0, 16), (16, 0, 16)), False)
+
+
+def block_of(weights: Weights, *, base: bool) -> Block:
+    block = Block(Shape.of(weights, PARTS, SIZES), HIDDEN, torch.empty(0), base=base, wide=True)  # type: ignore[arg-type]
+    block.fill(weights, WHOLE)  # type: ignore[arg-type]
+    return block
+
+
+def expected(weights: Weights, x: Tensor, base: Tensor, routing: Routing) -> Tensor:
+    """The members' outputs in float64; the second member has no adapters."""
+    parts = base.split(SIZES, dim=1)
+    return torch.cat([weights.exact("q", x, parts[0], routing), parts[1].double(), weights.exact("v", x, parts[2], routing)], dim=1)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_kernels_for_members_of_different_ranks_and_a_member_without_adapters(weights: Weights, tokens: int) -> None:
+    x, base = torch.randn(tokens, HIDDEN), torch.randn(64, HIDDEN) * 0.2
+    together, apart = block_of(weights, base=True), block_of(weights, base=False)
+    weights_of(together).copy_(base)
+    assert together.group is not None
+    y = x @ base.t()
+    exact = expected(weights, x, y, ROUTING)
+    torch.testing.assert_close(run_group(x, together.group, ROUTING).double(), exact, rtol=0, atol=2e-5)
+    torch.testing.assert_close(added(Layer(apart, False, ROUTING, True, Runtime()), x, y).double(), exact, rtol=0, atol=2e-5)
+
+
+def test_every_token_has_its_own_options(weights: Weights) -> None:
+    runtime = Runtime()
+    runtime.names, runtime.observed, runtime.default = list(weights.names), True, Options(2, 1.5)
+    each = [Options(2, 1.5), Options(1, 1.0), Options(4, 3.0), Options(1, 1.0, (3,)), Options(2, 1.0, (0, 2)), Options(0, 1.0)]
+    runtime._step = [Scheduled(str(index), 2, 0, options) for index, options in enumerate(each)]
+    x, y = torch.randn(14, HIDDEN), torch.randn(14, 64)
+    found = observed(Layer(block_of(weights, base=False), False, ROUTING, False, runtime), x, y)
+    for index, options in enumerate([*each, runtime.default]):
+        rows = slice(2 * index, 2 * index + 2)
+        allowed = None
+        if options.allowed is not None:
+            allowed = torch.zeros(COUNT, dtype=torch.bool)
+            allowed[list(options.allowed)] = True
+        exact = expected(weights, x[rows], y[rows], Routing(options.top_k, options.temperature, allowed)) if options.top_k else y[rows].double()
+        torch.testing.assert_close(found[rows].double(), exact, rtol=0, atol=2e-5)
+
+
+def test_loading_again_replaces_the_weights_in_the_same_memory(weights: Weights) -> None:
+    block = block_of(weights, base=False)
+    address, before = block.rows.data_ptr(), block.rows.clone()
+    weights.tensors["q.gate"] = weights.tensors["q.gate"] + 1
+    block.fill(weights, WHOLE)  # type: ignore[arg-type]
+    assert block.rows.data_ptr() == address
+    assert (block.rows - before).abs().sum() == COUNT * HIDDEN
+
+
+def test_slices_of_a_model_that_merges_its_layers_itself() -> None:
+    """Phi-3's qkv_proj is one linear layer: a process of two holds a part of q, of k and of v."""
+    columns = torch.arange(12.0).expand(2, 12)
+    second = Slices((0, 8), ((8, 4, 4), (2, 1, 1), (2, 1, 1)), False)
+    assert second.of_outputs(columns, None)[0].tolist() == [4, 5, 6, 7, 9, 11]
+    assert second.of_outputs(columns[:, :2], 1)[0].tolist() == [1]
+    assert Slices((4, 4), ((6, 0, 6),), True).of_inputs(columns)[0].tolist() == [4, 5, 6, 7]
+    with pytest.raises(ValueError, match="B has 11 outputs, and vLLM's layer has 12"):
+        second.of_outputs(columns[:, :11], None)

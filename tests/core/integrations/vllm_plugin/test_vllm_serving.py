@@ -1,0 +1,214 @@
+"""The plugin in vLLM itself, on a CPU, in an environment of its own: greedy answers are those of ``load_checkpoint``. ``make test-vllm`` runs this."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from meteora_core import AdapterBank, attach, load_checkpoint, save_checkpoint
+from meteora_core.exports.vllm_model import export_vllm
+from meteora_core.model.base import BaseReference, load_base
+from meteora_core.routing import meteora_of, record_routes
+from support.tiny_models import make_tiny_llama
+
+PYTHON = os.environ.get("VLLM_TEST_PYTHON", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON or not Path(PYTHON).is_file(), reason="needs an environment with vLLM: make test-vllm"),
+]
+
+ROOT = Path(__file__).parents[4]
+SIZES = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+NAMES = ("all", "attention", "few", "mlp")
+TARGETS: dict[str, list[str] | str] = {"all": "all-linear", "attention": ["q_proj", "v_proj", "o_proj"], "few": ["v_proj"], "mlp": ["up_proj", "down_proj"]}
+"""k_proj and gate_proj get adapters from "all" alone, so members of one of vLLM's layers have different ranks."""
+RANKS = {"all": 4, "attention": 8, "few": 3, "mlp": 6}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "top 1": {"meteora_top_k": 1},
+    "top 3, T": {"meteora_top_k": 3, "meteora_temperature": 4.0},
+    "forced": {"meteora_force": "attention"},
+    "muted": {"meteora_muted": ["all", "mlp"]},
+    "allowed": {"meteora_allowed": "few,mlp"},
+    "off": {"meteora_off": 1},
+}
+NEW = 10
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_", "METEORA_", "TRITON_", "PYTEST_"))}
+    return kept | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "meteora",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "METEORA_VLLM_COUNT_EVERY": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a checkpoint of four adapters with different targets and ranks, and its export."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("vllm")
+    make_tiny_llama(**SIZES).save_pretrained(folder / "base")
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=RANKS[name], lora_alpha=2 * RANKS[name], target_modules=TARGETS[name], task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(make_tiny_llama(**SIZES), config).save_pretrained(folder / "adapters" / name)
+    bank = AdapterBank.from_peft({name: folder / "adapters" / name for name in NAMES})
+    model = attach(load_base(BaseReference(str(folder / "base")), dtype=torch.float32), bank, init="normal")
+    model.meteora.gates = "trained"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".gate"):
+                parameter.mul_(30)
+    save_checkpoint(model, folder / "checkpoint")
+    export_vllm(folder / "checkpoint", folder / "served")
+    return folder
+
+
+def answers(model: Any, prompts: list[list[int]], kind: str) -> list[list[int]]:
+    """Greedy answers of the library to every prompt, with the options of a kind."""
+    state = meteora_of(model)
+    before = state.top_k, state.temperature
+    options = OPTIONS[kind]
+    state.top_k, state.temperature = options.get("meteora_top_k", before[0]), options.get("meteora_temperature", before[1])
+    muted = options.get("meteora_muted", []) or ([name for name in NAMES if name not in options["meteora_allowed"].split(",")] if kind == "allowed" else [])
+    state.mute(muted)
+
+    def run() -> list[list[int]]:
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
+            found.append(out[0, len(prompt) :].tolist())
+        return found
+
+    try:
+        with torch.inference_mode():
+            if kind == "forced":
+                with state.force("attention"):
+                    return run()
+            if kind == "off":
+                with state.disabled():
+                    return run()
+            return run()
+    finally:
+        state.mute([])
+        state.top_k, state.temperature = before
+
+
+@pytest.fixture(scope="module")
+def expected(world: Path) -> dict[str, Any]:
+    model = load_checkpoint(world / "checkpoint", dtype=torch.float32, device="cpu")
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, SIZES["vocab_size"], (length,), generator=generator).tolist() for length in (5, 17, 40, 70)]
+    jobs = []
+    for kind, options in OPTIONS.items():
+        for prompt, answer in zip(prompts, answers(model, prompts, kind), strict=True):
+            jobs.append({"kind": kind, "prompt": prompt, "options": options or None, "answer": answer})
+    with torch.inference_mode(), record_routes(model) as routes:
+        model(torch.tensor([prompts[0]]))
+    return {"jobs": jobs, "routes": {path: routes.layer(path).indices[0].tolist() for path in routes.paths}}
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_greedy_answers_are_those_of_the_library(world: Path, expected: dict[str, Any], tmp_path: Path, parallel: int) -> None:
+    jobs = {"folder": str(world / "served"), "new": NEW, "jobs": expected["jobs"]}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    program = [PYTHON, str(ROOT / "tests" / "support" / "vllm_program.py"), str(tmp_path / "jobs.json"), str(tmp_path / "out.json"), str(parallel)]
+    done = subprocess.run(program, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    for answered in found["rounds"]:  # the second time, prefixes are in the cache
+        wrong = [job["kind"] for job, answer in zip(expected["jobs"], answered, strict=True) if answer != job["answer"]]
+        assert wrong == []
+    by_kind: dict[str, list[list[int]]] = {}
+    for job in expected["jobs"]:
+        by_kind.setdefault(job["kind"], []).append(job["answer"])
+    assert len({json.dumps(each) for each in by_kind.values()}) == len(OPTIONS)  # the options make a difference
+    assert "nobody" in found["refused"]
+    for process in found["routes"]:
+        assert {path: layer["indices"] for path, layer in process["layers"].items()} == expected["routes"]
+
+
+def test_a_server_answers_and_tells_its_routes(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "server.log"
+    program = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(world / "served"), "--served-model-name", "m", "--host", "127.0.0.1"]
+    program += ["--port", str(port), "--api-key", "secret", "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "8", "--enforce-eager"]
+    program += ["--max-num-batched-tokens", "128", "--skip-tokenizer-init"]
+    with log.open("w") as out:
+        server = subprocess.Popen(program, env=environment(), cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": "Bearer secret"}, timeout=120) as client:
+            wait_for(client, server, log)
+            assert client.get("/v1/meteora/adapters").json() == {"adapters": list(NAMES), "top_k": 2, "temperature": 1.0}
+            assert httpx.get(f"http://127.0.0.1:{port}/v1/meteora/adapters").status_code == 401
+            for job in (job for job in expected["jobs"] if job["kind"] in ("default", "muted")):
+                body = {"model": "m", "prompt": job["prompt"], "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+                reply = client.post("/v1/completions", json=body | {"vllm_xargs": {**(job["options"] or {}), "meteora_trace": 1}})
+                assert reply.status_code == 200, reply.text
+                assert reply.json()["choices"][0]["token_ids"] == job["answer"]
+            routes = client.get(f"/v1/meteora/routes/{reply.json()['id']}").json()
+            assert set(routes["layers"]) == set(expected["routes"])
+            assert {NAMES[index] for layer in routes["layers"].values() for row in layer["indices"] for index in row} == {"attention", "few"}
+            refused = client.post("/v1/completions", json={"model": "m", "prompt": [5], "vllm_xargs": {"meteora_top_k": 9}})
+            assert (refused.status_code, "from 1 to 4" in refused.text) == (400, True)
+            assert client.get("/v1/meteora/routes/nothing").status_code == 404
+            counts = client.get("/v1/meteora/counts").json()
+            assert counts["tokens"] > 0
+            assert counts["adapters"]["attention"] > 0
+            metrics = client.get("/metrics").text
+            assert f'meteora:adapter_choices{{adapter="attention"}} {float(counts["adapters"]["attention"])}' in metrics
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait(30)
+
+
+def wait_for(client: httpx.Client, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the server answers."""
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(1)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def test_another_weight_file_is_refused(world: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "served"
+    shutil.copytree(world / "served", copy)
+    file = copy / "meteora" / "meteora.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    program = "from meteora_core.integrations.vllm.checkpoint import Store; import sys; Store(sys.argv[1]).check()"
+    done = subprocess.run([PYTHON, "-c", program, str(copy / "meteora")], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "its SHA-256 differs; write the folder again" in done.stderr
