@@ -75,7 +75,7 @@ _ANSWERS = "Prompts and answers"
 _OUTPUT = "Output"
 
 _CHANGE = {
-    "Adapter and rows": ("name", "rows", "data"),
+    "Adapter and rows": ("name", "rows", "data", "self_written"),
     "Closed form": ("tokens", "max_length", "batch_size", "seed"),
     _MODEL: ("base", "adapters_dir", "dtype", "device", "backend"),
     _OUTPUT: ("as_json",),
@@ -90,7 +90,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         _OUTPUT: ("save", "out_dir", "routing", "debug", "as_json"),
     },
     "route": {
-        "Adapters and rows": ("adapters", "data", "only", "exclude", "base_route"),
+        "Adapters and rows": ("adapters", "data", "only", "exclude", "self_written", "base_route"),
         "Closed form": ("tokens", "answer_share", "statistics", "steps", "max_length", "batch_size", "seed"),
         _CHOICE: ("routing_temperature", "top_k", "backend"),
         _MODEL: ("base", "dtype", "device"),

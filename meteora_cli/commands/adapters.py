@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +61,7 @@ def add_or_update(
     name: Name = None,
     rows: Rows = None,
     data: Data = None,
+    self_written: Annotated[bool, typer.Option("--self-written", help="If the adapter has neither statistics nor rows, let it write rows itself.")] = False,
     tokens: Tokens = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
@@ -78,7 +79,7 @@ def add_or_update(
 
     change = {"add": add_adapter, "update": update_adapter}[ctx.info_name or ""]
     with progress(ctx) as bars:
-        options = _options(ctx, bars, base, adapters_dir, rows)
+        options = replace(_options(ctx, bars, base, adapters_dir, rows), self_written=self_written)
         if ctx.info_name == "add" and str(folder) == NO_ADAPTER and name is None and not folder.exists():
             done = add_base_route(checkpoint, options)
         else:

@@ -194,6 +194,7 @@ def pack(
     rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of an adapter in a layer.", show_default=False)] = None,
     max_mb: Annotated[float | None, typer.Option("--max-mb", help="Largest size of the folder in MB (millions of bytes).", show_default=False)] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Dtype of the stored tensors: bfloat16, float16 or float32.")] = "bfloat16",
+    statistics: Annotated[bool, typer.Option("--statistics", help="Keep the gate statistics, so that adapters can join the new checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -222,6 +223,7 @@ def pack(
                 rank=rank,
                 max_bytes=None if max_mb is None else int(max_mb * 1e6),
                 dtype=getattr(torch, dtype),
+                statistics=statistics,
             ),
             adapters_dir=adapters,
             overwrite=force,

@@ -15,10 +15,13 @@ from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.magnitudes import check_tensor
 from meteora_core.adapters.stack import Stack
+from meteora_core.checkpoints.gate_statistics import place_statistics, read_statistics
 from meteora_core.checkpoints.located import checkpoint_folder
-from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, read_config, refuse_untrained, write_checkpoint
+from meteora_core.checkpoints.native import BASE, WEIGHT_FILE, check_replaceable, read_checkpoint, read_config, refuse_untrained
+from meteora_core.checkpoints.parts import write_files
 from meteora_core.checkpoints.stacks import stack_entry, with_features
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.files import atomic_folder
 from meteora_core.model.attach import find_targets, resolve_bank
 from meteora_core.model.base import BaseReference, load_base
 from meteora_core.progress import SILENT, Progress
@@ -60,12 +63,15 @@ class PackOptions:
         rank: The largest rank of an adapter in a layer; None sets no limit.
         max_bytes: The largest size of the folder, in bytes; None sets no limit.
         dtype: The dtype of the stored tensors.
+        statistics: Whether to keep the gate statistics of the adapters, with which adapters can join the new checkpoint. They count towards the size.
+            Statistics of adapters that are cut or rounded describe the adapters as they were.
     """
 
     tasks: Sequence[str] | None = None
     rank: int | None = None
     max_bytes: int | None = None
     dtype: torch.dtype = torch.bfloat16
+    statistics: bool = False
 
 
 def pack_checkpoint(
@@ -116,7 +122,11 @@ def pack_checkpoint(
     layers = {path: _factors(stack, chosen) for path, stack in bank.modules.items()}
     width = torch.finfo(dtype).bits // 8
     tables = {f"{path}.{name}": table for path, stack in bank.modules.items() for name, table in _tables(stack.chosen(chosen)).items()}
+    statistics = read_statistics(source, options.tasks or bank.names) if options.statistics else {}
+    if options.statistics and not statistics:
+        raise UsageError(f"{source} has no gate statistics of these adapters", hint="leave out --statistics")
     fixed = sum(tensor.numel() * tensor.element_size() for tensor in (*gates.values(), *base.values(), *tables.values()))
+    fixed += sum(each.size for each in statistics.values())
     full = {path: tuple(len(a) for a, _ in pairs) for path, pairs in layers.items()}
     ranks = {path: tuple(min(size, rank) if rank else size for size in sizes) for path, sizes in full.items()}
     text = len(json.dumps(_configuration(config, bank, chosen, full, {}), indent=2)) if max_bytes else 0
@@ -145,8 +155,11 @@ def pack_checkpoint(
     names = tuple(bank.names[number] for number in chosen)
     shares = {name: round(share, 4) for name, share in zip(names, kept, strict=True)}
     written = _configuration(config, bank, chosen, ranks, shares if cut else {})
-    write_checkpoint(folder, written, packed)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    with atomic_folder(folder) as temporary:
+        write_files(temporary, written, packed)
+        if statistics:
+            place_statistics(statistics, temporary)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if max_bytes is not None and size > max_bytes:
         raise CheckpointError(f"{folder} has {size / 1e6:.1f} MB, more than {max_bytes / 1e6:.1f} MB", hint="choose fewer tasks or a lower rank")
     from meteora_core.files import sha256

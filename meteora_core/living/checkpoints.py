@@ -63,6 +63,7 @@ class ChangeOptions:
         seed: Random seed for the selection of rows.
         answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally. Existing
             statistics take precedence.
+        self_written: Whether an added adapter without rows and statistics writes rows itself.
         statistics: Form in which new statistics store second moments; see :func:`meteora_core.training.statistics.stored_form`.
         progress: Receiver of progress reports.
     """
@@ -79,6 +80,7 @@ class ChangeOptions:
     max_length: int = 1024
     seed: int = 42
     answer_share: float | None = ANSWER_SHARE
+    self_written: bool = False
     statistics: SecondMoments = "auto"
     progress: Progress = SILENT
 
@@ -239,7 +241,9 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
             given = options.rows if adapter == name else None
             return find_rows(adapter, options.data, known_folder or sources.get(adapter), tokenizer, given=given, seed=options.seed)
 
-        live = LiveBank(model, Collector(tokenizer, how, workspace, find, progress), read_statistics(checkpoint, list(sources)))
+        live = LiveBank(
+            model, Collector(tokenizer, how, workspace, find, progress, self_written=options.self_written), read_statistics(checkpoint, list(sources))
+        )
         done = change(live)
         if folder is not None:
             relocate(model, {name: folder}, checkpoint)

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.base_route import NO_ADAPTER, is_base_route
 from meteora_core.adapters.config import find_adapter
+from meteora_core.adapters.folders import folder_frame
 from meteora_core.adapters.joining import alone
 from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, check_fitting, copy_statistics
 from meteora_core.choices import SecondMoments
-from meteora_core.data.frames import PLACE, parse_frame
+from meteora_core.data.frames import PLACE, RAW, Frame, chat_frame, parse_frame
 from meteora_core.errors import AdapterError, DataError, MeteoraError
 from meteora_core.living.general import general_rows
 from meteora_core.living.rows import AdapterRows
+from meteora_core.living.self_written import self_written_rows
 from meteora_core.model.vocabulary import check_tokens, padding_token
 from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import is_regular
@@ -29,6 +31,7 @@ from meteora_core.training.task_rows import HeldOut
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora_core.adapters.peft_folder import AdapterInfo
     from meteora_core.model.base import BaseReference
 
 FindRows = Callable[[str, Path | None], AdapterRows | None]
@@ -75,17 +78,28 @@ class Collector:
         how: Options for collecting statistics. Its recipe is only used if no adapter has statistics yet.
         workspace: Folder to which new statistics are written.
         find: Function that finds the rows of an adapter.
+        self_written: Whether adapters without rows and statistics write rows themselves (:mod:`meteora_core.living.self_written`).
         progress: Receiver of progress reports.
 
     Attributes:
         folders: PEFT folders of adapters by name, if known.
         frame: Frame of the prompts, as text with ``{}`` for the message. General text for the base route has it too.
+        written: Names of the adapters that wrote their rows themselves.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, how: Collecting, workspace: Path, find: FindRows, progress: Progress = SILENT) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        how: Collecting,
+        workspace: Path,
+        find: FindRows,
+        progress: Progress = SILENT,
+        *,
+        self_written: bool = False,
+    ) -> None:
         self.tokenizer, self.how, self.workspace, self.progress = tokenizer, how, workspace, progress
         self.folders: dict[str, Path] = {}
-        self.frame = how.recipe.frame
+        self.frame, self.self_written, self.written = how.recipe.frame, self_written, list[str]()
         self._find, self._found, self._numbers = find, dict[str, AdapterRows | None](), count()
 
     def rows(self, name: str) -> AdapterRows | None:
@@ -99,7 +113,12 @@ class Collector:
     def with_frame(self, bank: AdapterBank) -> AdapterBank:
         """The bank with the frame of its rows recorded for each adapter. Adapters without rows keep their frame. Raises DataError for broken rows."""
         rows = {info.name: None if is_base_route(info) else self.rows(info.name) for info in bank}
-        return replace(bank, adapters=tuple(replace(info, frame=found.frame) if (found := rows[info.name]) is not None else info for info in bank.adapters))
+        adapters = []
+        for info in bank:
+            found = rows[info.name]
+            frame = found.frame if found is not None else self._frame_of(info) if self.self_written and not is_base_route(info) else info.frame
+            adapters.append(replace(info, frame=frame))
+        return replace(bank, adapters=tuple(adapters))
 
     def forget(self, name: str) -> None:
         """Forget the folder and the rows of an adapter."""
@@ -133,14 +152,20 @@ class Collector:
         wanted = tuple(name for name in bank.names if name not in found)
         recipe = next((each.header.recipe for each in found.values()), None)
         if recipe is None and wanted:
-            recipe = self.how.recipe.model_copy(update={"frame": self._common_frame([name for name in wanted if name != NO_ADAPTER])})
+            adapters = [info for info in bank if info.name in wanted and not is_base_route(info)]
+            recipe = self.how.recipe.model_copy(update={"frame": self._common_frame(adapters)})
         recipe = recipe or self.how.recipe
         self.frame = recipe.frame
         for name in wanted:
             rows = self.rows(name)
-            if rows is None:
+            if rows is None and self.self_written:
+                frame = self._frame_of(bank.adapters[bank.index(name)]) if recipe.frame == PLACE else parse_frame(recipe.frame)
+                rows = self_written_rows(model, self.tokenizer, alone(bank, name), frame, seed=self.how.seed, progress=self.progress)
+                self.written.append(name)
+            if not rows or not rows.train:
                 raise MeteoraError(
-                    f"there are neither statistics nor rows of the adapter {name!r}", hint="pass --data DIR, the folder with the rows of the adapters"
+                    f"there are neither statistics nor rows of the adapter {name!r}",
+                    hint="pass --data DIR, the folder with the rows of the adapters, or --self-written",
                 )
             _check_frame(name, rows, recipe)
             found[name] = self.collect(model, alone(bank, name), rows, recipe, layers)
@@ -175,10 +200,18 @@ class Collector:
     def _encoded(self, rows: AdapterRows, index: int) -> Sequence[TrainRow]:
         return encode_rows(rows.train, self.tokenizer, index, self.how.max_length, rows.frame.end_id(self.tokenizer)).rows
 
-    def _common_frame(self, names: Sequence[str]) -> str:
+    def _common_frame(self, adapters: Sequence[AdapterInfo]) -> str:
         """The common frame of the prompts of these adapters; ``{}``, with which any frame agrees, if they differ."""
-        frames = {rows.known_frame for name in names if (rows := self.rows(name)) is not None}
+        frames = {rows.known_frame for info in adapters if (rows := self.rows(info.name)) is not None}
+        frames = frames or {self._frame_of(info).text for info in adapters}
         return frames.pop() if len(frames) == 1 else PLACE
+
+    def _frame_of(self, info: AdapterInfo) -> Frame:
+        """The frame of an adapter without rows: the one that its folder states, the chat template of the base model, or none."""
+        stated = info.frame or (folder_frame(self.folders[info.name]) if info.name in self.folders else None)
+        if stated is not None:
+            return stated
+        return chat_frame(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else RAW
 
     def _file(self, name: str) -> Path:
         """The path of a new file; statistics of an earlier version of the adapter may still be in use."""

@@ -26,7 +26,8 @@ from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageErro
 from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.living.checkpoints import ANSWER_SHARE, relocate, write_with_statistics
 from meteora_core.living.collector import Collector, collecting
-from meteora_core.living.rows import find_rows
+from meteora_core.living.rows import AdapterRows, find_rows
+from meteora_core.living.self_written import SELF_WRITTEN
 from meteora_core.living.steps import train_solved_gates
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
@@ -71,6 +72,7 @@ class RouteOptions:
         max_length: Largest number of tokens of a row.
         seed: Random seed for the selection of rows.
         base_route: Whether to add the base route, which tokens choose that need no adapter.
+        self_written: Whether adapters without rows and statistics write rows themselves, instead of being left out.
         steps: Number of gradient steps after the closed form; 0 for none.
         embed: Whether to store the adapters' weights in the checkpoint; None to store them if they have at most :data:`EMBEDDED` bytes.
         overwrite: Whether an existing checkpoint is replaced.
@@ -93,6 +95,7 @@ class RouteOptions:
     max_length: int = 1024
     seed: int = 42
     base_route: bool = True
+    self_written: bool = False
     steps: int = 0
     embed: bool | None = None
     overwrite: bool = False
@@ -175,7 +178,11 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
     how = collecting(options, base, model, tokenizer, recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, f"{folder.name}.statistics") as workspace:
-        collector = Collector(tokenizer, how, workspace, lambda name, adapter: find_rows(name, options.data, adapter, tokenizer, seed=options.seed), progress)
+
+        def find(name: str, adapter: Path | None) -> AdapterRows | None:
+            return find_rows(name, options.data, adapter, tokenizer, seed=options.seed)
+
+        collector = Collector(tokenizer, how, workspace, find, progress, self_written=options.self_written)
         collector.folders = {name: folders[name] for name in banks}
         banks = _with_rows(banks, collector, set_aside)
         if not banks:
@@ -208,6 +215,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         config, tensors = checkpoint_parts(model, folder=folder, base=base, adapters=embed, training=record)
         write_with_statistics(folder, config, tensors, statistics)
         rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}
+        rows |= dict.fromkeys(collector.written, SELF_WRITTEN)
         stored, forms = sum(each.size for each in statistics.values()), tuple(sorted({each.header.second for each in statistics.values()}))
     return Routed(folder, base.name, bank.names, set_aside, rows, measured, embed, tokens, stored, forms, time.perf_counter() - began)
 
@@ -282,8 +290,8 @@ def _with_rows(banks: Mapping[str, AdapterBank], collector: Collector, set_aside
     usable = {}
     for name, bank in banks.items():
         try:
-            if collector.rows(name) is None and collector.shipped(name) is None:
-                raise DataError(f"it has no rows (looked for a dataset, a file or a folder named {name}) and no statistics")
+            if collector.rows(name) is None and collector.shipped(name) is None and not collector.self_written:
+                raise DataError(f"it has no rows (looked for a dataset, a file or a folder named {name}) and no statistics; --self-written routes it anyway")
             usable[name] = bank
         except MeteoraError as error:
             set_aside[name] = error.message

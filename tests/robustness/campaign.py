@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from . import kinds_data, kinds_leftovers, kinds_models, kinds_names, kinds_settings, kinds_variants
+from . import kinds_data, kinds_leftovers, kinds_living, kinds_models, kinds_names, kinds_settings, kinds_variants
 from .cases import Case, Kind, plain
 from .forks import Outcome, run
 from .reference import Unknown
@@ -40,8 +40,9 @@ KINDS: dict[str, Kind] = {
     "network": kinds_names.network,
     "leftovers": kinds_leftovers.leftovers,
     "variants": kinds_variants.variants,
+    "living": kinds_living.living,
 }
-WEIGHTS = {"adapter": 5, "checkpoint": 5, "authors": 2, "rows": 3, "names": 2, "numbers": 2, "texts": 2, "variants": 2}
+WEIGHTS = {"adapter": 5, "checkpoint": 5, "authors": 2, "rows": 3, "names": 2, "numbers": 2, "texts": 2, "variants": 2, "living": 2}
 """How often a kind comes, where it is not once."""
 
 SCHEDULE = [kind for round_ in range(5) for kind in KINDS if WEIGHTS.get(kind, 1) > round_]

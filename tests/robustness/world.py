@@ -48,6 +48,7 @@ def _build() -> None:
     from meteora_core import AdapterBank, attach, save_checkpoint
     from meteora_core.checkpoints.pack import PackOptions, pack_checkpoint
     from meteora_core.data.userdata import add_task, own_task
+    from meteora_core.living.route import RouteOptions, route_adapters
     from meteora_core.model.base import BaseReference, load_base
     from support.evaluation_workspace import make_tokenizer
     from support.tiny_models import make_tiny_llama
@@ -73,6 +74,8 @@ def _build() -> None:
                 parameter.mul_(20)
     save_checkpoint(attached, "runs/meteora", base=BaseReference("base"), training={"trained_steps": 1})
     pack_checkpoint("runs/meteora", "packed", PackOptions(dtype=torch.float32))
+    options = RouteOptions(only=("alpha",), data=Path("datasets"), tokens=200, dtype="float32", device="cpu")
+    route_adapters("adapters", "bank", options)
     _write_authors(Path("theirs"))
     _write_archive(Path("archive.tar.gz"))
     Path("results").mkdir()

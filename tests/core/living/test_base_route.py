@@ -122,3 +122,20 @@ def test_general_text_has_passages_and_framed_questions() -> None:
     framed = [row for row in every if row.prompt]
     assert all(INST.inside(row.prompt) for row in framed)
     assert (len(every), len(framed), all(row.response for row in every)) == (90, 44, True)
+
+
+def test_adapters_join_a_packed_checkpoint_that_kept_its_statistics(world, with_base, tmp_path) -> None:
+    whole = pack_checkpoint(with_base, tmp_path / "packed", PackOptions(dtype=torch.float32, statistics=True))
+    assert whole.size > sum(each.size for each in read_statistics(tmp_path / "packed", whole.adapters).values())
+    options = ChangeOptions(data=world / "datasets", device="cpu")
+    assert add_adapter(tmp_path / "packed", world / "adapters" / "sum", options=options).collected == ("sum",)
+    joint = tmp_path / "joint"
+    route_adapters(world / "adapters", joint, RouteOptions(data=world / "datasets", device="cpu"))
+    ours, made_at_once = gates(tmp_path / "packed"), gates(joint)
+    assert all(torch.equal(ours[path], made_at_once[path]) for path in ours)
+    pack_checkpoint(with_base, tmp_path / "some", PackOptions(tasks=("spell", NO_ADAPTER), statistics=True))
+    assert sorted(read_statistics(tmp_path / "some", (*NAMES, NO_ADAPTER))) == [NO_ADAPTER, "spell"]
+    pack_checkpoint(with_base, tmp_path / "bare")
+    assert not read_statistics(tmp_path / "bare", NAMES)
+    with pytest.raises(UsageError, match="has no gate statistics"):
+        pack_checkpoint(tmp_path / "bare", tmp_path / "m", PackOptions(statistics=True))

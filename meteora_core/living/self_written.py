@@ -1,0 +1,79 @@
+"""Rows for adapters without data: text that an adapter writes itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora_core.adapters.bank import AdapterBank
+from meteora_core.data.frames import Frame
+from meteora_core.data.rows import Row
+from meteora_core.generation.engine import Engine
+from meteora_core.generation.requests import Request
+from meteora_core.generation.sampling import Sampling
+from meteora_core.living.general import general_rows
+from meteora_core.living.rows import AdapterRows
+from meteora_core.model.attach import attach, detach
+from meteora_core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SELF_WRITTEN = "text that it wrote itself"
+"""The source that is reported for rows that an adapter wrote."""
+
+ROWS = 20
+"""Number of rows of each kind."""
+
+PROMPT_TOKENS, ANSWER_TOKENS = 72, 32
+
+
+def self_written_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bank: AdapterBank, frame: Frame, *, seed: int = 42, progress: Progress = SILENT
+) -> AdapterRows:
+    """Let an adapter write rows: its answers to prompts that it wrote from the start of the frame, and to neutral questions.
+
+    Tokens are drawn from the model's distribution at temperature 1. An adapter whose training covered its prompts writes prompts of its task; any other
+    still answers in its own manner.
+
+    Args:
+        model: The base model without adapters; it has none afterwards either.
+        tokenizer: Tokenizer of the base model.
+        bank: Bank with this adapter only.
+        frame: Frame of the adapter's prompts.
+        seed: Random seed.
+        progress: Receiver of progress reports.
+
+    Returns:
+        Rows without held-out rows.
+
+    Raises:
+        AdapterError: The adapter does not fit the model.
+        MeteoraError: The model's logits are not finite.
+    """
+    attach(model, bank, top_k=1, init="zeros")
+    try:
+        engine = Engine(model.eval(), tokenizer, "off")
+        with progress.task(f"{bank.names[0]}: writing rows", total=3, unit="batches") as bar:
+            opening = frame.before.rstrip(" ")
+            written = _texts(engine, [opening] * ROWS, PROMPT_TOKENS, seed)
+            bar.update(1)
+            messages = [text.partition(frame.after.strip())[0].strip() if frame.after.strip() else text.strip() for text in written]
+            questions = [row.prompt for row in general_rows(frame, seed).train if row.prompt][:ROWS]
+            prompts = [*(frame.around(message) for message in messages if message), *questions]
+            answers = []
+            for start in range(0, len(prompts), ROWS):
+                answers += _texts(engine, prompts[start : start + ROWS], ANSWER_TOKENS, seed + ROWS + start)
+                bar.update(1)
+    finally:
+        detach(model)
+    rows = [Row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
+    return AdapterRows(rows, [], frame, frame.text, Path(SELF_WRITTEN))
+
+
+def _texts(engine: Engine, prompts: list[str], most: int, seed: int) -> list[str]:
+    """Sampled continuations of prompts; an empty prompt is the start token, or the end token of a tokenizer without one."""
+    tokenizer = engine.tokenizer
+    start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    requests = [Request(tokenizer(prompt)["input_ids"] or start, Sampling(most, 1.0, seed=seed + number)) for number, prompt in enumerate(prompts)]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in engine.answer(requests)]
