@@ -72,7 +72,10 @@ def serve(
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")] = False,
 ) -> None:
-    """Serve a model to OpenAI's clients. The models are the routed one, `base`, and every adapter."""
+    """Serve a model to OpenAI's clients, with a page that shows which adapter writes each token.
+
+    The models are the routed one, `base`, and every adapter. The page is at the server's address, http://127.0.0.1:8000 by default.
+    """
     given = SimpleNamespace(**ctx.params)
     bare = base is not None and checkpoint is None
     mixed = "a checkpoint (leave out a --base alone)"

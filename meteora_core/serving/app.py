@@ -1,15 +1,20 @@
-"""The HTTP application: the routes of the protocol, health and metrics."""
+"""The HTTP application: the routes of the protocol, health, metrics and the page."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -81,6 +86,7 @@ def create_app(service: Service, metrics: Metrics, options: AppOptions = AppOpti
     _answering(app, service)
     _describing(app, service, metrics)
     _adapters(app, service, options.changes)
+    _page(app)
     paths = [getattr(route, "path", "") for route in app.routes]
     guarded: ASGIApp = Guard(app, options.access, lambda path, status: metrics.requests.labels(path, str(status)).inc(), paths)
     if options.cors:
@@ -192,7 +198,7 @@ def _adapters(app: FastAPI, service: Service, changes: BankChanges | None) -> No
         return {
             "object": "list",
             "model": service.options.name,
-            "title": service.chat_model.title,
+            "base": PurePath(service.chat_model.base.name).name,
             "top_k": defaults.top_k,
             "T": defaults.temperature,
             "bank_version": service.scheduler.version,
@@ -220,3 +226,23 @@ def _adapters(app: FastAPI, service: Service, changes: BankChanges | None) -> No
         """Remove an adapter from the bank. Requests in progress finish first."""
         await run_in_threadpool(allowed().drop, service, name)
         return listing()
+
+
+def _page(app: FastAPI) -> None:
+    text = (files("meteora_core.serving") / "page.html").read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": page_policy(text), "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+
+    @app.get("/", response_model=None, include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(text, headers=headers)
+
+
+def page_policy(page: str) -> str:
+    """The content security policy of a page: its own script and style by their hashes, connections to this server, and nothing else."""
+
+    def hashes(tag: str) -> str:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'" for text in texts)
+
+    parts = ["default-src 'none'", f"script-src {hashes('script')}", f"style-src {hashes('style')}", "connect-src 'self'", "img-src data:"]
+    return "; ".join([*parts, "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"])
