@@ -38,6 +38,10 @@ app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.add_typer(config.app, name="config")
 
 
+_NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn whenever transformers imports torchao, if it is installed, about kernels for GPUs of other generations."""
+
+
 def _version(value: bool) -> None:
     if value:
         from meteora_core import __version__
@@ -68,6 +72,8 @@ def options(
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @cache
