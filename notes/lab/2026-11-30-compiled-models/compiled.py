@@ -72,16 +72,14 @@ def prefill(call: Any, ids: Tensor) -> Work:
     return run
 
 
-def compiled_of(model: nn.Module, name: str, report: dict[str, float], work: Callable[[Any], Work]) -> Work:
-    """The work by compiled code, after its first call; the time of compilation goes into the report."""
-    torch._dynamo.reset()
+def compiled_of(name: str, report: dict[str, float], work: Work) -> Any:
+    """The result of the first call of compiled code; the time that it takes goes into the report."""
     begin = time.perf_counter()
-    run = work(torch.compile(model, mode=MODE, fullgraph=True, dynamic=False))
-    run()
+    result = work()
     synchronize()
     report[f"compile_s_{name}"] = round(time.perf_counter() - begin, 1)
     print(f"compiled {name}: {report[f'compile_s_{name}']} s", flush=True)
-    return run
+    return result
 
 
 def error(one: Any, other: Any) -> float:
@@ -90,23 +88,25 @@ def error(one: Any, other: Any) -> float:
 
 
 def decode(models: dict[str, nn.Module], rows: int, seconds: float) -> dict[str, float]:
+    """Eager code of both models, then the fused model compiled, then the base; what is known is printed at once, because compiling takes long."""
     report: dict[str, float] = {}
     ids = torch.randint(0, 32000, (rows, CONTEXT), device=DEVICE)
     works: dict[str, Work] = {}
-    kept = []  # the works own the caches that their graphs read
+    kept, first = [], {}  # the works own the caches that their graphs read
     for name, model in models.items():
         plain = decoder(model, model, ids)
+        first[name] = plain()
         works[f"{name}_eager"] = capture(plain)
-
-        def of(call: Any, model: nn.Module = model) -> Work:
-            return decoder(model, call, ids)
-
-        run = compiled_of(model, name, report, of)
-        again = torch.compile(model, mode=MODE, fullgraph=True, dynamic=False)  # finds the compiled code
-        report[f"{name}_compiled_against_eager"] = error(decoder(model, again, ids)(), decoder(model, model, ids)())
+        kept.append(plain)
+    for name in ("fused", "base"):
+        torch._dynamo.reset()
+        run = decoder(models[name], torch.compile(models[name], mode=MODE, fullgraph=True, dynamic=False), ids)
+        report[f"{name}_compiled_against_eager"] = error(compiled_of(name, report, run), first[name])
         works[f"{name}_compiled"] = capture(run)
-        kept += [plain, run]
-    return report | medians(works, DEVICE, repeats=60, seconds=seconds)
+        kept.append(run)
+        report |= medians(works, DEVICE, repeats=60, seconds=seconds)
+        print({key: round(value, 4) for key, value in report.items()}, flush=True)
+    return report
 
 
 def prefills(models: dict[str, nn.Module], tokens: int, seconds: float) -> dict[str, float]:
@@ -116,7 +116,9 @@ def prefills(models: dict[str, nn.Module], tokens: int, seconds: float) -> dict[
     for name, model in models.items():
         works[f"{name}_eager_launched"] = prefill(model, ids)
         works[f"{name}_eager_graph"] = capture(prefill(model, ids))
-        run = compiled_of(model, name, report, lambda call: prefill(call, ids))
+        torch._dynamo.reset()
+        run = prefill(torch.compile(model, mode=MODE, fullgraph=True, dynamic=False), ids)
+        compiled_of(name, report, run)
         works[f"{name}_compiled_launched"] = run
         works[f"{name}_compiled_graph"] = capture(run)
     return report | medians(works, DEVICE, repeats=40, seconds=seconds)
