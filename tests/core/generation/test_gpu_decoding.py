@@ -151,7 +151,7 @@ def test_prompts_are_read_by_graphs(gpu_model: Any, fused: bool) -> None:
     if fused:
         fuse(gpu_model)
     engine, eager = engine_of(gpu_model, "auto"), engine_of(gpu_model, "off")
-    for request in requests_of((30, 90, 17, 25, 60, 100), (8, 3, 8, 8, 3, 8))  # the model's context is 128:
+    for request in requests_of((30, 90, 17, 25, 60, 100), (8, 3, 8, 8, 3, 8)):  # the model's context is 128
         ids = list(request.ids)
         for prompt in (ids, [*ids, 7, 8, 9], ids):
             each = [list(one.stream(replace(request, ids=prompt)))[-1].ids for one in (engine, eager)]
