@@ -310,6 +310,9 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row("prompts", _frame_text(facts["frame"]))
     if "contains" in facts:
         table.add_row("holds", ", ".join(facts["contains"]))
+    if facts.get("features"):
+        said = {"scale": "DoRA", "shift": "biases", "experts": "experts of mixtures"}
+        table.add_row("adapters with", ", ".join(said[name] for name in facts["features"]))
     if facts.get("gates"):
         table.add_row("gates", facts["gates"])
     if "parameters" in facts:

@@ -194,6 +194,8 @@ def _check(name: str, names: Names, entries: Mapping[str, TensorEntry], config: 
                 raise AdapterError(f"adapter {name!r}: {keys[what]} has shape {entries[keys[what]].shape}, expected {[second[0]]}", hint=_AGAIN)
     if config.lora_bias and (bare := next((path for path, keys in names.lora.items() if "shift" not in keys), None)):
         raise AdapterError(f"adapter {name!r}: {bare} has no bias of lora_B, and lora_bias is true in its {CONFIG}", hint=_AGAIN)
+    if config.target_parameters and not names.experts:
+        raise AdapterError(f"adapter {name!r} has no weights for {config.target_parameters[0]}, which target_parameters in its {CONFIG} names", hint=_AGAIN)
     saved = {*names.whole, *(copy.path for copy in names.copies)}
     if absent := [module for module in config.modules_to_save or () if not any(is_named(path, {module}) for path in saved)]:
         raise AdapterError(f"adapter {name!r} has no weights for {absent[0]}, which modules_to_save in its {CONFIG} names", hint=_AGAIN)

@@ -95,6 +95,7 @@ def _native(folder: Path, hashes: bool, progress: Progress) -> Facts:
         "parameters": _count(tensors.entries.items(), part),
         "intact": facts["files"][0]["sha256"] == recorded if hashes and recorded else None,
         "format": config["format"],
+        "features": config.get("features", []),
         "base": {"name": config["base"].get("name"), "revision": config["base"].get("revision")},
         "contains": config.get("contains", ["gates"]),
         "gates": config.get("gates"),

@@ -73,7 +73,7 @@ def base_name(name: str) -> str:
 
 def _base_names(model: nn.Module) -> list[str]:
     """Return the names, in the model with adapters, of all parameters and buffers of its base."""
-    own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets", *TABLES)}
+    own = {f"{path}.{name}" for path, _ in meteora_layers(model) for name in ("gate", "lora_A", "lora_B", "scaling", "offsets", "pair_offsets", *TABLES)}
     named = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
     return [name for name in named if name not in own]
 

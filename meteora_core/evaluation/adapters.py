@@ -7,10 +7,13 @@ base model's modules, without the folder's patterns. So everything that a bank r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.fitting import fit_to_base
@@ -67,6 +70,24 @@ def remove_lora(model: PreTrainedModel, names: set[str]) -> None:
     model.eval()
 
 
+def _kept(model: PreTrainedModel, bank: AdapterBank) -> Callable[[], None]:
+    """Keep the modules and biases that PEFT replaces for a bank of one adapter, and return a function that puts them back."""
+    parts = {path: stack.pending[0] for path, stack in bank.modules.items() if stack.pending}
+    modules = {path: model.get_submodule(path) for path, part in parts.items() if part.whole}
+    biased = [model.get_submodule(path) for path, part in parts.items() if part.bias is not None and not part.whole]
+    biases = [(bias, bias.detach().clone()) for module in biased if isinstance(bias := module.bias, Tensor)]
+
+    def restore() -> None:
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
+        with torch.no_grad():
+            for bias, before in biases:
+                bias.copy_(before)
+
+    return restore
+
+
 @contextmanager
 def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
     """Context manager in which the base model has one un-merged PEFT adapter, in the base model's dtype. It is removed afterwards.
@@ -85,8 +106,10 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
 
     if find_adapter(folder) is None:
         raise AdapterError(f"no adapter at {folder}", hint="train it with `meteora train adapters --task NAME`, or correct the path")
-    config, state = peft_parts(read_for_base(folder, model))
+    bank = read_for_base(folder, model)
+    config, state = peft_parts(bank)
     adapted, names = None, set(dict(model.named_modules()))
+    restore = _kept(model, bank)
     try:
         try:
             with warnings.catch_warnings():
@@ -104,3 +127,4 @@ def with_adapter(model: PreTrainedModel, folder: Path) -> Iterator[Any]:
             remove_lora(model, names)
         else:
             adapted.unload()
+        restore()

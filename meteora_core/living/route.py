@@ -32,6 +32,7 @@ from meteora_core.living.steps import train_solved_gates
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
+from meteora_core.model.tokens import check_observable
 from meteora_core.names import problem_of
 from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import is_regular
@@ -276,6 +277,7 @@ def _fitting(banks: Mapping[str, AdapterBank], model: PreTrainedModel, set_aside
     fitting, renamed = {}, dict[str, str]()
     for name, bank in banks.items():
         try:
+            check_observable(bank.modules, "the collection of gate statistics")
             attach(model, bank, top_k=1, init="zeros")
             detach(model)
             fitting[name], new = fit_to_base(bank, model)

@@ -118,7 +118,7 @@ def _pattern(patterns: Any, path: str, default: float) -> float:
     return default
 
 
-MUST_BE_ABSENT = ("use_dora", "use_qalora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "fan_in_fan_out")
+MUST_BE_ABSENT = ("use_dora", "use_qalora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
 MUST_BE_ABSENT += ("alora_invocation_tokens", "layer_replication", "megatron_config", "arrow_config", "corda_config", "lora_ga_config")
 
 Weights = dict[str, tuple[Tensor, Tensor, float]]
@@ -129,7 +129,7 @@ def read_adapter(folder: Path) -> Weights:
     """What a PEFT LoRA folder means. Raises Invalid where it means nothing."""
     config = read_object(folder / "adapter_config.json")
     need(config.get("peft_type", "LORA") == "LORA", "peft_type")
-    need(config.get("bias", "none") == "none", "bias")
+    need(config.get("bias", "none") in ("none", "lora_only", "all"), "bias")  # the tensors hold no biases, or they are no LoRA weights
     for key in MUST_BE_ABSENT:
         need(not config.get(key), key)
     start = config.get("init_lora_weights")
@@ -183,7 +183,9 @@ def read_native(folder: Path, root: Path) -> Mixture:
 
 
 def _native(folder: Path, root: Path, config: dict[str, Any]) -> Mixture:
-    need(type(config["format"]) is int and config["format"] == 1, "format")
+    need(type(config["format"]) is int and config["format"] in (1, 2), "format")
+    features = config.get("features", [])
+    need(isinstance(features, list) and all(name in ("scale", "shift", "experts") for name in features), "features")
     need(isinstance(config["base"]["name"], str), "base")
     top_k, temperature = config["top_k"], config["temperature"]
     names = tuple(entry["name"] for entry in config["adapters"])

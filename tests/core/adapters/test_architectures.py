@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from meteora_core import AdapterBank, attach
+from meteora_core import AdapterBank, attach, record_routes
+from meteora_core.errors import AdapterError, UsageError
 from support.architectures import ARCHITECTURES, BY_KIND, make_model, save_lora
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -69,3 +70,26 @@ def test_experts_in_one_tensor(tmp_path: Path, kind: str) -> None:
     from_peft, from_base = difference(kind, tmp_path, **settings)
     assert from_peft <= CLOSE
     assert from_base > 1e-3
+
+
+def test_gates_of_experts_cannot_be_trained(tmp_path: Path) -> None:
+    """The reason is given before any work is done; routing by untrained or Arrow gates, and forcing one adapter, need no labels."""
+    save_lora(make_model("mixtral"), tmp_path / "x", target_modules=["o_proj"], target_parameters=["experts.down_proj"])
+    model = attach(make_model("mixtral"), AdapterBank.from_peft({"x": tmp_path / "x", "y": tmp_path / "x"}), init="arrow")
+    assert logits(model).isfinite().all()
+    with model.meteora.force(torch.tensor([0, 1])), pytest.raises(UsageError, match="several experts"):
+        logits(model)
+    with pytest.raises(UsageError, match="labelling or recording routes cannot tell which tokens"), record_routes(model):
+        logits(model)
+
+
+def test_experts_without_a_known_layout_are_refused(tmp_path: Path) -> None:
+    save_lora(make_model("mixtral"), tmp_path / "x", target_modules=[], target_parameters=["experts.down_proj"])
+    bank = AdapterBank.from_peft({"x": tmp_path / "x"})
+    with pytest.raises(AdapterError, match=r"adapters target model\.layers\.0\.mlp\.experts\.down_proj, .* which LlamaForCausalLM does not have"):
+        attach(make_model("llama"), bank, top_k=1)
+    model = make_model("mixtral")
+    for layer in model.model.layers:
+        del layer.mlp.experts.is_transposed
+    with pytest.raises(AdapterError, match="MixtralExperts does not describe its layout"):
+        attach(model, bank, top_k=1)

@@ -78,6 +78,7 @@ def test_names_are_looked_up(make_adapter) -> None:
         ({"lora_bias": True}, "no bias of lora_B, and lora_bias is true"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias together with use_dora"),
         ({"modules_to_save": ["lm_head"]}, "no weights for lm_head, which modules_to_save"),
+        ({"target_parameters": ["experts.down_proj"]}, "no weights for experts.down_proj, which target_parameters"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ],

@@ -13,6 +13,7 @@ from meteora_core import AdapterBank, attach
 from meteora_core.errors import AdapterError
 from meteora_core.evaluation.adapters import check_adapter, with_adapter
 from support.adapter_files import DOWN, Q, lora_key, lora_tensors, raw_safetensors, write_adapter
+from support.architectures import save_lora
 from support.tiny_models import make_tiny_llama
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -53,6 +54,19 @@ def test_ranks_may_differ_by_module(tmp_path) -> None:
     folder = write_adapter(tmp_path / "x", tensors, rank_pattern={"layers.1.self_attn.q_proj": 2})
     with torch.inference_mode(), with_adapter(make_tiny_llama(), folder) as model:
         assert torch.equal(model(IDS).logits, by_peft(folder))
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_adapters_with_more_than_plain_lora(tmp_path, settings) -> None:
+    def fresh():
+        return make_tiny_llama(attention_bias=True)
+
+    theirs = save_lora(fresh(), tmp_path / "x", target_modules=["q_proj", "down_proj"], **settings)
+    base = fresh()
+    with torch.inference_mode():
+        with with_adapter(base, tmp_path / "x") as model:
+            torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-5)
+        assert torch.equal(base(IDS).logits, fresh()(IDS).logits)
 
 
 def test_an_adapter_in_a_sub_folder_is_used(tmp_path) -> None:
