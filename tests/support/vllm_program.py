@@ -18,7 +18,7 @@ def main(jobs: Path, result: Path, parallel: int) -> None:
     wanted = json.loads(jobs.read_text())
     llm = LLM(
         wanted["folder"],
-        dtype="float32",
+        dtype=wanted.get("dtype", "float32"),
         max_model_len=128,
         max_num_seqs=16,
         max_num_batched_tokens=64,
@@ -30,6 +30,9 @@ def main(jobs: Path, result: Path, parallel: int) -> None:
     prompts = [{"prompt_token_ids": job["prompt"]} for job in wanted["jobs"]]
     params = [SamplingParams(temperature=0, max_tokens=wanted["new"], ignore_eos=True, detokenize=False, extra_args=job["options"]) for job in wanted["jobs"]]
     rounds = [[list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)] for _ in range(2)]
+    if wanted.get("plain"):
+        result.write_text(json.dumps({"rounds": rounds}))
+        return
     trace = SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args={"meteora_trace": 1}, skip_reading_prefix_cache=True)
     request = llm.generate(prompts[:1], trace, use_tqdm=False)[0].request_id
     routes = llm.collective_rpc("meteora_routes", args=(request,))

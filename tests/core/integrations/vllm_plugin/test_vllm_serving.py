@@ -15,8 +15,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from meteora_core import AdapterBank, attach, load_checkpoint, save_checkpoint
+from meteora_core.exports.common import ExportOptions
 from meteora_core.exports.vllm_model import export_vllm
 from meteora_core.model.base import BaseReference, load_base
 from meteora_core.routing import meteora_of, record_routes
@@ -59,17 +61,27 @@ def environment() -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_phi3() -> Any:
+    """A random model whose q, k, v and gate, up are one linear layer each."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**SIZES, max_position_embeddings=128, original_max_position_embeddings=128, pad_token_id=2)).eval()
+
+
+def make_llama() -> Any:
+    return make_tiny_llama(**SIZES)
+
+
+def make_world(folder: Path, make: Any, targets: dict[str, list[str] | str]) -> Path:
     """A folder with a model, a checkpoint of four adapters with different targets and ranks, and its export."""
     from peft import LoraConfig, get_peft_model
 
-    folder = tmp_path_factory.mktemp("vllm")
-    make_tiny_llama(**SIZES).save_pretrained(folder / "base")
+    make().save_pretrained(folder / "base")
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
-        config = LoraConfig(r=RANKS[name], lora_alpha=2 * RANKS[name], target_modules=TARGETS[name], task_type="CAUSAL_LM", init_lora_weights=False)
-        get_peft_model(make_tiny_llama(**SIZES), config).save_pretrained(folder / "adapters" / name)
+        config = LoraConfig(r=RANKS[name], lora_alpha=2 * RANKS[name], target_modules=targets[name], task_type="CAUSAL_LM", init_lora_weights=False)
+        get_peft_model(make(), config).save_pretrained(folder / "adapters" / name)
     bank = AdapterBank.from_peft({name: folder / "adapters" / name for name in NAMES})
     model = attach(load_base(BaseReference(str(folder / "base")), dtype=torch.float32), bank, init="normal")
     model.meteora.gates = "trained"
@@ -80,6 +92,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(model, folder / "checkpoint")
     export_vllm(folder / "checkpoint", folder / "served")
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("llama"), make_llama, TARGETS)
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    targets: dict[str, list[str] | str] = {"all": "all-linear", "attention": ["qkv_proj", "o_proj"], "few": ["qkv_proj"], "mlp": ["gate_up_proj", "down_proj"]}
+    return make_world(tmp_path_factory.mktemp("phi3"), make_phi3, targets)
 
 
 def answers(model: Any, prompts: list[list[int]], kind: str) -> list[list[int]]:
@@ -115,6 +138,11 @@ def answers(model: Any, prompts: list[list[int]], kind: str) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(world: Path) -> dict[str, Any]:
+    return expected_of(world)
+
+
+def expected_of(world: Path) -> dict[str, Any]:
+    """The library's answers and routes."""
     model = load_checkpoint(world / "checkpoint", dtype=torch.float32, device="cpu")
     model.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(1)
@@ -128,14 +156,17 @@ def expected(world: Path) -> dict[str, Any]:
     return {"jobs": jobs, "routes": {path: routes.layer(path).indices[0].tolist() for path in routes.paths}}
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_greedy_answers_are_those_of_the_library(world: Path, expected: dict[str, Any], tmp_path: Path, parallel: int) -> None:
-    jobs = {"folder": str(world / "served"), "new": NEW, "jobs": expected["jobs"]}
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    program = [PYTHON, str(ROOT / "tests" / "support" / "vllm_program.py"), str(tmp_path / "jobs.json"), str(tmp_path / "out.json"), str(parallel)]
-    done = subprocess.run(program, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=400)
+def in_vllm(folder: Path, jobs: dict[str, Any], parallel: int) -> dict[str, Any]:
+    """The answers of vLLM."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    program = [PYTHON, str(ROOT / "tests" / "support" / "vllm_program.py"), str(folder / "jobs.json"), str(folder / "out.json"), str(parallel)]
+    done = subprocess.run(program, env=environment(), cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "out.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for answered in found["rounds"]:  # the second time, prefixes are in the cache
         wrong = [job["kind"] for job, answer in zip(expected["jobs"], answered, strict=True) if answer != job["answer"]]
         assert wrong == []
@@ -146,6 +177,39 @@ def test_greedy_answers_are_those_of_the_library(world: Path, expected: dict[str
     assert "nobody" in found["refused"]
     for process in found["routes"]:
         assert {path: layer["indices"] for path, layer in process["layers"].items()} == expected["routes"]
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_greedy_answers_are_those_of_the_library(world: Path, expected: dict[str, Any], tmp_path: Path, parallel: int) -> None:
+    check_equal(in_vllm(tmp_path, {"folder": str(world / "served"), "new": NEW, "jobs": expected["jobs"]}, parallel), expected)
+
+
+def test_a_model_that_merges_its_layers_itself(phi3: Path, tmp_path: Path) -> None:
+    expected = expected_of(phi3)
+    check_equal(in_vllm(tmp_path, {"folder": str(phi3 / "served"), "new": NEW, "jobs": expected["jobs"]}, 1), expected)
+
+
+def test_a_quantised_base(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    """Without adapters, answers are those of the int8 base in vLLM itself; with adapters, they differ from these."""
+    shutil.copytree(world / "base", tmp_path / "base")
+    tensors = load_file(world / "base" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors |= {name: (tensors[name] / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": numbers | {"strategy": "channel"}, "input_activations": numbers | {"strategy": "token", "dynamic": True}}
+    described = json.loads((world / "base" / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"], "config_groups": {"0": group}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(described))
+    export_vllm(world / "checkpoint", tmp_path / "served", ExportOptions(base=str(tmp_path / "base")))
+    jobs = {"new": NEW, "dtype": "bfloat16", "plain": True}
+    prompts = [job["prompt"] for job in expected["jobs"][:4]]
+    plain = in_vllm(tmp_path, {**jobs, "folder": str(tmp_path / "base"), "jobs": [{"prompt": prompt, "options": None} for prompt in prompts]}, 1)
+    off = in_vllm(tmp_path, {**jobs, "folder": str(tmp_path / "served"), "jobs": [{"prompt": prompt, "options": {"meteora_off": 1}} for prompt in prompts]}, 1)
+    on = in_vllm(tmp_path, {**jobs, "folder": str(tmp_path / "served"), "jobs": [{"prompt": prompt, "options": None} for prompt in prompts]}, 1)
+    assert off["rounds"] == plain["rounds"]
+    assert on["rounds"] != plain["rounds"]
 
 
 def test_a_server_answers_and_tells_its_routes(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
