@@ -3,11 +3,11 @@
 Importing this module registers the model "meteora" with the harness. The harness's command finds only the models of its own package, so this module can
 also run it. The arguments are those of the harness::
 
-    python -m meteora_core.integrations.lm_eval --model meteora --model_args checkpoint=runs/x,T=15 --tasks gsm8k
+    meteora-lm-eval --model meteora --model_args checkpoint=runs/x,T=15 --tasks gsm8k
 
-``--model_args`` takes ``checkpoint`` and optionally ``base``, ``revision``, ``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``, ``meteora_backend``,
-``fuse`` (auto, on or off), ``quantization`` (4bit or 8bit), ``trust_remote_code``, and the other arguments of the harness's "hf" model (``max_length``,
-``add_bos_token``, …).
+``--model_args`` takes ``checkpoint`` (a folder or an id on the hub) and optionally ``adapter`` (the only adapter to use), ``base``, ``revision``,
+``adapters``, ``alpha``, ``top_k``, ``T``, ``dtype``, ``meteora_backend``, ``fuse`` (auto, on or off), ``quantization`` (4bit or 8bit),
+``trust_remote_code``, and the other arguments of the harness's "hf" model (``max_length``, ``add_bos_token``, …).
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from meteora_core.choices import Switch
 from meteora_core.errors import MeteoraError, UsageError
 from meteora_core.fused.fuse import fuse_for_inference
 from meteora_core.generation.nonfinite import non_finite_error, not_finite
+from meteora_core.model.adapter_methods import active_adapters, set_adapter
 from meteora_core.model.base import load_tokenizer
 
 NAME = "meteora"
 
 
-def load_for_harness(checkpoint: str, options: OpeningOptions, *, fuse: Switch = "auto") -> tuple[Any, Any]:
+def load_for_harness(checkpoint: str, options: OpeningOptions, *, fuse: Switch = "auto", adapter: str | None = None) -> tuple[Any, Any]:
     """Load the model and the tokenizer of a checkpoint.
 
     Args:
-        checkpoint: Folder of a native checkpoint, or file or folder in the authors' layout.
+        checkpoint: Folder of a native checkpoint, its id on the hub, or file or folder in the authors' layout.
         options: Options for loading.
         fuse: Whether to fuse layers: "auto", "on" or "off", as for :func:`meteora_core.fused.fuse.fuse_for_inference`.
+        adapter: Name of the only adapter to use; None lets the gates choose.
 
     Raises:
         MeteoraError: The checkpoint cannot be loaded; see :func:`meteora_core.checkpoints.opening.open_checkpoint`.
     """
     model, reference = open_checkpoint(checkpoint, options)
     fuse_for_inference(model, fuse)
+    if adapter is not None:
+        set_adapter(model, adapter)
     return model, load_tokenizer(reference)
 
 
@@ -62,6 +66,7 @@ def model_class() -> type[Any]:
             checkpoint: str,
             base: str | None = None,
             revision: str | None = None,
+            adapter: str | None = None,
             adapters: str | None = None,
             alpha: float | None = None,
             top_k: int | None = None,
@@ -93,7 +98,7 @@ def model_class() -> type[Any]:
                 quantization=quantization,
                 trust_remote_code=bool(trust_remote_code),
             )
-            model, tokenizer = load_for_harness(str(checkpoint), options, fuse=fuse or "auto")
+            model, tokenizer = load_for_harness(str(checkpoint), options, fuse=fuse or "auto", adapter=adapter)
             self.meteora_checkpoint = str(checkpoint)
             super().__init__(pretrained=model, tokenizer=tokenizer, trust_remote_code=trust_remote_code, **kwargs)
             if accelerator is not None:
@@ -120,7 +125,7 @@ def model_class() -> type[Any]:
         def get_model_info(self) -> dict[str, Any]:
             """Information about the model for the harness's results."""
             state = self.model.meteora
-            routing = {"meteora_checkpoint": self.meteora_checkpoint, "meteora_adapters": list(state.names)}
+            routing = {"meteora_checkpoint": self.meteora_checkpoint, "meteora_adapters": active_adapters(self.model)}
             return {**super().get_model_info(), **routing, "meteora_top_k": state.top_k, "meteora_T": state.temperature}
 
     register_model(NAME)(MeteoraLM)

@@ -15,6 +15,7 @@ from meteora_core.adapters.magnitudes import check_stack
 from meteora_core.adapters.stack import Stack, resolved
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.fused.fuse import unfuse
+from meteora_core.model.adapter_methods import offer_adapter_methods, withdraw_adapter_methods
 from meteora_core.model.caches import bypassed
 from meteora_core.model.experts import ExpertsLinear, ExpertsWeight, MeteoraExperts, find_experts
 from meteora_core.model.layer import MeteoraLinear
@@ -109,6 +110,7 @@ def attach(
     vars(model).pop("meteora_base")  # moved to the provenance
     model.meteora = state  # type: ignore[assignment]
     guard_saving(model)
+    offer_adapter_methods(model)
     set_trainable(model, "gates")
     return model
 
@@ -132,6 +134,7 @@ def detach(model: Model) -> Model:
         _replace(model, path, experts.base_layer)
     stop_watching(model)
     unguard_saving(model)
+    withdraw_adapter_methods(model)
     if isinstance(vars(model).get("resize_token_embeddings"), Resizer):
         del model.resize_token_embeddings
     record = base_record(model)

@@ -139,6 +139,17 @@ class Meteora:
         allowed = self._routing.allowed
         return frozenset() if allowed is None else frozenset(name for name, fine in zip(self.names, allowed.tolist(), strict=True) if not fine)
 
+    def choose(self, names: Sequence[str]) -> None:
+        """Restrict routing to some adapters until the next call: a single one is forced, and among several the gates choose.
+
+        Args:
+            names: Known names, at least one. All names give the gates their free choice.
+        """
+        forced = self._constants.single(self.names.index(names[0])) if len(set(names)) == 1 and len(self.names) > 1 else None
+        self.mute([] if forced is not None else [name for name in self.names if name not in names])
+        self.last_call = LastCall()
+        self.mode = replace(self.mode, enabled=True, forced=forced, rows=None)
+
     def routing_on(self, device: torch.device) -> Routing:
         """:attr:`routing` with its tensors on a layer's device."""
         routing = self._routing

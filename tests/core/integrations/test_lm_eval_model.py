@@ -19,6 +19,7 @@ from meteora_core import load_checkpoint
 from meteora_core.checkpoints.convert import ConvertOptions, convert_authors
 from meteora_core.checkpoints.opening import OpeningOptions, open_checkpoint
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.exports.peft_adapter import export_adapter
 from meteora_core.integrations import lm_eval as integration
 from support.authors_files import Authors, write_authors
 
@@ -128,3 +129,42 @@ def test_the_harness_scores_a_local_task_or_says_what_to_install(authors: Author
     assert results["results"]["meteora_words"]["acc,none"] == pytest.approx(expected_accuracy(native, rows))
     assert results["config"]["meteora_adapters"] == list(authors.names)
     assert (results["config"]["meteora_top_k"], results["config"]["meteora_T"]) == (2, 1.0)
+
+
+BOTH = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+import meteora_core.integrations.lm_eval
+native, base, peft, name, tasks = sys.argv[1:]
+models = {"hf": {"pretrained": base, "peft": peft}, "meteora": {"checkpoint": native, "adapter": name}, "gates": {"checkpoint": native}}
+found = {}
+for label, arguments in models.items():
+    kind = "hf" if label == "hf" else "meteora"
+    done = simple_evaluate(kind, model_args={**arguments, "dtype": "float32"}, tasks=["meteora_words"], device="cpu", batch_size=4,
+                           task_manager=TaskManager(include_path=tasks), log_samples=True)
+    samples = sorted(done["samples"]["meteora_words"], key=lambda sample: sample["doc_id"])
+    found[label] = [done["results"]["meteora_words"]["acc,none"], [[answer[0] for answer in sample["filtered_resps"]] for sample in samples]]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_forced_adapter_scores_as_the_harness_does_with_peft(authors: Authors, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    native, tasks, name = tmp_path / "native", tmp_path / "tasks", authors.names[1]
+    convert_authors(authors.checkpoint, native, str(authors.base), adapter_dir=authors.adapters)
+    export_adapter(native, tmp_path / "exported", name)
+    tasks.mkdir()
+    rows = [{"text": f"w{i} w{i + 1} w{2 * i}", "choices": [f"w{i}", f"w{i + 30}", f"w{90 - i}"], "label": i % 3} for i in range(12)]
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "meteora_words.yaml").write_text(TASK.format(file=tasks / "rows.jsonl"))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", BOTH, str(native), str(authors.base), str(tmp_path / "exported"), name, str(tasks)]
+    ran = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    (accuracy, wanted), (own_accuracy, own), (_, gates) = found["hf"], found["meteora"], found["gates"]
+    assert own_accuracy == accuracy
+    torch.testing.assert_close(torch.tensor(own, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-4)
+    assert (torch.tensor(gates) - torch.tensor(own)).abs().max() > 1e-2
