@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from meteora_core.errors import DataError, UsageError, did_you_mean
 from meteora_core.model.attach import meteora_layers
-from meteora_core.routing import IGNORE, GateObservations, meteora_of
+from meteora_core.routing import IGNORE, GateObservations, Meteora, meteora_of
 
 COLUMN = "adapter"
 """The name of the column that names each row's adapter."""
@@ -100,6 +100,7 @@ class GateLoss(TrainerCallback):
         self.accuracy: float | None = None
         self._sums: list[Tensor] = []
         self._open = ExitStack()
+        self._trained: Meteora | None = None
 
     def compute(self, trainer: Any, original: Callable[..., Any], model: Any, inputs: dict[str, Any], **options: Any) -> Any:
         """The trainer's loss plus the gate loss; with ``return_outputs`` a pair of it and the model's outputs.
@@ -114,6 +115,7 @@ class GateLoss(TrainerCallback):
         self.close()
         labels = inputs.pop(LABELS)
         state = meteora_of(trainer.model)
+        self._trained = state if torch.is_grad_enabled() else self._trained
         observed = self._open.enter_context(state.label_gates(labels, keep_hits=True, alone=self.alone))
         result = original(model, inputs, **options)
         loss = result[0] if isinstance(result, tuple) else result
@@ -145,6 +147,8 @@ class GateLoss(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
+        if self._trained is not None:
+            self._trained.gates = "trained"  # whatever the gates started from
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -35,7 +35,7 @@ def model(make_adapter: Any, tmp_path: Path) -> Any:
     base.save_pretrained(tmp_path / "base")
     folders = {name: write_adapter(tmp_path / "bytes" / name, base, tmp_path / "base", seed) for seed, name in enumerate(("one", "two"))}
     name_reference(base, BaseReference(str(tmp_path / "base")))
-    return attach(base, AdapterBank.from_peft(folders), top_k=1)
+    return attach(base, AdapterBank.from_peft(folders), top_k=1, init="arrow")
 
 
 def arguments(folder: Path, **options: Any) -> dict[str, Any]:
@@ -96,6 +96,7 @@ def test_trainer_trains_the_gates_and_saves_a_checkpoint(model: Any, tokenizer: 
         assert not torch.equal(layer.gate, before[path])
         assert torch.equal(layer.lora_A, adapters[path])
     assert model.meteora.mode.gate_labels is None
+    assert model.meteora.gates == "trained"
     trainer.save_model(str(tmp_path / "saved"))
     loaded, ids = load_checkpoint(tmp_path / "saved"), torch.tensor([[1, 70, 80, 90]])
     with torch.no_grad():

@@ -1,0 +1,40 @@
+"""Trains gates with transformers' Trainer: ``python -m examples.habits.train_with_trainer --adapters adapters --data datasets``."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from examples.habits.common import model_and_tokenizer, parse, rows_of
+from meteora_core.integrations.trainer import add_gate_loss
+
+
+def main() -> None:
+    arguments = parse("Train gates with transformers' Trainer.", "runs/trainer")
+    model, tokenizer = model_and_tokenizer(arguments)
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        return {"input_ids": ids, "labels": ids}
+
+    dataset = rows_of(arguments, model.meteora.names).map(encode, remove_columns=["prompt", "completion"])
+    on_cpu = not torch.cuda.is_available()
+    options = TrainingArguments(
+        arguments.out,
+        max_steps=arguments.steps,
+        learning_rate=5e-3,
+        per_device_train_batch_size=4,
+        logging_steps=10,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=on_cpu,
+    )
+    trainer = Trainer(model=model, args=options, train_dataset=dataset, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    loss = add_gate_loss(trainer, beta=50.0)
+    trainer.train()
+    trainer.save_model(arguments.out)
+    print(f"{arguments.out}: gate accuracy {loss.accuracy:.1%}" if loss.accuracy is not None else arguments.out)
+
+
+if __name__ == "__main__":
+    main()
