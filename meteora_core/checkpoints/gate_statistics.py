@@ -62,15 +62,22 @@ class Recipe(FileModel):
         scale: The factor between regression values and gate logits.
         answer_share: The share of the answer tokens in the weight of an adapter; None means that all its tokens have the same weight.
         frame: The text around the user's text in the prompts, with ``{}`` for the user's text.
+        bare_share: The share of an adapter's weight in a second run of its rows, on the base model alone; 0 means that there is no second run.
     """
 
     scale: float = Field(8.0, gt=0, le=1e6)
     answer_share: float | None = Field(None, gt=0, lt=1)
     frame: str = Field("{}", max_length=10_000)
+    bare_share: float = Field(0.0, ge=0, lt=1)
 
     def difference(self, other: Recipe) -> str | None:
         """Return the first value in which another recipe differs, as a phrase; None if both are equal."""
-        for name, what in (("scale", "scale"), ("answer_share", "answer share"), ("frame", "prompt frame")):
+        for name, what in (
+            ("scale", "scale"),
+            ("answer_share", "answer share"),
+            ("frame", "prompt frame"),
+            ("bare_share", "share of the run on the base model"),
+        ):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{what} {shown(theirs)} instead of {shown(mine)}"

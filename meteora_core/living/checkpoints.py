@@ -41,6 +41,9 @@ from meteora_core.training.statistics import TOKENS
 _STALE = ("inputs", "inputs_hash", "held_out", "history", "evaluations", "best_step", "sampled", "packed")
 """Keys of a checkpoint's training record that are no longer valid after an adapter was added or removed."""
 
+BARE_SHARE = 0.25
+"""Share of an adapter's weight in its statistics from a run of its rows on the base model alone."""
+
 ANSWER_SHARE = 0.8
 """Default share of an adapter's weight in its statistics that its answer tokens have together."""
 
@@ -234,7 +237,7 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
         model = load_checkpoint(checkpoint, base, options.dtype, options.device, backend=options.backend, adapters_dir=options.adapters_dir, progress=progress)
         tokenizer = load_tokenizer(base, progress=progress)
         named = BaseReference(config["base"]["name"], config["base"].get("revision"))
-        how = collecting(options, named, model, tokenizer, Recipe(answer_share=options.answer_share))
+        how = collecting(options, named, model, tokenizer, Recipe(answer_share=options.answer_share, bare_share=BARE_SHARE))
         sources = {adapter["name"]: _source(checkpoint, adapter["name"], adapter["source"], options.adapters_dir) for adapter in config["adapters"]}
 
         def find(adapter: str, known_folder: Path | None) -> AdapterRows | None:

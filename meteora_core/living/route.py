@@ -24,7 +24,7 @@ from meteora_core.checkpoints.parts import checkpoint_parts
 from meteora_core.choices import SecondMoments
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapters_root
-from meteora_core.living.checkpoints import ANSWER_SHARE, relocate, write_with_statistics
+from meteora_core.living.checkpoints import ANSWER_SHARE, BARE_SHARE, relocate, write_with_statistics
 from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.rows import AdapterRows, find_rows
 from meteora_core.living.self_written import SELF_WRITTEN
@@ -175,7 +175,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
     tokenizer = load_tokenizer(base, progress=progress)
     model = load_base(base, dtype=pick_dtype(options.dtype, device), device=device, progress=progress)
     banks, renamed = _fitting(banks, model, set_aside)
-    recipe = Recipe(answer_share=options.answer_share)
+    recipe = Recipe(answer_share=options.answer_share, bare_share=BARE_SHARE)
     how = collecting(options, base, model, tokenizer, recipe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, f"{folder.name}.statistics") as workspace:

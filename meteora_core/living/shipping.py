@@ -13,7 +13,7 @@ from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, copy_statistics
 from meteora_core.errors import DataError, UsageError
 from meteora_core.files import storage_errors
-from meteora_core.living.checkpoints import ChangeOptions
+from meteora_core.living.checkpoints import BARE_SHARE, ChangeOptions
 from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.rows import find_rows
 from meteora_core.locks import scratch_folder
@@ -58,7 +58,7 @@ def ship_statistics(folder: str | Path, name: str | None = None, options: Change
     device = pick_device(options.device)
     model = load_base(base, dtype=pick_dtype(options.dtype, device), device=device, progress=progress)
     bank, _ = fit_to_base(bank, model)
-    how = collecting(options, base, model, tokenizer, Recipe(answer_share=options.answer_share, frame=rows.known_frame))
+    how = collecting(options, base, model, tokenizer, Recipe(answer_share=options.answer_share, bare_share=BARE_SHARE, frame=rows.known_frame))
     target = find_adapter(folder) or folder
     with storage_errors(target), scratch_folder(target, SHIPPED) as workspace:
         collector = Collector(tokenizer, how, workspace, lambda *_: rows, progress)

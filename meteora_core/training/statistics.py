@@ -7,7 +7,8 @@ bank depend only on the statistics of its adapters: adding and removing other ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -223,6 +224,10 @@ def _run(
     whole = any(is_output_layer(model, path) for path in observed)  # the output layer is not part of the decoder
     decoder = model if whole else getattr(model, "base_model", model)
     device = next(model.parameters()).device
+    bare = how.recipe.bare_share if any(True for _ in meteora_layers(model)) else 0.0  # without adapters, both runs are the same
+    runs: list[tuple[float, Callable[[Tensor], AbstractContextManager[None]]]] = [(1 - bare, state.force)]
+    if bare:
+        runs.append((bare, lambda _: state.disabled()))
     hooks = [module.register_forward_pre_hook(sums.hook) for module in observed.values()]
     model.eval()
     try:
@@ -231,9 +236,11 @@ def _run(
                 batch = collate(rows, how.pad_token).to(device)
                 labels = batch.gate_labels.reshape(-1)
                 keep = labels != IGNORE
-                sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
-                with state.force(filled_labels(batch.gate_labels)):
-                    decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                for share, adapters in runs:
+                    sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
+                    sums.weights = sums.weights * share
+                    with adapters(filled_labels(batch.gate_labels)):
+                        decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 bar.update(1)
     except torch.OutOfMemoryError as error:
         raise MeteoraError("out of memory while gate statistics are collected", hint="use a device with more memory, or --device cpu") from error

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from meteora_core import AdapterBank, attach
+from meteora_core.adapters.base_route import base_route
 from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, check_fitting, place_statistics, read_statistics, statistics_file
 from meteora_core.errors import CheckpointError, DataError
 from meteora_core.model.attach import meteora_layers
@@ -182,3 +183,17 @@ def test_the_form_of_the_second_moments_depends_on_the_width_alone(monkeypatch) 
     assert [stored_form(model, form) for form in ("auto", "float16", "low-rank")] == ["float32", "float16", "low-rank"]
     monkeypatch.setattr("meteora_core.training.statistics.WHOLE", 1000)
     assert stored_form(model, "auto") == "low-rank"
+
+
+def test_a_share_of_the_weight_comes_from_a_run_on_the_base_model_alone(folders, statistics, tmp_path) -> None:
+    """The sums are linear in the runs, and the base model alone is what statistics of a base route observe."""
+    layers = sorted(statistics["count"].header.inputs)
+    mixed = collect_all(tmp_path, folders, replace(HOW, recipe=Recipe(bare_share=0.25)))["count"]
+    bare = collect_statistics(make_tiny_llama(), base_route(), tiny_rows(0), tmp_path / "bare", replace(HOW, recipe=Recipe(bare_share=0.25)), layers=layers)
+    assert (mixed.header.recipe.bare_share, mixed.header.tokens) == (0.25, statistics["count"].header.tokens)
+    for layer in layers:
+        for part in (GateStatistics.mean, GateStatistics.squares):
+            wanted = 0.75 * part(statistics["count"], layer) + 0.25 * part(bare, layer)
+            assert float((part(mixed, layer) - wanted).norm() / wanted.norm()) < 1e-5
+    with pytest.raises(CheckpointError, match=r"share of the run on the base model 0\.0 instead of 0\.25"):
+        next(closed_form_gates([mixed, statistics["shout"]], layers))
