@@ -1,5 +1,6 @@
 """How many greedy answers of check.py's model change on a CPU if the products of attention are in TF32. First: python check.py float32 make (folder /tmp/mc)."""
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from transformers.models.llama import modeling_llama as llama
 
 sys.argv = ["check.py", "float32", "none"]
 source = Path(__file__).with_name("check.py").read_text().replace(".cuda()", "").replace('"cuda"', '"cpu"').replace("torch.cuda.empty_cache()", "None")
-source = source.replace('attn_implementation="sdpa"', 'attn_implementation="tf32"').replace("NEW = 4, 10, int(os.environ.get(\"PROMPTS\", 100)), 10", "NEW = 4, 10, 100, 12")
+source = source.replace('attn_implementation="sdpa"', 'attn_implementation="tf32"')
+source = re.sub(r"PROMPTS, NEW = 4, 10, .*", "PROMPTS, NEW = 4, 10, 100, 12", source)
 names = {"__name__": "check"}
 exec(compile(source, "check.py", "exec"), names)
 names["OPTS"] = {"default": {}, "off": {}}
