@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_core.bench.contenders import Linears, Setting, make_layer
+from meteora_core.bench.contenders import Linears, Setting
 from meteora_core.bench.shapes import ModelShape
 from meteora_core.bench.timing import Work, capture, medians, pairs
+from meteora_core.bench.warming import Layer, compile_in_parallel
 from meteora_core.errors import UsageError
 from meteora_core.files import atomic_write
 from meteora_core.progress import SILENT, Progress
@@ -38,6 +39,8 @@ CHECKED = 64
 """Number of tokens whose error is computed."""
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens that are measured by default."""
+NEAR = 8
+"""Configurations of rows for numbers of tokens that are further away, by this factor, are not tried."""
 
 
 class Clock(Protocol):
@@ -249,6 +252,15 @@ class Problem:
         found = output[: len(self.exact)].double()
         return float(((found - self.exact).norm(dim=1) / self.exact.norm(dim=1)).median()) / self.own
 
+    def candidates(self, shipped: Sequence[Row]) -> list[tuple[Row, str]]:
+        """The configurations to try, each with the reason why it cannot run, or "".
+
+        They are those of the row that is taken now, and of all rows whose numbers of tokens are at most :data:`NEAR` times away.
+        """
+        tokens = self.case.tokens
+        near = [row for row in (*self.rows, *shipped) if row.tokens.least <= NEAR * tokens and tokens <= NEAR * row.tokens.most]
+        return candidates([plan.choose(self.rows, self.case, self.can_run), *near], self.case, self.can_run)
+
     def solve(self, shipped: Sequence[Row], clock: Clock) -> Choice:
         """Try all configurations of the table and of ``shipped`` that can run, and choose one."""
         facts = self.case.facts
@@ -256,7 +268,7 @@ class Problem:
         incumbent = configuration(taken)
         works: dict[Row, Work] = {}
         trials: dict[Row, Trial] = {}
-        for row, reason in candidates([taken, *self.rows, *shipped], self.case, self.can_run):
+        for row, reason in self.candidates(shipped):
             error = None
             if not reason:
                 try:
@@ -275,6 +287,22 @@ class Problem:
         winner, ratio, times = decide(works, incumbent, clock)
         found = tuple(replace(trial, milliseconds=times.get(row)) for row, trial in trials.items())
         return Choice(self.kind, facts.widths, facts.hidden, self.case.tokens, taken, taken if winner == incumbent else winner, ratio, found)
+
+
+def problem_of(kind: str, linears: Linears, tokens: int, setting: Setting) -> Problem:
+    """The problem for a fused group, or for the adapters of its first linear."""
+    return group_problem(linears, tokens, setting) if kind == "group" else layer_problem(linears, tokens, setting)
+
+
+def shipped_rows(kind: str) -> list[Row]:
+    """The rows of all shipped tables for "group" or "layer"."""
+    return [row for table in shipped_tables() for row in (table.group if kind == "group" else table.layer)]
+
+
+def runs_of(kind: str, linears: Linears, tokens: int, setting: Setting) -> list[Work]:
+    """A work for each configuration that can run this size."""
+    problem = problem_of(kind, linears, tokens, setting)
+    return [lambda row=row: problem.work(row) for row, reason in problem.candidates(shipped_rows(kind)) if not reason]  # type: ignore[misc]
 
 
 def group_problem(linears: Linears, tokens: int, setting: Setting) -> Problem:
@@ -385,16 +413,17 @@ def tune(
     file = plan.user_file(machine)
     if file is None:
         raise UsageError("METEORA_KERNEL_TABLE is empty, so no table can be written", hint="unset it, or set it to a file")
-    clock = clock or GpuClock(device)
-    torch.manual_seed(0)
-    linears = make_layer(shape, setting, dtype, device, fused=True)
-    jobs = [(kind, one, count) for kind in ("group", "layer") for one in linears for count in counts]
+    layer = Layer(shape, setting, dtype, device)
+    linears = layer.make()
+    jobs = [(kind, index, count) for kind in ("group", "layer") for index in range(len(linears)) for count in counts]
+    if clock is None:
+        compile_in_parallel(layer, jobs, runs_of, progress)
+        clock = GpuClock(device)
     tuning, rows = Tuning(machine), {"group": list[Row](), "layer": list[Row]()}
-    shipped = {"group": [row for table in shipped_tables() for row in table.group], "layer": [row for table in shipped_tables() for row in table.layer]}
     with torch.no_grad(), progress.task("tuning", total=len(jobs), unit="sizes") as task:
-        for kind, one, count in jobs:
-            problem = group_problem(one, count, setting) if kind == "group" else layer_problem(one, count, setting)
-            choice = problem.solve(shipped[kind], clock)
+        for kind, index, count in jobs:
+            problem = problem_of(kind, linears[index], count, setting)
+            choice = problem.solve(shipped_rows(kind), clock)
             tuning.choices.append(choice)
             if choice.winner is not choice.incumbent:
                 below = max((other for other in counts if other < count), default=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meteora_core.bench import ModelShape, tuning
+from meteora_core.bench import ModelShape, tuning, warming
 from meteora_core.bench.contenders import Setting, make_layer
 from meteora_core.bench.timing import Work, pairs
 from meteora_core.bench.tuning import candidates, configuration, decide, described, group_problem, layer_problem, row_to_write, tune
@@ -125,7 +125,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_tuning_writes_a_table_that_is_read_back(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first challenger of every size wins; entries for other sizes stay, and a second run that changes nothing writes nothing."""
-    monkeypatch.setattr(tuning, "make_layer", lambda *arguments, **options: make_layer(*arguments, **options)[1:2])
+    monkeypatch.setattr(warming, "make_layer", lambda *arguments, **options: make_layer(*arguments, **options)[1:2])
     monkeypatch.setattr(tuning, "shipped_tables", list)
     few = parse('[[group]]\npath = "packed"\ninline = true\n[[group]]\npath = "split"\n[[layer]]\npath = "many_tokens"\n', "few")
     plan.use(DEVICE, few)
