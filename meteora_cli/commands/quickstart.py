@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +10,11 @@ import typer
 
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, say
+from meteora_core.text import printable
 
 if TYPE_CHECKING:
     from meteora_core.settings import Settings
+    from meteora_core.starter.run import RoutedAnswer
 
 _MODELS = {"base": "base", "adapter": "own adapter (PEFT)", "meteora": "MeteoRA"}
 
@@ -25,15 +28,17 @@ def quickstart(
     adapter_steps: Annotated[int | None, typer.Option(min=1, help="Number of optimiser steps for each adapter.", show_default=False)] = None,
     gate_steps: Annotated[int | None, typer.Option(min=0, help="Number of optimiser steps for the gates.", show_default=False)] = None,
     test_rows: Annotated[int | None, typer.Option(min=1, help="Number of test rows for each single task.", show_default=False)] = None,
-    composite_rows: Annotated[int | None, typer.Option(min=0, help="Number of test rows for composite_3; 0 leaves it out.", show_default=False)] = None,
+    composite_rows: Annotated[
+        int | None, typer.Option(min=0, help="Number of test rows that ask a question of each of three tasks; 0 leaves them out.", show_default=False)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda, cuda:1 or mps.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Try MeteoRA with a small model and three BIG-bench tasks.
 
-    By default, compare the starter checkpoint with its base model and draw its routing, in about two minutes on two CPU cores. With --train, or if the
-    package has no starter checkpoint, train three adapters and the gates and compare them with the base model, in about ten minutes. An interrupted run
-    resumes when the same command is run again.
+    By default, compare the starter checkpoint with its base model and draw the routing of an answer in colour, in two to three minutes on two CPU cores. With
+    --train, or if the package has no starter checkpoint, train three adapters and the gates and compare them with the base model, in about ten minutes. An
+    interrupted run resumes when the same command is run again.
     """
     from meteora_core.ranges import check_range
 
@@ -93,15 +98,36 @@ def _starter(
     with progress(ctx) as bars:
         result = run_starter(plan, settings.model.device, data_source=settings.data.source, raw_dir=settings.data.raw_dir, progress=bars)
     if as_json:
-        emit_json({**result.__dict__, "checkpoint": str(result.checkpoint), "pictures": [str(path) for path in result.pictures]})
+        emit_json({**asdict(result), "checkpoint": str(result.checkpoint), "pictures": [str(path) for path in result.pictures]})
         return
-    out.print(_table(result.scores, result.rows, settings.model.base, {"base": "base", "meteora": "MeteoRA (starter)"}))
+    out.print(_table(result.scores, result.rows, settings.model.base, {"base": "base", "meteora": "MeteoRA (starter)"}, result.intervals))
+    if result.answer is not None:
+        _draw(result.answer)
     if result.own_share is not None:
         say(f"In the picture's answer {result.own_share:.0%} of the tokens' first choices are adapters of the prompt's tasks (all layers).")
     say(f"Computed in {result.dtype}: {result.why}. Stages, seconds: " + ", ".join(f"{name} {time:.0f}" for name, time in result.seconds.items()))
     for picture in result.pictures:
         say(f"saved {picture}")
     _next(next_commands(plan))
+
+
+def _draw(answer: RoutedAnswer) -> None:
+    """Print the answer of the picture with every token in the colour of its adapter, and a legend."""
+    from rich.text import Text
+
+    from meteora_cli.chat.render import Painter
+
+    painter = Painter(out, answer.names)
+    text, legend = Text(), Text("adapters: ")
+    for token, adapter, weight in answer.tokens:
+        for part, style in painter.pieces(printable(token, multiline=True), adapter, weight):
+            text.append(part, style)
+    for adapter in dict.fromkeys(adapter for _, adapter, _ in answer.tokens):
+        mark, style = painter.swatch(adapter)
+        legend.append(mark, style).append(f" {printable(answer.names[adapter])}  ")
+    out.print("The answer to a prompt of three tasks, by the adapter that most layers chose for each token:")
+    out.print(text)
+    out.print(legend)
 
 
 def _next(commands: list[tuple[str, str]]) -> None:
@@ -112,10 +138,16 @@ def _next(commands: list[tuple[str, str]]) -> None:
         say(f"    {purpose}")
 
 
-def _table(scores: dict[str, dict[str, dict[str, float]]], rows: dict[str, int], base: str, labels: dict[str, str]) -> DataTable:
+Intervals = dict[str, dict[str, dict[str, "tuple[float, float] | None"]]]
+
+
+def _table(
+    scores: dict[str, dict[str, dict[str, float]]], rows: dict[str, int], base: str, labels: dict[str, str], intervals: Intervals | None = None
+) -> DataTable:
     table = DataTable(
         title=f"{base}: test rows that were not used in training",
-        caption="accuracy: the answer contains the reference; exact: it equals the reference; correct: number of correct sub-tasks per prompt",
+        caption="accuracy: the answer contains the reference; exact: it equals the reference; correct: number of correct sub-tasks per prompt"
+        + ("; in brackets: 95 % interval" if intervals else ""),
     )
     table.add_column("task")
     table.add_column("rows", justify="right")
@@ -126,12 +158,19 @@ def _table(scores: dict[str, dict[str, dict[str, float]]], rows: dict[str, int],
         for metric in ("accuracy", "exact", "bleu", "rougeL", "attempted", "correct"):
             if not any(metric in metrics for metrics in models.values()):
                 continue
-            cells = [_cell(metric, models.get(model, {}).get(metric)) for model in labels]
+            if intervals and metric not in ("accuracy", "exact") and any("accuracy" in metrics for metrics in models.values()):
+                continue  # with intervals, one line per task
+            known = intervals[task] if intervals else {}
+            cells = [_cell(metric, models.get(model, {}).get(metric), known.get(model, {}).get(metric)) for model in labels]
             table.add_row(task, str(rows[task]), metric, *cells)
     return table
 
 
-def _cell(metric: str, value: float | None) -> str:
+def _cell(metric: str, value: float | None, interval: tuple[float, float] | None = None) -> str:
     if value is None:
         return "–"
-    return f"{value:.1%}" if metric in ("accuracy", "exact") else f"{value:.2f}" if metric in ("rougeL", "attempted", "correct") else f"{value:.1f}"
+    low, high = interval or (0.0, 0.0)
+    if metric in ("accuracy", "exact"):
+        return f"{value:.1%}" + (f" ({low * 100:.0f} to {high * 100:.0f})" if interval else "")
+    digits = 2 if metric == "rougeL" or (metric in ("attempted", "correct") and not interval) else 1
+    return f"{value:.{digits}f}" + (f" ({max(low, 0.0):.{digits}f} to {high:.{digits}f})" if interval else "")

@@ -10,14 +10,12 @@ from statistics import fmean, variance
 from typing import Any
 
 from meteora_core.errors import DataError, UsageError
+from meteora_core.evaluation.intervals import NORMAL_95
 from meteora_core.evaluation.report import Cell, figures, headline_metric, model_name, save_figure
 from meteora_core.evaluation.router_names import PREFIX, RouterName
 
 ORACLE = "router:oracle"
 """The model whose scores count as 1, unless another is named."""
-
-_NORMAL_95 = 1.959964
-"""The number of standard errors on either side of a normal variable's mean that hold 95 % of it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _share(model: str, runs: Sequence[Mapping[str, Cell]], best: Mapping[str, Ce
     if None not in variances:
         known = [value for value in variances if value is not None]
         total = sum(known) / len(runs) / len(best) ** 2 + (variance(by_run) / len(by_run) if len(by_run) > 1 else 0.0)
-        low, high = share - _NORMAL_95 * math.sqrt(total), share + _NORMAL_95 * math.sqrt(total)
+        low, high = share - NORMAL_95 * math.sqrt(total), share + NORMAL_95 * math.sqrt(total)
     return OracleShare(model, len(runs), share, low, high, {task: fmean(run[task] for run in shares) for task in best})
 
 

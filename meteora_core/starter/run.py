@@ -5,6 +5,7 @@ Results are stored, so that an interrupted run continues where it stopped.
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from meteora_core.checkpoints.native import load_checkpoint, read_config
 from meteora_core.data.rows import split_path
-from meteora_core.data.tasks import COMPOSITES, get_task
+from meteora_core.data.userdata import task_in
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.evaluation.intervals import score_interval
 from meteora_core.files import atomic_write, sha256
 from meteora_core.json_files import read_json, write_json
 from meteora_core.progress import SILENT, Progress, Titled
@@ -25,13 +27,24 @@ if TYPE_CHECKING:
     from meteora_core.evaluation.runner import TaskResult
     from meteora_core.model.base import BaseReference
 
-COMPOSITE = "composite_3"
+COMPOSITE = "three_tasks"
+"""Name of the dataset whose prompts ask one question of each of three tasks."""
+
+SHOWN = ("strategyqa", "goal_step_wikihow", "question_selection", "disfl_qa", "abstract_narrative_understanding", "winowhy", "logical_deduction")
+"""Tasks to show, of which the first three are taken that the checkpoint has adapters for.
+
+They are tasks at which the base fails and the starter checkpoint gives many different answers. Its answers to disfl_qa and winowhy are mostly the most
+frequent answer, and logical_deduction is at chance (notes/lab/2026-11-30-quickstart-tasks.md).
+"""
 MODELS = ("base", "meteora")
+
+_VERSION = 2
+"""The version of the stored results; incremented when their content changes."""
 
 
 @dataclass(frozen=True)
 class StarterPlan:
-    """Sizes of the run. With the defaults it takes three minutes on two CPU cores, without downloads.
+    """Sizes of the run.
 
     Attributes:
         folder: Folder for all results.
@@ -43,9 +56,22 @@ class StarterPlan:
 
     folder: Path
     checkpoint: Path
-    test_rows: int = 12
-    composite_rows: int = 4
+    test_rows: int = 40
+    composite_rows: int = 3
     new_tokens: int = 40
+
+
+@dataclass(frozen=True)
+class RoutedAnswer:
+    """An answer with the adapter of every token.
+
+    Attributes:
+        names: Names of the N adapters.
+        tokens: Text of each token, the index of the adapter that most layers chose for it, and this adapter's mean weight.
+    """
+
+    names: tuple[str, ...]
+    tokens: tuple[tuple[str, int, float], ...]
 
 
 @dataclass
@@ -54,7 +80,9 @@ class StarterResult:
 
     Attributes:
         scores: Metrics of each task and model, as ``scores[task][model]``; the models are "base" and "meteora".
+        intervals: 95 % interval of each metric, as ``intervals[task][model][metric]``; None where it is not known.
         rows: Number of test rows per task.
+        answer: The answer in the picture, or None if it is empty.
         pictures: Files with the routing of one prompt and its answer: an HTML page, and a PNG picture if matplotlib is installed.
         own_share: Share of the answer's tokens whose top-1 adapter is one of the prompt's tasks, averaged over all layers; None without an answer.
         checkpoint: Folder of the checkpoint.
@@ -64,7 +92,9 @@ class StarterResult:
     """
 
     scores: dict[str, dict[str, dict[str, float]]]
+    intervals: dict[str, dict[str, dict[str, tuple[float, float] | None]]]
     rows: dict[str, int]
+    answer: RoutedAnswer | None
     pictures: list[Path]
     own_share: float | None
     checkpoint: Path
@@ -74,13 +104,11 @@ class StarterResult:
 
 
 def starter_tasks(checkpoint: Path) -> tuple[str, ...]:
-    """The single tasks to evaluate: those of composite_3 that the checkpoint has adapters for. Raises CheckpointError if there are none."""
+    """The single tasks to evaluate: the first three of :data:`SHOWN` that the checkpoint has adapters for. Raises CheckpointError if there are none."""
     names = {adapter["name"] for adapter in read_config(checkpoint)["adapters"]}
-    tasks = tuple(task for task in COMPOSITES[COMPOSITE] if task in names)
+    tasks = tuple(task for task in SHOWN if task in names)[:3]
     if not tasks:
-        raise CheckpointError(
-            f"{checkpoint} has no adapter for any of {', '.join(COMPOSITES[COMPOSITE])}", hint="meteora quickstart --train makes a checkpoint that has them"
-        )
+        raise CheckpointError(f"{checkpoint} has no adapter for any of {', '.join(SHOWN)}", hint="meteora quickstart --train makes a checkpoint that has them")
     return tasks
 
 
@@ -112,7 +140,7 @@ def run_starter(
     config = read_config(plan.checkpoint)
     reference = base or BaseReference(config["base"]["name"], config["base"].get("revision"))
     tasks = starter_tasks(plan.checkpoint)
-    composite = plan.composite_rows > 0 and len(tasks) == len(COMPOSITES[COMPOSITE])
+    composite = plan.composite_rows > 0 and len(tasks) == 3
     shown = [*tasks, *([COMPOSITE] if composite else [])]
     target = pick_device(device)
     dtype, why = fast_cpu_dtype() if target.type == "cpu" else (pick_dtype("auto", target), f"the usual type on {target.type}")
@@ -138,15 +166,23 @@ def run_starter(
     session = _Session(
         plan, data, config, dtype, lambda: (load_base(reference, dtype=dtype, device=target, progress=progress), load_tokenizer(reference)), progress
     )
-    scores: dict[str, dict[str, dict[str, float]]] = {task: {} for task in shown}
-    for model in MODELS:
+    records: dict[str, dict[str, dict[str, Any]]] = {task: {} for task in shown}
+    for model in MODELS:  # one after the other: the adapters are attached once
         for task in shown:
-            scores[task][model] = session.score(model, task)["metrics"]
+            records[task][model] = session.score(model, task)
     lap("evaluation")
-    pictures, own_share = session.picture(shown[-1])
+    pictures, own_share, answer = session.picture(shown[-1])
     lap("picture")
-    rows = {task: len(session.score("meteora", task)["samples"]) for task in shown}
-    return StarterResult(scores, rows, pictures, own_share, plan.checkpoint, str(dtype).removeprefix("torch."), why, seconds)
+    rows = {task: len(models["meteora"]["samples"]) for task, models in records.items()}
+    scores = {task: {model: record["metrics"] for model, record in models.items()} for task, models in records.items()}
+    intervals = {
+        task: {
+            model: {metric: score_interval(metric, value, record["stderr"].get(metric), rows[task]) for metric, value in record["metrics"].items()}
+            for model, record in models.items()
+        }
+        for task, models in records.items()
+    }
+    return StarterResult(scores, intervals, rows, answer, pictures, own_share, plan.checkpoint, str(dtype).removeprefix("torch."), why, seconds)
 
 
 def _build(data: Path, tasks: tuple[str, ...], composite: bool, source: str, raw_dir: Path | None, progress: Progress) -> None:
@@ -157,7 +193,7 @@ def _build(data: Path, tasks: tuple[str, ...], composite: bool, source: str, raw
     if missing:
         build_tasks(missing, data, BuildRequest(source, raw_dir), progress=progress)
     if composite and not split_path(data, COMPOSITE, "test").is_file():
-        build_composite(data, CompositeRequest(n=len(tasks)), progress=progress)
+        build_composite(data, CompositeRequest(tasks=tasks, name=COMPOSITE), progress=progress)
 
 
 class _Session:
@@ -189,8 +225,10 @@ class _Session:
         from meteora_core.training.run_inputs import short_hash
 
         limit = self.plan.composite_rows if task == COMPOSITE else self.plan.test_rows
-        questions = max(1, len(get_task(task).members))
+        definition = task_in(self.data, task)
+        questions = max(1, len(definition.members))
         inputs = {
+            "version": _VERSION,
             "kind": kind,
             "base": self.config["base"]["name"],
             "weights": self.config.get("weights_sha256") if kind == "meteora" else None,
@@ -207,16 +245,17 @@ class _Session:
         model, tokenizer = self.model(kind)
         options = EvalOptions(limit=limit, max_new_tokens=inputs["new_tokens"])
         progress = Titled(self.progress, "MeteoRA" if kind == "meteora" else "base")
-        result = evaluate_task(model, tokenizer, task, self.data, options, progress=progress)
-        record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": result.scores.metrics, "counts": result.scores.counts}
+        result = evaluate_task(model, tokenizer, definition, self.data, options, progress=progress)
+        scores = result.scores
+        record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": scores.metrics, "stderr": scores.stderr, "counts": scores.counts}
         write_json(file, {**record, "seconds": round(result.seconds, 1), "samples": _samples(result)})
         return dict(read_json(file))
 
-    def picture(self, task: str) -> tuple[list[Path], float | None]:
+    def picture(self, task: str) -> tuple[list[Path], float | None, RoutedAnswer | None]:
         """Draw the routing of the first test row of a task and its answer.
 
         Returns:
-            The files, and the share of the answer's tokens whose top-1 adapter is one of the row's tasks; None without an answer.
+            The files, the share of the answer's tokens whose top-1 adapter is one of the row's tasks, and the answer; None and None without an answer.
         """
         from meteora_core.errors import MeteoraError
         from meteora_core.evaluation.eval_plan import EvalOptions
@@ -232,8 +271,8 @@ class _Session:
         if note.is_file() and page.is_file():
             known = read_json(note)
             if known.get("inputs_hash") == record["inputs_hash"]:
-                return [path for path in (page, image) if path.is_file()], known["own_share"]
-        sample, definition = record["samples"][0], get_task(task)
+                return [path for path in (page, image) if path.is_file()], known["own_share"], _answer(known)
+        sample, definition = record["samples"][0], task_in(self.data, task)
         model, tokenizer = self.model("meteora")
         prompt = encode_prompts([sample["prompt"]], tokenizer)[0].tokens
         ids = [*prompt, *sample["tokens"]]
@@ -256,8 +295,17 @@ class _Session:
             with atomic_write(image, "wb") as handle:
                 handle.write(data)
             pictures.append(image)
-        write_json(note, {"inputs_hash": record["inputs_hash"], "own_share": share})
-        return pictures, share
+        speakers, shares = routes.speakers().tolist(), routes.shares()
+        tokens = [(routes.tokens[at].text, speakers[at], round(float(shares[at, speakers[at]]), 4)) for at in range(len(prompt), len(ids))]
+        drawn = {"names": list(routes.names), "tokens": tokens}
+        write_json(note, {"inputs_hash": record["inputs_hash"], "own_share": share, "answer": drawn})
+        return pictures, share, _answer({"answer": drawn})
+
+
+def _answer(note: dict[str, Any]) -> RoutedAnswer | None:
+    """The answer in the note about a picture."""
+    drawn = note["answer"]
+    return RoutedAnswer(tuple(drawn["names"]), tuple((text, adapter, weight) for text, adapter, weight in drawn["tokens"])) if drawn["tokens"] else None
 
 
 def _samples(result: TaskResult) -> list[dict[str, Any]]:
@@ -269,10 +317,10 @@ def _samples(result: TaskResult) -> list[dict[str, Any]]:
 
 def next_commands(plan: StarterPlan) -> list[tuple[str, str]]:
     """Commands to try next, each with its purpose."""
-    option = f" --checkpoint {plan.checkpoint}"
+    option = f" --checkpoint {shlex.quote(str(plan.checkpoint))}"
+    data, first = shlex.quote(str(plan.folder / "datasets")), starter_tasks(plan.checkpoint)[0]
     return [
         (f"meteora chat{option}", "talk to it, and watch which adapter answers"),
-        (f"meteora eval --task {COMPOSITE}{option} --data {plan.folder / 'datasets'} --limit 20 --debug", "more test rows, answers side by side"),
+        (f"meteora eval --task {first} --model base,meteora{option} --data {data} --limit 20 --debug", "answers of both, side by side"),
         ("meteora quickstart --train", "train three adapters and the gates yourself in about ten minutes"),
-        ("meteora train --help", "your own adapters and gates"),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,11 +39,33 @@ def test_the_starter_is_shown(meteora, shipped, no_training) -> None:
     ran = meteora(*sizes)
     assert ran.code == 0, ran.err
     assert "MeteoRA (starter)" in ran.out
+    assert "95 % interval" in ran.out
+    assert "The answer to a prompt of three tasks" in ran.out
+    assert "<strategyqa>" in ran.out or "<question_selection>" in ran.out or "<logical_deduction>" in ran.out  # without colour, names stand in the text
+    assert all(task in ran.out for task in TASKS)
     assert "saved runs/starter/routing.html" in ran.err
     assert f"meteora chat --checkpoint {shipped}" in ran.err.replace("\n", "")
     again = meteora(*sizes, "--json")
-    assert set(again.json["scores"]) == {*TASKS, "composite_3"}
+    assert set(again.json["scores"]) == {*TASKS, "three_tasks"}
+    assert len(again.json["intervals"]["strategyqa"]["meteora"]["accuracy"]) == 2
+    assert set(again.json["answer"]["names"]) == set(TASKS)
     assert again.json["pictures"][0] == "runs/starter/routing.html"
+
+
+def test_the_commands_to_try_next_work_as_typed(meteora, shipped, no_training, monkeypatch) -> None:
+    sizes = ("--test-rows", "2", "--composite-rows", "0", "--device", "cpu")
+    ran = meteora("quickstart", *sizes)
+    lines = ran.err.replace("\n    ", "\n").split("Try next:")[1].splitlines()
+    commands = [shlex.split(line) for line in lines if line.strip().startswith("meteora ")]
+    assert [command[1] for command in commands] == ["chat", "eval", "quickstart"]
+    monkeypatch.setenv("METEORA_CHAT__MAX_NEW_TOKENS", "4")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Is the sky blue?")))
+    assert meteora(*commands[0][1:]).code == 0
+    scored = meteora(*commands[1][1:])
+    assert scored.code == 0, scored.err
+    assert "MeteoRA" in scored.err or "meteora" in scored.out
+    with pytest.raises(Trained):
+        meteora(*commands[2][1:])
 
 
 @pytest.mark.parametrize("flags", [("--train",), ("--adapter-steps", "3"), ("--gate-steps", "3")])

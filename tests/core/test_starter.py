@@ -10,9 +10,10 @@ import pytest
 import meteora_core.starter as starter
 from meteora_core.data.rows import split_path
 from meteora_core.errors import CheckpointError, UsageError
+from meteora_core.evaluation.intervals import wilson_interval
 from meteora_core.json_files import write_json
 from meteora_core.starter import MAX_BYTES, default_checkpoint, starter_checkpoint
-from meteora_core.starter.run import StarterPlan, run_starter, starter_tasks
+from meteora_core.starter.run import SHOWN, StarterPlan, run_starter, starter_tasks
 from support.evaluation_workspace import TASKS, make_packed
 
 
@@ -30,15 +31,22 @@ def look(packed: Path, **sizes: int):
 
 def test_a_first_look_and_its_cache(packed, monkeypatch) -> None:
     result = look(packed)
-    assert list(result.scores) == [*TASKS, "composite_3"]
+    assert list(result.scores) == ["strategyqa", "question_selection", "logical_deduction", "three_tasks"]
     assert all(set(models) == {"base", "meteora"} for models in result.scores.values())
-    assert result.rows == dict.fromkeys(TASKS, 2) | {"composite_3": 1}
+    assert result.rows == dict.fromkeys(TASKS, 2) | {"three_tasks": 1}
+    assert result.intervals["strategyqa"]["base"]["accuracy"] == pytest.approx(wilson_interval(result.scores["strategyqa"]["base"]["accuracy"], 2))
+    assert result.intervals["three_tasks"]["meteora"]["correct"] is None  # one row has no standard error
+    assert result.answer is not None
+    sample = json.loads((packed.parent / "run" / "results" / "meteora" / "three_tasks.json").read_text())["samples"][0]
+    assert len(result.answer.tokens) == len(sample["tokens"])
+    assert set(result.answer.names) == set(TASKS)
+    assert all(0 <= adapter < 3 and 0 < weight <= 1 for _, adapter, weight in result.answer.tokens)
     assert [picture.name for picture in result.pictures] == ["routing.html", "routing.png"]
-    assert "composite_3, test row 0" in result.pictures[0].read_text()
+    assert "three_tasks, test row 0" in result.pictures[0].read_text()
     assert result.own_share == pytest.approx(1.0)  # all three adapters are the composite's own
     monkeypatch.setattr("meteora_core.model.base.load_base", lambda *_, **__: pytest.fail("the model was loaded again"))
     again = look(packed)
-    assert (again.scores, again.pictures, again.own_share) == (result.scores, result.pictures, result.own_share)
+    assert again.__dict__ | {"seconds": result.seconds} == result.__dict__
 
 
 def test_changed_rows_are_scored_anew(packed) -> None:
@@ -49,7 +57,7 @@ def test_changed_rows_are_scored_anew(packed) -> None:
     result = look(packed, composite_rows=0)
     sample = json.loads((packed.parent / "run" / "results" / "base" / f"{TASKS[0]}.json").read_text())["samples"][0]
     assert sample["prompt"] == json.loads(rows[-1])["prompt"]
-    assert "composite_3" not in result.scores
+    assert "three_tasks" not in result.scores
 
 
 def test_what_cannot_be_looked_at(packed, tmp_path) -> None:
@@ -58,7 +66,7 @@ def test_what_cannot_be_looked_at(packed, tmp_path) -> None:
     config = json.loads((packed / "meteora_config.json").read_text())
     config["adapters"] = [{**adapter, "name": f"my_{adapter['name']}"} for adapter in config["adapters"]]
     write_json(packed / "meteora_config.json", config)
-    with pytest.raises(CheckpointError, match="has no adapter for any of logical_deduction"):
+    with pytest.raises(CheckpointError, match="has no adapter for any of strategyqa"):
         starter_tasks(packed)
 
 
@@ -80,5 +88,6 @@ def test_the_shipped_checkpoint_is_small_and_complete() -> None:
     config, _, bank = read_checkpoint(folder)
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= MAX_BYTES
     assert config["contains"] == ["gates", "adapters"]
-    assert set(starter_tasks(folder)) == set(TASKS) <= set(bank.names)
+    assert starter_tasks(folder) == SHOWN[:3]
+    assert set(SHOWN) <= set(bank.names)
     assert "Scores on test rows" in (folder / "README.md").read_text()

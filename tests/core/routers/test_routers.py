@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def place(tmp_path: Path, make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A tiny world with training rows, and a short training of PHATGOOSE's gates."""
+    monkeypatch.setenv("METEORA_CACHE", str(tmp_path / "cache"))
     made = make_workspace(tmp_path, make_adapter, count=4)
     for task in TASKS:
         write_jsonl(made.data / task / "train.jsonl", rows(task, 12))
