@@ -14,21 +14,26 @@ METHOD = "meteora"
 def register() -> None:
     """Add the quantisation method and its hooks to vLLM; called by vLLM in every process, possibly more than once.
 
-    Raises:
-        ImportError: The installed vLLM is outside the tested range; the message names both.
+    If the installed vLLM is outside the tested range, vLLM works as without the plugin, and models with adapters are refused with the reason.
 
     Example:
         >>> from meteora_core.integrations.vllm import register
         >>> register()  # doctest: +SKIP
     """
-    from meteora_core.integrations.vllm.versions import check_vllm
-
-    check_vllm()
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
-    from meteora_core.integrations.vllm.config import MeteoraConfig
-    from meteora_core.integrations.vllm.hooks import install
+    from meteora_core.integrations.vllm.versions import refusal
 
-    if METHOD not in QUANTIZATION_METHODS:
+    if METHOD in QUANTIZATION_METHODS:
+        return
+    reason = refusal()
+    if reason is None:
+        from meteora_core.integrations.vllm.config import MeteoraConfig
+        from meteora_core.integrations.vllm.hooks import install
+
+        install()
         register_quantization_config(METHOD)(MeteoraConfig)
-    install()
+    else:
+        from meteora_core.integrations.vllm.refused import refused
+
+        register_quantization_config(METHOD)(refused(reason))

@@ -41,9 +41,8 @@ def why_not(installed: str) -> str | None:
     return f"Meteora was tested with vLLM {OLDEST} up to, not including, {BELOW}, and {installed} is installed"
 
 
-def check_vllm() -> None:
-    """Raise ImportError if the installed vLLM is outside the tested range."""
+def refusal() -> str | None:
+    """The reason why the plugin does not run with the installed vLLM, with a hint; None if it does."""
     installed = vllm_version()
     reason = None if installed is None or os.environ.get(VARIABLE) == "1" else why_not(installed)
-    if reason is not None:
-        raise ImportError(f"{reason}; install 'vllm>={OLDEST},<{BELOW}', or set {VARIABLE}=1 to try")
+    return reason and f"{reason}; install 'vllm>={OLDEST},<{BELOW}', or set {VARIABLE}=1 to try"

@@ -276,3 +276,17 @@ def test_another_weight_file_is_refused(world: Path, tmp_path: Path) -> None:
     done = subprocess.run([PYTHON, "-c", program, str(copy / "meteora")], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "its SHA-256 differs; write the folder again" in done.stderr
+
+
+def test_an_untested_version_of_vllm_refuses_models_with_adapters_alone(tmp_path: Path) -> None:
+    program = """
+from meteora_core.integrations.vllm import register, versions
+versions.BELOW = "0.27"
+register()
+from vllm.model_executor.layers.quantization import get_quantization_config
+get_quantization_config("compressed-tensors")
+get_quantization_config("meteora").from_config({})
+"""
+    done = subprocess.run([PYTHON, "-c", program], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert "ImportError: Meteora was tested with vLLM 0.26.0 up to, not including, 0.27, and 0.32.0" in done.stderr
+    assert "METEORA_VLLM_ANY_VERSION=1 to try" in done.stderr
