@@ -39,6 +39,8 @@ CHECKED = 64
 """Number of tokens whose error is computed."""
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens that are measured by default."""
+MORE_ROWS = {"layer": (Row("library"),)}
+"""Configurations that no shipped table has, by kind of entry."""
 NEAR = 8
 """Configurations of rows for numbers of tokens that are further away, by this factor, are not tried."""
 
@@ -295,8 +297,8 @@ def problem_of(kind: str, linears: Linears, tokens: int, setting: Setting) -> Pr
 
 
 def shipped_rows(kind: str) -> list[Row]:
-    """The rows of all shipped tables for "group" or "layer"."""
-    return [row for table in shipped_tables() for row in (table.group if kind == "group" else table.layer)]
+    """The rows of all shipped tables for "group" or "layer", and those of :data:`MORE_ROWS`."""
+    return [*(row for table in shipped_tables() for row in (table.group if kind == "group" else table.layer)), *MORE_ROWS.get(kind, ())]
 
 
 def runs_of(kind: str, linears: Linears, tokens: int, setting: Setting) -> list[Work]:

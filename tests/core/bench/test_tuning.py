@@ -127,6 +127,7 @@ def test_tuning_writes_a_table_that_is_read_back(table: Path, monkeypatch: pytes
     """The first challenger of every size wins; entries for other sizes stay, and a second run that changes nothing writes nothing."""
     monkeypatch.setattr(warming, "make_layer", lambda *arguments, **options: make_layer(*arguments, **options)[1:2])
     monkeypatch.setattr(tuning, "shipped_tables", list)
+    monkeypatch.setattr(tuning, "MORE_ROWS", {})
     few = parse('[[group]]\npath = "packed"\ninline = true\n[[group]]\npath = "split"\n[[layer]]\npath = "many_tokens"\n', "few")
     plan.use(DEVICE, few)
     table.parent.mkdir()

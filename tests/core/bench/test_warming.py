@@ -57,4 +57,5 @@ def test_rows_for_far_sizes_are_not_tried() -> None:
     tried = [row.path for row, _ in problem.candidates([far, near, ever])]
     assert "library" not in tried
     assert {"many_adapters", "many_tokens"} <= set(tried)
+    assert "library" in {row.path for row, _ in problem.candidates(shipped_rows("layer"))}
     assert len(runs_of("layer", LAYER.make()[1], 64, LAYER.setting)) == len([row for row, reason in problem.candidates(shipped_rows("layer")) if not reason])
