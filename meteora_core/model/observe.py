@@ -94,6 +94,11 @@ def row_routes(layer: RoutedLayer, rows: RowRoutes, x: Tensor, adapters: Adapter
     if layer.is_output and rows.output is not None:
         rows = rows.output
     on, lead = layer.state.on, x.shape[:-1]
+    logits: Tensor | None = None
+    if rows.top_k.numel() == 1 and rows.options[0].gated:
+        logits = F.linear(x, adapters.gate)
+        allowed = None if bool(rows.allowed.all()) else on(rows.allowed, x.device).view(-1)
+        return *route(logits, rows.width, float(rows.temperature), allowed), logits
     shape = torch.Size((1, lead.numel())) if rows.rows == 1 else token_shape(layer, x)
     if rows.rows > 1 and (len(shape) != 2 or shape[0] != rows.rows):
         raise UsageError(
@@ -102,7 +107,6 @@ def row_routes(layer: RoutedLayer, rows: RowRoutes, x: Tensor, adapters: Adapter
         )
     indices = on(rows.indices, x.device).expand(*shape, -1)
     weights = on(rows.weights, x.device).expand(*shape, -1)
-    logits = None
     if rows.gated:
         logits = F.linear(x, adapters.gate)
         top_k, temperature, allowed = on(rows.top_k, x.device), on(rows.temperature, x.device), on(rows.allowed, x.device)
