@@ -50,6 +50,7 @@ def route(
     The rows of an adapter are its built dataset or a file NAME.jsonl (.csv, .parquet, …) in the folder of datasets, a file NAME.jsonl next to the
     adapter, or train.jsonl in its folder. Adapters that cannot be used are left out, and the reason is printed.
     """
+    from meteora_core.adapters.base_route import NO_ADAPTER
     from meteora_core.living.route import LOW, RouteOptions, route_adapters
     from meteora_core.model.base import BaseReference
 
@@ -97,7 +98,8 @@ def route(
     put(f"{done.folder}: {count} adapter{'s' * (count != 1)} {also}of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
     approximate = "; second moments are of low rank, and gates are exact for these statistics" if "low-rank" in done.forms else ""
     put(f"The statistics take {done.bytes / 1e6:.0f} MB{approximate}")
-    if accuracy := done.held_out.get("gate_accuracy"):
+    measured = any(f"gate_accuracy/{name}" in done.held_out for name in done.adapters if name != NO_ADAPTER)  # general text alone says nothing
+    if measured and (accuracy := done.held_out.get("gate_accuracy")):
         after = f"after {steps} gradient steps" if steps else "without a training step"
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, {after}")
         if accuracy < LOW:

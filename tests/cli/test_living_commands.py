@@ -98,3 +98,12 @@ def test_the_base_route_joins_by_its_name(meteora, living, tmp_path, monkeypatch
     forced = meteora("trace", "--checkpoint", tmp_path / "m", "--prompt", "say a", "--max-new-tokens", "3", "--json")
     assert "no_adapter" in forced.out, forced.err
     assert meteora("adapters", "update", tmp_path / "m", "no_adapter").code == 2
+
+
+def test_the_routing_of_adapters_without_rows_is_not_reported(meteora, living, tmp_path, monkeypatch) -> None:
+    """The only held-out rows are general text, whose routing says nothing about the adapters."""
+    monkeypatch.chdir(living)
+    monkeypatch.setenv("METEORA_MODEL__DEVICE", "cpu")
+    (tmp_path / "nothing").mkdir()
+    ran = meteora("route", "adapters", "--only", "count", "--self-written", "--data", tmp_path / "nothing", "--out", tmp_path / "m")
+    assert (ran.code, "text that it wrote itself" in ran.out, "held-out answer tokens are routed" in ran.out) == (0, True, False), ran.err
