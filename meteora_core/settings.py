@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossOn, RowSampling, Scoring, SecondMoments, Switch, TrainedParts
@@ -245,6 +245,10 @@ def _known_template(template: str) -> str:
     return template
 
 
+Template = Annotated[str, AfterValidator(_known_template)]
+"""The name of a prompt template, or a text with one ``{}`` for the message."""
+
+
 class EvalSettings(_Section):
     """`meteora eval`."""
 
@@ -261,18 +265,13 @@ class EvalSettings(_Section):
     limit: int | None = Field(None, examples=[100], ge=1, le=MOST_ROWS, description="Number of test rows to evaluate, starting at the first.")
     scoring: Scoring = Field("corrected", description="corrected: by the definitions of the metrics; paper: as the authors computed them.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed that is recorded in results; greedy decoding does not use it.")
-    template: str | None = Field(
+    template: Template | None = Field(
         None,
         examples=["auto"],
         description="Prompt template instead of the dataset's: auto (as in chat), chat, inst, raw, or a text with {} for the message; absent: the dataset's.",
     )
     fuse: Switch = Field("auto", description="Run linear layers with a common input as one kernel; auto: on a CUDA GPU that supports it.")
     cuda_graphs: Switch = Field("auto", description="Decode with a fixed-size cache and CUDA graphs; auto: on a CUDA GPU, if the model supports it.")
-
-    @field_validator("template")
-    @classmethod
-    def _template(cls, template: str | None) -> str | None:
-        return None if template is None else _known_template(template)
 
 
 class ChatSettings(_Section):
@@ -281,17 +280,12 @@ class ChatSettings(_Section):
     max_new_tokens: int = Field(256, ge=1, le=MOST_TOKENS, description="Longest answer in tokens.")
     sampling_temperature: float = Field(0.0, ge=0, le=1000, description="Sampling temperature; 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: total probability of the tokens to sample from; 1: all tokens.")
-    template: str = Field(
+    template: Template = Field(
         "auto", description="Template that turns a message into a prompt: auto (as in training), chat, inst, raw, or a text with {} for the message."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of sampling.")
     fuse: Switch = Field("auto", description="As in [eval].")
     cuda_graphs: Switch = Field("auto", description="As in [eval].")
-
-    @field_validator("template")
-    @classmethod
-    def _template(cls, template: str) -> str:
-        return _known_template(template)
 
 
 class ServeSettings(_Section):
@@ -300,7 +294,7 @@ class ServeSettings(_Section):
     host: str = Field("127.0.0.1", min_length=1, max_length=255, description="Address to listen on; one that is not a loopback address needs METEORA_API_KEY.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
     name: str = Field("meteora", min_length=1, max_length=512, description="Name of the model whose gates choose the adapters.")
-    template: str = Field("auto", description="As in [chat].")
+    template: Template = Field("auto", description="As in [chat].")
     max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS, description="Longest chat answer in tokens, if the request does not limit it.")
     max_batch: int | None = Field(None, examples=[16], ge=1, le=1024, description="Largest number of requests in a batch; absent: 16 on a CPU, 64 on a GPU.")
     max_queue: int = Field(256, ge=1, le=1_000_000, description="Largest number of waiting requests; more are refused.")
@@ -315,11 +309,6 @@ class ServeSettings(_Section):
     cors: list[str] = Field([], max_length=64, description='Origins of websites whose scripts may use the server, such as "https://example.org".')
     adapter_roots: list[Path] = Field([], max_length=64, description="Folders of adapters that clients may add; absent: [paths] adapters.")
     fuse: Switch = Field("auto", description="As in [eval].")
-
-    @field_validator("template")
-    @classmethod
-    def _template(cls, template: str) -> str:
-        return _known_template(template)
 
 
 class UserTask(_Section):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meteora_cli.commands.shared_options import AdaptersDir, AsJson, LoadedBase
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.typer_app import App
@@ -28,13 +29,12 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets an
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Number of tokens of an adapter's rows to use.")]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Number of rows in one forward pass.")]
+AnswerShare = Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")]
+Statistics = Annotated[SecondMoments | None, typer.Option("--statistics", help="Form of stored second moments.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")]
-Moved = Annotated[Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)]
-Base = Annotated[str | None, typer.Option("--base", help="Base model, if not the one that the checkpoint names.", show_default=False)]
 NumberType = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the base model.")]
 Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.")]
 Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.command("list")
@@ -66,8 +66,8 @@ def add_or_update(
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
-    adapters_dir: Moved = None,
-    base: Base = None,
+    adapters_dir: AdaptersDir = None,
+    base: LoadedBase = None,
     dtype: NumberType = None,
     device: Device = None,
     backend: Backend = None,
@@ -101,8 +101,8 @@ def drop(
     ctx: typer.Context,
     checkpoint: Checkpoint,
     name: Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)],
-    adapters_dir: Moved = None,
-    base: Base = None,
+    adapters_dir: AdaptersDir = None,
+    base: LoadedBase = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove an adapter from a checkpoint.
@@ -125,8 +125,8 @@ def collect(
     rows: Rows = None,
     data: Data = None,
     tokens: Tokens = None,
-    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")] = None,
-    statistics: Annotated[SecondMoments | None, typer.Option("--statistics", help="Form of stored second moments.")] = None,
+    answer_share: AnswerShare = None,
+    statistics: Statistics = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
     seed: Seed = None,

@@ -9,62 +9,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meteora_cli.commands import shared_options as shared
 from meteora_cli.console import emit_json, globals_of, note_replaced, progress, quantization_of, settings_from, valid_text, write_text
 from meteora_cli.display import console, out, say
-from meteora_cli.flags import refuse_without_effect, typed_template
+from meteora_cli.flags import refuse_without_effect
 
 if TYPE_CHECKING:
     from meteora_core.chat.session import ChatSession
 
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoint",
-        help="Checkpoint, native or in the authors' layout, or its id on the hub; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
-        show_default=False,
-    ),
-]
-Base = Annotated[str | None, typer.Option("--base", help="Base model alone; with --checkpoint or --adapter, the base model for them.", show_default=False)]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="Single adapter: a PEFT folder, or a name.", show_default=False)]
-AdaptersDir = Annotated[Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)]
-RoutingT = Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: the checkpoint's.", show_default=False)]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: the checkpoint's.", show_default=False)]
-System = Annotated[str | None, typer.Option("--system", help="System text, which precedes the conversation.", show_default=False)]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        "--template",
-        callback=typed_template,
-        help="Prompt template: chat, inst, raw or a text with {} for the message; default: as in training.",
-        show_default=False,
-    ),
-]
-MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer in tokens.", show_default=False)]
-Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda or mps.", show_default=False)]
-Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters; default: auto.", show_default=False)]
-In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")]
-In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")]
-
 
 def chat(
     ctx: typer.Context,
-    checkpoint: Checkpoint = None,
-    base: Base = None,
-    adapter: Adapter = None,
-    adapters_dir: AdaptersDir = None,
-    routing_temperature: RoutingT = None,
-    top_k: TopK = None,
-    system: System = None,
-    template: Template = None,
-    max_new_tokens: MaxNew = None,
+    checkpoint: shared.Checkpoint = None,
+    base: shared.Base = None,
+    adapter: shared.Adapter = None,
+    adapters_dir: shared.AdaptersDir = None,
+    routing_temperature: shared.RoutingT = None,
+    top_k: shared.TopK = None,
+    system: shared.System = None,
+    template: shared.Template = None,
+    max_new_tokens: shared.MaxNew = None,
     sampling_temperature: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0: greedy.", show_default=False)] = None,
     route: Annotated[bool, typer.Option("--route", help="Colour every token by its adapter.")] = False,
-    device: Device = None,
-    backend: Backend = None,
-    load_in_4bit: In4Bit = False,
-    load_in_8bit: In8Bit = False,
-    trust_remote_code: TrustCode = False,
+    device: shared.Device = None,
+    backend: shared.Backend = None,
+    load_in_4bit: shared.In4Bit = False,
+    load_in_8bit: shared.In8Bit = False,
+    trust_remote_code: shared.TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Answer one message from stdin as one JSON document.")] = False,
 ) -> None:
     """Chat with a model, and see which adapter writes each token.

@@ -9,6 +9,7 @@ import typer
 
 from meteora_cli.commands.ckpt_export import export
 from meteora_cli.commands.ckpt_push import push
+from meteora_cli.commands.shared_options import AdaptersDir, AsJson, Force
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.typer_app import App
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from meteora_core.checkpoints.convert import BaseTensors
 
 app = App(help="Download models, and inspect, convert, pack, export and upload checkpoints.", no_args_is_help=True)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.command("download")
@@ -140,7 +139,7 @@ def convert(
     base_tensors: Annotated[
         str, typer.Option("--base-tensors", help="Base tensors to store: changed (those that differ from the base model) or all.")
     ] = "changed",
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint in the authors' layout to a native checkpoint, tensor by tensor."""
@@ -187,9 +186,7 @@ def pack(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint, or its id on the hub.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Folder of the checkpoint to write.", show_default=False)],
-    adapters: Annotated[
-        Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
-    ] = None,
+    adapters: AdaptersDir = None,
     task: Annotated[str | None, typer.Option("--task", help="Adapters to keep, in this order, separated by commas; default: all.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of an adapter in a layer.", show_default=False)] = None,
     max_mb: Annotated[float | None, typer.Option("--max-mb", help="Largest size of the folder in MB (millions of bytes).", show_default=False)] = None,

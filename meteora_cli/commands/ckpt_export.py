@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meteora_cli.commands.shared_options import AdaptersDir, AsJson, Force
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import put
 from meteora_cli.flags import refuse_without_effect
@@ -39,11 +40,9 @@ def export(
         str, typer.Option("--dtype", help="Dtype of a merged model or a GGUF file: float32, float16 or, for a merged model, bfloat16.")
     ] = "float32",
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that the checkpoint names.", show_default=False)] = None,
-    adapters: Annotated[
-        Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    adapters: AdaptersDir = None,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter as a PEFT folder or for llama.cpp, merge an adapter into the base model, or write the whole model for vLLM."""
     from meteora_core.exports.common import ExportOptions

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from meteora_cli.commands.shared_options import AdaptersDir, AsJson
 from meteora_cli.console import emit_json, progress
 from meteora_cli.display import DataTable, out, put
 
@@ -21,13 +22,11 @@ def push(
         str | None,
         typer.Option("--base", help="The base model's id on the hub, if the checkpoint names a folder: ORGANISATION/NAME[@REVISION].", show_default=False),
     ] = None,
-    adapters: Annotated[
-        Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
-    ] = None,
+    adapters: AdaptersDir = None,
     statistics: Annotated[bool, typer.Option("--statistics", help="Upload the statistics for `meteora adapters add` too.")] = False,
     message: Annotated[str, typer.Option("--message", help="Message of the commit.")] = "Upload a Meteora checkpoint",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and show the model card; make no request.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the hub, with a model card. Only safetensors, JSON and the card are uploaded.
 

@@ -9,26 +9,27 @@ from typing import Annotated
 
 import typer
 
+from meteora_cli.commands.adapters import AnswerShare, Backend, BatchSize, Data, Device, MaxLength, NumberType, Seed, Statistics, Tokens
+from meteora_cli.commands.shared_options import AsJson
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.flags import comma_separated
-from meteora_core.choices import Dtype, SecondMoments
 
 
 def route(
     ctx: typer.Context,
     adapters: Annotated[Path | None, typer.Argument(help="Folder that contains one PEFT folder per adapter, or ids on the hub, separated by commas.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the checkpoint to write; default: runs/routed.", show_default=False)] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")] = None,
+    data: Data = None,
     only: Annotated[str | None, typer.Option("--only", help="Adapters to use, separated by commas; default: all.", show_default=False)] = None,
     exclude: Annotated[str | None, typer.Option("--exclude", help="Adapters to leave out, separated by commas.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that most adapters name.", show_default=False)] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Number of tokens of each adapter's rows to use.")] = None,
-    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")] = None,
-    statistics: Annotated[SecondMoments | None, typer.Option("--statistics", help="Form of stored second moments.")] = None,
-    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Number of rows in one forward pass.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")] = None,
+    tokens: Tokens = None,
+    answer_share: AnswerShare = None,
+    statistics: Statistics = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: 2.", show_default=False)] = None,
     routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: 1.", show_default=False)] = None,
     base_route: Annotated[
@@ -39,11 +40,11 @@ def route(
     embed: Annotated[
         bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: if they have at most 2 GiB.", show_default=False)
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the base model.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters.")] = None,
+    dtype: NumberType = None,
+    device: Device = None,
+    backend: Backend = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a folder of LoRA adapters into a routed model without training: the gates are solved in closed form.
 

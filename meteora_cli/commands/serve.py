@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from meteora_cli.commands.shared_options import AdaptersDir, Backend, Device, In4Bit, In8Bit, RoutingT, TopK, TrustCode
 from meteora_cli.console import globals_of, progress, quantization_of, settings_from
 from meteora_cli.display import say
 from meteora_cli.flags import refuse_without_effect, typed_template
@@ -33,9 +34,7 @@ def serve(
     base: Annotated[
         str | None, typer.Option("--base", help="Base model to serve alone; with a checkpoint: the one to load it onto.", show_default=False)
     ] = None,
-    adapters_dir: Annotated[
-        Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)
-    ] = None,
+    adapters_dir: AdaptersDir = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on.", show_default=False)] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port to listen on; 0: any free port.", show_default=False)] = None,
     api_key: Annotated[
@@ -63,14 +62,14 @@ def serve(
         str | None,
         typer.Option("--template", callback=typed_template, help="Prompt template of chats: auto, chat, inst, raw or a text with {}.", show_default=False),
     ] = None,
-    routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: the checkpoint's.", show_default=False)] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: the checkpoint's.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda or mps.", show_default=False)] = None,
+    routing_temperature: RoutingT = None,
+    top_k: TopK = None,
+    device: Device = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Dtype of the base model.", show_default=False)] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters; default: auto.", show_default=False)] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")] = False,
+    backend: Backend = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Serve a model to OpenAI's clients, with a page that shows which adapter writes each token.
 

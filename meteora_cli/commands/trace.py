@@ -7,24 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meteora_cli.commands.chat import (
-    Adapter,
-    AdaptersDir,
-    Backend,
-    Base,
-    Checkpoint,
-    Device,
-    In4Bit,
-    In8Bit,
-    MaxNew,
-    RoutingT,
-    System,
-    Template,
-    TopK,
-    TrustCode,
-    answer_document,
-    open_session,
-)
+from meteora_cli.commands import shared_options as shared
+from meteora_cli.commands.chat import answer_document, open_session
 from meteora_cli.console import emit_json, globals_of, settings_from, valid_text
 from meteora_cli.display import console, put, say
 from meteora_cli.flags import refuse_without_effect
@@ -40,20 +24,20 @@ def trace(
     task: Annotated[str | None, typer.Option("--task", help="Built dataset whose test row is the message.", show_default=False)] = None,
     row: Annotated[int, typer.Option("--row", min=0, max=10**9, help="Number of the task's test row, from 0.")] = 0,
     target: Annotated[Path, typer.Option("--out", help="File of the picture: .html, .png, .svg or .json.")] = Path("trace.html"),
-    checkpoint: Checkpoint = None,
-    base: Base = None,
-    adapter: Adapter = None,
-    adapters_dir: AdaptersDir = None,
-    routing_temperature: RoutingT = None,
-    top_k: TopK = None,
-    system: System = None,
-    template: Template = None,
-    max_new_tokens: MaxNew = None,
-    device: Device = None,
-    backend: Backend = None,
-    load_in_4bit: In4Bit = False,
-    load_in_8bit: In8Bit = False,
-    trust_remote_code: TrustCode = False,
+    checkpoint: shared.Checkpoint = None,
+    base: shared.Base = None,
+    adapter: shared.Adapter = None,
+    adapters_dir: shared.AdaptersDir = None,
+    routing_temperature: shared.RoutingT = None,
+    top_k: shared.TopK = None,
+    system: shared.System = None,
+    template: shared.Template = None,
+    max_new_tokens: shared.MaxNew = None,
+    device: shared.Device = None,
+    backend: shared.Backend = None,
+    load_in_4bit: shared.In4Bit = False,
+    load_in_8bit: shared.In8Bit = False,
+    trust_remote_code: shared.TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its routes as one JSON document, and draw no picture.")] = False,
 ) -> None:
     """Draw which adapter was chosen for each token of a prompt and its answer.

@@ -69,13 +69,7 @@ def _tools(request: ChatRequest) -> tuple[Sequence[Tool], bool]:
 
 async def chat_body(service: Service, plan: ChatPlan) -> dict[str, Any]:
     """The body of an answer that is sent as a whole."""
-    answers = [Answer() for _ in plan.questions]
-    async with service.ask(plan.questions) as events:
-        async for index, event in events:
-            if failure := failure_of(event):
-                raise of_failure(failure)
-            assert isinstance(event, Chosen | Done)
-            answers[index].add(event)
+    answers = await service.answers(plan.questions)
     return {
         "id": plan.id,
         "object": "chat.completion",

@@ -49,13 +49,7 @@ def _prompts(request: CompletionRequest) -> Sequence[str | list[int]]:
 
 async def completion_body(service: Service, plan: CompletionPlan) -> dict[str, Any]:
     """The body of an answer that is sent as a whole."""
-    answers = [Answer() for _ in plan.questions]
-    async with service.ask(plan.questions) as events:
-        async for index, event in events:
-            if failure := failure_of(event):
-                raise of_failure(failure)
-            assert isinstance(event, Chosen | Done)
-            answers[index].add(event)
+    answers = await service.answers(plan.questions)
     return {**_head(plan), "choices": [_choice(service, plan, index, answer) for index, answer in enumerate(answers)], "usage": _usage(plan, answers)}
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from meteora_core.generation.sampling import Sampling
+
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How the tokens of an answer are chosen, and when it ends.
+class SamplingOptions(Sampling):
+    """How the tokens of an answer are chosen, and when it ends; the attributes of :class:`meteora_core.generation.sampling.Sampling`, and more.
 
     Attributes:
-        max_new_tokens: Maximum number of tokens in the answer.
-        temperature: Sampling temperature; 0 always takes the most likely token.
-        top_p: Probability mass of the smallest set of most likely tokens that are drawn from.
-        seed: Seed of the random generator.
         stop: Texts that end the answer; they are not part of it.
         logprobs: Number of most likely tokens to report with log probabilities at each position; None reports none.
         logit_bias: Values that are added to the logits of tokens, by token id.
@@ -24,10 +22,6 @@ class SamplingOptions:
         ignore_end: Whether end tokens do not end the answer.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from meteora_core.errors import did_you_mean
 from meteora_core.routing import RoutingOptions
-from meteora_core.serving.failures import ApiError
+from meteora_core.serving.failures import ApiError, of_failure
 from meteora_core.serving.grammars import ANY_OBJECT
 from meteora_core.serving.jobs import Chosen, Done, Failed, Job, JobEvent
 from meteora_core.serving.options import SamplingOptions
@@ -196,6 +196,21 @@ class Service:
         finally:
             for job in jobs:
                 job.cancel()
+
+    async def answers(self, questions: Sequence[Question]) -> list[Answer]:
+        """Submit questions, and return their complete answers in the same order.
+
+        Raises:
+            ApiError: A question cannot be answered, or the server has too many.
+        """
+        answers = [Answer() for _ in questions]
+        async with self.ask(questions) as events:
+            async for index, event in events:
+                if failure := failure_of(event):
+                    raise of_failure(failure)
+                assert isinstance(event, Chosen | Done)
+                answers[index].add(event)
+        return answers
 
 
 async def _events(queue: asyncio.Queue[tuple[int, JobEvent]], unfinished: int) -> AsyncIterator[tuple[int, JobEvent]]:

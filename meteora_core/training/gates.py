@@ -32,7 +32,7 @@ from meteora_core.training.encoding import collate, row_lengths
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.gate_objective import GateObjective
 from meteora_core.training.gate_rows import GateRows, gate_rows
-from meteora_core.training.job import TrainJob
+from meteora_core.training.job import Trained, TrainJob
 from meteora_core.training.loop import TrainingRun, train
 from meteora_core.training.output_folders import only_writer, tidy
 from meteora_core.training.prompt_frames import choose_frame, with_frames
@@ -47,31 +47,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainedGates:
-    """Result of the stage.
+class TrainedGates(Trained):
+    """Result of the stage: the attributes of :class:`meteora_core.training.job.Trained`, and those of gates.
 
     Attributes:
-        folder: The checkpoint's folder.
-        skipped: Whether the folder already held a checkpoint that was trained with the same inputs.
-        steps: Number of optimiser steps.
-        loss: The last logged loss; NaN if nothing was logged.
-        tokens: Number of tokens that were trained on.
-        seconds: Duration of the training.
         held_out: Figures on train rows that were kept out of training; see :func:`meteora_core.training.gate_metrics.measure_gates`.
-        cut: Number of rows that were cut to the longest length.
         sampled: Per task, the rows and tokens that were drawn; see :class:`meteora_core.training.state.RunState`.
         memory: GPU memory of each process in bytes, at the start and at the peak; see :class:`meteora_core.training.state.RunState`.
         parts: The parts of the last logged loss: ``lm``, ``gate`` (not multiplied by beta) and ``accuracy`` (top-1, on the training tokens).
     """
 
-    folder: Path
-    skipped: bool
-    steps: int
-    loss: float
-    tokens: int
-    seconds: float
     held_out: dict[str, float]
-    cut: int
     sampled: dict[str, dict[str, float]]
     memory: dict[str, list[int]]
     parts: dict[str, float] = field(default_factory=dict)
@@ -97,7 +83,7 @@ def finished_gates(folder: Path) -> TrainedGates:
     done = read_config(folder)["training"]
     loss = float("nan") if done.get("loss") is None else done["loss"]
     sampled, memory, parts = done.get("sampled", {}), done.get("memory", {}), loss_parts(done.get("history", []))
-    return TrainedGates(folder, True, done["steps"], loss, done["tokens"], done["seconds"], done["held_out"], done["rows_cut"], sampled, memory, parts)
+    return TrainedGates(folder, True, done["steps"], loss, done["tokens"], done["seconds"], done["rows_cut"], done["held_out"], sampled, memory, parts)
 
 
 def train_gates(
@@ -164,7 +150,7 @@ def train_gates(
         set_trainable(model, "none")
         job.runtime.wait()
     loss, parts = last_loss(state.history), loss_parts(state.history)
-    return TrainedGates(job.out, False, state.step, loss, state.tokens, state.seconds, measured, rows.cut, state.sampled, state.memory, parts)
+    return TrainedGates(job.out, False, state.step, loss, state.tokens, state.seconds, rows.cut, measured, state.sampled, state.memory, parts)
 
 
 def _check_job(bank: AdapterBank, settings: GateTrainSettings, job: TrainJob) -> None:

@@ -1,4 +1,4 @@
-"""The parameters that all training runs share: base model, folders, processes."""
+"""The parameters that all training runs share (base model, folders, processes), and the figures that all of them report."""
 
 from __future__ import annotations
 
@@ -41,3 +41,30 @@ class TrainJob:
     runtime: Runtime = SINGLE
     progress: Progress = SILENT
     template: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a training run.
+
+    Attributes:
+        folder: The folder that was written: a checkpoint, or a PEFT folder.
+        skipped: Whether the folder already held what the same inputs give.
+        steps: Number of optimiser steps.
+        loss: The last logged loss; NaN if nothing was logged.
+        tokens: Number of tokens that were trained on.
+        seconds: Duration of the training.
+        cut: Number of rows that were cut to the longest length.
+
+    Example:
+        >>> Trained(Path("adapters/gsm8k"), skipped=False, steps=100, loss=0.5, tokens=40_000, seconds=61.0, cut=0).steps
+        100
+    """
+
+    folder: Path
+    skipped: bool
+    steps: int
+    loss: float
+    tokens: int
+    seconds: float
+    cut: int

@@ -213,7 +213,7 @@ class _JointRun:
                     weights = {f"base_model.model.{path}.{name}": tensor for path, part in trained.items() for name, tensor in _slices(part, index).items()}
                     frame = dataset_frame(self.job.data_dir, task)
                     save_adapter(peft_model, folder, self.inputs[task], alone, encoded.cut, weights=weights, frame=frame)
-                done[task] = TrainedAdapter(task, folder, False, state.step, last_loss(history), state.tokens, state.seconds, encoded.cut)
+                done[task] = TrainedAdapter(folder, False, state.step, last_loss(history), state.tokens, state.seconds, encoded.cut, task)
         finally:
             peft_model.unload()
             self.model.eval().requires_grad_(False)

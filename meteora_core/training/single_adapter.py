@@ -27,7 +27,7 @@ from meteora_core.names import check_names, folder_of
 from meteora_core.settings import AdapterTrainSettings
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
 from meteora_core.training.encoding import Batch, Encoded
-from meteora_core.training.job import TrainJob
+from meteora_core.training.job import Trained, TrainJob
 from meteora_core.training.lm_metrics import lm_tallies, measure_lm
 from meteora_core.training.loop import Computed, Counts, TrainingRun, train
 from meteora_core.training.loss import lm_losses
@@ -41,28 +41,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TrainedAdapter:
-    """One trained adapter.
+class TrainedAdapter(Trained):
+    """One trained adapter: the attributes of :class:`meteora_core.training.job.Trained`, and its name.
 
     Attributes:
         task: Name of the adapter.
-        folder: Its PEFT folder.
-        skipped: Whether the folder already held an adapter that was trained with the same inputs.
-        steps: Number of optimiser steps.
-        loss: The last logged loss; NaN if nothing was logged.
-        tokens: Number of tokens that were trained on.
-        seconds: Duration of the training.
-        cut: Number of rows that were cut to the longest length.
     """
 
     task: str
-    folder: Path
-    skipped: bool
-    steps: int
-    loss: float
-    tokens: int
-    seconds: float
-    cut: int
 
 
 def adapter_inputs(job: TrainJob, dtype: torch.dtype, task: str, settings: AdapterTrainSettings, tasks: Sequence[str] | None = None) -> dict[str, Any]:
@@ -84,7 +70,7 @@ def finished_adapter(task: str, folder: Path) -> TrainedAdapter:
     """The result for an adapter that was trained before, read from its folder."""
     done = read_training_info(folder)
     loss = float("nan") if done.loss is None else done.loss
-    return TrainedAdapter(task, folder, True, done.steps, loss, done.tokens, done.seconds, done.rows_cut)
+    return TrainedAdapter(folder, True, done.steps, loss, done.tokens, done.seconds, done.rows_cut, task)
 
 
 def train_adapter(
@@ -157,7 +143,7 @@ def train_adapter(
             peft_model.unload()
             model.eval().requires_grad_(False)
         runtime.wait()
-        return TrainedAdapter(task, folder, False, state.step, last_loss(state.history), state.tokens, state.seconds, cut)
+        return TrainedAdapter(folder, False, state.step, last_loss(state.history), state.tokens, state.seconds, cut, task)
 
 
 def adapter_rows(

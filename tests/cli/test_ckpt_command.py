@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from meteora_cli.commands import ckpt as command
-from meteora_cli.console import Globals
-from meteora_core.errors import CheckpointError, DownloadError, MeteoraError, UsageError
+from meteora_core.errors import CheckpointError, DownloadError, UsageError
 from meteora_core.fetch import base_models
 from meteora_core.fetch.catalog import CATALOG
 from support.authors_files import Authors, write_authors
+from support.commands import command_runner
 from support.hub_server import COMMIT, serving
 
 Run = Callable[..., Result]
@@ -30,23 +29,7 @@ Run = Callable[..., Result]
 def meteora(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs ``ckpt`` with arguments; a known error is raised."""
     monkeypatch.setattr(command, "out", type(command.out)(width=200))
-    app = typer.Typer()
-
-    @app.callback()
-    def options(ctx: typer.Context) -> None:
-        ctx.obj = Globals()
-
-    app.add_typer(command.app, name="ckpt")
-
-    def run(*arguments: object, fails: type[MeteoraError] | None = None) -> Result:
-        result = CliRunner().invoke(app, ["ckpt", *map(str, arguments)])
-        if fails is None:
-            assert result.exit_code == 0, (result.output, result.exception)
-        else:
-            assert isinstance(result.exception, fails), (result.output, result.exception)
-        return result
-
-    return run
+    return command_runner("ckpt", command.app)
 
 
 @pytest.fixture

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from meteora_cli.commands import data as command
-from meteora_cli.console import Globals
 from meteora_cli.display import console, out
-from meteora_core.errors import DataError, MeteoraError, UsageError
+from meteora_core.errors import DataError, UsageError
+from support.commands import command_runner, restored_tasks
 
 THREE = "logical_deduction,question_selection,strategyqa"
 
@@ -37,32 +35,12 @@ def raw(tmp_path: Path) -> Path:
 @pytest.fixture
 def meteora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs ``data`` with arguments in an empty folder; a known error is raised."""
-    from meteora_core.data import tasks
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METEORA_CACHE", str(tmp_path / "cache"))
     for each in (console, out):  # they read COLUMNS when they are made
         monkeypatch.setattr(each, "_width", 200)
-    before = dict(tasks.TASKS)
-    app = typer.Typer()
-
-    @app.callback()
-    def options(ctx: typer.Context) -> None:
-        ctx.obj = Globals()
-
-    app.add_typer(command.app, name="data")
-
-    def run(*arguments: str, fails: type[MeteoraError] | None = None) -> Result:
-        result = CliRunner().invoke(app, ["data", *arguments])
-        if fails is None:
-            assert result.exit_code == 0, (result.output, result.exception)
-        else:
-            assert isinstance(result.exception, fails), (result.output, result.exception)
-        return result
-
-    yield run
-    tasks.TASKS.clear()
-    tasks.TASKS.update(before)
+    with restored_tasks():
+        yield command_runner("data", command.app)
 
 
 def test_build_composite_list_show_verify(meteora: Any, raw: Path) -> None:

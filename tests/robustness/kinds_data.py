@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import tarfile
 from pathlib import Path
 from random import Random
@@ -15,7 +14,7 @@ from typing import Any
 
 from .cases import Case, document, finite_numbers, judged
 from .forks import Outcome
-from .mutate import ESCAPES, dumps, mutate_bytes, mutate_document, mutate_json, strange
+from .mutate import ESCAPES, dumps, mutate_bytes, mutate_document, mutate_json, no_file, strange
 from .reference import Invalid, need
 
 
@@ -132,18 +131,7 @@ def rows(rng: Random) -> Case:
 
 def _odd_rows(rng: Random, file: Path) -> str:
     file.unlink()
-    action = rng.randrange(4)
-    if action == 0:
-        file.mkdir()
-        return f"{file.name} is a folder"
-    if action == 1:
-        os.mkfifo(file)
-        return f"{file.name} is a pipe"
-    if action == 2:
-        file.symlink_to(file.name)
-        return f"{file.name} is a link to itself"
-    file.symlink_to("/dev/zero")
-    return f"{file.name} is a device"
+    return no_file(rng.randrange(4), file)
 
 
 def _added(rng: Random) -> Case:

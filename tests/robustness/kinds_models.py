@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -12,7 +11,7 @@ from random import Random
 from . import reference
 from .cases import Case, document, judged, same_ids, same_samples
 from .forks import Outcome
-from .mutate import dumps, mutate_document, mutate_json, mutate_tensors, strange
+from .mutate import dumps, mutate_document, mutate_json, mutate_tensors, no_file, strange
 from .reference import need
 
 ASK = "say 7\n"
@@ -26,18 +25,8 @@ def _odd_file(rng: Random, file: Path) -> str:
     action = rng.randrange(6)
     if action == 0:
         return f"{file.name} missing"
-    if action == 1:
-        file.mkdir()
-        return f"{file.name} is a folder"
-    if action == 2:
-        os.mkfifo(file)
-        return f"{file.name} is a pipe"
-    if action == 3:
-        file.symlink_to(file.name)
-        return f"{file.name} is a link to itself"
-    if action == 4:
-        file.symlink_to("/dev/zero")
-        return f"{file.name} is a device"
+    if action <= 4:
+        return no_file(action - 1, file)
     file.with_suffix(".bin").write_bytes(b"\x80\x04N.")
     return f"{file.name} is a pickle instead"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from random import Random
@@ -25,6 +26,21 @@ ESCAPES = (
     "a\nerror: PWN",
 )
 """Texts that a terminal or Rich would act on."""
+
+
+def no_file(action: int, file: Path) -> str:
+    """Put a folder (0), a pipe (1), a link to itself (2) or a link to a device (3) at the path of a file that is gone, and return a description."""
+    if action == 0:
+        file.mkdir()
+        return f"{file.name} is a folder"
+    if action == 1:
+        os.mkfifo(file)
+        return f"{file.name} is a pipe"
+    if action == 2:
+        file.symlink_to(file.name)
+        return f"{file.name} is a link to itself"
+    file.symlink_to("/dev/zero")
+    return f"{file.name} is a device"
 
 
 class Raw(str):

@@ -10,19 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
+from support import tiny_models
+
+SIZES: dict[str, Any] = {**tiny_models.SIZES, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.2}
 MOE: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from support.commands import restored_tasks
+
 
 @pytest.fixture(autouse=True)
 def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,12 +22,8 @@ def own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(autouse=True)
 def known_tasks() -> Any:
     """Forget the tasks that a test registers."""
-    from meteora_core.data import tasks
-
-    before = dict(tasks.TASKS)
-    yield
-    tasks.TASKS.clear()
-    tasks.TASKS.update(before)
+    with restored_tasks():
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,6 @@ from meteora_core.exports.merged import export_merged
 from meteora_core.exports.peft_adapter import export_adapter
 
 IDS = torch.arange(3, 23).reshape(2, 10)
-
-
-@pytest.fixture
-def folder(documented_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a folder with a base model, two adapters and a checkpoint of both."""
-    shutil.copytree(documented_folder, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def logits(model) -> torch.Tensor:

@@ -25,13 +25,6 @@ HERE = ExportOptions(base="base")
 IDS = torch.arange(3, 23).reshape(2, 10)
 
 
-@pytest.fixture
-def folder(documented_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(documented_folder, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def described() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(Path("served/config.json").read_text())
     return found

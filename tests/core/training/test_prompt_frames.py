@@ -23,6 +23,7 @@ from meteora_core.training.gates import train_gates
 from meteora_core.training.job import TrainJob
 from meteora_core.training.single_adapter import train_adapter
 from meteora_core.training.task_rows import train_rows
+from support.commands import restored_tasks
 from support.tiny_training import letters, model
 
 FRAMES = {"shout": "Q: {}\nA:", "count": "<{}>\n"}
@@ -30,12 +31,8 @@ FRAMES = {"shout": "Q: {}\nA:", "count": "<{}>\n"}
 
 @pytest.fixture(autouse=True)
 def known_tasks() -> Any:
-    from meteora_core.data import tasks
-
-    before = dict(tasks.TASKS)
-    yield
-    tasks.TASKS.clear()
-    tasks.TASKS.update(before)
+    with restored_tasks():
+        yield
 
 
 def datasets(folder: Path, frames: dict[str, str]) -> Path:
