@@ -127,21 +127,21 @@ def _answering(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        plan = await run_in_threadpool(plan_chat, service, body)
+        plan = await run_in_threadpool(service.planned, plan_chat, body)
         stream = (lambda events: chat_stream(service, plan, events)) if body.stream else None
         return await answer(request, plan.questions, lambda: chat_body(service, plan), stream)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue one or more texts."""
-        plan = await run_in_threadpool(plan_completion, service, body)
+        plan = await run_in_threadpool(service.planned, plan_completion, body)
         stream = (lambda events: completion_stream(service, plan, events)) if body.stream else None
         return await answer(request, plan.questions, lambda: completion_body(service, plan), stream)
 
     @app.post("/v1/responses", response_model=None)
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         """Answer a conversation, in the form of the responses API."""
-        plan = await run_in_threadpool(plan_response, service, body)
+        plan = await run_in_threadpool(service.planned, plan_response, body)
         stream = (lambda events: response_stream(service, plan, events)) if body.stream else None
         return await answer(request, [plan.question], lambda: response_body(service, plan), stream)
 
@@ -190,7 +190,7 @@ def _describing(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 def _adapters(app: FastAPI, service: Service, changes: BankChanges | None) -> None:
     def listing() -> dict[str, Any]:
-        defaults, state = service.defaults, service.chat_model.routing
+        defaults, state = service.defaults, service.state
         adapters = []
         for index, info in enumerate(() if state is None else state.adapters):
             colours = look(index)

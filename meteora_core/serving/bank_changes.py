@@ -82,12 +82,13 @@ class BankChanges:
         with self._lock:
 
             def now() -> None:
-                try:
-                    change(self._bank(service))
-                finally:
-                    service.scheduler.version += 1
-                    fuse_for_inference(service.chat_model.model, self.fuse)
-                    service.scheduler.model.eval()
+                with service.lock:
+                    try:
+                        change(self._bank(service))
+                    finally:
+                        service.scheduler.version += 1
+                        fuse_for_inference(service.chat_model.model, self.fuse)
+                        service.scheduler.model.eval()
 
             service.scheduler.exclusively(now)
 

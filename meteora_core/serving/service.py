@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from meteora_core.errors import did_you_mean
-from meteora_core.routing import RoutingOptions
+from meteora_core.routing import Meteora, RoutingOptions, find_meteora
 from meteora_core.serving.failures import ApiError, of_failure
 from meteora_core.serving.grammars import ANY_OBJECT
 from meteora_core.serving.jobs import Chosen, Done, Failed, Job, JobEvent
@@ -21,6 +22,9 @@ from meteora_core.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from meteora_core.chat.chat_model import ChatModel
+
+Request = TypeVar("Request")
+Plan = TypeVar("Plan")
 
 BASE = "base"
 """The name of the model without adapters."""
@@ -70,22 +74,37 @@ class Service:
         chat_model: The model.
         scheduler: Its scheduler.
         options: Values that requests may leave out.
+        lock: Lock that is held while a request is planned, and while the bank changes.
     """
 
     chat_model: ChatModel
     scheduler: Scheduler
     options: ServiceOptions
     prompts: PromptWriter = field(init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _state: Meteora | None = None
 
     def __post_init__(self) -> None:
         self.prompts = PromptWriter(self.chat_model, self.options.template)
+
+    def planned(self, plan: Callable[[Service, Request], Plan], request: Request) -> Plan:
+        """``plan(self, request)``, which waits while the bank changes."""
+        with self.lock:
+            return plan(self, request)
+
+    @property
+    def state(self) -> Meteora | None:
+        """The model's routing state; while the bank changes, that before the change. None for a base model alone."""
+        if self.chat_model.kind != "base":
+            self._state = find_meteora(self.chat_model.model) or self._state
+        return self._state
 
     # --- models ------------------------------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters."""
-        state = self.chat_model.routing
+        state = self.state
         return () if state is None else state.names
 
     @property
@@ -96,7 +115,7 @@ class Service:
     @property
     def defaults(self) -> RoutingOptions:
         """The routing options of a request that gives none."""
-        state = self.chat_model.routing
+        state = self.state
         if state is None:
             return RoutingOptions(enabled=False)
         return RoutingOptions(self.options.top_k or state.top_k, self.options.routing_temperature or state.temperature, forced=self.chat_model.adapter)
