@@ -29,6 +29,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "meteora ckpt export runs/meteora gsm8k-peft --adapter gsm8k",
         "meteora ckpt export runs/meteora gsm8k-gguf --adapter gsm8k --gguf",
         "meteora ckpt export runs/meteora gsm8k-merged --merge gsm8k --dtype bfloat16",
+        "meteora ckpt export runs/meteora served --format vllm",
     ),
     "ckpt push": ("meteora ckpt push runs/meteora me/helpdesk --dry-run", "meteora ckpt push runs/meteora me/helpdesk --licence apache-2.0 --public"),
     "ckpt card": ("meteora ckpt card runs/meteora --results runs/eval/meteora --licence gsm8k=MIT",),
@@ -58,6 +59,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval": (
         "meteora eval --task singles --model base,own,meteora --limit 50",
         "meteora eval --task composite_3 --checkpoint runs/meteora --T 15",
+        "meteora eval --task singles --model router:all --seeds 1,2",
     ),
     "eval report": ("meteora eval report runs/eval/base runs/eval/meteora --plot compare.png --kind radar",),
     "chat": ("meteora chat", "echo 'Is the sky blue?' | meteora chat --checkpoint runs/meteora --json"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from inspect import cleandoc
+from typing import Any, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -50,6 +51,27 @@ def help_completed(command: Any, path: str) -> Iterator[None]:
             parameter.default, parameter.show_default = before, shown
 
 
+@contextmanager
+def set_for_terminal(command: Any) -> Iterator[None]:
+    """While the block runs, each paragraph of a command's help is one line, which the terminal breaks, and options that can be repeated show the type of
+    one value.
+    """
+    text = command.help
+    repeated = [parameter for parameter in command.params if getattr(parameter, "multiple", False) and parameter.metavar is None]
+    if text is not None:
+        paragraphs = cleandoc(text).split("\n\n")
+        command.help = "\n\n".join(each if each.startswith("\b") else each.replace("\n", " ") for each in paragraphs)
+    for parameter in repeated:
+        (element,) = get_args(parameter.type_descriptor.annotation)
+        parameter.metavar = f"<{element.__name__.lower()}>"
+    try:
+        yield
+    finally:
+        command.help = text
+        for parameter in repeated:
+            parameter.metavar = None
+
+
 def show_examples(path: str) -> None:
     """Print the examples of a command, which are the end of its help."""
     from meteora_cli.display import put
@@ -74,7 +96,7 @@ class _Helpful:
         return flags_without_type(super().get_params(ctx))  # type: ignore[misc]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        with help_completed(self, path_of(ctx)):
+        with help_completed(self, path_of(ctx)), set_for_terminal(self):
             super().format_help(ctx, formatter)  # type: ignore[misc]
         show_examples(path_of(ctx))
 

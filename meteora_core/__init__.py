@@ -5,6 +5,7 @@ The names below are loaded when first used, so that ``import meteora_core`` cost
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from meteora_core import hooks
@@ -64,5 +65,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, so that tab completion and ``help`` show them before they are first used."""
-    return sorted({*globals(), *__all__})
+    """The public names and the modules in use, so that tab completion and ``help`` show them before they are first used."""
+    return sorted({*__all__, *(name for name, value in globals().items() if isinstance(value, ModuleType) or name.startswith("__"))})

@@ -24,7 +24,9 @@ app = App(help="Add, drop, update and list the adapters of a checkpoint; the gat
 Checkpoint = Annotated[Path, typer.Argument(help="A native checkpoint, such as one from `meteora route`.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's PEFT folder, or its id on the hub.", show_default=False)]
 Name = Annotated[str | None, typer.Option("--name", help="The adapter's name; default: the folder's name.", show_default=False)]
-Rows = Annotated[Path | None, typer.Option("--rows", help="A file or folder of the adapter's rows; default: found by the adapter's name.", show_default=False)]
+Rows = Annotated[
+    Path | None, typer.Option("--rows", help="A file or folder of the adapter's rows; default: the one with the adapter's name.", show_default=False)
+]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Number of tokens of an adapter's rows to use.")]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")]
@@ -34,7 +36,7 @@ Statistics = Annotated[SecondMoments | None, typer.Option("--statistics", help="
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")]
 NumberType = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the base model.")]
 Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.")]
-Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters.")]
+Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters: auto, reference, dense or triton.")]
 
 
 @app.command("list")

@@ -20,7 +20,11 @@ def push(
     licence: Annotated[str | None, typer.Option("--licence", help="Licence on the model card, such as apache-2.0.", show_default=False)] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="The base model's id on the hub, if the checkpoint names a folder: ORGANISATION/NAME[@REVISION].", show_default=False),
+        typer.Option(
+            "--base",
+            help="The base model's id on the hub, if the checkpoint names a folder: ORGANISATION/NAME or ORGANISATION/NAME@REVISION.",
+            show_default=False,
+        ),
     ] = None,
     adapters: AdaptersDir = None,
     statistics: Annotated[bool, typer.Option("--statistics", help="Upload the statistics for `meteora adapters add` too.")] = False,

@@ -35,7 +35,9 @@ def route(
     base_route: Annotated[
         bool, typer.Option("--base-route/--no-base-route", help="Add a base route: tokens that need no adapter get the base model alone.")
     ] = True,
-    self_written: Annotated[bool, typer.Option("--self-written", help="Let adapters without rows write rows themselves; else they are set aside.")] = False,
+    self_written: Annotated[
+        bool, typer.Option("--self-written", help="Let adapters without rows write rows themselves; otherwise, they are left out.")
+    ] = False,
     steps: Annotated[int, typer.Option("--steps", min=0, max=10_000_000, help="Gradient steps on the gates after the closed form.")] = 0,
     embed: Annotated[
         bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: if they have at most 2 GiB.", show_default=False)

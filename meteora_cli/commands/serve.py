@@ -29,11 +29,11 @@ def serve(
     ctx: typer.Context,
     checkpoint: Annotated[
         Path | None,
-        typer.Argument(help="Checkpoint to serve; default: RUNS/meteora, else the quickstart's, else the starter checkpoint.", show_default=False),
+        typer.Argument(
+            help="Checkpoint to serve, or its id on the hub; default: runs/meteora, or the quickstart's, or the starter checkpoint.", show_default=False
+        ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Base model to serve alone; with a checkpoint: the one to load it onto.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model to serve alone; with a checkpoint, the base model for it.", show_default=False)] = None,
     adapters_dir: AdaptersDir = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on.", show_default=False)] = None,
     port: Annotated[int | None, typer.Option("--port", help="Port to listen on; 0: any free port.", show_default=False)] = None,
@@ -42,21 +42,23 @@ def serve(
         typer.Option("--api-key", help=f"Key that requests need; other users see it in the list of processes, but not {KEY_VARIABLE}.", show_default=False),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen on a public address without a key.")] = False,
-    engine: Annotated[Engine, typer.Option("--engine", help="Engine that runs the model: transformers, with continuous batching.")] = "auto",
-    name: Annotated[str | None, typer.Option("--served-model-name", help="Name of the model whose gates choose.", show_default=False)] = None,
+    engine: Annotated[Engine, typer.Option("--engine", help="Engine that runs the model; auto is transformers, with continuous batching.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option("--served-model-name", help="Name of the routed model in requests and in the list of models.", show_default=False)
+    ] = None,
     max_batch: Annotated[int | None, typer.Option("--max-batch", help="Largest number of requests in a batch.", show_default=False)] = None,
     max_queue: Annotated[int | None, typer.Option("--max-queue", help="Largest number of waiting requests.", show_default=False)] = None,
     max_model_len: Annotated[int | None, typer.Option("--max-model-len", help="Longest prompt and answer together, in tokens.", show_default=False)] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Longest chat answer if the request sets no limit.", show_default=False)
+        int | None, typer.Option("--max-new-tokens", help="Longest chat answer in tokens, if the request sets no limit.", show_default=False)
     ] = None,
     prefix_cache_mb: Annotated[int | None, typer.Option("--prefix-cache-mb", help="Size of the prefix cache in MB; 0: none.", show_default=False)] = None,
     cors: Annotated[
-        list[str] | None, typer.Option("--cors", help="Origin of a website whose scripts may use the server; repeatable.", show_default=False)
+        list[str] | None, typer.Option("--cors", help="Origin of a website whose scripts may use the server; can be repeated.", show_default=False)
     ] = None,
     allow_adapter_changes: Annotated[bool, typer.Option("--allow-adapter-changes", help="Let clients add and remove adapters; needs a key.")] = False,
     adapter_root: Annotated[
-        list[Path] | None, typer.Option("--adapter-root", help="Folder of adapters that clients may add; repeatable.", show_default=False)
+        list[Path] | None, typer.Option("--adapter-root", help="Folder of adapters that clients may add; can be repeated.", show_default=False)
     ] = None,
     template: Annotated[
         str | None,

@@ -33,8 +33,10 @@ Template = Annotated[
     ),
 ]
 MaxNew = Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer in tokens.", show_default=False)]
-Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda or mps.", show_default=False)]
-Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters; default: auto.", show_default=False)]
+Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.", show_default=False)]
+Backend = Annotated[
+    str | None, typer.Option("--backend", help="Implementation of the sum over adapters: auto, reference, dense or triton.", show_default=False)
+]
 In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")]
 In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")]
