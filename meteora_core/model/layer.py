@@ -13,6 +13,7 @@ from meteora_core.adapters.stack import Stack
 from meteora_core.model.linears import WrappedLinear, float_table
 from meteora_core.model.observe import mix_observed
 from meteora_core.routing import Meteora
+from meteora_core.tensors import is_quantized
 from meteora_kernels import Adapters, Routing, mix, mix_over, route
 
 
@@ -66,6 +67,8 @@ class MeteoraLinear(WrappedLinear):
         self.dropout = dropout
         self.is_output = False
         self.is_plain = stack.scale is None and stack.shift is None
+        weight = getattr(base_layer, "weight", None)
+        self.is_quantized = weight is None or is_quantized(weight)
         self.group: LayerGroup | None = None
         self.member = 0
         self.state = state
@@ -131,7 +134,7 @@ class MeteoraLinear(WrappedLinear):
         if not mode.enabled:
             return self.base_layer(x)
         adapters = self._adapters(x.dtype)
-        if not mode.observed and self.is_plain and not (self.dropout and self.training):
+        if self.is_quantized and self.is_plain and not mode.observed and not (self.dropout and self.training):
             return mix_over(x, self.base_layer, adapters, state.routing_on(x.device), backend=state.backend)
         output = self.base_layer(x)
         lora_x = F.dropout(x, self.dropout) if self.dropout and self.training else None
