@@ -20,7 +20,7 @@ from torch import Tensor
 from meteora_kernels import many_adapters
 from meteora_kernels.dense import cast, flat_routes
 from meteora_kernels.layer import few_tokens, library, many_tokens
-from meteora_kernels.operators import eager
+from meteora_kernels.operators import eager, operator
 from meteora_kernels.plan import Case, Facts, Row, choices_of, choose, table_of
 from meteora_kernels.rank_rows import layout_of
 from meteora_kernels.steps.second_stream import on_second_stream
@@ -56,6 +56,19 @@ def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True) ->
         if not compiling:
             _choices[key] = row
     return row
+
+
+@operator("few_tokens", few_tokens.out_like)
+def few_tokens_operator(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """:func:`few_tokens.run` for compilers: the row is looked up when the operator runs, and the logits are contiguous."""
+    output, logits = few_tokens.run(x, base, adapters, routing, row_for(x, adapters, routing.top_k))
+    return output, logits.contiguous()
+
+
+@operator("many_adapters", many_adapters.out_like)
+def many_adapters_operator(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
+    """:func:`meteora_kernels.many_adapters.run_layer` for compilers: the row is looked up when the operator runs."""
+    return many_adapters.run_layer(x, base, adapters, routing, row_for(x, adapters, routing.top_k))
 
 
 def mix(
@@ -112,9 +125,9 @@ def run(row: Row, x: Tensor, lora_x: Tensor | None, base: Tensor, adapters: Adap
     """
     direct = eager(x)
     if row.path == "few_tokens":
-        output, logits = few_tokens.run(x, base, adapters, routing, row) if direct else few_tokens.few_tokens(x, base, adapters, routing)
+        output, logits = few_tokens.run(x, base, adapters, routing, row) if direct else few_tokens_operator(x, base, adapters, routing)
     elif row.path == "many_adapters":
-        output, logits = many_adapters.run_layer(x, base, adapters, routing, row) if direct else many_adapters.layer(x, base, adapters, routing)
+        output, logits = many_adapters.run_layer(x, base, adapters, routing, row) if direct else many_adapters_operator(x, base, adapters, routing)
     elif row.path == "library":
         output, logits = (library.run if direct else library.library)(x, base, adapters, routing)
     else:

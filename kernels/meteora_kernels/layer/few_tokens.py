@@ -11,7 +11,6 @@ from torch import Tensor
 from meteora_kernels.arguments import choice_constants, or_any
 from meteora_kernels.device.routing import bounded_logits, coefficients_of, routes_of_few, slot_of, top_of_tile
 from meteora_kernels.device.rows import rows_times_tokens
-from meteora_kernels.operators import operator
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import Adapters, Routing
@@ -216,14 +215,5 @@ def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row: Row)
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Empty tensors like the results of :data:`few_tokens`."""
+    """Empty tensors like the results of :func:`run`, with contiguous logits."""
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], adapters.gate.shape[0]), dtype=torch.float32)
-
-
-@operator("few_tokens", out_like)
-def few_tokens(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """:func:`run` for compilers: the row is looked up when the operator runs, and the logits are contiguous."""
-    from meteora_kernels.layer import row_for
-
-    output, logits = run(x, base, adapters, routing, row_for(x, adapters, routing.top_k))
-    return output, logits.contiguous()

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, sort_tokens, tokens_down, tokens_up
-from meteora_kernels.operators import operator
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.steps.products import library_products
 from meteora_kernels.steps.second_stream import on_second_stream
 from meteora_kernels.types import Adapters, Group, Routing
 
-__all__ = ["after", "before", "can_run", "few_forward", "layer", "run", "run_layer", "sorted_forward"]
+__all__ = ["after", "before", "can_run", "few_forward", "out_like", "run", "run_layer", "sorted_forward"]
 
 EXACT_TOKENS = 256
 """Up to this number of tokens the base product is computed in float32, so that the output is rounded once."""
@@ -134,13 +133,5 @@ def run_layer(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing, row
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Empty tensors like the results of :data:`layer`."""
+    """Empty tensors like the results of :func:`run_layer`."""
     return torch.empty_like(base, memory_format=torch.contiguous_format), x.new_empty((x.shape[0], adapters.gate.shape[0]))
-
-
-@operator("many_adapters", out_like)
-def layer(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """:func:`run_layer` for compilers: the row is looked up when the operator runs."""
-    from meteora_kernels.layer import row_for
-
-    return run_layer(x, base, adapters, routing, row_for(x, adapters, routing.top_k))
