@@ -211,7 +211,7 @@ def test_warnings_are_counted(meteora, place) -> None:
     write_jsonl(place.data / "strategyqa" / "test.jsonl", listed)
     ran = evaluate(meteora, place, "--task", "strategyqa", "--model", "base", "--no-save")
     assert "base: strategyqa: " in ran.err
-    assert "1 references that cannot be scored" in ran.err
+    assert "1 reference that cannot be scored" in ran.err
     assert not (place.folder / "runs" / "eval").exists()
 
 
