@@ -264,11 +264,10 @@ class Engine:
 
         folder = Path(fill(step.checkpoint, self.values(), step.name))
         named = read_config(folder)["base"]["name"]
-        if named != self.experiment.values["base"]:
+        wanted = self.experiment.values["base"]
+        if named not in (wanted, str(Path(wanted).absolute())):  # a checkpoint names a local base by its absolute path
             maker = next((each.name for each in self.experiment.steps if folder in self.makes(each)), step.name)
-            raise MeteoraError(
-                f"the checkpoint {folder} is of the base {named}, and this experiment of {self.experiment.values['base']}", hint=self.repair(f"--again {maker}")
-            )
+            raise MeteoraError(f"the checkpoint {folder} is of the base {named}, and this experiment of {wanted}", hint=self.repair(f"--again {maker}"))
 
     def left(self) -> float:
         """Seconds for a command: those of the sizes file, but not beyond the deadline. Raises Stopped if none are left."""

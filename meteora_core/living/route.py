@@ -155,7 +155,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         >>> from meteora_core.living.route import RouteOptions, route_adapters
         >>> done = route_adapters("adapters", "runs/routed", RouteOptions(data=Path("datasets"), only=("strategyqa",)))
         >>> done.adapters, done.set_aside
-        (('strategyqa',), {})
+        (('strategyqa', 'no_adapter'), {})
     """
     began, folder, progress = time.perf_counter(), Path(folder), options.progress
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]) and not options.overwrite:

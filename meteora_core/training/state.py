@@ -31,8 +31,8 @@ _PREFIX = "step-"
 _KEPT = ("step", "history", "tokens", "seconds", "evaluations", "best_step", "worse")
 _LATER = ("pending",)
 """Entries that the states of earlier versions do not have."""
-_Number = Annotated[float, Field(strict=False, allow_inf_nan=False)] | None
-"""A number of the log; JSON has null for NaN and infinity."""
+_Number = int | float | None
+"""A number of the log, as it was written: a step stays an integer. JSON has null for NaN and infinity."""
 
 
 class _Pending(FileModel):

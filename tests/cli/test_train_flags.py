@@ -11,6 +11,7 @@ import typer
 
 from meteora_cli.flags import name_of_flag
 from meteora_cli.tree import command
+from support.tiny_models import make_tiny_llama
 
 STAGES = command().commands["train"].commands
 SAME = {
@@ -66,15 +67,17 @@ class Called(Exception):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    from peft import LoraConfig, get_peft_model
+
     folder = tmp_path_factory.mktemp("flags")
     for task in ("count", "other", "shout"):
         (folder / "datasets" / task).mkdir(parents=True)
         rows = "".join(json.dumps({"prompt": f"{task} {i}", "response": "a"}) + "\n" for i in range(20))
         for split in ("train", "test"):
             (folder / "datasets" / task / f"{split}.jsonl").write_text(rows)
-        (folder / "adapters" / task).mkdir(parents=True)
-        for name in ("adapter_config.json", "meteora_training.json"):
-            (folder / "adapters" / task / name).write_text("{}")
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        get_peft_model(make_tiny_llama(), config).save_pretrained(folder / "adapters" / task)
+        (folder / "adapters" / task / "meteora_training.json").write_text("{}")
     return folder
 
 

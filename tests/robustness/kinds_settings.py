@@ -64,8 +64,6 @@ TOML_VALUES += [
 def _sense(name: str, value: Any) -> bool | None:
     """Whether a value may be accepted for a setting; None: it cannot be said here."""
     kind, *limits = SETTINGS[name]
-    if name == "model.device":
-        return None  # every child gets METEORA_MODEL__DEVICE, which overrides the file
     if kind == "bool":
         return True if isinstance(value, bool) else None
     if kind in ("int", "float"):
@@ -84,7 +82,7 @@ def toml(rng: Random) -> Case:
     """A changed settings file."""
     file = Path("meteora.toml")
     command = rng.choice([["config", "show", "--json"], ["config", "show"], ["data", "list", "--json"]])
-    name = rng.choice(sorted(SETTINGS))
+    name = rng.choice(sorted(SETTINGS.keys() - {"model.device"}))  # every child gets METEORA_MODEL__DEVICE, which overrides the file
     section, _, key = name.partition(".")
     action = rng.randrange(8)
     case_check = None

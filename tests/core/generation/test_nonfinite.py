@@ -128,9 +128,9 @@ def test_an_evaluation_saves_no_result(place) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(place.base / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    weights["model.layers.1.mlp.up_proj.weight"][0] = 3e38  # finite, so it can be loaded, but its products overflow
     save_file(weights, place.base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match=r"happens is model\.layers\.1\.mlp\.up_proj, whose weight holds"):
+    with pytest.raises(NonFiniteError, match=r"happens is model\.layers\.1\.mlp\.(up|down)_proj"):
         run(plan_of(place, TASKS[:1], ("base",)))
     assert not list(place.folder.rglob("results_*")), "accuracy 0 is no result"
 
