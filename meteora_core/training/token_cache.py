@@ -18,8 +18,9 @@ import numpy as np
 
 from meteora_core.data.dataset_frames import row_end
 from meteora_core.data.rows import split_path, stream_rows
-from meteora_core.errors import MeteoraError, StorageError
+from meteora_core.errors import DataError, MeteoraError, StorageError
 from meteora_core.files import locked, sha256, storage_errors
+from meteora_core.json_files import read_json, write_json
 from meteora_core.progress import SILENT, Progress
 from meteora_core.training.encoding import TrainRow, fit_row, leading_special_tokens, tokenised
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the file format of the cache."""
+
+HASHES = "sha256.json"
+"""Name of the file of an entry that holds the hashes of the others."""
 
 CHUNK = 512
 """Number of rows that are tokenised together."""
@@ -109,7 +113,9 @@ def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, r
     for last in (False, True):
         try:
             with storage_errors(folder), locked(folder, wait=True):
-                return datasets.Dataset.from_generator(generate, features=features, cache_dir=str(folder), fingerprint=key)
+                dataset = datasets.Dataset.from_generator(generate, features=features, cache_dir=str(folder), fingerprint=key)
+                _check_hashes(folder, [Path(file["filename"]) for file in dataset.cache_files])
+                return dataset
         except DatasetGenerationError as failed:
             with storage_errors(folder):
                 raise (failed.__cause__ if isinstance(failed.__cause__, MeteoraError | OSError) else failed) from failed
@@ -122,6 +128,20 @@ def cached_rows(data_dir: Path, task: str, tokenizer: PreTrainedTokenizerBase, r
                 raise
             shutil.rmtree(folder, ignore_errors=True)
     raise AssertionError("unreachable")
+
+
+def _check_hashes(folder: Path, files: Sequence[Path]) -> None:
+    """Record the hashes of the files of a new entry, or raise ValueError if the files of an entry are not those that were recorded."""
+    record, hashes = folder / HASHES, {file.name: sha256(file) for file in files}
+    if not record.is_file():
+        write_json(record, hashes)
+        return
+    try:
+        recorded = read_json(record)
+    except DataError as broken:
+        raise ValueError(str(broken)) from broken
+    if recorded != hashes:
+        raise ValueError("its files are not those that were written")
 
 
 def _generate(rows: Iterator[Any], tokenizer: PreTrainedTokenizerBase, end: int | None, title: str, progress: Progress) -> Iterator[dict[str, Any]]:

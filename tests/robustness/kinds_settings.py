@@ -260,7 +260,7 @@ FLAGS: list[tuple[list[str], str, str, float, float]] = [
     (["ckpt", "pack", "packed", "new", "--json"], "--rank", "int", 1, math.inf),
     (["ckpt", "convert", "theirs", "new", "--base", "base", "--json"], "--top-k", "int", 1, 2),
     (["ckpt", "convert", "theirs", "new", "--base", "base", "--json"], "--T", "float", 1e-300, 1e308),
-    (["ckpt", "convert", "theirs", "new", "--base", "base", "--json"], "--alpha", "float", 1e-300, 1e308),
+    (["ckpt", "convert", "theirs", "new", "--base", "base", "--json"], "--alpha", "float", 5e-324, 1e308),
     (["chat", "--checkpoint", "packed", "--json", "--max-new-tokens", "2"], "--T", "float", 1e-300, 1e308),
     (["chat", "--checkpoint", "packed", "--json", "--max-new-tokens", "2"], "--top-k", "int", 1, 2),
     (["chat", "--checkpoint", "packed", "--json", "--max-new-tokens", "2"], "--temperature", "float", 0, 1e308),
@@ -294,14 +294,14 @@ FLAGS += [
         ("--save-steps", "int", 1, math.inf),
         ("--max-rows", "int", 1, math.inf),
         ("--rank", "int", 1, math.inf),
-        ("--alpha", "float", 1e-300, 1e308),
+        ("--alpha", "float", 5e-324, 1e308),
     ]
 ]
 FLAGS += [
     ([*TRAIN, "--out", "runs/new", "--json"], flag, kind, low, high)
     for flag, kind, low, high in [
         ("--beta", "float", 0, 1e308),
-        ("--answer-share", "float", 1e-300, 1),
+        ("--answer-share", "float", 5e-324, 1),
         ("--top-k", "int", 1, 2),
         ("--T", "float", 1e-300, 1e308),
         ("--adapter-lr", "float", 1e-300, 1e308),

@@ -97,6 +97,16 @@ def test_an_entry_with_a_broken_description_is_replaced(data, tmp_path, made, co
     assert [entry["tokens"] for entry in cached_rows(data, "shout", letters(), tmp_path / "cache")] == rows
 
 
+def test_an_entry_whose_tokens_changed_is_replaced(data, tmp_path, made) -> None:
+    """A block of zeros in an Arrow file can read as rows of other tokens."""
+    file = Path(cached_rows(data, "shout", letters(), tmp_path).cache_files[0]["filename"])
+    whole = file.read_bytes()
+    for damaged in (whole[:900] + bytes(64) + whole[964:], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        assert Path(cached_rows(data, "shout", letters(), tmp_path).cache_files[0]["filename"]).read_bytes() == whole
+    assert len(made) == 3
+
+
 def test_a_cache_that_cannot_be_written_is_reported_in_one_line(data, tmp_path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(StorageError, match="is a file"):
