@@ -7,6 +7,7 @@ import torch
 
 from meteora_kernels import Adapters, Routing, lora_mixture, many_adapters
 from meteora_kernels.group import row_for, run_group
+from meteora_kernels.layer import many_adapters_operator
 from meteora_kernels.many_adapters import can_run, launch, reference, run_layer
 from meteora_kernels.plan import Case, Row
 from support.kernel_groups import DEVICE, RANKS, check_rounded_once, check_ties, members, nan_stays
@@ -135,9 +136,9 @@ def test_the_table_s_way_is_taken_by_groups_and_by_layers(way: str, monkeypatch:
 def test_operator_is_sound_for_compilers() -> None:
     case = make([4] * 6, 16, 9, (18,), torch.float32, device=DEVICE)
     x, base, *tensors = case.arguments
-    flat = many_adapters.layer.flat((x, base, Adapters.of_layer(*tensors, 4), Routing()))
+    flat = many_adapters_operator.flat((x, base, Adapters.of_layer(*tensors, 4), Routing()))
     with taking(layer=(Row("many_adapters", way="few"),)):
-        found = torch.library.opcheck(many_adapters.layer.op, flat, test_utils=("test_schema", "test_faketensor"))
+        found = torch.library.opcheck(many_adapters_operator.op, flat, test_utils=("test_schema", "test_faketensor"))
     assert set(found.values()) == {"SUCCESS"}
 
 

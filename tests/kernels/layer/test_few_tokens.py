@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from meteora_kernels import Adapters, Routing
-from meteora_kernels.layer.few_tokens import few_tokens, run
+from meteora_kernels.layer import few_tokens_operator
+from meteora_kernels.layer.few_tokens import run
 from meteora_kernels.plan import Row
 from meteora_kernels.tile import Tile
 from support.layer_shapes import DEVICE, UNIFORM, close, routed
@@ -39,5 +40,5 @@ def test_one_token_with_and_without_tiles_of_one_row() -> None:
 def test_operator_is_sound_for_compilers() -> None:
     case = make([4] * 6, 16, 9, (3,), torch.float32, device=DEVICE)
     x, base, *tensors = case.arguments
-    flat = few_tokens.flat((x, base, Adapters.of_layer(*tensors, 4), Routing()))
-    assert set(torch.library.opcheck(few_tokens.op, flat, test_utils=("test_schema", "test_faketensor")).values()) == {"SUCCESS"}
+    flat = few_tokens_operator.flat((x, base, Adapters.of_layer(*tensors, 4), Routing()))
+    assert set(torch.library.opcheck(few_tokens_operator.op, flat, test_utils=("test_schema", "test_faketensor")).values()) == {"SUCCESS"}
