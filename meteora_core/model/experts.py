@@ -122,7 +122,7 @@ class ExpertsLinear(MeteoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Not used: :meth:`mixed` needs the experts of the tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.path} is run by its mixture of experts, which calls mixed(x, output, experts)")
 
     def mixed(self, x: Tensor, output: Tensor, experts: Tensor) -> Tensor:
         """Add the mixture of adapters.

@@ -142,7 +142,9 @@ MOST_OVERLAPPING = 128
 
 
 def mix_over(x: Tensor, product: Callable[[Tensor], Tensor], adapters: Adapters, routing: Routing) -> Tensor:
-    """The layer for inference, where ``product`` computes the base output. While a CUDA graph is captured, few tokens' work before B runs beside it.
+    """The layer for inference, where ``product`` computes the base output.
+
+    While a CUDA graph for at most :data:`MOST_OVERLAPPING` tokens is captured, the work before B runs on a second stream, at the same time as the product.
 
     Args:
         x: Input of the layer (..., h), not empty.

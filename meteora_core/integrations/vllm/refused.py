@@ -1,4 +1,4 @@
-"""The quantisation configuration that stands in for Meteora's in versions of vLLM outside the tested range."""
+"""The quantisation configuration that is registered instead of Meteora's in versions of vLLM outside the tested range."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `over.py [TOKENS...]` times three bases: bfloat16 (`F.linear`); 8-bit floating point with a scale for each row of the weight and a constant scale of the
 input (a cast and `torch._scaled_mm`); and 8-bit integers (a conversion to bfloat16 and `F.linear`). On each: nothing, 28 adapters of rank 8 before the base
-product on one stream, and beside it on a second stream. It prints microseconds and ratios to the base alone, and writes over.json to $OUT.
+product on the same stream, and at the same time on a second stream. Prints microseconds and ratios to the base alone; writes over.json to $OUT.
 """
 
 from __future__ import annotations
