@@ -41,7 +41,7 @@ def test_the_starter_is_shown(meteora, shipped, no_training) -> None:
     assert "MeteoRA (starter)" in ran.out
     assert "95 % interval" in ran.out
     assert "The answer to a prompt of three tasks" in ran.out
-    assert "<strategyqa>" in ran.out or "<question_selection>" in ran.out or "<logical_deduction>" in ran.out  # without colours, the text contains the adapters' names
+    assert "<strategyqa>" in ran.out or "<question_selection>" in ran.out or "<logical_deduction>" in ran.out  # no colours: adapters are named
     assert all(task in ran.out for task in TASKS)
     assert "saved runs/starter/routing.html" in ran.err
     assert f"meteora chat --checkpoint {shipped}" in ran.err.replace("\n", "")
