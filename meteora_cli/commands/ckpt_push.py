@@ -55,7 +55,8 @@ def push(
         for name, size in done.files.items():
             table.add_row(name, f"{size / 1e6:.2f}")
         out.print(table)
-        put(done.card)
+        for line in done.card.splitlines():
+            put(line)
         who = "everyone" if public else "its owners only"
         put(f"dry run: nothing was uploaded. {done.repository} would hold {len(done.files)} files, {_size(sum(done.files.values()))}; if new, for {who}")
         return

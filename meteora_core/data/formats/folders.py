@@ -60,7 +60,7 @@ def find_datasets(source: str) -> list[Found]:
     repeated = next((one.name for index, one in enumerate(found) if one.name in [other.name for other in found[:index]]), None)
     if repeated is not None:
         both = ", ".join(shown_path(each.train) for each in found if each.name == repeated)
-        raise DataError(f"{shown_path(path)} has two datasets called {repeated}: {both}", hint="add them one by one, with --train")
+        raise DataError(f"{shown_path(path)} has two datasets called {repeated}: {both}", hint="`meteora data add NAME --train PATH` adds one of them")
     return sorted(found, key=lambda one: one.name)
 
 
@@ -95,7 +95,9 @@ def _files(folder: Path) -> list[Found]:
             name, split = parts[1], parts[2].lower()
         known = tests if split in TEST else whole
         if name in known:
-            raise DataError(f"{shown_path(folder)} has two files of {name}: {known[name].name}, {path.name}", hint="add one of them, with --train")
+            raise DataError(
+                f"{shown_path(folder)} has two files of {name}: {known[name].name}, {path.name}", hint="`meteora data add NAME --train FILE` adds one of them"
+            )
         known[name] = path
     for name in [name for name in tests if name not in whole]:
         whole[tests[name].name.partition(".")[0]] = tests.pop(name)

@@ -149,7 +149,9 @@ def _open_hub(source: str, subset: str | None) -> Opened:
 def _of_splits(name: str, splits: Mapping[str, Any], origin: dict[str, Any]) -> Opened:
     train = next((splits[each] for each in TRAIN if each in splits), next(iter(splits.values())) if len(splits) == 1 else None)
     if train is None:
-        raise DataError(f"{name} has no split 'train'; there are: {listed(splits)}", hint="save one of them as a file, and name that with --train")
+        raise DataError(
+            f"{name} has no split 'train'; there are: {listed(splits)}", hint="save one of them as a file, and add it with `meteora data add NAME --train FILE`"
+        )
     tested = next((each for each in TEST if each in splits and splits[each] is not train), None)
     test = None if tested is None else split_table(f"{name} ({tested})", splits[tested])
     return Opened(split_table(name, train), test, origin, tested is not None and tested not in TEST[:2])
