@@ -1,5 +1,5 @@
 #!/bin/bash
-# Packs vLLM 0.26.0 for a machine without a network that has Python 3.12, PyTorch 2.11 (CUDA 13) and transformers 5.17: 86 MB in parts of 30 MB.
+# Packs vLLM 0.26.0 for a machine without a network that has Python 3.12, PyTorch 2.11 (CUDA 13) and transformers 5.17: 86 MB in parts of 30 MB. machine.sh unpacks it there.
 # usage: bundle.sh FOLDER PYTHON3.12; on the machine: cat FOLDER/site.?? | xz -dc | tar -C SITE -xf -, then PYTHONPATH=SITE and VLLM_USE_FLASHINFER_SAMPLER=0
 set -e
 folder=$1 python=$2
