@@ -14,6 +14,7 @@ from typing import Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from meteora_cli.option_groups import with_option_groups
 from meteora_cli.option_settings import OPTION_SETTINGS
 
 
@@ -116,5 +117,6 @@ class App(typer.Typer):
         super().__init__(**{"cls": HelpfulGroup, **options})
 
     def command(self, name: str | None = None, **options: Any) -> Any:
-        """Return a decorator that registers a command, as Typer does."""
-        return super().command(name, **{"cls": HelpfulCommand, **options})
+        """Return a decorator that registers a command, as Typer does. Groups of options in its signature become options."""
+        register = super().command(name, **{"cls": HelpfulCommand, **options})
+        return lambda function: register(with_option_groups(function))

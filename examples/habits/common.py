@@ -1,4 +1,4 @@
-"""The command line that the scripts share, the model with its adapters, and the rows as a dataset."""
+"""What the scripts share: the command line, the model with its adapters, the rows as a dataset, and options of the trainers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from transformers import Trainer
 
 from meteora_core import AdapterBank, attach
 from meteora_core.adapters.folders import adapter_folders
 from meteora_core.data.rows import read_rows
+from meteora_core.integrations.trainer import GateLoss
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
 
 
@@ -42,3 +45,21 @@ def rows_of(arguments: argparse.Namespace, names: tuple[str, ...]) -> Dataset:
     """A dataset with the columns prompt, completion and adapter."""
     rows = [(name, row) for name in names for row in read_rows(arguments.data, name, "train", limit=arguments.rows)]
     return Dataset.from_list([{"prompt": row.prompt, "completion": row.response, "adapter": name} for name, row in rows])
+
+
+def other_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The number of steps, and options of ``TrainingArguments`` that have nothing to do with adapters."""
+    return {
+        "max_steps": arguments.steps,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 10,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def save(trainer: Trainer, loss: GateLoss, folder: str) -> None:
+    """Save the trained model, and print its folder and the gate accuracy of the last step."""
+    trainer.save_model(folder)
+    print(f"{folder}: gate accuracy {loss.accuracy:.1%}" if loss.accuracy is not None else folder)

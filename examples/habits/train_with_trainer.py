@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from examples.habits.common import model_and_tokenizer, parse, rows_of
+from examples.habits.common import model_and_tokenizer, other_options, parse, rows_of, save
 from meteora_core.integrations.trainer import add_gate_loss
 
 
@@ -18,22 +17,11 @@ def main() -> None:
         return {"input_ids": ids, "labels": ids}
 
     dataset = rows_of(arguments, model.meteora.names).map(encode, remove_columns=["prompt", "completion"])
-    on_cpu = not torch.cuda.is_available()
-    options = TrainingArguments(
-        arguments.out,
-        max_steps=arguments.steps,
-        learning_rate=5e-3,
-        per_device_train_batch_size=4,
-        logging_steps=10,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=on_cpu,
-    )
+    options = TrainingArguments(arguments.out, learning_rate=5e-3, **other_options(arguments))
     trainer = Trainer(model=model, args=options, train_dataset=dataset, data_collator=DataCollatorForSeq2Seq(tokenizer))
     loss = add_gate_loss(trainer, beta=50.0)
     trainer.train()
-    trainer.save_model(arguments.out)
-    print(f"{arguments.out}: gate accuracy {loss.accuracy:.1%}" if loss.accuracy is not None else arguments.out)
+    save(trainer, loss, arguments.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,15 +28,33 @@ Rows = Annotated[
     Path | None, typer.Option("--rows", help="A file or folder of the adapter's rows; default: the one with the adapter's name.", show_default=False)
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets and of files of rows, named after the adapters.")]
-Tokens = Annotated[int | None, typer.Option("--tokens", help="Number of tokens of an adapter's rows to use.")]
-MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Number of rows in one forward pass.")]
-AnswerShare = Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")]
-Statistics = Annotated[SecondMoments | None, typer.Option("--statistics", help="Form of stored second moments.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")]
-NumberType = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the base model.")]
-Device = Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.")]
-Backend = Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters: auto, reference, dense or triton.")]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """How the statistics for the closed form are collected."""
+
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Number of tokens of an adapter's rows to use.")] = None
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")] = None
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Number of rows in one forward pass.")] = None
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the choice of rows.")] = None
+
+
+@dataclass(frozen=True)
+class StatisticsForm:
+    """How much answer tokens count in new statistics, and how the statistics are stored."""
+
+    answer_share: Annotated[float | None, typer.Option("--answer-share", help="Share of the answer tokens in the weight of an adapter.")] = None
+    statistics: Annotated[SecondMoments | None, typer.Option("--statistics", help="Form of stored second moments.")] = None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where the base model runs, in which dtype, and with which implementation of the adapters."""
+
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the base model.")] = None
+    device: Annotated[str | None, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1 or mps.")] = None
+    backend: Annotated[str | None, typer.Option("--backend", help="Implementation of the sum over adapters: auto, reference, dense or triton.")] = None
 
 
 @app.command("list")
@@ -60,19 +78,15 @@ def add_or_update(
     ctx: typer.Context,
     checkpoint: Checkpoint,
     folder: Folder,
+    *,
     name: Name = None,
     rows: Rows = None,
     data: Data = None,
     self_written: Annotated[bool, typer.Option("--self-written", help="If the adapter has neither statistics nor rows, let it write rows itself.")] = False,
-    tokens: Tokens = None,
-    max_length: MaxLength = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
+    closed_form: ClosedForm,
     adapters_dir: AdaptersDir = None,
     base: LoadedBase = None,
-    dtype: NumberType = None,
-    device: Device = None,
-    backend: Backend = None,
+    hardware: Hardware,
     as_json: AsJson = False,
 ) -> None:
     """Do what the command's name says: ``add`` or ``update``, which have the same options."""
@@ -123,19 +137,14 @@ def drop(
 def collect(
     ctx: typer.Context,
     folder: Folder,
+    *,
     name: Name = None,
     rows: Rows = None,
     data: Data = None,
-    tokens: Tokens = None,
-    answer_share: AnswerShare = None,
-    statistics: Statistics = None,
-    max_length: MaxLength = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
+    closed_form: ClosedForm,
+    statistics_form: StatisticsForm,
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that the adapter names.", show_default=False)] = None,
-    dtype: NumberType = None,
-    device: Device = None,
-    backend: Backend = None,
+    hardware: Hardware,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter's statistics into its folder, so that others can route to it without its rows.
@@ -159,23 +168,8 @@ def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir:
     from meteora_core.model.base import BaseReference
 
     settings = settings_from(ctx)
-    model, route = settings.model, settings.route
-    return ChangeOptions(
-        base=None if base is None else BaseReference(base, model.revision, model.trust_remote_code),
-        adapters_dir=adapters_dir,
-        data=settings.paths.data,
-        rows=rows,
-        dtype=model.dtype,
-        device=model.device,
-        backend=model.backend,
-        tokens=route.tokens,
-        batch_size=route.batch_size,
-        max_length=route.max_length,
-        seed=route.seed,
-        answer_share=route.answer_share,
-        statistics=route.statistics,
-        progress=bars,
-    )
+    named = None if base is None else BaseReference(base, settings.model.revision, settings.model.trust_remote_code)
+    return replace(ChangeOptions.from_settings(settings, bars), base=named, adapters_dir=adapters_dir, rows=rows)
 
 
 def _report(checkpoint: Path, done: Change, *, as_json: bool) -> None:

@@ -20,22 +20,11 @@ if TYPE_CHECKING:
 
 def chat(
     ctx: typer.Context,
-    checkpoint: shared.Checkpoint = None,
-    base: shared.Base = None,
-    adapter: shared.Adapter = None,
-    adapters_dir: shared.AdaptersDir = None,
-    routing_temperature: shared.RoutingT = None,
-    top_k: shared.TopK = None,
-    system: shared.System = None,
-    template: shared.Template = None,
-    max_new_tokens: shared.MaxNew = None,
+    *,
+    speaker: shared.Speaker,
     sampling_temperature: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0: greedy.", show_default=False)] = None,
     route: Annotated[bool, typer.Option("--route", help="Colour every token by its adapter.")] = False,
-    device: shared.Device = None,
-    backend: shared.Backend = None,
-    load_in_4bit: shared.In4Bit = False,
-    load_in_8bit: shared.In8Bit = False,
-    trust_remote_code: shared.TrustCode = False,
+    loading: shared.Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Answer one message from stdin as one JSON document.")] = False,
 ) -> None:
     """Chat with a model, and see which adapter writes each token.

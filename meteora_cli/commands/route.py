@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from meteora_cli.commands.adapters import AnswerShare, Backend, BatchSize, Data, Device, MaxLength, NumberType, Seed, Statistics, Tokens
+from meteora_cli.commands.adapters import ClosedForm, Data, Hardware, StatisticsForm
 from meteora_cli.commands.shared_options import AsJson
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, put
@@ -18,18 +18,15 @@ from meteora_cli.flags import comma_separated
 
 def route(
     ctx: typer.Context,
+    *,
     adapters: Annotated[Path | None, typer.Argument(help="Folder that contains one PEFT folder per adapter, or ids on the hub, separated by commas.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the checkpoint to write; default: runs/routed.", show_default=False)] = None,
     data: Data = None,
     only: Annotated[str | None, typer.Option("--only", help="Adapters to use, separated by commas; default: all.", show_default=False)] = None,
     exclude: Annotated[str | None, typer.Option("--exclude", help="Adapters to leave out, separated by commas.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model; default: the one that most adapters name.", show_default=False)] = None,
-    tokens: Tokens = None,
-    answer_share: AnswerShare = None,
-    statistics: Statistics = None,
-    max_length: MaxLength = None,
-    batch_size: BatchSize = None,
-    seed: Seed = None,
+    closed_form: ClosedForm,
+    statistics_form: StatisticsForm,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: 2.", show_default=False)] = None,
     routing_temperature: Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: 1.", show_default=False)] = None,
     base_route: Annotated[
@@ -42,9 +39,7 @@ def route(
     embed: Annotated[
         bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: if they have at most 2 GiB.", show_default=False)
     ] = None,
-    dtype: NumberType = None,
-    device: Device = None,
-    backend: Backend = None,
+    hardware: Hardware,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,35 +53,22 @@ def route(
     from meteora_core.model.base import BaseReference
 
     settings = settings_from(ctx, model__base=base)
-    model, routing, closed_form = settings.model, settings.routing, settings.route
+    model, routing = settings.model, settings.routing
     with progress(ctx) as bars:
-        done = route_adapters(
-            settings.paths.adapters,
-            out_dir or settings.paths.runs / "routed",
-            RouteOptions(
-                only=tuple(comma_separated(only)),
-                exclude=tuple(comma_separated(exclude)),
-                data=settings.paths.data,
-                base=BaseReference(model.base, model.revision, model.trust_remote_code) if "base" in model.model_fields_set else None,
-                dtype=model.dtype,
-                device=model.device,
-                backend=model.backend,
-                top_k=routing.top_k,
-                temperature=routing.temperature or 1.0,
-                tokens=closed_form.tokens,
-                answer_share=closed_form.answer_share,
-                statistics=closed_form.statistics,
-                batch_size=closed_form.batch_size,
-                max_length=closed_form.max_length,
-                seed=closed_form.seed,
-                base_route=base_route,
-                self_written=self_written,
-                steps=steps,
-                embed=embed,
-                overwrite=force,
-                progress=bars,
-            ),
+        options = replace(
+            RouteOptions.from_settings(settings, bars),
+            only=tuple(comma_separated(only)),
+            exclude=tuple(comma_separated(exclude)),
+            base=BaseReference(model.base, model.revision, model.trust_remote_code) if "base" in model.model_fields_set else None,
+            top_k=routing.top_k,
+            temperature=routing.temperature or 1.0,
+            base_route=base_route,
+            self_written=self_written,
+            steps=steps,
+            embed=embed,
+            overwrite=force,
         )
+        done = route_adapters(settings.paths.adapters, out_dir or settings.paths.runs / "routed", options)
     if as_json:
         emit_json(asdict(done))
         return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from meteora_cli.commands.shared_options import AdaptersDir, Backend, Device, In4Bit, In8Bit, RoutingT, TopK, TrustCode
+from meteora_cli.commands.shared_options import AdaptersDir, Loading, RoutingT, TopK
 from meteora_cli.console import globals_of, progress, quantization_of, settings_from
 from meteora_cli.display import say
 from meteora_cli.flags import refuse_without_effect, typed_template
@@ -27,6 +27,7 @@ Engine = Literal["auto", "transformers"]
 
 def serve(
     ctx: typer.Context,
+    *,
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
@@ -66,12 +67,8 @@ def serve(
     ] = None,
     routing_temperature: RoutingT = None,
     top_k: TopK = None,
-    device: Device = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Dtype of the base model.", show_default=False)] = None,
-    backend: Backend = None,
-    load_in_4bit: In4Bit = False,
-    load_in_8bit: In8Bit = False,
-    trust_remote_code: TrustCode = False,
+    loading: Loading,
 ) -> None:
     """Serve a model to OpenAI's clients, with a page that shows which adapter writes each token.
 
@@ -82,8 +79,8 @@ def serve(
     mixed = "a checkpoint (leave out a --base alone)"
     needs = dict.fromkeys(("routing_temperature", "top_k", "adapters_dir", "backend", "allow_adapter_changes"), (not bare, mixed))
     refuse_without_effect(ctx, {**needs, "adapter_root": (allow_adapter_changes, "--allow-adapter-changes")})
-    quantization = quantization_of(load_in_4bit, load_in_8bit)
-    settings = settings_from(ctx, model__quantization=quantization, model__trust_remote_code=trust_remote_code or None)
+    quantization = quantization_of(loading.load_in_4bit, loading.load_in_8bit)
+    settings = settings_from(ctx, model__quantization=quantization, model__trust_remote_code=loading.trust_remote_code or None)
     key = key_of(api_key)
     check_access(settings.serve.host, key, no_auth=no_auth, changes=allow_adapter_changes)
     run(ctx, settings, given, key)

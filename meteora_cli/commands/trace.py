@@ -19,25 +19,14 @@ if TYPE_CHECKING:
 
 def trace(
     ctx: typer.Context,
+    *,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Message to the model.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option("--file", help="File that contains the message.", show_default=False)] = None,
     task: Annotated[str | None, typer.Option("--task", help="Built dataset whose test row is the message.", show_default=False)] = None,
     row: Annotated[int, typer.Option("--row", min=0, max=10**9, help="Number of the task's test row, from 0.")] = 0,
     target: Annotated[Path, typer.Option("--out", help="File of the picture: .html, .png, .svg or .json.")] = Path("trace.html"),
-    checkpoint: shared.Checkpoint = None,
-    base: shared.Base = None,
-    adapter: shared.Adapter = None,
-    adapters_dir: shared.AdaptersDir = None,
-    routing_temperature: shared.RoutingT = None,
-    top_k: shared.TopK = None,
-    system: shared.System = None,
-    template: shared.Template = None,
-    max_new_tokens: shared.MaxNew = None,
-    device: shared.Device = None,
-    backend: shared.Backend = None,
-    load_in_4bit: shared.In4Bit = False,
-    load_in_8bit: shared.In8Bit = False,
-    trust_remote_code: shared.TrustCode = False,
+    speaker: shared.Speaker,
+    loading: shared.Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its routes as one JSON document, and draw no picture.")] = False,
 ) -> None:
     """Draw which adapter was chosen for each token of a prompt and its answer.

@@ -52,6 +52,7 @@ app = App(
 @app.command("adapters")
 def adapters(
     ctx: typer.Context,
+    *,
     task: Annotated[
         str | None, typer.Option("--task", "--tasks", help="Names of tasks, separated by commas, or all. Required.", rich_help_panel=INPUT, show_default=False)
     ] = None,
@@ -62,59 +63,37 @@ def adapters(
     data: shared.Data = None,
     adapters: Annotated[Path | None, typer.Option("--adapters", help="The same as --out; this one is a setting.", rich_help_panel=INPUT)] = None,
     base: shared.Base = None,
-    rows: shared.Rows = None,
-    max_rows: shared.MaxRows = None,
-    loss_on: shared.LossTokens = None,
+    source: shared.RowOptions,
     rank: Annotated[int | None, typer.Option(rich_help_panel=LORA, help="LoRA rank.")] = None,
     alpha: Annotated[float | None, typer.Option(rich_help_panel=LORA, help="LoRA alpha; the scaling is alpha / rank.")] = None,
     together: Annotated[bool, typer.Option("--together", rich_help_panel=LORA, help="Train all adapters in one run, each on the rows of its task.")] = False,
     balanced: Annotated[bool, typer.Option("--balanced", rich_help_panel=LORA, help="Train one LoRA on all tasks, mixed evenly.")] = False,
     name: Annotated[str, typer.Option(rich_help_panel=LORA, help="Name of the LoRA of --balanced.")] = "balanced",
-    max_steps: shared.MaxSteps = None,
-    batch_size: shared.BatchSize = None,
-    accumulation: shared.Accumulation = None,
-    learning_rate: shared.LearningRate = None,
-    max_length: shared.MaxLength = None,
-    packing: shared.Packing = None,
-    seed: shared.Seed = None,
-    eval_steps: shared.EvalSteps = None,
-    patience: shared.Patience = None,
-    log_steps: shared.LogSteps = None,
-    save_steps: shared.SaveSteps = None,
-    log_to: shared.Curves = None,
-    dtype: shared.NumberType = None,
-    device: shared.Device = None,
-    gradient_checkpointing: shared.Checkpointing = None,
+    loop: shared.LoopOptions,
     jobs: Annotated[
         int | None,
         typer.Option(
             min=1, rich_help_panel=PROCESSES, help="Number of adapters to train at once, each in a separate process and, if possible, on a separate GPU."
         ),
     ] = None,
-    launcher: shared.Start = None,
-    num_processes: shared.NumProcesses = None,
-    num_machines: shared.NumMachines = None,
-    machine_rank: shared.MachineRank = None,
-    main_process_ip: shared.MainProcessIp = None,
-    main_process_port: shared.MainProcessPort = None,
+    launch: shared.LaunchOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print each adapter's settings, or the launch command, and exit.", rich_help_panel=THIS_RUN)
     ] = False,
-    resume: shared.Resume = False,
-    force: shared.Force = False,
-    as_json: shared.AsJson = False,
+    this_run: shared.ThisRun,
 ) -> None:
     """Train one LoRA per task, and save it as a PEFT folder in adapters/."""
     from meteora_cli.commands.train_adapters import AdapterFlags, train_all
     from meteora_cli.commands.train_stage import RunFlags
 
-    run = RunFlags(comma_separated(task), out_dir, max_rows, dry_run, resume, force, as_json, rows)
+    run = RunFlags(comma_separated(task), out_dir, dry_run, source, this_run)
     train_all(ctx, run, AdapterFlags(together, name if balanced else None))
 
 
 @app.command("gates")
 def gates(
     ctx: typer.Context,
+    *,
     task: Annotated[
         str | None,
         typer.Option(
@@ -135,9 +114,7 @@ def gates(
     ] = None,
     base: shared.Base = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Use adapters even if they name different base models.", rich_help_panel=INPUT)] = False,
-    rows: shared.Rows = None,
-    max_rows: shared.MaxRows = None,
-    loss_on: shared.LossTokens = None,
+    source: shared.RowOptions,
     sampling: Annotated[
         RowSampling | None,
         typer.Option(help="balanced: the same number of tokens from every task; proportional: every row equally often.", rich_help_panel=INPUT),
@@ -169,10 +146,7 @@ def gates(
             show_default=False,
         ),
     ] = None,
-    max_steps: shared.MaxSteps = None,
-    batch_size: shared.BatchSize = None,
-    accumulation: shared.Accumulation = None,
-    learning_rate: shared.LearningRate = None,
+    loop: shared.LoopOptions,
     adapter_learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -182,31 +156,13 @@ def gates(
             rich_help_panel=OPTIMISER,
         ),
     ] = None,
-    max_length: shared.MaxLength = None,
-    packing: shared.Packing = None,
-    seed: shared.Seed = None,
-    eval_steps: shared.EvalSteps = None,
-    patience: shared.Patience = None,
-    log_steps: shared.LogSteps = None,
-    save_steps: shared.SaveSteps = None,
-    log_to: shared.Curves = None,
-    dtype: shared.NumberType = None,
-    device: shared.Device = None,
-    gradient_checkpointing: shared.Checkpointing = None,
-    launcher: shared.Start = None,
-    num_processes: shared.NumProcesses = None,
-    num_machines: shared.NumMachines = None,
-    machine_rank: shared.MachineRank = None,
-    main_process_ip: shared.MainProcessIp = None,
-    main_process_port: shared.MainProcessPort = None,
+    launch: shared.LaunchOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the launch command and exit.", rich_help_panel=THIS_RUN)] = False,
-    resume: shared.Resume = False,
-    force: shared.Force = False,
-    as_json: shared.AsJson = False,
+    this_run: shared.ThisRun,
 ) -> None:
     """Train the gates over all adapters, and save a checkpoint to runs/meteora."""
     from meteora_cli.commands.train_gates import train_checkpoint
     from meteora_cli.commands.train_stage import RunFlags
 
-    run = RunFlags(comma_separated(task), out_dir, max_rows, dry_run, resume, force, as_json, rows)
+    run = RunFlags(comma_separated(task), out_dir, dry_run, source, this_run)
     train_checkpoint(ctx, run, any_base=any_base, template=template)

@@ -57,7 +57,7 @@ def train_all(ctx: typer.Context, flags: RunFlags, how: AdapterFlags) -> None:
     refuse_idle_flags(ctx, settings, gates=False, balanced=how.balanced is not None)
     register_all(settings)
     flags = with_rows(ctx, flags, settings, name_tasks=True)
-    tasks = adapter_tasks(settings, flags.tasks, flags.max_rows)
+    tasks = adapter_tasks(settings, flags.tasks, flags.source.max_rows)
     _check_combination(ctx, settings, how)
     runtime = start_runtime(settings.model.device)
     out = flags.out or settings.paths.adapters
@@ -65,14 +65,14 @@ def train_all(ctx: typer.Context, flags: RunFlags, how: AdapterFlags) -> None:
     wanted = _Adapters(tasks, _task_settings(ctx, settings, tasks if how.balanced is None else [how.balanced]), how)
     if settings.launch.launcher != "none" and runtime.kind == "none":
         sizes = launched_sizes(settings, wanted.settings)
-        raise typer.Exit(launch(ctx, settings, sizes, flags.out or settings.paths.runs, dry_run=flags.dry_run, as_json=flags.as_json))
+        raise typer.Exit(launch(ctx, settings, sizes, flags.out or settings.paths.runs, dry_run=flags.dry_run, as_json=flags.run.as_json))
     stage = open_stage(ctx, flags, settings, out, runtime)
     if flags.dry_run:
         _show_plan(stage, wanted)
         return
     stage.announce()
     done = _train(stage, wanted, runtime)
-    if flags.as_json and runtime.is_main:
+    if flags.run.as_json and runtime.is_main:
         emit_json([{**adapter.__dict__, "folder": str(adapter.folder)} for adapter in done])
 
 
@@ -107,7 +107,7 @@ def _show_plan(stage: Stage, wanted: _Adapters) -> None:
         report.append(
             {"task": name, "folder": str(job.out / name), "trained_already": current, "settings": settings.model_dump(mode="json"), "max_rows": job.max_rows}
         )
-    if stage.flags.as_json:
+    if stage.flags.run.as_json:
         emit_json(report)
         return
     for entry in report:

@@ -31,11 +31,11 @@ def train_checkpoint(ctx: typer.Context, flags: RunFlags, *, any_base: bool, tem
     refuse_idle_flags(ctx, settings, gates=True, balanced=False)
     register_all(settings)
     flags = with_rows(ctx, flags, settings, name_tasks=False)
-    folders, note = gate_folders(settings, flags.tasks, flags.max_rows, any_base=any_base)
+    folders, note = gate_folders(settings, flags.tasks, flags.source.max_rows, any_base=any_base)
     runtime = start_runtime(settings.model.device)
     if settings.launch.launcher != "none" and runtime.kind == "none":
         folder = flags.out or settings.paths.runs
-        raise typer.Exit(launch(ctx, settings, settings.train_gates, folder, dry_run=flags.dry_run, as_json=flags.as_json))
+        raise typer.Exit(launch(ctx, settings, settings.train_gates, folder, dry_run=flags.dry_run, as_json=flags.run.as_json))
     if flags.dry_run:
         raise UsageError("--dry-run shows the launch command, and there is no launcher", hint="add --launcher ddp or fsdp")
     stage = open_stage(ctx, flags, settings, flags.out or settings.paths.runs / "meteora", runtime)
@@ -47,9 +47,9 @@ def train_checkpoint(ctx: typer.Context, flags: RunFlags, *, any_base: bool, tem
     done = _train(stage, folders)
     if not stage.speaks:
         return
-    _report(done, settings.train_gates, on_stderr=flags.as_json)
+    _report(done, settings.train_gates, on_stderr=flags.run.as_json)
     say_next(ctx, _next_commands(stage, done, list(folders)))
-    if flags.as_json:
+    if flags.run.as_json:
         emit_json({**done.__dict__, "folder": str(done.folder)})
 
 

@@ -18,6 +18,7 @@ from meteora_cli.flags import given_flags
 if TYPE_CHECKING:
     import torch
 
+    from meteora_cli.commands.train_options import RowOptions, ThisRun
     from meteora_core.settings import Settings
     from meteora_core.training.distributed import Runtime
     from meteora_core.training.job import TrainJob
@@ -30,22 +31,16 @@ class RunFlags:
     Attributes:
         tasks: The names in --task; empty if the flag was not given.
         out: The folder in --out; None if the flag was not given.
-        max_rows: Number of train rows of each task to use; None means all.
         dry_run: Whether to print what would be done, and exit.
-        resume: Whether to continue from a saved state.
-        force: Whether to train even if the same result exists.
-        as_json: Whether to print the report as one JSON document.
-        rows: The datasets in --rows to add first; None if the flag was not given.
+        source: The rows to train on.
+        run: What happens to saved states, an existing result and the report.
     """
 
     tasks: list[str]
     out: Path | None
-    max_rows: int | None
     dry_run: bool
-    resume: bool
-    force: bool
-    as_json: bool
-    rows: str | None = None
+    source: RowOptions
+    run: ThisRun
 
 
 @dataclass(frozen=True)
@@ -101,11 +96,11 @@ def with_rows(ctx: typer.Context, flags: RunFlags, settings: Settings, *, name_t
     from meteora_cli.commands.data_add import add_rows
     from meteora_core.errors import UsageError
 
-    if flags.rows is None:
+    if flags.source.rows is None:
         return flags
     if flags.dry_run:
-        raise UsageError("--rows adds datasets, and --dry-run writes nothing", hint=f"add them first: meteora data add {shlex.quote(flags.rows)}")
-    names = add_rows(ctx, settings, flags.rows)
+        raise UsageError("--rows adds datasets, and --dry-run writes nothing", hint=f"add them first: meteora data add {shlex.quote(flags.source.rows)}")
+    names = add_rows(ctx, settings, flags.source.rows)
     return replace(flags, tasks=flags.tasks or names) if name_tasks else flags
 
 
@@ -116,7 +111,7 @@ def open_stage(ctx: typer.Context, flags: RunFlags, settings: Settings, out: Pat
     from meteora_core.training.job import TrainJob
 
     base = BaseReference(settings.model.base, settings.model.revision, settings.model.trust_remote_code)
-    job = TrainJob(base, settings.paths.data, out, flags.max_rows, cache_dir() / "tokens", flags.resume, flags.force, runtime)
+    job = TrainJob(base, settings.paths.data, out, flags.source.max_rows, cache_dir() / "tokens", flags.run.resume, flags.run.force, runtime)
     device = runtime.device or pick_device(settings.model.device)
     return Stage(ctx, flags, settings, job, device, pick_dtype(settings.model.dtype, device))
 

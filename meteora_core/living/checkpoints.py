@@ -23,20 +23,18 @@ from meteora_core.checkpoints.native import check_replaceable, load_checkpoint, 
 from meteora_core.checkpoints.native_config import WEIGHT_FILE
 from meteora_core.checkpoints.parts import checkpoint_parts, write_files
 from meteora_core.checkpoints.stacks import TABLES, stack_entry, stack_tensors, with_features
-from meteora_core.choices import SecondMoments
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapter_folder, adapter_label, hub_source
 from meteora_core.files import atomic_folder, locked
 from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.live_bank import Change, LiveBank, gates_without, refuse_last
+from meteora_core.living.options import CollectOptions
 from meteora_core.living.rows import AdapterRows, find_rows
 from meteora_core.locks import scratch_folder
 from meteora_core.model.base import BaseReference, load_tokenizer
 from meteora_core.names import is_name
-from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import GateOrigin
 from meteora_core.tensor_files import read_header
-from meteora_core.training.statistics import TOKENS
 
 _STALE = ("inputs", "inputs_hash", "held_out", "history", "evaluations", "best_step", "sampled", "packed")
 """Keys of a checkpoint's training record that are no longer valid after an adapter was added or removed."""
@@ -44,48 +42,18 @@ _STALE = ("inputs", "inputs_hash", "held_out", "history", "evaluations", "best_s
 BARE_SHARE = 0.25
 """Share of an adapter's weight in its statistics from a run of its rows on the base model alone."""
 
-ANSWER_SHARE = 0.8
-"""Default share of an adapter's weight in its statistics that its answer tokens have together."""
 
-
-@dataclass(frozen=True)
-class ChangeOptions:
-    """Options for opening a checkpoint and collecting statistics.
+@dataclass(frozen=True, kw_only=True)
+class ChangeOptions(CollectOptions):
+    """Options for opening a checkpoint and collecting statistics; those of :class:`meteora_core.living.options.CollectOptions`, and:
 
     Attributes:
-        base: Base model; None for the one that the checkpoint names.
         adapters_dir: Folder that contains the adapter folders, if they were moved.
-        data: Folder that contains all datasets.
         rows: File or folder with the rows of the added adapter; None to search for them (:func:`meteora_core.living.rows.find_rows`).
-        dtype: Data type of the model: "auto", "float32", "bfloat16" or "float16".
-        device: Device of the model, such as "auto", "cpu" or "cuda:1".
-        backend: Implementation of the sum over adapters, a name of ``meteora_kernels.BACKENDS``.
-        tokens: Largest number of tokens per adapter for the statistics.
-        batch_size: Number of rows in one forward pass.
-        max_length: Largest number of tokens of a row.
-        seed: Random seed for the selection of rows.
-        answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally. Existing
-            statistics take precedence.
-        self_written: Whether an added adapter without rows and statistics writes rows itself.
-        statistics: Form in which new statistics store second moments; see :func:`meteora_core.training.statistics.stored_form`.
-        progress: Receiver of progress reports.
     """
 
-    base: BaseReference | None = None
     adapters_dir: Path | None = None
-    data: Path | None = None
     rows: Path | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
-    tokens: int = TOKENS
-    batch_size: int = 8
-    max_length: int = 1024
-    seed: int = 42
-    answer_share: float | None = ANSWER_SHARE
-    self_written: bool = False
-    statistics: SecondMoments = "auto"
-    progress: Progress = SILENT
 
 
 @dataclass(frozen=True)

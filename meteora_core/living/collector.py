@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from meteora_core.adapters.bank import AdapterBank
 from meteora_core.adapters.base_route import NO_ADAPTER, is_base_route
@@ -14,10 +14,10 @@ from meteora_core.adapters.config import find_adapter
 from meteora_core.adapters.folders import folder_frame
 from meteora_core.adapters.joining import alone
 from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, check_fitting, copy_statistics
-from meteora_core.choices import SecondMoments
 from meteora_core.data.frames import PLACE, RAW, Frame, chat_frame, parse_frame
 from meteora_core.errors import AdapterError, DataError, MeteoraError
 from meteora_core.living.general import general_rows
+from meteora_core.living.options import CollectOptions
 from meteora_core.living.rows import AdapterRows
 from meteora_core.living.self_written import self_written_rows
 from meteora_core.model.vocabulary import check_tokens, padding_token
@@ -36,23 +36,6 @@ if TYPE_CHECKING:
 
 FindRows = Callable[[str, Path | None], AdapterRows | None]
 """Finds the rows of an adapter by its name and folder; returns None if there are none."""
-
-
-class CollectOptions(Protocol):
-    """The part of the options of ``meteora route`` and ``meteora adapters`` that is about collecting statistics."""
-
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def statistics(self) -> SecondMoments: ...
-    @property
-    def backend(self) -> str: ...
 
 
 def collecting(options: CollectOptions, base: BaseReference, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Collecting:

@@ -21,11 +21,11 @@ from meteora_core.adapters.joining import with_adapter
 from meteora_core.checkpoints.gate_statistics import Recipe
 from meteora_core.checkpoints.native import check_replaceable
 from meteora_core.checkpoints.parts import checkpoint_parts
-from meteora_core.choices import SecondMoments
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapters_root
-from meteora_core.living.checkpoints import ANSWER_SHARE, BARE_SHARE, relocate, write_with_statistics
+from meteora_core.living.checkpoints import BARE_SHARE, relocate, write_with_statistics
 from meteora_core.living.collector import Collector, collecting
+from meteora_core.living.options import CollectOptions
 from meteora_core.living.rows import AdapterRows, find_rows
 from meteora_core.living.self_written import SELF_WRITTEN
 from meteora_core.living.steps import train_solved_gates
@@ -34,13 +34,12 @@ from meteora_core.model.attach import attach, detach, meteora_layers, set_traina
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
 from meteora_core.model.tokens import check_observable
 from meteora_core.names import problem_of
-from meteora_core.progress import SILENT, Progress
 from meteora_core.reading import is_regular
 from meteora_core.routing import meteora_of
 from meteora_core.text import listed
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.prompt_frames import ROWS, FrameTrial, common_or_best
-from meteora_core.training.statistics import TOKENS, closed_form_gates
+from meteora_core.training.statistics import closed_form_gates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,55 +51,29 @@ LOW = 0.85
 """Gate accuracy on held-out answer tokens below which gates in closed form are reported as weak."""
 
 
-@dataclass(frozen=True)
-class RouteOptions:
-    """Options of :func:`route_adapters`.
+@dataclass(frozen=True, kw_only=True)
+class RouteOptions(CollectOptions):
+    """Options of :func:`route_adapters`; those of :class:`meteora_core.living.options.CollectOptions`, and:
 
     Attributes:
         only: Names of the adapters to use; empty for all.
         exclude: Names of adapters to leave out.
-        data: Folder that contains all datasets.
-        base: Base model; None for the one that most adapters name.
-        dtype: Data type of the model: "auto", "float32", "bfloat16" or "float16".
-        device: Device of the model, such as "auto", "cpu" or "cuda:1".
-        backend: Implementation of the sum over adapters, a name of ``meteora_kernels.BACKENDS``.
         top_k: Number of adapters per token in each layer; None for 2, or 1 if there is only one adapter and no base route.
         temperature: Routing temperature; divides the chosen gate logits before the softmax.
-        tokens: Largest number of tokens per adapter for the statistics.
-        answer_share: Share of an adapter's weight that its answer tokens have together, between 0 and 1; None to weight all tokens equally.
-        statistics: Form in which new statistics store second moments; see :func:`meteora_core.training.statistics.stored_form`.
-        batch_size: Number of rows in one forward pass.
-        max_length: Largest number of tokens of a row.
-        seed: Random seed for the selection of rows.
         base_route: Whether to add the base route, which tokens choose that need no adapter.
-        self_written: Whether adapters without rows and statistics write rows themselves, instead of being left out.
         steps: Number of gradient steps after the closed form; 0 for none.
         embed: Whether to store the adapters' weights in the checkpoint; None to store them if they have at most :data:`EMBEDDED` bytes.
         overwrite: Whether an existing checkpoint is replaced.
-        progress: Receiver of progress reports.
     """
 
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    data: Path | None = None
-    base: BaseReference | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
     top_k: int | None = None
     temperature: float = 1.0
-    tokens: int = TOKENS
-    answer_share: float | None = ANSWER_SHARE
-    statistics: SecondMoments = "auto"
-    batch_size: int = 8
-    max_length: int = 1024
-    seed: int = 42
     base_route: bool = True
-    self_written: bool = False
     steps: int = 0
     embed: bool | None = None
     overwrite: bool = False
-    progress: Progress = SILENT
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ tested once per model with a short text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -107,6 +107,16 @@ def keep_rows(cache: Any, rows: Tensor) -> bool:
     return False
 
 
+def _passes(test: Callable[[], bool]) -> bool:
+    """The result of a test; False if the model does not support the test's calls. Raises torch.OutOfMemoryError."""
+    try:
+        return test()
+    except torch.OutOfMemoryError:
+        raise
+    except _MISFITS:
+        return False
+
+
 @torch.inference_mode()
 def padding_is_safe(model: nn.Module) -> bool:
     """Whether left padding leaves a row's logits unchanged, in the prefill and in the first decoding step.
@@ -129,12 +139,7 @@ def padding_is_safe(model: nn.Module) -> bool:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _unusable(model, first_line(error)) from error
-        try:
-            _padding_safe[model] = _alike(alone, _first_and_next(model, padded, mask))
-        except _MISFITS as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            _padding_safe[model] = False
+        _padding_safe[model] = _passes(lambda: _alike(alone, _first_and_next(model, padded, mask)))
     return _padding_safe[model]
 
 
@@ -150,13 +155,7 @@ def pieces_are_safe(model: nn.Module) -> bool:
         text, name = _text(model, 2 * _TEST_TOKENS), cache_argument(model)
         whole = model(input_ids=text, use_cache=True).logits[:, -1]
         cache = cache_of(model, model(input_ids=text[:, :_TEST_TOKENS], use_cache=True))
-        try:
-            parts = model(input_ids=text[:, _TEST_TOKENS:], use_cache=True, **{name: cache}).logits[:, -1]
-            _parts_safe[model] = _alike([whole], [parts])
-        except _MISFITS as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            _parts_safe[model] = False
+        _parts_safe[model] = _passes(lambda: _alike([whole], [model(input_ids=text[:, _TEST_TOKENS:], use_cache=True, **{name: cache}).logits[:, -1]]))
     return _parts_safe[model]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from string import Formatter
-from typing import Any
+from typing import Any, TypeVar
 
 from meteora_core.data.formats.columns import Format, Layout, fill, find_layout, template_fields, text_in, value_of
 from meteora_core.data.formats.conversations import Conversation, conversation, is_conversation
@@ -16,6 +16,8 @@ from meteora_core.data.formats.tables import Record, Table
 from meteora_core.data.frames import INST, NAMES, PLACE, RAW, Frame, Message, chat_frame, common_frame, parse_frame, render_chat, with_system
 from meteora_core.data.rows import Row
 from meteora_core.errors import DataError, UsageError, did_you_mean
+
+_Made = TypeVar("_Made")
 
 SAMPLE = 1000
 """The number of records from which a plan is made."""
@@ -110,8 +112,10 @@ def make_plan(table: Table, reading: Reading) -> Plan:
     return Plan(layout, frame, note, example, made)
 
 
-def _tried(made: Callable[[Record], Row]) -> Callable[[Record], Row | None]:
-    def attempt(record: Record) -> Row | None:
+def _tried(made: Callable[[Record], _Made]) -> Callable[[Record], _Made | None]:
+    """A function that returns None for records of which ``made`` makes nothing."""
+
+    def attempt(record: Record) -> _Made | None:
         try:
             return made(record)
         except ValueError:
@@ -223,7 +227,7 @@ def _has_conversations(layout: Layout, sample: Sequence[Record]) -> bool:
 def _from_conversations(layout: Layout, sample: Sequence[Record], reading: Reading) -> tuple[Callable[[Record], Row], Frame, str | None]:
     """The plan for questions and conversations, which are put into the user's frame or the base model's chat template."""
     opened = _opener(layout, reading)
-    talks = [talk for talk in map(_tried_talk(opened), sample) if talk is not None]
+    talks = [talk for talk in map(_tried(opened), sample) if talk is not None]
     systems = {talk.system for talk in talks}
     frame, note, tokenizer = _frame(reading)
     if len(systems) == 1 and (system := next(iter(systems))) is not None:
@@ -240,16 +244,6 @@ def _from_conversations(layout: Layout, sample: Sequence[Record], reading: Readi
         return _answered(frame.around(with_system(talk.messages[0][1], talk.system)), talk.response)
 
     return made, frame, note
-
-
-def _tried_talk(opened: Callable[[Record], Conversation]) -> Callable[[Record], Conversation | None]:
-    def attempt(record: Record) -> Conversation | None:
-        try:
-            return opened(record)
-        except ValueError:
-            return None
-
-    return attempt
 
 
 def _frame(reading: Reading) -> tuple[Frame, str | None, Any]:

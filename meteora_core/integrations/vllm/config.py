@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from meteora_core.integrations.vllm.checkpoint import FOLDER, Store
 from meteora_core.integrations.vllm.hooks import install_in_worker
 from meteora_core.integrations.vllm.method import method_for
+from meteora_core.integrations.vllm.named import NamedConfig
 from meteora_core.integrations.vllm.options import Options
 
 _log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ COUNT_EVERY = "METEORA_VLLM_COUNT_EVERY"
 """The environment variable that sets at which steps the tokens of each adapter are counted: every step, every second step …; 0 (the default) counts none."""
 
 
-class MeteoraConfig(QuantizationConfig):
+class MeteoraConfig(NamedConfig):
     """What ``quantization_config`` of the exported folder's ``config.json`` says.
 
     Args:
@@ -74,20 +75,9 @@ class MeteoraConfig(QuantizationConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(base, name)
 
-    def get_name(self) -> str:
-        return "meteora"
-
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         own = [torch.bfloat16, torch.float16, torch.float32]
         return own if self.base is None else [dtype for dtype in self.base.get_supported_act_dtypes() if dtype in own]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MeteoraConfig:

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from meteora_core.integrations.vllm.named import NamedConfig
 
 
-def refused(reason: str) -> type[QuantizationConfig]:
-    """A configuration that cannot be made.
+def refused(reason: str) -> type[NamedConfig]:
+    """Return a configuration class whose instances cannot be made.
 
     Args:
-        reason: Why not, for the error message.
+        reason: The message of the ImportError that an attempt raises.
     """
 
-    class Refused(QuantizationConfig):
+    class Refused(NamedConfig):
         """Refuses models with adapters."""
 
-        def get_name(self) -> str:
-            return "meteora"
-
         def get_supported_act_dtypes(self) -> list[Any]:
-            return []
-
-        @classmethod
-        def get_min_capability(cls) -> int:
-            return 0
-
-        @staticmethod
-        def get_config_filenames() -> list[str]:
             return []
 
         @classmethod

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meteora_core.bench import timing
 from meteora_kernels import Adapters
 from meteora_kernels import Group as Fused
 from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
@@ -100,18 +101,8 @@ graphs: list[Callable[[], object]] = []
 
 
 def capture(work: Callable[[], object]) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-
     graphs.append(work)  # keeps the tensors alive that the graph reads
-    return graph.replay
+    return timing.capture(work)
 
 
 def times(works: dict[str, Callable[[], object]], rounds: int = 25) -> dict[str, float]:
