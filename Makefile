@@ -9,7 +9,7 @@ FUZZ_SEED ?= 1
 SECONDS ?= 3600
 CHAOS_ARGS ?= --moments 12 --failures 8
 
-.PHONY: help install quickstart quickstart-train test test-fast test-vllm lint check fuzz fuzz-coverage fuzz-serve chaos docs docs-reference format clean
+.PHONY: help install quickstart quickstart-train test test-fast test-vllm lint check fuzz fuzz-coverage fuzz-serve load-serve chaos docs docs-reference format clean
 
 help:
 	@echo "make quickstart        a trained checkpoint against its base model, and a picture of its routing (two to three minutes on two cores)"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz              FUZZ_CASES=5000 malformed inputs through the command line"
 	@echo "make fuzz-coverage     the readers under a coverage-guided fuzzer for SECONDS=3600"
 	@echo "make fuzz-serve        10,000 requests that schemathesis makes from the server's own description"
+	@echo "make load-serve        clients that vanish, read slowly, send nonsense or come in bursts, against the server for SECONDS=3600"
 	@echo "make chaos             kills and failing writes at every step of the commands that write"
 
 install: $(VENV)/.installed
@@ -72,6 +73,9 @@ fuzz-coverage: $(VENV)/.installed-dev
 
 fuzz-serve: $(VENV)/.installed-dev
 	SERVE_FUZZ_REQUESTS=1000 $(BIN)/python -m pytest -n 0 tests/core/serving/test_openapi.py
+
+load-serve: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.robustness.load --seconds $(SECONDS)
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.robustness --chaos $(CHAOS_ARGS)
