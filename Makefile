@@ -72,7 +72,7 @@ fuzz-coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.robustness.guided --seconds $(SECONDS)
 
 fuzz-serve: $(VENV)/.installed-dev
-	SERVE_FUZZ_REQUESTS=1000 $(BIN)/python -m pytest -n 0 tests/core/serving/test_openapi.py
+	SERVE_FUZZ_REQUESTS=1000 $(BIN)/python -m pytest -n 0 -s --timeout 0 tests/core/serving/test_openapi.py
 
 load-serve: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.robustness.load --seconds $(SECONDS)
