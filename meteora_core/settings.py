@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossOn, RowSampling, Scoring, SecondMoments, Switch, TrainedParts
+from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossBalance, LossOn, RowSampling, Scoring, SecondMoments, Switch, TrainedParts
 from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.file_models import first_problem
@@ -197,6 +197,10 @@ class GateTrainSettings(OptimSettings):
     )
     beta: float = Field(50.0, ge=0, le=1e6, description="Weight of the gate loss, relative to the language-model loss.")
     loss_on: LossOn = Field("all", description="Tokens that the language-model loss covers: prompt and response, or the response alone.")
+    loss_balance: LossBalance = Field(
+        "tokens",
+        description="What has the same weight in the language-model loss: every token, or every task, so that short answers count as much.",
+    )
     answer_share: float | None = Field(
         None, examples=[0.5], gt=0, lt=1, description="Share of all answer tokens in the gate loss; absent: every token has the same weight."
     )

@@ -116,7 +116,7 @@ def load_experiment(
         docs: Another folder for the report.
 
     Raises:
-        UsageError: A file is missing or broken, or a step needs one that does not come before it.
+        UsageError: A file is missing or broken, it leaves out a step that does not exist, or a step needs one that does not come before it.
     """
     file = HERE / f"{sizes}.toml" if (HERE / f"{sizes}.toml").is_file() else Path(sizes)
     if not file.is_file():
@@ -130,7 +130,11 @@ def load_experiment(
     if raw_dir is not None:
         settings.setdefault("data", {})["raw_dir"] = str(raw_dir)
     values = {**table["values"], "work": str(folder), "gates": str(folder / "gates"), "eval": str(folder / "eval"), "base": settings["model"]["base"]}
-    left_out = set(table.get("without", [])) | ({"base"} if Path(settings["model"]["base"]).is_dir() else set())
+    names = [entry["name"] for entry in listed["steps"]]
+    unwanted = {name: fnmatch.filter(names, name) for name in table.get("without", [])}
+    if unknown := [name for name, matching in unwanted.items() if not matching]:
+        raise UsageError(f"{file} leaves out {unknown[0]!r}, and there is no such step", hint=did_you_mean(unknown[0], names))
+    left_out = set().union(*unwanted.values()) | ({"base"} if Path(settings["model"]["base"]).is_dir() else set())
     left_out |= {f"adapters-{part}" for part in range(len(table["values"]["tasks"].split(",")) + 1, PARTS + 1)}
     steps: list[Step] = []
     for entry in listed["steps"]:

@@ -12,7 +12,7 @@ from meteora_cli.commands.train_options import INPUT, OPTIMISER, PROCESSES, THIS
 from meteora_cli.display import say
 from meteora_cli.flags import comma_separated, typed_template
 from meteora_cli.typer_app import App, HelpfulGroup
-from meteora_core.choices import GateStart, RowSampling, TrainedParts
+from meteora_core.choices import GateStart, LossBalance, RowSampling, TrainedParts
 
 LORA = "LoRA"
 GATES = "Gates and routing"
@@ -128,6 +128,10 @@ def gates(
         typer.Option(help="Initial gates: normal or zeros; arrow: from the adapters alone; ridge: in closed form from training rows.", rich_help_panel=GATES),
     ] = None,
     trainable: Annotated[TrainedParts | None, typer.Option(help="Parameters to train.", rich_help_panel=GATES)] = None,
+    loss_balance: Annotated[
+        LossBalance | None,
+        typer.Option(help="What has the same weight in the language-model loss: every token, or every task (short answers count more).", rich_help_panel=GATES),
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the gate loss.", rich_help_panel=GATES)] = None,
     answer_share: Annotated[
         float | None, typer.Option(help="Share of all answer tokens in the gate loss; default: every token has the same weight.", rich_help_panel=GATES)

@@ -256,6 +256,11 @@ def count_row_targets(row: TrainRow, response_only: bool = False) -> int:
     return max(0, len(row) - 1 - first_target(row, response_only))
 
 
+def row_target_labels(row: TrainRow, response_only: bool = False) -> tuple[int, ...]:
+    """The gate label of each position of a row that has a target."""
+    return row.gate_labels[first_target(row, response_only) : len(row) - 1]
+
+
 def count_row_labels(row: TrainRow) -> int:
     """The number of positions of a row that have a gate label."""
     return sum(label != IGNORE for label in row.gate_labels)

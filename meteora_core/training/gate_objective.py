@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from meteora_core.choices import LossBalance
 from meteora_core.routing import IGNORE, GateObservations, meteora_of
 from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.encoding import Batch
@@ -22,10 +23,11 @@ class GateObjective:
         beta: Weight of the gate loss.
         alone: Whether the gate loss trains only the gate of each layer and sends no gradient to the adapters of earlier layers.
         answer_share: Weight that the response tokens of a step have together in CE_gate, from 0 to 1; None gives every token the same weight.
+        balance: What has the same weight in CE_lm: every token, or every task with targets in the step.
     """
 
-    def __init__(self, beta: float, *, alone: bool = False, answer_share: float | None = None) -> None:
-        self.beta, self.alone, self.answer_share = beta, alone, answer_share
+    def __init__(self, beta: float, *, alone: bool = False, answer_share: float | None = None, balance: LossBalance = "tokens") -> None:
+        self.beta, self.alone, self.answer_share, self.balance = beta, alone, answer_share, balance
 
     def around(self, model: nn.Module, batch: Batch) -> AbstractContextManager[GateObservations]:
         """Label the gates during the forward and backward pass."""
@@ -39,6 +41,19 @@ class GateObjective:
         of_answers, of_prompts = self.answer_share * every / answers, (1 - self.answer_share) * every / (every - answers)
         return torch.where(batch.response.reshape(-1), of_answers, of_prompts)
 
+    def lm_weights(self, batch: Batch, counts: Counts) -> torch.Tensor | None:
+        """The weight of each position in CE_lm, float32 (batch, tokens); None is 1 everywhere.
+
+        With ``balance="tasks"`` the targets of each task have the same weight together, and a mean of 1 over all labelled targets of the step. Targets
+        without a label have a weight of 1.
+        """
+        if self.balance == "tokens":
+            return None
+        known = torch.tensor(counts.targets_by_label, dtype=torch.float32)
+        share = known.sum() / max(1, int((known > 0).sum()))
+        table = torch.cat([share / known.clamp(min=1.0), torch.ones(1)]).to(batch.gate_labels.device)
+        return table[batch.gate_labels.masked_fill(batch.gate_labels == IGNORE, len(known))]
+
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
         """Run the forward pass; call this within :meth:`around`."""
         state = meteora_of(model)
@@ -46,7 +61,7 @@ class GateObjective:
         assert labelled is not None
         observed = labelled.observations
         observed.weights = self.weights(batch, counts)
-        lm_sum, losses = lm_losses(model, batch)
+        lm_sum, losses = lm_losses(model, batch, self.lm_weights(batch, counts))
         lm = lm_sum / counts.targets
         gate = observed.mean_loss(counts.gate_labels)
         hits = hit_sum(observed.hits, batch.gate_labels.reshape(-1) != IGNORE) / counts.gate_labels

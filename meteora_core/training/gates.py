@@ -102,11 +102,12 @@ def train_gates(
     ``loss = CE_lm + beta * CE_gate`` (MeteoRA, arXiv 2405.13053, section 3.2; beta as in the authors' code): CE_lm over all tokens of prompt
     and response, CE_gate the mean over adapted layers and tokens of CE(gate logits, the sequence's task).
 
-    Meteora extends this with four settings, all off by default:
+    Meteora extends this with five settings, all off by default:
 
     * ``settings.composite_rows``: this share of the rows are composites of the same train rows; each part is labelled with its own task.
     * ``settings.trainable="gates+adapters"``: the adapters are trained too, by CE_lm alone.
     * ``settings.loss_on="response"``: CE_lm leaves out the prompts.
+    * ``settings.loss_balance="tasks"``: every task has the same weight in CE_lm, however long its answers are.
     * ``settings.answer_share``: the response tokens have this share of the weight in CE_gate.
 
     Args:
@@ -231,7 +232,7 @@ class _GateStage:
         return TrainingRun(
             self.model,
             self.rows.train,
-            GateObjective(settings.beta, alone=settings.trainable == "gates+adapters", answer_share=settings.answer_share),
+            GateObjective(settings.beta, alone=settings.trainable == "gates+adapters", answer_share=settings.answer_share, balance=settings.loss_balance),
             self.pad_token,
             self.states,
             self.inputs,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,17 @@ from meteora_core.settings import OptimSettings
 from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.batch_plan import Pick, RowMix, plan_batches, plan_packed
 from meteora_core.training.distributed import SINGLE, OnModel, Runtime
-from meteora_core.training.encoding import Batch, TrainRow, collate, collate_packed, count_row_answers, count_row_labels, count_row_targets, row_lengths
+from meteora_core.training.encoding import (
+    Batch,
+    TrainRow,
+    collate,
+    collate_packed,
+    count_row_answers,
+    count_row_labels,
+    count_row_targets,
+    row_lengths,
+    row_target_labels,
+)
 from meteora_core.training.packing import check_packing
 from meteora_core.training.state import RunState, load_state, save_state, saved_states
 from meteora_core.training.trackers import Curves, CurvesOf, open_curves
@@ -39,12 +50,14 @@ class Counts:
         gate_labels: Number of positions with a gate label.
         targets_by_task: Number of positions with a target, per task.
         answer_labels: Number of response positions with a gate label.
+        targets_by_label: Number of positions with a target, per gate label; the parts of a composite count for their own tasks.
     """
 
     targets: int
     gate_labels: int
     targets_by_task: tuple[int, ...] = ()
     answer_labels: int = 0
+    targets_by_label: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,7 +281,9 @@ class _Source:
                 for pick in sequence:
                     by_task[pick[0]] += count_row_targets(self.row(pick), self.run.response_only)
         rows = self.picked(step)
-        return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, rows))), tuple(by_task), sum(map(count_row_answers, rows)))
+        labels = Counter(label for row in rows for label in row_target_labels(row, self.run.response_only))
+        by_label = tuple(labels[task] for task in range(len(self.run.rows)))
+        return Counts(max(1, sum(by_task)), max(1, sum(map(count_row_labels, rows))), tuple(by_task), sum(map(count_row_answers, rows)), by_label)
 
     def sampled(self, steps: int) -> dict[str, dict[str, float]]:
         """The rows and tokens of each task in the first ``steps`` steps; see :class:`meteora_core.training.state.RunState`."""

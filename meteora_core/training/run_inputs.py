@@ -35,6 +35,8 @@ def run_inputs(stage: str, job: TrainJob, dtype: torch.dtype, tasks: Sequence[st
         ignored.add("composite_max")
     if values.get("sampling") == "balanced":
         ignored.add("sampling")
+    if values.get("loss_balance") == "tokens":
+        ignored.add("loss_balance")
     inputs = {
         "stage": stage,
         "base": {"name": job.base.name, "revision": job.base.revision},

@@ -35,6 +35,7 @@ VALUES = {
     "init": "zeros",
     "composite_rows": "0.25",
     "sampling": "proportional",
+    "loss_balance": "tasks",
     "dtype": "float16",
     "learning_rate": "0.25",
     "device": "cuda:1",

@@ -31,7 +31,7 @@ def verdicts(**documents: dict[str, Any]) -> list[str]:
 
 
 def test_nothing_run_is_said_to_be_so() -> None:
-    assert verdicts() == ["not run"] * 7
+    assert verdicts() == ["not run"] * 8
     assert {reached for _, _, reached in goals({}, {})} == {None}
 
 
@@ -41,9 +41,16 @@ def test_nothing_run_is_said_to_be_so() -> None:
 def test_equal_to_the_adapters(ours, verdict) -> None:
     own = single(a=0.5, b=0.5)
     assert verdicts(meteora=single(a=ours, b=ours, only_here=0.0), own=own)[:2] == [verdict, "not run"]
-    assert verdicts(joint=single(a=ours, b=ours, only_here=0.0), own=own)[:2] == ["not run", verdict]
+    assert verdicts(joint=single(a=ours, b=ours, only_here=0.0), own=own)[:3] == ["not run", "not run", verdict]
     reached = [reached for goal, _, reached in goals({"joint": single(a=ours, b=ours), "own": own}, {}) if "adapters trained along" in goal]
     assert reached == [ours >= 0.485]
+
+
+def test_the_closed_form_alone_has_a_bar_of_its_own() -> None:
+    own = single(a=0.5, b=0.5)
+    assert verdicts(closed=single(a=0.476, b=0.476), own=own)[:2] == ["not run", "holds"]
+    assert verdicts(closed=single(a=0.4, b=0.4), own=own)[1] == "fails"
+    assert [reached for goal, _, reached in goals({"closed": single(a=0.476, b=0.476), "own": own}, {}) if "closed form" in goal] == [True]
 
 
 def test_no_score_at_all_proves_nothing() -> None:
@@ -60,36 +67,37 @@ def test_no_score_at_all_proves_nothing() -> None:
 )
 def test_against_lora_b(ours, verdict) -> None:
     theirs = composites(composite_3=(2.0, 0.5), composite_5=(3.0, 1.0))
-    assert verdicts(meteora=composites(**ours), lora_b=theirs)[2] == verdict
-    assert verdicts(extension=composites(**ours), lora_b=theirs)[3] == verdict
+    assert verdicts(meteora=composites(**ours), lora_b=theirs)[3] == verdict
+    assert verdicts(extension=composites(**ours), lora_b=theirs)[4] == verdict
 
 
 def test_composites_at_t_1_stand_in_for_such_as_were_not_run() -> None:
     base, theirs, ours, worse = (composites(composite_3=(value, value), composite_5=(value, value)) for value in (0.5, 1.0, 2.0, 0.1))
     known = {"base": base, "lora_b": theirs, "extension_T1": ours}
-    claim = claims(known)[3]
+    claim = claims(known)[4]
     assert claim.verdict == "holds"
     assert claim.figures[0].startswith("composite_3 attempted (T = 1): 2.00")
     assert [(goal, reached) for goal, _, reached in goals(known, {}) if "with composite rows" in goal] == [
-        (f"{task}, with composite rows (T = 1): more attempted and correct than the base and LoRA-B", True) for task in ("composite_3", "composite_5")
+        (f"{task}, with composite rows (T = 1): more attempted and correct than the base and LoRA-B", reached)
+        for task, reached in (("composite_3", True), ("composite_5", True), ("composite_10", None))
     ]
-    assert claims({**known, "extension": single(a=0.5)})[3].verdict == "holds", "an evaluation of single tasks says nothing about composites"
-    assert claims({**known, "extension": worse})[3].verdict == "fails", "the paper's T counts where it was run"
-    assert "T = 1" not in claims({**known, "extension": worse})[3].figures[0]
+    assert claims({**known, "extension": single(a=0.5)})[4].verdict == "holds", "an evaluation of single tasks says nothing about composites"
+    assert claims({**known, "extension": worse})[4].verdict == "fails", "the paper's T counts where it was run"
+    assert "T = 1" not in claims({**known, "extension": worse})[4].figures[0]
 
 
 def test_a_large_temperature() -> None:
     low, same, high = (composites(composite_3=(value, value)) for value in (1.0, 1.05, 2.0))
-    assert verdicts(T1=low, meteora=high)[4] == "holds"
-    assert verdicts(T1=low, T60=same)[4] == "fails"
-    assert verdicts(T1=low, meteora=high, T60=composites(composite_3=(0.1, 0.1)))[4] == "partly"
-    assert verdicts(extension_T1=low, extension=high)[5] == "holds"
+    assert verdicts(T1=low, meteora=high)[5] == "holds"
+    assert verdicts(T1=low, T60=same)[5] == "fails"
+    assert verdicts(T1=low, meteora=high, T60=composites(composite_3=(0.1, 0.1)))[5] == "partly"
+    assert verdicts(extension_T1=low, extension=high)[6] == "holds"
 
 
 def test_top_two_against_top_one() -> None:
-    assert verdicts(meteora=single(a=0.6), top1=single(a=0.5))[6] == "holds"
-    assert verdicts(meteora=single(a=0.5), top1=single(a=0.51))[6] == "undecided"
-    assert verdicts(meteora=single(a=0.4), top1=single(a=0.5))[6] == "fails"
+    assert verdicts(meteora=single(a=0.6), top1=single(a=0.5))[7] == "holds"
+    assert verdicts(meteora=single(a=0.5), top1=single(a=0.51))[7] == "undecided"
+    assert verdicts(meteora=single(a=0.4), top1=single(a=0.5))[7] == "fails"
 
 
 def test_goals_compare_with_the_base_and_lora_b() -> None:
@@ -100,7 +108,7 @@ def test_goals_compare_with_the_base_and_lora_b() -> None:
         "lora_b": composites(composite_3=(1.0, 1.1)),
     }
     reached = {goal: answer for goal, _, answer in goals(documents, {"gate_accuracy": 0.9})}
-    assert list(reached.values())[:4] == [True, None, True, False]
+    assert list(reached.values())[:5] == [True, None, None, True, False]
 
 
 def test_headlines_and_averages() -> None:

@@ -87,6 +87,20 @@ def test_a_failed_command_stops_everything_and_is_not_recorded(engine) -> None:
     assert engine.run() == ["a", "b"]
 
 
+def test_steps_are_left_out_by_patterns_and_unknown_ones_are_refused(tmp_path) -> None:
+    text = (HERE / "toy.toml").read_text()
+    assert 'without = ["data-hub", ' in text
+    every = {step.name for step in load_experiment("full").steps}
+    file = tmp_path / "mine.toml"
+    file.write_text(text.replace('without = ["data-hub", ', 'without = ["data-hub", "routers-*", "eval-*-T60", '))
+    kept = {step.name for step in load_experiment(file).steps}
+    assert {"routers-choosing", "routers-meteora-without", "eval-ridge-T60"} <= every - kept
+    assert "eval-ridge-T1" in kept
+    file.write_text(text.replace('without = ["data-hub", ', 'without = ["data-hub", "routters-*", '))
+    with pytest.raises(UsageError, match="leaves out 'routters-\\*', and there is no such step"):
+        load_experiment(file)
+
+
 def test_a_command_without_an_outcome_is_an_error(engine) -> None:
     engine.run_command = lambda arguments, seconds: 0
     with pytest.raises(MeteoraError, match="made nothing in w/a"):

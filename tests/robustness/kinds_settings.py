@@ -34,6 +34,7 @@ SETTINGS: dict[str, tuple[str, float, float] | tuple[str, ...]] = {
     "train_gates.answer_share": ("float", 0, 1),
     "train_gates.composite_rows": ("float", 0, 1),
     "train_gates.init": ("choice",),
+    "train_gates.loss_balance": ("choice",),
     "launch.num_processes": ("int", 1, 2**20),
     "launch.main_process_port": ("int", 1, 65535),
     "eval.limit": ("int", 1, 2**31),
