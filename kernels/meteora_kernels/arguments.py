@@ -12,12 +12,17 @@ from meteora_kernels.types import Adapters, Routing
 
 def choice_constants(adapters: Adapters, routing: Routing) -> dict[str, int]:
     """Compile-time constants of a kernel that routes: TOP_K, SLOTS, PADDED and HAS_ALLOWED."""
-    return _constants(adapters.scaling.shape[0], routing.top_k, routing.allowed is not None)
+    return _constants(adapters.scaling.shape[0], routing.top_k, kind_of_allowed(routing.allowed))
 
 
 @lru_cache(maxsize=256)
-def _constants(adapters: int, top_k: int, has_allowed: bool) -> dict[str, int]:
+def _constants(adapters: int, top_k: int, has_allowed: int) -> dict[str, int]:
     return {"TOP_K": top_k, "SLOTS": power_of_two(top_k), "PADDED": padded_adapters(adapters), "HAS_ALLOWED": has_allowed}
+
+
+def kind_of_allowed(allowed: Tensor | None) -> int:
+    """HAS_ALLOWED of a kernel that routes: 0 without a mask, 1 for a mask of adapters (N,), 2 for the options of every token (., N + 2)."""
+    return 0 if allowed is None else allowed.dim()
 
 
 def or_any(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ class Routing(NamedTuple):
     Attributes:
         top_k: Number of adapters per token k, 1 <= top_k <= N.
         temperature: Routing temperature T > 0, which divides the chosen logits before the softmax.
-        allowed: Mask of the adapters that may be chosen, bool (N,); None for all.
+        allowed: Mask of the adapters that may be chosen, bool (N,); None for all. For :func:`meteora_kernels.run_group` on a GPU also the options of every
+            token (:mod:`meteora_kernels.token_options`), which replace ``temperature`` and lower ``top_k``.
         indices: Adapters to use instead of the gate's choice (forced routing), int64 (..., k), or None.
         weights: Weights of these adapters (..., k), or None.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from meteora_kernels.device.routing import bounded_logits, coefficients_of, slot_of, summed, top_of_tile
+from meteora_kernels.device.routing import coefficients_of, routes_of_logits, slot_of, summed
 
 
 @triton.jit
@@ -18,11 +18,11 @@ def route_of_token(
 
     Place ``slot * RANK_P + i`` is the i-th row of the slot's adapter. Past the adapter's rank and past the last slot, the row is -1 and the value 0.
     """
-    columns = tl.arange(0, PADDED)[None, :]
     slots = tl.arange(0, SLOTS)[None, :]
     tokens = token + tl.zeros([1, 1], dtype=tl.int32)
-    tile = bounded_logits(logits, tokens, stride_logits, columns, count, allowed, tokens >= 0, HAS_ALLOWED, stride_split, SPLITS)
-    picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    picks, shares = routes_of_logits(
+        logits, tokens, stride_logits, allowed, tokens >= 0, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, stride_split, SPLITS
+    )
     own = places // RANK_P == slots
     pick = tl.sum(tl.where(own, picks, 0), axis=1)[:, None]
     share = tl.sum(tl.where(own, shares, 0.0), axis=1)[:, None]

@@ -12,14 +12,15 @@ _PAD_KEY = tl.constexpr(-2147483648)
 
 
 @triton.jit
-def top_of_tile(logits, columns, count, temperature, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
+def top_of_tile(logits, columns, count, temperature, TOP_K: tl.constexpr, SLOTS: tl.constexpr, limit=0, LIMITED: tl.constexpr = False):
     """The ``TOP_K`` largest logits of every row and their softmax weights.
 
     Args:
         logits: Gate logits float32 (M, P), where P is a power of two; columns from ``count`` on are padding.
         columns: Column numbers int32 (1, P).
         count: Number of adapters N.
-        temperature: Routing temperature T > 0.
+        temperature: Routing temperature T > 0, one number or (M, 1).
+        limit: With LIMITED, the number of adapters of every row (M, 1), up to TOP_K; the slots past it get weight 0.
 
     Returns:
         Indices int32 (M, SLOTS) and weights float32 (M, SLOTS); slots past TOP_K hold index 0 and weight 0. Order, ties and NaN are those of
@@ -44,10 +45,15 @@ def top_of_tile(logits, columns, count, temperature, TOP_K: tl.constexpr, SLOTS:
         pick = tl.min(tl.where(key == best, columns, 2147483647), axis=1)[:, None]
         value = tl.sum(tl.where(columns == pick, logits, 0.0), axis=1)[:, None]
         power = tl.exp((value - first) / temperature)
+        if LIMITED:
+            power = tl.where(slot < limit, power, 0.0)
         total += power
         indices = tl.where(slots == slot, pick, indices)
         weights = tl.where(slots == slot, power, weights)
-    return indices, weights / total
+    weights = weights / total
+    if LIMITED:
+        weights = tl.where(limit > 0, weights, 0.0)
+    return indices, weights
 
 
 @triton.jit
@@ -71,13 +77,38 @@ def summed(pointer, where, stride_split, mask, SPLITS: tl.constexpr, FRESH: tl.c
 
 
 @triton.jit
-def bounded_logits(pointer, tokens, stride, columns, count, allowed, token_mask, HAS_ALLOWED: tl.constexpr, stride_split=0, SPLITS: tl.constexpr = 1):
-    """Load logits float32 (M, P) of ``tokens`` (M, 1) by :func:`summed`; adapters that are not allowed get -inf."""
+def routes_of_logits(
+    pointer, tokens, stride, allowed, token_mask, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, HAS_ALLOWED: tl.constexpr, stride_split=0, SPLITS: tl.constexpr = 1,
+):  # fmt: skip
+    """Indices int32 and weights float32 (M, SLOTS) of ``tokens`` (M, 1), whose logits are loaded by :func:`summed`.
+
+    HAS_ALLOWED: 1 for one mask of adapters (N,), 2 for the options of every token (:mod:`meteora_kernels.token_options`), float32 (., N + 2), whose first
+    row is that of token 0. Options replace ``temperature``.
+    """
+    columns = tl.arange(0, PADDED)[None, :]
     logits = summed(pointer, tokens * stride + columns, stride_split, token_mask & (columns < count), SPLITS, True)
-    if HAS_ALLOWED:
-        permitted = tl.load(allowed + columns, mask=columns < count, other=1)
+    if HAS_ALLOWED == 2:
+        own = allowed + tokens * (count + 2)
+        permitted = tl.load(own + columns, mask=token_mask & (columns < count), other=1.0)
+        limit = tl.load(own + count, mask=token_mask, other=1.0)
+        heat = tl.load(own + count + 1, mask=token_mask, other=1.0)
         logits = tl.where(permitted != 0, logits, float("-inf"))
-    return logits
+        picks, shares = top_of_tile(logits, columns, count, heat, TOP_K, SLOTS, limit, True)
+    else:
+        if HAS_ALLOWED == 1:
+            permitted = tl.load(allowed + columns, mask=columns < count, other=1)
+            logits = tl.where(permitted != 0, logits, float("-inf"))
+        picks, shares = top_of_tile(logits, columns, count, temperature, TOP_K, SLOTS)
+    return picks, shares
+
+
+@triton.jit
+def allowed_from(allowed, first, count, HAS_ALLOWED: tl.constexpr):
+    """``allowed`` for tokens that are counted from token ``first`` on."""
+    if HAS_ALLOWED == 2:
+        allowed += first * (count + 2)
+    return allowed
 
 
 @triton.jit
@@ -93,9 +124,9 @@ def routes_of_tile(
         picks = tl.load(given_indices + tokens * TOP_K + slots, mask=keep, other=0).to(tl.int32)
         shares = tl.load(given_weights + tokens * TOP_K + slots, mask=keep, other=0.0).to(tl.float32)
     else:
-        columns = tl.arange(0, PADDED)[None, :]
-        tile = bounded_logits(logits, tokens, stride_logits, columns, count, allowed, mask, HAS_ALLOWED, stride_split, SPLITS)
-        picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+        picks, shares = routes_of_logits(
+            logits, tokens, stride_logits, allowed, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, stride_split, SPLITS
+        )
     return picks, shares
 
 
@@ -125,7 +156,6 @@ def routes_of_few(
 ):  # fmt: skip
     """Adapters, ``w_j s_j``, first rows and ends of rows, each (MP, SLOTS), from the logits (M, N) at ``mid``."""
     tokens = tl.arange(0, MP)[:, None]
-    columns = tl.arange(0, PADDED)[None, :]
-    tile = bounded_logits(mid, tokens, stride_mid, columns, count, allowed, tokens < tokens_total, HAS_ALLOWED)
-    picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    live = tokens < tokens_total
+    picks, shares = routes_of_logits(mid, tokens, stride_mid, allowed, live, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED)
     return picks, shares * tl.load(scaling + picks), tl.load(offsets + picks), tl.load(offsets + picks + 1)

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from meteora_kernels.arguments import choice_constants, or_any
 from meteora_kernels.device.chosen_rows import clear_rows, write_chosen
 from meteora_kernels.device.flags import leave, share_out, wait_flag
-from meteora_kernels.device.routing import routes_of_tile
+from meteora_kernels.device.routing import allowed_from, routes_of_tile
 from meteora_kernels.plan.machine import interpreted, why_not_at_once
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div
@@ -88,11 +88,12 @@ def wide_before_kernel(
     first, step = share_out(flags + 2 * index, together, mine, BM // BLOCK, CONCURRENT)
     if CONCURRENT:
         wait_flag(flags + 2 * index, together)
+    permitted = allowed_from(allowed, begin.to(tl.int64), count, HAS_ALLOWED)
     for share in range(first, BM // BLOCK, step):
         some = share * BLOCK + tl.arange(0, BLOCK)[:, None]
         mask = some < left
         picks, shares = routes_of_tile(
-            here, some, width, allowed, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, BM * width, PIECES
+            here, some, width, permitted, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, BM * width, PIECES
         )
         write_chosen(here + gate_rows, width, BM * width, own, stride_row, scaling, offsets, some, mask, picks, shares, TOP_K, SLOTS, RANKS, PIECES, True)
     leave(flags + 2 * index, together)

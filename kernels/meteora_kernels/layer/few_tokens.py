@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from meteora_kernels.arguments import choice_constants, or_any
-from meteora_kernels.device.routing import bounded_logits, coefficients_of, routes_of_few, slot_of, top_of_tile
+from meteora_kernels.device.routing import allowed_from, coefficients_of, routes_of_few, routes_of_logits, slot_of
 from meteora_kernels.device.rows import rows_times_tokens
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
@@ -108,11 +108,10 @@ def few_down_kernel(
     pid = tl.program_id(0)
     token = pid // TOP_K
     here = mid + token * stride_mid
-    columns = tl.arange(0, PADDED)[None, :]
     slots = tl.arange(0, SLOTS)[None, :]
     one = tl.zeros([1, 1], dtype=tl.int32)
-    tile = bounded_logits(here, one, stride_mid, columns, count, allowed, one == 0, HAS_ALLOWED)
-    picks, _ = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    permitted = allowed_from(allowed, token, count, HAS_ALLOWED)
+    picks, _ = routes_of_logits(here, one, stride_mid, permitted, one == 0, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED)
     pick = tl.sum(tl.where(slots == pid % TOP_K, picks, 0))
     begin = tl.load(offsets + pick)
     inner = tl.arange(0, RANK_P)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.arguments import or_any
-from meteora_kernels.device.routing import bounded_logits, top_of_tile
+from meteora_kernels.arguments import kind_of_allowed, or_any
+from meteora_kernels.device.routing import routes_of_logits
 from meteora_kernels.sizes import ceil_div, padded_adapters, power_of_two
 
 
@@ -23,11 +23,9 @@ def route_kernel(
     Grid: (ceil(M / BLOCK),).
     """
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
-    columns = tl.arange(0, PADDED)[None, :]
     slots = tl.arange(0, SLOTS)[None, :]
     mask = tokens < tokens_total
-    tile = bounded_logits(logits, tokens, stride, columns, count, allowed, mask, HAS_ALLOWED)
-    picks, shares = top_of_tile(tile, columns, count, temperature, TOP_K, SLOTS)
+    picks, shares = routes_of_logits(logits, tokens, stride, allowed, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED)
     keep = mask & (slots < TOP_K)
     tl.store(indices + tokens * TOP_K + slots, picks.to(tl.int64), mask=keep)
     tl.store(weights + tokens * TOP_K + slots, shares, mask=keep)
@@ -40,7 +38,7 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
         logits: Gate logits (M, N), float16, bfloat16 or float32, columns contiguous.
         top_k: Number of adapters per token k, 1 <= top_k <= N.
         temperature: Routing temperature T > 0.
-        allowed: Mask of the adapters that may be chosen, bool (N,), or None for all.
+        allowed: Mask of the adapters that may be chosen, bool (N,), or the options of every token (:mod:`meteora_kernels.token_options`); None for all.
 
     Returns:
         Indices int64 (M, k) and weights float32 (M, k).
@@ -53,6 +51,6 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
     if tokens:
         route_kernel[(ceil_div(tokens, block),)](
             logits, or_any(allowed, indices), indices, weights, tokens, logits.stride(0), adapters, temperature,
-            TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded, BLOCK=block, HAS_ALLOWED=allowed is not None,
+            TOP_K=top_k, SLOTS=power_of_two(top_k), PADDED=padded, BLOCK=block, HAS_ALLOWED=kind_of_allowed(allowed),
         )  # fmt: skip
     return indices, weights

@@ -28,13 +28,15 @@ class MeteoraConfig(NamedConfig):
 
     Args:
         settings: ``checkpoint`` (the folder of gates and adapters, relative to the model's folder), and optionally ``top_k``, ``temperature``,
-            ``base`` (the quantization_config of the base model) and ``wide`` (whether a copy of B in the rows of the weights may make prefill faster).
+            ``base`` (the quantization_config of the base model), ``wide`` (whether a copy of B in the rows of the weights may make prefill faster) and
+            ``fixed_options`` (whether the GPU kernels have top_k and T as constants, so that requests with other options run without CUDA graphs).
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         self.settings = dict(settings)
         self.wide = bool(settings.get("wide", True))
+        self.most_tokens = 0
         self.count_every = max(0, int(os.environ.get(COUNT_EVERY) or 0))
         self.base: QuantizationConfig | None = None
         self._model_names: dict[str, str] = {}
@@ -120,6 +122,8 @@ class MeteoraConfig(NamedConfig):
             self.base.packed_modules_mapping = self.packed_modules_mapping
         base = None if self.base is None else self.base.get_quant_method(layer, prefix)
         install_in_worker()
+        if not self.settings.get("fixed_options", False):
+            self.most_tokens = self.most_tokens or most_tokens()
         if not isinstance(layer, LinearBase):
             return base
         under: LinearMethodBase = base or UnquantizedLinearMethod()
@@ -139,3 +143,11 @@ class MeteoraConfig(NamedConfig):
         if left := sorted(set(self.store.modules) - self.taken):
             more = f" and {len(left) - 1} others" if len(left) > 1 else ""
             raise ValueError(f"vLLM's model has no linear layer for the adapters of {left[0]}{more}; Meteora cannot serve this model with vLLM")
+
+
+def most_tokens() -> int:
+    """The largest number of tokens of a step."""
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    return max([int(config.scheduler_config.max_num_batched_tokens), *map(int, config.compilation_config.cudagraph_capture_sizes or [])])

@@ -101,7 +101,7 @@ def execute(function: Callable[..., Any], runner: Any, output: Any, *arguments: 
 def prepare_first(function: Callable[..., Any], runner: Any, output: Any, counts: Any, *arguments: Any, **named: Any) -> Any:
     """The order of requests in the first model runner."""
     found = function(runner, output, counts, *arguments, **named)
-    if RUNTIME.observed:
+    if RUNTIME.ordered:
         RUNTIME.arrange(list(runner.input_batch.req_ids[: runner.input_batch.num_reqs]), counts)
     return found
 
@@ -109,7 +109,7 @@ def prepare_first(function: Callable[..., Any], runner: Any, output: Any, counts
 def prepare_second(function: Callable[..., Any], runner: Any, *arguments: Any, **named: Any) -> Any:
     """The order of requests in the second model runner."""
     batch = function(runner, *arguments, **named)
-    if RUNTIME.observed:
+    if RUNTIME.ordered:
         RUNTIME.arrange(list(batch.req_ids), batch.num_scheduled_tokens)
     return batch
 

@@ -99,7 +99,8 @@ class Block:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that vLLM must keep with the layer, by the names of its buffers. Sleep mode and reloads then reach them."""
-        return {"meteora_rows": self.rows, "meteora_B": self.lora_B, "meteora_scaling": self.scaling, "meteora_offsets": self.offsets}
+        found = {"meteora_rows": self.rows, "meteora_B": self.lora_B, "meteora_scaling": self.scaling, "meteora_offsets": self.offsets}
+        return found if self.group is None else {**found, "meteora_flags": self.group.flags}
 
     def _parts(self, member: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate (N, h), A (R, h) and B (R, width) of a member, as views."""

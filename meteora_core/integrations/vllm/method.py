@@ -71,6 +71,8 @@ class MeteoraMethodV1(LinearMethodBase):
         buffers(layer, block.tensors())
         layer.meteora_outputs = sum(widths)
         operators.register_layer(block, slices.sums, RUNTIME, self.config)
+        if RUNTIME.table is not None:
+            buffers(layer, {"meteora_options": RUNTIME.table})
         self.fused = fused
 
     def _can_fuse(self, layer: Any, shape: Shape, slices: Slices) -> bool:

@@ -39,7 +39,8 @@ def register_layer(block: Block, sums: bool, runtime: Runtime, config: Served) -
         if path is not None and path not in runtime.paths:
             runtime.paths.append(path)
     kernels = has_kernels(block.rows.device, block.rows.dtype, config)
-    _layers[block.rows.data_ptr()] = Layer(block, sums, Routing(default.top_k, default.temperature), kernels, runtime)
+    table = runtime.make_table(config.most_tokens, block.rows.device) if kernels and config.most_tokens else None
+    _layers[block.rows.data_ptr()] = Layer(block, sums, Routing(default.top_k, default.temperature, table), kernels, runtime)
 
 
 def group(x: Tensor, rows: Tensor, outputs: int) -> Tensor:

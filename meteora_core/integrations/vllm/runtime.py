@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.integrations.vllm.options import Options, parse
+from meteora_kernels.token_options import new_options, option_row
 
 KEPT = 256
 """Number of requests whose recorded routes are kept."""
@@ -50,8 +51,12 @@ class Runtime:
     """The state of a worker process.
 
     Attributes:
-        default: The options of requests without any; the kernels of a plain step have them as constants.
-        observed: Whether this step runs with the options of each token, or records routes. Such a step runs without CUDA graphs.
+        default: The options of requests without any.
+        table: The options of every token, which the GPU kernels read (:mod:`meteora_kernels.token_options`); None without these kernels. CUDA graphs read it,
+            so its memory stays the same.
+        varied: Whether a request of this step has options.
+        observed: Whether this step needs what the kernels cannot do: it records or counts routes, or a token has more adapters than the default, or there is
+            no table. Such a step runs without CUDA graphs.
         paths: The layers of the checkpoint in this process, in the order of loading.
     """
 
@@ -59,12 +64,15 @@ class Runtime:
         self.default = Options(2, 1.0)
         self.names: list[str] = []
         self.count_every = 0
+        self.table: Tensor | None = None
+        self.varied = False
         self.observed = False
         self.paths: list[str] = []
         self._options: dict[str, Options] = {}
         self._step: list[Scheduled] = []
         self._steps = 0
         self._tokens: dict[torch.device, Tokens] = {}
+        self._written: list[tuple[Options, int]] = []
         self._live: dict[str, tuple[Tensor, Tensor]] = {}
         self._routes: OrderedDict[str, list[dict[str, Any]]] = OrderedDict()
         self._counts: Tensor | None = None
@@ -93,10 +101,48 @@ class Runtime:
         self._steps += 1
         counting = bool(self.count_every) and self._steps % self.count_every == 0
         self._counting = counting
-        self.observed = counting or (bool(self._options) and any(request in self._options for request in output.num_scheduled_tokens))
+        here = [self._options[request] for request in output.num_scheduled_tokens if request in self._options] if self._options else []
+        self.varied = bool(here)
+        self.observed = counting or any(self._beyond_table(options) for options in here)
+
+    def _beyond_table(self, options: Options) -> bool:
+        return self.table is None or options.trace or options.top_k > self.default.top_k
+
+    def make_table(self, tokens: int, device: torch.device) -> Tensor:
+        """The table of options, made at the first call: rows for ``tokens`` tokens with the default."""
+        if self.table is None:
+            self.table = new_options(tokens, self._row(self.default), device)
+        return self.table
+
+    def _row(self, options: Options) -> list[float]:
+        return option_row(len(self.names), options.top_k, options.temperature, options.allowed)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether this step must know the order of its tokens: it is observed, or the table changes."""
+        return self.observed or self.varied or bool(self._written)
+
+    def _write(self, each: list[tuple[Options, int]]) -> None:
+        """Write the options of this step's tokens into the table, if they are not those of the last step. ``each``: options and number of tokens."""
+        if self.table is None or each == self._written:
+            return
+        used, before = sum(number for _, number in each), sum(number for _, number in self._written)
+        if used > len(self.table):
+            raise RuntimeError(f"a step has {used} tokens, more than the {len(self.table)} of max_num_batched_tokens")
+        padded = [*each, (self.default, before - used)] if before > used else each
+        rows = {options: self._row(options) for options, _ in padded}
+        places = {options: place for place, options in enumerate(rows)}
+        index = torch.tensor([places[options] for options, _ in padded]).repeat_interleave(torch.tensor([number for _, number in padded]))
+        values = torch.tensor(list(rows.values()))[index]
+        self.table[: len(values)].copy_(values.pin_memory() if self.table.is_cuda else values, non_blocking=True)
+        self._written = each if self.varied else []
 
     def arrange(self, requests: list[str], counts: Any) -> None:
-        """Learn the order of the requests in an observed step, and the number of tokens of each."""
+        """Learn the order of the requests, and the number of tokens of each; if the step is not observed, write their options for the kernels."""
+        if not self.observed:
+            found = [(self._options.get(request, self.default), int(count)) for request, count in zip(requests, counts, strict=False)] if self.varied else []
+            self._write(found)
+            return
         self._tokens.clear()
         self._live.clear()
         self._step = [

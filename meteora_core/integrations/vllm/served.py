@@ -14,10 +14,12 @@ class Served(Protocol):
     Attributes:
         wide: Whether rows of weights may also hold B^T.
         count_every: At which steps the choices are counted; 0 for none.
+        most_tokens: The largest number of tokens of a step; 0 if the kernels have the default options as constants.
     """
 
     wide: bool
     count_every: int
+    most_tokens: int
 
     @property
     def store(self) -> Store:

@@ -8,7 +8,7 @@
     equality.py run metfp8 bfloat16 eager  the same base under adapters
     TP=2 equality.py run NAME float32 graphs
 
-NAME is a label; each step appends a line to $OUT/equality.jsonl. PROMPTS is the number of prompts (200).
+FIXED=1 makes the default options constants of the kernels. MORE is a JSON object of further arguments of LLM; with RELOAD=1, weights are loaded again after the first answers. NAME is a label; each step appends a line to $OUT/equality.jsonl. PROMPTS is the number of prompts (200).
 """
 import json
 import os
@@ -199,11 +199,15 @@ def run(label, dtype, how):
     from vllm import LLM, SamplingParams
 
     folder = D / {"fp8": "fp8", "metfp8": "metfp8"}.get(label, "met")
+    if os.environ.get("FIXED"):  # the default options as constants in the kernels
+        described = json.loads((folder / "config.json").read_text())
+        described["quantization_config"]["fixed_options"] = True
+        os.environ["MORE"] = json.dumps({**json.loads(os.environ.get("MORE", "{}")), "hf_overrides": {"quantization_config": described["quantization_config"]}})
     more = {"enforce_eager": True} if how == "eager" else {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}}
-    llm = LLM(str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=256, max_num_seqs=64, max_num_batched_tokens=256, gpu_memory_utilization=0.15, seed=0, tensor_parallel_size=TP, **more)
+    llm = LLM(str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=256, max_num_seqs=64, max_num_batched_tokens=256, gpu_memory_utilization=0.15, seed=0, tensor_parallel_size=TP, **more, **json.loads(os.environ.get("MORE", "{}")))
     label = f"{label} {dtype} {how} TP {TP} {os.environ.get('TRITON_F32_DEFAULT', 'tf32')}"
     say(step="ready", label=label, seconds=round(time.time() - START, 1))
-    if TP == 1 and folder.name != "fp8":
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and folder.name != "fp8":
         check_layers(label)
     reference = json.loads((D / "ref.json").read_text())
 
@@ -246,6 +250,9 @@ def run(label, dtype, how):
         return
     if dtype == "float32":
         compare("default", ["default"])
+        if os.environ.get("RELOAD"):
+            llm.collective_rpc("reload_weights")
+            llm.reset_prefix_cache()
         compare("the same again, with prefix hits", ["default"])
         compare("mixed options", list(OPTIONS))
         compare("mixed options again, with prefix hits", list(OPTIONS))

@@ -99,6 +99,35 @@ def test_a_step_is_observed_only_while_a_request_in_it_has_options() -> None:
     assert not runtime.observed  # another request of the same name
 
 
+def test_gpu_kernels_read_the_options_of_every_token_from_a_table() -> None:
+    runtime = Runtime()
+    runtime.names = NAMES
+    table, default, forced = runtime.make_table(6, torch.device("cpu")), [1.0, 1.0, 1.0, 2.0, 1.0], [0.0, 0.0, 1.0, 1.0, 1.0]
+    assert table.tolist() == [default] * 6
+    extra: dict[str, dict[str, Any] | None] = {"y": {"meteora_force": "c"}, "z": {"meteora_off": 1, "meteora_temperature": 3}}
+    runtime.begin(scheduled({"x": None, **extra}, {}, {"x": 1, "y": 2, "z": 1}))
+    assert not runtime.observed
+    runtime.arrange(["y", "x", "z"], [2, 1, 1])
+    assert table.tolist() == [forced, forced, default, [1.0, 1.0, 1.0, 0.0, 3.0], default, default]
+    runtime.begin(scheduled({}, {"x": 1, "y": 2}, {"x": 1, "y": 1}))
+    runtime.arrange(["x", "y"], [1, 1])
+    assert table.tolist() == [default, forced, *[default] * 4]
+    table[1] = 7.0  # not written again: nothing changed
+    runtime.begin(scheduled({}, {"x": 2, "y": 3}, {"x": 1, "y": 1}))
+    runtime.arrange(["x", "y"], [1, 1])
+    assert table[1].tolist() == [7.0] * 5
+    runtime.begin(scheduled({}, {"x": 3}, {"x": 1}, finished=("y",)))
+    assert runtime.ordered
+    runtime.arrange(["x"], [1])
+    assert table.tolist() == [default] * 6
+    assert not runtime.ordered
+    runtime.begin(scheduled({"t": {"meteora_top_k": 3}}, {}, {"t": 1}))
+    assert runtime.observed  # the kernels choose two adapters
+    with pytest.raises(RuntimeError, match="a step has 9 tokens, more than the 6 of max_num_batched_tokens"):
+        runtime.begin(scheduled({"w": {"meteora_off": 1}}, {}, {"w": 9}))
+        runtime.arrange(["w"], [9])
+
+
 def test_routes_and_counts_of_the_requests_in_a_step() -> None:
     runtime = Runtime()
     runtime.names, runtime.count_every = NAMES, 2

@@ -7,6 +7,7 @@ import torch
 
 from meteora_kernels import reference
 from meteora_kernels.steps.route import route
+from meteora_kernels.token_options import option_row
 from support.layer_shapes import DEVICE
 
 
@@ -27,3 +28,19 @@ def test_route_has_the_references_ties_and_nan(top_k: int) -> None:
         got = route(logits.to(DEVICE), top_k, 3.0, None if mask is None else mask.to(DEVICE))
         assert torch.equal(got[0].cpu(), expected[0])
         torch.testing.assert_close(got[1].cpu(), expected[1], equal_nan=True)
+
+
+def test_every_token_has_its_own_options() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 12, generator=generator)
+    each = [(2, 1.0, None), (1, 3.0, None), (3, 0.5, None), (2, 1.0, [4, 7, 9]), (1, 1.0, [5]), (0, 1.0, None), (3, 2.0, [1, 2]), (2, 4.0, [0]), (3, 1.0, None)]
+    options = torch.tensor([option_row(12, top_k, temperature, allowed) for top_k, temperature, allowed in each])
+    indices, weights = route(logits.to(DEVICE), 3, 7.0, options.to(DEVICE))
+    for token, (top_k, temperature, allowed) in enumerate(each):
+        mask = None if allowed is None else torch.isin(torch.arange(12), torch.tensor(allowed))
+        expected = torch.zeros(12)
+        if top_k:
+            picks, shares = reference.route(logits[token], top_k, temperature, mask)
+            expected = expected.scatter_add(0, picks, shares)
+        found = torch.zeros(12).scatter_add(0, indices[token].cpu(), weights[token].cpu())
+        torch.testing.assert_close(found, expected)

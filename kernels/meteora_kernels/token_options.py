@@ -1,0 +1,40 @@
+"""Options that differ from token to token, in one tensor that the kernels read.
+
+A token's row has N + 2 columns, all float32: for every adapter 1 where it may be chosen and 0 elsewhere, then the number of adapters (0 for none), then the
+routing temperature. A kernel chooses up to ``Routing.top_k`` adapters, so a token's number cannot be larger. The tensor is an ordinary argument: what a CUDA
+graph reads can change between two replays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def option_row(adapters: int, top_k: int, temperature: float, allowed: Iterable[int] | None = None) -> list[float]:
+    """The row of a token.
+
+    Args:
+        adapters: Number of adapters N.
+        top_k: Number of adapters of the token; 0 for the base alone.
+        temperature: Routing temperature T > 0.
+        allowed: Indices of the adapters that may be chosen; None for all.
+
+    Example:
+        >>> option_row(3, 1, 2.0, allowed=[0, 2])
+        [1.0, 0.0, 1.0, 1.0, 2.0]
+    """
+    chosen = set(range(adapters) if allowed is None else allowed)
+    return [*(float(index in chosen) for index in range(adapters)), float(top_k), temperature]
+
+
+def new_options(tokens: int, row: list[float], device: torch.device | str | None = None) -> Tensor:
+    """Options of ``tokens`` tokens that are all alike: float32 (M, N + 2), for ``Routing.allowed``.
+
+    Example:
+        >>> new_options(5, option_row(3, 2, 1.0)).shape
+        torch.Size([5, 5])
+    """
+    return torch.tensor(row, dtype=torch.float32, device=device).repeat(tokens, 1)
