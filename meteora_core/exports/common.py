@@ -1,4 +1,4 @@
-"""The source of an export: a native checkpoint, one of its adapters, and the folder to write."""
+"""Options, results and checks that all exports have in common."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Exported:
     Attributes:
         folder: The folder that was written.
         kind: The format: "peft", "merged", "gguf" or "vllm".
-        adapter: The name of the adapter, or how many there are.
+        adapter: The name of the exported adapter, or the number of adapters.
         files: The names of the files, sorted.
         size: The total size of the files in bytes.
     """

@@ -1,8 +1,8 @@
 """Writes one adapter of a checkpoint as a GGUF file, which llama.cpp loads together with a GGUF file of the base model.
 
-llama.cpp multiplies ``B A`` by ``alpha / r`` of each tensor, with one alpha for the whole file; where an adapter has another scaling, it goes into ``B``.
-Names follow the tables of the ``gguf`` package, and rows of ``q_proj`` and ``k_proj`` are in the order of llama.cpp's rotary embedding where its own
-converter reorders the base model's.
+llama.cpp multiplies ``B A`` by ``alpha / r`` of each tensor, with one alpha for the whole file; in layers with another scaling, ``B`` is multiplied by the
+ratio. Names follow the tables of the ``gguf`` package. Rows of ``q_proj`` and ``k_proj`` are in the order of llama.cpp's rotary embedding for the models
+whose base weights llama.cpp's converter reorders.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _MERGE = "merge it into the base model instead: meteora ckpt export CHECKPOINT D
 
 @dataclass(frozen=True)
 class Kind:
-    """How llama.cpp calls a kind of model.
+    """What llama.cpp calls a kind of model, and how it orders the rows of projections.
 
     Attributes:
-        architecture: Its name, ``general.architecture``.
-        reorders: Whether the rows of ``q_proj`` and ``k_proj`` are in another order than in transformers.
+        architecture: The model's name in llama.cpp, ``general.architecture``.
+        reorders: Whether the order of the rows of ``q_proj`` and ``k_proj`` differs from that in transformers.
     """
 
     architecture: str
@@ -65,7 +65,7 @@ KINDS = {
 
 
 def export_gguf(checkpoint: str | Path, folder: str | Path, name: str, options: ExportOptions = ExportOptions(), dtype: str = "float32") -> Exported:
-    """Write one adapter of a checkpoint as ``adapter.gguf``. Of the base model, only the configuration is read.
+    """Write one adapter of a checkpoint as ``adapter.gguf``. Only the configuration of the base model is read, not its weights.
 
     Args:
         checkpoint: A native checkpoint.
@@ -93,7 +93,7 @@ def export_gguf(checkpoint: str | Path, folder: str | Path, name: str, options: 
     config, _, bank = read_checkpoint(checkpoint, options.adapters_dir, options.progress)
     bank = alone(bank, name)
     if is_base_route(bank.adapters[0]):
-        raise UsageError(f"{name!r} stands for the base model alone, so it has no weights", hint="choose an adapter")
+        raise UsageError(f"{name!r} is the base route, which has no weights", hint="choose an adapter")
     base = BaseReference(options.base) if options.base else BaseReference(config["base"]["name"], config["base"].get("revision"))
     model = _model_config(base, options)
     with atomic_folder(folder) as temporary, storage_errors(folder):
@@ -115,8 +115,8 @@ def write_gguf(file: Path, bank: AdapterBank, config: Any, base: str, dtype: tor
 
     Args:
         file: The file to write.
-        bank: The bank, with the base model's names of its modules.
-        config: The configuration of the base model in transformers.
+        bank: The bank, whose modules have the names of the base model.
+        config: The transformers configuration of the base model.
         base: The name of the base model, for the metadata.
         dtype: The dtype of the tensors.
 
@@ -142,7 +142,7 @@ def write_gguf(file: Path, bank: AdapterBank, config: Any, base: str, dtype: tor
     writer.add_base_model_name(0, base)
     for path, stack in bank.modules.items():
         if stack.pending or stack.tables or stack.experts > 1:
-            raise AdapterError(f"adapter {info.name!r} is not a plain LoRA on {path}, and GGUF has no place for the rest", hint=_MERGE)
+            raise AdapterError(f"adapter {info.name!r} is not a plain LoRA on {path}, and GGUF cannot store the rest", hint=_MERGE)
         name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
         if name is None or (name == "output.weight" and config.tie_word_embeddings):
             shared = "" if name is None else ", whose weight is that of the embedding"
@@ -159,7 +159,7 @@ def write_gguf(file: Path, bank: AdapterBank, config: Any, base: str, dtype: tor
 
 
 def reordered(rows: Tensor, heads: int) -> Tensor:
-    """Return the rows (out, r) of a query or key projection in the order of llama.cpp, in which the two halves of every head alternate.
+    """Return the rows (out, r) of a query or key projection in llama.cpp's order, in which the rows of the two halves of every head alternate.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Writes a checkpoint with its base model as a folder that ``vllm serve`` takes without a flag (:mod:`meteora_core.integrations.vllm`)."""
+"""Writes a checkpoint with its base model as a folder that ``vllm serve`` accepts without further options (:mod:`meteora_core.integrations.vllm`)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from meteora_core.text import listed
 INSIDE = "meteora"
 """The folder of gates and adapters, inside the model's folder."""
 METHOD = "meteora"
-"""The name of the quantisation method that vLLM's configuration names."""
+"""The name of the quantisation method in the model's configuration, by which vLLM finds the plugin."""
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".py")
-"""Endings of files of a base model's folder that are not needed or not safe."""
+"""Suffixes of files in a base model's folder that are not needed or not safe."""
 
 
 def export_vllm(checkpoint: str | Path, folder: str | Path, options: ExportOptions = ExportOptions()) -> Exported:
     """Write a checkpoint and its base model as one folder for vLLM.
 
-    The base model's files are hard links where the file system allows, and copies elsewhere. Shards with base tensors that the checkpoint changes are written
-    anew. Gates and adapters are in ``meteora/``, with the hash of their file.
+    The base model's files are hard links if the file system supports them, and copies otherwise. Shards that contain base tensors changed by the checkpoint
+    are rewritten. Gates and adapters are in ``meteora/``, with the hash of their file.
 
     Args:
         checkpoint: A native checkpoint.
@@ -85,7 +85,7 @@ def export_vllm(checkpoint: str | Path, folder: str | Path, options: ExportOptio
 
 
 def quantization(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``quantization_config`` by which vLLM finds the plugin; a quantised base model's own one is inside it.
+    """The ``quantization_config`` by which vLLM finds the plugin. That of a quantised base model is its entry ``base``.
 
     Example:
         >>> quantization({})
@@ -132,7 +132,7 @@ def _base_folder(options: ExportOptions, config: Mapping[str, Any]) -> Path:
 
 
 def _check_servable(bank: AdapterBank) -> None:
-    """Raise CheckpointError if a layer's adapters are more than pairs of A and B on one linear layer."""
+    """Raise CheckpointError if a layer's adapters consist of more than A and B, or if the layer is not an ordinary linear layer."""
     for path, stack in bank.modules.items():
         what = None
         if stack.experts > 1:
@@ -146,7 +146,7 @@ def _check_servable(bank: AdapterBank) -> None:
 
 
 def _check_base(config: Mapping[str, Any], files: TensorFiles, base: Path) -> None:
-    """Raise CheckpointError if the base model lacks a layer or has other weights than the ones that the checkpoint was trained on."""
+    """Raise CheckpointError if the base model lacks a layer, or if its weights are not those that the checkpoint was trained on."""
     paths = sorted(config["modules"], key=natural_order)
     names = [f"{path}.weight" for path in paths]
     quantised = [name for name in names if name not in files.entries or not files.entries[name].torch_dtype.is_floating_point]
@@ -162,7 +162,7 @@ def _check_base(config: Mapping[str, Any], files: TensorFiles, base: Path) -> No
 
 
 def _changes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: TensorFiles, base: Path) -> dict[str, Tensor]:
-    """The tensors that replace those of the base model, by name: the checkpoint's own, and roundings of the base's, in the dtype of the base's files."""
+    """The tensors that replace those of the base model, by name, in the dtype of its files: those in the checkpoint, and base tensors that it rounds."""
     changed = {name: tensors[BASE + name] for name in config.get("base_tensors", [])}
     if missing := sorted(changed.keys() - files.entries.keys()):
         raise CheckpointError(
@@ -179,7 +179,7 @@ def _changes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], files: Te
 
 
 def _rewrite(source: Path, target: Path, files: TensorFiles, changed: Mapping[str, Tensor]) -> None:
-    """Write one shard of the base model with other values of some tensors."""
+    """Write one shard of the base model with new values of some tensors."""
 
     def blocks(name: str) -> Iterable[bytes]:
         return [tensor_bytes(changed[name])] if name in changed else files.chunks(name)

@@ -1,4 +1,4 @@
-"""Uploads a checkpoint to the Hugging Face hub, so that it loads on any machine by its name."""
+"""Uploads a checkpoint to the Hugging Face hub, from which any machine can load it by its id."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class PushOptions:
     """Options of :func:`push_checkpoint`.
 
     Attributes:
-        base: The base model's id on the hub, with ``@revision`` if wanted, for a checkpoint that names a local folder; None means the recorded one.
-        licence: The identifier of the licence, as the hub writes it, such as ``apache-2.0``; None states none.
-        statistics: Whether to upload the statistics from which gates are solved when adapters come and go.
+        base: The base model's id on the hub, optionally with ``@revision``, for a checkpoint that names a local folder; None means the recorded one.
+        licence: The hub's identifier of the licence, such as ``apache-2.0``; None leaves it out.
+        statistics: Whether to upload the statistics from which gates are solved when adapters are added or dropped.
         adapters_dir: The folder that contains the adapter folders by name, if they were moved after training.
         dry_run: Whether only to list the files; no request is made.
         upload: Visibility, message and progress of the upload.
@@ -128,7 +128,7 @@ def push_checkpoint(checkpoint: str | Path, repository: str, options: PushOption
 
 
 def _base(folder: Path, recorded: Mapping[str, Any], given: str | None) -> tuple[str, str | None]:
-    """The name and the revision of the base model by which any machine can load it."""
+    """The name and the revision by which any machine can load the base model."""
     name, revision = str(recorded["name"]), recorded.get("revision")
     if given is not None:
         return (given, None) if given in CATALOG else split_revision(given)
@@ -172,7 +172,7 @@ def _is_local(name: str) -> bool:
 
 
 def _without_paths(value: Any) -> Any:
-    """The record of a training with the last parts of absolute paths only, which would show folders of this machine."""
+    """The record of a training, in which absolute paths are shortened to their last parts, because they would reveal folders of this machine."""
     if isinstance(value, Mapping):
         return {key: _without_paths(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -56,7 +56,7 @@ def model_class() -> type[Any]:
     from lm_eval.models.huggingface import HFLM
 
     class MeteoraLM(HFLM):
-        """A base model with adapters and gates, loaded from ``checkpoint``. In everything else it equals the harness's "hf" model.
+        """A base model with adapters and gates, loaded from ``checkpoint``. Otherwise, it is the same as the harness's "hf" model.
 
         With ``accelerate launch`` or ``torchrun``, the requests are split among the processes.
         """

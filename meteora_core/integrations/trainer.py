@@ -1,12 +1,12 @@
 """The gate loss in transformers' ``Trainer`` and in trainers that are built on it, such as TRL's ``SFTTrainer``.
 
-A dataset needs one more column, the adapter that each row's tokens should choose::
+The dataset needs an additional column with the adapter that each row's tokens should choose::
 
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset)  # columns input_ids, labels, adapter
     add_gate_loss(trainer, beta=50.0)
     trainer.train()
 
-The trainer then minimises ``loss + beta * CE_gate`` (MeteoRA, arXiv 2405.13053, section 3.3), where ``loss`` is whatever it minimises otherwise.
+The trainer then minimises ``loss + beta * CE_gate`` (MeteoRA, arXiv 2405.13053, section 3.3), where ``loss`` is the loss that it minimises otherwise.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class GateLoss(TrainerCallback):
             targets, items = inputs.get("labels"), options.get("num_items_in_batch")
             share = 1.0
             if items is not None and isinstance(targets, Tensor) and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
-                # The trainer sums the losses of the micro-batches of a step; each counts as much as its language-model loss does.
+                # The trainer sums the losses of a step's micro-batches; the gate loss of each has the same weight as its language-model loss.
                 share = float((targets != IGNORE).sum()) / max(float(items), 1.0)
                 share *= trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
             loss = loss + self.beta * share * gate.to(loss.device)
@@ -148,7 +148,7 @@ class GateLoss(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         if self._trained is not None:
-            self._trained.gates = "trained"  # whatever the gates started from
+            self._trained.gates = "trained"  # regardless of how the gates were initialised
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -1,6 +1,6 @@
 """Routers that MeteoRA is compared with, in one harness: `meteora eval --model router:NAME`.
 
-Each chooses among the adapters of one folder. Arrow and MeteoRA's own gates are in :mod:`meteora_core.evaluation`; the others are here.
+Each router chooses among the adapters in one folder. Arrow and MeteoRA's trained gates are in :mod:`meteora_core.evaluation`.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ LONGEST = 1024
 class Centroid(FolderRouter):
     """The adapter whose centroid is nearest: ``argmin_i || h(p) - mean_j h(p_ij) ||`` for a prompt ``p`` and training prompts ``p_ij`` of adapter ``i``.
 
-    ``h(p)`` is the mean, over a prompt's tokens, of the last hidden states of the base model without adapters. It is a nearest-centroid classifier for
-    whole prompts, the training-free form of routers that retrieve adapters by the similarity of prompts (LoraRetriever, arXiv 2402.09997, trains an encoder
-    for this). The prompts of each adapter are drawn by the seed.
+    ``h(p)`` is the mean, over a prompt's tokens, of the last hidden states of the base model without adapters. The router is a nearest-centroid classifier of
+    whole prompts: the training-free form of methods that retrieve adapters by the similarity of prompts (LoraRetriever, arXiv 2402.09997, trains an encoder
+    for this). The seed determines the prompts of each adapter.
     """
 
     needs_rows = True
@@ -45,11 +45,11 @@ class Centroid(FolderRouter):
         self.pad = 0
 
     def parameters(self) -> dict[str, Any]:
-        """The number and length of the prompts that the centroids are computed from."""
+        """The number and the length of the prompts from which centroids are computed."""
         return {"prompts": PROMPTS, "longest": LONGEST}
 
     def make(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress, processes: Processes) -> None:
-        """Compute the centroids; processes share the adapters."""
+        """Compute the centroids. The adapters are divided among the processes."""
         self.pad = padding_token(model, tokenizer)
         mine = processes.share(list(enumerate(self.names)))
         computed = {}
@@ -64,7 +64,7 @@ class Centroid(FolderRouter):
         self.centroids = torch.stack([merged[index] for index in range(len(self.names))])
 
     def groups(self, task: Task, allowed: Sequence[int], prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-        """The prompts of each adapter whose centroid is nearest to them."""
+        """For each adapter, the prompts to which its centroid is the nearest."""
         assert self.choice is not None
         if not prompts:
             return iter(())
@@ -79,12 +79,12 @@ class Centroid(FolderRouter):
 
 @torch.inference_mode()
 def mean_states(model: nn.Module, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """The mean of the last hidden states over the tokens of each text, of which at most the last :data:`LONGEST` are read.
+    """The mean of the last hidden states over the tokens of each text; of longer texts, only the last :data:`LONGEST` tokens are read.
 
     Args:
         model: A causal language model.
         texts: Token ids of each text.
-        pad: Id of the padding token, which has no influence.
+        pad: Token id of the padding, which does not affect the result.
 
     Returns:
         float32 (texts, hidden), on the CPU.

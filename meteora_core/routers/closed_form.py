@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS = 8_000
-"""Number of tokens of each adapter's training rows that the gates are computed from, or more by less than a row."""
+"""Number of tokens of each adapter's training rows from which the gates are computed. The last row is used as a whole, so there may be a few more."""
 
 ANSWER_SHARE = 0.8
 BATCH = 8
@@ -36,14 +36,14 @@ LONGEST = 1024
 class ClosedForm(FolderRouter):
     """MeteoRA with gates from ridge regression (:func:`meteora_core.training.ridge.ridge_gates`) of each token's adapter on the input of each layer.
 
-    Nothing is trained. The default top-k is 2. The rows are drawn by the seed.
+    Nothing is trained. The default top-k is 2. The seed determines the rows.
     """
 
     default_top_k = 2
     needs_rows = True
 
     def parameters(self) -> dict[str, Any]:
-        """Top-k, and the parameters of the rows that the gates are computed from. The routing temperature is the task's, as for a checkpoint."""
+        """Top-k, and the parameters of the rows from which the gates are computed. As with a checkpoint, the task determines the routing temperature."""
         return {"top_k": self.top_k, "tokens": TOKENS, "answer_share": ANSWER_SHARE, "longest": LONGEST}
 
     def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress, processes: Processes) -> None:
@@ -74,7 +74,7 @@ class ClosedForm(FolderRouter):
 
     @contextmanager
     def ready(self, task: Task) -> Iterator[RoutedModel]:
-        """Context manager that yields the model; the adapters that are removed for a task are muted."""
+        """Context manager that yields the model. Adapters that are removed for a task are muted."""
         state = meteora_of(self._model)
         state.mute(self.name.removed(task, self.names))
         try:

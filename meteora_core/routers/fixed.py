@@ -17,7 +17,7 @@ class Oracle(FolderRouter):
     """The adapter of the row's task with weight 1. Composites, which have no adapter of their own, and tasks without an adapter are left out."""
 
     def evaluates(self, task: Task) -> bool:
-        """Whether the folder has an adapter of the task's name."""
+        """Whether the folder contains an adapter with the task's name."""
         return task.name in self.names
 
     def groups(self, task: Task, allowed: Sequence[int], prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
@@ -30,12 +30,12 @@ class Oracle(FolderRouter):
 class Uniform(FolderRouter):
     """The mean of all adapters: ``y = W x + (1 / N) sum_i s_i B_i A_i x``.
 
-    It equals PEFT's ``add_weighted_adapter`` with equal weights 1 / N and ``combination_type="cat"``, the uniform merge that libraries of adapters are
-    compared with (as in Ostapenko et al., arXiv 2405.11157).
+    It equals PEFT's ``add_weighted_adapter`` with weights 1 / N and ``combination_type="cat"``: the uniform merge that serves as a baseline for libraries of
+    adapters (as in Ostapenko et al., arXiv 2405.11157).
     """
 
     def groups(self, task: Task, allowed: Sequence[int], prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-        """All prompts, with the same weight for every adapter that is allowed."""
+        """All prompts, with equal weights for the adapters that are allowed."""
         assert self.choice is not None
         weights = torch.zeros(len(self.names))
         weights[list(allowed)] = 1 / len(allowed)
@@ -44,10 +44,10 @@ class Uniform(FolderRouter):
 
 
 class Random(FolderRouter):
-    """One adapter for each prompt, drawn uniformly. The draw depends on the seed, the task and the row alone, not on batches or processes."""
+    """One adapter for each prompt, drawn uniformly. The draw depends only on the seed, the task and the row, not on batches or processes."""
 
     def groups(self, task: Task, allowed: Sequence[int], prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-        """The prompts of each drawn adapter."""
+        """For each adapter, the prompts for which it was drawn."""
         drawn: dict[int, list[Prompt]] = {}
         for prompt in prompts:
             drawn.setdefault(allowed[draw(self.seed, task.name, prompt.index) % len(allowed)], []).append(prompt)
@@ -55,12 +55,12 @@ class Random(FolderRouter):
 
 
 def draw(seed: int, task: str, row: int) -> int:
-    """A pseudo-random number of 64 bits for a row of a task."""
+    """A pseudo-random 64-bit number for a row of a task."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{task}:{row}".encode()).digest()[:8], "big")
 
 
 def one_adapter_each(router: FolderRouter, groups: dict[int, list[Prompt]]) -> Iterator[Sequence[Prompt]]:
-    """Yield the prompts of each adapter, after its weight was set to 1."""
+    """For each adapter, set its weight to 1 and yield its prompts."""
     assert router.choice is not None
     for adapter, prompts in sorted(groups.items()):
         router.choice.only(adapter)

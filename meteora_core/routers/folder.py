@@ -1,4 +1,4 @@
-"""The common part of the routers: a folder of adapters, all in one base model, with the asked task's adapters removed if so wanted."""
+"""The base class of routers: all adapters of a folder in one base model, optionally without the adapter of the task that is evaluated."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 
 class FolderRouter:
-    """A router over all adapters of a folder. Subclasses say how adapters are scored, or divide prompts into groups with one adapter each.
+    """A router over all adapters of a folder. Subclasses either score the adapters for each token, or divide prompts into groups with fixed weights.
 
     Args:
         name: Name of the router.
-        plan: The evaluation, which says where the adapters and their training rows are.
+        plan: The evaluation, with the folders of adapters and training rows.
 
     Attributes:
         default_top_k: Number of adapters per token unless the plan sets it.
-        needs_rows: Whether the router is made from training rows of every adapter's task.
+        needs_rows: Whether the router requires training rows of every adapter's task.
         folders: The folders of the adapters, by name.
         names: The names of the adapters, in order.
         seed: The seed of the router.
-        choice: The routing in the model; None while the adapters are in no model.
+        choice: The routing in the model; None unless the adapters are in a model.
     """
 
     default_top_k = 1
@@ -87,7 +87,7 @@ class FolderRouter:
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """Everything that the router's choices depend on, as plain values."""
+        """Everything on which the router's choices depend, as plain values."""
         return {
             "method": self.name.name,
             "without_asked": self.name.without_asked,
@@ -98,7 +98,7 @@ class FolderRouter:
         }
 
     def enter(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress, processes: Processes) -> None:
-        """Make the router, and put the adapters into a base model. Raises AdapterError."""
+        """Prepare the router, and put the adapters into a base model. Raises AdapterError."""
         self.make(model, tokenizer, progress, processes)
         choice = Choice(len(self.names), self.top_k, self.temperature, next(model.parameters()).device)
         self._remove = install(model, AdapterBank.from_peft(self.folders), wrap_routed(choice, self.scorer))

@@ -1,4 +1,4 @@
-"""A linear layer with several adapters that are weighted by any rule, in plain PyTorch: the reference that all compared routers share."""
+"""A linear layer with several adapters and any rule for their weights, in plain PyTorch, which all compared routers share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Choice:
         self.fixed = torch.zeros(count, device=device)
 
     def allow(self, indices: Iterable[int]) -> None:
-        """Allow these adapters and no others."""
+        """Allow only these adapters."""
         self.allowed.zero_()
         self.allowed[list(indices)] = True
 
@@ -77,7 +77,7 @@ class RoutedLinear(WrappedLinear):
         base_layer: The linear layer that is wrapped.
         stack: The adapters' weights.
         choice: The routing, which all layers share.
-        scorer: The function that scores the adapters for each token; None takes the fixed weights of ``choice``.
+        scorer: The function that scores the adapters for each token; None means the fixed weights of ``choice``.
     """
 
     owners: Tensor
@@ -144,7 +144,7 @@ def install(model: nn.Module, bank: AdapterBank, wrap: Wrap) -> Callable[[], Non
     for path, stack in bank.modules.items():
         if stack.tables or stack.pending or stack.experts > 1:
             raise AdapterError(
-                f"{path}: routers are compared with plain LoRA adapters of linear layers, without DoRA, biases and whole weights",
+                f"{path}: routers are compared on plain LoRA adapters of linear layers, without DoRA, biases and whole weights",
                 hint="leave out adapters of other kinds, or evaluate them with --model meteora",
             )
     targets = find_targets(model, bank)

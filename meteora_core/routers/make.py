@@ -1,4 +1,4 @@
-"""Makes the router that a name names."""
+"""Makes a router from its name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_router(name: RouterName, plan: EvalPlan) -> Router:
 
     Args:
         name: Name of the router. The gates of a checkpoint (``router:meteora``) need no router.
-        plan: The evaluation, which says where adapters and training rows are, and how many adapters a token has.
+        plan: The evaluation, with the folders of adapters and training rows, and the number of adapters per token.
 
     Raises:
         UsageError: The name is that of a checkpoint's gates.

@@ -1,4 +1,4 @@
-"""PHATGOOSE: one gate per adapter and layer, trained with this adapter alone, and compared with the other adapters' gates only at inference."""
+"""PHATGOOSE: one gate per adapter and layer, which is trained with this adapter alone; the gates of different adapters meet only at inference."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Phatgoose(FolderRouter):
     and the adapter frozen: ``y = W x + sigmoid(v x) s B A x``. At inference the gates ``v_i`` and the token ``x`` are standardised to mean 0 and variance 1
     over the features, and each token is routed by the softmax of its top-2 scores ``v_i x / sqrt(in)``.
 
-    Trained gates are stored in the folder of the results, one small file per adapter, so that an interrupted or repeated evaluation does not train them
-    again. Processes share the adapters.
+    Trained gates are stored in the folder of the results, in one small file per adapter, so an interrupted or repeated evaluation does not train them again.
+    The adapters are divided among the processes.
     """
 
     default_top_k = 2

@@ -1,4 +1,4 @@
-"""SpectR, which routes each token to the adapters whose updates of it are largest."""
+"""SpectR, which routes each token to the adapters with the largest updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SpectR(FolderRouter):
     """SpectR (Fleshman and Van Durme, arXiv 2504.03454): per token and layer, the softmax of the top-k norms ``||s_i B_i A_i x||``.
 
     The paper writes an adapter's update as ``U_i S_i V_i^T`` and scores by ``||S_i V_i^T x||``, which is the same, because ``U_i`` has orthonormal columns.
-    Arrow scores by the first row of ``V_i^T`` alone. The default top-k is that of PEFT's Arrow, 3.
+    Arrow scores by the first row of ``V_i^T`` alone. The default top-k is 3, as for PEFT's Arrow.
     """
 
     default_top_k = 3
