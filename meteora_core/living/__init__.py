@@ -1,1 +1,1 @@
-"""Banks that change: adds adapters to a checkpoint or a loaded model, removes them, and makes a routed model of a folder of adapters."""
+"""Makes a routed model of a folder of adapters, and adds and removes adapters of checkpoints and loaded models, with gates in closed form."""

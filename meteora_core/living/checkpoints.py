@@ -40,7 +40,7 @@ _STALE = ("inputs", "inputs_hash", "held_out", "history", "evaluations", "best_s
 """Keys of a checkpoint's training record that are no longer valid after an adapter was added or removed."""
 
 BARE_SHARE = 0.25
-"""Share of an adapter's weight in its statistics from a run of its rows on the base model alone."""
+"""Share of an adapter's weight in its statistics that comes from running its rows through the base model alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Listed:
         source: Folder from which it was read; empty if it was read from a checkpoint.
         statistics: Size of its statistics in bytes; None if there are none.
         form: Form of its second moments: "float32", "float16" or "low-rank"; None if there are no statistics.
-        tokens, rows: Number of tokens and rows from which the statistics were computed.
+        tokens, rows: Numbers of tokens and of rows from which the statistics were computed.
         frame: Frame of its prompts; None if there are no statistics.
     """
 
@@ -225,7 +225,7 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
 
 
 def relocate(model: Any, folders: Mapping[str, Path], checkpoint: Path) -> None:
-    """Make the recorded folders of adapters relative to the checkpoint, so that they do not depend on the working directory. Those on the hub stay.
+    """Make the recorded folders of adapters relative to the checkpoint, so that they do not depend on the working directory. Ids on the hub are kept.
 
     Args:
         model: A model with adapters attached; its routing state is changed.
@@ -288,7 +288,7 @@ def write_with_statistics(checkpoint: Path, config: dict[str, Any], tensors: dic
 
 @contextmanager
 def _locked(checkpoint: Path) -> Iterator[None]:
-    """Prevent other processes from changing a checkpoint within the block."""
+    """Prevent other processes from changing a checkpoint during the block."""
     refuse_hub(checkpoint)
     read_config(checkpoint)  # rejects a path that is not a checkpoint before a lock file is created
     check_replaceable(checkpoint)

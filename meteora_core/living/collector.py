@@ -1,4 +1,4 @@
-"""The statistics and held-out rows of adapters: existing statistics are used, missing ones are collected from rows."""
+"""Finds the statistics and the held-out rows of adapters. Missing statistics are collected from rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FindRows = Callable[[str, Path | None], AdapterRows | None]
 
 
 def collecting(options: CollectOptions, base: BaseReference, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Collecting:
-    """The parameters of a collection for a base model, with the numbers of ``options``."""
+    """The parameters of a collection for a base model, with the sizes and the seed in ``options``."""
     return Collecting(
         base,
         padding_token(model, tokenizer),
@@ -66,7 +66,7 @@ class Collector:
 
     Attributes:
         folders: PEFT folders of adapters by name, if known.
-        frame: Frame of the prompts, as text with ``{}`` for the message. General text for the base route has it too.
+        frame: Frame of the prompts, as text with ``{}`` for the message. It also applies to general text for the base route.
         written: Names of the adapters that wrote their rows themselves.
     """
 
@@ -86,7 +86,7 @@ class Collector:
         self._find, self._found, self._numbers = find, dict[str, AdapterRows | None](), count()
 
     def rows(self, name: str) -> AdapterRows | None:
-        """The rows of an adapter; None if there are none. Those of the base route are general text, unless there are others. Raises DataError."""
+        """The rows of an adapter; None if there are none. The rows of the base route are general text, unless others are found. Raises DataError."""
         if name not in self._found:
             self._found[name] = self._find(name, self.folders.get(name))
         if name == NO_ADAPTER and self._found[name] is None:

@@ -15,7 +15,7 @@ from meteora_core.living.rows import AdapterRows
 from meteora_core.training.task_rows import split_held_out
 
 GENERAL_TEXT = "general text"
-"""The source that is reported for rows of general text."""
+"""The name that is reported as the source of general text."""
 
 _FILE = "general_text.json"
 
@@ -36,7 +36,7 @@ def _entries() -> tuple[_Entry, ...]:
 def general_rows(frame: Frame, seed: int = 42) -> AdapterRows:
     """Rows of general text: passages of many kinds without a prompt, and questions in the frame of the adapters' prompts with their answers.
 
-    The texts were written for Meteora and have its licence. They are in English for the most part, some in German, French, Spanish and Italian.
+    The texts were written for Meteora and have its licence. Most are in English, and some in German, French, Spanish and Italian.
 
     Args:
         frame: Frame of the adapters' prompts.

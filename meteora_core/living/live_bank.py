@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from meteora_core.adapters.peft_folder import AdapterInfo
 
 CORRECTIONS = (0.0, 0.5, 1.0)
-"""When trained gates are solved again: the shares of the correction from gradient training, relative to the closed form, that are compared."""
+"""The shares of the correction from gradient training that are compared when trained gates are solved again."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class LiveBank:
     def _correct(
         self, before: _Before, gates: Mapping[str, Tensor], statistics: Mapping[str, GateStatistics], held_out: HeldOut, changed: str
     ) -> tuple[float, dict[str, float]]:
-        """Add the share of the correction from gradient training that is best on held-out rows; return the share and the measurements."""
+        """Add the share of the correction from gradient training that is best on held-out rows. Returns the share and the measurements."""
         old = [name for name in before.bank.names if name in self.names and name != changed]
         if not any(held_out.rows) or any(name not in statistics for name in before.bank.names if name != changed) or changed in before.bank.names:
             return 0.0, self._measure(held_out)

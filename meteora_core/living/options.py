@@ -55,7 +55,7 @@ class CollectOptions:
 
     @classmethod
     def from_settings(cls, settings: Settings, progress: Progress = SILENT) -> Self:
-        """The options that settings determine. The base model is the default, because only a command knows whether its user chose one."""
+        """The options that the settings determine; ``base`` keeps its default, because the setting always has a value."""
         model, route = settings.model, settings.route
         return cls(
             data=settings.paths.data,

@@ -60,7 +60,7 @@ class RouteOptions(CollectOptions):
         exclude: Names of adapters to leave out.
         top_k: Number of adapters per token in each layer; None for 2, or 1 if there is only one adapter and no base route.
         temperature: Routing temperature; divides the chosen gate logits before the softmax.
-        base_route: Whether to add the base route, which tokens choose that need no adapter.
+        base_route: Whether to add the base route, for tokens that need no adapter.
         steps: Number of gradient steps after the closed form; 0 for none.
         embed: Whether to store the adapters' weights in the checkpoint; None to store them if they have at most :data:`EMBEDDED` bytes.
         overwrite: Whether an existing checkpoint is replaced.

@@ -1,4 +1,4 @@
-"""Rows for adapters without data: text that an adapter writes itself."""
+"""Writes rows for an adapter without data by sampling from the adapter itself."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def self_written_rows(
 ) -> AdapterRows:
     """Let an adapter write rows: its answers to prompts that it wrote from the start of the frame, and to neutral questions.
 
-    Tokens are drawn from the model's distribution at temperature 1. An adapter whose training covered its prompts writes prompts of its task; any other
-    still answers in its own manner.
+    Tokens are drawn from the model's distribution at temperature 1. An adapter that was trained on its prompts as well writes prompts of its task; others at
+    least answer in their own style.
 
     Args:
         model: The base model without adapters; it has none afterwards either.

@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-2
 def train_solved_gates(model: PreTrainedModel, collector: Collector, steps: int, workspace: Path, progress: Progress) -> dict[str, Any]:
     """Train the gates of a routed model by gradients, starting from their present values; the adapters stay as they are.
 
-    Rows, batch size, seed and answer share are those of the collector. Gates are float32 meanwhile and keep their dtype.
+    Rows, batch size, seed and answer share are those of the collector. The gates are trained in float32 and converted back to their dtype.
 
     Args:
         model: A model with adapters attached and gates in closed form.

@@ -1,1 +1,1 @@
-"""The server: continuous batching over one model with adapters, and an HTTP interface that OpenAI's clients understand."""
+"""The server: continuous batching for one model with adapters, and an HTTP interface that is compatible with OpenAI's clients."""

@@ -1,4 +1,4 @@
-"""Changes to the bank of a running server, in memory: the checkpoint on disk stays as it is."""
+"""Changes to the bank of a running server, in memory; the checkpoint on disk is not changed."""
 
 from __future__ import annotations
 

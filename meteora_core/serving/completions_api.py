@@ -58,7 +58,7 @@ def _head(plan: CompletionPlan) -> dict[str, Any]:
 
 
 def _usage(plan: CompletionPlan, answers: Sequence[Answer]) -> dict[str, Any]:
-    """The usage; the prompt of several choices counts once."""
+    """The usage. A prompt counts once, even if it has several choices."""
     count = plan.request.n or 1
     done = [answer.done for answer in answers if answer.done is not None]
     return usage(each if index % count == 0 else replace(each, prompt_tokens=0, cached_tokens=0) for index, each in enumerate(done))

@@ -1,4 +1,4 @@
-"""Errors in the form that OpenAI's clients expect."""
+"""Errors in the format that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ApiError(MeteoraError):
         status: HTTP status.
         message: What happened, in one line.
         hint: What the client can do about it.
-        param: Name of the field that is at fault.
-        code: OpenAI's code of the error.
+        param: Name of the invalid field.
+        code: Error code in OpenAI's API.
     """
 
     def __init__(self, status: int, message: str, *, hint: str | None = None, param: str | None = None, code: str | None = None) -> None:
@@ -27,7 +27,7 @@ class ApiError(MeteoraError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's API writes it."""
+        """The body of the response, in the format of OpenAI's API."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         text = self.message if self.hint is None else f"{self.message} ({self.hint})"
@@ -56,7 +56,7 @@ def of_failure(failure: Failed) -> ApiError:
 
 
 def of_validation(error: Any) -> ApiError:
-    """The error of the API for a body that the protocol's models refuse."""
+    """The error of the API for a body that does not conform to the protocol."""
     problems = error.errors()
     first = problems[0] if problems else {"loc": (), "msg": "the request is not valid", "type": ""}
     place = [str(part) for part in first["loc"] if part not in ("body", "query")]

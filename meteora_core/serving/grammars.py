@@ -1,4 +1,4 @@
-"""Answers that match a grammar, such as a JSON schema, by llguidance."""
+"""Restricts answers to a grammar, such as a JSON schema, with llguidance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Grammars:
 
     Args:
         tokenizer: The model's tokenizer.
-        vocabulary: Number of tokens that the model computes logits for.
+        vocabulary: Number of tokens for which the model computes logits.
         ends: Ids of the tokens that end an answer.
     """
 
@@ -35,7 +35,7 @@ class Grammars:
         self._lock = threading.Lock()
 
     def tokens(self) -> Any:
-        """The tokenizer as llguidance needs it, built at the first call. Raises MeteoraError if llguidance cannot use it."""
+        """The tokenizer in llguidance's format, which is built at the first call. Raises MeteoraError if llguidance cannot use it."""
         with self._lock:
             if self._known is None:
                 try:
@@ -86,7 +86,7 @@ class Matcher:
         self._matcher = matcher
 
     def allow(self, scores: Tensor) -> Tensor:
-        """Scores (vocabulary,) with minus infinity for the tokens that may not follow."""
+        """Scores (vocabulary,), with minus infinity for the tokens that the grammar does not allow next."""
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = ((bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).bool().view(-1)[: scores.shape[0]]
         if allowed.shape[0] < scores.shape[0]:

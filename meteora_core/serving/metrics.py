@@ -18,7 +18,7 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        sample_routes: Number of steps of which one records routes; the tokens of these steps count this often.
+        sample_routes: Interval, in steps, at which routes are recorded. The tokens of a recorded step count this many times.
     """
 
     def __init__(self, sample_routes: int = 1) -> None:
@@ -60,7 +60,7 @@ class Metrics:
                     self._adapters.labels(printable(name)).inc(share * self._sample)
 
     def text(self, scheduler: Scheduler) -> bytes:
-        """All metrics, with the present state of a scheduler, in the text format."""
+        """All metrics in the text format, with the current state of a scheduler."""
         from prometheus_client import generate_latest
 
         running, waiting = scheduler.load

@@ -10,7 +10,7 @@ from meteora_core.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class SamplingOptions(Sampling):
-    """How the tokens of an answer are chosen, and when it ends; the attributes of :class:`meteora_core.generation.sampling.Sampling`, and more.
+    """How the tokens of an answer are chosen, and when it ends. In addition to the attributes of :class:`meteora_core.generation.sampling.Sampling`:
 
     Attributes:
         stop: Texts that end the answer; they are not part of it.

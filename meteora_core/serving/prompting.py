@@ -1,4 +1,4 @@
-"""Turns the messages of a request into a prompt, as the model was trained to read it."""
+"""Turns the messages of a request into a prompt in the format that the model was trained on."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _plain(message: ChatMessage, knows_tools: bool) -> dict[str, Any]:
 
 
 def _function(function: dict[str, Any]) -> dict[str, Any]:
-    """A call for a chat template, which expects arguments as an object."""
+    """A call in the form that chat templates expect, with its arguments as an object."""
     try:
         return {**function, "arguments": json.loads(function["arguments"])}
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""`POST /v1/responses`, in its plain form: text in, text out, nothing stored."""
+"""`POST /v1/responses` for text. Nothing is stored."""
 
 from __future__ import annotations
 

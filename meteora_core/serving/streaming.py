@@ -1,4 +1,4 @@
-"""HTTP responses that stop their work when the client has gone."""
+"""HTTP responses whose work stops when the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 PING_SECONDS = 15.0
-"""Time without an event after which a comment is sent, so that proxies keep the connection."""
+"""Time without an event, in seconds, after which a comment is sent, so that proxies keep the connection open."""
 CLOSED = 499
-"""The status that is logged for a client that has gone."""
+"""The status that is logged for a client that has disconnected."""
 
 
 async def gone(receive: Receive) -> None:
@@ -28,7 +28,7 @@ class EventStream(Response):
 
     Args:
         events: The encoded events.
-        work: An entered context manager, which is left when the stream ends or the client has gone.
+        work: An entered context manager, which is exited when the stream ends or the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -75,7 +75,7 @@ class EventStream(Response):
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-    """The result of ``work`` as JSON; if the client closes the connection first, ``work`` is cancelled."""
+    """The result of ``work`` as a JSON response. If the client closes the connection first, ``work`` is cancelled."""
     task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone(request.receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)

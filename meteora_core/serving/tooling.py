@@ -29,7 +29,7 @@ class Call:
 
 
 def described(tools: Sequence[Tool]) -> str:
-    """The text that tells a model without tools in its chat template about them."""
+    """A text that describes the tools, for models whose chat template does not support tools."""
     lines = ["You may call these functions:"]
     for tool in tools:
         function = tool.function
@@ -59,7 +59,7 @@ def may_be_call(text: str) -> bool:
 
 
 def calls_in(text: str, tools: Sequence[Tool]) -> list[Call]:
-    """The calls that an answer consists of; empty if it is a text."""
+    """The calls of which an answer consists; empty if the answer is text."""
     names = {tool.function.name for tool in tools}
     stripped = text.strip()
     if stripped.startswith(OPEN):

@@ -1,8 +1,8 @@
 """MeteoRA in vLLM: the plugin that vLLM finds through the entry points ``vllm.general_plugins`` and ``vllm.endpoint_plugins``.
 
-A model folder that ``meteora ckpt export --format vllm`` wrote names the quantisation method "meteora". :func:`register` adds this method to vLLM, and
-hooks that give each request its routing options. The plugin imports nothing but vLLM, :mod:`meteora_kernels`, safetensors and the checkpoint's files,
-because vLLM needs other versions of transformers than the rest of Meteora.
+``meteora ckpt export --format vllm`` writes model folders with the quantisation method "meteora". :func:`register` adds this method to vLLM, together with
+hooks that give each request its routing options. The plugin imports only vLLM, :mod:`meteora_kernels`, safetensors and the modules that read a checkpoint,
+because vLLM and the rest of Meteora need different versions of transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ METHOD = "meteora"
 def register() -> None:
     """Add the quantisation method and its hooks to vLLM; called by vLLM in every process, possibly more than once.
 
-    If the installed vLLM is outside the tested range, vLLM works as without the plugin, and models with adapters are refused with the reason.
+    If the installed version of vLLM was not tested, vLLM works as without the plugin, and models with adapters are refused with a reason.
 
     Example:
         >>> from meteora_core.integrations.vllm import register

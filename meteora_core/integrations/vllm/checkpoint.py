@@ -1,4 +1,4 @@
-"""The part of an exported model folder that holds gates and adapters."""
+"""Reads the gates and adapters of an exported model folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AGAIN = "write the folder again with `meteora ckpt export CHECKPOINT DIR --form
 
 
 class Store:
-    """Reads a native checkpoint with embedded adapters. Tensors are read when they are asked for.
+    """Reads a native checkpoint with embedded adapters. Each tensor is read when it is needed.
 
     Args:
         folder: The checkpoint's folder.
@@ -30,7 +30,7 @@ class Store:
         names: Names of the adapters, in order.
         top_k: Number of adapters per token.
         temperature: Routing temperature T.
-        modules: For every adapted linear layer's path, the ``ranks`` and ``scaling`` of all adapters.
+        modules: The ``ranks`` and ``scaling`` of all adapters in each adapted linear layer, by the layer's path.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The quantisation configuration "meteora": which of vLLM's linear layers have adapters."""
+"""The quantisation configuration "meteora", which determines the linear layers that have adapters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from meteora_core.integrations.vllm.options import Options
 _log = logging.getLogger(__name__)
 
 COUNT_EVERY = "METEORA_VLLM_COUNT_EVERY"
-"""The environment variable that sets at which steps the tokens of each adapter are counted: every step, every second step …; 0 (the default) counts none."""
+"""The environment variable with the interval, in steps, at which the choices of adapters are counted: 1 counts every step; 0, the default, none."""
 
 
 class MeteoraConfig(NamedConfig):
-    """What ``quantization_config`` of the exported folder's ``config.json`` says.
+    """The ``quantization_config`` in ``config.json`` of an exported folder.
 
     Args:
         settings: ``checkpoint`` (the folder of gates and adapters, relative to the model's folder), and optionally ``top_k``, ``temperature``,
-            ``base`` (the quantization_config of the base model), ``wide`` (whether a copy of B in the rows of the weights may make prefill faster) and
-            ``fixed_options`` (whether the GPU kernels have top_k and T as constants, so that requests with other options run without CUDA graphs).
+            ``base`` (the quantization_config of the base model), ``wide`` (whether weights may contain a copy of B in additional columns, which makes
+            prefill faster) and ``fixed_options`` (whether top_k and T are constants of the GPU kernels, so that requests with other options run without
+            CUDA graphs).
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -54,7 +55,7 @@ class MeteoraConfig(NamedConfig):
     def store(self) -> Store:
         """The checkpoint."""
         if self._store is None:
-            raise ValueError("the folder of the model is not known yet; this version of vLLM calls the plugin in another order than the tested ones")
+            raise ValueError("the folder of the model is not known yet; this version of vLLM calls the plugin in a different order from the tested versions")
         return self._store
 
     @property
@@ -71,7 +72,7 @@ class MeteoraConfig(NamedConfig):
             raise ValueError(f"top_k {default.top_k} or temperature {default.temperature} is out of range for {count} adapters")
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes that models ask a quantised base's configuration for."""
+        """Look up an attribute in the configuration of a quantised base model, because vLLM's models read some of them."""
         base = vars(self).get("base")
         if base is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -102,7 +103,7 @@ class MeteoraConfig(NamedConfig):
         self._open(root / inside)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Learn the names that vLLM gives to the model's layers."""
+        """Record the names that vLLM gives to the model's layers."""
         if self.base is not None:
             self.base.apply_vllm_mapper(hf_to_vllm_mapper)
         for path in self.store.modules:
@@ -134,10 +135,10 @@ class MeteoraConfig(NamedConfig):
         return method_for(self, under, members)
 
     def check_complete(self) -> None:
-        """Raise ValueError if vLLM's model has no layers for some adapters. It is called once all layers have been built."""
+        """Raise ValueError if vLLM's model has no layers for some adapters. This is called after all layers have been built."""
         from vllm.distributed import get_pp_group
 
-        if self.checked or get_pp_group().world_size > 1:  # with a pipeline, the other layers are in other processes
+        if self.checked or get_pp_group().world_size > 1:  # with pipeline parallelism, the other layers are in other processes
             return
         self.checked = True
         if left := sorted(set(self.store.modules) - self.taken):

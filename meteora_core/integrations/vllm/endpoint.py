@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import HTTPException, Request
 
 PREFIX = "/v1/meteora"
-"""vLLM's ``--api-key`` guards the paths under /v1."""
+"""The prefix of the paths. vLLM's ``--api-key`` protects all paths under /v1."""
 METRIC = "meteora:adapter_choices"
 
 
@@ -51,7 +51,7 @@ class MeteoraEndpoints:
         app.add_middleware(_Refresh)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Remember the engine."""
+        """Store the engine, for later requests."""
         state.meteora_engine = engine_client
 
 
@@ -82,13 +82,13 @@ def _engine(state: Any) -> Any:
 
 
 def _config(state: Any) -> Any:
-    """The quantisation configuration of the served model, or None if it is another one."""
+    """The quantisation configuration of the served model; None if the model has no MeteoRA adapters."""
     config = getattr(getattr(getattr(state, "meteora_engine", None), "vllm_config", None), "quant_config", None)
     return config if config is not None and config.get_name() == "meteora" else None
 
 
 async def _counts(state: Any) -> dict[str, Any]:
-    """The counts of all layers. The processes of a tensor-parallel group count the same tokens, those of a pipeline count different layers."""
+    """The counts of all layers. Processes of a tensor-parallel group count the same tokens; those of a pipeline count different layers."""
     found = await _engine(state).collective_rpc("meteora_counts")
     parallel = _engine(state).vllm_config.parallel_config
     stages = found[:: max(1, parallel.tensor_parallel_size)]

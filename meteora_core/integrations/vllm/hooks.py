@@ -1,7 +1,7 @@
 """The hooks that give vLLM's requests their routing options.
 
-Every hook wraps a function of vLLM and calls it with its own arguments. :func:`install` sets those of the processes that receive requests and schedule them,
-:func:`install_in_worker` those of the processes that run the model, when the first layer is built there.
+Every hook wraps a function of vLLM and calls it with unchanged arguments. :func:`install` sets the hooks of processes that receive and schedule requests.
+:func:`install_in_worker` sets those of processes that run the model, when the first layer is built.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_ours(config: Any) -> bool:
 
 
 def hook(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replace ``owner.name`` by a function that calls ``around(function, *arguments)``; once for each."""
+    """Replace ``owner.name`` with a function that calls ``around(function, *arguments)``. Further calls have no effect."""
     function = getattr(owner, name)
     if hasattr(function, _MARK):
         return
@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def validate(function: Callable[..., Any], processor: Any, params: Any, *arguments: Any, **named: Any) -> Any:
-    """Refuse requests with wrong options; vLLM's server answers them with status 400."""
+    """Refuse requests with invalid options; vLLM's server answers them with status 400."""
     config = processor.vllm_config
     extra = getattr(params, "extra_args", None)
     if extra and is_ours(config):
@@ -61,7 +61,7 @@ def validate(function: Callable[..., Any], processor: Any, params: Any, *argumen
 
 
 def block_keys(function: Callable[..., Any], request: Any, *arguments: Any, **named: Any) -> Any:
-    """Add the routing options to the keys of cached blocks: keys and values of other options are other numbers."""
+    """Add the routing options to the keys of cached blocks, because the cached keys and values depend on them."""
     keys, multimodal = function(request, *arguments, **named)
     extra = getattr(request.sampling_params, "extra_args", None) or {}
     mine = tuple((key, repr(extra[key])) for key in sorted(extra) if key.startswith(PREFIX) and key != "meteora_trace")
@@ -69,7 +69,7 @@ def block_keys(function: Callable[..., Any], request: Any, *arguments: Any, **na
 
 
 def install_in_worker() -> None:
-    """Set the hooks of the model runners that this process has imported, and add the calls by which the server reads routes and counts."""
+    """Set the hooks of the model runners that this process has imported, and add the methods through which the server reads routes and counts."""
     first = sys.modules.get("vllm.v1.worker.gpu_model_runner")
     second = sys.modules.get("vllm.v1.worker.gpu.model_runner")
     if first is not None:
@@ -87,7 +87,7 @@ def install_in_worker() -> None:
 
 
 def execute(function: Callable[..., Any], runner: Any, output: Any, *arguments: Any, **named: Any) -> Any:
-    """A step of either model runner."""
+    """Run a step of either model runner."""
     dummy = named.get("dummy_run") or (len(arguments) > 1 and arguments[1] is True)
     if dummy or not is_ours(runner.vllm_config):
         return function(runner, output, *arguments, **named)
@@ -99,7 +99,7 @@ def execute(function: Callable[..., Any], runner: Any, output: Any, *arguments: 
 
 
 def prepare_first(function: Callable[..., Any], runner: Any, output: Any, counts: Any, *arguments: Any, **named: Any) -> Any:
-    """The order of requests in the first model runner."""
+    """Record the order of the requests in the first model runner."""
     found = function(runner, output, counts, *arguments, **named)
     if RUNTIME.ordered:
         RUNTIME.arrange(list(runner.input_batch.req_ids[: runner.input_batch.num_reqs]), counts)
@@ -107,7 +107,7 @@ def prepare_first(function: Callable[..., Any], runner: Any, output: Any, counts
 
 
 def prepare_second(function: Callable[..., Any], runner: Any, *arguments: Any, **named: Any) -> Any:
-    """The order of requests in the second model runner."""
+    """Record the order of the requests in the second model runner."""
     batch = function(runner, *arguments, **named)
     if RUNTIME.ordered:
         RUNTIME.arrange(list(batch.req_ids), batch.num_scheduled_tokens)

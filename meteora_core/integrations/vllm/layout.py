@@ -1,4 +1,4 @@
-"""The memory of a layer's gates and adapters, and of the base weights that run together with them."""
+"""The memory layout of a layer's gates and adapters, and of the base weights that are computed together with them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from meteora_kernels.wide import Wide
 class Shape:
     """Ranks and sizes that the members of a layer share.
 
-    The kernels take members of equal ranks and scaling. Where members differ, an adapter gets the largest of its ranks, with rows of zeros in the other
-    members; a member whose scaling differs gets the ratio in its B; a member without adapters gets zeros.
+    The kernels require the same ranks and scaling in all members. Therefore, an adapter has the largest of its ranks in every member, padded with rows of
+    zeros; in a member whose scaling differs, B is multiplied by the ratio; a member without adapters is all zeros.
 
     Attributes:
-        paths: The checkpoint's layer of every member, or None.
+        paths: Path of every member's layer in the checkpoint; None for members without adapters.
         widths: Number of outputs of every member in this process.
         ranks: Rank of every adapter.
         scaling: Scaling of every adapter.
@@ -51,7 +51,7 @@ class Shape:
 
     @property
     def stacked(self) -> int:
-        """Rows of gates and A of one member, with padding."""
+        """The number of rows of one member's gates and A, including padding."""
         return stacked_rows_of(len(self.ranks), self.total_rank)
 
 
@@ -61,15 +61,15 @@ class Block:
     Args:
         shape: The members.
         hidden: Number of inputs in this process.
-        like: A tensor of the wanted dtype and device.
-        base: Whether the block starts with the base weights (O, h).
+        like: A tensor with the dtype and the device of the block.
+        base: Whether the base weights (O, h) are the first rows of the block.
         wide: Whether its rows may also hold B^T (:mod:`meteora_kernels.wide`).
 
     Attributes:
-        rows: The block (P, h): base weights if any, then for every member N gate rows, padding, R rows of A, padding.
+        rows: The block (P, h): the base weights, if it has them, and then, for every member, N gate rows, padding, R rows of A, and padding.
         lora_B: B (R, width) of every member, one after the other, flat.
         group: The members for :func:`meteora_kernels.run_group`; None without base weights.
-        adapters: All members for kernels that add adapters to a finished output.
+        adapters: All members, for kernels that add adapters to the output of the base layer.
         single: The adapters of every member, for :func:`meteora_kernels.mix`; None for members without.
     """
 
@@ -98,7 +98,7 @@ class Block:
         self.single = [None if path is None else self._member(index) for index, path in enumerate(shape.paths)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that vLLM must keep with the layer, by the names of its buffers. Sleep mode and reloads then reach them."""
+        """The tensors to register as the layer's buffers, by name, so that vLLM's sleep mode and reloading handle them."""
         found = {"meteora_rows": self.rows, "meteora_B": self.lora_B, "meteora_scaling": self.scaling, "meteora_offsets": self.offsets}
         return found if self.group is None else {**found, "meteora_flags": self.group.flags}
 
@@ -142,7 +142,7 @@ class Block:
         self.place_up()
 
     def place_up(self) -> None:
-        """Copy B into the rows of the weights, where the block has columns for it."""
+        """Copy B into the columns that the block has for it, if any."""
         if self._layout is not None:
             self._layout.place_up(self.rows, self.lora_B, list(self.shape.widths))
 

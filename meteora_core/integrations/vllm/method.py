@@ -1,4 +1,4 @@
-"""The linear method "meteora": a layer's own method, and the adapters of its members."""
+"""The linear method "meteora": the method that a layer has without adapters, plus the adapters of its members."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from meteora_core.integrations.vllm.slices import Slices
 class MeteoraMethodV1(LinearMethodBase):
     """Wraps the linear method that a layer would have without adapters.
 
-    Unquantised base weights on a GPU share one block of memory with gates and A, and run in one operator with the adapters. Other base weights keep their
-    method, and a second operator adds the adapters to its output.
+    Unquantised base weights on a GPU share a block of memory with the gates and A, and one operator computes the base layer and the adapters. Otherwise, the
+    wrapped method computes the base layer, and a second operator adds the adapters to its output.
 
     Args:
         config: The configuration.
         under: The wrapped method.
-        members: For every part of the layer's output, the path of the checkpoint's layer, or None.
+        members: For every part of the layer's output, the path of the layer in the checkpoint; None for parts without adapters.
     """
 
     def __init__(self, config: Served, under: LinearMethodBase, members: Sequence[str | None]) -> None:
@@ -52,7 +52,7 @@ class MeteoraMethodV1(LinearMethodBase):
         self.hidden, self.parts, self.dtype = int(given["input_size_per_partition"]), widths, given["params_dtype"]
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Lay out gates and adapters, and the base weights with them where they run together."""
+        """Fill the block of gates and adapters, and of the base weights if they are computed together."""
         self.config.check_complete()
         store, slices = self.config.store, Slices.of(layer, self.parts)
         widths = self.parts if len(self.members) > 1 else [sum(self.parts)]
@@ -61,7 +61,7 @@ class MeteoraMethodV1(LinearMethodBase):
         if not fused:
             self.under.process_weights_after_loading(layer)
         like = torch.empty(0, dtype=self.dtype, device=layer.weight.device if fused else device_of(layer))
-        if self.block is None:  # when weights are loaded again, captured graphs keep the addresses of the first time
+        if self.block is None:  # captured graphs contain the addresses of the first loading, so later ones reuse its memory
             self.block = Block(shape, self.hidden, like, base=fused, wide=self.config.wide)
         block = self.block
         block.fill(store, slices)
@@ -95,7 +95,7 @@ class MeteoraMethodV1(LinearMethodBase):
 
 @register_weight_loader_v2_supported_method
 class MeteoraMethod(MeteoraMethodV1):
-    """:class:`MeteoraMethodV1` for layers whose weights vLLM loads by their parameters (its loader asks for the class's name)."""
+    """:class:`MeteoraMethodV1` for layers whose weights vLLM loads by their parameters (its loader checks the name of the class)."""
 
 
 def method_for(config: Served, under: LinearMethodBase, members: Sequence[str | None]) -> MeteoraMethodV1:

@@ -1,4 +1,4 @@
-"""The arithmetic of a layer's adapters on top of a finished base output, with the options of every token where a step asks for them."""
+"""Adds a layer's adapters to the output of its base layer, with the options of every token in steps that need them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from meteora_kernels.stacked import gate_rows_of
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What an operator needs of a layer.
+    """A layer, as the operators see it.
 
     Attributes:
-        block: Its memory.
-        sums: Whether gate logits must be added up over the processes of a tensor-parallel group.
+        block: The memory of the layer.
+        sums: Whether gate logits must be summed over the processes of a tensor-parallel group.
         routing: The routing of a plain step.
-        kernels: Whether the GPU kernels run.
+        kernels: Whether the GPU kernels are used.
         runtime: The state of the process.
     """
 
@@ -35,7 +35,7 @@ class Layer:
 
 
 def fresh(parts: list[Tensor], y: Tensor) -> Tensor:
-    """The members' outputs side by side, in memory of their own, because an operator must not return its input."""
+    """The members' outputs, concatenated in new memory, because an operator must not return its input."""
     if len(parts) > 1:
         return torch.cat(parts, dim=1)
     return parts[0].clone() if parts[0].data_ptr() == y.data_ptr() else parts[0]
@@ -64,7 +64,7 @@ def added(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
 
 
 def summed_logits(x: Tensor, adapters: Adapters | None) -> Tensor:
-    """Gate logits float32 (M, N), added up over the processes of the tensor-parallel group."""
+    """Gate logits, float32 (M, N), summed over the processes of the tensor-parallel group."""
     assert adapters is not None
     from vllm.distributed import tensor_model_parallel_all_reduce
 
@@ -86,7 +86,7 @@ def observed(layer: Layer, x: Tensor, y: Tensor, logits: Tensor | None = None) -
         layer: The layer.
         x: Input (M, h).
         y: Base output (M, O).
-        logits: Gate logits (M, N) of the first member, if they are known.
+        logits: Gate logits (M, N) of the first member; None to compute them.
     """
     runtime, shape = layer.runtime, layer.block.shape
     parts, found = torch.split(y, list(shape.widths), dim=1), []

@@ -1,4 +1,4 @@
-"""What the configuration "meteora" and the one that refuses untested versions of vLLM have in common."""
+"""The common base class of the configuration "meteora" and of the one that refuses untested versions of vLLM."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The two operators that vLLM's compiled graphs call: ``group`` (base and adapters together) and ``add`` (adapters on top of a base output).
+"""The two operators in vLLM's compiled graphs: ``group`` computes base layer and adapters together, ``add`` adds adapters to the base layer's output.
 
-A layer's operator receives the layer's block of memory and looks the layer up by its address. All layers of a model then have the same graph, which is
-compiled once. The operators are opaque to compilers: whether a step is plain or observed is decided when they run.
+An operator receives a layer's block of memory, and looks the layer up by the address of the block. Thus all layers of a model have the same graph, which is
+compiled once. The operators are opaque to compilers; whether a step is plain or observed is decided when they run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _layers: dict[int, Layer] = {}
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype, config: Served) -> bool:
-    """Whether the GPU kernels run on a device with a dtype."""
+    """Whether the GPU kernels support a device and a dtype."""
     if plan.why_not_triton(device.type, dtype) is not None or device.type != "cuda":
         return False
     count, top_k = len(config.store.names), config.default.top_k
@@ -58,7 +58,7 @@ def group_fake(x: Tensor, rows: Tensor, outputs: int) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-    """A new tensor with ``y`` (M, O) plus the adapters' share for x (M, h)."""
+    """A new tensor: ``y`` (M, O) plus the outputs of the adapters for x (M, h)."""
     layer = _layers[rows.data_ptr()]
     if layer.runtime.observed:
         return observed(layer, x, y)
@@ -81,7 +81,7 @@ _library = Library("meteora_vllm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def define() -> None:
-    """Register the operators, once in a process."""
+    """Register the operators. Further calls in the same process have no effect."""
     for name, function, fake in (("group", group, group_fake), ("add", add, add_fake)):
         if not hasattr(torch.ops.meteora_vllm, name):
             direct_register_custom_op(op_name=name, op_func=function, fake_impl=fake, target_lib=_library)

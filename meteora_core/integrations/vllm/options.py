@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 PREFIX = "meteora_"
 NAMES = ("meteora_top_k", "meteora_temperature", "meteora_allowed", "meteora_muted", "meteora_force", "meteora_off", "meteora_trace")
-"""The options: adapters per token; routing temperature; the only adapters that may be chosen; adapters that may not; the one adapter for all tokens; 1 for
-the base model alone; 1 to record the routes."""
+"""The options: adapters per token; routing temperature; the only adapters that may be chosen; adapters that may not be chosen; one adapter for all tokens;
+1 for the base model alone; 1 to record the routes."""
 
 
 class Options(NamedTuple):
@@ -29,7 +29,7 @@ class Options(NamedTuple):
 
     @property
     def key(self) -> tuple[int, float, tuple[int, ...] | None]:
-        """What the cached keys and values of a request depend on."""
+        """The options on which the cached keys and values of a request depend."""
         return self.top_k, self.temperature, self.allowed
 
 
@@ -42,7 +42,7 @@ def parse(extra: Mapping[str, Any] | None, names: Sequence[str], default: Option
         default: The options of requests without any.
 
     Raises:
-        ValueError: An option is unknown, has a wrong value, names an unknown adapter, or contradicts another.
+        ValueError: An option is unknown, has an invalid value, names an unknown adapter, or contradicts another option.
 
     Example:
         >>> parse({"meteora_top_k": 1, "meteora_muted": ["b"]}, ["a", "b", "c"], Options(2, 1.0))
@@ -97,7 +97,7 @@ def _number(mine: Mapping[str, Any], key: str) -> float:
 
 
 def _indices(mine: Mapping[str, Any], key: str, names: Sequence[str]) -> tuple[int, ...] | None:
-    """The indices of the adapters that an option names, in a list or separated by commas."""
+    """The indices of the adapters in an option: a list of names, or names separated by commas."""
     if key not in mine:
         return None
     value = mine[key]

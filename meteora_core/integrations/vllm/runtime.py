@@ -1,4 +1,4 @@
-"""What the layers of one worker process share: the options of every token, and the routes that are recorded."""
+"""The state that the layers of a worker process share: the options of every token, and the recorded routes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Scheduled(NamedTuple):
     Attributes:
         request: The request's id.
         tokens: Number of tokens.
-        first: Position of the first one in the request.
+        first: Position of the first of these tokens in the request.
         options: The request's options.
     """
 
@@ -79,7 +79,7 @@ class Runtime:
         self._counted = 0
 
     def begin(self, output: Any) -> None:
-        """Start a step: learn the options of new requests, and decide whether the step is observed.
+        """Start a step: store the options of new requests, and decide whether the step is observed.
 
         Args:
             output: vLLM's ``SchedulerOutput``.
@@ -151,7 +151,7 @@ class Runtime:
         ]
 
     def finish(self) -> None:
-        """End a step: keep the routes of the requests that asked for them."""
+        """End a step: keep the routes of the traced requests."""
         if not self.observed:
             return
         self.observed = False
@@ -220,7 +220,7 @@ class Runtime:
         return None
 
     def counts(self) -> dict[str, Any]:
-        """How often the layers of this process chose each adapter in the counted steps, and how many tokens these had."""
+        """How often the layers of this process chose each adapter in the counted steps, and the number of tokens in these steps."""
         found = [0] * len(self.names) if self._counts is None else [int(value) for value in self._counts.tolist()]
         return {"adapters": dict(zip(self.names, found, strict=True)), "tokens": self._counted, "layers": len(self.paths), "every": self.count_every}
 

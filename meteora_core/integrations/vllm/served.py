@@ -1,4 +1,4 @@
-"""What the layers ask the configuration for."""
+"""The attributes of the configuration that the layers use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Served(Protocol):
     """The part of :class:`meteora_core.integrations.vllm.config.MeteoraConfig` that layers use.
 
     Attributes:
-        wide: Whether rows of weights may also hold B^T.
-        count_every: At which steps the choices are counted; 0 for none.
+        wide: Whether weights may contain a copy of B in additional columns.
+        count_every: Interval, in steps, at which the choices are counted; 0 for never.
         most_tokens: The largest number of tokens of a step; 0 if the kernels have the default options as constants.
     """
 

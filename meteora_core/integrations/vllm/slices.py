@@ -1,4 +1,4 @@
-"""Which part of a layer's adapters a process of a tensor-parallel group holds."""
+"""The part of a layer's adapters that a process of a tensor-parallel group computes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Slices:
 
     Attributes:
         inputs: First input and number of inputs.
-        outputs: For every part of the layer's output (q, k, v; gate, up), its number of outputs in all, and the first and number of those here.
-        sums: Whether the outputs of all processes are added up (a row-parallel layer), so that gate logits must be added up too.
+        outputs: For every part of the layer's output (q, k, v; gate, up): its total number of outputs, and the first one and the number in this process.
+        sums: Whether the outputs of all processes are summed (a row-parallel layer), so that gate logits must be summed too.
     """
 
     inputs: tuple[int, int]
@@ -46,15 +46,15 @@ class Slices:
         return cls((0, layer.input_size), tuple(parts), False)
 
     def of_inputs(self, weights: Tensor) -> Tensor:
-        """The columns (., h) of a gate or an A that belong to the inputs here."""
+        """The columns (., h) of a gate or of A that belong to the inputs of this process."""
         return weights.narrow(1, *self.inputs)
 
     def of_outputs(self, lora_B: Tensor, member: int | None) -> Tensor:
-        """The columns of a B (R, o) that belong to the outputs here.
+        """The columns of B (R, o) that belong to the outputs of this process.
 
         Args:
             lora_B: B of a layer of the checkpoint.
-            member: Which part of the output the layer computes; None if it computes all of them.
+            member: Index of the part of the output that the layer computes; None if it computes all parts.
         """
         chosen = self.outputs if member is None else self.outputs[member : member + 1]
         if lora_B.shape[1] != (total := sum(width for width, _, _ in chosen)):

