@@ -62,7 +62,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "meteora eval --task singles --model router:all --seeds 1,2",
     ),
     "eval report": ("meteora eval report runs/eval/base runs/eval/meteora --plot compare.png --kind radar",),
-    "chat": ("meteora chat", "echo 'Is the sky blue?' | meteora chat --checkpoint runs/meteora --json"),
+    "chat": ("meteora chat", "echo 'Is the sky blue?' | meteora chat --checkpoint runs/meteora --json", "meteora chat --url http://127.0.0.1:8000"),
     "serve": ("meteora serve runs/meteora --port 8080", "meteora serve runs/meteora --max-batch 16 --cors https://example.org"),
     "trace": ("meteora trace --prompt 'Is the sky blue?' --out trace.html", "meteora trace --task strategyqa --row 3 --out trace.png"),
     "bench-kernels": ("meteora bench-kernels --tokens 1,8,512", "meteora bench-kernels --model-shape llama3-8b --end-to-end --layers 8"),
@@ -103,6 +103,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "adapters collect": {**_CHANGE, "Closed form": (*_CHANGE["Closed form"], "answer_share", "statistics")},
     "chat": {
         "What to talk to": ("checkpoint", "base", "adapter", "adapters_dir"),
+        "A server": ("url", "api_key", "served_model"),
         _CHOICE: ("routing_temperature", "top_k", "backend", "route"),
         _ANSWERS: ("system", "template", "max_new_tokens", "sampling_temperature"),
         _MODEL: ("device", "load_in_4bit", "load_in_8bit", "trust_remote_code"),
@@ -119,6 +120,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "trace": {
         "What to trace": ("prompt", "file", "task", "row"),
         "Which model": ("checkpoint", "base", "adapter", "adapters_dir"),
+        "A server": ("url", "api_key", "served_model"),
         _CHOICE: ("routing_temperature", "top_k", "backend"),
         _ANSWERS: ("system", "template", "max_new_tokens"),
         _MODEL: ("device", "load_in_4bit", "load_in_8bit", "trust_remote_code"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from meteora_cli.chat.render import Painter
-    from meteora_core.chat.session import ChatSession
+    from meteora_core.chat.conversation import Conversation
 
 LONG_READ = 600
 """The number of prompt tokens above which a note shows how many have been processed."""
@@ -71,7 +71,7 @@ def unechoed() -> Iterator[None]:
         termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
-def show_answer(session: ChatSession, message: str, out: Console, notes: Console, painter: Painter | None) -> Finished:
+def show_answer(session: Conversation, message: str, out: Console, notes: Console, painter: Painter | None) -> Finished:
     """Send a message, print the answer while it is generated, and then one line of figures.
 
     Args:
@@ -132,17 +132,15 @@ def show_answer(session: ChatSession, message: str, out: Console, notes: Console
     return finished
 
 
-def _show_prompt(session: ChatSession, encoded: Encoded, routes: list[Any], printer: Any, painter: Painter) -> None:
+def _show_prompt(session: Conversation, encoded: Encoded, routes: list[Any], printer: Any, painter: Painter) -> None:
     """Print the part of the prompt that belongs to this turn in colour."""
     import torch
-
-    from meteora_core.generation.text import token_texts
 
     indices, weights = torch.cat([part[0] for part in routes]), torch.cat([part[1] for part in routes])
     count = min(len(encoded.ids) - encoded.last_start, indices.shape[0], SHOWN_PROMPT)
     if count < len(encoded.ids) - encoded.last_start:
         printer.add("… ", Style.null())
-    texts = token_texts(session.chat_model.tokenizer, encoded.ids)[-count:]
+    texts = session.token_texts(encoded.ids)[-count:]
     indices, weights = indices[-count:], weights[-count:]
     token_weights = mean_weights(indices, weights, len(painter.names))
     painter.restart()
@@ -163,4 +161,4 @@ def figures(finished: Finished, *, in_chat: bool = True) -> str:
     speed = f" · {finished.tokens_per_second:.1f} tokens/s" if finished.tokens_per_second else ""
     first = f" · first after {finished.first_seconds:.2f} s" if finished.first_seconds else ""
     cached = f" ({finished.reused} from the cache)" if finished.reused else ""
-    return f"{finished.prompt_tokens} read{cached} · {len(finished.ids)} written{first}{speed}{ends[finished.reason]}"
+    return f"{finished.prompt_tokens} read{cached} · {finished.length} written{first}{speed}{ends[finished.reason]}"

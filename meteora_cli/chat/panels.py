@@ -10,8 +10,6 @@ from rich.text import Text
 from meteora_cli.chat.answer import interruptible
 from meteora_cli.chat.render import Painter
 from meteora_cli.display import DataTable, body, cell, panel
-from meteora_core.adapters.base_route import is_base_route
-from meteora_core.chat.options import options_for
 from meteora_core.generation.requests import Finished, Written
 from meteora_core.text import printable
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from meteora_core.chat.session import ChatSession
+    from meteora_core.chat.conversation import Conversation
     from meteora_core.trace.picture import RoutePicture
 
 NARROW = 72
@@ -46,11 +44,11 @@ def show_help(out: Console, commands: dict[str, tuple[str, str]]) -> None:
     out.print(Text("Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Tab completes, Ctrl-C stops an answer, Ctrl-D exits.", "dim"))
 
 
-def show_settings(out: Console, session: ChatSession) -> None:
+def show_settings(out: Console, session: Conversation) -> None:
     """Print the settings that /set can change, with their ranges."""
     table = _table("setting", "value", "range") if out.width < NARROW else _table("setting", "value", "range", "")
     values = session.values()
-    for name, option in options_for(session.chat_model.routing).items():
+    for name, option in session.options().items():
         value = values[name]
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         cells: list[Text | str] = [Text(name, "bold"), shown, option.range(), option.text]
@@ -58,23 +56,21 @@ def show_settings(out: Console, session: ChatSession) -> None:
     out.print(table)
 
 
-def show_adapters(out: Console, session: ChatSession) -> None:
+def show_adapters(out: Console, session: Conversation) -> None:
     """Print the adapters of the bank."""
-    state = session.state()
-    painter = Painter(out, state.names)
+    session.check_adapters()
+    painter = Painter(out, session.names)
     narrow = out.width < NARROW
     table = _table("", "adapter", "rank") if narrow else _table("", "adapter", "rank", "alpha", "from", "")
-    for index, adapter in enumerate(state.adapters):
+    for index, adapter in enumerate(session.adapter_rows()):
         mode = session.mode
         status = "forced" if mode.forced == adapter.name else "muted" if adapter.name in mode.muted else ""
         mark, style = painter.swatch(index)
-        name = cell(adapter.name, "bold")
+        name, rank = cell(adapter.name, "bold"), "" if adapter.rank is None else str(adapter.rank)
         if narrow:
-            table.add_row(Text(mark, style), name.append(f" {status}", "not bold"), str(adapter.rank))
+            table.add_row(Text(mark, style), name.append(f" {status}", "not bold"), rank)
         else:
-            alpha = f"{adapter.alpha:g}" + (" rs" if adapter.rslora else "")
-            source = "the base model alone" if is_base_route(adapter) else adapter.source
-            table.add_row(Text(mark, style), name, str(adapter.rank), alpha, source, status)
+            table.add_row(Text(mark, style), name, rank, adapter.alpha, adapter.source, status)
     out.print(table)
 
 
@@ -105,7 +101,7 @@ def show_why(out: Console, picture: RoutePicture) -> None:
     out.print(painter.legend(picture.total("answer")))
 
 
-def show_comparison(out: Console, notes: Console, session: ChatSession, adapter: str | None, message: str | None) -> None:
+def show_comparison(out: Console, notes: Console, session: Conversation, adapter: str | None, message: str | None) -> None:
     """Print the answers of several models side by side, or one below the other in a narrow terminal."""
     labels: list[str] = []
     texts: list[str] = []
@@ -122,7 +118,7 @@ def show_comparison(out: Console, notes: Console, session: ChatSession, adapter:
             elif isinstance(item.event, Finished):
                 texts[item.column] = item.event.text
                 cut = {"end": "", "length": ", cut", "context": ", cut", "stopped": ", stopped"}[item.event.reason]
-                ends[item.column] = f"{len(item.event.ids)} tokens{cut}"
+                ends[item.column] = f"{item.event.length} tokens{cut}"
     panels = [panel(body(text.strip()), label, subtitle=cell(end, "dim")) for label, text, end in zip(labels, texts, ends, strict=True)]
     if out.width < NARROW or not panels:
         out.print(Group(*panels))

@@ -89,8 +89,8 @@ def take(chat: Chat, line: str) -> None:
     if line.startswith("/") and not line.startswith("//"):
         run_command(chat, line)
         return
-    state = chat.session.chat_model.routing
-    painter = Painter(chat.out, state.names) if chat.route and state is not None else None
+    names = chat.session.names
+    painter = Painter(chat.out, names) if chat.route and names else None
     show_answer(chat.session, line.removeprefix("/") if line.startswith("//") else line, chat.out, chat.notes, painter)
 
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from meteora_cli.chat import panels
 from meteora_cli.display import body, error_lines
-from meteora_core.chat.options import options_for
 from meteora_core.errors import MeteoraError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meteora_core.chat.session import ChatSession
+    from meteora_core.chat.conversation import Conversation
 
 
 class Quit(Exception):
@@ -33,7 +32,7 @@ class Chat:
         route: Whether answers are coloured by adapter.
     """
 
-    session: ChatSession
+    session: Conversation
     out: Console
     notes: Console
     route: bool = False
@@ -65,12 +64,11 @@ class Command:
 
 
 def _adapter_names(chat: Chat) -> Iterator[str]:
-    state = chat.session.chat_model.routing
-    yield from () if state is None else state.names
+    yield from chat.session.names
 
 
 def _settings(chat: Chat) -> Iterator[str]:
-    yield from options_for(chat.session.chat_model.routing)
+    yield from chat.session.options()
 
 
 def _help(chat: Chat, argument: str) -> None:
@@ -94,7 +92,7 @@ def _set(chat: Chat, argument: str) -> None:
         return
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     if not value.strip():
-        known = options_for(chat.session.chat_model.routing)
+        known = chat.session.options()
         if name in known:
             raise UsageError(f"/set {name} needs a value", hint=f"it must be {known[name].range()}")
     chat.session.set(name, value.strip())
@@ -124,7 +122,7 @@ def _route(chat: Chat, argument: str) -> None:
         raise UsageError(f"/route cannot be {argument!r}", hint="choose on or off; without an argument, /route toggles")
     wanted = not chat.route if not argument else argument == "on"
     if wanted:
-        chat.session.state()
+        chat.session.check_adapters()
     chat.route = wanted
     chat.say(f"colours by adapter are {'on' if wanted else 'off'}")
 

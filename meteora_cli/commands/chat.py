@@ -15,13 +15,14 @@ from meteora_cli.display import console, out, say
 from meteora_cli.flags import refuse_without_effect
 
 if TYPE_CHECKING:
-    from meteora_core.chat.session import ChatSession
+    from meteora_core.chat.conversation import Conversation
 
 
 def chat(
     ctx: typer.Context,
     *,
     speaker: shared.Speaker,
+    remote: shared.Remote,
     sampling_temperature: Annotated[float | None, typer.Option("--temperature", help="Sampling temperature; 0: greedy.", show_default=False)] = None,
     route: Annotated[bool, typer.Option("--route", help="Colour every token by its adapter.")] = False,
     loading: shared.Loading,
@@ -29,13 +30,15 @@ def chat(
 ) -> None:
     """Chat with a model, and see which adapter writes each token.
 
+    With --url, the model is that of a server: `meteora serve`, or any other server of OpenAI's API, of which only answers are known.
+
     In a terminal, this is a conversation, whose commands /help lists. Otherwise, stdin is one message, and the answer is written to stdout.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     message = "" if interactive else read_message()
     session = open_session(ctx)
     if route:
-        session.state()
+        session.check_adapters()
     if interactive:
         _converse(session, settings_from(ctx).paths.data, route=route, quiet=globals_of(ctx).quiet)
     elif as_json:
@@ -44,8 +47,40 @@ def chat(
         _answer_plain(session, message, verbose=bool(globals_of(ctx).verbose), route=route)
 
 
-def open_session(ctx: typer.Context) -> ChatSession:
-    """Load the model that the options of ``meteora chat`` or ``meteora trace`` name, and start a conversation with it."""
+ON_THIS_MACHINE = ("checkpoint", "base", "adapters_dir", "template", "device", "backend", "load_in_4bit", "load_in_8bit", "trust_remote_code")
+"""The options that describe a model of this machine, and have no effect on a server's."""
+
+
+def open_session(ctx: typer.Context) -> Conversation:
+    """Start a conversation with the model that the options of ``meteora chat`` or ``meteora trace`` name: load it, or reach its server."""
+    given = SimpleNamespace(**ctx.params)
+    remote = given.url is not None
+    needs = dict.fromkeys(ON_THIS_MACHINE, (not remote, "a model of this machine (leave out --url)"))
+    refuse_without_effect(ctx, needs | dict.fromkeys(("api_key", "served_model"), (remote, "--url")))
+    return _reach(ctx, given) if remote else _load(ctx)
+
+
+def _reach(ctx: typer.Context, given: SimpleNamespace) -> Conversation:
+    from meteora_cli.commands.serve import key_of
+    from meteora_core.chat.remote_client import RemoteClient
+    from meteora_core.chat.remote_session import RemoteSession
+    from meteora_core.generation.sampling import Sampling
+
+    settings = settings_from(ctx)
+    chosen = settings.chat
+    system = None if given.system is None else valid_text(given.system, "--system")
+    return RemoteSession(
+        RemoteClient(given.url, key_of(given.api_key)),
+        Sampling(chosen.max_new_tokens, chosen.sampling_temperature, chosen.top_p, chosen.seed),
+        model=given.served_model,
+        system=system,
+        adapter=given.adapter,
+        top_k=given.top_k or settings.routing.top_k,
+        routing_temperature=given.routing_temperature or settings.routing.temperature,
+    )
+
+
+def _load(ctx: typer.Context) -> Conversation:
     from meteora_core.chat.chat_model import load_chat_model
     from meteora_core.chat.session import ChatSession
     from meteora_core.data.userdata import register_all
@@ -102,26 +137,30 @@ def read_message() -> str:
     return text
 
 
-def _converse(session: ChatSession, data_dir: Path, *, route: bool, quiet: bool) -> None:
+def _converse(session: Conversation, data_dir: Path, *, route: bool, quiet: bool) -> None:
     from meteora_cli.chat.repl import make_reader, run_repl
     from meteora_cli.chat.slash import Chat
-    from meteora_core.chat.welcome import welcome
+    from meteora_core.chat.session import ChatSession
+    from meteora_core.chat.welcome import Welcome, greeting, welcome
     from meteora_core.files import cache_dir
 
     talk = Chat(session, out, console, route)
     if not quiet:
-        talk.say(f"{session.chat_model.title} · /help")
-        greeting = welcome(session.chat_model, data_dir)
-        if greeting.skills:
-            talk.say(greeting.skills)
-        if greeting.prompts:
+        talk.say(f"{session.title} · /help")
+        if isinstance(session, ChatSession):
+            shown = welcome(session.chat_model, data_dir)
+        else:
+            shown = greeting(session.names, data_dir) if session.names else Welcome("", ())
+        if shown.skills:
+            talk.say(shown.skills)
+        if shown.prompts:
             talk.say("Try one of these:")
-            for prompt in greeting.prompts:
+            for prompt in shown.prompts:
                 talk.say(f"  {prompt}")
     run_repl(talk, make_reader(talk, cache_dir() / "chat_history"))
 
 
-def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: bool) -> None:
+def _answer_plain(session: Conversation, message: str, *, verbose: bool, route: bool) -> None:
     from meteora_cli.chat.answer import figures, interruptible, show_answer
     from meteora_core.chat.prompts import Encoded
     from meteora_core.generation.requests import Finished, Written
@@ -129,7 +168,7 @@ def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: b
     if route:
         from meteora_cli.chat.render import Painter
 
-        show_answer(session, message, out, console, Painter(out, session.state().names))
+        show_answer(session, message, out, console, Painter(out, session.names))
         return
     with interruptible() as stop:
         for event in session.ask(message, stop=stop.is_set):
@@ -145,7 +184,7 @@ def _answer_plain(session: ChatSession, message: str, *, verbose: bool, route: b
         raise KeyboardInterrupt
 
 
-def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
+def answer_document(session: Conversation, message: str) -> dict[str, Any]:
     """Answer one message, and return the text, token ids, timings and, if the model has adapters, the routes."""
     from meteora_cli.chat.answer import interruptible
     from meteora_core.chat.prompts import Encoded
@@ -163,7 +202,7 @@ def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
     if stop.is_set() or finished is None:
         raise KeyboardInterrupt
     document: dict[str, Any] = {
-        "model": session.chat_model.title,
+        "model": session.title,
         "mode": session.mode.describe(),
         "template": session.template,
         "message": message,
@@ -172,10 +211,11 @@ def answer_document(session: ChatSession, message: str) -> dict[str, Any]:
         "finish": finished.reason,
         "prompt_ids": prompt,
         "ids": list(finished.ids),
+        "tokens": finished.length,
         "seconds_to_first_token": round(finished.first_seconds, 4),
         "tokens_per_second": round(finished.tokens_per_second, 2),
         "settings": session.values(),
     }
-    if session.chat_model.routing is not None:
+    if session.names:
         document["routes"] = session.picture().to_json()
     return document

@@ -61,3 +61,14 @@ class Loading:
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")] = False
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")] = False
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")] = False
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A server that answers instead of a model of this machine."""
+
+    url: Annotated[str | None, typer.Option("--url", help="Address of a server to ask, such as http://127.0.0.1:8000.", show_default=False)] = None
+    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of that server; default: METEORA_API_KEY.", show_default=False)] = None
+    served_model: Annotated[
+        str | None, typer.Option("--model", help="Model of that server; default: the one whose gates choose, or the first.", show_default=False)
+    ] = None

@@ -26,10 +26,11 @@ def trace(
     row: Annotated[int, typer.Option("--row", min=0, max=10**9, help="Number of the task's test row, from 0.")] = 0,
     target: Annotated[Path, typer.Option("--out", help="File of the picture: .html, .png, .svg or .json.")] = Path("trace.html"),
     speaker: shared.Speaker,
+    remote: shared.Remote,
     loading: shared.Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer and its routes as one JSON document, and draw no picture.")] = False,
 ) -> None:
-    """Draw which adapter was chosen for each token of a prompt and its answer.
+    """Draw which adapter was chosen for each token of a prompt and its answer. With --url, a server answers, and the answer is drawn.
 
     An HTML page is a single file that works offline, with tooltips, a slider over the layers, and heat maps.
     """
@@ -44,7 +45,7 @@ def trace(
         check_format(target)
     message, title = _message(settings, prompt, file, task, row)
     session = open_session(ctx)
-    session.state()
+    session.check_adapters()
     if task is not None:
         message = _inside(settings, task, message) if session.template != "raw" else message
     if as_json:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from meteora_core.errors import UsageError, did_you_mean
-from meteora_core.routing import Meteora
 
 
 @dataclass(frozen=True)
@@ -48,30 +48,36 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
-def options_for(state: Meteora | None) -> dict[str, Option]:
-    """The settings of a model by name. Without adapters (``state`` is None) the settings of the gates are left out."""
+def options_for(adapters: int, most_temperature: float = 5.0) -> dict[str, Option]:
+    """The settings of a model by name.
+
+    Args:
+        adapters: Number of adapters; with 0, the settings of the gates are left out.
+        most_temperature: Largest sampling temperature.
+    """
     options = {}
     for option in OPTIONS:
-        if option.gates and state is None:
+        if option.gates and not adapters:
             continue
-        if option.name == "top-k" and state is not None:
-            option = Option(option.name, True, 1, len(state.names), option.text, gates=True)
+        if option.name == "top-k":
+            option = replace(option, high=adapters)
+        elif option.name == "temperature":
+            option = replace(option, high=most_temperature)
         options[option.name] = option
     return options
 
 
-def check_option(name: str, value: str, state: Meteora | None) -> int | float:
+def check_option(name: str, value: str, known: Mapping[str, Option]) -> int | float:
     """Parse the value of a setting.
 
     Args:
         name: Name of the setting.
         value: Value as the user typed it.
-        state: The Meteora object of the model; None for a base model.
+        known: The settings of the model; see :func:`options_for`.
 
     Raises:
         UsageError: The setting is unknown, or the value is not a number in its range, which the hint gives.
     """
-    known = options_for(state)
     if name not in known:
         if any(option.name == name for option in OPTIONS):
             raise UsageError(f"{name} is a setting of the gates, and this model has none", hint="start `meteora chat` with a checkpoint")

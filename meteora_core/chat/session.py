@@ -1,75 +1,31 @@
-"""A conversation: its turns, its settings, and the actions of a user."""
+"""A conversation with a model of this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from meteora_core.adapters.base_route import is_base_route
 from meteora_core.chat.chat_model import ChatModel
+from meteora_core.chat.conversation import AdapterRow, Compared, Conversation, Mode
 from meteora_core.chat.options import check_option
 from meteora_core.chat.prompts import Encoded, Turn, encode, fit
-from meteora_core.data.frames import INST, RAW, Frame, pick_frame, with_system
-from meteora_core.data.rows import iter_rows
-from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.data.frames import INST, RAW, Frame, pick_frame
+from meteora_core.errors import UsageError
 from meteora_core.generation.engine import Engine
 from meteora_core.generation.requests import Event, Finished, Request, RoutingScope, Written
 from meteora_core.generation.sampling import Sampling
-from meteora_core.json_files import write_jsonl
+from meteora_core.generation.text import token_texts
 from meteora_core.routing import Meteora
 from meteora_core.trace.picture import Role, RoutePicture
 from meteora_core.trace.record import trace_tokens
 
 
-@dataclass(frozen=True)
-class Mode:
-    """The choice of adapters, on which the keys and values in the cache depend.
-
-    Attributes:
-        top_k: Number of adapters per token and layer.
-        routing_temperature: Routing temperature T; divides the gate logits before the softmax.
-        forced: Name of the only adapter in use, or None if the gates choose.
-        muted: Names of adapters that are never chosen.
-        enabled: Whether adapters are used at all; False for the bare base model.
-    """
-
-    top_k: int = 1
-    routing_temperature: float = 1.0
-    forced: str | None = None
-    muted: frozenset[str] = frozenset()
-    enabled: bool = True
-
-    def describe(self) -> str:
-        """A short description for users."""
-        if not self.enabled:
-            return "base model"
-        if self.forced is not None:
-            return f"forced: {self.forced}"
-        muted = f", without {', '.join(sorted(self.muted))}" if self.muted else ""
-        return f"gates: top {self.top_k}, T {self.routing_temperature:g}{muted}"
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One event of :meth:`ChatSession.compare`.
-
-    Attributes:
-        column: Index of the answer that the event belongs to.
-        columns: Number of answers.
-        label: Description of the model that gives the answer.
-        event: Event of the engine.
-    """
-
-    column: int
-    columns: int
-    label: str
-    event: Event
-
-
-class ChatSession:
-    """A conversation with one model.
+class ChatSession(Conversation):
+    """A conversation with a model of this process.
 
     Args:
         chat_model: The model that answers.
@@ -95,10 +51,8 @@ class ChatSession:
         routing_temperature: float | None = None,
         cuda_graphs: Literal["auto", "on", "off"] = "auto",
     ) -> None:
+        super().__init__(sampling, system)
         self.chat_model = chat_model
-        self.sampling = sampling
-        self.system = system or None
-        self.turns: list[Turn] = []
         self._graphs = cuda_graphs
         self.engine = Engine(chat_model.model, chat_model.tokenizer, cuda_graphs)
         self._wish = template
@@ -108,10 +62,8 @@ class ChatSession:
         state = chat_model.routing
         for name, value in (("top-k", top_k), ("T", routing_temperature)):
             if value is not None:
-                check_option(name, str(value), state)
-        if state is None:
-            self.mode = Mode(enabled=False)
-        else:
+                check_option(name, str(value), self.options())
+        if state is not None:
             self.mode = Mode(top_k or state.top_k, routing_temperature or state.temperature, chat_model.adapter)
         pick_frame(template, RAW, chat_model.tokenizer)
 
@@ -187,14 +139,43 @@ class ChatSession:
 
     def new(self) -> None:
         """Start a new conversation with the same settings."""
-        self.turns, self._first_turn, self._last = [], 0, None
+        super().new()
+        self._first_turn, self._last = 0, None
         self.engine.forget()
 
-    def set_system(self, text: str | None) -> None:
-        """Replace the system text of the whole conversation. None or an empty text removes it."""
-        self.system = text or None
+    # --- the model -------------------------------------------------------------------------------------------------------------
 
-    # --- adapters --------------------------------------------------------------------------------------------------------------
+    @property
+    def title(self) -> str:
+        """Description of the model, in one line."""
+        return self.chat_model.title
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters; empty for a base model."""
+        state = self.chat_model.routing
+        return () if state is None else state.names
+
+    @property
+    def rows_frame(self) -> Frame:
+        """The prompt frame of the current mode."""
+        return self.frame
+
+    def adapter_rows(self) -> list[AdapterRow]:
+        """The adapters with their ranks and sources. Raises UsageError for a bare base model."""
+        return [
+            AdapterRow(
+                adapter.name,
+                adapter.rank,
+                f"{adapter.alpha:g}" + (" rs" if adapter.rslora else ""),
+                "the base model alone" if is_base_route(adapter) else str(adapter.source),
+            )
+            for adapter in self.state().adapters
+        ]
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The texts of tokens, of which a character that is spread over several belongs to the last."""
+        return token_texts(self.chat_model.tokenizer, ids)
 
     def state(self) -> Meteora:
         """The model's Meteora object. Raises UsageError for a bare base model."""
@@ -203,52 +184,9 @@ class ChatSession:
             raise UsageError("this is the base model alone, without adapters", hint="start `meteora chat` with --checkpoint or --adapter")
         return state
 
-    def use(self, name: str | None) -> None:
-        """Force one adapter, or let the gates choose again if ``name`` is None. Raises UsageError for an unknown name."""
-        self._known(name)
-        self.mode = replace(self.mode, forced=name)
-
-    def mute(self, name: str) -> bool:
-        """Mute an adapter, so that it is never chosen, or unmute a muted one. Returns whether the adapter is muted now.
-
-        Raises:
-            UsageError: The name is unknown, or all other adapters are muted already.
-        """
-        self._known(name)
-        muted = self.mode.muted ^ {name}
-        if len(muted) == len(self.state().names):
-            raise UsageError(f"{name} is the last adapter that is not muted", hint="unmute another one first: /mute NAME a second time")
-        self.mode = replace(self.mode, muted=muted)
-        return name in muted
-
-    def _known(self, name: str | None) -> None:
-        names = self.state().names
-        if name is not None and name not in names:
-            raise UsageError(f"no adapter named {name!r}", hint=did_you_mean(name, names) or f"the adapters are: {', '.join(names)}")
-
-    # --- settings --------------------------------------------------------------------------------------------------------------
-
-    def set(self, name: str, value: str) -> None:
-        """Change a setting. Raises UsageError for an unknown name or a value out of range, with a hint."""
-        parsed = check_option(name, value, self.chat_model.routing)
-        if name == "T":
-            self.mode = replace(self.mode, routing_temperature=float(parsed))
-        elif name == "top-k":
-            self.mode = replace(self.mode, top_k=int(parsed))
-        else:
-            changed: dict[str, Any] = {name.replace("-", "_"): parsed}
-            self.sampling = replace(self.sampling, **changed)
-
-    def values(self) -> dict[str, float | int]:
-        """The current settings, by the names that :meth:`set` takes."""
-        sampling = self.sampling
-        values: dict[str, float | int] = {
-            "max-new-tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top-p": sampling.top_p,
-            "seed": sampling.seed,
-        }
-        return values if self.chat_model.routing is None else {**values, "T": self.mode.routing_temperature, "top-k": self.mode.top_k}
+    def check_adapters(self) -> None:
+        """Raise UsageError for a bare base model."""
+        self.state()
 
     # --- looking back ----------------------------------------------------------------------------------------------------------
 
@@ -292,7 +230,7 @@ class ChatSession:
             UsageError: There is no message, the adapter is unknown, or the model has no adapters.
         """
         state = self.state()
-        self._known(adapter)
+        self.check_name(adapter)
         if message is None and not self.turns:
             raise UsageError("there is nothing to compare yet", hint="ask something first, or write /compare NAME QUESTION")
         turns = [*self.turns, Turn(self._bare(message)[0])] if message is not None else [*self.turns[:-1], Turn(self.turns[-1].message)]
@@ -315,47 +253,15 @@ class ChatSession:
 
     # --- files -----------------------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path) -> int:
-        """Write the conversation as training rows, one per turn. Returns their number.
-
-        The prompts have the session's prompt frame. The first prompt includes the system text.
-
-        Raises:
-            UsageError: There are no turns.
-            StorageError: The file cannot be written.
-        """
-        if not self.turns:
-            raise UsageError("there is nothing to save yet", hint="ask something first")
-        rows = []
-        for number, turn in enumerate(self.turns):
-            message = turn.message if number else with_system(turn.message, self.system)
-            rows.append({"prompt": self.frame.around(message), "response": turn.answer or ""})
-        return write_jsonl(path, rows)
-
     def load(self, path: Path) -> int:
-        """Replace the conversation by the rows of a file. Returns their number. An invalid file leaves the conversation unchanged.
-
-        Raises:
-            DataError: The file is missing, has no rows, or has an invalid line, which the message names.
-        """
-        from meteora_core.errors import DataError
-
-        turns = []
-        start = with_system("", self.system)
-        for number, row in enumerate(iter_rows(path, hint="each line is a JSON object with prompt and response, as /save writes them")):
-            candidates = (frame.inside(row.prompt) for frame in (self.frame, INST))
-            message = next((candidate for candidate in candidates if candidate is not None), row.prompt)
-            turns.append(Turn(message.removeprefix(start) if number == 0 else message, row.response))
-        if not turns:
-            raise DataError(f"{path} has no rows", hint="each line is a JSON object with prompt and response, as /save writes them")
-        self.new()
-        self.turns = turns
-        encoded = encode(self.chat_model.tokenizer, self.frame, self.system, turns)
-        ids = self.chat_model.tokenizer(turns[-1].answer or "", add_special_tokens=False)["input_ids"]
-        self.turns[-1] = replace(turns[-1], ids=tuple(int(token) for token in ids))
+        """Replace the conversation by the rows of a file; see :meth:`Conversation.load`."""
+        count = super().load(path)
+        encoded = encode(self.chat_model.tokenizer, self.frame, self.system, self.turns)
+        ids = self.chat_model.tokenizer(self.turns[-1].answer or "", add_special_tokens=False)["input_ids"]
+        self.turns[-1] = replace(self.turns[-1], ids=tuple(int(token) for token in ids))
         fits = self.engine.context is None or len(encoded.ids) + len(ids) <= self.engine.context
         self._last = (encoded, self.mode) if fits else None
-        return len(turns)
+        return count
 
 
 @contextmanager

@@ -56,11 +56,15 @@ def welcome(chat_model: ChatModel, data_dir: Path) -> Welcome:
     if chat_model.routing is None:
         return Welcome("", ())
     if chat_model.kind == "adapter" and chat_model.adapter:
-        names = [chat_model.adapter]
-    else:
-        names = [name for name in chat_model.routing.names if name != NO_ADAPTER]
+        return greeting([chat_model.adapter], data_dir)
+    return greeting(chat_model.routing.names, data_dir)
+
+
+def greeting(adapters: Sequence[str], data_dir: Path) -> Welcome:
+    """Build the greeting from the names of adapters; see :func:`welcome`."""
+    names = [name for name in adapters if name != NO_ADAPTER]
     what = "one task and answers everything as such" if len(names) == 1 else f"{len(names)} tasks and answers everything as one of them"
-    if chat_model.kind != "adapter" and NO_ADAPTER in chat_model.routing.names:
+    if NO_ADAPTER in adapters:
         what = f"{'one task' if len(names) == 1 else f'{len(names)} tasks'} and answers other questions as its base model does"
     return Welcome(
         f"This model was trained for {what}: {listed(names, _LISTED)}{' (/adapters)' if len(names) > _LISTED else ''}.",

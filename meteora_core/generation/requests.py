@@ -112,6 +112,7 @@ class Finished:
         first_seconds: Seconds from the call to the first token.
         seconds: Seconds from the call to the end of the answer.
         paths: Module paths of the recorded layers, in the order of the routes.
+        counted: Number of tokens in the answer, if their ids are not known.
     """
 
     reason: Finish
@@ -122,12 +123,18 @@ class Finished:
     first_seconds: float
     seconds: float
     paths: tuple[str, ...]
+    counted: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the answer."""
+        return len(self.ids) if self.counted is None else self.counted
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second after the first token; 0 if the answer has no more than one."""
         seconds = self.seconds - self.first_seconds
-        return (len(self.ids) - 1) / seconds if len(self.ids) > 1 and seconds > 0 else 0.0
+        return (self.length - 1) / seconds if self.length > 1 and seconds > 0 else 0.0
 
 
 Event = Reading | Written | Finished

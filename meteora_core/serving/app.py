@@ -194,7 +194,9 @@ def _adapters(app: FastAPI, service: Service, changes: BankChanges | None) -> No
         adapters = []
         for index, info in enumerate(() if state is None else state.adapters):
             colours = look(index)
-            adapters.append({"name": info.name, "hue": colours.hue, "light": colours.light, "dark": colours.dark, "pattern": colours.pattern})
+            adapters.append(
+                {"name": info.name, "rank": info.rank, "hue": colours.hue, "light": colours.light, "dark": colours.dark, "pattern": colours.pattern}
+            )
         return {
             "object": "list",
             "model": service.options.name,

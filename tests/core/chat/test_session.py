@@ -168,13 +168,13 @@ def test_a_bare_base_has_no_gates(world) -> None:
     session = ChatSession(ChatModel("base", "tiny", model, byte_tokenizer(), BaseReference("tiny")), Sampling(max_new_tokens=5))
     assert session.template == "chat"
     assert set(session.values()) == {"max-new-tokens", "temperature", "top-p", "seed"}
-    assert set(options_for(None)) == set(session.values())
+    assert set(options_for(0)) == set(session.values())
     assert len(ask(session, "Hello", record=True).ids) == 5
     for call in (lambda: session.use(None), lambda: session.mute("alpha"), session.picture, lambda: next(session.compare())):
         with pytest.raises(UsageError, match="base model alone"):
             call()
     with pytest.raises(UsageError, match="is a setting of the gates"):
-        check_option("T", "1", None)
+        check_option("T", "1", options_for(0))
     assert session.mode.describe() == "base model"
 
 
