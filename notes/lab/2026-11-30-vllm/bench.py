@@ -1,9 +1,11 @@
-"""bench.py base|lora|met|metnowide|fp8|metfp8 OUT [ADAPTERS] [TP]: tokens/s of vLLM, random weights; prints as it goes and saves after every size."""
+"""bench.py base|lora|met|metfixed|metnowide|fp8|metfp8 OUT [ADAPTERSxLAYERS] [TP], after gen.py: tokens/s of vLLM, random weights; prints as it goes and saves after every size."""
 import os, sys, time, json, random
 start = time.time()
 kind, out = sys.argv[1], sys.argv[2]
-N = sys.argv[3] if len(sys.argv) > 3 else "28"
+N = sys.argv[3] if len(sys.argv) > 3 else "28x32"
 tp = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+most = 128000 * int(N.split("x")[1]) // 32
+if tp > 1: os.environ["VLLM_ALLREDUCE_USE_SYMM_MEM"] = "0"  # no multicast
 if tp > 1: os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 sizes = [tuple(int(v) for v in s.split("x")) for s in os.environ.get("SIZES", "1x128x128 8x128x128 64x128x128 256x128x128 16x2048x1").split()]
 caps = [int(v) for v in os.environ.get("CAPS", "1 2 4 8 16 32 64 128 256").split()]
@@ -35,7 +37,7 @@ def main():
     before = len(compiles)
     random.seed(0)
     def run(n, inp, outp):
-        ps = [{"prompt_token_ids": [random.randrange(10, 120000) for _ in range(inp)]} for _ in range(n)]
+        ps = [{"prompt_token_ids": [random.randrange(10, most) for _ in range(inp)]} for _ in range(n)]
         sp = SamplingParams(temperature=0, max_tokens=outp, ignore_eos=True, detokenize=False)
         t = time.time(); llm.generate(ps, sp, use_tqdm=False, lora_request=lr); return time.time() - t
     t = time.time(); run(4, 128, 16)

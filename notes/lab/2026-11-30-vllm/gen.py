@@ -1,14 +1,16 @@
-"""gen.py LAYERS ADAPTERS RANK: random Llama-3-8B-shaped configurations (base, met, met-fp8) and a MeteoRA checkpoint under /tmp/m."""
+"""gen.py LAYERS ADAPTERS RANK [local]: Llama-3-8B-shaped configurations (base, met, metfixed, metnowide, fp8, metfp8), a random MeteoRA checkpoint and a plain LoRA, in /tmp/m{ADAPTERS}x{LAYERS}.
+
+The vocabulary has the model's share of the weights: with half of the layers, it is half as large. local: tokens choose among 16 of the adapters."""
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 layers, N, r = (int(v) for v in sys.argv[1:4])
 local = len(sys.argv) > 4 and sys.argv[4] == "local"
-out = Path(f"/tmp/m{N}"); out.mkdir(exist_ok=True)
-cfg = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, hidden_act="silu", tie_word_embeddings=False, torch_dtype="bfloat16", bos_token_id=1, eos_token_id=2, head_dim=128, attention_bias=False, mlp_bias=False)
+out = Path(f"/tmp/m{N}x{layers}"); out.mkdir(exist_ok=True)
+cfg = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256 * layers // 32, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, hidden_act="silu", tie_word_embeddings=False, torch_dtype="bfloat16", bos_token_id=1, eos_token_id=2, head_dim=128, attention_bias=False, mlp_bias=False)
 fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 ck = str(out / "ck")
-for name, q in {"base": None, "met": {"quant_method": "meteora", "checkpoint": ck}, "metnowide": {"quant_method": "meteora", "checkpoint": ck, "wide": False}, "fp8": fp8, "metfp8": {"quant_method": "meteora", "checkpoint": ck, "base": fp8}}.items():
+for name, q in {"base": None, "met": {"quant_method": "meteora", "checkpoint": ck}, "metfixed": {"quant_method": "meteora", "checkpoint": ck, "fixed_options": True}, "metnowide": {"quant_method": "meteora", "checkpoint": ck, "wide": False}, "fp8": fp8, "metfp8": {"quant_method": "meteora", "checkpoint": ck, "base": fp8}}.items():
     d = out / name; d.mkdir(exist_ok=True)
     (d / "config.json").write_text(json.dumps(cfg | ({"quantization_config": q} if q else {})))
 (out / "ck").mkdir(exist_ok=True)
