@@ -13,6 +13,10 @@ Draw = Callable[[Tensor], int]
 """A function that draws a token from the scores of one row, float32 (vocabulary,)."""
 
 
+COLDEST = 1e-6
+"""Sampling temperature below which the most likely token is as good as certain; logits divided by much smaller values would not be finite."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings that choose the tokens of an answer and limit their number.
@@ -47,7 +51,7 @@ def drawing(sampling: Sampling, device: torch.device) -> Draw:
     """
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    warpers: list[Any] = [TemperatureLogitsWarper(max(float(sampling.temperature), COLDEST))]
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     generator = torch.Generator(device=device).manual_seed(sampling.seed)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from meteora_core.errors import did_you_mean
+from meteora_core.generation.sampling import COLDEST
 from meteora_core.routing import Meteora, RoutingOptions, find_meteora
 from meteora_core.serving.failures import ApiError, of_failure
 from meteora_core.serving.grammars import ANY_OBJECT
@@ -170,7 +171,7 @@ class Service:
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
         return SamplingOptions(
             max_new_tokens=limit,
-            temperature=1.0 if request.temperature is None else request.temperature,
+            temperature=1.0 if request.temperature is None else request.temperature if request.temperature >= COLDEST else 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
             seed=secrets.randbits(32) if request.seed is None else request.seed % 2**32,
             stop=stop,

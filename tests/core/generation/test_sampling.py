@@ -30,3 +30,8 @@ def test_top_p_leaves_out_unlikely_tokens() -> None:
     mass = torch.softmax(SCORES, -1).sort(descending=True)
     likely = set(mass.indices[: int((mass.values.cumsum(0) < 0.3).sum()) + 1].tolist())
     assert set(drawn(Sampling(temperature=1.0, top_p=0.3))) <= likely
+
+
+def test_a_temperature_next_to_zero_is_greedy() -> None:
+    assert drawn(Sampling(temperature=1e-310)) == drawn(Sampling(temperature=1e-40, top_p=0.5)) == drawn(Sampling(temperature=1e-9, seed=7))
+    assert len(set(drawn(Sampling(temperature=1e-310)))) == 1

@@ -101,6 +101,13 @@ def test_stop_bias_and_penalties(client: openai.OpenAI) -> None:
     assert varied.text.count(forced.text[0]) < 20
 
 
+def test_a_temperature_next_to_zero_takes_the_most_likely_token(client: openai.OpenAI) -> None:
+    options: Any = {"model": "meteora", "prompt": "ab", "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    greedy = client.completions.create(**options, temperature=0).choices[0].text
+    for temperature in (1e-310, 1e-40, 1e-7):
+        assert client.completions.create(**options, temperature=temperature, top_p=0.5).choices[0].text == greedy
+
+
 def test_json_schema_and_json_object(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"], "additionalProperties": False}
     form: Any = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
