@@ -113,13 +113,13 @@ def _write_batch(model: Any, tokenizer: Any, rows: Sequence[Writing], way: str) 
     labels = torch.tensor([[row.labels[0]] * (width - len(row.ids)) + row.labels for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = None
+    cache, last = None, torch.tensor([-1], device=device)  # an index: a count would copy the output layer for every row
     for row in rows:
         row.queue = tokenizer("1.", add_special_tokens=False)["input_ids"] if row.given else []
     while not all(row.done for row in rows):
         context = state.disabled() if way == "base-given" else state.force(None if way == "gates-given" else labels)
         with context:
-            done = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            done = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last)
         cache = done.past_key_values
         best = done.logits[:, -1].argmax(-1).tolist()
         chosen = [_next(row, token, ends, tokenizer) for row, token in zip(rows, best, strict=True)]
