@@ -24,12 +24,12 @@ ADAPTER = "Styxxxx/llama2_7b_lora-{}"
 """The hub repository of a task's adapter: rank 8, alpha 16, on q_proj and v_proj."""
 
 PROMPT = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{}\n\n### Response:\n"
-"""The prompt that the adapters were trained with: Alpaca's, without an input."""
+"""The prompt template that the adapters were trained with: Alpaca's without an input."""
 
 LONGEST_ANSWER = 50
 
 METRICS = {"em": "exact", "bleu": "bleu", "rouge": "text"}
-"""Meteora's metric for each metric of the evaluation set; ``text`` gives ROUGE-1, -2 and -L, and BLEU."""
+"""Meteora's metric for each metric of the evaluation set; ``text`` computes ROUGE-1, -2 and -L, and BLEU."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ def adapter_name(task: str) -> str:
     """The name of a task without the number of its templates: ``anli_r1_10templates`` becomes ``anli_r1``.
 
     Raises:
-        DataError: It cannot be the name of a task.
+        DataError: The result is not a valid name of a task.
     """
     name = re.sub(r"_\d+templates$", "", task)
     if problem := problem_of(name):

@@ -1,1 +1,1 @@
-"""transformers, PEFT and TRL with a model that has adapters attached: one short script for each habit, and a notebook."""
+"""Short scripts and a notebook that use transformers, PEFT and TRL with a model that has adapters attached."""

@@ -1,4 +1,4 @@
-"""Answers by transformers' pipeline: ``python -m examples.habits.generate_with_pipeline --checkpoint runs/mine --prompt "Is the sky blue?"``.
+"""Answers a prompt with transformers' pipeline: ``python -m examples.habits.generate_with_pipeline --checkpoint runs/mine --prompt "Is the sky blue?"``.
 
 The gates answer first, then each adapter alone, a mix of the first two, and the base model. Without ``--checkpoint``, the starter checkpoint answers.
 """
@@ -16,7 +16,7 @@ from meteora_core.starter import usual_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Answer a prompt by transformers' pipeline, with different adapters.")
+    parser = argparse.ArgumentParser(description="Answer a prompt with transformers' pipeline and different adapters.")
     parser.add_argument("--checkpoint", default=None, help="folder or hub id of a checkpoint")
     parser.add_argument("--prompt", default="[INST] Is the sky blue? [/INST]\n", help="the whole prompt")
     parser.add_argument("--tokens", type=int, default=20, help="largest number of new tokens")

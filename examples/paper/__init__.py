@@ -1,1 +1,1 @@
-"""The paper's experiment on a small base model, step by step with the ``meteora`` commands of ``steps.toml``; see README.md here."""
+"""The paper's experiment on a small base model, in steps that are ``meteora`` commands (``steps.toml``). README.md explains it."""

@@ -1,4 +1,4 @@
-"""``python -m examples.paper SIZES``: runs the experiment and continues where it stopped."""
+"""``python -m examples.paper SIZES`` runs the experiment, or continues it where it stopped."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m examples.paper",
-        description="The paper's experiment, step by step. Finished steps are left out; the same call continues where it stopped.",
-        epilog="Exit codes: 0 done; 1 something failed or does not fit (the repair is named); 2 usage; 75 the time of --for is over; 130 Ctrl-C; 143 SIGTERM.",
+        description="Run the paper's experiment step by step. Finished steps are skipped, so the same command continues where the experiment stopped.",
+        epilog="Exit codes: 0 done; 1 a step failed or is out of date; 2 usage; 75 the time of --for is over; 130 Ctrl-C; 143 SIGTERM.",
     )
     made.add_argument("sizes", help="full, ten, toy, or a file like full.toml")
-    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="only these steps or stages; * matches anything")
-    made.add_argument("--again", nargs="+", default=[], metavar="STEP", help="run these steps or stages again, and all that depends on them")
-    made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="end after this many seconds; the same call continues")
-    made.add_argument("--jobs", type=int, default=1, metavar="N", help="up to N steps at the same time, over all GPUs; output goes to WORK/logs (default: 1)")
-    made.add_argument("--keep-going", action="store_true", help="after a failure run what does not need the failed step; the failure counts at the end")
-    made.add_argument("--raw-dir", type=Path, help="folder with raw rows of gsm8k, alpaca and news_commentary_de; without it they come from the hub")
-    made.add_argument("--work", type=Path, help="where everything is kept; default: as the sizes file says")
-    made.add_argument("--docs", type=Path, help="where the report goes; default: as the sizes file says")
-    made.add_argument("--base", help="another base model")
-    made.add_argument("--device", help="auto, cpu, cuda, …")
-    made.add_argument("--report", action="store_true", help="only write the report of what is done")
-    made.add_argument("--list", action="store_true", help="show the steps, their commands, and which are done")
+    made.add_argument("--only", nargs="+", default=[], metavar="STEP", help="steps or stages to run; * matches anything")
+    made.add_argument("--again", nargs="+", default=[], metavar="STEP", help="steps or stages to run again, with all steps that depend on them")
+    made.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="stop after this many seconds; the same command continues")
+    made.add_argument("--jobs", type=int, default=1, metavar="N", help="steps to run at the same time, on all GPUs, with output in WORK/logs (default: 1)")
+    made.add_argument("--keep-going", action="store_true", help="after a failure, run the steps that do not need the failed one; the exit code is still 1")
+    made.add_argument("--raw-dir", type=Path, help="folder with raw rows of gsm8k, alpaca and news_commentary_de; default: the hub")
+    made.add_argument("--work", type=Path, help="folder of all files; default: that in the sizes file")
+    made.add_argument("--docs", type=Path, help="folder of the report; default: that in the sizes file")
+    made.add_argument("--base", help="base model; default: that in the sizes file")
+    made.add_argument("--device", help="device: auto, cpu, cuda, …")
+    made.add_argument("--report", action="store_true", help="only write the report of the finished steps")
+    made.add_argument("--list", action="store_true", help="list the steps with their commands, and mark those that are done")
     return made
 
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, *, run_command: Runner = run_ch
 
 
 def call_of(options: argparse.Namespace) -> str:
-    """This call without the options that choose steps, to which the options of a repair are added."""
+    """The command line of this call without the options that select steps; repairs append their own."""
     parts = ["python", "-m", "examples.paper", options.sizes]
     for name in ("raw_dir", "work", "docs", "base", "device"):
         value = getattr(options, name)
@@ -110,7 +110,7 @@ def hub_reachable() -> bool:
 
 
 def terminated(number: int, frame: FrameType | None) -> None:
-    """End as on Ctrl-C, with the exit code of the signal, after all running commands have ended."""
+    """End as after Ctrl-C, once all running commands have ended, with the exit code of the signal."""
     raise SystemExit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""``meteora`` commands as separate processes: started, limited in time, and ended with this program."""
+"""Runs ``meteora`` commands as separate processes, which have a time limit and never outlive this program."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from types import FrameType
 
 Starter = Callable[[list[str], Path | None, str | None], "subprocess.Popen[bytes]"]
-"""Starts ``meteora ARGUMENTS``; its output is appended to the file, or goes to the terminal if there is none. The process sees the named GPU, or all."""
+"""A function that starts ``meteora`` with arguments. Output is appended to the file, or printed if it is None. The process sees the named GPU, or all."""
 
 GRACE = 30.0
-"""Seconds that a command has to end after a request to do so."""
+"""Time in seconds within which a command must end after it was interrupted; otherwise, it is killed."""
 
 
 def start_child(arguments: list[str], log: Path | None = None, gpu: str | None = None) -> subprocess.Popen[bytes]:
-    """Start ``meteora ARGUMENTS``; with a GPU's name (as in CUDA_VISIBLE_DEVICES), it sees only that one."""
+    """Start ``meteora`` with these arguments. If ``gpu`` is given, as in CUDA_VISIBLE_DEVICES, the process sees only this GPU."""
     command = [sys.executable, "-m", "meteora_cli", *arguments]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     if log is None:
@@ -41,7 +41,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def run_child(arguments: list[str], seconds: float) -> int | None:
-    """Run ``meteora ARGUMENTS`` to its end; when its time is over, interrupt it as by Ctrl-C, and kill it if it does not end."""
+    """Run ``meteora`` with these arguments. After ``seconds``, it is interrupted as by Ctrl-C, killed if it does not end, and the result is None."""
     children = list[subprocess.Popen[bytes]]()
     try:
         with signals_held():
@@ -56,7 +56,7 @@ def run_child(arguments: list[str], seconds: float) -> int | None:
 
 
 def end_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Interrupt processes as by Ctrl-C; kill those that do not end within :data:`GRACE` seconds, or all of them at a second signal."""
+    """Interrupt processes as by Ctrl-C. Those that do not end within :data:`GRACE` seconds are killed; a second signal kills all of them."""
     try:
         for child in children:
             child.send_signal(signal.SIGINT)
@@ -74,9 +74,9 @@ def end_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM within the block take effect at its end, so that every started process is known.
+    """Defer Ctrl-C and SIGTERM to the end of the block, so that no process is started without being recorded.
 
-    A process that is started within listens to Ctrl-C even where this program was started with it ignored, as in the background of a script.
+    Processes that are started in the block react to Ctrl-C even if this program ignores it, as programs in the background of a script do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""The paper's four claims, each with our figures and a verdict by a stated rule."""
+"""The paper's four claims, each with measured figures and a verdict by a stated rule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from examples.paper.figures import Figure, average, composite, headlines
 
 EQUAL = 0.97
-"""The smallest share of the individual adapters' average at which MeteoRA counts as equal to them."""
+"""Share of the individual adapters' average from which MeteoRA counts as equal to them."""
 
 NEARLY = 0.95
-"""The share of the individual adapters' average that gates in closed form are to reach without a training step."""
+"""Target for gates in closed form without a training step: a share of the individual adapters' average."""
 
 Documents = Mapping[str, Mapping[str, Any]]
-"""Role -> results document."""
+"""Results documents by role."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Claim:
     """One claim.
 
     Attributes:
-        text: What is claimed.
-        figures: Our figures, one per line.
-        verdict: holds, partly, undecided, fails, or not run.
-        rule: The rule of the verdict.
+        text: The claim.
+        figures: The measured figures, one per line.
+        verdict: "holds", "partly", "undecided", "fails" or "not run".
+        rule: The rule that determines the verdict.
     """
 
     text: str
@@ -36,9 +36,9 @@ class Claim:
 
 
 def claims(documents: Documents) -> list[Claim]:
-    """All claims, with the verdict "not run" where the documents are missing.
+    """All claims. The verdict is "not run" if results are missing.
 
-    Two figures differ where their difference is more than two of its standard errors.
+    Two figures count as different if their difference exceeds two of its standard errors.
     """
     return [
         equal_to_adapters(documents),
@@ -53,7 +53,7 @@ def claims(documents: Documents) -> list[Claim]:
 
 
 def common(documents: Documents, *roles: str) -> list[str]:
-    """The single tasks for which every role has a headline."""
+    """The single tasks for which every role has a headline figure."""
     found = [headlines(documents[role]) for role in roles]
     return [task for task in found[0] if all(task in each for each in found)]
 
@@ -70,7 +70,7 @@ def equal_to_adapters(
     text: str = "MeteoRA's average over single tasks equals that of the individual adapters",
     share: float = EQUAL,
 ) -> Claim:
-    """Claim 1, for the model that plays ``role``, which counts as equal from a share of the adapters' average on."""
+    """Claim 1 for the model with this role, which counts as equal from a share of the adapters' average."""
     rule = f"holds from {share:.0%} of the adapters' average on; below, fails where the gap to {share:.0%} is more than two standard errors, else undecided"
     if not {role, "own"} <= documents.keys() or not common(documents, role, "own"):
         return Claim(text, (), "not run", rule)
@@ -82,14 +82,14 @@ def equal_to_adapters(
 
 
 def with_composites(documents: Documents, role: str) -> tuple[dict[str, dict[str, Figure]], str]:
-    """A role's counts on composites, and their T if it is not the paper's. Counts at T = 1 replace those that were not run."""
+    """A role's counts on composites, and T if it is not the paper's. If the evaluation at the paper's T was not run, the counts are those at T = 1."""
     counted = composite(documents[role]) if role in documents else {}
     at_one = composite(documents[f"{role}_T1"]) if not counted and f"{role}_T1" in documents else {}
     return (at_one, " (T = 1)") if at_one else (counted, "")
 
 
 def beats_balanced(documents: Documents, role: str, text: str) -> Claim:
-    """Claim 2."""
+    """Claim 2: MeteoRA beats one LoRA on all tasks on composites."""
     rule = "holds where both counts of every composite are higher than LoRA-B's by more than two standard errors, fails where none is, else partly"
     ours, heat = with_composites(documents, role)
     if not ours or "lora_b" not in documents:
@@ -106,7 +106,7 @@ def beats_balanced(documents: Documents, role: str, text: str) -> Claim:
 
 
 def large_temperature(documents: Documents, prefix: str, text: str) -> Claim:
-    """Claim 3."""
+    """Claim 3: a large T helps composites."""
     rule = (
         "of the counts at the paper's T (15, 20, 30) and at T = 60 against T = 1: holds where one is higher by more than two standard errors and none lower, "
     )
@@ -127,7 +127,7 @@ def large_temperature(documents: Documents, prefix: str, text: str) -> Claim:
 
 
 def top_two(documents: Documents) -> Claim:
-    """Claim 4."""
+    """Claim 4: top-2 is better than top-1."""
     text = "top-2 is better than top-1 on single tasks"
     rule = "holds where top-2's average is higher by more than two standard errors, fails where it is lower by as much, else undecided"
     if not {"meteora", "top1"} <= documents.keys() or not common(documents, "meteora", "top1"):
@@ -143,7 +143,7 @@ def top_two(documents: Documents) -> Claim:
 
 
 def goals(documents: Documents, held_out: Mapping[str, float]) -> list[tuple[str, str, bool | None]]:
-    """The goals of the experiment: goal, figure, reached (None if it was not run)."""
+    """The goals of the experiment as triples: the goal, the figure, and whether it was reached (None if it was not run)."""
     made: list[tuple[str, str, bool | None]] = []
     for role, label, least in (("meteora", "", EQUAL), ("closed", ", closed form alone", NEARLY), ("joint", ", adapters trained along", EQUAL)):
         ratio = None

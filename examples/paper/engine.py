@@ -1,4 +1,4 @@
-"""Runs the steps: prints each command, leaves out finished ones, and stops with a repairing command when something does not fit."""
+"""Runs the steps one after another: prints each command, skips finished steps, and stops with a command for the repair if a step is out of date."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from meteora_core.files import atomic_write, sha256
 from meteora_core.json_files import read_json, write_json
 
 Runner = Callable[[list[str], float], int | None]
-"""Runs ``meteora ARGUMENTS`` for at most this many seconds; returns the exit code, or None when the time was over."""
+"""A function that runs ``meteora`` with arguments for at most a number of seconds. It returns the exit code, or None if the time was over."""
 
 WEIGHED = ("meteora.safetensors", "adapter_model.safetensors", "meteora_config.json", MANIFEST)
-"""Files of a step's result whose hashes are kept; for an evaluation, the newest ``results_*.json``."""
+"""Files in a step's result whose hashes are recorded; for an evaluation, the newest ``results_*.json``."""
 
 MOST_PARTS = 12
-"""A command that has not ended after this many parts makes no progress."""
+"""Largest number of parts of a command; after these, it counts as making no progress."""
 
 
 class Stopped(MeteoraError):
-    """The time for this call is over; the same call continues."""
+    """The time of this call is over; the same command continues."""
 
     exit_code = 75
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command to run: ``meteora ARGUMENTS``, for at most this many seconds; ``shown`` is what a user would type."""
+    """A ``meteora`` command to run for at most a number of seconds; ``shown`` is the command as a user would type it."""
 
     arguments: list[str]
     seconds: float
@@ -49,16 +49,16 @@ class Engine:
     """The steps of an experiment, and the records of finished steps.
 
     Attributes:
-        experiment: What to run.
-        call: How this program is called, for the repairs it names.
-        run_command: Runs a ``meteora`` command.
-        say: Prints a line.
-        deadline: When this call ends, by ``time.monotonic()``.
-        hub_reachable: Asked when a step needs the hub.
-        jobs: How many steps may run at the same time; see :mod:`examples.paper.side_by_side`.
-        keep_going: After a failure the steps that do not need the failed one still run; the failure is raised at the end.
-        start_command: Starts a ``meteora`` command that runs at the same time as others.
-        gpus: Commands that run side by side are spread over these, each on one; empty: the commands choose.
+        experiment: The experiment to run.
+        call: The command line of this program, for repairs.
+        run_command: Function that runs a ``meteora`` command.
+        say: Function that prints a line.
+        deadline: Time at which this call ends, by ``time.monotonic()``.
+        hub_reachable: Function that returns whether the hub can be reached; it is called for steps that need the hub.
+        jobs: Number of steps that may run at the same time; see :mod:`examples.paper.side_by_side`.
+        keep_going: Whether steps that do not need a failed one still run; the failure is raised at the end.
+        start_command: Function that starts a ``meteora`` command that runs at the same time as others.
+        gpus: Names of the GPUs over which commands that run at the same time are distributed, each on one; if empty, the commands choose.
     """
 
     experiment: Experiment
@@ -83,7 +83,7 @@ class Engine:
         return self.experiment.work / "steps" / f"{step.name}.json"
 
     def values(self) -> dict[str, Any]:
-        """The values of all placeholders: those of the sizes file, ``total_rank``, ``tasks_1`` and so on (every fourth task), and ``config``."""
+        """The values of all placeholders: those in the sizes file, ``total_rank``, ``tasks_1`` to ``tasks_4`` (every fourth task), and ``config``."""
         values = self.experiment.values
         singles = [name for name in available_tasks(self.experiment.data) if not name.startswith("composite_")]
         parts = {f"tasks_{turn + 1}": ",".join(singles[turn::PARTS]) for turn in range(PARTS)}
@@ -119,7 +119,7 @@ class Engine:
 
         Raises:
             UsageError: No such step.
-            MeteoraError: A command failed, or something that was done does not fit any more; the hint is the command that repairs it.
+            MeteoraError: A command failed, or a finished step is out of date; the hint is the command that repairs it.
             Stopped: The time of this call is over.
         """
         ran: list[str] = []
@@ -143,7 +143,7 @@ class Engine:
         return ran
 
     def is_due(self, step: Step) -> bool:
-        """Whether the step must run: it is not finished, and its needs are. Raises MeteoraError if something does not fit."""
+        """Whether the step must run, because it is not finished, although its needs are. Raises MeteoraError if a step is out of date."""
         if self.is_done(step):
             return False
         self.check_needs(step, step.needs)
@@ -167,7 +167,7 @@ class Engine:
         ]
 
     def forget(self, chosen: Iterable[str]) -> list[str]:
-        """Drop the records of steps and of everything that depends on them, so that they run again; return their names."""
+        """Delete the records of steps and of all steps that depend on them, so that they run again. Returns their names."""
         gone = {step.name for step in self.choose(chosen)}
         for step in self.experiment.steps:
             if gone & set(step.needs):
@@ -177,14 +177,14 @@ class Engine:
         return [step.name for step in self.experiment.steps if step.name in gone]
 
     def repair(self, options: str) -> str:
-        """The call of this program."""
+        """The command line of this program with the options of a repair."""
         return f"{self.call} {options}"
 
     def is_done(self, step: Step) -> bool:
         """Whether the step was run and nothing has changed since.
 
         Raises:
-            MeteoraError: It was run, and its command, settings, data or outcome are not those of then; the hint is the command that repairs it.
+            MeteoraError: The step was run, but its command, settings, data or results have changed since; the hint is the command that repairs it.
         """
         file = self.record_file(step)
         if not file.is_file():
@@ -201,16 +201,16 @@ class Engine:
             )
         changed = [name for name, known in record["data"].items() if known != self.data_hashes().get(name)]
         if changed:
-            raise MeteoraError(f"step {step.name} used other rows of {', '.join(changed)}: the dataset was changed since, or is gone", hint=again)
+            raise MeteoraError(f"step {step.name} used other rows of {', '.join(changed)}: the dataset has changed since, or no longer exists", hint=again)
         for path, known in record["outputs"].items():
             if not Path(path).is_file():
-                raise MeteoraError(f"{path}, which step {step.name} made, is gone", hint=again)
+                raise MeteoraError(f"{path}, which step {step.name} created, no longer exists", hint=again)
             if self.hash_of(Path(path)) != known:
-                raise MeteoraError(f"{path} is not the file that step {step.name} made: its hash differs", hint=again)
+                raise MeteoraError(f"{path} is not the file that step {step.name} created: its hash differs", hint=again)
         return True
 
     def hash_of(self, path: Path) -> str:
-        """A file's SHA-256, computed again only when its time or size has changed."""
+        """The SHA-256 of a file, which is computed again only if the file's time or size has changed."""
         state = path.stat()
         key = (str(path), state.st_mtime_ns, state.st_size)
         if key not in self._hashes:
@@ -218,7 +218,7 @@ class Engine:
         return self._hashes[key]
 
     def data_hashes(self) -> dict[str, str]:
-        """Dataset -> hash of its manifest, which holds the hashes of its rows."""
+        """The hash of each dataset's manifest, which contains the hashes of the rows, by dataset."""
         folder = self.experiment.data
         return {path.parent.name: self.hash_of(path) for path in sorted(folder.glob(f"*/{MANIFEST}"))}
 
@@ -233,7 +233,7 @@ class Engine:
         return dataset in named.split(",")
 
     def verify_data(self) -> None:
-        """``meteora data verify`` over the datasets that finished steps made. Raises MeteoraError."""
+        """Run ``meteora data verify`` on the datasets that finished steps built. Raises MeteoraError."""
         made = {
             path.name: step.name for step in self.experiment.steps if step.stage == "datasets" and self.record_file(step).is_file() for path in self.makes(step)
         }
@@ -248,16 +248,16 @@ class Engine:
             broken = [report for report in verify(self.experiment.data, names) if not report.ok]
             what = "; ".join(problem for report in broken for problem in report.problems[:1]) or "`meteora data verify` failed"
             raise MeteoraError(
-                f"datasets are not what was built: {what}", hint=self.repair(f"--again {' '.join(dict.fromkeys(made[each.task] for each in broken))}")
+                f"datasets differ from what was built: {what}", hint=self.repair(f"--again {' '.join(dict.fromkeys(made[each.task] for each in broken))}")
             )
 
     def makes(self, step: Step) -> list[Path]:
-        """The paths that a step makes; a name with commas means several paths in the same folder."""
+        """The paths that a step creates; a name with commas stands for several paths in the same folder."""
         filled = [Path(fill(template, self.values(), step.name)) for template in step.makes]
         return [path.parent / name for path in filled for name in path.name.split(",")]
 
     def check_base(self, step: Step) -> None:
-        """Whether the checkpoint that the step reads is of the experiment's base. Raises MeteoraError."""
+        """Check that the checkpoint that the step reads belongs to the experiment's base model. Raises MeteoraError."""
         if step.checkpoint is None:
             return
         from meteora_core.checkpoints.native import read_config
@@ -267,17 +267,17 @@ class Engine:
         wanted = self.experiment.values["base"]
         if named not in (wanted, str(Path(wanted).absolute())):  # a checkpoint names a local base by its absolute path
             maker = next((each.name for each in self.experiment.steps if folder in self.makes(each)), step.name)
-            raise MeteoraError(f"the checkpoint {folder} is of the base {named}, and this experiment of {wanted}", hint=self.repair(f"--again {maker}"))
+            raise MeteoraError(f"the checkpoint {folder} belongs to the base {named}, not to {wanted}", hint=self.repair(f"--again {maker}"))
 
     def left(self) -> float:
-        """Seconds for a command: those of the sizes file, but not beyond the deadline. Raises Stopped if none are left."""
+        """Time limit of a command in seconds: that in the sizes file, or the time up to the deadline. Raises Stopped if none is left."""
         seconds = min(self.experiment.command_seconds, self.deadline - time.monotonic())
         if seconds <= 0:
-            raise Stopped("the time of this call is over", hint=f"the same command continues: {self.call}")
+            raise Stopped("the time of this call is over", hint=f"continue with the same command: {self.call}")
         return seconds
 
     def execute(self, step: Step) -> bool:
-        """Run a step and record it; False if it was left out. Raises MeteoraError, Stopped."""
+        """Run a step and record it. Returns False if it was skipped. Raises MeteoraError, Stopped."""
         work, code = self.parts(step), None
         while True:
             try:
@@ -291,17 +291,17 @@ class Engine:
         """Run the commands of a step, as many as its time limit requires, and record the step.
 
         Yields:
-            The next command; what is sent back is its exit code, or None when its time was over.
+            The next command. Its exit code must be sent back, or None if its time was over.
 
         Returns:
-            False when the step was left out.
+            False if the step was skipped.
 
         Raises:
-            MeteoraError: The command failed, made nothing, or does not get on.
+            MeteoraError: The command failed, created nothing, or makes no progress.
             Stopped: The time of this call is over.
         """
         if step.hub and not self.hub_reachable():
-            self.say(f"# {step.name}: left out, since the hub cannot be reached (later: {self.repair(f'--again {step.name}')})")
+            self.say(f"# {step.name}: skipped, because the hub cannot be reached (to run it later: {self.repair(f'--again {step.name}')})")
             write_json(self.record_file(step), {"step": step.name, "left_out": "the hub could not be reached"})
             return False
         arguments, shown = self._arguments(step), self.command_line(step)
@@ -326,7 +326,7 @@ class Engine:
                     f"step {step.name} does not end in {state['parts']} parts", hint="raise command_seconds, or lower save_steps, in the sizes file"
                 )
             if code is not None:
-                raise MeteoraError(f"step {step.name} failed with exit code {code}", hint=f"mend what the command says, then: {self.call}")
+                raise MeteoraError(f"step {step.name} failed with exit code {code}", hint=f"fix the error above, then run: {self.call}")
         outputs = self.outputs(step)
         write_json(
             self.record_file(step),
@@ -343,7 +343,7 @@ class Engine:
         return True
 
     def outputs(self, step: Step) -> dict[str, str]:
-        """Path -> hash of each result of the step. Raises MeteoraError if one is missing."""
+        """The hash of each result of the step, by path. Raises MeteoraError if a result is missing."""
         made = {}
         for path in self.makes(step):
             found = [file for file in (path / name for name in WEIGHED) if file.is_file()]
@@ -351,7 +351,7 @@ class Engine:
             if path.is_file():
                 found = [path]
             if not (found or results):
-                raise MeteoraError(f"step {step.name} ended, but made nothing in {path}", hint=self.repair(f"--again {step.name}"))
+                raise MeteoraError(f"step {step.name} ended, but created nothing in {path}", hint=self.repair(f"--again {step.name}"))
             for file in found or results[-1:]:
                 made[str(file)] = sha256(file)
         return made

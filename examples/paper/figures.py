@@ -1,4 +1,4 @@
-"""Comparable figures of a results document: a headline per task, averages, gate accuracy, each with its standard error."""
+"""Figures from a results document, each with its standard error: a headline figure per task, averages, and gate accuracy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from meteora_core.evaluation.report import Cell, compare
 
 SINGLE = ("acc", "bleu", "rougeL")
-"""Metrics in order of preference for the headline of a single task; BLEU counts as a share of 100."""
+"""Metrics in order of preference for the headline figure of a single task; BLEU is divided by 100."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Figure:
     stderr: float = 0.0
 
     def __sub__(self, other: Figure) -> Figure:
-        """The difference; the errors are taken as independent, which overstates them where both saw the same rows."""
+        """The difference. The errors are treated as independent, which overstates the error if both figures come from the same rows."""
         return Figure(self.value - other.value, math.hypot(self.stderr, other.stderr))
 
     def times(self, factor: float) -> Figure:
@@ -30,12 +30,12 @@ class Figure:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the value is more than two standard errors from 0, else 0."""
+        """The sign of the value, or 0 if the value is within two standard errors of 0."""
         return 0 if abs(self.value) <= 2 * self.stderr else int(math.copysign(1, self.value))
 
 
 def cells(document: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
-    """Task -> metric -> figure."""
+    """The figure of each metric, by task and metric."""
     made: dict[str, dict[str, Cell]] = {}
     for line in compare([document]).rows:
         cell = line.cells[0]
@@ -45,7 +45,7 @@ def cells(document: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:
 
 
 def headlines(document: Mapping[str, Any]) -> dict[str, Figure]:
-    """Single task -> its headline between 0 and 1."""
+    """The headline figure of each single task, between 0 and 1."""
     made = {}
     for task, metrics in cells(document).items():
         name = next((metric for metric in SINGLE if metric in metrics), None)
@@ -57,7 +57,7 @@ def headlines(document: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def composite(document: Mapping[str, Any]) -> dict[str, dict[str, Figure]]:
-    """Composite -> ``attempted`` and ``correct``, sub-tasks per prompt."""
+    """For each composite, ``attempted`` and ``correct``: sub-tasks per prompt."""
     return {
         task: {name: Figure(metrics[name].value, metrics[name].stderr or 0.0) for name in ("attempted", "correct")}
         for task, metrics in cells(document).items()
@@ -72,7 +72,7 @@ def average(figures: Iterable[Figure]) -> Figure:
 
 
 def own_by_depth(document: Mapping[str, Any], task: str) -> dict[int, float]:
-    """Decoder layer -> share of answer tokens whose likeliest adapter is the task's own, mean over the layer's linears."""
+    """Share of answer tokens whose likeliest adapter is the task's own, by decoder layer; the mean over the layer's linear layers."""
     layers = document.get("meteora", {}).get("routing", {}).get(task, {}).get("own_top1_by_layer", {}).get("answer") or {}
     by_depth: dict[int, list[float]] = {}
     for path, share in layers.items():
@@ -82,14 +82,14 @@ def own_by_depth(document: Mapping[str, Any], task: str) -> dict[int, float]:
 
 
 def own_share(document: Mapping[str, Any], task: str) -> float | None:
-    """Share of answer tokens whose likeliest adapter is the task's own, all decoder layers but the first; None if it was not counted."""
+    """Share of answer tokens whose likeliest adapter is the task's own, over all decoder layers but the first; None if routing was not counted."""
     depths = own_by_depth(document, task)
     kept = [share for depth, share in depths.items() if depth != 0]
     return sum(kept) / len(kept) if kept else None
 
 
 def slim(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with shares per decoder layer instead of the much longer shares per linear layer."""
+    """The document with shares by decoder layer instead of the much longer shares by linear layer."""
     made = dict(document)
     routing = document.get("meteora", {}).get("routing")
     if routing:

@@ -1,4 +1,4 @@
-"""From ``steps.toml`` (the commands) and a sizes file (the numbers) to a list of steps."""
+"""Makes the list of steps from ``steps.toml``, which has the commands, and a sizes file, which has their numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 STEPS_FILE = HERE / "steps.toml"
 
 PARTS = 4
-"""The number of commands that train adapters, each with its share of the tasks; fewer tasks need fewer commands."""
+"""Largest number of commands that train adapters, each for a part of the tasks."""
 
 SECTIONS = {"data": ("data",), "train": ("train_gates", "routing"), "train adapters": ("train_adapters",), "eval": ("eval", "routing")}
 """Sections of the settings, in addition to ``model``, that the result of a command depends on; the longest matching prefix of the command counts."""
@@ -28,14 +28,14 @@ class Step:
     """One command of the experiment.
 
     Attributes:
-        name: What it is called.
-        stage: The group it belongs to.
-        command: The arguments behind ``meteora``, with ``{placeholders}``.
-        needs: Steps that must be done before.
-        makes: What must be there afterwards, with placeholders.
-        checkpoint: A checkpoint that it reads; its base must be the experiment's.
-        hub: It needs the Hugging Face hub, and is left out where the hub cannot be reached.
-        weight: How many places it takes among those that run at the same time.
+        name: Name of the step.
+        stage: Name of the stage that the step belongs to.
+        command: Arguments of ``meteora``, with ``{placeholders}``.
+        needs: Names of the steps that must be finished before.
+        makes: Paths that the step must create, with placeholders.
+        checkpoint: Checkpoint that the step reads; its base model must be the experiment's.
+        hub: Whether the step needs the Hugging Face hub; it is skipped if the hub cannot be reached.
+        weight: Number of places that the step takes among those that run at the same time.
     """
 
     name: str
@@ -57,15 +57,15 @@ class Experiment:
     """The steps, and the values of their placeholders.
 
     Attributes:
-        steps: In the order in which they run.
-        values: Numbers and folders.
+        steps: The steps in the order in which they run.
+        values: Values of the placeholders: numbers and folders.
         settings: The ``meteora.toml`` that every command reads, as nested dictionaries.
-        roles: Which evaluation plays which part in the report; ``<evaluation>/<model>``.
-        titles: What the report calls each evaluation.
-        docs: Where the report goes.
-        command_seconds: A command that runs longer is stopped, and the same command continues it.
-        name: The sizes file's name, for messages.
-        notes: What the report says of the sizes.
+        roles: The evaluation for each role in the report, as ``<evaluation>/<model>``.
+        titles: Title of each role in the report.
+        docs: Folder of the report.
+        command_seconds: Time after which a command is stopped and continued by another one, in seconds.
+        name: Name of the sizes file, for messages.
+        notes: Remarks about the sizes in the report.
     """
 
     steps: tuple[Step, ...]
@@ -108,15 +108,15 @@ def load_experiment(
     """Read the steps and a sizes file.
 
     Args:
-        sizes: ``full``, ``toy``, or a file of one's own.
-        work: Another folder than the file's.
-        raw_dir: Raw rows of gsm8k, alpaca and news_commentary_de (``meteora data build --raw-dir``).
-        base: Another base model than the file's.
-        device: Where to compute; by default a GPU when there is one.
-        docs: Another folder for the report.
+        sizes: Name of a sizes file here, such as ``full`` or ``toy``, or the path of another one.
+        work: Folder of all files; None for that in the sizes file.
+        raw_dir: Folder with raw rows of gsm8k, alpaca and news_commentary_de (``meteora data build --raw-dir``).
+        base: Base model; None for that in the sizes file.
+        device: Device; None for a GPU if there is one.
+        docs: Folder of the report; None for that in the sizes file.
 
     Raises:
-        UsageError: A file is missing or broken, it leaves out a step that does not exist, or a step needs one that does not come before it.
+        UsageError: A file is missing or broken, it leaves out an unknown step, or a step needs one that does not come before it.
     """
     file = HERE / f"{sizes}.toml" if (HERE / f"{sizes}.toml").is_file() else Path(sizes)
     if not file.is_file():
@@ -161,7 +161,7 @@ def load_experiment(
 
 
 def fill(text: str, values: Mapping[str, Any], where: str) -> str:
-    """``text`` with its ``{placeholders}`` filled in. Raises UsageError for an unknown one."""
+    """``text`` with values for its ``{placeholders}``. Raises UsageError for an unknown placeholder."""
     try:
         return text.format_map(values)
     except KeyError as missing:
@@ -177,7 +177,7 @@ def settings_text(settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _table(name: str, values: Mapping[str, Any]) -> list[str]:
-    """One table and those within it."""
+    """The lines of a table and of the tables in it."""
     plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     lines = ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in plain.items())]
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""The report's pictures."""
+"""Draws the pictures of the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARKED = ("base", "own", "lora_b", "arrow", "meteora")
 
 
 def draw_all(documents: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], heat_maps: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Draw what the documents allow: bars over single tasks, composites, gate accuracy by depth, and the heat maps that `meteora eval --routing` drew.
+    """Draw the pictures for which there are results: bars for single tasks and composites, gate accuracy by depth, and heat maps of routing.
 
     Raises:
         MeteoraError: matplotlib is not installed.
@@ -99,7 +99,7 @@ def _composites(counted: Mapping[str, Any], titles: Mapping[str, str], path: Pat
 
 
 def _depths(document: Mapping[str, Any]) -> dict[int, float]:
-    """Decoder layer -> mean over single tasks."""
+    """The mean over single tasks, by decoder layer."""
     by_depth: dict[int, list[float]] = {}
     for task in _singles(document):
         for depth, share in own_by_depth(document, task).items():

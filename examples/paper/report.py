@@ -1,4 +1,4 @@
-"""From the results of the steps to ``results/paper.md``, its pictures, and the small raw JSON in the same folder."""
+"""Writes ``results/paper.md``, its pictures and the raw results in JSON from the results of the steps."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PAGE = "paper.md"
 
 
 def write_report(engine: Engine) -> Path:
-    """Write the page, pictures and raw results into the experiment's ``docs`` folder; steps that were not run are named.
+    """Write the page, pictures and raw results into the experiment's ``docs`` folder; the page names steps that were not run.
 
     Raises:
-        MeteoraError: No evaluation is done yet, or matplotlib is not installed; the hint is the command that mends it.
+        MeteoraError: No evaluation is finished, or matplotlib is not installed; the hint is the command that helps.
     """
     documents = load_documents(engine)
     if not documents:
@@ -46,7 +46,7 @@ def write_report(engine: Engine) -> Path:
 
 
 def load_documents(engine: Engine) -> dict[str, dict[str, Any]]:
-    """Role -> the results of a finished step; each is checked as :meth:`Engine.is_done` does."""
+    """The results of finished steps, by role; each is checked by :meth:`Engine.is_done`."""
     made: dict[str, dict[str, Any]] = {}
     for role, place in engine.experiment.roles.items():
         folder = engine.experiment.work / "eval" / place
@@ -153,7 +153,7 @@ def goals_table(documents: Mapping[str, Any], held_out: Mapping[str, float]) -> 
 
 
 def singles_table(documents: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """Tasks by models."""
+    """The table of single tasks, with a column for each model."""
     figures = {role: found for role, document in documents.items() if (found := headlines(document))}
     tasks = list(dict.fromkeys(task for found in figures.values() for task in found))
     rows = []
@@ -169,7 +169,7 @@ def singles_table(documents: Mapping[str, Any], titles: Mapping[str, str]) -> st
 
 
 def composites_table(documents: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """Models by composites."""
+    """The table of composites, with a row for each model."""
     rows = []
     for role, document in documents.items():
         for task, counts in composite(document).items():
@@ -197,7 +197,7 @@ def routing_table(documents: Mapping[str, Any], gates: Mapping[str, Mapping[str,
 
 
 def commands(engine: Engine) -> str:
-    """The commands in their order, with their times."""
+    """The commands in order, with their times."""
     files = [engine.record_file(step) for step in engine.experiment.steps]
     records = [record for file in files if file.is_file() and "command" in (record := read_json(file))]
     rows = []

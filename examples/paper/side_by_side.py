@@ -1,6 +1,6 @@
-"""Runs several steps at the same time, each as a separate process, and keeps their output in log files.
+"""Runs several steps at the same time, each in a separate process, and keeps their output in log files.
 
-One loop starts, watches and ends the processes; nothing here runs in threads.
+A single loop starts, watches and ends the processes; there are no threads.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from meteora_core.errors import MeteoraError
 from meteora_core.files import storage_errors
 
 POLL = 0.1
-"""Seconds between two checks of the processes."""
+"""Time between two checks of the processes, in seconds."""
 
 TAIL = 15
-"""Lines of a failed command's log that are shown."""
+"""Number of lines at the end of a failed command's log that are printed."""
 
 
 def run_side_by_side(engine: Engine, chosen: Sequence[str] = ()) -> list[str]:
-    """What :meth:`Engine.run` does, with up to ``engine.jobs`` places, of which each step takes its weight; over several GPUs, each command on one.
+    """Run all unfinished steps, like :meth:`Engine.run`, several at the same time.
 
-    Among the steps that may begin the file's order counts; one that does not fit may be overtaken by a later one that does. After a failure none
-    begins (with ``engine.keep_going`` those that do not need the failed one do), and those that run are left to end. Whatever ends this call, no
-    process outlives it.
+    There are ``engine.jobs`` places, and each step takes as many as its weight. Steps start in the order of the file, but a step for which there is no room
+    may be overtaken by a later one. With several GPUs, each command runs on one of them. After a failure, no further step starts, except for those that do
+    not need the failed step if ``engine.keep_going`` is set; running steps may end. No process outlives this call.
 
     Args:
-        engine: The steps and their record.
+        engine: The steps and the records of finished ones.
         chosen: Names or stages of steps, with ``*``; empty means all.
 
     Returns:
-        The names of the steps that were run, as they ended.
+        The names of the steps that were run, in the order in which they ended.
 
     Raises:
         UsageError: No such step.
-        MeteoraError: As :meth:`Engine.run`; a need that is neither chosen nor done is found before anything starts.
+        MeteoraError: An error of :meth:`Engine.run`. Needs that are neither selected nor finished are reported before any step starts.
         Stopped: The time of this call is over.
     """
     steps = engine.prepare(chosen)
@@ -72,7 +72,7 @@ class _Running:
     asked: bool = False
 
     def has_ended(self) -> bool:
-        """Whether its process has ended; it is interrupted when its time is over, and killed if it does not end."""
+        """Whether the process has ended. It is interrupted when its time is over, and killed if it does not end then."""
         if self.child.poll() is not None:
             return True
         now = time.monotonic()
@@ -97,7 +97,7 @@ class _Pool:
         self.lost: set[str] = set()
 
     def run(self) -> None:
-        """Run until all steps are finished, or one has failed and the others have ended. Raises MeteoraError, Stopped."""
+        """Run until all steps are finished, or until one has failed and the others have ended. Raises MeteoraError, Stopped."""
         self.begin_ready()
         while self.running:
             time.sleep(POLL)
@@ -110,7 +110,7 @@ class _Pool:
             raise self.problem
 
     def begin_ready(self) -> None:
-        """Start the steps whose needs are finished, in order, while there are places."""
+        """Start steps whose needs are finished, in order, as long as there are places."""
         for step in list(self.waiting):
             unsettled = {each.name for each in self.waiting} | {each.step.name for each in self.running} | self.lost
             if self.is_over() or unsettled & set(step.needs):
@@ -134,13 +134,13 @@ class _Pool:
         return min(step.weight, self.engine.jobs)
 
     def least_busy_gpu(self) -> str | None:
-        """Among several GPUs, the one whose commands have the least total weight (the first of equals); None if there is no choice."""
+        """The GPU whose commands have the smallest total weight, or the first of several; None unless there are at least two GPUs."""
         if len(self.engine.gpus) < 2:
             return None
         return min(self.engine.gpus, key=lambda gpu: sum(self.weight(each.step) for each in self.running if each.gpu == gpu))
 
     def go_on(self, step: Step, work: Generator[Part, int | None, bool], code: int | None) -> bool:
-        """Start the next part of a step, given the exit code of the last one; False if there is none. Raises MeteoraError, Stopped."""
+        """Start the next part of a step, given the exit code of the previous one. Returns False if there is none. Raises MeteoraError, Stopped."""
         try:
             part = work.send(code)
         except StopIteration as end:
@@ -164,7 +164,7 @@ class _Pool:
         self.running.remove(running)
         name, seconds = running.step.name, time.monotonic() - running.began
         if running.asked:
-            self.engine.say(f"- {name}: stopped after {seconds:.0f} s, when its time was over; the rest is left for another part")
+            self.engine.say(f"- {name}: stopped after {seconds:.0f} s, because its time was over; another part continues it")
         try:
             self.go_on(running.step, running.work, None if running.asked else running.child.returncode)
         except Stopped as error:
@@ -177,7 +177,7 @@ class _Pool:
                 self.engine.say(f"- {name}: done in {seconds:.0f} s")
 
     def note(self, step: Step, error: MeteoraError) -> None:
-        """Keep the first failure; the end of the time counts less than any failure."""
+        """Record a failure. The first one is raised at the end; a failure takes precedence over the end of the time."""
         self.waiting = [each for each in self.waiting if each is not step]
         self.lost.add(step.name)
         if self.problem is None or (isinstance(self.problem, Stopped) and not isinstance(error, Stopped)):

@@ -103,7 +103,7 @@ def test_steps_are_left_out_by_patterns_and_unknown_ones_are_refused(tmp_path) -
 
 def test_a_command_without_an_outcome_is_an_error(engine) -> None:
     engine.run_command = lambda arguments, seconds: 0
-    with pytest.raises(MeteoraError, match="made nothing in w/a"):
+    with pytest.raises(MeteoraError, match="created nothing in w/a"):
         engine.run()
 
 

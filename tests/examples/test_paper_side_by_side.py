@@ -145,7 +145,7 @@ def test_after_a_failure_none_begins_and_the_others_end(world) -> None:
     )
     with pytest.raises(MeteoraError, match="step a failed with exit code 3") as caught:
         run_side_by_side(engine)
-    assert caught.value.hint == "mend what the command says, then: run-it"
+    assert caught.value.hint == "fix the error above, then run: run-it"
     assert world.events()[-1] == "-b"
     assert "+c" not in world.events()
     assert not engine.is_done(engine.experiment.step("a"))

@@ -69,7 +69,7 @@ def test_it_stops_goes_on_and_repairs(place, monkeypatch, capsys) -> None:
     capsys.readouterr()
     assert main(["toy", *PLACES, "--only", "eval-ridge"], run_command=again) == 1
     said = capsys.readouterr().err
-    assert "datasets are not what was built" in said
+    assert "datasets differ from what was built" in said
     assert said.strip().endswith("--again data")
     rows.write_bytes(kept)
 
