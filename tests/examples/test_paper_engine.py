@@ -110,7 +110,7 @@ def test_a_command_without_an_outcome_is_an_error(engine) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda engine: (engine.experiment.work / "a" / "meteora.safetensors").unlink(), "which step a made, is gone"),
+        (lambda engine: (engine.experiment.work / "a" / "meteora.safetensors").unlink(), "which step a created, no longer exists"),
         (lambda engine: (engine.experiment.work / "a" / "meteora.safetensors").write_text("x"), "its hash differs"),
         (lambda engine: engine.experiment.values.update(steps=4), "was done by another command: meteora --config w/meteora.toml train --out w/a --max-steps 3"),
         (lambda engine: engine.experiment.settings["train_gates"].update(seed=2), "train_gates.seed was 1, is 2"),

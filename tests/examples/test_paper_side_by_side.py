@@ -119,7 +119,7 @@ def test_ready_steps_run_at_the_same_time_and_are_recorded(world) -> None:
     engine.record_file(engine.experiment.step("a")).unlink()
     assert run_side_by_side(engine) == ["a"]
     (world.folder / "w/a/meteora.safetensors").unlink()
-    with pytest.raises(MeteoraError, match="which step a made, is gone"):
+    with pytest.raises(MeteoraError, match="which step a created, no longer exists"):
         run_side_by_side(engine)
 
 
@@ -253,6 +253,7 @@ def test_training_takes_two_places_and_nothing_reads_what_another_writes() -> No
         *(f"adapters-{part}" for part in (1, 2, 3, 4)),
         "lora-b",
         *(f"gates-{name}" for name in ("ridge", "normal", "arrow", "composites", "joint", "ridge-seed2", "composites-seed2")),
+        *("routers-phatgoose", "routers-phatgoose-without"),
     }
     assert {each.name for each in experiment.steps if each.weight == 3} == {"eval-peft-arrow"}
     assert {each.weight for each in experiment.steps} == {1, 2, 3}

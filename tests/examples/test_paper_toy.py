@@ -91,7 +91,7 @@ def test_it_stops_goes_on_and_repairs(place, monkeypatch, capsys) -> None:
     record.write_text(json.dumps({**json.loads(record.read_text()), "outputs": {}}))
     assert main(["toy", *PLACES, "--only", "eval-ridge"], run_command=again) == 1
     said = capsys.readouterr().err
-    assert "the checkpoint runs/toy/gates/ridge is of the base another, and this experiment of base" in said
+    assert "the checkpoint runs/toy/gates/ridge belongs to the base another, not to base" in said
     assert said.strip().endswith("--again gates-ridge")
 
 
