@@ -30,7 +30,7 @@ RowSampling = Literal["balanced", "proportional"]
 """How rows are drawn from the tasks: the same number of tokens from each task, or every row equally often."""
 
 LossBalance = Literal["tokens", "tasks"]
-"""What has the same weight in the language-model loss of the gates' training: every token, or every task."""
+"""Units that have equal weight in the language-model loss when gates are trained."""
 
 LossOn = Literal["all", "response"]
 """The tokens that the language-model loss covers: prompt and response, or the response alone."""

@@ -199,7 +199,7 @@ class GateTrainSettings(OptimSettings):
     loss_on: LossOn = Field("all", description="Tokens that the language-model loss covers: prompt and response, or the response alone.")
     loss_balance: LossBalance = Field(
         "tokens",
-        description="What has the same weight in the language-model loss: every token, or every task, so that short answers count as much.",
+        description="Unit of equal weight in the language-model loss: tokens, or tasks, so that short answers count as much as long ones.",
     )
     answer_share: float | None = Field(
         None, examples=[0.5], gt=0, lt=1, description="Share of all answer tokens in the gate loss; absent: every token has the same weight."

@@ -23,7 +23,7 @@ class GateObjective:
         beta: Weight of the gate loss.
         alone: Whether the gate loss trains only the gate of each layer and sends no gradient to the adapters of earlier layers.
         answer_share: Weight that the response tokens of a step have together in CE_gate, from 0 to 1; None gives every token the same weight.
-        balance: What has the same weight in CE_lm: every token, or every task with targets in the step.
+        balance: Unit of equal weight in CE_lm: "tokens", or "tasks", which means the tasks with targets in the step.
     """
 
     def __init__(self, beta: float, *, alone: bool = False, answer_share: float | None = None, balance: LossBalance = "tokens") -> None:
