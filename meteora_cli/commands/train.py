@@ -130,7 +130,9 @@ def gates(
     trainable: Annotated[TrainedParts | None, typer.Option(help="Parameters to train.", rich_help_panel=GATES)] = None,
     loss_balance: Annotated[
         LossBalance | None,
-        typer.Option(help="Unit of equal weight in the language-model loss: tokens, or tasks, so that short answers count as much as long ones.", rich_help_panel=GATES),
+        typer.Option(
+            help="Unit of equal weight in the language-model loss: tokens, or tasks, so that short answers count as much as long ones.", rich_help_panel=GATES
+        ),
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the gate loss.", rich_help_panel=GATES)] = None,
     answer_share: Annotated[
