@@ -82,6 +82,10 @@ def install_in_worker() -> None:
         hook(second, "dispatch_cg_and_sync_dp", dispatch)
     worker = sys.modules.get("vllm.v1.worker.gpu_worker")
     if worker is not None:
+        if hasattr(worker, "kernel_warmup"):
+            from meteora_core.integrations.vllm.warmup import before_capture
+
+            hook(worker, "kernel_warmup", before_capture)
         worker.Worker.meteora_routes = worker_routes
         worker.Worker.meteora_counts = worker_counts
 

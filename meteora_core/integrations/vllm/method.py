@@ -21,7 +21,7 @@ class MeteoraMethodV1(LinearMethodBase):
     """Wraps the linear method that a layer would have without adapters.
 
     Unquantised base weights on a GPU share a block of memory with the gates and A, and one operator computes the base layer and the adapters. Otherwise, the
-    wrapped method computes the base layer, and a second operator adds the adapters to its output.
+    wrapped method computes the base layer, and other operators add the adapters to its output.
 
     Args:
         config: The configuration.
@@ -35,6 +35,7 @@ class MeteoraMethodV1(LinearMethodBase):
         self.requires_device_loading = True
         self.block: Block | None = None
         self.fused = False
+        self.at_once = False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "under" not in vars(self):
@@ -69,11 +70,12 @@ class MeteoraMethodV1(LinearMethodBase):
             weights_of(block).copy_(layer.weight.data)
             layer.weight.data = weights_of(block)
         buffers(layer, block.tensors())
-        layer.meteora_outputs = sum(widths)
+        layer.meteora_outputs, layer.meteora_width = sum(widths), len(widths) * shape.total_rank
         operators.register_layer(block, slices.sums, RUNTIME, self.config)
         if RUNTIME.table is not None:
             buffers(layer, {"meteora_options": RUNTIME.table})
         self.fused = fused
+        self.at_once = not fused and not slices.sums and operators.has_kernels(block.rows.device, block.rows.dtype, self.config)
 
     def _can_fuse(self, layer: Any, shape: Shape, slices: Slices) -> bool:
         weight = getattr(layer, "weight", None)
@@ -87,6 +89,10 @@ class MeteoraMethodV1(LinearMethodBase):
         if self.fused:
             y = torch.ops.meteora_vllm.group(flat, layer.meteora_rows, layer.meteora_outputs)
             y = y if bias is None else y + bias
+        elif self.at_once:
+            down = torch.ops.meteora_vllm.before(flat, layer.meteora_rows, layer.meteora_width)
+            y = self.under.apply(layer, x, bias)
+            y = torch.ops.meteora_vllm.after(flat, y.reshape(-1, y.shape[-1]), down, layer.meteora_rows)
         else:
             y = self.under.apply(layer, x, bias)
             y = torch.ops.meteora_vllm.add(flat, y.reshape(-1, y.shape[-1]), layer.meteora_rows)

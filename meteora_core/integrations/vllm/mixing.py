@@ -48,18 +48,24 @@ def mixed(x: Tensor, y: Tensor, adapters: Adapters, routing: Routing) -> Tensor:
     return found
 
 
-def added(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
-    """:func:`add` by GPU kernels: one product with all gates and A, one launch that routes, one that adds B."""
+def chosen_down(layer: Layer, x: Tensor) -> Tensor:
+    """``A x`` of all members (M, members * R), scaled by the route of its token, by GPU kernels: one product with all gates and A, and one launch that routes.
+    Both are independent of the base output."""
     from meteora_kernels.steps.middle import middle
-    from meteora_kernels.steps.up import up
 
     adapters, block = layer.block.adapters, layer.block
     found = F.linear(x, block.rows)
     down = found[:, gate_rows_of(adapters.number) :]
     logits = summed_logits(x, block.single[0]) if layer.sums else found
-    values = middle(logits, down, adapters, layer.routing, max_rank=adapters.max_rank or 0, dtype=x.dtype)
+    return middle(logits, down, adapters, layer.routing, max_rank=adapters.max_rank or 0, dtype=x.dtype)
+
+
+def added(layer: Layer, down: Tensor, y: Tensor) -> Tensor:
+    """A new tensor with ``y`` plus B of all members times the result of :func:`chosen_down`, in one launch."""
+    from meteora_kernels.steps.up import up
+
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    up(values, adapters, y if y.stride(1) == 1 else y.contiguous(), out)
+    up(down, layer.block.adapters, y if y.stride(1) == 1 else y.contiguous(), out)
     return out
 
 

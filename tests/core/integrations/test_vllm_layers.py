@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from meteora_core.integrations.vllm.layout import Block, Shape, weights_of
-from meteora_core.integrations.vllm.mixing import Layer, added, observed
+from meteora_core.integrations.vllm.mixing import Layer, added, chosen_down, observed
 from meteora_core.integrations.vllm.options import Options
 from meteora_core.integrations.vllm.runtime import Runtime, Scheduled
 from meteora_core.integrations.vllm.slices import Slices
+from meteora_core.integrations.vllm.warmup import different, sizes
 from meteora_kernels import Adapters, Routing, reference, run_group
 
 HIDDEN, COUNT = 64, 5
@@ -76,7 +77,8 @@ def test_kernels_for_members_of_different_ranks_and_a_member_without_adapters(we
     y = x @ base.t()
     exact = expected(weights, x, y, ROUTING)
     torch.testing.assert_close(run_group(x, together.group, ROUTING).double(), exact, rtol=0, atol=2e-5)
-    torch.testing.assert_close(added(Layer(apart, False, ROUTING, True, Runtime()), x, y).double(), exact, rtol=0, atol=2e-5)
+    layer = Layer(apart, False, ROUTING, True, Runtime())
+    torch.testing.assert_close(added(layer, chosen_down(layer, x), y).double(), exact, rtol=0, atol=2e-5)
 
 
 def test_every_token_has_its_own_options(weights: Weights) -> None:
@@ -114,3 +116,17 @@ def test_slices_of_a_model_that_merges_its_layers_itself() -> None:
     assert Slices((4, 4), ((6, 0, 6),), True).of_inputs(columns)[0].tolist() == [4, 5, 6, 7]
     with pytest.raises(ValueError, match="B has 11 outputs, and vLLM's layer has 12"):
         second.of_outputs(columns[:, :11], None)
+
+
+def test_what_is_warmed_up() -> None:
+    """Captured sizes, and larger ones of two kinds, because Triton compiles other code for multiples of 16; one layer of each shape."""
+    assert sizes([1, 2, 512], 500) == [1, 2, 257, 320, 321, 384, 385, 500]
+    assert sizes([], 4) == [4]
+    many = sizes([1], 8192)
+    assert max(many) == 8192
+    assert {size % 16 == 0 for size in many if size > 4096} == {True, False}
+    weights = Weights()
+    layers = [
+        Layer(block_of(weights, base=base), sums, ROUTING, True, Runtime()) for base, sums in ((True, False), (True, False), (False, False), (False, True))
+    ]
+    assert different(layers) == [layers[0], layers[2], layers[3]]
