@@ -38,13 +38,13 @@ class Slots:
         return bool(self._layers)
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of one layer, each (slots, heads, columns, width), allocated like ``key`` and ``value`` (1, heads, tokens, width)."""
+        """The keys and values of one layer, each (slots, heads, columns, width), allocated like ``key`` and ``value`` (heads, tokens, width)."""
         if index not in self._layers:
             self._layers[index] = self._new(key, self.capacity), self._new(value, self.capacity)
         return self._layers[index]
 
     def _new(self, like: Tensor, capacity: int) -> Tensor:
-        return like.new_zeros(self.count, like.shape[1], capacity, like.shape[3])
+        return like.new_zeros(self.count, like.shape[-3], capacity, like.shape[-1])
 
     def reserve(self, columns: int) -> None:
         """Allocate at least ``columns`` columns, and keep what is stored."""
