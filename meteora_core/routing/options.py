@@ -68,6 +68,12 @@ class RoutingOptions:
         temperature = "" if self.temperature is None else f", T {self.temperature:g}"
         return top + temperature + (f", without {', '.join(sorted(self.muted))}" if self.muted else "")
 
+    def routes(self, routing: Routing) -> int:
+        """The number of routes per token that the options need in a model with the routing ``routing``."""
+        if not self.enabled:
+            return 1
+        return len(self.weights) if self.weights is not None else 1 if self.forced is not None else self.top_k or routing.top_k
+
     def check(self, names: Sequence[str]) -> None:
         """Check the options against the adapters of a model.
 
@@ -162,20 +168,21 @@ class RowRoutes:
         return len(self.options)
 
     @classmethod
-    def of(cls, options: tuple[RoutingOptions, ...], names: Sequence[str], routing: Routing) -> RowRoutes:
+    def of(cls, options: tuple[RoutingOptions, ...], names: Sequence[str], routing: Routing, width: int | None = None) -> RowRoutes:
         """Make the tensors of some rows.
 
         Args:
             options: The checked options of each row; at least one.
             names: Names of the model's adapters.
             routing: The routing of the whole model, from which options that are None are taken.
+            width: Number of routes per token, at least what every row needs; None for the most that a row needs.
 
         Raises:
             UsageError: All adapters of a row are muted.
         """
         fixed = [_fixed(row, names) for row in options]
         top_k = [row.top_k or routing.top_k for row in options]
-        width = max(top_k[index] if routes is None else len(routes) for index, routes in enumerate(fixed))
+        width = width or max(row.routes(routing) for row in options)
         everywhere = [True] * len(names) if routing.allowed is None else routing.allowed.tolist()
         allowed = [[fine and name not in row.muted for fine, name in zip(everywhere, names, strict=True)] for row in options]
         if not all(map(any, allowed)):
@@ -193,6 +200,43 @@ class RowRoutes:
                 torch.tensor([list(routes) for routes in filled]).unsqueeze(1),
                 torch.tensor([list(routes.values()) for routes in filled], dtype=torch.float32).unsqueeze(1),
             )
+
+
+class FixedRows:
+    """Routing options of up to ``count`` texts with one token each, in tensors that stay at their addresses, so that a CUDA graph can read them.
+
+    Args:
+        names: Names of the model's adapters.
+        routing: The routing of the whole model, from which options that are None are taken.
+        count: Number of texts.
+        width: Number of routes per token k, the most that a text may need.
+        device: Device of the model.
+    """
+
+    def __init__(self, names: Sequence[str], routing: Routing, count: int, width: int, device: torch.device) -> None:
+        self.names, self.routing, self.width = tuple(names), routing, width
+        self._set: tuple[RoutingOptions, ...] = ()
+        rows = RowRoutes.of((RoutingOptions(enabled=False),) * count, self.names, routing, width)
+        with torch.inference_mode(False):
+            self._tensors = {name: getattr(rows, name).transpose(0, 1).to(device).contiguous() for name in _TENSORS}
+
+    def set(self, options: Sequence[RoutingOptions]) -> None:
+        """Change the options of the first texts. They must have been checked, and none may need more than ``width`` routes."""
+        if tuple(options) == self._set:
+            return
+        self._set = tuple(options)
+        rows = RowRoutes.of(self._set, self.names, self.routing, self.width)
+        for name, tensor in self._tensors.items():
+            tensor[:, : len(options)] = getattr(rows, name).transpose(0, 1).to(tensor.device)
+
+    def first(self, count: int) -> RowRoutes:
+        """The options of the first ``count`` texts, as one batch of one row with ``count`` tokens; they follow :meth:`set`."""
+        tensors = {name: tensor[:, :count] for name, tensor in self._tensors.items()}
+        return RowRoutes((RoutingOptions(enabled=False),), self.width, True, **tensors)
+
+
+_TENSORS = ("top_k", "temperature", "allowed", "fixed", "indices", "weights")
+"""The tensors of :class:`RowRoutes`."""
 
 
 def _fixed(options: RoutingOptions, names: Sequence[str]) -> dict[int, float] | None:

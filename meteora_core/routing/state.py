@@ -332,6 +332,17 @@ class Meteora:
         finally:
             self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
 
+    @contextmanager
+    def apply_fixed(self, rows: RowRoutes) -> Iterator[None]:
+        """Route the tokens of a batch by ready tensors of :class:`~meteora_core.routing.options.FixedRows` within the block."""
+        self.last_call = LastCall()
+        mode = self._mode
+        self.mode = replace(mode, enabled=True, forced=None, rows=rows)
+        try:
+            yield
+        finally:
+            self.mode = replace(self.mode, enabled=mode.enabled, rows=mode.rows, forced=mode.forced)
+
     def _row_routes(self, options: tuple[RoutingOptions, ...]) -> RowRoutes:
         """The tensors of some rows' options; equal options give the same object while it is in use."""
         routing = self._routing

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from meteora_core.generation.sampling import Draw, Sampling, drawing
 from meteora_core.serving.grammars import Matcher
 from meteora_core.serving.options import SamplingOptions
 
@@ -42,24 +43,26 @@ class Chooser:
     device: torch.device
     matcher: Matcher | None = None
     _counts: Counter[int] = field(default_factory=Counter)
-    _draw: Draw | None = None
+    _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        options = self.options
-        if options.temperature > 0:
-            self._draw = drawing(Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed), self.device)
+        self._random = random.Random(self.options.seed)
 
     @property
-    def plain(self) -> bool:
-        """Whether the choice is the most likely token and nothing else is reported."""
+    def free(self) -> bool:
+        """Whether a choice depends on the logits alone, and nothing else is reported; then rows are chosen together, on the device."""
         options = self.options
         penalised = options.presence_penalty or options.frequency_penalty
-        return self._draw is None and self.matcher is None and options.logprobs is None and not options.logit_bias and not penalised
+        return self.matcher is None and options.logprobs is None and not options.logit_bias and not penalised
+
+    def number(self) -> float:
+        """The random number of the next choice, 0 <= number < 1; it depends on the seed and on the number of choices before."""
+        return self._random.random()
 
     def choose(self, logits: Tensor) -> Choice:
         """Choose a token by its logits, float32 (vocabulary,)."""
         scores = self._adjusted(logits)
-        token = int(scores.argmax()) if self._draw is None else self._draw(scores)
+        token = int(scores.argmax()) if self.options.greedy else int(draw(scores[None], [self]))
         if self.options.logprobs is None:
             return Choice(token)
         logprobs = torch.log_softmax(logits, -1)
@@ -85,10 +88,54 @@ class Chooser:
         return self.matcher is not None and self.matcher.accept(token)
 
 
-def choose_all(logits: Tensor, choosers: list[Chooser]) -> list[Choice]:
+def draw(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    """Draw a token for each row by its sampling temperature and top-p; a row's token does not depend on other rows.
+
+    Each row's next random number picks the token from the cumulative distribution, so a seed gives the same tokens in any batch.
+
+    Args:
+        logits: Logits float32 (rows, vocabulary).
+        choosers: The choosers of the rows, none of them greedy.
+
+    Returns:
+        Token ids int64 (rows,), on the device of ``logits``; the host does not wait for them.
+    """
+    options = [chooser.options for chooser in choosers]
+    settings = [[each.temperature, each.top_p if each.top_p < 1 else 2.0, chooser.number()] for each, chooser in zip(options, choosers, strict=True)]
+    temperature, top_p, number = torch.tensor(settings, dtype=torch.float64).to(logits.device, non_blocking=True).unsqueeze(-1).unbind(1)
+    weights = torch.softmax(logits / temperature.to(logits.dtype), -1)
+    order = None
+    if any(each.top_p < 1 for each in options):
+        weights, order = weights.sort(-1, descending=True, stable=True)
+        before = weights.cumsum(-1, dtype=torch.float64) - weights
+        weights = weights.masked_fill((before >= top_p) & (before > 0), 0.0)
+    total = weights.cumsum(-1, dtype=torch.float64)
+    found = torch.searchsorted(total, total[:, -1:] * number, right=True).clamp_(max=logits.shape[-1] - 1)
+    return (found if order is None else order.gather(-1, found)).squeeze(-1)
+
+
+def choose_free(logits: Tensor, best: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    """The tokens of rows whose choosers are all free, or that are ignored.
+
+    Args:
+        logits: Logits float32 (rows, vocabulary).
+        best: Most likely token of each row, int64 (rows,); it may have more rows than there are choosers, which are left as they are.
+        choosers: The choosers of the rows.
+
+    Returns:
+        ``best``, with drawn tokens in rows that are not greedy.
+    """
+    drawn = [row for row, chooser in enumerate(choosers) if chooser.free and not chooser.options.greedy]
+    if drawn:
+        at = torch.tensor(drawn).to(best.device, non_blocking=True)
+        best[at] = draw(logits[at], [choosers[row] for row in drawn])
+    return best
+
+
+def choose_all(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
     """Choose a token for each row of ``logits``, float32 (rows, vocabulary)."""
-    best = logits.argmax(-1).tolist() if any(chooser.plain for chooser in choosers) else []
-    return [Choice(best[row]) if chooser.plain else chooser.choose(logits[row]) for row, chooser in enumerate(choosers)]
+    free = choose_free(logits, logits.argmax(-1), choosers).tolist() if any(chooser.free for chooser in choosers) else []
+    return [Choice(free[row]) if chooser.free else chooser.choose(logits[row]) for row, chooser in enumerate(choosers)]
 
 
 class StopText:

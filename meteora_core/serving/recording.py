@@ -16,10 +16,11 @@ class LastRoutes:
     Args:
         positions: Positions among all tokens of the pass, one for each generated token.
         device: Device of the model.
+        everything: Whether these are all positions, in order.
     """
 
-    def __init__(self, positions: Sequence[int], device: torch.device) -> None:
-        self._at = torch.tensor(list(positions), device=device)
+    def __init__(self, positions: Sequence[int], device: torch.device, *, everything: bool = False) -> None:
+        self._at = None if everything else torch.tensor(list(positions), device=device)
         self._paths: list[str] = []
         self._indices: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -35,18 +36,19 @@ class LastRoutes:
 
     def read(self, adapters: int) -> StepRoutes:
         """The choices of all layers at the positions; ``adapters`` is the number of adapters in the bank."""
-        indices = torch.stack(self._indices)[:, self._at].transpose(0, 1)
-        weights = torch.stack(self._weights)[:, self._at].transpose(0, 1).float()
-        mean = torch.zeros(len(self._at), adapters, device=weights.device)
+        indices, weights = torch.stack(self._indices, 1), torch.stack(self._weights, 1).float()
+        if self._at is not None:
+            indices, weights = indices[self._at], weights[self._at]
+        mean = torch.zeros(len(indices), adapters, device=weights.device)
         mean.scatter_add_(1, indices.flatten(1), weights.flatten(1)).div_(len(self._paths))
-        return StepRoutes(mean.cpu(), indices, weights, tuple(self._paths))
+        return StepRoutes(mean, indices, weights, tuple(self._paths))
 
 
 class StepRoutes:
     """The adapters of all tokens that one step generated.
 
     Args:
-        mean: Weights averaged over the layers, float32 (rows, N) on the CPU.
+        mean: Weights averaged over the layers, float32 (rows, N).
         indices: Adapters of each layer, int64 (rows, layers, k).
         weights: Their weights, float32 (rows, layers, k).
         paths: Module paths of the layers.
@@ -55,8 +57,21 @@ class StepRoutes:
     def __init__(self, mean: Tensor, indices: Tensor, weights: Tensor, paths: tuple[str, ...]) -> None:
         self.mean, self._indices, self._weights, self._paths = mean, indices, weights, paths
 
+    def on_host(self, rows: int, *, layers: bool) -> StepRoutes:
+        """Copies of the first ``rows`` rows on the CPU, with each layer's choices only if ``layers``. On a GPU, the host must wait before it reads them."""
+        indices, weights = (self._indices[:rows], self._weights[:rows]) if layers else (self._indices[:0], self._weights[:0])
+        return StepRoutes(to_host(self.mean[:rows]), to_host(indices), to_host(weights), self._paths)
+
     def of(self, row: int, *, layers: bool) -> TokenRoutes:
         """The adapters of one token, with those of each layer if ``layers``."""
         if not layers:
             return TokenRoutes(self.mean[row])
-        return TokenRoutes(self.mean[row], self._indices[row].cpu(), self._weights[row].cpu(), self._paths)
+        return TokenRoutes(self.mean[row], self._indices[row], self._weights[row], self._paths)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU. On a GPU, the host must wait for the stream before it reads the copy."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)

@@ -6,13 +6,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from meteora_core.errors import MeteoraError, NonFiniteError, UsageError
 from meteora_core.generation.engine import last_logits
@@ -22,6 +21,7 @@ from meteora_core.generation.text import TextDecoder
 from meteora_core.model.vocabulary import embedding_rows
 from meteora_core.routing import find_meteora
 from meteora_core.serving.choosing import Choice, Chooser, StopText, choose_all
+from meteora_core.serving.fixed_steps import FixedSteps, Ran
 from meteora_core.serving.grammars import Grammars
 from meteora_core.serving.jobs import Chosen, Done, Failed, FinishReason, Job, StepReport, TokenRoutes, cache_key
 from meteora_core.serving.packed import Pass, Segment, check_packed, packed_attention, run
@@ -47,6 +47,7 @@ class SchedulerLimits:
         step_tokens: Maximum number of tokens in a forward pass; longer prompts are read in several.
         prefix_bytes: Maximum size of the prefix cache in bytes; 0 turns it off.
         sample_routes: Number of steps of which one records routes for the metrics. Recording is nearly free on a CPU, but excludes fused kernels on a GPU.
+        fixed_steps: Whether steps in which no prompt is read have fixed shapes (CUDA graphs on a GPU); None for on a CUDA GPU.
     """
 
     max_batch: int = 16
@@ -55,6 +56,7 @@ class SchedulerLimits:
     step_tokens: int = 512
     prefix_bytes: int = 1 << 30
     sample_routes: int = 1
+    fixed_steps: bool | None = None
 
 
 class QueueFull(MeteoraError):
@@ -124,7 +126,10 @@ class Scheduler:
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self.grammars = Grammars(tokenizer, self.vocabulary, tuple(sorted(self.ends)))
         self.prefixes = PrefixCache(limits.prefix_bytes)
-        self.slots = Slots(limits.max_batch, self.longest)
+        fixed = self.device.type == "cuda" if limits.fixed_steps is None else limits.fixed_steps
+        self.slots = Slots(1 << (limits.max_batch - 1).bit_length() if fixed else limits.max_batch, self.longest)
+        self._fixed = FixedSteps(model, self.slots) if fixed else None
+        self._ahead: tuple[list[_Row], Ran] | None = None
         self._rows: list[_Row] = []
         self._waiting: deque[Job] = deque()
         self._calls: deque[Callable[[], None]] = deque()
@@ -221,6 +226,8 @@ class Scheduler:
                 break
             while self._calls:
                 self._calls.popleft()()
+            if self._fixed is not None:
+                self._fixed.clear()
         for row in self._rows:
             row.job.sink(Failed(MeteoraError("the server is shutting down")))
         for job in self._waiting:
@@ -252,6 +259,7 @@ class Scheduler:
             for row in self._rows:
                 row.job.sink(Failed(failure))
             self._rows.clear()
+            self._ahead = None
             self.slots.shrink()
             self.prefixes.clear()
             if self.device.type == "cuda":
@@ -262,9 +270,60 @@ class Scheduler:
         """Drop cancelled requests, admit waiting ones, and run one forward pass."""
         for row in [row for row in self._rows if row.job.cancelled]:
             self._leave(row, "cancelled")
-        self._admit()
+        if self._ahead is None:
+            self._admit()
         if not self._rows:
+            self._ahead = None
             return
+        if self._fixed is not None and (self._ahead is not None or all(row.writing for row in self._rows)):
+            self._fixed_step(self._fixed)
+        else:
+            self._packed_step()
+
+    def _fixed_step(self, fixed: FixedSteps) -> None:
+        """One step in which every request reads one token. If the next one needs nothing from the host, it is launched before this one is looked at."""
+        began = time.perf_counter()
+        rows, ran = self._ahead or self._launch(fixed, None)
+        self._ahead = None
+        if self._steady(rows):
+            self._ahead = self._launch(fixed, rows)
+        ran.wait()
+        here = [(index, row) for index, row in enumerate(rows) if row in self._rows]
+        choices = [Choice(token) for token in ran.tokens.tolist()]
+        for index, row in here:
+            if not row.chooser.free:
+                choices[index] = row.chooser.choose(ran.logits[index])
+        first, gaps = self._write(rows, choices, ran.broken.tolist(), ran.routes)
+        shares = None if ran.routes is None else ran.routes.mean.sum(0)
+        self._report(StepReport(len(here), 0, len(here), time.perf_counter() - began, shares, self._names(), tuple(first), tuple(gaps)))
+
+    def _launch(self, fixed: FixedSteps, before: list[_Row] | None) -> tuple[list[_Row], Ran]:
+        """Launch a step of all requests, with the tokens that the step before chooses if the host has not seen them."""
+        rows = list(self._rows)
+        self._steps += 1
+        record = "none"
+        if find_meteora(self.model) is not None:
+            wanted = {row.job.routes for row in rows}
+            sampled = self._steps % self.limits.sample_routes == 0
+            record = "layers" if "layers" in wanted else "mean" if sampled or "mean" in wanted else "none"
+        texts = [(row.ids[-1], row.read) for row in rows] if before is None else None
+        end = max(row.read for row in rows) + 1
+        self.slots.reserve(end)
+        ran = fixed.launch(texts, end, [row.job.routing for row in rows], [row.chooser for row in rows], record)
+        for row in rows:
+            row.read += 1
+        return rows, ran
+
+    def _steady(self, rows: list[_Row]) -> bool:
+        """Whether the next step has the same requests, as far as the host can know before it sees the tokens of this one, and chooses tokens by itself."""
+        if self._calls or self._closing or (self._waiting and len(self._rows) < self.limits.max_batch) or rows != self._rows:
+            return False
+        if not all(row.chooser.free for row in rows) or max(row.read for row in rows) >= min(self.longest, self.slots.capacity):
+            return False
+        return any(len(row.ids) + 1 - row.prompt < row.room for row in rows)
+
+    def _packed_step(self) -> None:
+        """One forward pass over the next tokens of all requests, one after the other."""
         began = time.perf_counter()
         rows, segments, single = self._plan()
         outputs, ready, token = [], [], 0
@@ -282,7 +341,12 @@ class Scheduler:
             if segment.end == row.prompt:
                 self.prefixes.store(cache_key(self.version, row.job.routing), row.ids, self.slots, segment.slot)
         routes = None if recorder is None else recorder.read(len(self._names()))
-        times = self._write(ready, logits, routes) if ready else ([], [])
+        times: tuple[list[float], list[float]] = ([], [])
+        if ready:
+            logits = logits.float()
+            broken = not_finite(logits).tolist()
+            routes = None if routes is None else self._fetched(routes, ready)
+            times = self._write(ready, choose_all(logits, [row.chooser for row in ready]), broken, routes)
         shares = None if routes is None else routes.mean.sum(0)
         read = token - sum(row.read > row.prompt for row in ready)
         self._report(StepReport(len(rows), read, len(ready), time.perf_counter() - began, shares, self._names(), *map(tuple, times)))
@@ -357,14 +421,25 @@ class Scheduler:
             stack.enter_context(state.apply_packed([row.job.routing for row in rows], counts, outputs or [0]))
             yield
 
-    def _write(self, ready: list[_Row], logits: Tensor, routes: StepRoutes | None) -> tuple[list[float], list[float]]:
-        """Choose the next token of each row in ``ready``. Returns the times to the first token, and the times between two tokens."""
-        logits = logits.float()
-        broken = not_finite(logits).tolist()
-        choices = choose_all(logits, [row.chooser for row in ready])
+    def _fetched(self, routes: StepRoutes, rows: list[_Row]) -> StepRoutes:
+        """Routes on the CPU."""
+        fetched = routes.on_host(len(rows), layers=any(row.job.routes == "layers" for row in rows))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return fetched
+
+    def _write(self, ready: list[_Row], choices: Sequence[Choice], broken: Sequence[bool], routes: StepRoutes | None) -> tuple[list[float], list[float]]:
+        """Add a token to the answer of each row in ``ready`` that is still in progress, unless its logits are broken.
+
+        Returns:
+            The times to the first token, and the times between two tokens.
+        """
         now = time.perf_counter()
         first, gaps = [], []
+        present = set(map(id, self._rows))
         for index, (row, choice) in enumerate(zip(ready, choices, strict=True)):
+            if id(row) not in present:
+                continue
             if broken[index]:
                 row.job.sink(Failed(NonFiniteError("the model's output is NaN or infinite", hint="compute in a wider dtype: METEORA_MODEL__DTYPE=float32")))
                 self._remove(row)

@@ -20,11 +20,13 @@ class Slots:
 
     Attributes:
         capacity: Number of columns that are allocated; it grows as needed.
+        allocation: Counter of allocations; addresses of keys and values change with it.
     """
 
     def __init__(self, count: int, longest: int) -> None:
         self.count, self.longest = count, longest
         self.capacity = min(FIRST_CAPACITY, longest)
+        self.allocation = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -57,11 +59,13 @@ class Slots:
                 new[:, :, : self.capacity] = old
             self._layers[index] = wider[0], wider[1]
         self.capacity = capacity
+        self.allocation += 1
 
     def shrink(self) -> None:
         """Free the memory of all slots. Nothing may be stored in them."""
         self._layers.clear()
         self.capacity = min(FIRST_CAPACITY, self.longest)
+        self.allocation += 1
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` columns of one slot to another."""

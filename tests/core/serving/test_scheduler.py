@@ -25,10 +25,10 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randint(3, 258) for _ in range(draw.choice([1, 2, 7, 20, 45, 90]))] for _ in range(count)]
 
 
-@pytest.mark.parametrize(("step_tokens", "cache"), [(512, 0), (16, 1 << 26)])
-def test_mixed_requests_are_answered_as_each_alone(chat_model: ChatModel, step_tokens: int, cache: int) -> None:
+@pytest.mark.parametrize(("step_tokens", "cache", "fixed"), [(512, 0, False), (16, 1 << 26, False), (512, 0, True), (16, 1 << 26, True)])
+def test_mixed_requests_are_answered_as_each_alone(chat_model: ChatModel, step_tokens: int, cache: int, fixed: bool) -> None:
     texts, options = prompts(64), mixed_options(NAMES, 64)
-    scheduler = scheduler_of(chat_model, max_batch=16, step_tokens=step_tokens, prefix_bytes=cache)
+    scheduler = scheduler_of(chat_model, max_batch=16, step_tokens=step_tokens, prefix_bytes=cache, fixed_steps=fixed)
     pairs = [job_of(ids, routing, max_new_tokens=3 + index % 9) for index, (ids, routing) in enumerate(zip(texts, options, strict=True))]
     drive(scheduler, [job for job, _ in pairs])
     for (job, events), ids, routing in zip(pairs, texts, options, strict=True):
