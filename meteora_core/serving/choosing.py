@@ -106,7 +106,7 @@ def draw(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
     weights = torch.softmax(logits / temperature.to(logits.dtype), -1)
     order = None
     if any(each.top_p < 1 for each in options):
-        weights, order = weights.sort(-1, descending=True, stable=True)
+        weights, order = torch.sort(weights, dim=-1, descending=True, stable=True)
         before = weights.cumsum(-1, dtype=torch.float64) - weights
         weights = weights.masked_fill((before >= top_p) & (before > 0), 0.0)
     total = weights.cumsum(-1, dtype=torch.float64)
