@@ -1,10 +1,13 @@
-"""Releases memory between the stages of a long run."""
+"""Releases memory between the stages of a long run, and tells how much is available."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 
 def release_memory() -> None:
@@ -21,3 +24,14 @@ def release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def available_bytes() -> int:
+    """The memory that programs can still allocate without swapping, in bytes; 0 if the system does not tell."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0

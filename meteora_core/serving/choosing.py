@@ -12,6 +12,7 @@ from torch import Tensor
 
 from meteora_core.serving.grammars import Matcher
 from meteora_core.serving.options import SamplingOptions
+from meteora_core.serving.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,17 @@ def draw(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
 
     Args:
         logits: Logits float32 (rows, vocabulary).
-        choosers: The choosers of the rows, none of them greedy.
+        choosers: The choosers of the rows, none of them greedy, and either all or none with top-p below 1.
 
     Returns:
         Token ids int64 (rows,), on the device of ``logits``; the host does not wait for them.
     """
     options = [chooser.options for chooser in choosers]
-    settings = [[each.temperature, each.top_p if each.top_p < 1 else 2.0, chooser.number()] for each, chooser in zip(options, choosers, strict=True)]
-    temperature, top_p, number = torch.tensor(settings, dtype=torch.float64).to(logits.device, non_blocking=True).unsqueeze(-1).unbind(1)
+    settings = [[each.temperature, each.top_p, chooser.number()] for each, chooser in zip(options, choosers, strict=True)]
+    temperature, top_p, number = to_device(torch.tensor(settings, dtype=torch.float64), logits.device).unsqueeze(-1).unbind(1)
     weights = torch.softmax(logits / temperature.to(logits.dtype), -1)
     order = None
-    if any(each.top_p < 1 for each in options):
+    if options[0].top_p < 1:
         weights, order = torch.sort(weights, dim=-1, descending=True, stable=True)
         before = weights.cumsum(-1, dtype=torch.float64) - weights
         weights = weights.masked_fill((before >= top_p) & (before > 0), 0.0)
@@ -125,10 +126,11 @@ def choose_free(logits: Tensor, best: Tensor, choosers: Sequence[Chooser]) -> Te
     Returns:
         ``best``, with drawn tokens in rows that are not greedy.
     """
-    drawn = [row for row, chooser in enumerate(choosers) if chooser.free and not chooser.options.greedy]
-    if drawn:
-        at = torch.tensor(drawn).to(best.device, non_blocking=True)
-        best[at] = draw(logits[at], [choosers[row] for row in drawn])
+    for cut in (False, True):
+        drawn = [row for row, each in enumerate(choosers) if each.free and not each.options.greedy and (each.options.top_p < 1) == cut]
+        if drawn:
+            at = to_device(torch.tensor(drawn), best.device)
+            best[at] = draw(logits[at], [choosers[row] for row in drawn])
     return best
 
 

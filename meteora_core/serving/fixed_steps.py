@@ -21,8 +21,9 @@ from meteora_core.generation.nonfinite import not_finite
 from meteora_core.routing import FixedRows, RoutingOptions, find_meteora
 from meteora_core.serving.choosing import Chooser, choose_free
 from meteora_core.serving.packed import FixedPass, forward
-from meteora_core.serving.recording import LastRoutes, StepRoutes, to_host
+from meteora_core.serving.recording import LastRoutes, StepRoutes
 from meteora_core.serving.slots import FIRST_CAPACITY, Slots
+from meteora_core.serving.transfers import to_device, to_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +117,7 @@ class FixedSteps:
             self._allocated = self.slots.allocation
             self.clear()
         if texts is not None:
-            given = torch.tensor([*texts, *[(0, 0)] * (batch - count)]).to(self.device, non_blocking=True)
+            given = to_device(torch.tensor([*texts, *[(0, 0)] * (batch - count)]), self.device)
             self._token[:batch], self._positions[:batch] = given.unbind(1)
         step = self._step(batch, width, options, recorded=record != "none")
         logits = step.run() if step.captured is None else step.captured.replay()

@@ -114,12 +114,12 @@ class Pass:
             packed = query[:, :single].transpose(0, 1).reshape(single, key.shape[0], groups, -1)
             if self.even:
                 width = max(self.ends)
-                output[:single] = _attend(packed, keys[:single, :, :width], values[:single, :, :width], self.mask(window), how).view(single, heads, -1)
+                output[:single] = _attend(packed, keys[:single, :, :width], values[:single, :, :width], self.mask(window), how).reshape(single, heads, -1)
             else:
                 for row, end in enumerate(self.ends):
                     begin = max(0, end - window) if window else 0
                     one = _attend(packed[row : row + 1], keys[row : row + 1, :, begin:end], values[row : row + 1, :, begin:end], None, how)
-                    output[row] = one.view(heads, -1)
+                    output[row] = one.reshape(heads, -1)
         for first, segment in self._continued:
             last = first + len(segment.tokens)
             slot, start, end = segment.slot, segment.start, segment.end

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.serving.jobs import TokenRoutes
+from meteora_core.serving.transfers import to_host
 
 
 class LastRoutes:
@@ -67,11 +68,3 @@ class StepRoutes:
         if not layers:
             return TokenRoutes(self.mean[row])
         return TokenRoutes(self.mean[row], self._indices[row], self._weights[row], self._paths)
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the CPU. On a GPU, the host must wait for the stream before it reads the copy."""
-    if not tensor.is_cuda:
-        return tensor.clone()
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor, non_blocking=True)

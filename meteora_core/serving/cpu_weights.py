@@ -1,0 +1,101 @@
+"""Base weights in oneDNN's layout, for servers on a CPU.
+
+For a few tokens, the library's usual product reads float32 weights at about half the speed of the memory, and the product with weights in oneDNN's layout at
+nearly the full speed (notes/lab/2026-11-30-serving.md). The copies take as much memory as the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meteora_core.memory import available_bytes
+
+_log = logging.getLogger(__name__)
+
+TOKENS = 8
+"""The number of tokens that the layout is chosen for."""
+SPARE = 4
+"""Weights are copied only if the available memory is larger than the copies by this factor."""
+
+
+class PackedForward:
+    """The forward method of a linear layer whose weight is kept in oneDNN's layout as well; used in inference with float32 input.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self._packed: Tensor | None = None
+        self._source: tuple[int, int] = (0, 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        layer = self.layer
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, layer.weight, layer.bias)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed(), layer.bias, "none", [], "")
+        return output
+
+    def packed(self) -> Tensor:
+        """The weight in oneDNN's layout, made again if the weight has changed."""
+        weight = self.layer.weight
+        source = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._packed is None or source != self._source:
+            self._packed, self._source = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TOKENS), source
+        assert self._packed is not None
+        return self._packed
+
+
+def pack_weights(model: nn.Module) -> int:
+    """Let the float32 linear layers of a model on a CPU use weights in oneDNN's layout in inference, if the memory suffices.
+
+    Results differ by rounding. :func:`unpack_weights` undoes it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of layers.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module) and _fits(module)]
+    needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    if not layers or needed * SPARE > available_bytes() or not _works():
+        return 0
+    for layer in layers:
+        forward: Any = PackedForward(layer)
+        layer.forward = forward
+        with torch.inference_mode():
+            forward.packed()
+    _log.debug("%d linear layers have weights in oneDNN's layout: %d MB", len(layers), needed // 1_000_000)
+    return len(layers)
+
+
+def unpack_weights(model: nn.Module) -> None:
+    """Undo :func:`pack_weights`."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), PackedForward):
+            del module.forward
+
+
+def _fits(layer: nn.Linear) -> bool:
+    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and layer.weight.layout == torch.strided
+
+
+@torch.inference_mode()
+def _works() -> bool:
+    """Whether this build of PyTorch has the product, and it gives the usual result."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    layer = nn.Linear(32, 16)
+    x = torch.linspace(-1, 1, 96).view(3, 32)
+    try:
+        return torch.allclose(PackedForward(layer)(x), layer(x), atol=1e-5)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
