@@ -12,6 +12,7 @@ from meteora_core.fused.fuse import is_fused
 from meteora_core.progress import SILENT, Progress
 from meteora_core.serving.app import AppOptions, create_app
 from meteora_core.serving.bank_changes import BankChanges
+from meteora_core.serving.cpu_weights import pack_weights
 from meteora_core.serving.guard import LOOPBACK, Access
 from meteora_core.serving.metrics import Metrics
 from meteora_core.serving.scheduler import Scheduler, SchedulerLimits
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from meteora_core.settings import Settings
 
-SAMPLED = 16
+SAMPLED = 64
 """Number of steps of which one records routes for the metrics if the model is fused, because fused kernels report none."""
 
 
@@ -67,6 +68,8 @@ def make_server(plan: ServerPlan, progress: Progress = SILENT) -> ASGIApp:
     settings, chosen = plan.settings, plan.settings.serve
     chat_model = load_chat_model(settings, checkpoint=plan.checkpoint, base=plan.base, adapters_dir=plan.adapters_dir, progress=progress)
     gpu = next(chat_model.model.parameters()).device.type == "cuda"
+    if not gpu:
+        pack_weights(chat_model.model)
     limits = SchedulerLimits(
         chosen.max_batch or (64 if gpu else 16),
         chosen.max_queue,

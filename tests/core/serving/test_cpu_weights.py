@@ -1,0 +1,47 @@
+"""Linear layers with weights in oneDNN's layout give the results of the usual ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from meteora_core.chat.chat_model import ChatModel
+from meteora_core.serving import cpu_weights
+from meteora_core.serving.cpu_weights import pack_weights, unpack_weights
+
+pytestmark = pytest.mark.skipif(not cpu_weights._works(), reason="this build of PyTorch has no oneDNN")
+
+
+def test_packed_layers_follow_their_weights() -> None:
+    model = nn.Sequential(nn.Linear(48, 32), nn.Linear(32, 7, bias=False), nn.Linear(7, 7).to(torch.bfloat16))
+    x = torch.randn(2, 5, 48)
+    assert pack_weights(model) == 2
+    assert pack_weights(model) == 0
+    with torch.no_grad():
+        for _ in range(2):
+            expected = nn.functional.linear(nn.functional.linear(x, model[0].weight, model[0].bias), model[1].weight)
+            assert torch.allclose(model[1](model[0](x)), expected, atol=1e-5)
+            model[0].weight.mul_(2.0)
+            model[1].weight = nn.Parameter(torch.randn(7, 32))
+    model[1](model[0](x)).sum().backward()
+    assert model[0].weight.grad is not None
+    unpack_weights(model)
+    assert not any("forward" in vars(module) for module in model)
+
+
+def test_nothing_is_packed_without_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(48, 32)
+    monkeypatch.setattr(cpu_weights, "available_bytes", lambda: 4 * 48 * 32 * cpu_weights.SPARE - 1)
+    assert pack_weights(model) == 0
+
+
+def test_a_model_with_adapters_gives_the_same_logits(chat_model: ChatModel) -> None:
+    model, ids = chat_model.model, torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+        count = pack_weights(model)
+        after = model(input_ids=ids).logits
+        unpack_weights(model)
+    assert count > 0
+    assert torch.allclose(before, after, atol=1e-5)
