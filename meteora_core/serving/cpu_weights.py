@@ -70,7 +70,7 @@ def pack_weights(model: nn.Module) -> int:
         return 0
     for layer in layers:
         forward: Any = PackedForward(layer)
-        layer.forward = forward
+        layer.forward = forward  # type: ignore[method-assign]
         with torch.inference_mode():
             forward.packed()
     _log.debug("%d linear layers have weights in oneDNN's layout: %d MB", len(layers), needed // 1_000_000)
@@ -91,7 +91,7 @@ def _fits(layer: nn.Linear) -> bool:
 @torch.inference_mode()
 def _works() -> bool:
     """Whether this build of PyTorch has the product, and it gives the usual result."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     layer = nn.Linear(32, 16)
     x = torch.linspace(-1, 1, 96).view(3, 32)

@@ -125,7 +125,7 @@ class FixedSteps:
         routes = None if step.routes is None or record == "none" else step.routes.on_host(count, layers=record == "layers")
         ran = Ran(count, to_host(token[:count]), to_host(not_finite(logits[:count])), logits[:count], routes)
         if self.device.type == "cuda":
-            ran._event = torch.cuda.Event()
+            ran._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ran._event.record()
         return ran
 

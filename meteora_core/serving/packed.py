@@ -170,7 +170,7 @@ class FixedPass:
         count, heads = len(self.rows), key.shape[0]
         keys[self.rows, :, self.positions] = key.transpose(0, 1)
         values[self.rows, :, self.positions] = value.transpose(0, 1)
-        packed = query.unflatten(0, (heads, -1)).permute(2, 0, 1, 3)
+        packed = query.view(heads, query.shape[0] // heads, count, query.shape[2]).permute(2, 0, 1, 3)
         mask = self.mask(query, how.window)
         output = _attend(packed, keys[:count, :, : self.width], values[:count, :, : self.width], mask, how)
         return output.reshape(count, query.shape[0], -1)
