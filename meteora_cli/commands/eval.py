@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meteora_cli.commands.shared_options import Checkpoint, In4Bit, In8Bit, TopK
 from meteora_cli.console import emit_json, quantization_of, settings_from, write_text
 from meteora_cli.display import console, out, say
 from meteora_cli.flags import comma_separated, given_flags, refuse_without_effect, typed_template
@@ -46,17 +47,11 @@ def evaluate(
         str | None,
         typer.Option("--seeds", help="Seeds, separated by commas: each router that depends on a seed is evaluated once per seed.", show_default=False),
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint, native or in the authors' layout, or its id on the hub; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
-            show_default=False,
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     routing_temperature: Annotated[
         float | None, typer.Option("--T", help="Routing temperature T; default: the task's (1; composites 15 to 30).", show_default=False)
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: the checkpoint's.", show_default=False)] = None,
+    top_k: TopK = None,
     batch_size: Annotated[str | None, typer.Option(help="Number of prompts in one batch, or auto.", show_default=False)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; default: the task's.", show_default=False)] = None,
     max_prompt_tokens: Annotated[
@@ -90,8 +85,8 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="Dtype of the base model: auto, float32, bfloat16 or float16.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda, cuda:1 or mps.", show_default=False)] = None,
     backend: Annotated[str | None, typer.Option(help="Implementation of the sum over adapters: auto, reference, dense or triton.", show_default=False)] = None,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")] = False,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
     launcher: Annotated[EvalLauncher, typer.Option(help="ddp: divide the rows between processes, as `accelerate launch -m meteora_cli eval …` does.")] = "none",
     processes: Annotated[
         int | None, typer.Option(min=1, max=1024, help="With --launcher ddp: number of processes; default: one per GPU.", show_default=False)

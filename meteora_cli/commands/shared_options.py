@@ -10,9 +10,19 @@ import typer
 
 from meteora_cli.flags import typed_template
 
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Checkpoint, native or in the authors' layout, or its id on the hub; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
+        show_default=False,
+    ),
+]
 AdaptersDir = Annotated[Path | None, typer.Option("--adapters", help="Folder of the checkpoint's adapter folders, if they were moved.", show_default=False)]
 RoutingT = Annotated[float | None, typer.Option("--T", help="Routing temperature T; default: the checkpoint's.", show_default=False)]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Adapters per token and layer; default: the checkpoint's.", show_default=False)]
+In4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")]
+In8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")]
 LoadedBase = Annotated[str | None, typer.Option("--base", help="Base model, if not the one that the checkpoint names.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -22,14 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 class Speaker:
     """What ``meteora chat`` and ``meteora trace`` talk to, and how its prompts and answers look."""
 
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            "--checkpoint",
-            help="Checkpoint, native or in the authors' layout, or its id on the hub; default: runs/meteora, or the quickstart's, or the starter checkpoint.",
-            show_default=False,
-        ),
-    ] = None
+    checkpoint: Checkpoint = None
     base: Annotated[
         str | None, typer.Option("--base", help="Base model alone; with --checkpoint or --adapter, the base model for them.", show_default=False)
     ] = None
@@ -58,8 +61,8 @@ class Loading:
     backend: Annotated[
         str | None, typer.Option("--backend", help="Implementation of the sum over adapters: auto, reference, dense or triton.", show_default=False)
     ] = None
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base model to 4 bits by bitsandbytes (requires a CUDA GPU).")] = False
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base model to 8 bits by bitsandbytes (requires a CUDA GPU).")] = False
+    load_in_4bit: In4Bit = False
+    load_in_8bit: In8Bit = False
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")] = False
 
 

@@ -60,7 +60,6 @@ def adapters(
         Path | None,
         typer.Option("--out", "--output-dir", help="Folder for one sub-folder per adapter; default: --adapters.", rich_help_panel=INPUT, show_default=False),
     ] = None,
-    data: shared.Data = None,
     adapters: Annotated[Path | None, typer.Option("--adapters", help="The same as --out; this one is a setting.", rich_help_panel=INPUT)] = None,
     base: shared.Base = None,
     source: shared.RowOptions,
@@ -108,7 +107,6 @@ def gates(
         Path | None,
         typer.Option("--out", "--output-dir", help="Folder of the checkpoint; default: runs/meteora.", rich_help_panel=INPUT, show_default=False),
     ] = None,
-    data: shared.Data = None,
     adapters: Annotated[
         Path | None, typer.Option("--adapters", help="Folder of one PEFT folder per adapter, or ids on the hub.", rich_help_panel=INPUT)
     ] = None,

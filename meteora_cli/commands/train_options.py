@@ -17,7 +17,6 @@ HARDWARE = "Precision and device"
 PROCESSES = "Several processes"
 THIS_RUN = "This run"
 
-Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets.", rich_help_panel=INPUT)]
 Base = Annotated[str | None, typer.Option("--base", "--model", help="Base model: a known name, a folder or a hub id.", rich_help_panel=INPUT)]
 
 
@@ -25,6 +24,7 @@ Base = Annotated[str | None, typer.Option("--base", "--model", help="Base model:
 class RowOptions:
     """Which rows are trained on, and which of their tokens."""
 
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of datasets.", rich_help_panel=INPUT)] = None
     rows: Annotated[
         str | None,
         typer.Option("--rows", help="Datasets to add first, as `meteora data add` does: a file, a folder or user/name on the hub.", rich_help_panel=INPUT),

@@ -29,6 +29,7 @@ from meteora_core.checkpoints.native_config import BASE, CONFIG_FILE, WEIGHT_FIL
 from meteora_core.checkpoints.parts import (
     TRANSFORMERS_CONFIG,
     TRANSFORMERS_WEIGHTS,
+    SaveOptions,
     base_changes,
     base_tensors,
     checkpoint_parts,
@@ -110,7 +111,7 @@ def save_checkpoint(
         ['config.json', 'meteora.safetensors', 'meteora_config.json']
     """
     check_replaceable(folder)
-    config, tensors = checkpoint_parts(model, folder=folder, base=base, adapters=adapters, dtype=dtype, training=training)
+    config, tensors = checkpoint_parts(model, folder, SaveOptions(base, adapters, dtype, training))
     return write_checkpoint(Path(folder), config, tensors)
 
 

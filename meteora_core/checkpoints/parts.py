@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,15 +165,25 @@ def _present(model: nn.Module, names: Mapping[str, str], state_dict: Mapping[str
     return {name: own[inside] for name, inside in names.items() if inside in own}
 
 
+@dataclass(frozen=True)
+class SaveOptions:
+    """The arguments of :func:`meteora_core.save_checkpoint` that determine the content of a checkpoint.
+
+    Attributes:
+        base: The name of the base model; None means the name that it was loaded by, else ``model.name_or_path``.
+        adapters: Whether to store the weights of the adapters.
+        dtype: The dtype of the stored tensors; None keeps the dtype of each tensor.
+        training: A record of the training.
+    """
+
+    base: BaseReference | None = None
+    adapters: bool = False
+    dtype: torch.dtype | None = None
+    training: dict[str, Any] | None = None
+
+
 def checkpoint_parts(
-    model: nn.Module,
-    *,
-    folder: str | Path,
-    base: BaseReference | None = None,
-    adapters: bool = False,
-    dtype: torch.dtype | None = None,
-    training: dict[str, Any] | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    model: nn.Module, folder: str | Path, options: SaveOptions, state_dict: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the tensors of a checkpoint for a model with adapters.
 
@@ -182,10 +192,7 @@ def checkpoint_parts(
     Args:
         model: A model with adapters attached.
         folder: The folder that the checkpoint will be saved to, for a log message.
-        base: The name of the base model; see :func:`meteora_core.save_checkpoint`.
-        adapters: Whether to store the weights of the adapters; see :func:`meteora_core.save_checkpoint`.
-        dtype: The dtype of the stored tensors; None keeps the dtype of each tensor.
-        training: A record of the training.
+        options: The content of the checkpoint.
         state_dict: The gathered state dict of the whole model, for a sharded model; see :func:`whole_tensor`.
 
     Raises:
@@ -194,14 +201,14 @@ def checkpoint_parts(
     state = meteora_of(model)
     known = state.provenance
     layers = dict(meteora_layers(model))
-    adapters = adapters or known.embedded or not all(adapter.sha256 for adapter in real_adapters(state.adapters))
+    adapters = options.adapters or known.embedded or not all(adapter.sha256 for adapter in real_adapters(state.adapters))
     adapters = adapters or (is_changed(model) and not all(layer.is_plain for layer in layers.values()))  # DoRA's factors depend on the base
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for path, layer in layers.items():
         for name in ("gate", "lora_A", "lora_B") if adapters else ("gate",):
             tensor = whole_tensor(model, f"{path}.{name}", state_dict)
-            tensors[f"{path}.{name}"] = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+            tensors[f"{path}.{name}"] = tensor.to("cpu", options.dtype or tensor.dtype).contiguous()
         for name in TABLES if adapters else ():
             if (values := getattr(layer, name)) is not None:
                 tensors[f"{path}.{name}"] = values.detach().cpu().contiguous()
@@ -212,8 +219,8 @@ def checkpoint_parts(
     changed = _changed_base(model, state_dict)
     for name, inside in changed.items():
         tensor = whole_tensor(model, inside, state_dict)
-        tensors[BASE + name] = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
-    reference = _reference(model, base)
+        tensors[BASE + name] = tensor.to("cpu", options.dtype or tensor.dtype, copy=True).contiguous()
+    reference = _reference(model, options.base)
     config = {
         "base": {"name": reference.name, "revision": reference.revision, "probe": known.base_probe},
         "top_k": state.top_k,
@@ -227,7 +234,7 @@ def checkpoint_parts(
         "modules": modules,
         "frame": known.frame.to_json() if known.frame else None,
         **({"renamed": known.renamed} if known.renamed else {}),
-        "training": training or {},
+        "training": options.training or {},
     }
     return with_features(config), tensors
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from meteora_core.checkpoints.native_config import CONFIG_FILE, WEIGHT_FILE
 from meteora_core.checkpoints.parts import TRANSFORMERS_CONFIG as CONFIG
 from meteora_core.checkpoints.parts import TRANSFORMERS_WEIGHTS as WEIGHTS
-from meteora_core.checkpoints.parts import checkpoint_parts, is_ours, whole_tensor, write_files
+from meteora_core.checkpoints.parts import SaveOptions, checkpoint_parts, is_ours, whole_tensor, write_files
 from meteora_core.errors import UsageError
 from meteora_core.files import save_tensors, storage_errors
 from meteora_core.locks import scratch_folder
@@ -71,7 +71,7 @@ def save_attached(
     hub = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
     folder = Path(save_directory)
     _check_folder(folder)
-    config, tensors = checkpoint_parts(model, adapters=True, state_dict=state_dict, folder=folder)
+    config, tensors = checkpoint_parts(model, folder, SaveOptions(adapters=True), state_dict)
     resumed = _trained(model, state_dict)
     if not is_main_process:
         return

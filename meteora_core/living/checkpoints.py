@@ -21,7 +21,7 @@ from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, pla
 from meteora_core.checkpoints.located import checkpoint_folder, refuse_hub
 from meteora_core.checkpoints.native import check_replaceable, load_checkpoint, read_checkpoint, read_config, refuse_untrained
 from meteora_core.checkpoints.native_config import WEIGHT_FILE
-from meteora_core.checkpoints.parts import checkpoint_parts, write_files
+from meteora_core.checkpoints.parts import SaveOptions, checkpoint_parts, write_files
 from meteora_core.checkpoints.stacks import TABLES, stack_entry, stack_tensors, with_features
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapter_folder, adapter_label, hub_source
@@ -218,7 +218,7 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
         done = change(live)
         if folder is not None:
             relocate(model, {name: folder}, checkpoint)
-        new, tensors = checkpoint_parts(model, folder=checkpoint, base=how.base, training=config["training"])
+        new, tensors = checkpoint_parts(model, checkpoint, SaveOptions(how.base, training=config["training"]))
         hashes = {adapter["name"]: adapter["sha256"] for adapter in (*config["adapters"], *new["adapters"])}
         _write(checkpoint, new, narrowed(tensors, checkpoint), live.statistics, done, hashes[name])
         return done

@@ -20,7 +20,7 @@ from meteora_core.adapters.folders import INFO_FILE, read_training_info
 from meteora_core.adapters.joining import with_adapter
 from meteora_core.checkpoints.gate_statistics import Recipe
 from meteora_core.checkpoints.native import check_replaceable
-from meteora_core.checkpoints.parts import checkpoint_parts
+from meteora_core.checkpoints.parts import SaveOptions, checkpoint_parts
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.living.checkpoints import BARE_SHARE, relocate, write_with_statistics
@@ -186,7 +186,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         record = {"held_out": measured, "tokens": tokens, "seconds": seconds, "closed_form": {**recipe.model_dump(), "tokens": options.tokens}}
         record |= {"frames": tried} if tried else {}
         record |= trained
-        config, tensors = checkpoint_parts(model, folder=folder, base=base, adapters=embed, training=record)
+        config, tensors = checkpoint_parts(model, folder, SaveOptions(base, embed, training=record))
         write_with_statistics(folder, config, tensors, statistics)
         rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}
         rows |= dict.fromkeys(collector.written, SELF_WRITTEN)
