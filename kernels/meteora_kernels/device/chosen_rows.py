@@ -34,14 +34,14 @@ def route_of_token(
 @triton.jit
 def add_chosen(
     total, b, width, columns, column_mask, rows_in, values_in, stride_plan, stride_split, tokens_total,
-    PLACES: tl.constexpr, CHUNK: tl.constexpr, MP: tl.constexpr, SPLITS: tl.constexpr,
+    PLACES: tl.constexpr, CHUNK: tl.constexpr, TOKENS_P: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """float32 ``total`` (BN, MP) plus, per token, its chosen rows of ``b`` (R, width) at ``columns`` (BN, 1), each times its value.
+    """float32 ``total`` (BN, TOKENS_P) plus, per token, its chosen rows of ``b`` (R, width) at ``columns`` (BN, 1), each times its value.
 
     rows_in int32 and values_in float32 (M, PLACES) have the row stride ``stride_plan`` and are read CHUNK places at a time; row -1 marks an unused place.
     The values are sums of SPLITS partial sums that are ``stride_split`` apart.
     """
-    tokens = tl.arange(0, MP)[:, None]
+    tokens = tl.arange(0, TOKENS_P)[:, None]
     live = tokens < tokens_total
     across = tl.trans(columns)
     across_mask = tl.trans(column_mask)

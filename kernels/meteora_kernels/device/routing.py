@@ -151,11 +151,11 @@ def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS
 
 @triton.jit
 def routes_of_few(
-    mid, stride_mid, allowed, scaling, offsets, tokens_total, count, temperature,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, MP: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    products, stride_products, allowed, scaling, offsets, tokens_total, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, TOKENS_P: tl.constexpr, HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
-    """Adapters, ``w_j s_j``, first rows and ends of rows, each (MP, SLOTS), from the logits (M, N) at ``mid``."""
-    tokens = tl.arange(0, MP)[:, None]
+    """Adapters, ``w_j s_j``, first rows and ends of rows, each (TOKENS_P, SLOTS), from the logits (M, N) at ``products``."""
+    tokens = tl.arange(0, TOKENS_P)[:, None]
     live = tokens < tokens_total
-    picks, shares = routes_of_logits(mid, tokens, stride_mid, allowed, live, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED)
+    picks, shares = routes_of_logits(products, tokens, stride_products, allowed, live, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED)
     return picks, shares * tl.load(scaling + picks), tl.load(offsets + picks), tl.load(offsets + picks + 1)

@@ -10,15 +10,15 @@ import triton.language as tl
 @triton.jit
 def rows_times_tokens(
     w, rows, row_mask, x, tokens_total, length, stride_x, stride_w,
-    BN: tl.constexpr, BK: tl.constexpr, MP: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, TOKENS_P: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products float32 (BN, MP) of the rows (BN, 1) of ``w`` (., length) and the tokens of ``x`` (M, length), M <= MP.
+    """Products float32 (BN, TOKENS_P) of the rows (BN, 1) of ``w`` (., length) and the tokens of ``x`` (M, length), M <= TOKENS_P.
 
-    The row strides are ``stride_w`` and ``stride_x``. MP is 1, or at least 16. EVEN: ``length`` is a multiple of BK. STAGES: Number of tiles of ``w`` whose
-    loads are in flight.
+    The row strides are ``stride_w`` and ``stride_x``. TOKENS_P is 1, or at least 16. EVEN: ``length`` is a multiple of BK. STAGES: Number of tiles of ``w``
+    whose loads are in flight.
     """
     steps = tl.arange(0, BK)
-    if MP == 1:
+    if TOKENS_P == 1:
         wide = tl.zeros([BN, BK], dtype=tl.float32)
         for start in tl.range(0, length, BK, num_stages=STAGES):
             if EVEN:
@@ -31,8 +31,8 @@ def rows_times_tokens(
             wide += weights.to(tl.float32) * values.to(tl.float32)[None, :]
         total = tl.sum(wide, axis=1)[:, None]
     else:
-        total = tl.zeros([BN, MP], dtype=tl.float32)
-        tokens = tl.arange(0, MP)[None, :]
+        total = tl.zeros([BN, TOKENS_P], dtype=tl.float32)
+        tokens = tl.arange(0, TOKENS_P)[None, :]
         for start in tl.range(0, length, BK, num_stages=STAGES):
             if EVEN:
                 weights = tl.load(w + rows * stride_w + start + steps[None, :], mask=row_mask, other=0.0, eviction_policy="evict_first")

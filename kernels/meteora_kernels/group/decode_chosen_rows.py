@@ -27,39 +27,41 @@ from meteora_kernels.types import Group, Routing
 
 @triton.jit
 def decode_chosen_rows_kernel(
-    x, w, ga, b, bias, allowed, scaling, offsets, logits, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows, stacked,
+    x, w, gates_a, b, bias, allowed, scaling, offsets, logits, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows, stacked,
     rank, width0, width1, width2, temperature,
-    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, CHUNK: tl.constexpr, MP: tl.constexpr,
-    BG: tl.constexpr, BKG: tl.constexpr, GATE_SPAN: tl.constexpr, GATE_PIECES: tl.constexpr, ROWS: tl.constexpr, BKD: tl.constexpr,
+    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, CHUNK: tl.constexpr, TOKENS_P: tl.constexpr,
+    GATE_BLOCK: tl.constexpr, GATE_STEP: tl.constexpr, GATE_SPAN: tl.constexpr, GATE_PIECES: tl.constexpr, ROWS: tl.constexpr, DOWN_STEP: tl.constexpr,
     DOWN_SPAN: tl.constexpr, DOWN_PIECES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
-    Shapes: x, w, ga, b, bias, flags and y as in :mod:`meteora_kernels.group.decode_all_rows`.
+    Shapes: x, w, gates_a, b, bias, flags and y as in :mod:`meteora_kernels.group.decode_all_rows`.
     Scratch: logits float32 (GATE_PIECES, M, MEMBERS * count), partial sums; plan_rows int32 (M, MEMBERS * TOP_K * RANK_P), the chosen rows; plan_values
     float32 (DOWN_PIECES, M, MEMBERS * TOP_K * RANK_P), partial sums of A x times ``w_j s_j``.
-    EVEN: h is a multiple of BK, BKG and BKD. WHOLE: h is a multiple of GATE_SPAN and DOWN_SPAN, the numbers of columns of a piece.
-    Grid, one dimension: for each member ceil(count / BG) * GATE_PIECES programs for the gates; then for each member M * ceil(TOP_K * RANK_P / ROWS) *
+    EVEN: h is a multiple of BK, GATE_STEP and DOWN_STEP. WHOLE: h is a multiple of GATE_SPAN and DOWN_SPAN, the numbers of columns of a piece.
+    Grid, one dimension: for each member ceil(count / GATE_BLOCK) * GATE_PIECES programs for the gates; then for each member M * ceil(TOP_K * RANK_P / ROWS) *
     DOWN_PIECES programs for the chosen rows of A; then for each member ceil(width / BN) programs. No program waits for a later one.
     """
     pid = tl.program_id(0)
     PLACES: tl.constexpr = TOP_K * RANK_P
     BLOCKS: tl.constexpr = (PLACES + ROWS - 1) // ROWS
-    gate_programs = tl.cdiv(count, BG) * GATE_PIECES
+    gate_programs = tl.cdiv(count, GATE_BLOCK) * GATE_PIECES
     down_programs = tokens_total * (BLOCKS * DOWN_PIECES)
     stride_logits = MEMBERS * count
     stride_plan = MEMBERS * PLACES
     if pid < gate_programs * MEMBERS:
         member = pid // gate_programs
         piece = pid % GATE_PIECES
-        local = (pid % gate_programs) // GATE_PIECES * BG + tl.arange(0, BG)[:, None]
+        local = (pid % gate_programs) // GATE_PIECES * GATE_BLOCK + tl.arange(0, GATE_BLOCK)[:, None]
         real = local < count
         begin = piece * GATE_SPAN
         length = GATE_SPAN if WHOLE else tl.minimum(hidden - begin, GATE_SPAN)
         gates = (member * stacked + local).to(tl.int64)
-        sums = rows_times_tokens(ga + begin, gates, real, x + begin, tokens_total, length, hidden, stride_w, BG, BKG, MP, EVEN, STAGES, PRECISION)
-        across = tl.arange(0, MP)[None, :]
+        sums = rows_times_tokens(
+            gates_a + begin, gates, real, x + begin, tokens_total, length, hidden, stride_w, GATE_BLOCK, GATE_STEP, TOKENS_P, EVEN, STAGES, PRECISION
+        )
+        across = tl.arange(0, TOKENS_P)[None, :]
         place = (piece * tokens_total + across) * stride_logits + member * count + local
         tl.store(logits + place, sums, mask=real & (across < tokens_total))
         raise_flag(flags + member)
@@ -75,11 +77,11 @@ def decode_chosen_rows_kernel(
             logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets, count, temperature, TOP_K,
             SLOTS, PADDED, RANK_P, GATE_PIECES, HAS_ALLOWED,
         )  # fmt: skip
-        a = ga + (member * stacked + gate_rows).to(tl.int64) * stride_w
+        a = gates_a + (member * stacked + gate_rows).to(tl.int64) * stride_w
         start = piece * DOWN_SPAN
         some = DOWN_SPAN if WHOLE else tl.minimum(hidden - start, DOWN_SPAN)
         here = x + token * hidden + start
-        down = rows_times_tokens(a + start, chosen, chosen >= 0, here, 1, some, hidden, stride_w, ROWS, BKD, 1, EVEN, STAGES, PRECISION)
+        down = rows_times_tokens(a + start, chosen, chosen >= 0, here, 1, some, hidden, stride_w, ROWS, DOWN_STEP, 1, EVEN, STAGES, PRECISION)
         spot = token * stride_plan + member * PLACES + places
         tl.store(plan_values + piece * tokens_total * stride_plan + spot, factors * down, mask=places < PLACES)
         tl.store(plan_rows + spot, chosen.to(tl.int32), mask=(places < PLACES) & (piece == 0))
@@ -89,7 +91,7 @@ def decode_chosen_rows_kernel(
         columns = tile * BN + tl.arange(0, BN)[:, None]
         column_mask = columns < width
         rows = (before + columns).to(tl.int64)
-        total = rows_times_tokens(w, rows, column_mask, x, tokens_total, hidden, hidden, stride_w, BN, BK, MP, EVEN, STAGES, PRECISION)
+        total = rows_times_tokens(w, rows, column_mask, x, tokens_total, hidden, hidden, stride_w, BN, BK, TOKENS_P, EVEN, STAGES, PRECISION)
         if HAS_BIAS:
             total += tl.load(bias + before + columns, mask=column_mask, other=0.0).to(tl.float32)
         wait_flag(flags + 3 + member, down_programs)
@@ -97,8 +99,8 @@ def decode_chosen_rows_kernel(
         rows_in = plan_rows + member * PLACES
         values_in = plan_values + member * PLACES
         split = tokens_total * stride_plan
-        total = add_chosen(total, up, width, columns, column_mask, rows_in, values_in, stride_plan, split, tokens_total, PLACES, CHUNK, MP, DOWN_PIECES)
-        tokens = tl.arange(0, MP)[None, :]
+        total = add_chosen(total, up, width, columns, column_mask, rows_in, values_in, stride_plan, split, tokens_total, PLACES, CHUNK, TOKENS_P, DOWN_PIECES)
+        tokens = tl.arange(0, TOKENS_P)[None, :]
         outputs = width0 + width1 + width2
         tl.store(y + tokens * outputs + before + columns, total.to(y.dtype.element_ty), mask=column_mask & (tokens < tokens_total))
     finish(flags, 6)
@@ -126,8 +128,8 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     tokens, hidden = x.shape
     adapters = group.adapters
     gate, _, b, scaling, offsets, _, widths, stacked = adapters
-    count, members, rank_p, mp = scaling.shape[0], len(widths), adapters.rank_p, 16
-    places, bn, bg = routing.top_k * rank_p, tile.outputs, tile.gate_rows
+    count, members, rank_p, tokens_p = scaling.shape[0], len(widths), adapters.rank_p, 16
+    places, bn, gate_block = routing.top_k * rank_p, tile.outputs, tile.gate_rows
     rows = min(tile.down_rows, power_of_two(places))
     gate_span, down_span = span_of(hidden, row.pieces, tile.gate_step), span_of(hidden, row.pieces, tile.down_step)
     gate_pieces, down_pieces = ceil_div(hidden, gate_span), ceil_div(hidden, down_span)
@@ -135,14 +137,15 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     plan_rows = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     plan_values = torch.empty(down_pieces, tokens, members * places, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
-    programs = members * (ceil_div(count, bg) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
+    programs = members * (ceil_div(count, gate_block) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
     programs += sum(ceil_div(width, bn) for width in widths)
     decode_chosen_rows_kernel[(programs,)](
         x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, logits, plan_rows, plan_values, group.flags, y,
         tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths), routing.temperature,
-        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, mp, bn), MP=mp, BG=bg, BKG=tile.gate_step,
-        GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, BKD=tile.down_step, DOWN_SPAN=down_span, DOWN_PIECES=down_pieces, BN=bn, BK=tile.step,
-        HAS_BIAS=group.bias is not None, EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden % tile.down_step),
-        WHOLE=hidden % gate_span == 0 and hidden % down_span == 0, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, tokens_p, bn), TOKENS_P=tokens_p, GATE_BLOCK=gate_block,
+        GATE_STEP=tile.gate_step, GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, DOWN_STEP=tile.down_step, DOWN_SPAN=down_span,
+        DOWN_PIECES=down_pieces, BN=bn, BK=tile.step, HAS_BIAS=group.bias is not None, EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden %
+        tile.down_step), WHOLE=hidden % gate_span == 0 and hidden % down_span == 0, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip  # fmt: skip
     return y

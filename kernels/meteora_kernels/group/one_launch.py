@@ -41,7 +41,7 @@ flags 3 to 5 those whose tokens are routed, and flag 6 all programs that no long
 
 @triton.jit
 def write_middle(
-    mid, stride_split, stride_mid, gate_rows, middle, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
+    products, stride_split, stride_products, gate_rows, middle, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
 ):  # fmt: skip
@@ -53,14 +53,14 @@ def write_middle(
     tokens = block * BLOCK + tl.arange(0, BLOCK)[:, None]
     mask = tokens < tokens_total
     picks, shares = routes_of_tile(
-        mid, tokens, stride_mid, allowed, mid, mid, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
+        products, tokens, stride_products, allowed, products, products, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
     )
     scaled = shares * tl.load(scaling + picks)
     first = tl.load(offsets + picks)
     last = tl.load(offsets + picks + 1)
     for start in tl.static_range(0, ROWS, CHUNK):
         rows = start + tl.arange(0, CHUNK)[None, :]
-        values = summed(mid + gate_rows, tokens * stride_mid + rows, stride_split, mask & (rows < rank), SPLITS, True)
+        values = summed(products + gate_rows, tokens * stride_products + rows, stride_split, mask & (rows < rank), SPLITS, True)
         factor = coefficients_of(rows, picks, scaled, first, last, TOP_K, SLOTS)
         # NaN times 0 is NaN, so rows that no token chose are set to 0 by selection. Rows with a NaN route stay NaN.
         values = tl.where(factor == 0.0, 0.0, values * factor)
@@ -70,10 +70,10 @@ def write_middle(
 @triton.jit
 def add_up(
     total, middle, stride_middle, b, width, rank, columns, live,
-    MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS_P: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """float32 ``total`` (C, MP) plus ``b[:, columns]^T middle^T``, with columns (1, C), b (R, width) and middle (MP, R)."""
-    tokens = tl.arange(0, MP)[:, None]
+    """float32 ``total`` (C, TOKENS_P) plus ``b[:, columns]^T middle^T``, with columns (1, C), b (R, width) and middle (TOKENS_P, R)."""
+    tokens = tl.arange(0, TOKENS_P)[:, None]
     for chunk in tl.range(CHUNKS, num_stages=5):
         rows = chunk * CHUNK + tl.arange(0, CHUNK)
         values = tl.load(middle + tokens * stride_middle + rows[None, :], mask=live, other=0.0, cache_modifier=".cg")
@@ -84,26 +84,26 @@ def add_up(
 
 @triton.jit
 def one_launch_kernel(
-    x, packed, b, bias, allowed, scaling, offsets, mid, middle, parts, flags, y, tokens_total, hidden, outputs, count, gate_rows, stacked, rank, width0,
+    x, packed, b, bias, allowed, scaling, offsets, products, middle, parts, flags, y, tokens_total, hidden, outputs, count, gate_rows, stacked, rank, width0,
     width1, width2, temperature,
-    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, TOKENS_P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GATE_PIECES: tl.constexpr, PIECES: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     WIDE: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr, CONCURRENT: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
-    Shapes: x (M, h), M <= MP, and packed (P, h), tensor descriptors with blocks (MP, BK) and (BN, BK); packed holds the O base rows of all members, then
-    for each member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b (R, width) for each member; bias (O,); y (M, O).
-    Scratch: mid float32 (GATE_PIECES, MP, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (MP, MEMBERS * CHUNKS * CHUNK) in the dtype
-    of b; parts float32 (tiles, PIECES, BN, MP) if PIECES > 1. flags int32 (1024,), all 0 before and after.
+    Shapes: x (M, h), M <= TOKENS_P, and packed (P, h), tensor descriptors with blocks (TOKENS_P, BK) and (BN, BK); packed holds the O base rows of all members,
+    then for each member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b (R, width) for each member; bias (O,); y (M, O).
+    Scratch: products float32 (GATE_PIECES, TOKENS_P, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (TOKENS_P, MEMBERS * CHUNKS * CHUNK) in
+    the dtype of b; parts float32 (tiles, PIECES, BN, TOKENS_P) if PIECES > 1. flags int32 (1024,), all 0 before and after.
     Grid, one dimension: for each member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then for each member ceil(width / BN) * PIECES
     programs. SHARES, a power of two up to PIECES, is the number of a tile's programs that each write a part of it. Sums are (outputs, tokens), because the
     matrix units need at least 64 rows on the left side, but any multiple of 8 on the right, so fewer tokens take less time.
     """
     pid = tl.program_id(0)
-    width_mid = gate_rows + rank
-    per_member = tl.cdiv(width_mid, BN) * GATE_PIECES
+    width_products = gate_rows + rank
+    per_member = tl.cdiv(width_products, BN) * GATE_PIECES
     gate_programs = per_member * MEMBERS
     is_gate = pid < gate_programs
     index = (pid - gate_programs) // PIECES
@@ -111,7 +111,7 @@ def one_launch_kernel(
     piece = tl.where(is_gate, pid % GATE_PIECES, (pid - gate_programs) % PIECES)
     member = tl.where(is_gate, pid // per_member, 0)
     before = tl.where(is_gate, outputs + member * stacked, 0)
-    width = tl.where(is_gate, width_mid, width0)
+    width = tl.where(is_gate, width_products, width0)
     if MEMBERS > 1:
         tiles0 = tl.cdiv(width0, BN)
         if (not is_gate) & (tile >= tiles0):
@@ -129,27 +129,27 @@ def one_launch_kernel(
     blocks = tl.cdiv(hidden, BK)
     pieces = tl.where(is_gate, GATE_PIECES, PIECES)
     row = before + tile * BN
-    total = tl.zeros([BN, MP], dtype=tl.float32)
+    total = tl.zeros([BN, TOKENS_P], dtype=tl.float32)
     for step in tl.range(blocks * piece // pieces, blocks * (piece + 1) // pieces, num_stages=STAGES):
         total = tl.dot(packed.load([row, step * BK]), x.load([0, step * BK]).T, total, input_precision=PRECISION)
-    tokens = tl.arange(0, MP)[:, None]
+    tokens = tl.arange(0, TOKENS_P)[:, None]
     columns = tl.arange(0, BN)[None, :]
     live = tokens < tokens_total
     across = tile * BN + columns
     stride_middle = MEMBERS * CHUNKS * CHUNK
     inner = middle + member * (CHUNKS * CHUNK)
     if is_gate:
-        here = mid + member * width_mid
-        stride_mid = width_mid * MEMBERS
-        stride_split = stride_mid * MP
-        tl.store(here + piece * stride_split + tokens * stride_mid + across, total.T, mask=live & (across < width_mid))
+        here = products + member * width_products
+        stride_products = width_products * MEMBERS
+        stride_split = stride_products * TOKENS_P
+        tl.store(here + piece * stride_split + tokens * stride_products + across, total.T, mask=live & (across < width_products))
         token_blocks = tl.cdiv(tokens_total, BLOCK)
         first, step = share_out(flags + member, per_member, pid % per_member, token_blocks, CONCURRENT)
         if CONCURRENT:
             wait_flag(flags + member, per_member)
         for block in range(first, token_blocks, step):
             write_middle(
-                here, stride_split, stride_mid, gate_rows, inner, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
+                here, stride_split, stride_products, gate_rows, inner, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
                 TOP_K, SLOTS, PADDED, BLOCK, WIDE, CHUNKS * CHUNK, GATE_PIECES, HAS_ALLOWED,
             )  # fmt: skip
         raise_flag(flags + 3 + member)
@@ -158,16 +158,16 @@ def one_launch_kernel(
         up = b + before.to(tl.int64) * rank
         wait_flag(flags + 3 + member, per_member)
         come = count_out(flags + 6, THREADS)
-        total = add_up(total, inner, stride_middle, up, width, rank, across, live, MP, CHUNK, CHUNKS, PRECISION)
+        total = add_up(total, inner, stride_middle, up, width, rank, across, live, TOKENS_P, CHUNK, CHUNKS, PRECISION)
         result = total.T
         if HAS_BIAS:
             result += tl.load(bias + before + across, mask=across < width, other=0.0).to(tl.float32)
         tl.store(y + tokens * outputs + before + across, result.to(y.dtype.element_ty), mask=live & (across < width))
     else:
         up = b + before.to(tl.int64) * rank
-        here = parts + index.to(tl.int64) * (PIECES * MP * BN)
-        along = tl.arange(0, MP)[None, :]
-        tl.store(here + piece * (MP * BN) + tl.arange(0, BN)[:, None] * MP + along, total)
+        here = parts + index.to(tl.int64) * (PIECES * TOKENS_P * BN)
+        along = tl.arange(0, TOKENS_P)[None, :]
+        tl.store(here + piece * (TOKENS_P * BN) + tl.arange(0, BN)[:, None] * TOKENS_P + along, total)
         arrived = flags + _FIRST_TILE + index
         first, step = share_out(arrived, PIECES, piece, SHARES, CONCURRENT)
         come = tl.zeros([THREADS], dtype=tl.int32)
@@ -179,13 +179,13 @@ def one_launch_kernel(
         for share in range(first, SHARES, step):
             some = share * (BN // SHARES) + tl.arange(0, BN // SHARES)
             places = tile * BN + some[None, :]
-            sums = tl.zeros([BN // SHARES, MP], dtype=tl.float32)
+            sums = tl.zeros([BN // SHARES, TOKENS_P], dtype=tl.float32)
             # B is added first, while the other pieces arrive.
-            sums = add_up(sums, inner, stride_middle, up, width, rank, places, live, MP, CHUNK, CHUNKS, PRECISION)
+            sums = add_up(sums, inner, stride_middle, up, width, rank, places, live, TOKENS_P, CHUNK, CHUNKS, PRECISION)
             if CONCURRENT:
                 wait_flag(arrived, PIECES)
                 come = count_out(flags + 6, THREADS)
-            sums += summed(here, some[:, None] * MP + along, MP * BN, along < tokens_total, PIECES, True)
+            sums += summed(here, some[:, None] * TOKENS_P + along, TOKENS_P * BN, along < tokens_total, PIECES, True)
             result = sums.T
             if HAS_BIAS:
                 result += tl.load(bias + before + places, mask=places < width, other=0.0).to(tl.float32)
@@ -227,21 +227,21 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     adapters, rank, gate_rows, packed = group.adapters, group.total_rank, group.gate_rows, group.packed
     _, _, b, scaling, offsets, _, widths, stacked = adapters
     members, outputs, gate_pieces = len(widths), sum(widths), row.gate_pieces
-    mp, bn, bk, warps, stages = row.tile[:5]
+    tokens_p, bn, bk, warps, stages = row.tile[:5]
     tiles = sum(ceil_div(width, bn) for width in widths)
     gate_programs = gate_programs_of(members, gate_rows, rank, row)
     pieces = max(1, min(row.pieces, (at_once(x.device) - gate_programs) // tiles))
-    block = max(1, power_of_two(ceil_div(mp * members, gate_programs)))
+    block = max(1, power_of_two(ceil_div(tokens_p * members, gate_programs)))
     chunk, chunks = 32, ceil_div(rank, 32)
-    mid = torch.empty(gate_pieces, mp, members * (gate_rows + rank), dtype=torch.float32, device=x.device)
-    middle = torch.empty(mp, members * chunks * chunk, dtype=x.dtype, device=x.device)
-    parts = torch.empty(tiles, pieces, bn, mp, dtype=torch.float32, device=x.device) if pieces > 1 else mid
+    products = torch.empty(gate_pieces, tokens_p, members * (gate_rows + rank), dtype=torch.float32, device=x.device)
+    middle = torch.empty(tokens_p, members * chunks * chunk, dtype=x.dtype, device=x.device)
+    parts = torch.empty(tiles, pieces, bn, tokens_p, dtype=torch.float32, device=x.device) if pieces > 1 else products
     y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     one_launch_kernel[(gate_programs + tiles * pieces,)](
-        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [mp, bk]),
+        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [tokens_p, bk]),
         TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]), b, or_any(group.bias, scaling),
-        or_any(routing.allowed, scaling), scaling, offsets, mid, middle, parts, group.flags, y, tokens, hidden, outputs, scaling.shape[0], gate_rows,
-        stacked, rank, *three(widths), routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, MP=mp, BN=bn, BK=bk,
+        or_any(routing.allowed, scaling), scaling, offsets, products, middle, parts, group.flags, y, tokens, hidden, outputs, scaling.shape[0], gate_rows,
+        stacked, rank, *three(widths), routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, TOKENS_P=tokens_p, BN=bn, BK=bk,
         GATE_PIECES=gate_pieces, PIECES=pieces, SHARES=1 << (pieces.bit_length() - 1), BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
         WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_BIAS=group.bias is not None, CONCURRENT=not interpreted(),
         THREADS=32 * warps, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
