@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from meteora_core.living.live_bank import Change
     from meteora_core.progress import Progress
 
-app = App(help="Add, drop, update and list the adapters of a checkpoint; the gates are solved again in closed form.", no_args_is_help=True)
+app = App(help="Add, drop, update and list the adapters of a checkpoint. After a change, the gates are solved again in closed form.", no_args_is_help=True)
 
 Checkpoint = Annotated[Path, typer.Argument(help="A native checkpoint, such as one from `meteora route`.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's PEFT folder, or its id on the hub.", show_default=False)]
@@ -32,7 +32,7 @@ Data = Annotated[Path | None, typer.Option("--data", help="Folder of datasets an
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """How the statistics for the closed form are collected."""
+    """Options of the forward passes that collect statistics for the closed form."""
 
     tokens: Annotated[int | None, typer.Option("--tokens", help="Number of tokens of an adapter's rows to use.")] = None
     max_length: Annotated[int | None, typer.Option("--max-length", help="Longest row in tokens; longer ones lose the start of their prompt.")] = None
@@ -103,13 +103,13 @@ def add_or_update(
     _report(checkpoint, done, as_json=as_json)
 
 
-ADD = """Add an adapter to a checkpoint. All gates are solved again by one closed form over all adapters.
+ADD = """Add an adapter to a checkpoint. All gates are solved again in closed form.
 
 The adapter needs statistics (`gate_stats.safetensors` in its folder) or rows. The other adapters need neither rows nor a forward pass if the
-checkpoint contains their statistics. `no_adapter` instead of a folder adds the base route, for tokens that need no adapter.
+checkpoint contains their statistics. Pass `no_adapter` instead of a folder to add the base route, for tokens that need no adapter.
 """
 app.command("add", help=ADD)(add_or_update)
-app.command("update", help="Replace an adapter of a checkpoint by another version, with the same index.")(add_or_update)
+app.command("update", help="Replace an adapter of a checkpoint with a new version. Its index stays the same.")(add_or_update)
 
 
 @app.command("drop")
@@ -123,8 +123,8 @@ def drop(
 ) -> None:
     """Remove an adapter from a checkpoint.
 
-    Closed-form gates are solved again from the statistics of the other adapters, as if the adapter had never been added. From trained gates, the rows
-    of the adapter are deleted, and the other rows stay unchanged.
+    Closed-form gates are solved again from the statistics of the other adapters, as if the adapter had never been added. If the gates were trained, the
+    rows of the adapter are deleted from them, and the other rows stay unchanged.
     """
     from meteora_core.living.checkpoints import drop_adapter
 
@@ -149,7 +149,7 @@ def collect(
 ) -> None:
     """Write an adapter's statistics into its folder, so that others can route to it without its rows.
 
-    `meteora route` and `meteora adapters add` use them if answer share and prompt frame agree.
+    `meteora route` and `meteora adapters add` use them if they were collected with the same answer share and prompt frame.
     """
     from meteora_core.living.shipping import ship_statistics
 
@@ -182,9 +182,9 @@ def _report(checkpoint: Path, done: Change, *, as_json: bool) -> None:
     count, with_base = sum(name != NO_ADAPTER for name in done.adapters), " and the base route" if NO_ADAPTER in done.adapters else ""
     put(f"{checkpoint}: {verb} {done.adapter}, {count} adapters{with_base} ({done.seconds:.0f} s)")
     if done.gates == "deleted":
-        put("its rows of the gates were deleted; the other rows are unchanged")
+        put("the rows of the adapter were deleted from all gates; the other rows are unchanged")
     elif done.correction is None:
-        put("all gates were solved again from the statistics of the present adapters")
+        put("all gates were solved again from the statistics of all adapters")
     else:
         kept = f"{done.correction:.0%} of what training had added to them was kept" if done.correction else "what training had added to them was left out"
         put(f"all gates were solved again; {kept}, which routes held-out rows best")

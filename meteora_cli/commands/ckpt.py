@@ -287,7 +287,7 @@ _KINDS = {
     "adapter": "a PEFT LoRA adapter",
     "adapters": "a folder of PEFT LoRA adapters",
     "base": "a base model",
-    "unknown": "not a kind of file that meteora knows",
+    "unknown": "an unknown kind of file",
 }
 
 

@@ -43,7 +43,7 @@ def route(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a folder of LoRA adapters into a routed model without training: the gates are solved in closed form.
+    """Turn a folder of LoRA adapters into a routed model without training. The gates are solved in closed form.
 
     The rows of an adapter are its built dataset or a file NAME.jsonl (.csv, .parquet, …) in the folder of datasets, a file NAME.jsonl next to the
     adapter, or train.jsonl in its folder. Adapters that cannot be used are left out, and the reason is printed.
@@ -72,7 +72,7 @@ def route(
     if as_json:
         emit_json(asdict(done))
         return
-    table = DataTable("adapter", "rows from", "held-out answers routed right")
+    table = DataTable("adapter", "rows from", "held-out answer tokens routed correctly")
     for name in done.adapters:
         accuracy = done.held_out.get(f"gate_accuracy/{name}")
         table.add_row(name, done.rows[name] or "its own statistics", "–" if accuracy is None else f"{accuracy:.1%}")
@@ -81,12 +81,12 @@ def route(
     out.print(table)
     count, also = len(done.adapters) - base_route, "and the base route " if base_route else ""
     put(f"{done.folder}: {count} adapter{'s' * (count != 1)} {also}of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
-    approximate = "; second moments are of low rank, and gates are exact for these statistics" if "low-rank" in done.forms else ""
-    put(f"The statistics take {done.bytes / 1e6:.0f} MB{approximate}")
+    approximate = ", with second moments of low rank" if "low-rank" in done.forms else ""
+    put(f"statistics: {done.bytes / 1e6:.0f} MB{approximate}")
     measured = any(f"gate_accuracy/{name}" in done.held_out for name in done.adapters if name != NO_ADAPTER)  # general text alone says nothing
     if measured and (accuracy := done.held_out.get("gate_accuracy")):
         after = f"after {steps} gradient steps" if steps else "without a training step"
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, {after}")
         if accuracy < LOW:
-            put(f"This is below {LOW:.0%}. Use more rows with --tokens, or train the gates with --steps 100")
-    put(f"To chat with the model: meteora chat --checkpoint {shlex.quote(str(done.folder))}")
+            put(f"this is below {LOW:.0%}: use more rows with --tokens, or train the gates with --steps 100")
+    put(f"next: meteora chat --checkpoint {shlex.quote(str(done.folder))}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, one by one and as groups (:mod:`meteora_cli.option_groups`)."""
+"""Options that several commands share, singly and in groups (:mod:`meteora_cli.option_groups`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 
 @dataclass(frozen=True)
 class Speaker:
-    """What ``meteora chat`` and ``meteora trace`` talk to, and how its prompts and answers look."""
+    """The model of ``meteora chat`` and ``meteora trace``, and the form of its prompts and answers."""
 
     checkpoint: Checkpoint = None
     base: Annotated[

@@ -60,7 +60,7 @@ def adapters(
         Path | None,
         typer.Option("--out", "--output-dir", help="Folder for one sub-folder per adapter; default: --adapters.", rich_help_panel=INPUT, show_default=False),
     ] = None,
-    adapters: Annotated[Path | None, typer.Option("--adapters", help="The same as --out; this one is a setting.", rich_help_panel=INPUT)] = None,
+    adapters: Annotated[Path | None, typer.Option("--adapters", help="Same as --out, but also a setting.", rich_help_panel=INPUT)] = None,
     base: shared.Base = None,
     source: shared.RowOptions,
     rank: Annotated[int | None, typer.Option(rich_help_panel=LORA, help="LoRA rank.")] = None,

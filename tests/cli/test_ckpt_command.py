@@ -61,7 +61,7 @@ def test_inspect_prints_every_kind(meteora: Run, authors: Authors, tmp_path: Pat
         (authors.adapters, ("a folder of PEFT LoRA adapters", "task_02")),
         (authors.adapters / "task_02", ("a PEFT LoRA adapter", "16.0")),
         (authors.base, ("a base model", "llama")),
-        (tmp_path, ("not a kind of file that meteora knows",)),
+        (tmp_path, ("an unknown kind of file",)),
     ):
         text = meteora("inspect", path).stdout
         assert all(word in text for word in words), text

@@ -23,7 +23,7 @@ def test_a_folder_of_adapters_becomes_a_model_that_adapters_join_and_leave(meteo
     ran = meteora("route", "adapters", "--exclude", "sum", "--out", out)
     assert ran.code == 0, ran.err
     assert "held-out answer tokens are routed to their own adapter, without a training step" in ran.out
-    assert ran.out.splitlines()[-1] == f"To chat with the model: meteora chat --checkpoint '{out}'"
+    assert ran.out.splitlines()[-1] == f"next: meteora chat --checkpoint '{out}'"
     assert [each["name"] for each in meteora("adapters", "list", out, "--json").json] == [*NAMES[:3], "no_adapter"]
 
     added = meteora("adapters", "add", out, "adapters/sum", "--json")

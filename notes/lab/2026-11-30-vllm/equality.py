@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 START = time.time()
@@ -101,13 +102,8 @@ def with_options(model, kind, run):
     state.top_k, state.temperature = options.get("meteora_top_k", before[0]), options.get("meteora_temperature", before[1])
     state.mute(options.get("meteora_muted", []) or ([name for name in NAMES if name not in options["meteora_allowed"].split(",")] if "meteora_allowed" in options else []))
     try:
-        if kind == "forced":
-            with state.force("a3"):
-                return run()
-        if kind == "off":
-            with state.disabled():
-                return run()
-        return run()
+        with state.force("a3") if kind == "forced" else state.disabled() if kind == "off" else nullcontext():
+            return run()
     finally:
         state.mute([])
         state.top_k, state.temperature = before
