@@ -66,6 +66,10 @@ def export_vllm(checkpoint: str | Path, folder: str | Path, options: ExportOptio
     described = read_object(base / "config.json", error=CheckpointError)
     files = TensorFiles(base)
     _check_base(config, files, base)
+    if (described.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+        raise CheckpointError(
+            f"the base model in {base} is quantised by bitsandbytes, which vLLM loads in a way of its own", hint="pass --base with the unquantised model"
+        )
     changed = _changes(config, tensors, files, base)
     with atomic_folder(folder) as temporary, storage_errors(folder):
         with options.progress.task("writing the base model", total=len(files.files), unit="files") as bar:

@@ -26,10 +26,16 @@ def main(jobs: Path, result: Path, parallel: int) -> None:
         enforce_eager=True,
         skip_tokenizer_init=True,
         tensor_parallel_size=parallel,
+        **wanted.get("more", {}),
     )
     prompts = [{"prompt_token_ids": job["prompt"]} for job in wanted["jobs"]]
     params = [SamplingParams(temperature=0, max_tokens=wanted["new"], ignore_eos=True, detokenize=False, extra_args=job["options"]) for job in wanted["jobs"]]
-    rounds = [[list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)] for _ in range(2)]
+    rounds = []
+    for _ in range(2):
+        rounds.append([list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)])
+        if wanted.get("reload"):
+            llm.collective_rpc("reload_weights")
+            llm.reset_prefix_cache()
     if wanted.get("plain"):
         result.write_text(json.dumps({"rounds": rounds}))
         return

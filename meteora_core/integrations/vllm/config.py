@@ -45,9 +45,7 @@ class MeteoraConfig(NamedConfig):
         self.checked = False
         self._store: Store | None = None
         if settings.get("base"):
-            from vllm.model_executor.layers.quantization import get_quantization_config
-
-            self.base = get_quantization_config(settings["base"]["quant_method"]).from_config(settings["base"])
+            self.base = base_configuration(settings["base"])
         if Path(str(settings.get("checkpoint", FOLDER))).is_absolute():
             self._open(Path(settings["checkpoint"]))
 
@@ -152,3 +150,36 @@ def most_tokens() -> int:
 
     config = get_current_vllm_config()
     return max([int(config.scheduler_config.max_num_batched_tokens), *map(int, config.compilation_config.cudagraph_capture_sizes or [])])
+
+
+_OVERRIDES = (
+    "auto_gptq",
+    "gptq",
+    "gptq_marlin",
+    "auto_awq",
+    "awq",
+    "awq_marlin",
+    "inc",
+    "modelopt",
+    "modelopt_fp4",
+    "modelopt_mxfp8",
+    "modelopt_mixed",
+    "mxfp4",
+)
+"""The methods that vLLM asks, in this order, whether they take a configuration that names another method."""
+
+
+def base_configuration(settings: dict[str, Any]) -> QuantizationConfig:
+    """The configuration that vLLM would choose for a quantised base model without adapters.
+
+    Args:
+        settings: The base model's ``quantization_config``.
+    """
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    chosen = str(settings["quant_method"])
+    for name in _OVERRIDES:
+        if name in QUANTIZATION_METHODS and (other := get_quantization_config(name).override_quantization_method(settings, None)):
+            chosen = other
+            break
+    return get_quantization_config(chosen).from_config(settings)

@@ -1,7 +1,8 @@
 """paths.py: times of the four groups of a Llama-3-8B layer as vLLM runs them (28 adapters of rank 8, bfloat16), in CUDA graphs, weights read from memory.
 
-First what the table of options costs (allowed=None against a table for every token), then variants of decode_chosen_rows at 8 tokens and of all paths at 256
-tokens, each checked against the present row. Variants are compiled by several processes first. Saves $OUT/paths.json after every group. TINY=1: a dry run.
+First what the table of options costs (allowed=None against a table for every token) and the paths of prefill with and without B^T in the rows of the weights,
+then an FP8 base with the adapters after it or at the same time, then variants of decode_chosen_rows at 8 tokens and of all paths at 256 tokens, each checked
+against the present row. Variants are compiled by several processes first. Saves $OUT/paths.json after every group. TINY=1: a dry run.
 """
 import json
 import os
@@ -104,6 +105,61 @@ def many_variants():
             ("wide kernel 4", Row("wide", pieces=4, tile=Tile(64, 128, 64, 4, 3))), ("wide kernel 8", Row("wide", pieces=8, tile=Tile(64, 128, 64, 4, 3)))]
 
 
+def over_fp8(name, tokens, part=None):
+    """An FP8 base alone, then with the adapters after it and at the same time; the first step of the adapters by several products."""
+    from meteora_core.integrations.vllm.mixing import Layer, added, chosen_down
+    from meteora_core.integrations.vllm.runtime import Runtime
+    from meteora_kernels.stacked import gate_rows_of
+    from meteora_kernels.steps.middle import middle
+    from meteora_kernels.steps.products import library_products, products
+    from meteora_kernels.steps.second_stream import on_second_stream
+
+    widths, hidden = tuple(width // SCALE for width in GROUPS[name][0]), GROUPS[name][1] // SCALE * (2 if TINY else 1)
+    torch.manual_seed(1)
+    layers, weights = [], []
+    for _ in range(1 if TINY else max(2, min(8, -(-400_000_000 // (sum(widths) * hidden))))):
+        block = Block(Shape(tuple(f"m{index}" for index in range(len(widths))), widths, (RANK,) * N, (2.0,) * N), hidden, torch.empty(0, dtype=DTYPE, device=DEVICE), base=False, wide=True)
+        block.rows.normal_(0, hidden**-0.5)
+        block.lora_B.normal_(0, 0.05)
+        layers.append(Layer(block, False, Routing(2, 1.0), True, Runtime()))
+        weights.append(torch.randn(sum(widths), hidden, device=DEVICE, dtype=DTYPE).to(torch.float8_e4m3fn))
+    x = torch.randn(tokens, hidden, dtype=DTYPE, device=DEVICE)
+    small, one = x.to(torch.float8_e4m3fn), torch.ones((), device=DEVICE)
+
+    def base(weight):
+        return x @ weight.to(DTYPE).t() if TINY else torch._scaled_mm(small, weight.t(), one, one, out_dtype=DTYPE)
+
+    def parts(layer, found):
+        adapters = layer.block.adapters
+        return middle(found, found[..., gate_rows_of(N):], adapters, layer.routing, max_rank=RANK, dtype=DTYPE)
+
+    firsts = {"linear": lambda layer: chosen_down(layer, x)}
+    firsts |= {f"library {pieces}": lambda layer, pieces=pieces: parts(layer, library_products(x, layer.block.rows, pieces)) for pieces in (1, 4, 8)}
+    firsts |= {f"kernel {pieces}": lambda layer, pieces=pieces: parts(layer, products(x, layer.block.rows, pieces, Tile(16 if tokens <= 16 else 64, 64, 128, 4, 3))) for pieces in (4, 8, 16)}
+    if part is not None:  # compile some of them
+        for index, first in enumerate(firsts.values()):
+            if index % PROCESSES == part:
+                first(layers[0])
+        added(layers[0], chosen_down(layers[0], x), base(weights[0]))
+        return
+    count, times = len(layers), {"base": timed(lambda: [base(weight) for weight in weights], len(layers))}
+
+    def after(first):
+        return [added(layer, first(layer), base(weight)) for layer, weight in zip(layers, weights)]
+
+    def at_once(first):
+        for layer, weight in zip(layers, weights):
+            with on_second_stream(x) as join:
+                down = first(layer)
+            y = base(weight)
+            join()
+            added(layer, down, y)
+
+    for label, first in firsts.items():
+        times[label] = [timed(lambda: [first(layer) for layer in layers], count), timed(lambda: after(first), count), timed(lambda: at_once(first), count)]
+    save(f"{name} over FP8 at {tokens} tokens: first step alone, after the base, at the same time", times)
+
+
 def plans():
     for tokens in (8, 256):
         for name in GROUPS:
@@ -122,6 +178,9 @@ def attempt(block, x, row, routing):
 def compile_some(part):
     """Run every PROCESSES-th variant once, so that its code is in Triton's cache."""
     index = 0
+    for tokens in (8, 64):
+        for place, name in enumerate(GROUPS):
+            over_fp8(name, tokens, (part + place * 2) % PROCESSES)
     for name, tokens, _, variants in plans():
         block = block_of(name, 0)
         x = input_of(block, tokens)
@@ -155,8 +214,16 @@ def main():
             base = [weights_of(block).clone() for block in blocks]
             costs[tokens] = [row.path, *(time_row(blocks, x, row, routing) for routing in (Routing(2, 1.0), table)), timed(lambda: [F.linear(x, weights) for weights in base], len(base))]
             del base
+        for tokens in () if TINY else (512, 8192):
+            x, row = input_of(blocks[0], tokens), present(blocks[0], tokens)
+            costs[f"{tokens} tokens"] = {"base": timed(lambda: [F.linear(x, weights_of(block)) for block in blocks], len(blocks)), "present": [row.path, time_row(blocks, x, row, Routing(2, 1.0))]}
+            for label, other in {"wide": Row("wide"), "split": Row("split"), "split 1": Row("split", pieces=1), "packed": Row("packed")}.items():
+                costs[f"{tokens} tokens"][label] = time_row(blocks, x, other, Routing(2, 1.0))
         save(f"{name}: path, us without and with a table of options, base", costs)
         del blocks
+    for tokens in (8,) if TINY else (8, 64):
+        for name in ("o",) if TINY else GROUPS:
+            over_fp8(name, tokens)
     for name, tokens, row, variants in plans():
         blocks = blocks_of(name)
         x, routing = input_of(blocks[0], tokens), Routing(2, 1.0)

@@ -77,6 +77,14 @@ def test_the_configuration_of_a_quantised_base_is_inside(folder: Path) -> None:
     assert described()["quantization_config"] == {"quant_method": "meteora", "checkpoint": "meteora", "base": base}
 
 
+def test_a_base_model_of_bitsandbytes_is_refused(folder: Path) -> None:
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    with pytest.raises(CheckpointError, match="quantised by bitsandbytes, which vLLM loads in a way of its own"):
+        export_vllm("runs/mine", "served", HERE)
+    assert not Path("served").exists()
+
+
 def test_another_base_model_is_refused(folder: Path) -> None:
     tensors = load_file("base/model.safetensors")
     save_file({name: tensor + 0.5 for name, tensor in tensors.items()}, "base/model.safetensors", metadata={"format": "pt"})

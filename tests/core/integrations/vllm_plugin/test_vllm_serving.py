@@ -22,6 +22,7 @@ from meteora_core.exports.common import ExportOptions
 from meteora_core.exports.vllm_model import export_vllm
 from meteora_core.model.base import BaseReference, load_base
 from meteora_core.routing import meteora_of, record_routes
+from support.quantised_bases import FORMATS, quantised
 from support.tiny_models import make_tiny_llama
 
 PYTHON = os.environ.get("VLLM_TEST_PYTHON", "")
@@ -189,27 +190,30 @@ def test_a_model_that_merges_its_layers_itself(phi3: Path, tmp_path: Path) -> No
     check_equal(in_vllm(tmp_path, {"folder": str(phi3 / "served"), "new": NEW, "jobs": expected["jobs"]}, 1), expected)
 
 
-def test_a_quantised_base(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
-    """Without adapters, answers are those of the int8 base in vLLM itself; with adapters, they differ from these."""
+def test_speculative_decoding_and_weights_that_are_loaded_again(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    """Tokens that vLLM guesses from the prompt do not change the answers, and neither do weights that are loaded a second time."""
+    guess = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    jobs = {"folder": str(world / "served"), "new": NEW, "jobs": expected["jobs"], "more": {"speculative_config": guess}, "reload": True, "plain": True}
+    found = in_vllm(tmp_path, jobs, 1)
+    assert found["rounds"] == [[job["answer"] for job in expected["jobs"]]] * 2
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_quantised_base(world: Path, expected: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    """Without adapters, answers are those of the quantised base in vLLM itself; with adapters, they differ from these."""
     shutil.copytree(world / "base", tmp_path / "base")
-    tensors = load_file(world / "base" / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        scale = tensors[name].abs().amax(1, keepdim=True) / 127
-        tensors |= {name: (tensors[name] / scale).round().to(torch.int8), f"{name}_scale": scale}
-    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {"targets": ["Linear"], "weights": numbers | {"strategy": "channel"}, "input_activations": numbers | {"strategy": "token", "dynamic": True}}
+    save_file(quantised(load_file(world / "base" / "model.safetensors"), kind), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     described = json.loads((world / "base" / "config.json").read_text())
-    described["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"], "config_groups": {"0": group}}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(described))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(described | {"quantization_config": FORMATS[kind][1]}))
     export_vllm(world / "checkpoint", tmp_path / "served", ExportOptions(base=str(tmp_path / "base")))
     jobs = {"new": NEW, "dtype": "bfloat16", "plain": True}
     prompts = [job["prompt"] for job in expected["jobs"][:4]]
     plain = in_vllm(tmp_path, {**jobs, "folder": str(tmp_path / "base"), "jobs": [{"prompt": prompt, "options": None} for prompt in prompts]}, 1)
     off = in_vllm(tmp_path, {**jobs, "folder": str(tmp_path / "served"), "jobs": [{"prompt": prompt, "options": {"meteora_off": 1}} for prompt in prompts]}, 1)
-    on = in_vllm(tmp_path, {**jobs, "folder": str(tmp_path / "served"), "jobs": [{"prompt": prompt, "options": None} for prompt in prompts]}, 1)
     assert off["rounds"] == plain["rounds"]
-    assert on["rounds"] != plain["rounds"]
+    if kind == "int8":
+        on = in_vllm(tmp_path, {**jobs, "folder": str(tmp_path / "served"), "jobs": [{"prompt": prompt, "options": None} for prompt in prompts]}, 1)
+        assert on["rounds"] != plain["rounds"]
 
 
 def test_a_server_answers_and_tells_its_routes(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
@@ -276,6 +280,24 @@ def test_another_weight_file_is_refused(world: Path, tmp_path: Path) -> None:
     done = subprocess.run([PYTHON, "-c", program, str(copy / "meteora")], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "its SHA-256 differs; write the folder again" in done.stderr
+
+
+def test_layers_that_have_other_names_in_vllm(world: Path, tmp_path: Path) -> None:
+    """Vision-language models of vLLM rename the layers of their language model."""
+    program = """
+import sys
+from vllm.model_executor.models.utils import WeightsMapper
+from meteora_core.integrations.vllm.config import MeteoraConfig
+config = MeteoraConfig({"checkpoint": sys.argv[1]})
+config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+print(config.members("language_model.model.layers.1.self_attn.qkv_proj"), config.members("visual.blocks.1.attn.qkv_proj"))
+"""
+    command = [PYTHON, "-c", program, str(world / "served" / "meteora")]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    assert done.stdout.splitlines()[-1] == f"{parts} {[None] * 3}"
 
 
 def test_an_untested_version_of_vllm_refuses_models_with_adapters_alone(tmp_path: Path) -> None:
