@@ -1,8 +1,8 @@
 """Options that differ from token to token, in one tensor that the kernels read.
 
-A token's row has N + 2 columns, all float32: for every adapter 1 where it may be chosen and 0 elsewhere, then the number of adapters (0 for none), then the
-routing temperature. A kernel chooses up to ``Routing.top_k`` adapters, so a token's number cannot be larger. The tensor is an ordinary argument: what a CUDA
-graph reads can change between two replays.
+Each token has a row of N + 2 float32 values: for every adapter, 1 if it may be chosen and 0 otherwise; the number of adapters (0 for none); and the routing
+temperature. The number of adapters is at most ``Routing.top_k``, up to which a kernel chooses. Because the tensor is an ordinary argument, its values can
+change between two replays of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def option_row(adapters: int, top_k: int, temperature: float, allowed: Iterable[
 
 
 def new_options(tokens: int, row: list[float], device: torch.device | str | None = None) -> Tensor:
-    """Options of ``tokens`` tokens that are all alike: float32 (M, N + 2), for ``Routing.allowed``.
+    """The same options for a number of tokens: float32 (M, N + 2), for ``Routing.allowed``.
 
     Example:
         >>> new_options(5, option_row(3, 2, 1.0)).shape

@@ -68,10 +68,10 @@ class Loading:
 
 @dataclass(frozen=True)
 class Remote:
-    """A server that answers instead of a model of this machine."""
+    """A server that answers instead of a local model."""
 
-    url: Annotated[str | None, typer.Option("--url", help="Address of a server to ask, such as http://127.0.0.1:8000.", show_default=False)] = None
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of that server; default: METEORA_API_KEY.", show_default=False)] = None
+    url: Annotated[str | None, typer.Option("--url", help="Address of a server that answers, such as http://127.0.0.1:8000.", show_default=False)] = None
+    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of the server; default: METEORA_API_KEY.", show_default=False)] = None
     served_model: Annotated[
-        str | None, typer.Option("--model", help="Model of that server; default: the one whose gates choose, or the first.", show_default=False)
+        str | None, typer.Option("--model", help="Model of the server; default: the routed model, or the first one.", show_default=False)
     ] = None

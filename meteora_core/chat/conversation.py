@@ -1,4 +1,4 @@
-"""What every conversation has, whether the model runs here or on a server: its turns, its settings, and the choice of adapters."""
+"""The base class of conversations with local models and with servers: turns, settings, and the choice of adapters."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ class Compared:
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """What is known about one adapter.
+    """An adapter in the list of a model's adapters.
 
     Attributes:
         name: Name of the adapter.
-        rank: Its rank; None if it is not known.
-        alpha: Its LoRA alpha in words; empty if it is not known.
-        source: Where it comes from; empty if it is not known.
+        rank: Rank of the adapter; None if it is unknown.
+        alpha: LoRA alpha as text; empty if it is unknown.
+        source: Origin of the adapter; empty if it is unknown.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Conversation(ABC):
 
     @abstractmethod
     def adapter_rows(self) -> Sequence[AdapterRow]:
-        """What is known about the adapters, in the order of :attr:`names`."""
+        """The adapters, in the order of :attr:`names`."""
 
     @abstractmethod
     def token_texts(self, ids: Sequence[int]) -> list[str]:

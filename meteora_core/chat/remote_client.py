@@ -1,4 +1,4 @@
-"""Talks to a server of OpenAI's API over HTTP, such as that of ``meteora serve``."""
+"""A client for servers that have OpenAI's API, such as ``meteora serve``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from meteora_core.fetch.http import check_network_environment, problem_of_url, w
 from meteora_core.text import one_line
 
 CONNECT_SECONDS, SILENT_SECONDS = 15.0, 600.0
-"""Longest time for a connection, and longest time without a byte from the server; that of ``meteora serve`` sends one at least every 15 seconds."""
+"""Time limits in seconds: for a connection, and for a pause without a byte from the server. ``meteora serve`` sends one at least every 15 seconds."""
 _POLL_SECONDS = 0.05
 _LONGEST_ERROR = 300
 _WHICH = "give the address of `meteora serve`, or of another such server"
@@ -27,13 +27,13 @@ _WHICH = "give the address of `meteora serve`, or of another such server"
 
 @dataclass(frozen=True)
 class AdapterListing:
-    """The adapters of a server of Meteora.
+    """The adapters of a Meteora server.
 
     Attributes:
         model: Name of the model whose gates choose.
         base: Name of the base model.
         names: Names of the adapters.
-        ranks: Rank of each adapter; None where the server does not say.
+        ranks: Rank of each adapter; None if the server does not report it.
         top_k: Number of adapters per token and layer, if the request sets none.
         temperature: Routing temperature, if the request sets none.
     """
@@ -80,7 +80,7 @@ class RemoteClient:
         """Names of the server's models.
 
         Raises:
-            MeteoraError: The server cannot be reached, refuses the key, or is none of OpenAI's API.
+            MeteoraError: The server cannot be reached, refuses the key, or does not have OpenAI's API.
         """
         listed = self._get("/v1/models")
         try:
@@ -89,7 +89,7 @@ class RemoteClient:
             raise self._foreign() from None
 
     def adapters(self) -> AdapterListing | None:
-        """The server's adapters; None if the server is not one of Meteora, or serves a base model alone.
+        """The server's adapters; None if it is not a Meteora server, or serves a base model alone.
 
         Raises:
             MeteoraError: The server cannot be reached.
@@ -125,7 +125,7 @@ class RemoteClient:
 
         Args:
             body: Body of the request, without ``stream``.
-            stop: Function that is called several times a second; once it returns True, the stream is closed, and the server stops to write.
+            stop: Function that is called several times a second; once it returns True, the stream is closed, and the server stops generating.
 
         Raises:
             UsageError: The server refuses the request.
@@ -176,7 +176,7 @@ class RemoteClient:
                     if chunk.get("error"):
                         raise MeteoraError(f"the server failed: {_message_of(data)}")
                     arrived.put(chunk)
-            arrived.put(None if ended else MeteoraError("the answer has no end: the server was lost", hint="ask again"))
+            arrived.put(None if ended else MeteoraError("the answer is incomplete: the connection to the server was lost", hint="ask again"))
         except MeteoraError as error:
             arrived.put(error)
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
@@ -228,7 +228,7 @@ def _reason(error: Exception) -> str:
 
 
 def _message_of(text: str) -> str:
-    """The message in the body of an error, in the form of OpenAI's API, or the beginning of any other body."""
+    """The message of an error in OpenAI's format, or the beginning of any other body."""
     with suppress(ValueError, RecursionError):
         body = json.loads(text)
         error = body.get("error", body) if isinstance(body, dict) else body

@@ -1,4 +1,4 @@
-"""A conversation with a model on a server of OpenAI's API."""
+"""A conversation with a model on a server that has OpenAI's API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from meteora_core.generation.sampling import Sampling
 from meteora_core.trace.picture import RoutePicture, Token
 
 TOO_LONG = "maximum context length"
-"""What servers of OpenAI's API say of a conversation that does not fit into the context."""
+"""Part of the error message of servers with OpenAI's API if a conversation does not fit into the context."""
 
 
 @dataclass
@@ -37,12 +37,12 @@ class _Routed:
 class RemoteSession(Conversation):
     """A conversation with a model on a server.
 
-    With a server of Meteora, adapters can be forced and muted, and the routes of answers are known. Other servers only answer.
+    On a Meteora server, adapters can be forced and muted, and the routes of answers are known. Other servers only generate answers.
 
     Args:
         client: Client of the server.
         sampling: Initial sampling settings.
-        model: Name of the model; None for the one whose gates choose, or the first of the server's list.
+        model: Name of the model; None for the routed model, or the first one in the server's list.
         system: System text at the beginning of the conversation, or None.
         adapter: Name of the adapter that is forced at the start, or None.
         top_k: Number of adapters per token and layer; None for the server's.
@@ -107,7 +107,7 @@ class RemoteSession(Conversation):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the adapters; empty if the server is none of Meteora."""
+        """Names of the adapters; empty if the server is not a Meteora server."""
         return () if self._listing is None else self._listing.names
 
     def adapter_rows(self) -> list[AdapterRow]:
@@ -117,11 +117,11 @@ class RemoteSession(Conversation):
         return [AdapterRow(name, rank, source="the server") for name, rank in zip(self._listing.names, self._listing.ranks, strict=True)]
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """Nothing: prompts are tokenised by the server."""
+        """An empty list, because the server tokenises the prompts."""
         return []
 
     def check_adapters(self) -> None:
-        """Raise UsageError if the server is none of Meteora, or the model is not the one whose gates choose."""
+        """Raise UsageError if the server is not a Meteora server, or the model is not the routed one."""
         if self._listing is None:
             raise UsageError(f"{self.model} at {self.client.url} has no adapters to choose from", hint="`meteora serve` serves a model that has")
 
@@ -231,7 +231,7 @@ class RemoteSession(Conversation):
         return count
 
     def picture(self, *, last_turn: bool = False, on_read: Callable[[int], None] = lambda count: None) -> RoutePicture:
-        """The routes of the answers, as the server reported them; those of prompts are not known.
+        """The routes of the answers, as reported by the server. The routes of prompts are unknown.
 
         Args:
             last_turn: Whether to show only the last answer.
@@ -284,7 +284,7 @@ class RemoteSession(Conversation):
 
 
 def _tensors(rows: Sequence[Sequence[Sequence[tuple[int, float]]]], k: int) -> tuple[Tensor, Tensor]:
-    """Indices int64 and weights float32, each (tokens, layers, k), of choices of unequal length; what is missing has the weight 0."""
+    """Indices int64 and weights float32, each (tokens, layers, k), of choices of unequal length, padded with weights of 0."""
     padded = [[[*layer, *[(layer[0][0] if layer else 0, 0.0)] * (k - len(layer))] for layer in row] for row in rows]
     layers = len(padded[0]) if padded else 0
     indices = torch.tensor([[[pair[0] for pair in layer] for layer in row] for row in padded], dtype=torch.int64).reshape(len(rows), layers, k)

@@ -1,8 +1,8 @@
 """Random load on a server: ``python -m tests.robustness.load --seconds 3600``.
 
-Clients ask for greedy answers whose text is known, as whole answers and as streams, and check every one: an answer that is wrong belongs to another request
-(crossed), one that never ends is lost. Others vanish in the middle of a request or of its answer, read slowly, send malformed bodies, or come in such numbers
-that the queue is full. Between them the server is idle for a moment, and its memory, threads and open files are measured.
+Clients request greedy answers whose text is known, whole or as streams, and check each of them. Other clients disconnect during a request or its answer, read
+slowly, send malformed bodies, or are so many that the queue is full. Between these phases, the server is idle for a moment, and its memory, threads and open
+files are measured.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import httpx
 
 KEY = "the-key-of-the-load"
 LOST = 120.0
-"""Seconds after which an answer is taken for lost."""
+"""Time in seconds after which an answer counts as lost."""
 LENGTH = 24
-"""Number of tokens of the longest answer that is asked for."""
+"""Number of tokens in the longest requested answer."""
 MARGIN = 1e-3
 """Least distance between the two largest logits of a known answer: closer ones are not used, because the order of a sum may decide between them."""
 KNOWN_REFUSALS = frozenset({400, 401, 403, 404, 405, 413, 422, 431})
@@ -126,7 +126,7 @@ class Load:
         draw: Source of all choices.
         key: Key of the server.
         counts: Number of requests of each kind and result.
-        faults: What went wrong.
+        faults: Descriptions of faults.
     """
 
     url: str
@@ -269,7 +269,7 @@ class Load:
     # --- clients that vanish, and malformed bodies -------------------------------------------------------------------------------
 
     async def _vanish(self, client: httpx.AsyncClient) -> str:
-        """Send a request, or the beginning of one, and close the connection without a word at a random point."""
+        """Send a request, or the beginning of one, and close the connection at a random point."""
         known, _ = self._request()
         stream = self.draw.random() < 0.7
         body = json.dumps(known.body(400, stream=stream)).encode()
@@ -340,7 +340,7 @@ class Load:
         return f"{kind} {self._refused(answer, 503, *KNOWN_REFUSALS)}"
 
     async def _garbage(self) -> str:
-        """Bytes that are no HTTP. The server closes the connection."""
+        """Send bytes that are not HTTP. The server closes the connection."""
         length = b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n"
         texts = [b"\0\1\2\3\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", length, b"\x16\x03\x01\x02\x00\x01"]
         reader, writer = await asyncio.open_connection(*self._address)
@@ -360,7 +360,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Idle:
-    """What the idle server holds.
+    """Resources of the idle server.
 
     Attributes:
         seconds: Time since the start.
@@ -406,7 +406,7 @@ def growth(points: Sequence[Idle]) -> float:
 
 
 def main() -> int:
-    """Returns the exit code: 1 when something went wrong."""
+    """Run the campaign. Returns the exit code, which is 1 if there were faults."""
     parser = argparse.ArgumentParser(prog="python -m tests.robustness.load", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600, help="how long (default: 3600)")
     parser.add_argument("--round", type=float, default=60, help="seconds of load between two measurements (default: 60)")

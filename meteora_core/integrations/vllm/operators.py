@@ -25,7 +25,7 @@ from meteora_kernels.steps.second_stream import on_second_stream
 
 _layers: dict[int, Layer] = {}
 _joins: dict[int, Callable[[], None]] = {}
-"""For layers between ``before`` and ``after``: the function that makes the current stream wait for the second one."""
+"""For each layer between ``before`` and ``after``, the function that makes the current stream wait for the second one."""
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype, config: Served) -> bool:
@@ -100,7 +100,7 @@ def before_fake(x: Tensor, rows: Tensor, width: int) -> Tensor:
 
 
 def after(x: Tensor, y: Tensor, down: Tensor, rows: Tensor) -> Tensor:
-    """A new tensor with ``y`` (M, O) plus the adapters' share, from the result of :func:`before`. x is an argument so that its memory is kept until then."""
+    """A new tensor: ``y`` (M, O) plus the outputs of the adapters, given the result of :func:`before`. As an argument, x keeps its memory until then."""
     layer = _layers[rows.data_ptr()]
     if layer.runtime.observed:
         return observed(layer, x, y)

@@ -51,12 +51,12 @@ class Runtime:
     """The state of a worker process.
 
     Attributes:
-        default: The options of requests without any.
+        default: The options of requests that set none.
         table: The options of every token, which the GPU kernels read (:mod:`meteora_kernels.token_options`); None without these kernels. CUDA graphs read it,
             so its memory stays the same.
         varied: Whether a request of this step has options.
-        observed: Whether this step needs what the kernels cannot do: it records or counts routes, or a token has more adapters than the default, or there is
-            no table. Such a step runs without CUDA graphs.
+        observed: Whether this step runs without the kernels' table, and without CUDA graphs: it records or counts routes, a token has more adapters than the
+            default, or there is no table.
         paths: The layers of the checkpoint in this process, in the order of loading.
     """
 
@@ -109,7 +109,7 @@ class Runtime:
         return self.table is None or options.trace or options.top_k > self.default.top_k
 
     def make_table(self, tokens: int, device: torch.device) -> Tensor:
-        """The table of options, made at the first call: rows for ``tokens`` tokens with the default."""
+        """The table of options, with the default for ``tokens`` tokens. It is created at the first call."""
         if self.table is None:
             self.table = new_options(tokens, self._row(self.default), device)
         return self.table
@@ -119,7 +119,7 @@ class Runtime:
 
     @property
     def ordered(self) -> bool:
-        """Whether this step must know the order of its tokens: it is observed, or the table changes."""
+        """Whether this step needs the order of its tokens, because it is observed or the table changes."""
         return self.observed or self.varied or bool(self._written)
 
     def _write(self, each: list[tuple[Options, int]]) -> None:
@@ -138,7 +138,7 @@ class Runtime:
         self._written = each if self.varied else []
 
     def arrange(self, requests: list[str], counts: Any) -> None:
-        """Learn the order of the requests, and the number of tokens of each; if the step is not observed, write their options for the kernels."""
+        """Store the order of the requests and the number of tokens of each. If the step is not observed, write their options into the table."""
         if not self.observed:
             found = [(self._options.get(request, self.default), int(count)) for request, count in zip(requests, counts, strict=False)] if self.varied else []
             self._write(found)
