@@ -63,7 +63,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "eval report": ("meteora eval report runs/eval/base runs/eval/meteora --plot compare.png --kind radar",),
     "chat": ("meteora chat", "echo 'Is the sky blue?' | meteora chat --checkpoint runs/meteora --json", "meteora chat --url http://127.0.0.1:8000"),
-    "serve": ("meteora serve runs/meteora --port 8080", "meteora serve runs/meteora --max-batch 16 --cors https://example.org"),
+    "serve": (
+        "meteora serve runs/meteora --port 8080",
+        "meteora serve runs/meteora --max-batch 16 --cors https://example.org",
+        "meteora serve runs/meteora --engine vllm --vllm-args '--tensor-parallel-size 2'",
+    ),
     "trace": ("meteora trace --prompt 'Is the sky blue?' --out trace.html", "meteora trace --task strategyqa --row 3 --out trace.png"),
     "bench-kernels": ("meteora bench-kernels --tokens 1,8,512", "meteora bench-kernels --model-shape llama3-8b --end-to-end --layers 8"),
     "config": ("meteora config show",),
@@ -110,7 +114,7 @@ _PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         _OUTPUT: ("as_json",),
     },
     "serve": {
-        "What to serve": ("base", "adapters_dir", "name", "engine"),
+        "What to serve": ("base", "adapters_dir", "name", "engine", "vllm_python", "vllm_args"),
         "Address and access": ("host", "port", "api_key", "no_auth", "cors", "allow_adapter_changes", "adapter_root"),
         "Limits": ("max_batch", "max_queue", "max_model_len", "max_new_tokens", "prefix_cache_mb"),
         _CHOICE: ("routing_temperature", "top_k", "backend"),

@@ -43,3 +43,6 @@ Scoring = Literal["corrected", "paper"]
 
 ReportKind = Literal["bar", "radar"]
 """The kind of chart that compares several results."""
+
+Engine = Literal["auto", "transformers", "vllm"]
+"""The program that runs the model of `meteora serve`: that of this library, or vLLM."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from meteora_core.choices import Dtype, GateStart, Launcher, LogTo, LossBalance, LossOn, RowSampling, Scoring, SecondMoments, Switch, TrainedParts
+from meteora_core.choices import Dtype, Engine, GateStart, Launcher, LogTo, LossBalance, LossOn, RowSampling, Scoring, SecondMoments, Switch, TrainedParts
 from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.file_models import first_problem
@@ -297,6 +297,11 @@ class ServeSettings(_Section):
 
     host: str = Field("127.0.0.1", min_length=1, max_length=255, description="Address to listen on; one that is not a loopback address needs METEORA_API_KEY.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
+    engine: Engine = Field("auto", description="Engine that runs the model: transformers, vllm, or auto: vLLM if it is installed and the device is a GPU.")
+    vllm_python: Path | None = Field(
+        None, examples=["/opt/vllm/bin/python"], description="Interpreter of the environment with vLLM; absent: Meteora's own environment."
+    )
+    vllm_args: str = Field("", max_length=10_000, description='Further options of `vllm serve`, such as "--tensor-parallel-size 2".')
     name: str = Field("meteora", min_length=1, max_length=512, description="Name of the model whose gates choose the adapters.")
     template: Template = Field("auto", description="As in [chat].")
     max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS, description="Longest chat answer in tokens, if the request does not limit it.")

@@ -8,21 +8,25 @@ import socket
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meteora_cli.commands.shared_options import AdaptersDir, Loading, RoutingT, TopK
 from meteora_cli.console import globals_of, progress, quantization_of, settings_from
 from meteora_cli.display import say
-from meteora_cli.flags import refuse_without_effect, typed_template
+from meteora_cli.flags import given_flags, refuse_without_effect, typed_template
+from meteora_core.choices import Engine
 
 if TYPE_CHECKING:
+    from meteora_core.progress import Progress
+    from meteora_core.serving.launch import ServerPlan
     from meteora_core.settings import Settings
 
 KEY_VARIABLE = "METEORA_API_KEY"
 
-Engine = Literal["auto", "transformers"]
+EMBEDDED_ONLY = ("backend", "load_in_4bit", "load_in_8bit", "prefix_cache_mb", "allow_adapter_changes", "device")
+"""Options of the embedded engine."""
 
 
 def serve(
@@ -43,7 +47,12 @@ def serve(
         typer.Option("--api-key", help=f"Key that requests need; other users see it in the list of processes, but not {KEY_VARIABLE}.", show_default=False),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen on a public address without a key.")] = False,
-    engine: Annotated[Engine, typer.Option("--engine", help="Engine that runs the model; auto is transformers, with continuous batching.")] = "auto",
+    engine: Annotated[
+        Engine | None,
+        typer.Option("--engine", help="Engine: transformers, vllm, or auto: vLLM if it is installed and the device is a GPU.", show_default=False),
+    ] = None,
+    vllm_python: Annotated[Path | None, typer.Option("--vllm-python", help="Python of another environment, with vLLM and Meteora.", show_default=False)] = None,
+    vllm_args: Annotated[str | None, typer.Option("--vllm-args", help="Further options of `vllm serve`, as one text.", show_default=False)] = None,
     name: Annotated[
         str | None, typer.Option("--served-model-name", help="Name of the routed model in requests and in the list of models.", show_default=False)
     ] = None,
@@ -84,6 +93,20 @@ def serve(
     key = key_of(api_key)
     check_access(settings.serve.host, key, no_auth=no_auth, changes=allow_adapter_changes)
     run(ctx, settings, given, key)
+
+
+def server_of(ctx: typer.Context, plan: ServerPlan, bars: Progress) -> Any:
+    """The application, by the engine of the settings and flags. Raises UsageError for flags that this engine does not have."""
+    from meteora_core.serving.launch import make_server
+    from meteora_core.serving.vllm_launch import make_vllm_server, pick_engine
+
+    own = given_flags(ctx).keys() & set(EMBEDDED_ONLY)
+    chosen = pick_engine(plan.settings, embedded=bool(own))
+    if chosen == "vllm":
+        refuse_without_effect(ctx, dict.fromkeys(EMBEDDED_ONLY, (False, "--engine transformers")))
+        return make_vllm_server(plan, bars, verbose=bool(globals_of(ctx).verbose))
+    refuse_without_effect(ctx, dict.fromkeys(("vllm_python", "vllm_args"), (False, "--engine vllm")))
+    return make_server(plan, bars)
 
 
 def key_of(flag: str | None) -> str | None:
@@ -142,7 +165,7 @@ def run(ctx: typer.Context, settings: Settings, given: SimpleNamespace, key: str
     try:
         import uvicorn
 
-        from meteora_core.serving.launch import ServerPlan, make_server
+        from meteora_core.serving.launch import ServerPlan
     except ImportError as missing:
         raise MeteoraError(f"`meteora serve` needs {missing.name}", hint="pip install 'meteora-lora[serve]'") from missing
     chosen = settings.serve
@@ -159,7 +182,7 @@ def run(ctx: typer.Context, settings: Settings, given: SimpleNamespace, key: str
         given.allow_adapter_changes,
     )
     with listener, progress(ctx) as bars:
-        app = make_server(plan, bars)
+        app = server_of(ctx, plan, bars)
         port = listener.getsockname()[1]
         shown = f"[{chosen.host}]" if ":" in chosen.host.strip("[]") else chosen.host
         verbose = globals_of(ctx).verbose

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -57,11 +57,13 @@ class AppOptions:
         access: Who may use the server.
         cors: Origins of websites whose scripts may use it; "*" for all.
         changes: Changes to the bank that clients may make; None allows none.
+        extra_metrics: Function that returns further metrics in the format of Prometheus; None for none.
     """
 
     access: Access = field(default_factory=Access)
     cors: tuple[str, ...] = ()
     changes: BankChanges | None = None
+    extra_metrics: Callable[[], Awaitable[bytes]] | None = None
 
 
 def create_app(service: Service, metrics: Metrics, options: AppOptions = AppOptions()) -> ASGIApp:
@@ -84,7 +86,7 @@ def create_app(service: Service, metrics: Metrics, options: AppOptions = AppOpti
     app = FastAPI(title="Meteora", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=_ERRORS)
     _handle_errors(app)
     _answering(app, service)
-    _describing(app, service, metrics)
+    _describing(app, service, metrics, options.extra_metrics)
     _adapters(app, service, options.changes)
     _page(app)
     paths = [getattr(route, "path", "") for route in app.routes]
@@ -146,7 +148,7 @@ def _answering(app: FastAPI, service: Service) -> None:
         return await answer(request, [plan.question], lambda: response_body(service, plan), stream)
 
 
-def _describing(app: FastAPI, service: Service, metrics: Metrics) -> None:
+def _describing(app: FastAPI, service: Service, metrics: Metrics, more: Callable[[], Awaitable[bytes]] | None) -> None:
     started = now()
 
     def model(name: str) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _describing(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def health() -> dict[str, Any]:
         """Whether the server works."""
         if not service.scheduler.alive:
-            raise ApiError(503, "the scheduler does not run")
+            raise ApiError(503, "the engine does not run")
         return {"status": "ok"}
 
     @app.get("/ready", response_model=None)
@@ -185,7 +187,8 @@ def _describing(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics_text() -> Response:
         """Metrics in the format of Prometheus."""
-        return PlainTextResponse(metrics.text(service.scheduler), media_type="text/plain; version=0.0.4")
+        text = metrics.text(service.scheduler) + (b"" if more is None else await more())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
 def _adapters(app: FastAPI, service: Service, changes: BankChanges | None) -> None:

@@ -86,11 +86,11 @@ class BankChanges:
                     try:
                         change(self._bank(service))
                     finally:
-                        service.scheduler.version += 1
+                        service.embedded.version += 1
                         fuse_for_inference(service.chat_model.model, self.fuse)
-                        service.scheduler.model.eval()
+                        service.embedded.model.eval()
 
-            service.scheduler.exclusively(now)
+            service.embedded.exclusively(now)
 
     def _bank(self, service: Service) -> LiveBank:
         if self._live is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +82,7 @@ def make_server(plan: ServerPlan, progress: Progress = SILENT) -> ASGIApp:
     metrics = Metrics(limits.sample_routes)
     scheduler = Scheduler(chat_model.model, chat_model.tokenizer, limits, metrics.report)
     service = Service(chat_model, scheduler, ServiceOptions(chosen.name, chosen.template, chosen.max_new_tokens, plan.top_k, plan.routing_temperature))
-    if chosen.name == BASE or chosen.name in service.adapters:
-        raise UsageError(f"the name {chosen.name!r} is that of another model", hint="choose another --served-model-name")
+    check_name(chosen.name, service.adapters)
     options = service.defaults
     options.check(service.adapters)
     changes = None
@@ -91,3 +91,9 @@ def make_server(plan: ServerPlan, progress: Progress = SILENT) -> ASGIApp:
         changes = BankChanges(roots, plan.checkpoint or usual_checkpoint(settings.paths.runs), settings.paths.data, chosen.fuse)
     access = Access((plan.key,) if plan.key else (), LOOPBACK if plan.local else (), chosen.max_body_mb * 1_000_000)
     return create_app(service, metrics, AppOptions(access, tuple(chosen.cors), changes))
+
+
+def check_name(name: str, adapters: Sequence[str]) -> None:
+    """Raise UsageError if the routed model has the name of another one."""
+    if name == BASE or name in adapters:
+        raise UsageError(f"the name {name!r} is that of another model", hint="choose another --served-model-name")

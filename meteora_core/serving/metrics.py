@@ -8,7 +8,7 @@ from meteora_core.serving.jobs import StepReport
 from meteora_core.text import printable
 
 if TYPE_CHECKING:
-    from meteora_core.serving.scheduler import Scheduler
+    from meteora_core.serving.engines import Engine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -59,15 +59,15 @@ class Metrics:
                 if share > 0:
                     self._adapters.labels(printable(name)).inc(share * self._sample)
 
-    def text(self, scheduler: Scheduler) -> bytes:
+    def text(self, engine: Engine) -> bytes:
         """All metrics in the text format, with the current state of a scheduler."""
         from prometheus_client import generate_latest
 
-        running, waiting = scheduler.load
+        running, waiting = engine.load
         self._running.set(running)
         self._waiting.set(waiting)
-        self._cache.set(scheduler.prefixes.bytes)
-        self._kv.set(scheduler.slots.bytes)
-        self._hits.set(scheduler.prefixes.hits)
-        self._queries.set(scheduler.prefixes.queries)
+        self._cache.set(engine.prefixes.bytes)
+        self._kv.set(engine.slots.bytes)
+        self._hits.set(engine.prefixes.hits)
+        self._queries.set(engine.prefixes.queries)
         return generate_latest(self.registry)

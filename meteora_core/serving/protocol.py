@@ -13,6 +13,7 @@ MOST_STOPS = 16
 MOST_PROMPTS = 64
 
 _Name = Annotated[str, Field(min_length=1, max_length=512)]
+_Weight = Annotated[float, Field(ge=-100, le=100)]
 _Number = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
@@ -26,10 +27,10 @@ class RoutingRequest(Strict):
     """The field `meteora` of a request: how its adapters are chosen, and whether the answer reports them."""
 
     top_k: int | None = Field(None, ge=1, le=65536, description="Number of adapters per token and layer.")
-    T: float | None = Field(None, gt=0, le=1e6, description="Routing temperature.")
+    T: float | None = Field(None, ge=1e-6, le=1e6, description="Routing temperature.")
     mute: list[_Name] = Field([], max_length=4096, description="Adapters that are never chosen.")
     force: _Name | None = Field(None, description="The only adapter in use.")
-    weights: dict[str, float] | None = Field(None, max_length=4096, description="A static mix: the weight of each adapter, instead of the gates.")
+    weights: dict[str, _Weight] | None = Field(None, max_length=4096, description="A static mix: the weight of each adapter, instead of the gates.")
     routes: bool | Literal["mean", "layers"] = Field(False, description="Report the adapters of every token: averaged over the layers, or of each layer.")
 
     @property

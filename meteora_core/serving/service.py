@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from meteora_core.errors import did_you_mean
+from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.generation.sampling import COLDEST
 from meteora_core.routing import Meteora, RoutingOptions, find_meteora
+from meteora_core.serving.engines import Engine
 from meteora_core.serving.failures import ApiError, of_failure
 from meteora_core.serving.grammars import ANY_OBJECT
 from meteora_core.serving.jobs import Chosen, Done, Failed, Job, JobEvent
@@ -69,17 +70,17 @@ class Question:
 
 @dataclass
 class Service:
-    """A model with the scheduler that runs it.
+    """A model with the engine that runs it.
 
     Attributes:
         chat_model: The model.
-        scheduler: Its scheduler.
+        scheduler: Its engine: the embedded scheduler, or vLLM.
         options: Values that requests may leave out.
         lock: Lock that is held while a request is planned, and while the bank changes.
     """
 
     chat_model: ChatModel
-    scheduler: Scheduler
+    scheduler: Engine
     options: ServiceOptions
     prompts: PromptWriter = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -99,6 +100,13 @@ class Service:
         if self.chat_model.kind != "base":
             self._state = find_meteora(self.chat_model.model) or self._state
         return self._state
+
+    @property
+    def embedded(self) -> Scheduler:
+        """The engine as the embedded scheduler. Raises UsageError if it is another one."""
+        if not isinstance(self.scheduler, Scheduler):
+            raise UsageError("this engine cannot change its bank", hint="start the server with --engine transformers")
+        return self.scheduler
 
     # --- models ------------------------------------------------------------------------------------------------------------------
 

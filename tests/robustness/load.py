@@ -30,8 +30,8 @@ from typing import Any
 import httpx
 
 KEY = "the-key-of-the-load"
-LOST = 120.0
-"""Time in seconds after which an answer counts as lost."""
+LOST, PAUSE = 300.0, 5.0
+"""Seconds without a token after which the answers of a busy server are taken for lost, and seconds between two looks at it."""
 LENGTH = 24
 """Number of tokens in the longest requested answer."""
 MARGIN = 1e-3
@@ -138,10 +138,30 @@ class Load:
     faults: list[str] = field(default_factory=list)
 
     async def run(self, clients: int, more: Callable[[], bool]) -> None:
-        """Send requests by so many clients at once while ``more()``."""
+        """Send requests by so many clients at once while ``more()``, and wait for the last answers. Those that an idle server still owes are lost."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
         async with httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=None, limits=limits) as client:
-            await asyncio.gather(*(self._client(client, more) for _ in range(clients)))
+            pending = {asyncio.ensure_future(self._client(client, more)) for _ in range(clients)}
+            last, since = "", time.monotonic()
+            while pending:
+                done, pending = await asyncio.wait(pending, timeout=PAUSE)
+                for task in done:
+                    task.result()
+                state = await self._state(client)
+                if done or more() or state != last:
+                    last, since = state, time.monotonic()
+                elif time.monotonic() - since > (LOST if _busy(state) else 2 * PAUSE):
+                    self.faults.append(f"lost: {len(pending)} clients still wait, and nothing happens in the server")
+                    for task in pending:
+                        task.cancel()
+                    await asyncio.gather(*pending, return_exceptions=True)
+                    return
+
+    async def _state(self, client: httpx.AsyncClient) -> str:
+        """The server's counters of tokens and requests."""
+        text = (await client.get("/metrics", timeout=LOST)).text
+        names = ("meteora_requests_running ", "meteora_requests_waiting ", "meteora_prompt_tokens_total ", "meteora_generated_tokens_total ")
+        return "\n".join(line for line in text.splitlines() if line.startswith(names))
 
     async def _client(self, client: httpx.AsyncClient, more: Callable[[], bool]) -> None:
         kinds: list[tuple[int, str, Callable[[httpx.AsyncClient], Awaitable[str]]]] = [
@@ -158,10 +178,7 @@ class Load:
         while more():
             _, kind, send = self.draw.choices(kinds, [entry[0] for entry in kinds])[0]
             try:
-                result = await asyncio.wait_for(send(client), LOST)
-            except TimeoutError:
-                self.faults.append(f"{kind}: lost, no end after {LOST:.0f} s")
-                result = "lost"
+                result = await send(client)
             except (httpx.HTTPError, OSError, ValueError, KeyError, IndexError) as error:
                 self.faults.append(f"{kind}: {type(error).__name__}: {error}")
                 result = "failed"
@@ -284,7 +301,7 @@ class Load:
                 writer.write(sent[: len(sent) - self.draw.randrange(1, len(body))] if point == "body" else sent)
             await writer.drain()
             if point == "stream":
-                await asyncio.wait_for(reader.read(self.draw.choice([1, 100, 3000])), LOST)
+                await reader.read(self.draw.choice([1, 100, 3000]))
             await asyncio.sleep(self.draw.choice([0, 0.01, 0.1, 0.5]))
         finally:
             if self.draw.random() < 0.5:  # close with a reset instead of an orderly end
@@ -382,12 +399,16 @@ def measured(pid: int, began: float) -> Idle:
     return Idle(round(time.monotonic() - began, 1), round(rss, 1), len(list(Path(f"/proc/{pid}/fd").iterdir())), int(status["Threads"]))
 
 
+def _busy(text: str) -> list[str]:
+    """The lines of metrics that tell of requests in progress or waiting."""
+    return [line for line in text.splitlines() if line.startswith(("meteora_requests_running ", "meteora_requests_waiting ")) and not line.endswith(" 0.0")]
+
+
 def wait_until_idle(url: str, key: str, seconds: float = LOST) -> str | None:
     """Wait until no request is in progress or waiting. Returns what is left after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
-        text = httpx.get(f"{url}/metrics", headers={"authorization": f"Bearer {key}"}, timeout=seconds).text
-        busy = [line for line in text.splitlines() if line.startswith(("meteora_requests_running ", "meteora_requests_waiting ")) and not line.endswith(" 0.0")]
+        busy = _busy(httpx.get(f"{url}/metrics", headers={"authorization": f"Bearer {key}"}, timeout=seconds).text)
         if not busy:
             return None
         if time.monotonic() > end:

@@ -15,7 +15,8 @@ class MeteoraEndpoints:
     """An endpoint plugin of vLLM.
 
     - ``GET /v1/meteora/adapters``: the adapters and the default options;
-    - ``GET /v1/meteora/routes/{request}``: the adapters of every token and layer, for a request that was sent with ``"vllm_xargs": {"meteora_trace": 1}``;
+    - ``GET /v1/meteora/routes/{request}``: the adapters of every token and layer, for a request that was sent with ``"vllm_xargs": {"meteora_trace": 1}``,
+      while it is answered and afterwards; ``?first=N`` leaves out the positions before N;
     - ``GET /v1/meteora/counts``: how often each adapter was chosen; ``/metrics`` has the same numbers.
     """
 
@@ -33,8 +34,10 @@ class MeteoraEndpoints:
             return {"adapters": list(config.store.names), "top_k": default.top_k, "temperature": default.temperature}
 
         async def routes(request: Request) -> dict[str, Any]:
-            name = request.path_params["request"]
-            found = await _engine(request.app.state).collective_rpc("meteora_routes", args=(name,))
+            name, first = request.path_params["request"], request.query_params.get("first", "0")
+            if not first.isdecimal() or len(first) > 12:
+                raise HTTPException(400, "first must be the number of a position")
+            found = await _engine(request.app.state).collective_rpc("meteora_routes", args=(name, int(first)))
             parts = [part for part in found if part]
             if not parts:
                 raise HTTPException(404, 'no routes were recorded for this request: send it with "vllm_xargs": {"meteora_trace": 1}')

@@ -132,9 +132,9 @@ def dispatch(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any
     return function(*arguments, **named)
 
 
-def worker_routes(worker: Any, request: str) -> dict[str, Any] | None:
-    """The recorded routes of a request in this process."""
-    return RUNTIME.routes(request)
+def worker_routes(worker: Any, request: str, first: int = 0) -> dict[str, Any] | None:
+    """The recorded routes of a request in this process, from a position on."""
+    return RUNTIME.routes(request, first)
 
 
 def worker_counts(worker: Any) -> dict[str, Any]:

@@ -204,18 +204,24 @@ class Runtime:
         """Keep the routes of a layer until the end of the step: indices int64 and weights float32, both (M, k)."""
         self._live[path] = indices, weights
 
-    def routes(self, request: str) -> dict[str, Any] | None:
-        """The recorded routes of a request: for each layer of this process, indices and weights by token; None if none were recorded."""
-        for name, parts in self._routes.items():
+    def routes(self, request: str, first: int = 0) -> dict[str, Any] | None:
+        """The recorded routes of a request: for each layer of this process, indices and weights by token; None if none were recorded.
+
+        Args:
+            request: The request's id in vLLM's API, or in its engine.
+            first: The first position to return.
+        """
+        for name, recorded in self._routes.items():
             if name == request or name.startswith(f"{request}-"):
+                parts = [(part, max(0, first - part["first"])) for part in recorded if part["first"] + part["count"] > first]
                 layers = {
                     path: {
-                        "indices": [row for part in parts for row in part["layers"][path][0].tolist()],
-                        "weights": [[round(value, 6) for value in row] for part in parts for row in part["layers"][path][1].tolist()],
+                        "indices": [row for part, begin in parts for row in part["layers"][path][0][begin:].tolist()],
+                        "weights": [[round(value, 6) for value in row] for part, begin in parts for row in part["layers"][path][1][begin:].tolist()],
                     }
-                    for path in parts[0]["layers"]
+                    for path in recorded[0]["layers"]
                 }
-                positions = [part["first"] + place for part in parts for place in range(part["count"])]
+                positions = [part["first"] + place for part, begin in parts for place in range(begin, part["count"])]
                 return {"positions": positions, "layers": layers}
         return None
 

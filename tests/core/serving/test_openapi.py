@@ -58,7 +58,9 @@ def described(server: RunningServer) -> dict[str, Any]:
     routing = parts["RoutingRequest"]["properties"]
     routing["mute"]["items"] = adapters
     routing["force"] = {"anyOf": [adapters, {"type": "null"}]}
-    routing["weights"] = {"anyOf": [{"type": "object", "propertyNames": adapters, "additionalProperties": {"type": "number"}}, {"type": "null"}]}
+    routing["weights"] = {
+        "anyOf": [{"type": "object", "propertyNames": adapters, "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}, {"type": "null"}]
+    }
     routing["top_k"] = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 3}, {"type": "null"}]}
     return schema
 
