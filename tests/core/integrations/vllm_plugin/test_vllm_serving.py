@@ -24,12 +24,9 @@ from meteora_core.model.base import BaseReference, load_base
 from meteora_core.routing import meteora_of, record_routes
 from support.quantised_bases import FORMATS, quantised
 from support.tiny_models import make_tiny_llama
+from support.vllm_environment import PYTHON, environment, needs_vllm
 
-PYTHON = os.environ.get("VLLM_TEST_PYTHON", "")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON or not Path(PYTHON).is_file(), reason="needs an environment with vLLM: make test-vllm"),
-]
+pytestmark = [pytest.mark.slow, needs_vllm]
 
 ROOT = Path(__file__).parents[4]
 SIZES = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -47,19 +44,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "off": {"meteora_off": 1},
 }
 NEW = 10
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_", "METEORA_", "TRITON_", "PYTEST_"))}
-    return kept | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "meteora",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "METEORA_VLLM_COUNT_EVERY": "1",
-    }
 
 
 def make_phi3() -> Any:
