@@ -86,7 +86,7 @@ def unknown_options(words: list[str]) -> list[str]:
         if word in children:
             item = children[word]
             options |= {each for parameter in item.params for each in (*parameter.opts, *parameter.secondary_opts)}
-        elif word.startswith("-"):
+        elif word.startswith("-") and " " not in word:  # a word with a blank is a value: the options of another program
             if word.partition("=")[0] not in options and not re.fullmatch(r"-\d.*", word):
                 found.append(word)
         elif item is command() and not word.endswith(".toml"):
