@@ -22,10 +22,9 @@ from meteora_core.serving.service import Service, ServiceOptions
 from support import chat_world
 from support.chat_world import NAMES, World, build_world, byte_llama, open_chat_model
 from support.serving import alone
+from support.vllm_environment import PYTHON, environment, needs_vllm
 
-from .test_vllm_serving import PYTHON, environment, pytestmark
-
-__all__ = ["pytestmark"]
+pytestmark = [pytest.mark.slow, needs_vllm]
 
 KEY = "a-secret-key"
 
