@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_report(engine: Engine) -> Path:
     documents = load_documents(engine)
     if not documents:
         raise MeteoraError("no evaluation is done yet, so there is nothing to report", hint=engine.call)
-    titles, folder = engine.experiment.titles, engine.experiment.docs / "results"
+    titles, folder = engine.experiment.titles, engine.experiment.docs
     gates = {role: held_out_of(engine, document) for role, document in documents.items()}
     routed: list[str] = [role for role in ("meteora", "extension", "starter") if role in documents]
     heat_maps = {role: path for role in routed if (path := heat_map(engine, role)) is not None}
@@ -80,7 +81,7 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
     intro = (
         f"# The paper's experiment\n\nThe experiment of the MeteoRA paper on `{config['model_args']['base']}`,"
         f" with at most {experiment.values['limit']} test rows for each task."
-        " Every figure was made by the `meteora` commands at the end of this page. The page is written by [examples/paper](../../examples/paper/README.md)"
+        f" Every figure was made by the `meteora` commands at the end of this page. The page is written by [examples/paper]({readme_from(experiment.docs)})"
         " from the raw results in the same folder."
     )
     method = [
@@ -111,6 +112,13 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
     made.append("## How the figures were made\n\n" + "\n".join(method))
     made.append("## Commands\n\n" + commands(engine))
     return made
+
+
+def readme_from(folder: Path) -> str:
+    """The relative path from the folder of the report to the README.md of this example, or its path in the repository for a folder elsewhere."""
+    readme = Path(__file__).parent / "README.md"
+    inside = folder.resolve().is_relative_to(readme.parents[2])
+    return Path(os.path.relpath(readme, folder.resolve())).as_posix() if inside else "examples/paper/README.md"
 
 
 def picture(pictures: Mapping[str, str], name: str, caption: str) -> str:

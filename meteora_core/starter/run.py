@@ -38,7 +38,7 @@ frequent answer, and logical_deduction is at chance (notes/lab/2026-11-30-quicks
 """
 MODELS = ("base", "meteora")
 
-_VERSION = 2
+_VERSION = 3
 """The version of the stored results; incremented when their content changes."""
 
 
@@ -51,14 +51,16 @@ class StarterPlan:
         checkpoint: Folder of the starter checkpoint, or of another one with embedded adapters.
         test_rows: Number of test rows per single task.
         composite_rows: Number of test rows of the composite; 0 leaves it out.
-        new_tokens: Maximum number of tokens in the answer to one question.
+        new_tokens: Maximum number of tokens in the answer to one question; 19 of 20 references of the shown tasks with short answers have at most 21.
+        prompt_tokens: Maximum number of tokens in the prompt of a single task; test rows with longer prompts are passed over.
     """
 
     folder: Path
     checkpoint: Path
     test_rows: int = 40
     composite_rows: int = 3
-    new_tokens: int = 40
+    new_tokens: int = 24
+    prompt_tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ class _Session:
             "dtype": str(self.dtype),
             "limit": limit,
             "new_tokens": self.plan.new_tokens * questions,
+            "prompt_tokens": None if task == COMPOSITE else self.plan.prompt_tokens,
         }
         file = self.plan.folder / "results" / kind / f"{task}.json"
         if file.is_file():
@@ -243,13 +246,27 @@ class _Session:
             if cached.get("inputs_hash") == short_hash(inputs):
                 return cached
         model, tokenizer = self.model(kind)
-        options = EvalOptions(limit=limit, max_new_tokens=inputs["new_tokens"])
+        if task != COMPOSITE:
+            limit = self.rows_to_read(task, tokenizer)
+        options = EvalOptions(limit=limit, max_new_tokens=inputs["new_tokens"], max_prompt_tokens=inputs["prompt_tokens"])
         progress = Titled(self.progress, "MeteoRA" if kind == "meteora" else "base")
         result = evaluate_task(model, tokenizer, definition, self.data, options, progress=progress)
         scores = result.scores
         record = {"inputs": inputs, "inputs_hash": short_hash(inputs), "metrics": scores.metrics, "stderr": scores.stderr, "counts": scores.counts}
         write_json(file, {**record, "seconds": round(result.seconds, 1), "samples": _samples(result)})
         return dict(read_json(file))
+
+    def rows_to_read(self, task: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Number of first test rows of a single task that contain the wanted number of rows with short prompts."""
+        from meteora_core.data.rows import read_rows
+        from meteora_core.generation.prompts import encode_prompts
+
+        rows, wanted = read_rows(self.data, task, "test"), self.plan.test_rows
+        for read, row in enumerate(rows, start=1):
+            wanted -= len(encode_prompts([row.prompt], tokenizer)[0].tokens) <= self.plan.prompt_tokens
+            if not wanted:
+                return read
+        return len(rows)
 
     def picture(self, task: str) -> tuple[list[Path], float | None, RoutedAnswer | None]:
         """Draw the routing of the first test row of a task and its answer.

@@ -60,6 +60,18 @@ def test_changed_rows_are_scored_anew(packed) -> None:
     assert "three_tasks" not in result.scores
 
 
+def test_rows_with_long_prompts_are_passed_over(packed) -> None:
+    look(packed, composite_rows=0)
+    file = split_path(packed.parent / "run" / "datasets", TASKS[0], "test")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    long = {**rows[0], "prompt": rows[0]["prompt"] * 40}
+    file.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], long, *rows[1:])))
+    result = look(packed, composite_rows=0)
+    samples = json.loads((packed.parent / "run" / "results" / "base" / f"{TASKS[0]}.json").read_text())["samples"]
+    assert [sample["doc_id"] for sample in samples] == [0, 2]
+    assert result.rows[TASKS[0]] == 2
+
+
 def test_what_cannot_be_looked_at(packed, tmp_path) -> None:
     with pytest.raises(UsageError, match="no rows"):
         look(packed, test_rows=0)

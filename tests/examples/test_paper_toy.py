@@ -99,13 +99,13 @@ def test_it_stops_goes_on_and_repairs(place, monkeypatch, capsys) -> None:
 def test_the_whole_experiment_and_its_report(place, monkeypatch) -> None:
     ran = InProcess(monkeypatch)
     assert main(["toy", *PLACES], run_command=ran) == 0
-    page = (place / "docs" / "results" / "paper.md").read_text()
+    page = (place / "docs" / "paper.md").read_text()
     for heading in ("Overview", "The paper's claims", "Single tasks", "Composites", "Routing", "Commands"):
         assert f"## {heading}" in page
     assert "These are toy sizes" in page
     assert "Not run" not in page
     assert page.count("meteora --config") == len(commands(ran))
-    results = place / "docs" / "results"
+    results = place / "docs"
     assert {file.name for file in results.glob("*.png")} >= {"singles.png", "composites.png", "gate_accuracy_by_layer.png", "heat_map_meteora.png"}
     document = json.loads((results / "meteora.json").read_text())
     assert "own_top1_by_layer" not in document["meteora"]["routing"]["gsm8k"]
