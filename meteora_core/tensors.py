@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor are not the numbers that it stands for.
+    """Whether a tensor is quantised, so that its elements are not the numbers that it represents.
 
     These are integers (bitsandbytes, compressed-tensors), 8-bit floating-point numbers that have a scale elsewhere, and torchao's tensors, which hold
-    integers and scales but have the dtype of the numbers that they stand for. A tensor that is distributed over processes is not quantised for that.
+    integers and scales but have the dtype of the numbers that they represent. A tensor is not quantised merely because it is distributed over processes.
 
     Args:
         tensor: Any tensor.

@@ -63,7 +63,7 @@ def export_adapter(checkpoint: str | Path, folder: str | Path, name: str, option
     config, _, bank = read_checkpoint(checkpoint, options.adapters_dir, options.progress)
     bank = alone(bank, name)
     if is_base_route(bank.adapters[0]):
-        raise UsageError(f"{name!r} stands for the base model alone, so it has no weights", hint="choose an adapter")
+        raise UsageError(f"{name!r} is the base route, which has no weights", hint="choose an adapter")
     base = options.base or config["base"]["name"]
     if any(stack.scale is not None for stack in bank.modules.values()):
         revision = config["base"].get("revision") if options.base is None else None
