@@ -54,6 +54,15 @@ def make_phi3() -> Any:
     return Phi3ForCausalLM(Phi3Config(**SIZES, max_position_embeddings=128, original_max_position_embeddings=128, pad_token_id=2)).eval()
 
 
+def make_moe() -> Any:
+    """A random mixture of experts; adapters can be on its attention."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, head_dim=32, max_position_embeddings=128)).eval()
+
+
 def make_llama() -> Any:
     return make_tiny_llama(**SIZES)
 
@@ -172,6 +181,13 @@ def test_greedy_answers_are_those_of_the_library(world: Path, expected: dict[str
 def test_a_model_that_merges_its_layers_itself(phi3: Path, tmp_path: Path) -> None:
     expected = expected_of(phi3)
     check_equal(in_vllm(tmp_path, {"folder": str(phi3 / "served"), "new": NEW, "jobs": expected["jobs"]}, 1), expected)
+
+
+def test_the_dense_layers_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    targets: dict[str, list[str] | str] = {"all": attention, "attention": ["q_proj", "v_proj", "o_proj"], "few": ["v_proj"], "mlp": ["k_proj"]}
+    expected = expected_of(make_world(tmp_path, make_moe, targets))
+    check_equal(in_vllm(tmp_path, {"folder": str(tmp_path / "served"), "new": NEW, "jobs": expected["jobs"]}, 1), expected)
 
 
 def test_speculative_decoding_and_weights_that_are_loaded_again(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
