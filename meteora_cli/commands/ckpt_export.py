@@ -23,12 +23,8 @@ def export(
     ctx: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A native checkpoint, or its id on the hub.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", help="Adapter to write as a PEFT folder, or as a GGUF file with --gguf.", show_default=False)
-    ] = None,
-    merge: Annotated[
-        str | None, typer.Option("--merge", help="Adapter to merge into the base model, which transformers then loads by itself.", show_default=False)
-    ] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Adapter to write as a PEFT folder, or as GGUF with --gguf.", show_default=False)] = None,
+    merge: Annotated[str | None, typer.Option("--merge", help="Adapter to merge into the base model, for transformers.", show_default=False)] = None,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write the adapter as adapter.gguf, which llama.cpp loads.")] = False,
     form: Annotated[
         str | None,

@@ -1,7 +1,7 @@
-"""Base weights in oneDNN's layout, for servers on a CPU.
+"""Copies of the base weights in oneDNN's layout, for servers on a CPU.
 
-For a few tokens, the library's usual product reads float32 weights at about half the speed of the memory, and the product with weights in oneDNN's layout at
-nearly the full speed (notes/lab/2026-11-30-serving.md). The copies take as much memory as the weights.
+For a few tokens, PyTorch's usual product reads float32 weights at about half of the memory's bandwidth; with weights in oneDNN's layout, it reaches nearly the
+full bandwidth (notes/lab/2026-11-30-serving.md). The copies take as much memory as the weights.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from meteora_core.memory import available_bytes
 _log = logging.getLogger(__name__)
 
 TOKENS = 8
-"""The number of tokens that the layout is chosen for."""
+"""The number of tokens for which the layout is optimised."""
 SPARE = 4
 """Weights are copied only if the available memory is larger than the copies by this factor."""
 
 
 class PackedForward:
-    """The forward method of a linear layer whose weight is kept in oneDNN's layout as well; used in inference with float32 input.
+    """The forward method of a linear layer whose weight is kept in oneDNN's layout as well; it is used in inference with float32 input.
 
     Args:
         layer: The layer.
@@ -44,7 +44,7 @@ class PackedForward:
         return output
 
     def packed(self) -> Tensor:
-        """The weight in oneDNN's layout, made again if the weight has changed."""
+        """The weight in oneDNN's layout; it is computed again if the weight has changed."""
         weight = self.layer.weight
         source = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self._packed is None or source != self._source:

@@ -1,4 +1,4 @@
-"""What the protocol asks of the program that runs the model: the embedded scheduler, or vLLM."""
+"""The interface between the protocol and the engine that runs the model: the embedded scheduler, or vLLM."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ class Engine(Protocol):
         """Whether the engine runs."""
 
     def start(self) -> None:
-        """Begin to answer; called in the server's event loop."""
+        """Start answering jobs. This is called in the server's event loop."""
 
     def close(self) -> None:
-        """Stop all requests and end; called in another thread than that of the event loop."""
+        """Stop all requests and the engine. This is called in a different thread from that of the event loop."""
 
     def check_room(self, count: int) -> None:
         """Raise QueueFull unless ``count`` more requests may wait."""

@@ -1,8 +1,8 @@
 """Steps in which every request reads one token, with shapes that do not depend on the requests.
 
-On a CUDA GPU such a step is a CUDA graph, because a step of eager code takes longer to launch than to run. There is one graph for each padded number of
-requests, number of columns and way to route. A graph ends with the most likely tokens, which the next step reads, so the host can launch a step before it
-has looked at the tokens of the one before.
+On a CUDA GPU, such a step is a CUDA graph, because launching a step in eager mode takes longer than running it. There is one graph for each padded number of
+requests, number of columns and kind of routing. A graph ends with the most likely tokens, which the next step reads, so the host can launch a step before it
+has read the tokens of the previous one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALONE = 4
 
 @dataclass(eq=False)
 class Ran:
-    """A step that was launched. :meth:`wait` before reading its tensors.
+    """A step that was launched. Call :meth:`wait` before you read its tensors.
 
     Attributes:
         count: Number of requests.
@@ -104,7 +104,7 @@ class FixedSteps:
         """Read one token of each request and choose the next.
 
         Args:
-            texts: Token and position of each request; None for the tokens that the last launch chose.
+            texts: Token and position of each request; None means the tokens that the last launch chose.
             end: Number of columns in use after this step.
             options: Routing options of each request.
             choosers: Choosers of the requests. Those that are not free do not draw here.

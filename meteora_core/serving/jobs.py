@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from meteora_core.errors import MeteoraError
+from meteora_core.errors import MeteoraError, UsageError
 from meteora_core.routing import RoutingOptions
 from meteora_core.serving.options import SamplingOptions
 
@@ -154,3 +154,23 @@ def cache_key(version: int, options: RoutingOptions) -> Hashable:
     if options.forced is not None:
         return version, "forced", options.forced
     return version, "gates", options.top_k, options.temperature, tuple(sorted(options.muted))
+
+
+def check_prompt(ids: Sequence[int], longest: int, vocabulary: int) -> None:
+    """Check the prompt of a request.
+
+    Args:
+        ids: Token ids of the prompt.
+        longest: Maximum number of tokens in prompt and answer.
+        vocabulary: Number of token ids that a prompt may contain.
+
+    Raises:
+        UsageError: The prompt is empty or too long, or has an unknown token id.
+    """
+    if not ids:
+        raise UsageError("the prompt is empty", hint="write something first")
+    if len(ids) >= longest:
+        message = f"This model's maximum context length is {longest} tokens, and the prompt has {len(ids)}"
+        raise UsageError(message, hint="shorten the prompt; the answer needs at least one token")
+    if not all(0 <= token < vocabulary for token in ids):
+        raise UsageError(f"the prompt has a token id outside 0..{vocabulary - 1}", hint="use the ids of this model's tokenizer, or send text")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meteora_core.errors import MeteoraError, NonFiniteError, UsageError
+from meteora_core.errors import MeteoraError, NonFiniteError
 from meteora_core.generation.engine import last_logits
 from meteora_core.generation.limits import context_length, end_tokens
 from meteora_core.generation.nonfinite import not_finite
@@ -23,7 +23,7 @@ from meteora_core.routing import find_meteora
 from meteora_core.serving.choosing import Choice, Chooser, StopText, choose_all
 from meteora_core.serving.fixed_steps import FixedSteps, Ran
 from meteora_core.serving.grammars import Grammars
-from meteora_core.serving.jobs import Chosen, Done, Failed, FinishReason, Job, StepReport, TokenRoutes, cache_key
+from meteora_core.serving.jobs import Chosen, Done, Failed, FinishReason, Job, StepReport, TokenRoutes, cache_key, check_prompt
 from meteora_core.serving.packed import Pass, Segment, check_packed, packed_attention, run
 from meteora_core.serving.prefixes import PrefixCache
 from meteora_core.serving.recording import LastRoutes, StepRoutes
@@ -159,13 +159,7 @@ class Scheduler:
             UsageError: The prompt is empty or too long, or has an unknown token id.
             QueueFull: Too many requests are waiting.
         """
-        if not job.ids:
-            raise UsageError("the prompt is empty", hint="write something first")
-        if len(job.ids) >= self.longest:
-            message = f"This model's maximum context length is {self.longest} tokens, and the prompt has {len(job.ids)}"
-            raise UsageError(message, hint="shorten the prompt; the answer needs at least one token")
-        if not all(0 <= token < self.rows for token in job.ids):
-            raise UsageError(f"the prompt has a token id outside 0..{self.rows - 1}", hint="use the ids of this model's tokenizer, or send text")
+        check_prompt(job.ids, self.longest, self.rows)
         self.check_room(1)
         with self._wake:
             if self._closing:

@@ -1,4 +1,4 @@
-"""Answers jobs by vLLM, in a process of its own, over its API of text completions."""
+"""Answers jobs with vLLM, which runs in a separate process, over its API for text completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meteora_core.generation.text import TextDecoder
 from meteora_core.routing import RoutingOptions
 from meteora_core.serving.choosing import StopText
 from meteora_core.serving.grammars import Grammars
-from meteora_core.serving.jobs import Chosen, Done, Failed, FinishReason, Job, StepReport, TokenRoutes
+from meteora_core.serving.jobs import Chosen, Done, Failed, FinishReason, Job, StepReport, TokenRoutes, check_prompt
 from meteora_core.serving.scheduler import QueueFull
 from meteora_core.text import one_line
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 MODEL = "meteora"
 """The name of the model within vLLM."""
 _LOOK_SECONDS = 0.05
-"""Time between two looks for cancelled requests."""
+"""Time between two checks for cancelled requests, in seconds."""
 
 
 @dataclass(frozen=True)
 class VllmFacts:
-    """What the engine has to know about the model.
+    """Facts about the model that the engine needs.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -56,7 +56,7 @@ class VllmFacts:
 
 @dataclass
 class _NoCache:
-    """The caches are vLLM's, whose own metrics tell of them."""
+    """Figures of 0: the caches are vLLM's, and its metrics report them."""
 
     bytes: int = 0
     hits: int = 0
@@ -100,7 +100,7 @@ class _Answer:
 
 
 class VllmEngine:
-    """Answers jobs by a running vLLM; the :class:`meteora_core.serving.engines.Engine` of ``meteora serve --engine vllm``.
+    """Answers jobs with a running vLLM: the :class:`meteora_core.serving.engines.Engine` of ``meteora serve --engine vllm``.
 
     Args:
         process: vLLM, ready to answer.
@@ -125,7 +125,7 @@ class VllmEngine:
     # --- the life of the engine --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start answering jobs."""
         self._loop = asyncio.get_running_loop()
         self._client = self.process.async_client()
         self._watcher = self._loop.create_task(self._watch())
@@ -148,7 +148,7 @@ class VllmEngine:
         await self._client.aclose()
 
     async def _watch(self) -> None:
-        """Stop the answers whose clients have gone."""
+        """Stop the answers whose clients have disconnected."""
         while True:
             for task, job in list(self._tasks.items()):
                 if job.cancelled:
@@ -157,7 +157,7 @@ class VllmEngine:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Number of requests in progress, and 0: vLLM's metrics tell those that wait."""
+        """Number of requests in progress, and 0, because vLLM's metrics report the waiting requests."""
         return len(self._tasks), 0
 
     @property
@@ -190,13 +190,7 @@ class VllmEngine:
             UsageError: The prompt is empty or too long, or has an unknown token id, or adapters cannot be chosen in this way.
             QueueFull: Too many requests are in progress.
         """
-        if not job.ids:
-            raise UsageError("the prompt is empty", hint="write something first")
-        if len(job.ids) >= self.longest:
-            message = f"This model's maximum context length is {self.longest} tokens, and the prompt has {len(job.ids)}"
-            raise UsageError(message, hint="shorten the prompt; the answer needs at least one token")
-        if not all(0 <= token < self.vocabulary for token in job.ids):
-            raise UsageError(f"the prompt has a token id outside 0..{self.vocabulary - 1}", hint="use the ids of this model's tokenizer, or send text")
+        check_prompt(job.ids, self.longest, self.vocabulary)
         if not self.alive:
             raise MeteoraError("vLLM has ended", hint=f"its log is in {self.process.log}")
         body = self.body(job)
@@ -240,7 +234,7 @@ class VllmEngine:
         return body
 
     def options(self, routing: RoutingOptions) -> dict[str, Any]:
-        """Routing options as the plugin for vLLM takes them, without those that are the default. Raises UsageError for fixed weights."""
+        """Routing options in the format of the plugin for vLLM, without defaults. Raises UsageError for fixed weights."""
         if not routing.enabled:
             return {"meteora_off": 1}
         if routing.weights is not None:
@@ -335,7 +329,7 @@ class VllmEngine:
 
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a stream of server-sent events. Raises MeteoraError for an error among them, and if the stream has no end."""
+    """The chunks of a stream of server-sent events. Raises MeteoraError if one of them is an error, or if the stream is incomplete."""
     async for line in response.aiter_lines():
         if not line.startswith("data:"):
             continue
@@ -359,7 +353,7 @@ def token_routes(found: Mapping[str, Any], positions: Sequence[int], adapters: i
         layers: Whether the layers are reported one by one.
 
     Returns:
-        The routes of each position; None where none were recorded.
+        The routes of each position; None if they were not recorded.
 
     Example:
         >>> answer = {"positions": [4], "layers": {"q": {"indices": [[1, 0]], "weights": [[0.75, 0.25]]}}}

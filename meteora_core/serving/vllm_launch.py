@@ -41,7 +41,7 @@ def pick_engine(settings: Settings, *, embedded: bool = False) -> Literal["trans
 
     Args:
         settings: All settings.
-        embedded: Whether an option asks for what only the embedded engine can do, so that "auto" is transformers.
+        embedded: Whether an option requires the embedded engine, so that "auto" is transformers.
     """
     chosen = settings.serve.engine
     if chosen != "auto":
@@ -113,7 +113,7 @@ def described_model(folder: Path) -> ChatModel:
 
 
 def overrides(folder: Path, top_k: int | None, temperature: float | None) -> list[str]:
-    """The options of vLLM that replace the default top-k and routing temperature of an exported folder, so that no request has to send them."""
+    """The options of vLLM that replace the default top-k and routing temperature of an exported folder, so that requests need not send them."""
     changed = {name: value for name, value in (("top_k", top_k), ("temperature", temperature)) if value is not None}
     if not changed or not is_exported(folder):
         return []

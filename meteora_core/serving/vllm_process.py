@@ -1,4 +1,4 @@
-"""vLLM as a child process: the folder that it serves, its command, and its life."""
+"""Runs vLLM as a child process: the folder that it serves, its command line, start and end."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     import httpx
 
 START_SECONDS, STOP_SECONDS = 3600.0, 30.0
-"""Longest time until vLLM is ready, and until it ends after SIGTERM."""
+"""Time limits in seconds: until vLLM is ready, and until it ends after SIGTERM."""
 _OWN_OPTIONS = ("--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--skip-tokenizer-init")
 _PLUGINS = "VLLM_PLUGINS"
 
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """How vLLM is run.
+    """Options for running vLLM.
 
     Attributes:
         python: Interpreter of an environment with vLLM and Meteora; None for this one.
@@ -72,14 +72,14 @@ class VllmOptions:
 
 
 def has_vllm(python: Path | None = None) -> bool:
-    """Whether vLLM is installed in this environment, or another interpreter was named that is assumed to have it."""
+    """Whether vLLM is installed in this environment. If another interpreter was given, it is assumed to have vLLM."""
     return python is not None or find_spec("vllm") is not None
 
 
 def served_folder(
     checkpoint: Path | None, base: str | None = None, adapters_dir: Path | None = None, *, cache: Path | None = None, progress: Progress = SILENT
 ) -> Path:
-    """The folder that vLLM serves: one that ``meteora ckpt export --format vllm`` wrote, or such an export in the cache, which is made when needed.
+    """The folder that vLLM serves: one from ``meteora ckpt export --format vllm``, or an export in the cache, which is written if needed.
 
     Args:
         checkpoint: A native checkpoint, its id on the hub, or an exported folder; None for the base model alone.
@@ -94,7 +94,7 @@ def served_folder(
     """
     if checkpoint is None:
         if base is None:
-            raise UsageError("there is nothing to serve", hint="name a checkpoint, or a base model by --base")
+            raise UsageError("there is nothing to serve", hint="pass a checkpoint, or a base model with --base")
         found = locate_base(BaseReference(base), progress=progress)
         return Path(found) if Path(found).is_dir() else download_repo(found, HubOptions(None), progress=progress).path
     if is_exported(checkpoint):
@@ -137,7 +137,7 @@ def command_of(folder: Path, socket: Path, options: VllmOptions, model: str) -> 
 
 
 def environment_of(options: VllmOptions) -> dict[str, str]:
-    """The environment of vLLM: with the plugin of Meteora, and for another interpreter without this one's paths."""
+    """The environment variables of vLLM. They enable Meteora's plugin; for another interpreter, the paths of this one are left out."""
     found = dict(os.environ)
     plugins = [name for name in found.get(_PLUGINS, "").split(",") if name]
     found[_PLUGINS] = ",".join(dict.fromkeys([*plugins, "meteora"]))
@@ -167,7 +167,7 @@ class VllmProcess:
 
         Args:
             folder: The folder to serve.
-            options: How it is run.
+            options: Options for running vLLM.
             model: Name of the model.
             progress: Receiver of progress reports.
 
@@ -184,7 +184,7 @@ class VllmProcess:
                 process = subprocess.Popen(command, env=environment_of(options), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True)
         except OSError as error:
             shutil.rmtree(place, ignore_errors=True)
-            raise UsageError(f"cannot run {options.python or sys.executable}: {error.strerror or error}", hint="name another --vllm-python") from error
+            raise UsageError(f"cannot run {options.python or sys.executable}: {error.strerror or error}", hint="choose another --vllm-python") from error
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
@@ -252,7 +252,7 @@ class VllmProcess:
 
 
 def _last_error(log: Path) -> str | None:
-    """The last line of a log that names an error; None without one."""
+    """The last line of a log that contains an error; None if there is none."""
     with suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         found = [line for line in lines if any(mark in line for mark in ("Error:", "error:", "No module named"))]
