@@ -80,9 +80,9 @@ def route(
         table.add_row(name, f"left out: {why}", "")
     out.print(table)
     count, also = len(done.adapters) - base_route, "and the base route " if base_route else ""
-    put(f"{done.folder}: {count} adapter{'s' * (count != 1)} {also}of {done.base}, {done.tokens:,} tokens seen ({done.seconds:.0f} s)")
+    put(f"{done.folder}: {count} adapter{'s' * (count != 1)} {also}of {done.base} ({done.seconds:.0f} s)")
     approximate = ", with second moments of low rank" if "low-rank" in done.forms else ""
-    put(f"statistics: {done.bytes / 1e6:.0f} MB{approximate}")
+    put(f"statistics of {done.tokens:,} tokens: {done.bytes / 1e6:.0f} MB{approximate}")
     measured = any(f"gate_accuracy/{name}" in done.held_out for name in done.adapters if name != NO_ADAPTER)  # general text alone says nothing
     if measured and (accuracy := done.held_out.get("gate_accuracy")):
         after = f"after {steps} gradient steps" if steps else "without a training step"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from meteora_core.adapters.peft_folder import AdapterInfo
     from meteora_core.model.base import BaseReference
+
+HELD_OUT_TOKENS = 1_000
+"""Approximate number of tokens of an adapter's held-out rows on which the routing is measured."""
 
 FindRows = Callable[[str, Path | None], AdapterRows | None]
 """Finds the rows of an adapter by its name and folder; returns None if there are none."""
@@ -157,13 +160,15 @@ class Collector:
         return {name: found[name] for name in bank.names}, wanted
 
     def held_out(self, names: Sequence[str]) -> HeldOut:
-        """The encoded held-out rows of the adapters, in the order of ``names``; adapters without rows have none."""
+        """Encoded held-out rows of each adapter, about :data:`HELD_OUT_TOKENS` tokens, in the order of ``names``; adapters without rows have none."""
         groups: list[list[TrainRow]] = []
         for index, name in enumerate(names):
             rows = self.rows(name)
             held = rows.held_out if rows is not None else []
             end = None if rows is None else rows.frame.end_id(self.tokenizer)
-            groups.append(list(encode_rows(held, self.tokenizer, index, self.how.max_length, end).rows) if held else [])
+            encoded = encode_rows(held, self.tokenizer, index, self.how.max_length, end).rows if held else ()
+            before = accumulate((len(row) for row in encoded), initial=0)
+            groups.append([row for row, tokens in zip(encoded, before, strict=False) if tokens < HELD_OUT_TOKENS])
         return HeldOut(groups, names, self.how.pad_token, self.how.batch_size)
 
     def collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:

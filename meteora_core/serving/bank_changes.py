@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from meteora_core.checkpoints.gate_statistics import Recipe, read_statistics
 from meteora_core.errors import UsageError
 from meteora_core.fused.fuse import fuse_for_inference
+from meteora_core.living.checkpoints import BARE_SHARE
 from meteora_core.living.collector import Collector
 from meteora_core.living.live_bank import LiveBank
+from meteora_core.living.options import ANSWER_SHARE
 from meteora_core.living.rows import AdapterRows, find_rows
 from meteora_core.model.vocabulary import padding_token
 from meteora_core.serving.failures import ApiError
@@ -97,7 +99,11 @@ class BankChanges:
             chat_model = service.chat_model
             names = list(service.adapters)
             self._workspace = tempfile.TemporaryDirectory(prefix="meteora-statistics")
-            how = Collecting(chat_model.base, padding_token(chat_model.model, chat_model.tokenizer), Recipe())
+            how = Collecting(
+                chat_model.base,
+                padding_token(chat_model.model, chat_model.tokenizer),
+                Recipe(answer_share=ANSWER_SHARE, bare_share=BARE_SHARE),
+            )
             data, tokenizer = self.data, chat_model.tokenizer
 
             def find(adapter: str, folder: Path | None) -> AdapterRows | None:

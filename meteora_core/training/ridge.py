@@ -118,7 +118,22 @@ def filled_labels(labels: Tensor) -> Tensor:
     return labels.gather(1, last).clamp(min=0)
 
 
-def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
+def ridge_targets(means: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``(X^T D Y)^T``: the one-hot labels minus their weighted mean, times the inputs.
+
+    Args:
+        means: Weighted mean of the inputs of each adapter's tokens, float64 (N, h).
+        weights: Weight of each adapter, float64 (N,); None weights all adapters equally.
+
+    Returns:
+        float64 (N, h).
+    """
+    weights = torch.ones(len(means), dtype=means.dtype) if weights is None else weights
+    weighted = weights[:, None] * means
+    return weighted - (weights / weights.sum())[:, None] * weighted.sum(0, keepdim=True)
+
+
+def ridge_rows(squares: Tensor, means: Tensor, weights: Tensor | None = None) -> Tensor:
     """The ridge solution of one layer from its sums: the gate before it is multiplied by the scale.
 
     A common factor of ``squares`` and ``means`` cancels out, because the ridge strength is proportional to the mean square.
@@ -126,11 +141,12 @@ def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
     Args:
         squares: ``X^T D X``, float64 (h, h); it is modified.
         means: Weighted sum of the inputs of each adapter's tokens, float64 (N, h).
+        weights: Weight of each adapter, with which ``squares`` were summed, float64 (N,); None weights all adapters equally.
 
     Returns:
         The rows of the gate, float64 (N, h).
     """
-    targets = means - means.sum(0, keepdim=True) / len(means)
+    targets = ridge_targets(means, weights)
     squares.diagonal().add_(SHRINK * squares.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(squares)
     if failed:  # rounded sums may be a little indefinite
@@ -138,20 +154,21 @@ def ridge_rows(squares: Tensor, means: Tensor) -> Tensor:
     return torch.cholesky_solve(targets.t(), factor).t()
 
 
-def ridge_rows_low_rank(factor: Tensor, diagonal: Tensor, means: Tensor) -> Tensor:
+def ridge_rows_low_rank(factor: Tensor, diagonal: Tensor, means: Tensor, weights: Tensor | None = None) -> Tensor:
     """:func:`ridge_rows` for second moments ``F^T F + diag(d)``, by the identity of Woodbury if ``F`` has fewer rows than columns.
 
     Args:
         factor: ``F``, float64 (R, h).
         diagonal: ``d``, float64 (h,).
         means: Weighted sum of the inputs of each adapter's tokens, float64 (N, h).
+        weights: Weight of each adapter; see :func:`ridge_rows`.
 
     Returns:
         The rows of the gate, float64 (N, h).
     """
     if factor.shape[0] >= factor.shape[1]:
-        return ridge_rows(torch.addmm(torch.diag(diagonal), factor.t(), factor), means)
-    targets = means - means.sum(0, keepdim=True) / len(means)
+        return ridge_rows(torch.addmm(torch.diag(diagonal), factor.t(), factor), means, weights)
+    targets = ridge_targets(means, weights)
     scale = diagonal + SHRINK * (diagonal + factor.square().sum(0)).mean()
     scaled = factor / scale
     core = scaled @ factor.t()

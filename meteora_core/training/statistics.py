@@ -7,9 +7,9 @@ bank depend only on the statistics of its adapters: adding and removing other ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.adapters.bank import AdapterBank, natural_order
+from meteora_core.adapters.base_route import NO_ADAPTER
 from meteora_core.checkpoints.gate_statistics import (
     GateStatistics,
     Recipe,
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
 TOKENS = 8_000
 """Number of tokens from which an adapter's statistics are collected, unless its rows have fewer."""
 
+PROMPT_EVERY = 4
+"""One of this many prompt tokens counts in statistics."""
+
+BASE_ROUTE = 1.0
+"""Weight of the base route in closed-form gates, where every adapter has the weight 1."""
+
 MEMORY = 2 << 30
 """Default of the maximum size of the sums of one pass, in bytes."""
 
@@ -65,7 +72,7 @@ class Collecting:
         base: The base model; the statistics record its name and revision.
         pad_token: Token id of the padding.
         recipe: Parameters that the statistics of all adapters of a bank must share.
-        tokens: Approximate number of tokens that are used.
+        tokens: Approximate number of tokens that run through the model, in the runs with the adapter and on the base model alone together.
         batch_size: Number of rows in one forward pass.
         max_length: Maximum row length in tokens; it is recorded.
         seed: Seed of the choice of rows.
@@ -73,6 +80,9 @@ class Collecting:
             :func:`meteora_core.checkpoints.gate_statistics.write_statistics` or :func:`~meteora_core.checkpoints.gate_statistics.write_low_rank`.
         backend: Backend of the sum over adapters.
         memory: Maximum size of the sums in bytes. Models that need more run several times, each time for a part of the inputs.
+        prompt_every: One of this many prompt tokens of a row counts; the others only run. Prompts have many tokens and little of the weight. All count if
+            the recipe has no answer share.
+        half_precision: Whether a float32 model on a CPU computes linear layers in bfloat16 if the CPU has instructions for it (:func:`fast_bfloat16`).
     """
 
     base: BaseReference
@@ -85,6 +95,8 @@ class Collecting:
     second: SecondMoments = "auto"
     backend: str = "auto"
     memory: int = MEMORY
+    prompt_every: int = PROMPT_EVERY
+    half_precision: bool = True
 
 
 @torch.no_grad()
@@ -129,16 +141,16 @@ def collect_statistics(
         own = dict(meteora_layers(model))
         observed: dict[str, nn.Module] = {path: model.get_submodule(path) for path in sorted({*own, *layers}, key=natural_order)}
         check_observable(observed, "the collection of gate statistics")
-        lengths = row_lengths(rows)
-        count = max(1, round(how.tokens * len(rows) / (sum(lengths) * how.batch_size)))
-        count = min(count, -(-len(rows) // how.batch_size))
-        picked = set[int]()
-        plan: list[list[int]] = []
-        for picks in plan_batches([lengths], count, how.batch_size, how.seed):
-            plan.append(sorted({row for _, row in picks} - picked))  # the last batch may draw rows a second time
-            picked.update(plan[-1])
-        plan = [batch for batch in plan if batch]
-        seen = [rows[row] for batch in plan for row in batch]
+        bare = how.recipe.bare_share if own else 0.0  # without adapters, both runs are the same
+        runs = _runs(_planned(row_lengths(rows), how), bare)
+        used = [_counted(row, number, how) for number, row in enumerate(rows)]
+        work = []
+        for share, with_adapter, plan in runs:
+            seen = [used[row] for batch in plan for row in batch]
+            counted = sum(label != IGNORE for row in seen for label in row.gate_labels)
+            table = (token_weights(seen, 1, how.recipe.answer_share).double() * share / counted).float()
+            work += [_Work([used[row] for row in batch], table, with_adapter) for batch in plan]
+        seen = [used[row] for row in {row for _, _, plan in runs for batch in plan for row in batch}]
         tokens = sum(label != IGNORE for row in seen for label in row.gate_labels)
         header = StatisticsHeader(
             adapter=info.name,
@@ -151,12 +163,10 @@ def collect_statistics(
             second=stored_form(model, how.second),
             inputs=dict.fromkeys(observed, ""),
         )
-        table = (token_weights(seen, 1, how.recipe.answer_share).double() / tokens).float()
-        batches = [[rows[row] for row in batch] for batch in plan]
         with storage_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(file.parent, f"{file.name}.parts") as folder:
-            return join_statistics(list(_passes(model, observed, batches, table, header, folder, how, progress)), file)
+            return join_statistics(list(_passes(model, observed, work, header, folder, how, progress)), file)
     finally:
         detach(model)
 
@@ -164,8 +174,7 @@ def collect_statistics(
 def _passes(
     model: nn.Module,
     observed: Mapping[str, nn.Module],
-    batches: Sequence[Sequence[TrainRow]],
-    table: Tensor,
+    work: Sequence[_Work],
     header: StatisticsHeader,
     folder: Path,
     how: Collecting,
@@ -175,8 +184,8 @@ def _passes(
     names = {id(module): path for path, module in observed.items()}
     done: set[int] = set()
     while True:
-        sums = (SketchedSums if header.second == "low-rank" else InputSums)(1, table, how.memory, done)
-        _run(model, sums, observed, batches, how, progress)
+        sums = (SketchedSums if header.second == "low-rank" else InputSums)(1, work[0].table, how.memory, done)
+        _run(model, sums, observed, work, how, progress)
         inputs = {path: names[sums.of[id(module)]] for path, module in observed.items() if sums.of.get(id(module)) in sums.squares}
         means = {names[key]: mean[0] for key, mean in sums.means.items()}
         part = folder / f"{len(done)}.safetensors"
@@ -190,6 +199,59 @@ def _passes(
         done |= sums.squares.keys()
         if not sums.postponed:
             return
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A forward pass.
+
+    Attributes:
+        rows: Rows of the batch.
+        table: Weight of a prompt token and of a response token, float32 (1, 2).
+        with_adapter: Whether the adapter is used, or the base model alone.
+    """
+
+    rows: Sequence[TrainRow]
+    table: Tensor
+    with_adapter: bool
+
+
+def _planned(lengths: Sequence[int], how: Collecting) -> tuple[list[list[int]], int]:
+    """Batches of rows in a random order, and the number of batches for which there are enough tokens; there may be fewer, if rows have fewer tokens."""
+    wanted = max(1, round(how.tokens * len(lengths) / (sum(lengths) * how.batch_size)))
+    picked = set[int]()
+    plan: list[list[int]] = []
+    for picks in plan_batches([lengths], min(wanted, -(-len(lengths) // how.batch_size)), how.batch_size, how.seed):
+        plan.append(sorted({row for _, row in picks} - picked))  # the last batch may draw rows a second time
+        picked.update(plan[-1])
+    return [batch for batch in plan if batch], wanted
+
+
+def _runs(planned: tuple[list[list[int]], int], bare: float) -> list[tuple[float, bool, list[list[int]]]]:
+    """The runs of an adapter's rows: the share of each in the weight, whether the adapter is used, and the batches.
+
+    The batches are divided in proportion to the shares, so that each row runs once. If there are too few rows, some or all of them run both ways.
+    """
+    plan, wanted = planned
+    if not bare:
+        return [(1.0, True, plan)]
+    own = min(len(plan), max(1, wanted - round(bare * wanted)))
+    return [(1 - bare, True, plan[:own]), (bare, False, plan[::-1][: max(1, wanted - own)])]
+
+
+def _counted(row: TrainRow, number: int, how: Collecting) -> TrainRow:
+    """A row in which only one of every ``how.prompt_every`` prompt tokens has a label; which ones depends on the row's number."""
+    if how.prompt_every == 1 or how.recipe.answer_share is None or row.response_start >= len(row):
+        return row
+    kept = (label if place >= row.response_start or (place + number) % how.prompt_every == 0 else IGNORE for place, label in enumerate(row.gate_labels))
+    return replace(row, gate_labels=tuple(kept))
+
+
+@lru_cache(maxsize=1)
+def fast_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(bool(check()) for check in checks if check is not None)
 
 
 def stored_form(model: nn.Module, form: SecondMoments) -> Second:
@@ -217,30 +279,24 @@ def _own_row(row: TrainRow, name: str) -> TrainRow:
     return replace(row, gate_labels=tuple(label if label == IGNORE else 0 for label in row.gate_labels))
 
 
-def _run(
-    model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], batches: Sequence[Sequence[TrainRow]], how: Collecting, progress: Progress
-) -> None:
+def _run(model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], work: Sequence[_Work], how: Collecting, progress: Progress) -> None:
     state = meteora_of(model)
     whole = any(is_output_layer(model, path) for path in observed)  # the output layer is not part of the decoder
     decoder = model if whole else getattr(model, "base_model", model)
-    device = next(model.parameters()).device
-    bare = how.recipe.bare_share if any(True for _ in meteora_layers(model)) else 0.0  # without adapters, both runs are the same
-    runs: list[tuple[float, Callable[[Tensor], AbstractContextManager[None]]]] = [(1 - bare, state.force)]
-    if bare:
-        runs.append((bare, lambda _: state.disabled()))
+    first = next(model.parameters())
+    half = how.half_precision and first.device.type == "cpu" and first.dtype == torch.float32 and fast_bfloat16()
     hooks = [module.register_forward_pre_hook(sums.hook) for module in observed.values()]
     model.eval()
     try:
-        with progress.task(f"{state.names[0]}: statistics", total=len(batches), unit="batches") as bar:
-            for rows in batches:
-                batch = collate(rows, how.pad_token).to(device)
+        with progress.task(f"{state.names[0]}: statistics", total=len(work), unit="batches") as bar, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            for each in work:
+                batch = collate(each.rows, how.pad_token).to(first.device)
                 labels = batch.gate_labels.reshape(-1)
                 keep = labels != IGNORE
-                for share, adapters in runs:
-                    sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
-                    sums.weights = sums.weights * share
-                    with adapters(filled_labels(batch.gate_labels)):
-                        decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                sums.table = each.table
+                sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
+                with state.force(filled_labels(batch.gate_labels)) if each.with_adapter else state.disabled():
+                    decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 bar.update(1)
     except torch.OutOfMemoryError as error:
         raise MeteoraError("out of memory while gate statistics are collected", hint="use a device with more memory, or --device cpu") from error
@@ -252,7 +308,7 @@ def _run(
 def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str], *, progress: Progress = SILENT) -> Iterator[tuple[str, Tensor]]:
     """The gates of a bank in closed form, one layer after another; the moments of only one layer are in memory at a time.
 
-    Every adapter has the same weight. The result depends only on the statistics and their order.
+    Every adapter has the same weight, and the base route has :data:`BASE_ROUTE` of it. The result depends only on the statistics and their order.
 
     Args:
         statistics: Statistics of every adapter, in the order of the bank.
@@ -289,17 +345,19 @@ def _solve(statistics: Sequence[GateStatistics], layer: str) -> Tensor:
             f"the statistics of {layer} have different widths: {listed(str(len(mean)) for mean in means)}", hint="use those of one base model"
         )
     stacked = torch.stack(means)
-    low = [each.low_rank(layer) for each in statistics if each.is_low_rank]
-    whole = [each for each in statistics if not each.is_low_rank]
+    weights = [BASE_ROUTE if each.name == NO_ADAPTER else 1.0 for each in statistics]
+    shares = torch.tensor(weights, dtype=torch.float64)
+    low = [(each.low_rank(layer), weight) for each, weight in zip(statistics, weights, strict=True) if each.is_low_rank]
+    whole = [(each, weight) for each, weight in zip(statistics, weights, strict=True) if not each.is_low_rank]
     if not whole:
-        diagonal = torch.stack([residual for _, residual in low]).sum(0)
-        return ridge_rows_low_rank(torch.cat([factor for factor, _ in low]), diagonal, stacked).float()
-    packed = whole[0].packed(layer)
-    for each in whole[1:]:
-        packed += each.packed(layer)
+        diagonal = torch.stack([residual * weight for (_, residual), weight in low]).sum(0)
+        return ridge_rows_low_rank(torch.cat([factor * weight**0.5 for (factor, _), weight in low]), diagonal, stacked, shares).float()
+    packed = whole[0][0].packed(layer).mul_(whole[0][1])
+    for each, weight in whole[1:]:
+        packed.add_(each.packed(layer), alpha=weight)
     total = unpacked(packed)
     del packed
-    for factor, residual in low:
-        total.addmm_(factor.t(), factor)
-        total.diagonal().add_(residual)
-    return ridge_rows(total, stacked).float()
+    for (factor, residual), weight in low:
+        total.addmm_(factor.t(), factor, alpha=weight)
+        total.diagonal().add_(residual, alpha=weight)
+    return ridge_rows(total, stacked, shares).float()

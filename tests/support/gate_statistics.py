@@ -13,7 +13,7 @@ from support.adapter_files import lora_tensors, write_adapter
 from support.tiny_models import make_tiny_llama
 
 NAMES = ("count", "shout", "spell")
-HOW = Collecting(BaseReference("tiny"), pad_token=2, recipe=Recipe(), tokens=400, batch_size=4)
+HOW = Collecting(BaseReference("tiny"), pad_token=2, recipe=Recipe(), tokens=400, batch_size=4, prompt_every=1, half_precision=False)
 
 
 def tiny_rows(adapter: int, count: int = 12) -> list[TrainRow]:

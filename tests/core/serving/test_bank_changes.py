@@ -10,6 +10,9 @@ import pytest
 
 from meteora_core.adapters.base_route import NO_ADAPTER
 from meteora_core.chat.chat_model import load_chat_model
+from meteora_core.checkpoints.gate_statistics import Recipe, read_statistics
+from meteora_core.living.checkpoints import BARE_SHARE
+from meteora_core.living.options import ANSWER_SHARE
 from meteora_core.living.route import RouteOptions, route_adapters
 from meteora_core.serving.app import AppOptions
 from meteora_core.serving.bank_changes import BankChanges
@@ -46,3 +49,7 @@ def test_adapters_are_added_and_removed_while_requests_run(tmp_path_factory: pyt
         assert client.delete("/v1/meteora/adapters/sum").status_code == 200
         assert client.post("/v1/completions", json={**body, "model": "sum"}).status_code == 404
         assert client.post("/v1/completions", json=body).json()["choices"] == before
+    bank = changes._live
+    assert bank is not None
+    assert set(bank.statistics) == set(read_statistics(checkpoint, [*NAMES, NO_ADAPTER]))
+    assert bank.collector.how.recipe == Recipe(answer_share=ANSWER_SHARE, bare_share=BARE_SHARE)  # as of `meteora adapters add`

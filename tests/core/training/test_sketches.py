@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from meteora_core.training.ridge import InputSums, ridge_rows, ridge_rows_low_rank
+from meteora_core.training.ridge import SHRINK, InputSums, ridge_rows, ridge_rows_low_rank
 from meteora_core.training.sketches import RANK, SketchedSums
 
 
@@ -51,3 +51,24 @@ def test_gates_of_low_rank_moments_are_those_of_the_same_moments_written_out(ran
     factor, diagonal, means = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((rank, 24), (24,), (3, 24)))
     whole = factor.t() @ factor + torch.diag(diagonal.abs())
     assert torch.allclose(ridge_rows_low_rank(factor, diagonal.abs(), means), ridge_rows(whole, means), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_weights_of_adapters_are_those_of_their_tokens(low) -> None:
+    """Two adapters with 30 and 20 tokens, the second with half the weight: the regression over all tokens at once, written out."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = [torch.randn(count, 6, dtype=torch.float64, generator=generator) + index for index, count in enumerate((30, 20))]
+    shares = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    X = torch.cat(tokens)
+    D = torch.cat([torch.full((len(part),), float(share) / len(part), dtype=torch.float64) for part, share in zip(tokens, shares, strict=True)])
+    Y = torch.zeros(50, 2, dtype=torch.float64)
+    Y[:30, 0], Y[30:, 1] = 1, 1
+    Y -= (D[:, None] * Y).sum(0) / D.sum()
+    squares = (X * D[:, None]).t() @ X
+    expected = torch.linalg.solve(squares + SHRINK * squares.diagonal().mean() * torch.eye(6), (X * D[:, None]).t() @ Y).t()
+    means = torch.stack([part.mean(0) for part in tokens])
+    if low:
+        found = ridge_rows_low_rank(torch.linalg.cholesky(squares).t()[:6], torch.zeros(6, dtype=torch.float64), means, shares)
+    else:
+        found = ridge_rows(squares, means, shares)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)

@@ -17,7 +17,7 @@ from meteora_core.model.attach import meteora_layers
 from meteora_core.tensor_files import read_header
 from meteora_core.training.encoding import collate
 from meteora_core.training.ridge import ridge_gates, token_weights
-from meteora_core.training.statistics import closed_form_gates, collect_statistics, stored_form
+from meteora_core.training.statistics import _runs, closed_form_gates, collect_statistics, stored_form
 from support.gate_statistics import HOW, NAMES, collect_all, tiny_rows, write_adapters
 from support.tiny_models import make_tiny_llama
 
@@ -197,3 +197,42 @@ def test_a_share_of_the_weight_comes_from_a_run_on_the_base_model_alone(folders,
             assert float((part(mixed, layer) - wanted).norm() / wanted.norm()) < 1e-5
     with pytest.raises(CheckpointError, match=r"share of the run on the base model 0\.0 instead of 0\.25"):
         next(closed_form_gates([mixed, statistics["shout"]], layers))
+
+
+def test_each_row_runs_once_if_there_are_enough_rows(folders, tmp_path, monkeypatch) -> None:
+    """Three quarters of the batches run with the adapter and the others on the base model alone, which makes no difference to the total weight."""
+    runs = []
+    model = make_tiny_llama()
+    model.model.register_forward_pre_hook(lambda module, arguments, options: runs.append((model.meteora.mode.enabled, options["input_ids"])), with_kwargs=True)
+    how = replace(HOW, recipe=Recipe(bare_share=0.25, answer_share=0.8), tokens=320)
+    collect_statistics(model, AdapterBank.from_peft({"count": folders["count"]}), tiny_rows(0, 64), tmp_path / "s", how)
+    assert [enabled for enabled, _ in runs] == [True] * 6 + [False] * 2
+    seen = [tuple(row.tolist()) for _, ids in runs for row in ids]
+    assert len(set(seen)) > 15  # rows of the test repeat their tokens
+
+
+@pytest.mark.parametrize(
+    ("batches", "wanted", "own", "alone"),
+    [(10, 10, [0, 1, 2, 3, 4, 5, 6, 7], [9, 8]), (3, 10, [0, 1, 2], [2, 1, 0]), (1, 1, [0], [0]), (8, 9, [*range(7)], [7, 6])],
+)
+def test_few_rows_run_both_ways(batches, wanted, own, alone) -> None:
+    plan = [[index] for index in range(batches)]
+    assert _runs((plan, wanted), 0.25) == [(0.75, True, [[row] for row in own]), (0.25, False, [[row] for row in alone])]
+    assert _runs((plan, wanted), 0.0) == [(1.0, True, plan)]
+
+
+def test_one_of_several_prompt_tokens_counts_and_all_answer_tokens(folders, statistics, tmp_path) -> None:
+    how = replace(HOW, recipe=Recipe(answer_share=0.8))
+    whole = collect_all(tmp_path / "whole", folders, how)["count"]
+    part = collect_all(tmp_path / "part", folders, replace(how, prompt_every=3))["count"]
+    assert whole.header.tokens - part.header.tokens == 12 * 4  # two of six prompt tokens a row
+    mean = part.mean("model.layers.0.self_attn.q_proj")
+    assert float((mean - whole.mean("model.layers.0.self_attn.q_proj")).norm() / mean.norm()) < 0.5
+    equal = collect_all(tmp_path / "equal", folders, replace(HOW, prompt_every=3))["count"]  # without an answer share, all tokens weigh the same
+    assert torch.equal(equal.mean("model.layers.0.self_attn.q_proj"), statistics["count"].mean("model.layers.0.self_attn.q_proj"))
+
+
+def test_products_in_bfloat16_change_gates_little(folders, statistics, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("meteora_core.training.statistics.fast_bfloat16", lambda: True)
+    half = collect_all(tmp_path, folders, replace(HOW, half_precision=True))
+    assert 1e-6 < difference(gates(half), gates(statistics)) < 0.05
