@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_core.integrations.vllm.layout import Block
@@ -52,10 +51,11 @@ def chosen_down(layer: Layer, x: Tensor) -> Tensor:
     """``A x`` of all members (M, members * R), scaled by the route of its token, by GPU kernels: one product with all gates and A, and one launch that routes.
     Both are independent of the base output."""
     from meteora_kernels.steps.middle import middle
+    from meteora_kernels.steps.products import library_products
 
     adapters, block = layer.block.adapters, layer.block
-    found = F.linear(x, block.rows)
-    down = found[:, gate_rows_of(adapters.number) :]
+    found = library_products(x, block.rows, 1)  # float32: rounded gate logits would choose other adapters
+    down = found[..., gate_rows_of(adapters.number) :]
     logits = summed_logits(x, block.single[0]) if layer.sums else found
     return middle(logits, down, adapters, layer.routing, max_rank=adapters.max_rank or 0, dtype=x.dtype)
 
