@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,8 @@ class MeteoraMethodV1(LinearMethodBase):
         widths = list(given["output_partition_sizes"])
         if len(self.members) not in (1, len(widths)):
             raise ValueError(f"the layer of {self.members} computes {len(widths)} outputs, and the checkpoint has adapters for {len(self.members)}")
+        if given["params_dtype"] is torch.float32:
+            exact_attention()
         self.hidden, self.parts, self.dtype = int(given["input_size_per_partition"]), widths, given["params_dtype"]
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -108,6 +111,12 @@ def method_for(config: Served, under: LinearMethodBase, members: Sequence[str | 
     """The method of a layer with adapters."""
     modern = type(under).__name__ in linear.WEIGHT_LOADER_V2_SUPPORTED
     return (MeteoraMethod if modern else MeteoraMethodV1)(config, under, members)
+
+
+def exact_attention() -> None:
+    """Make Triton multiply float32 exactly, unless ``TRITON_F32_DEFAULT`` is set: vLLM's attention for float32 would round to TF32, and rounded inputs choose
+    other adapters. Triton reads the variable when it compiles."""
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def device_of(layer: torch.nn.Module) -> torch.device:
