@@ -71,7 +71,7 @@ def unechoed() -> Iterator[None]:
         termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
-def show_answer(session: Conversation, message: str, out: Console, notes: Console, painter: Painter | None) -> Finished:
+def show_answer(session: Conversation, message: str, out: Console, notes: Console, painter: Painter | None, *, in_chat: bool = True) -> Finished:
     """Send a message, print the answer while it is generated, and then one line of figures.
 
     Args:
@@ -80,6 +80,7 @@ def show_answer(session: Conversation, message: str, out: Console, notes: Consol
         out: The console for the answer.
         notes: The console for notes and figures.
         painter: The painter that colours the tokens of prompt and answer by adapter; None prints plain text.
+        in_chat: Whether the user is in a conversation; see :func:`figures`.
     """
     from meteora_cli.chat.render import StreamPrinter
 
@@ -128,7 +129,7 @@ def show_answer(session: Conversation, message: str, out: Console, notes: Consol
     assert finished is not None
     if painter is not None and total is not None:
         notes.print(painter.legend(total / written))
-    notes.print(cell(figures(finished), "dim"))
+    notes.print(cell(figures(finished, in_chat=in_chat), "dim"))
     return finished
 
 

@@ -168,7 +168,7 @@ def _answer_plain(session: Conversation, message: str, *, verbose: bool, route: 
     if route:
         from meteora_cli.chat.render import Painter
 
-        show_answer(session, message, out, console, Painter(out, session.names))
+        show_answer(session, message, out, console, Painter(out, session.names), in_chat=False)
         return
     with interruptible() as stop:
         for event in session.ask(message, stop=stop.is_set):

@@ -201,7 +201,7 @@ class RemoteClient:
     def _refused(self, status: int, text: str) -> MeteoraError:
         message = _message_of(text)
         if status == 401:
-            return _Status(f"{self.url} refuses the key: {message}", hint='export METEORA_API_KEY="…", or add --api-key')
+            return _Status(f"{self.url} {'needs a key' if self._key is None else 'refuses the key'}", hint='export METEORA_API_KEY="…", or add --api-key')
         if status in (429, 503):
             return MeteoraError(f"the server is busy: {message}", hint="try again later")
         if status == 404 and "error" not in text:

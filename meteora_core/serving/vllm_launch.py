@@ -14,6 +14,7 @@ from meteora_core.adapters.peft_folder import AdapterInfo
 from meteora_core.chat.chat_model import ChatModel
 from meteora_core.checkpoints.native_config import read_config
 from meteora_core.data.frames import read_frame
+from meteora_core.errors import UsageError
 from meteora_core.exports.vllm_model import INSIDE, quantization
 from meteora_core.generation.limits import end_tokens
 from meteora_core.integrations.vllm.versions import refusal
@@ -67,6 +68,9 @@ def make_vllm_server(plan: ServerPlan, progress: Progress = SILENT, *, verbose: 
         MeteoraError: vLLM does not start.
     """
     settings, chosen = plan.settings, plan.settings.serve
+    if not has_vllm(chosen.vllm_python):
+        raise UsageError("vLLM is not installed", hint="pip install 'meteora-lora[vllm]', or name the Python of another environment: --vllm-python")
+    VllmOptions(arguments=chosen.vllm_args).extra()  # checked before anything is exported
     bare = plan.base is not None and plan.checkpoint is None
     checkpoint = None if bare else plan.checkpoint or usual_checkpoint(settings.paths.runs)
     folder = served_folder(checkpoint, plan.base, plan.adapters_dir, progress=progress)
@@ -76,7 +80,6 @@ def make_vllm_server(plan: ServerPlan, progress: Progress = SILENT, *, verbose: 
         words.append("--trust-remote-code")
     arguments = " ".join([chosen.vllm_args, *map(shlex.quote, words)]).strip()
     options = VllmOptions(chosen.vllm_python, arguments, chosen.max_batch, chosen.max_model_len, settings.model.dtype, verbose)
-    options.extra()
     state = find_meteora(chat_model.model)
     check_name(chosen.name, () if state is None else state.names)
     process = VllmProcess.start(folder, options, MODEL, progress)

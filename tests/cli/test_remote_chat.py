@@ -304,7 +304,7 @@ def test_errors_are_one_line_with_a_hint(meteora, server, say, monkeypatch) -> N
     monkeypatch.setenv("METEORA_API_KEY", "wrong")
     refused(2, "refuses the key", "--url", server.url)
     monkeypatch.delenv("METEORA_API_KEY")
-    refused(2, "refuses the key", "--url", server.url)
+    refused(2, "needs a key", "--url", server.url)
 
 
 def test_a_server_that_is_lost_in_an_answer_is_said_and_the_loop_goes_on() -> None:

@@ -90,3 +90,17 @@ def test_a_port_in_use_is_one_line() -> None:
         listen("127.0.0.1", taken.getsockname()[1]).close()
     with listen("127.0.0.1", 0) as free:
         assert free.getsockname()[1] > 0
+
+
+def test_what_the_engine_vllm_needs_and_lacks(meteora, world: World) -> None:
+    for flags, message, hint in (
+        (("--engine", "vllm"), "vLLM is not installed", "--vllm-python"),
+        (("--engine", "vllm", "--prefix-cache-mb", "3"), "--prefix-cache-mb has no effect here", "--engine transformers"),
+        (("--vllm-args", "--foo"), "--vllm-args has no effect here", "--engine vllm"),
+        (("--engine", "vllm", "--vllm-python", "/nowhere/python", "--vllm-args", "--port 3"), "`meteora serve` sets itself", "leave it out"),
+        (("--engine", "other"), "not one of", "--help"),
+    ):
+        ran = meteora("serve", world.checkpoint, "--port", "0", *flags)
+        assert ran.code == 2, ran.err
+        assert message in ran.err
+        assert hint in ran.err
