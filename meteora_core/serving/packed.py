@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError
 from meteora_core.model.caches import has_states
+from meteora_core.serving.rotary import one_launch_rotary
 from meteora_core.serving.slots import Slots
+from meteora_kernels.plan import why_not_triton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,10 +148,14 @@ class FixedPass:
         slots: Keys and values; they must have at least ``width`` columns.
         positions: Position of the token of each slot, int64 (requests,), below ``width``; they may be changed between passes.
         width: Number of columns that are attended to.
+
+    Attributes:
+        kernel: Module of the kernel that attends; None for PyTorch's attention with a mask.
     """
 
     def __init__(self, slots: Slots, positions: Tensor, width: int) -> None:
         self.slots, self.positions, self.width = slots, positions, width
+        self.kernel = decode_kernel(positions.device)
         self.rows = torch.arange(len(positions), device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
 
@@ -168,6 +174,12 @@ class FixedPass:
         """:meth:`Pass.attend` with one token of each slot."""
         keys, values = self.slots.layer(layer, key, value)
         count, heads = len(self.rows), key.shape[0]
+        if self.kernel is not None and how.softcap is None:
+            new = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+            if self.kernel.can_attend(*new):
+                scaling = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+                done: Tensor = self.kernel.attend(*new, keys, values, self.positions, self.width, scaling=scaling, window=how.window or 0)
+                return done
         keys[self.rows, :, self.positions] = key.transpose(0, 1)
         values[self.rows, :, self.positions] = value.transpose(0, 1)
         packed = query.view(heads, query.shape[0] // heads, count, query.shape[2]).permute(2, 0, 1, 3)
@@ -279,6 +291,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how:
     return torch.softmax(scores.float(), -1).to(value.dtype) @ value
 
 
+def decode_kernel(device: torch.device) -> Any:
+    """The module :mod:`meteora_kernels.attention.decode` if its kernels run on a device; otherwise None."""
+    if why_not_triton(device.type, torch.float32) is not None:
+        return None
+    from meteora_kernels.attention import decode  # needs Triton
+
+    return decode
+
+
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let a model use :func:`attention` within the block."""
@@ -288,7 +309,8 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        yield
+        with one_launch_rotary(model):
+            yield
     finally:
         model.set_attn_implementation(before)
 
