@@ -28,8 +28,9 @@ DOTS_GAIN = 5.0
 """The ratio of a GEMM's multiplication rate to that of gathered dots, in float32 on a CPU."""
 SUMS_GAIN = {torch.float32: 2.0, torch.float64: 4.0, torch.bfloat16: 4.0, torch.float16: 8.0}
 """The ratio of a GEMM's multiplication rate to that of gathered sums on a CPU, by dtype."""
-FEW_TOKENS = 16
-"""Up to this number of tokens the time of a GEMM is the time to read its weights, so reading fewer rows is always faster."""
+FEW_TOKENS = {torch.float32: 2, torch.float64: 2, torch.bfloat16: 16, torch.float16: 16}
+"""Up to this number of tokens, copies of the chosen rows are faster on a CPU than the other ways, by dtype: the time of a GEMM is the time to read its
+weights, and the operators for ``rows`` are slow for 16-bit weights."""
 
 
 class Ways(NamedTuple):
@@ -44,7 +45,7 @@ def ways(tokens: int, layout: Layout, top_k: int, dtype: torch.dtype, device: st
     if device != "cpu" or dtype not in SUMS_GAIN:
         return Ways("gemm", "gemm")
     saving = layout.total_rank / max(top_k * layout.max_rank, 1)
-    if tokens <= FEW_TOKENS and saving >= 2:
+    if tokens <= FEW_TOKENS[dtype] and saving >= 2:
         return Ways("copies", "copies")
     exact = dtype in (torch.float32, torch.float64)
     return Ways("rows" if exact and saving > DOTS_GAIN else "gemm", "rows" if saving > SUMS_GAIN[dtype] else "gemm")
