@@ -1,21 +1,28 @@
 """Tokens per CPU second of 8 concurrent requests by the server's scheduler and by a batched `generate`, and the first token behind a known prefix.
 
-Run with OMP_NUM_THREADS=1 from the repository; it uses the starter checkpoint.
+`speed.py [--new N] [--prefix P]`, run from the repository; it uses the starter checkpoint. OMP_NUM_THREADS sets the number of threads.
 """
 
+import argparse
 import time
 
 import torch
 
 from meteora_core.chat.chat_model import load_chat_model
 from meteora_core.routing import RoutingOptions
+from meteora_core.serving.cpu_weights import pack_weights, unpack_weights
 from meteora_core.serving.jobs import Job
 from meteora_core.serving.options import SamplingOptions
 from meteora_core.serving.packed import packed_attention
 from meteora_core.serving.scheduler import Scheduler, SchedulerLimits
 from meteora_core.settings import load_settings
 
-NEW = 10
+parser = argparse.ArgumentParser()
+parser.add_argument("--new", type=int, default=32, help="Number of new tokens of each answer.")
+parser.add_argument("--passes", type=int, default=2, help="Number of passes.")
+parser.add_argument("--prefix", type=int, default=8000, help="Number of tokens of the prefix; 0 skips it.")
+chosen = parser.parse_args()
+NEW = chosen.new
 QUESTIONS = [
     "How many legs does a spider have?",
     "Translate to German: The weather is nice today.",
@@ -58,15 +65,21 @@ def serve(scheduler: Scheduler, routes: str) -> float:
 
 
 plain = Scheduler(model, tokenizer, SchedulerLimits(max_batch=8, prefix_bytes=0, sample_routes=10**9))
-generate(), serve(plain, "none")
-for _ in range(2):
-    one, other, routed = generate(), serve(plain, "none"), serve(plain, "mean")
-    print(f"tokens per CPU second: generate {one:.1f}, scheduler {other:.1f} ({other / one:.2f}), with routes {routed:.1f}")
+if chosen.passes:
+    generate(), serve(plain, "none")
+for _ in range(chosen.passes):
+    one, other = generate(), serve(plain, "none")
+    pack_weights(model)  # as `meteora serve` does
+    packed, routed = serve(plain, "none"), serve(plain, "mean")
+    unpack_weights(model)
+    print(f"tokens per CPU second: generate {one:.1f}, scheduler {other:.1f} ({other / one:.2f}), with packed weights {packed:.1f} ({packed / one:.2f}), with routes too {routed:.1f}", flush=True)
 
-cached = Scheduler(model, tokenizer, SchedulerLimits(max_batch=2, prefix_bytes=10**9, sample_routes=10**9))
-once = SamplingOptions(max_new_tokens=1, ignore_end=True)
-prefix = torch.randint(100, 40_000, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
-answer(cached, [Job([5, 6, 7], once, routing, lambda event: None)])
-cold = answer(cached, [Job(prefix, once, routing, lambda event: None)])
-warm = answer(cached, [Job([*prefix, 11, 12, 13, 14, 15, 16], once, routing, lambda event: None)])
-print(f"first token after 1,024 tokens: {cold:.2f} CPU seconds, then {warm:.2f} ({cold / warm:.1f})")
+if chosen.prefix:
+    pack_weights(model)
+    cached = Scheduler(model, tokenizer, SchedulerLimits(max_batch=2, prefix_bytes=10**10, sample_routes=10**9))
+    once = SamplingOptions(max_new_tokens=1, ignore_end=True)
+    prefix = torch.randint(100, 40_000, (chosen.prefix,), generator=torch.Generator().manual_seed(0)).tolist()
+    answer(cached, [Job([5, 6, 7], once, routing, lambda event: None)])
+    cold = answer(cached, [Job(prefix, once, routing, lambda event: None)])
+    warm = answer(cached, [Job([*prefix, 11, 12, 13, 14, 15, 16], once, routing, lambda event: None)])
+    print(f"first token after {chosen.prefix} tokens: {cold:.2f} CPU seconds, then {warm:.2f} ({cold / warm:.1f})")
