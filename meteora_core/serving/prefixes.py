@@ -11,14 +11,11 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
 
-from meteora_core.serving.slots import Slots, joined, nbytes
+from meteora_core.serving.slots import Columns, Slots, joined, nbytes
 
 BLOCK = 32
 """Number of tokens in a block."""
-
-Block = list[tuple[Tensor, Tensor]]
 
 
 class PrefixCache:
@@ -36,7 +33,7 @@ class PrefixCache:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.bytes = self.hits = self.queries = 0
-        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self._blocks: OrderedDict[bytes, Columns] = OrderedDict()
         self._sizes: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -45,7 +42,7 @@ class PrefixCache:
     def load(self, key: Hashable, tokens: Sequence[int], slots: Slots, slot: int) -> int:
         """Copy the longest known prefix of ``tokens`` to a slot. Returns its number of tokens, always less than ``len(tokens)``."""
         self.queries += len(tokens)
-        blocks: list[Block] = []
+        blocks: list[Columns] = []
         for digest in digests(key, tokens[: len(tokens) - 1]):
             block = self._blocks.get(digest)
             if block is None:
@@ -77,8 +74,7 @@ class PrefixCache:
             return
         self._make_room(new)
         for index, digest in enumerate(names[known:]):
-            columns = slice(index * BLOCK, (index + 1) * BLOCK)
-            block = [(keys[:, columns].clone(), values[:, columns].clone()) for keys, values in layers]
+            block = [stack[:, :, index * BLOCK : (index + 1) * BLOCK].clone() for stack in layers]
             if digest not in self._blocks:
                 self._blocks[digest], self._sizes[digest] = block, nbytes(block)
                 self.bytes += self._sizes[digest]

@@ -10,6 +10,9 @@ from torch import Tensor
 FIRST_CAPACITY = 256
 """Number of columns that are allocated at first."""
 
+Columns = list[Tensor]
+"""Some columns of a slot in all layers: the keys and values of equal shape as one tensor (tensors, heads, columns, width)."""
+
 
 class Slots:
     """Keys and values of up to ``count`` requests; slot ``i`` holds the tokens of one request from column 0.
@@ -81,22 +84,29 @@ class Slots:
                 tensor[one, :, :length] = tensor[other, :, :length]
                 tensor[other, :, :length] = kept
 
-    def read(self, slot: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of the columns from ``start`` to ``end`` of a slot: for each layer keys and values, (heads, columns, width)."""
-        return [(keys[slot, :, start:end].clone(), values[slot, :, start:end].clone()) for _, (keys, values) in sorted(self._layers.items())]
+    def read(self, slot: int, start: int, end: int) -> Columns:
+        """A copy of the columns from ``start`` to ``end`` of a slot."""
+        return [torch.stack([tensor[slot, :, start:end] for tensor in alike]) for alike in self._alike()]
 
-    def write(self, slot: int, start: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def write(self, slot: int, start: int, columns: Columns) -> None:
         """Store columns, as :meth:`read` returns them, from column ``start`` on."""
-        for (_, (keys, values)), (key, value) in zip(sorted(self._layers.items()), layers, strict=True):
-            keys[slot, :, start : start + key.shape[1]] = key
-            values[slot, :, start : start + value.shape[1]] = value
+        for alike, stack in zip(self._alike(), columns, strict=True):
+            torch._foreach_copy_([tensor[slot, :, start : start + stack.shape[2]] for tensor in alike], list(stack.unbind()))
+
+    def _alike(self) -> list[list[Tensor]]:
+        """The keys and values of all layers, in groups of equal shape, always in the same order."""
+        groups: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+        for _, pair in sorted(self._layers.items()):
+            for tensor in pair:
+                groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(tensor)
+        return list(groups.values())
 
 
-def nbytes(layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+def nbytes(columns: Columns) -> int:
     """Number of bytes of columns that :meth:`Slots.read` returned."""
-    return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
+    return sum(stack.numel() * stack.element_size() for stack in columns)
 
 
-def joined(blocks: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
-    """Blocks of columns, one after the other, as columns of each layer."""
-    return [(torch.cat([pair[0] for pair in layer], 1), torch.cat([pair[1] for pair in layer], 1)) for layer in zip(*blocks, strict=True)]
+def joined(blocks: Sequence[Columns]) -> Columns:
+    """Blocks of columns, one after the other."""
+    return [torch.cat(stacks, 2) for stacks in zip(*blocks, strict=True)]
