@@ -6,10 +6,12 @@ request's slot and attends to this slot alone. Requests that read one token are 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +20,15 @@ from torch import Tensor, nn
 
 from meteora_core.errors import CheckpointError
 from meteora_core.model.caches import has_states
+from meteora_core.reading import first_line
 from meteora_core.serving.rotary import one_launch_rotary
 from meteora_core.serving.slots import Slots
 from meteora_kernels.plan import why_not_triton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 NAME = "meteora_packed"
 """Name under which transformers knows the attention function."""
@@ -291,13 +296,27 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, how:
     return torch.softmax(scores.float(), -1).to(value.dtype) @ value
 
 
+@cache
 def decode_kernel(device: torch.device) -> Any:
-    """The module :mod:`meteora_kernels.attention.decode` if its kernels run on a device; otherwise None."""
+    """The module :mod:`meteora_kernels.attention.decode` if its kernels run on a device, tested with random input; otherwise None."""
     if why_not_triton(device.type, torch.float32) is not None:
         return None
     from meteora_kernels.attention import decode  # needs Triton
 
-    return decode
+    make = torch.Generator().manual_seed(0)
+    query, key, keys, values = (torch.randn(*shape, generator=make).to(device) for shape in ((2, 4, 32), (2, 2, 32), (2, 2, 64, 32), (2, 2, 64, 32)))
+    positions = torch.tensor([0, 40], device=device)
+    try:
+        found, expected = (
+            function(query, key, key, keys.clone(), values.clone(), positions, 64, scaling=0.2) for function in (decode.attend, decode.attend_reference)
+        )
+        close = torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    except Exception as error:  # a kernel that cannot be built here
+        _log.warning("the kernel of attention cannot run on %s and is not used: %s", device, first_line(error))
+        return None
+    if not close:
+        _log.warning("the kernel of attention gives other results on %s and is not used", device)
+    return decode if close else None
 
 
 @contextmanager
