@@ -183,7 +183,7 @@ class FixedPass:
             new = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
             if self.kernel.can_attend(*new):
                 scaling = query.shape[-1] ** -0.5 if how.scaling is None else how.scaling
-                done: Tensor = self.kernel.attend(*new, keys, values, self.positions, self.width, scaling=scaling, window=how.window or 0)
+                done: Tensor = self.kernel.attend(*new, (keys, values), self.positions, self.width, scaling=scaling, window=how.window or 0)
                 return done
         keys[self.rows, :, self.positions] = key.transpose(0, 1)
         values[self.rows, :, self.positions] = value.transpose(0, 1)
@@ -308,7 +308,7 @@ def decode_kernel(device: torch.device) -> Any:
     positions = torch.tensor([0, 40], device=device)
     try:
         found, expected = (
-            function(query, key, key, keys.clone(), values.clone(), positions, 64, scaling=0.2) for function in (decode.attend, decode.attend_reference)
+            function(query, key, key, (keys.clone(), values.clone()), positions, 64, scaling=0.2) for function in (decode.attend, decode.attend_reference)
         )
         close = torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
     except Exception as error:  # a kernel that cannot be built here

@@ -118,16 +118,16 @@ def _processors(device: torch.device) -> int:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, positions: Tensor, columns: int, *, scaling: float, window: int = 0,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, slots: tuple[Tensor, Tensor], positions: Tensor, columns: int, *, scaling: float, window: int = 0
+) -> Tensor:
     """Store the keys and values of one new token of each text, and attend to those of the text.
 
     Args:
         query: Queries (tokens, heads, width), columns contiguous.
         key: Keys (tokens, key heads, width), columns contiguous.
         value: Values (tokens, key heads, value width), columns contiguous.
-        keys: Keys (slots, key heads, capacity, width), columns contiguous and one after the other; token ``i`` belongs to slot ``i``. They are changed.
-        values: Values (slots, key heads, capacity, value width), likewise.
+        slots: Stored keys (slots, key heads, capacity, width) and values (slots, key heads, capacity, value width), columns contiguous and one after the
+            other; token ``i`` belongs to slot ``i``. They are changed.
         positions: Position of each token, int64 (tokens,), below ``columns``.
         columns: Number of columns that texts may have, up to the capacity.
         scaling: Factor of the scores.
@@ -137,6 +137,7 @@ def attend(
         The output (tokens, heads, value width), contiguous, in the dtype of the queries.
     """
     tokens, heads, width = query.shape
+    keys, values = slots
     key_heads, value_width = key.shape[1], value.shape[2]
     groups = heads // key_heads
     pieces = pieces_of(tokens * key_heads, columns, query.device)
@@ -162,9 +163,10 @@ def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attend_reference(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, positions: Tensor, columns: int, *, scaling: float, window: int = 0,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, slots: tuple[Tensor, Tensor], positions: Tensor, columns: int, *, scaling: float, window: int = 0
+) -> Tensor:
     """The same in plain PyTorch."""
+    keys, values = slots
     rows = torch.arange(len(query), device=query.device)
     keys[rows, :, positions] = key
     values[rows, :, positions] = value

@@ -21,16 +21,13 @@ def rotated(x, cos, sin, out, stride_head, out_head, heads, first, half, BH: tl.
     rows = first + tl.arange(0, BH)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     mask = (rows < heads) & (columns < half)
-    kind = out.dtype.element_ty
     one = tl.load(x + rows * stride_head + columns, mask=mask, other=0.0).to(tl.float32)
     two = tl.load(x + rows * stride_head + half + columns, mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(2):
         factor = tl.load(cos + part * half + columns, mask=columns < half, other=0.0).to(tl.float32)
         other = tl.load(sin + part * half + columns, mask=columns < half, other=0.0).to(tl.float32)
         own, turned = (one, -two) if part == 0 else (two, one)
-        straight = (own * factor).to(kind).to(tl.float32)
-        across = (turned * other).to(kind).to(tl.float32)
-        tl.store(out + rows * out_head + part * half + columns, (straight + across).to(kind), mask=mask)
+        tl.store(out + rows * out_head + part * half + columns, (own * factor + turned * other).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -38,7 +35,7 @@ def rotary_kernel(
     query, key, cos, sin, query_out, key_out, query_token, query_head, key_token, key_head, cos_token, query_heads, key_heads, half,
     BH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``x * cos + [-x2, x1] * sin`` for the halves x1, x2 of every head, rounded where transformers' ``apply_rotary_pos_emb`` rounds.
+    """``x * cos + [-x2, x1] * sin`` for the halves x1, x2 of every head, in float32 and rounded once.
 
     query (tokens, query_heads, 2 * half) and key (tokens, key_heads, 2 * half) by their strides; cos and sin (tokens, 2 * half); outputs contiguous. The
     formula is that of RoFormer (Su et al., arXiv 2104.09864). Grid: (tokens, ceil(query_heads / BH) + ceil(key_heads / BH)).

@@ -103,7 +103,7 @@ def equal(shape: ModelShape, layers: int, *, same: bool) -> None:
     draw = random.Random(1)
     texts = [[draw.randrange(3, shape.vocabulary) for _ in range(draw.choice([1, 2, 7, 20, 45, 90]))] for _ in range(64)]
     options = [RoutingOptions(2, 1.0)] * 64 if same else mixed(names, 64)
-    lengths = [8 + index % 17 for index in range(64)]
+    lengths = [12 + 4 * (index % 2) for index in range(64)]
     many = Scheduler(model, tokenizer, SchedulerLimits(max_batch=64, prefix_bytes=0, fixed_steps=True, sample_routes=16))
     one = Scheduler(model, tokenizer, SchedulerLimits(max_batch=1, prefix_bytes=0, fixed_steps=False, sample_routes=10**9))
     pairs = [job_of(ids, routing, max_new_tokens=room) for ids, routing, room in zip(texts, options, lengths, strict=True)]
@@ -194,7 +194,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     for each in chosen.equal:
         name, _, layers = each.partition(":")
-        for same in (True, False):
+        for same in (False, True):
             equal(shapes[name], int(layers), same=same)
     if chosen.layers:
         speed(shapes[chosen.shape], chosen.layers, chosen.count, chosen.new, profile=chosen.profile)

@@ -32,10 +32,10 @@ def test_equals_plain_attention(heads: int, key_heads: int, width: int, window: 
     new: dict[str, Any] = {"query": query.transpose(0, 1), "key": key.transpose(0, 1), "value": value}
     assert decode.can_attend(**new)
     mine = [tensor.clone() for tensor in stored]
-    found = decode.attend(**new, keys=mine[0], values=mine[1], positions=positions, columns=columns, scaling=width**-0.5, window=window)
+    found = decode.attend(**new, slots=(mine[0], mine[1]), positions=positions, columns=columns, scaling=width**-0.5, window=window)
     exact = [tensor.double().nan_to_num() for tensor in stored]
     wide = {name: tensor.double() for name, tensor in new.items()}
-    expected = decode.attend_reference(**wide, keys=exact[0], values=exact[1], positions=positions, columns=columns, scaling=width**-0.5, window=window)
+    expected = decode.attend_reference(**wide, slots=(exact[0], exact[1]), positions=positions, columns=columns, scaling=width**-0.5, window=window)
     close = {"rtol": 2e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 2e-3}
     torch.testing.assert_close(found.double(), expected, **close)
     rows = torch.arange(count, device=DEVICE)
