@@ -5,7 +5,8 @@ This extends the paper (``--init ridge``): training by gradients then starts fro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -75,27 +76,21 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
     adapters = len(state.names)
     check_observable(layers, "the closed-form start of the gates")
     sums = InputSums(adapters, weights.to(next(iter(layers.values())).gate.device))
-    hooks = [layer.register_forward_pre_hook(sums.hook) for layer in layers.values()]
     seen = torch.zeros(adapters)
     model.eval()
     whole = any(layer.is_output for layer in layers.values())  # the output layer is not part of the decoder
     decoder = model if whole else getattr(model, "base_model", model)
-    try:
-        with progress.task("gates: closed-form start", total=total, unit="batches") as bar:
-            for batch in batches:
-                labels = batch.gate_labels
-                keep = labels.reshape(-1) != IGNORE
-                wanted = labels.reshape(-1)[keep]
-                sums.begin(keep, wanted, batch.response.reshape(-1)[keep])
-                seen += torch.bincount(wanted.cpu(), minlength=adapters).float()
-                with state.force(filled_labels(labels)):
-                    decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-                bar.update(1)
-    except torch.OutOfMemoryError as error:
-        raise MeteoraError("out of memory in the closed-form start of the gates", hint="use --init zeros for a model of this width") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    failure = MeteoraError("out of memory in the closed-form start of the gates", hint="use --init zeros for a model of this width")
+    with sums.observing(layers.values(), failure), progress.task("gates: closed-form start", total=total, unit="batches") as bar:
+        for batch in batches:
+            labels = batch.gate_labels
+            keep = labels.reshape(-1) != IGNORE
+            wanted = labels.reshape(-1)[keep]
+            sums.begin(keep, wanted, batch.response.reshape(-1)[keep])
+            seen += torch.bincount(wanted.cpu(), minlength=adapters).float()
+            with state.force(filled_labels(labels)):
+                decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            bar.update(1)
     if (seen == 0).any():
         missing = [name for name, count in zip(state.names, seen.tolist(), strict=True) if not count]
         raise MeteoraError(f"no row is labelled with {', '.join(missing)}", hint="raise train_gates.ridge_tokens, or give every adapter a dataset")
@@ -205,6 +200,18 @@ class InputSums:
         """The symmetric matrix ``X^T D X`` of an input, float32 (h, h), as a new tensor."""
         lower = self.squares[key].tril()
         return lower + lower.tril(-1).t()
+
+    @contextmanager
+    def observing(self, modules: Iterable[nn.Module], failure: MeteoraError) -> Iterator[None]:
+        """Sum the inputs of modules in the forward passes of the block. If memory runs out, ``failure`` is raised."""
+        hooks = [module.register_forward_pre_hook(self.hook) for module in modules]
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise failure from error
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def begin(self, keep: Tensor, wanted: Tensor, answer: Tensor) -> None:
         """Set the labels of the tokens of the next forward pass.

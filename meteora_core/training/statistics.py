@@ -51,10 +51,10 @@ TOKENS = 8_000
 """Number of tokens from which an adapter's statistics are collected, unless its rows have fewer."""
 
 PROMPT_EVERY = 4
-"""One of this many prompt tokens counts in statistics."""
+"""The statistics count one of every :data:`PROMPT_EVERY` prompt tokens."""
 
 BASE_ROUTE = 1.0
-"""Weight of the base route in closed-form gates, where every adapter has the weight 1."""
+"""Weight of the base route in closed-form gates; every adapter has a weight of 1."""
 
 MEMORY = 2 << 30
 """Default of the maximum size of the sums of one pass, in bytes."""
@@ -285,24 +285,19 @@ def _run(model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], w
     decoder = model if whole else getattr(model, "base_model", model)
     first = next(model.parameters())
     half = how.half_precision and first.device.type == "cpu" and first.dtype == torch.float32 and fast_bfloat16()
-    hooks = [module.register_forward_pre_hook(sums.hook) for module in observed.values()]
     model.eval()
-    try:
-        with progress.task(f"{state.names[0]}: statistics", total=len(work), unit="batches") as bar, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            for each in work:
-                batch = collate(each.rows, how.pad_token).to(first.device)
-                labels = batch.gate_labels.reshape(-1)
-                keep = labels != IGNORE
-                sums.table = each.table
-                sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
-                with state.force(filled_labels(batch.gate_labels)) if each.with_adapter else state.disabled():
-                    decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-                bar.update(1)
-    except torch.OutOfMemoryError as error:
-        raise MeteoraError("out of memory while gate statistics are collected", hint="use a device with more memory, or --device cpu") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    failure = MeteoraError("out of memory while gate statistics are collected", hint="use a device with more memory, or --device cpu")
+    bars = progress.task(f"{state.names[0]}: statistics", total=len(work), unit="batches")
+    with sums.observing(observed.values(), failure), torch.autocast("cpu", torch.bfloat16, enabled=half), bars as bar:
+        for each in work:
+            batch = collate(each.rows, how.pad_token).to(first.device)
+            labels = batch.gate_labels.reshape(-1)
+            keep = labels != IGNORE
+            sums.table = each.table
+            sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
+            with state.force(filled_labels(batch.gate_labels)) if each.with_adapter else state.disabled():
+                decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            bar.update(1)
 
 
 def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str], *, progress: Progress = SILENT) -> Iterator[tuple[str, Tensor]]:
