@@ -59,6 +59,37 @@ def test_fused_groups_sort_many_adapters_on_the_h200() -> None:
     assert "many_adapters" not in {path(511, 256)[0], path(4096, 255)[0], path(4096, 64)[0]}
 
 
+def test_the_h200_reads_many_gates_in_larger_programs() -> None:
+    """With 1,024 adapters and more than one token, every group of Llama-3-8B has a row of its own for decoding."""
+
+    def rows_of_gates(tokens: int, adapters: int) -> list[int]:
+        found = []
+        for widths, hidden in (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)):
+            row = choose(shipped("h200").group, Case(facts(widths, hidden, adapters=adapters), tokens, 2), CAN_RUN)
+            assert row.path == "decode_chosen_rows"
+            assert row.tile is not None
+            found.append(row.tile.gate_rows)
+        return found
+
+    assert rows_of_gates(8, 1024) == [32, 64, 64, 64]
+    assert rows_of_gates(8, 1023) == rows_of_gates(1, 1024) == [16] * 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "adapters", "rank", "top_k", "layer", "group"),
+    [
+        (89, 348, 20, 4, "library", "split"),
+        (20, 170, 4, 3, "many_adapters", ""),
+        (20, 64, 8, 8, "many_tokens", ""),
+        (128, 256, 8, 2, "many_adapters", "many_adapters"),
+    ],
+)
+def test_tokens_that_choose_too_many_rows_are_not_multiplied_one_by_one(tokens: int, adapters: int, rank: int, top_k: int, layer: str, group: str) -> None:
+    case = Case(facts((1024,), 4096, adapters=adapters, rank=rank), tokens, top_k)
+    assert choose(shipped("h200").layer, case, LAYER_CAN_RUN).path == layer
+    assert choose(shipped("h200").group, case, CAN_RUN).path == group or not group
+
+
 def test_one_token_keeps_the_form_of_the_published_figures() -> None:
     flat = {(adapters, rank, top_k): layer_row(1, adapters, rank, top_k).flat for adapters in (16, 17, 32, 33) for rank in (4, 5, 8, 9) for top_k in (1, 2, 3)}
     assert {sizes for sizes, is_flat in flat.items() if not is_flat} == {(adapters, rank, 2) for adapters in (17, 32) for rank in (5, 8)}
