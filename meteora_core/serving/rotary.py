@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "apply_rotary_pos_emb"
-"""Name of the function in transformers' modelling files."""
+"""Name of the function that applies the embeddings in transformers' modelling files."""
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 @contextmanager
 def one_launch_rotary(model: PreTrainedModel) -> Iterator[None]:
-    """Replace the function of the model's modelling file within the block, if a kernel gives the same results on random input.
+    """Replace the function in the model's modelling file during the block, if a kernel gives the same results on random input.
 
     Other models of this file are affected too, with the same results; tensors that the kernel does not take go to the function itself.
     """
@@ -60,5 +60,5 @@ def _imitates(own: Rotary, device: torch.device) -> bool:
     try:
         expected, found = own(query, key, angles.cos(), angles.sin()), rotate(query, key, angles.cos(), angles.sin())
         return all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
-    except Exception:  # a function of another form, or a kernel that cannot be built here
+    except Exception:  # a function with another signature, or a kernel that cannot be compiled here
         return False

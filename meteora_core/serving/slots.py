@@ -108,5 +108,5 @@ def nbytes(columns: Columns) -> int:
 
 
 def joined(blocks: Sequence[Columns]) -> Columns:
-    """Blocks of columns, one after the other."""
+    """Concatenate blocks of columns."""
     return [torch.cat(stacks, 2) for stacks in zip(*blocks, strict=True)]

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Attention of one token of each of several texts, whose keys and values lie in slots of one tensor.
+"""Attention for one new token of each of several texts, whose keys and values are in slots of one tensor.
 
 The new keys and values are stored in the same launch. Each text is read up to its own length, which the host does not have to know, so a CUDA graph can hold
 the launch. Long texts are cut into pieces, one program each, and a second launch joins the pieces in a fixed order.
@@ -18,7 +18,7 @@ from meteora_kernels.operators import on_device_of
 from meteora_kernels.sizes import ceil_div, power_of_two
 
 COLUMNS = 64
-"""The number of columns that a program reads at a time."""
+"""The number of columns that a program reads in one step."""
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def decode_kernel(
     new_value = tl.load(value + token * value_token + head * value_head + across, mask=across < value_width, other=0.0)
     first = piece * piece_columns
     last = tl.minimum(first + piece_columns, position)
-    own = (position >= first) & (position < first + piece_columns)  # the piece that the new token belongs to
+    own = (position >= first) & (position < first + piece_columns)  # whether the new token belongs to this piece
     if window > 0:
         first = tl.maximum(first, tl.maximum(position - window + 1, 0) // BLOCK * BLOCK)
     # The new token comes first, so that the greatest score is finite from the start in its piece.

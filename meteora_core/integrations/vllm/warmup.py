@@ -1,4 +1,4 @@
-"""Compiles the GPU kernels of all sizes before a server is ready, several at a time."""
+"""Compiles the GPU kernels for all sizes before a server is ready, several at the same time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from meteora_core.integrations.vllm.mixing import Layer
 
 THREADS = "METEORA_VLLM_COMPILE_THREADS"
-"""The environment variable that sets how many kernels are compiled at a time: 1 to 64, by default 8 or the number of processors if it is smaller."""
+"""The environment variable with the number of kernels to compile at the same time, from 1 to 64; default: 8, or the number of processors if it is smaller."""
 LARGE = (257, 320, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192, 16384)
-"""Numbers of tokens above the captured ones whose kernels may differ."""
+"""Numbers of tokens above the captured ones for which the kernels may differ."""
 
 
 def sizes(captured: Iterable[int], most: int) -> list[int]:
@@ -31,7 +31,7 @@ def sizes(captured: Iterable[int], most: int) -> list[int]:
 
 
 def different(layers: Iterable[Layer]) -> list[Layer]:
-    """One of the layers of every shape."""
+    """One layer of each shape."""
     found: dict[Any, Layer] = {}
     for layer in layers:
         block = layer.block
@@ -40,7 +40,7 @@ def different(layers: Iterable[Layer]) -> list[Layer]:
 
 
 def threads() -> int:
-    """The number of kernels to compile at a time."""
+    """The number of kernels to compile at the same time."""
     try:
         wanted = int(os.environ.get(THREADS) or 0)
     except ValueError:
