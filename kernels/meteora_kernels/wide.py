@@ -83,7 +83,7 @@ class Wide:
 
     def new_rows(self, tokens: int, like: Tensor) -> Tensor:
         """The columns for x (M, hidden) of a new, uninitialised buffer in the dtype and on the device of ``like``."""
-        return like.new_empty(tokens, self.row)[:, self.left : self.left + self.hidden]
+        return like.new_empty(tokens, self.row).as_strided((tokens, self.hidden), (self.row, 1), self.left)
 
     def whole(self, x: Tensor) -> Tensor:
         """The whole buffer (M, row) that contains the columns ``x``."""

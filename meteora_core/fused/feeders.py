@@ -166,8 +166,7 @@ def _norm(module: nn.Module, group: FusedGroup, x: Tensor) -> Tensor | None:
     if weight.dtype != x.dtype or weight.device != x.device or weight.shape != x.shape[-1:]:
         return None
     out = group.inputs.new(x.shape, x)
-    flat = x.reshape(-1, x.shape[-1])
-    rms_norm(flat if flat.stride(1) == 1 else flat.contiguous(), weight, epsilon, out.view(-1, x.shape[-1]))
+    rms_norm(_evenly(x), weight, epsilon, out)
     return out
 
 
@@ -175,9 +174,16 @@ def _product(gate: Tensor, up: Tensor, group: FusedGroup) -> Tensor:
     from meteora_kernels.feed.silu_mul import silu_mul
 
     out = group.inputs.new(gate.shape, gate)
-    width = gate.shape[-1]
-    silu_mul(gate.reshape(-1, width), up.reshape(-1, width), out.view(-1, width))
+    gate, up = _evenly(gate), _evenly(up)
+    silu_mul(gate, up, out)
     return out
+
+
+def _evenly(x: Tensor) -> Tensor:
+    """``x`` (..., h) with contiguous columns and all rows at the same distance; a copy if it is not so."""
+    if x.is_contiguous() or (x.stride(-1) == 1 and (x.dim() == 2 or (x.dim() == 3 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))))):
+        return x
+    return x.contiguous()
 
 
 class _Halves:

@@ -13,6 +13,7 @@ from meteora_core.fused.inputs import Inputs
 from meteora_core.fused.layout import Layout
 from meteora_core.fused.outputs import Outputs
 from meteora_core.model.layer import MeteoraLinear
+from meteora_kernels.operators import eager
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ class FusedGroup:
     """
 
     def __init__(self, layers: Sequence[MeteoraLinear]) -> None:
+        from meteora_kernels.group import run_members  # needs Triton
+
+        self._run_members = run_members
         self.layers = tuple(layers)
         self.state = layers[0].state
         self.layout = Layout(layers)
@@ -72,7 +76,7 @@ class FusedGroup:
             return False
         return torch.compiler.is_compiling() or self.layout.is_current()
 
-    def _run_or_fail(self, x: Tensor) -> tuple[Tensor, ...] | None:
+    def _run_or_fail(self, x: Tensor) -> Sequence[Tensor] | None:
         """:meth:`_run`, or None if a kernel cannot be built on this machine (too little shared memory, no compiler); the group then never runs again."""
         try:
             self.layout.refresh()
@@ -85,14 +89,15 @@ class FusedGroup:
             warn_once(str(x.device), str(error).splitlines()[0] if str(error) else type(error).__name__)
             return None
 
-    def _run(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, x: Tensor) -> Sequence[Tensor]:
         """The outputs of all members, each (..., o) with the member's o."""
-        from meteora_kernels.group import run_group  # needs Triton
+        group, routing = self.layout.group, self.state.routing_on(x.device)
+        if eager(x) and x.dim() > 1:
+            in_place = self.inputs.owns(x)
+            return self._run_members(x if in_place else x.contiguous(), group, routing, in_place=in_place)
+        from meteora_kernels.group import run_group
 
-        group = self.layout.group
-        flat = x.reshape(-1, x.shape[-1])
-        in_place = self.inputs.owns(flat)
-        output = run_group(flat if in_place else flat.contiguous(), group, self.state.routing_on(x.device), in_place=in_place)
+        output = run_group(x.reshape(-1, x.shape[-1]).contiguous(), group, routing)
         return torch.split(output.view(*x.shape[:-1], -1), list(group.adapters.widths), dim=-1)
 
 

@@ -32,18 +32,20 @@ class Inputs:
         from meteora_kernels.group import reads_in_place  # needs Triton
 
         tokens, wide = shape[:-1].numel(), self._group.wide
-        if wide is None or not reads_in_place(self._group, tokens, self._state.top_k):
+        if wide is None or not reads_in_place(self._group, tokens, self._state.routing.top_k):
             return like.new_empty(shape)
-        rows = wide.new_rows(tokens, like).view(shape)
+        rows = wide.new_rows(tokens, like)
+        if len(shape) != 2:
+            rows = rows.view(shape)
         self._last = weakref.ref(rows)
         return rows
 
     def owns(self, x: Tensor) -> bool:
-        """Whether ``x`` (M, h) is the tensor that :meth:`new` returned last, or a view of all of it; False while a compiler traces."""
-        if not eager(x):
-            return False
+        """Whether ``x`` (..., h) is the tensor that :meth:`new` returned last, or a view of all of it; False while a compiler traces."""
         last, wide = None if self._last is None else self._last(), self._group.wide
-        if last is None or wide is None:
+        if last is None or wide is None or not eager(x):
             return False
         # While the last tensor exists, no other tensor has its address.
-        return x.data_ptr() == last.data_ptr() and x.numel() == last.numel() and x.stride() == (wide.row, 1)
+        if x is last or x.data_ptr() != last.data_ptr() or x.numel() != last.numel():
+            return x is last
+        return x.stride() == (wide.row, 1) or (x.shape == last.shape and x.stride() == last.stride())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -42,7 +44,7 @@ class Outputs:
             self._input = None
         return output
 
-    def put(self, outputs: tuple[Tensor, ...], x: Tensor, version: tuple[int, int]) -> None:
+    def put(self, outputs: Sequence[Tensor], x: Tensor, version: tuple[int, int]) -> None:
         """Store the outputs of all members, computed from ``x``; they replace earlier ones."""
         if any(output is not None for output in self._stored):
             self.misses += 1

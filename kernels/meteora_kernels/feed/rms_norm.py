@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.launches import Launches, Rest
 from meteora_kernels.operators import on_device_of
 from meteora_kernels.sizes import power_of_two
 
@@ -32,20 +33,27 @@ def rms_norm_kernel(x, weight, out, hidden, stride_x, stride_out, epsilon, BLOCK
     tl.store(out + token * stride_out + columns, (rounded * factors.to(tl.float32)).to(out.dtype.element_ty), mask=mask)
 
 
+_launches = Launches(rms_norm_kernel)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> None:
     """Write the normalised, weighted rows of ``x`` into ``out``.
 
     Args:
-        x: Input (M, h), columns contiguous, h up to :data:`MOST_COLUMNS`.
+        x: Input (..., h), columns contiguous, all rows at the same distance, h up to :data:`MOST_COLUMNS`.
         weight: Weights (h,), contiguous, in the dtype of x.
         epsilon: Summand of the mean square.
-        out: Output (M, h), columns contiguous, in the dtype of x.
+        out: Output of the shape and dtype of x, columns contiguous, all rows at the same distance.
     """
-    tokens, hidden = x.shape
-    block = power_of_two(hidden)
-    if tokens:
+    shape, stride, stride_out = x.shape, x.stride(-2), out.stride(-2)
+
+    def rest() -> Rest:
+        block = power_of_two(shape[-1])
+        return Rest((shape[:-1].numel(),), (shape[-1], stride, stride_out, epsilon), {"BLOCK": block, "num_warps": max(1, min(8, block // 512))})
+
+    if x.numel():
         with on_device_of(x):
-            rms_norm_kernel[(tokens,)](x, weight, out, hidden, x.stride(0), out.stride(0), epsilon, BLOCK=block, num_warps=max(1, min(8, block // 512)))
+            _launches((shape, stride, stride_out, epsilon, x.dtype), (x, weight, out), rest)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from meteora_kernels.launches import Launches, Rest
 from meteora_kernels.operators import on_device_of
 from meteora_kernels.sizes import ceil_div
 
@@ -27,13 +28,22 @@ def silu_mul_kernel(gate, up, out, width, stride_gate, stride_up, stride_out, BL
     tl.store(out + token * stride_out + columns, (rounded * factors).to(out.dtype.element_ty), mask=mask)
 
 
+BLOCK = 2048
+"""The number of columns of a program."""
+
+_launches = Launches(silu_mul_kernel)
+
+
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """Write ``silu(gate) * up`` into ``out``; all three are (M, f), with contiguous columns and one dtype."""
-    tokens, width = gate.shape
-    block = 2048
-    if tokens:
+    """Write ``silu(gate) * up`` into ``out``; all three are (..., f), with contiguous columns, rows at the same distance, and one dtype."""
+    shape, strides = gate.shape, (gate.stride(-2), up.stride(-2), out.stride(-2))
+
+    def rest() -> Rest:
+        return Rest((shape[:-1].numel(), ceil_div(shape[-1], BLOCK)), (shape[-1], *strides), {"BLOCK": BLOCK, "num_warps": 4})
+
+    if gate.numel():
         with on_device_of(gate):
-            silu_mul_kernel[(tokens, ceil_div(width, block))](gate, up, out, width, gate.stride(0), up.stride(0), out.stride(0), BLOCK=block, num_warps=4)
+            _launches((shape, strides, gate.dtype), (gate, up, out), rest)
 
 
 def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from meteora_kernels.operators import eager, on_device_of, operator
 from meteora_kernels.plan import Case, Row, choose, readable, table_of
 from meteora_kernels.types import Adapters, Group, Routing
 
-__all__ = ["PATHS", "Block", "group_operator", "reads_in_place", "row_for", "run_group"]
+__all__ = ["PATHS", "Block", "group_operator", "reads_in_place", "row_for", "run_group", "run_members"]
 
 PATHS: dict[str, Any] = {
     "decode_chosen_rows": decode_chosen_rows,
@@ -84,6 +84,23 @@ def _run(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -
     row = row_for(group, tokens, routing.top_k, in_place=in_place, aligned=tokens > 16 and group.aligned and readable(x))
     with on_device_of(x):
         return PATHS[row.path].run(x, group, routing, row, in_place=in_place)
+
+
+def run_members(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> list[Tensor]:
+    """:func:`run_group` for x (..., h), with the outputs of every member as a separate tensor (..., o); not for tensors that are traced.
+
+    Args:
+        x: Input (..., h), columns contiguous. If it is not in place, the whole tensor is contiguous.
+        group, routing, in_place: The arguments of :func:`run_group`.
+    """
+    shape = x.shape[:-1]
+    tokens = shape.numel()
+    row = row_for(group, tokens, routing.top_k, in_place=in_place, aligned=tokens > 16 and group.aligned and readable(x))
+    with on_device_of(x):
+        if row.path == "wide":
+            return wide.run_members(x, group, routing, row, in_place=in_place)
+        y = PATHS[row.path].run(x.view(tokens, -1), group, routing, row)
+    return list(y.view(*shape, -1).split_with_sizes(list(group.adapters.widths), -1))
 
 
 class Block(NamedTuple):

@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from meteora_kernels.arguments import choice_constants, or_any
+from meteora_kernels.arguments import choice_constants, kind_of_allowed, or_any
 from meteora_kernels.device.chosen_rows import clear_rows, write_chosen
 from meteora_kernels.device.flags import leave, share_out, wait_flag
 from meteora_kernels.device.routing import allowed_from, routes_of_tile
+from meteora_kernels.launches import Launches, Rest
 from meteora_kernels.plan.machine import interpreted, why_not_at_once
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div
@@ -115,11 +116,14 @@ def can_run(case: Case, row: Row) -> str | None:
     return why_not_at_once(facts.device, ceil_div(gate_rows_of(facts.adapters) + facts.total_rank, tile.outputs) * row.gate_pieces)
 
 
+_launches = Launches(wide_before_kernel, descriptors=2)
+
+
 def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Tensor | None) -> None:
     """Compute gates, ``A x`` and routing of a group, and write h next to x. :func:`can_run` must have returned None.
 
     Args:
-        x: Input (M, h), columns contiguous, M >= 1, rows aligned to 16 bytes, float16 or bfloat16.
+        x: Input (..., h), columns contiguous, M >= 1 rows at the same distance and aligned to 16 bytes, float16 or bfloat16.
         group: The group of linears; base weights and B are not read.
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table: ``gate_pieces`` is the number of pieces of the sums over x's columns. The launch reads ``tokens``, ``outputs``, ``step``,
@@ -128,7 +132,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Ten
         copy: Destination of a copy of x (M, h), columns of ``out``'s rows; None if x is there already.
     """
     assert row.tile is not None
-    tokens, hidden = x.shape
+    tokens, hidden = x.shape[:-1].numel(), x.shape[-1]
     result, first, second, padded = out
     bm, bn, bk, warps, stages = row.tile[:5]
     adapters, rank, gate_rows = group.adapters, group.total_rank, group.gate_rows
@@ -136,11 +140,25 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Ten
     width = gate_rows + rank
     tiles, index = ceil_div(width, bn), ceil_div(tokens, bm) * members
     mid = torch.empty(index, pieces, bm, width, dtype=torch.float32, device=x.device)
-    wide_before_kernel[(index * pieces * tiles,)](
-        TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [bm, bk]), TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk]), x,
-        or_any(copy, x), result, or_any(routing.allowed, scaling), scaling, adapters.offsets, mid, group.flags, tokens, hidden, scaling.shape[0], members,
-        gate_rows, adapters.member_rows, rank, x.stride(0), result.stride(0), first, second, padded, routing.temperature,
-        **choice_constants(adapters, routing), BM=bm, BN=bn, BK=bk, TILES=tiles, PIECES=pieces, BLOCK=max(1, bm >> ((tiles * pieces).bit_length() - 1)),
-        CHUNK=min(256, padded & -padded), RANKS=ranks_of(adapters.max_rank or 0, routing.top_k, padded), COPY=copy is not None,
-        COPIERS=min(bm, 1 << (tiles.bit_length() - 1)), CONCURRENT=not interpreted(), STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
-    )  # fmt: skip  # fmt: skip
+    strides = x.stride(-2), result.stride(-2)
+    key = (
+        tokens, hidden, ga.shape[0], members, width, adapters.member_rows, *strides, first, second, padded, pieces, row.tile, adapters.max_rank, routing.top_k,
+        routing.temperature, kind_of_allowed(routing.allowed), copy is None, x.dtype,
+    )  # fmt: skip
+
+    def rest() -> Rest:
+        numbers = (tokens, hidden, scaling.shape[0], members, gate_rows, adapters.member_rows, rank, *strides, first, second, padded, routing.temperature)
+        constants = {
+            **choice_constants(adapters, routing), "BM": bm, "BN": bn, "BK": bk, "TILES": tiles, "PIECES": pieces,
+            "BLOCK": max(1, bm >> ((tiles * pieces).bit_length() - 1)), "CHUNK": min(256, padded & -padded),
+            "RANKS": ranks_of(adapters.max_rank or 0, routing.top_k, padded), "COPY": copy is not None, "COPIERS": min(bm, 1 << (tiles.bit_length() - 1)),
+            "CONCURRENT": not interpreted(), "STAGES": stages, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+        return Rest((index * pieces * tiles,), numbers, constants)
+
+    right = group.views.get((bn, bk))
+    if right is None:
+        right = group.views[bn, bk] = TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk])
+    left = TensorDescriptor(x, [tokens, hidden], [strides[0], 1], [bm, bk])
+    rows = (left, right, x, or_any(copy, x), result, or_any(routing.allowed, scaling), scaling, adapters.offsets, mid, group.flags)
+    _launches(key, rows, rest)

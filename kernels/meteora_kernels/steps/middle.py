@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.arguments import choice_constants, or_any
+from meteora_kernels.arguments import choice_constants, kind_of_allowed, or_any
 from meteora_kernels.device.chosen_rows import clear_rows, write_chosen
 from meteora_kernels.device.routing import coefficients_of, routes_of_tile, slot_of, summed
+from meteora_kernels.launches import Launches, Rest
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import Adapters, Routing
 
@@ -133,8 +134,8 @@ class Out(NamedTuple):
     """The destination of :func:`middle`.
 
     Attributes:
-        rows: Rows to write to (M, .), columns contiguous.
-        first: First column of the first member.
+        rows: Rows to write to (..., .), columns contiguous, all rows at the same distance.
+        first: First column of the first member; it may be to the left of ``rows``, in the same memory.
         second: First column of the second member, which the third follows.
         columns: Number of columns of each member: R columns of the middle, then zeros.
     """
@@ -145,8 +146,11 @@ class Out(NamedTuple):
     columns: int
 
 
+_middles = Launches(middle_kernel)
+
+
 def middle(
-    logits: Tensor, down: Tensor, adapters: Adapters, routing: Routing, *, max_rank: int = 0, out: Out | None = None, dtype: torch.dtype | None = None
+    logits: Tensor, down: Tensor | int, adapters: Adapters, routing: Routing, *, max_rank: int = 0, out: Out | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """``A x`` scaled by the route of its token, and 0 for rows that the token did not choose.
 
@@ -154,7 +158,7 @@ def middle(
         logits: Gate logits (M, .), columns contiguous, or float32 partial sums of them (S, M, .). The N logits of member i start at column
             ``i * member_rows``. They are not read for given routes.
         down: ``A x`` (M, .), columns contiguous, or float32 partial sums (S, M, .) with the strides of ``logits``. The R columns of member i start at
-            column ``i * member_rows``.
+            column ``i * member_rows``. A number: the first column of ``A x`` in ``logits``, a multiple of 8.
         adapters: The adapters; gates, A and B are not read.
         routing: How tokens choose their adapters; given routes are int64 and float32 (M, k), contiguous, for one member.
         max_rank: The largest rank, which allows to read only the chosen adapters' rows if they are few; 0 reads all rows.
@@ -164,19 +168,40 @@ def middle(
     Returns:
         A new tensor (M, members * R), or the rows of ``out``.
     """
-    tokens, members, rank, scaling = down.shape[-2], adapters.members, adapters.total_rank, adapters.scaling
-    splits = down.shape[0] if down.dim() == 3 else 1
+    _, _, lora_B, scaling, offsets, _, widths, member_rows = adapters
+    top_k, temperature, allowed, indices, weights = routing
+    if type(down) is int:
+        down = logits.as_strided((*logits.shape[:-1], logits.shape[-1] - down), logits.stride(), logits.storage_offset() + down)
+    assert isinstance(down, Tensor)
     if out is None:
-        out = Out(torch.empty(tokens, members * rank, dtype=dtype or down.dtype, device=down.device), 0, rank, rank)
+        rank = adapters.total_rank
+        out = Out(torch.empty(down.shape[-2], len(widths) * rank, dtype=dtype or down.dtype, device=down.device), 0, rank, rank)
     result, first, second, columns = out
-    block, warps = tile_of(adapters.padded, tokens)
-    middle_kernel[(ceil_div(tokens, block), members)](
-        logits, down, result, or_any(routing.allowed, scaling), or_any(routing.indices, scaling), or_any(routing.weights, scaling), scaling, adapters.offsets,
-        tokens, adapters.number, rank, down.stride(0) if splits > 1 else 0, logits.stride(-2), down.stride(-2), result.stride(0), adapters.member_rows,
-        adapters.member_rows, first, second, columns, columns, routing.temperature,
-        **choice_constants(adapters, routing), BLOCK=block, CHUNK=min(256, power_of_two(columns)), GIVEN=routing.indices is not None, SPLITS=splits,
-        RANKS=ranks_of(max_rank, routing.top_k, columns), num_warps=warps,
+    strides = logits.stride(-2), down.stride(), result.stride(-2)
+    key = (
+        down.shape, strides, first, second, columns, scaling.shape[0], lora_B.numel(), widths, member_rows, max_rank, top_k, temperature,
+        kind_of_allowed(allowed),        indices is None, logits.dtype, result.dtype,
     )  # fmt: skip
+
+    def rest() -> Rest:
+        tokens, rank = down.shape[-2], adapters.total_rank
+        splits = down.shape[0] if down.dim() == 3 else 1
+        block, warps = tile_of(adapters.padded, tokens)
+        numbers = (
+            tokens, adapters.number, rank, down.stride(0) if splits > 1 else 0, logits.stride(-2), down.stride(-2), result.stride(-2), member_rows,
+            member_rows, first, second, columns, columns, temperature,
+        )  # fmt: skip
+        constants = {
+            **choice_constants(adapters, routing), "BLOCK": block, "CHUNK": min(256, power_of_two(columns)), "GIVEN": indices is not None,
+            "SPLITS": splits, "RANKS": ranks_of(max_rank, top_k, columns), "num_warps": warps,
+        }  # fmt: skip
+        return Rest((ceil_div(tokens, block), len(widths)), numbers, constants)
+
+    pointers = (
+        logits, down, result, scaling if allowed is None else allowed, scaling if indices is None else indices, scaling if weights is None else weights,
+        scaling, offsets,
+    )  # fmt: skip
+    _middles(key, pointers, rest)
     return result
 
 

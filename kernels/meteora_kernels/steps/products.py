@@ -115,7 +115,7 @@ def library_products(x: Tensor, rows: Tensor, splits: int, right: Tensor | None 
     """:func:`products` by one batched GEMM of the library, in which each piece is a matrix of the batch.
 
     Args:
-        x: Input (M, h), columns contiguous.
+        x: Input (..., h), columns contiguous, all rows at the same distance.
         rows: Weights (P, h), columns contiguous, in the dtype of x.
         splits: Number of pieces of the sum; one piece is used if they would not have equal lengths and be aligned to 16 bytes.
         right: The result of :func:`right_of` for ``rows``, if the caller keeps it.
@@ -125,7 +125,7 @@ def library_products(x: Tensor, rows: Tensor, splits: int, right: Tensor | None 
     """
     right = right_of(rows, splits) if right is None else right
     pieces, span = right.shape[:2]
-    left = x.as_strided((pieces, x.shape[0], span), (span, x.stride(0), 1))
+    left = x.as_strided((pieces, x.shape[:-1].numel(), span), (span, x.stride(-2), 1))
     if x.dtype == torch.float32 or x.device.type != "cuda":
         return torch.bmm(left.float(), right.float())
     return torch.bmm(left, right, out_dtype=torch.float32)

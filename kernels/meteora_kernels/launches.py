@@ -1,0 +1,101 @@
+"""Repeated launches of a kernel without Triton's lookup.
+
+At every launch, Triton derives a key from all arguments to find the compiled kernel, which takes the processor 15 to 50 us for 30 arguments. Eager code of a
+prefill needs some hundred launches, so the GPU would wait for the processor. A :class:`Launches` finds the compiled kernel by a short key of the caller,
+and passes only the addresses that differ from the launch before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST_KNOWN = 1024
+"""The largest number of keys that a kernel keeps; after that it starts again. Every number of tokens has a separate key."""
+
+
+class Rest(NamedTuple):
+    """The arguments of a launch besides its tensors.
+
+    Attributes:
+        grid: The grid, of one to three dimensions.
+        numbers: The arguments that follow the tensors and are not compile-time constants, in the kernel's order.
+        constants: Compile-time constants by name, and the options ``num_warps`` and ``num_stages``.
+    """
+
+    grid: tuple[int, ...]
+    numbers: tuple[float, ...]
+    constants: dict[str, Any]
+
+
+class Known(NamedTuple):
+    """A compiled kernel and its arguments after the tensors."""
+
+    run: Callable[..., None]
+    stream_of: Callable[[int], int]
+    before: tuple[Any, ...]
+    function: Any
+    metadata: Any
+    after: tuple[Any, ...]
+
+
+class Launches:
+    """The launches of one kernel.
+
+    Args:
+        kernel: The kernel, a result of ``triton.jit``, whose first parameters are tensor descriptors and then pointers.
+        descriptors: The number of its tensor descriptors.
+
+    Example:
+        >>> launches = Launches(double_kernel)  # doctest: +SKIP
+        >>> launches((x.numel(), x.dtype), (x, out), lambda: Rest((1,), (x.numel(),), {"BLOCK": 128}))  # doctest: +SKIP
+    """
+
+    def __init__(self, kernel: Any, descriptors: int = 0) -> None:
+        self.kernel, self.descriptors = kernel, descriptors
+        self.known: dict[Hashable, Known] = {}
+
+    def __call__(self, key: Hashable, tensors: tuple[Any, ...], rest: Callable[[], Rest]) -> None:
+        """Launch the kernel on the current stream of the tensors' device, which must be the current device. Profilers that hook into Triton's launches see
+        only the first launch of every key.
+
+        Args:
+            key: A value that determines everything about the launch except the device and the addresses: dtypes, sizes, strides, constants.
+            tensors: The kernel's first arguments: tensor descriptors, then tensors on one device.
+            rest: Function that returns the other arguments; it is only called if the key is new.
+        """
+        place = (key, tensors[self.descriptors].get_device())
+        known = self.known.get(place)
+        if known is not None:
+            addresses = [tensor.data_ptr() for tensor in tensors[self.descriptors :]]
+            low = 0
+            for address in addresses:
+                low |= address
+            if not low & 15:
+                stream = known.stream_of(place[1])
+                described = tensors[: self.descriptors]
+                known.run(*known.before, stream, known.function, known.metadata, None, None, None, *described, *addresses, *known.after)
+                return
+        grid, numbers, constants = rest()
+        compiled = self.kernel[grid](*tensors, *numbers, **constants)
+        if known is None and aligned(tensors[self.descriptors :]):
+            self.keep(place, compiled, grid, (*numbers, *(constants[name] for name in self.kernel.arg_names[len(tensors) + len(numbers) :])))
+
+    def keep(self, place: Hashable, compiled: Any, grid: tuple[int, ...], after: tuple[Any, ...]) -> None:
+        """Remember what a launch compiled, unless it was interpreted. Its code is for addresses that are multiples of 16."""
+        from triton.compiler import CompiledKernel
+        from triton.runtime import driver
+
+        if isinstance(compiled, CompiledKernel):
+            if len(self.known) >= MOST_KNOWN:
+                self.known.clear()
+            before = (*grid, 1, 1)[:3]
+            self.known[place] = Known(compiled.run, driver.active.get_current_stream, before, compiled.function, compiled.packed_metadata, after)
+
+
+def aligned(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether all tensors start at multiples of 16 bytes."""
+    return not any(tensor.data_ptr() % 16 for tensor in tensors)
