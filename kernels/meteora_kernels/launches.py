@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 MOST_KNOWN = 1024
 """The largest number of keys that a kernel keeps; after that it starts again. Every number of tokens has a separate key."""
 
@@ -31,14 +28,27 @@ class Rest(NamedTuple):
     constants: dict[str, Any]
 
 
-class Known(NamedTuple):
-    """A compiled kernel and its arguments after the tensors."""
+class Launcher(NamedTuple):
+    """What launches a compiled kernel.
+
+    Attributes:
+        run: Triton's launcher: grid, stream, function, metadata, three values for hooks, and the kernel's arguments.
+        function: The kernel on the device.
+        metadata: Numbers of the kernel that the launcher reads.
+        stream_of: Function that returns the current stream of a device.
+    """
 
     run: Callable[..., None]
-    stream_of: Callable[[int], int]
-    before: tuple[Any, ...]
     function: Any
     metadata: Any
+    stream_of: Callable[[int], int]
+
+
+class Known(NamedTuple):
+    """A launcher, the grid, and the arguments after the tensors."""
+
+    launcher: Launcher
+    grid: tuple[int, ...]
     after: tuple[Any, ...]
 
 
@@ -75,27 +85,26 @@ class Launches:
             for address in addresses:
                 low |= address
             if not low & 15:
-                stream = known.stream_of(place[1])
+                (run, function, metadata, stream_of), (one, two, three), after = known
                 described = tensors[: self.descriptors]
-                known.run(*known.before, stream, known.function, known.metadata, None, None, None, *described, *addresses, *known.after)
+                run(one, two, three, stream_of(place[1]), function, metadata, None, None, None, *described, *addresses, *after)
                 return
         grid, numbers, constants = rest()
         compiled = self.kernel[grid](*tensors, *numbers, **constants)
-        if known is None and aligned(tensors[self.descriptors :]):
-            self.keep(place, compiled, grid, (*numbers, *(constants[name] for name in self.kernel.arg_names[len(tensors) + len(numbers) :])))
-
-    def keep(self, place: Hashable, compiled: Any, grid: tuple[int, ...], after: tuple[Any, ...]) -> None:
-        """Remember what a launch compiled, unless it was interpreted. Its code is for addresses that are multiples of 16."""
-        from triton.compiler import CompiledKernel
-        from triton.runtime import driver
-
-        if isinstance(compiled, CompiledKernel):
+        launcher = launcher_of(compiled)
+        # The code is compiled for addresses that are multiples of 16 only if all of these are.
+        if launcher is not None and not any(tensor.data_ptr() % 16 for tensor in tensors[self.descriptors :]):
             if len(self.known) >= MOST_KNOWN:
                 self.known.clear()
-            before = (*grid, 1, 1)[:3]
-            self.known[place] = Known(compiled.run, driver.active.get_current_stream, before, compiled.function, compiled.packed_metadata, after)
+            names = self.kernel.arg_names[len(tensors) + len(numbers) :]
+            self.known[place] = Known(launcher, (*grid, 1, 1)[:3], (*numbers, *(constants[name] for name in names)))
 
 
-def aligned(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether all tensors start at multiples of 16 bytes."""
-    return not any(tensor.data_ptr() % 16 for tensor in tensors)
+def launcher_of(compiled: Any) -> Launcher | None:
+    """The launcher of the kernel that a launch returned; None if it was interpreted."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    if not isinstance(compiled, CompiledKernel):
+        return None
+    return Launcher(compiled.run, compiled.function, compiled.packed_metadata, driver.active.get_current_stream)

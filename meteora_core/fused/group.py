@@ -33,9 +33,6 @@ class FusedGroup:
     """
 
     def __init__(self, layers: Sequence[MeteoraLinear]) -> None:
-        from meteora_kernels.group import run_members  # needs Triton
-
-        self._run_members = run_members
         self.layers = tuple(layers)
         self.state = layers[0].state
         self.layout = Layout(layers)
@@ -91,12 +88,12 @@ class FusedGroup:
 
     def _run(self, x: Tensor) -> Sequence[Tensor]:
         """The outputs of all members, each (..., o) with the member's o."""
+        from meteora_kernels.group import run_group, run_members  # needs Triton
+
         group, routing = self.layout.group, self.state.routing_on(x.device)
         if eager(x) and x.dim() > 1:
             in_place = self.inputs.owns(x)
-            return self._run_members(x if in_place else x.contiguous(), group, routing, in_place=in_place)
-        from meteora_kernels.group import run_group
-
+            return run_members(x if in_place else x.contiguous(), group, routing, in_place=in_place)
         output = run_group(x.reshape(-1, x.shape[-1]).contiguous(), group, routing)
         return torch.split(output.view(*x.shape[:-1], -1), list(group.adapters.widths), dim=-1)
 

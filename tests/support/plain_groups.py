@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,18 +26,25 @@ def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = Fal
     return torch.cat(parts, dim=-1)  # type: ignore[arg-type]
 
 
+def run_members(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> list[Tensor]:
+    """Arguments and result as in ``meteora_kernels.group.run_members``."""
+    output = run_group(x.reshape(-1, x.shape[-1]), group, routing)
+    return list(output.view(*x.shape[:-1], -1).split(list(group.adapters.widths), dim=-1))
+
+
 def use_plain_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Run fused groups by :func:`run_group`; the list fills with the number of members of each group that ran."""
+    """Run fused groups by :func:`run_group` and :func:`run_members`; the list fills with the number of members of each group that ran."""
     from meteora_core.fused.group import FusedGroup
     from meteora_kernels import group
 
     ran: list[int] = []
     run = FusedGroup._run
 
-    def counted(self: FusedGroup, x: Tensor) -> tuple[Tensor, ...]:
+    def counted(self: FusedGroup, x: Tensor) -> Sequence[Tensor]:
         ran.append(len(self.layers))
         return run(self, x)
 
     monkeypatch.setattr(group, "run_group", run_group)
+    monkeypatch.setattr(group, "run_members", run_members)
     monkeypatch.setattr(FusedGroup, "_run", counted)
     return ran

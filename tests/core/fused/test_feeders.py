@@ -66,13 +66,13 @@ def test_all_but_the_attention_output_lie_wide(make_adapter, all_wide, monkeypat
     expected = logits_of(model)
     assert fuse(model) == 8
     assert fed(model) == sorted(["input_layernorm", "post_attention_layernorm", "mlp"] * 2)
-    seen, forward = [], group.run_group
+    seen, forward = [], group.run_members
 
-    def watched(x: torch.Tensor, of: Group, routing: Routing, *, in_place: bool) -> torch.Tensor:
-        seen.append((x.shape[1], of.adapters.members, in_place))
+    def watched(x: torch.Tensor, of: Group, routing: Routing, *, in_place: bool) -> list[torch.Tensor]:
+        seen.append((x.shape[-1], of.adapters.members, in_place))
         return forward(x, of, routing, in_place=in_place)
 
-    monkeypatch.setattr(group, "run_group", watched)
+    monkeypatch.setattr(group, "run_members", watched)
     found = logits_of(model)
     assert close(found, expected)
     assert seen == [(32, 3, True), (32, 1, False), (32, 2, True), (48, 1, True)] * 2

@@ -29,8 +29,8 @@ def test_prefill_lies_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {name: model(some, use_cache=False).logits.float() for name, some in sizes.items()}
     assert fuse(model) == 8
     assert sum(isinstance(module, Feeder) for module in model.modules()) == 6
-    places, forward = [], group.run_group
-    monkeypatch.setattr(group, "run_group", lambda *all, in_place: [places.append(in_place), forward(*all, in_place=in_place)][1])
+    places, forward = [], group.run_members
+    monkeypatch.setattr(group, "run_members", lambda *all, in_place: [places.append(in_place), forward(*all, in_place=in_place)][1])
     for name, some in sizes.items():
         places.clear()
         found = model(some, use_cache=False).logits
