@@ -143,7 +143,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Ten
     strides = x.stride(-2), result.stride(-2)
     key = (
         tokens, hidden, ga.shape[0], members, width, adapters.member_rows, *strides, first, second, padded, pieces, row.tile, adapters.max_rank, routing.top_k,
-        routing.temperature, kind_of_allowed(routing.allowed), copy is None, x.dtype,
+        routing.temperature, kind_of_allowed(routing.allowed), copy is None, x.dtype, scaling.dtype,
     )  # fmt: skip
 
     def rest() -> Rest:

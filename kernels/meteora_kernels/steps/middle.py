@@ -178,9 +178,10 @@ def middle(
         out = Out(torch.empty(down.shape[-2], len(widths) * rank, dtype=dtype or down.dtype, device=down.device), 0, rank, rank)
     result, first, second, columns = out
     strides = logits.stride(-2), down.stride(), result.stride(-2)
+    given = None if indices is None or weights is None else (indices.dtype, weights.dtype)
     key = (
         down.shape, strides, first, second, columns, scaling.shape[0], lora_B.numel(), widths, member_rows, max_rank, top_k, temperature,
-        kind_of_allowed(allowed),        indices is None, logits.dtype, result.dtype,
+        kind_of_allowed(allowed), given, logits.dtype, down.dtype, result.dtype, scaling.dtype,
     )  # fmt: skip
 
     def rest() -> Rest:
