@@ -62,6 +62,8 @@ class Launches:
     Example:
         >>> launches = Launches(double_kernel)  # doctest: +SKIP
         >>> launches((x.numel(), x.dtype), (x, out), lambda: Rest((1,), (x.numel(),), {"BLOCK": 128}))  # doctest: +SKIP
+
+    A caller that knows the addresses without tensors, such as that of a column in a tensor, tries :meth:`again` first.
     """
 
     def __init__(self, kernel: Any, descriptors: int = 0) -> None:
@@ -77,27 +79,41 @@ class Launches:
             tensors: The kernel's first arguments: tensor descriptors, then tensors on one device.
             rest: Function that returns the other arguments; it is only called if the key is new.
         """
-        place = (key, tensors[self.descriptors].get_device())
-        known = self.known.get(place)
-        if known is not None:
-            addresses = [tensor.data_ptr() for tensor in tensors[self.descriptors :]]
-            low = 0
-            for address in addresses:
-                low |= address
-            if not low & 15:
-                (run, function, metadata, stream_of), (one, two, three), after = known
-                described = tensors[: self.descriptors]
-                run(one, two, three, stream_of(place[1]), function, metadata, None, None, None, *described, *addresses, *after)
-                return
+        described, pointers = tensors[: self.descriptors], tensors[self.descriptors :]
+        place = (key, pointers[0].get_device())
+        if place in self.known and self.again(key, place[1], [tensor.data_ptr() for tensor in pointers], described):
+            return
         grid, numbers, constants = rest()
         compiled = self.kernel[grid](*tensors, *numbers, **constants)
         launcher = launcher_of(compiled)
         # The code is compiled for addresses that are multiples of 16 only if all of these are.
-        if launcher is not None and not any(tensor.data_ptr() % 16 for tensor in tensors[self.descriptors :]):
+        if launcher is not None and not any(tensor.data_ptr() % 16 for tensor in pointers):
             if len(self.known) >= MOST_KNOWN:
                 self.known.clear()
             names = self.kernel.arg_names[len(tensors) + len(numbers) :]
             self.known[place] = Known(launcher, (*grid, 1, 1)[:3], (*numbers, *(constants[name] for name in names)))
+
+
+    def again(self, key: Hashable, device: int, addresses: list[int], described: tuple[Any, ...] = ()) -> bool:
+        """Launch the kernel if the key is known on a device and all addresses are multiples of 16; returns whether it was launched.
+
+        Args:
+            key: The key of an earlier launch.
+            device: The index of the tensors' device.
+            addresses: The addresses of the tensors after the descriptors.
+            described: The tensor descriptors.
+        """
+        known = self.known.get((key, device))
+        if known is None:
+            return False
+        low = 0
+        for address in addresses:
+            low |= address
+        if low & 15:
+            return False
+        (run, function, metadata, stream_of), (one, two, three), after = known
+        run(one, two, three, stream_of(device), function, metadata, None, None, None, *described, *addresses, *after)
+        return True
 
 
 def launcher_of(compiled: Any) -> Launcher | None:

@@ -16,10 +16,13 @@ def eager(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
+_NOTHING = nullcontext()
+
+
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """A context for kernel launches that makes the tensor's GPU the current one, because Triton launches on the current GPU."""
     if not tensor.is_cuda or torch.compiler.is_compiling() or tensor.get_device() == torch.cuda.current_device():
-        return nullcontext()
+        return _NOTHING
     return torch.cuda.device(tensor.device)
 
 

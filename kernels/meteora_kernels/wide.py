@@ -81,9 +81,14 @@ class Wide:
         memory = torch.zeros(self.left + rows * self.weight_row, dtype=like.dtype, device=like.device)
         return memory.as_strided((rows, self.hidden), (self.weight_row, 1), self.left)
 
-    def new_rows(self, tokens: int, like: Tensor) -> Tensor:
-        """The columns for x (M, hidden) of a new, uninitialised buffer in the dtype and on the device of ``like``."""
-        return like.new_empty(tokens, self.row).as_strided((tokens, self.hidden), (self.row, 1), self.left)
+    def new_rows(self, shape: int | torch.Size, like: Tensor) -> Tensor:
+        """The columns for x of a new, uninitialised buffer in the dtype and on the device of ``like``, in the shape (..., hidden), or (M, hidden) for an M."""
+        row = self.row
+        if isinstance(shape, int):
+            return like.new_empty(shape, row).as_strided((shape, self.hidden), (row, 1), self.left)
+        if len(shape) == 3:
+            return like.new_empty(shape[0] * shape[1], row).as_strided(shape, (shape[1] * row, row, 1), self.left)
+        return self.new_rows(shape[:-1].numel(), like).view(shape)
 
     def whole(self, x: Tensor) -> Tensor:
         """The whole buffer (M, row) that contains the columns ``x``."""

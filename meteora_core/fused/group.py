@@ -38,6 +38,7 @@ class FusedGroup:
         self.layout = Layout(layers)
         self.inputs = Inputs(self.layout.group, self.state)
         self._outputs = Outputs(len(layers))
+        self._device, self._kind = self.layout.group.packed.get_device(), self.layout.group.packed.device.type
         self._failed = False
 
     def output(self, member: int, x: Tensor) -> Tensor | None:
@@ -64,12 +65,13 @@ class FusedGroup:
 
     def usable(self, x: Tensor) -> bool:
         """Whether the layers can run as one on the input ``x`` (..., h) in the current mode."""
-        mode, first, weight = self.state.mode, self.layers[0], self.layout.group.packed
-        if self._failed or not mode.enabled or mode.observed or self.state.backend not in ("auto", "triton") or self._outputs.misses > PATIENCE:
+        state, first, weight = self.state, self.layers[0], self.layout.group.packed
+        mode = state.mode
+        if self._failed or not mode.enabled or mode.observed or state.backend not in ("auto", "triton") or self._outputs.misses > PATIENCE:
             return False
-        if torch.is_grad_enabled() or (first.dropout and first.training) or x.dtype != weight.dtype or x.device != weight.device:
+        if torch.is_grad_enabled() or (first.dropout and first.training) or x.dtype != weight.dtype or x.get_device() != self._device:
             return False
-        if torch.is_autocast_enabled(x.device.type) or x.numel() == 0:
+        if torch.is_autocast_enabled(self._kind) or x.numel() == 0:
             return False
         return torch.compiler.is_compiling() or self.layout.is_current()
 

@@ -34,9 +34,7 @@ class Inputs:
         tokens, wide = shape[:-1].numel(), self._group.wide
         if wide is None or not reads_in_place(self._group, tokens, self._state.routing.top_k):
             return like.new_empty(shape)
-        rows = wide.new_rows(tokens, like)
-        if len(shape) != 2:
-            rows = rows.view(shape)
+        rows = wide.new_rows(shape, like)
         self._last = weakref.ref(rows)
         return rows
 

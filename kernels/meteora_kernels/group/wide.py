@@ -89,9 +89,14 @@ def run_members(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place
         if bias is not None:
             y.add_(bias)
         if len(widths) == 1:
-            found.append(y.view(*shape, -1))
+            found.append(y.view(*shape, widths[0]))
+        elif len(shape) == 2:
+            total = sum(widths)
+            strides = (shape[1] * total, total, 1)
+            found.append(y.as_strided((*shape, widths[0]), strides, 0))
+            found.append(y.as_strided((*shape, widths[1]), strides, widths[0]))
         else:
-            found.extend(torch.split_with_sizes(y.view(*shape, -1), widths, -1))
+            found.extend(y.view(*shape, -1).split_with_sizes(widths, -1))
     return found
 
 
@@ -104,7 +109,7 @@ def before(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: boo
     """
     wide, adapters, plan = group.wide, group.adapters, plan_of(group)
     assert wide is not None
-    rows = x if in_place else wide.new_rows(x.shape[:-1].numel(), x)
+    rows = x if in_place else wide.new_rows(x.shape, x)
     out = Out(rows, plan.first, plan.second, plan.pad)
     if row.gate_pieces:
         wide_before.run(x, group, routing, row, out, None if in_place else rows)
@@ -114,10 +119,10 @@ def before(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: boo
         found = library_products(x, adapters.gate, row.pieces, right(group, row.pieces))
     else:
         flat = x if x.dim() == 2 else x.as_strided((x.shape[:-1].numel(), wide.hidden), (x.stride(-2), 1))
-        found = products(flat, adapters.gate, row.pieces, row.tile, rows) if copied and row.tile is not None else products_by(row, flat, adapters.gate)
+        found = products(flat, adapters.gate, row.pieces, row.tile, rows.view_as(flat)) if copied and row.tile is not None else products_by(row, flat, adapters.gate)
     middle(found, group.gate_rows, adapters, routing, max_rank=adapters.max_rank or 0, out=out)
     if not in_place and not copied:
-        rows.view(x.shape).copy_(x)
+        rows.copy_(x)
     return rows
 
 

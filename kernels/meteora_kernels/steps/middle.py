@@ -170,27 +170,32 @@ def middle(
     """
     _, _, lora_B, scaling, offsets, _, widths, member_rows = adapters
     top_k, temperature, allowed, indices, weights = routing
-    if type(down) is int:
-        down = logits.as_strided((*logits.shape[:-1], logits.shape[-1] - down), logits.stride(), logits.storage_offset() + down)
-    assert isinstance(down, Tensor)
+    inner = logits if isinstance(down, int) else down
+    shape, strides = inner.shape, inner.stride()
     if out is None:
         rank = adapters.total_rank
-        out = Out(torch.empty(down.shape[-2], len(widths) * rank, dtype=dtype or down.dtype, device=down.device), 0, rank, rank)
+        out = Out(torch.empty(shape[-2], len(widths) * rank, dtype=dtype or inner.dtype, device=inner.device), 0, rank, rank)
     result, first, second, columns = out
-    strides = logits.stride(-2), down.stride(), result.stride(-2)
     given = None if indices is None or weights is None else (indices.dtype, weights.dtype)
+    stride_logits, stride_out = logits.stride(-2), result.stride(-2)
     key = (
-        down.shape, strides, first, second, columns, scaling.shape[0], lora_B.numel(), widths, member_rows, max_rank, top_k, temperature,
-        kind_of_allowed(allowed), given, logits.dtype, down.dtype, result.dtype, scaling.dtype,
+        shape, strides, stride_logits, stride_out, first, second, columns, scaling.shape[0], lora_B.numel(), widths, member_rows, max_rank, top_k,
+        temperature, kind_of_allowed(allowed), given, logits.dtype, inner.dtype, result.dtype, scaling.dtype,
     )  # fmt: skip
+    if isinstance(down, int):
+        start, last = logits.data_ptr(), scaling.data_ptr()
+        addresses = [start, start + down * logits.itemsize, result.data_ptr(), last if allowed is None else allowed.data_ptr(), last, last, last]
+        if given is None and _middles.again(key, logits.get_device(), [*addresses, offsets.data_ptr()]):
+            return result
+        inner = logits[..., down:]
 
     def rest() -> Rest:
-        tokens, rank = down.shape[-2], adapters.total_rank
-        splits = down.shape[0] if down.dim() == 3 else 1
+        tokens, rank = shape[-2], adapters.total_rank
+        splits = shape[0] if len(shape) == 3 else 1
         block, warps = tile_of(adapters.padded, tokens)
         numbers = (
-            tokens, adapters.number, rank, down.stride(0) if splits > 1 else 0, logits.stride(-2), down.stride(-2), result.stride(-2), member_rows,
-            member_rows, first, second, columns, columns, temperature,
+            tokens, adapters.number, rank, strides[0] if splits > 1 else 0, stride_logits, strides[-2], stride_out, member_rows, member_rows, first, second,
+            columns, columns, temperature,
         )  # fmt: skip
         constants = {
             **choice_constants(adapters, routing), "BLOCK": block, "CHUNK": min(256, power_of_two(columns)), "GIVEN": indices is not None,
@@ -199,7 +204,7 @@ def middle(
         return Rest((ceil_div(tokens, block), len(widths)), numbers, constants)
 
     pointers = (
-        logits, down, result, scaling if allowed is None else allowed, scaling if indices is None else indices, scaling if weights is None else weights,
+        logits, inner, result, scaling if allowed is None else allowed, scaling if indices is None else indices, scaling if weights is None else weights,
         scaling, offsets,
     )  # fmt: skip
     _middles(key, pointers, rest)
