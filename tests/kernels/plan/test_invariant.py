@@ -30,6 +30,27 @@ def test_tokens_do_not_depend_on_their_batch(dtype: torch.dtype, top_k: int) -> 
         assert torch.equal(run_group(given.x, given.group, routing), together)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@torch.no_grad()
+def test_every_number_of_rows_at_real_sizes() -> None:
+    """1 to 128 rows of q, k and v of Llama-3-8B with 28 adapters, at the start and at the end of a batch, and in a CUDA graph."""
+    from support.gpu_groups import Linears
+
+    group = Linears(28, 8, (4096, 1024, 1024), 4096, torch.bfloat16).group
+    x = torch.randn(128, 4096, generator=torch.Generator("cuda").manual_seed(0), device="cuda").bfloat16()
+    with batch_invariance(DEVICE):
+        together = run_group(x, group, Routing())
+        for count in range(1, 129):
+            assert torch.equal(run_group(x[:count], group, Routing()), together[:count]), count
+            assert torch.equal(run_group(x[128 - count :], group, Routing()), together[128 - count :]), count
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_group(x[:7], group, Routing())
+        graph.replay()
+        assert torch.equal(captured, together[:7])
+
+
 def test_the_mode_is_as_exact_and_ends_with_its_block() -> None:
     given = members((24, 9), 20, bias=True, dtype=torch.float16)
     before = plan.table_of(DEVICE)
