@@ -93,7 +93,6 @@ class Launches:
             names = self.kernel.arg_names[len(tensors) + len(numbers) :]
             self.known[place] = Known(launcher, (*grid, 1, 1)[:3], (*numbers, *(constants[name] for name in names)))
 
-
     def again(self, key: Hashable, device: int, addresses: list[int], described: tuple[Any, ...] = ()) -> bool:
         """Launch the kernel if the key is known on a device and all addresses are multiples of 16; returns whether it was launched.
 

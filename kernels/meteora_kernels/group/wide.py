@@ -119,7 +119,11 @@ def before(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: boo
         found = library_products(x, adapters.gate, row.pieces, right(group, row.pieces))
     else:
         flat = x if x.dim() == 2 else x.as_strided((x.shape[:-1].numel(), wide.hidden), (x.stride(-2), 1))
-        found = products(flat, adapters.gate, row.pieces, row.tile, rows.view_as(flat)) if copied and row.tile is not None else products_by(row, flat, adapters.gate)
+        found = (
+            products(flat, adapters.gate, row.pieces, row.tile, rows.view_as(flat))
+            if copied and row.tile is not None
+            else products_by(row, flat, adapters.gate)
+        )
     middle(found, group.gate_rows, adapters, routing, max_rank=adapters.max_rank or 0, out=out)
     if not in_place and not copied:
         rows.copy_(x)
