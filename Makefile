@@ -9,13 +9,14 @@ FUZZ_SEED ?= 1
 SECONDS ?= 3600
 CHAOS_ARGS ?= --moments 12 --failures 8
 
-.PHONY: help install quickstart quickstart-train test test-fast test-vllm lint check fuzz fuzz-coverage fuzz-serve load-serve chaos docs docs-reference format clean
+.PHONY: help install quickstart quickstart-train test test-fast test-gpu test-vllm lint check fuzz fuzz-coverage fuzz-serve load-serve chaos docs docs-reference format clean
 
 help:
 	@echo "make quickstart        a trained checkpoint against its base model, and a picture of its routing (two to three minutes on two cores)"
 	@echo "make quickstart-train  train adapters and gates, and compare (about ten minutes on two cores)"
 	@echo "make test              all tests, the real end-to-end run included"
 	@echo "make test-fast         only the fast tests"
+	@echo "make test-gpu          what only a CUDA GPU can show, every file in a process for itself"
 	@echo "make test-vllm         the plugin in vLLM itself, on a CPU, in an environment of its own (3 GB, made once in the cache)"
 	@echo "make lint              ruff and mypy"
 	@echo "make check             ruff, mypy and all tests"
@@ -53,6 +54,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python tests/run_gpu_tests.py
 
 test-vllm: $(VENV)/.installed-dev
 	VLLM_TEST_PYTHON="$$(.ci/vllm $(BIN)/python .)" $(BIN)/python -m pytest -n 0 tests/core/integrations/vllm_plugin

@@ -1,0 +1,87 @@
+"""Runs `pytest -m gpu` with every file in a process for itself, because an error on a GPU makes all later tests of its process fail.
+
+    python tests/run_gpu_tests.py --workers 14 --seconds 400
+
+The report of a file with failures is printed as soon as the file has ended. Tests that failed run again, each alone in a process. The exit status is 1 if a
+test failed again or there was no time to run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ALONE = ("test_gpu_random_sizes.py", "test_overlap.py")
+"""Files that time their work; they run after all others, one at a time."""
+OPTIONS = ("-q", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE")
+NOT_RUN = 124
+
+
+def files() -> list[str]:
+    """Files with tests that only a GPU can run, relative to the repository."""
+    found = (file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8"))
+    return [str(file.relative_to(ROOT)) for file in found]
+
+
+def failures(report: str) -> list[str]:
+    """The tests that a report of pytest names as failed."""
+    return [match[1] for match in re.finditer(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", report, re.MULTILINE)]
+
+
+def run(target: str, seconds: float) -> tuple[int, str]:
+    """The exit status and the report of a file or a test."""
+    line = [sys.executable, "-m", "pytest", *OPTIONS, "-m", "gpu", target]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    if seconds <= 0:
+        return NOT_RUN, "no time left"
+    try:
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return NOT_RUN, "no time left"
+    return done.returncode, done.stdout + done.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="files that run at the same time")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="time after which nothing new starts")
+    given = parser.parse_args()
+    end, failed, missed = time.monotonic() + given.seconds, list[str](), list[str]()
+
+    def one(target: str) -> None:
+        begin = time.monotonic()
+        code, report = run(target, end - begin)
+        last = report.strip().splitlines()[-1] if report.strip() else ""
+        print(f"{time.monotonic() - begin:5.0f} s  {target}: {last}", flush=True)
+        if code == NOT_RUN or (code not in (0, 5) and not failures(report)):
+            missed.append(target)
+        if code not in (0, 5, NOT_RUN):
+            print(report, flush=True)
+            failed.extend(failures(report))
+
+    all_files = files()
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(one, [file for file in all_files if Path(file).name not in ALONE]))
+    for file in all_files:
+        if Path(file).name in ALONE:
+            one(file)
+    again, failed = failed, []
+    for test in again:
+        one(test)
+    for test in failed:
+        print(f"failed: {test}")
+    for target in missed:
+        print(f"not run to its end: {target}")
+    return 1 if failed or missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
