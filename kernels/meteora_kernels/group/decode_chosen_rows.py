@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from meteora_kernels.arguments import choice_constants, chunk_of, kind_of_allowed, or_any, span_of, three
+from meteora_kernels.arguments import choice_constants, chunk_of, or_any, span_of, three
 from meteora_kernels.device.chosen_rows import add_chosen, route_of_token
 from meteora_kernels.device.flags import finish, raise_flag, wait_flag
 from meteora_kernels.device.rows import member_of, rows_times_tokens
-from meteora_kernels.launches import Launches, Rest
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import Group, Routing
@@ -112,9 +111,6 @@ def can_run(case: Case, row: Row) -> str | None:
     return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
 
 
-_launches = Launches(decode_chosen_rows_kernel)
-
-
 def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
     """Outputs of a group of linears for few tokens, reading only the chosen rows of A: (M, O), contiguous, in the dtype of x.
 
@@ -141,27 +137,15 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     plan_rows = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     plan_values = torch.empty(down_pieces, tokens, members * places, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
-    key = (
-        tokens, hidden, gate.stride(0), count, group.total_rank, widths, stacked, routing.top_k, routing.temperature, kind_of_allowed(routing.allowed),
-        rank_p, tile, row.pieces, group.bias is None, x.dtype, scaling.dtype,
-    )  # fmt: skip
-
-    def rest() -> Rest:
-        programs = members * (ceil_div(count, gate_block) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
-        programs += sum(ceil_div(width, bn) for width in widths)
-        numbers = (tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths), routing.temperature)
-        constants = {
-            **choice_constants(adapters, routing), "MEMBERS": members, "RANK_P": rank_p, "CHUNK": chunk_of(places, tokens_p, bn), "TOKENS_P": tokens_p,
-            "GATE_BLOCK": gate_block, "GATE_STEP": tile.gate_step, "GATE_SPAN": gate_span, "GATE_PIECES": gate_pieces, "ROWS": rows,
-            "DOWN_STEP": tile.down_step, "DOWN_SPAN": down_span, "DOWN_PIECES": down_pieces, "BN": bn, "BK": tile.step, "HAS_BIAS": group.bias is not None,
-            "EVEN": not (hidden % tile.step or hidden % tile.gate_step or hidden % tile.down_step),
-            "WHOLE": hidden % gate_span == 0 and hidden % down_span == 0, "STAGES": tile.stages, "PRECISION": "ieee", "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        }  # fmt: skip
-        return Rest((programs,), numbers, constants)
-
-    pointers = (
+    programs = members * (ceil_div(count, gate_block) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
+    programs += sum(ceil_div(width, bn) for width in widths)
+    decode_chosen_rows_kernel[(programs,)](
         x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, logits, plan_rows, plan_values, group.flags, y,
-    )  # fmt: skip
-    _launches(key, pointers, rest)
+        tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths), routing.temperature,
+        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, tokens_p, bn), TOKENS_P=tokens_p, GATE_BLOCK=gate_block,
+        GATE_STEP=tile.gate_step, GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, DOWN_STEP=tile.down_step, DOWN_SPAN=down_span,
+        DOWN_PIECES=down_pieces, BN=bn, BK=tile.step, HAS_BIAS=group.bias is not None, EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden %
+        tile.down_step), WHOLE=hidden % gate_span == 0 and hidden % down_span == 0, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip  # fmt: skip
     return y
