@@ -56,7 +56,7 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-dev
-	$(BIN)/python tests/run_gpu_tests.py
+	PYTHONPATH=tests $(BIN)/python -m support.gpu_run
 
 test-vllm: $(VENV)/.installed-dev
 	VLLM_TEST_PYTHON="$$(.ci/vllm $(BIN)/python .)" $(BIN)/python -m pytest -n 0 tests/core/integrations/vllm_plugin

@@ -1,6 +1,6 @@
 """Runs `pytest -m gpu` with every file in a process for itself, because an error on a GPU makes all later tests of its process fail.
 
-    python tests/run_gpu_tests.py --workers 14 --seconds 400
+    PYTHONPATH=tests python -m support.gpu_run --workers 14 --seconds 400
 
 The report of a file with failures is printed as soon as the file has ended. Tests that failed run again, each alone in a process. The exit status is 1 if a
 test failed again or there was no time to run it.
@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ALONE = ("test_gpu_random_sizes.py", "test_overlap.py")
 """Files that time their work; they run after all others, one at a time."""
 OPTIONS = ("-q", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE")
