@@ -22,7 +22,7 @@ from support.random_sizes import Sizes, draw
 
 from meteora_core.bench.timing import capture, medians
 from meteora_core.bench.tuning import candidates, configuration, described
-from meteora_kernels import Adapters, Group, Routing, layer, mix, plan
+from meteora_kernels import Adapters, Group, Routing, layer, many_adapters, mix, plan
 from meteora_kernels import group as groups
 from meteora_kernels.plan import Case, Facts, Row
 from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
@@ -30,6 +30,9 @@ from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 DTYPE = torch.bfloat16
 Work = Callable[[], object]
 OTHERS = [Row("library"), Row("many_tokens"), Row("many_tokens", inline=True)]
+MANY = [Row("many_adapters", way=way) for way in ("few", "sorted")]
+TABLE = "ALL_ROWS" in os.environ
+"""Whether all rows of the table are timed."""
 GROUPS = [Row("split"), Row("split", pieces=1), Row("packed"), Row("packed", pieces=1)]
 
 
@@ -57,13 +60,13 @@ def works_of(size: Sizes) -> dict[str, Work]:
     works: dict[str, Work] = {"layer dense": lambda: mix(x, base, adapters, routing, backend="dense")}
     taken = layer.row_for(x, adapters, size.top_k)
     works["layer taken: " + described(taken)] = lambda: layer.run(taken, x, None, base, adapters, routing)
-    for row, reason in candidates([*OTHERS, *table.layer], case, layer.CAN_RUN):
+    for row, reason in candidates([*OTHERS, *MANY, *(table.layer if TABLE else ())], case, layer.CAN_RUN):
         if not reason and row != configuration(taken):
             works["layer " + described(row)] = lambda row=row: layer.run(row, x, None, base, adapters, routing)
     works["group dense"] = lambda: mix(x, F.linear(x, weight), adapters, routing, backend="dense")
     first = groups.row_for(group, size.tokens, size.top_k, aligned=size.tokens > 16 and group.aligned)
     works["group taken: " + described(first)] = lambda: groups.run_group(x, group, routing)
-    for row in GROUPS:
+    for row in [*GROUPS, *(row for row in MANY if not many_adapters.can_run(case, row))]:
         works["group " + described(row)] = lambda row=row: groups.PATHS[row.path].run(x, group, routing, row)
     return works
 
