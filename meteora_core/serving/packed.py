@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from meteora_core.errors import CheckpointError
 from meteora_core.model.caches import has_states
 from meteora_core.reading import first_line
+from meteora_core.routing import find_meteora
 from meteora_core.serving.rotary import one_launch_rotary
 from meteora_core.serving.slots import Slots
 from meteora_kernels.plan import why_not_triton
@@ -379,7 +380,16 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, now: Pass | 
 
 @torch.inference_mode()
 def check_packed(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the model computes the same logits from packed requests as from single ones, tested with two short texts."""
+    """Raise CheckpointError unless the model computes the same logits from packed requests as from single ones, tested with two short texts.
+
+    Adapters are off: where two of them are nearly equal, rounding could change the choice, and with it the logits.
+    """
+    state = find_meteora(model)
+    with nullcontext() if state is None else state.disabled():
+        _check_packed(model, options)
+
+
+def _check_packed(model: PreTrainedModel, options: dict[str, Any]) -> None:
     kind = getattr(model.config, "model_type", type(model).__name__)
     hint = "choose a base model of another kind, such as a Llama, Qwen or Mistral"
     if has_states(model) or not getattr(model, "_supports_attention_backend", False) or getattr(model.config, "is_encoder_decoder", False):
@@ -397,7 +407,7 @@ def check_packed(model: PreTrainedModel, options: dict[str, Any]) -> None:
             packed = run(model, Pass(slots, then, 2, device), then, [0, 1], options).float()
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{kind} models cannot be served: packed requests fail ({type(error).__name__})", hint=hint) from error
-    allowed = 1e-3 if alone[0].dtype == next(model.parameters()).dtype else 5e-2
+    allowed = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.2  # rounding to 16 bits adds up from layer to layer
     for one, other in zip(alone, packed, strict=True):
-        if not bool((one - other).abs().amax() <= allowed * one.abs().amax().clamp_min(1.0)):
+        if not bool((one - other).norm() <= allowed * one.norm().clamp_min(1.0)):
             raise CheckpointError(f"{kind} models cannot be served: packed requests change the result", hint=hint)
