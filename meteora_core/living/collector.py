@@ -160,10 +160,13 @@ class Collector:
         return {name: found[name] for name in bank.names}, wanted
 
     def held_out(self, names: Sequence[str]) -> HeldOut:
-        """Encoded held-out rows of each adapter, about :data:`HELD_OUT_TOKENS` tokens, in the order of ``names``; adapters without rows have none."""
+        """Encoded held-out rows of each adapter, about :data:`HELD_OUT_TOKENS` tokens, in the order of ``names``.
+
+        Adapters without rows have none, nor has the base route: accuracy is about tokens that have an adapter.
+        """
         groups: list[list[TrainRow]] = []
         for index, name in enumerate(names):
-            rows = self.rows(name)
+            rows = None if name == NO_ADAPTER else self.rows(name)
             held = rows.held_out if rows is not None else []
             end = None if rows is None else rows.frame.end_id(self.tokenizer)
             encoded = encode_rows(held, self.tokenizer, index, self.how.max_length, end).rows if held else ()
