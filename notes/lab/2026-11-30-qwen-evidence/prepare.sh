@@ -2,6 +2,7 @@
 # Puts the base and the rows of the experiment into $EXP (default: /tmp/exp) on a machine without a network: joins and converts a GGUF file that arrives in
 # parts, and unpacks the datasets. From the repository root; it may be called any number of times, and a second call waits for the first.
 #   prepare.sh pack FILE.gguf SIZE   where there is a network: splits the GGUF file and packs $EXP/runs/paper-qwen/{datasets,steps} into $FROM
+#                                    (made before by `python -m examples.paper qwen --raw-dir raw --only datasets` in $EXP, which also fetches the base)
 #   prepare.sh carry                 on the machine: keeps what $FROM holds at the moment; converts as soon as the GGUF file is complete
 #   prepare.sh                       the same, and fails if anything is missing
 set -u
