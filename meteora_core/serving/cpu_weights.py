@@ -19,6 +19,9 @@ _log = logging.getLogger(__name__)
 
 TOKENS = 8
 """The number of tokens for which the layout is optimised."""
+EXACT, BLOCK = 16, 64
+"""Up to EXACT tokens, and multiples of it up to BLOCK, are multiplied as they are; other numbers are filled up, and larger ones are split. oneDNN keeps half a
+megabyte for each number of tokens and shape of weights, up to 1,024 of them."""
 SPARE = 4
 """Weights are copied only if the available memory is larger than the copies by this factor."""
 
@@ -40,8 +43,11 @@ class PackedForward:
         layer = self.layer
         if torch.is_grad_enabled() or x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return F.linear(x, layer.weight, layer.bias)
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed(), layer.bias, "none", [], "")
-        return output
+        parts: list[Tensor] = [
+            torch.ops.mkldnn._linear_pointwise(block, self.packed(), layer.bias, "none", [], "")[:count] for block, count in blocks(x.reshape(-1, x.shape[-1]))
+        ]
+        output = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     def packed(self) -> Tensor:
         """The weight in oneDNN's layout; it is computed again if the weight has changed."""
@@ -51,6 +57,24 @@ class PackedForward:
             self._packed, self._source = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TOKENS), source
         assert self._packed is not None
         return self._packed
+
+
+def blocks(rows: Tensor) -> list[tuple[Tensor, int]]:
+    """Split (M, in) into blocks of few different sizes.
+
+    Returns:
+        The blocks, each with the number of its rows that are not zeros at its end.
+
+    Example:
+        >>> [(tuple(block.shape), count) for block, count in blocks(torch.ones(90, 3))]
+        [((64, 3), 64), ((32, 3), 26)]
+    """
+    found = []
+    for begin in range(0, max(len(rows), 1), BLOCK):
+        block = rows[begin : begin + BLOCK]
+        count = len(block)
+        found.append((F.pad(block, (0, 0, 0, -count % EXACT)) if count > EXACT and count % EXACT else block, count))
+    return found
 
 
 def pack_weights(model: nn.Module) -> int:

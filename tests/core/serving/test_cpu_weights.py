@@ -8,7 +8,7 @@ from torch import nn
 
 from meteora_core.chat.chat_model import ChatModel
 from meteora_core.serving import cpu_weights
-from meteora_core.serving.cpu_weights import pack_weights, unpack_weights
+from meteora_core.serving.cpu_weights import blocks, pack_weights, unpack_weights
 
 pytestmark = pytest.mark.skipif(not cpu_weights._works(), reason="this build of PyTorch has no oneDNN")
 
@@ -28,6 +28,18 @@ def test_packed_layers_follow_their_weights() -> None:
     assert model[0].weight.grad is not None
     unpack_weights(model)
     assert not any("forward" in vars(module) for module in model)
+
+
+def test_any_number_of_tokens_takes_few_sizes() -> None:
+    layer = nn.Linear(48, 32)
+    assert pack_weights(layer) == 1
+    with torch.inference_mode():
+        for count in (0, 1, 15, 16, 17, 31, 63, 64, 65, 130, 200):
+            x = torch.randn(count, 48)
+            assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+            assert layer(x[None]).shape == (1, count, 32)
+    sizes = {len(block) for count in range(1, 600) for block, _ in blocks(torch.ones(count, 1))}
+    assert sizes == {*range(1, 17), 32, 48, 64}
 
 
 def test_nothing_is_packed_without_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
