@@ -12,6 +12,7 @@ TOKENS, HELD = int(sys.argv[4]) if len(sys.argv) > 4 else 1200, 300
 
 
 def collect(data):
+    from limited import limit
     from meteora_core import load_checkpoint
     from meteora_core.data.frames import INST
     from meteora_core.data.rows import read_rows
@@ -37,12 +38,6 @@ def collect(data):
         d = {p: torch.cat(x) for p, x in acts.items()}; d['resp'] = torch.cat(resp)
         torch.save(d, OUT / f'{name}.pt'); print(name, len(rows), len(d['resp']), int(d['resp'].sum()), time.process_time(), flush=True)
 
-    def limit(rows, tokens):
-        out, n = [], 0
-        for r in rows:
-            if n >= tokens: break
-            out.append(r); n += len(r.tokens)
-        return out
     for i, n in enumerate(N):
         index = state.names.index(n)
         rows = read_rows(data, n, 'train', 800); random.Random(42).shuffle(rows)

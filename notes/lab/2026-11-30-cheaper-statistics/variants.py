@@ -9,6 +9,7 @@ import argparse, contextlib, json, math, random, re, sys, time
 from pathlib import Path
 
 import torch
+from limited import limit
 
 from meteora_core import AdapterBank, attach
 from meteora_core.adapters.base_route import base_route
@@ -54,14 +55,6 @@ def log(*parts): print(f'{time.time() - BEGAN:6.0f}', *parts, flush=True)
 
 
 def enc(rows, index): return list(encode_rows(rows, tok, index, a.max_length, None).rows)
-
-
-def limit(rows, tokens):
-    out, n = [], 0
-    for r in rows:
-        if n >= tokens: break
-        out.append(r); n += len(r.tokens)
-    return out
 
 
 train, held = [], []
