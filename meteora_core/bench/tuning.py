@@ -40,7 +40,7 @@ CHECKED = 64
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens that are measured by default."""
 MORE_ROWS = {"layer": (Row("library"),)}
-"""Configurations that no shipped table has, by kind of entry."""
+"""Configurations that not every shipped table has, by kind of entry."""
 NEAR = 8
 """Configurations of rows for numbers of tokens that are further away, by this factor, are not tried."""
 
