@@ -6,14 +6,12 @@ Needs the folder 2026-11-29-many-adapters on the path. Prints every group's micr
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from common import SHAPES, Group, capture, graphs, times
+from common import SHAPES, Group, capture, graphs
+from measured import measure
 
 from meteora_kernels import Routing
 from meteora_kernels.group import PATHS, decode_chosen_rows, row_for
@@ -74,20 +72,7 @@ def main(mode: str, names: list[str], sizes: list[str]) -> None:
             works: dict[str, Callable[[], object]] = {}
             if mode != "warm":
                 works["base"] = capture(lambda pairs=pairs: [group.base(x) for group, x in pairs])
-            for key in every[0]:
-                try:
-                    if mode == "warm":
-                        every[0][key]()
-                        torch.cuda.synchronize()
-                    else:
-                        works[key] = capture(lambda every=every, key=key: [each[key]() for each in every])
-                except Exception as problem:
-                    print(name, size, key, str(problem)[:200], flush=True)
-            if mode != "warm":
-                taken = times(works, 15)
-                found[f"{size} {name}"] = {key: value / len(groups) for key, value in taken.items()}
-                print(size, name, {key: round(value / len(groups), 1) for key, value in sorted(taken.items(), key=lambda item: item[1])}, flush=True)
-                (Path(os.environ.get("OUT", ".")) / "decode.json").write_text(json.dumps(found, indent=1))
+            measure(f"{size} {name}", every, works, found, warm=mode == "warm", file="decode.json")
             graphs.clear()
             del groups, works, every, pairs
             torch.cuda.empty_cache()

@@ -5,15 +5,13 @@ Needs the folders 2026-11-29-many-adapters and 2026-11-30-random-sizes on the pa
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import SHAPES, capture, graphs, times
+from common import SHAPES, graphs
+from measured import measure
 from mixed import group_of
 
 from meteora_kernels import Group, Routing
@@ -47,20 +45,7 @@ def main(mode: str, names: list[str], sizes: list[int]) -> None:
             groups = [group_of([8] * 28, hidden, widths) for _ in range(1 if mode == "warm" else COPIES[name])]
             every = [works_of(group, torch.randn(tokens, hidden, device="cuda").bfloat16()) for group in groups]
             works: dict[str, Callable[[], object]] = {}
-            for key in every[0]:
-                try:
-                    if mode == "warm":
-                        every[0][key]()
-                        torch.cuda.synchronize()
-                    else:
-                        works[key] = capture(lambda every=every, key=key: [each[key]() for each in every])
-                except Exception as problem:
-                    print(name, tokens, key, str(problem)[:200], flush=True)
-            if mode != "warm":
-                taken = times(works, 15)
-                found[f"{tokens} {name}"] = {key: value / len(groups) for key, value in taken.items()}
-                print(tokens, name, {key: round(value / len(groups), 1) for key, value in sorted(taken.items(), key=lambda item: item[1])}, flush=True)
-                (Path(os.environ.get("OUT", ".")) / "groups.json").write_text(json.dumps(found, indent=1))
+            measure(f"{tokens} {name}", every, works, found, warm=mode == "warm", file="groups.json")
             graphs.clear()
             del groups, works, every
             torch.cuda.empty_cache()
