@@ -205,9 +205,10 @@ class VllmProcess:
                 if not self.running:
                     reason = _last_error(self.log) or f"it ended with code {self._process.returncode}"
                     raise MeteoraError(f"vLLM does not start: {reason}", hint="-v shows its messages")
-                with suppress(httpx.HTTPError, OSError):
-                    if client.get("/health", timeout=5).status_code == 200:
-                        return
+                if (self._place / "socket").exists():  # httpx does not close a socket that it cannot connect
+                    with suppress(httpx.HTTPError, OSError):
+                        if client.get("/health", timeout=5).status_code == 200:
+                            return
                 time.sleep(0.2)
         raise MeteoraError(f"vLLM is not ready after {START_SECONDS:.0f} seconds", hint="-v shows its messages")
 

@@ -22,6 +22,7 @@ from meteora_cli.chat.panels import show_adapters
 from meteora_cli.chat.render import Painter, StreamPrinter
 from meteora_cli.console import guard_messages, progress, report_error, write_text
 from meteora_cli.display import DataTable, Terminal, body, cell, panel
+from meteora_core.chat.conversation import AdapterRow
 from meteora_core.errors import DataError
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202eevil\u200b\ufeff[/x][bold][link=https://example.org]:heart:\r\u2028"
@@ -102,9 +103,8 @@ def test_streams_legends_and_statuses() -> None:
 
 
 def test_the_adapters_of_a_chat() -> None:
-    adapter = SimpleNamespace(name=HOSTILE, rank=8, alpha=16.0, rslora=False, source=HOSTILE)
-    state = SimpleNamespace(names=[HOSTILE], adapters=[adapter])
-    session = SimpleNamespace(state=lambda: state, mode=SimpleNamespace(forced=None, muted=()))
+    rows = (AdapterRow(HOSTILE, rank=8, alpha=HOSTILE, source=HOSTILE),)
+    session = SimpleNamespace(names=(HOSTILE,), adapter_rows=lambda: rows, mode=SimpleNamespace(forced=None, muted=()), check_adapters=lambda: None)
     console = terminal()
     show_adapters(console, session)
     check(shown(console))

@@ -49,7 +49,7 @@ def test_examples_are_understood(line) -> None:
             break
         name, item, words = item.resolve_command(context, rest)
         assert item is not None, name
-    given = {word.partition("=")[0] for word in words_of(line) if re.match(r"--?[A-Za-z]", word)}
+    given = {word.partition("=")[0] for word in words_of(line) if re.fullmatch(r"--?[A-Za-z]\S*", word)}
     known = {flag for _, each in COMMANDS.items() for parameter in each.params for flag in parameter.opts}
     own = {flag for parameter in (*item.params, *command().params) for flag in (*parameter.opts, *parameter.secondary_opts)}
     assert given <= own, f"{given - own} ({'of another command' if given <= known else 'unknown'})"
@@ -62,7 +62,7 @@ def test_options_that_are_settings_show_the_settings_default(meteora, path) -> N
     assert all(parameters[name].default is None for name in bound)
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", meteora(*path.split(), "--help").out).split())
     for name, setting in bound.items():
-        if not isinstance(default := default_of(setting), bool | None) and default != []:
+        if not isinstance(default := default_of(setting), bool | None) and default not in ([], ""):
             assert f"[default: {default}]" in shown, name
 
 

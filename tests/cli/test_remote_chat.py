@@ -327,7 +327,7 @@ def test_a_server_that_is_lost_in_an_answer_is_said_and_the_loop_goes_on() -> No
 
     with served(Failing) as url:
         session = RemoteSession(RemoteClient(url))
-        for message in ("the answer has no end", "does not answer as a server", "out of memory"):
+        for message in ("the answer is incomplete", "does not answer as a server", "out of memory"):
             with pytest.raises(MeteoraError, match=message):
                 list(session.ask("Hello"))
         assert session.turns == []

@@ -86,7 +86,7 @@ def test_it_stops_goes_on_and_repairs(place, monkeypatch, capsys) -> None:
     other["base"]["name"] = "another"
     config.write_text(json.dumps(other))
     assert main(["toy", *PLACES, "--again", "eval-ridge", "--only", "eval-ridge"], run_command=again) == 1
-    assert "is not the file that step gates-ridge made" in capsys.readouterr().err
+    assert "is not the file that step gates-ridge created" in capsys.readouterr().err
     record = place / "runs/toy/steps/gates-ridge.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "outputs": {}}))
     assert main(["toy", *PLACES, "--only", "eval-ridge"], run_command=again) == 1
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_where_it_was(place) -> None:
     before = record.stat().st_mtime_ns
     short = processes.run(experiment, *call, "--for", "0", folder=place)
     assert short.code == 75, short.err
-    assert "the same command continues" in short.err
+    assert "continue with the same command" in short.err
     done = processes.run(experiment, *call, folder=place)
     assert done.code == 0, done.err[-2000:]
     assert record.stat().st_mtime_ns == before
