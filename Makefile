@@ -12,7 +12,7 @@ CHAOS_ARGS ?= --moments 12 --failures 8
 .PHONY: help install quickstart quickstart-train test test-fast test-gpu test-vllm lint check fuzz fuzz-coverage fuzz-serve load-serve chaos docs docs-reference format clean
 
 help:
-	@echo "make quickstart        a trained checkpoint against its base model, and a picture of its routing (two to three minutes on two cores)"
+	@echo "make quickstart        a trained checkpoint against its base model, and a picture of its routing (one to two minutes on two cores)"
 	@echo "make quickstart-train  train adapters and gates, and compare (about ten minutes on two cores)"
 	@echo "make test              all tests, the real end-to-end run included"
 	@echo "make test-fast         only the fast tests"

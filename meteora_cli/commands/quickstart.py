@@ -36,7 +36,7 @@ def quickstart(
 ) -> None:
     """Try MeteoRA with a small model and three BIG-bench tasks.
 
-    By default, compare the starter checkpoint with its base model and draw the routing of an answer in colour, in two to three minutes on two CPU cores. With
+    By default, compare the starter checkpoint with its base model and draw the routing of an answer in colour, in one to two minutes on two CPU cores. With
     --train, or if the package has no starter checkpoint, train three adapters and the gates and compare them with the base model, in about ten minutes. An
     interrupted run resumes when the same command is run again.
     """
