@@ -6,8 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from meteora_cli.commands.serve import check_access, is_loopback, key_of, listen
 from meteora_core.errors import UsageError
 from support.chat_world import World, build_world
+from support.server_process import serving
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +26,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def process(world: World, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server with a key, and its address."""
-    command = [sys.executable, "-m", "meteora_cli", "serve", str(world.checkpoint), "--port", "0", "--served-model-name", "mine", "--device", "cpu"]
-    environment = {**os.environ, "METEORA_API_KEY": "secret"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        lines: list[str] = []
-        for line in running.stderr:
-            lines.append(line)
-            if line.startswith("Serving on "):
-                break
-        else:
-            pytest.fail("".join(lines))
-        threading.Thread(target=running.stderr.read, daemon=True).start()
-        try:
-            yield running, line.split()[2]
-        finally:
-            running.kill()
+    arguments = [str(world.checkpoint), "--port", "0", "--served-model-name", "mine", "--device", "cpu"]
+    with serving(arguments, tmp_path, {**os.environ, "METEORA_API_KEY": "secret"}) as found:
+        yield found
 
 
 def test_sigterm_lets_requests_finish(process: tuple[subprocess.Popen[str], str]) -> None:

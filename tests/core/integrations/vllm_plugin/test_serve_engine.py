@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from meteora_core.serving.protocol import ChatMessage, RoutingRequest
 from meteora_core.serving.service import Service, ServiceOptions
 from support import chat_world
 from support.chat_world import NAMES, World, build_world, byte_llama, open_chat_model
+from support.server_process import serving
 from support.serving import alone
 from support.vllm_environment import PYTHON, environment, needs_vllm
 
@@ -40,24 +39,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], str]]:
     folder = tmp_path_factory.mktemp("run")
     flags = ["--engine", "vllm", "--vllm-python", PYTHON, "--vllm-args", "--enforce-eager", "--dtype", "float32", "--max-batch", "8", "--port", "0"]
-    command = [sys.executable, "-m", "meteora_cli", "serve", str(world.checkpoint), *flags]
     kept = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
     variables = {**environment(), **kept, "METEORA_API_KEY": KEY, "METEORA_CACHE": str(folder / "cache")}
-    with subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        lines: list[str] = []
-        for line in running.stderr:
-            lines.append(line)
-            if line.startswith("Serving on "):
-                break
-        else:
-            pytest.fail("".join(lines))
-        threading.Thread(target=running.stderr.read, daemon=True).start()
-        try:
-            yield running, line.split()[2]
-        finally:
-            running.send_signal(signal.SIGTERM)
-            running.wait(60)
+    with serving([str(world.checkpoint), *flags], folder, variables) as (running, url):
+        yield running, url
+        running.send_signal(signal.SIGTERM)  # vLLM's own process has to end, too
+        running.wait(60)
 
 
 def test_answers_routes_and_errors_are_those_of_the_embedded_engine(world: World, server: tuple[subprocess.Popen[str], str]) -> None:
