@@ -14,7 +14,30 @@ MOST_TOKENS = 1 << 24
 MOST_PROCESSES = 1024
 """The largest number of processes on one machine that a setting, argument or flag may ask for."""
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 2.0**-126, 2.0**126
+"""The range of the routing temperature T: the smallest normal float32 and its reciprocal. Neither T nor 1 / T underflows in float32 within it."""
+
 Number = TypeVar("Number", int, float)
+
+
+def check_temperature(value: float) -> float:
+    """Return a routing temperature if it is in its range.
+
+    Args:
+        value: Routing temperature T.
+
+    Raises:
+        UsageError: T is below the smallest normal float32 or above its reciprocal, or NaN.
+
+    Example:
+        >>> check_temperature(15.0)
+        15.0
+    """
+    if not LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE:
+        raise UsageError(
+            f"the routing temperature T is {value}, it must be a number from 1.18e-38 to 8.5e+37", hint="T = 1 is the default; composites use 15 to 30"
+        )
+    return value
 
 
 def check_range(what: str, value: Number, low: float, high: float, *, above: bool = False) -> Number:

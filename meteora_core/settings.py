@@ -15,7 +15,7 @@ from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.file_models import first_problem
 from meteora_core.names import problem_of
-from meteora_core.ranges import MOST_PROCESSES, MOST_ROWS, MOST_TOKENS
+from meteora_core.ranges import LEAST_TEMPERATURE, MOST_PROCESSES, MOST_ROWS, MOST_TOKENS
 from meteora_core.reading import read_text
 from meteora_core.text import one_line, printable, shown
 
@@ -107,7 +107,7 @@ class RoutingSettings(_Section):
 
     top_k: int | None = Field(None, examples=[2], ge=1, le=65536, description="Adapters per token and layer; absent: the checkpoint's, and 2 in training.")
     temperature: float | None = Field(
-        None, examples=[1.0], gt=0, le=1e6, description="Routing temperature T; absent: each task's default (1; composites 15-30)."
+        None, examples=[1.0], ge=LEAST_TEMPERATURE, le=1e6, description="Routing temperature T; absent: each task's default (1; composites 15-30)."
     )
 
 

@@ -210,13 +210,15 @@ def _kinds(kind: Any, metadata: Any) -> str:
 
 def _range(metadata: Any) -> str:
     said = {Ge: "from {}", Gt: "above {}", Le: "up to {}", Lt: "below {}"}
-    words = [said[type(each)].format(f"{_bound(each):,}") for kind in said for each in metadata if type(each) is kind]
+    words = [said[type(each)].format(_bound(each)) for kind in said for each in metadata if type(each) is kind]
     return " " + " ".join(words) if words else ""
 
 
-def _bound(item: Any) -> Any:
+def _bound(item: Any) -> str:
     value = next(iter(vars(item).values())) if hasattr(item, "__dict__") else next(getattr(item, name) for name in item.__dataclass_fields__)
-    return int(value) if float(value).is_integer() else value
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:,}" if value > 1e-9 else f"{value:.3g}"
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meteora_kernels.rank_rows import Layout, layout_of
-from meteora_kernels.reference import top_indices
+from meteora_kernels.reference import routing_weights, top_indices
 from meteora_kernels.types import Adapters, Routing
 
 DOTS_GAIN = 5.0
@@ -139,7 +139,7 @@ def choose(logits: Tensor, top_k: int, temperature: float, allowed: Tensor | Non
     chosen = logits.gather(1, indices)
     if chosen.dtype != torch.float64:
         chosen = chosen.float()
-    return indices, torch.softmax(chosen if temperature == 1.0 else chosen / temperature, dim=1)
+    return indices, torch.softmax(chosen, dim=1) if temperature == 1.0 else routing_weights(chosen, temperature)
 
 
 class Forward(NamedTuple):

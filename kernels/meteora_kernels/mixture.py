@@ -12,7 +12,7 @@ from torch import Tensor
 from meteora_kernels import dense, plan, reference
 from meteora_kernels.operators import on_device_of
 from meteora_kernels.plan import machine
-from meteora_kernels.types import Adapters, Routing
+from meteora_kernels.types import TEMPERATURES, Adapters, Routing
 
 BACKENDS: tuple[str, ...] = ("auto", "reference", "dense", "triton")
 
@@ -257,8 +257,8 @@ def check(x: Tensor, base_output: Tensor, adapters: Adapters, routing: Routing, 
         raise ValueError(f"scaling {tuple(scaling.shape)} and offsets {tuple(offsets.shape)} do not fit {count} adapters")
     if not 1 <= routing.top_k <= count:
         raise ValueError(f"top_k is {routing.top_k}, but there are {count} adapters: it must be in 1..{count}")
-    if not routing.temperature > 0:
-        raise ValueError(f"temperature is {routing.temperature}, it must be above 0")
+    if not TEMPERATURES[0] <= routing.temperature <= TEMPERATURES[1]:
+        raise ValueError(f"temperature is {routing.temperature}, it must be in {TEMPERATURES[0]:.3g}..{TEMPERATURES[1]:.2g}")
     device = x.device
     if not (base_output.device == gate.device == lora_A.device == lora_B.device == scaling.device == offsets.device == device):
         devices = {tensor.device for tensor in (x, base_output, gate, lora_A, lora_B, scaling, offsets)}

@@ -44,6 +44,18 @@ def top_indices(logits: Tensor, top_k: int) -> Tensor:
     return picks[0] if top_k == 1 else torch.cat(picks, dim=-1)
 
 
+def routing_weights(chosen: Tensor, temperature: float | Tensor) -> Tensor:
+    """``softmax(chosen / T)``, whose weights are finite for any finite logits and any T in :data:`meteora_kernels.types.TEMPERATURES`.
+
+    The largest logit is subtracted first, because ``chosen / T`` alone overflows for small T.
+
+    Args:
+        chosen: Logits (..., k) in float32 or float64, the largest one of each token first.
+        temperature: Routing temperature T, a number or a tensor (..., 1) in the dtype of ``chosen``.
+    """
+    return torch.softmax((chosen - chosen[..., :1].detach()) / temperature, dim=-1)
+
+
 def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Choose adapters and their weights for every token.
 
@@ -72,7 +84,7 @@ def route(logits: Tensor, top_k: int, temperature: float = 1.0, allowed: Tensor 
     chosen = logits.gather(-1, indices)
     if chosen.dtype != torch.float64:
         chosen = chosen.float()
-    return indices, torch.softmax(chosen / temperature, dim=-1)
+    return indices, routing_weights(chosen, temperature)
 
 
 def route_rows(logits: Tensor, top_k: Tensor, temperature: Tensor, allowed: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +114,7 @@ def route_rows(logits: Tensor, top_k: Tensor, temperature: Tensor, allowed: Tens
     if chosen.dtype != torch.float64:
         chosen = chosen.float()
     unused = torch.arange(most, device=logits.device) >= top_k.unsqueeze(-1)
-    return indices, torch.softmax((chosen / temperature.to(chosen.dtype).unsqueeze(-1)).masked_fill(unused, float("-inf")), dim=-1)
+    return indices, routing_weights(chosen.masked_fill(unused, float("-inf")), temperature.to(chosen.dtype).unsqueeze(-1))
 
 
 def spread(indices: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:

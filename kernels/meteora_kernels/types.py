@@ -16,7 +16,7 @@ from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.tile import Tile
 from meteora_kernels.wide import Wide
 
-__all__ = ["Adapters", "Group", "Routing", "Tile", "new_flags"]
+__all__ = ["TEMPERATURES", "Adapters", "Group", "Routing", "Tile", "new_flags"]
 
 
 class Adapters(NamedTuple):
@@ -110,12 +110,16 @@ class Adapters(NamedTuple):
         return max(1, power_of_two(self.max_rank or 0))
 
 
+TEMPERATURES = torch.finfo(torch.float32).tiny, 1 / torch.finfo(torch.float32).tiny
+"""The smallest and the largest routing temperature T: the smallest normal float32 and its reciprocal. Neither T nor 1 / T underflows in float32."""
+
+
 class Routing(NamedTuple):
     """How tokens choose their adapters.
 
     Attributes:
         top_k: Number of adapters per token k, 1 <= top_k <= N.
-        temperature: Routing temperature T > 0, which divides the chosen logits before the softmax.
+        temperature: Routing temperature T, in the range ``TEMPERATURES``, which divides the chosen logits before the softmax.
         allowed: Mask of the adapters that may be chosen, bool (N,); None for all. For :func:`meteora_kernels.run_group` on a GPU also the options of every
             token (:mod:`meteora_kernels.token_options`), which replace ``temperature`` and lower ``top_k``.
         indices: Adapters to use instead of the gate's choice (forced routing), int64 (..., k), or None.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.ranges import LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Option:
     def range(self) -> str:
         """The range in words, for a hint."""
         kind = "a whole number" if self.whole else "a number"
-        lowest = f"above {self.low:g}" if self.open_low else f"from {self.low:g}"
+        lowest = f"above {self.low:g}" if self.open_low else f"from {self.low:.3g}"
         highest = "" if math.isinf(self.high) else f"{' and up' if self.open_low else ''} to {self.high:.15g}"
         return f"{kind} {lowest}{highest}"
 
@@ -43,7 +44,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("temperature", False, 0, 5, "sampling temperature; 0 always takes the most likely token"),
     Option("top-p", False, 0, 1, "draw from the most likely tokens, up to this sum of probabilities", open_low=True),
     Option("seed", True, 0, 2**32 - 1, "seed of the random generator that draws tokens"),
-    Option("T", False, 0, 1000, "routing temperature; a higher one mixes the chosen adapters more evenly", open_low=True, gates=True),
+    Option("T", False, LEAST_TEMPERATURE, 1000, "routing temperature; a higher one mixes the chosen adapters more evenly", gates=True),
     Option("top-k", True, 1, math.inf, "number of adapters per token and layer", gates=True),
 )
 

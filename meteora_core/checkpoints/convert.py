@@ -22,6 +22,7 @@ from meteora_core.files import atomic_folder, storage_errors
 from meteora_core.json_files import write_json
 from meteora_core.model.base import BaseReference, locate_base
 from meteora_core.progress import SILENT, Progress, ProgressBar
+from meteora_core.ranges import check_temperature
 from meteora_core.tensor_files import CHUNK, TensorFiles, TensorPlan, tensor_bytes, write_tensors
 from meteora_core.text import listed
 
@@ -112,8 +113,7 @@ def convert_authors(
     infos = describe_adapters(layout, adapters)
     if not 1 <= top_k <= layout.count:
         raise UsageError(f"top_k is {top_k}, but the checkpoint has {layout.count} adapters", hint=f"choose --top-k between 1 and {layout.count}")
-    if not 0 < temperature < float("inf"):
-        raise UsageError(f"the routing temperature T is {temperature}, it must be above 0 and finite")
+    check_temperature(temperature)
     stored, rounded, probe = tuple(sorted(layout.base)), dict[str, torch.dtype](), None
     if options.base_tensors == "changed":
         base_files = _open_base(reference, progress)

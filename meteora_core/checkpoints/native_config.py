@@ -19,6 +19,7 @@ from meteora_core.data.frames import INST, FrameModel
 from meteora_core.errors import CheckpointError
 from meteora_core.file_models import FileModel, check_model
 from meteora_core.json_files import read_object
+from meteora_core.ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from meteora_core.reading import check_regular, is_regular
 from meteora_core.tensor_files import TensorEntry, read_header
 from meteora_core.text import listed
@@ -123,7 +124,7 @@ class NativeConfig(FileModel):
     format: int = Field(ge=1)
     base: BaseEntry
     top_k: int = Field(ge=1)
-    temperature: float = Field(gt=0)
+    temperature: float = Field(ge=LEAST_TEMPERATURE, le=MOST_TEMPERATURE)
     adapters: list[AdapterEntry] = Field(min_length=1)
     gates: Literal["untrained", "closed form", "trained"] | None = None
     gates_start: GateStart | None = None

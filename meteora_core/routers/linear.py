@@ -16,6 +16,7 @@ from meteora_core.model.attach import computing_dtype, find_targets
 from meteora_core.model.caches import bypassed
 from meteora_core.model.linears import WrappedLinear
 from meteora_core.model.tokens import is_routed_expert
+from meteora_kernels.reference import routing_weights
 
 
 class Choice:
@@ -62,7 +63,7 @@ class Choice:
         """
         scores = scores.masked_fill(~self.allowed.to(scores.device), float("-inf"))
         best = scores.topk(min(self.top_k, scores.shape[-1]), -1)
-        chosen = torch.softmax(best.values / self.temperature, -1).nan_to_num(0.0)
+        chosen = routing_weights(best.values, self.temperature).nan_to_num(0.0)
         return torch.zeros_like(scores).scatter(-1, best.indices, chosen)
 
 

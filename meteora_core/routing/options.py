@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.errors import UsageError, did_you_mean
+from meteora_core.ranges import check_temperature
 from meteora_kernels import Routing
 
 
@@ -88,8 +89,8 @@ class RoutingOptions:
                 raise UsageError(f"no adapter named {name!r}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}")
         if self.top_k is not None and not 1 <= self.top_k <= len(names):
             raise UsageError(f"top_k is {self.top_k}, but the bank has {len(names)} adapters", hint=f"choose a top_k between 1 and {len(names)}")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise UsageError(f"the routing temperature T is {self.temperature}, it must be above 0 and finite", hint="T = 1 is the default")
+        if self.temperature is not None:
+            check_temperature(self.temperature)
         if len(self.muted) == len(names):
             raise UsageError("all adapters would be muted", hint="leave at least one")
         if self.weights is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import UsageError
+from meteora_core.ranges import check_temperature
 from meteora_core.routing.base_record import BaseRecord
 from meteora_core.routing.constants import Constants
 from meteora_core.routing.mode import GateLabels, GateObservations, LastCall, Mode
@@ -36,7 +37,7 @@ class Meteora:
     Args:
         adapters: The bank's adapters, in order.
         top_k: Number of adapters per token in each layer, between 1 and N.
-        temperature: Routing temperature T > 0; divides the chosen gate logits before the softmax.
+        temperature: Routing temperature T, from 1.18e-38 to 8.5e+37; divides the chosen gate logits before the softmax.
         backend: Implementation of the sum over adapters, a name of ``meteora_kernels.BACKENDS``.
 
     Attributes:
@@ -95,14 +96,12 @@ class Meteora:
 
     @property
     def temperature(self) -> float:
-        """The routing temperature T of the softmax over the chosen adapters. It must be positive and finite; other values raise UsageError."""
+        """The routing temperature T of the softmax over the chosen adapters, from 1.18e-38 to 8.5e+37; other values raise UsageError."""
         return self._routing.temperature
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if not value > 0 or value == float("inf"):
-            raise UsageError(f"the routing temperature T is {value}, it must be above 0 and finite", hint="T = 1 is the default; composites use 15 to 30")
-        self.routing = self._routing._replace(temperature=float(value))
+        self.routing = self._routing._replace(temperature=float(check_temperature(value)))
 
     @property
     def backend(self) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from meteora_core.ranges import MOST_TOKENS
+from meteora_core.ranges import LEAST_TEMPERATURE, MOST_TOKENS
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
@@ -27,7 +27,7 @@ class RoutingRequest(Strict):
     """The field `meteora` of a request: how its adapters are chosen, and whether the answer reports them."""
 
     top_k: int | None = Field(None, ge=1, le=65536, description="Number of adapters per token and layer.")
-    T: float | None = Field(None, ge=1e-6, le=1e6, description="Routing temperature.")
+    T: float | None = Field(None, ge=LEAST_TEMPERATURE, le=1e6, description="Routing temperature.")
     mute: list[_Name] = Field([], max_length=4096, description="Adapters that are never chosen.")
     force: _Name | None = Field(None, description="The only adapter in use.")
     weights: dict[str, _Weight] | None = Field(None, max_length=4096, description="A static mix: the weight of each adapter, instead of the gates.")

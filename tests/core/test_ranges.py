@@ -7,7 +7,13 @@ import math
 import pytest
 
 from meteora_core.errors import UsageError
-from meteora_core.ranges import check_range
+from meteora_core.ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE, check_range, check_temperature
+from meteora_kernels.types import TEMPERATURES
+
+
+def test_temperatures_have_the_range_of_the_kernels() -> None:
+    assert (LEAST_TEMPERATURE, MOST_TEMPERATURE) == TEMPERATURES
+    assert [check_temperature(value) for value in (*TEMPERATURES, 1.18e-38, 8.5e37)] == [*TEMPERATURES, 1.18e-38, 8.5e37]
 
 
 def test_numbers_in_the_range_are_returned() -> None:

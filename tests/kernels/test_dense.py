@@ -8,6 +8,7 @@ import torch
 from meteora_kernels import lora_mixture, reference
 from meteora_kernels.dense import choose, dots, sums, ways
 from meteora_kernels.rank_rows import layout_of
+from meteora_kernels.types import TEMPERATURES
 from support.mixture_cases import by_loop, make
 
 UNIFORM = [8] * 28
@@ -100,6 +101,19 @@ def test_choose_equals_route(top_k: int) -> None:
         expected, got = reference.route(logits, top_k, 3.0, mask), choose(logits, top_k, 3.0, mask)
         assert torch.equal(expected[0], got[0])
         torch.testing.assert_close(got[1], expected[1], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_weights_are_finite_at_both_ends_of_the_temperature(top_k: int, temperature: float) -> None:
+    largest = torch.finfo(torch.float32).max / 2
+    logits = torch.tensor([[0.0, 50.0, 49.0], [largest, -largest, 0.0], [-largest, -1.0, 1.0], [7.0, 7.0, 7.0]])
+    for mask in (None, torch.tensor([False, True, False])):
+        allowed = torch.ones(4, 3, dtype=torch.bool) if mask is None else mask.expand(4, 3)
+        expected = torch.softmax(logits.double().masked_fill(~allowed, float("-inf")).topk(top_k).values / temperature, -1)
+        many = reference.route_rows(logits, torch.full((4,), top_k), torch.full((4,), temperature), allowed, top_k)
+        for _, weights in (reference.route(logits, top_k, temperature, mask), choose(logits, top_k, temperature, mask), many):
+            torch.testing.assert_close(weights, expected.float())
 
 
 def test_nan_stays_in_its_token() -> None:

@@ -17,6 +17,8 @@ from support.mixture_cases import make
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 7}, "only|but there are 6 adapters"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": 1e-39}, r"temperature is 1e-39, it must be in 1.18e-38..8.5e\+37"),
+        ({"temperature": 1e38}, r"temperature is 1e\+38"),
         ({"backend": "fast"}, "unknown backend 'fast'"),
     ],
 )

@@ -191,7 +191,7 @@ def _native(folder: Path, root: Path, config: dict[str, Any]) -> Mixture:
     names = tuple(entry["name"] for entry in config["adapters"])
     need(all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names) >= 1, "names")
     need(type(top_k) is int and 1 <= top_k <= len(names), "top_k")
-    need(type(temperature) in (int, float) and temperature > 0, "temperature")
+    need(type(temperature) in (int, float) and 2.0**-126 <= temperature <= 2.0**126, "temperature")
     file = folder / "meteora.safetensors"
     tensors = read_tensors(file)
     digest = config.get("weights_sha256")

@@ -16,6 +16,7 @@ from meteora_core.integrations.vllm.hooks import install_in_worker
 from meteora_core.integrations.vllm.method import method_for
 from meteora_core.integrations.vllm.named import NamedConfig
 from meteora_core.integrations.vllm.options import Options
+from meteora_core.ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class MeteoraConfig(NamedConfig):
         self._store = Store(folder)
         self._store.check()
         count, default = len(self._store.names), self.default
-        if not 1 <= default.top_k <= count or not default.temperature > 0:
+        if not 1 <= default.top_k <= count or not LEAST_TEMPERATURE <= default.temperature <= MOST_TEMPERATURE:
             raise ValueError(f"top_k {default.top_k} or temperature {default.temperature} is out of range for {count} adapters")
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from meteora_core.integrations.vllm.layout import Block
 from meteora_core.integrations.vllm.runtime import Runtime
 from meteora_kernels import Adapters, Routing, mix
-from meteora_kernels.reference import top_indices
+from meteora_kernels.reference import routing_weights, top_indices
 from meteora_kernels.stacked import gate_rows_of
 
 
@@ -116,12 +116,11 @@ def routes_of(layer: Layer, logits: Tensor) -> tuple[Tensor, Tensor]:
     if not runtime.observed:
         top_k, temperature = layer.routing.top_k, layer.routing.temperature
         indices = top_indices(logits, top_k)
-        return indices, torch.softmax(logits.gather(1, indices).float() / temperature, dim=1)
+        return indices, routing_weights(logits.gather(1, indices).float(), temperature)
     tokens = runtime.tokens(logits.shape[0], logits.device)
     if tokens.allowed is not None:
         logits = logits.masked_fill(~tokens.allowed, float("-inf"))
     indices = top_indices(logits, tokens.most)
-    chosen = logits.gather(1, indices).float() / tokens.temperature[:, None]
     slots = torch.arange(tokens.most, device=logits.device)
-    chosen = chosen.masked_fill(slots >= tokens.top_k.clamp(min=1)[:, None], float("-inf"))
-    return indices, torch.softmax(chosen, dim=1).masked_fill((tokens.top_k == 0)[:, None], 0.0)
+    chosen = logits.gather(1, indices).float().masked_fill(slots >= tokens.top_k.clamp(min=1)[:, None], float("-inf"))
+    return indices, routing_weights(chosen, tokens.temperature[:, None]).masked_fill((tokens.top_k == 0)[:, None], 0.0)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from meteora_core.ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
 PREFIX = "meteora_"
 NAMES = ("meteora_top_k", "meteora_temperature", "meteora_allowed", "meteora_muted", "meteora_force", "meteora_off", "meteora_trace")
 """The options: adapters per token; routing temperature; the only adapters that may be chosen; adapters that may not be chosen; one adapter for all tokens;
@@ -91,8 +93,8 @@ def _number(mine: Mapping[str, Any], key: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"{key} must be a finite number above 0, not {value!r}")
+    if not LEAST_TEMPERATURE <= number <= MOST_TEMPERATURE:
+        raise ValueError(f"{key} must be a number from 1.18e-38 to 8.5e+37, not {value!r}")
     return number
 
 

@@ -15,7 +15,8 @@ from peft import PeftModel
 from meteora_core import AdapterBank, attach, detach
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.model.attach import meteora_layers, set_trainable
-from meteora_core.routing import meteora_of, record_routes
+from meteora_core.ranges import LEAST_TEMPERATURE
+from meteora_core.routing import RoutingOptions, meteora_of, record_routes
 from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gate_objective import GateObjective
@@ -206,8 +207,11 @@ def test_arrow_start_is_the_leading_singular_vector(bank, tiny_llama) -> None:
     [
         ({"top_k": 4}, "top_k is 4"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"temperature": 0}, "above 0"),
-        ({"temperature": -1}, "above 0"),
+        ({"temperature": 0}, r"T is 0, it must be a number from 1.18e-38 to 8.5e\+37"),
+        ({"temperature": -1}, "T is -1,"),
+        ({"temperature": 1e-39}, "T is 1e-39,"),
+        ({"temperature": float("inf")}, "T is inf,"),
+        ({"temperature": float("nan")}, "T is nan,"),
         ({"backend": "fast"}, "fast"),
     ],
 )
@@ -215,6 +219,17 @@ def test_values_out_of_range(bank, tiny_llama, arguments, message) -> None:
     with pytest.raises(UsageError, match=message):
         attach(tiny_llama, bank, **arguments)
     assert not list(meteora_layers(tiny_llama))
+
+
+def test_at_the_lowest_temperature_each_token_uses_its_best_adapter_alone(bank, tiny_llama) -> None:
+    model = attach(tiny_llama, bank, top_k=1)
+    ids = torch.arange(1, 21).view(2, 10)
+    expected = model(ids).logits
+    model.meteora.top_k, model.meteora.temperature = 2, LEAST_TEMPERATURE
+    torch.testing.assert_close(model(ids).logits, expected)
+    rows = [RoutingOptions(), RoutingOptions(top_k=1, temperature=LEAST_TEMPERATURE)]
+    with model.meteora.apply_rows(rows):
+        torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_a_bank_that_does_not_fit_names_layer_and_shapes(bank) -> None:

@@ -8,6 +8,7 @@ import torch
 from meteora_kernels import reference
 from meteora_kernels.steps.route import route
 from meteora_kernels.token_options import option_row
+from meteora_kernels.types import TEMPERATURES
 from support.layer_shapes import DEVICE
 
 
@@ -28,6 +29,18 @@ def test_route_has_the_references_ties_and_nan(top_k: int) -> None:
         got = route(logits.to(DEVICE), top_k, 3.0, None if mask is None else mask.to(DEVICE))
         assert torch.equal(got[0].cpu(), expected[0])
         torch.testing.assert_close(got[1].cpu(), expected[1], equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_weights_are_finite_at_both_ends_of_the_temperature(temperature: float) -> None:
+    largest = torch.finfo(torch.float32).max / 2
+    logits = torch.tensor([[0.0, 50.0, 49.0], [largest, -largest, 0.0], [7.0, 7.0, 7.0]])
+    options = torch.tensor([option_row(3, 2, temperature)] * 3)
+    for mask in (None, torch.tensor([False, True, False]), options):
+        expected = reference.route(logits, 2, temperature, None if mask is options else mask)
+        got = route(logits.to(DEVICE), 2, temperature, None if mask is None else mask.to(DEVICE))
+        torch.testing.assert_close(got[1].cpu(), expected[1])
 
 
 def test_every_token_has_its_own_options() -> None:
