@@ -1,0 +1,160 @@
+"""groups.py FILE [compile PART]: other ways to run the four groups of a Llama-3-8B layer with 8, 64, 256 and 8,192 tokens, in CUDA graphs, weights read from memory.
+
+28 adapters of rank 8, bfloat16, every token's options in a table as in vLLM. Each way is checked against the present one. The base is vLLM's: q, k, v and gate,
+up are one product each. "beside": gates, A and routing on a second stream while the library computes the base, then B. Variants are compiled by several processes
+first; then the script waits for the file $GO. Saves FILE after every group. TINY=1: a dry run.
+"""
+import json, os, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "2026-11-30-vllm"))
+os.environ.setdefault("OUT", "/tmp")
+import torch
+import torch.nn.functional as F
+from paths import DEVICE, DTYPE, GROUPS, N, RANK, TINY, attempt, blocks_of, block_of, input_of, present, run, time_row, timed
+
+from meteora_core.integrations.vllm.layout import weights_of
+from meteora_kernels import Routing
+from meteora_kernels.plan import Row
+from meteora_kernels.plan.table import Span
+from meteora_kernels.stacked import gate_rows_of
+from meteora_kernels.steps.middle import middle
+from meteora_kernels.steps.products import library_products
+from meteora_kernels.steps.second_stream import on_second_stream
+from meteora_kernels.steps.up import up
+from meteora_kernels.tile import Tile
+from meteora_kernels.token_options import new_options, option_row
+
+START, FILE = time.time(), Path(sys.argv[1])
+LIMIT, PROCESSES = float(os.environ.get("LIMIT", 60)), int(os.environ.get("PROCESSES", 12))
+SIZES = (8,) if TINY else (8, 64, 256, 8192)
+found = {}
+
+
+def one(outputs, step, warps, stages, pieces, gate_pieces, tokens=16):
+    return f"one launch {outputs} {step} {warps} {stages}; {pieces} {gate_pieces}", Row("one_launch", tokens=Span(1, tokens), pieces=pieces, gate_pieces=gate_pieces, tile=Tile(tokens, outputs, step, warps, stages))
+
+
+ONE = {
+    "gate_up": [(128, 128, 4, 4, 1, 4), (128, 64, 4, 8, 1, 4), (64, 128, 4, 8, 1, 4), (64, 256, 4, 5, 1, 4), (128, 128, 8, 5, 1, 4), (128, 256, 8, 3, 1, 8)],
+    "down": [(64, 256, 4, 4, 1, 8), (64, 128, 4, 8, 1, 8), (64, 256, 4, 5, 1, 16), (128, 128, 8, 5, 3, 16), (64, 128, 4, 9, 1, 16)],
+    "qkv": [(64, 128, 4, 8, 1, 3), (64, 256, 4, 5, 1, 3), (64, 128, 4, 6, 1, 3), (128, 128, 4, 5, 1, 4)],
+    "o": [(64, 128, 4, 8, 1, 8), (64, 128, 4, 8, 1, 16), (64, 256, 4, 5, 1, 8), (64, 256, 4, 5, 1, 16)],
+}
+
+
+def variants(name, tokens, row):
+    """Names and rows."""
+    if tokens == 8:
+        rows = [one(*values) for values in ONE[name]]
+        for field, value in (("stages", row.tile.stages + 2), ("step", row.tile.step * 2), ("warps", row.tile.warps * 2), ("outputs", row.tile.outputs * 2)):
+            rows.append((f"{field} {value}", replace(row, tile=row.tile._replace(**{field: value}))))
+        return [*rows, ("packed 1 inline", Row("packed", pieces=1, inline=True)), ("packed rounded inline", Row("packed", inline=True))]
+    if tokens == 64:
+        rows = [one(*values, tokens=64) for values in ([(128, 128, 4, 5, 1, 4), (128, 64, 4, 8, 1, 4), (128, 128, 8, 4, 1, 4)] if name == "gate_up" else [(64, 128, 4, 8, 1, 8), (64, 128, 4, 6, 1, 16)])]
+        return [*rows, ("packed 1 inline", Row("packed", pieces=1, inline=True)), ("packed rounded inline", Row("packed", inline=True))]
+    wide = [(f"wide {pieces} in one launch, {size}", Row("wide", gate_pieces=pieces, tile=Tile(size, 128, 64, 4, 4))) for pieces, size in ((4, 64), (8, 64), (4, 128))]
+    if tokens == 256:
+        return [("packed rounded", Row("packed")), ("packed rounded inline", Row("packed", inline=True)), ("packed 1 inline", Row("packed", pieces=1, inline=True)), ("split", Row("split")),
+                ("wide 4", Row("wide", pieces=4)), ("wide kernel 8", Row("wide", pieces=8, tile=Tile(64, 128, 64, 4, 3))), *wide]
+    return [("split", Row("split")), ("wide", Row("wide")), ("wide kernel 2", Row("wide", pieces=2, tile=Tile(128, 128, 64, 8, 3))), ("wide 2 in one launch, 64", Row("wide", gate_pieces=2, tile=Tile(64, 128, 64, 4, 4)))]
+
+
+def options():
+    return Routing(2, 1.0, new_options(8192, option_row(N, 2, 1.0), DEVICE))
+
+
+def beside(block, x, routing, inline=False):
+    """Base and adapters at the same time, then B."""
+    adapters = block.group.adapters
+    with on_second_stream(x) as join:
+        products = library_products(x, adapters.gate, 1)
+        down = products[..., gate_rows_of(N) :]
+        if not inline:
+            down = middle(products, down, adapters, routing, max_rank=RANK, dtype=DTYPE)
+    y = F.linear(x, weights_of(block))
+    join()
+    up(down, adapters, y, y, **(dict(logits=products, routing=routing) if inline else {}))
+    return y
+
+
+def in_place(block, tokens, row, routing):
+    """The path "wide" with x already in its buffer, as norms and activations could write it."""
+    x = block.group.wide.new_rows(tokens, block.rows)
+    x.copy_(input_of(block, tokens))
+    from meteora_kernels.group import wide
+
+    return lambda one: wide.run(x, one.group, routing, row, in_place=True)
+
+
+def cases():
+    for tokens in SIZES:
+        for name in ("o",) if TINY else GROUPS:
+            yield name, tokens
+
+
+def compile_some(part):
+    index = 0
+    for name, tokens in cases():
+        block = block_of(name, 0)
+        x = input_of(block, tokens)
+        for _, row in [("", present(block, tokens)), *variants(name, tokens, present(block, tokens))]:
+            if index % PROCESSES == part:
+                attempt(block, x, row, options())
+            index += 1
+        if index % PROCESSES == part and tokens < 8192:
+            beside(block, x, options(), True), beside(block, x, options())
+
+
+def save(key, value):
+    found[key] = value
+    FILE.write_text(json.dumps(found, indent=1))
+
+
+def measure(name, tokens):
+    blocks, routing = blocks_of(name), options()
+    x, row = input_of(blocks[0], tokens), present(blocks[0], tokens)
+    exact = run(blocks[0], x, row, routing).float()
+    base = [weights_of(block).clone() for block in blocks]
+    times = {"base": timed(lambda: [F.linear(x, weights) for weights in base], len(base)), "present": time_row(blocks, x, row, routing)}
+    del base
+
+    def wrong(y):
+        error = ((y.float() - exact).abs().max() / exact.abs().max()).item()
+        return None if error < 0.02 else f"wrong: {error:.2g}"
+
+    for label, variant in variants(name, tokens, row):
+        if time.time() - begin > LIMIT:
+            break
+        done = attempt(blocks[0], x, variant, routing)
+        if done is not True:
+            times[label] = done or "cannot run"
+        else:
+            times[label] = wrong(run(blocks[0], x, variant, routing)) or time_row(blocks, x, variant, routing)
+    for inline in (True, False) if tokens < 8192 else ():
+        times["beside, inline" if inline else "beside"] = wrong(beside(blocks[0], x, routing, inline)) or timed(lambda: [beside(block, x, routing, inline) for block in blocks], len(blocks))
+    if tokens == 8192:
+        call = in_place(blocks[0], tokens, Row("wide"), routing)
+        times["wide in place"] = wrong(call(blocks[0])) or timed(lambda: [call(block) for block in blocks], len(blocks))
+    save(f"{name} {tokens}", {"present row": str(row), **times})
+    best = sorted((value, label) for label, value in times.items() if isinstance(value, float) and label not in ("base", "present"))[:3]
+    refused = {label: value for label, value in times.items() if isinstance(value, str)}
+    print(f"[groups] {name} {tokens}: base {times['base']}, present {times['present']} ({row.path});", "; ".join(f"{label}: {value}" for value, label in best), f"; without {len(refused)}" if refused else "", flush=True)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        if len(sys.argv) > 2:
+            compile_some(int(sys.argv[3]))
+        else:
+            workers = [] if TINY else [subprocess.Popen(["nice", "-n", "19", sys.executable, __file__, str(FILE), "compile", str(part)]) for part in range(PROCESSES)]
+            for worker in workers:
+                worker.wait()
+            print(f"[groups] compiled in {time.time() - START:.0f} s", flush=True)
+            while os.environ.get("GO") and not os.path.exists(os.environ["GO"]):
+                time.sleep(0.1)
+            begin = time.time()
+            for name, tokens in cases():
+                if time.time() - begin < LIMIT:
+                    measure(name, tokens)
