@@ -1,50 +1,65 @@
 #!/bin/bash
-# Puts the base and the rows of the experiment into $EXP (default: /tmp/exp) on a machine without a network: joins and converts a GGUF file that arrives in
-# parts, and unpacks the datasets. From the repository root; it may be called any number of times, and a second call waits for the first.
+# Puts packages, the base and the rows of the experiment into $EXP (default: /tmp/exp) on a machine without a network: joins and converts a GGUF file that
+# arrives in parts, and unpacks the rest. From the repository root; it may be called any number of times, and a second call waits for the first.
 #   prepare.sh pack FILE.gguf SIZE   where there is a network: splits the GGUF file and packs $EXP/runs/paper-qwen/{datasets,steps} into $FROM
-#                                    (made before by `python -m examples.paper qwen --raw-dir raw --only datasets` in $EXP, which also fetches the base)
-#   prepare.sh carry                 on the machine: keeps what $FROM holds at the moment; converts as soon as the GGUF file is complete
+#                                    (made before by `python -m examples.paper qwen --raw-dir raw --only datasets` in $EXP, which also fetches the base),
+#                                    and the tokenizer as tiny.tar.gz, a folder tiny/ for smoke.sh
+#   prepare.sh carry                 on the machine: keeps what $FROM holds at the moment; starts smoke.sh; converts as soon as the GGUF file is complete
 #   prepare.sh                       the same, and fails if anything is missing
+# $FROM may also hold site.tar.gz, a folder of packages that the machine lacks.
 set -u
-EXP=${EXP:-/tmp/exp} FROM=${FROM:-parts}
-export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} METEORA_CACHE=$EXP/cache
+EXP=${EXP:-/tmp/exp} FROM=${FROM:-parts} SIZE_OF_GGUF=491400064 HERE=$(cd "$(dirname "$0")" && pwd)
+export METEORA_CACHE=$EXP/cache
 if [ "${1:-}" = pack ]; then
     mkdir -p "$FROM"
     split -b "$3" -d -a 2 "$2" "$FROM/part-" && tar -C "$EXP" -czf "$FROM/data.tar.gz" runs/paper-qwen/datasets runs/paper-qwen/steps
+    tar -C "$METEORA_CACHE/models/qwen2.5-coder-0.5b" --transform 's,^,tiny/,' -czf "$FROM/tiny.tar.gz" tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json
     exit
 fi
-python3 - <<'CHECK' || exit 2
+work=$EXP/runs/paper-qwen base=$METEORA_CACHE/models/qwen2.5-coder-0.5b
+mkdir -p "$EXP/parts" "$work" "$EXP/logs" "$METEORA_CACHE/models"
+exec 9> "$EXP/.prepare"; flock 9
+for file in "$FROM"/*; do [ -f "$file" ] && [ ! -f "$EXP/parts/${file##*/}" ] && cp "$file" "$EXP/parts/.new" && mv "$EXP/parts/.new" "$EXP/parts/${file##*/}"; done
+[ -f "$EXP/parts/site.tar.gz" ] && [ ! -d "$EXP/site" ] && mkdir -p "$EXP/site.new" && tar -C "$EXP/site.new" -xzf "$EXP/parts/site.tar.gz" && mv "$EXP/site.new" "$EXP/site"
+export PYTHONPATH=$EXP/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
+if [ ! -f "$EXP/.checked" ]; then
+    python3 - <<'CHECK' || exit 2
 import importlib
-missing = []
-for name in ("torch", "transformers", "peft", "datasets", "pyarrow", "safetensors", "gguf", "pydantic", "pydantic_settings", "typer", "rich", "sacrebleu", "rouge", "matplotlib"):
+missing, versions = [], []
+for name in ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "datasets", "pyarrow", "pandas", "dill", "multiprocess", "xxhash", "fsspec", "safetensors", "tokenizers", "gguf", "pydantic", "pydantic_settings", "typer", "rich", "prompt_toolkit", "httpx", "regex", "filelock", "tqdm", "jinja2", "sacrebleu", "rouge", "matplotlib", "meteora_core", "meteora_cli.app", "meteora_kernels", "examples.paper"):
     try:
         module = importlib.import_module(name)
         if not getattr(module, "__file__", None):
             missing.append(name)
-    except ImportError as error:
-        missing.append(f"{name} ({error})")
+        versions.append(f"{name} {getattr(module, '__version__', '')}".strip())
+    except Exception as error:
+        missing.append(f"{name} ({type(error).__name__}: {error})")
+print(", ".join(versions))
 if missing:
     raise SystemExit("missing on this machine: " + ", ".join(missing))
 CHECK
-work=$EXP/runs/paper-qwen base=$METEORA_CACHE/models/qwen2.5-coder-0.5b
-mkdir -p "$EXP/parts" "$work" "$METEORA_CACHE/models"
-for file in "$FROM"/*; do [ -f "$file" ] && [ ! -f "$EXP/parts/${file##*/}" ] && cp "$file" "$EXP/parts/.new" && mv "$EXP/parts/.new" "$EXP/parts/${file##*/}"; done
-have=$(cat "$EXP"/parts/part-* 2>/dev/null | wc -c)
-echo "parts: $have of 491400064 bytes; data: $(ls "$EXP/parts/data.tar.gz" 2>/dev/null || echo missing)"
-[ "${1:-}" = carry ] && [ "$have" != 491400064 ] && exit 0
-exec 9> "$EXP/.prepare"; flock 9
-[ -d "$work/datasets" ] || tar -C "$EXP" -xzf "$EXP/parts/data.tar.gz" || exit 3
+    touch "$EXP/.checked"
+fi
+have=$([ -f "$base/meteora_source.json" ] && echo $SIZE_OF_GGUF || cat "$EXP"/parts/part-* 2>/dev/null | wc -c)
+[ -d "$work/datasets" ] || [ ! -f "$EXP/parts/data.tar.gz" ] || tar -C "$EXP" -xzf "$EXP/parts/data.tar.gz" || exit 3
 mkdir -p "$work/adapters" "$EXP/raw"
-ln -sfn "$work/adapters" "$EXP/adapters"
-ln -sfn "$work" "$EXP/work"; ln -sfn "$work/datasets" "$EXP/data"; ln -sfn "$base" "$EXP/base"
+ln -sfn "$work/adapters" "$EXP/adapters"; ln -sfn "$work" "$EXP/work"; ln -sfn "$work/datasets" "$EXP/data"; ln -sfn "$base" "$EXP/base"
+if [ -f "$EXP/parts/tiny.tar.gz" ] && [ -d "$work/datasets" ] && [ ! -f "$EXP/logs/smoke.log" ]; then
+    EXP=$EXP setsid bash "$HERE/smoke.sh" > "$EXP/logs/smoke.log" 2>&1 < /dev/null 9>&- &
+fi
+echo "parts: $have of $SIZE_OF_GGUF bytes; data: $(ls "$work/datasets" 2>/dev/null | wc -l) datasets; smoke: $(grep -a '^smoke' "$EXP/logs/smoke.log" 2>/dev/null | tail -1)"
+grep -qa '^smoke: failed' "$EXP/logs/smoke.log" 2>/dev/null && tail -c 3000 "$EXP/logs/smoke.log"
+[ "${1:-}" = carry ] && [ "$have" != $SIZE_OF_GGUF ] && exit 0
+[ -d "$work/datasets" ] || { echo "the datasets are missing"; exit 3; }
 if [ ! -f "$base/meteora_source.json" ]; then
-    [ "$have" = 491400064 ] || { echo "the GGUF file is not complete"; exit 3; }
+    [ "$have" = $SIZE_OF_GGUF ] || { echo "the GGUF file is not complete"; exit 3; }
     mkdir -p "$EXP/gguf"
-    cat "$EXP"/parts/part-* > "$EXP/gguf/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf" && rm -f "$EXP"/parts/part-*
+    cat "$EXP"/parts/part-* > "$EXP/gguf/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
     OMP_NUM_THREADS=8 python3 -c "
 from pathlib import Path
 from meteora_core.fetch.base_models import catalog_entry, convert_gguf
 entry = catalog_entry('qwen2.5-coder-0.5b')
 convert_gguf(entry, Path('$EXP/gguf') / entry.gguf, Path('$base'))" || exit 4
+    rm -f "$EXP"/parts/part-*
 fi
 echo "prepared at $SECONDS s: $(ls "$EXP/base/" | wc -l) files of the base, $(ls "$EXP/data/" | wc -l) datasets"
