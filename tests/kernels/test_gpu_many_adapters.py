@@ -40,7 +40,10 @@ def tokens_of(group: Linears, tokens: int, local: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("local", [False, True], ids=["uniform", "local"])
-@pytest.mark.parametrize(("way", "counts", "most"), [("few", (17, 100), 1.2), ("sorted", (65, 256), 1.2), ("sorted", (1030,), 1.6)])
+@pytest.mark.parametrize(
+    ("way", "counts", "most"),
+    [("few", (17, 100), 1.2), ("sorted_down", (65, 256), 1.2), ("sorted", (65, 256), 1.2), ("sorted_down", (513,), 1.6), ("sorted", (1030,), 1.6)],
+)
 @pytest.mark.parametrize(("adapters", "rank"), [(256, 8), (70, 64)])
 @pytest.mark.parametrize(("widths", "hidden"), GROUPS)
 @torch.no_grad()
@@ -63,7 +66,7 @@ def test_at_real_sizes(widths: tuple[int, ...], hidden: int, adapters: int, rank
         assert torch.equal(again, got)
 
 
-@pytest.mark.parametrize(("way", "tokens"), [("few", 64), ("sorted", 300)])
+@pytest.mark.parametrize(("way", "tokens"), [("few", 64), ("sorted_down", 300), ("sorted", 300)])
 @torch.no_grad()
 def test_a_graph_replays_with_other_routes(way: str, tokens: int) -> None:
     group = Linears(256, 8, (4096, 1024, 1024), 4096, torch.bfloat16)

@@ -15,7 +15,8 @@ from support.kernel_rows import taking
 from support.layer_shapes import routed
 from support.mixture_cases import make
 
-WAYS = [Row("many_adapters", way="few"), Row("many_adapters", way="sorted")]
+NAMES = ("few", "sorted_down", "sorted")
+WAYS = [Row("many_adapters", way=way) for way in NAMES]
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,13 @@ WAYS = [Row("many_adapters", way="few"), Row("many_adapters", way="sorted")]
         pytest.param("sorted", (20, 3), (9,), 18, 5, 2, id="sorted-rank-20"),
         pytest.param("sorted", (0, 0), (5,), 16, 1, 1, id="sorted-no-rows"),
         pytest.param("sorted", (2,) * 6, (5,), 20, 19, 3, id="sorted-top3"),
+        pytest.param("sorted_down", RANKS, (17, 9, 5), 24, 3, 2, id="sorted-down-mixed"),
+        pytest.param("sorted_down", (20, 3), (9,), 18, 5, 2, id="sorted-down-rank-20"),
+        pytest.param("sorted_down", (0, 0), (5,), 16, 1, 1, id="sorted-down-no-rows"),
+        pytest.param("sorted_down", (2,) * 6, (5,), 20, 19, 3, id="sorted-down-top3"),
         pytest.param("few", (2,) * 40, (24, 140), 140, 70, 3, id="few-many", marks=pytest.mark.slow),
         pytest.param("sorted", (2,) * 40, (24, 140), 140, 140, 3, id="sorted-many", marks=pytest.mark.slow),
+        pytest.param("sorted_down", (2,) * 40, (24, 140), 140, 140, 3, id="sorted-down-many", marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, tokens: int, top_k: int) -> None:
@@ -42,28 +48,39 @@ def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[in
     assert tokens > 5 or torch.equal(given.run(row, routing), found)
 
 
-def test_sums_over_columns_may_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["sorted_down", "sorted"])
+def test_sums_over_columns_may_come_in_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last program of a block adds the pieces; h fills neither a step nor a piece."""
     monkeypatch.setattr(launch, "DOWN_TILE", (32, 1, 2, 1 << 20))
     given, routing = members((5,), 2, hidden=262), Routing()
     taken: list[int] = []
     plain = launch.pieces_of
     monkeypatch.setattr(launch, "pieces_of", lambda *sizes: taken.append(plain(*sizes)) or taken[-1])
-    torch.testing.assert_close(given.run(Row("many_adapters", way="sorted"), routing), given.exact(routing).float(), rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(given.run(Row("many_adapters", way=way), routing), given.exact(routing).float(), rtol=2e-4, atol=2e-4)
     assert taken[-1] == 2
 
 
-@pytest.mark.parametrize("row", WAYS, ids=["few", "sorted"])
+@pytest.mark.parametrize("way", NAMES)
+def test_the_base_product_may_come_in_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, routing = members((17, 9), 3, hidden=32, bias=True), Routing()
+    taken: list[int] = []
+    plain = many_adapters.library_products
+    monkeypatch.setattr(many_adapters, "library_products", lambda *arguments: [plain(*arguments), taken.append(arguments[2])][0])
+    torch.testing.assert_close(given.run(Row("many_adapters", way=way, pieces=4), routing), given.exact(routing).float(), rtol=2e-4, atol=2e-4)
+    assert taken == [4]
+
+
+@pytest.mark.parametrize("row", WAYS, ids=NAMES)
 def test_rounds_once_in_16_bits(row: Row) -> None:
     check_rounded_once(members((24,), 3, hidden=24, dtype=torch.float16), row, most=1.15)
 
 
-@pytest.mark.parametrize("row", WAYS, ids=["few", "sorted"])
+@pytest.mark.parametrize("row", WAYS, ids=NAMES)
 def test_nan_stays_in_its_token_and_in_its_adapter(row: Row) -> None:
     nan_stays(members((9,), 3, hidden=20), row)
 
 
-@pytest.mark.parametrize("row", WAYS, ids=["few", "sorted"])
+@pytest.mark.parametrize("row", WAYS, ids=NAMES)
 def test_ties_go_to_the_lower_index_and_logits_are_not_rounded(row: Row) -> None:
     check_ties(members((9,), 2, hidden=20, dtype=torch.float16), row)
 
@@ -98,7 +115,7 @@ def test_the_middle_is_the_reference_s() -> None:
     given, routing = members((9,), 4, hidden=24), Routing()
     case, adapters = given.cases[0], given.group.adapters
     found = launch.sort_tokens(launch.gate_sums(case.x, adapters), adapters, routing)
-    middle = launch.blocks_down(case.x, found, adapters, 2)
+    middle = launch.blocks_down(case.x, found, adapters)
     order = (case.x @ case.gate.t()).topk(2, dim=1).indices
     for slot in range(2):
         wanted = reference.middle_of(case.x, case.lora_A, order[:, slot], found.factors[slot], case.offsets, adapters.rank_p)
@@ -115,7 +132,7 @@ def test_says_what_it_cannot_do() -> None:
     assert "inference" in (can_run(Case(facts, 17, 1, plain=False), row) or "")
 
 
-@pytest.mark.parametrize("way", ["few", "sorted"])
+@pytest.mark.parametrize("way", NAMES)
 def test_the_table_s_way_is_taken_by_groups_and_by_layers(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path is used from 17 tokens on if the table says so, and the next row for cases that the kernels cannot run."""
     given, routing = members((5,), 17, ranks=(1,) * 4, hidden=16, bias=True), Routing(1)
@@ -142,7 +159,7 @@ def test_operator_is_sound_for_compilers() -> None:
     assert set(found.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("way", ["few", "sorted"])
+@pytest.mark.parametrize("way", NAMES)
 @pytest.mark.parametrize("one", [False, True])
 def test_chosen_rows_on_top_of_a_base(way: str, one: bool) -> None:
     """Routes are random, or all tokens choose one adapter; the sum with a rounded base output is rounded once."""

@@ -1,6 +1,6 @@
 """Runs `pytest -m gpu` with every file in a process for itself, because an error on a GPU makes all later tests of its process fail.
 
-    PYTHONPATH=tests python -m support.gpu_run --workers 14 --seconds 400
+    PYTHONPATH=tests python -m support.gpu_run --workers 14 --seconds 400 [tests/core tests/cli]
 
 The report of a file with failures is printed as soon as the file has ended. Tests that failed run again, each alone in a process. The exit status is 1 if a
 test failed again or there was no time to run it.
@@ -53,6 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="files that run at the same time")
     parser.add_argument("--seconds", type=float, default=3600.0, help="time after which nothing new starts")
+    parser.add_argument("folders", nargs="*", default=[""], help="run only files whose path begins with one of these")
     given = parser.parse_args()
     end, failed, missed = time.monotonic() + given.seconds, list[str](), list[str]()
 
@@ -67,7 +68,7 @@ def main() -> int:
             print(report, flush=True)
             failed.extend(failures(report))
 
-    all_files = files()
+    all_files = [file for file in files() if file.startswith(tuple(given.folders))]
     with ThreadPoolExecutor(given.workers) as pool:
         list(pool.map(one, [file for file in all_files if Path(file).name not in ALONE]))
     for file in all_files:

@@ -56,7 +56,7 @@ def sort_kernel(
     picks, offsets, order, table, short_table, tokens_total, groups, most_blocks, most_short,
     SIZE: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sort the tokens of one member and slot by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE and up to SHORT.
+    """Sort the entries of one group by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE and up to SHORT.
 
     Shapes: picks int32 (G, M), G = members * slots; order int32 (G, M), token numbers; table int32 (6, G, most_blocks), with these fields for each block:
     its adapter (-1 for an unused block), its first place in ``order``, one past its last place, the adapter's first row, one past its last row, and a
@@ -90,14 +90,16 @@ def sort_kernel(
 
 @triton.jit
 def blocks_down_kernel(
-    x, a, factors, order, table, parts, middle, tokens_total, hidden, most_blocks, groups, stride_x, stride_a, member_rows,
+    x, a, factors, order, table, parts, middle, tokens_total, entries_total, hidden, most_blocks, groups, stride_x, stride_a, member_rows,
     TOP_K: tl.constexpr, RANK_P: tl.constexpr, RANK_D: tl.constexpr, SIZE: tl.constexpr, BK: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
     PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``middle[group, token, i] = w s (A x)_i`` for the tokens of one block and the rows i of its adapter.
+    """``middle[group, entry, i] = w s (A x)_i`` for the entries of one block and the rows i of its adapter.
 
-    middle float32 (G, M, RANK_P). RANK_D is the larger of RANK_P and 16. With PIECES > 1 every program writes its sum over SPAN columns to ``parts``,
-    float32 (PIECES, G * most_blocks, SIZE, RANK_D), and the last of a block's programs, counted in the table's last field, adds them in a fixed order.
+    There are E entries a group. Entry e is that of token ``e % M``: E is M if every slot is a group (TOP_K groups a member), and TOP_K * M if all slots of a
+    member are one group (this TOP_K is then 1). factors float32 and order int32 (G, E); middle float32 (G, E, RANK_P). RANK_D is the larger of RANK_P and 16.
+    With PIECES > 1 every program writes its sum over SPAN columns to ``parts``, float32 (PIECES, G * most_blocks, SIZE, RANK_D), and the last of a block's
+    programs, counted in the table's last field, adds them in a fixed order.
     Grid, one dimension: PIECES * G * most_blocks.
     """
     pid = tl.program_id(0)
@@ -111,10 +113,10 @@ def blocks_down_kernel(
         first = tl.load(table + 3 * fields + block)
         inner = tl.arange(0, RANK_D)
         real = inner < tl.load(table + 4 * fields + block) - first
-        tokens = tl.load(order + group * tokens_total + places, mask=live, other=0)
+        entries = tl.load(order + group * entries_total + places, mask=live, other=0)
         rows = (group // TOP_K * member_rows).to(tl.int64) + first + inner
         steps = piece * SPAN + tl.arange(0, BK)
-        left = x + tokens.to(tl.int64)[:, None] * stride_x + steps[None, :]
+        left = x + (entries % tokens_total).to(tl.int64)[:, None] * stride_x + steps[None, :]
         right = a + rows[None, :] * stride_a + steps[:, None]
         total = tl.zeros([SIZE, RANK_D], dtype=tl.float32)
         for step in range(SPAN // BK):
@@ -140,8 +142,8 @@ def blocks_down_kernel(
             if last:
                 total = summed(here, spots, split, spots >= 0, PIECES, True)
         if last:
-            factor = tl.load(factors + group * tokens_total + tokens, mask=live, other=0.0)
-            goal = middle + (group * tokens_total + tokens.to(tl.int64)[:, None]) * RANK_P + inner[None, :]
+            factor = tl.load(factors + group * entries_total + entries, mask=live, other=0.0)
+            goal = middle + (group * entries_total + entries.to(tl.int64)[:, None]) * RANK_P + inner[None, :]
             tl.store(goal, total * factor[:, None], mask=live[:, None] & (inner < RANK_P)[None, :])
 
 

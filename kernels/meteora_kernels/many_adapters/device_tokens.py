@@ -114,3 +114,31 @@ def tokens_up_kernel(
         chosen = tl.load(up + rows.to(tl.int64) * width + columns, mask=(rows >= 0) & inside, other=0.0)
         total += values * chosen.to(tl.float32)
     tl.store(y + tokens * stride_y + before + columns, total.to(y.dtype.element_ty), mask=live & inside)
+
+
+@triton.jit
+def routed_up_kernel(
+    base, bias, b, picks, middle, offsets, y, tokens_total, rank, stride_split, stride_base, stride_y, width0, width1, width2,
+    MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """:func:`tokens_up_kernel` for routes and products that are stored slot by slot: picks int32 and middle float32 (MEMBERS * TOP_K, M, .), RANK_P values
+    for each entry of ``picks``."""
+    tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BN, MEMBERS)
+    tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    columns = tile * BN + tl.arange(0, BN)[None, :]
+    live = tokens < tokens_total
+    inside = columns < width
+    total = summed(base, tokens * stride_base + before + columns, stride_split, live & inside, SPLITS)
+    if HAS_BIAS:
+        total += tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
+    up = b + before.to(tl.int64) * rank + columns
+    for slot in tl.range(0, TOP_K, num_stages=1):
+        entries = (member * TOP_K + slot).to(tl.int64) * tokens_total + tokens
+        pick = tl.load(picks + entries, mask=live, other=0)
+        first = tl.load(offsets + pick)
+        last = tl.load(offsets + pick + 1)
+        for row in tl.range(0, RANK_P, num_stages=1, loop_unroll_factor=8):
+            values = tl.load(middle + entries * RANK_P + row, mask=live, other=0.0)
+            chosen = tl.load(up + (first + row) * width, mask=live & (first + row < last) & inside, other=0.0)
+            total += values * chosen.to(tl.float32)
+    tl.store(y + tokens * stride_y + before + columns, total.to(y.dtype.element_ty), mask=live & inside)

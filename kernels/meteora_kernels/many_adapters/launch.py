@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meteora_kernels.arguments import choice_constants, or_any, span_of, three
 from meteora_kernels.many_adapters.device_sorted import blocks_down_kernel, blocks_up_kernel, fours_up_kernel, routes_kernel, sort_kernel
-from meteora_kernels.many_adapters.device_tokens import gates_kernel, tokens_down_kernel, tokens_up_kernel
+from meteora_kernels.many_adapters.device_tokens import gates_kernel, routed_up_kernel, tokens_down_kernel, tokens_up_kernel
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import Adapters, Routing
 
@@ -26,19 +26,27 @@ MOST_FOURS = 16
 """Up to this rank, a power of two, :func:`blocks_up` does not use matrix units."""
 FOURS_UP = (256, 1)
 """Columns and warps of a program of :func:`fours_up_kernel`."""
+ROUTED_UP = (4, 256, 4)
+"""Tokens, columns and warps of a program of :func:`routed_up`."""
 
 
 class Sorted(NamedTuple):
-    """Tokens sorted by adapter for every member and slot, in blocks of one adapter each; G = members * top_k.
+    """The entries of G groups, sorted by adapter, in blocks of one adapter each.
+
+    Either every slot of a member is a group, whose entries are tokens (G = members * top_k, E = M), or all slots of a member together are one: entry
+    ``slot * M + token`` (G = members, E = top_k * M).
 
     Attributes:
-        factors: ``w_j s_j`` of every token, float32 (G, M).
-        order: Token numbers, sorted by adapter and then by number, int32 (G, M).
-        table: Blocks of up to SIZE tokens, int32 (6, G, B). The six fields are the block's adapter (-1 for an unused block), its first place in ``order``, one
+        picks: Adapter of every token, int32 (members * top_k, M).
+        factors: ``w_j s_j`` of every token, float32 (members * top_k, M).
+        order: Numbers of entries, sorted by adapter and then by number, int32 (G, E).
+        table: Blocks of up to SIZE entries, int32 (6, G, B). The six fields are the block's adapter (-1 for an unused block), its first place in ``order``, one
             past its last place, the adapter's first row, one past its last row, and a counter that starts at 0.
-        short_table: Blocks of up to SHORT tokens with the same fields, int32 (6, G, C), for ranks up to MOST_FOURS; otherwise empty.
+        short_table: Blocks of up to SHORT entries with the same fields, int32 (6, G, C), for ranks up to MOST_FOURS; otherwise, and if the slots are one
+            group, empty.
     """
 
+    picks: Tensor
     factors: Tensor
     order: Tensor
     table: Tensor
@@ -123,11 +131,18 @@ def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[
     return picks, factors
 
 
-def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> Sorted:
-    """Route all tokens and sort them by adapter, without a wait on the host; ``logits`` are those of :func:`route_tokens`."""
+def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing, *, together: bool = False) -> Sorted:
+    """Route all tokens and sort them by adapter, without a wait on the host.
+
+    Args:
+        logits: Those of :func:`route_tokens`.
+        adapters: The members' adapters.
+        routing: Top-k, routing temperature and ``allowed``.
+        together: Whether the slots of a member are sorted together, without short blocks.
+    """
     picks, factors = route_tokens(logits, adapters, routing)
-    groups, tokens = picks.shape
-    short = SHORT if adapters.rank_p <= MOST_FOURS else 0
+    groups, tokens = (adapters.members, routing.top_k * picks.shape[1]) if together else picks.shape
+    short = SHORT if adapters.rank_p <= MOST_FOURS and not together else 0
     most = tokens // SIZE + adapters.number
     most_short = tokens // short + adapters.number if short else 0
     order = torch.empty(groups, tokens, dtype=torch.int32, device=logits.device)
@@ -137,25 +152,26 @@ def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> Sorted:
         picks, adapters.offsets, order, table, short_table, tokens, groups, most, most_short,
         SIZE=SIZE, SHORT=short, CHUNK=min(4096, max(16, power_of_two(tokens))), num_warps=4,
     )  # fmt: skip
-    return Sorted(factors, order, table, short_table)
+    return Sorted(picks, factors, order, table, short_table)
 
 
-def blocks_down(x: Tensor, found: Sorted, adapters: Adapters, top_k: int) -> Tensor:
-    """``A x`` times ``w_j s_j`` for every token, member and slot, float32 (G, M, P)."""
+def blocks_down(x: Tensor, found: Sorted, adapters: Adapters) -> Tensor:
+    """``A x`` times ``w_j s_j`` for every member, slot and token, float32 (members * top_k, M, P)."""
     tokens, hidden = x.shape
     _, groups, most = found.table.shape
+    entries = found.order.shape[1]
     rank_p = adapters.rank_p
     rank_d = max(16, rank_p)
     bk, warps, stages, programs = DOWN_TILE
     bk, warps = min(bk, (128 if rank_p <= 64 else 64) * 2 // x.element_size()), warps if rank_p <= MOST_FOURS else 4
-    span = span_of(hidden, pieces_of(min(tokens, most) * groups, programs, ceil_div(hidden, bk)), bk)
+    span = span_of(hidden, pieces_of(min(entries, most) * groups, programs, ceil_div(hidden, bk)), bk)
     pieces = ceil_div(hidden, span)
-    middle = torch.empty(groups, tokens, rank_p, dtype=torch.float32, device=x.device)
+    middle = torch.empty(*found.factors.shape, rank_p, dtype=torch.float32, device=x.device)
     parts = torch.empty(pieces, groups * most, SIZE, rank_d, dtype=torch.float32, device=x.device) if pieces > 1 else middle
     blocks_down_kernel[(pieces * groups * most,)](
         x, adapters.lora_A, found.factors, found.order, found.table, parts, middle,
-        tokens, hidden, most, groups, x.stride(0), adapters.lora_A.stride(0), adapters.member_rows,
-        TOP_K=top_k, RANK_P=rank_p, RANK_D=rank_d, SIZE=SIZE, BK=bk, SPAN=span, WHOLE=hidden % span == 0, PIECES=pieces,
+        tokens, entries, hidden, most, groups, x.stride(0), adapters.lora_A.stride(0), adapters.member_rows,
+        TOP_K=groups // adapters.members, RANK_P=rank_p, RANK_D=rank_d, SIZE=SIZE, BK=bk, SPAN=span, WHOLE=hidden % span == 0, PIECES=pieces,
         PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return middle
@@ -184,3 +200,16 @@ def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, 
             fours_up_kernel[grid](*arguments, **facts, num_warps=warps)
         else:
             blocks_up_kernel[grid](*arguments, **facts, RANK_D=rank_p, BLOCK_R=32, SIZE=SIZE, PRECISION="ieee", num_warps=warps, num_stages=2)
+
+
+def routed_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
+    """:func:`blocks_up` token by token, with all slots in one launch: B is read for each token, and the base and ``y`` once."""
+    tokens, members = y.shape[0], adapters.members
+    bm, bn, warps = ROUTED_UP
+    splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
+    routed_up_kernel[(sum(ceil_div(width, bn) for width in adapters.widths), ceil_div(tokens, bm))](
+        base, or_any(bias, base), adapters.lora_B, found.picks, middle, adapters.offsets, y, tokens, adapters.total_rank,
+        stride_split, base.stride(-2), y.stride(0), *three(adapters.widths),
+        MEMBERS=members, TOP_K=found.picks.shape[0] // members, RANK_P=adapters.rank_p, SPLITS=splits, BM=bm, BN=bn, HAS_BIAS=bias is not None,
+        num_warps=warps,
+    )  # fmt: skip

@@ -13,6 +13,9 @@ from meteora_kernels.device.rows import member_of
 from meteora_kernels.sizes import ceil_div
 from meteora_kernels.types import Adapters, Routing
 
+FEW_TILE, MANY_TILE = (16, 128, 32, 4, 3), (64, 128, 32, 4, 3)
+"""Tokens, columns, rows of B for each step, warps and stages of a program, for up to 64 tokens and for more."""
+
 
 @triton.jit
 def up_kernel(
@@ -90,7 +93,8 @@ def up(
         block_tokens: Number of tokens per program; None to choose it by the number of tokens.
     """
     tokens, rank = middle.shape[-2], adapters.total_rank
-    block_m, block_n, block_k, warps, stages = block_tokens or (16 if tokens <= 64 else 64), 128, 32, 4, 3
+    block_m, block_n, block_k, warps, stages = FEW_TILE if tokens <= 64 else MANY_TILE
+    block_m = block_tokens or block_m
     member_stride = rank if logits is None else adapters.member_rows
     choice = routing if routing is not None else Routing(top_k=1)
     grid = (sum(ceil_div(width, block_n) for width in adapters.widths), ceil_div(tokens, block_m))

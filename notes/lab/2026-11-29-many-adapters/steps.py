@@ -39,19 +39,18 @@ def steps_of(group: Group, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     adapters, weights = adapters_of(group), group.packed[: group.outputs]
     logits = gate_sums(x, adapters)
     y = torch.empty(len(x), group.outputs, dtype=x.dtype, device="cuda")
-    exact = len(x) <= many_adapters.EXACT_TOKENS
-    base = base_product(x, weights, exact)
-    steps: dict[str, Callable[[], object]] = {"gates": lambda: gate_sums(x, adapters), "product": lambda: base_product(x, weights, exact)}
+    base = base_product(x, weights)
+    steps: dict[str, Callable[[], object]] = {"gates": lambda: gate_sums(x, adapters), "product": lambda: base_product(x, weights)}
     if len(x) <= MOST_FEW:
         chosen = tokens_down(x, logits, adapters, ROUTING)
         steps |= {"tdown": lambda: tokens_down(x, logits, adapters, ROUTING), "tup": lambda: tokens_up(base, None, chosen, adapters, y)}
     if len(x) >= LEAST_SORTED:
         found = sort_tokens(logits, adapters, ROUTING)
-        middle = blocks_down(x, found, adapters, 2)
+        middle = blocks_down(x, found, adapters)
 
         steps |= {
             "sort": lambda: sort_tokens(logits, adapters, ROUTING),
-            "bdown": lambda: blocks_down(x, found, adapters, 2),
+            "bdown": lambda: blocks_down(x, found, adapters),
             "bup": lambda: blocks_up(base, None, middle, found, adapters, y),
         }
     return steps

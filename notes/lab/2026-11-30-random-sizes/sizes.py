@@ -1,7 +1,8 @@
 """60 random sizes: the path that the table chooses, other paths, and the `dense` backend, for single layers and for fused groups of one linear.
 
-`sizes.py [--seconds S] [--jobs J] [--count C]` first compiles all kernels in J processes, then times one size after the other in CUDA graphs and writes
-sizes.json to $OUT. Needs tests/ on the path, for the sizes.
+`sizes.py [--seconds S] [--jobs J] [--count C] [--taken] [--first NAME...]` first compiles all kernels in J processes, then times one size after the other in
+CUDA graphs and writes sizes.json to $OUT. With --taken, only the path of the table is compared with `dense`; sizes whose names begin with NAME come first.
+Needs tests/ on the path, for the sizes.
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 DTYPE = torch.bfloat16
 Work = Callable[[], object]
 OTHERS = [Row("library"), Row("many_tokens"), Row("many_tokens", inline=True)]
-MANY = [Row("many_adapters", way=way) for way in ("few", "sorted")]
+MANY = [Row("many_adapters", way=way) for way in ("few", "sorted_down", "sorted")]
 TABLE = "ALL_ROWS" in os.environ
 """Whether all rows of the table are timed."""
 GROUPS = [Row("split"), Row("split", pieces=1), Row("packed"), Row("packed", pieces=1)]
 
 
-def works_of(size: Sizes) -> dict[str, Work]:
-    """All ways to compute one layer of this size."""
+def sizes_of(count: int, first: tuple[str, ...]) -> list[Sizes]:
+    return sorted(draw(count), key=lambda size: not size.name.startswith(first))
+
+
+def works_of(size: Sizes, only_taken: bool) -> dict[str, Work]:
+    """All ways to compute one layer of this size, or only the table's and `dense`."""
     device, generator = torch.device("cuda", 0), torch.Generator("cuda").manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -60,20 +65,21 @@ def works_of(size: Sizes) -> dict[str, Work]:
     works: dict[str, Work] = {"layer dense": lambda: mix(x, base, adapters, routing, backend="dense")}
     taken = layer.row_for(x, adapters, size.top_k)
     works["layer taken: " + described(taken)] = lambda: layer.run(taken, x, None, base, adapters, routing)
-    for row, reason in candidates([*OTHERS, *MANY, *(table.layer if TABLE else ())], case, layer.CAN_RUN):
+    others = [] if only_taken else [*OTHERS, *MANY, *(table.layer if TABLE else ())]
+    for row, reason in candidates(others, case, layer.CAN_RUN):
         if not reason and row != configuration(taken):
             works["layer " + described(row)] = lambda row=row: layer.run(row, x, None, base, adapters, routing)
     works["group dense"] = lambda: mix(x, F.linear(x, weight), adapters, routing, backend="dense")
     first = groups.row_for(group, size.tokens, size.top_k, aligned=size.tokens > 16 and group.aligned)
     works["group taken: " + described(first)] = lambda: groups.run_group(x, group, routing)
-    for row in [*GROUPS, *(row for row in MANY if not many_adapters.can_run(case, row))]:
+    for row in [] if only_taken else [*GROUPS, *(row for row in MANY if not many_adapters.can_run(case, row))]:
         works["group " + described(row)] = lambda row=row: groups.PATHS[row.path].run(x, group, routing, row)
     return works
 
 
-def compile_part(index: int, jobs: int, count: int) -> None:
-    for size in draw(count)[index::jobs]:
-        for name, work in works_of(size).items():
+def compile_part(index: int, jobs: int, sizes: list[Sizes], only_taken: bool) -> None:
+    for size in sizes[index::jobs]:
+        for name, work in works_of(size, only_taken).items():
             try:
                 work()
                 torch.cuda.synchronize()
@@ -82,14 +88,14 @@ def compile_part(index: int, jobs: int, count: int) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(size: Sizes) -> dict[str, float]:
+def measure(size: Sizes, only_taken: bool) -> dict[str, float]:
     ready: dict[str, Work] = {}
-    for name, work in works_of(size).items():
+    for name, work in works_of(size, only_taken).items():
         try:
             ready[name] = capture(work)
         except Exception:
             torch.cuda.synchronize()
-    return medians(ready, torch.device("cuda"), repeats=15, seconds=1.0)
+    return medians(ready, torch.device("cuda"), repeats=15, seconds=0.5)
 
 
 def main() -> None:
@@ -97,10 +103,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--taken", action="store_true", help="only the table's path and dense")
+    parser.add_argument("--first", nargs="*", default=[])
     given = parser.parse_args()
+    sizes = sizes_of(given.count, tuple(given.first))
     began, out = time.perf_counter(), Path(os.environ.get("OUT", ".")) / "sizes.json"
     context = multiprocessing.get_context("spawn")
-    parts = [context.Process(target=compile_part, args=(index, given.jobs, given.count)) for index in range(given.jobs)]
+    parts = [context.Process(target=compile_part, args=(index, given.jobs, sizes, given.taken)) for index in range(given.jobs)]
     for part in parts:
         part.start()
     for part in parts:
@@ -109,11 +118,11 @@ def main() -> None:
             part.terminate()
     print(f"compiled: {time.perf_counter() - began:.0f} s", flush=True)
     found: dict[str, dict[str, float]] = {}
-    for size in draw(given.count):
+    for size in sizes:
         if time.perf_counter() - began > given.seconds:
             break
         with torch.inference_mode():
-            found[size.name] = times = measure(size)
+            found[size.name] = times = measure(size, given.taken)
         for kind in ("layer", "group"):
             taken = next((name for name in times if name.startswith(f"{kind} taken")), "")
             dense = times.get(f"{kind} dense", 0.0)
