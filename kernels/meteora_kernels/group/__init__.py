@@ -6,6 +6,7 @@ Every path is a module of the same name with two functions. ``can_run(case, row)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,10 +14,10 @@ from torch import Tensor
 from meteora_kernels import many_adapters
 from meteora_kernels.group import decode_all_rows, decode_chosen_rows, one_launch, packed, split, wide
 from meteora_kernels.operators import eager, on_device_of, operator
-from meteora_kernels.plan import Case, Row, choose, readable, table_of
+from meteora_kernels.plan import Case, Facts, Row, choose, readable, table_of
 from meteora_kernels.types import Adapters, Group, Routing
 
-__all__ = ["PATHS", "Block", "group_operator", "reads_in_place", "row_for", "run_group", "run_members"]
+__all__ = ["PATHS", "Block", "group_operator", "reads_in_place", "reads_up", "row_for", "run_group", "run_members"]
 
 PATHS: dict[str, Any] = {
     "decode_chosen_rows": decode_chosen_rows,
@@ -51,6 +52,12 @@ def row_for(group: Group, tokens: int, top_k: int, *, in_place: bool = False, al
 def reads_in_place(group: Group, tokens: int, top_k: int) -> bool:
     """Whether the group's next input should be written into a window of a buffer that :meth:`meteora_kernels.wide.Wide.new_rows` of ``group.wide`` returns."""
     return group.wide is not None and row_for(group, tokens, top_k, in_place=True).path == "wide"
+
+
+def reads_up(facts: Facts, sizes: Iterable[int], top_k: int) -> bool:
+    """Whether a group with B^T in the rows of its weights would read it for one of these numbers of tokens, when x is not in place."""
+    table, kept = table_of(facts.device).group, facts._replace(wide=True)
+    return any(choose(table, Case(kept, tokens, top_k, aligned=True), CAN_RUN).path == "wide" for tokens in sizes)
 
 
 def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:

@@ -13,10 +13,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from meteora_core.integrations.vllm.checkpoint import FOLDER, Store
 from meteora_core.integrations.vllm.hooks import install_in_worker
+from meteora_core.integrations.vllm.layout import WIDEST
 from meteora_core.integrations.vllm.method import method_for
 from meteora_core.integrations.vllm.named import NamedConfig
 from meteora_core.integrations.vllm.options import Options
 from meteora_core.ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE
+from meteora_kernels.plan import EVER
 
 _log = logging.getLogger(__name__)
 
@@ -29,15 +31,15 @@ class MeteoraConfig(NamedConfig):
 
     Args:
         settings: ``checkpoint`` (the folder of gates and adapters, relative to the model's folder), and optionally ``top_k``, ``temperature``,
-            ``base`` (the quantization_config of the base model), ``wide`` (whether weights may contain a copy of B in additional columns, which makes
-            prefill faster) and ``fixed_options`` (whether top_k and T are constants of the GPU kernels, so that requests with other options run without
-            CUDA graphs).
+            ``base`` (the quantization_config of the base model), ``wide`` (whether weights contain a copy of B in additional columns, which makes prefill
+            faster: true for all layers that read it, false for none; by default, layers with at most :data:`.layout.WIDEST` outputs) and
+            ``fixed_options`` (whether top_k and T are constants of the GPU kernels, so that requests with other options run without CUDA graphs).
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         self.settings = dict(settings)
-        self.wide = bool(settings.get("wide", True))
+        self.widest = WIDEST if settings.get("wide") is None else EVER if settings["wide"] else 0
         self.most_tokens = 0
         self.count_every = max(0, int(os.environ.get(COUNT_EVERY) or 0))
         self.base: QuantizationConfig | None = None

@@ -12,8 +12,15 @@ from torch import Tensor
 from meteora_core.integrations.vllm.checkpoint import Store
 from meteora_core.integrations.vllm.slices import Slices
 from meteora_kernels import Adapters, Group
+from meteora_kernels.group import reads_up
+from meteora_kernels.plan import Facts
 from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.wide import Wide
+
+WIDEST = 16384
+"""By default, layers with more outputs have no copy of B: it would be the largest part of the memory, and saves little time in these layers."""
+PREFILL = (257, 512, 1024, 2048, 4096, 8192)
+"""Numbers of tokens for which the kernels' tables choose different paths of prefill."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,21 @@ class Shape:
     def stacked(self) -> int:
         """The number of rows of one member's gates and A, including padding."""
         return stacked_rows_of(len(self.ranks), self.total_rank)
+
+
+def copies_up(shape: Shape, hidden: int, like: Tensor, *, widest: int, top_k: int) -> bool:
+    """Whether a block with base weights should also hold B^T, as a copy that prefill reads.
+
+    Args:
+        shape: The members.
+        hidden: Number of inputs in this process.
+        like: A tensor with the dtype and the device of the block.
+        widest: The largest number of outputs of layers with a copy.
+        top_k: The default number of adapters per token.
+    """
+    facts = Facts(hidden, shape.widths, len(shape.ranks), shape.total_rank, max(shape.ranks), like.dtype, like.device)
+    pays = Wide(hidden, shape.total_rank, len(shape.widths)).pays(like.dtype)
+    return pays and sum(shape.widths) <= widest and reads_up(facts, PREFILL, top_k)
 
 
 class Block:

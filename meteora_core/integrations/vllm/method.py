@@ -12,7 +12,7 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod, register_weight_loader_v2_supported_method
 
 from meteora_core.integrations.vllm import operators
-from meteora_core.integrations.vllm.layout import Block, Shape, buffers, weights_of
+from meteora_core.integrations.vllm.layout import Block, Shape, buffers, copies_up, weights_of
 from meteora_core.integrations.vllm.runtime import RUNTIME
 from meteora_core.integrations.vllm.served import Served
 from meteora_core.integrations.vllm.slices import Slices
@@ -66,7 +66,8 @@ class MeteoraMethodV1(LinearMethodBase):
             self.under.process_weights_after_loading(layer)
         like = torch.empty(0, dtype=self.dtype, device=layer.weight.device if fused else device_of(layer))
         if self.block is None:  # captured graphs contain the addresses of the first loading, so later ones reuse its memory
-            self.block = Block(shape, self.hidden, like, base=fused, wide=self.config.wide)
+            wide = fused and copies_up(shape, self.hidden, like, widest=self.config.widest, top_k=self.config.default.top_k)
+            self.block = Block(shape, self.hidden, like, base=fused, wide=wide)
         block = self.block
         block.fill(store, slices)
         if fused:

@@ -12,12 +12,12 @@ class Served(Protocol):
     """The part of :class:`meteora_core.integrations.vllm.config.MeteoraConfig` that layers use.
 
     Attributes:
-        wide: Whether weights may contain a copy of B in additional columns.
+        widest: The largest number of outputs of layers whose weights may contain a copy of B in additional columns; 0 for no copies.
         count_every: Interval, in steps, at which the choices are counted; 0 for never.
         most_tokens: The largest number of tokens of a step; 0 if the kernels have the default options as constants.
     """
 
-    wide: bool
+    widest: int
     count_every: int
     most_tokens: int
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from meteora_core.integrations.vllm.layout import Block, Shape, weights_of
+from meteora_core.integrations.vllm.layout import WIDEST, Block, Shape, copies_up, weights_of
 from meteora_core.integrations.vllm.mixing import Layer, added, chosen_down, observed
 from meteora_core.integrations.vllm.options import Options
 from meteora_core.integrations.vllm.runtime import Runtime, Scheduled
 from meteora_core.integrations.vllm.slices import Slices
 from meteora_core.integrations.vllm.warmup import different, sizes
 from meteora_kernels import Adapters, Routing, reference, run_group
+from meteora_kernels.plan import EVER, use
+from meteora_kernels.plan.table import shipped
 
 HIDDEN, COUNT = 64, 5
 RANKS = {"q": [4, 0, 8, 8, 2], "v": [0, 4, 8, 4, 8]}
@@ -105,6 +107,28 @@ def test_loading_again_replaces_the_weights_in_the_same_memory(weights: Weights)
     block.fill(weights, WHOLE)  # type: ignore[arg-type]
     assert block.rows.data_ptr() == address
     assert (block.rows - before).abs().sum() == COUNT * HIDDEN
+
+
+def test_memory_of_an_8b_model_with_28_adapters_is_little_more_than_their_own() -> None:
+    """Llama-3-8B's layers on an H200, on the device "meta": bytes of blocks beyond the base weights, as a share of the sizes of gates, A and B."""
+    count, rank, layers, tokens = 28, 8, 32, 8192
+    device, own, extra = torch.device("meta"), 0, tokens * (count + 2) * 4  # the table of options
+    before = use(device, shipped("h200"))
+    try:
+        for widths, hidden in (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)):
+            like = torch.empty(0, dtype=torch.bfloat16, device=device)
+            shape = Shape(tuple(f"m{width}" for width in widths), widths, (rank,) * count, (2.0,) * count)
+            wide = copies_up(shape, hidden, like, widest=WIDEST, top_k=2)
+            assert wide == (hidden == 4096 and sum(widths) <= 6144)
+            assert copies_up(shape, hidden, like, widest=EVER, top_k=2) == (hidden == 4096)
+            assert not copies_up(shape, hidden, like, widest=0, top_k=2)
+            block = Block(shape, hidden, like, base=True, wide=wide)
+            kept = sum(tensor.untyped_storage().nbytes() for tensor in block.tensors().values())
+            extra += layers * (kept - 2 * sum(widths) * hidden)
+            own += layers * 2 * (len(widths) * count * (1 + rank) * hidden + count * rank * sum(widths))
+    finally:
+        use(device, before)
+    assert 1.0 <= extra / own <= 1.3
 
 
 def test_slices_of_a_model_that_merges_its_layers_itself() -> None:
