@@ -124,6 +124,8 @@ class Routing(NamedTuple):
             token (:mod:`meteora_kernels.token_options`), which replace ``temperature`` and lower ``top_k``.
         indices: Adapters to use instead of the gate's choice (forced routing), int64 (..., k), or None.
         weights: Weights of these adapters (..., k), or None.
+        chosen: Memory to which :func:`meteora_kernels.run_group` on a GPU writes the choices of every token, float32 (members, M, 2 * k): the indices of
+            the k adapters, then their weights; None writes nothing. Slots past the top-k of a token have weight 0. Not for calls that are traced.
 
     Example:
         >>> from meteora_kernels import Routing
@@ -136,6 +138,7 @@ class Routing(NamedTuple):
     allowed: Tensor | None = None
     indices: Tensor | None = None
     weights: Tensor | None = None
+    chosen: Tensor | None = None
 
     @property
     def slots(self) -> int:

@@ -1,4 +1,4 @@
-"""Every path of a fused group with options that differ from token to token, against float64; in the interpreter on a CPU, compiled on a GPU."""
+"""Every path of a fused group with options that differ from token to token, against float64, and the routes that it writes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from meteora_kernels import Routing
 from meteora_kernels.plan import Row, Span
+from meteora_kernels.reference import route
 from meteora_kernels.tile import Tile
 from meteora_kernels.token_options import new_options, option_row
 from support.kernel_groups import DEVICE, Members, errors, members
@@ -46,5 +47,13 @@ def test_every_token_has_its_own_options(path: str) -> None:
     each = [EACH[token * 5 % 7 % len(EACH)] for token in range(tokens)]
     options = torch.tensor([option_row(len(given.ranks), *one) for one in each], device=DEVICE)
     more = new_options(5, option_row(len(given.ranks), 2, 1.0), DEVICE)  # a buffer may be longer than the batch
-    found = given.run(row, Routing(2, 9.0, torch.cat([options, more])))
+    chosen = torch.empty(2, tokens, 4, device=DEVICE)
+    found = given.run(row, Routing(2, 9.0, torch.cat([options, more]), chosen=chosen))
     assert float(errors(found, exact(given, each)).max()) < 5e-3
+    for case, kept in zip(given.cases, chosen, strict=True):
+        for token, (top_k, temperature, allowed) in enumerate(each):
+            mask = None if allowed is None else torch.isin(torch.arange(len(given.ranks)), torch.tensor(allowed)).to(DEVICE)
+            indices, weights = route(given.x[token].double() @ case.gate.double().t(), max(top_k, 1), temperature, mask)
+            assert kept[token, :2].tolist()[:top_k] == indices.tolist()[:top_k]
+            expected = [*weights.tolist()[:top_k], 0.0, 0.0][:2]
+            assert kept[token, 2:].tolist() == pytest.approx(expected, abs=5e-3)

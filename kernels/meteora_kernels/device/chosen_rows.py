@@ -6,23 +6,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from meteora_kernels.device.routing import coefficients_of, routes_of_logits, slot_of, summed
+from meteora_kernels.device.routing import coefficients_of, keep_routes, routes_of_logits, slot_of, summed
 
 
 @triton.jit
 def route_of_token(
-    logits, stride_logits, stride_split, token, places, allowed, scaling, offsets, count, temperature,
+    logits, stride_logits, stride_split, token, places, allowed, scaling, offsets, chosen, writes, count, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """The rows of A and B (int64) and ``w_j s_j`` (float32) of one token at ``places`` (P, 1).
 
     Place ``slot * RANK_P + i`` is the i-th row of the slot's adapter. Past the adapter's rank and past the last slot, the row is -1 and the value 0.
+    KEEP: The program for which ``writes`` is true also writes the routes to ``chosen`` (:func:`meteora_kernels.device.routing.keep_routes`).
     """
     slots = tl.arange(0, SLOTS)[None, :]
     tokens = token + tl.zeros([1, 1], dtype=tl.int32)
     picks, shares = routes_of_logits(
         logits, tokens, stride_logits, allowed, tokens >= 0, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, stride_split, SPLITS
     )
+    keep_routes(chosen, tokens, writes, picks, shares, TOP_K, SLOTS, KEEP)
     own = places // RANK_P == slots
     pick = tl.sum(tl.where(own, picks, 0), axis=1)[:, None]
     share = tl.sum(tl.where(own, shares, 0.0), axis=1)[:, None]

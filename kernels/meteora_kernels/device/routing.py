@@ -104,6 +104,17 @@ def routes_of_logits(
 
 
 @triton.jit
+def keep_routes(chosen, tokens, mask, picks, shares, TOP_K: tl.constexpr, SLOTS: tl.constexpr, KEEP: tl.constexpr):
+    """With KEEP, write the adapters and weights (M, SLOTS) of ``tokens`` (M, 1) to ``chosen``, float32 (., 2 * TOP_K), whose first row is that of token 0."""
+    if KEEP:
+        slots = tl.arange(0, SLOTS)[None, :]
+        place = chosen + tokens * (2 * TOP_K) + slots
+        kept = mask & (slots < TOP_K)
+        tl.store(place, picks.to(tl.float32), mask=kept)
+        tl.store(place + TOP_K, shares.to(tl.float32), mask=kept)
+
+
+@triton.jit
 def allowed_from(allowed, first, count, HAS_ALLOWED: tl.constexpr):
     """``allowed`` for tokens that are counted from token ``first`` on."""
     if HAS_ALLOWED == 2:
@@ -152,10 +163,11 @@ def coefficients_of(rows, picks, scaled, first, last, TOP_K: tl.constexpr, SLOTS
 @triton.jit
 def routes_of_few(
     products, stride_products, allowed, scaling, offsets, tokens_total, count, temperature,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, TOKENS_P: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, TOKENS_P: tl.constexpr, HAS_ALLOWED: tl.constexpr, chosen=0, KEEP: tl.constexpr = False,
 ):  # fmt: skip
-    """Adapters, ``w_j s_j``, first rows and ends of rows, each (TOKENS_P, SLOTS), from the logits (M, N) at ``products``."""
+    """Adapters, ``w_j s_j``, first rows and ends of rows, each (TOKENS_P, SLOTS), from the logits (M, N) at ``products``; KEEP: see :func:`keep_routes`."""
     tokens = tl.arange(0, TOKENS_P)[:, None]
     live = tokens < tokens_total
     picks, shares = routes_of_logits(products, tokens, stride_products, allowed, live, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED)
+    keep_routes(chosen, tokens, live, picks, shares, TOP_K, SLOTS, KEEP)
     return picks, shares * tl.load(scaling + picks), tl.load(offsets + picks), tl.load(offsets + picks + 1)

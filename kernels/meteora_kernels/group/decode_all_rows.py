@@ -27,12 +27,13 @@ from meteora_kernels.types import Group, Routing
 
 @triton.jit
 def write_plan(
-    here, stride_products, gate_rows, rows_out, values_out, stride_plan, allowed, scaling, offsets, tokens_total, count, temperature,
+    here, stride_products, gate_rows, rows_out, values_out, stride_plan, allowed, scaling, offsets, chosen, tokens_total, count, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, TOKENS_P: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Route every token, and write the row of A and B (-1 past the rank) and ``w_j s_j`` times ``A x`` for each token, slot and place up to RANK_P."""
     _, scaled, first, last = routes_of_few(
-        here, stride_products, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, TOKENS_P, HAS_ALLOWED
+        here, stride_products, allowed, scaling, offsets, tokens_total, count, temperature, TOP_K, SLOTS, PADDED, TOKENS_P, HAS_ALLOWED, chosen, KEEP
     )
     tokens = tl.arange(0, TOKENS_P)[:, None]
     slots = tl.arange(0, SLOTS)[None, :]
@@ -50,11 +51,11 @@ def write_plan(
 
 @triton.jit
 def decode_all_rows_kernel(
-    x, w, gates_a, b, bias, allowed, scaling, offsets, products, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows, stacked,
-    rank, stride_products, member_products, stride_plan, width0, width1, width2, temperature,
+    x, w, gates_a, b, bias, allowed, scaling, offsets, chosen, products, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows,
+    stacked, rank, stride_products, member_products, stride_plan, width0, width1, width2, temperature,
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, CHUNK: tl.constexpr, TOKENS_P: tl.constexpr,
-    GATE_BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATE_STEP: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN:
-    tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GATE_BLOCK: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATE_STEP: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
@@ -63,6 +64,7 @@ def decode_all_rows_kernel(
     w and gates_a is ``stride_w``.
     Scratch: products float32 (M, stride_products), ``member_products`` columns for each member: logits in ``gate_rows`` columns, then A x; plan_rows int32 and
     plan_values float32 (M, MEMBERS * TOP_K * RANK_P). flags int32 (8,), all 0 before and after.
+    KEEP: the routes are written to ``chosen`` (``Routing.chosen``).
     Grid, one dimension: first the gate programs (GATE_BLOCK rows of gates_a each), the last of which to finish routes; then ceil(width / BN) programs for each
     member.
     """
@@ -85,7 +87,7 @@ def decode_all_rows_kernel(
             tl.debug_barrier()
             write_plan(
                 here, stride_products, gate_rows, plan_rows + member * PLACES, plan_values + member * PLACES, stride_plan, allowed, scaling, offsets,
-                tokens_total, count, temperature, TOP_K, SLOTS, PADDED, RANK_P, TOKENS_P, HAS_ALLOWED,
+                chosen + member * tokens_total * (2 * TOP_K), tokens_total, count, temperature, TOP_K, SLOTS, PADDED, RANK_P, TOKENS_P, HAS_ALLOWED, KEEP,
             )  # fmt: skip
             raise_flag(flags + 3 + member)
     else:
@@ -137,10 +139,11 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     programs = members * ceil_div(gate_rows + rank, gate_block) + sum(ceil_div(width, bn) for width in widths)
     decode_all_rows_kernel[(programs,)](
-        x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, products, plan_rows, plan_values, group.flags, y,
-        tokens, hidden, gate.stride(0), scaling.shape[0], gate_rows, stacked, rank, products.stride(0), gate_rows + rank, plan_rows.stride(0), *three(widths),
-        routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, tokens_p, bn), TOKENS_P=tokens_p,
-        GATE_BLOCK=gate_block, BN=bn, BK=tile.step, GATE_STEP=tile.gate_step, HAS_BIAS=group.bias is not None, EVEN=hidden % tile.step == 0 and hidden %
-        tile.gate_step == 0, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, or_any(routing.chosen, scaling), products, plan_rows,
+        plan_values, group.flags, y, tokens, hidden, gate.stride(0), scaling.shape[0], gate_rows, stacked, rank, products.stride(0), gate_rows + rank,
+        plan_rows.stride(0), *three(widths), routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p,
+        CHUNK=chunk_of(places, tokens_p, bn), TOKENS_P=tokens_p, GATE_BLOCK=gate_block, BN=bn, BK=tile.step, GATE_STEP=tile.gate_step,
+        KEEP=routing.chosen is not None, HAS_BIAS=group.bias is not None, EVEN=hidden % tile.step == 0 and hidden % tile.gate_step == 0, STAGES=tile.stages,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip  # fmt: skip
     return y

@@ -27,12 +27,12 @@ from meteora_kernels.types import Group, Routing
 
 @triton.jit
 def decode_chosen_rows_kernel(
-    x, w, gates_a, b, bias, allowed, scaling, offsets, logits, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows, stacked,
-    rank, width0, width1, width2, temperature,
+    x, w, gates_a, b, bias, allowed, scaling, offsets, chosen_out, logits, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows,
+    stacked, rank, width0, width1, width2, temperature,
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, CHUNK: tl.constexpr, TOKENS_P: tl.constexpr,
     GATE_BLOCK: tl.constexpr, GATE_STEP: tl.constexpr, GATE_SPAN: tl.constexpr, GATE_PIECES: tl.constexpr, ROWS: tl.constexpr, DOWN_STEP: tl.constexpr,
-    DOWN_SPAN: tl.constexpr, DOWN_PIECES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    DOWN_SPAN: tl.constexpr, DOWN_PIECES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
@@ -74,8 +74,9 @@ def decode_chosen_rows_kernel(
         places = block * ROWS + tl.arange(0, ROWS)[:, None]
         wait_flag(flags + member, gate_programs)
         chosen, factors = route_of_token(
-            logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets, count, temperature, TOP_K,
-            SLOTS, PADDED, RANK_P, GATE_PIECES, HAS_ALLOWED,
+            logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets,
+            chosen_out + member * tokens_total * (2 * TOP_K), (block == 0) & (piece == 0), count, temperature, TOP_K, SLOTS, PADDED, RANK_P, GATE_PIECES,
+            HAS_ALLOWED, KEEP,
         )  # fmt: skip
         a = gates_a + (member * stacked + gate_rows).to(tl.int64) * stride_w
         start = piece * DOWN_SPAN
@@ -140,12 +141,12 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     programs = members * (ceil_div(count, gate_block) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
     programs += sum(ceil_div(width, bn) for width in widths)
     decode_chosen_rows_kernel[(programs,)](
-        x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, logits, plan_rows, plan_values, group.flags, y,
-        tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths), routing.temperature,
+        x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, or_any(routing.chosen, scaling), logits, plan_rows,
+        plan_values, group.flags, y, tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths), routing.temperature,
         **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, tokens_p, bn), TOKENS_P=tokens_p, GATE_BLOCK=gate_block,
         GATE_STEP=tile.gate_step, GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, DOWN_STEP=tile.down_step, DOWN_SPAN=down_span,
-        DOWN_PIECES=down_pieces, BN=bn, BK=tile.step, HAS_BIAS=group.bias is not None, EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden %
-        tile.down_step), WHOLE=hidden % gate_span == 0 and hidden % down_span == 0, STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps,
-        num_stages=tile.stages,
+        DOWN_PIECES=down_pieces, BN=bn, BK=tile.step, KEEP=routing.chosen is not None, HAS_BIAS=group.bias is not None,
+        EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden % tile.down_step), WHOLE=hidden % gate_span == 0 and hidden % down_span == 0,
+        STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip  # fmt: skip
     return y

@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from meteora_kernels.arguments import choice_constants, or_any, three
 from meteora_kernels.device.flags import clear_when_last, count_out, raise_flag, share_out, wait_flag
-from meteora_kernels.device.routing import coefficients_of, routes_of_tile, summed
+from meteora_kernels.device.routing import coefficients_of, keep_routes, routes_of_tile, summed
 from meteora_kernels.plan.machine import at_once, interpreted, why_not_at_once
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
@@ -41,9 +41,9 @@ flags 3 to 5 those whose tokens are routed, and flag 6 all programs that no long
 
 @triton.jit
 def write_middle(
-    products, stride_split, stride_products, gate_rows, middle, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
+    products, stride_split, stride_products, gate_rows, middle, stride_middle, allowed, scaling, offsets, chosen, tokens_total, count, rank, temperature,
+    block, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Route the ``block``-th BLOCK tokens and write ROWS columns of the middle.
 
@@ -55,6 +55,7 @@ def write_middle(
     picks, shares = routes_of_tile(
         products, tokens, stride_products, allowed, products, products, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
     )
+    keep_routes(chosen, tokens, mask, picks, shares, TOP_K, SLOTS, KEEP)
     scaled = shares * tl.load(scaling + picks)
     first = tl.load(offsets + picks)
     last = tl.load(offsets + picks + 1)
@@ -84,12 +85,12 @@ def add_up(
 
 @triton.jit
 def one_launch_kernel(
-    x, packed, b, bias, allowed, scaling, offsets, products, middle, parts, flags, y, tokens_total, hidden, outputs, count, gate_rows, stacked, rank, width0,
-    width1, width2, temperature,
+    x, packed, b, bias, allowed, scaling, offsets, chosen, products, middle, parts, flags, y, tokens_total, hidden, outputs, count, gate_rows, stacked, rank,
+    width0, width1, width2, temperature,
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, TOKENS_P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GATE_PIECES: tl.constexpr, PIECES: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    WIDE: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BIAS: tl.constexpr, CONCURRENT: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, CONCURRENT: tl.constexpr, THREADS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
@@ -97,6 +98,7 @@ def one_launch_kernel(
     then for each member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b (R, width) for each member; bias (O,); y (M, O).
     Scratch: products float32 (GATE_PIECES, TOKENS_P, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (TOKENS_P, MEMBERS * CHUNKS * CHUNK) in
     the dtype of b; parts float32 (tiles, PIECES, BN, TOKENS_P) if PIECES > 1. flags int32 (1024,), all 0 before and after.
+    KEEP: the routes are written to ``chosen`` (``Routing.chosen``).
     Grid, one dimension: for each member ceil((gate_rows + R) / BN) * GATE_PIECES programs for gates and A; then for each member ceil(width / BN) * PIECES
     programs. SHARES, a power of two up to PIECES, is the number of a tile's programs that each write a part of it. Sums are (outputs, tokens), because the
     matrix units need at least 64 rows on the left side, but any multiple of 8 on the right, so fewer tokens take less time.
@@ -149,8 +151,8 @@ def one_launch_kernel(
             wait_flag(flags + member, per_member)
         for block in range(first, token_blocks, step):
             write_middle(
-                here, stride_split, stride_products, gate_rows, inner, stride_middle, allowed, scaling, offsets, tokens_total, count, rank, temperature, block,
-                TOP_K, SLOTS, PADDED, BLOCK, WIDE, CHUNKS * CHUNK, GATE_PIECES, HAS_ALLOWED,
+                here, stride_split, stride_products, gate_rows, inner, stride_middle, allowed, scaling, offsets, chosen + member * tokens_total * (2 * TOP_K),
+                tokens_total, count, rank, temperature, block, TOP_K, SLOTS, PADDED, BLOCK, WIDE, CHUNKS * CHUNK, GATE_PIECES, HAS_ALLOWED, KEEP,
             )  # fmt: skip
         raise_flag(flags + 3 + member)
         come = count_out(flags + 6, THREADS)
@@ -240,10 +242,10 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
     one_launch_kernel[(gate_programs + tiles * pieces,)](
         TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [tokens_p, bk]),
         TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]), b, or_any(group.bias, scaling),
-        or_any(routing.allowed, scaling), scaling, offsets, products, middle, parts, group.flags, y, tokens, hidden, outputs, scaling.shape[0], gate_rows,
-        stacked, rank, *three(widths), routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, TOKENS_P=tokens_p, BN=bn, BK=bk,
-        GATE_PIECES=gate_pieces, PIECES=pieces, SHARES=1 << (pieces.bit_length() - 1), BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
-        WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_BIAS=group.bias is not None, CONCURRENT=not interpreted(),
-        THREADS=32 * warps, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        or_any(routing.allowed, scaling), scaling, offsets, or_any(routing.chosen, scaling), products, middle, parts, group.flags, y, tokens, hidden, outputs,
+        scaling.shape[0], gate_rows, stacked, rank, *three(widths), routing.temperature, **choice_constants(adapters, routing), MEMBERS=members,
+        TOKENS_P=tokens_p, BN=bn, BK=bk, GATE_PIECES=gate_pieces, PIECES=pieces, SHARES=1 << (pieces.bit_length() - 1), BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
+        WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_BIAS=group.bias is not None, KEEP=routing.chosen is not None,
+        CONCURRENT=not interpreted(), THREADS=32 * warps, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip  # fmt: skip
     return y

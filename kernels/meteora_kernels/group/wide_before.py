@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from meteora_kernels.arguments import choice_constants, kind_of_allowed, or_any
 from meteora_kernels.device.chosen_rows import clear_rows, write_chosen
 from meteora_kernels.device.flags import leave, share_out, wait_flag
-from meteora_kernels.device.routing import allowed_from, routes_of_tile
+from meteora_kernels.device.routing import allowed_from, keep_routes, routes_of_tile
 from meteora_kernels.launches import Launches, Rest
 from meteora_kernels.plan.machine import interpreted, why_not_at_once
 from meteora_kernels.plan.table import Case, Row
@@ -36,10 +36,10 @@ MOST_BLOCKS = 512
 
 @triton.jit(do_not_specialize=["tokens_total"])
 def wide_before_kernel(
-    x, ga, source, target, h, allowed, scaling, offsets, mid, flags, tokens_total, hidden, count, members, gate_rows, stacked, rank, stride_source,
+    x, ga, source, target, h, allowed, scaling, offsets, chosen, mid, flags, tokens_total, hidden, count, members, gate_rows, stacked, rank, stride_source,
     stride_row, first_h, second_h, padded_rank, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, HAS_ALLOWED: tl.constexpr, COPY: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr, COPY: tl.constexpr,
     COPIERS: tl.constexpr, CONCURRENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``h[t, row] = (A x)[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
@@ -47,7 +47,7 @@ def wide_before_kernel(
     Shapes: x (M, h) and ga (P, h), tensor descriptors with blocks (BM, BK) and (BN, BK); ga holds for each member N gate rows, padding to ``gate_rows``,
     R rows of A, padding to ``stacked``; ``h`` has row stride ``stride_row`` and the dtype of x; the first member's columns start at ``first_h``, those of
     the others at ``second_h``. COPY: x, whose pointer is ``source``, is also copied to ``target``, which has the row stride of ``h``; the first COPIERS (a
-    power of two up to TILES) tiles of a block each copy a part of its tokens.
+    power of two up to TILES) tiles of a block each copy a part of its tokens. KEEP: the routes are written to ``chosen`` (``Routing.chosen``).
     Scratch: mid float32 (blocks of BM tokens * members, PIECES, BM, gate_rows + R), partial sums. flags int32, two for each block and member, all 0
     before and after. BLOCK: Number of tokens that a program routes. Grid, one dimension: ceil(M / BM) * members * PIECES * TILES programs, with
     TILES = ceil((gate_rows + R) / BN).
@@ -96,6 +96,7 @@ def wide_before_kernel(
         picks, shares = routes_of_tile(
             here, some, width, permitted, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, BM * width, PIECES
         )
+        keep_routes(chosen + (member * tokens_total + begin) * (2 * TOP_K), some, mask, picks, shares, TOP_K, SLOTS, KEEP)
         write_chosen(here + gate_rows, width, BM * width, own, stride_row, scaling, offsets, some, mask, picks, shares, TOP_K, SLOTS, RANKS, PIECES, True)
     leave(flags + 2 * index, together)
 
@@ -143,7 +144,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Ten
     strides = x.stride(-2), result.stride(-2)
     key = (
         tokens, hidden, ga.shape[0], members, width, adapters.member_rows, *strides, first, second, padded, pieces, row.tile, adapters.max_rank, routing.top_k,
-        routing.temperature, kind_of_allowed(routing.allowed), copy is None, x.dtype, scaling.dtype,
+        routing.temperature, kind_of_allowed(routing.allowed), routing.chosen is None, copy is None, x.dtype, scaling.dtype,
     )  # fmt: skip
 
     def rest() -> Rest:
@@ -151,8 +152,9 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Ten
         constants = {
             **choice_constants(adapters, routing), "BM": bm, "BN": bn, "BK": bk, "TILES": tiles, "PIECES": pieces,
             "BLOCK": max(1, bm >> ((tiles * pieces).bit_length() - 1)), "CHUNK": min(256, padded & -padded),
-            "RANKS": ranks_of(adapters.max_rank or 0, routing.top_k, padded), "COPY": copy is not None, "COPIERS": min(bm, 1 << (tiles.bit_length() - 1)),
-            "CONCURRENT": not interpreted(), "STAGES": stages, "PRECISION": "ieee", "num_warps": warps, "num_stages": stages,
+            "RANKS": ranks_of(adapters.max_rank or 0, routing.top_k, padded), "KEEP": routing.chosen is not None, "COPY": copy is not None,
+            "COPIERS": min(bm, 1 << (tiles.bit_length() - 1)), "CONCURRENT": not interpreted(), "STAGES": stages, "PRECISION": "ieee", "num_warps": warps,
+            "num_stages": stages,
         }  # fmt: skip
         return Rest((index * pieces * tiles,), numbers, constants)
 
@@ -160,5 +162,17 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, out: Out, copy: Ten
     if right is None:
         right = group.views[bn, bk] = TensorDescriptor(ga, [ga.shape[0], hidden], [ga.stride(0), 1], [bn, bk])
     left = TensorDescriptor(x, [tokens, hidden], [strides[0], 1], [bm, bk])
-    rows = (left, right, x, or_any(copy, x), result, or_any(routing.allowed, scaling), scaling, adapters.offsets, mid, group.flags)
+    rows = (
+        left,
+        right,
+        x,
+        or_any(copy, x),
+        result,
+        or_any(routing.allowed, scaling),
+        scaling,
+        adapters.offsets,
+        or_any(routing.chosen, scaling),
+        mid,
+        group.flags,
+    )
     _launches(key, rows, rest)

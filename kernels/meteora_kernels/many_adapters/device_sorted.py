@@ -10,14 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from meteora_kernels.device.routing import routes_of_tile, summed
+from meteora_kernels.device.routing import keep_routes, routes_of_tile, summed
 from meteora_kernels.device.rows import member_of
 
 
 @triton.jit
 def routes_kernel(
-    logits, allowed, scaling, picks_out, factors_out, tokens_total, count, stride_logits, stride_split, temperature,
+    logits, allowed, scaling, chosen, picks_out, factors_out, tokens_total, count, stride_logits, stride_split, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Write the adapters of every token to ``picks_out``, int32 (members, TOP_K, M), and ``w_j s_j`` to ``factors_out``, float32 of the same shape.
 
@@ -30,6 +31,7 @@ def routes_kernel(
     picks, shares = routes_of_tile(
         here, tokens, stride_logits, allowed, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
     )
+    keep_routes(chosen + member * tokens_total * (2 * TOP_K), tokens, mask, picks, shares, TOP_K, SLOTS, KEEP)
     slots = tl.arange(0, SLOTS)[None, :]
     place = (member * TOP_K + slots) * tokens_total + tokens
     keep = mask & (slots < TOP_K)

@@ -54,9 +54,9 @@ def gates_kernel(
 
 @triton.jit
 def tokens_down_kernel(
-    x, a, logits, allowed, scaling, offsets, rows_out, values_out, tokens_total, hidden, count, stride_x, stride_a, member_rows, temperature,
+    x, a, logits, allowed, scaling, offsets, chosen_out, rows_out, values_out, tokens_total, hidden, count, stride_x, stride_a, member_rows, temperature,
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
-    SPAN: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    SPAN: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Route one token and multiply it with ROWS of its chosen rows of A, over the ``piece``-th SPAN columns.
@@ -75,8 +75,9 @@ def tokens_down_kernel(
     places = block * ROWS + tl.arange(0, ROWS)[:, None]
     stride_logits = MEMBERS * count
     chosen, factors = route_of_token(
-        logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets, count, temperature, TOP_K, SLOTS,
-        PADDED, RANK_P, SPLITS, HAS_ALLOWED,
+        logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets,
+        chosen_out + member * tokens_total * (2 * TOP_K), (block == 0) & (piece == 0), count, temperature, TOP_K, SLOTS, PADDED, RANK_P, SPLITS, HAS_ALLOWED,
+        KEEP,
     )  # fmt: skip
     own = a + (member * member_rows).to(tl.int64) * stride_a
     start = piece * SPAN

@@ -88,10 +88,10 @@ def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing)
     rows_out = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     values = torch.empty(pieces, tokens, members * places, dtype=torch.float32, device=x.device)
     tokens_down_kernel[(pieces * ceil_div(places, rows) * tokens * members,)](
-        x, adapters.lora_A, logits, or_any(routing.allowed, logits), adapters.scaling, adapters.offsets, rows_out, values,
-        tokens, hidden, adapters.number, x.stride(0), adapters.lora_A.stride(0), adapters.member_rows, routing.temperature,
-        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, ROWS=rows,
-        BK=step, SPAN=span, PIECES=pieces, SPLITS=logits.shape[0], EVEN=hidden % step == 0,
+        x, adapters.lora_A, logits, or_any(routing.allowed, logits), adapters.scaling, adapters.offsets,
+        or_any(routing.chosen, logits), rows_out, values, tokens, hidden, adapters.number, x.stride(0), adapters.lora_A.stride(0), adapters.member_rows,
+        routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, ROWS=rows,
+        BK=step, SPAN=span, PIECES=pieces, SPLITS=logits.shape[0], KEEP=routing.chosen is not None, EVEN=hidden % step == 0,
         WHOLE=hidden % span == 0, STAGES=3, num_warps=2, num_stages=3,
     )  # fmt: skip
     return rows_out, values
@@ -124,9 +124,10 @@ def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[
     block = max(1, min(16, 2048 // adapters.padded, tokens // 128))
     block = 1 << (block.bit_length() - 1)
     routes_kernel[(ceil_div(tokens, block), members)](
-        logits, or_any(routing.allowed, logits), adapters.scaling, picks, factors, tokens, adapters.number,
+        logits, or_any(routing.allowed, logits), adapters.scaling, or_any(routing.chosen, logits), picks, factors, tokens, adapters.number,
         logits.stride(-2), logits.stride(0) if logits.dim() == 3 else 0, routing.temperature,
-        **choice_constants(adapters, routing), BLOCK=block, SPLITS=logits.shape[0] if logits.dim() == 3 else 1, num_warps=4,
+        **choice_constants(adapters, routing), BLOCK=block, SPLITS=logits.shape[0] if logits.dim() == 3 else 1,
+        KEEP=routing.chosen is not None, num_warps=4,
     )  # fmt: skip
     return picks, factors
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meteora_kernels.arguments import choice_constants, kind_of_allowed, or_any
 from meteora_kernels.device.chosen_rows import clear_rows, write_chosen
-from meteora_kernels.device.routing import coefficients_of, routes_of_tile, slot_of, summed
+from meteora_kernels.device.routing import coefficients_of, keep_routes, routes_of_tile, slot_of, summed
 from meteora_kernels.launches import Launches, Rest
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import Adapters, Routing
@@ -20,17 +20,17 @@ from meteora_kernels.types import Adapters, Routing
 
 @triton.jit
 def middle_kernel(
-    logits, down, middle, allowed, given_indices, given_weights, scaling, offsets, tokens_total, count, rank, stride_split, stride_logits, stride_down,
+    logits, down, middle, allowed, given_indices, given_weights, scaling, offsets, chosen, tokens_total, count, rank, stride_split, stride_logits, stride_down,
     stride_middle, member_logits, member_down, first_middle, second_middle, member_middle, padded_rank, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_ALLOWED: tl.constexpr,
-    GIVEN: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+    GIVEN: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``middle[t, row] = down[t, row] * w_j * s_j`` where slot j's adapter owns the row, 0 elsewhere and from R to ``padded_rank``.
 
     logits (M, N) and down (M, R) in the model's dtype, or SPLITS float32 partial sums of them that are ``stride_split`` apart; middle (M, R) in the
     model's dtype. The members of a fused group are ``member_*`` columns apart; in ``middle``, the first member starts at column ``first_middle`` and the
     second at ``second_middle``. RANKS > 0: no adapter has more rows, and only the rows of chosen adapters are read. RANKS = 0: all rows are read.
-    Grid: (ceil(M / BLOCK), members).
+    KEEP: the routes are written to ``chosen`` (``Routing.chosen``). Grid: (ceil(M / BLOCK), members).
     """
     member = tl.program_id(1)
     column = tl.where(member == 0, first_middle, second_middle + (member - 1) * member_middle)
@@ -42,6 +42,7 @@ def middle_kernel(
         logits + member * member_logits, tokens, stride_logits, allowed, given_indices, given_weights, mask, count, temperature, TOP_K, SLOTS, PADDED,
         HAS_ALLOWED, GIVEN, stride_split, SPLITS,
     )  # fmt: skip
+    keep_routes(chosen + member * tokens_total * (2 * TOP_K), tokens, mask, picks, shares, TOP_K, SLOTS, KEEP)
     if RANKS > 0:
         write_chosen(
             down + member * member_down, stride_down, stride_split, middle + column, stride_middle, scaling, offsets, tokens, mask, picks, shares, TOP_K,
@@ -169,7 +170,7 @@ def middle(
         A new tensor (M, members * R), or the rows of ``out``.
     """
     _, _, lora_B, scaling, offsets, _, widths, member_rows = adapters
-    top_k, temperature, allowed, indices, weights = routing
+    top_k, temperature, allowed, indices, weights, chosen = routing
     inner = logits if isinstance(down, int) else down
     shape, strides = inner.shape, inner.stride()
     if out is None:
@@ -180,12 +181,13 @@ def middle(
     stride_logits, stride_out = logits.stride(-2), result.stride(-2)
     key = (
         shape, strides, stride_logits, stride_out, first, second, columns, scaling.shape[0], lora_B.numel(), widths, member_rows, max_rank, top_k,
-        temperature, kind_of_allowed(allowed), given, logits.dtype, inner.dtype, result.dtype, scaling.dtype,
+        temperature, kind_of_allowed(allowed), chosen is None, given, logits.dtype, inner.dtype, result.dtype, scaling.dtype,
     )  # fmt: skip
     if isinstance(down, int):
         start, last = logits.data_ptr(), scaling.data_ptr()
         addresses = [start, start + down * logits.itemsize, result.data_ptr(), last if allowed is None else allowed.data_ptr(), last, last, last]
-        if given is None and _middles.again(key, logits.get_device(), [*addresses, offsets.data_ptr()]):
+        addresses += [offsets.data_ptr(), last if chosen is None else chosen.data_ptr()]
+        if given is None and _middles.again(key, logits.get_device(), addresses):
             return result
         inner = logits[..., down:]
 
@@ -199,13 +201,13 @@ def middle(
         )  # fmt: skip
         constants = {
             **choice_constants(adapters, routing), "BLOCK": block, "CHUNK": min(256, power_of_two(columns)), "GIVEN": indices is not None,
-            "SPLITS": splits, "RANKS": ranks_of(max_rank, top_k, columns), "num_warps": warps,
+            "SPLITS": splits, "RANKS": ranks_of(max_rank, top_k, columns), "KEEP": chosen is not None, "num_warps": warps,
         }  # fmt: skip
         return Rest((ceil_div(tokens, block), len(widths)), numbers, constants)
 
     pointers = (
         logits, inner, result, scaling if allowed is None else allowed, scaling if indices is None else indices, scaling if weights is None else weights,
-        scaling, offsets,
+        scaling, offsets, scaling if chosen is None else chosen,
     )  # fmt: skip
     _middles(key, pointers, rest)
     return result

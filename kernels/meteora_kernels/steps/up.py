@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from meteora_kernels.arguments import choice_constants, or_any, three
-from meteora_kernels.device.routing import coefficients_of, routes_of_tile, summed
+from meteora_kernels.device.routing import coefficients_of, keep_routes, routes_of_tile, summed
 from meteora_kernels.device.rows import member_of
 from meteora_kernels.sizes import ceil_div
 from meteora_kernels.types import Adapters, Routing
@@ -19,18 +19,18 @@ FEW_TILE, MANY_TILE = (16, 128, 32, 4, 3), (64, 128, 32, 4, 3)
 
 @triton.jit
 def up_kernel(
-    middle, logits, allowed, scaling, offsets, b, base, out, tokens_total, count, rank, stride_split, stride_base_split, stride_middle, stride_logits,
+    middle, logits, allowed, scaling, offsets, chosen, b, base, out, tokens_total, count, rank, stride_split, stride_base_split, stride_middle, stride_logits,
     stride_base, stride_out, member_middle, member_logits, width0, width1, width2, temperature,
     MEMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROUTE: tl.constexpr, TOP_K: tl.constexpr,
-    SLOTS: tl.constexpr, PADDED: tl.constexpr, HAS_ALLOWED: tl.constexpr, HAS_BASE: tl.constexpr, SPLITS: tl.constexpr, BASE_SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, PADDED: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr, HAS_BASE: tl.constexpr, SPLITS: tl.constexpr,
+    BASE_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[t, c] = base[t, c] + sum_row middle[t, row] B[row, c] (without base where HAS_BASE is False).
 
     middle (M, .) and B have one dtype. Member i's columns of ``middle`` start at ``i * member_middle``; its B (R, width_i) is contiguous and follows
     those of the members before it, as do its columns of base and out. out may be base. With ROUTE, ``middle`` holds the unscaled ``A x``, and ``logits``
     (M, .) hold those of member i from column ``i * member_logits``; every program then routes its tokens itself. With SPLITS > 1, both are SPLITS float32
-    partial sums that are ``stride_split`` apart; BASE_SPLITS is the number of partial sums of base.
+    partial sums that are ``stride_split`` apart; BASE_SPLITS is the number of partial sums of base. KEEP: the routes are written to ``chosen``.
     Grid: (sum_i ceil(width_i / BLOCK_N), ceil(M / BLOCK_M)).
     """
     tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BLOCK_N, MEMBERS)
@@ -49,6 +49,8 @@ def up_kernel(
             logits + member * member_logits, tokens, stride_logits, allowed, logits, logits, token_mask, count, temperature, TOP_K, SLOTS, PADDED,
             HAS_ALLOWED, False, stride_split, SPLITS,
         )  # fmt: skip
+        first_tile = token_mask & (tile == 0)
+        keep_routes(chosen + member * tokens_total * (2 * TOP_K), tokens, first_tile, picks, shares, TOP_K, SLOTS, KEEP)
         scaled = shares * tl.load(scaling + picks)
         first = tl.load(offsets + picks)
         last = tl.load(offsets + picks + 1)
@@ -99,10 +101,11 @@ def up(
     choice = routing if routing is not None else Routing(top_k=1)
     grid = (sum(ceil_div(width, block_n) for width in adapters.widths), ceil_div(tokens, block_m))
     up_kernel[grid](
-        middle, or_any(logits, middle), or_any(choice.allowed, middle), adapters.scaling, adapters.offsets, adapters.lora_B, or_any(base, out), out,
-        tokens, adapters.number, rank, middle.stride(0) if middle.dim() == 3 else 0, base.stride(0) if base is not None and base.dim() == 3 else 0,
-        middle.stride(-2), or_any(logits, middle).stride(-2), base.stride(-2) if base is not None else 0, out.stride(0), member_stride, member_stride,
-        *three(adapters.widths), choice.temperature, **choice_constants(adapters, choice), MEMBERS=adapters.members, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, ROUTE=logits is not None, HAS_BASE=base is not None, SPLITS=middle.shape[0] if middle.dim() == 3 else 1,
+        middle, or_any(logits, middle), or_any(choice.allowed, middle), adapters.scaling, adapters.offsets,
+        or_any(choice.chosen, adapters.scaling), adapters.lora_B, or_any(base, out), out, tokens, adapters.number, rank,
+        middle.stride(0) if middle.dim() == 3 else 0, base.stride(0) if base is not None and base.dim() == 3 else 0, middle.stride(-2),
+        or_any(logits, middle).stride(-2), base.stride(-2) if base is not None else 0, out.stride(0), member_stride, member_stride, *three(adapters.widths),
+        choice.temperature, **choice_constants(adapters, choice), MEMBERS=adapters.members, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        ROUTE=logits is not None, KEEP=choice.chosen is not None, HAS_BASE=base is not None, SPLITS=middle.shape[0] if middle.dim() == 3 else 1,
         BASE_SPLITS=base.shape[0] if base is not None and base.dim() == 3 else 1, PRECISION="ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip  # fmt: skip
