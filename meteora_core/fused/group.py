@@ -13,10 +13,13 @@ from meteora_core.fused.inputs import Inputs
 from meteora_core.fused.layout import Layout
 from meteora_core.fused.outputs import Outputs
 from meteora_core.model.layer import MeteoraLinear
+from meteora_core.routing.routes import ChosenRecorder
 from meteora_kernels.operators import eager
 
 _log = logging.getLogger(__name__)
 
+MOST = 16
+"""The largest number of adapters per token for which groups are used."""
 PATIENCE = 4
 """Number of times that the members of a group may be called with different inputs; after more, the layers run separately."""
 
@@ -38,6 +41,7 @@ class FusedGroup:
         self.layout = Layout(layers)
         self.inputs = Inputs(self.layout.group, self.state)
         self._outputs = Outputs(len(layers))
+        self._chosen: Tensor | None = None
         self._device, self._kind = self.layout.group.packed.get_device(), self.layout.group.packed.device.type
         self._failed = False
 
@@ -54,20 +58,37 @@ class FusedGroup:
         compiling = torch.compiler.is_compiling()
         version = (0, 0) if compiling else (self.state.version, 0 if x.is_inference() else x._version)
         if not torch.is_grad_enabled() and (waiting := self._outputs.take(member, x, version)) is not None:
+            self._report(member)
             return waiting
         if not self.usable(x):
             return None
         outputs = self._run(x) if compiling else self._run_or_fail(x)
-        if outputs is None or len(outputs) == 1:
-            return None if outputs is None else outputs[0]
+        if outputs is None:
+            return None
+        if len(outputs) == 1:
+            self._report(member)
+            return outputs[0]
         self._outputs.put(outputs, x, version)
+        self._report(member)
         return self._outputs.take(member, x, version)
+
+    def _report(self, member: int) -> None:
+        """Report the choices of a member in the last run to the model's recorder."""
+        recorder, chosen, layer = self.state.mode.recorder, self._chosen, self.layers[member]
+        if recorder is None or chosen is None:
+            return
+        assert isinstance(recorder, ChosenRecorder)
+        recorder.add_chosen(layer.path, chosen[member], output=layer.is_output)
+        if member == len(self.layers) - 1:
+            self._chosen = None
 
     def usable(self, x: Tensor) -> bool:
         """Whether the layers can run as one on the input ``x`` (..., h) in the current mode."""
         state, first, weight = self.state, self.layers[0], self.layout.group.packed
         mode = state.mode
-        if self._failed or not mode.enabled or mode.observed or state.backend not in ("auto", "triton") or self._outputs.misses > PATIENCE:
+        if self._failed or not mode.grouped or state.backend not in ("auto", "triton") or self._outputs.misses > PATIENCE:
+            return False
+        if mode.observed and (torch.compiler.is_compiling() or (mode.rows is not None and mode.rows.width > MOST)):
             return False
         if torch.is_grad_enabled() or (first.dropout and first.training) or x.dtype != weight.dtype or x.get_device() != self._device:
             return False
@@ -92,7 +113,10 @@ class FusedGroup:
         """The outputs of all members, each (..., o) with the member's o."""
         from meteora_kernels.group import run_group, run_members  # needs Triton
 
-        group, routing = self.layout.group, self.state.routing_on(x.device)
+        group, routing = self.layout.group, self.state.group_routing(x.device, output=self.layers[0].is_output)
+        if self.state.mode.recorder is not None:
+            self._chosen = x.new_empty(len(self.layers), x.shape[:-1].numel(), 2 * routing.top_k, dtype=torch.float32)
+            routing = routing._replace(chosen=self._chosen)
         if eager(x) and x.dim() > 1:
             in_place = self.inputs.owns(x)
             return run_members(x if in_place else x.contiguous(), group, routing, in_place=in_place)

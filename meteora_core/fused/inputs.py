@@ -32,11 +32,13 @@ class Inputs:
         from meteora_kernels.group import reads_in_place  # needs Triton
 
         tokens, wide = shape[:-1].numel(), self._group.wide
-        if wide is None or not reads_in_place(self._group, tokens, self._state.routing.top_k):
+        rows = self._state.mode.rows
+        top_k = self._state.routing.top_k if rows is None or rows.grouped is None else rows.grouped.top_k
+        if wide is None or not reads_in_place(self._group, tokens, top_k):
             return like.new_empty(shape)
-        rows = wide.new_rows(shape, like)
-        self._last = weakref.ref(rows)
-        return rows
+        new = wide.new_rows(shape, like)
+        self._last = weakref.ref(new)
+        return new
 
     def owns(self, x: Tensor) -> bool:
         """Whether ``x`` (..., h) is the tensor that :meth:`new` returned last, or a view of all of it; False while a compiler traces."""

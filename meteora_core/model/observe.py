@@ -95,7 +95,7 @@ def row_routes(layer: RoutedLayer, rows: RowRoutes, x: Tensor, adapters: Adapter
         rows = rows.output
     on, lead = layer.state.on, x.shape[:-1]
     logits: Tensor | None = None
-    if rows.top_k.numel() == 1 and rows.options[0].gated:
+    if rows.options[0].gated and rows.top_k.numel() == 1 and rows.width == int(rows.top_k):
         logits = F.linear(x, adapters.gate)
         allowed = None if bool(rows.allowed.all()) else on(rows.allowed, x.device).view(-1)
         return *route(logits, rows.width, float(rows.temperature), allowed), logits

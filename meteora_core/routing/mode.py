@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meteora_core.routing.options import RowRoutes
-from meteora_core.routing.routes import Recorder
+from meteora_core.routing.routes import ChosenRecorder, Recorder
 
 IGNORE = -100
 """The label of a position that no loss counts (as in PyTorch and transformers)."""
@@ -61,6 +61,7 @@ class Mode:
         gate_labels: Adapters that the gates should choose; None computes no gate loss.
         recorder: Recorder of the layers' choices; None records nothing.
         observed: Whether routes are forced, rows differ, gates are labelled or choices are recorded.
+        grouped: Whether fused groups can compute the layers, although they may be observed.
     """
 
     enabled: bool = True
@@ -69,10 +70,13 @@ class Mode:
     gate_labels: GateLabels | None = None
     recorder: Recorder | None = None
     observed: bool = field(init=False)
+    grouped: bool = field(init=False)
 
     def __post_init__(self) -> None:
         observed = any(part is not None for part in (self.forced, self.rows, self.gate_labels, self.recorder))
         object.__setattr__(self, "observed", observed)
+        alone = self.forced is not None or self.gate_labels is not None or (self.rows is not None and self.rows.grouped is None)
+        object.__setattr__(self, "grouped", self.enabled and not alone and (self.recorder is None or isinstance(self.recorder, ChosenRecorder)))
 
 
 @dataclass

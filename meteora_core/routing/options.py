@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from torch import Tensor
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.ranges import check_temperature
 from meteora_kernels import Routing
+from meteora_kernels.token_options import option_row
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class RowRoutes:
         indices: Fixed routes of each row, int64 (batch, 1, k); in other rows they have no effect.
         weights: Weights of the fixed routes, float32 (batch, 1, k).
         output: The options of the tokens that an output layer sees, if they differ from those that other layers see; for packed batches.
+        table: The options of each row as fused groups take them (:mod:`meteora_kernels.token_options`), float32 (batch, N + 2); None if a row has a static mix.
+        grouped: How fused groups route all tokens of the batch; None if they cannot.
     """
 
     options: tuple[RoutingOptions, ...]
@@ -130,6 +134,8 @@ class RowRoutes:
     indices: Tensor = field(repr=False)
     weights: Tensor = field(repr=False)
     output: RowRoutes | None = field(default=None, repr=False)
+    table: Tensor | None = field(default=None, repr=False)
+    grouped: Routing | None = field(default=None, repr=False)
 
     def packed(self, counts: Sequence[int], outputs: Sequence[int]) -> RowRoutes:
         """The options of the tokens of all rows, one after the other in a batch of one row.
@@ -152,7 +158,7 @@ class RowRoutes:
 
         with torch.inference_mode(False):
             return RowRoutes(
-                self.options[:1],
+                (self.options[int(row_of[0])],),
                 self.width,
                 self.gated,
                 pick(self.top_k),
@@ -161,6 +167,7 @@ class RowRoutes:
                 pick(self.fixed),
                 pick(self.indices),
                 pick(self.weights),
+                grouped=None if self.table is None else Routing(self.width, allowed=self.table[row_of]),
             )
 
     @property
@@ -189,6 +196,7 @@ class RowRoutes:
         if not all(map(any, allowed)):
             raise UsageError("all adapters would be muted", hint="leave at least one")
         filled = [_filled(routes or {}, width, len(names)) for routes in fixed]
+        table = [_option_row(row, each, names, routing) for row, each in zip(options, allowed, strict=True)]
         with torch.inference_mode(False):
             return cls(
                 options,
@@ -200,6 +208,8 @@ class RowRoutes:
                 torch.tensor([routes is not None for routes in fixed]).view(-1, 1, 1),
                 torch.tensor([list(routes) for routes in filled]).unsqueeze(1),
                 torch.tensor([list(routes.values()) for routes in filled], dtype=torch.float32).unsqueeze(1),
+                table=None if None in table else torch.tensor(table),
+                grouped=_grouped(table[0]) if len(options) == 1 else None,
             )
 
 
@@ -212,14 +222,16 @@ class FixedRows:
         count: Number of texts.
         width: Number of routes per token k, the most that a text may need.
         device: Device of the model.
+        mixes: Whether a text may have a static mix, which fused groups cannot compute.
     """
 
-    def __init__(self, names: Sequence[str], routing: Routing, count: int, width: int, device: torch.device) -> None:
+    def __init__(self, names: Sequence[str], routing: Routing, count: int, width: int, device: torch.device, *, mixes: bool = True) -> None:
         self.names, self.routing, self.width = tuple(names), routing, width
         self._set: tuple[RoutingOptions, ...] = ()
         rows = RowRoutes.of((RoutingOptions(enabled=False),) * count, self.names, routing, width)
         with torch.inference_mode(False):
             self._tensors = {name: getattr(rows, name).transpose(0, 1).to(device).contiguous() for name in _TENSORS}
+            self._table = None if mixes or rows.table is None else rows.table.to(device)
 
     def set(self, options: Sequence[RoutingOptions]) -> None:
         """Change the options of the first texts. They must have been checked, and none may need more than ``width`` routes."""
@@ -229,11 +241,15 @@ class FixedRows:
         rows = RowRoutes.of(self._set, self.names, self.routing, self.width)
         for name, tensor in self._tensors.items():
             tensor[:, : len(options)] = getattr(rows, name).transpose(0, 1).to(tensor.device)
+        if self._table is not None:
+            assert rows.table is not None
+            self._table[: len(options)] = rows.table.to(self._table.device)
 
     def first(self, count: int) -> RowRoutes:
         """The options of the first ``count`` texts, as one batch of one row with ``count`` tokens; they follow :meth:`set`."""
         tensors = {name: tensor[:, :count] for name, tensor in self._tensors.items()}
-        return RowRoutes((RoutingOptions(enabled=False),), self.width, True, **tensors)
+        grouped = None if self._table is None else Routing(self.width, allowed=self._table[:count])
+        return RowRoutes((RoutingOptions(enabled=False),), self.width, True, **tensors, grouped=grouped)
 
 
 _TENSORS = ("top_k", "temperature", "allowed", "fixed", "indices", "weights")
@@ -247,6 +263,25 @@ def _fixed(options: RoutingOptions, names: Sequence[str]) -> dict[int, float] | 
     if options.weights is not None:
         return {names.index(name): float(weight) for name, weight in options.weights.items()}
     return None if options.forced is None else {names.index(options.forced): 1.0}
+
+
+def _option_row(options: RoutingOptions, allowed: Sequence[bool], names: Sequence[str], routing: Routing) -> list[float] | None:
+    """The options of a row as fused groups take them (:mod:`meteora_kernels.token_options`); None for a static mix, which they cannot compute."""
+    if not options.enabled:
+        return option_row(len(names), 0, 1.0)
+    if options.weights is not None:
+        return None
+    if options.forced is not None:
+        return option_row(len(names), 1, 1.0, [names.index(options.forced)])
+    return option_row(len(names), options.top_k or routing.top_k, options.temperature or routing.temperature, itertools.compress(range(len(names)), allowed))
+
+
+def _grouped(row: list[float] | None) -> Routing | None:
+    """How fused groups route tokens that all have the options ``row``; None if they cannot."""
+    if row is None or not row[-2]:
+        return None
+    allowed = row[:-2]
+    return Routing(int(row[-2]), row[-1], None if all(allowed) else torch.tensor(allowed, dtype=torch.bool))
 
 
 def _filled(routes: Mapping[int, float], width: int, count: int) -> dict[int, float]:

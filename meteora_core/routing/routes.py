@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,20 @@ class Recorder(Protocol):
 
     def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
         """Receive the choices of a layer that computes the model's logits; it may see only the last tokens of every row."""
+
+
+@runtime_checkable
+class ChosenRecorder(Recorder, Protocol):
+    """A recorder that also takes choices as fused groups write them; for other recorders, layers run separately."""
+
+    def add_chosen(self, path: str, chosen: Tensor, *, output: bool) -> None:
+        """Receive the choices of layer ``path`` in one forward call.
+
+        Args:
+            path: Path of the layer in the model.
+            chosen: Indices of the adapters, then their weights, float32 (tokens, 2 * k).
+            output: Whether the layer computes the model's logits.
+        """
 
 
 @dataclass(frozen=True)

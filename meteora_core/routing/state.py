@@ -156,6 +156,17 @@ class Meteora:
             return routing
         return Routing(routing.top_k, routing.temperature, self.on(routing.allowed, device))
 
+    def group_routing(self, device: torch.device, *, output: bool) -> Routing:
+        """How a fused group routes its tokens in the current mode, with tensors on a device; ``output``: it computes the model's logits."""
+        rows = self._mode.rows
+        if rows is None:
+            return self.routing_on(device)
+        if output and rows.output is not None:
+            rows = rows.output
+        assert rows.grouped is not None
+        allowed = rows.grouped.allowed
+        return rows.grouped if allowed is None else rows.grouped._replace(allowed=self.on(allowed, device))
+
     def on(self, tensor: Tensor, device: torch.device) -> Tensor:
         """A tensor of :attr:`routing` or :attr:`mode` on a layer's device (:class:`~meteora_core.routing.constants.Constants`)."""
         return self._constants.on(tensor, device)
@@ -318,7 +329,7 @@ class Meteora:
         for text in set(options):
             text.check(self.names)
         same = all(text == options[0] for text in options)
-        if same and self._mode.recorder is None:
+        if same and self._mode.recorder is None and options[0].forced is None:
             with self.apply(options[0]):
                 yield
             return

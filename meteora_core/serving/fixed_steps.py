@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from meteora_core.generation.capture import CapturedStep, capture
 from meteora_core.generation.nonfinite import not_finite
-from meteora_core.routing import FixedRows, RoutingOptions, find_meteora
+from meteora_core.routing import FixedRows, RoutingOptions, RowRoutes, find_meteora
 from meteora_core.serving.choosing import Chooser, choose_free
 from meteora_core.serving.packed import FixedPass, forward
 from meteora_core.serving.recording import LastRoutes, StepRoutes
@@ -88,7 +88,7 @@ class FixedSteps:
             self._token = torch.zeros(slots.count, dtype=torch.int64, device=self.device)
             self._positions = torch.zeros(slots.count, dtype=torch.int64, device=self.device)
         self._steps: dict[Hashable, _Step] = {}
-        self._rows: dict[int, FixedRows] = {}
+        self._rows: dict[tuple[int, bool], FixedRows] = {}
         self._alone: list[RoutingOptions] = []
         self._memory: Any = None
         self._allocated = -1
@@ -140,12 +140,13 @@ class FixedSteps:
                 self._steps[key] = self._make(batch, width, options[0], None)
             return self._steps[key]
         most = min(1 << (max(each.routes(state.routing) for each in options) - 1).bit_length(), len(state.names))
-        if most not in self._rows:
-            self._rows[most] = FixedRows(state.names, state.routing, self.slots.count, most, self.device)
-        self._rows[most].set(options)
-        key = (batch, width, most)
+        kind = most, any(each.enabled and each.weights is not None for each in options)
+        if kind not in self._rows:
+            self._rows[kind] = FixedRows(state.names, state.routing, self.slots.count, most, self.device, mixes=kind[1])
+        self._rows[kind].set(options)
+        key = (batch, width, kind)
         if key not in self._steps:
-            self._steps[key] = self._make(batch, width, None, self._rows[most])
+            self._steps[key] = self._make(batch, width, None, self._rows[kind])
         return self._steps[key]
 
     def _has_own(self, options: RoutingOptions) -> bool:
@@ -157,7 +158,10 @@ class FixedSteps:
         """Make a step, whose rows have the same ``options``, or those of ``rows``; it records routes with ``rows``. On a CUDA GPU it is captured."""
         now = FixedPass(self.slots, self._positions[:batch], width)
         token, positions = self._token[:batch], self._positions[:batch]
+        state = find_meteora(self.model)
         ready = None if rows is None else rows.first(batch)
+        if state is not None and options is not None and options.enabled and options.forced is not None:
+            ready = RowRoutes.of((options,), state.names, state.routing)
 
         def run() -> Tensor:
             now.begin()
@@ -189,10 +193,10 @@ class FixedSteps:
         state = find_meteora(self.model)
         if state is None:
             yield
-        elif options is not None:
+        elif ready is None:
+            assert options is not None
             with state.apply(options):
                 yield
         else:
-            assert recorder is not None
-            with state.record(recorder), state.apply_fixed(ready):
+            with nullcontext() if recorder is None else state.record(recorder), state.apply_fixed(ready):
                 yield

@@ -23,26 +23,44 @@ class LastRoutes:
     def __init__(self, positions: Sequence[int], device: torch.device, *, everything: bool = False) -> None:
         self._at = None if everything else torch.tensor(list(positions), device=device)
         self._paths: list[str] = []
-        self._indices: list[Tensor] = []
-        self._weights: list[Tensor] = []
+        self._kept: list[Tensor | tuple[Tensor, Tensor]] = []
 
     def add(self, path: str, indices: Tensor, weights: Tensor) -> None:
         """Receive the choices of layer ``path``: indices int64 and weights float32, each (1, tokens, k)."""
         self._paths.append(path)
-        self._indices.append(indices[0])
-        self._weights.append(weights[0])
+        self._kept.append((indices[0], weights[0]))
+
+    def add_chosen(self, path: str, chosen: Tensor, *, output: bool) -> None:
+        """Receive the choices of layer ``path`` as a fused group writes them; see :class:`meteora_core.routing.routes.ChosenRecorder`."""
+        if not output:
+            self._paths.append(path)
+            self._kept.append(chosen)
 
     def add_output(self, path: str, indices: Tensor, weights: Tensor) -> None:
         """Ignore the output layer, as :class:`meteora_core.routing.Routes` does."""
 
     def read(self, adapters: int) -> StepRoutes:
         """The choices of all layers at the positions; ``adapters`` is the number of adapters in the bank."""
-        indices, weights = torch.stack(self._indices, 1), torch.stack(self._weights, 1).float()
+        whole = [each for each in self._kept if isinstance(each, Tensor)]
+        if len(whole) == len(self._kept):
+            numbers, weights = torch.stack(whole, 1).chunk(2, -1)
+            indices = numbers.long()
+        else:
+            pairs = [_pair(each) for each in self._kept]
+            indices, weights = torch.stack([pair[0] for pair in pairs], 1), torch.stack([pair[1] for pair in pairs], 1).float()
         if self._at is not None:
             indices, weights = indices[self._at], weights[self._at]
         mean = torch.zeros(len(indices), adapters, device=weights.device)
         mean.scatter_add_(1, indices.flatten(1), weights.flatten(1)).div_(len(self._paths))
         return StepRoutes(mean, indices, weights, tuple(self._paths))
+
+
+def _pair(kept: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The indices and weights (tokens, k) of a layer."""
+    if isinstance(kept, tuple):
+        return kept
+    numbers, weights = kept.chunk(2, -1)
+    return numbers.long(), weights
 
 
 class StepRoutes:

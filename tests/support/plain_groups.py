@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels import Adapters, Group, Routing, mix
+from meteora_kernels import Adapters, Group, Routing, mix, route, route_rows
 
 
 def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
@@ -21,9 +21,22 @@ def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = Fal
         up = adapters.lora_B[rank * start : rank * (start + width)].view(rank, width)
         down = block[group.gate_rows : group.gate_rows + rank]
         own = Adapters.of_layer(block[: adapters.number], down, up, adapters.scaling, adapters.offsets)
-        parts.append(mix(x, output.contiguous(), own, routing, backend="dense"))
+        indices, weights = routes_of(F.linear(x, own.gate), routing)
+        if routing.chosen is not None:
+            routing.chosen[member] = torch.cat([indices.float(), weights.float()], dim=-1)
+        parts.append(mix(x, output.contiguous(), own, Routing(routing.top_k, indices=indices, weights=weights), backend="dense"))
         start += width
     return torch.cat(parts, dim=-1)  # type: ignore[arg-type]
+
+
+def routes_of(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Indices and weights (M, k) of the logits (M, N); ``routing.allowed`` may be the options of every token."""
+    allowed = routing.allowed
+    if allowed is None or allowed.dim() == 1:
+        return route(logits, routing.top_k, routing.temperature, allowed)
+    mask, top_k, temperature = allowed[:, :-2] != 0, allowed[:, -2], allowed[:, -1]
+    indices, weights = route_rows(logits, top_k.clamp(min=1), temperature, mask, routing.top_k)
+    return indices, torch.where(top_k[:, None] > 0, weights, torch.zeros_like(weights))
 
 
 def run_members(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> list[Tensor]:
