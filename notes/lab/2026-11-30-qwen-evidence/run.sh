@@ -3,7 +3,7 @@
 #   OUT=FOLDER run.sh [--deadline SECONDS]   (default: $DEADLINE or 560); results in $OUT/evidence.tar.xz (written anew every 100 s) and $OUT/progress.txt
 # Beside the steps of examples/paper it runs segments.py (as soon as the gates are trained) and trains PHATGOOSE's gates in four processes.
 # BESIDE="COMMAND" runs one more command from the repository root on the last GPU, once the steps of BESIDE_AFTER are done (default: the adapters).
-# ONLY="--only STEP…" chooses steps or stages.
+# The steps of FIRST run first (default: what the main table needs), so that nothing else slows them; then all others, unless FIRST_ALONE=1.
 set -u
 DEADLINE=${DEADLINE:-560}; [ "${1:-}" = --deadline ] && DEADLINE=$2
 export EXP=${EXP:-/tmp/exp}
@@ -43,7 +43,9 @@ for share in 0 1 2 3; do
 done
 [ -z "${BESIDE:-}" ] || side "${gpus[-1]}" ${BESIDE_AFTER:-adapters-1 adapters-2 adapters-3 adapters-4} -- bash -c "cd '$REPO' && $BESIDE" > "$EXP/logs/beside.log" 2>&1
 ( while [ "$(left)" -gt 90 ]; do sleep 100; [ "$(left)" -gt 60 ] && collect; done ) & saving=$!
-python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --jobs "$JOBS" --keep-going --for $(( $(left) - 55 )) ${ONLY:-} 2>&1 | tee -a "$EXP/logs/engine.log" | cut -c1-200
+engine() { [ "$(left)" -lt 90 ] || python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --jobs "$JOBS" --keep-going --for $(( $(left) - 55 )) "$@" 2>&1 | tee -a "$EXP/logs/engine.log" | cut -c1-200; }
+engine --only ${FIRST:-datasets loras gates-ridge gates-closed gates-composites eval-own eval-ridge eval-closed eval-lora-b eval-composites eval-base}
+[ -n "${FIRST_ALONE:-}" ] || engine
 touch "$EXP/engine-ended"
 echo "engine ended at $SECONDS s"
 timeout $(( $(left) - 12 )) python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --keep-going --report > "$EXP/logs/report.log" 2>&1 || tail -3 "$EXP/logs/report.log"
