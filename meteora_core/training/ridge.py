@@ -123,7 +123,7 @@ def ridge_targets(means: Tensor, weights: Tensor | None = None) -> Tensor:
     Returns:
         float64 (N, h).
     """
-    weights = torch.ones(len(means), dtype=means.dtype) if weights is None else weights
+    weights = means.new_ones(len(means)) if weights is None else weights
     weighted = weights[:, None] * means
     return weighted - (weights / weights.sum())[:, None] * weighted.sum(0, keepdim=True)
 
