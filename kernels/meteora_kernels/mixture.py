@@ -233,6 +233,8 @@ def _triton_or_dense(
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
+        if type(error).__module__.startswith("torch."):  # not a failure: PyTorch ends the recomputation of a checkpoint by an exception
+            raise
         device, reason = str(x.device), str(error).splitlines()[0] if str(error) else type(error).__name__
         _broken[device] = reason
         _log.warning("GPU kernels cannot run on %s (%s); the dense backend runs instead", device, reason)

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from meteora_kernels import lora_mixture, mixture, pick_backend, plan
 from support.mixture_cases import make
@@ -95,3 +96,24 @@ def test_auto_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch, caplo
             assert torch.equal(lora_mixture(*case.arguments), expected)  # type: ignore[arg-type]
     assert len(calls) == 1
     assert [record.message for record in caplog.records] == ["GPU kernels cannot run on cpu (out of resource: shared memory); the dense backend runs instead"]
+
+
+def test_the_early_end_of_a_recomputation_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch ends the recomputation of a checkpoint by an exception from inside the operation that saved the last tensor."""
+    case = make([4] * 6, 16, 9, (3,), torch.float32)
+
+    class Saving:
+        @staticmethod
+        def mix(x: torch.Tensor, base_output: torch.Tensor, *arguments: object, **options: object) -> tuple[torch.Tensor, None]:
+            return base_output * x.sum(-1, keepdim=True).exp(), None
+
+    monkeypatch.setattr(mixture, "_triton", Saving)
+    monkeypatch.setattr(mixture, "_broken", {})
+    monkeypatch.setattr(plan, "choose_backend", lambda call: ("triton", "test"))
+    x, base_output, *others = case.arguments
+    x = x.clone().requires_grad_()  # type: ignore[union-attr]
+    output = checkpoint(lambda value: lora_mixture(value, base_output, *others), x, use_reentrant=False)
+    output.sum().backward()
+    assert mixture._broken == {}
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
