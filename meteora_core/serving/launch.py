@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from meteora_core.settings import Settings
 
 SAMPLED = 64
-"""Number of steps of which one records routes for the metrics if the model is fused, because fused kernels report none."""
+"""Number of steps of which one records routes for the metrics if the model is fused, because steps without routes have graphs of their own."""
 
 
 @dataclass(frozen=True)
