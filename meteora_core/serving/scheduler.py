@@ -46,7 +46,7 @@ class SchedulerLimits:
         max_model_len: Maximum number of tokens in prompt and answer; None for the model's context.
         step_tokens: Maximum number of tokens in a forward pass; longer prompts are read in several.
         prefix_bytes: Maximum size of the prefix cache in bytes; 0 turns it off.
-        sample_routes: Number of steps of which one records routes for the metrics. Recording is nearly free on a CPU; on a GPU, steps that record are other CUDA graphs.
+        sample_routes: Number of steps of which one records routes for the metrics. On a GPU, steps that record are other CUDA graphs.
         fixed_steps: Whether steps in which no prompt is read have fixed shapes (CUDA graphs on a GPU); None for on a CUDA GPU.
     """
 
