@@ -1,30 +1,34 @@
 """groups.py FILE [compile PART]: other ways to run the four groups of a Llama-3-8B layer with 8, 64, 256 and 8,192 tokens, in CUDA graphs, weights read from memory.
 
 28 adapters of rank 8, bfloat16, every token's options in a table as in vLLM. Each way is checked against the present one. The base is vLLM's: q, k, v and gate,
-up are one product each. "beside": gates, A and routing on a second stream while the library computes the base, then B. Variants are compiled by several processes
+up are one product each. "beside": gates, A and routing on a second stream while the library computes the base, then B; the same over an FP8 base. Variants are compiled by several processes
 first; then the script waits for the file $GO. Saves FILE after every group. TINY=1: a dry run.
 """
 import json, os, subprocess, sys, time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "2026-11-30-vllm"))
 os.environ.setdefault("OUT", "/tmp")
 import torch
 import torch.nn.functional as F
-from paths import DEVICE, DTYPE, GROUPS, N, RANK, TINY, attempt, blocks_of, block_of, input_of, present, run, time_row, timed
+from paths import DEVICE, DTYPE, GROUPS, N, RANK, SCALE, TINY, attempt, blocks_of, block_of, input_of, present, run, time_row, timed
 
-from meteora_core.integrations.vllm.layout import weights_of
+from meteora_core.integrations.vllm.layout import Block, Shape, weights_of
 from meteora_kernels import Routing
+from meteora_kernels.group import wide_before
 from meteora_kernels.plan import Row
 from meteora_kernels.plan.table import Span
 from meteora_kernels.stacked import gate_rows_of
-from meteora_kernels.steps.middle import middle
+from meteora_kernels.steps.middle import Out, middle
 from meteora_kernels.steps.products import library_products
 from meteora_kernels.steps.second_stream import on_second_stream
 from meteora_kernels.steps.up import up
 from meteora_kernels.tile import Tile
 from meteora_kernels.token_options import new_options, option_row
+from meteora_kernels.types import new_flags
 
 START, FILE = time.time(), Path(sys.argv[1])
 LIMIT, PROCESSES = float(os.environ.get("LIMIT", 60)), int(os.environ.get("PROCESSES", 12))
@@ -65,18 +69,76 @@ def options():
     return Routing(2, 1.0, new_options(8192, option_row(N, 2, 1.0), DEVICE))
 
 
-def beside(block, x, routing, inline=False):
-    """Base and adapters at the same time, then B."""
-    adapters = block.group.adapters
-    with on_second_stream(x) as join:
-        products = library_products(x, adapters.gate, 1)
-        down = products[..., gate_rows_of(N) :]
-        if not inline:
-            down = middle(products, down, adapters, routing, max_rank=RANK, dtype=DTYPE)
-    y = F.linear(x, weights_of(block))
+FIRST = {  # the first step of the adapters: by the library and one launch that routes, with routing in the last launch, or in one launch of its own
+    8: ("library", "inline", *((size, step, pieces) for size in (64, 128) for step in (64, 128) for pieces in (8, 16))),
+    64: ("library", "inline", (64, 64, 8), (128, 64, 8), (64, 128, 16), (128, 64, 16)),
+    256: ("library", "inline", (128, 64, 8), (128, 64, 4), (64, 64, 8)),
+}
+
+
+def first_step(adapters, flags, views, x, routing, how):
+    """The middle of all members (M, members * R), and keywords for ``up``."""
+    members, total = adapters.members, adapters.total_rank
+    if isinstance(how, tuple):
+        size, step, pieces = how
+        row = Row("wide", gate_pieces=pieces, tile=Tile(16 if len(x) <= 16 else 64, size, step, 4, 4))
+        out = torch.empty(len(x), members * total, dtype=x.dtype, device=x.device)
+        group = SimpleNamespace(adapters=adapters, total_rank=total, gate_rows=gate_rows_of(N), flags=flags, views=views)
+        wide_before.run(x, group, routing, row, Out(out, 0, total, total), None)
+        return out, {}
+    products = library_products(x, adapters.gate, 1)
+    down = products[..., gate_rows_of(N) :]
+    if how == "inline":
+        return down, dict(logits=products, routing=routing)
+    return middle(products, down, adapters, routing, max_rank=RANK, dtype=DTYPE), {}
+
+
+def beside(block, x, routing, how, base=None, together=True):
+    """Base and adapters at the same time, or one after the other, then B."""
+    adapters, flags, views = (block.group.adapters, block.group.flags, block.group.views) if block.group else (block.adapters, block.flags, block.views)
+    with on_second_stream(x) if together else nullcontext(lambda: None) as join:
+        down, more = first_step(adapters, flags, views, x, routing, how)
+    y = F.linear(x, weights_of(block)) if base is None else base()
     join()
-    up(down, adapters, y, y, **(dict(logits=products, routing=routing) if inline else {}))
+    up(down, adapters, y, y, **more)
     return y
+
+
+def fp8(name, tokens, part=None):
+    """The same over an FP8 base."""
+    widths, hidden = tuple(width // SCALE for width in GROUPS[name][0]), GROUPS[name][1] // SCALE * (2 if TINY else 1)
+    torch.manual_seed(1)
+    blocks, weights = [], []
+    for _ in range(1 if TINY or part is not None else max(2, min(8, -(-400_000_000 // (sum(widths) * hidden))))):
+        block = Block(Shape(tuple(f"m{index}" for index in range(len(widths))), widths, (RANK,) * N, (2.0,) * N), hidden, torch.empty(0, dtype=DTYPE, device=DEVICE), base=False, wide=False)
+        block.rows.normal_(0, hidden**-0.5)
+        block.lora_B.normal_(0, 0.05)
+        block.flags, block.views = new_flags(block.rows.device), {}
+        blocks.append(block)
+        weights.append(torch.randn(sum(widths), hidden, device=DEVICE, dtype=DTYPE).to(torch.float8_e4m3fn))
+    x, routing = torch.randn(tokens, hidden, dtype=DTYPE, device=DEVICE), options()
+    small, one = x.to(torch.float8_e4m3fn), torch.ones((), device=DEVICE)
+
+    def base(weight):
+        return x @ weight.to(DTYPE).t() if TINY else torch._scaled_mm(small, weight.t(), one, one, out_dtype=DTYPE)
+
+    if part is not None:
+        for index, how in enumerate(FIRST[tokens]):
+            if index % PROCESSES == part:
+                beside(blocks[0], x, routing, how, lambda: base(weights[0]))
+        return
+    exact = beside(blocks[0], x, routing, "library", lambda: base(weights[0])).float()
+    times = {"base": timed(lambda: [base(weight) for weight in weights], len(weights))}
+    for how in FIRST[tokens]:
+        error = ((beside(blocks[0], x, routing, how, lambda: base(weights[0])).float() - exact).abs().max() / exact.abs().max()).item()
+        for label, together in (("beside", True), ("after", False)):
+            times[f"{label}, {how}"] = f"wrong: {error:.2g}" if error > 0.02 else timed(lambda: [beside(block, x, routing, how, lambda weight=weight: base(weight), together) for block, weight in zip(blocks, weights)], len(blocks))
+        adapters = blocks[0].adapters
+        times[f"first step alone, {how}"] = timed(lambda: [first_step(block.adapters, block.flags, block.views, x, routing, how) for block in blocks], len(blocks))
+    down, _ = first_step(adapters, blocks[0].flags, blocks[0].views, x, routing, "library")
+    y = base(weights[0])
+    times["last step alone"] = timed(lambda: [up(down, block.adapters, y, y) for block in blocks], len(blocks))
+    show(f"{name} {tokens} FP8", times)
 
 
 def in_place(block, tokens, row, routing):
@@ -103,8 +165,13 @@ def compile_some(part):
             if index % PROCESSES == part:
                 attempt(block, x, row, options())
             index += 1
-        if index % PROCESSES == part and tokens < 8192:
-            beside(block, x, options(), True), beside(block, x, options())
+        for how in FIRST.get(tokens, ()):
+            if index % PROCESSES == part:
+                beside(block, x, options(), how)
+            index += 1
+    for tokens in SIZES[:2]:
+        for index, name in enumerate(GROUPS):
+            fp8(name, tokens, (part + index) % PROCESSES)
 
 
 def save(key, value):
@@ -132,15 +199,19 @@ def measure(name, tokens):
             times[label] = done or "cannot run"
         else:
             times[label] = wrong(run(blocks[0], x, variant, routing)) or time_row(blocks, x, variant, routing)
-    for inline in (True, False) if tokens < 8192 else ():
-        times["beside, inline" if inline else "beside"] = wrong(beside(blocks[0], x, routing, inline)) or timed(lambda: [beside(block, x, routing, inline) for block in blocks], len(blocks))
+    for how in FIRST.get(tokens, ()):
+        times[f"beside, {how}"] = wrong(beside(blocks[0], x, routing, how)) or timed(lambda: [beside(block, x, routing, how) for block in blocks], len(blocks))
     if tokens == 8192:
         call = in_place(blocks[0], tokens, Row("wide"), routing)
         times["wide in place"] = wrong(call(blocks[0])) or timed(lambda: [call(block) for block in blocks], len(blocks))
-    save(f"{name} {tokens}", {"present row": str(row), **times})
-    best = sorted((value, label) for label, value in times.items() if isinstance(value, float) and label not in ("base", "present"))[:3]
-    refused = {label: value for label, value in times.items() if isinstance(value, str)}
-    print(f"[groups] {name} {tokens}: base {times['base']}, present {times['present']} ({row.path});", "; ".join(f"{label}: {value}" for value, label in best), f"; without {len(refused)}" if refused else "", flush=True)
+    show(f"{name} {tokens}", {"present row": str(row), **times})
+
+
+def show(key, times):
+    save(key, times)
+    numbers = sorted((value, label) for label, value in times.items() if isinstance(value, float) and label != "base" and " alone" not in label)
+    wrong = [label for label, value in times.items() if isinstance(value, str) and label != "present row"]
+    print(f"[groups] {key}: base {times['base']}, present {times.get('present')};", "; ".join(f"{label}: {value}" for value, label in numbers[:4]), f"; {len(wrong)} not run or wrong" if wrong else "", flush=True)
 
 
 if __name__ == "__main__":
@@ -158,3 +229,5 @@ if __name__ == "__main__":
             for name, tokens in cases():
                 if time.time() - begin < LIMIT:
                     measure(name, tokens)
+                if tokens <= 64 and time.time() - begin < LIMIT:
+                    fp8(name, tokens)

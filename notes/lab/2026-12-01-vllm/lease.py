@@ -104,9 +104,8 @@ def queues():
             job.end()
 
 
-def parallel():
+def parallel(jobs):
     """Two engines with tensor parallelism 2 start together and measure in turn."""
-    jobs = [Job(name) for name in ("tpbase", "tpmet") if name in wanted]
     for job in jobs:
         job.go.touch()
     while left() > 0 and not all(job.over or job.ready.exists() for job in jobs):
@@ -132,9 +131,11 @@ def ratios():
 
 
 OUT.mkdir(parents=True, exist_ok=True)
+PARALLEL = [name for name in ("tpbase", "tpmet") if name in wanted]
+early = [Job(name) for name in PARALLEL] if set(wanted) <= {"groups", *PARALLEL} else []  # nothing else imports or compiles meanwhile
 queues()
-if left() > 60 and any(name in wanted for name in ("tpbase", "tpmet")):
-    parallel()
+if PARALLEL and left() > 60:
+    parallel(early or [Job(name) for name in PARALLEL])
 collect()
 ratios()
 print("failed:", failed or "none", "after", round(time.time() - START), "s", flush=True)
