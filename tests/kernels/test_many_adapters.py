@@ -122,6 +122,22 @@ def test_the_middle_is_the_reference_s() -> None:
         torch.testing.assert_close(middle[slot], wanted, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("short", [4, 8])
+def test_b_is_added_to_a_base_or_to_nothing(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of several sizes, and token by token; without a base, its product is added by the library."""
+    monkeypatch.setattr(launch, "SHORT", short)
+    given, routing = members((17, 9), 9, hidden=24, bias=True), Routing(2, 1.5)
+    adapters, weights, sums = given.group.adapters, given.group.weights, launch.gate_sums(given.x, given.group.adapters)
+    for together, up in ((False, launch.blocks_up), (True, launch.routed_up)):
+        found = launch.sort_tokens(sums, adapters, routing, together=together)
+        middle = launch.blocks_down(given.x, found, adapters)
+        for base in (many_adapters.base_product(given.x, weights), None):
+            y = torch.empty(9, 26, device=DEVICE)
+            up(base, given.group.bias, middle, found, adapters, y)
+            output = y.addmm_(given.x, weights.t()) if base is None else y
+            torch.testing.assert_close(output, given.exact(routing).float(), rtol=2e-4, atol=2e-4)
+
+
 def test_says_what_it_cannot_do() -> None:
     facts, row = members((9,), 2, hidden=16).group.facts, WAYS[0]
     assert can_run(Case(facts, 17, 2), row) is None

@@ -22,6 +22,8 @@ DOWN_TILE = (128, 1, 4, 4096)
 
 SIZE, SHORT = 16, 4
 """The largest numbers of tokens in a block and in a short block."""
+ROWS_UP = (256, 1)
+"""Columns and warps of a program of :func:`blocks_up` for short blocks of more than four tokens."""
 MOST_FOURS = 16
 """Up to this rank, a power of two, :func:`blocks_up` does not use matrix units."""
 FOURS_UP = (256, 1)
@@ -178,39 +180,48 @@ def blocks_down(x: Tensor, found: Sorted, adapters: Adapters) -> Tensor:
     return middle
 
 
-def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
+def blocks_up(base: Tensor | None, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
     """Write base plus bias plus ``middle B`` of all slots to ``y`` (M, O).
 
-    ``middle`` is the result of :func:`blocks_down`; ``base`` is (M, O), or (S, M, O) partial sums, and must not be ``y``.
+    ``middle`` is the result of :func:`blocks_down`; ``base`` is (M, O), or (S, M, O) partial sums, and must not be ``y``; None counts as 0.
     """
     tokens, members, rank_p = y.shape[0], adapters.members, adapters.rank_p
-    fours = rank_p <= MOST_FOURS
-    table = found.short_table if fours else found.table
+    short = rank_p <= MOST_FOURS
+    fours = short and SHORT == 4
+    table = found.short_table if short else found.table
     _, groups, most = table.shape
-    columns, warps = FOURS_UP if fours else UP_TILE
+    columns, warps = FOURS_UP if fours else ROWS_UP if short else UP_TILE
     bn = min(columns, max(16, power_of_two(max(adapters.widths))))
-    splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
+    splits, stride_split, stride_base = strides_of(base)
     grid = (most, sum(ceil_div(width, bn) for width in adapters.widths))
     arguments = (
-        middle, adapters.lora_B, base, or_any(bias, base), y, found.order, table, tokens, adapters.total_rank, most, groups,
-        stride_split, base.stride(-2), y.stride(0), *three(adapters.widths),
+        middle, adapters.lora_B, or_any(base, y), or_any(bias, y), y, found.order, table, tokens, adapters.total_rank, most, groups,
+        stride_split, stride_base, y.stride(0), *three(adapters.widths),
     )  # fmt: skip
     for slot in range(groups // members):
         facts = {"SLOT": slot, "MEMBERS": members, "TOP_K": groups // members, "RANK_P": rank_p, "BN": bn, "SPLITS": splits, "HAS_BIAS": bias is not None}
         if fours:
             fours_up_kernel[grid](*arguments, **facts, num_warps=warps)
         else:
-            blocks_up_kernel[grid](*arguments, **facts, RANK_D=rank_p, BLOCK_R=32, SIZE=SIZE, PRECISION="ieee", num_warps=warps, num_stages=2)
+            size, rows = (SHORT, 0) if short else (SIZE, 32)
+            blocks_up_kernel[grid](*arguments, **facts, BLOCK_R=rows, SIZE=size, PRECISION="ieee", num_warps=warps, num_stages=2)
 
 
-def routed_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
+def strides_of(base: Tensor | None) -> tuple[int, int, int]:
+    """The number of partial sums of a base product, and its strides from one to the next and from token to token; 0 without a base."""
+    if base is None:
+        return 0, 0, 0
+    return (base.shape[0], base.stride(0), base.stride(1)) if base.dim() == 3 else (1, 0, base.stride(0))
+
+
+def routed_up(base: Tensor | None, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
     """:func:`blocks_up` token by token, with all slots in one launch: B is read for each token, and the base and ``y`` once."""
     tokens, members = y.shape[0], adapters.members
     bm, bn, warps = ROUTED_UP
-    splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
+    splits, stride_split, stride_base = strides_of(base)
     routed_up_kernel[(sum(ceil_div(width, bn) for width in adapters.widths), ceil_div(tokens, bm))](
-        base, or_any(bias, base), adapters.lora_B, found.picks, middle, adapters.offsets, y, tokens, adapters.total_rank,
-        stride_split, base.stride(-2), y.stride(0), *three(adapters.widths),
+        or_any(base, y), or_any(bias, y), adapters.lora_B, found.picks, middle, adapters.offsets, y, tokens, adapters.total_rank,
+        stride_split, stride_base, y.stride(0), *three(adapters.widths),
         MEMBERS=members, TOP_K=found.picks.shape[0] // members, RANK_P=adapters.rank_p, SPLITS=splits, BM=bm, BN=bn, HAS_BIAS=bias is not None,
         num_warps=warps,
     )  # fmt: skip

@@ -54,7 +54,7 @@ def constants(**values: Any) -> Iterator[None]:
             setattr(launch, name, value)
 
 
-def with_constants(work: Callable[..., torch.Tensor], arguments: tuple[Any, ...], **values: Any) -> torch.Tensor:
+def with_constants(work: Callable[..., Any], arguments: tuple[Any, ...], **values: Any) -> Any:
     with constants(**values):
         return work(*arguments)
 
@@ -74,6 +74,14 @@ def together_forward(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor 
     found = launch.sort_tokens(sums, adapters, routing)
     launch.blocks_up(many_adapters.base_product(x, weights), bias, middle, found, adapters, y)
     return y
+
+
+def base_last(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, adapters: Any, routing: Routing, *, routed: bool = False) -> torch.Tensor:
+    """B into the output, then the base's product added to it by the library."""
+    y = torch.empty(len(x), len(weights), dtype=x.dtype, device=x.device)
+    found = launch.sort_tokens(launch.gate_sums(x, adapters), adapters, routing, together=routed)
+    (launch.routed_up if routed else launch.blocks_up)(None, bias, launch.blocks_down(x, found, adapters), found, adapters, y)
+    return y.addmm_(x, weights.t())
 
 
 def rounded_few(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, adapters: Any, routing: Routing) -> torch.Tensor:
@@ -97,6 +105,10 @@ def ways_of(group: Group, x: torch.Tensor) -> dict[str, Callable[[], torch.Tenso
         ways["sorted together"] = lambda: together_forward(*arguments)
         for tile in ROUTED[:3]:
             ways[f"sorted_down {tile}"] = lambda tile=tile: with_constants(many_adapters.sorted_down_forward, arguments, ROUTED_UP=tile)
+    if len(x) >= 512:
+        ways["sorted_down, base last"] = lambda: base_last(*arguments, routed=True)
+        for short in (4, 8, 16):
+            ways[f"sorted {short}, base last"] = lambda short=short: with_constants(base_last, arguments, SHORT=short)
     return ways
 
 
@@ -121,6 +133,16 @@ def steps_of(group: Group, x: torch.Tensor, kind: str) -> dict[str, Work]:
     }
     for tile in ((128, 1, 4, 4096), (128, 1, 4, 2048), (256, 1, 4, 4096), (128, 2, 4, 4096)):
         steps[f"down together {tile}"] = lambda tile=tile: with_constants(launch.blocks_down, (x, together, adapters), DOWN_TILE=tile)
+    steps["up without base"] = lambda: launch.blocks_up(None, None, middle, apart, adapters, y)
+    steps["routed_up without base"] = lambda: launch.routed_up(None, None, middle, together, adapters, y)
+    steps["addmm"] = lambda: y.addmm_(x, weights.t())
+    for short in (8, 16):
+        with constants(SHORT=short):
+            blocks = launch.sort_tokens(sums, adapters, ROUTING)
+        for each in ((256, 1), (256, 2)):
+            rest = {"SHORT": short, "ROWS_UP": each}
+            steps[f"up {short} {each}"] = lambda blocks=blocks, rest=rest: with_constants(launch.blocks_up, (base, None, middle, blocks, adapters, y), **rest)
+            steps[f"up {short} {each} without base"] = lambda blocks=blocks, rest=rest: with_constants(launch.blocks_up, (None, None, middle, blocks, adapters, y), **rest)
     with constants(SIZE=32):
         larger = launch.sort_tokens(sums, adapters, ROUTING, together=True)
     steps["down together, 32"] = lambda: with_constants(launch.blocks_down, (x, larger, adapters), SIZE=32)
