@@ -12,7 +12,7 @@ EXP=${EXP:-/tmp/exp} FROM=${FROM:-parts} SIZE_OF_GGUF=491400064 HERE=$(cd "$(dir
 export METEORA_CACHE=$EXP/cache
 if [ "${1:-}" = pack ]; then
     mkdir -p "$FROM"
-    split -b "$3" -d -a 2 "$2" "$FROM/part-" && tar -C "$EXP" -czf "$FROM/data.tar.gz" runs/paper-qwen/datasets runs/paper-qwen/steps
+    split -b "$3" -d -a 2 "$2" "$FROM/part-" && (cd "$EXP" && tar -czf - runs/paper-qwen/{datasets,steps} $(ls -d runs/paper-qwen/eval 2>/dev/null)) > "$FROM/data.tar.gz"
     tar -C "$METEORA_CACHE/models/qwen2.5-coder-0.5b" --transform 's,^,tiny/,' -czf "$FROM/tiny.tar.gz" tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json
     exit
 fi
