@@ -1,13 +1,13 @@
 #!/bin/bash
 # The paper's experiment on Qwen2.5-Coder-0.5B-Instruct over all visible GPUs, within a time limit; each call continues the one before. From the repository root.
 #   OUT=FOLDER run.sh [--deadline SECONDS]   (default: $DEADLINE or 560); results in $OUT/evidence.tar.xz (written anew every 100 s) and $OUT/progress.txt
-# Beside the steps of examples/paper it runs segments.py (as soon as the gates are trained) and trains PHATGOOSE's gates in four processes.
+# Beside the steps of examples/paper it runs segments.py once MeteoRA and LoRA-B are scored and, with PHATGOOSE=1, trains PHATGOOSE's gates in four processes.
 # BESIDE="COMMAND" runs one more command from the repository root on the last GPU, once the steps of BESIDE_AFTER are done (default: the adapters).
-# The steps of FIRST run first (default: what the main table needs), so that nothing else slows them; then all others, unless FIRST_ALONE=1.
+# The steps of FIRST run first (default: what the main table needs), so that nothing else slows them; then those of SECOND (default: all others), unless FIRST_ALONE=1.
 set -u
 DEADLINE=${DEADLINE:-560}; [ "${1:-}" = --deadline ] && DEADLINE=$2
 export EXP=${EXP:-/tmp/exp}
-SIZES=${SIZES:-qwen} JOBS=${JOBS:-10} ROWS=${ROWS:-64} REPO=$PWD HERE=$(cd "$(dirname "$0")" && pwd) BASE=${BASE:-qwen2.5-coder-0.5b}
+SIZES=${SIZES:-qwen} JOBS=${JOBS:-8} ROWS=${ROWS:-32} REPO=$PWD HERE=$(cd "$(dirname "$0")" && pwd) BASE=${BASE:-qwen2.5-coder-0.5b}
 LAB=$HERE WORK=${WORK:-runs/paper-qwen}
 left() { echo $((DEADLINE - SECONDS)); }
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true RAYON_NUM_THREADS=4 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
@@ -36,16 +36,16 @@ side() {  # GPU needs... -- command: in the background once the needed steps are
     ( waited "${needs[@]}" || exit; [ -n "$gpu" ] && export CUDA_VISIBLE_DEVICES=$gpu; [ "$(left)" -gt 40 ] && exec timeout -s INT -k 5 $(( $(left) - 20 )) "$@" ) &
     sides+=($!)
 }
-side "${gpus[0]}" gates-ridge -- python3 $LAB/segments.py "$WORK/gates/ridge" --data "$WORK/datasets" --adapters "$WORK/adapters" --base "$BASE" --out "$WORK/segments.json" --rows "$ROWS" ${SEGMENTS:-} > "$EXP/logs/segments.log" 2>&1
-for share in 0 1 2 3; do
+side "${gpus[0]}" eval-ridge eval-lora-b -- python3 $LAB/segments.py "$WORK/gates/ridge" --data "$WORK/datasets" --adapters "$WORK/adapters" --base "$BASE" --out "$WORK/segments.json" --rows "$ROWS" ${SEGMENTS:-} > "$EXP/logs/segments.log" 2>&1
+[ -z "${PHATGOOSE:-}" ] || for share in 0 1 2 3; do
     gpu=${gpus[$(( share % ${#gpus[@]} ))]}
     side "$gpu" gates-composites eval-ridge eval-lora-b -- python3 $LAB/phatgoose_gates.py $share 4 --config "$WORK/meteora.toml" --out "$WORK/eval/routers" > "$EXP/logs/phatgoose-$share.log" 2>&1
 done
 [ -z "${BESIDE:-}" ] || side "${gpus[-1]}" ${BESIDE_AFTER:-adapters-1 adapters-2 adapters-3 adapters-4} -- bash -c "cd '$REPO' && $BESIDE" > "$EXP/logs/beside.log" 2>&1
 ( while [ "$(left)" -gt 90 ]; do sleep 100; [ "$(left)" -gt 60 ] && collect; done ) & saving=$!
-engine() { [ "$(left)" -lt 90 ] || python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --jobs "$JOBS" --keep-going --for $(( $(left) - 55 )) "$@" 2>&1 | tee -a "$EXP/logs/engine.log" | cut -c1-200; }
+engine() { [ "$(left)" -lt 90 ] || python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --jobs "$JOBS" --keep-going --for $(( $(left) - 40 )) "$@" 2>&1 | tee -a "$EXP/logs/engine.log" | cut -c1-200; }
 engine --only ${FIRST:-datasets loras gates-ridge gates-closed gates-composites eval-own eval-ridge eval-closed eval-lora-b eval-composites eval-base}
-[ -n "${FIRST_ALONE:-}" ] || engine
+[ -n "${FIRST_ALONE:-}" ] || engine ${SECOND:+--only $SECOND}
 touch "$EXP/engine-ended"
 echo "engine ended at $SECONDS s"
 timeout $(( $(left) - 12 )) python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --keep-going --report > "$EXP/logs/report.log" 2>&1 || tail -3 "$EXP/logs/report.log"
