@@ -50,18 +50,19 @@ def stages_of(gpus: int) -> list[list[Stage]]:
     """The stages of every GPU, in their order."""
     ways = [python(f"{OURS}/variants.py", "warm", group, size) for size in reversed(SIZES) for group in GROUPS]
     warm = Stage("warm", [*ways, *(python(f"{OURS}/up_tiles.py", "warm", group, "512", "4096") for group in GROUPS)], 95, 20)
-    timed = Stage("variants", [python(f"{OURS}/variants.py", "time", "75", "256x64", "256x512", "256x4096", "256x128")], 90, 20)
+    timed = Stage("variants", [python(f"{OURS}/variants.py", "time", "66", "256x64", "256x512", "256x4096", "256x128")], 76, 20)
     tiles = Stage("up_tiles", [python(f"{OURS}/up_tiles.py", "time", "512", "4096")], 30, 8)
     plain = Stage("over", [python("2026-11-30-quantised-bases/over.py", "64", "1")], 40, 6)
     library = Stage("over library", [python("2026-11-30-quantised-bases/over.py", "64")], 30, 3, {"METEORA_KERNEL_TABLE": str(HERE / "library.toml")})
     sizes = Stage("sizes", [python("2026-11-30-random-sizes/sizes.py", "--taken", "--jobs", "14", "--seconds", "75", "--first", *SLOWER)], 85, 30)
-    mixed = Stage("mixed", [python("2026-11-30-random-sizes/mixed.py", "8", "64", "512", "4096", "1")], 40, 5)
+    slower = Stage("slower", [python("2026-11-30-random-sizes/sizes.py", "--taken", "--jobs", "4", "--seconds", "16", "--first", *SLOWER)], 20, 10)
+    mixed = Stage("mixed", [python("2026-11-30-random-sizes/mixed.py", "8", "64", "512", "4096", "1")], 30, 5)
     compiled = Stage("compiled", [python("2026-11-30-compiled-models/compiled.py", "--seconds", "100", "--layers", "4", "--vocabulary", "32768", "decode-8", "decode-1", "decode-64")], 130, 30)
     workers = "12" if gpus > 1 else "6"
     tests = Stage("tests", [[sys.executable, "-m", "support.gpu_run", "--workers", workers, "--seconds", "110", "tests/core", "tests/cli", "tests/kernels/test_gpu_many", "tests/kernels/plan"]], 125, 60)
     if gpus > 1:
-        return [[warm, timed, tiles, plain, library, sizes], [tests, compiled, mixed]]
-    return [[warm, timed, plain, library, tiles, tests, sizes, compiled, mixed]]
+        return [[warm, timed, library, mixed, slower, tiles, plain, sizes], [tests, compiled]]
+    return [[warm, timed, library, mixed, slower, tiles, plain, tests, sizes, compiled]]
 
 
 def run_stage(stage: Stage, gpu: int, limit: float) -> None:
