@@ -42,7 +42,8 @@ def test_the_container_runs_as_nobody_in_particular_and_checks_its_health() -> N
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert "cache:/cache" in service["volumes"]
-    assert "ENV METEORA_CACHE=/cache" in lines
+    variables = dict(word.split("=") for line in lines if line.startswith("ENV ") for word in line.split()[1:])
+    assert all(variables[name].startswith("/cache") for name in ("METEORA_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"))
     assert service["ports"][0].startswith("127.0.0.1:")
     assert "METEORA_API_KEY" in service["environment"]
     assert (FOLDER / service["build"]["context"]).resolve() == ROOT
@@ -121,3 +122,17 @@ def test_the_configuration_of_nginx_keeps_streams() -> None:
     assert text.count("{") == text.count("}")
     for setting in ("proxy_buffering off", "proxy_read_timeout 3600s", "proxy_http_version 1.1"):
         assert re.search(rf"^\s*{setting};", text, re.MULTILINE)
+
+
+def test_nginx_understands_its_configuration(tmp_path: Path) -> None:
+    nginx, openssl = shutil.which("nginx"), shutil.which("openssl")
+    if nginx is None or openssl is None:
+        pytest.skip("needs nginx and openssl")
+    made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "pem"), "-subj", "/CN=localhost"]
+    subprocess.run([openssl, *made], check=True, capture_output=True, timeout=60)
+    text = re.sub(r"(ssl_certificate(?:_key)?) \S+\.(pem|key);", rf"\1 {tmp_path}/\2;", (FOLDER / "nginx.conf").read_text())
+    (tmp_path / "meteora.conf").write_text(text)
+    whole = f"pid {tmp_path}/pid; error_log {tmp_path}/errors; events {{}} http {{ access_log off; include {tmp_path}/meteora.conf; }}"
+    (tmp_path / "nginx.conf").write_text(whole)
+    done = subprocess.run([nginx, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
