@@ -21,7 +21,8 @@ def _constants(adapters: int, top_k: int, has_allowed: int) -> dict[str, int]:
 
 
 def kind_of_allowed(allowed: Tensor | None) -> int:
-    """HAS_ALLOWED of a kernel that routes: 0 without a mask, 1 for a mask of adapters (N,), 2 for the options of every token (., N + 2)."""
+    """HAS_ALLOWED of a kernel that routes: 0 without a mask, 1 for a mask of adapters (N,), 2 for the options of every token (., N + 2), and 3 if these may
+    be static mixes (., N + 2, 1)."""
     return 0 if allowed is None else allowed.dim()
 
 

@@ -121,7 +121,7 @@ class Routing(NamedTuple):
         top_k: Number of adapters per token k, 1 <= top_k <= N.
         temperature: Routing temperature T, in the range ``TEMPERATURES``, which divides the chosen logits before the softmax.
         allowed: Mask of the adapters that may be chosen, bool (N,); None for all. For :func:`meteora_kernels.run_group` on a GPU also the options of every
-            token (:mod:`meteora_kernels.token_options`), which replace ``temperature`` and lower ``top_k``.
+            token (:mod:`meteora_kernels.token_options`), which replace ``temperature`` and lower ``top_k``, float32 (., N + 2) or (., N + 2, 1).
         indices: Adapters to use instead of the gate's choice (forced routing), int64 (..., k), or None.
         weights: Weights of these adapters (..., k), or None.
         chosen: Memory to which :func:`meteora_kernels.run_group` on a GPU writes the choices of every token, float32 (members, M, 2 * k): the indices of

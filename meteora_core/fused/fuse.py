@@ -3,7 +3,7 @@
 :func:`fuse` moves the weights of a group into one block of memory and makes the parameters views of this block. No weight is stored twice, and a
 checkpoint that is loaded into the model later takes effect at once. A group is not used while gradients are enabled, while routes are forced, labelled
 or recorded by :func:`meteora_core.record_routes`, or with a backend other than "auto" and "triton"; its layers then run separately. In packed batches, the
-groups also take the options of every text, except static mixes, and report the routes (:class:`meteora_core.routing.routes.ChosenRecorder`).
+groups also take the options of every text, and report the routes (:class:`meteora_core.routing.routes.ChosenRecorder`).
 """
 
 from __future__ import annotations

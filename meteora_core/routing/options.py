@@ -13,7 +13,7 @@ from torch import Tensor
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.ranges import check_temperature
 from meteora_kernels import Routing
-from meteora_kernels.token_options import option_row
+from meteora_kernels.token_options import mix_row, option_row
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class RowRoutes:
         indices: Fixed routes of each row, int64 (batch, 1, k); in other rows they have no effect.
         weights: Weights of the fixed routes, float32 (batch, 1, k).
         output: The options of the tokens that an output layer sees, if they differ from those that other layers see; for packed batches.
-        table: The options of each row as fused groups take them (:mod:`meteora_kernels.token_options`), float32 (batch, N + 2); None if a row has a static mix.
+        table: The options of each row as fused groups take them (:mod:`meteora_kernels.token_options`), float32 (batch, N + 2), or (batch, N + 2, 1) if a row
+            has a static mix; None in packed batches, whose ``grouped`` holds it.
         grouped: How fused groups route all tokens of the batch; None if they cannot.
     """
 
@@ -208,7 +209,7 @@ class RowRoutes:
                 torch.tensor([routes is not None for routes in fixed]).view(-1, 1, 1),
                 torch.tensor([list(routes) for routes in filled]).unsqueeze(1),
                 torch.tensor([list(routes.values()) for routes in filled], dtype=torch.float32).unsqueeze(1),
-                table=None if None in table else torch.tensor(table),
+                table=torch.tensor(table).unsqueeze(-1) if any(row[-1] == 0 for row in table) else torch.tensor(table),
                 grouped=_grouped(table[0]) if len(options) == 1 else None,
             )
 
@@ -222,7 +223,7 @@ class FixedRows:
         count: Number of texts.
         width: Number of routes per token k, the most that a text may need.
         device: Device of the model.
-        mixes: Whether a text may have a static mix, which fused groups cannot compute.
+        mixes: Whether a text may have a static mix; without them, fused groups take a little less time.
     """
 
     def __init__(self, names: Sequence[str], routing: Routing, count: int, width: int, device: torch.device, *, mixes: bool = True) -> None:
@@ -231,7 +232,8 @@ class FixedRows:
         rows = RowRoutes.of((RoutingOptions(enabled=False),) * count, self.names, routing, width)
         with torch.inference_mode(False):
             self._tensors = {name: getattr(rows, name).transpose(0, 1).to(device).contiguous() for name in _TENSORS}
-            self._table = None if mixes or rows.table is None else rows.table.to(device)
+            assert rows.table is not None
+            self._table = (rows.table.unsqueeze(-1) if mixes else rows.table).to(device)
 
     def set(self, options: Sequence[RoutingOptions]) -> None:
         """Change the options of the first texts. They must have been checked, and none may need more than ``width`` routes."""
@@ -241,14 +243,13 @@ class FixedRows:
         rows = RowRoutes.of(self._set, self.names, self.routing, self.width)
         for name, tensor in self._tensors.items():
             tensor[:, : len(options)] = getattr(rows, name).transpose(0, 1).to(tensor.device)
-        if self._table is not None:
-            assert rows.table is not None
-            self._table[: len(options)] = rows.table.to(self._table.device)
+        assert rows.table is not None
+        self._table[: len(options)] = rows.table.view(len(options), *self._table.shape[1:]).to(self._table.device)
 
     def first(self, count: int) -> RowRoutes:
         """The options of the first ``count`` texts, as one batch of one row with ``count`` tokens; they follow :meth:`set`."""
         tensors = {name: tensor[:, :count] for name, tensor in self._tensors.items()}
-        grouped = None if self._table is None else Routing(self.width, allowed=self._table[:count])
+        grouped = Routing(self.width, allowed=self._table[:count])
         return RowRoutes((RoutingOptions(enabled=False),), self.width, True, **tensors, grouped=grouped)
 
 
@@ -265,20 +266,20 @@ def _fixed(options: RoutingOptions, names: Sequence[str]) -> dict[int, float] | 
     return None if options.forced is None else {names.index(options.forced): 1.0}
 
 
-def _option_row(options: RoutingOptions, allowed: Sequence[bool], names: Sequence[str], routing: Routing) -> list[float] | None:
-    """The options of a row as fused groups take them (:mod:`meteora_kernels.token_options`); None for a static mix, which they cannot compute."""
+def _option_row(options: RoutingOptions, allowed: Sequence[bool], names: Sequence[str], routing: Routing) -> list[float]:
+    """The options of a row as fused groups take them (:mod:`meteora_kernels.token_options`)."""
     if not options.enabled:
         return option_row(len(names), 0, 1.0)
     if options.weights is not None:
-        return None
+        return mix_row(len(names), {names.index(name): weight for name, weight in options.weights.items()})
     if options.forced is not None:
         return option_row(len(names), 1, 1.0, [names.index(options.forced)])
     return option_row(len(names), options.top_k or routing.top_k, options.temperature or routing.temperature, itertools.compress(range(len(names)), allowed))
 
 
-def _grouped(row: list[float] | None) -> Routing | None:
-    """How fused groups route tokens that all have the options ``row``; None if they cannot."""
-    if row is None or not row[-2]:
+def _grouped(row: list[float]) -> Routing | None:
+    """How fused groups route tokens that all have the options ``row``; None for the base model alone and for a static mix."""
+    if not row[-2] or not row[-1]:
         return None
     allowed = row[:-2]
     return Routing(int(row[-2]), row[-1], None if all(allowed) else torch.tensor(allowed, dtype=torch.bool))

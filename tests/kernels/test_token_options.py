@@ -10,7 +10,7 @@ from meteora_kernels import Routing
 from meteora_kernels.plan import Row, Span
 from meteora_kernels.reference import route
 from meteora_kernels.tile import Tile
-from meteora_kernels.token_options import new_options, option_row
+from meteora_kernels.token_options import mix_row, new_options, option_row
 from support.kernel_groups import DEVICE, Members, errors, members
 
 EACH: list[tuple[int, float, list[int] | None]] = [(2, 1.0, None), (1, 1.0, None), (2, 3.0, [0, 2, 4]), (1, 1.0, [3]), (0, 1.0, None), (2, 1.0, [0, 1])]
@@ -57,3 +57,21 @@ def test_every_token_has_its_own_options(path: str) -> None:
             assert kept[token, :2].tolist()[:top_k] == indices.tolist()[:top_k]
             expected = [*weights.tolist()[:top_k], 0.0, 0.0][:2]
             assert kept[token, 2:].tolist() == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("path", ["decode_chosen_rows", "one_launch", "wide, before"])
+def test_tokens_may_have_static_mixes(path: str) -> None:
+    row, tokens = ROWS[path]
+    given = members((24, 9), tokens, dtype=torch.float16, has_up=path.startswith("wide"))
+    adapters = len(given.ranks)
+    rows = [option_row(adapters, 2, 1.0), mix_row(adapters, {3: 0.5, 0: -1.5}), mix_row(adapters, {2: 0.25}), option_row(adapters, 0, 1.0)]
+    options = torch.tensor([rows[token % 4] for token in range(tokens)], device=DEVICE).unsqueeze(-1)
+    chosen = torch.empty(2, tokens, 4, device=DEVICE)
+    found = given.run(row, Routing(2, 9.0, options, chosen=chosen))
+    gates = given.exact(Routing(2, 1.0))
+    indices = torch.tensor([[0, 3], [0, 3], [2, 0], [0, 1]], device=DEVICE).repeat(tokens // 4 + 1, 1)[:tokens]
+    weights = torch.tensor([[0.0, 0.0], [-1.5, 0.5], [0.25, 0.0], [0.0, 0.0]], device=DEVICE, dtype=torch.float64).repeat(tokens // 4 + 1, 1)[:tokens]
+    exact = torch.where(torch.arange(tokens, device=DEVICE)[:, None] % 4 == 0, gates, given.exact(Routing(2, indices=indices, weights=weights)))
+    assert float(errors(found, exact).max()) < 5e-3
+    mixed = torch.arange(tokens, device=DEVICE) % 4 != 0
+    torch.testing.assert_close(chosen[:, mixed, 2:], weights[mixed].float().expand(2, -1, -1), rtol=0, atol=0)

@@ -34,9 +34,13 @@ def routes_of(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     allowed = routing.allowed
     if allowed is None or allowed.dim() == 1:
         return route(logits, routing.top_k, routing.temperature, allowed)
-    mask, top_k, temperature = allowed[:, :-2] != 0, allowed[:, -2], allowed[:, -1]
-    indices, weights = route_rows(logits, top_k.clamp(min=1), temperature, mask, routing.top_k)
-    return indices, torch.where(top_k[:, None] > 0, weights, torch.zeros_like(weights))
+    allowed = allowed.reshape(len(allowed), -1)
+    mask, top_k, temperature = allowed[:, :-2], allowed[:, -2], allowed[:, -1]
+    fixed = temperature[:, None] == 0
+    logits = torch.where(fixed, torch.zeros_like(logits), logits)
+    indices, weights = route_rows(logits, top_k.clamp(min=1), torch.where(temperature > 0, temperature, 1.0), mask != 0, routing.top_k)
+    weights = torch.where(fixed, mask.gather(1, indices), weights)
+    return indices, weights.masked_fill(torch.arange(routing.top_k, device=weights.device) >= top_k[:, None], 0.0)
 
 
 def run_members(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> list[Tensor]:

@@ -84,17 +84,26 @@ def routes_of_logits(
     """Indices int32 and weights float32 (M, SLOTS) of ``tokens`` (M, 1), whose logits are loaded by :func:`summed`.
 
     HAS_ALLOWED: 1 for one mask of adapters (N,), 2 for the options of every token (:mod:`meteora_kernels.token_options`), float32 (., N + 2), whose first
-    row is that of token 0. Options replace ``temperature``.
+    row is that of token 0, and 3 if some of them may be static mixes. Options replace ``temperature``.
     """
     columns = tl.arange(0, PADDED)[None, :]
     logits = summed(pointer, tokens * stride + columns, stride_split, token_mask & (columns < count), SPLITS, True)
-    if HAS_ALLOWED == 2:
+    if HAS_ALLOWED >= 2:
         own = allowed + tokens * (count + 2)
         permitted = tl.load(own + columns, mask=token_mask & (columns < count), other=1.0)
         limit = tl.load(own + count, mask=token_mask, other=1.0)
         heat = tl.load(own + count + 1, mask=token_mask, other=1.0)
+        if HAS_ALLOWED == 3:
+            fixed = heat == 0.0
+            logits = tl.where(fixed, 0.0, logits)
+            heat = tl.where(fixed, 1.0, heat)
         logits = tl.where(permitted != 0, logits, float("-inf"))
         picks, shares = top_of_tile(logits, columns, count, heat, TOP_K, SLOTS, limit, True)
+        if HAS_ALLOWED == 3:
+            slots = tl.arange(0, SLOTS)[None, :]
+            for slot in tl.static_range(TOP_K):
+                weight = tl.sum(tl.where(columns == slot_of(picks, slots, slot), permitted, 0.0), axis=1)[:, None]
+                shares = tl.where(fixed & (slots == slot), tl.where(slot < limit, weight, 0.0), shares)
     else:
         if HAS_ALLOWED == 1:
             permitted = tl.load(allowed + columns, mask=columns < count, other=1)
@@ -117,7 +126,7 @@ def keep_routes(chosen, tokens, mask, picks, shares, TOP_K: tl.constexpr, SLOTS:
 @triton.jit
 def allowed_from(allowed, first, count, HAS_ALLOWED: tl.constexpr):
     """``allowed`` for tokens that are counted from token ``first`` on."""
-    if HAS_ALLOWED == 2:
+    if HAS_ALLOWED >= 2:
         allowed += first * (count + 2)
     return allowed
 

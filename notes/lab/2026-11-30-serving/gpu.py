@@ -86,7 +86,7 @@ def tokens_of(events: Sequence[Any]) -> list[int]:
 
 
 def mixed(names: Sequence[str], count: int, *, mixes: bool = True) -> list[RoutingOptions]:
-    """Options of every kind; static mixes, which fused groups cannot compute, only with ``mixes``."""
+    """Options of every kind; static mixes only with ``mixes``."""
     draw, options = random.Random(0), []
     for index in range(count):
         top_k, temperature, name = draw.randint(1, 4), draw.choice([0.5, 1.0, 15.0]), draw.choice(names)
