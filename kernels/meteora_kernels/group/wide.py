@@ -126,8 +126,18 @@ def before(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: boo
         )
     middle(found, group.gate_rows, adapters, routing, max_rank=adapters.max_rank or 0, out=out)
     if not in_place and not copied:
-        rows.copy_(x)
+        copy_rows(x, rows)
     return rows
+
+
+def copy_rows(source: Tensor, target: Tensor) -> None:
+    """Copy rows (..., h), all at the same distance, 16 bytes at a time where both are aligned to that: PyTorch's kernel for rows with gaps moves one number
+    at a time."""
+    size = source.element_size()
+    numbers = [number * size for each in (source, target) for number in (each.storage_offset(), *each.stride()[:-1], each.shape[-1])]
+    if not (source.data_ptr() | target.data_ptr()) % 16 and not any(number % 16 for number in numbers):
+        source, target = source.view(torch.complex128), target.view(torch.complex128)
+    target.copy_(source)
 
 
 def right(group: Group, pieces: int) -> Tensor:

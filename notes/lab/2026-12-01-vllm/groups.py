@@ -1,4 +1,5 @@
-"""groups.py FILE [compile PART]: other ways to run the four groups of a Llama-3-8B layer with 8, 64, 256 and 8,192 tokens, in CUDA graphs, weights read from memory.
+"""groups.py FILE [compile PART]: other ways to run the four groups of a Llama-3-8B layer with 8, 64, 256 and 16,384 tokens, in CUDA graphs, weights read from memory.
+"groups.py FILE warm" compiles only, "groups.py FILE warmed" measures only.
 
 28 adapters of rank 8, bfloat16, every token's options in a table as in vLLM. Each way is checked against the present one. The base is vLLM's: q, k, v and gate,
 up are one product each. "beside": gates, A and routing on a second stream while the library computes the base, then B; the same over an FP8 base. Variants are compiled by several processes
@@ -32,7 +33,7 @@ from meteora_kernels.types import new_flags
 
 START, FILE = time.time(), Path(sys.argv[1])
 LIMIT, PROCESSES = float(os.environ.get("LIMIT", 60)), int(os.environ.get("PROCESSES", 12))
-SIZES = (8,) if TINY else (8, 64, 256, 8192)
+SIZES = (8,) if TINY else (8, 16384, 256, 64)
 found = {}
 
 
@@ -41,8 +42,8 @@ def one(outputs, step, warps, stages, pieces, gate_pieces, tokens=16):
 
 
 ONE = {
-    "gate_up": [(128, 128, 4, 4, 1, 4), (128, 64, 4, 8, 1, 4), (64, 128, 4, 8, 1, 4), (64, 256, 4, 5, 1, 4), (128, 128, 8, 5, 1, 4), (128, 256, 8, 3, 1, 8)],
-    "down": [(64, 256, 4, 4, 1, 8), (64, 128, 4, 8, 1, 8), (64, 256, 4, 5, 1, 16), (128, 128, 8, 5, 3, 16), (64, 128, 4, 9, 1, 16)],
+    "gate_up": [(128, 128, 4, 4, 1, 4), (128, 64, 4, 8, 1, 4), (64, 128, 4, 8, 1, 4), (64, 256, 4, 5, 1, 4), (128, 128, 8, 5, 1, 4)],
+    "down": [(64, 256, 4, 4, 1, 8), (64, 128, 4, 8, 1, 8), (64, 256, 4, 5, 1, 16), (128, 128, 8, 5, 3, 16)],
     "qkv": [(64, 128, 4, 8, 1, 3), (64, 256, 4, 5, 1, 3), (64, 128, 4, 6, 1, 3), (128, 128, 4, 5, 1, 4)],
     "o": [(64, 128, 4, 8, 1, 8), (64, 128, 4, 8, 1, 16), (64, 256, 4, 5, 1, 8), (64, 256, 4, 5, 1, 16)],
 }
@@ -52,27 +53,26 @@ def variants(name, tokens, row):
     """Names and rows."""
     if tokens == 8:
         rows = [one(*values) for values in ONE[name]]
-        for field, value in (("stages", row.tile.stages + 2), ("step", row.tile.step * 2), ("warps", row.tile.warps * 2), ("outputs", row.tile.outputs * 2)):
-            rows.append((f"{field} {value}", replace(row, tile=row.tile._replace(**{field: value}))))
-        return [*rows, ("packed 1 inline", Row("packed", pieces=1, inline=True)), ("packed rounded inline", Row("packed", inline=True))]
+        rows.append(("stages + 2", replace(row, tile=row.tile._replace(stages=row.tile.stages + 2))))
+        return [*rows, ("packed 1 inline", Row("packed", pieces=1, inline=True))]
     if tokens == 64:
         rows = [one(*values, tokens=64) for values in ([(128, 128, 4, 5, 1, 4), (128, 64, 4, 8, 1, 4), (128, 128, 8, 4, 1, 4)] if name == "gate_up" else [(64, 128, 4, 8, 1, 8), (64, 128, 4, 6, 1, 16)])]
-        return [*rows, ("packed 1 inline", Row("packed", pieces=1, inline=True)), ("packed rounded inline", Row("packed", inline=True))]
+        return [*rows, ("packed 1 inline", Row("packed", pieces=1, inline=True))]
     wide = [(f"wide {pieces} in one launch, {size}", Row("wide", gate_pieces=pieces, tile=Tile(size, 128, 64, 4, 4))) for pieces, size in ((4, 64), (8, 64), (4, 128))]
     if tokens == 256:
-        return [("packed rounded", Row("packed")), ("packed rounded inline", Row("packed", inline=True)), ("packed 1 inline", Row("packed", pieces=1, inline=True)), ("split", Row("split")),
-                ("wide 4", Row("wide", pieces=4)), ("wide kernel 8", Row("wide", pieces=8, tile=Tile(64, 128, 64, 4, 3))), *wide]
-    return [("split", Row("split")), ("wide", Row("wide")), ("wide kernel 2", Row("wide", pieces=2, tile=Tile(128, 128, 64, 8, 3))), ("wide 2 in one launch, 64", Row("wide", gate_pieces=2, tile=Tile(64, 128, 64, 4, 4)))]
+        return [("packed rounded", Row("packed")), ("packed 1 inline", Row("packed", pieces=1, inline=True)), ("split 2", Row("split", pieces=2)), ("wide 4", Row("wide", pieces=4)), *wide]
+    return [("split", Row("split")), ("split 1", Row("split", pieces=1)), ("wide", Row("wide")), ("wide 1", Row("wide", pieces=1)), ("packed", Row("packed")),
+            ("wide 2 in one launch, 64", Row("wide", gate_pieces=2, tile=Tile(64, 128, 64, 4, 4))), ("wide 1 in one launch, 128", Row("wide", gate_pieces=1, tile=Tile(128, 128, 64, 8, 3)))]
 
 
 def options():
-    return Routing(2, 1.0, new_options(8192, option_row(N, 2, 1.0), DEVICE))
+    return Routing(2, 1.0, new_options(16384, option_row(N, 2, 1.0), DEVICE))
 
 
 FIRST = {  # the first step of the adapters: by the library and one launch that routes, with routing in the last launch, or in one launch of its own
-    8: ("library", "inline", *((size, step, pieces) for size in (64, 128) for step in (64, 128) for pieces in (8, 16))),
-    64: ("library", "inline", (64, 64, 8), (128, 64, 8), (64, 128, 16), (128, 64, 16)),
-    256: ("library", "inline", (128, 64, 8), (128, 64, 4), (64, 64, 8)),
+    8: ("library", "inline", (64, 128, 8), (64, 128, 16), (128, 64, 16), (128, 128, 8)),
+    64: ("library", "inline", (64, 64, 8), (128, 64, 16)),
+    256: ("library", "inline", (128, 64, 8)),
 }
 
 
@@ -169,7 +169,7 @@ def compile_some(part):
             if index % PROCESSES == part:
                 beside(block, x, options(), how)
             index += 1
-    for tokens in SIZES[:2]:
+    for tokens in (8, 64):
         for index, name in enumerate(GROUPS):
             fp8(name, tokens, (part + index) % PROCESSES)
 
@@ -201,7 +201,7 @@ def measure(name, tokens):
             times[label] = wrong(run(blocks[0], x, variant, routing)) or time_row(blocks, x, variant, routing)
     for how in FIRST.get(tokens, ()):
         times[f"beside, {how}"] = wrong(beside(blocks[0], x, routing, how)) or timed(lambda: [beside(block, x, routing, how) for block in blocks], len(blocks))
-    if tokens == 8192:
+    if tokens == 16384:
         call = in_place(blocks[0], tokens, Row("wide"), routing)
         times["wide in place"] = wrong(call(blocks[0])) or timed(lambda: [call(block) for block in blocks], len(blocks))
     show(f"{name} {tokens}", {"present row": str(row), **times})
@@ -214,20 +214,28 @@ def show(key, times):
     print(f"[groups] {key}: base {times['base']}, present {times.get('present')};", "; ".join(f"{label}: {value}" for value, label in numbers[:4]), f"; {len(wrong)} not run or wrong" if wrong else "", flush=True)
 
 
+def main(what):
+    if what == "compile":
+        return compile_some(int(sys.argv[3]))
+    if what != "warmed" and not TINY:
+        workers = [subprocess.Popen(["nice", "-n", "19", sys.executable, __file__, str(FILE), "compile", str(part)]) for part in range(PROCESSES)]
+        for worker in workers:
+            worker.wait()
+        print(f"[groups] compiled in {time.time() - START:.0f} s", flush=True)
+        if what == "warm":
+            return
+    while os.environ.get("GO") and not os.path.exists(os.environ["GO"]):
+        time.sleep(0.1)
+    global begin
+    begin = time.time()
+    for tokens in SIZES:
+        for run_one in (measure, fp8) if tokens <= 64 else (measure,):
+            for name in ("o",) if TINY else GROUPS:
+                if time.time() - begin < LIMIT:
+                    run_one(name, tokens)
+    print(f"[groups] measured in {time.time() - begin:.0f} s", flush=True)
+
+
 if __name__ == "__main__":
     with torch.inference_mode():
-        if len(sys.argv) > 2:
-            compile_some(int(sys.argv[3]))
-        else:
-            workers = [] if TINY else [subprocess.Popen(["nice", "-n", "19", sys.executable, __file__, str(FILE), "compile", str(part)]) for part in range(PROCESSES)]
-            for worker in workers:
-                worker.wait()
-            print(f"[groups] compiled in {time.time() - START:.0f} s", flush=True)
-            while os.environ.get("GO") and not os.path.exists(os.environ["GO"]):
-                time.sleep(0.1)
-            begin = time.time()
-            for name, tokens in cases():
-                if time.time() - begin < LIMIT:
-                    measure(name, tokens)
-                if tokens <= 64 and time.time() - begin < LIMIT:
-                    fp8(name, tokens)
+        main(sys.argv[2] if len(sys.argv) > 2 else "all")

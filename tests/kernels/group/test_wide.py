@@ -7,6 +7,7 @@ import torch
 
 from meteora_kernels import Routing
 from meteora_kernels.group import reads_in_place, run_group
+from meteora_kernels.group.wide import copy_rows
 from meteora_kernels.plan import Row
 from meteora_kernels.tile import Tile
 from meteora_kernels.wide import Wide
@@ -100,3 +101,13 @@ def test_only_small_ranks_in_16_bits_are_kept_in_the_rows() -> None:
     assert not Wide(4096, 2048, 1).pays(torch.bfloat16)
     assert not Wide(4096, 260, 3).pays(torch.bfloat16)
     assert not Wide(576, 224, 2).pays(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("shape", "hidden", "gap"), [((5,), 64, 64), ((2, 3), 24, 8), ((5,), 20, 8), ((5,), 24, 3)])
+def test_rows_are_copied_whether_or_not_they_are_aligned_to_16_bytes(shape: tuple[int, ...], hidden: int, gap: int) -> None:
+    source = torch.randn(*shape, hidden).half()
+    source[(0,) * len(shape)] = torch.tensor(float("nan"))
+    buffer = torch.zeros(*shape, gap + hidden, dtype=torch.half)
+    copy_rows(source, buffer[..., gap:])
+    assert torch.equal(buffer[..., gap:].view(torch.int16), source.view(torch.int16))
+    assert not buffer[..., :gap].any()
