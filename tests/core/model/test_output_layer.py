@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from meteora_core import AdapterBank, attach, detach, load_checkpoint, save_checkpoint
 from meteora_core.model.attach import meteora_layers
-from meteora_core.routing import record_routes
+from meteora_core.routing import RoutingOptions, record_routes
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gate_objective import GateObjective
 from meteora_core.training.loop import Counts
@@ -79,6 +79,17 @@ def test_recording_leaves_the_head_out_of_the_shares_and_keeps_what_it_chose(mod
     assert routes.shares().shape == (2, 13, 2)
     assert routes.packed()[0].shape == (13, 2, 2)
     assert [tuple(step.indices.shape) for step in routes.steps("lm_head")] == [(2, 1, 2)] * 3
+
+
+def test_the_head_uses_the_options_of_the_text_that_its_token_belongs_to(model) -> None:
+    state, inputs = model.meteora, []
+    model.lm_head.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    texts = [RoutingOptions(top_k=2), RoutingOptions(forced=state.names[1])]
+    with torch.no_grad(), state.apply_packed(texts, [3, 2], [4]):
+        found = model(input_ids=torch.tensor([[3, 4, 5, 6, 7]]), use_cache=False, logits_to_keep=torch.tensor([4])).logits
+    with torch.no_grad(), state.force(state.names[1]):
+        expected = model.lm_head(inputs[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_tie_weights_and_resizing_keep_the_adapters(model, tied) -> None:
