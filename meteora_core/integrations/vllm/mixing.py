@@ -56,7 +56,7 @@ def chosen_down(layer: Layer, x: Tensor) -> Tensor:
     adapters, block = layer.block.adapters, layer.block
     found = library_products(x, block.rows, 1)  # float32: rounded gate logits would choose other adapters
     down = found[..., gate_rows_of(adapters.number) :]
-    logits = summed_logits(x, block.single[0]) if layer.sums else found
+    logits = summed(found[0, :, : adapters.number]) if layer.sums else found
     return middle(logits, down, adapters, layer.routing, max_rank=adapters.max_rank or 0, dtype=x.dtype)
 
 
@@ -72,9 +72,13 @@ def added(layer: Layer, down: Tensor, y: Tensor) -> Tensor:
 def summed_logits(x: Tensor, adapters: Adapters | None) -> Tensor:
     """Gate logits, float32 (M, N), summed over the processes of the tensor-parallel group."""
     assert adapters is not None
+    return summed(gate_logits(x, adapters.gate).float())
+
+
+def summed(logits: Tensor) -> Tensor:
+    """The sum of the float32 logits (M, N) of all processes of the tensor-parallel group."""
     from vllm.distributed import tensor_model_parallel_all_reduce
 
-    logits = gate_logits(x, adapters.gate).float()
     return tensor_model_parallel_all_reduce(logits.contiguous())
 
 

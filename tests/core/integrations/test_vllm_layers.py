@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +83,29 @@ def test_kernels_for_members_of_different_ranks_and_a_member_without_adapters(we
     torch.testing.assert_close(run_group(x, together.group, ROUTING).double(), exact, rtol=0, atol=2e-5)
     layer = Layer(apart, False, ROUTING, True, Runtime())
     torch.testing.assert_close(added(layer, chosen_down(layer, x), y).double(), exact, rtol=0, atol=2e-5)
+
+
+def test_processes_of_a_row_parallel_layer_choose_by_the_sum_of_their_logits(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes have half of the inputs each, and the sum of their outputs is the layer's. Both run once to learn what the other one would send."""
+    x, sent, total, parts = torch.randn(6, HIDDEN), list[Tensor](), list[Tensor](), list[tuple[Layer, Tensor]]()
+    for first in (0, HIDDEN // 2):
+        block = Block(Shape.of(weights, ("q",), [32]), HIDDEN // 2, torch.empty(0), base=False, wide=False)  # type: ignore[arg-type]
+        block.fill(weights, Slices((first, HIDDEN // 2), ((32, 0, 32),), True))  # type: ignore[arg-type]
+        parts.append((Layer(block, True, ROUTING, True, Runtime()), x[:, first : first + HIDDEN // 2]))
+
+    def all_reduce(logits: Tensor) -> Tensor:
+        sent.append(logits)
+        return total[0] if total else logits
+
+    def run() -> list[Tensor]:
+        return [added(layer, chosen_down(layer, half), torch.zeros(6, 32)) for layer, half in parts]
+
+    monkeypatch.setitem(sys.modules, "vllm.distributed", SimpleNamespace(tensor_model_parallel_all_reduce=all_reduce))
+    run()
+    total.append(sent[0] + sent[1])
+    outputs = run()
+    assert [logits.shape for logits in sent] == [(6, COUNT)] * 4
+    torch.testing.assert_close((outputs[0] + outputs[1]).double(), weights.exact("q", x, torch.zeros(6, 32), ROUTING), rtol=0, atol=2e-5)
 
 
 def test_every_token_has_its_own_options(weights: Weights) -> None:
