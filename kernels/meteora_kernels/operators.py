@@ -8,12 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_type_hints
 
 import torch
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def eager(tensor: torch.Tensor) -> bool:
     """Whether an operator's function can be called directly: nothing is tracing, so the dispatcher would only cost time (10 to 40 us of the CPU)."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+    return type(tensor) in _PLAIN and not (is_compiling() or is_in_torch_dispatch_mode())
 
 
 _NOTHING = nullcontext()
@@ -21,7 +24,7 @@ _NOTHING = nullcontext()
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """A context for kernel launches that makes the tensor's GPU the current one, because Triton launches on the current GPU."""
-    if not tensor.is_cuda or torch.compiler.is_compiling() or tensor.get_device() == torch.cuda.current_device():
+    if not tensor.is_cuda or is_compiling() or tensor.get_device() == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(tensor.device)
 
@@ -29,8 +32,9 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
 class Operator:
     """A function that is also the operator ``torch.ops.meteora.<name>``.
 
-    The function takes and returns tensors and numbers. It also takes named tuples of them, whose fields become arguments of the operator. Eager code calls
-    the function directly; compilers and dispatch modes call the operator.
+    The function takes and returns tensors and numbers. It also takes named tuples of them, whose fields become arguments of the operator, and values of
+    classes with the methods ``parts``, which returns such a tuple, and ``of_parts``, which makes the value again. Eager code calls the function directly;
+    compilers and dispatch modes call the operator.
 
     Attributes:
         function: The registered function.
@@ -39,13 +43,15 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any], out_like: Callable[..., Any]) -> None:
         hints = get_type_hints(function)
-        parameters = [(key, hints[key]) for key in inspect.signature(function).parameters]
+        kinds = {key: hints[key] for key in inspect.signature(function).parameters}
         self.function = function
+        self.makers = [getattr(kind, "of_parts", None) for kind in kinds.values()]
+        parameters = [(key, kind if make is None else get_type_hints(make)["parts"]) for (key, kind), make in zip(kinds.items(), self.makers, strict=True)]
         self.kinds: list[Any] = [kind if hasattr(kind, "_fields") else None for _, kind in parameters]
         self.lists = [[is_numbers(hint) for hint in get_type_hints(kind).values()] if kind is not None else [] for kind in self.kinds]
 
         def run(*flat: Any) -> Any:
-            return function(*self.values(flat))
+            return function(*(value if make is None else make(value) for value, make in zip(self.values(flat), self.makers, strict=True)))
 
         def fake(*flat: Any) -> Any:
             return out_like(*self.values(flat))
@@ -60,15 +66,15 @@ class Operator:
     def flat(self, arguments: Sequence[Any]) -> list[Any]:
         """The operator's arguments for the function's arguments."""
         flat: list[Any] = []
-        for argument, kind in zip(arguments, self.kinds, strict=True):
+        for argument, kind, make in zip(arguments, self.kinds, self.makers, strict=True):
             if kind is None:
                 flat.append(argument)
             else:
-                flat.extend(argument)
+                flat.extend(argument if make is None else argument.parts())
         return flat
 
     def values(self, flat: Sequence[Any]) -> list[Any]:
-        """The function's arguments for the operator's arguments."""
+        """The function's arguments for the operator's arguments; those that were taken apart stay named tuples."""
         found, place = [], 0
         for kind, lists in zip(self.kinds, self.lists, strict=True):
             if kind is None:
@@ -107,7 +113,8 @@ def operator(name: str, out_like: Callable[..., Any]) -> Callable[[Callable[...,
 
     Args:
         name: The operator's name.
-        out_like: A function that takes the same arguments and returns empty results; it replaces the function where tensors have no data.
+        out_like: A function that takes the same arguments, or the named tuples of their parts, and returns empty results; it replaces the function where
+            tensors have no data.
 
     Example:
         >>> @operator("doctest_double", out_like=lambda x: torch.empty_like(x))

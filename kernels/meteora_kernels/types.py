@@ -16,7 +16,7 @@ from meteora_kernels.stacked import gate_rows_of, stacked_rows_of
 from meteora_kernels.tile import Tile
 from meteora_kernels.wide import Wide
 
-__all__ = ["TEMPERATURES", "Adapters", "Group", "Routing", "Tile", "new_flags"]
+__all__ = ["TEMPERATURES", "WHOLE", "Adapters", "Block", "Form", "Group", "Routing", "Tile", "new_flags"]
 
 
 class Adapters(NamedTuple):
@@ -156,6 +156,35 @@ def new_flags(device: torch.device) -> Tensor:
     return torch.zeros(1024, dtype=torch.int32, device=device)
 
 
+class Form(NamedTuple):
+    """The form of a group's input and outputs.
+
+    Attributes:
+        in_place: Whether :meth:`meteora_kernels.wide.Wide.new_rows` of the group's ``wide`` returned x, so that the columns around it may be written.
+        apart: Whether the members' outputs may be separate tensors.
+    """
+
+    in_place: bool = False
+    apart: bool = False
+
+
+WHOLE = Form()
+"""Any x, and one tensor for all outputs."""
+
+
+class Block(NamedTuple):
+    """The part of a :class:`Group` that a compiled graph keeps; :meth:`Adapters.of_group` describes the fields."""
+
+    packed: Tensor
+    lora_B: Tensor
+    scaling: Tensor
+    offsets: Tensor
+    bias: Tensor | None
+    widths: tuple[int, ...]
+    max_rank: int
+    flags: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """One to three linears that share their input, base and adapters together. :meth:`of` makes one.
@@ -221,3 +250,14 @@ class Group:
             facts,
             choices_of(facts),
         )
+
+    def parts(self) -> Block:
+        """The arguments of an operator for this group, which leave out :attr:`wide`."""
+        _, _, lora_B, scaling, offsets, max_rank, widths, _ = self.adapters
+        return Block(self.packed, lora_B, scaling, offsets, self.bias, widths, max_rank or 0, self.flags)
+
+    @classmethod
+    def of_parts(cls, parts: Block) -> Group:
+        """A group from the arguments of an operator."""
+        packed, lora_B, scaling, offsets, bias, widths, max_rank, flags = parts
+        return cls.of(packed, Adapters.of_group(packed, lora_B, scaling, offsets, widths, max_rank), bias, flags)

@@ -25,6 +25,7 @@ from meteora_kernels import Adapters, Routing, mix, plan
 from meteora_kernels.plan import Case, Facts, Row, Span
 from meteora_kernels.plan.choose import user_table
 from meteora_kernels.plan.table import format_row, shipped_tables
+from meteora_kernels.types import Form
 
 GAIN = 0.98
 """A challenger must take at most this fraction of the incumbent's time, in the first measurement and in the median of the pairs."""
@@ -320,7 +321,7 @@ def group_problem(linears: Linears, tokens: int, setting: Setting) -> Problem:
     def work(row: Row) -> Tensor:
         in_place = window is not None and row.path == "wide"
         given = window if in_place and window is not None else x
-        output: Tensor = PATHS[row.path].run(given, group, Routing(setting.top_k), row, in_place=in_place)
+        output: Tensor = PATHS[row.path].run(given, group, Routing(setting.top_k), row, Form(in_place))
         return output
 
     exact, own = reference_of(linears, x, setting)

@@ -1,6 +1,6 @@
 """Replaces norms and gated activations directly before a fused group by modules that write their output into the memory that the group reads.
 
-In prefill, a fused group multiplies ``[x, h]`` by ``[W, B^T]``, so x would have to be copied into wider rows (:mod:`meteora_core.fused.inputs`).
+In prefill, a fused group multiplies ``[x, h]`` by ``[W, B^T]``, so x would have to be copied into wider rows (:class:`meteora_core.fused.group.Inputs`).
 :func:`feed` therefore replaces the module that computes x by a :class:`Feeder`, which computes x and writes it into such rows with one kernel. A module
 is only replaced if it has a known form and its ``forward`` gives the same numbers as the kernel on random input, up to rounding. In calls in which the
 group would not run as one, a feeder calls the module's ``forward``.

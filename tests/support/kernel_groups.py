@@ -13,6 +13,7 @@ from meteora_kernels.group import PATHS
 from meteora_kernels.plan import Case, Row
 from meteora_kernels.stacked import pack, stacked_rows_of
 from meteora_kernels.tile import Tile
+from meteora_kernels.types import Form
 from meteora_kernels.wide import Wide
 from support import mixture_cases
 from support.mixture_cases import make
@@ -77,7 +78,7 @@ class Members:
         case = Case(self.group.facts, len(x), routing.top_k, in_place, aligned=self.group.aligned)
         path = PATHS[row.path]
         assert path.can_run(case, row) is None, path.can_run(case, row)
-        found: Tensor = path.run(x, self.group, routing, row, in_place=in_place)
+        found: Tensor = path.run(x, self.group, routing, row, Form(in_place))
         assert torch.equal(x.nan_to_num(7.0), self.x.nan_to_num(7.0))
         assert int(self.group.flags.abs().sum()) == 0
         assert (found.dtype, found.shape) == (x.dtype, (len(x), sum(self.widths)))

@@ -10,23 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_kernels import Adapters, Group, Routing, mix, route, route_rows
+from meteora_kernels.plan import Row
+from meteora_kernels.types import WHOLE, Form
 
 
-def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> Tensor:
-    """Arguments and result as in ``meteora_kernels.run_group``."""
-    adapters, rank, start, parts = group.adapters, group.total_rank, 0, []
-    base = F.linear(x, group.weights, group.bias).split(list(adapters.widths), dim=-1)
-    for member, (width, output) in enumerate(zip(adapters.widths, base, strict=True)):
-        block = adapters.gate[member * adapters.member_rows :]
-        up = adapters.lora_B[rank * start : rank * (start + width)].view(rank, width)
-        down = block[group.gate_rows : group.gate_rows + rank]
-        own = Adapters.of_layer(block[: adapters.number], down, up, adapters.scaling, adapters.offsets)
-        indices, weights = routes_of(F.linear(x, own.gate), routing)
-        if routing.chosen is not None:
-            routing.chosen[member] = torch.cat([indices.float(), weights.float()], dim=-1)
-        parts.append(mix(x, output.contiguous(), own, Routing(routing.top_k, indices=indices, weights=weights), backend="dense"))
-        start += width
-    return torch.cat(parts, dim=-1)  # type: ignore[arg-type]
+class PlainPath:
+    """A path that can run everything, in place of the modules in ``meteora_kernels.group.PATHS``."""
+
+    @staticmethod
+    def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE) -> Tensor:
+        """Arguments and result as in a path."""
+        x = x.reshape(-1, x.shape[-1])
+        adapters, rank, start, parts = group.adapters, group.total_rank, 0, []
+        base = F.linear(x, group.weights, group.bias).split(list(adapters.widths), dim=-1)
+        for member, (width, output) in enumerate(zip(adapters.widths, base, strict=True)):
+            block = adapters.gate[member * adapters.member_rows :]
+            up = adapters.lora_B[rank * start : rank * (start + width)].view(rank, width)
+            down = block[group.gate_rows : group.gate_rows + rank]
+            own = Adapters.of_layer(block[: adapters.number], down, up, adapters.scaling, adapters.offsets)
+            indices, weights = routes_of(F.linear(x, own.gate), routing)
+            if routing.chosen is not None:
+                routing.chosen[member] = torch.cat([indices.float(), weights.float()], dim=-1)
+            parts.append(mix(x, output.contiguous(), own, Routing(routing.top_k, indices=indices, weights=weights), backend="dense"))
+            start += width
+        return torch.cat(parts, dim=-1)  # type: ignore[arg-type]
 
 
 def routes_of(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -43,16 +50,10 @@ def routes_of(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     return indices, weights.masked_fill(torch.arange(routing.top_k, device=weights.device) >= top_k[:, None], 0.0)
 
 
-def run_members(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> list[Tensor]:
-    """Arguments and result as in ``meteora_kernels.group.run_members``."""
-    output = run_group(x.reshape(-1, x.shape[-1]), group, routing)
-    return list(output.view(*x.shape[:-1], -1).split(list(group.adapters.widths), dim=-1))
-
-
 def use_plain_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Run fused groups by :func:`run_group` and :func:`run_members`; the list fills with the number of members of each group that ran."""
+    """Run fused groups by :class:`PlainPath`; the list fills with the number of members of each group that ran."""
     from meteora_core.fused.group import FusedGroup
-    from meteora_kernels import group
+    from meteora_kernels.group import PATHS
 
     ran: list[int] = []
     run = FusedGroup._run
@@ -61,7 +62,7 @@ def use_plain_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ran.append(len(self.layers))
         return run(self, x)
 
-    monkeypatch.setattr(group, "run_group", run_group)
-    monkeypatch.setattr(group, "run_members", run_members)
+    for name in PATHS:
+        monkeypatch.setitem(PATHS, name, PlainPath)
     monkeypatch.setattr(FusedGroup, "_run", counted)
     return ran

@@ -22,7 +22,7 @@ from meteora_kernels.device.routing import routes_of_few, slot_of
 from meteora_kernels.device.rows import member_of, rows_times_tokens
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div
-from meteora_kernels.types import Group, Routing
+from meteora_kernels.types import WHOLE, Form, Group, Routing
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def can_run(case: Case, row: Row) -> str | None:
     return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
 
 
-def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE) -> Tensor:
     """Outputs of a group of linears for few tokens, base and adapters together: (M, O), contiguous, in the dtype of x.
 
     Args:
@@ -123,7 +123,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         group: The group of linears.
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table, with a tile: ``gate_rows`` and ``gate_step`` are for gates and A, ``outputs`` and ``step`` for the base.
-        in_place: Ignored by this path.
+        form: Ignored by this path.
     """
     tile = row.tile
     assert tile is not None

@@ -22,7 +22,7 @@ from meteora_kernels.device.flags import finish, raise_flag, wait_flag
 from meteora_kernels.device.rows import member_of, rows_times_tokens
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.types import Group, Routing
+from meteora_kernels.types import WHOLE, Form, Group, Routing
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def can_run(case: Case, row: Row) -> str | None:
     return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
 
 
-def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE) -> Tensor:
     """Outputs of a group of linears for few tokens, reading only the chosen rows of A: (M, O), contiguous, in the dtype of x.
 
     Args:
@@ -121,7 +121,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table, with ``pieces`` (the number of pieces of the sums over h, fewer where the steps do not allow that number) and a tile:
             ``gate_rows`` and ``gate_step`` are for the gates, ``down_rows`` and ``down_step`` for A, ``outputs`` and ``step`` for the base.
-        in_place: Ignored by this path.
+        form: Ignored by this path.
     """
     tile = row.tile
     assert tile is not None

@@ -32,7 +32,7 @@ from meteora_kernels.plan.machine import at_once, interpreted, why_not_at_once
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.stacked import gate_rows_of
-from meteora_kernels.types import Group, Routing
+from meteora_kernels.types import WHOLE, Form, Group, Routing
 
 _FIRST_TILE = tl.constexpr(8)
 """The first of the flags that count the pieces of every tile of outputs. Flags 0 to 2 count, for each member, the gate programs that have stored their sums,
@@ -213,7 +213,7 @@ def can_run(case: Case, row: Row) -> str | None:
     return why_not_at_once(facts.device, gate_programs_of(len(facts.widths), gate_rows_of(facts.adapters), facts.total_rank, row))
 
 
-def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE) -> Tensor:
     """Outputs of a group of linears for a few dozen tokens, base and adapters together: (M, O), contiguous, in the dtype of x.
 
     Args:
@@ -222,7 +222,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table: ``gate_pieces`` is the number of pieces of the sums for gates and A, ``pieces`` that of the sums for base outputs (fewer
             are used if they would not all run at the same time). The path reads ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages`` of its tile.
-        in_place: Ignored by this path.
+        form: Ignored by this path.
     """
     assert row.tile is not None
     tokens, hidden = x.shape

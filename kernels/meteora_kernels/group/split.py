@@ -8,7 +8,7 @@ from torch import Tensor
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.steps.middle import middle
 from meteora_kernels.steps.products import products_by
-from meteora_kernels.types import Group, Routing
+from meteora_kernels.types import WHOLE, Form, Group, Routing
 
 
 def can_run(case: Case, row: Row) -> str | None:
@@ -16,7 +16,7 @@ def can_run(case: Case, row: Row) -> str | None:
     return None
 
 
-def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE) -> Tensor:
     """Outputs of a group of linears, base and adapters together: (M, O), contiguous, in the dtype of x.
 
     Args:
@@ -24,7 +24,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         group: The group of linears.
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table, with ``pieces`` and ``tile`` of the product with gates and A (:func:`meteora_kernels.steps.products.products_by`).
-        in_place: Ignored by this path.
+        form: Ignored by this path.
     """
     adapters, rank = group.adapters, group.total_rank
     y = x.new_empty(x.shape[0], sum(adapters.widths))

@@ -23,7 +23,7 @@ from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_su
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.steps.products import library_products
 from meteora_kernels.steps.second_stream import on_second_stream
-from meteora_kernels.types import Adapters, Group, Routing
+from meteora_kernels.types import WHOLE, Adapters, Form, Group, Routing
 
 __all__ = ["after", "before", "can_run", "few_forward", "out_like", "run", "run_layer", "sorted_down_forward", "sorted_forward"]
 
@@ -100,7 +100,7 @@ FORWARDS = {"few": few_forward, "sorted_down": sorted_down_forward, "sorted": so
 """The ways, by the names that the tables use."""
 
 
-def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool = False) -> Tensor:
+def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE) -> Tensor:
     """Outputs of a group of linears, base and adapters together: (M, O), by the way that ``row`` names.
 
     Args:
@@ -108,7 +108,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, *, in_place: bool =
         group: The group of linears.
         routing: Top-k, routing temperature and ``allowed``.
         row: Row of the table: ``way``, and ``pieces`` of the base product (:func:`base_product`).
-        in_place: Ignored by this path.
+        form: Ignored by this path.
     """
     return FORWARDS[row.way](x, group.weights, group.bias, group.adapters, routing, row.pieces)
 

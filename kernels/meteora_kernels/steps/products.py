@@ -126,7 +126,7 @@ def library_products(x: Tensor, rows: Tensor, splits: int, right: Tensor | None 
     right = right_of(rows, splits) if right is None else right
     pieces, span = right.shape[:2]
     left = x.as_strided((pieces, x.shape[:-1].numel(), span), (span, x.stride(-2), 1))
-    if x.dtype == torch.float32 or x.device.type != "cuda":
+    if x.dtype == torch.float32 or not x.is_cuda:
         return torch.bmm(left.float(), right.float())
     return torch.bmm(left, right, out_dtype=torch.float32)
 

@@ -19,7 +19,7 @@ from paths import DEVICE, DTYPE, GROUPS, N, RANK, SCALE, TINY, attempt, blocks_o
 
 from meteora_core.integrations.vllm.layout import Block, Shape, weights_of
 from meteora_kernels import Routing
-from meteora_kernels.group import wide_before
+from meteora_kernels.group import wide
 from meteora_kernels.plan import Row
 from meteora_kernels.plan.table import Span
 from meteora_kernels.stacked import gate_rows_of
@@ -29,7 +29,7 @@ from meteora_kernels.steps.second_stream import on_second_stream
 from meteora_kernels.steps.up import up
 from meteora_kernels.tile import Tile
 from meteora_kernels.token_options import new_options, option_row
-from meteora_kernels.types import new_flags
+from meteora_kernels.types import Form, new_flags
 
 START, FILE = time.time(), Path(sys.argv[1])
 LIMIT, PROCESSES = float(os.environ.get("LIMIT", 60)), int(os.environ.get("PROCESSES", 12))
@@ -84,7 +84,7 @@ def first_step(adapters, flags, views, x, routing, how):
         row = Row("wide", gate_pieces=pieces, tile=Tile(16 if len(x) <= 16 else 64, size, step, 4, 4))
         out = torch.empty(len(x), members * total, dtype=x.dtype, device=x.device)
         group = SimpleNamespace(adapters=adapters, total_rank=total, gate_rows=gate_rows_of(N), flags=flags, views=views)
-        wide_before.run(x, group, routing, row, Out(out, 0, total, total), None)
+        wide.launch_before(x, group, routing, row, Out(out, 0, total, total), None)
         return out, {}
     products = library_products(x, adapters.gate, 1)
     down = products[..., gate_rows_of(N) :]
@@ -147,7 +147,7 @@ def in_place(block, tokens, row, routing):
     x.copy_(input_of(block, tokens))
     from meteora_kernels.group import wide
 
-    return lambda one: wide.run(x, one.group, routing, row, in_place=True)
+    return lambda one: wide.run(x, one.group, routing, row, Form(in_place=True))
 
 
 def cases():

@@ -10,7 +10,7 @@ import torch
 from meteora_core import AdapterBank, attach, fuse
 from meteora_core.fused.feeders import Feeder
 from meteora_core.fused.fuse import is_fused
-from meteora_core.fused.outputs import Outputs
+from meteora_core.fused.group import Outputs
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.layer import MeteoraLinear
 from support.plain_groups import use_plain_groups

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from meteora_kernels import Routing
-from meteora_kernels.group import Block, group_operator, row_for, run_group
+from meteora_kernels.group import group_operator, row_for, run_group
 from meteora_kernels.plan import Row
+from meteora_kernels.types import Form
 from support.kernel_groups import errors, members
 from support.kernel_rows import taking
 
@@ -15,10 +16,7 @@ from support.kernel_rows import taking
 @pytest.mark.parametrize("pieces", [0, 2])
 def test_group_operator_is_sound_for_compilers(pieces: int) -> None:
     given = members((24, 9), 17, bias=True, dtype=torch.float16)
-    group = given.group
-    _, _, up, scaling, offsets, max_rank, widths, _ = group.adapters
-    block = Block(group.packed, up, scaling, offsets, group.bias, widths, max_rank or 0)
-    flat = group_operator.flat((given.x, block, group.flags, Routing()))
+    flat = group_operator.flat((given.x, given.group, Routing(), Form(apart=True)))
     with taking(Row("packed", pieces=pieces)):
         found = torch.library.opcheck(group_operator.op, flat, test_utils=("test_schema", "test_faketensor"))
     assert set(found.values()) == {"SUCCESS"}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from meteora_kernels import Routing, reference
-from meteora_kernels.group import row_for, run_group, wide_before
+from meteora_kernels.group import row_for, run_group
+from meteora_kernels.group import wide as wide_path
 from meteora_kernels.plan import Case, Row, machine
 from meteora_kernels.plan.table import shipped
 from meteora_kernels.steps.middle import Out, ranks_of
@@ -35,8 +36,8 @@ def write(given: Members, row: Row = ROW, routing: Routing = Routing(), *, copie
     buffer = wide.whole(rows)
     if copied:
         buffer.fill_(float("nan"))
-    assert wide_before.can_run(Case(given.group.facts, len(rows), routing.top_k, aligned=True), row) is None
-    wide_before.run(given.x if copied else rows, given.group, routing, row, Out(buffer, *wide.places, wide.pad), rows if copied else None)
+    assert wide_path.can_launch_before(Case(given.group.facts, len(rows), routing.top_k, aligned=True), row) is None
+    wide_path.launch_before(given.x if copied else rows, given.group, routing, row, Out(buffer, *wide.places, wide.pad), rows if copied else None)
     assert int(given.group.flags.abs().sum()) == 0
     assert torch.equal(rows.nan_to_num(7.0), given.x.nan_to_num(7.0))
     return buffer
@@ -102,8 +103,8 @@ def test_groups_take_it_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> Non
     """x is copied if it is not in place, and the next row is used if the launch cannot run."""
     given = members((24, 9), 20, dtype=torch.float16, has_up=True)
     called: list[bool] = []
-    run = wide_before.run
-    monkeypatch.setattr(wide_before, "run", lambda *arguments: [called.append(arguments[-1] is None), run(*arguments)][1])
+    run = wide_path.launch_before
+    monkeypatch.setattr(wide_path, "launch_before", lambda *arguments: [called.append(arguments[-1] is None), run(*arguments)][1])
     with taking(Row("wide", gate_pieces=3, tile=TILE), Row("split")):
         outputs = [run_group(given.x, given.group, Routing()), run_group(laid(given.x, given.wide), given.group, Routing(), in_place=True)]
         assert torch.equal(*outputs)
@@ -120,10 +121,10 @@ def test_those_that_wait_run_at_once(major: int, processors: int, expected: bool
     monkeypatch.setattr(machine, "multiprocessors", machine.multiprocessors.__wrapped__)
     facts = linears(1, 1, (8,) * 28).group.facts._replace(device=torch.device("cuda:0"))
     row = Row("wide", gate_pieces=8, tile=Tile(64, 128, 64, 4, 4))
-    assert (wide_before.can_run(Case(facts, 512, 2, aligned=True), row) is None) is expected
-    assert "aligned" in (wide_before.can_run(Case(facts, 512, 2), row) or "")
-    assert "not few" in (wide_before.can_run(Case(facts._replace(max_rank=0), 512, 2, aligned=True), row) or "")
-    assert "flags" in (wide_before.can_run(Case(facts, 64 * 512 + 1, 2, aligned=True), row) or "")
+    assert (wide_path.can_launch_before(Case(facts, 512, 2, aligned=True), row) is None) is expected
+    assert "aligned" in (wide_path.can_launch_before(Case(facts, 512, 2), row) or "")
+    assert "not few" in (wide_path.can_launch_before(Case(facts._replace(max_rank=0), 512, 2, aligned=True), row) or "")
+    assert "flags" in (wide_path.can_launch_before(Case(facts, 64 * 512 + 1, 2, aligned=True), row) or "")
 
 
 def test_chosen_rows_are_few() -> None:
