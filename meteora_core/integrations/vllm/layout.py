@@ -19,7 +19,7 @@ from meteora_kernels.wide import Wide
 
 WIDEST = 16384
 """By default, layers with more outputs have no copy of B: it would be the largest part of the memory, and saves little time in these layers."""
-PREFILL = (257, 512, 1024, 2048, 4096, 8192)
+PREFILL = (257, 512, 1024, 2048, 4096, 8192, 16384)
 """Numbers of tokens for which the kernels' tables choose different paths of prefill."""
 
 
