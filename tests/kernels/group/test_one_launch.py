@@ -48,9 +48,9 @@ def test_takes_any_ranks(ranks: tuple[int, ...], top_k: int, hidden: int) -> Non
 
 
 @needs_copy_engine
-@pytest.mark.parametrize(("tokens", "pieces"), [(17, 1), (32, 2), (100, 1), (128, 3)])
+@pytest.mark.parametrize(("tokens", "pieces"), [(8, 1), (11, 2), (16, 1), (17, 1), (32, 2), (100, 1), (128, 3)])
 def test_takes_other_blocks_of_tokens(tokens: int, pieces: int) -> None:
-    tile = Tile(32 if tokens <= 32 else 128, 64, 16, 4, 2)
+    tile = Tile(16 if tokens <= 16 else 32 if tokens <= 32 else 128, 64, 16, 4, 2)
     check_rounded_once(members((40, 24), tokens, dtype=torch.float16), row(pieces, 2, tile))
 
 

@@ -59,6 +59,23 @@ def test_fused_groups_sort_many_adapters_on_the_h200() -> None:
     assert "many_adapters" not in {path(511, 256)[0], path(4096, 255)[0], path(4096, 64)[0]}
 
 
+def test_paths_of_an_8b_model_on_the_h200() -> None:
+    """28 adapters of rank 8: one launch from 8 tokens on, and prefill of many tokens without copies of x; with 64 adapters, only chosen rows are read."""
+
+    def paths(tokens: int, *, wide: bool = False, in_place: bool = False, adapters: int = 28) -> list[str]:
+        cases = [Case(facts(widths, hidden, adapters=adapters, wide=wide), tokens, 2, in_place, aligned=True) for widths, hidden in LLAMA.values()]
+        return [choose(shipped("h200").group, case, CAN_RUN).path for case in cases]
+
+    assert paths(8) == paths(16) == paths(17) == ["one_launch"] * 4
+    assert paths(7) == paths(8, adapters=64) == ["decode_chosen_rows"] * 4
+    assert paths(256) == ["packed"] * 4
+    assert paths(256, wide=True) == ["packed", "packed", "wide", "packed"]
+    assert paths(16384) == ["split", "split", "split", "packed"]
+    assert paths(16384, wide=True) == ["split", "split", "wide", "packed"]
+    assert paths(16384, wide=True, in_place=True) == ["wide"] * 4
+    assert paths(16384, adapters=64)[3] == paths(8192)[3] == "split"
+
+
 def test_the_h200_reads_many_gates_in_larger_programs() -> None:
     """With 1,024 adapters and more than one token, every group of Llama-3-8B has a row of its own for decoding."""
 
