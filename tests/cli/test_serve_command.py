@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from meteora_cli.commands.serve import check_access, is_loopback, key_of, listen
+from meteora_cli.commands.serve import check_access, is_loopback, key_of, leave_out_of_collections, listen
 from meteora_core.errors import UsageError
 from support.chat_world import World, build_world
 from support.server_process import serving
@@ -29,6 +30,18 @@ def process(world: World, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str
     arguments = [str(world.checkpoint), "--port", "0", "--served-model-name", "mine", "--device", "cpu"]
     with serving(arguments, tmp_path, {**os.environ, "METEORA_API_KEY": "secret"}) as found:
         yield found
+
+
+def test_collections_of_garbage_do_not_visit_what_the_server_loaded() -> None:
+    loaded = [[number] for number in range(1000)]
+    try:
+        leave_out_of_collections()
+        later = [0]
+        tracked = {id(each) for each in gc.get_objects()}
+        assert id(later) in tracked
+        assert not any(id(each) in tracked for each in loaded)
+    finally:
+        gc.unfreeze()
 
 
 def test_sigterm_lets_requests_finish(process: tuple[subprocess.Popen[str], str]) -> None:

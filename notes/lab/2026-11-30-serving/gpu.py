@@ -139,6 +139,8 @@ def speed(shape: ModelShape, layers: int, count: int, new: int, *, profile: bool
     limits = SchedulerLimits(max_batch=count, prefix_bytes=0, fixed_steps=True, step_tokens=8192, sample_routes=10**9)
     scheduler = Scheduler(model, tokenizer, limits, reports.append)
     draw = random.Random(2)
+    gc.collect()
+    gc.freeze()  # as `meteora serve` does
     say(what="made", layers=layers, seconds=round(time.perf_counter() - began, 1), fused=is_fused(model))
 
     def jobs(routing: Sequence[RoutingOptions], routes: str = "none", **sampling: Any) -> list[tuple[Job, list[Any]]]:
@@ -224,8 +226,9 @@ def main() -> None:
     if chosen.layers:
         until = began + chosen.seconds * (2 / 3 if chosen.equal else 1)
         speed(shapes[chosen.shape], chosen.layers, chosen.count, chosen.new, profile=chosen.profile, until=until)
+        gc.unfreeze()
+        gc.collect()
         if DEVICE.type == "cuda":
-            gc.collect()
             torch.cuda.empty_cache()
     for each in chosen.equal:
         name, _, layers = each.partition(":")
