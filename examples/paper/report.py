@@ -84,8 +84,9 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
         f" Every figure was made by the `meteora` commands at the end of this page. The page is written by [examples/paper]({readme_from(experiment.docs)})"
         " from the raw results in the same folder."
     )
+    date = time.strftime("%Y-%m-%d", time.gmtime(max(document["date"] for document in documents.values())))
     method = [
-        f"- Sizes `{experiment.name}`, {config['dtype']} on {config['device']}, on {time.strftime('%Y-%m-%d', time.gmtime(first['date']))}.",
+        f"- Sizes `{experiment.name}`, {config['dtype']} on {config['device']}, on {date}.",
         f"- Test rows were held out from all training. Decoding is greedy, scoring is `{config['scoring']}`.",
         "- ± is one standard error. Errors of two models on the same rows are taken as independent, which overstates the error of their difference.",
         "- The figure of a single task is its accuracy, or BLEU / 100 or ROUGE-L where it has no accuracy.",
