@@ -23,7 +23,7 @@ ROWS = {
     "packed, inline": (Row("packed", pieces=1, inline=True), 33),
     "split": (Row("split", pieces=1), 33),
     "wide": (Row("wide"), 33),
-    "wide, before": (Row("wide", gate_pieces=2, tile=Tile(32, 64, 16, 4, 2)), 70),
+    "wide, before": (Row("wide", gate_pieces=2, tile=Tile(32, 64, 16, 4, 2)), 33),
     "many_adapters, few": (Row("many_adapters", way="few", pieces=2, tile=Tile(16, 32, 16, 4, 2)), 12),
     "many_adapters, sorted": (Row("many_adapters", way="sorted", pieces=1), 33),
 }

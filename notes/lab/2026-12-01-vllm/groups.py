@@ -145,8 +145,6 @@ def in_place(block, tokens, row, routing):
     """The path "wide" with x already in its buffer, as norms and activations could write it."""
     x = block.group.wide.new_rows(tokens, block.rows)
     x.copy_(input_of(block, tokens))
-    from meteora_kernels.group import wide
-
     return lambda one: wide.run(x, one.group, routing, row, Form(in_place=True))
 
 

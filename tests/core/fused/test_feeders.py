@@ -18,6 +18,7 @@ from meteora_kernels import Group, Routing, group, wide
 from meteora_kernels.plan import Row, Span
 from meteora_kernels.plan.table import shipped
 from meteora_kernels.wide import Wide
+from support.kernel_groups import check_bits
 from support.kernel_rows import taking
 from support.tiny_models import make_tiny_llama
 
@@ -76,7 +77,7 @@ def test_all_but_the_attention_output_lie_wide(make_adapter, all_wide, monkeypat
     found = logits_of(model)
     assert close(found, expected)
     assert seen == [(32, 3, True), (32, 1, False), (32, 2, True), (48, 1, True)] * 2
-    assert torch.equal(logits_of(model), found)
+    check_bits(found, lambda: logits_of(model))
     with torch.no_grad():
         one = model(IDS[:1, :1].to(found.device)).logits.float()
     assert close(one, found[:1, :1])

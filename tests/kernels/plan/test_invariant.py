@@ -7,7 +7,7 @@ import torch
 
 from meteora_kernels import Routing, batch_invariance, plan, run_group
 from meteora_kernels.group import row_for
-from support.kernel_groups import errors, members
+from support.kernel_groups import check_bits, errors, members
 from support.kernel_rows import DEVICE
 
 COUNTS = [1, 2, 7, 16, 17, 33, 64, 65, 100, 127, 128] if torch.cuda.is_available() else [1, 17, 65]
@@ -15,7 +15,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32] if torch.cuda.is_availab
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("top_k", [2, 3])
+@pytest.mark.parametrize("top_k", [2, 3] if torch.cuda.is_available() else [3])
 def test_tokens_do_not_depend_on_their_batch(dtype: torch.dtype, top_k: int) -> None:
     given = members((24, 9), 128 if torch.cuda.is_available() else 65, bias=True, dtype=dtype)
     routing = Routing(top_k, 1.5)
@@ -27,7 +27,7 @@ def test_tokens_do_not_depend_on_their_batch(dtype: torch.dtype, top_k: int) -> 
                 assert torch.equal(run_group(some, given.group, routing), together[start : start + count]), (count, start)
         order = torch.randperm(len(given.x), generator=torch.Generator().manual_seed(0)).to(given.x.device)
         assert torch.equal(run_group(given.x[order], given.group, routing), together[order])
-        assert torch.equal(run_group(given.x, given.group, routing), together)
+        check_bits(together, lambda: run_group(given.x, given.group, routing))
 
 
 @pytest.mark.gpu
