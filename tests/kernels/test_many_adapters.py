@@ -33,9 +33,9 @@ WAYS = [Row("many_adapters", way=way) for way in NAMES]
         pytest.param("sorted_down", (20, 3), (9,), 18, 5, 2, id="sorted-down-rank-20"),
         pytest.param("sorted_down", (0, 0), (5,), 16, 1, 1, id="sorted-down-no-rows"),
         pytest.param("sorted_down", (2,) * 6, (5,), 20, 19, 3, id="sorted-down-top3"),
-        pytest.param("few", (2,) * 40, (24, 140), 140, 70, 3, id="few-many", marks=pytest.mark.slow),
-        pytest.param("sorted", (2,) * 40, (24, 140), 140, 140, 3, id="sorted-many", marks=pytest.mark.slow),
-        pytest.param("sorted_down", (2,) * 40, (24, 140), 140, 140, 3, id="sorted-down-many", marks=pytest.mark.slow),
+        pytest.param("few", (2,) * 20, (24, 140), 140, 37, 3, id="few-many", marks=pytest.mark.slow),
+        pytest.param("sorted", (2,) * 12, (24, 140), 140, 70, 3, id="sorted-many", marks=pytest.mark.slow),
+        pytest.param("sorted_down", (2,) * 12, (24, 140), 140, 70, 3, id="sorted-down-many", marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[int, ...], hidden: int, tokens: int, top_k: int) -> None:
