@@ -51,7 +51,8 @@ def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[in
 @pytest.mark.parametrize("way", ["sorted_down", "sorted"])
 def test_sums_over_columns_may_come_in_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last program of a block adds the pieces; h fills neither a step nor a piece."""
-    monkeypatch.setattr(launch, "DOWN_TILE", (32, 1, 2, 1 << 20))
+    for tile in ("DOWN_TILE", "DOWN_TOGETHER"):
+        monkeypatch.setattr(launch, tile, (32, 1, 2, 1 << 20))
     given, routing = members((5,), 2, hidden=262), Routing()
     taken: list[int] = []
     plain = launch.pieces_of
@@ -68,6 +69,19 @@ def test_the_base_product_may_come_in_pieces(way: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(many_adapters, "library_products", lambda *arguments: [plain(*arguments), taken.append(arguments[2])][0])
     torch.testing.assert_close(given.run(Row("many_adapters", way=way, pieces=4), routing), given.exact(routing).float(), rtol=2e-4, atol=2e-4)
     assert taken == [4]
+
+
+@pytest.mark.parametrize("widths", [(9,), (17, 9, 5)])
+def test_gates_by_the_library_are_those_of_the_kernel(widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = members(widths, 5, hidden=24, dtype=torch.float16)
+    plain = launch.gate_logits(given.x, given.group.adapters)
+    routes = launch.route_tokens(plain, given.group.adapters, Routing())
+    monkeypatch.setattr(launch, "LIBRARY_GATES", 5)
+    monkeypatch.delattr(launch, "gate_sums")
+    logits = launch.gate_logits(given.x, given.group.adapters)
+    torch.testing.assert_close(logits.sum(0), plain.sum(0), rtol=1e-5, atol=1e-5)
+    for one, other in zip(launch.route_tokens(logits, given.group.adapters, Routing()), routes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("row", WAYS, ids=NAMES)
@@ -114,28 +128,12 @@ def test_tokens_are_sorted_into_blocks_of_one_adapter() -> None:
 def test_the_middle_is_the_reference_s() -> None:
     given, routing = members((9,), 4, hidden=24), Routing()
     case, adapters = given.cases[0], given.group.adapters
-    found = launch.sort_tokens(launch.gate_sums(case.x, adapters), adapters, routing)
+    found = launch.sort_tokens(launch.gate_logits(case.x, adapters), adapters, routing)
     middle = launch.blocks_down(case.x, found, adapters)
     order = (case.x @ case.gate.t()).topk(2, dim=1).indices
     for slot in range(2):
         wanted = reference.middle_of(case.x, case.lora_A, order[:, slot], found.factors[slot], case.offsets, adapters.rank_p)
         torch.testing.assert_close(middle[slot], wanted, rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("short", [4, 8])
-def test_b_is_added_to_a_base_or_to_nothing(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks of several sizes, and token by token; without a base, its product is added by the library."""
-    monkeypatch.setattr(launch, "SHORT", short)
-    given, routing = members((17, 9), 9, hidden=24, bias=True), Routing(2, 1.5)
-    adapters, weights, sums = given.group.adapters, given.group.weights, launch.gate_sums(given.x, given.group.adapters)
-    for together, up in ((False, launch.blocks_up), (True, launch.routed_up)):
-        found = launch.sort_tokens(sums, adapters, routing, together=together)
-        middle = launch.blocks_down(given.x, found, adapters)
-        for base in (many_adapters.base_product(given.x, weights), None):
-            y = torch.empty(9, 26, device=DEVICE)
-            up(base, given.group.bias, middle, found, adapters, y)
-            output = y.addmm_(given.x, weights.t()) if base is None else y
-            torch.testing.assert_close(output, given.exact(routing).float(), rtol=2e-4, atol=2e-4)
 
 
 def test_says_what_it_cannot_do() -> None:

@@ -36,7 +36,7 @@ CAN_RUN = {
 }
 
 
-def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True) -> Row:
+def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True, over: bool = False) -> Row:
     """The row of the table for these tokens.
 
     Args:
@@ -44,15 +44,16 @@ def row_for(x: Tensor, adapters: Adapters, top_k: int, *, plain: bool = True) ->
         adapters: The adapters of the layer; without ``max_rank`` all rows are multiplied.
         top_k: Number of adapters per token k.
         plain: Whether the call needs neither gradients nor given routes nor a separate input of the adapters.
+        over: Whether the base output is still to be computed.
     """
     gate, _, lora_B, _, _, max_rank, _, _ = adapters
     tokens, plain = x.shape[:-1].numel(), plain and max_rank is not None
-    key = (tokens, top_k, plain, gate.shape, lora_B.shape, max_rank, x.dtype, x.device)
+    key = (tokens, top_k, plain, over, gate.shape, lora_B.shape, max_rank, x.dtype, x.device)
     compiling = torch.compiler.is_compiling()
     row = None if compiling else _choices.get(key)
     if row is None:
         facts = Facts(x.shape[-1], (lora_B.shape[1],), gate.shape[0], lora_B.shape[0], max_rank or 0, x.dtype, x.device)
-        row = choose(table_of(x.device).layer, Case(facts, tokens, top_k, plain=plain), CAN_RUN)
+        row = choose(table_of(x.device).layer, Case(facts, tokens, top_k, plain=plain, over=over), CAN_RUN)
         if not compiling:
             _choices[key] = row
     return row
@@ -156,7 +157,7 @@ def mix_over(x: Tensor, product: Callable[[Tensor], Tensor], adapters: Adapters,
         The output (..., o) in the dtype of the base output.
     """
     gate, lora_A, lora_B, scaling, offsets, max_rank, _, _ = adapters
-    tokens, row = x.reshape(-1, x.shape[-1]).contiguous(), row_for(x, adapters, routing.top_k)
+    tokens, row = x.reshape(-1, x.shape[-1]).contiguous(), row_for(x, adapters, routing.top_k, over=True)
     if row.path not in OVERLAPPING or len(tokens) > MOST_OVERLAPPING:
         return mix(x, product(x), adapters, routing, want_logits=False)[0]
     if not (gate.is_contiguous() and lora_A.is_contiguous() and lora_B.is_contiguous()):

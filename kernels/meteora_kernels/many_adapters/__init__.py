@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_sums, routed_up, sort_tokens, tokens_down, tokens_up
+from meteora_kernels.many_adapters.launch import blocks_down, blocks_up, gate_logits, gate_sums, routed_up, sort_tokens, tokens_down, tokens_up
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.steps.products import library_products
 from meteora_kernels.steps.second_stream import on_second_stream
@@ -76,7 +76,7 @@ def sorted_down_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapter
     """Base and adapters, with tokens sorted by adapter for A; the arguments and the result are those of :func:`few_forward`."""
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
     with on_second_stream(x) as join:
-        found = sort_tokens(gate_sums(x, adapters), adapters, routing, together=True)
+        found = sort_tokens(gate_logits(x, adapters), adapters, routing, together=True)
         middle = blocks_down(x, found, adapters)
     base = base_product(x, weights, pieces)
     join()
@@ -88,7 +88,7 @@ def sorted_forward(x: Tensor, weights: Tensor, bias: Tensor | None, adapters: Ad
     """Base and adapters, with tokens sorted by adapter; the arguments and the result are those of :func:`few_forward`."""
     y = torch.empty(x.shape[0], weights.shape[0], dtype=x.dtype, device=x.device)
     with on_second_stream(x) as join:
-        found = sort_tokens(gate_sums(x, adapters), adapters, routing)
+        found = sort_tokens(gate_logits(x, adapters), adapters, routing)
         middle = blocks_down(x, found, adapters)
     base = base_product(x, weights, pieces)
     join()

@@ -16,18 +16,19 @@ from meteora_kernels.device.rows import member_of
 
 @triton.jit
 def routes_kernel(
-    logits, allowed, scaling, chosen, picks_out, factors_out, tokens_total, count, stride_logits, stride_split, temperature,
+    logits, allowed, scaling, chosen, picks_out, factors_out, tokens_total, count, stride_logits, stride_member, stride_split, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """Write the adapters of every token to ``picks_out``, int32 (members, TOP_K, M), and ``w_j s_j`` to ``factors_out``, float32 of the same shape.
 
-    ``logits`` are SPLITS partial sums (M, members * N) that are ``stride_split`` apart. Grid: (ceil(M / BLOCK), members).
+    ``logits`` are SPLITS partial sums (M, N) for each member; those of a member are ``stride_split`` apart, and members ``stride_member``.
+    Grid: (ceil(M / BLOCK), members).
     """
     member = tl.program_id(1)
     tokens = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     mask = tokens < tokens_total
-    here = logits + member * count
+    here = logits + member.to(tl.int64) * stride_member
     picks, shares = routes_of_tile(
         here, tokens, stride_logits, allowed, here, here, mask, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, False, stride_split, SPLITS
     )
@@ -152,13 +153,12 @@ def blocks_down_kernel(
 @triton.jit
 def blocks_up_kernel(
     middle, b, base, bias, out, order, table, tokens_total, rank, most_blocks, groups, stride_split, stride_base, stride_out, width0, width1, width2,
-    SLOT: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, BLOCK_R: tl.constexpr, SIZE: tl.constexpr,
+    SLOT: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, RANK_D: tl.constexpr, BLOCK_R: tl.constexpr, SIZE: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ``middle B`` of one slot for the tokens of one block and BN columns; there is one launch for each slot. middle float32 (G, M, RANK_P).
 
-    The first slots store their sum in ``out``, in its dtype. The last slot adds base (unless SPLITS is 0), bias, that sum and its product in float32, and
-    rounds once. B is read BLOCK_R rows at a time for the matrix units; with a BLOCK_R of 0 it is read row by row, and they are not used.
+    The first slots store their sum in ``out``, in its dtype. The last slot adds base, bias, that sum and its product in float32, and rounds once.
     Grid: (most_blocks, sum of ceil(width / BN) over the members).
     """
     tile, member, before, width = member_of(tl.program_id(1), width0, width1, width2, BN, MEMBERS)
@@ -181,23 +181,16 @@ def blocks_up_kernel(
         if SLOT > 0:
             total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
         if SLOT == TOP_K - 1:
-            if SPLITS > 0:
-                total += summed(base, tokens * stride_base + before + columns, stride_split, mask, SPLITS)
+            total += summed(base, tokens * stride_base + before + columns, stride_split, mask, SPLITS)
             if HAS_BIAS:
                 total += tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
-        if BLOCK_R > 0:
-            for start in tl.static_range(0, RANK_P, BLOCK_R):
-                inner = start + tl.arange(0, BLOCK_R)
-                rows = (first + inner).to(tl.int64)
-                known = live[:, None] & (inner < RANK_P)[None, :]
-                left = tl.load(here + inner[None, :], mask=known, other=0.0)
-                right = tl.load(up + rows[:, None] * width + columns, mask=(rows < last)[:, None] & inside, other=0.0)
-                total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=PRECISION)
-        else:
-            for row in tl.static_range(RANK_P):
-                left = tl.load(here + row, mask=live[:, None], other=0.0)
-                right = tl.load(up + (first + row).to(tl.int64) * width + columns, mask=(first + row < last) & inside, other=0.0)
-                total += left * right.to(tl.float32)
+        for start in tl.static_range(0, RANK_D, BLOCK_R):
+            inner = start + tl.arange(0, BLOCK_R)
+            rows = (first + inner).to(tl.int64)
+            known = live[:, None] & (inner < RANK_P)[None, :]
+            left = tl.load(here + inner[None, :], mask=known, other=0.0)
+            right = tl.load(up + rows[:, None] * width + columns, mask=(rows < last)[:, None] & inside, other=0.0)
+            total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=PRECISION)
         tl.store(place, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -242,12 +235,11 @@ def fours_up_kernel(
             total2 += tl.load(goal + token2 * stride_out, mask=inside & live2, other=0.0).to(tl.float32)
             total3 += tl.load(goal + token3 * stride_out, mask=inside & live3, other=0.0).to(tl.float32)
         if SLOT == TOP_K - 1:
-            if SPLITS > 0:
-                source = before + columns
-                total0 += summed(base, token0 * stride_base + source, stride_split, inside & live0, SPLITS)
-                total1 += summed(base, token1 * stride_base + source, stride_split, inside & live1, SPLITS)
-                total2 += summed(base, token2 * stride_base + source, stride_split, inside & live2, SPLITS)
-                total3 += summed(base, token3 * stride_base + source, stride_split, inside & live3, SPLITS)
+            source = before + columns
+            total0 += summed(base, token0 * stride_base + source, stride_split, inside & live0, SPLITS)
+            total1 += summed(base, token1 * stride_base + source, stride_split, inside & live1, SPLITS)
+            total2 += summed(base, token2 * stride_base + source, stride_split, inside & live2, SPLITS)
+            total3 += summed(base, token3 * stride_base + source, stride_split, inside & live3, SPLITS)
             if HAS_BIAS:
                 shift = tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
                 total0 += shift

@@ -123,15 +123,13 @@ def routed_up_kernel(
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """:func:`tokens_up_kernel` for routes and products that are stored slot by slot: picks int32 and middle float32 (MEMBERS * TOP_K, M, .), RANK_P values
-    for each entry of ``picks``. With SPLITS of 0 there is no base."""
+    for each entry of ``picks``."""
     tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BN, MEMBERS)
     tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     columns = tile * BN + tl.arange(0, BN)[None, :]
     live = tokens < tokens_total
     inside = columns < width
-    total = tl.zeros([BM, BN], dtype=tl.float32)
-    if SPLITS > 0:
-        total += summed(base, tokens * stride_base + before + columns, stride_split, live & inside, SPLITS)
+    total = summed(base, tokens * stride_base + before + columns, stride_split, live & inside, SPLITS)
     if HAS_BIAS:
         total += tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
     up = b + before.to(tl.int64) * rank + columns

@@ -11,19 +11,22 @@ from torch import Tensor
 from meteora_kernels.arguments import choice_constants, or_any, span_of, three
 from meteora_kernels.many_adapters.device_sorted import blocks_down_kernel, blocks_up_kernel, fours_up_kernel, routes_kernel, sort_kernel
 from meteora_kernels.many_adapters.device_tokens import gates_kernel, routed_up_kernel, tokens_down_kernel, tokens_up_kernel
+from meteora_kernels.plan.machine import HALVES
 from meteora_kernels.sizes import ceil_div, power_of_two
+from meteora_kernels.steps.products import bmm_float32
 from meteora_kernels.types import Adapters, Routing
 
 UP_TILE = (256, 4)
 """Columns and warps of a program of :func:`blocks_up`."""
-DOWN_TILE = (128, 1, 4, 4096)
-"""Columns per step, warps and stages of :func:`blocks_down`, and the number of programs to reach by cutting its sums into pieces."""
+DOWN_TILE, DOWN_TOGETHER = (128, 1, 4, 4096), (128, 1, 4, 2048)
+"""Columns per step, warps and stages of :func:`blocks_down`, and the number of programs to reach by cutting its sums into pieces; the second if the slots of a
+member are sorted together."""
+LIBRARY_GATES = 1024
+"""From this number of tokens on, the library computes the logits of 16-bit models in :func:`gate_logits`."""
 
 
 SIZE, SHORT = 16, 4
 """The largest numbers of tokens in a block and in a short block."""
-ROWS_UP = (256, 1)
-"""Columns and warps of a program of :func:`blocks_up` for short blocks of more than four tokens."""
 MOST_FOURS = 16
 """Up to this rank, a power of two, :func:`blocks_up` does not use matrix units."""
 FOURS_UP = (256, 1)
@@ -79,6 +82,16 @@ def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
     return logits
 
 
+def gate_logits(x: Tensor, adapters: Adapters) -> Tensor:
+    """Gate logits of all members for x (M, h), columns contiguous: float32 partial sums (S, M, members, N), columns contiguous."""
+    tokens, count, members = x.shape[0], adapters.number, adapters.members
+    if tokens < LIBRARY_GATES or x.dtype not in HALVES:
+        return gate_sums(x, adapters).view(-1, tokens, members, count)
+    stride = adapters.gate.stride(0)
+    gates = adapters.gate.as_strided((members, x.shape[1], count), (adapters.member_rows * stride, 1, stride))
+    return bmm_float32(x.expand(members, *x.shape), gates).transpose(0, 1).unsqueeze(0)
+
+
 def tokens_down(x: Tensor, logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
     """Every token's chosen rows of A, int32 (M, members * k * P), and ``A x`` times ``w_j s_j``, float32 partial sums (S, M, members * k * P)."""
     tokens, hidden = x.shape
@@ -118,17 +131,18 @@ def tokens_up(base: Tensor, bias: Tensor | None, chosen: tuple[Tensor, Tensor], 
 def route_tokens(logits: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
     """Every token's adapters, int32 (members * k, M), and ``w_j s_j``, float32 of the same shape.
 
-    ``logits`` are (M, members * N), or (S, M, members * N) partial sums.
+    ``logits`` are (M, N) for one linear, or partial sums (S, M, members, N), columns contiguous.
     """
-    tokens, top_k, members = logits.shape[-2], routing.top_k, adapters.members
+    logits = logits[None, :, None] if logits.dim() == 2 else logits
+    tokens, top_k, members = logits.shape[1], routing.top_k, adapters.members
     picks = torch.empty(members * top_k, tokens, dtype=torch.int32, device=logits.device)
     factors = torch.empty(members * top_k, tokens, dtype=torch.float32, device=logits.device)
     block = max(1, min(16, 2048 // adapters.padded, tokens // 128))
     block = 1 << (block.bit_length() - 1)
     routes_kernel[(ceil_div(tokens, block), members)](
         logits, or_any(routing.allowed, logits), adapters.scaling, or_any(routing.chosen, logits), picks, factors, tokens, adapters.number,
-        logits.stride(-2), logits.stride(0) if logits.dim() == 3 else 0, routing.temperature,
-        **choice_constants(adapters, routing), BLOCK=block, SPLITS=logits.shape[0] if logits.dim() == 3 else 1,
+        logits.stride(1), logits.stride(2), logits.stride(0), routing.temperature,
+        **choice_constants(adapters, routing), BLOCK=block, SPLITS=logits.shape[0],
         KEEP=routing.chosen is not None, num_warps=4,
     )  # fmt: skip
     return picks, factors
@@ -165,7 +179,7 @@ def blocks_down(x: Tensor, found: Sorted, adapters: Adapters) -> Tensor:
     entries = found.order.shape[1]
     rank_p = adapters.rank_p
     rank_d = max(16, rank_p)
-    bk, warps, stages, programs = DOWN_TILE
+    bk, warps, stages, programs = DOWN_TOGETHER if groups == adapters.members else DOWN_TILE
     bk, warps = min(bk, (128 if rank_p <= 64 else 64) * 2 // x.element_size()), warps if rank_p <= MOST_FOURS else 4
     span = span_of(hidden, pieces_of(min(entries, most) * groups, programs, ceil_div(hidden, bk)), bk)
     pieces = ceil_div(hidden, span)
@@ -180,48 +194,39 @@ def blocks_down(x: Tensor, found: Sorted, adapters: Adapters) -> Tensor:
     return middle
 
 
-def blocks_up(base: Tensor | None, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
+def blocks_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
     """Write base plus bias plus ``middle B`` of all slots to ``y`` (M, O).
 
-    ``middle`` is the result of :func:`blocks_down`; ``base`` is (M, O), or (S, M, O) partial sums, and must not be ``y``; None counts as 0.
+    ``middle`` is the result of :func:`blocks_down`; ``base`` is (M, O), or (S, M, O) partial sums, and must not be ``y``.
     """
     tokens, members, rank_p = y.shape[0], adapters.members, adapters.rank_p
-    short = rank_p <= MOST_FOURS
-    fours = short and SHORT == 4
-    table = found.short_table if short else found.table
+    fours = rank_p <= MOST_FOURS
+    table = found.short_table if fours else found.table
     _, groups, most = table.shape
-    columns, warps = FOURS_UP if fours else ROWS_UP if short else UP_TILE
+    columns, warps = FOURS_UP if fours else UP_TILE
     bn = min(columns, max(16, power_of_two(max(adapters.widths))))
-    splits, stride_split, stride_base = strides_of(base)
+    splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
     grid = (most, sum(ceil_div(width, bn) for width in adapters.widths))
     arguments = (
-        middle, adapters.lora_B, or_any(base, y), or_any(bias, y), y, found.order, table, tokens, adapters.total_rank, most, groups,
-        stride_split, stride_base, y.stride(0), *three(adapters.widths),
+        middle, adapters.lora_B, base, or_any(bias, base), y, found.order, table, tokens, adapters.total_rank, most, groups,
+        stride_split, base.stride(-2), y.stride(0), *three(adapters.widths),
     )  # fmt: skip
     for slot in range(groups // members):
         facts = {"SLOT": slot, "MEMBERS": members, "TOP_K": groups // members, "RANK_P": rank_p, "BN": bn, "SPLITS": splits, "HAS_BIAS": bias is not None}
         if fours:
             fours_up_kernel[grid](*arguments, **facts, num_warps=warps)
         else:
-            size, rows = (SHORT, 0) if short else (SIZE, 32)
-            blocks_up_kernel[grid](*arguments, **facts, BLOCK_R=rows, SIZE=size, PRECISION="ieee", num_warps=warps, num_stages=2)
+            blocks_up_kernel[grid](*arguments, **facts, RANK_D=rank_p, BLOCK_R=32, SIZE=SIZE, PRECISION="ieee", num_warps=warps, num_stages=2)
 
 
-def strides_of(base: Tensor | None) -> tuple[int, int, int]:
-    """The number of partial sums of a base product, and its strides from one to the next and from token to token; 0 without a base."""
-    if base is None:
-        return 0, 0, 0
-    return (base.shape[0], base.stride(0), base.stride(1)) if base.dim() == 3 else (1, 0, base.stride(0))
-
-
-def routed_up(base: Tensor | None, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
+def routed_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, adapters: Adapters, y: Tensor) -> None:
     """:func:`blocks_up` token by token, with all slots in one launch: B is read for each token, and the base and ``y`` once."""
     tokens, members = y.shape[0], adapters.members
     bm, bn, warps = ROUTED_UP
-    splits, stride_split, stride_base = strides_of(base)
+    splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
     routed_up_kernel[(sum(ceil_div(width, bn) for width in adapters.widths), ceil_div(tokens, bm))](
-        or_any(base, y), or_any(bias, y), adapters.lora_B, found.picks, middle, adapters.offsets, y, tokens, adapters.total_rank,
-        stride_split, stride_base, y.stride(0), *three(adapters.widths),
+        base, or_any(bias, base), adapters.lora_B, found.picks, middle, adapters.offsets, y, tokens, adapters.total_rank,
+        stride_split, base.stride(-2), y.stride(0), *three(adapters.widths),
         MEMBERS=members, TOP_K=found.picks.shape[0] // members, RANK_P=adapters.rank_p, SPLITS=splits, BM=bm, BN=bn, HAS_BIAS=bias is not None,
         num_warps=warps,
     )  # fmt: skip

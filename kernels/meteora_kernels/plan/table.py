@@ -58,6 +58,7 @@ class Case(NamedTuple):
         in_place: Whether x is a window of a wider buffer whose other columns may be written (:meth:`meteora_kernels.wide.Wide.new_rows`).
         aligned: Whether the copy engine can read x and the weights (:func:`meteora_kernels.plan.machine.readable`).
         plain: Whether the call needs neither gradients nor given routes nor a separate input of the adapters.
+        over: Whether the base output of a layer is still to be computed, so that work of the adapters can run at the same time.
     """
 
     facts: Facts
@@ -66,6 +67,7 @@ class Case(NamedTuple):
     in_place: bool = False
     aligned: bool = False
     plain: bool = True
+    over: bool = False
 
 
 class Span(NamedTuple):
@@ -91,6 +93,7 @@ class Row:
         tokens, hidden, outputs, total_rank, max_rank, adapters, top_k: Conditions on M, h, the outputs of all members together, R, the largest rank, N and k.
         half: Condition that the dtype has 16 bits.
         in_place: Condition that x is a window of a wider buffer already.
+        over: Condition that the base output of a layer is still to be computed.
         gain: Condition that R is at least this number times the rows that one token chooses.
         chosen: Condition that the rows of A that all tokens choose, counted separately for each token, are at most the larger of this number and R.
         way: Variant of the path: "few", "sorted_down" or "sorted" (many_adapters), "chosen_rows" or "all_rows" (few_tokens), "" or "invariant" (packed: the
@@ -116,6 +119,7 @@ class Row:
     top_k: Span = ANY
     half: bool = False
     in_place: bool = False
+    over: bool = False
     gain: int = 0
     chosen: int = EVER
     way: str = ""
@@ -166,6 +170,7 @@ class Row:
             and self.top_k.holds(case.top_k)
             and (not self.half or facts.dtype in HALVES)
             and (case.in_place or not self.in_place)
+            and (case.over or not self.over)
             and facts.total_rank >= self.gain * rows
             and (self.chosen == EVER or case.tokens * rows <= max(self.chosen, facts.total_rank))
         )

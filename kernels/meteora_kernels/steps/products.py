@@ -126,7 +126,12 @@ def library_products(x: Tensor, rows: Tensor, splits: int, right: Tensor | None 
     right = right_of(rows, splits) if right is None else right
     pieces, span = right.shape[:2]
     left = x.as_strided((pieces, x.shape[:-1].numel(), span), (span, x.stride(-2), 1))
-    if x.dtype == torch.float32 or not x.is_cuda:
+    return bmm_float32(left, right)
+
+
+def bmm_float32(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.bmm`` of float16, bfloat16 or float32 with results in float32, which are not rounded to 16 bits."""
+    if left.dtype == torch.float32 or not left.is_cuda:
         return torch.bmm(left.float(), right.float())
     return torch.bmm(left, right, out_dtype=torch.float32)
 

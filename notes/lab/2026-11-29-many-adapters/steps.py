@@ -45,11 +45,11 @@ def steps_of(group: Group, x: torch.Tensor) -> dict[str, Callable[[], object]]:
         chosen = tokens_down(x, logits, adapters, ROUTING)
         steps |= {"tdown": lambda: tokens_down(x, logits, adapters, ROUTING), "tup": lambda: tokens_up(base, None, chosen, adapters, y)}
     if len(x) >= LEAST_SORTED:
-        found = sort_tokens(logits, adapters, ROUTING)
+        found = sort_tokens(logits.view(len(logits), len(x), adapters.members, -1), adapters, ROUTING)
         middle = blocks_down(x, found, adapters)
 
         steps |= {
-            "sort": lambda: sort_tokens(logits, adapters, ROUTING),
+            "sort": lambda: sort_tokens(logits.view(len(logits), len(x), adapters.members, -1), adapters, ROUTING),
             "bdown": lambda: blocks_down(x, found, adapters),
             "bup": lambda: blocks_up(base, None, middle, found, adapters, y),
         }

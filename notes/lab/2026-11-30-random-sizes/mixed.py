@@ -46,9 +46,10 @@ def main() -> None:
     copies = 4
     sets = {name: [[group_of(ranks, hidden, widths) for hidden, widths in SHAPES["llama3-8b"].groups] for _ in range(copies)] for name, ranks in RANKS.items()}
     for tokens in map(int, sys.argv[1:] or ["1", "8", "64", "512", "4096"]):
-        works = {}
+        works, kept = {}, []
         for name, groups in sets.items():
             inputs = []
+            kept.append(inputs)  # the graphs read them
             for group in groups[0]:
                 x = torch.randn(tokens, group.packed.shape[1], device="cuda").bfloat16()
                 here = reads_in_place(group, tokens, 2)

@@ -1,7 +1,8 @@
 """Ways of `many_adapters` and their steps with several tiles, each group of a layer of Llama-3-8B alone, weights not in the cache.
 
 `variants.py warm GROUP SIZES...` compiles every variant and checks the ways against float64 and a second run; `variants.py time SECONDS SIZES...` times until
-SECONDS have passed. A size is ADAPTERSxTOKENS, rank 8, top-2. Needs the folder 2026-11-29-many-adapters on the path. Prints sums over the four groups and
+SECONDS have passed. A size is ADAPTERSxTOKENS, rank 8, top-2. Needs the folder 2026-11-29-many-adapters on the path, and runs at commit 294a54b, because
+blocks of more than four tokens and B without a base (blocks-and-base-last.patch) were not kept. Prints sums over the four groups and
 every group, in microseconds, and appends them to variants.jsonl in $OUT.
 """
 

@@ -48,13 +48,14 @@ def test_paths_of_layers() -> None:
 
 
 def test_fused_groups_sort_many_adapters_on_the_h200() -> None:
-    """The path is used from 512 tokens on, for a total rank of 2,048 and more."""
+    """The path is used from 512 tokens on, for a total rank of 2,048 and more; only for A where B fits into the cache or tokens are few."""
 
-    def path(tokens: int, adapters: int) -> tuple[str, str]:
-        row = choose(shipped("h200").group, Case(facts((4096,), 4096, adapters=adapters, rank=8), tokens, 2), CAN_RUN)
+    def path(tokens: int, adapters: int, width: int = 4096) -> tuple[str, str]:
+        row = choose(shipped("h200").group, Case(facts((width,), 4096, adapters=adapters, rank=8), tokens, 2), CAN_RUN)
         return row.path, row.way
 
-    assert path(512, 256) == path(4096, 1024) == ("many_adapters", "sorted")
+    assert path(512, 256) == path(4096, 256) == path(512, 256, 28672) == ("many_adapters", "sorted_down")
+    assert path(4096, 1024) == path(4096, 256, 28672) == ("many_adapters", "sorted")
     assert path(256, 256) == ("many_adapters", "few")
     assert "many_adapters" not in {path(511, 256)[0], path(4096, 255)[0], path(4096, 64)[0]}
 
@@ -105,6 +106,12 @@ def test_tokens_that_choose_too_many_rows_are_not_multiplied_one_by_one(tokens: 
     case = Case(facts((1024,), 4096, adapters=adapters, rank=rank), tokens, top_k)
     assert choose(shipped("h200").layer, case, LAYER_CAN_RUN).path == layer
     assert choose(shipped("h200").group, case, CAN_RUN).path == group or not group
+
+
+@pytest.mark.parametrize(("tokens", "over", "path"), [(64, True, "library"), (65, True, "many_tokens"), (64, False, "many_tokens"), (16, True, "few_tokens")])
+def test_the_h200_overlaps_layers_of_64_tokens_with_the_base_product(tokens: int, over: bool, path: str) -> None:
+    case = Case(facts((4096,), 4096, adapters=28, rank=8), tokens, 2, over=over)
+    assert choose(shipped("h200").layer, case, LAYER_CAN_RUN).path == path
 
 
 def test_one_token_keeps_the_form_of_the_published_figures() -> None:
