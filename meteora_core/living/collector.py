@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 HELD_OUT_TOKENS = 1_000
 """Approximate number of tokens of an adapter's held-out rows on which the routing is measured."""
 
+ALL_HELD_OUT_TOKENS = 10_000
+"""Largest number of held-out tokens of all adapters together, so that adding an adapter to many takes no longer than adding one to ten."""
+
 FindRows = Callable[[str, Path | None], AdapterRows | None]
 """Finds the rows of an adapter by its name and folder; returns None if there are none."""
 
@@ -160,18 +163,20 @@ class Collector:
         return {name: found[name] for name in bank.names}, wanted
 
     def held_out(self, names: Sequence[str]) -> HeldOut:
-        """Encoded held-out rows of each adapter, about :data:`HELD_OUT_TOKENS` tokens, in the order of ``names``.
+        """Encoded held-out rows of each adapter, in the order of ``names``.
 
+        They have about :data:`HELD_OUT_TOKENS` tokens for each adapter, or :data:`ALL_HELD_OUT_TOKENS` divided by the number of adapters, if that is less.
         Adapters without rows have none, nor has the base route: accuracy is about tokens that have an adapter.
         """
         groups: list[list[TrainRow]] = []
+        most = min(HELD_OUT_TOKENS, ALL_HELD_OUT_TOKENS // max(1, len({*names} - {NO_ADAPTER})))
         for index, name in enumerate(names):
             rows = None if name == NO_ADAPTER else self.rows(name)
             held = rows.held_out if rows is not None else []
             end = None if rows is None else rows.frame.end_id(self.tokenizer)
             encoded = encode_rows(held, self.tokenizer, index, self.how.max_length, end).rows if held else ()
             before = accumulate((len(row) for row in encoded), initial=0)
-            groups.append([row for row, tokens in zip(encoded, before, strict=False) if tokens < HELD_OUT_TOKENS])
+            groups.append([row for row, tokens in zip(encoded, before, strict=False) if tokens < most])
         return HeldOut(groups, names, self.how.pad_token, self.how.batch_size)
 
     def collect(self, model: PreTrainedModel, bank: AdapterBank, rows: AdapterRows, recipe: Recipe, layers: Sequence[str]) -> GateStatistics:

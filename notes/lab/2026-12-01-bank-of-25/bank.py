@@ -1,6 +1,6 @@
 """A bank of many adapters measured in closed form: held-out routing, scores, the base route, additions one by one, a missing adapter, self-written rows.
 
-python bank.py work|live|report BASE ADAPTERS DATA OUT [--rows 64] [--general FILE] [--deadline SECONDS] [--most N] [--max-new-tokens N]
+python bank.py work|live|report BASE ADAPTERS DATA OUT [--rows 64] [--general FILE] [--deadline SECONDS] [--parts routing,routed,own]
 
 Several processes may `work` on one OUT: each takes the next part that nobody has taken, and every finished part is a file, so a later call continues.
 `live` adds the last adapters one by one. BASE is a model folder or a name of the catalog, ADAPTERS a folder of PEFT folders, DATA a folder of built datasets.
@@ -66,7 +66,8 @@ parser.add_argument("stage", choices=("work", "live", "report"))
 parser.add_argument("base")
 for name in ("adapters", "data", "out"):
     parser.add_argument(name, type=Path)
-parser.add_argument("--rows", type=int, default=64)
+parser.add_argument("--rows", type=int, default=64, help="test rows of each task for the scores")
+parser.add_argument("--parts", default="routing,routed,own,text,plain,base,missing,ten,self,added", help="what is measured, in this order")
 parser.add_argument("--general", type=Path)
 parser.add_argument("--deadline", type=float, default=1e9, help="seconds after the start of the call, as time since the epoch in $BEGAN")
 parser.add_argument("--most", type=int, default=25)
@@ -85,9 +86,12 @@ OUT, DEVICE = given.out, torch.device(given.device)
 NAMES = [path.name for path in sorted(given.adapters.iterdir()) if (path / "adapter_config.json").is_file() and path.name in TASKS][: given.most]
 ALL = [*NAMES, NO_ADAPTER]
 TEN = [name for name in NAMES if name in STARTER] or NAMES[:10]
-SETS = {"routed": ALL, "plain": NAMES, "ten": [*TEN, NO_ADAPTER], "self": [*TEN, NO_ADAPTER]} | {
-    f"without.{name}": [other for other in ALL if other != name] for name in NAMES
-}
+PARTS = given.parts.split(",")
+SETS = {"routed": ALL, "plain": NAMES}
+if "missing" in PARTS:
+    SETS |= {f"without.{name}": [other for other in ALL if other != name] for name in NAMES}
+if "self" in PARTS:
+    SETS |= {"ten": [*TEN, NO_ADAPTER], "self": [*TEN, NO_ADAPTER]}
 """The adapters of each set of gates: all with and without the base route, ten from their rows or from rows that they wrote, and all but one."""
 
 
@@ -206,7 +210,7 @@ def moments(statistics: GateStatistics, layer: str) -> torch.Tensor:
 def solve(file: Path, layers: list[str]) -> None:
     """Solve all sets of gates of the layers that share an input, and write them."""
     squares, means = {}, {}
-    for kind, names in (("st", ALL), ("self", TEN)):
+    for kind, names in (("st", ALL), ("self", TEN if "self" in SETS else [])):
         for name in names:
             statistics = GateStatistics(OUT / kind / f"{name}.safetensors")
             squares[kind, name], means[kind, name] = moments(statistics, layers[0]), statistics.mean(layers[0]).to(DEVICE)
@@ -265,7 +269,7 @@ def score(world: World, file: Path) -> None:
 def text_sets(world: World) -> dict[str, list]:
     """Encoded rows: general text by kind, and held-out rows of each task."""
     sets: dict[str, list] = {}
-    for line in given.general.read_text().splitlines() if given.general else []:
+    for line in given.general.read_text().splitlines():
         item = json.loads(line)
         row = Row("", item["text"]) if "text" in item else Row(INST.around(item["question"]), item["answer"])
         sets.setdefault(item["kind"], []).append(row)
@@ -302,7 +306,7 @@ def work() -> None:
     """Statistics, gates and all measurements, shared with other processes."""
     world = World()
     log("loaded", len(NAMES), "adapters")
-    statistics = [*(OUT / "self" / f"{name}.safetensors" for name in TEN), *(OUT / "st" / f"{name}.safetensors" for name in ALL)]
+    statistics = [*(OUT / "self" / f"{name}.safetensors" for name in TEN if "self" in SETS), *(OUT / "st" / f"{name}.safetensors" for name in ALL)]
     for file in taken(statistics):
         world.collect(file)
     if not wait(statistics):
@@ -328,35 +332,32 @@ def work() -> None:
         jobs[OUT / "results" / f"{name}.json"] = job
 
     longest = sorted(NAMES, key=lambda name: -TASKS[name].max_new_tokens)
-
-    def plan_scores(*configs: str, names: list[str] = longest) -> None:
-        for name in names:
-            for config in configs:
-                plan(f"score.{config}.{name}", lambda file: score(world, file))
-
-    for gates in ("routed", "plain", "ten", "self"):
-        plan(f"routing.{gates}", lambda file: routing(world, file))
-    plan_scores("routed", "own")
-    sets = text_sets(world)
-    for kind, rows in sets.items():
-        for gates in ("base", "routed", "plain"):
-            plan(f"text.{gates}.{kind}", lambda file, rows=rows: text(world, file, rows))
-    plan_scores("plain", "base", "missing")
-    plan_scores("ten", "self", names=[name for name in longest if name in TEN])
+    for part in PARTS:
+        if part == "routing":
+            for gates in (gates for gates in SETS if "." not in gates):
+                plan(f"routing.{gates}", lambda file: routing(world, file))
+        elif part == "text":
+            for kind, rows in text_sets(world).items() if given.general else ():
+                for gates in ("base", "routed", "plain"):
+                    plan(f"text.{gates}.{kind}", lambda file, rows=rows: text(world, file, rows))
+        elif part != "added":
+            for name in longest:
+                if part not in ("ten", "self") or name in TEN:
+                    plan(f"score.{part}.{name}", lambda file: score(world, file))
     for file in taken(list(jobs)):
         try:
             jobs[file](file)
         except Exception as error:
             log("error in", file.stem, repr(error)[:300])
     added = OUT / "gates" / "added.safetensors"
-    if wait([OUT / "results" / "live.json"]) and added.exists():
+    if "added" in PARTS and wait([OUT / "results" / "live.json"]) and added.exists():
         for file in taken([OUT / "results" / f"score.added.{name}.json" for name in longest]):
             score(world, file)
 
 
 def live() -> None:
     """Add the last adapters one by one to a loaded model, and compare its gates with those of all adapters at once."""
-    if (OUT / "results" / "live.json").exists():
+    if "added" not in PARTS or (OUT / "results" / "live.json").exists():
         return
     world = World()
     first, last = NAMES[: -given.last], NAMES[-given.last :]

@@ -50,6 +50,18 @@ def test_a_loaded_model_gains_an_adapter_and_loses_it_again(world, live) -> None
     assert sorted(live.statistics) == list(NAMES[:3])
 
 
+def test_held_out_rows_are_limited_for_each_adapter_and_for_all_together(live, monkeypatch) -> None:
+    everything = live.collector.held_out(["count", "shout"]).rows
+    assert [len(rows) for rows in everything] == [3, 3]  # a tenth of the rows; none of the limits is reached
+    monkeypatch.setattr("meteora_core.living.collector.ALL_HELD_OUT_TOKENS", 60)
+    *some, none = live.collector.held_out(["count", "shout", "no_adapter"]).rows
+    assert none == []
+    for rows, complete in zip(some, everything, strict=True):
+        assert rows == complete[: len(rows)]
+        assert len(rows) < 3
+        assert sum(map(len, rows[:-1])) < 30 <= sum(map(len, rows))
+
+
 def test_an_adapter_is_updated_twice_and_back(world, live, tmp_path) -> None:
     before = logits(live)
     new = write_adapter(tmp_path / "shout", lora_tensors(60))
