@@ -26,7 +26,7 @@ from meteora_core.adapters.joining import alone, with_adapter, without_adapter
 from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe
 from meteora_core.data.frames import INST
 from meteora_core.data.rows import Row
-from meteora_core.data.tasks import TASKS
+from meteora_core.data.tasks import COMPOSITES, TASKS
 from meteora_core.evaluation.eval_plan import EvalOptions
 from meteora_core.evaluation.runner import evaluate_task, headline
 from meteora_core.living import self_written
@@ -47,18 +47,7 @@ from meteora_core.training.task_rows import HeldOut
 LAST = 5
 """Number of adapters that `live` adds one by one."""
 
-STARTER = {
-    "logical_deduction",
-    "question_selection",
-    "abstract_narrative_understanding",
-    "goal_step_wikihow",
-    "winowhy",
-    "strategyqa",
-    "disfl_qa",
-    "news_commentary_de",
-    "alpaca",
-    "linguistics_puzzles",
-}
+STARTER = set(COMPOSITES["composite_10"])
 """The ten adapters whose gates are also solved from rows that they write themselves."""
 
 parser = argparse.ArgumentParser()
