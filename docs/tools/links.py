@@ -27,7 +27,8 @@ PAGES = {
 
 SOURCES = {place: file for file, place in PAGES.items()}
 
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
+LINK = re.compile(r"(?P<ticks>`+)(?!`).*?(?<!`)(?P=ticks)(?!`)|(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()\s]+)\)", re.DOTALL)
+"""A code span, in which nothing is a link, or a link, whose text may contain code spans."""
 
 _log = logging.getLogger("mkdocs.plugins.links")
 
@@ -40,7 +41,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Rewrite the links of a page, except within fenced code."""
+    """Rewrite the links of a page, except within code."""
     place = page.file.src_uri
     source = SOURCES.get(place, f"docs/{place}")
     parts = re.split(r"(?ms)(^ *```.*?^ *```[^\n]*$)", markdown)
@@ -48,8 +49,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def rewrite(match: re.Match[str], source: str, place: str, repository: str | None) -> str:
-    """One link of the page at ``place`` on the site, whose file in the repository is ``source``."""
-    image, text, target = match.groups()
+    """One link of the page at ``place`` on the site, whose file in the repository is ``source``; code spans stay as they are."""
+    if match["ticks"]:
+        return match[0]
+    image, text, target = match["image"], match["text"], match["target"]
     path, hash_sign, anchor = target.partition("#")
     if not path or re.match(r"[a-z]+:", target):
         return match[0]
