@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from meteora_core.training.ridge import SHRINK, InputSums, ridge_rows, ridge_rows_low_rank
+from meteora_core.training.ridge import SHRINK, InputSums, ridge_rows, ridge_rows_low_rank, ridge_targets
 from meteora_core.training.sketches import RANK, SketchedSums
 
 
@@ -72,3 +72,9 @@ def test_weights_of_adapters_are_those_of_their_tokens(low) -> None:
     else:
         found = ridge_rows(squares, means, shares)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_equal_weights_are_on_the_device_of_the_sums() -> None:
+    """The meta device stands for a GPU: PyTorch refuses operations on tensors of two devices."""
+    means = torch.zeros(3, 4, dtype=torch.float64, device="meta")
+    assert ridge_targets(means).device == means.device
