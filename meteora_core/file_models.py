@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from meteora_core.errors import DataError, MeteoraError
 from meteora_core.json_files import read_object
 from meteora_core.reading import shown_path
-from meteora_core.text import shown
+from meteora_core.text import shown, validation_message
 
 
 class FileModel(BaseModel):
@@ -82,7 +82,7 @@ def first_problem(wrong: ValidationError) -> Problem:
         'x'
     """
     first = wrong.errors(include_url=False)[0]
-    return Problem(".".join(str(part)[:80] for part in first["loc"]), first["msg"].removeprefix("Value error, "), first.get("input"), first["type"])
+    return Problem(".".join(str(part)[:80] for part in first["loc"]), validation_message(first["msg"]), first.get("input"), first["type"])
 
 
 def _explain(wrong: ValidationError) -> str:

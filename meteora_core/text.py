@@ -19,6 +19,24 @@ _ALWAYS = re.compile(f"[\x00-\x1f\x7f-\x9f{_FORMAT}]")
 _IN_TEXT = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f]|(?![{_JOINERS}])[{_FORMAT}]|(?<=[\x00-\x9f{_FORMAT}])[{_JOINERS}]|[{_JOINERS}](?=[\x00-\x9f{_FORMAT}])")
 
 
+_LONG_LIMIT = re.compile(r"(?:\d+\.\d{15,}|\d{15,}(?:\.\d+)?)$")
+
+
+def validation_message(message: str) -> str:
+    """A message of pydantic for users: without the prefix of validators, and with limits of many digits in short form.
+
+    Args:
+        message: The entry ``msg`` of one of a ``ValidationError``'s problems.
+
+    Example:
+        >>> validation_message("Input should be greater than or equal to 0.000000000000000000000000000000000000011754943508222875")
+        'Input should be greater than or equal to 1.18e-38'
+    """
+    if not message.startswith("Input should be "):
+        return message.removeprefix("Value error, ")
+    return _LONG_LIMIT.sub(lambda limit: f"{float(limit[0]):.3g}", message)
+
+
 def printable(text: str, *, multiline: bool = False) -> str:
     r"""Return ``text`` with every character escaped that could control a terminal or mislead a reader.
 

@@ -7,7 +7,7 @@ from typing import Any
 from meteora_core.errors import DataError, MeteoraError, UsageError
 from meteora_core.serving.jobs import Failed
 from meteora_core.serving.scheduler import QueueFull
-from meteora_core.text import printable
+from meteora_core.text import printable, validation_message
 
 
 class ApiError(MeteoraError):
@@ -65,5 +65,5 @@ def of_validation(error: Any) -> ApiError:
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unrecognized request argument: {name}", param=name, code="unknown_parameter")
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = validation_message(str(first["msg"]))
     return ApiError(400, f"{name}: {message}" if name else message, param=name, code="invalid_value")

@@ -40,6 +40,7 @@ def test_meteora_toml_of_the_working_directory_is_read(tmp_path, monkeypatch) ->
         ("[eval]\nlimit = true\n", r"eval\.limit = True: true and false are not allowed here"),
         ("[routing]\ntemperature = true\n", r"routing\.temperature = True"),
         ("[routing]\ntemperature = 0\n", r"routing\.temperature = 0"),
+        ("[routing]\ntemperature = 1e-50\n", r"routing\.temperature = 1e-50: .* 1\.18e-38$"),
         ("[train_adapters.tasks.gsm8k]\nrank = 0\n", r"train_adapters\.tasks\.gsm8k\.rank = 0"),
         ("[train_adapters.tasks.gsm8k]\nbatch = 2\n", r"unknown setting 'train_adapters\.tasks\.gsm8k\.batch'"),
         ("[routing]\ntop_k = 'two'\n", r"routing\.top_k = 'two'"),
