@@ -1,6 +1,9 @@
 """Runs `pytest -m gpu` with every file in a process for itself, because an error on a GPU makes all later tests of its process fail.
 
     PYTHONPATH=tests python -m support.gpu_run --workers 14 --seconds 400 [tests/core tests/cli]
+    PYTHONPATH=tests python -m support.gpu_run --every-test tests/kernels tests/core/fused
+
+Tests of kernels that are not marked run on a GPU too where there is one; `--every-test` takes all tests of all files.
 
 The report of a file with failures is printed as soon as the file has ended. Tests that failed run again, each alone in a process. The exit status is 1 if a
 test failed again or there was no time to run it.
@@ -24,9 +27,9 @@ OPTIONS = ("-q", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cac
 NOT_RUN = 124
 
 
-def files() -> list[str]:
-    """Files with tests that only a GPU can run, relative to the repository."""
-    found = (file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8"))
+def files(every_test: bool) -> list[str]:
+    """Files with tests that only a GPU can run, or all files, relative to the repository."""
+    found = (file for file in sorted((ROOT / "tests").rglob("test_*.py")) if every_test or "mark.gpu" in file.read_text(encoding="utf-8"))
     return [str(file.relative_to(ROOT)) for file in found]
 
 
@@ -35,9 +38,9 @@ def failures(report: str) -> list[str]:
     return [match[1] for match in re.finditer(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", report, re.MULTILINE)]
 
 
-def run(target: str, seconds: float) -> tuple[int, str]:
+def run(target: str, seconds: float, every_test: bool) -> tuple[int, str]:
     """The exit status and the report of a file or a test."""
-    line = [sys.executable, "-m", "pytest", *OPTIONS, "-m", "gpu", target]
+    line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), target]
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     if seconds <= 0:
@@ -53,13 +56,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="files that run at the same time")
     parser.add_argument("--seconds", type=float, default=3600.0, help="time after which nothing new starts")
+    parser.add_argument("--every-test", action="store_true", help="run tests that are not marked with gpu, too")
     parser.add_argument("folders", nargs="*", default=[""], help="run only files whose path begins with one of these")
     given = parser.parse_args()
     end, failed, missed = time.monotonic() + given.seconds, list[str](), list[str]()
 
     def one(target: str) -> None:
         begin = time.monotonic()
-        code, report = run(target, end - begin)
+        code, report = run(target, end - begin, given.every_test)
         last = report.strip().splitlines()[-1] if report.strip() else ""
         print(f"{time.monotonic() - begin:5.0f} s  {target}: {last}", flush=True)
         if code == NOT_RUN or (code not in (0, 5) and not failures(report)):
@@ -68,7 +72,7 @@ def main() -> int:
             print(report, flush=True)
             failed.extend(failures(report))
 
-    all_files = [file for file in files() if file.startswith(tuple(given.folders))]
+    all_files = [file for file in files(given.every_test) if file.startswith(tuple(given.folders))]
     with ThreadPoolExecutor(given.workers) as pool:
         list(pool.map(one, [file for file in all_files if Path(file).name not in ALONE]))
     for file in all_files:
