@@ -1,7 +1,8 @@
-"""engine.py KIND OUT [ADAPTERSxLAYERS] [TP]: tokens/s of one engine of vLLM with random weights, after 2026-11-30-vllm/gen.py. lease.py runs several in turn.
+"""engine.py KIND OUT [ADAPTERSxLAYERS] [TP]: tokens/s of one engine of vLLM with random weights, after 2026-11-30-vllm/gen.py. lease.py and together.py run several.
 
-KIND: base, lora, met, metfixed, metnowide, fp8, metfp8. Environment: SIZES and CAPS as in 2026-11-30-vllm/bench.py; PROFILE=1; GO, READY and TURN, files with
-which lease.py lets engines import early, start one after the other, and measure one after the other. Prints and saves after every size.
+KIND: base, lora, met, metfixed, metnowide, fp8, metfp8. Environment: SIZES and CAPS as in 2026-11-30-vllm/bench.py; CACHE, gigabytes of the KV cache;
+UTIL, vLLM's gpu_memory_utilization; PROFILE=1; GO, READY and TURN, files with which lease.py and together.py let engines import early, start one after the other, and
+measure one after the other. Prints and saves after every size.
 """
 import json, os, random, sys, time
 from pathlib import Path
@@ -66,7 +67,7 @@ def main():
     begin = time.time()
     more = dict(enable_lora=True, max_lora_rank=8, max_loras=1) if kind == "lora" else {}
     # Room for what else runs on these GPUs; with the size of the cache given, vLLM does not measure the memory that is left.
-    more |= dict(gpu_memory_utilization=0.35 if tp > 1 else 0.6, kv_cache_memory_bytes=int(os.environ.get("CACHE", 8 if tp > 1 else 20)) << 30)
+    more |= dict(gpu_memory_utilization=float(os.environ.get("UTIL", 0.35 if tp > 1 else 0.6)), kv_cache_memory_bytes=int(os.environ.get("CACHE", 8 if tp > 1 else 20)) << 30)
     llm = LLM(model=str(root / ("base" if kind == "lora" else kind)), load_format="dummy", skip_tokenizer_init=True, max_model_len=4096, dtype="bfloat16", enable_prefix_caching=False,
         max_num_seqs=256, seed=0, tensor_parallel_size=tp, compilation_config={"cudagraph_capture_sizes": caps}, **more)
     lora = LoRARequest("a", 1, str(root / "lora")) if kind == "lora" else None
@@ -119,8 +120,16 @@ def profile(torch, run):
             torch.cuda.synchronize()
         rows = sorted(((event.self_device_time_total, event.count, event.key) for event in recorded.key_averages()), reverse=True)
         found[f"profile {count}x{prompt}+{answer}"] = [(round(time), calls, key[:200]) for time, calls, key in rows[:60]]
+        found[f"timeline {count}x{prompt}+{answer}"] = timeline(recorded)
         save()
         say("profile", f"{count}x{prompt}+{answer}: all kernels", round(sum(row[0] for row in rows)), "us;", "; ".join(f"{time / max(1, calls):.1f} us x {calls} {key[:44]}" for time, calls, key in rows[:12]))
+
+
+def timeline(recorded):
+    """400 kernels from 55 % of all recorded ones on: start and duration in microseconds, stream, name."""
+    events = sorted((event.start_ns(), event.duration_ns(), event.device_resource_id(), event.name()) for event in recorded.profiler.kineto_results.events() if "CUDA" in str(event.device_type()))
+    chosen = events[int(len(events) * 0.55) :][:400]
+    return [(round((start - chosen[0][0]) / 1000, 1), round(duration / 1000, 1), stream, name[:80]) for start, duration, stream, name in chosen]
 
 
 if __name__ == "__main__":
