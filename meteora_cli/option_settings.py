@@ -13,7 +13,8 @@ def _same(section: str, names: Iterable[str]) -> dict[str, str]:
 _MODEL = _same("model", ("base", "dtype", "device", "backend"))
 _PLACES = _same("paths", ("data", "adapters"))
 _ROUTING = _same("routing", ("top_k",)) | {"routing_temperature": "routing.temperature"}
-_OPTIMISER = ("max_steps", "batch_size", "accumulation", "learning_rate", "max_length", "seed", "gradient_checkpointing", "packing", "loss_on")
+_OPTIMISER = ("max_steps", "batch_size", "accumulation", "learning_rate", "max_length", "seed", "gradient_checkpointing", "packing")
+_ROWS = ("loss_on", "list_rows", "list_max")
 _WATCHING = ("eval_steps", "patience", "log_steps", "save_steps", "log_to")
 _LAUNCH = _same("launch", ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"))
 _STATISTICS = {"answer_share": "route.answer_share", "statistics": "route.statistics"}
@@ -27,7 +28,7 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "train adapters": {
         **_PLACES,
         **{name: setting for name, setting in _MODEL.items() if name != "backend"},
-        **_same("train_adapters", (*_OPTIMISER, *_WATCHING, "rank", "alpha")),
+        **_same("train_adapters", (*_OPTIMISER, *_ROWS, *_WATCHING, "rank", "alpha")),
         **_LAUNCH,
         "jobs": "launch.jobs",
     },
@@ -60,6 +61,6 @@ OPTION_SETTINGS: dict[str, dict[str, str]] = {
     "adapters add": _COLLECTING,
     "adapters update": _COLLECTING,
     "adapters collect": {**_COLLECTING, **_STATISTICS},
-    "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},
+    "train gates": {**_PLACES, **_MODEL, **_same("train_gates", (*_OPTIMISER, *_ROWS, *_WATCHING, *_OF_GATES)), **_ROUTING, **_LAUNCH},
 }
 """The dotted name of the setting for each parameter that is one, by command, such as ``"train gates"``."""

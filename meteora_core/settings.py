@@ -139,6 +139,8 @@ class OptimSettings(_Section):
     save_steps: int = Field(100, ge=1, le=MOST_STEPS, description="Steps between two resumable checkpoints.")
     eval_steps: int = Field(0, ge=0, le=MOST_STEPS, description="Steps between two held-out evaluations; the best weights are kept. 0: none.")
     patience: int = Field(0, ge=0, le=MOST_STEPS, description="Number of held-out evaluations without an improvement after which training stops; 0: never.")
+    list_rows: float = Field(0.0, ge=0, le=0.9, description="Share of each task's training rows that are lists of several of its questions.")
+    list_max: int = Field(3, ge=2, le=65536, description="Largest number of questions in a list.")
     packing: bool = Field(False, description="Put several rows into each sequence of max_length; rows do not attend to each other.")
     log_to: LogTo = Field("tensorboard", description="Tracker for training curves; tensorboard has an effect only if it is installed.")
 

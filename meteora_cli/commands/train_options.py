@@ -32,6 +32,11 @@ class RowOptions:
     max_rows: Annotated[
         int | None, typer.Option(min=1, help="Number of train rows of each task to use, starting at the first.", rich_help_panel=INPUT, show_default=False)
     ] = None
+    list_rows: Annotated[
+        float | None,
+        typer.Option(help="Share of each task's training rows that are lists of several of its questions, with numbered answers.", rich_help_panel=INPUT),
+    ] = None
+    list_max: Annotated[int | None, typer.Option(help="Largest number of questions in a list.", rich_help_panel=INPUT)] = None
     loss_on: Annotated[
         LossOn | None, typer.Option("--loss-on", help="Tokens that the language-model loss covers: all, or those of the response.", rich_help_panel=INPUT)
     ] = None

@@ -85,7 +85,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter
     return Encoded(encoded, cut)
 
 
-def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase, max_length: int, end: int | None = None) -> Encoded:
     """Tokenise texts whose parts belong to different adapters, as ``prompt + response + EOS``.
 
     Prompt and response are tokenised as one text, as in generation. A token has the label of the span that contains its first
@@ -96,10 +96,11 @@ def encode_labelled(texts: Sequence[Labelled], tokenizer: PreTrainedTokenizerBas
         texts: Texts with their spans.
         tokenizer: The base model's tokenizer.
         max_length: Maximum length of a sequence in tokens.
+        end: Token id that closes a response; None is the end-of-sequence token.
     """
     encoded, cut = [], 0
     head = leading_special_tokens(tokenizer)
-    for index, start, ids, offsets in tokenised([(text.prompt, text.response) for text in texts], tokenizer):
+    for index, start, ids, offsets in tokenised([(text.prompt, text.response) for text in texts], tokenizer, end):
         labels, spans, current = [], texts[index].spans, 0
         for begin, end in offsets:
             while current < len(spans) and spans[current][1] <= begin:

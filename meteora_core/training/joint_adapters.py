@@ -298,15 +298,15 @@ class TogetherObjective:
     def compute(self, model: nn.Module, batch: Batch, counts: Counts) -> Computed:
         """Run the forward pass; call this within :meth:`around`."""
         own = torch.tensor([1 / max(1, count) for count in counts.targets_by_task], device=batch.input_ids.device)
-        weights = own[row_tasks(batch)][:, None].expand(batch.input_ids.shape)
+        tasks = row_tasks(batch)[:, None].expand(batch.input_ids.shape)
         with sixteen_bit(batch.input_ids.device, self.dtype):
-            loss, losses = lm_losses(model, batch, weights)
-        return loss, {}, lm_tallies(batch, losses, self.names)
+            loss, losses = lm_losses(model, batch, own[tasks])
+        return loss, {}, lm_tallies(replace(batch, gate_labels=tasks), losses, self.names)
 
 
 def row_tasks(batch: Batch) -> Tensor:
-    """Each row's task, int64 (batch,): the label of its first token."""
-    return batch.gate_labels[:, 0].clamp(min=0)
+    """Each row's task, int64 (batch,): the label of its labelled tokens, which all belong to one task."""
+    return batch.gate_labels.amax(1).clamp(min=0)
 
 
 def clip_each(parameters: list[nn.Parameter], limit: float, count: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from meteora_core.data.dataset_frames import row_end
 from meteora_core.data.rows import Row, read_rows
 from meteora_core.settings import OptimSettings
+from meteora_core.training.composites import ListRows, with_lists
 from meteora_core.training.encoding import Encoded, TrainRow, encode_rows
 from meteora_core.training.job import TrainJob
 
@@ -61,21 +62,31 @@ def train_rows(job: TrainJob, task: str, seed: int) -> tuple[list[Row], list[Row
 
 
 def encoded_rows(job: TrainJob, task: str, tokenizer: PreTrainedTokenizerBase, adapter: int, settings: OptimSettings) -> tuple[Encoded, list[TrainRow]]:
-    """The tokenised train and held-out rows of a built dataset.
+    """The tokenised train and held-out rows of a built dataset; with ``settings.list_rows``, lists of the train rows' questions follow the train rows.
 
     With ``job.token_cache``, train rows are read from the cache (:mod:`meteora_core.training.token_cache`) when they are needed; otherwise they are
-    tokenised by this call and kept in memory. The rows are the same.
+    tokenised by this call and kept in memory. The rows are the same. Lists are always kept in memory.
 
     Args:
         job: Datasets, number of rows, cache.
         task: Name of the dataset.
         tokenizer: The base model's tokenizer.
         adapter: Gate label of every token.
-        settings: Settings with the maximum row length (``max_length``) and the ``seed`` that selects the held-out rows.
+        settings: Settings with the maximum row length (``max_length``), the ``seed`` that selects the held-out rows, and the share and size of lists.
 
     Raises:
         DataError: The dataset is missing or broken.
+        UsageError: The task has fewer than two train rows, and ``settings.list_rows`` asks for lists.
     """
+    encoded, watched = _single_rows(job, task, tokenizer, adapter, settings)
+    if settings.list_rows:
+        lists = ListRows(settings.list_rows, settings.list_max, settings.max_length, settings.seed)
+        train, _ = train_rows(job, task, settings.seed)
+        encoded = with_lists(encoded, train, tokenizer, adapter, lists, row_end(job.data_dir, task, tokenizer))
+    return encoded, watched
+
+
+def _single_rows(job: TrainJob, task: str, tokenizer: PreTrainedTokenizerBase, adapter: int, settings: OptimSettings) -> tuple[Encoded, list[TrainRow]]:
     if job.token_cache is None:
         train, held = train_rows(job, task, settings.seed)
         end = row_end(job.data_dir, task, tokenizer)

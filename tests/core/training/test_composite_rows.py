@@ -8,8 +8,8 @@ from meteora_core.data.composite import compose, lead_text, numbered
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError
 from meteora_core.training.batch_plan import RowMix, plan_batches
-from meteora_core.training.composites import composite_text, make_composites
-from meteora_core.training.encoding import encode_labelled
+from meteora_core.training.composites import LISTS, ListRows, RowsWithLists, composite_text, list_texts, make_composites, with_lists
+from meteora_core.training.encoding import encode_labelled, encode_rows, row_lengths
 from support.tiny_training import letters
 
 A, B, C = Row("[INST] one [/INST]\n", "first"), Row("[INST] two [/INST]\n", "x\ny"), Row("[INST] 1. one [/INST]\n", "1. third")
@@ -76,3 +76,54 @@ def test_the_plan_has_the_requested_share_of_composites() -> None:
     assert len(picked) == 60
     assert {row for _, row in picked} == set(range(7))
     assert plan_batches(lengths, 10, 5, 0, RowMix([50], 0.0)) == plan_batches(lengths, 10, 5, 0)
+
+
+def questions(count: int) -> list[Row]:
+    return [Row(f"[INST] number {i}? [/INST]\n", f"it is {i}") for i in range(count)]
+
+
+def test_a_list_asks_different_questions_of_one_task_in_the_composites_format() -> None:
+    rows = questions(60)
+    texts = list_texts(rows, [30] * 60, 3, ListRows(0.5, 5, 10_000, seed=1))
+    assert len(texts) == 60
+    sizes = set()
+    for text in texts:
+        asked = [row for row in rows if text.prompt.count(row.prompt) and f". {row.response}\n" in text.response + "\n"]
+        in_order = sorted(asked, key=lambda row: text.prompt.rindex(row.prompt))
+        assert text.response + "\n" == numbered([row.response for row in in_order])
+        assert text.prompt.startswith(("\nExample 1:", "\nAnswer each of the questions below"))
+        assert {label for _, _, label in text.spans} == {3}
+        sizes.add(len(asked))
+    assert sizes == {2, 3, 4, 5}
+    assert texts == list_texts(rows, [30] * 60, 3, ListRows(0.5, 5, 10_000, seed=1)) != list_texts(rows, [30] * 60, 3, ListRows(0.5, 5, 10_000, seed=2))
+    with pytest.raises(UsageError, match="two train rows"):
+        list_texts(rows[:1], [30], 0, ListRows(0.5, 5, 100, seed=0))
+
+
+def test_lists_fit_into_the_longest_row_where_short_rows_do() -> None:
+    rows = questions(40) + [Row("[INST] " + "long " * 60 + f"{i} [/INST]\n", "no") for i in range(20)]
+    singles = encode_rows(rows, letters(), 0, 300)
+    both = with_lists(singles, rows, letters(), 0, ListRows(0.5, 9, 300, seed=0))
+    assert singles.cut == 20
+    assert both.cut - singles.cut < 6  # lists that are a little longer than estimated, because each letter is a token here
+    assert all(max(row.gate_labels) == 0 and len(row) <= 300 for row in both.rows)
+    assert all(row.response_start > 100 for row in both.rows[60:])
+    ended = with_lists(singles, rows, letters(), 0, ListRows(0.5, 9, 300, seed=0), end=42)
+    assert {row.tokens[-1] for row in ended.rows[60:]} == {42}
+    assert {row.tokens[-1] for row in both.rows[60:]} == {1}
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_the_share_of_lists_is_that_of_all_rows_and_lists_are_repeated(share) -> None:
+    rows = questions(100)
+    singles = encode_rows(rows, letters(), 2, 400)
+    both = with_lists(singles, rows, letters(), 2, ListRows(share, 3, 400, seed=0)).rows
+    assert isinstance(both, RowsWithLists)
+    assert both[:100] == singles.rows
+    assert (len(both) - 100) / len(both) == pytest.approx(share, abs=0.01)
+    assert len({row.tokens for row in both[100:]}) == min(LISTS, len(both) - 100)
+    assert row_lengths(both) == [len(row) for row in both]
+    assert both[-1] == both[len(both) - 1]
+    with pytest.raises(IndexError):
+        both[len(both)]
+    assert with_lists(singles, rows, letters(), 2, ListRows(0.001, 3, 400, seed=0)) is singles

@@ -16,7 +16,10 @@ from support.tiny_training import IDS, Killed, held_out_rows, kill_at, letters, 
 TASKS = ("shout", "count")
 
 
-@pytest.mark.parametrize("changes", [{}, {"together_rows": 4, "accumulation": 2, "loss_on": "response", "gradient_checkpointing": True, "rslora": True}])
+LISTS = {"list_rows": 0.4, "list_max": 4, "max_length": 100}
+
+
+@pytest.mark.parametrize("changes", [LISTS, {"together_rows": 4, "accumulation": 2, "loss_on": "response", "gradient_checkpointing": True, "rslora": True}])
 def test_together_equals_one_by_one(data, tmp_path, changes) -> None:
     for task in TASKS:
         train_adapter(model(), letters(), task, **together_options(data, tmp_path / "alone", **changes))

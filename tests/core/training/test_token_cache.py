@@ -142,7 +142,8 @@ def test_training_from_the_cache_gives_the_same_bits_and_resumes_to_them(data, a
     assert all(torch.equal(plain[name], cached[name]) for name in plain)
     bank = AdapterBank.from_peft({name: adapters / name for name in ("shout", "count")})
     for folder, cache in (("a", None), ("b", tmp_path / "c")):
-        settings = GateTrainSettings(max_steps=4, batch_size=4, log_to="none", init="ridge", composite_rows=0.4, composite_max=2, max_length=64)
+        rows = {"composite_rows": 0.4, "composite_max": 2, "list_rows": 0.3, "max_length": 64}
+        settings = GateTrainSettings(max_steps=4, batch_size=4, log_to="none", init="ridge", **rows)
         train_gates(model(), letters(), bank, settings, TrainJob(BASE, data, tmp_path / folder, token_cache=cache))
     one, two = (load_file(tmp_path / name / "meteora.safetensors") for name in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
