@@ -75,7 +75,7 @@ def group_operator(x: Tensor, group: Group, routing: Routing, form: Form) -> lis
     """
     shape = x.shape[:-1]
     tokens = shape.numel()
-    aligned = tokens > 16 and group.aligned and readable(x)
+    aligned = tokens > 1 and group.aligned and readable(x)
     row = row_for(group, tokens, routing.top_k, in_place=form.in_place, aligned=aligned)
     if len(shape) > 1 and row.path != "wide":  # which reads rows of any shape
         x = x.view(tokens, -1)

@@ -19,6 +19,8 @@ after it start later, so its pieces are running or start next. Therefore no prog
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ from meteora_kernels.plan.machine import at_once, interpreted, why_not_at_once
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.stacked import gate_rows_of
-from meteora_kernels.types import WHOLE, Form, Group, Routing
+from meteora_kernels.types import WHOLE, Adapters, Form, Group, Routing
 
 _FIRST_TILE = tl.constexpr(8)
 """The first of the flags that count the pieces of every tile of outputs. Flags 0 to 2 count, for each member, the gate programs that have stored their sums,
@@ -84,18 +86,33 @@ def add_up(
 
 
 @triton.jit
+def sum_of_steps(total, rows, x, row, piece, pieces, hidden, STEP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """``total`` (BN, TOKENS_P) plus the products of rows and tokens over a part of their columns, the ``piece``-th of ``pieces``.
+
+    ``rows`` and ``x`` are tensor descriptors with blocks (BN, STEP), of which the one from ``row`` on is read, and (TOKENS_P, STEP).
+    """
+    steps = tl.cdiv(hidden, STEP)
+    for step in tl.range(steps * piece // pieces, steps * (piece + 1) // pieces, num_stages=STAGES):
+        total = tl.dot(rows.load([row, step * STEP]), x.load([0, step * STEP]).T, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def one_launch_kernel(
-    x, packed, b, bias, allowed, scaling, offsets, chosen, products, middle, parts, flags, y, tokens_total, hidden, outputs, count, gate_rows, stacked, rank,
-    width0, width1, width2, temperature,
+    x, packed, eight, base, scale, x_scale, b, bias, allowed, scaling, offsets, chosen, products, middle, parts, flags, y, tokens_total, hidden, outputs, count,
+    gate_rows, stacked, rank, width0, width1, width2, temperature,
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, TOKENS_P: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GATE_PIECES: tl.constexpr, PIECES: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     WIDE: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, CONCURRENT: tl.constexpr, THREADS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, EIGHT: tl.constexpr, SCALES: tl.constexpr, X_SCALES: tl.constexpr,
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
     Shapes: x (M, h), M <= TOKENS_P, and packed (P, h), tensor descriptors with blocks (TOKENS_P, BK) and (BN, BK); packed holds the O base rows of all members,
     then for each member N gate rows, padding to ``gate_rows``, R rows of A, padding to ``stacked``; b (R, width) for each member; bias (O,); y (M, O).
+    EIGHT > 0: packed does not hold base rows. They are those of ``base`` (O, h), float8, and are multiplied with ``eight`` (M, h), float8; both are tensor
+    descriptors with blocks of EIGHT columns. Their factors are ``scale`` float32 (O,) if SCALES is 1, else (1,), and ``x_scale``, (M,) if X_SCALES is 1, else
+    (1,).
     Scratch: products float32 (GATE_PIECES, TOKENS_P, MEMBERS * (gate_rows + R)), partial sums of logits and A x; middle (TOKENS_P, MEMBERS * CHUNKS * CHUNK) in
     the dtype of b; parts float32 (tiles, PIECES, BN, TOKENS_P) if PIECES > 1. flags int32 (1024,), all 0 before and after.
     KEEP: the routes are written to ``chosen`` (``Routing.chosen``).
@@ -112,7 +129,7 @@ def one_launch_kernel(
     tile = tl.where(is_gate, (pid % per_member) // GATE_PIECES, index)
     piece = tl.where(is_gate, pid % GATE_PIECES, (pid - gate_programs) % PIECES)
     member = tl.where(is_gate, pid // per_member, 0)
-    before = tl.where(is_gate, outputs + member * stacked, 0)
+    before = tl.where(is_gate, (0 if EIGHT else outputs) + member * stacked, 0)
     width = tl.where(is_gate, width_products, width0)
     if MEMBERS > 1:
         tiles0 = tl.cdiv(width0, BN)
@@ -128,12 +145,19 @@ def one_launch_kernel(
                     member += 1
                     before += width1
                     width = width * 0 + width2
-    blocks = tl.cdiv(hidden, BK)
     pieces = tl.where(is_gate, GATE_PIECES, PIECES)
     row = before + tile * BN
     total = tl.zeros([BN, TOKENS_P], dtype=tl.float32)
-    for step in tl.range(blocks * piece // pieces, blocks * (piece + 1) // pieces, num_stages=STAGES):
-        total = tl.dot(packed.load([row, step * BK]), x.load([0, step * BK]).T, total, input_precision=PRECISION)
+    if EIGHT == 0:
+        total = sum_of_steps(total, packed, x, row, piece, pieces, hidden, BK, STAGES, PRECISION)
+    elif is_gate:
+        total = sum_of_steps(total, packed, x, row, piece, GATE_PIECES, hidden, BK, STAGES, PRECISION)
+    else:
+        total = sum_of_steps(total, base, eight, row, piece, PIECES, hidden, EIGHT, STAGES, PRECISION)
+        places = tile * BN + tl.arange(0, BN)[:, None]
+        total *= tl.load(scale + (before + places) * SCALES, mask=places < width, other=0.0)
+        along = tl.arange(0, TOKENS_P)[None, :]
+        total *= tl.load(x_scale + along * X_SCALES, mask=along < tokens_total, other=0.0)
     tokens = tl.arange(0, TOKENS_P)[:, None]
     columns = tl.arange(0, BN)[None, :]
     live = tokens < tokens_total
@@ -213,6 +237,37 @@ def can_run(case: Case, row: Row) -> str | None:
     return why_not_at_once(facts.device, gate_programs_of(len(facts.widths), gate_rows_of(facts.adapters), facts.total_rank, row))
 
 
+class Eight(NamedTuple):
+    """Base weights and an input in 8-bit floating-point numbers.
+
+    Attributes:
+        weights: float8 (O, h), columns contiguous, rows aligned to 16 bytes.
+        scale: Factor of the weights, float32 (O,) or (1,), contiguous.
+        x: Input, float8 (M, h), with the alignment of the weights.
+        x_scale: Factor of the input, float32 (M,) or (1,), contiguous.
+    """
+
+    weights: Tensor
+    scale: Tensor
+    x: Tensor
+    x_scale: Tensor
+
+
+class Rows(Protocol):
+    """The part of :class:`meteora_kernels.Group` that :func:`launch` reads."""
+
+    @property
+    def packed(self) -> Tensor: ...
+    @property
+    def adapters(self) -> Adapters: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def flags(self) -> Tensor: ...
+    @property
+    def gate_rows(self) -> int: ...
+
+
 def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE) -> Tensor:
     """Outputs of a group of linears for a few dozen tokens, base and adapters together: (M, O), contiguous, in the dtype of x.
 
@@ -224,9 +279,15 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE)
             are used if they would not all run at the same time). The path reads ``tokens``, ``outputs``, ``step``, ``warps`` and ``stages`` of its tile.
         form: Ignored by this path.
     """
+    return launch(x, group, routing, row)
+
+
+def launch(x: Tensor, group: Rows, routing: Routing, row: Row, eight: Eight | None = None) -> Tensor:
+    """:func:`run`, where with ``eight`` the base is in 8-bit numbers and ``group.packed`` holds gates and A alone."""
     assert row.tile is not None
     tokens, hidden = x.shape
-    adapters, rank, gate_rows, packed = group.adapters, group.total_rank, group.gate_rows, group.packed
+    adapters, gate_rows, packed = group.adapters, group.gate_rows, group.packed
+    rank = adapters.total_rank
     _, _, b, scaling, offsets, _, widths, stacked = adapters
     members, outputs, gate_pieces = len(widths), sum(widths), row.gate_pieces
     tokens_p, bn, bk, warps, stages = row.tile[:5]
@@ -239,13 +300,19 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE)
     middle = torch.empty(tokens_p, members * chunks * chunk, dtype=x.dtype, device=x.device)
     parts = torch.empty(tiles, pieces, bn, tokens_p, dtype=torch.float32, device=x.device) if pieces > 1 else products
     y = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    step = 0 if eight is None else 2 * bk  # as many bytes as a step of 16-bit numbers
     one_launch_kernel[(gate_programs + tiles * pieces,)](
         TensorDescriptor(x, [tokens, hidden], [x.stride(0), 1], [tokens_p, bk]),
-        TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]), b, or_any(group.bias, scaling),
+        TensorDescriptor(packed, [packed.shape[0], hidden], [packed.stride(0), 1], [bn, bk]),
+        None if eight is None else TensorDescriptor(eight.x, [tokens, hidden], [eight.x.stride(0), 1], [tokens_p, step]),
+        None if eight is None else TensorDescriptor(eight.weights, [outputs, hidden], [eight.weights.stride(0), 1], [bn, step]),
+        None if eight is None else eight.scale, None if eight is None else eight.x_scale, b, or_any(group.bias, scaling),
         or_any(routing.allowed, scaling), scaling, offsets, or_any(routing.chosen, scaling), products, middle, parts, group.flags, y, tokens, hidden, outputs,
         scaling.shape[0], gate_rows, stacked, rank, *three(widths), routing.temperature, **choice_constants(adapters, routing), MEMBERS=members,
         TOKENS_P=tokens_p, BN=bn, BK=bk, GATE_PIECES=gate_pieces, PIECES=pieces, SHARES=1 << (pieces.bit_length() - 1), BLOCK=block, CHUNK=chunk, CHUNKS=chunks,
         WIDE=min(power_of_two(chunks * chunk), max(chunk, min(256, 2048 // block))), HAS_BIAS=group.bias is not None, KEEP=routing.chosen is not None,
-        CONCURRENT=not interpreted(), THREADS=32 * warps, STAGES=stages, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        CONCURRENT=not interpreted(), THREADS=32 * warps, STAGES=stages, PRECISION="ieee", EIGHT=step,
+        SCALES=int(eight is not None and eight.scale.numel() > 1), X_SCALES=int(eight is not None and eight.x_scale.numel() > 1), num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip  # fmt: skip
     return y

@@ -21,6 +21,13 @@ EVER = 1 << 30
 """A number that is larger than any size."""
 FOLDER = Path(__file__).parent / "tables"
 GROUP_PATHS = ("decode_chosen_rows", "decode_all_rows", "one_launch", "packed", "wide", "split", "many_adapters")
+WAYS: dict[str, tuple[str, ...]] = {
+    "many_adapters": ("few", "sorted_down", "sorted"),
+    "few_tokens": ("chosen_rows", "all_rows"),
+    "packed": ("", "invariant"),
+    "split": ("", "beside"),
+}
+"""The variants of paths that have some."""
 LAYER_PATHS = ("few_tokens", "many_tokens", "many_adapters", "library")
 
 
@@ -97,7 +104,7 @@ class Row:
         gain: Condition that R is at least this number times the rows that one token chooses.
         chosen: Condition that the rows of A that all tokens choose, counted separately for each token, are at most the larger of this number and R.
         way: Variant of the path: "few", "sorted_down" or "sorted" (many_adapters), "chosen_rows" or "all_rows" (few_tokens), "" or "invariant" (packed: the
-            same tiles for every number of tokens).
+            same tiles for every number of tokens), "" or "beside" (split: the base's product at the same time as gates, A and routing).
         pieces: Number of float32 partial sums of a product over h, which are not rounded; 0 for one product in the dtype of the model.
         gate_pieces: Number of float32 partial sums of gates and A, for paths that compute them separately from the base.
         inline: Whether every program of the pass over the output routes its tokens itself.
@@ -131,7 +138,7 @@ class Row:
     measured: str = ""
 
     def __post_init__(self) -> None:
-        ways = {"many_adapters": ("few", "sorted_down", "sorted"), "few_tokens": ("chosen_rows", "all_rows"), "packed": ("", "invariant")}.get(self.path, ("",))
+        ways = WAYS.get(self.path, ("",))
         tile, cut = self.tile, self.path in ("one_launch", "wide")
         if self.path not in {*GROUP_PATHS, *LAYER_PATHS}:
             raise ValueError(f"unknown path {self.path!r}: choose from {', '.join(sorted({*GROUP_PATHS, *LAYER_PATHS}))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod, register_weight_loader_v2_supported_method
 
 from meteora_core.integrations.vllm import operators
+from meteora_core.integrations.vllm.eight_bits import base_of, kernel_of, quantised
 from meteora_core.integrations.vllm.layout import Block, Shape, buffers, copies_up, weights_of
 from meteora_core.integrations.vllm.runtime import RUNTIME
 from meteora_core.integrations.vllm.served import Served
@@ -21,8 +23,9 @@ from meteora_core.integrations.vllm.slices import Slices
 class MeteoraMethodV1(LinearMethodBase):
     """Wraps the linear method that a layer would have without adapters.
 
-    Unquantised base weights on a GPU share a block of memory with the gates and A, and one operator computes the base layer and the adapters. Otherwise, the
-    wrapped method computes the base layer, and other operators add the adapters to its output.
+    On a GPU, one operator computes the base layer and the adapters. Unquantised base weights share a block of memory with the gates and A for that, 8-bit
+    floating-point weights keep their memory, and for others the operator calls the wrapped method. Elsewhere, and in row-parallel layers, the wrapped method
+    computes the base layer, and an operator adds the adapters to its output.
 
     Args:
         config: The configuration.
@@ -37,17 +40,19 @@ class MeteoraMethodV1(LinearMethodBase):
         self.block: Block | None = None
         self.fused = False
         self.at_once = False
+        self.kernel: Any = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "under" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.under, name)
 
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **attributes: Any) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         """Create the base weights. The arguments are those of the wrapped method."""
         names = ("input_size_per_partition", "output_partition_sizes", "input_size", "output_size", "params_dtype")
         given = dict(zip(names, sizes, strict=False)) | attributes
         self.under.create_weights(layer, *sizes, **attributes)
+        layer.requires_unquantized_input = True  # vLLM would join the quantisation of some inputs to the operation before the layer
         widths = list(given["output_partition_sizes"])
         if len(self.members) not in (1, len(widths)):
             raise ValueError(f"the layer of {self.members} computes {len(widths)} outputs, and the checkpoint has adapters for {len(self.members)}")
@@ -74,18 +79,21 @@ class MeteoraMethodV1(LinearMethodBase):
             weights_of(block).copy_(layer.weight.data)
             layer.weight.data = weights_of(block)
         buffers(layer, block.tensors())
-        layer.meteora_outputs, layer.meteora_width = sum(widths), len(widths) * shape.total_rank
-        operators.register_layer(block, slices.sums, RUNTIME, self.config)
+        layer.meteora_outputs = sum(widths)
+        self.at_once = not fused and not slices.sums and operators.has_kernels(block.rows.device, block.rows.dtype, self.config, len(widths))
+        self.kernel = kernel_of(self.under, layer) if self.at_once else None
+        eight = None if self.kernel is None else base_of(self.kernel, layer, block.adapters)
+        base = partial(self.under.apply, layer) if self.at_once and eight is None else None
+        operators.register_layer(block, slices.sums, self.config, base=base, eight=eight)
         if RUNTIME.table is not None:
             buffers(layer, {"meteora_options": RUNTIME.table})
         self.fused = fused
-        self.at_once = not fused and not slices.sums and operators.has_kernels(block.rows.device, block.rows.dtype, self.config)
 
     def _can_fuse(self, layer: Any, shape: Shape, slices: Slices) -> bool:
         weight = getattr(layer, "weight", None)
         if type(self.under) is not UnquantizedLinearMethod or not isinstance(weight, Tensor) or weight.dtype != self.dtype:
             return False
-        return not slices.sums and len(shape.widths) <= 3 and operators.has_kernels(weight.device, weight.dtype, self.config)
+        return not slices.sums and operators.has_kernels(weight.device, weight.dtype, self.config, len(shape.widths))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output (..., O) for x (..., h), base and adapters together."""
@@ -93,10 +101,12 @@ class MeteoraMethodV1(LinearMethodBase):
         if self.fused:
             y = torch.ops.meteora_vllm.group(flat, layer.meteora_rows, layer.meteora_outputs)
             y = y if bias is None else y + bias
+        elif self.kernel is not None:
+            x8, x_scale = quantised(self.kernel, layer, flat)
+            y = torch.ops.meteora_vllm.eight(flat, x8, x_scale, layer.meteora_rows, layer.meteora_outputs)
+            y = y if bias is None else y + bias
         elif self.at_once:
-            down = torch.ops.meteora_vllm.before(flat, layer.meteora_rows, layer.meteora_width)
-            y = self.under.apply(layer, x, bias)
-            y = torch.ops.meteora_vllm.after(flat, y.reshape(-1, y.shape[-1]), down, layer.meteora_rows)
+            y = torch.ops.meteora_vllm.over(flat, bias, layer.meteora_rows, layer.meteora_outputs)
         else:
             y = self.under.apply(layer, x, bias)
             y = torch.ops.meteora_vllm.add(flat, y.reshape(-1, y.shape[-1]), layer.meteora_rows)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from meteora_core.integrations.vllm.eight_bits import EightBitBase
 from meteora_core.integrations.vllm.layout import Block
 from meteora_core.integrations.vllm.runtime import Runtime
 from meteora_kernels import Adapters, Routing, mix
 from meteora_kernels.reference import routing_weights, top_indices
 from meteora_kernels.stacked import gate_rows_of
+
+Base = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +28,8 @@ class Layer:
         routing: The routing of a plain step.
         kernels: Whether the GPU kernels are used.
         runtime: The state of the process.
+        base: The function that computes the base layer's output (M, O) from x (M, h) and the bias (O,) or None, if an operator calls it.
+        eight: The base layer, if it has 8-bit weights and an operator computes it from an input that is quantised already.
     """
 
     block: Block
@@ -31,6 +37,8 @@ class Layer:
     routing: Routing
     kernels: bool
     runtime: Runtime
+    base: Base | None = None
+    eight: EightBitBase | None = None
 
 
 def fresh(parts: list[Tensor], y: Tensor) -> Tensor:

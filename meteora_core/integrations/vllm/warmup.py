@@ -35,7 +35,7 @@ def different(layers: Iterable[Layer]) -> list[Layer]:
     found: dict[Any, Layer] = {}
     for layer in layers:
         block = layer.block
-        found.setdefault((block.shape.widths, block.shape.ranks, tuple(block.rows.shape), block.base, layer.sums), layer)
+        found.setdefault((block.shape.widths, block.shape.ranks, tuple(block.rows.shape), block.base, layer.sums, layer.eight is None), layer)
     return list(found.values())
 
 
@@ -76,8 +76,10 @@ def run(layer: Layer, tokens: int) -> None:
         x = torch.zeros(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)
         if layer.block.base:
             operators.group(x, rows, outputs)
+        elif layer.eight is not None:
+            operators.eight(x, x.to(torch.float8_e4m3fn), torch.ones(tokens, 1, device=rows.device), rows, outputs)
         else:
-            operators.add(x, torch.zeros(tokens, outputs, dtype=rows.dtype, device=rows.device), rows)  # with the kernels of before and after
+            operators.add(x, torch.zeros(tokens, outputs, dtype=rows.dtype, device=rows.device), rows)  # which has the kernels of "over", too
 
 
 def before_capture(function: Callable[..., Any], worker: Any, *arguments: Any, **named: Any) -> Any:

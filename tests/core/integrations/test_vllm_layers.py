@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from meteora_core.integrations.vllm.eight_bits import base_of
 from meteora_core.integrations.vllm.layout import WIDEST, Block, Shape, copies_up, weights_of
 from meteora_core.integrations.vllm.mixing import Layer, added, chosen_down, observed
 from meteora_core.integrations.vllm.options import Options
@@ -17,8 +18,11 @@ from meteora_core.integrations.vllm.runtime import Runtime, Scheduled
 from meteora_core.integrations.vllm.slices import Slices
 from meteora_core.integrations.vllm.warmup import different, sizes
 from meteora_kernels import Adapters, Routing, reference, run_group
-from meteora_kernels.plan import EVER, use
+from meteora_kernels.group.eight_bits import run_eight_bits
+from meteora_kernels.plan import EVER, Row, Span, use
 from meteora_kernels.plan.table import shipped
+from meteora_kernels.tile import Tile
+from support.kernel_rows import taking
 
 HIDDEN, COUNT = 64, 5
 RANKS = {"q": [4, 0, 8, 8, 2], "v": [0, 4, 8, 4, 8]}
@@ -83,6 +87,25 @@ def test_kernels_for_members_of_different_ranks_and_a_member_without_adapters(we
     torch.testing.assert_close(run_group(x, together.group, ROUTING).double(), exact, rtol=0, atol=2e-5)
     layer = Layer(apart, False, ROUTING, True, Runtime())
     torch.testing.assert_close(added(layer, chosen_down(layer, x), y).double(), exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scales", [1, 64])
+def test_one_launch_over_an_8_bit_base(weights: Weights, scales: int) -> None:
+    """With factors of the tensor or of every output, as vLLM keeps them; sizes without a row of the table are left to vLLM's kernel."""
+    x, shape = torch.randn(9, HIDDEN).half(), Shape.of(weights, PARTS, SIZES)  # type: ignore[arg-type]
+    block = Block(shape, HIDDEN, torch.empty(0, dtype=torch.float16), base=False, wide=False)
+    block.fill(weights, WHOLE)  # type: ignore[arg-type]
+    weight, scale = torch.randn(64, HIDDEN).to(torch.float8_e4m3fn), torch.rand(scales, 1) * 0.1 + 0.05
+    x8, x_scale = (x.float() * 8).to(torch.float8_e4m3fn), torch.full((9, 1), 1 / 8)
+    kernel = SimpleNamespace(_get_layer_params=lambda layer: (weight.t(), scale, None, None))
+    base = base_of(kernel, None, block.adapters)
+    row = Row("one_launch", Span(1, 16), pieces=1, gate_pieces=2, tile=Tile(16, 64, 16, 4, 2))
+    with taking(row, Row("packed")):
+        found = run_eight_bits(x, x8, x_scale, base.linears, ROUTING)
+        assert run_eight_bits(x.repeat(2, 1), x8.repeat(2, 1), x_scale.repeat(2, 1), base.linears, ROUTING) is None
+    exact = expected(weights, x, (x8.float() / 8) @ (weight.float() * scale).t(), ROUTING)
+    assert found is not None
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-2)
 
 
 def test_processes_of_a_row_parallel_layer_choose_by_the_sum_of_their_logits(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:

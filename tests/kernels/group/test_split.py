@@ -24,6 +24,7 @@ def test_equals_its_members(widths: tuple[int, ...], tokens: int, bias: bool) ->
         pytest.param(Row("split", pieces=3), id="library-3"),
         pytest.param(Row("split", pieces=1, tile=TILE), id="kernel-1"),
         pytest.param(Row("split", pieces=3, tile=TILE), id="kernel-3"),
+        pytest.param(Row("split", pieces=1, way="beside"), id="beside"),
     ],
 )
 def test_partial_sums(row: Row, widths: tuple[int, ...], tokens: int, masked: bool) -> None:

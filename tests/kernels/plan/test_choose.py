@@ -69,7 +69,7 @@ def test_paths_of_an_8b_model_on_the_h200() -> None:
 
     assert paths(8) == paths(16) == paths(17) == ["one_launch"] * 4
     assert paths(7) == paths(8, adapters=64) == ["decode_chosen_rows"] * 4
-    assert paths(256) == ["packed"] * 4
+    assert paths(256) == ["packed", "packed", "split", "packed"]
     assert paths(256, wide=True) == ["packed", "packed", "wide", "packed"]
     assert paths(16384) == ["split", "split", "split", "packed"]
     assert paths(16384, wide=True) == ["split", "split", "wide", "packed"]
