@@ -1,7 +1,7 @@
 """engine.py KIND OUT [ADAPTERSxLAYERS] [TP]: tokens/s of one engine of vLLM with random weights, after 2026-11-30-vllm/gen.py. lease.py and together.py run several.
 
 KIND: base, lora, met, metfixed, metnowide, fp8, metfp8. Environment: SIZES and CAPS as in 2026-11-30-vllm/bench.py; CACHE, gigabytes of the KV cache;
-UTIL, vLLM's gpu_memory_utilization; PROFILE=1; GO, READY and TURN, files with which lease.py and together.py let engines import early, start one after the other, and
+UTIL, vLLM's gpu_memory_utilization; PROFILE, sizes to profile or 1; GO, READY and TURN, files with which lease.py and together.py let engines import early, start one after the other, and
 measure one after the other. Prints and saves after every size.
 """
 import json, os, random, sys, time
@@ -112,7 +112,9 @@ def profile(torch, run):
     """The kernels of decoding (prompts of four tokens) and of a prefill, by time."""
     from torch.profiler import ProfilerActivity
 
-    for count, prompt, answer in ((8, 4, 21), (64, 4, 9), (256, 4, 9), (16, 2048, 1)):
+    wanted = os.environ["PROFILE"]
+    wanted = "8x4x21 64x4x9 256x4x9 16x2048x1" if wanted == "1" else wanted
+    for count, prompt, answer in (tuple(int(value) for value in size.split("x")) for size in wanted.split()):
         if (count, 128, 128) not in sizes and prompt == 4:
             continue
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:

@@ -1,25 +1,33 @@
 """together.py SECONDS OUT JOBS: engines of one GPU that start at the same time and measure one after the other; results in OUT/results.json, logs in OUT/log.txt.
 
 JOBS: names of `PLAN`, separated by commas. All engines import and start together; then each measures alone while the others wait. So the times until an engine
-is ready are not those of an engine that starts alone. What is not done after SECONDS is dropped. MODELS and LARGE: folders of make.py's models with 28 and with 256 adapters.
+is ready are not those of an engine that starts alone. "beside" is MeteoRA over FP8 weights without one launch for both. What is not done after SECONDS is dropped. MODELS and LARGE: folders of make.py's models with 28 and with 256 adapters.
 """
-import json, os, signal, subprocess, sys, time
+import atexit, ctypes, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 HERE = Path(__file__).parent
 START, LIMIT, OUT = time.time(), float(sys.argv[1]), Path(sys.argv[2])
 TEMP = Path(os.environ.get("LEASE_TEMP", "/tmp/together"))
-TWO = {"SIZES": "8x128x128 64x128x128", "CAPS": "1 8 64", "CACHE": "6"}
+TWO = {"SIZES": "8x128x128 64x128x128", "CAPS": "1 8 64", "CACHE": "3"}
+BESIDE = TEMP / "beside.toml"
+BESIDE_ROWS = '[[group]]\npath = "packed"\ntokens = [1, 256]\npieces = 1\n'  # no row for one launch
 PLAN = {  # name: kind, adapters x layers, environment
-    "base": ("base", "28x32", {"PROFILE": "1"}),
-    "met": ("met", "28x32", {"PROFILE": "1"}),
+    "base": ("base", "28x32", {}),
+    "met": ("met", "28x32", {"PROFILE": "8x4x21 256x4x9"}),
     "lora": ("lora", "28x32", {"SIZES": "8x128x128 64x128x128 256x128x128", "CAPS": "1 8 64 256"}),
-    "fp8": ("fp8", "28x32", {**TWO, "PROFILE": "1"}),
-    "metfp8": ("metfp8", "28x32", {**TWO, "PROFILE": "1"}),
-    "met256": ("met", "256x32", {"SIZES": "64x128x128", "CAPS": "1 64", "CACHE": "6", "PROFILE": "1", "MODELS": os.environ.get("LARGE", "/tmp")}),
+    "fp8": ("fp8", "28x32", {**TWO, "PROFILE": "8x4x21"}),
+    "metfp8": ("metfp8", "28x32", {**TWO, "PROFILE": "8x4x21"}),
+    "beside": ("metfp8", "28x32", {**TWO, "METEORA_KERNEL_TABLE": str(BESIDE)}),
+    "met256": ("met", "256x32", {"SIZES": "64x128x128", "CAPS": "1 64", "CACHE": "3", "PROFILE": "64x4x9", "MODELS": os.environ.get("LARGE", "/tmp")}),
 }
-MEASURE = {"base": 45, "met": 50, "lora": 35, "fp8": 25, "metfp8": 30, "met256": 25}
+MEASURE = {"base": 26, "met": 32, "lora": 22, "fp8": 12, "metfp8": 12, "beside": 10, "met256": 12}
 """Seconds that must be left for an engine's turn."""
+
+
+def with_parent():
+    """An engine ends when this script does, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def left():
@@ -32,7 +40,7 @@ class Job:
         self.name, self.file, self.log = name, TEMP / f"{name}.json", TEMP / f"{name}.log"
         self.ready, self.turn = TEMP / f"{name}.ready", TEMP / f"{name}.turn"
         environment = {"CACHE": "10", "UTIL": "0.1", **os.environ, **more, "VLLM_CACHE_ROOT": str(TEMP / f"cache-{name}"), "READY": str(self.ready), "TURN": str(self.turn)}
-        self.process = subprocess.Popen([sys.executable, str(HERE / "engine.py"), kind, str(self.file), model], env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, str(HERE / "engine.py"), kind, str(self.file), model], env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=with_parent)
 
     @property
     def over(self):
@@ -62,7 +70,7 @@ class Job:
 
 def ratios(found):
     """The figures of issue 25, by throughput."""
-    for mine, base in (("met", "base"), ("met", "lora"), ("met256", "base"), ("metfp8", "fp8")):
+    for mine, base in (("met", "base"), ("met", "lora"), ("met256", "base"), ("metfp8", "fp8"), ("beside", "fp8")):
         first, second = found.get(mine, {}), found.get(base, {})
         shared = [key for key in first if "+" in key and " " not in key and key in second]
         if shared:
@@ -74,7 +82,11 @@ def ratios(found):
 
 OUT.mkdir(parents=True, exist_ok=True)
 TEMP.mkdir(parents=True, exist_ok=True)
+BESIDE.write_text(BESIDE_ROWS)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, lambda *_: sys.exit("interrupted"))
 jobs = [Job(name) for name in sys.argv[3].split(",")]
+atexit.register(lambda: [os.killpg(job.process.pid, signal.SIGKILL) for job in jobs if not job.over])
 while left() > sum(MEASURE[job.name] for job in jobs) * 0.6 and not all(job.over or job.ready.exists() for job in jobs):
     time.sleep(0.2)
 print("ready:", [job.name for job in jobs if job.ready.exists()], "after", round(time.time() - START), "s", flush=True)
