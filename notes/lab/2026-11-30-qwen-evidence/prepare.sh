@@ -1,22 +1,22 @@
 #!/bin/bash
 # Puts packages, the base and the rows of the experiment into $EXP (default: /tmp/exp) on a machine without a network: joins and converts a GGUF file that
 # arrives in parts, and unpacks the rest. From the repository root; it may be called any number of times, and a second call waits for the first.
-#   prepare.sh pack FILE.gguf SIZE   where there is a network: splits the GGUF file and packs $EXP/runs/paper-qwen/{datasets,steps} into $FROM
+#   prepare.sh pack FILE.gguf SIZE   where there is a network: splits the GGUF file and packs $EXP/$WORK/{datasets,steps} into $FROM
 #                                    (made before by `python -m examples.paper qwen --raw-dir raw --only datasets` in $EXP, which also fetches the base),
 #                                    and the tokenizer as tiny.tar.gz, a folder tiny/ for smoke.sh
 #   prepare.sh carry                 on the machine: keeps what $FROM holds at the moment; starts smoke.sh; converts as soon as the GGUF file is complete
 #   prepare.sh                       the same, and fails if anything is missing
-# $FROM may also hold site.tar.gz, a folder of packages that the machine lacks.
+# $FROM may also hold site.tar.gz, a folder of packages that the machine lacks. WORK is the experiment's folder in $EXP (default: runs/paper-qwen).
 set -u
-EXP=${EXP:-/tmp/exp} FROM=${FROM:-parts} SIZE_OF_GGUF=491400064 HERE=$(cd "$(dirname "$0")" && pwd)
+EXP=${EXP:-/tmp/exp} FROM=${FROM:-parts} WORK=${WORK:-runs/paper-qwen} SIZE_OF_GGUF=491400064 HERE=$(cd "$(dirname "$0")" && pwd)
 export METEORA_CACHE=$EXP/cache
 if [ "${1:-}" = pack ]; then
     mkdir -p "$FROM"
-    split -b "$3" -d -a 2 "$2" "$FROM/part-" && (cd "$EXP" && tar -czf - runs/paper-qwen/{datasets,steps} $(ls -d runs/paper-qwen/eval 2>/dev/null)) > "$FROM/data.tar.gz"
+    split -b "$3" -d -a 2 "$2" "$FROM/part-" && (cd "$EXP" && tar -czf - $WORK/{datasets,steps} $(ls -d $WORK/eval 2>/dev/null)) > "$FROM/data.tar.gz"
     tar -C "$METEORA_CACHE/models/qwen2.5-coder-0.5b" --transform 's,^,tiny/,' -czf "$FROM/tiny.tar.gz" tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json
     exit
 fi
-work=$EXP/runs/paper-qwen base=$METEORA_CACHE/models/qwen2.5-coder-0.5b
+work=$EXP/$WORK base=$METEORA_CACHE/models/qwen2.5-coder-0.5b
 mkdir -p "$EXP/parts" "$work" "$EXP/logs" "$METEORA_CACHE/models"
 exec 9> "$EXP/.prepare"; flock 9
 for file in "$FROM"/*; do [ -f "$file" ] && [ ! -f "$EXP/parts/${file##*/}" ] && cp "$file" "$EXP/parts/.new" && mv "$EXP/parts/.new" "$EXP/parts/${file##*/}"; done
@@ -45,7 +45,7 @@ have=$([ -f "$base/meteora_source.json" ] && echo $SIZE_OF_GGUF || cat "$EXP"/pa
 mkdir -p "$work/adapters" "$EXP/raw"
 ln -sfn "$work/adapters" "$EXP/adapters"; ln -sfn "$work" "$EXP/work"; ln -sfn "$work/datasets" "$EXP/data"; ln -sfn "$base" "$EXP/base"
 if [ -f "$EXP/parts/tiny.tar.gz" ] && [ -d "$work/datasets" ] && [ ! -f "$EXP/logs/smoke.log" ]; then
-    EXP=$EXP setsid bash "$HERE/smoke.sh" > "$EXP/logs/smoke.log" 2>&1 < /dev/null 9>&- &
+    EXP=$EXP WORK=$WORK setsid bash "$HERE/smoke.sh" > "$EXP/logs/smoke.log" 2>&1 < /dev/null 9>&- &
 fi
 echo "parts: $have of $SIZE_OF_GGUF bytes; data: $(ls "$work/datasets" 2>/dev/null | wc -l) datasets; smoke: $(grep -a '^smoke' "$EXP/logs/smoke.log" 2>/dev/null | tail -1)"
 grep -qa '^smoke: failed' "$EXP/logs/smoke.log" 2>/dev/null && tail -c 3000 "$EXP/logs/smoke.log"

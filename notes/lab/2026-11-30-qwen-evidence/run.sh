@@ -4,6 +4,8 @@
 # Beside the steps of examples/paper it runs segments.py once MeteoRA and LoRA-B are scored and, with PHATGOOSE=1, trains PHATGOOSE's gates in four processes.
 # BESIDE="COMMAND" runs one more command from the repository root on the last GPU, once the steps of BESIDE_AFTER are done (default: the adapters).
 # The steps of FIRST run first (default: what the main table needs), so that nothing else slows them; then those of SECOND (default: all others), unless FIRST_ALONE=1.
+# SECOND may name several groups, separated by /, each of which starts once the one before has ended. SIZES and WORK name the sizes file and its folder.
+# segments.py starts once the steps of SEGMENTS_AFTER are done.
 set -u
 DEADLINE=${DEADLINE:-560}; [ "${1:-}" = --deadline ] && DEADLINE=$2
 export EXP=${EXP:-/tmp/exp}
@@ -20,7 +22,7 @@ collect() {
     else tar -C "$EXP" -czf "$EXP/.evidence" -T "$EXP/.list" 2>/dev/null; mv "$EXP/.evidence" "$OUT/evidence.tar.gz"; fi
     { ls -l "$OUT"; ls "$EXP/$WORK/steps"; } > "$OUT/progress.txt" 2>&1
 }
-[ -n "${PREPARED:-}" ] || bash "$HERE/prepare.sh" || exit 3
+[ -n "${PREPARED:-}" ] || WORK=$WORK bash "$HERE/prepare.sh" || exit 3
 export PYTHONPATH=$EXP/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
 cd "$EXP" || exit 3
 echo "prepared: $SECONDS s"
@@ -36,16 +38,19 @@ side() {  # GPU needs... -- command: in the background once the needed steps are
     ( waited "${needs[@]}" || exit; [ -n "$gpu" ] && export CUDA_VISIBLE_DEVICES=$gpu; [ "$(left)" -gt 40 ] && exec timeout -s INT -k 5 $(( $(left) - 20 )) "$@" ) &
     sides+=($!)
 }
-side "${gpus[0]}" eval-ridge eval-lora-b -- python3 $LAB/segments.py "$WORK/gates/ridge" --data "$WORK/datasets" --adapters "$WORK/adapters" --base "$BASE" --out "$WORK/segments.json" --rows "$ROWS" ${SEGMENTS:-} > "$EXP/logs/segments.log" 2>&1
+side "${gpus[0]}" ${SEGMENTS_AFTER:-eval-ridge eval-lora-b} -- python3 $LAB/segments.py "$WORK/gates/ridge" --data "$WORK/datasets" --adapters "$WORK/adapters" --base "$BASE" --out "$WORK/segments.json" --rows "$ROWS" ${SEGMENTS:-} > "$EXP/logs/segments.log" 2>&1
 [ -z "${PHATGOOSE:-}" ] || for share in 0 1 2 3; do
     gpu=${gpus[$(( share % ${#gpus[@]} ))]}
-    side "$gpu" gates-composites eval-ridge eval-lora-b -- python3 $LAB/phatgoose_gates.py $share 4 --config "$WORK/meteora.toml" --out "$WORK/eval/routers" > "$EXP/logs/phatgoose-$share.log" 2>&1
+    side "$gpu" gates-composites gates-ridge -- python3 $LAB/phatgoose_gates.py $share 4 --config "$WORK/meteora.toml" --out "$WORK/eval/routers" > "$EXP/logs/phatgoose-$share.log" 2>&1
 done
 [ -z "${BESIDE:-}" ] || side "${gpus[-1]}" ${BESIDE_AFTER:-adapters-1 adapters-2 adapters-3 adapters-4} -- bash -c "cd '$REPO' && $BESIDE" > "$EXP/logs/beside.log" 2>&1
 ( while [ "$(left)" -gt 90 ]; do sleep 100; [ "$(left)" -gt 60 ] && collect; done ) & saving=$!
 engine() { [ "$(left)" -lt 90 ] || python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --jobs "$JOBS" --keep-going --for $(( $(left) - 40 )) "$@" 2>&1 | tee -a "$EXP/logs/engine.log" | cut -c1-200; }
 engine --only ${FIRST:-datasets loras gates-ridge gates-closed gates-composites eval-own eval-ridge eval-closed eval-lora-b eval-composites eval-base}
-[ -n "${FIRST_ALONE:-}" ] || engine ${SECOND:+--only $SECOND}
+if [ -z "${FIRST_ALONE:-}" ]; then
+    IFS=/ read -r -a groups <<< "${SECOND:-}"
+    for group in "${groups[@]:-}"; do engine ${group:+--only $group}; done
+fi
 touch "$EXP/engine-ended"
 echo "engine ended at $SECONDS s"
 timeout $(( $(left) - 12 )) python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --keep-going --report > "$EXP/logs/report.log" 2>&1 || tail -3 "$EXP/logs/report.log"

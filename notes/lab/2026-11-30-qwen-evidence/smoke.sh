@@ -5,7 +5,7 @@ set -u
 EXP=${EXP:-/tmp/exp} LAB=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH=$EXP/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} METEORA_CACHE=$EXP/cache HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 TRITON_CACHE_DIR=$EXP/triton
 [ -d "$EXP/tiny" ] || tar -C "$EXP" -xzf "$EXP/parts/tiny.tar.gz" || exit 1
-base=$EXP/tiny out=$EXP/smoke data=$EXP/runs/paper-qwen/datasets
+base=$EXP/tiny out=$EXP/smoke data=$EXP/${WORK:-runs/paper-qwen}/datasets
 mkdir -p "$out"
 at() { echo "smoke: $1 at $SECONDS s"; }
 failed() { echo "smoke: failed in $1 at $SECONDS s"; exit 1; }
@@ -20,9 +20,9 @@ print(AutoTokenizer.from_pretrained(sys.argv[1]).eos_token, "GPUs:", torch.cuda.
 P
 tasks=logical_deduction,question_selection,strategyqa
 meteora() { python3 -m meteora_cli "$@"; }
-train="--base $base --data $data --adapters $out/adapters --save-steps 1 --max-length 256"
+train="--base $base --data $data --adapters $out/adapters --save-steps 1 --max-length 256 --list-rows 0.25 --list-max 10"
 at "adapters"; meteora train adapters --task $tasks --together --rank 8 --max-steps 2 --batch-size 8 --resume $train --loss-on response > "$out/log" 2>&1 || { tail -30 "$out/log"; failed "train adapters"; }
-at "LoRA-B"; meteora train adapters --task all --max-rows 40 --balanced --name lora_b --rank 24 --max-steps 1 --batch-size 8 --out "$out/lora_b" --base "$base" --data "$data" > "$out/log" 2>&1 || { tail -30 "$out/log"; failed "LoRA-B"; }
+at "LoRA-B"; meteora train adapters --task all --max-rows 40 --balanced --name lora_b --rank 24 --list-rows 0.25 --list-max 10 --max-length 256 --max-steps 1 --batch-size 8 --out "$out/lora_b" --base "$base" --data "$data" > "$out/log" 2>&1 || { tail -30 "$out/log"; failed "LoRA-B"; }
 at "gates"; meteora train gates --out "$out/ridge" --init ridge --lr 1e-2 --answer-share 0.7 --max-steps 2 --batch-size 8 --resume $train > "$out/log" 2>&1 || { tail -30 "$out/log"; failed "gates"; }
 at "composite rows"; meteora train gates --out "$out/composites" --init ridge --trainable gates+adapters --loss-on response --loss-balance tasks --adapter-lr 5e-4 --composite-rows 0.5 --composite-max 3 --max-steps 1 --batch-size 4 --accumulation 2 $train > "$out/log" 2>&1 || { tail -30 "$out/log"; failed "composite rows"; }
 given="--data $data --limit 2 --max-new-tokens 8 --base $base"

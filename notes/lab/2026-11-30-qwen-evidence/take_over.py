@@ -1,6 +1,6 @@
 """Takes over the scores of the untrained base from the results of an earlier run, if the rows are the same, so that they need not be measured again.
 
-    python REPOSITORY/notes/lab/2026-11-30-qwen-evidence/take_over.py RESULTS.json     # in the folder of the experiment, after --only datasets
+    python REPOSITORY/notes/lab/2026-11-30-qwen-evidence/take_over.py RESULTS.json [SIZES]     # in the folder of the experiment, after --only datasets
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from meteora_core.model.base import BaseReference, load_tokenizer
 
 def main() -> None:
     document = read_json(Path(sys.argv[1]))
-    experiment = load_experiment("qwen", raw_dir=Path("raw"), docs=Path("docs"))
+    experiment = load_experiment(sys.argv[2] if len(sys.argv) > 2 else "qwen", raw_dir=Path("raw"), docs=Path("docs"))
     engine = Engine(experiment, "", lambda arguments, seconds: 1, print)
     step = experiment.step("eval-base")
     config, base = document["config"], experiment.values["base"]
-    assert (config["model"], config["model_args"]["base"], config["limit"]) == ("base", base, experiment.values["limit"])
+    assert (config["model"], config["model_args"]["base"], config["limit"]) == ("base", base, experiment.values["base_limit"])
     tokenizer = load_tokenizer(BaseReference(base))
     for task, counted in document["meteora"]["counts"].items():
         tokens = sum(len(tokenizer(row.prompt)["input_ids"]) for row in read_rows(experiment.data, task, "test", config["limit"]))
