@@ -49,7 +49,7 @@ class QuickstartPlan:
     adapter_batches: tuple[int, int, int] = (6, 4, 12)
     gate_steps: int = 18
     gate_batch: int = 4
-    ridge_tokens: int = 24_000
+    ridge_tokens: int = 16_000
     test_rows: int = 48
     composite_rows: int = 8
     seed: int = 42

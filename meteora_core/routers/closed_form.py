@@ -19,8 +19,8 @@ from meteora_core.model.vocabulary import padding_token
 from meteora_core.progress import Progress
 from meteora_core.routers.folder import FolderRouter
 from meteora_core.routing import meteora_of
-from meteora_core.training.encoding import TrainRow, collate, encode_rows
-from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.encoding import TrainRow, encode_rows
+from meteora_core.training.ridge import RidgeOptions, ridge_gates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,9 +53,7 @@ class ClosedForm(FolderRouter):
         self._model, self._remove = model, lambda: detach(model)
         flat = sorted((row for part in rows for row in part), key=len)
         batches = [flat[start : start + BATCH] for start in range(0, len(flat), BATCH)]
-        pad, device = padding_token(model, tokenizer), next(model.parameters()).device
-        weights = token_weights(flat, len(self.names), ANSWER_SHARE)
-        ridge_gates(model, (collate(batch, pad).to(device) for batch in batches), len(batches), weights, progress=progress)
+        ridge_gates(model, batches, padding_token(model, tokenizer), RidgeOptions(ANSWER_SHARE), progress=progress)
         set_trainable(model, "none")
         fuse_for_inference(model, self.plan.options.fuse)
 

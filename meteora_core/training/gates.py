@@ -28,7 +28,7 @@ from meteora_core.settings import GateTrainSettings
 from meteora_core.training.batch_plan import RowMix, plan_batches
 from meteora_core.training.checkpointing import disable_checkpointing, enable_checkpointing
 from meteora_core.training.distributed import OnModel
-from meteora_core.training.encoding import collate, row_lengths
+from meteora_core.training.encoding import row_lengths
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.gate_objective import GateObjective
 from meteora_core.training.gate_rows import GateRows, gate_rows
@@ -36,7 +36,7 @@ from meteora_core.training.job import Trained, TrainJob
 from meteora_core.training.loop import TrainingRun, train
 from meteora_core.training.output_folders import only_writer, tidy
 from meteora_core.training.prompt_frames import choose_frame, with_frames
-from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.ridge import RidgeOptions, ridge_gates
 from meteora_core.training.run_inputs import run_inputs, short_hash, with_order
 from meteora_core.training.state import RunState, last_loss, loss_parts, saved_states
 from meteora_core.training.task_rows import HeldOut
@@ -285,13 +285,10 @@ def ridge_start(model: nn.Module, rows: GateRows, pad_token: int, settings: Gate
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
     size = settings.batch_size * job.runtime.world
     count = max(1, round(settings.ridge_tokens / (mean * size)))
-    device = next(model.parameters()).device
     mix = RowMix([len(row) for row in rows.composites], settings.composite_rows if rows.composites else 0.0)
-    plan = plan_batches(lengths, count, size, settings.seed, mix)
     every = [*rows.train, rows.composites]
-    weights = token_weights((every[task][row] for picks in plan for task, row in picks), len(rows.train), settings.answer_share)
-    batches = (collate([every[task][row] for task, row in picks], pad_token).to(device) for picks in plan)
-    return ridge_gates(model, batches, count, weights, progress=job.progress)
+    batches = [[every[task][row] for task, row in picks] for picks in plan_batches(lengths, count, size, settings.seed, mix)]
+    return ridge_gates(model, batches, pad_token, RidgeOptions(settings.answer_share), progress=job.progress)
 
 
 def trainable_in_float32(model: nn.Module, what: str) -> dict[str, nn.Parameter]:

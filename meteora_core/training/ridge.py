@@ -5,63 +5,71 @@ This extends the paper (``--init ridge``): training by gradients then starts fro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from meteora_core.errors import MeteoraError
 from meteora_core.model.attach import meteora_layers
+from meteora_core.model.layer import MeteoraLinear
 from meteora_core.model.tokens import check_observable
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, meteora_of
-from meteora_core.training.encoding import Batch, TrainRow
+from meteora_core.training.encoding import TrainRow
+from meteora_core.training.input_sums import InputSums, Run, own_and_base, passes_of, sum_inputs
 
 SHRINK = 1e-2
 """Ridge strength, relative to the mean squared activation times the number of tokens."""
 
+SCALE = 8.0
+"""Factor of the gates, and so of their logits."""
 
-_STRIPES = 4
-"""Number of stripes in which the lower triangle of a sum is computed."""
+BASE_SHARE = 0.25
+"""Share of an adapter's weight that comes from running its rows on the base model alone."""
+
+ROUNDS = 1
+"""Number of further runs of the rows, as the gates from the runs before route them."""
 
 
-def token_weights(rows: Iterable[TrainRow], adapters: int, answer_share: float | None) -> Tensor:
-    """Token weights that give all adapters the same total weight over the rows.
+@dataclass(frozen=True)
+class RidgeOptions:
+    """How rows determine gates in closed form.
 
-    Args:
-        rows: Rows from which the gates will be computed.
-        adapters: Number of adapters N.
-        answer_share: Fraction of an adapter's weight that its response tokens have together; None gives all its tokens the same weight.
-
-    Returns:
-        float32 (N, 2), the weight of a prompt token and of a response token of each adapter. The mean over all labelled tokens is 1. If an adapter has only
-        prompt tokens or only response tokens, these have its whole weight; an adapter without tokens has weights of 0.
+    Attributes:
+        answer_share: Share of an adapter's weight that its response tokens have; see :func:`meteora_core.training.input_sums.token_weights`.
+        base_share: Share of the rows that run on the base model alone; the others run with their own adapters.
+        rounds: Number of further runs of all rows, in each of which they are routed by the gates from the runs before. All runs have the same weight.
+        half: Whether a float32 model on a CPU computes linear layers in bfloat16 if the CPU has instructions for it.
     """
-    counts = torch.zeros(adapters, 2)
-    for row in rows:
-        labels = torch.tensor(row.gate_labels)
-        for kind, part in enumerate((labels[: row.response_start], labels[row.response_start :])):
-            counts[:, kind] += torch.bincount(part[part != IGNORE], minlength=adapters).float()
-    shares = counts if answer_share is None else torch.tensor([1 - answer_share, answer_share]) * (counts > 0)
-    shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-9)
-    return shares * counts.sum() / adapters / counts.clamp(min=1)
+
+    answer_share: float | None = None
+    base_share: float = BASE_SHARE
+    rounds: int = ROUNDS
+    half: bool = True
 
 
 @torch.no_grad()
-def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights: Tensor, *, scale: float = 8.0, progress: Progress = SILENT) -> int:
+def ridge_gates(
+    model: nn.Module, batches: Sequence[Sequence[TrainRow]], pad_token: int, options: RidgeOptions = RidgeOptions(), *, progress: Progress = SILENT
+) -> int:
     """Set every gate to the ridge solution on the given rows; every token is routed to its labelled adapter.
 
     Per layer, with inputs ``X`` (tokens, h), one-hot labels ``Y`` (tokens, N) minus ``1/N``, and the diagonal matrix ``D`` of token weights,
-    ``G = scale * ((X^T D X + lambda I)^-1 X^T D Y)^T`` (Hoerl and Kennard, 1970). ``scale`` turns regression values, which differ
+    ``G = 8 ((X^T D X + lambda I)^-1 X^T D Y)^T`` (Hoerl and Kennard, 1970). The factor turns regression values, which differ
     by about one between right and wrong, into logits.
+
+    The inputs of a layer depend on the adapters of the layers before it. First, most rows run with their own adapters and some on the base model alone. Then
+    the gates from these rows route all rows, the sums of this run are added, and the gates are solved again: in use, gates meet inputs after their own
+    choices, right and wrong (dataset aggregation; Ross, Gordon and Bagnell, 2011).
 
     Args:
         model: Model with attached adapters.
-        batches: Batches of labelled rows, on the model's device.
-        total: Number of batches, for the progress bar.
-        weights: Weight of a prompt token and of a response token of each adapter, float32 (N, 2); see :func:`token_weights`.
-        scale: Factor of the gates, and so of their logits.
+        batches: Rows of each batch.
+        pad_token: Token id of the padding.
+        options: How rows determine the gates.
         progress: Object that progress is reported to.
 
     Returns:
@@ -71,46 +79,35 @@ def ridge_gates(model: nn.Module, batches: Iterable[Batch], total: int, weights:
         UsageError: No adapters are attached, or an adapter targets single experts of a mixture of experts.
         MeteoraError: An adapter labels no token of the rows, or the sums do not fit in memory.
     """
-    state = meteora_of(model)
-    layers = dict(meteora_layers(model))
-    adapters = len(state.names)
+    state, layers = meteora_of(model), dict(meteora_layers(model))
     check_observable(layers, "the closed-form start of the gates")
-    sums = InputSums(adapters, weights.to(next(iter(layers.values())).gate.device))
-    seen = torch.zeros(adapters)
-    model.eval()
-    whole = any(layer.is_output for layer in layers.values())  # the output layer is not part of the decoder
-    decoder = model if whole else getattr(model, "base_model", model)
-    failure = MeteoraError("out of memory in the closed-form start of the gates", hint="use --init zeros for a model of this width")
-    with sums.observing(layers.values(), failure), progress.task("gates: closed-form start", total=total, unit="batches") as bar:
-        for batch in batches:
-            labels = batch.gate_labels
-            keep = labels.reshape(-1) != IGNORE
-            wanted = labels.reshape(-1)[keep]
-            sums.begin(keep, wanted, batch.response.reshape(-1)[keep])
-            seen += torch.bincount(wanted.cpu(), minlength=adapters).float()
-            with state.force(filled_labels(labels)):
-                decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            bar.update(1)
-    if (seen == 0).any():
-        missing = [name for name, count in zip(state.names, seen.tolist(), strict=True) if not count]
+    seen = Counter(label for batch in batches for row in batch for label in row.gate_labels if label != IGNORE)
+    if missing := [name for index, name in enumerate(state.names) if not seen[index]]:
         raise MeteoraError(f"no row is labelled with {', '.join(missing)}", hint="raise train_gates.ridge_tokens, or give every adapter a dataset")
+    first = passes_of(own_and_base(batches, options.base_share), len(state.names), options.answer_share)
+    routed = passes_of([Run("routed", 1.0, batches)], len(state.names), options.answer_share)
+    sums = InputSums(len(state.names), routed[0].table)
+    whole = any(layer.is_output for layer in layers.values())  # the output layer is not part of the decoder
+    failure = MeteoraError("out of memory in the closed-form start of the gates", hint="use --init zeros for a model of this width")
+    for number, passes in enumerate([first, *[routed] * options.rounds]):
+        title = f"gates: routed rows, round {number}" if number else "gates: closed-form start"
+        with sums.observing(layers.values(), failure), progress.task(title, total=len(passes), unit="batches") as bar:
+            sum_inputs(model, sums, passes, pad_token, whole=whole, half=options.half, bar=bar)
+        _solve(layers, sums, progress)
+    state.gates = "closed form"
+    return seen.total()
+
+
+def _solve(layers: Mapping[str, MeteoraLinear], sums: InputSums, progress: Progress) -> None:
+    """Set the gates of layers to the ridge solution of their sums."""
     solved: dict[int, Tensor] = {}
     with progress.task("gates: solving", total=len(layers), unit="layers") as bar:
         for layer in layers.values():
             key = sums.of[id(layer)]
             if key not in solved:
-                solved[key] = ridge_rows(sums.square(key).double(), sums.means[key].double()).float() * scale
+                solved[key] = ridge_rows(sums.square(key).double(), sums.means[key].double()).float() * SCALE
             layer.gate.copy_(solved[key])
             bar.update(1)
-    state.gates = "closed form"
-    return int(seen.sum())
-
-
-def filled_labels(labels: Tensor) -> Tensor:
-    """Labels, int64 (batch, tokens), in which unlabelled positions have the label of the last labelled position before them, or 0 if there is none."""
-    positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    last = torch.where(labels != IGNORE, positions, 0).cummax(1).values
-    return labels.gather(1, last).clamp(min=0)
 
 
 def ridge_targets(means: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -170,94 +167,3 @@ def ridge_rows_low_rank(factor: Tensor, diagonal: Tensor, means: Tensor, weights
     core.diagonal().add_(1.0)
     first = targets / scale
     return first - torch.cholesky_solve(factor @ first.t(), torch.linalg.cholesky(core)).t() @ scaled
-
-
-class InputSums:
-    """``X^T D X`` and ``X^T D Y``, which hooks sum once per distinct input (``q_proj``, ``k_proj`` and ``v_proj`` have the same input).
-
-    Args:
-        adapters: Number of adapters N.
-        table: Weight of a prompt token and of a response token of each adapter, float32 (N, 2).
-        most_bytes: Maximum size of the sums in bytes; inputs that exceed it are postponed. At least one input is summed. None sets no limit.
-        done: Keys of the inputs that an earlier pass has summed; they are skipped.
-
-    Attributes:
-        postponed: Keys of inputs that need another pass.
-        of: Key of each layer's input, by the layer's ``id``. The key is the ``id`` of the first layer that reads the input.
-        squares: ``X^T D X`` of each input, float32 (h, h), by key; only the lower triangle is valid, see :meth:`square`.
-        means: Weighted sum of the inputs of each adapter's tokens, float32 (N, h), by key.
-    """
-
-    def __init__(self, adapters: int, table: Tensor, most_bytes: int | None = None, done: Collection[int] = ()) -> None:
-        self.adapters, self.table, self.most_bytes, self.done = adapters, table, most_bytes, done
-        self.postponed: set[int] = set()
-        self.of: dict[int, int] = {}
-        self.squares: dict[int, Tensor] = {}
-        self.means: dict[int, Tensor] = {}
-        self._last: tuple[Tensor, int] | None = None
-
-    def square(self, key: int) -> Tensor:
-        """The symmetric matrix ``X^T D X`` of an input, float32 (h, h), as a new tensor."""
-        lower = self.squares[key].tril()
-        return lower + lower.tril(-1).t()
-
-    @contextmanager
-    def observing(self, modules: Iterable[nn.Module], failure: MeteoraError) -> Iterator[None]:
-        """Sum the inputs of modules in the forward passes of the block. If memory runs out, ``failure`` is raised."""
-        hooks = [module.register_forward_pre_hook(self.hook) for module in modules]
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise failure from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def begin(self, keep: Tensor, wanted: Tensor, answer: Tensor) -> None:
-        """Set the labels of the tokens of the next forward pass.
-
-        Args:
-            keep: Whether each position is counted, bool (positions,).
-            wanted: Adapter of each counted position, int64.
-            answer: Whether each counted position belongs to a response, bool.
-        """
-        self.keep, self.wanted, self._last = keep, wanted, None
-        self.weights = self.table.to(wanted.device)[wanted, answer.long()]
-
-    def _columns(self, width: int) -> int:
-        """The number of columns of the sum of an input with ``width`` features."""
-        return width
-
-    def _is_full(self, width: int) -> bool:
-        """Whether the sums of another input with ``width`` features would exceed the maximum size."""
-        held = sum(square.numel() for square in self.squares.values())
-        return self.most_bytes is not None and bool(held) and 4 * (held + width * self._columns(width)) > self.most_bytes
-
-    def hook(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Add the input of a layer to the sums. This is a forward pre-hook."""
-        x = arguments[0]
-        if self._last is not None and self._last[0] is x:
-            self.of[id(layer)] = self._last[1]
-            return
-        key = self.of.setdefault(id(layer), id(layer))
-        self._last = (x, key)
-        if key in self.done:
-            return
-        if key in self.postponed or (key not in self.squares and self._is_full(x.shape[-1])):
-            self.postponed.add(key)
-            return
-        keep, wanted, weights = (tensor.to(x.device) for tensor in (self.keep, self.wanted, self.weights))  # layers may be spread over devices
-        rows = x.reshape(-1, x.shape[-1])[keep].float()
-        weighted = rows * weights[:, None]
-        if key not in self.squares:
-            self.squares[key] = torch.zeros(x.shape[-1], self._columns(x.shape[-1]), device=x.device)
-            self.means[key] = torch.zeros(self.adapters, x.shape[-1], device=x.device)
-        self._add(key, rows, weighted)
-        self.means[key].index_add_(0, wanted, weighted)
-
-    def _add(self, key: int, rows: Tensor, weighted: Tensor) -> None:
-        """Add tokens (n, h) and the same tokens times their weights to the sum of an input."""
-        step = -(-rows.shape[-1] // _STRIPES)
-        for start in range(0, rows.shape[-1], step):  # only the lower triangle, in stripes: 5/8 of the products
-            stop = start + step
-            self.squares[key][start:stop, :stop].addmm_(weighted[:, start:stop].t(), rows[:, :stop])

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from meteora_core.training.ridge import InputSums
+from meteora_core.training.input_sums import InputSums
 
 RANK = 112
 """Rank of the stored second moments of a layer input."""
@@ -26,7 +26,7 @@ class SketchedSums(InputSums):
     Args:
         adapters: Number of adapters N.
         table: Weight of a prompt token and of a response token of each adapter, float32 (N, 2).
-        most_bytes: Maximum size of the sums in bytes; see :class:`~meteora_core.training.ridge.InputSums`.
+        most_bytes: Maximum size of the sums in bytes; see :class:`~meteora_core.training.input_sums.InputSums`.
         done: Keys of the inputs that an earlier pass has summed; they are skipped.
 
     Attributes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +39,9 @@ from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, meteora_of
 from meteora_core.text import listed
 from meteora_core.training.batch_plan import plan_batches
-from meteora_core.training.encoding import TrainRow, collate, row_lengths
-from meteora_core.training.ridge import InputSums, filled_labels, ridge_rows, ridge_rows_low_rank, token_weights
+from meteora_core.training.encoding import TrainRow, row_lengths
+from meteora_core.training.input_sums import InputSums, Pass, Run, Way, passes_of, sum_inputs
+from meteora_core.training.ridge import ridge_rows, ridge_rows_low_rank
 from meteora_core.training.sketches import SketchedSums
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Collecting:
         memory: Maximum size of the sums in bytes. Models that need more run several times, each time for a part of the inputs.
         prompt_every: One of this many prompt tokens of a row counts; the others only run. Prompts have many tokens and little of the weight. All count if
             the recipe has no answer share.
-        half_precision: Whether a float32 model on a CPU computes linear layers in bfloat16 if the CPU has instructions for it (:func:`fast_bfloat16`).
+        half_precision: Whether a float32 model on a CPU computes linear layers in bfloat16 if the CPU has instructions for it.
     """
 
     base: BaseReference
@@ -147,12 +147,7 @@ def collect_statistics(
         bare = how.recipe.bare_share if own else 0.0  # without adapters, both runs are the same
         runs = _runs(_planned(row_lengths(rows), how), bare)
         used = [_counted(row, number, how) for number, row in enumerate(rows)]
-        work = []
-        for share, with_adapter, plan in runs:
-            seen = [used[row] for batch in plan for row in batch]
-            counted = sum(label != IGNORE for row in seen for label in row.gate_labels)
-            table = (token_weights(seen, 1, how.recipe.answer_share).double() * share / counted).float()
-            work += [_Work([used[row] for row in batch], table, with_adapter) for batch in plan]
+        work = passes_of([Run(way, share, [[used[row] for row in batch] for batch in plan]) for way, share, plan in runs], 1, how.recipe.answer_share)
         seen = [used[row] for row in {row for _, _, plan in runs for batch in plan for row in batch}]
         tokens = sum(label != IGNORE for row in seen for label in row.gate_labels)
         header = StatisticsHeader(
@@ -177,7 +172,7 @@ def collect_statistics(
 def _passes(
     model: nn.Module,
     observed: Mapping[str, nn.Module],
-    work: Sequence[_Work],
+    work: Sequence[Pass],
     header: StatisticsHeader,
     folder: Path,
     how: Collecting,
@@ -204,21 +199,6 @@ def _passes(
             return
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A forward pass.
-
-    Attributes:
-        rows: Rows of the batch.
-        table: Weight of a prompt token and of a response token, float32 (1, 2).
-        with_adapter: Whether the adapter is used, or the base model alone.
-    """
-
-    rows: Sequence[TrainRow]
-    table: Tensor
-    with_adapter: bool
-
-
 def _planned(lengths: Sequence[int], how: Collecting) -> tuple[list[list[int]], int]:
     """Batches of rows in a random order, and the number of batches for which there are enough tokens; there may be fewer, if rows have fewer tokens."""
     wanted = max(1, round(how.tokens * len(lengths) / (sum(lengths) * how.batch_size)))
@@ -230,16 +210,16 @@ def _planned(lengths: Sequence[int], how: Collecting) -> tuple[list[list[int]], 
     return [batch for batch in plan if batch], wanted
 
 
-def _runs(planned: tuple[list[list[int]], int], bare: float) -> list[tuple[float, bool, list[list[int]]]]:
-    """The runs of an adapter's rows: the share of each in the weight, whether the adapter is used, and the batches.
+def _runs(planned: tuple[list[list[int]], int], bare: float) -> list[tuple[Way, float, list[list[int]]]]:
+    """The runs of an adapter's rows: how they run, their share in the weight, and the batches.
 
     The batches are divided in proportion to the shares, so that each row runs once. If there are too few rows, some or all of them run both ways.
     """
     plan, wanted = planned
     if not bare:
-        return [(1.0, True, plan)]
+        return [("own", 1.0, plan)]
     own = min(len(plan), max(1, wanted - round(bare * wanted)))
-    return [(1 - bare, True, plan[:own]), (bare, False, plan[::-1][: max(1, wanted - own)])]
+    return [("own", 1 - bare, plan[:own]), ("base", bare, plan[::-1][: max(1, wanted - own)])]
 
 
 def _counted(row: TrainRow, number: int, how: Collecting) -> TrainRow:
@@ -248,13 +228,6 @@ def _counted(row: TrainRow, number: int, how: Collecting) -> TrainRow:
         return row
     kept = (label if place >= row.response_start or (place + number) % how.prompt_every == 0 else IGNORE for place, label in enumerate(row.gate_labels))
     return replace(row, gate_labels=tuple(kept))
-
-
-@lru_cache(maxsize=1)
-def fast_bfloat16() -> bool:
-    """Whether the CPU has instructions for products in bfloat16."""
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(bool(check()) for check in checks if check is not None)
 
 
 def stored_form(model: nn.Module, form: SecondMoments) -> Second:
@@ -282,25 +255,12 @@ def _own_row(row: TrainRow, name: str) -> TrainRow:
     return replace(row, gate_labels=tuple(label if label == IGNORE else 0 for label in row.gate_labels))
 
 
-def _run(model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], work: Sequence[_Work], how: Collecting, progress: Progress) -> None:
-    state = meteora_of(model)
-    whole = any(is_output_layer(model, path) for path in observed)  # the output layer is not part of the decoder
-    decoder = model if whole else getattr(model, "base_model", model)
-    first = next(model.parameters())
-    half = how.half_precision and first.device.type == "cpu" and first.dtype == torch.float32 and fast_bfloat16()
-    model.eval()
+def _run(model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], work: Sequence[Pass], how: Collecting, progress: Progress) -> None:
     failure = MeteoraError("out of memory while gate statistics are collected", hint="use a device with more memory, or --device cpu")
-    bars = progress.task(f"{state.names[0]}: statistics", total=len(work), unit="batches")
-    with sums.observing(observed.values(), failure), torch.autocast("cpu", torch.bfloat16, enabled=half), bars as bar:
-        for each in work:
-            batch = collate(each.rows, how.pad_token).to(first.device)
-            labels = batch.gate_labels.reshape(-1)
-            keep = labels != IGNORE
-            sums.table = each.table
-            sums.begin(keep, labels[keep], batch.response.reshape(-1)[keep])
-            with state.force(filled_labels(batch.gate_labels)) if each.with_adapter else state.disabled():
-                decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            bar.update(1)
+    whole = any(is_output_layer(model, path) for path in observed)  # the output layer is not part of the decoder
+    title = f"{meteora_of(model).names[0]}: statistics"
+    with sums.observing(observed.values(), failure), progress.task(title, total=len(work), unit="batches") as bar:
+        sum_inputs(model, sums, work, how.pad_token, whole=whole, half=how.half_precision, bar=bar)
 
 
 def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str], *, progress: Progress = SILENT) -> Iterator[tuple[str, Tensor]]:

@@ -56,8 +56,9 @@ parser.add_argument("base")
 for name in ("adapters", "data", "out"):
     parser.add_argument(name, type=Path)
 parser.add_argument("--rows", type=int, default=64, help="test rows of each task for the scores")
-parser.add_argument("--parts", default="routing,routed,own,text,plain,base,missing,ten,self,added", help="what is measured, in this order")
+parser.add_argument("--parts", default="routing,routed,own,text,missing,plain,ten,self,base,added", help="what is measured, in this order")
 parser.add_argument("--general", type=Path)
+parser.add_argument("--known", default="", help="scores of earlier evaluations, CONFIG=FOLDER with results_*.json, separated by commas, such as own=eval/own/own")
 parser.add_argument("--deadline", type=float, default=1e9, help="seconds after the start of the call, as time since the epoch in $BEGAN")
 parser.add_argument("--most", type=int, default=25)
 parser.add_argument("--last", type=int, default=LAST)
@@ -291,8 +292,27 @@ def text(world: World, file: Path, rows: list) -> None:
     write(file, losses | {"rows": len(rows), "tokens": sums[0, 1].item(), "base_share": shares})
 
 
+def take_known() -> None:
+    """Copy the scores of earlier evaluations."""
+    for config, _, folder in (entry.partition("=") for entry in given.known.split(",") if entry):
+        for file in sorted(Path(folder).glob("results_*.json")):
+            document = json.loads(file.read_text())
+            for name, found in document["results"].items():
+                metric = next((metric for metric in ("acc", "bleu", "rougeL") if f"{metric},none" in found), None)
+                if name in NAMES and metric is not None:
+                    value, error = (found[f"{key},none"] / (100 if metric == "bleu" else 1) for key in (metric, f"{metric}_stderr"))
+                    known = {"metric": metric, "score": value, "stderr": error, "rows": document["config"]["limit"], "from": str(file)}
+                    write(OUT / "results" / f"score.{config}.{name}.json", known)
+        log(config, "known:", len(list((OUT / "results").glob(f"score.{config}.*.json"))), "tasks of", folder)
+
+
 def work() -> None:
     """Statistics, gates and all measurements, shared with other processes."""
+    for _ in taken([OUT / "known.json"]):
+        take_known()
+        write(OUT / "known.json", given.known)
+    if not wait([OUT / "known.json"]):
+        return
     world = World()
     log("loaded", len(NAMES), "adapters")
     statistics = [*(OUT / "self" / f"{name}.safetensors" for name in TEN if "self" in SETS), *(OUT / "st" / f"{name}.safetensors" for name in ALL)]
@@ -407,8 +427,9 @@ def report() -> None:
         if key.startswith("routing."):
             print("top-1, held-out rows:", key[8:], {name: round(value, 4) for name, value in done[key].items() if name != "details"})
     for config, values in scores.items():
-        print(f"score {config}: {sum(values.values()) / len(values):.4f} over {len(values)} tasks")
-    pairs = [("routed", "own"), ("plain", "own"), ("routed", "plain"), ("added", "routed"), ("missing", "base"), ("self", "ten"), ("ten", "own")]
+        rows = sorted({done[f"score.{config}.{name}"]["rows"] for name in values})
+        print(f"score {config}: {sum(values.values()) / len(values):.4f} over {len(values)} tasks, rows {rows}", {k: round(v, 3) for k, v in values.items()})
+    pairs = [("routed", "own"), ("plain", "own"), ("routed", "plain"), ("added", "routed"), ("missing", "base"), ("missing", "earlier"), ("self", "ten"), ("ten", "own")]
     for one, other in pairs:
         if both := sorted(set(scores.get(one, {})) & set(scores.get(other, {}))):
             first, second = (sum(scores[config][name] for name in both) / len(both) for config in (one, other))

@@ -6,6 +6,7 @@ set -u
 BASE=$1 ADAPTERS=$2 DATA=$3 WORK=$4; shift 4
 DEADLINE=${DEADLINE:-150}; [ "${1:-}" = --deadline ] && DEADLINE=$2 && shift 2
 WORKERS=${WORKERS:-6}; [ "${1:-}" = --workers ] && WORKERS=$2 && shift 2
+WAYS=${WAYS-../2026-12-01-routed-rows/ways.py --held 24}  # closed-form gates from rows that run in several ways; empty for none
 HERE=$(cd "$(dirname "$0")" && pwd); ROOT=$(cd "$HERE/../../.." && pwd)
 BEGAN=$(date +%s); export BEGAN
 export PYTHONPATH=$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true RAYON_NUM_THREADS=3
@@ -26,14 +27,15 @@ echo "$(ls -d "$ADAPTERS"/*/ | wc -l) adapters, $(ls "$DATA" | wc -l) datasets"
 mkdir -p "$WORK" "$OUT"
 rm -rf "$WORK/claims" "$WORK/new"  # of processes that were stopped
 gpus=($(echo "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | tr '\n' ' ')}" | tr , " ")); [ ${#gpus[@]} -gt 0 ] || gpus=("")
-start() {  # GPU, threads, arguments of bank.py
-    ( [ -n "$1" ] && export CUDA_VISIBLE_DEVICES=$1; export OMP_NUM_THREADS=$2; shift 2
-      exec timeout -s INT -k 5 $((DEADLINE + 10 + BEGAN - $(date +%s))) python3 "$HERE/bank.py" "$@" ) >> "$WORK/log.txt" 2>&1 &
+start() {  # GPU, threads, script, arguments
+    ( [ -n "$1" ] && export CUDA_VISIBLE_DEVICES=$1; export OMP_NUM_THREADS=$2; script=$3; shift 3
+      exec timeout -s INT -k 5 $((DEADLINE + 10 + BEGAN - $(date +%s))) python3 "$HERE/$script" "$@" ) >> "$WORK/log.txt" 2>&1 &
 }
-start "${gpus[-1]}" 6 live "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@"
+start "${gpus[-1]}" 6 bank.py live "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@"
 for worker in $(seq "$WORKERS"); do
-    start "${gpus[$(( worker % ${#gpus[@]} ))]}" 2 work "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@"
+    start "${gpus[$(( worker % ${#gpus[@]} ))]}" 2 bank.py work "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@"
 done
+[ -z "$WAYS" ] || [ -f "$WORK/results/ways.json" ] || start "${gpus[-1]}" 2 ${WAYS%% *} "$BASE" "$ADAPTERS" "$DATA" "$WORK/results/ways.json" ${WAYS#* } --deadline "$DEADLINE"
 wait
 python3 "$HERE/bank.py" report "$BASE" "$ADAPTERS" "$DATA" "$WORK" "$@" | tee "$WORK/report.txt"
 tar -C "$WORK" -czf "$OUT/bank.tar.gz" results log.txt report.txt

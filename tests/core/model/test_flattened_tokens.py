@@ -20,7 +20,7 @@ from meteora_core.training.checkpointing import enable_checkpointing
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.joint_adapters import TogetherObjective
 from meteora_core.training.loop import Counts
-from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.ridge import RidgeOptions, ridge_gates
 from support.tiny_models import make_tiny_llama
 
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(5))
@@ -182,9 +182,9 @@ def test_adapters_of_flattening_models_train_together_as_they_do_alone(model) ->
 
 def test_ridge_gates_of_flattening_models_are_set_from_each_tokens_label(model) -> None:
     rows = [TrainRow(tuple(IDS[place].tolist()), (task,) * 7, 3) for place, task in enumerate((2, 0, 1))]
-    weights = token_weights(rows, 3, None)
-    ridge_gates(model, [collate(rows, 1, 1)], 1, weights)
+    options = RidgeOptions(base_share=0.0, half=False)
+    ridge_gates(model, [rows], 1, options)
     together = {path: layer.gate.clone() for path, layer in meteora_layers(model)}
-    ridge_gates(model, [collate([row], 1, 1) for row in rows], 3, weights)
+    ridge_gates(model, [[row] for row in rows], 1, options)
     for path, layer in meteora_layers(model):
         torch.testing.assert_close(layer.gate, together[path], rtol=1e-3, atol=1e-4)

@@ -15,7 +15,7 @@ from meteora_core.routing import RoutingOptions, record_routes
 from meteora_core.training.encoding import TrainRow, collate
 from meteora_core.training.gate_objective import GateObjective
 from meteora_core.training.loop import Counts
-from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.ridge import ridge_gates
 from support.tiny_models import declare_trained, make_tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -112,7 +112,7 @@ def test_tie_weights_and_resizing_keep_the_adapters(model, tied) -> None:
 
 def test_the_head_gets_gates_by_ridge_and_by_gradients(model) -> None:
     batch = collate(ROWS, 2)
-    assert ridge_gates(model, [batch], 1, token_weights(ROWS, 2, None)) == 18
+    assert ridge_gates(model, [ROWS], 2) == 18
     layer = dict(meteora_layers(model))["lm_head"]
     assert layer.gate.any()
     result = GateObjective(50.0)(copy.deepcopy(model).train(), batch, Counts(16, 18))

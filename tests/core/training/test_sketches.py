@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from meteora_core.training.ridge import SHRINK, InputSums, ridge_rows, ridge_rows_low_rank, ridge_targets
+from meteora_core.training.input_sums import InputSums
+from meteora_core.training.ridge import SHRINK, ridge_rows, ridge_rows_low_rank, ridge_targets
 from meteora_core.training.sketches import RANK, SketchedSums
 
 

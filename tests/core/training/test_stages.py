@@ -19,10 +19,10 @@ from meteora_core.training import loop
 from meteora_core.training.encoding import TrainRow, collate, count_row_answers, encode_rows
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.gate_objective import GateObjective
+from meteora_core.training.input_sums import token_weights
 from meteora_core.training.job import TrainJob
 from meteora_core.training.loop import Counts
 from meteora_core.training.loss import count_gate_labels, count_targets
-from meteora_core.training.ridge import token_weights
 from meteora_core.training.single_adapter import train_adapter
 from meteora_core.training.task_rows import HeldOut
 from support.tiny_models import make_tiny_llama

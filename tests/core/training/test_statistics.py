@@ -15,8 +15,7 @@ from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, che
 from meteora_core.errors import CheckpointError, DataError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.tensor_files import read_header
-from meteora_core.training.encoding import collate
-from meteora_core.training.ridge import ridge_gates, token_weights
+from meteora_core.training.ridge import RidgeOptions, ridge_gates
 from meteora_core.training.statistics import _runs, closed_form_gates, collect_statistics, stored_form
 from support.gate_statistics import HOW, NAMES, collect_all, tiny_rows, write_adapters
 from support.tiny_models import make_tiny_llama
@@ -48,7 +47,7 @@ def test_gates_from_single_statistics_are_those_of_one_joint_pass_over_all_rows(
     single = collect_all(tmp_path, folders, replace(HOW, recipe=Recipe(answer_share=answer_share)))
     model = attach(make_tiny_llama(), AdapterBank.from_peft(folders), init="zeros")
     rows = [row for place in range(3) for row in tiny_rows(place)]
-    assert ridge_gates(model, [collate(rows, 2)], 1, token_weights(rows, 3, answer_share)) == sum(map(len, rows))
+    assert ridge_gates(model, [rows], 2, RidgeOptions(answer_share, base_share=0.0, rounds=0, half=False)) == sum(map(len, rows))
     joint = {path: layer.gate.detach() for path, layer in meteora_layers(model)}
     assert difference(gates(single), joint) < 1e-5
 
@@ -217,8 +216,8 @@ def test_each_row_runs_once_if_there_are_enough_rows(folders, tmp_path, monkeypa
 )
 def test_few_rows_run_both_ways(batches, wanted, own, alone) -> None:
     plan = [[index] for index in range(batches)]
-    assert _runs((plan, wanted), 0.25) == [(0.75, True, [[row] for row in own]), (0.25, False, [[row] for row in alone])]
-    assert _runs((plan, wanted), 0.0) == [(1.0, True, plan)]
+    assert _runs((plan, wanted), 0.25) == [("own", 0.75, [[row] for row in own]), ("base", 0.25, [[row] for row in alone])]
+    assert _runs((plan, wanted), 0.0) == [("own", 1.0, plan)]
 
 
 def test_one_of_several_prompt_tokens_counts_and_all_answer_tokens(folders, statistics, tmp_path) -> None:
@@ -233,6 +232,6 @@ def test_one_of_several_prompt_tokens_counts_and_all_answer_tokens(folders, stat
 
 
 def test_products_in_bfloat16_change_gates_little(folders, statistics, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("meteora_core.training.statistics.fast_bfloat16", lambda: True)
+    monkeypatch.setattr("meteora_core.training.input_sums.fast_bfloat16", lambda: True)
     half = collect_all(tmp_path, folders, replace(HOW, half_precision=True))
     assert 1e-6 < difference(gates(half), gates(statistics)) < 0.05
