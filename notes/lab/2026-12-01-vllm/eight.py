@@ -1,11 +1,11 @@
-"""eight.py FILE: one launch over an 8-bit base for the four groups of a Llama-3-8B layer with 8, 64, 1 and 128 tokens, in CUDA graphs, weights read from memory.
+"""eight.py FILE: one launch over an 8-bit base for the four groups of a Llama-3-8B layer with 8 and 64 tokens, in CUDA graphs, weights read from memory.
+Then tiles of the pass that adds B to a finished output (`steps/up.py`), at 256 and 8,192 tokens.
 
 28 adapters of rank 8, bfloat16, every token's options in a table as in vLLM. "base" is the library's product of 8-bit numbers with scales of one, without
-quantising x. Each variant is checked against float32. Steps are counted in 16-bit numbers, of which 8-bit tiles have twice as many. Saves FILE after every group. LIMIT: seconds.
+quantising x. Each variant's largest error of a token is relative to float32. Steps are counted in 16-bit numbers, of which 8-bit tiles have twice as many. Saves FILE after every group. LIMIT: seconds.
 TINY=1: a dry run in the interpreter.
 """
-import json, os, sys, time
-from concurrent.futures import ThreadPoolExecutor
+import json, os, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,25 +19,21 @@ from meteora_kernels import Adapters, Routing, reference
 from meteora_kernels.group.eight_bits import EightBits, row_for, run_eight_bits
 from meteora_kernels.plan import Row, use
 from meteora_kernels.plan.table import Span, shipped
+from meteora_kernels.steps import up as up_step
 from meteora_kernels.tile import Tile
 from meteora_kernels.token_options import new_options, option_row
 
 START, FILE, LIMIT = time.time(), Path(sys.argv[1]), float(os.environ.get("LIMIT", 55))
-SIZES = (8,) if TINY else (8, 64, 1, 128)
+SIZES, PROCESSES = ((8,), 0) if TINY else ((8, 64), 6)
 found = {}
 VARIANTS = {  # outputs, step, warps, stages, pieces of the base, pieces of gates and A
-    8: {
-        "gate_up": [(128, 64, 4, 8, 1, 4), (64, 128, 4, 8, 1, 4), (128, 128, 8, 5, 1, 4), (64, 256, 4, 5, 1, 4)],
-        "down": [(64, 256, 4, 5, 1, 8), (64, 128, 4, 8, 1, 16), (64, 256, 4, 5, 1, 16), (64, 128, 4, 8, 2, 16)],
-        "qkv": [(64, 128, 4, 8, 1, 3), (64, 256, 4, 5, 1, 3), (64, 64, 4, 8, 1, 3), (64, 128, 4, 8, 1, 2)],
-        "o": [(64, 128, 4, 8, 1, 8), (64, 128, 4, 8, 1, 16), (64, 256, 4, 5, 1, 16), (64, 128, 4, 8, 2, 8)],
-    },
-    64: {
-        "gate_up": [(128, 64, 4, 8, 1, 4), (64, 128, 4, 6, 1, 4), (128, 128, 8, 4, 1, 4)],
-        "down": [(64, 128, 4, 6, 1, 8), (64, 128, 4, 6, 1, 16), (64, 64, 4, 8, 1, 16)],
-        "qkv": [(64, 128, 4, 7, 1, 3), (64, 64, 4, 8, 1, 3)],
-        "o": [(64, 128, 4, 6, 1, 8), (64, 128, 4, 7, 1, 16)],
-    },
+    (8, "gate_up"): [(64, 128, 4, 8, 1, 4), (128, 64, 4, 8, 1, 4)],
+    (8, "down"): [(64, 256, 4, 5, 1, 8), (64, 128, 4, 8, 1, 16)],
+    (8, "qkv"): [(64, 256, 4, 5, 1, 3), (64, 128, 4, 8, 1, 3)],
+    (8, "o"): [(64, 128, 4, 8, 1, 8), (64, 128, 4, 8, 1, 16)],
+    (64, "gate_up"): [(128, 64, 4, 8, 1, 4)],
+    (64, "down"): [(64, 128, 4, 6, 1, 16)],
+    (64, "o"): [(64, 128, 4, 7, 1, 16)],
 }
 
 
@@ -61,50 +57,97 @@ def exact(group, block, x, x8, x_scale):
     return torch.cat(parts, dim=1)
 
 
+def rows_of(group, name, tokens):
+    first = row_for(group, tokens, 2)
+    rows = {"present": first} if first else {}
+    for values in VARIANTS.get((tokens, name), ()):
+        tile = Tile(max(16, tokens), *values[:4])
+        rows[" ".join(map(str, values))] = Row("one_launch", tokens=Span(1, tile.tokens), pieces=values[4], gate_pieces=values[5], tile=tile)
+    return rows
+
+
+def inputs(group, tokens):
+    torch.manual_seed(7)
+    x = torch.randn(tokens, group.weights.shape[1], dtype=DTYPE, device=DEVICE)
+    x_scale = x.float().abs().amax(1, keepdim=True) / 448
+    return x, (x.float() / x_scale).to(torch.float8_e4m3fn), x_scale, Routing(2, 1.0, new_options(256, option_row(N, 2, 1.0), DEVICE))
+
+
+def run(group, row, given):
+    x, x8, x_scale, routing = given
+    return run_eight_bits(x, x8, x_scale, replace(group, choices={("eight", len(x), 2): row}), routing)
+
+
+def compile_some(part):
+    index = 0
+    for tokens in SIZES:
+        for name in GROUPS:
+            group, _ = group_of(name, 0)
+            for row in rows_of(group, name, tokens).values():
+                if index % PROCESSES == part:
+                    try:
+                        run(group, row, inputs(group, tokens))
+                    except Exception as failure:
+                        print(f"[eight] {name} {tokens} {row.tile}: {failure!r}"[:400], flush=True)
+                index += 1
+
+
 def measure(name, tokens):
     size = sum(GROUPS[name][0]) * GROUPS[name][1]
     pairs = [group_of(name, seed) for seed in range(1 if TINY else max(2, min(12, -(-400_000_000 // size))))]
     groups, (group, block) = [pair[0] for pair in pairs], pairs[0]
-    hidden = group.weights.shape[1]
-    torch.manual_seed(7)
-    x = torch.randn(tokens, hidden, dtype=DTYPE, device=DEVICE)
-    x_scale = x.float().abs().amax(1, keepdim=True) / 448
-    x8 = (x.float() / x_scale).to(torch.float8_e4m3fn)
-    routing, one = Routing(2, 1.0, new_options(256, option_row(N, 2, 1.0), DEVICE)), torch.ones((), device=DEVICE)
-    wanted = exact(group, block, x, x8, x_scale)
-    first = row_for(group, tokens, 2)
-    rows = {"present": first} if first else {}
-    for values in VARIANTS.get(tokens, {}).get(name, ()):
-        tile = Tile(max(16, tokens), *values[:4])
-        rows[" ".join(map(str, values))] = Row("one_launch", tokens=Span(1, tile.tokens), pieces=values[4], gate_pieces=values[5], tile=tile)
-
-    def run(one_group, row):
-        return run_eight_bits(x, x8, x_scale, replace(one_group, choices={("eight", tokens, 2): row}), routing)
-
-    def attempt(row):
+    given, one = inputs(group, tokens), torch.ones((), device=DEVICE)
+    wanted = exact(group, block, *given[:3])
+    times = {"base": 0 if TINY else timed(lambda: [torch._scaled_mm(given[1], each.weights.t(), one, one, out_dtype=DTYPE) for each in groups], len(groups))}
+    for label, row in rows_of(group, name, tokens).items():
         try:
-            error = ((run(group, row).float() - wanted).norm(dim=1) / wanted.norm(dim=1)).max().item()
-            return error
+            error = ((run(group, row, given).float() - wanted).norm(dim=1) / wanted.norm(dim=1)).max().item()
+            times[label] = (timed(lambda: [run(each, row, given) for each in groups], len(groups)), round(error, 5)) if error < 0.02 else f"wrong: {error}"
         except Exception as failure:
-            return repr(failure)[:300]
-
-    with torch.inference_mode(), ThreadPoolExecutor(1 if TINY else 14) as pool:
-        errors = dict(zip(rows, pool.map(attempt, rows.values())))
-    times = {"base": 0 if TINY else timed(lambda: [torch._scaled_mm(x8, each.weights.t(), one, one, out_dtype=DTYPE) for each in groups], len(groups)), "row": str(first)}
-    for label, row in rows.items():
-        error = errors[label]
-        right = isinstance(error, float) and error < 0.02
-        times[label] = timed(lambda: [run(each, row) for each in groups], len(groups)) if right else f"wrong: {error}"
-    times["errors"] = {label: error if isinstance(error, str) else round(error, 5) for label, error in errors.items()}
-    found[f"{name} {tokens}"] = times
+            times[label] = repr(failure)[:300]
+    found[f"{name} {tokens}"] = {**times, "row": str(row_for(group, tokens, 2))}
     FILE.write_text(json.dumps(found, indent=1))
-    print(f"[eight] {name} {tokens}:", {label: value for label, value in times.items() if label not in ("errors", "row")}, "errors", sorted(times["errors"].values(), key=str)[-1:], f"{time.time() - START:.0f} s", flush=True)
+    print(f"[eight] {name} {tokens}:", times, f"{time.time() - START:.0f} s", flush=True)
+
+
+TILES = [(64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (128, 256, 32, 8, 3), (64, 256, 32, 8, 3), (128, 128, 64, 8, 2)]
+
+
+def ups():
+    """Tiles of the pass that adds B, for gate and up and for o; each result is compared with the first one."""
+    for name in ("gate_up", "o"):
+        group, block = group_of(name, 0)
+        for tokens in (256, 8192):
+            y = torch.randn(tokens, sum(group.adapters.widths), device=DEVICE, dtype=DTYPE)
+            middle = torch.randn(tokens, len(group.adapters.widths) * group.adapters.total_rank, device=DEVICE, dtype=DTYPE) * 0.1
+            times, first = {}, None
+            for tile in TILES:
+                try:
+                    up_step.MANY_TILE = tile
+                    out = torch.empty_like(y)
+                    up_step.up(middle, block.adapters, y, out)
+                    first = out if first is None else first
+                    times[str(tile)] = timed(lambda: [up_step.up(middle, block.adapters, y, out) for _ in range(4)], 4) if (out.float() - first.float()).abs().max() < 0.1 else "wrong"
+                except Exception as failure:
+                    times[str(tile)] = repr(failure)[:200]
+            up_step.MANY_TILE = TILES[0]
+            found[f"up {name} {tokens}"] = times
+            FILE.write_text(json.dumps(found, indent=1))
+            print(f"[up] {name} {tokens}:", times, f"{time.time() - START:.0f} s", flush=True)
 
 
 if TINY:
     use(torch.device("cpu"), shipped("h200"))
-for tokens in SIZES:
-    for name in GROUPS:
-        if time.time() - START < LIMIT:
-            with torch.inference_mode():
+with torch.inference_mode():
+    if sys.argv[2:3] == ["compile"]:
+        sys.exit(compile_some(int(sys.argv[3])))
+    workers = [subprocess.Popen([sys.executable, __file__, str(FILE), "compile", str(part)]) for part in range(PROCESSES)]
+    for worker in workers:
+        worker.wait()
+    print(f"[eight] compiled after {time.time() - START:.0f} s", flush=True)
+    for tokens in SIZES:
+        for name in GROUPS:
+            if time.time() - START < LIMIT:
                 measure(name, tokens)
+    if time.time() - START < LIMIT and not TINY:
+        ups()
