@@ -13,6 +13,7 @@ from examples.paper.engine import Engine
 from examples.paper.figures import composite, headlines, own_share, slim
 from examples.paper.plan import Experiment, fill
 from examples.paper.plots import draw_all
+from examples.paper.routers import load_routers, routers_section
 from meteora_core.checkpoints.native import CONFIG_FILE
 from meteora_core.errors import MeteoraError
 from meteora_core.evaluation.results import load_results
@@ -109,6 +110,8 @@ def sections(engine: Engine, documents: Mapping[str, Any], gates: Mapping[str, M
     for role in ("meteora", "extension"):
         if f"heat_map_{role}" in pictures:
             made.append(f"### {titles[role]}: tasks by adapters" + picture(pictures, f"heat_map_{role}", f"Which adapters {titles[role]} chose"))
+    if routed := routers_section(load_routers(engine), experiment.docs):
+        made.append("## Routers\n\n" + routed)
     made.append("## Goals\n\n" + goals_table(documents, gates.get("meteora", {})))
     made.append("## How the figures were made\n\n" + "\n".join(method))
     made.append("## Commands\n\n" + commands(engine))

@@ -8,6 +8,7 @@ import pytest
 
 from examples.paper.claims import claims, goals
 from examples.paper.figures import Figure, average, headlines, own_by_depth, own_share, slim
+from examples.paper.routers import routers_section
 
 
 def single(**accuracies: float) -> dict[str, Any]:
@@ -128,3 +129,21 @@ def test_routing_by_depth_leaves_the_first_layer_out_of_the_share() -> None:
     assert own_share(document, "b") is None
     assert slim(document)["meteora"]["routing"]["a"] == {"tokens": 3, "own_top1_by_decoder_layer": {"0": 0.1, "1": 0.7}}
     assert "own_top1_by_layer" in document["meteora"]["routing"]["a"]
+
+
+def router(name: str, **accuracies: float) -> dict[str, Any]:
+    return {**single(**accuracies), "config": {"model": name}, "n-samples": {task: {"effective": 16} for task in accuracies}}
+
+
+def test_routers_are_compared_with_the_oracle(tmp_path) -> None:
+    assert routers_section([], tmp_path) == routers_section([router("router:arrow", a=0.5)], tmp_path) == ""
+    documents = [router("router:oracle", a=0.8, b=0.4), router("router:centroid@1", a=0.8, b=0.2), router("router:centroid@2", a=0.4, b=0.4)]
+    text = routers_section([*documents, router("router:meteora:without-asked", a=0.2, b=0.1)], tmp_path)
+    lines = {line.split(":")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert "| 0.600 ± " in lines["| oracle"]
+    assert "| 0.450 ± " in lines["| centroid"]
+    assert "| 75.0% (" in lines["| centroid"]
+    assert lines["| centroid"].endswith("| – | – |")
+    assert "| – | – | 0.150 ± " in lines["| meteora"]
+    assert "| 25.0% (" in lines["| meteora"]
+    assert {file.name for file in tmp_path.iterdir()} == {"routers.json", "routers.png"}
