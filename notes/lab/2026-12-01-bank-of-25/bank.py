@@ -418,6 +418,7 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def report() -> None:
     """Print all figures that the finished parts give."""
+    take_known()
     done = {file.stem: json.loads(file.read_text()) for file in (OUT / "results").glob("*.json")}
     scores: dict[str, dict[str, float]] = {}
     for key, value in done.items():
@@ -429,7 +430,7 @@ def report() -> None:
     for config, values in scores.items():
         rows = sorted({done[f"score.{config}.{name}"]["rows"] for name in values})
         print(f"score {config}: {sum(values.values()) / len(values):.4f} over {len(values)} tasks, rows {rows}", {k: round(v, 3) for k, v in values.items()})
-    pairs = [("routed", "own"), ("plain", "own"), ("routed", "plain"), ("added", "routed"), ("missing", "base"), ("missing", "earlier"), ("self", "ten"), ("ten", "own")]
+    pairs = [("routed", "own"), ("closed", "own"), ("plain", "own"), ("routed", "plain"), ("added", "routed"), ("missing", "base"), ("missing", "earlier"), ("self", "ten"), ("ten", "own")]
     for one, other in pairs:
         if both := sorted(set(scores.get(one, {})) & set(scores.get(other, {}))):
             first, second = (sum(scores[config][name] for name in both) / len(both) for config in (one, other))

@@ -1,5 +1,6 @@
 #!/bin/bash
 # Measures a bank of adapters (bank.py) on all visible GPUs within a time limit; a later call continues.
+# Beside it, `train gates --init ridge --max-steps 0` over the same adapters, and its scores (CLOSED= leaves this out), and ways.py (WAYS= leaves it out).
 #   OUT=FOLDER bank.sh BASE ADAPTERS DATA WORK [--deadline SECONDS] [--workers N] [options of bank.py]
 # BASE: model folder; ADAPTERS: folder of PEFT folders; DATA: folder of built datasets; WORK: folder of intermediate results; $OUT gets bank.tar.gz.
 set -u
@@ -35,9 +36,22 @@ start "${gpus[-1]}" 6 bank.py live "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadlin
 for worker in $(seq "$WORKERS"); do
     start "${gpus[$(( worker % ${#gpus[@]} ))]}" 2 bank.py work "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@"
 done
+closed() {  # the closed form of `train gates`, with as many tokens of each adapter as bank.py reads, and its scores
+    local names=$(for name in $(ls "$ADAPTERS"); do [ -f "$DATA/$name/train.jsonl" ] && echo "$name"; done | head -n "${MOST:-25}" | paste -sd,)
+    printf '[train_gates]\nmax_length = 512\nridge_tokens = %s\n' "${RIDGE_TOKENS:-200000}" > "$WORK/closed.toml"
+    meteora() { python3 -m meteora_cli --config "$WORK/closed.toml" "$@" --task "$names" --data "$DATA"; }
+    [ -f "$WORK/closed/meteora_config.json" ] || meteora train gates --base "$BASE" --adapters "$ADAPTERS" --out "$WORK/closed" --init ridge --max-steps 0 --answer-share 0.8 --batch-size 40 &&
+        meteora eval --checkpoint "$WORK/closed" --top-k 2 --limit "${CLOSED_ROWS:-32}" --out "$WORK/eval" ${CLOSED_EVAL:-}
+    echo "[closed] ended after $(( $(date +%s) - BEGAN )) s"
+}
+if [ -n "${CLOSED-1}" ]; then
+    ( [ -n "${gpus[-1]}" ] && export CUDA_VISIBLE_DEVICES=${gpus[-1]}; export OMP_NUM_THREADS=2; export -f closed; export ADAPTERS DATA WORK BASE
+      exec timeout -s INT -k 5 $((DEADLINE + 10 + BEGAN - $(date +%s))) bash -c closed ) >> "$WORK/closed.txt" 2>&1 &
+fi
 [ -z "$WAYS" ] || [ -f "$WORK/results/ways.json" ] || start "${gpus[-1]}" 2 ${WAYS%% *} "$BASE" "$ADAPTERS" "$DATA" "$WORK/results/ways.json" ${WAYS#* } --deadline "$DEADLINE"
 wait
-python3 "$HERE/bank.py" report "$BASE" "$ADAPTERS" "$DATA" "$WORK" "$@" | tee "$WORK/report.txt"
-tar -C "$WORK" -czf "$OUT/bank.tar.gz" results log.txt report.txt
+python3 "$HERE/bank.py" report "$BASE" "$ADAPTERS" "$DATA" "$WORK" "$@" --known "closed=$WORK/eval/meteora" | tee "$WORK/report.txt"
+tar -C "$WORK" -czf "$OUT/bank.tar.gz" results $(cd "$WORK" && ls log.txt report.txt closed.txt closed/meteora_config.json eval/meteora/results_*.json 2> /dev/null)
+[ -f "$WORK/closed.txt" ] && tail -c 3000 "$WORK/closed.txt" | tr '\r' '\n' | tail -25
 grep -v "score\." "$WORK/log.txt" | grep -i "^ *[0-9.]* \[\|error" | tail -60
 echo "$(ls "$WORK/results" | wc -l) parts in $(( $(date +%s) - BEGAN )) s: $(ls -l "$OUT/bank.tar.gz")"
