@@ -10,6 +10,23 @@ from meteora_kernels.device.routing import coefficients_of, keep_routes, routes_
 
 
 @triton.jit
+def picks_of_token(
+    logits, stride_logits, stride_split, token, allowed, chosen, writes, count, temperature,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Indices int32 and weights float32 (1, SLOTS) of one token, by :func:`meteora_kernels.device.routing.routes_of_logits`.
+
+    KEEP: The program for which ``writes`` is true also writes the routes to ``chosen`` (:func:`meteora_kernels.device.routing.keep_routes`).
+    """
+    tokens = token + tl.zeros([1, 1], dtype=tl.int32)
+    picks, shares = routes_of_logits(
+        logits, tokens, stride_logits, allowed, tokens >= 0, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, stride_split, SPLITS
+    )
+    keep_routes(chosen, tokens, writes, picks, shares, TOP_K, SLOTS, KEEP)
+    return picks, shares
+
+
+@triton.jit
 def route_of_token(
     logits, stride_logits, stride_split, token, places, allowed, scaling, offsets, chosen, writes, count, temperature,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, HAS_ALLOWED: tl.constexpr,
@@ -18,20 +35,41 @@ def route_of_token(
     """The rows of A and B (int64) and ``w_j s_j`` (float32) of one token at ``places`` (P, 1).
 
     Place ``slot * RANK_P + i`` is the i-th row of the slot's adapter. Past the adapter's rank and past the last slot, the row is -1 and the value 0.
-    KEEP: The program for which ``writes`` is true also writes the routes to ``chosen`` (:func:`meteora_kernels.device.routing.keep_routes`).
+    The other arguments are those of :func:`picks_of_token`.
     """
     slots = tl.arange(0, SLOTS)[None, :]
-    tokens = token + tl.zeros([1, 1], dtype=tl.int32)
-    picks, shares = routes_of_logits(
-        logits, tokens, stride_logits, allowed, tokens >= 0, count, temperature, TOP_K, SLOTS, PADDED, HAS_ALLOWED, stride_split, SPLITS
+    picks, shares = picks_of_token(
+        logits, stride_logits, stride_split, token, allowed, chosen, writes, count, temperature, TOP_K, SLOTS, PADDED, SPLITS, HAS_ALLOWED, KEEP
     )
-    keep_routes(chosen, tokens, writes, picks, shares, TOP_K, SLOTS, KEEP)
     own = places // RANK_P == slots
     pick = tl.sum(tl.where(own, picks, 0), axis=1)[:, None]
     share = tl.sum(tl.where(own, shares, 0.0), axis=1)[:, None]
     rows = tl.load(offsets + pick) + places % RANK_P
     inside = (places < TOP_K * RANK_P) & (rows < tl.load(offsets + pick + 1))
     return tl.where(inside, rows, -1), tl.where(inside, share * tl.load(scaling + pick), 0.0)
+
+
+@triton.jit
+def rows_without_gaps(places, first, last, scaled, TOP_K: tl.constexpr, SLOTS: tl.constexpr):
+    """The rows of A and B (int64) and ``w_j s_j`` (float32) of one token at ``places`` (P, 1), if the rows of every slot follow those of the slot before.
+
+    Args:
+        places: Places int32 (P, 1). Past the last slot's rows, the row is -1 and the value 0.
+        first, last: First row of every slot's adapter, and one past its last row, int32 (1, SLOTS).
+        scaled: ``w_j * s_j`` of every slot (1, SLOTS).
+    """
+    slots = tl.arange(0, SLOTS)[None, :]
+    rows = places * 0 - 1
+    factors = rows * 0.0
+    begin = tl.zeros([1, 1], dtype=tl.int32)
+    for slot in tl.static_range(TOP_K):
+        row = slot_of(first, slots, slot)
+        end = begin + slot_of(last, slots, slot) - row
+        own = (places >= begin) & (places < end)
+        rows = tl.where(own, row + places - begin, rows)
+        factors = tl.where(own, slot_of(scaled, slots, slot), factors)
+        begin = end
+    return rows.to(tl.int64), factors
 
 
 @triton.jit
@@ -55,6 +93,39 @@ def add_chosen(
         wanted = live[:, :, None] & across_mask[None, :, :] & (rows >= 0)[:, :, None]
         chosen = tl.load(b + rows[:, :, None].to(tl.int64) * width + across[None, :, :], mask=wanted, other=0.0)
         total += tl.trans(tl.sum(values[:, :, None] * chosen.to(tl.float32), axis=1))
+    return total
+
+
+@triton.jit
+def add_without_gaps(
+    total, b, width, columns, column_mask, rows_in, values_in, used_in, stride_plan, stride_split, tokens_total,
+    ENTRIES: tl.constexpr, TOKENS_P: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """:func:`add_chosen` for :func:`rows_without_gaps`: token t uses the first ``used_in[t]`` of its places, int32 (M,), and no other place is read.
+
+    The rows of all tokens form one list, which is multiplied ENTRIES rows at a time: ``total`` plus ``b[rows, columns]^T`` times values (ENTRIES, TOKENS_P), in
+    which every row has one value that is not 0, in the column of its token. In 16 bits, a value is the sum of two numbers of the dtype of ``b``, so that it
+    keeps at least 16 bits.
+    """
+    across = tl.arange(0, TOKENS_P)[None, :]
+    used = tl.load(used_in + across, mask=across < tokens_total, other=0, cache_modifier=".cg")
+    ends = tl.cumsum(used, axis=1)
+    count = tl.sum(used)
+    for start in tl.range(0, count, ENTRIES, num_stages=STAGES):
+        entries = start + tl.arange(0, ENTRIES)[:, None]
+        live = entries < count
+        token = tl.sum((entries >= ends).to(tl.int32), axis=1)[:, None]
+        begin = tl.sum(tl.where(across == token, ends - used, 0), axis=1)[:, None]
+        place = token * stride_plan + entries - begin
+        rows = tl.load(rows_in + place, mask=live, other=0, cache_modifier=".cg")
+        values = tl.where(across == token, summed(values_in, place, stride_split, live, SPLITS, True), 0.0)
+        chosen = tl.load(b + tl.trans(rows).to(tl.int64) * width + columns, mask=tl.trans(live) & column_mask, other=0.0)
+        if b.dtype.element_ty == tl.float32:
+            total = tl.dot(chosen, values, total, input_precision=PRECISION)
+        else:
+            large = values.to(b.dtype.element_ty)
+            total = tl.dot(chosen, large, total)
+            total = tl.dot(chosen, (values - large.to(tl.float32)).to(b.dtype.element_ty), total)
     return total
 
 

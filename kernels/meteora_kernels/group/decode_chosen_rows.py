@@ -17,35 +17,40 @@ import triton.language as tl
 from torch import Tensor
 
 from meteora_kernels.arguments import choice_constants, chunk_of, or_any, span_of, three
-from meteora_kernels.device.chosen_rows import add_chosen, route_of_token
+from meteora_kernels.device.chosen_rows import add_chosen, add_without_gaps, picks_of_token, route_of_token, rows_without_gaps
 from meteora_kernels.device.flags import finish, raise_flag, wait_flag
 from meteora_kernels.device.rows import member_of, rows_times_tokens
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import WHOLE, Form, Group, Routing
 
+UP_TILE = (64, 2)
+"""The number of chosen rows of B that are multiplied at a time where ranks do not fill their places, and the number of such steps in flight."""
+
 
 @triton.jit
 def decode_chosen_rows_kernel(
-    x, w, gates_a, b, bias, allowed, scaling, offsets, chosen_out, logits, plan_rows, plan_values, flags, y, tokens_total, hidden, stride_w, count, gate_rows,
-    stacked, rank, width0, width1, width2, temperature,
+    x, w, gates_a, b, bias, allowed, scaling, offsets, chosen_out, logits, plan_rows, plan_values, plan_used, flags, y, tokens_total, hidden, stride_w, count,
+    gate_rows, stacked, rank, width0, width1, width2, temperature,
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, RANK_P: tl.constexpr, CHUNK: tl.constexpr, TOKENS_P: tl.constexpr,
-    GATE_BLOCK: tl.constexpr, GATE_STEP: tl.constexpr, GATE_SPAN: tl.constexpr, GATE_PIECES: tl.constexpr, ROWS: tl.constexpr, DOWN_STEP: tl.constexpr,
-    DOWN_SPAN: tl.constexpr, DOWN_PIECES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_ALLOWED: tl.constexpr, KEEP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GATE_BLOCK: tl.constexpr, GATE_STEP: tl.constexpr, GATE_SPAN: tl.constexpr, GATE_PIECES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    DOWN_STEP: tl.constexpr, DOWN_SPAN: tl.constexpr, DOWN_PIECES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+    KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, BY_SLOT: tl.constexpr, ENTRIES: tl.constexpr,
+    UP_STAGES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A group of up to three linears that share x, base and adapters, in one launch.
 
     Shapes: x, w, gates_a, b, bias, flags and y as in :mod:`meteora_kernels.group.decode_all_rows`.
     Scratch: logits float32 (GATE_PIECES, M, MEMBERS * count), partial sums; plan_rows int32 (M, MEMBERS * TOP_K * RANK_P), the chosen rows; plan_values
     float32 (DOWN_PIECES, M, MEMBERS * TOP_K * RANK_P), partial sums of A x times ``w_j s_j``.
+    BY_SLOT: Every slot has RANK_P places. Otherwise, the rows of a slot follow those of the slot before, and plan_used int32 (MEMBERS, M) is the number of
+    places that each token uses.
     EVEN: h is a multiple of BK, GATE_STEP and DOWN_STEP. WHOLE: h is a multiple of GATE_SPAN and DOWN_SPAN, the numbers of columns of a piece.
-    Grid, one dimension: for each member ceil(count / GATE_BLOCK) * GATE_PIECES programs for the gates; then for each member M * ceil(TOP_K * RANK_P / ROWS) *
-    DOWN_PIECES programs for the chosen rows of A; then for each member ceil(width / BN) programs. No program waits for a later one.
+    Grid, one dimension: for each member ceil(count / GATE_BLOCK) * GATE_PIECES programs for the gates; then for each member M * BLOCKS * DOWN_PIECES programs
+    for the chosen rows of A, ROWS rows at a time; then for each member ceil(width / BN) programs. No program waits for a later one.
     """
     pid = tl.program_id(0)
     PLACES: tl.constexpr = TOP_K * RANK_P
-    BLOCKS: tl.constexpr = (PLACES + ROWS - 1) // ROWS
     gate_programs = tl.cdiv(count, GATE_BLOCK) * GATE_PIECES
     down_programs = tokens_total * (BLOCKS * DOWN_PIECES)
     stride_logits = MEMBERS * count
@@ -71,21 +76,43 @@ def decode_chosen_rows_kernel(
         token = (index % down_programs) // (BLOCKS * DOWN_PIECES)
         block = (index // DOWN_PIECES) % BLOCKS
         piece = index % DOWN_PIECES
-        places = block * ROWS + tl.arange(0, ROWS)[:, None]
         wait_flag(flags + member, gate_programs)
-        chosen, factors = route_of_token(
-            logits + member * count, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets,
-            chosen_out + member * tokens_total * (2 * TOP_K), (block == 0) & (piece == 0), count, temperature, TOP_K, SLOTS, PADDED, RANK_P, GATE_PIECES,
-            HAS_ALLOWED, KEEP,
-        )  # fmt: skip
-        a = gates_a + (member * stacked + gate_rows).to(tl.int64) * stride_w
+        here = logits + member * count
+        routes = chosen_out + member * tokens_total * (2 * TOP_K)
+        writes = (block == 0) & (piece == 0)
         start = piece * DOWN_SPAN
         some = DOWN_SPAN if WHOLE else tl.minimum(hidden - start, DOWN_SPAN)
-        here = x + token * hidden + start
-        down = rows_times_tokens(a + start, chosen, chosen >= 0, here, 1, some, hidden, stride_w, ROWS, DOWN_STEP, 1, EVEN, STAGES, PRECISION)
-        spot = token * stride_plan + member * PLACES + places
-        tl.store(plan_values + piece * tokens_total * stride_plan + spot, factors * down, mask=places < PLACES)
-        tl.store(plan_rows + spot, chosen.to(tl.int32), mask=(places < PLACES) & (piece == 0))
+        a = gates_a + (member * stacked + gate_rows).to(tl.int64) * stride_w + start
+        values = x + token * hidden + start
+        spot = token * stride_plan + member * PLACES
+        rows_out = plan_rows + spot
+        values_out = plan_values + piece * tokens_total * stride_plan + spot
+        if BY_SLOT:
+            places = block * ROWS + tl.arange(0, ROWS)[:, None]
+            chosen, factors = route_of_token(
+                here, stride_logits, stride_logits * tokens_total, token, places, allowed, scaling, offsets, routes, writes, count, temperature, TOP_K, SLOTS,
+                PADDED, RANK_P, GATE_PIECES, HAS_ALLOWED, KEEP,
+            )  # fmt: skip
+            down = rows_times_tokens(a, chosen, chosen >= 0, values, 1, some, hidden, stride_w, ROWS, DOWN_STEP, 1, EVEN, STAGES, PRECISION)
+            tl.store(values_out + places, factors * down, mask=places < PLACES)
+            tl.store(rows_out + places, chosen.to(tl.int32), mask=(places < PLACES) & (piece == 0))
+        else:
+            picks, shares = picks_of_token(
+                here, stride_logits, stride_logits * tokens_total, token, allowed, routes, writes, count, temperature, TOP_K, SLOTS, PADDED, GATE_PIECES,
+                HAS_ALLOWED, KEEP,
+            )  # fmt: skip
+            live = tl.arange(0, SLOTS)[None, :] < TOP_K
+            first = tl.load(offsets + picks).to(tl.int32)
+            last = tl.load(offsets + picks + 1).to(tl.int32)
+            scaled = shares * tl.load(scaling + picks)
+            used = tl.sum(tl.where(live, last - first, 0))
+            tl.store(plan_used + member * tokens_total + token, used, mask=writes)
+            for begin in range(block * ROWS, used, BLOCKS * ROWS):
+                places = begin + tl.arange(0, ROWS)[:, None]
+                chosen, factors = rows_without_gaps(places, first, last, scaled, TOP_K, SLOTS)
+                down = rows_times_tokens(a, chosen, chosen >= 0, values, 1, some, hidden, stride_w, ROWS, DOWN_STEP, 1, EVEN, STAGES, PRECISION)
+                tl.store(values_out + places, factors * down, mask=places < used)
+                tl.store(rows_out + places, chosen.to(tl.int32), mask=(places < used) & (piece == 0))
         raise_flag(flags + 3 + member)
     else:
         tile, member, before, width = member_of(pid - (gate_programs + down_programs) * MEMBERS, width0, width1, width2, BN, MEMBERS)
@@ -100,7 +127,15 @@ def decode_chosen_rows_kernel(
         rows_in = plan_rows + member * PLACES
         values_in = plan_values + member * PLACES
         split = tokens_total * stride_plan
-        total = add_chosen(total, up, width, columns, column_mask, rows_in, values_in, stride_plan, split, tokens_total, PLACES, CHUNK, TOKENS_P, DOWN_PIECES)
+        if BY_SLOT:
+            total = add_chosen(
+                total, up, width, columns, column_mask, rows_in, values_in, stride_plan, split, tokens_total, PLACES, CHUNK, TOKENS_P, DOWN_PIECES
+            )
+        else:
+            total = add_without_gaps(
+                total, up, width, columns, column_mask, rows_in, values_in, plan_used + member * tokens_total, stride_plan, split, tokens_total, ENTRIES,
+                TOKENS_P, DOWN_PIECES, UP_STAGES, PRECISION,
+            )  # fmt: skip
         tokens = tl.arange(0, TOKENS_P)[None, :]
         outputs = width0 + width1 + width2
         tl.store(y + tokens * outputs + before + columns, total.to(y.dtype.element_ty), mask=column_mask & (tokens < tokens_total))
@@ -137,16 +172,20 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE)
     logits = torch.empty(gate_pieces, tokens, members * count, dtype=torch.float32, device=x.device)
     plan_rows = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     plan_values = torch.empty(down_pieces, tokens, members * places, dtype=torch.float32, device=x.device)
+    by_slot = adapters.total_rank == count * rank_p
+    plan_used = plan_rows if by_slot else torch.empty(members, tokens, dtype=torch.int32, device=x.device)
+    mean = ceil_div(routing.top_k * adapters.total_rank, count)
+    blocks = ceil_div(places, rows) if by_slot else min(ceil_div(places, rows), ceil_div(mean, rows) + 1)
     y = torch.empty(tokens, sum(widths), dtype=x.dtype, device=x.device)
-    programs = members * (ceil_div(count, gate_block) * gate_pieces + tokens * ceil_div(places, rows) * down_pieces)
+    programs = members * (ceil_div(count, gate_block) * gate_pieces + tokens * blocks * down_pieces)
     programs += sum(ceil_div(width, bn) for width in widths)
     decode_chosen_rows_kernel[(programs,)](
         x, group.weights, gate, b, or_any(group.bias, x), or_any(routing.allowed, x), scaling, offsets, or_any(routing.chosen, scaling), logits, plan_rows,
-        plan_values, group.flags, y, tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths), routing.temperature,
-        **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, tokens_p, bn), TOKENS_P=tokens_p, GATE_BLOCK=gate_block,
-        GATE_STEP=tile.gate_step, GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, DOWN_STEP=tile.down_step, DOWN_SPAN=down_span,
-        DOWN_PIECES=down_pieces, BN=bn, BK=tile.step, KEEP=routing.chosen is not None, HAS_BIAS=group.bias is not None,
+        plan_values, plan_used, group.flags, y, tokens, hidden, gate.stride(0), count, group.gate_rows, stacked, group.total_rank, *three(widths),
+        routing.temperature, **choice_constants(adapters, routing), MEMBERS=members, RANK_P=rank_p, CHUNK=chunk_of(places, tokens_p, bn), TOKENS_P=tokens_p,
+        GATE_BLOCK=gate_block, GATE_STEP=tile.gate_step, GATE_SPAN=gate_span, GATE_PIECES=gate_pieces, ROWS=rows, BLOCKS=blocks, DOWN_STEP=tile.down_step,
+        DOWN_SPAN=down_span, DOWN_PIECES=down_pieces, BN=bn, BK=tile.step, KEEP=routing.chosen is not None, HAS_BIAS=group.bias is not None,
         EVEN=not (hidden % tile.step or hidden % tile.gate_step or hidden % tile.down_step), WHOLE=hidden % gate_span == 0 and hidden % down_span == 0,
-        STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip  # fmt: skip
+        BY_SLOT=by_slot, ENTRIES=UP_TILE[0], UP_STAGES=UP_TILE[1], STAGES=tile.stages, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return y

@@ -102,7 +102,8 @@ class Row:
         in_place: Condition that x is a window of a wider buffer already.
         over: Condition that the base output of a layer is still to be computed.
         gain: Condition that R is at least this number times the rows that one token chooses.
-        chosen: Condition that the rows of A that all tokens choose, counted separately for each token, are at most the larger of this number and R.
+        chosen: Condition that the rows of A that all tokens choose, counted separately for each token, are at most the larger of this number and R. A token
+            is expected to choose k times the mean rank by decode_chosen_rows, and k times the largest rank by other paths, which reserve that many places.
         way: Variant of the path: "few", "sorted_down" or "sorted" (many_adapters), "chosen_rows" or "all_rows" (few_tokens), "" or "invariant" (packed: the
             same tiles for every number of tokens), "" or "beside" (split: the base's product at the same time as gates, A and routing).
         pieces: Number of float32 partial sums of a product over h, which are not rounded; 0 for one product in the dtype of the model.
@@ -167,6 +168,7 @@ class Row:
     def fits(self, case: Case) -> bool:
         """Whether all conditions hold. Whether the path can run has to be checked separately."""
         facts, rows = case.facts, case.top_k * case.facts.max_rank
+        read = case.top_k * facts.total_rank / facts.adapters if self.path == "decode_chosen_rows" else rows
         return (
             self.tokens.holds(case.tokens)
             and self.hidden.holds(facts.hidden)
@@ -179,7 +181,7 @@ class Row:
             and (case.in_place or not self.in_place)
             and (case.over or not self.over)
             and facts.total_rank >= self.gain * rows
-            and (self.chosen == EVER or case.tokens * rows <= max(self.chosen, facts.total_rank))
+            and (self.chosen == EVER or case.tokens * read <= max(self.chosen, facts.total_rank))
         )
 
 

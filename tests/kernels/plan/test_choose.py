@@ -136,6 +136,12 @@ def test_groups_decode_chosen_rows_unless_tokens_choose_more_than_there_are(toke
     assert group_row(Case(facts((4096,), 4096, adapters=adapters, rank=rank), tokens, top_k)).path == path
 
 
+def test_decoding_with_mixed_ranks_expects_the_mean_rank() -> None:
+    """Ranks up to 64 whose mean is 22: 14 tokens choose as many rows as there are."""
+    mixed = facts((4096,), 4096)._replace(total_rank=28 * 22, max_rank=64)
+    assert [group_row(Case(mixed, tokens, 2)).path for tokens in (8, 14, 15)] == ["decode_chosen_rows", "decode_chosen_rows", "decode_all_rows"]
+
+
 ROUNDED, LATE, ONCE, TWICE = ("packed", 0, None), ("split", 0, None), ("packed", 1, None), ("packed", 2, None)
 KERNEL, BROAD = ("packed", 1, Tile(64, 64, 128, 4, 3)), ("split", 2, None)
 COPYING = [("wide", pieces, Tile(64, 128, 64, 4, 3)) for pieces in (8, 8, 4)] + [("wide", pieces, Tile(128, 128, 64, 8, 3)) for pieces in (4, 2, 2)]
