@@ -189,7 +189,7 @@ def described(row: Row) -> str:
 
 def configuration(row: Row) -> Row:
     """The row without its conditions on sizes: the path and its block sizes."""
-    most = row.tile.tokens if row.path == "one_launch" and row.tile is not None else plan.EVER
+    most = row.tile.tokens if row.path in ("one_launch", "chosen_adapters") and row.tile is not None else plan.EVER
     plain = Row(row.path, Span(most=most), half=row.half, in_place=row.in_place, way=row.way, pieces=row.pieces, gate_pieces=row.gate_pieces, tile=row.tile)
     return replace(plain, inline=row.inline, flat=row.flat)
 

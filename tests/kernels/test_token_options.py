@@ -19,6 +19,7 @@ ROWS = {
     "decode_chosen_rows": (Row("decode_chosen_rows", pieces=2, tile=Tile(16, 32, 16, 4, 2)), 12),
     "decode_all_rows": (Row("decode_all_rows", tile=Tile(16, 32, 16, 4, 2)), 12),
     "one_launch": (Row("one_launch", Span(1, 64), pieces=1, gate_pieces=2, tile=TILE), 33),
+    "chosen_adapters": (Row("chosen_adapters", Span(1, 64), pieces=1, gate_pieces=2, tile=TILE), 33),
     "packed": (Row("packed", pieces=1), 33),
     "packed, inline": (Row("packed", pieces=1, inline=True), 33),
     "split": (Row("split", pieces=1), 33),

@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ALONE = ("test_gpu_random_sizes.py", "test_overlap.py")
 """Files that time their work; they run after all others, one at a time."""
+SPLIT = ("test_fused_steps.py", "test_gpu_models.py", "test_gpu_decode.py")
+"""Files whose tests run as processes for themselves, side by side, because each of them compiles kernels for a minute or more."""
 OPTIONS = ("-q", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE")
 NOT_RUN = 124
 
@@ -33,6 +35,18 @@ def files(every_test: bool) -> list[str]:
     return [str(file.relative_to(ROOT)) for file in found]
 
 
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def tests_of(file: str, every_test: bool) -> list[str]:
+    """The tests of a file; the file itself if they cannot be collected."""
+    line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), "--collect-only", file]
+    report = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout
+    return [test for test in report.splitlines() if test.startswith(f"{file}::")] or [file]
+
+
 def failures(report: str) -> list[str]:
     """The tests that a report of pytest names as failed."""
     return [match[1] for match in re.finditer(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", report, re.MULTILINE)]
@@ -41,12 +55,10 @@ def failures(report: str) -> list[str]:
 def run(target: str, seconds: float, every_test: bool) -> tuple[int, str]:
     """The exit status and the report of a file or a test."""
     line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), target]
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     if seconds <= 0:
         return NOT_RUN, "no time left"
     try:
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return NOT_RUN, "no time left"
     return done.returncode, done.stdout + done.stderr
@@ -74,7 +86,10 @@ def main() -> int:
 
     all_files = [file for file in files(given.every_test) if file.startswith(tuple(given.folders))]
     with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(one, [file for file in all_files if Path(file).name not in ALONE]))
+        parts = pool.map(lambda file: tests_of(file, given.every_test), [file for file in all_files if Path(file).name in SPLIT])
+        whole = pool.map(one, [file for file in all_files if Path(file).name not in ALONE + SPLIT])
+        list(pool.map(one, [test for tests in parts for test in tests]))
+        list(whole)
     for file in all_files:
         if Path(file).name in ALONE:
             one(file)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from meteora_kernels import many_adapters
-from meteora_kernels.group import decode_all_rows, decode_chosen_rows, one_launch, packed, split, wide
+from meteora_kernels.group import chosen_adapters, decode_all_rows, decode_chosen_rows, one_launch, packed, split, wide
 from meteora_kernels.operators import on_device_of, operator
 from meteora_kernels.plan import Case, Facts, Row, choose, readable, table_of
 from meteora_kernels.types import Block, Form, Group, Routing
@@ -23,6 +23,7 @@ PATHS: dict[str, Any] = {
     "decode_chosen_rows": decode_chosen_rows,
     "decode_all_rows": decode_all_rows,
     "one_launch": one_launch,
+    "chosen_adapters": chosen_adapters,
     "packed": packed,
     "wide": wide,
     "split": split,

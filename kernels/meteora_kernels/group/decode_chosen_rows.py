@@ -22,7 +22,7 @@ from meteora_kernels.device.flags import finish, raise_flag, wait_flag
 from meteora_kernels.device.rows import member_of, rows_times_tokens
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
-from meteora_kernels.types import WHOLE, Form, Group, Routing
+from meteora_kernels.types import WHOLE, Adapters, Form, Group, Routing
 
 UP_TILE = (64, 2)
 """The number of chosen rows of B that are multiplied at a time where ranks do not fill their places, and the number of such steps in flight."""
@@ -142,6 +142,11 @@ def decode_chosen_rows_kernel(
     finish(flags, 6)
 
 
+def fill_places(adapters: Adapters) -> bool:
+    """Whether every adapter has as many rows as places are reserved for one, so that the places of all slots are in use."""
+    return adapters.total_rank == adapters.number * adapters.rank_p
+
+
 def can_run(case: Case, row: Row) -> str | None:
     """The reason why this path cannot run a case with a row of the table; None if it can."""
     return None if case.tokens <= 16 else f"there are {case.tokens} tokens, the path takes up to 16"
@@ -172,7 +177,7 @@ def run(x: Tensor, group: Group, routing: Routing, row: Row, form: Form = WHOLE)
     logits = torch.empty(gate_pieces, tokens, members * count, dtype=torch.float32, device=x.device)
     plan_rows = torch.empty(tokens, members * places, dtype=torch.int32, device=x.device)
     plan_values = torch.empty(down_pieces, tokens, members * places, dtype=torch.float32, device=x.device)
-    by_slot = adapters.total_rank == count * rank_p
+    by_slot = fill_places(adapters)
     plan_used = plan_rows if by_slot else torch.empty(members, tokens, dtype=torch.int32, device=x.device)
     mean = ceil_div(routing.top_k * adapters.total_rank, count)
     blocks = ceil_div(places, rows) if by_slot else min(ceil_div(places, rows), ceil_div(mean, rows) + 1)

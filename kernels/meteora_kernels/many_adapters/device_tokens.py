@@ -90,13 +90,14 @@ def tokens_down_kernel(
 
 
 @triton.jit
-def tokens_up_kernel(
-    base, bias, b, rows_in, values_in, y, tokens_total, rank, stride_split, stride_base, stride_y, width0, width1, width2,
-    MEMBERS: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
+def base_tile(
+    base, bias, tokens_total, stride_split, stride_base, width0, width1, width2,
+    MEMBERS: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Write base plus bias plus every token's chosen rows of B times their values to ``y``; :func:`tokens_down_kernel` wrote rows and values.
+    """Where a program of a grid (sum of ceil(width / BN) over the members, ceil(M / BM)) writes, and base plus bias there, float32 (BM, BN).
 
-    ``base`` are SPLITS partial sums (M, O) that are ``stride_split`` apart. Grid: (sum of ceil(width / BN) over the members, ceil(M / BM)).
+    ``base`` are SPLITS partial sums (M, O) that are ``stride_split`` apart.
+    Returns: the member, the number of outputs before it, its width; its tokens (BM, 1) and columns (1, BN), each followed by a mask; the sum.
     """
     tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BN, MEMBERS)
     tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
@@ -106,6 +107,21 @@ def tokens_up_kernel(
     total = summed(base, tokens * stride_base + before + columns, stride_split, live & inside, SPLITS)
     if HAS_BIAS:
         total += tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
+    return member, before, width, tokens, live, columns, inside, total
+
+
+@triton.jit
+def tokens_up_kernel(
+    base, bias, b, rows_in, values_in, y, tokens_total, rank, stride_split, stride_base, stride_y, width0, width1, width2,
+    MEMBERS: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Write base plus bias plus every token's chosen rows of B times their values to ``y``; :func:`tokens_down_kernel` wrote rows and values.
+
+    ``base`` are SPLITS partial sums (M, O) that are ``stride_split`` apart. Grid: (sum of ceil(width / BN) over the members, ceil(M / BM)).
+    """
+    member, before, width, tokens, live, columns, inside, total = base_tile(
+        base, bias, tokens_total, stride_split, stride_base, width0, width1, width2, MEMBERS, SPLITS, BM, BN, HAS_BIAS
+    )
     up = b + before.to(tl.int64) * rank
     stride_plan = MEMBERS * PLACES
     for place in tl.range(0, PLACES, num_stages=1, loop_unroll_factor=8):
@@ -124,14 +140,9 @@ def routed_up_kernel(
 ):  # fmt: skip
     """:func:`tokens_up_kernel` for routes and products that are stored slot by slot: picks int32 and middle float32 (MEMBERS * TOP_K, M, .), RANK_P values
     for each entry of ``picks``."""
-    tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BN, MEMBERS)
-    tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    columns = tile * BN + tl.arange(0, BN)[None, :]
-    live = tokens < tokens_total
-    inside = columns < width
-    total = summed(base, tokens * stride_base + before + columns, stride_split, live & inside, SPLITS)
-    if HAS_BIAS:
-        total += tl.load(bias + before + columns, mask=inside, other=0.0).to(tl.float32)
+    member, before, width, tokens, live, columns, inside, total = base_tile(
+        base, bias, tokens_total, stride_split, stride_base, width0, width1, width2, MEMBERS, SPLITS, BM, BN, HAS_BIAS
+    )
     up = b + before.to(tl.int64) * rank + columns
     for slot in tl.range(0, TOP_K, num_stages=1):
         entries = (member * TOP_K + slot).to(tl.int64) * tokens_total + tokens

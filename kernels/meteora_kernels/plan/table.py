@@ -20,7 +20,7 @@ from meteora_kernels.tile import Tile
 EVER = 1 << 30
 """A number that is larger than any size."""
 FOLDER = Path(__file__).parent / "tables"
-GROUP_PATHS = ("decode_chosen_rows", "decode_all_rows", "one_launch", "packed", "wide", "split", "many_adapters")
+GROUP_PATHS = ("decode_chosen_rows", "decode_all_rows", "one_launch", "chosen_adapters", "packed", "wide", "split", "many_adapters")
 WAYS: dict[str, tuple[str, ...]] = {
     "many_adapters": ("few", "sorted_down", "sorted"),
     "few_tokens": ("chosen_rows", "all_rows"),
@@ -140,7 +140,7 @@ class Row:
 
     def __post_init__(self) -> None:
         ways = WAYS.get(self.path, ("",))
-        tile, cut = self.tile, self.path in ("one_launch", "wide")
+        tile, cut = self.tile, self.path in ("one_launch", "chosen_adapters", "wide")
         if self.path not in {*GROUP_PATHS, *LAYER_PATHS}:
             raise ValueError(f"unknown path {self.path!r}: choose from {', '.join(sorted({*GROUP_PATHS, *LAYER_PATHS}))}")
         if self.way not in ways:
@@ -150,8 +150,10 @@ class Row:
             if isinstance(span, Span) and not 0 <= span.least <= span.most:
                 raise ValueError(f"{field.name} from {span.least} to {span.most}: must be a range")
         if self.pieces < 0 or self.gate_pieces < 0 or (self.gate_pieces and not cut):
-            raise ValueError(f"{self.pieces} pieces and {self.gate_pieces} of gates and A: must be 0 or more, the latter for 'one_launch' and 'wide' only")
-        if self.path in ("decode_chosen_rows", "decode_all_rows", "few_tokens", "one_launch") and tile is None:
+            raise ValueError(
+                f"{self.pieces} pieces and {self.gate_pieces} of gates and A: must be 0 or more, the latter for 'one_launch', 'chosen_adapters' and 'wide' only"
+            )
+        if self.path in ("decode_chosen_rows", "decode_all_rows", "few_tokens", "one_launch", "chosen_adapters") and tile is None:
             raise ValueError(f"{self.path} needs a tile")
         if tile is not None and (min(tile) < 1 or any(size & (size - 1) for name, size in tile._asdict().items() if name != "stages")):
             raise ValueError(f"tile {tile}: blocks and warps must be powers of two, and there must be one stage at least")
@@ -162,6 +164,12 @@ class Row:
         one = self.path != "one_launch" or tile is None or (self.tokens.most <= tile.tokens and 1 <= self.pieces <= tile.outputs // 16 and self.gate_pieces > 0)
         if not one:
             raise ValueError(f"tile {tile}: 'one_launch' needs one that holds all tokens, pieces of both kinds, and 16 outputs for every piece")
+        if (
+            self.path == "chosen_adapters"
+            and tile is not None
+            and (min(tile[:3]) < 16 or self.tokens.most > tile.tokens or not (self.pieces and self.gate_pieces))
+        ):
+            raise ValueError(f"tile {tile}: 'chosen_adapters' needs one that holds all tokens, blocks of 16 or more, and pieces of both kinds")
         if self.in_place and self.path != "wide":
             raise ValueError("only 'wide' reads x in place")
 

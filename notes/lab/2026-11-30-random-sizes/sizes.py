@@ -1,6 +1,6 @@
 """60 random sizes: the path that the table chooses, other paths, and the `dense` backend, for single layers and for fused groups of one linear.
 
-`sizes.py [--seconds S] [--jobs J] [--count C] [--taken] [--first NAME...]` first compiles all kernels in J processes, then times one size after the other in
+`sizes.py [--seconds S] [--jobs J] [--count C] [--taken] [--compile] [--first NAME...]` first compiles all kernels in J processes, then times one size after the other in
 CUDA graphs and writes sizes.json to $OUT. With --taken, only the path of the table is compared with `dense`; sizes whose names begin with NAME come first.
 Needs tests/ on the path, for the sizes.
 """
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--taken", action="store_true", help="only the table's path and dense")
     parser.add_argument("--first", nargs="*", default=[])
+    parser.add_argument("--compile", action="store_true", help="only compile")
     given = parser.parse_args()
     sizes = sizes_of(given.count, tuple(given.first))
     began, out = time.perf_counter(), Path(os.environ.get("OUT", ".")) / "sizes.json"
@@ -117,6 +118,8 @@ def main() -> None:
         if part.is_alive():
             part.terminate()
     print(f"compiled: {time.perf_counter() - began:.0f} s", flush=True)
+    if given.compile:
+        return
     found: dict[str, dict[str, float]] = {}
     for size in sizes:
         if time.perf_counter() - began > given.seconds:

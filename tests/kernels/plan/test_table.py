@@ -24,7 +24,7 @@ TILE = Tile(64, 64, 128, 4, 3)
         ({"path": "packed", "pieces": 1, "tile": TILE._replace(step=8)}, "16 or more"),
         ({"path": "packed", "pieces": 1, "tile": TILE._replace(outputs=96)}, "powers of two"),
         ({"path": "packed", "pieces": 1, "tile": TILE._replace(stages=0)}, "one stage"),
-        ({"path": "packed", "pieces": 1, "tile": TILE, "gate_pieces": 2}, "'one_launch' and 'wide' only"),
+        ({"path": "packed", "pieces": 1, "tile": TILE, "gate_pieces": 2}, "'chosen_adapters' and 'wide' only"),
         ({"path": "packed", "in_place": True}, "only 'wide'"),
         ({"path": "wide", "gate_pieces": 2}, "needs a tile"),
         ({"path": "wide", "pieces": 2, "tile": TILE, "gate_pieces": 2}, "those of gates and A"),
