@@ -36,6 +36,14 @@ class EightBitBase:
         found: Tensor = self.kernel.apply_scaled_mm(A=x8, B=self.weight, out_dtype=self.dtype, As=x_scale, Bs=self.scale, bias=None, output_shape=shape)
         return found
 
+    def load_again(self, layer: Any) -> None:
+        """Copy the weights and factors that the layer has now into the memory of the first loading, whose addresses captured graphs contain."""
+        weight, scale, _, _ = self.kernel._get_layer_params(layer)
+        for own, new in ((self.weight, weight), (self.scale, scale)):
+            if own.data_ptr() != new.data_ptr():
+                own.copy_(new)
+                new.data = own
+
 
 def kernel_of(under: Any, layer: Any) -> Any:
     """vLLM's kernel for a layer whose 8-bit weights have one factor, or one for every output, and whose input is quantised by one factor, or by one for every
@@ -56,7 +64,7 @@ def kernel_of(under: Any, layer: Any) -> Any:
 def base_of(kernel: Any, layer: Any, adapters: Adapters) -> EightBitBase:
     """The base of a layer with this kernel and these adapters."""
     weight, scale, _, _ = kernel._get_layer_params(layer)
-    return EightBitBase(EightBits.of(weight.t(), scale, adapters), kernel, weight, scale, adapters.gate.dtype)
+    return EightBitBase(EightBits.of(weight.data.t(), scale.data, adapters), kernel, weight.data, scale.data, adapters.gate.dtype)
 
 
 def quantised(kernel: Any, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod, register_weight_loader_v2_supported_method
 
 from meteora_core.integrations.vllm import operators
-from meteora_core.integrations.vllm.eight_bits import base_of, kernel_of, quantised
+from meteora_core.integrations.vllm.eight_bits import EightBitBase, base_of, kernel_of, quantised
 from meteora_core.integrations.vllm.layout import Block, Shape, buffers, copies_up, weights_of
 from meteora_core.integrations.vllm.runtime import RUNTIME
 from meteora_core.integrations.vllm.served import Served
@@ -41,6 +41,7 @@ class MeteoraMethodV1(LinearMethodBase):
         self.fused = False
         self.at_once = False
         self.kernel: Any = None
+        self.eight: EightBitBase | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "under" not in vars(self):
@@ -82,9 +83,13 @@ class MeteoraMethodV1(LinearMethodBase):
         layer.meteora_outputs = sum(widths)
         self.at_once = not fused and not slices.sums and operators.has_kernels(block.rows.device, block.rows.dtype, self.config, len(widths))
         self.kernel = kernel_of(self.under, layer) if self.at_once else None
-        eight = None if self.kernel is None else base_of(self.kernel, layer, block.adapters)
-        base = partial(self.under.apply, layer) if self.at_once and eight is None else None
-        operators.register_layer(block, slices.sums, self.config, base=base, eight=eight)
+        base = partial(self.under.apply, layer) if self.at_once and self.kernel is None else None
+        if self.kernel is not None:
+            if self.eight is None:
+                self.eight = base_of(self.kernel, layer, block.adapters)
+            self.eight.load_again(layer)
+            buffers(layer, {"meteora_flags": self.eight.linears.flags})
+        operators.register_layer(block, slices.sums, self.config, base=base, eight=self.eight)
         if RUNTIME.table is not None:
             buffers(layer, {"meteora_options": RUNTIME.table})
         self.fused = fused

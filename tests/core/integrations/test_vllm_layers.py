@@ -97,8 +97,11 @@ def test_one_launch_over_an_8_bit_base(weights: Weights, scales: int) -> None:
     block.fill(weights, WHOLE)  # type: ignore[arg-type]
     weight, scale = torch.randn(64, HIDDEN).to(torch.float8_e4m3fn), torch.rand(scales, 1) * 0.1 + 0.05
     x8, x_scale = (x.float() * 8).to(torch.float8_e4m3fn), torch.full((9, 1), 1 / 8)
-    kernel = SimpleNamespace(_get_layer_params=lambda layer: (weight.t(), scale, None, None))
-    base = base_of(kernel, None, block.adapters)
+    kernel = SimpleNamespace(_get_layer_params=lambda layer: (layer.weight, layer.scale, None, None))
+    base = base_of(kernel, SimpleNamespace(weight=torch.zeros_like(weight).t(), scale=torch.zeros_like(scale)), block.adapters)
+    address, again = base.weight.data_ptr(), SimpleNamespace(weight=weight.clone().t(), scale=scale.clone())
+    base.load_again(again)
+    assert again.weight.data_ptr() == base.linears.weights.data_ptr() == address
     row = Row("one_launch", Span(1, 16), pieces=1, gate_pieces=2, tile=Tile(16, 64, 16, 4, 2))
     with taking(row, Row("packed")):
         found = run_eight_bits(x, x8, x_scale, base.linears, ROUTING)
