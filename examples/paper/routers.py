@@ -9,6 +9,7 @@ from typing import Any
 from examples.paper.claims import shown
 from examples.paper.engine import Engine
 from examples.paper.figures import average, headlines
+from meteora_core.errors import DataError
 from meteora_core.evaluation.oracle_shares import ORACLE, OracleShare, interval, oracle_shares, plot_shares, shares_document
 from meteora_core.evaluation.report import model_name
 from meteora_core.evaluation.results import load_results
@@ -39,7 +40,10 @@ def routers_section(documents: Sequence[Mapping[str, Any]], folder: Path) -> str
     names = [str(RouterName.parse(model_name(document)).without_seed) for document in documents]
     if ORACLE not in names or len(set(names)) < 2:
         return ""
-    shares = {share.model: share for share in oracle_shares(documents)}
+    try:
+        shares = {share.model: share for share in oracle_shares(documents)}
+    except DataError:  # the oracle has a score of 0 in every task
+        shares = {}
     scores: dict[str, list[Mapping[str, Any]]] = {}
     for name, document in zip(names, documents, strict=True):
         scores.setdefault(name, []).append(document)
@@ -50,7 +54,8 @@ def routers_section(documents: Sequence[Mapping[str, Any]], folder: Path) -> str
         shares_document(list(shares.values()), ORACLE)
         | {"averages": {name: {"score": figure.value, "stderr": figure.stderr, "tasks": len(common)} for name, figure in averages.items()}},
     )
-    plot_shares(list(shares.values()), ORACLE, folder / PICTURE)
+    if shares:
+        plot_shares(list(shares.values()), ORACLE, folder / PICTURE)
     rows = []
     for name, description in ROUTERS.items():
         present, removed = f"router:{name}", f"router:{name}:{WITHOUT_ASKED}"
@@ -66,8 +71,7 @@ def routers_section(documents: Sequence[Mapping[str, Any]], folder: Path) -> str
             "| router | average | share of the oracle | asked adapter removed: average | share of the oracle |",
             "| --- | ---: | ---: | ---: | ---: |",
             *rows,
-            "",
-            f"![Scores of routers as a share of the oracle's]({PICTURE})",
+            *(["", f"![Scores of routers as a share of the oracle's]({PICTURE})"] if shares else []),
         ]
     )
 

@@ -147,3 +147,6 @@ def test_routers_are_compared_with_the_oracle(tmp_path) -> None:
     assert "| – | – | 0.150 ± " in lines["| meteora"]
     assert "| 25.0% (" in lines["| meteora"]
     assert {file.name for file in tmp_path.iterdir()} == {"routers.json", "routers.png"}
+    without = routers_section([router("router:oracle", a=0.0), router("router:uniform", a=0.5)], tmp_path)
+    assert "| 0.500 ± 0.020 | – |" in without
+    assert "routers.png" not in without
