@@ -1,6 +1,7 @@
 """together.py SECONDS OUT JOBS: engines of one GPU that start at the same time and measure one after the other; results in OUT/results.json, logs in OUT/log.txt.
 
-JOBS: names of `PLAN`, separated by commas. All engines import and start together; then each measures alone while the others wait. So the times until an engine
+JOBS: names of `PLAN`, separated by commas. All engines import and start together; then each measures alone while the others wait (an engine that is ten seconds later than all
+others is stopped meanwhile, and measures last). So the times until an engine
 is ready are not those of an engine that starts alone. "beside" is MeteoRA over FP8 weights without one launch for both. What is not done after SECONDS is dropped. MODELS and LARGE: folders of make.py's models with 28 and with 256 adapters.
 """
 import atexit, ctypes, json, os, signal, subprocess, sys, time
@@ -39,7 +40,7 @@ class Job:
         kind, model, more = PLAN[name]
         self.name, self.file, self.log = name, TEMP / f"{name}.json", TEMP / f"{name}.log"
         self.ready, self.turn = TEMP / f"{name}.ready", TEMP / f"{name}.turn"
-        environment = {"CACHE": "10", "UTIL": "0.1", **os.environ, **more, "VLLM_CACHE_ROOT": str(TEMP / f"cache-{name}"), "READY": str(self.ready), "TURN": str(self.turn)}
+        environment = {"CACHE": "9", "UTIL": "0.1", **os.environ, **more, "VLLM_CACHE_ROOT": str(TEMP / f"cache-{name}"), "READY": str(self.ready), "TURN": str(self.turn)}
         self.process = subprocess.Popen([sys.executable, str(HERE / "engine.py"), kind, str(self.file), model], env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=with_parent)
 
     @property
@@ -87,13 +88,22 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda *_: sys.exit("interrupted"))
 jobs = [Job(name) for name in sys.argv[3].split(",")]
 atexit.register(lambda: [os.killpg(job.process.pid, signal.SIGKILL) for job in jobs if not job.over])
+enough = None  # when all but one were ready
 while left() > sum(MEASURE[job.name] for job in jobs) * 0.6 and not all(job.over or job.ready.exists() for job in jobs):
+    if sum(job.over or job.ready.exists() for job in jobs) >= max(1, len(jobs) - 1):
+        enough = enough or time.time()
+        if time.time() - enough > 10:
+            break
     time.sleep(0.2)
 print("ready:", [job.name for job in jobs if job.ready.exists()], "after", round(time.time() - START), "s", flush=True)
-found = {}
-for job in [job for job in jobs if not job.ready.exists()]:  # they would disturb the others
-    found = job.end()
-for job in [job for job in jobs if job.ready.exists()]:
+found, late = {}, [job for job in jobs if not job.over and not job.ready.exists()]
+for job in late:  # they would disturb the others
+    os.killpg(job.process.pid, signal.SIGSTOP)
+for job in sorted(jobs, key=lambda job: job in late):
+    if job in late:
+        os.killpg(job.process.pid, signal.SIGCONT)
+        while left() > MEASURE[job.name] / 2 and not job.over and not job.ready.exists():
+            time.sleep(0.2)
     if left() > MEASURE[job.name] / 2:
         job.turn.touch()
     begin = time.time()
