@@ -35,6 +35,10 @@ def route(
     self_written: Annotated[
         bool, typer.Option("--self-written", help="Let adapters without rows write rows themselves; otherwise, they are left out.")
     ] = False,
+    routed_rows: Annotated[
+        bool,
+        typer.Option("--routed-rows", help="Run half of the rows once more, as the gates route them, and solve the gates again."),
+    ] = False,
     steps: Annotated[int, typer.Option("--steps", min=0, max=10_000_000, help="Gradient steps on the gates after the closed form.")] = 0,
     embed: Annotated[
         bool | None, typer.Option("--embed/--no-embed", help="Store the adapters in the checkpoint; default: if they have at most 2 GiB.", show_default=False)
@@ -64,6 +68,7 @@ def route(
             temperature=routing.temperature or 1.0,
             base_route=base_route,
             self_written=self_written,
+            routed_rows=routed_rows,
             steps=steps,
             embed=embed,
             overwrite=force,
@@ -88,5 +93,5 @@ def route(
         after = f"after {steps} gradient steps" if steps else "without a training step"
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, {after}")
         if accuracy < LOW:
-            put(f"this is below {LOW:.0%}: use more rows with --tokens, or train the gates with --steps 100")
+            put(f"this is below {LOW:.0%}: use more rows with --tokens or --routed-rows, or train the gates with --steps 100")
     put(f"next: meteora chat --checkpoint {shlex.quote(str(done.folder))}")

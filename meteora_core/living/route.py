@@ -28,7 +28,7 @@ from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.options import CollectOptions
 from meteora_core.living.rows import AdapterRows, find_rows
 from meteora_core.living.self_written import SELF_WRITTEN
-from meteora_core.living.steps import train_solved_gates
+from meteora_core.living.steps import solve_with_routed_rows, train_solved_gates
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer, pick_device, pick_dtype
@@ -61,6 +61,7 @@ class RouteOptions(CollectOptions):
         top_k: Number of adapters per token in each layer; None for 2, or 1 if there is only one adapter and no base route.
         temperature: Routing temperature; divides the chosen gate logits before the softmax.
         base_route: Whether to add the base route, for tokens that need no adapter.
+        routed_rows: Whether the adapters' rows run once more, as the gates route them, and the gates are solved again.
         steps: Number of gradient steps after the closed form; 0 for none.
         embed: Whether to store the adapters' weights in the checkpoint; None to store them if they have at most :data:`EMBEDDED` bytes.
         overwrite: Whether an existing checkpoint is replaced.
@@ -71,6 +72,7 @@ class RouteOptions(CollectOptions):
     top_k: int | None = None
     temperature: float = 1.0
     base_route: bool = True
+    routed_rows: bool = False
     steps: int = 0
     embed: bool | None = None
     overwrite: bool = False
@@ -173,6 +175,8 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
             for path, layer in meteora_layers(model):
                 layer.gate.copy_(gates[path])
         set_trainable(model, "none")
+        if options.routed_rows:
+            solve_with_routed_rows(model, collector, list(statistics.values()), progress)
         trained = train_solved_gates(model, collector, options.steps, workspace, progress) if options.steps else {}
         held = collector.held_out(bank.names)
         measured = measure_gates(model, held, progress=progress) if any(held.rows) else {}
@@ -183,7 +187,12 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         relocate(model, collector.folders, folder)
         tokens = sum(each.header.tokens for each in statistics.values())
         seconds = time.perf_counter() - began
-        record = {"held_out": measured, "tokens": tokens, "seconds": seconds, "closed_form": {**recipe.model_dump(), "tokens": options.tokens}}
+        record = {
+            "held_out": measured,
+            "tokens": tokens,
+            "seconds": seconds,
+            "closed_form": {**recipe.model_dump(), "tokens": options.tokens, "routed_rows": options.routed_rows},
+        }
         record |= {"frames": tried} if tried else {}
         record |= trained
         config, tensors = checkpoint_parts(model, folder, SaveOptions(base, embed, training=record))

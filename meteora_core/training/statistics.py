@@ -7,8 +7,9 @@ bank depend only on the statistics of its adapters: adding and removing other ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ from meteora_core.model.attach import attach, detach, meteora_layers, probe_base
 from meteora_core.model.base import BaseReference
 from meteora_core.model.tokens import check_observable, is_head, is_output_layer
 from meteora_core.progress import SILENT, Progress
-from meteora_core.routing import IGNORE, meteora_of
+from meteora_core.routing import IGNORE
 from meteora_core.text import listed
 from meteora_core.training.batch_plan import plan_batches
 from meteora_core.training.encoding import TrainRow, row_lengths
@@ -183,7 +184,7 @@ def _passes(
     done: set[int] = set()
     while True:
         sums = (SketchedSums if header.second == "low-rank" else InputSums)(1, work[0].table, how.memory, done)
-        _run(model, sums, observed, work, how, progress)
+        _run(model, sums, observed, work, how, f"{header.adapter}: statistics", progress)
         inputs = {path: names[sums.of[id(module)]] for path, module in observed.items() if sums.of.get(id(module)) in sums.squares}
         means = {names[key]: mean[0] for key, mean in sums.means.items()}
         part = folder / f"{len(done)}.safetensors"
@@ -255,15 +256,20 @@ def _own_row(row: TrainRow, name: str) -> TrainRow:
     return replace(row, gate_labels=tuple(label if label == IGNORE else 0 for label in row.gate_labels))
 
 
-def _run(model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], work: Sequence[Pass], how: Collecting, progress: Progress) -> None:
+def _run(model: nn.Module, sums: InputSums, observed: Mapping[str, nn.Module], work: Sequence[Pass], how: Collecting, title: str, progress: Progress) -> None:
     failure = MeteoraError("out of memory while gate statistics are collected", hint="use a device with more memory, or --device cpu")
     whole = any(is_output_layer(model, path) for path in observed)  # the output layer is not part of the decoder
-    title = f"{meteora_of(model).names[0]}: statistics"
     with sums.observing(observed.values(), failure), progress.task(title, total=len(work), unit="batches") as bar:
         sum_inputs(model, sums, work, how.pad_token, whole=whole, half=how.half_precision, bar=bar)
 
 
-def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str], *, progress: Progress = SILENT) -> Iterator[tuple[str, Tensor]]:
+Sums = Callable[[str], tuple[Tensor, Tensor]]
+"""The sums of a layer's input, by the layer's path: the second moments (h, h) and the weighted mean of each adapter (N, h)."""
+
+
+def closed_form_gates(
+    statistics: Sequence[GateStatistics], layers: Sequence[str], *, more: Sums | None = None, progress: Progress = SILENT
+) -> Iterator[tuple[str, Tensor]]:
     """The gates of a bank in closed form, one layer after another; the moments of only one layer are in memory at a time.
 
     Every adapter has the same weight, and the base route has :data:`BASE_ROUTE` of it. The result depends only on the statistics and their order.
@@ -271,6 +277,7 @@ def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str
     Args:
         statistics: Statistics of every adapter, in the order of the bank.
         layers: Paths of the layers with adapters.
+        more: Sums of further runs of the adapters' rows, which are added; every adapter has a total weight of 1 in them.
         progress: Object that progress is reported to.
 
     Yields:
@@ -290,13 +297,61 @@ def closed_form_gates(statistics: Sequence[GateStatistics], layers: Sequence[str
         sharing.setdefault(tuple(each.input_of(layer) for each in statistics), []).append(layer)
     with progress.task("gates: solving", total=len(layers), unit="layers") as bar:
         for group in sharing.values():
-            gate = _solve(statistics, group[0]) * first.header.recipe.scale
+            gate = _solve(statistics, group[0], more) * first.header.recipe.scale
             for layer in group:
                 yield layer, gate
                 bar.update(1)
 
 
-def _solve(statistics: Sequence[GateStatistics], layer: str) -> Tensor:
+@torch.no_grad()
+def routed_gates(
+    model: nn.Module, rows: Sequence[Sequence[TrainRow]], statistics: Sequence[GateStatistics], how: Collecting, *, progress: Progress = SILENT
+) -> dict[str, Tensor]:
+    """Gates in closed form from the statistics of the adapters, and from rows that run as the model's present gates route them.
+
+    In use, the input of a layer depends on the choices of all layers before it, right and wrong; statistics of single adapters cannot contain such inputs.
+    The routed rows have the same weight as the statistics, as in :func:`meteora_core.training.ridge.ridge_gates`.
+
+    Args:
+        model: Model with the adapters attached, and gates that choose among them; it is not changed.
+        rows: Rows of each adapter, in the order of the bank.
+        statistics: Statistics of each adapter, in the same order.
+        how: Parameters of the collection. Half of its tokens run, because these rows only complete the statistics.
+        progress: Object that progress is reported to.
+
+    Returns:
+        The gate of each layer, float32 (N, h) on the CPU, by the layer's path.
+
+    Raises:
+        DataError: An adapter has no rows.
+        UsageError: An adapter targets single experts of a mixture of experts.
+        MeteoraError: The sums do not fit in memory.
+    """
+    layers, fewer = dict(meteora_layers(model)), replace(how, tokens=-(-how.tokens // 2))
+    check_observable(layers, "routed rows")
+    batches = []
+    for each, found in zip(statistics, rows, strict=True):
+        if not found:
+            raise DataError(f"adapter {each.name!r} has no rows", hint="add some with `meteora data add`")
+        batches += [[_counted(found[row], row, how) for row in batch] for batch in _planned(row_lengths(found), fewer)[0]]
+    passes = passes_of([Run("routed", 1.0, batches)], len(statistics), how.recipe.answer_share)
+    gates: dict[str, Tensor] = {}
+    done: set[int] = set()
+    while len(gates) < len(layers):
+        sums = InputSums(len(statistics), passes[0].table, how.memory, done)
+        _run(model, sums, layers, passes, how, "gates: routed rows", progress)
+        summed = {path: layer for path, layer in layers.items() if sums.of[id(layer)] in sums.squares}
+        gates |= dict(closed_form_gates(statistics, list(summed), more=partial(_layer_sums, sums, summed), progress=progress))
+        done |= sums.squares.keys()
+    return gates
+
+
+def _layer_sums(sums: InputSums, layers: Mapping[str, nn.Module], path: str) -> tuple[Tensor, Tensor]:
+    key = sums.of[id(layers[path])]
+    return sums.square(key), sums.means[key]
+
+
+def _solve(statistics: Sequence[GateStatistics], layer: str, more: Sums | None = None) -> Tensor:
     means = [each.mean(layer) for each in statistics]
     if len({len(mean) for mean in means}) > 1:
         raise CheckpointError(
@@ -307,15 +362,19 @@ def _solve(statistics: Sequence[GateStatistics], layer: str) -> Tensor:
     shares = torch.tensor(weights, dtype=torch.float64)
     low = [(each.low_rank(layer), weight) for each, weight in zip(statistics, weights, strict=True) if each.is_low_rank]
     whole = [(each, weight) for each, weight in zip(statistics, weights, strict=True) if not each.is_low_rank]
-    if not whole:
+    if not whole and more is None:
         diagonal = torch.stack([residual * weight for (_, residual), weight in low]).sum(0)
         return ridge_rows_low_rank(torch.cat([factor * weight**0.5 for (factor, _), weight in low]), diagonal, stacked, shares).float()
-    packed = whole[0][0].packed(layer).mul_(whole[0][1])
-    for each, weight in whole[1:]:
+    packed = torch.zeros(stacked.shape[1] * (stacked.shape[1] + 1) // 2, dtype=torch.float64)
+    for each, weight in whole:
         packed.add_(each.packed(layer), alpha=weight)
     total = unpacked(packed)
     del packed
     for (factor, residual), weight in low:
         total.addmm_(factor.t(), factor, alpha=weight)
         total.diagonal().add_(residual, alpha=weight)
+    if more is not None:
+        square, means_of_runs = more(layer)
+        total.add_(square.to(total))
+        stacked.add_(means_of_runs.to(stacked))
     return ridge_rows(total, stacked, shares).float()

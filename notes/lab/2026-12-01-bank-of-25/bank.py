@@ -300,8 +300,8 @@ def take_known() -> None:
             for name, found in document["results"].items():
                 metric = next((metric for metric in ("acc", "bleu", "rougeL") if f"{metric},none" in found), None)
                 if name in NAMES and metric is not None:
-                    value, error = (found[f"{key},none"] / (100 if metric == "bleu" else 1) for key in (metric, f"{metric}_stderr"))
-                    known = {"metric": metric, "score": value, "stderr": error, "rows": document["config"]["limit"], "from": str(file)}
+                    value = found[f"{metric},none"] / (100 if metric == "bleu" else 1)
+                    known = {"metric": metric, "score": value, "rows": document["config"]["limit"], "from": str(file)}
                     write(OUT / "results" / f"score.{config}.{name}.json", known)
         log(config, "known:", len(list((OUT / "results").glob(f"score.{config}.*.json"))), "tasks of", folder)
 
@@ -429,7 +429,7 @@ def report() -> None:
             print("top-1, held-out rows:", key[8:], {name: round(value, 4) for name, value in done[key].items() if name != "details"})
     for config, values in scores.items():
         rows = sorted({done[f"score.{config}.{name}"]["rows"] for name in values})
-        print(f"score {config}: {sum(values.values()) / len(values):.4f} over {len(values)} tasks, rows {rows}", {k: round(v, 3) for k, v in values.items()})
+        print(f"score {config}: {sum(values.values()) / len(values):.4f} over {len(values)} tasks, rows {rows}")
     pairs = [("routed", "own"), ("closed", "own"), ("plain", "own"), ("routed", "plain"), ("added", "routed"), ("missing", "base"), ("missing", "earlier"), ("self", "ten"), ("ten", "own")]
     for one, other in pairs:
         if both := sorted(set(scores.get(one, {})) & set(scores.get(other, {}))):

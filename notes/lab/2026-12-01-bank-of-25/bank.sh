@@ -50,8 +50,9 @@ if [ -n "${CLOSED-1}" ]; then
 fi
 [ -z "$WAYS" ] || [ -f "$WORK/results/ways.json" ] || start "${gpus[-1]}" 2 ${WAYS%% *} "$BASE" "$ADAPTERS" "$DATA" "$WORK/results/ways.json" ${WAYS#* } --deadline "$DEADLINE"
 wait
-python3 "$HERE/bank.py" report "$BASE" "$ADAPTERS" "$DATA" "$WORK" "$@" --known "closed=$WORK/eval/meteora" | tee "$WORK/report.txt"
+python3 "$HERE/bank.py" report "$BASE" "$ADAPTERS" "$DATA" "$WORK" "$@" --known "closed=$WORK/eval/meteora" > "$WORK/report.txt" 2>&1
 tar -C "$WORK" -czf "$OUT/bank.tar.gz" results $(cd "$WORK" && ls log.txt report.txt closed.txt closed/meteora_config.json eval/meteora/results_*.json 2> /dev/null)
-[ -f "$WORK/closed.txt" ] && tail -c 3000 "$WORK/closed.txt" | tr '\r' '\n' | tail -25
-grep -v "score\." "$WORK/log.txt" | grep -i "^ *[0-9.]* \[\|error" | tail -60
+[ -f "$WORK/closed.txt" ] && tail -c 2000 "$WORK/closed.txt" | tr '\r' '\n' | tail -12 | cut -c1-200
+grep -v "score\." "$WORK/log.txt" | grep -i "^ *[0-9.]* \[\|error" | grep -v "_pytree" | cut -c1-240 | tail -36
+cat "$WORK/report.txt"
 echo "$(ls "$WORK/results" | wc -l) parts in $(( $(date +%s) - BEGAN )) s: $(ls -l "$OUT/bank.tar.gz")"

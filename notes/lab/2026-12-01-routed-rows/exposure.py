@@ -143,7 +143,7 @@ def measure(name: str, shares: str, more: dict[str, str]) -> None:
     print(
         f"{name} T {state.temperature:g} base {int(with_base)} | answers {measured['gate_accuracy']:.4f} tasks {sum(tasks.values()) / len(tasks):.4f}"
         f" all tokens {measured['gate_accuracy_all']:.4f} loss {measured['lm_loss']:.4f} loss of tasks {sum(losses) / len(losses):.4f} |",
-        {task: round(value, 3) for task, value in tasks.items()},
+        {task: (round(value, 3), round(loss, 3)) for (task, value), loss in zip(tasks.items(), losses, strict=True)},
         flush=True,
     )
 

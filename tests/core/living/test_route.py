@@ -134,3 +134,19 @@ def test_gradient_steps_follow_the_closed_form_if_asked_for(own) -> None:
     with pytest.raises(UsageError, match="gradient steps need rows of all adapters, and there are none of spell"):
         route_adapters(own / "adapters", own / "other", options(own, steps=3, exclude=("sum",)))
     assert not (own / "other").exists()
+
+
+def test_routed_rows_follow_the_closed_form_if_asked_for(own) -> None:
+    solved = route_adapters(own / "adapters", own / "solved", options(own, base_route=True))
+    done = route_adapters(own / "adapters", own / "m", options(own, routed_rows=True, base_route=True))
+    before, after = (load_checkpoint(folder, device="cpu") for folder in (own / "solved", own / "m"))
+    assert after.meteora.gates == "trained"  # not a function of the statistics alone
+    assert json.loads((own / "m" / "meteora_config.json").read_text())["training"]["closed_form"]["routed_rows"] is True
+    assert sorted(read_statistics(own / "m", done.adapters)) == sorted(done.adapters)
+    path = "model.layers.1.mlp.down_proj"
+    assert not torch.equal(before.get_submodule(path).gate, after.get_submodule(path).gate)
+    shutil.copy(statistics_file(solved.folder, "spell"), own / "adapters" / "spell" / SHIPPED)
+    (own / "adapters" / "spell" / "train.jsonl").unlink()
+    with pytest.raises(UsageError, match="routed rows need rows of all adapters, and there are none of spell"):
+        route_adapters(own / "adapters", own / "other", options(own, routed_rows=True, exclude=("sum",)))
+    assert not (own / "other").exists()

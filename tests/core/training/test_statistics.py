@@ -15,8 +15,8 @@ from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, che
 from meteora_core.errors import CheckpointError, DataError
 from meteora_core.model.attach import meteora_layers
 from meteora_core.tensor_files import read_header
-from meteora_core.training.ridge import RidgeOptions, ridge_gates
-from meteora_core.training.statistics import _runs, closed_form_gates, collect_statistics, stored_form
+from meteora_core.training.ridge import SHRINK, RidgeOptions, ridge_gates
+from meteora_core.training.statistics import _runs, closed_form_gates, collect_statistics, routed_gates, stored_form
 from support.gate_statistics import HOW, NAMES, collect_all, tiny_rows, write_adapters
 from support.tiny_models import make_tiny_llama
 
@@ -50,6 +50,36 @@ def test_gates_from_single_statistics_are_those_of_one_joint_pass_over_all_rows(
     assert ridge_gates(model, [rows], 2, RidgeOptions(answer_share, base_share=0.0, rounds=0, half=False)) == sum(map(len, rows))
     joint = {path: layer.gate.detach() for path, layer in meteora_layers(model)}
     assert difference(gates(single), joint) < 1e-5
+
+
+def test_routed_rows_are_added_to_the_statistics(folders, statistics) -> None:
+    """The solution in float64 of the statistics and of inputs that are recorded while rows run with the present gates, also in several passes."""
+    path, chosen = "model.layers.1.mlp.down_proj", [statistics[name] for name in NAMES]
+    model = attach(make_tiny_llama(), AdapterBank.from_peft(folders), top_k=2, init="zeros")
+    with torch.no_grad():
+        for name, gate in gates(statistics).items():
+            model.get_submodule(name).gate.copy_(gate)
+    squares, means = sum(each.squares(path) for each in chosen), torch.stack([each.mean(path) for each in chosen])
+    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
+    hooks = [model.model.register_forward_pre_hook(lambda module, arguments, options: seen.append(options["input_ids"]), with_kwargs=True)]
+    hooks += [model.get_submodule(path).register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].double()))]
+    found = routed_gates(model, [tiny_rows(place) for place in range(3)], chosen, HOW)
+    for hook in hooks:
+        hook.remove()
+    ids, states = torch.cat([ids.flatten() for ids in seen]), torch.cat([part.flatten(0, 1) for part in inputs])
+    labels, states = (ids[ids != HOW.pad_token] - 3) // 19, states[ids != HOW.pad_token]  # each adapter's rows have token ids of their own
+    assert len(labels) == sum(len(row) for place in range(3) for row in tiny_rows(place))
+    for label, state in zip(labels.tolist(), states, strict=True):
+        weight = 1 / int((labels == label).sum())
+        squares = squares + weight * torch.outer(state, state)
+        means[label] += weight * state
+    wanted = 8 * torch.linalg.solve(squares + SHRINK * squares.diagonal().mean() * torch.eye(48), (means - means.mean(0)).t()).t()
+    torch.testing.assert_close(found[path].double(), wanted, rtol=1e-4, atol=1e-4)
+    parts = routed_gates(model, [tiny_rows(place) for place in range(3)], chosen, replace(HOW, memory=4 * 48 * 48))
+    assert difference(parts, found) < 1e-5
+    with pytest.raises(DataError, match="adapter 'spell' has no rows"):
+        routed_gates(model, [tiny_rows(0), tiny_rows(1), []], chosen, HOW)
 
 
 def test_the_rows_of_an_adapter_are_seen_once_and_its_statistics_have_unit_weight(statistics) -> None:
