@@ -108,7 +108,7 @@ def run_group(x: Tensor, group: Group, routing: Routing, *, in_place: bool = Fal
     return outputs[0]
 
 
-_APART = Form(apart=True), Form(in_place=True, apart=True)
+_APART, _APART_IN_PLACE = Form(apart=True), Form(in_place=True, apart=True)
 
 
 def run_members(x: Tensor, group: Group, routing: Routing, *, in_place: bool = False) -> list[Tensor]:
@@ -118,6 +118,6 @@ def run_members(x: Tensor, group: Group, routing: Routing, *, in_place: bool = F
         x: Input (..., h) of two or more dimensions, columns contiguous. If it is not in place, the whole tensor is contiguous.
         group, routing, in_place: The arguments of :func:`run_group`.
     """
-    outputs: list[Tensor] = group_operator(x, group, routing, _APART[in_place])
+    outputs: list[Tensor] = group_operator(x, group, routing, _APART_IN_PLACE if in_place else _APART)
     widths = group.adapters.widths
     return outputs if len(outputs) == len(widths) else list(outputs[0].split_with_sizes(widths, -1))
