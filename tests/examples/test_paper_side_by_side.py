@@ -256,7 +256,7 @@ def test_training_takes_two_places_and_nothing_reads_what_another_writes() -> No
         *("routers-phatgoose", "routers-phatgoose-without"),
     }
     assert {each.name for each in experiment.steps if each.weight == 3} == {"eval-peft-arrow", "routers-arrow", "routers-arrow-without"}
-    assert {each.name for each in experiment.steps if each.weight == 4} == {"gates-composites", "gates-composites-seed2"}
+    assert {each.name for each in experiment.steps if each.weight == 4} == {"gates-composites", "gates-composites-fixed", "gates-composites-seed2"}
     assert {each.weight for each in experiment.steps} == {1, 2, 3, 4}
 
     def before(name: str) -> set[str]:
