@@ -186,7 +186,7 @@ def mix_over(x: Tensor, product: Callable[[Tensor], Tensor], adapters: Adapters,
 
     Args:
         x: Input of the layer (..., h), which the gate reads.
-        product: Function that computes ``W x`` plus bias (..., o) from x.
+        product: Function that computes ``W x`` plus bias (..., o) from x, in a new tensor, which may be overwritten.
         adapters: The adapters of one linear.
         routing: How tokens choose their adapters.
         backend: One of :data:`BACKENDS`.

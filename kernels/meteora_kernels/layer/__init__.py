@@ -149,7 +149,7 @@ def mix_over(x: Tensor, product: Callable[[Tensor], Tensor], adapters: Adapters,
 
     Args:
         x: Input of the layer (..., h), not empty.
-        product: Function that computes ``W x`` plus bias (..., o) from x.
+        product: Function that computes ``W x`` plus bias (..., o) from x, in a new tensor, which may be overwritten.
         adapters: The adapters of the layer, with ``max_rank``.
         routing: Top-k, routing temperature and ``allowed``; no given routes.
 

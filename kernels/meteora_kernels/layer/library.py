@@ -32,17 +32,26 @@ def before(x: Tensor, adapters: Adapters, routing: Routing, row: Row) -> tuple[T
 
 
 def after(begun: tuple[Tensor, Tensor], base: Tensor, adapters: Adapters, routing: Routing, row: Row) -> Tensor:
-    """Add the adapters to a base output (M, o), columns contiguous: (M, o), contiguous. ``begun`` is the result of :func:`before`."""
+    """Add the adapters to a base output (M, o), columns contiguous: (M, o), contiguous. ``begun`` is the result of :func:`before`.
+
+    The base output is overwritten if it has the dtype of the adapters: otherwise, the library would copy it before it adds the product.
+    """
     found = begun[1]
+    if base.dtype == found.dtype and base.is_contiguous():
+        return base.addmm_(found, adapters.lora_B)
+    return _sum(base, found, adapters)
+
+
+def _sum(base: Tensor, found: Tensor, adapters: Adapters) -> Tensor:
     if base.dtype == found.dtype:
         return torch.addmm(base, found, adapters.lora_B)
     return base + torch.mm(found, adapters.lora_B)
 
 
 def run(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:
-    """The output (M, o), contiguous, and the logits (M, N); arguments as in :func:`before` and :func:`after`."""
-    begun = before(x, adapters, routing, ANY_ROW)
-    return after(begun, base, adapters, routing, ANY_ROW), begun[0]
+    """The output (M, o), contiguous, and the logits (M, N); arguments as in :func:`before` and :func:`after`, but the base output is only read."""
+    logits, found = before(x, adapters, routing, ANY_ROW)
+    return _sum(base, found, adapters), logits
 
 
 def out_like(x: Tensor, base: Tensor, adapters: Adapters, routing: Routing) -> tuple[Tensor, Tensor]:

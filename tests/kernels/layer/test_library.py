@@ -37,6 +37,20 @@ def test_a_base_of_another_dtype_is_added_in_it() -> None:
     close(wide, routed(case, 2))
 
 
+def test_a_base_output_of_its_own_is_overwritten() -> None:
+    """As one that was computed for these adapters; one that somebody else computed is only read."""
+    case = make([4] * 6, 16, 9, (20,), torch.float32, device=DEVICE)
+    x, base, *tensors = case.arguments
+    adapters, routing, row = Adapters.of_layer(*tensors, 4), Routing(2, 1.5), Row("library")
+    kept = base.clone()
+    output = library.run(x, base, adapters, routing)[0]
+    assert torch.equal(base, kept)
+    found = library.after(library.before(x, adapters, routing, row), base, adapters, routing, row)
+    assert found.data_ptr() == base.data_ptr()
+    close(found, output)
+    close(library.after(library.before(x, adapters, routing, row), kept[:1].expand(20, 9), adapters, routing, row), output - kept + kept[:1])
+
+
 def test_gradients_and_given_routes_need_another_path() -> None:
     facts = Facts(16, (9,), 6, 24, 4, torch.float32, torch.device(DEVICE))
     assert library.can_run(Case(facts, 20, 2, plain=True), Row("library")) is None
