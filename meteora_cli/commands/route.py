@@ -93,5 +93,6 @@ def route(
         after = f"after {steps} gradient steps" if steps else "without a training step"
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter, {after}")
         if accuracy < LOW:
-            put(f"this is below {LOW:.0%}: use more rows with --tokens or --routed-rows, or train the gates with --steps 100")
+            more = "--tokens" if routed_rows else "--tokens or --routed-rows"
+            put(f"this is below {LOW:.0%}: use more rows with {more}, or train the gates with --steps 100")
     put(f"next: meteora chat --checkpoint {shlex.quote(str(done.folder))}")

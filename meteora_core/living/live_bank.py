@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from meteora_core.adapters.peft_folder import AdapterInfo
 
 CORRECTIONS = (0.0, 0.5, 1.0)
-"""The shares of the correction from gradient training that are compared when trained gates are solved again."""
+"""The shares of the correction from gradient training or routed rows that are compared when such gates are solved again."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class LiveBank:
     def _correct(
         self, before: _Before, gates: Mapping[str, Tensor], statistics: Mapping[str, GateStatistics], held_out: HeldOut, changed: str
     ) -> tuple[float, dict[str, float]]:
-        """Add the share of the correction from gradient training that is best on held-out rows. Returns the share and the measurements."""
+        """Add the share of the correction from gradient training or routed rows that is best on held-out rows. Returns the share and the measurements."""
         old = [name for name in before.bank.names if name in self.names and name != changed]
         if not any(held_out.rows) or any(name not in statistics for name in before.bank.names if name != changed) or changed in before.bank.names:
             return 0.0, self._measure(held_out)
@@ -210,8 +210,9 @@ class LiveBank:
         for share in CORRECTIONS:
             self._set(corrected(gates, added, self.names, old, share))
             measured = self._measure(held_out)
-            if best is None or measured["gate_accuracy"] > best[0]:
-                best = (measured["gate_accuracy"], share, measured)
+            accuracy = mean_accuracy(measured, self.names)
+            if best is None or accuracy > best[0]:
+                best = (accuracy, share, measured)
         assert best is not None
         self._set(corrected(gates, added, self.names, old, best[1]))
         if best[1]:
@@ -235,6 +236,17 @@ class LiveBank:
 
     def _restored(self, before: _Before) -> _Restored:
         return _Restored(self, before)
+
+
+def mean_accuracy(measured: Mapping[str, float], names: Sequence[str]) -> float:
+    """The gate accuracy on held-out rows as the mean over adapters, so that an adapter with long answers does not outweigh the others.
+
+    Args:
+        measured: Result of :func:`meteora_core.training.gate_metrics.measure_gates`.
+        names: Names of the adapters; those without held-out rows are left out.
+    """
+    found = [measured[f"gate_accuracy/{name}"] for name in names if f"gate_accuracy/{name}" in measured]
+    return sum(found) / max(1, len(found))
 
 
 class _Restored:

@@ -11,7 +11,7 @@ from meteora_core import load_checkpoint
 from meteora_core.checkpoints.gate_statistics import Recipe, read_statistics
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError
 from meteora_core.living.collector import Collector
-from meteora_core.living.live_bank import LiveBank, corrected
+from meteora_core.living.live_bank import LiveBank, corrected, mean_accuracy
 from meteora_core.living.rows import find_rows
 from meteora_core.model.attach import meteora_layers
 from meteora_core.model.base import BaseReference
@@ -106,6 +106,13 @@ def test_the_correction_stays_with_the_rows_of_the_old_adapters() -> None:
     assert made["q"].tolist() == [[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]
     assert torch.equal(made["new"], gates["new"])
     assert gates["q"].sum() == 0
+
+
+def test_an_adapter_with_many_answer_tokens_does_not_outweigh_the_others() -> None:
+    measured = {"gate_accuracy": 0.7, "gate_accuracy/a": 0.9, "gate_accuracy/b": 0.5, "gate_accuracy_all": 0.2}
+    assert mean_accuracy(measured, ("a", "b", "c")) == pytest.approx(0.7)
+    assert mean_accuracy(measured, ("b",)) == 0.5
+    assert mean_accuracy({}, ("a",)) == 0.0
 
 
 def test_training_that_helped_is_kept(world, live) -> None:
