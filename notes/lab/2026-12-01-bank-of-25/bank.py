@@ -315,7 +315,7 @@ def work() -> None:
         return
     world = World()
     log("loaded", len(NAMES), "adapters")
-    statistics = [*(OUT / "self" / f"{name}.safetensors" for name in TEN if "self" in SETS), *(OUT / "st" / f"{name}.safetensors" for name in ALL)]
+    statistics = [*(OUT / "st" / f"{name}.safetensors" for name in ALL), *(OUT / "self" / f"{name}.safetensors" for name in TEN if "self" in SETS)]
     for file in taken(statistics):
         world.collect(file)
     if not wait(statistics):
