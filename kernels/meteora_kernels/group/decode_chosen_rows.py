@@ -24,7 +24,7 @@ from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import WHOLE, Adapters, Form, Group, Routing
 
-UP_TILE = (64, 2)
+UP_TILE = (128, 2)
 """The number of chosen rows of B that are multiplied at a time where ranks do not fill their places, and the number of such steps in flight."""
 
 

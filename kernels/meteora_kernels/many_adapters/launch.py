@@ -21,8 +21,6 @@ UP_TILE = (256, 4)
 DOWN_TILE, DOWN_TOGETHER = (128, 1, 4, 4096), (128, 1, 4, 2048)
 """Columns per step, warps and stages of :func:`blocks_down`, and the number of programs to reach by cutting its sums into pieces; the second if the slots of a
 member are sorted together."""
-LARGE_TILES = 1024
-"""From this number of tokens on, :func:`gate_sums` multiplies tiles of 128 by 128 with eight warps."""
 LIBRARY_GATES = 1024
 """From this number of tokens on, the library computes the logits of 16-bit models in :func:`gate_logits`."""
 
@@ -69,7 +67,7 @@ def gate_sums(x: Tensor, adapters: Adapters) -> Tensor:
     """Gate logits of all members for x (M, h), columns contiguous: float32 partial sums (S, M, members * N)."""
     tokens, hidden = x.shape
     count, members = adapters.number, adapters.members
-    large = tokens >= LARGE_TILES
+    large = tokens >= 1024
     bm = 128 if large else min(64, max(16, power_of_two(tokens)))
     bn = min(128 if tokens > 64 else 64, max(16, power_of_two(count)))
     bk = 64 if x.element_size() == 2 else 32

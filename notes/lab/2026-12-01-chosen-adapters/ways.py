@@ -21,7 +21,6 @@ from common import Group, capture, check, graphs, times
 
 from meteora_kernels import Routing
 from meteora_kernels.group import PATHS, chosen_adapters, row_for
-from meteora_kernels.many_adapters import launch, sorted_down_forward
 from meteora_kernels.plan import Case, Row, Span
 from meteora_kernels.tile import Tile
 
@@ -71,15 +70,6 @@ def with_finish(finish: tuple[int, int, int, int], work: Work) -> torch.Tensor:
         chosen_adapters.FINISH = before
 
 
-def gates_in_tiles(work: Work) -> torch.Tensor:
-    """With the gates in the larger tiles of 1,024 tokens."""
-    before, launch.LARGE_TILES = launch.LARGE_TILES, 1
-    try:
-        return work()
-    finally:
-        launch.LARGE_TILES = before
-
-
 def ways_of(group: Group, x: torch.Tensor) -> dict[str, Work]:
     tokens = len(x)
     row = row_for(group.fused, tokens, 2, aligned=True)
@@ -96,9 +86,6 @@ def ways_of(group: Group, x: torch.Tensor) -> dict[str, Work]:
         ways[name] = work = lambda form=form: chosen_adapters.run(x, group.fused, ROUTING, form)
         for finish in FINISHES if not index and tokens == 64 else ():
             ways[f"{name}, finish {finish}"] = lambda finish=finish, work=work: with_finish(finish, work)
-    if tokens == 512:
-        arguments = (x, group.packed[: group.outputs], None, group.fused.adapters, ROUTING)
-        ways["sorted_down, gates in large tiles"] = lambda: gates_in_tiles(lambda: sorted_down_forward(*arguments))
     return ways
 
 

@@ -78,6 +78,18 @@ def test_paths_of_an_8b_model_on_the_h200(monkeypatch: pytest.MonkeyPatch) -> No
     assert paths(16384, adapters=64)[3] == paths(8192)[3] == "split"
 
 
+def test_the_h200_multiplies_chosen_adapters_once_where_that_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a long h, up to 32 tokens and 256 adapters of rank 8."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def path(tokens: int, adapters: int, hidden: int, *, aligned: bool = True) -> str:
+        return choose(shipped("h200").group, Case(facts((4096,), hidden, adapters=adapters), tokens, 2, aligned=aligned), CAN_RUN).path
+
+    assert path(17, 256, 14336) == path(32, 256, 14336) == "chosen_adapters"
+    others = path(33, 256, 14336), path(32, 256, 4096), path(32, 1024, 14336), path(32, 256, 14336, aligned=False)
+    assert set(others) == {"many_adapters"}
+
+
 def test_the_h200_reads_many_gates_in_larger_programs() -> None:
     """With 1,024 adapters and more than one token, every group of Llama-3-8B has a row of its own for decoding."""
 
