@@ -186,7 +186,11 @@ def _report(checkpoint: Path, done: Change, *, as_json: bool) -> None:
     elif done.correction is None:
         put("all gates were solved again from the statistics of all adapters")
     else:
-        kept = f"{done.correction:.0%} of what training had added to them was kept" if done.correction else "what training had added to them was left out"
+        kept = (
+            f"{done.correction:.0%} of what training or routed rows had added was kept"
+            if done.correction
+            else "what training or routed rows had added was left out"
+        )
         put(f"all gates were solved again; {kept}, which routes held-out rows best")
     if accuracy := done.held_out.get("gate_accuracy"):
         put(f"{accuracy:.1%} of held-out answer tokens are routed to their own adapter")
