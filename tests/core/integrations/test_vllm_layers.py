@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from meteora_core.integrations.vllm.eight_bits import base_of
@@ -18,7 +21,6 @@ from meteora_core.integrations.vllm.runtime import Runtime, Scheduled
 from meteora_core.integrations.vllm.slices import Slices
 from meteora_core.integrations.vllm.warmup import different, sizes
 from meteora_kernels import Adapters, Routing, reference, run_group
-from meteora_kernels.group.eight_bits import run_eight_bits
 from meteora_kernels.plan import EVER, Row, Span, use
 from meteora_kernels.plan.table import shipped
 from meteora_kernels.tile import Tile
@@ -89,26 +91,60 @@ def test_kernels_for_members_of_different_ranks_and_a_member_without_adapters(we
     torch.testing.assert_close(added(layer, chosen_down(layer, x), y).double(), exact, rtol=0, atol=2e-5)
 
 
+def register(op_name: str, op_func: Any, fake_impl: Any, target_lib: torch.library.Library) -> None:
+    """What vLLM's function of this name does on a CPU."""
+    target_lib.define(op_name + torch.library.infer_schema(op_func, mutates_args=[]))
+    target_lib.impl(op_name, op_func, "CPU")
+
+
+@pytest.fixture(scope="module")
+def operators() -> Iterator[Any]:
+    """The module of operators, without vLLM."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vllm.utils.torch_utils", SimpleNamespace(direct_register_custom_op=register))
+        yield importlib.import_module("meteora_core.integrations.vllm.operators")
+    sys.modules.pop("meteora_core.integrations.vllm.operators")
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_operator_calls_the_method_of_the_base_layer(weights: Weights, operators: Any, traced: bool) -> None:
+    block, runtime = block_of(weights, base=False), Runtime()
+    runtime.names, runtime.observed = list(weights.names), traced
+    runtime._step = [Scheduled("a", 20, 0, Options(2, 1.5))]
+    x, base, bias = torch.randn(20, HIDDEN), torch.randn(64, HIDDEN) * 0.2, torch.randn(64)
+    operators._layers[block.rows.data_ptr()] = Layer(block, False, ROUTING, True, runtime, base=lambda x, bias: F.linear(x, base, bias))
+    found = torch.ops.meteora_vllm.over(x, bias, block.rows, 64)
+    torch.testing.assert_close(found.double(), expected(weights, x, F.linear(x, base, bias), ROUTING), rtol=0, atol=2e-5)
+    assert set(runtime._live) == ({"q", "v"} if traced else set())
+
+
 @pytest.mark.parametrize("scales", [1, 64])
-def test_one_launch_over_an_8_bit_base(weights: Weights, scales: int) -> None:
-    """With factors of the tensor or of every output, as vLLM keeps them; sizes without a row of the table are left to vLLM's kernel."""
-    x, shape = torch.randn(9, HIDDEN).half(), Shape.of(weights, PARTS, SIZES)  # type: ignore[arg-type]
+def test_an_8_bit_base_and_adapters_in_one_launch_or_beside_each_other(weights: Weights, operators: Any, scales: int) -> None:
+    """With factors of the tensor or of every output, as vLLM keeps them. For sizes without a row of the table, vLLM's kernel computes the base."""
+    shape = Shape.of(weights, PARTS, SIZES)  # type: ignore[arg-type]
     block = Block(shape, HIDDEN, torch.empty(0, dtype=torch.float16), base=False, wide=False)
     block.fill(weights, WHOLE)  # type: ignore[arg-type]
-    weight, scale = torch.randn(64, HIDDEN).to(torch.float8_e4m3fn), torch.rand(scales, 1) * 0.1 + 0.05
-    x8, x_scale = (x.float() * 8).to(torch.float8_e4m3fn), torch.full((9, 1), 1 / 8)
-    kernel = SimpleNamespace(_get_layer_params=lambda layer: (layer.weight, layer.scale, None, None))
+    weight, scale, calls = torch.randn(64, HIDDEN).to(torch.float8_e4m3fn), torch.rand(scales, 1) * 0.1 + 0.05, list[int]()
+
+    def product(A: Tensor, B: Tensor, As: Tensor, Bs: Tensor, out_dtype: torch.dtype, **more: Any) -> Tensor:
+        calls.append(len(A))
+        return ((A.float() * As) @ (B.float() * Bs.t())).to(out_dtype)
+
+    kernel = SimpleNamespace(_get_layer_params=lambda layer: (layer.weight, layer.scale, None, None), apply_scaled_mm=product)
     base = base_of(kernel, SimpleNamespace(weight=torch.zeros_like(weight).t(), scale=torch.zeros_like(scale)), block.adapters)
     address, again = base.weight.data_ptr(), SimpleNamespace(weight=weight.clone().t(), scale=scale.clone())
     base.load_again(again)
     assert again.weight.data_ptr() == base.linears.weights.data_ptr() == address
+    operators._layers[block.rows.data_ptr()] = Layer(block, False, ROUTING, True, Runtime(), eight=base)
     row = Row("one_launch", Span(1, 16), pieces=1, gate_pieces=2, tile=Tile(16, 64, 16, 4, 2))
-    with taking(row, Row("packed")):
-        found = run_eight_bits(x, x8, x_scale, base.linears, ROUTING)
-        assert run_eight_bits(x.repeat(2, 1), x8.repeat(2, 1), x_scale.repeat(2, 1), base.linears, ROUTING) is None
-    exact = expected(weights, x, (x8.float() / 8) @ (weight.float() * scale).t(), ROUTING)
-    assert found is not None
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-2)
+    for tokens in (9, 18):
+        x = torch.randn(tokens, HIDDEN).half()
+        x8, x_scale = (x.float() * 8).to(torch.float8_e4m3fn), torch.full((tokens, 1), 1 / 8)
+        with taking(row, Row("packed")):
+            found = torch.ops.meteora_vllm.eight(x, x8, x_scale, block.rows, 64)
+        exact = expected(weights, x, (x8.float() / 8) @ (weight.float() * scale).t(), ROUTING)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-2)
+    assert calls == [18]
 
 
 def test_processes_of_a_row_parallel_layer_choose_by_the_sum_of_their_logits(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
