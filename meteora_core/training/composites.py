@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from meteora_core.data.composite import FEWEST_CANDIDATES, SHORT_SHARE, compose, lead_text, numbered
 from meteora_core.data.rows import Row
 from meteora_core.errors import UsageError
-from meteora_core.training.encoding import Encoded, Labelled, TrainRow, encode_labelled, row_lengths
+from meteora_core.training.encoding import Encoded, Labelled, RowsOnDemand, TrainRow, encode_labelled, row_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,7 +211,7 @@ def with_lists(singles: Encoded, rows: Sequence[Row], tokenizer: PreTrainedToken
     return Encoded(RowsWithLists(singles.rows, made.rows, count), singles.cut + made.cut)
 
 
-class RowsWithLists(Sequence[TrainRow]):
+class RowsWithLists(RowsOnDemand):
     """Rows of a task followed by lists of its questions, which are repeated if there are too few.
 
     Args:
@@ -227,15 +227,6 @@ class RowsWithLists(Sequence[TrainRow]):
         self._singles, self._lists = singles, lists
         self.lengths: list[int] = [*row_lengths(singles), *(len(lists[index % len(lists)]) for index in range(count))]
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @overload
-    def __getitem__(self, index: int) -> TrainRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainRow]: ...
-    def __getitem__(self, index: int | slice) -> TrainRow | list[TrainRow]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        place, singles = range(len(self))[index], len(self._singles)
-        return self._singles[place] if place < singles else self._lists[(place - singles) % len(self._lists)]
+    def row(self, index: int) -> TrainRow:
+        singles = len(self._singles)
+        return self._singles[index] if index < singles else self._lists[(index - singles) % len(self._lists)]

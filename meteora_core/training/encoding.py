@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -37,6 +38,31 @@ class TrainRow:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+class RowsOnDemand(Sequence[TrainRow]):
+    """Rows that are made when they are accessed. Subclasses set :attr:`lengths` and implement :meth:`row`.
+
+    Attributes:
+        lengths: Number of tokens of every row.
+    """
+
+    lengths: list[int]
+
+    @abstractmethod
+    def row(self, index: int) -> TrainRow:
+        """The row at an index from 0 to the number of rows minus 1."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> TrainRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TrainRow]: ...
+    def __getitem__(self, index: int | slice) -> TrainRow | list[TrainRow]:
+        found = range(len(self))[index]
+        return self.row(found) if isinstance(found, int) else [self.row(each) for each in found]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from meteora_core.errors import DataError, MeteoraError, StorageError
 from meteora_core.files import locked, sha256, storage_errors
 from meteora_core.json_files import read_json, write_json
 from meteora_core.progress import SILENT, Progress
-from meteora_core.training.encoding import TrainRow, fit_row, leading_special_tokens, tokenised
+from meteora_core.training.encoding import RowsOnDemand, TrainRow, fit_row, leading_special_tokens, tokenised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +37,12 @@ CHUNK = 512
 """Number of rows that are tokenised together."""
 
 
-class CachedRows(Sequence[TrainRow]):
+class CachedRows(RowsOnDemand):
     """The rows that :func:`meteora_core.training.encoding.encode_rows` would give, each read from disk when it is accessed.
 
     Args:
         dataset: Dataset with the columns ``tokens``, ``start`` and ``length``.
-        places: Indices of the rows in the dataset, in order.
+        indices: Indices of the rows in the dataset, in order.
         adapter: Gate label of every token.
         head: Number of special tokens at the start of every row, which are not cut.
         max_length: Maximum row length in tokens.
@@ -59,18 +59,7 @@ class CachedRows(Sequence[TrainRow]):
         self.lengths: list[int] = np.minimum(whole, max_length).tolist()
         self.cut = int((whole > max_length).sum())
 
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> TrainRow: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TrainRow]: ...
-
-    def __getitem__(self, index: int | slice) -> TrainRow | list[TrainRow]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def row(self, index: int) -> TrainRow:
         row = self._dataset[int(self._indices[index])]
         return fit_row(row["tokens"], [self._adapter] * len(row["tokens"]), row["start"], self._head, self._max_length)[0]
 

@@ -24,7 +24,7 @@ from meteora_kernels.device.flags import clear_when_last, count_out, raise_flag,
 from meteora_kernels.device.routing import keep_routes, routes_of_logits, summed
 from meteora_kernels.device.rows import member_of
 from meteora_kernels.plan.machine import at_once, why_not_at_once
-from meteora_kernels.plan.table import Case, Row
+from meteora_kernels.plan.table import Case, Row, why_not_one_tile
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.types import WHOLE, Form, Group, Routing
 
@@ -197,10 +197,9 @@ def tiles_of(case: Case, outputs: int) -> int:
 def can_run(case: Case, row: Row) -> str | None:
     """The reason why this path cannot run a case with a row of the table; None if it can."""
     facts, tile = case.facts, row.tile
-    if not case.aligned:
-        return "the copy engine cannot read these rows: it takes 16-bit numbers in rows aligned to 16 bytes"
-    if tile is None or case.tokens > tile.tokens:
-        return f"there are {case.tokens} tokens, the tile holds {0 if tile is None else tile.tokens}"
+    reason = why_not_one_tile(case, row)
+    if tile is None or reason is not None:
+        return reason
     if case.top_k > 16 or facts.adapters > 4096:
         return f"top-k is {case.top_k} of {facts.adapters} adapters, the kernels take up to 16 of 4,096"
     if len(facts.widths) * tiles_of(case, tile.outputs) > 1016:

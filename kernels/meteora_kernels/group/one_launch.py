@@ -31,7 +31,7 @@ from meteora_kernels.arguments import choice_constants, or_any, three
 from meteora_kernels.device.flags import clear_when_last, count_out, raise_flag, share_out, wait_flag
 from meteora_kernels.device.routing import coefficients_of, keep_routes, routes_of_tile, summed
 from meteora_kernels.plan.machine import at_once, interpreted, why_not_at_once
-from meteora_kernels.plan.table import Case, Row
+from meteora_kernels.plan.table import Case, Row, why_not_one_tile
 from meteora_kernels.sizes import ceil_div, power_of_two
 from meteora_kernels.stacked import gate_rows_of
 from meteora_kernels.types import WHOLE, Adapters, Form, Group, Routing
@@ -229,11 +229,10 @@ def gate_programs_of(members: int, gate_rows: int, rank: int, row: Row) -> int:
 
 def can_run(case: Case, row: Row) -> str | None:
     """The reason why this path cannot run a case with a row of the table; None if it can. All gate programs must run at the same time."""
-    facts, tile = case.facts, row.tile
-    if not case.aligned:
-        return "the copy engine cannot read these rows: it takes 16-bit numbers in rows aligned to 16 bytes"
-    if tile is None or case.tokens > tile.tokens:
-        return f"there are {case.tokens} tokens, the tile holds {0 if tile is None else tile.tokens}"
+    facts = case.facts
+    reason = why_not_one_tile(case, row)
+    if reason is not None:
+        return reason
     return why_not_at_once(facts.device, gate_programs_of(len(facts.widths), gate_rows_of(facts.adapters), facts.total_rank, row))
 
 

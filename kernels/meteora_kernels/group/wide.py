@@ -26,7 +26,7 @@ from meteora_kernels.device.chosen_rows import clear_rows, write_chosen
 from meteora_kernels.device.flags import leave, share_out, wait_flag
 from meteora_kernels.device.routing import allowed_from, keep_routes, routes_of_tile
 from meteora_kernels.launches import Launches, Rest
-from meteora_kernels.plan.machine import interpreted, why_not_at_once
+from meteora_kernels.plan.machine import UNREADABLE, interpreted, why_not_at_once
 from meteora_kernels.plan.table import Case, Row
 from meteora_kernels.sizes import ceil_div
 from meteora_kernels.stacked import gate_rows_of
@@ -240,7 +240,7 @@ def can_launch_before(case: Case, row: Row) -> str | None:
     facts, tile = case.facts, row.tile
     members = len(facts.widths)
     if not case.aligned:
-        return "the copy engine cannot read these rows: it takes 16-bit numbers in rows aligned to 16 bytes"
+        return UNREADABLE
     if tile is None or ceil_div(case.tokens, tile.tokens) * members > MOST_BLOCKS:
         return f"there are {case.tokens} tokens, more than there are flags for"
     if not ranks_of(facts.max_rank, case.top_k, Wide(facts.hidden, facts.total_rank, members).pad):

@@ -76,3 +76,7 @@ def why_not_at_once(device: torch.device, programs: int) -> str | None:
 def readable(rows: Tensor) -> bool:
     """Whether the copy engine can read these rows: 16-bit numbers, columns contiguous, every row aligned to 16 bytes."""
     return rows.dtype in HALVES and not rows.data_ptr() % 16 and not rows.stride(-2) % 8 and rows.stride(-1) == 1
+
+
+UNREADABLE = "the copy engine cannot read these rows: it takes 16-bit numbers in rows aligned to 16 bytes"
+"""Why a path with the copy engine cannot run a case whose rows are not :func:`readable`."""

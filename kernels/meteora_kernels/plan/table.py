@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from meteora_kernels.plan.machine import HALVES
+from meteora_kernels.plan.machine import HALVES, UNREADABLE
 from meteora_kernels.tile import Tile
 
 EVER = 1 << 30
@@ -191,6 +191,14 @@ class Row:
             and facts.total_rank >= self.gain * rows
             and (self.chosen == EVER or case.tokens * read <= max(self.chosen, facts.total_rank))
         )
+
+
+def why_not_one_tile(case: Case, row: Row) -> str | None:
+    """The reason why a path that reads by the copy engine cannot take all tokens of a case in one tile of a row; None if it can."""
+    if not case.aligned:
+        return UNREADABLE
+    held = 0 if row.tile is None else row.tile.tokens
+    return None if 0 < case.tokens <= held else f"there are {case.tokens} tokens, the tile holds {held}"
 
 
 @dataclass(frozen=True, slots=True)
