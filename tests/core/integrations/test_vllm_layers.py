@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from meteora_core.integrations.vllm.runtime import Runtime, Scheduled
 from meteora_core.integrations.vllm.slices import Slices
 from meteora_core.integrations.vllm.warmup import different, sizes
 from meteora_kernels import Adapters, Routing, reference, run_group
+from meteora_kernels.group import row_for
 from meteora_kernels.plan import EVER, Row, Span, use
 from meteora_kernels.plan.table import shipped
 from meteora_kernels.tile import Tile
@@ -168,6 +170,37 @@ def test_processes_of_a_row_parallel_layer_choose_by_the_sum_of_their_logits(wei
     outputs = run()
     assert [logits.shape for logits in sent] == [(6, COUNT)] * 4
     torch.testing.assert_close((outputs[0] + outputs[1]).double(), weights.exact("q", x, torch.zeros(6, 32), ROUTING), rtol=0, atol=2e-5)
+
+
+def test_the_h200s_rows_for_256_adapters_read_the_options_of_every_token(operators: Any) -> None:
+    """Rows for chosen adapters need blocks and inputs that the copy engine can read, which a captured step of vLLM has."""
+    count, rank, hidden, tokens = 256, 8, 8192, 6
+    shape = Shape(("down",), (64,), (rank,) * count, (2.0,) * count)
+    block = Block(shape, hidden, torch.empty(0, dtype=torch.float16), base=True, wide=False)
+    block.rows.normal_(0, hidden**-0.5)
+    block.lora_B.normal_(0, 0.1)
+    each = [Options(2, 1.0), Options(1, 1.0), Options(2, 3.0, (7, 9, 200)), Options(1, 1.0, (255,)), Options(0, 1.0), Options(2, 1.0)]
+    runtime = Runtime()
+    runtime.names, runtime.default = [str(index) for index in range(count)], each[0]
+    runtime._options, runtime.varied = {str(index): options for index, options in enumerate(each) if options != each[0]}, True
+    table = runtime.make_table(tokens, torch.device("cpu"))
+    runtime.arrange([str(index) for index in range(tokens)], [1] * tokens)
+    operators._layers[block.rows.data_ptr()] = Layer(block, False, Routing(2, 1.0, table), True, runtime)
+    x, group = torch.randn(tokens, hidden).half(), block.group
+    assert group is not None
+    with taking(*(replace(row, tokens=Span(1, row.tokens.most)) for row in shipped("h200").group if row.path == "chosen_adapters")):
+        assert row_for(group, tokens, 2, aligned=True).path == "chosen_adapters"
+        found = torch.ops.meteora_vllm.group(x, block.rows, 64)
+    base, own = x.double() @ weights_of(block).double().t(), block.single[0]
+    assert own is not None
+    adapters = Adapters.of_layer(own.gate.double(), own.lora_A.double(), own.lora_B.double(), own.scaling, own.offsets, rank)
+    for index, options in enumerate(each):
+        one, exact = slice(index, index + 1), base[index : index + 1]
+        if options.top_k:
+            allowed = torch.tensor([options.allowed is None or adapter in options.allowed for adapter in range(count)])
+            exact = reference.mix(x[one].double(), exact, adapters, Routing(options.top_k, options.temperature, allowed))[0]
+        torch.testing.assert_close(found[one].double(), exact, rtol=0, atol=2e-2)
+        assert options.top_k == 0 or (exact - base[one]).abs().max() > 0.1
 
 
 def test_every_token_has_its_own_options(weights: Weights) -> None:
