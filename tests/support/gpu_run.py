@@ -7,6 +7,9 @@ Tests of kernels that are not marked run on a GPU too where there is one; `--eve
 
 The report of a file with failures is printed as soon as the file has ended. Tests that failed run again, each alone in a process. The exit status is 1 if a
 test failed again or there was no time to run it.
+
+`--passed FILE` keeps the names of files and tests that passed, one a line, and leaves out those that are in FILE already, so that a run can go on where another
+one ended; runs with and without --every-test need files of their own. `--beside` leaves out the tests that time their work, for runs beside other work on the GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ ALONE = ("test_gpu_random_sizes.py", "test_overlap.py")
 """Files that time their work; they run after all others, one at a time."""
 SPLIT = ("test_fused_steps.py", "test_gpu_models.py", "test_gpu_decode.py")
 """Files whose tests run as processes for themselves, side by side, because each of them compiles kernels for a minute or more."""
-OPTIONS = ("-q", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-rfE")
+OPTIONS = ("-q", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark", "-rfE")
 NOT_RUN = 124
 
 
@@ -59,8 +62,9 @@ def run(target: str, seconds: float, every_test: bool) -> tuple[int, str]:
         return NOT_RUN, "no time left"
     try:
         done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return NOT_RUN, "no time left"
+    except subprocess.TimeoutExpired as ended:
+        so_far = ended.stdout or b""
+        return NOT_RUN, f"{so_far.decode(errors='replace') if isinstance(so_far, bytes) else so_far}\nno time left"
     return done.returncode, done.stdout + done.stderr
 
 
@@ -69,22 +73,32 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="files that run at the same time")
     parser.add_argument("--seconds", type=float, default=3600.0, help="time after which nothing new starts")
     parser.add_argument("--every-test", action="store_true", help="run tests that are not marked with gpu, too")
+    parser.add_argument("--passed", type=Path, help="file with the names of what passed; names in it are not run again")
+    parser.add_argument("--beside", action="store_true", help="leave out tests that time their work")
     parser.add_argument("folders", nargs="*", default=[""], help="run only files whose path begins with one of these")
     given = parser.parse_args()
     end, failed, missed = time.monotonic() + given.seconds, list[str](), list[str]()
+    passed = set(given.passed.read_text(encoding="utf-8").splitlines()) if given.passed and given.passed.is_file() else set[str]()
 
     def one(target: str) -> None:
+        if target in passed:
+            return
         begin = time.monotonic()
         code, report = run(target, end - begin, given.every_test)
         last = report.strip().splitlines()[-1] if report.strip() else ""
         print(f"{time.monotonic() - begin:5.0f} s  {target}: {last}", flush=True)
         if code == NOT_RUN or (code not in (0, 5) and not failures(report)):
             missed.append(target)
+        if code in (0, 5) and given.passed:
+            with given.passed.open("a", encoding="utf-8") as file:
+                file.write(f"{target}\n")
+        if code == NOT_RUN and "\n" in report:
+            print(report[-2000:], flush=True)
         if code not in (0, 5, NOT_RUN):
             print(report, flush=True)
             failed.extend(failures(report))
 
-    all_files = [file for file in files(given.every_test) if file.startswith(tuple(given.folders))]
+    all_files = [file for file in files(given.every_test) if file.startswith(tuple(given.folders)) and not (given.beside and Path(file).name in ALONE)]
     with ThreadPoolExecutor(given.workers) as pool:
         parts = pool.map(lambda file: tests_of(file, given.every_test), [file for file in all_files if Path(file).name in SPLIT])
         whole = pool.map(one, [file for file in all_files if Path(file).name not in ALONE + SPLIT])

@@ -79,15 +79,26 @@ def test_paths_of_an_8b_model_on_the_h200(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_h200_multiplies_chosen_adapters_once_where_that_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a long h, up to 32 tokens and 256 adapters of rank 8."""
+    """With 256 adapters of rank 8: down from 17 to 64 tokens, and gate and up from 33 to 64."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
-    def path(tokens: int, adapters: int, hidden: int, *, aligned: bool = True) -> str:
-        return choose(shipped("h200").group, Case(facts((4096,), hidden, adapters=adapters), tokens, 2, aligned=aligned), CAN_RUN).path
+    def paths(tokens: int, *, adapters: int = 256, aligned: bool = True) -> list[str]:
+        cases = [Case(facts(widths, hidden, adapters=adapters), tokens, 2, aligned=aligned) for widths, hidden in LLAMA.values()]
+        return [choose(shipped("h200").group, case, CAN_RUN).path for case in cases]
 
-    assert path(17, 256, 14336) == path(32, 256, 14336) == "chosen_adapters"
-    others = path(33, 256, 14336), path(32, 256, 4096), path(32, 1024, 14336), path(32, 256, 14336, aligned=False)
-    assert set(others) == {"many_adapters"}
+    many, chosen = "many_adapters", "chosen_adapters"
+    assert paths(17) == paths(32) == [many, many, many, chosen]
+    assert paths(33) == paths(64) == [many, many, chosen, chosen]
+    assert paths(65) == paths(64, adapters=1024) == paths(64, aligned=False) == [many] * 4
+
+
+def test_programs_of_the_rows_for_chosen_adapters_fit_into_shared_memory() -> None:
+    """All stages of a tile of the input and of the weights, in the 227 KiB that a program of compute capability 9.0 can have."""
+    tiles = [row.tile for row in shipped("h200").group if row.path == "chosen_adapters"]
+    assert len(tiles) == 3
+    for tile in tiles:
+        assert tile is not None
+        assert 2 * tile.step * (tile.tokens + tile.outputs) * tile.stages <= 227 << 10
 
 
 def test_the_h200_reads_many_gates_in_larger_programs() -> None:

@@ -1,0 +1,92 @@
+"""Decoding of a whole model, fused against the base under torch.compile and against the eager base, all in CUDA graphs.
+
+`decode.py [--seconds S] [--layers L] [--vocabulary V] ROWS...` compiles the base for each number of rows, then the fused model, and appends what is known to
+decode.jsonl in $OUT after each. One token per row, behind 512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models,
+whose functions this script uses. Kernels that were compiled before are found in Triton's cache; which candidate is the fastest is measured anew, so a run
+beside other work (`--warm`, which times nothing) decides nothing for later ones. The default vocabulary keeps the share that the output layer has in 32 layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import compiled as earlier
+import torch
+from torch._inductor import config as inductor
+
+from meteora_core import attach, fuse
+from meteora_core.bench import SHAPES, ModelShape
+from meteora_core.bench.end_to_end import random_bank, random_model
+from meteora_core.bench.timing import medians
+
+DEVICE = earlier.DEVICE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=110.0)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=0, help="0 for that of Llama-3-8B divided by 32 and multiplied by the layers")
+    parser.add_argument("--warm", action="store_true")
+    parser.add_argument("rows", type=int, nargs="+")
+    given = parser.parse_args()
+    began, file = time.perf_counter(), Path(os.environ.get("OUT", ".")) / "decode.jsonl"
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    inductor.autotune_num_choices_displayed = 0
+    inductor.autotune_local_cache = inductor.fx_graph_cache = False
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # no effect on bfloat16; keeps the compiler's advice out of the output
+    torch._dynamo.config.recompile_limit = 64
+    shape = SHAPES["llama3-8b"] if DEVICE.type == "cuda" else ModelShape("tiny", 64, 32, 128, 4, 2, given.layers, 400)
+    shape = replace(shape, vocabulary=given.vocabulary or shape.vocabulary * given.layers // shape.layers // 64 * 64 or 64)
+    models: dict[str, Any] = {name: random_model(shape, given.layers, torch.bfloat16, DEVICE) for name in ("base", "fused")}
+    attach(models["fused"], random_bank(models["fused"], 28, 8, torch.bfloat16), top_k=2)
+    groups = fuse(models["fused"]) if DEVICE.type == "cuda" else 0
+    print(f"{groups} groups, {given.layers} layers, vocabulary {shape.vocabulary}, {time.perf_counter() - began:.0f} s", flush=True)
+    kept: dict[int, dict[str, Any]] = {}
+    works: dict[int, dict[str, earlier.Work]] = {}
+    reports: dict[int, dict[str, float]] = {}
+    ids = {rows: torch.randint(0, min(400, shape.vocabulary), (rows, earlier.CONTEXT), device=DEVICE) for rows in given.rows}
+    first: dict[int, dict[str, Any]] = {}
+    for rows in given.rows:
+        kept[rows] = {name: earlier.decoder(model, model, ids[rows]) for name, model in models.items()}
+        first[rows] = {name: work() for name, work in kept[rows].items()}
+        reports[rows] = {"layers": given.layers, "vocabulary": shape.vocabulary}
+        works[rows] = {f"{name}_eager": earlier.capture(work) for name, work in kept[rows].items()}
+    for name in ("base", "fused"):
+        for rows in given.rows:
+            if time.perf_counter() - began > given.seconds:
+                print(f"{name} {rows}: no time left", flush=True)
+                continue
+            report = reports[rows]
+            try:
+                call = torch.compile(models[name], mode=earlier.MODE, fullgraph=True, dynamic=False)
+                run = kept[rows][f"{name}_compiled"] = earlier.decoder(models[name], call, ids[rows])
+                report[f"{name}_compiled_against_eager"] = earlier.error(earlier.compiled_of(f"{name} {rows}", report, run), first[rows][name])
+                works[rows][f"{name}_compiled"] = earlier.capture(run)
+            except torch.AcceleratorError as problem:  # the device is of no more use
+                print(f"DECODE {rows} {name}: FAILED {str(problem).splitlines()[0]}", flush=True)
+                return
+            except Exception as problem:
+                print(f"DECODE {rows} {name}: FAILED {type(problem).__name__}: {str(problem)[:600]}", flush=True)
+                continue
+            if given.warm:
+                continue
+            times = medians(works[rows], DEVICE, repeats=100, seconds=2.0)
+            report |= times
+            ratios = {f"{one}/{base}": times[one] / times[base] for one in ("fused_eager", "fused_compiled") for base in ("base_eager", "base_compiled") if one in times and base in times}
+            report |= ratios
+            print(f"DECODE {rows} rows:", {key: round(value, 4) for key, value in (times | ratios).items()}, flush=True)
+            with file.open("a") as out:
+                out.write(json.dumps({"rows": rows, **report}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
