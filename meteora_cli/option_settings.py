@@ -18,7 +18,19 @@ _ROWS = ("loss_on", "list_rows", "list_max")
 _WATCHING = ("eval_steps", "patience", "log_steps", "save_steps", "log_to")
 _LAUNCH = _same("launch", ("launcher", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"))
 _STATISTICS = {"answer_share": "route.answer_share", "statistics": "route.statistics"}
-_OF_GATES = ("beta", "answer_share", "adapter_learning_rate", "trainable", "init", "composite_rows", "composite_max", "sampling", "loss_balance")
+_OF_GATES = (
+    "beta",
+    "answer_share",
+    "adapter_learning_rate",
+    "trainable",
+    "init",
+    "composite_rows",
+    "composite_max",
+    "joined_rows",
+    "joined_max",
+    "sampling",
+    "loss_balance",
+)
 
 _SESSION = _same("chat", ("template", "max_new_tokens")) | _same("model", ("device", "backend"))
 

@@ -214,6 +214,19 @@ class GateTrainSettings(OptimSettings):
     )
     composite_rows: float = Field(0.0, ge=0, le=1, description="Share of the training rows that are composites of several tasks.")
     composite_max: int = Field(3, ge=2, le=65536, description="Largest number of tasks in a composite training row.")
+    joined_rows: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the training sequences that are complete rows of different tasks, one after another, each of which sees those before.",
+    )
+    joined_max: int = Field(4, ge=2, le=65536, description="Largest number of rows in a joined sequence.")
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.composite_rows + self.joined_rows > 1:
+            raise ValueError(f"composite_rows and joined_rows together are {self.composite_rows + self.joined_rows:g}, more than all rows")
+        return self
 
 
 class RouteSettings(_Section):

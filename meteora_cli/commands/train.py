@@ -121,6 +121,11 @@ def gates(
         float | None, typer.Option(help="Share of the training rows that are composites of several tasks.", rich_help_panel=INPUT)
     ] = None,
     composite_max: Annotated[int | None, typer.Option(help="Largest number of tasks in a composite row.", rich_help_panel=INPUT)] = None,
+    joined_rows: Annotated[
+        float | None,
+        typer.Option(help="Share of the training sequences that are complete rows of different tasks, one after another.", rich_help_panel=INPUT),
+    ] = None,
+    joined_max: Annotated[int | None, typer.Option(help="Largest number of rows in a joined sequence.", rich_help_panel=INPUT)] = None,
     init: Annotated[
         GateStart | None,
         typer.Option(help="Initial gates: normal or zeros; arrow: from the adapters alone; ridge: in closed form from training rows.", rich_help_panel=GATES),

@@ -35,6 +35,7 @@ def refuse_idle_flags(ctx: typer.Context, settings: Settings, *, gates: bool, ba
         {
             "adapter_learning_rate": (training.trainable == "gates+adapters", "--trainable gates+adapters"),
             "composite_max": (training.composite_rows > 0, "--composite-rows"),
+            "joined_max": (training.joined_rows > 0, "--joined-rows"),
             "list_max": (optim.list_rows > 0, "--list-rows"),
             "answer_share": (training.beta > 0, "--beta above 0"),
             "patience": (optim.eval_steps > 0, "--eval-steps"),

@@ -124,7 +124,7 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
     lines = ["", "## Training", ""]
     settings = training.get("inputs", {}).get("settings", {})
     shown: tuple[str, ...] = ("init", "seed", "batch_size", "accumulation", "learning_rate", "beta", "answer_share", "max_length", "ridge_tokens")
-    shown += ("list_rows", "list_max", "composite_rows", "composite_max", "trainable", "adapter_learning_rate", "loss_on")
+    shown += ("list_rows", "list_max", "composite_rows", "composite_max", "joined_rows", "joined_max", "trainable", "adapter_learning_rate", "loss_on")
     if "steps" in training:
         lines.append(f"- Gates: {training['steps']} optimiser steps, {training.get('tokens', 0):,} tokens, {training.get('seconds') or 0:.0f} s")
     if settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -30,14 +31,35 @@ class TrainRow:
         tokens: Token ids, including the special tokens that the tokenizer puts before a prompt (usually BOS).
         gate_labels: One adapter index per token; -100 for tokens that belong to no adapter.
         response_start: Position of the response's first token.
+        joined: The rows that this sequence consists of, one after another, if there are several; each of them sees those before it.
     """
 
     tokens: tuple[int, ...]
     gate_labels: tuple[int, ...]
     response_start: int
+    joined: tuple[TrainRow, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def parts(self) -> tuple[TrainRow, ...]:
+        """The rows in this sequence, each with one prompt and one response: those of :attr:`joined`, or the row itself."""
+        return self.joined or (self,)
+
+
+def join_rows(rows: Sequence[TrainRow]) -> TrainRow:
+    """One sequence of several complete rows. A row's last token has no target, so that no prediction crosses rows.
+
+    Args:
+        rows: At least one row; none of them is joined itself.
+
+    Example:
+        >>> join_rows([TrainRow((1, 2), (0, 0), 1), TrainRow((3, 4), (1, 1), 1)]).gate_labels
+        (0, 0, 1, 1)
+    """
+    tokens, labels = (tuple(chain.from_iterable(getattr(row, name) for row in rows)) for name in ("tokens", "gate_labels"))
+    return TrainRow(tokens, labels, rows[0].response_start, tuple(rows))
 
 
 class RowsOnDemand(Sequence[TrainRow]):
@@ -254,7 +276,7 @@ def _lay_out(sequences: Sequence[Sequence[TrainRow]], pad_token: int, multiple: 
     response = torch.zeros(shape, dtype=torch.bool)
     for index, rows in enumerate(sequences):
         at = 0
-        for row in rows:
+        for row in (part for each in rows for part in each.parts):
             length = len(row)
             tokens = torch.tensor(row.tokens)
             input_ids[index, at : at + length] = tokens
@@ -274,18 +296,18 @@ def row_lengths(rows: Sequence[TrainRow]) -> list[int]:
 
 
 def first_target(row: TrainRow, response_only: bool) -> int:
-    """The first position of a row that has a target."""
+    """The first position of a row that has a target; the row is not joined."""
     return max(0, row.response_start - 1) if response_only else 0
 
 
 def count_row_targets(row: TrainRow, response_only: bool = False) -> int:
     """The number of positions of a row that have a target."""
-    return max(0, len(row) - 1 - first_target(row, response_only))
+    return sum(max(0, len(part) - 1 - first_target(part, response_only)) for part in row.parts)
 
 
 def row_target_labels(row: TrainRow, response_only: bool = False) -> tuple[int, ...]:
     """The gate label of each position of a row that has a target."""
-    return row.gate_labels[first_target(row, response_only) : len(row) - 1]
+    return tuple(chain.from_iterable(part.gate_labels[first_target(part, response_only) : len(part) - 1] for part in row.parts))
 
 
 def count_row_labels(row: TrainRow) -> int:
@@ -294,5 +316,5 @@ def count_row_labels(row: TrainRow) -> int:
 
 
 def count_row_answers(row: TrainRow) -> int:
-    """The number of positions of a row's response that have a gate label."""
-    return sum(label != IGNORE for label in row.gate_labels[row.response_start :])
+    """The number of positions of a row's responses that have a gate label."""
+    return sum(label != IGNORE for part in row.parts for label in part.gate_labels[part.response_start :])

@@ -102,9 +102,10 @@ def train_gates(
     ``loss = CE_lm + beta * CE_gate`` (MeteoRA, arXiv 2405.13053, section 3.2; beta as in the authors' code): CE_lm over all tokens of prompt
     and response, CE_gate the mean over adapted layers and tokens of CE(gate logits, the sequence's task).
 
-    Meteora extends this with five settings, all off by default:
+    Meteora extends this with six settings, all off by default:
 
     * ``settings.composite_rows``: this share of the rows are composites of the same train rows; each part is labelled with its own task.
+    * ``settings.joined_rows``: this share of the sequences consist of complete rows of different tasks, one after another.
     * ``settings.trainable="gates+adapters"``: the adapters are trained too, by CE_lm alone.
     * ``settings.loss_on="response"``: CE_lm leaves out the prompts.
     * ``settings.loss_balance="tasks"``: every task has the same weight in CE_lm, however long its answers are.
@@ -138,7 +139,7 @@ def train_gates(
         return finished_gates(job.out)
     with only_writer([job.out], is_main=job.runtime.is_main):
         rows = gate_rows(tokenizer, bank.names, settings, job)
-        check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.composites) for row in part))
+        check_tokens(model, tokenizer, (row.tokens for part in (*rows.train, rows.mixed) for row in part))
         start = "zeros" if settings.init == "ridge" else settings.init
         bank = with_frames(bank, job)
         attach(model, bank, top_k=top_k, temperature=routing_temperature, backend=backend, init=start, seed=settings.seed, dropout=settings.dropout)
@@ -240,8 +241,8 @@ class _GateStage:
             names=tuple(held_out.names),
             response_only=held_out.response_only,
             balanced=settings.sampling == "balanced",
-            extra=self.rows.composites,
-            extra_share=settings.composite_rows,
+            extra=self.rows.mixed,
+            extra_share=settings.composite_rows + settings.joined_rows,
             evaluate=evaluate,
             log_dir=self.job.out.parent / "tensorboard" / self.job.out.name,
             rate=lambda name: rate if name.endswith(("lora_A", "lora_B")) else 1.0,
@@ -285,8 +286,8 @@ def ridge_start(model: nn.Module, rows: GateRows, pad_token: int, settings: Gate
     mean = sum(map(sum, lengths)) / sum(map(len, lengths))
     size = settings.batch_size * job.runtime.world
     count = max(1, round(settings.ridge_tokens / (mean * size)))
-    mix = RowMix([len(row) for row in rows.composites], settings.composite_rows if rows.composites else 0.0)
-    every = [*rows.train, rows.composites]
+    mix = RowMix([len(row) for row in rows.mixed], settings.composite_rows + settings.joined_rows)
+    every = [*rows.train, rows.mixed]
     batches = [[every[task][row] for task, row in picks] for picks in plan_batches(lengths, count, size, settings.seed, mix)]
     return ridge_gates(model, batches, pad_token, RidgeOptions(settings.answer_share), progress=job.progress)
 

@@ -34,7 +34,7 @@ def token_weights(rows: Iterable[TrainRow], adapters: int, answer_share: float |
         prompt tokens or only response tokens, these have its whole weight; an adapter without tokens has weights of 0.
     """
     counts = torch.zeros(adapters, 2)
-    for row in rows:
+    for row in (part for each in rows for part in each.parts):
         labels = torch.tensor(row.gate_labels)
         for kind, part in enumerate((labels[: row.response_start], labels[row.response_start :])):
             counts[:, kind] += torch.bincount(part[part != IGNORE], minlength=adapters).float()

@@ -30,9 +30,11 @@ def run_inputs(stage: str, job: TrainJob, dtype: torch.dtype, tasks: Sequence[st
     """
     values = settings.model_dump(mode="json")
     ignored = {"log_steps", "save_steps", "log_to", "together_rows"}
-    ignored |= {key for key in ("patience", "packing", "composite_rows", "list_rows", "dora") if not values.get(key)}
+    ignored |= {key for key in ("patience", "packing", "composite_rows", "joined_rows", "list_rows", "dora") if not values.get(key)}
     if not values.get("composite_rows"):
         ignored.add("composite_max")
+    if not values.get("joined_rows"):
+        ignored.add("joined_max")
     if not values.get("list_rows"):
         ignored.add("list_max")
     if values.get("sampling") == "balanced":

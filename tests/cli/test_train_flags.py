@@ -46,12 +46,15 @@ VALUES = {
     "max_length": "99",
     "eval_steps": "7",
     "composite_max": "4",
+    "joined_rows": "0.25",
+    "joined_max": "4",
     "list_rows": "0.25",
     "list_max": "4",
 }
 WITH = {
     "patience": ["--eval-steps", "5"],
     "composite_max": ["--composite-rows", "0.5"],
+    "joined_max": ["--joined-rows", "0.5"],
     "list_max": ["--list-rows", "0.5"],
     "adapter_learning_rate": ["--trainable", "gates+adapters"],
     "name": ["--balanced"],

@@ -253,10 +253,14 @@ def test_training_takes_two_places_and_nothing_reads_what_another_writes() -> No
         *(f"adapters-{part}" for part in (1, 2, 3, 4)),
         "lora-b",
         *(f"gates-{name}" for name in ("ridge", "normal", "arrow", "joint", "ridge-seed2")),
-        *("routers-phatgoose", "routers-phatgoose-without"),
+        *(f"routers-phatgoose{end}" for end in ("", "-without", "-seed2", "-without-seed2")),
     }
-    assert {each.name for each in experiment.steps if each.weight == 3} == {"eval-peft-arrow", "routers-arrow", "routers-arrow-without"}
-    assert {each.name for each in experiment.steps if each.weight == 4} == {"gates-composites", "gates-composites-fixed", "gates-composites-seed2"}
+    assert {each.name for each in experiment.steps if each.weight == 3} == {
+        "eval-peft-arrow",
+        *(f"routers-arrow{end}" for end in ("", "-without", "-seed2", "-without-seed2")),
+    }
+    largest = {"gates-composites", "gates-composites-fixed", "gates-composites-seed2", "gates-joined"}
+    assert {each.name for each in experiment.steps if each.weight == 4} == largest
     assert {each.weight for each in experiment.steps} == {1, 2, 3, 4}
 
     def before(name: str) -> set[str]:

@@ -4,19 +4,19 @@
 # Beside the steps of examples/paper it runs segments.py once MeteoRA and LoRA-B are scored and, with PHATGOOSE=1, trains PHATGOOSE's gates in four processes.
 # BESIDE="COMMAND" runs one more command from the repository root on the last GPU, once the steps of BESIDE_AFTER are done (default: the adapters).
 # The steps of FIRST run first (default: what the main table needs), so that nothing else slows them; then those of SECOND (default: all others), unless FIRST_ALONE=1.
-# SECOND may name several groups, separated by /, each of which starts once the one before has ended. SIZES and WORK name the sizes file and its folder.
-# segments.py starts once the steps of SEGMENTS_AFTER are done.
+# FIRST_JOBS and JOBS are the places of FIRST and of the others. SECOND may name several groups, separated by /, each of which starts once the one before has ended. SIZES and WORK name the sizes file and its folder.
+# segments.py starts once the steps of SEGMENTS_AFTER are done. PARTS="ridge joined" runs parts.py of 2026-12-01-switching-tasks on these gates, once they are trained.
 set -u
 DEADLINE=${DEADLINE:-560}; [ "${1:-}" = --deadline ] && DEADLINE=$2
 export EXP=${EXP:-/tmp/exp}
-SIZES=${SIZES:-qwen} JOBS=${JOBS:-8} ROWS=${ROWS:-32} REPO=$PWD HERE=$(cd "$(dirname "$0")" && pwd) BASE=${BASE:-qwen2.5-coder-0.5b}
+SIZES=${SIZES:-qwen} JOBS=${JOBS:-8} FIRST_JOBS=${FIRST_JOBS:-${JOBS:-8}} ROWS=${ROWS:-32} REPO=$PWD HERE=$(cd "$(dirname "$0")" && pwd) BASE=${BASE:-qwen2.5-coder-0.5b}
 LAB=$HERE WORK=${WORK:-runs/paper-qwen}
 left() { echo $((DEADLINE - SECONDS)); }
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true RAYON_NUM_THREADS=4 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True TRITON_CACHE_DIR=$EXP/triton METEORA_CACHE=${METEORA_CACHE:-$EXP/cache}
 mkdir -p "$OUT" "$EXP/logs"; export OUT=$(cd "$OUT" && pwd)
 collect() {
-    ( cd "$EXP" && find $WORK/steps $WORK/logs $WORK/segments.json $WORK/meteora.toml docs logs $WORK/eval \( -name '.*' -prune \) -o -type f ! -name '*.part*' ! -name '*.safetensors' -print 2>/dev/null
+    ( cd "$EXP" && find $WORK/steps $WORK/logs $WORK/segments.json $WORK/parts.json $WORK/meteora.toml docs logs $WORK/eval \( -name '.*' -prune \) -o -type f ! -name '*.part*' ! -name '*.safetensors' -print 2>/dev/null
       find $WORK/gates $WORK/adapters -name '*.json' -not -path '*/.*' 2>/dev/null ) > "$EXP/.list"
     if command -v xz > /dev/null; then tar -C "$EXP" -cf - -T "$EXP/.list" 2>/dev/null | xz -3 -T8 > "$EXP/.evidence" && mv "$EXP/.evidence" "$OUT/evidence.tar.xz"
     else tar -C "$EXP" -czf "$EXP/.evidence" -T "$EXP/.list" 2>/dev/null; mv "$EXP/.evidence" "$OUT/evidence.tar.gz"; fi
@@ -39,14 +39,15 @@ side() {  # GPU needs... -- command: in the background once the needed steps are
     sides+=($!)
 }
 side "${gpus[0]}" ${SEGMENTS_AFTER:-eval-ridge eval-lora-b} -- python3 $LAB/segments.py "$WORK/gates/ridge" --data "$WORK/datasets" --adapters "$WORK/adapters" --base "$BASE" --out "$WORK/segments.json" --rows "$ROWS" ${SEGMENTS:-} > "$EXP/logs/segments.log" 2>&1
+[ -z "${PARTS:-}" ] || side "${gpus[0]}" $(printf 'gates-%s ' $PARTS) -- python3 $LAB/../2026-12-01-switching-tasks/parts.py $(printf "$WORK/gates/%s " $PARTS) --data "$WORK/datasets" --adapters "$WORK/adapters" --base "$BASE" --out "$WORK/parts.json" --rows "$ROWS" ${PARTS_OPTIONS:-} > "$EXP/logs/parts.log" 2>&1
 [ -z "${PHATGOOSE:-}" ] || for share in 0 1 2 3; do
     gpu=${gpus[$(( share % ${#gpus[@]} ))]}
-    side "$gpu" gates-composites gates-ridge -- python3 $LAB/phatgoose_gates.py $share 4 --config "$WORK/meteora.toml" --out "$WORK/eval/routers" > "$EXP/logs/phatgoose-$share.log" 2>&1
+    side "$gpu" ${PHATGOOSE_AFTER:-gates-composites gates-ridge} -- python3 $LAB/phatgoose_gates.py $share 4 --config "$WORK/meteora.toml" --out "$WORK/eval/routers" > "$EXP/logs/phatgoose-$share.log" 2>&1
 done
 [ -z "${BESIDE:-}" ] || side "${gpus[-1]}" ${BESIDE_AFTER:-adapters-1 adapters-2 adapters-3 adapters-4} -- bash -c "cd '$REPO' && $BESIDE" > "$EXP/logs/beside.log" 2>&1
 ( while [ "$(left)" -gt 90 ]; do sleep 100; [ "$(left)" -gt 60 ] && collect; done ) & saving=$!
-engine() { [ "$(left)" -lt 90 ] || python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --jobs "$JOBS" --keep-going --for $(( $(left) - 40 )) "$@" 2>&1 | tee -a "$EXP/logs/engine.log" | cut -c1-200; }
-engine --only ${FIRST:-datasets loras gates-ridge gates-closed gates-composites eval-own eval-ridge eval-closed eval-lora-b eval-composites eval-base}
+engine() { [ "$(left)" -lt 90 ] || python3 -m examples.paper "$SIZES" --raw-dir raw --docs docs ${DEVICE:+--device $DEVICE} --jobs "${jobs:-$JOBS}" --keep-going --for $(( $(left) - 40 )) "$@" 2>&1 | tee -a "$EXP/logs/engine.log" | cut -c1-200; }
+jobs=$FIRST_JOBS; engine --only ${FIRST:-datasets loras gates-ridge gates-closed gates-composites eval-own eval-ridge eval-closed eval-lora-b eval-composites eval-base}; jobs=$JOBS
 if [ -z "${FIRST_ALONE:-}" ]; then
     IFS=/ read -r -a groups <<< "${SECOND:-}"
     for group in "${groups[@]:-}"; do engine ${group:+--only $group}; done
@@ -64,6 +65,7 @@ kill "${sides[@]}" 2>/dev/null
 sed -n '/^## Overview/,/^## The paper/p' docs/paper.md 2>/dev/null
 grep -E '\*\*(holds|fails|partly|undecided)\*\*' docs/paper.md 2>/dev/null | cut -c1-600
 echo "--- segments"; tail -12 "$EXP/logs/segments.log"
+[ -z "${PARTS:-}" ] || { echo "--- parts"; tail -12 "$EXP/logs/parts.log"; }
 [ -z "${BESIDE:-}" ] || { echo "--- beside"; tail -25 "$EXP/logs/beside.log"; }
 echo "--- steps done: $(cd "$WORK/steps" && ls *.json | grep -v parts | sed 's/.json//' | tr '\n' ' ')"
 echo "collected at $SECONDS s: $(ls -l "$OUT" | tr '\n' ' ')"

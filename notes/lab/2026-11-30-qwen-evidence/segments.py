@@ -69,8 +69,8 @@ class Writing:
     done: bool = False
 
 
-def labelled_prompts(data: Path, name: str, names: Sequence[str], tokenizer: Any, count: int) -> tuple[list[tuple[list[int], list[int]]], list[Row], list[list[Row]]]:
-    """Tokens and adapters of every prompt, the composite rows, and the members' rows of each."""
+def labelled_parts(data: Path, name: str, count: int) -> tuple[list[list[Row]], list[list[Row]]]:
+    """The solved examples of a composite, and the members' rows of its first test rows."""
     manifest = read_manifest(data / name)
     assert manifest is not None
     members = manifest.members
@@ -78,10 +78,16 @@ def labelled_prompts(data: Path, name: str, names: Sequence[str], tokenizer: Any
     train = [read_rows(data, member, "train") for member in members]
     solved = [[train[place][number] for place, number in enumerate(example)] for example in plan.solved.numbers]
     stored = read_rows(data, name, "test", count)
-    index = [names.index(member) for member in members]
-    prompts, parts = [], []
-    for number, row in enumerate(stored):
-        rows = [plan.test[place][plan.order[place][number]] for place in range(len(members))]
+    return solved, [[plan.test[place][plan.order[place][number]] for place in range(len(members))] for number in range(len(stored))]
+
+
+def labelled_prompts(data: Path, name: str, names: Sequence[str], tokenizer: Any, count: int) -> tuple[list[tuple[list[int], list[int]]], list[Row], list[list[Row]]]:
+    """Tokens and adapters of every prompt, the composite rows, and the members' rows of each."""
+    solved, parts = labelled_parts(data, name, count)
+    stored = read_rows(data, name, "test", count)
+    index = [names.index(member) for member in get_task(name).members]
+    prompts = []
+    for row, rows in zip(stored, parts, strict=True):
         text = composite_text(list(zip(index, rows, strict=True)), solved)
         assert text.prompt == row.prompt, "the rows are not those of the plan"
         encoding = tokenizer(text.prompt, return_offsets_mapping=True)
@@ -93,7 +99,6 @@ def labelled_prompts(data: Path, name: str, names: Sequence[str], tokenizer: Any
                 last = text.spans[current][2]
             labels.append(last)
         prompts.append((list(encoding["input_ids"]), labels))
-        parts.append(rows)
     return prompts, stored, parts
 
 
