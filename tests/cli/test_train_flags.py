@@ -47,7 +47,7 @@ VALUES = {
     "eval_steps": "7",
     "composite_max": "4",
     "joined_rows": "0.25",
-    "joined_max": "4",
+    "joined_max": "5",
     "list_rows": "0.25",
     "list_max": "4",
 }

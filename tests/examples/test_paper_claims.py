@@ -32,7 +32,7 @@ def verdicts(**documents: dict[str, Any]) -> list[str]:
 
 
 def test_nothing_run_is_said_to_be_so() -> None:
-    assert verdicts() == ["not run"] * 8
+    assert verdicts() == ["not run"] * 10
     assert {reached for _, _, reached in goals({}, {})} == {None}
 
 
@@ -69,7 +69,9 @@ def test_no_score_at_all_proves_nothing() -> None:
 def test_against_lora_b(ours, verdict) -> None:
     theirs = composites(composite_3=(2.0, 0.5), composite_5=(3.0, 1.0))
     assert verdicts(meteora=composites(**ours), lora_b=theirs)[3] == verdict
-    assert verdicts(extension=composites(**ours), lora_b=theirs)[4] == verdict
+    assert verdicts(extension=composites(**ours), lora_b=theirs)[4:7] == [verdict, "not run", "not run"]
+    assert verdicts(extension_fixed=composites(**ours), lora_b=theirs)[4:7] == ["not run", verdict, "not run"]
+    assert verdicts(joined=composites(**ours), lora_b=theirs)[4:7] == ["not run", "not run", verdict]
 
 
 def test_composites_at_t_1_stand_in_for_such_as_were_not_run() -> None:
@@ -89,16 +91,16 @@ def test_composites_at_t_1_stand_in_for_such_as_were_not_run() -> None:
 
 def test_a_large_temperature() -> None:
     low, same, high = (composites(composite_3=(value, value)) for value in (1.0, 1.05, 2.0))
-    assert verdicts(T1=low, meteora=high)[5] == "holds"
-    assert verdicts(T1=low, T60=same)[5] == "fails"
-    assert verdicts(T1=low, meteora=high, T60=composites(composite_3=(0.1, 0.1)))[5] == "partly"
-    assert verdicts(extension_T1=low, extension=high)[6] == "holds"
+    assert verdicts(T1=low, meteora=high)[7] == "holds"
+    assert verdicts(T1=low, T60=same)[7] == "fails"
+    assert verdicts(T1=low, meteora=high, T60=composites(composite_3=(0.1, 0.1)))[7] == "partly"
+    assert verdicts(extension_T1=low, extension=high)[8] == "holds"
 
 
 def test_top_two_against_top_one() -> None:
-    assert verdicts(meteora=single(a=0.6), top1=single(a=0.5))[7] == "holds"
-    assert verdicts(meteora=single(a=0.5), top1=single(a=0.51))[7] == "undecided"
-    assert verdicts(meteora=single(a=0.4), top1=single(a=0.5))[7] == "fails"
+    assert verdicts(meteora=single(a=0.6), top1=single(a=0.5))[9] == "holds"
+    assert verdicts(meteora=single(a=0.5), top1=single(a=0.51))[9] == "undecided"
+    assert verdicts(meteora=single(a=0.4), top1=single(a=0.5))[9] == "fails"
 
 
 def test_goals_compare_with_the_base_and_lora_b() -> None:
