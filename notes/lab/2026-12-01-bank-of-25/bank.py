@@ -34,21 +34,28 @@ from meteora_core.living.checkpoints import BARE_SHARE
 from meteora_core.living.collector import Collector, collecting
 from meteora_core.living.live_bank import LiveBank
 from meteora_core.living.options import CollectOptions
-from meteora_core.living.rows import find_rows
-from meteora_core.model.attach import meteora_layers
+from meteora_core.living.rows import AdapterRows, find_rows
+from meteora_core.model.attach import detach, meteora_layers
 from meteora_core.model.base import BaseReference, load_base, load_tokenizer
+from meteora_core.generation.engine import Engine
+from meteora_core.progress import SILENT
 from meteora_core.routing.routes import Routes
-from meteora_core.training.encoding import collate, encode_rows
+from meteora_core.training.encoding import collate, encode_rows, row_lengths
 from meteora_core.training.gate_metrics import measure_gates
+from meteora_core.training.input_sums import InputSums, Run, passes_of
 from meteora_core.training.ridge import ridge_rows
-from meteora_core.training.statistics import BASE_ROUTE, closed_form_gates
+from meteora_core.training.statistics import BASE_ROUTE, _counted, _planned, _run, closed_form_gates
 from meteora_core.training.task_rows import HeldOut
 
 LAST = 5
 """Number of adapters that `live` adds one by one."""
 
 STARTER = set(COMPOSITES["composite_10"])
-"""The ten adapters whose gates are also solved from rows that they write themselves."""
+"""The ten adapters whose gates are also solved without rows."""
+
+WRITTEN = ("self", "few4", "example4", "named", "neutral")
+"""Sources of text for adapters without rows; self: prompts that the adapter writes, and neutral questions; neutral: these questions alone;
+named: prompts that the base writes when it is told the adapter's name; example4: four prompts of its task; few4: these, and prompts that the base writes in their manner. The adapter answers."""
 
 parser = argparse.ArgumentParser()
 parser.add_argument("stage", choices=("work", "live", "report"))
@@ -56,9 +63,11 @@ parser.add_argument("base")
 for name in ("adapters", "data", "out"):
     parser.add_argument(name, type=Path)
 parser.add_argument("--rows", type=int, default=64, help="test rows of each task for the scores")
-parser.add_argument("--parts", default="routing,routed,own,text,missing,plain,ten,self,base,added", help="what is measured, in this order")
+parser.add_argument("--parts", default="routing,own,routed,base,missing,plain,text,added,again", help="what is measured, in this order")
 parser.add_argument("--general", type=Path)
-parser.add_argument("--known", default="", help="scores of earlier evaluations, CONFIG=FOLDER with results_*.json, separated by commas, such as own=eval/own/own")
+parser.add_argument(
+    "--known", default="", help="scores of earlier evaluations, CONFIG=FOLDER with results_*.json, separated by commas, such as own=eval/own/own"
+)
 parser.add_argument("--deadline", type=float, default=1e9, help="seconds after the start of the call, as time since the epoch in $BEGAN")
 parser.add_argument("--most", type=int, default=25)
 parser.add_argument("--last", type=int, default=LAST)
@@ -80,9 +89,11 @@ PARTS = given.parts.split(",")
 SETS = {"routed": ALL, "plain": NAMES}
 if "missing" in PARTS:
     SETS |= {f"without.{name}": [other for other in ALL if other != name] for name in NAMES}
-if "self" in PARTS:
-    SETS |= {"ten": [*TEN, NO_ADAPTER], "self": [*TEN, NO_ADAPTER]}
-"""The adapters of each set of gates: all with and without the base route, ten from their rows or from rows that they wrote, and all but one."""
+KINDS, PHASE = [kind for kind in WRITTEN if kind in PARTS], ""
+if KINDS:
+    SETS, PHASE = {kind: [*TEN, NO_ADAPTER] for kind in ("ten", *KINDS)}, ".written"
+"""The adapters of each set of gates: all with and without the base route, and all but one; or, in a call of its own, ten from their rows and from text that was
+written for them."""
 
 
 def log(*parts: object) -> None:
@@ -101,7 +112,7 @@ def write(file: Path, value: object) -> None:
 
 def save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, part)
     os.replace(part, file)
 
 
@@ -150,15 +161,42 @@ class World:
 
     def collect(self, file: Path) -> None:
         """Write the statistics of an adapter, from its rows or from rows that it writes."""
-        began, name = time.time(), file.stem
+        began, name, kind = time.time(), file.stem, file.parent.name
         rows, bank = self.collector.rows(name), alone(self.bank, name)
-        if file.parent.name == "self":
-            rows = self_written.self_written_rows(self.model, self.tokenizer, bank, INST)
-            write(OUT / "results" / f"written.{name}.json", [[row.prompt, row.response] for row in rows.train])
+        if kind != "st":
+            rows = self_written.self_written_rows(self.model, self.tokenizer, bank, INST) if kind == "self" else self.written(kind, bank, rows)
+            write(OUT / "results" / f"written.{kind}.{name}.json", [[row.prompt, row.response] for row in rows.train])
         assert rows is not None
         made = self.collector.collect(self.model, bank, rows, self.collector.how.recipe, list(self.bank.modules))
         made.file.rename(file)
         log(file.parent.name, name, made.header.rows, "rows", made.header.tokens, "tokens counted", f"{time.time() - began:.1f} s")
+
+    def named(self, what: str) -> list[str]:
+        wordings = (f"Write an example of a question for the task “{what}”. Write only the question.", f"Give me an example input for “{what}”.")
+        turns = [self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True) for text in wordings]
+        made = self_written._texts(Engine(self.model, self.tokenizer, "off"), (turns * given.written)[: given.written], 96, 7)
+        return [INST.around(text.strip()) for text in made if len(text.strip()) > 3]
+
+    def written(self, kind: str, bank: AdapterBank, known: AdapterRows) -> AdapterRows:
+        """The answers of an adapter to neutral questions, to a few prompts of its task, or to these and to prompts that the base writes in their manner."""
+        if kind == "neutral":
+            prompts = [row.prompt for row in self_written.general_rows(INST).train if row.prompt][: given.written]
+        elif kind == "named":
+            prompts = self.named(bank.names[0].replace("_", " "))
+        else:
+            prompts = examples = [row.prompt for row in known.train if len(row.prompt) < 1500][: int(kind[-1])]
+        if kind.startswith("few"):
+            turned = [examples[start % len(examples) :] + examples[: start % len(examples)] for start in range(given.written)]
+            openings = ["\n\n".join([*(text.strip() for text in order), INST.before.rstrip(" ")]) for order in turned]
+            made = self_written._texts(Engine(self.model, self.tokenizer, "off"), openings, 160, 7)
+            messages = [text.partition(INST.after.strip())[0].strip() for text in made]
+            prompts = [*prompts, *(INST.around(message) for message in messages if len(message) > 3)]
+        attach(self.model, bank, top_k=1, init="zeros")
+        try:
+            answers = self_written._texts(Engine(self.model, self.tokenizer, "off"), prompts, 48, 11)
+        finally:
+            detach(self.model)
+        return AdapterRows([Row(*pair) for pair in zip(prompts, answers, strict=True) if pair[1].strip()], [], INST, INST.text, Path(kind))
 
     def attach(self) -> None:
         attach(self.model, self.bank, top_k=2, init="zeros")
@@ -200,14 +238,14 @@ def moments(statistics: GateStatistics, layer: str) -> torch.Tensor:
 def solve(file: Path, layers: list[str]) -> None:
     """Solve all sets of gates of the layers that share an input, and write them."""
     squares, means = {}, {}
-    for kind, names in (("st", ALL), ("self", TEN if "self" in SETS else [])):
+    for kind, names in (("st", ALL), *((kind, TEN) for kind in KINDS)):
         for name in names:
             statistics = GateStatistics(OUT / kind / f"{name}.safetensors")
             squares[kind, name], means[kind, name] = moments(statistics, layers[0]), statistics.mean(layers[0]).to(DEVICE)
     weight = {name: BASE_ROUTE if name == NO_ADAPTER else 1.0 for name in ALL}
     solved = {}
     for gates, names in SETS.items():
-        keys = [("self" if gates == "self" and name != NO_ADAPTER else "st", name) for name in names]
+        keys = [(gates if gates in KINDS and name != NO_ADAPTER else "st", name) for name in names]
         total = sum(weight[name] * squares[kind, name] for kind, name in keys)
         shares = torch.tensor([weight[name] for name in names], dtype=torch.float64, device=DEVICE)
         gate = ridge_rows(total, torch.stack([means[key] for key in keys]), shares) * Recipe().scale
@@ -226,11 +264,38 @@ def join_gates(files: list[Path]) -> None:
         save(OUT / "gates" / f"{gates}.safetensors", tensors)
 
 
+def solve_again(world: World, file: Path) -> None:
+    """Gates of all adapters and the base route from their statistics and, with the same weight, from half as many tokens that run as `routed` routes them."""
+    began, how = time.time(), replace(world.collector.how, recipe=world.collector.how.recipe, tokens=given.tokens // 2)
+    batches = []
+    for index, name in enumerate(ALL):
+        rows = world.collector.train_rows(name, index)
+        batches += [[_counted(rows[row], row, how) for row in picks] for picks in _planned(row_lengths(rows), how)[0]]
+    passes = passes_of([Run("routed", 1.0, batches)], len(ALL), how.recipe.answer_share)
+    layers, solved = dict(meteora_layers(world.model)), dict[int, torch.Tensor]()
+    sums = InputSums(len(ALL), passes[0].table, how.memory)
+    with world.using("routed"):
+        _run(world.model, sums, layers, passes, how, "routed rows", SILENT)
+    gates = {}
+    statistics = [GateStatistics(OUT / "st" / f"{name}.safetensors") for name in ALL]
+    for path, layer in layers.items():
+        key = sums.of[id(layer)]
+        if key not in solved:
+            total, means = sums.square(key).double().to(DEVICE), sums.means[key].double().to(DEVICE)
+            for each in statistics:
+                total += moments(each, path)
+            means += torch.stack([each.mean(path) for each in statistics]).to(DEVICE)
+            solved[key] = (ridge_rows(total, means, torch.ones(len(ALL), dtype=torch.float64, device=DEVICE)) * Recipe().scale).float().cpu()
+        gates[path] = solved[key]
+    save(file, gates)
+    log("routed rows:", sum(len(batch) for batch in batches), f"rows, solved again, {time.time() - began:.1f} s")
+
+
 def routing(world: World, file: Path) -> None:
     """The share of held-out tokens whose first choice is their own adapter."""
     gates = file.stem.partition(".")[2]
     held = world.held_out(given.held)
-    if gates in ("ten", "self"):
+    if gates == "ten" or gates in KINDS:
         held = replace(held, rows=[rows if name in TEN else [] for name, rows in zip(ALL, held.rows, strict=True)])
     with world.using(gates):
         measured = measure_gates(world.model, held)
@@ -244,13 +309,14 @@ def score(world: World, file: Path) -> None:
     """Generated answers to a task's test rows, scored."""
     began, (_, config, name) = time.time(), file.stem.split(".")
     options = EvalOptions(limit=given.rows, max_new_tokens=given.max_new_tokens, routing_temperature=1.0)
-    gates = f"without.{name}" if config == "missing" else config
+    gates = {"missing": f"without.{name}", "added": "added"}.get(config, config)
     how = world.state.force(name) if config == "own" else world.state.disabled() if config == "base" else world.using(gates)
     with how:
         result = evaluate_task(world.model, world.tokenizer, name, given.data, options)
     metric, value = headline(result)
-    value /= 100 if metric == "bleu" else 1
+    scale = 100 if metric == "bleu" else 1
     error = result.scores.stderr.get(metric)
+    value, error = value / scale, None if error is None else error / scale
     answers = [sample.response for sample in result.samples]
     write(file, {"metric": metric, "score": value, "stderr": error, "rows": len(answers), "new_tokens": result.new_tokens, "answers": answers})
     log(file.stem, metric, f"{value:.4f}, {result.new_tokens} tokens, {time.time() - began:.1f} s")
@@ -315,7 +381,7 @@ def work() -> None:
         return
     world = World()
     log("loaded", len(NAMES), "adapters")
-    statistics = [*(OUT / "st" / f"{name}.safetensors" for name in ALL), *(OUT / "self" / f"{name}.safetensors" for name in TEN if "self" in SETS)]
+    statistics = [OUT / kind / f"{name}.safetensors" for kind, names in (("st", ALL), *((kind, TEN) for kind in KINDS)) for name in names]
     for file in taken(statistics):
         world.collect(file)
     if not wait(statistics):
@@ -323,19 +389,20 @@ def work() -> None:
     first, groups = GateStatistics(OUT / "st" / f"{NAMES[0]}.safetensors"), dict[str, list[str]]()
     for layer in world.bank.modules:
         groups.setdefault(first.input_of(layer), []).append(layer)
-    parts = {OUT / "parts" / f"{key}.safetensors": layers for key, layers in groups.items()}
+    parts = {OUT / f"parts{PHASE}" / f"{key}.safetensors": layers for key, layers in groups.items()}
     for file in taken(list(parts)):
         solve(file, parts[file])
     if not wait(list(parts)):
         return
-    for _ in taken([OUT / "gates" / "all.json"]):
+    for file in taken([OUT / "gates" / f"all{PHASE}.json"]):
         join_gates(list(parts))
-        write(OUT / "gates" / "all.json", list(SETS))
+        write(file, list(SETS))
         log("gates solved")
-    if not wait([OUT / "gates" / "all.json"]):
+    if not wait([OUT / "gates" / f"all{PHASE}.json"]):
         return
     world.attach()
     jobs: dict[Path, Callable[[Path], None]] = {}
+    later: list[str] = []
 
     def plan(name: str, job: Callable[[Path], None]) -> None:
         jobs[OUT / "results" / f"{name}.json"] = job
@@ -346,22 +413,33 @@ def work() -> None:
             for gates in (gates for gates in SETS if "." not in gates):
                 plan(f"routing.{gates}", lambda file: routing(world, file))
         elif part == "text":
-            for kind, rows in text_sets(world).items() if given.general else ():
+            for kind, rows in text_sets(world).items() if given.general and given.general.is_file() else ():
                 for gates in ("base", "routed", "plain"):
                     plan(f"text.{gates}.{kind}", lambda file, rows=rows: text(world, file, rows))
-        elif part != "added":
+        elif part in ("again", "added"):
+            if part == "again":
+                jobs[OUT / "gates" / "again.safetensors"] = lambda file: solve_again(world, file)
+            later.append(part)
+        else:
             for name in longest:
-                if part not in ("ten", "self") or name in TEN:
+                if part not in ("ten", *KINDS) or name in TEN:
                     plan(f"score.{part}.{name}", lambda file: score(world, file))
-    for file in taken(list(jobs)):
-        try:
-            jobs[file](file)
-        except Exception as error:
-            log("error in", file.stem, repr(error)[:300])
-    added = OUT / "gates" / "added.safetensors"
-    if "added" in PARTS and wait([OUT / "results" / "live.json"]) and added.exists():
-        for file in taken([OUT / "results" / f"score.added.{name}.json" for name in longest]):
-            score(world, file)
+
+    def run() -> None:
+        for file in taken(list(jobs)):
+            try:
+                jobs[file](file)
+            except Exception as error:
+                log("error in", file.stem, repr(error)[:300])
+        jobs.clear()
+
+    run()
+    for part in later:
+        if wait([OUT / "gates" / f"{part}.safetensors"]):
+            plan(f"routing.{part}", lambda file: routing(world, file))
+            for name in longest:
+                plan(f"score.{part}.{name}", lambda file: score(world, file))
+            run()
 
 
 def live() -> None:
@@ -381,18 +459,23 @@ def live() -> None:
     once = dict(closed_form_gates([statistics[name] for name in ALL], list(world.bank.modules)))
     seconds = time.time() - began
     attach(world.model, bank, top_k=2, init="zeros")
-    world.model.meteora.provenance.gates = "closed form"
-    started = dict(closed_form_gates([statistics[name] for name in (*first, NO_ADAPTER)], list(bank.modules)))
-    with torch.no_grad():
-        for path, layer in meteora_layers(world.model):
-            layer.gate.copy_(started[path].to(layer.gate.dtype))
-    bank = LiveBank(world.model, world.collector, {name: statistics[name] for name in (*first, NO_ADAPTER)})
+    world.model.meteora.provenance.gates = "closed form"  # an addition solves all gates again, so it does not matter that these are zero
+    solved: dict[str, torch.Tensor] = {}
+
+    class Kept(LiveBank):
+        def _set(self, gates: dict[str, torch.Tensor]) -> None:
+            solved.clear()
+            solved.update(gates)
+            super()._set(gates)
+
+    bank = Kept(world.model, world.collector, {name: statistics[name] for name in (*first, NO_ADAPTER)})
     changes = []
     for name in last:
         change = bank.add(name, given.adapters / name)
         changes.append({"adapter": name, "seconds": change.seconds, "exact": change.exact, "top-1": change.held_out.get("gate_accuracy")})
         log("added", changes[-1])
-    solved = dict(closed_form_gates([bank.statistics[name] for name in ALL], list(world.bank.modules)))
+        if late():
+            return
     held = {path: layer.gate.detach().float().cpu() for path, layer in meteora_layers(world.model)}
     again = max(relative(solved[path].to(dtype_of(world.model, path)).float(), held[path]) for path in held)
     difference = max(relative(solved[path], once[path]) for path in once)
@@ -401,8 +484,7 @@ def live() -> None:
     if wait([OUT / "gates" / "all.json"]):
         routed = load_file(OUT / "gates" / "routed.safetensors")
         on_device = {"solved on the device, from the library's": max(relative(routed[path], once[path]) for path in once)}
-    if not equal:
-        save(OUT / "gates" / "added.safetensors", solved)
+    save(OUT / "gates" / "added.safetensors", solved)
     found = {"changes": changes, "equal": equal, "largest relative difference of a gate": difference, "of the model's gates from its statistics": again}
     write(OUT / "results" / "live.json", found | on_device | {"solving all, s": seconds})
     log("live", {key: value for key, value in found.items() if key != "changes"}, on_device)
@@ -428,13 +510,21 @@ def report() -> None:
         if key.startswith("routing."):
             print("top-1, held-out rows:", key[8:], {name: round(value, 4) for name, value in done[key].items() if name != "details"})
     for config, values in scores.items():
-        rows = sorted({done[f"score.{config}.{name}"]["rows"] for name in values})
-        print(f"score {config}: {sum(values.values()) / len(values):.4f} over {len(values)} tasks, rows {rows}")
-    pairs = [("routed", "own"), ("closed", "own"), ("plain", "own"), ("routed", "plain"), ("added", "routed"), ("missing", "base"), ("missing", "earlier"), ("self", "ten"), ("ten", "own")]
+        found = [done[f"score.{config}.{name}"] for name in values]
+        errors = [each.get("stderr") or 0.0 for each in found]
+        error = math.sqrt(sum(value**2 for value in errors)) / len(errors)
+        print(
+            f"score {config}: {sum(values.values()) / len(values):.4f} +- {error:.4f} over {len(values)} tasks, rows {sorted({each['rows'] for each in found})}"
+        )
+    pairs = [("routed", "own"), ("closed", "own"), ("plain", "own"), ("again", "own"), ("routed", "plain"), ("again", "closed"), ("added", "routed")]
+    pairs += [("missing", "base"), ("ten", "own"), *((kind, "ten") for kind in WRITTEN), *((kind, "own") for kind in WRITTEN)]
     for one, other in pairs:
         if both := sorted(set(scores.get(one, {})) & set(scores.get(other, {}))):
             first, second = (sum(scores[config][name] for name in both) / len(both) for config in (one, other))
-            print(f"{one} / {other}: {first:.4f} / {second:.4f} = {first / max(second, 1e-9):.4f}, {len(both)} tasks")
+            change = torch.tensor([scores[one][name] - scores[other][name] for name in both], dtype=torch.float64)
+            error = (change.std() / math.sqrt(len(both))).item() if len(both) > 1 else math.nan
+            ratio = f"{first / max(second, 1e-9):.4f} +- {error / max(second, 1e-9):.4f}"
+            print(f"{one} / {other}: {first:.4f} / {second:.4f} = {ratio}, {len(both)} tasks; difference {first - second:.4f} +- {error:.4f} (over tasks)")
     texts = {tuple(key.split(".")[1:]): value for key, value in done.items() if key.startswith("text.")}
     shares = {name: value["base_share"] for (gates, name), value in texts.items() if gates == "routed"}
     tasks = torch.tensor([share for name, row in shares.items() if name.startswith("task-") for share in row])
@@ -451,6 +541,6 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    for folder in ("st", "self", "parts", "gates", "results", "claims", "new"):
+    for folder in ("st", *KINDS, f"parts{PHASE}", "gates", "results", "claims", "new"):
         (OUT / folder).mkdir(parents=True, exist_ok=True)
     {"work": work, "live": live, "report": report}[given.stage]()
