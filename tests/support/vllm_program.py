@@ -14,6 +14,7 @@ def main(jobs: Path, result: Path, parallel: int) -> None:
     """Answer the prompts of ``jobs`` twice: all options mixed in one batch, then again, with the prefixes of the first time in the cache."""
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
 
     wanted = json.loads(jobs.read_text())
     llm = LLM(
@@ -30,9 +31,10 @@ def main(jobs: Path, result: Path, parallel: int) -> None:
     )
     prompts = [{"prompt_token_ids": job["prompt"]} for job in wanted["jobs"]]
     params = [SamplingParams(temperature=0, max_tokens=wanted["new"], ignore_eos=True, detokenize=False, extra_args=job["options"]) for job in wanted["jobs"]]
+    lora = LoRARequest("lora", 1, wanted["lora"]) if "lora" in wanted else None
     rounds = []
     for _ in range(2):
-        rounds.append([list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)])
+        rounds.append([list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False, lora_request=lora)])
         if wanted.get("reload"):
             llm.collective_rpc("reload_weights")
             llm.reset_prefix_cache()

@@ -39,10 +39,11 @@ def hook(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 def install() -> None:
     """Set the hooks of processes that receive and schedule requests."""
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.input_processor import InputProcessor
 
     hook(kv_cache_utils, "generate_block_hash_extra_keys", block_keys)
+    hook(block_pool, "generate_block_hash_extra_keys", block_keys)  # which may have imported it already, for its events about cached blocks
     hook(InputProcessor, "_validate_params", validate)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meteora_core.ranges import LEAST_TEMPERATURE, MOST_TEMPERATURE
+from meteora_core.text import listed
 
 PREFIX = "meteora_"
 NAMES = ("meteora_top_k", "meteora_temperature", "meteora_allowed", "meteora_muted", "meteora_force", "meteora_off", "meteora_trace")
@@ -107,5 +108,5 @@ def _indices(mine: Mapping[str, Any], key: str, names: Sequence[str]) -> tuple[i
     if not isinstance(wanted, list | tuple) or not wanted or not all(isinstance(name, str) for name in wanted):
         raise ValueError(f"{key} must be a list of names of adapters, not {value!r}")
     if unknown := [name for name in wanted if name not in names]:
-        raise ValueError(f"{key} names {unknown[0]!r}, which is no adapter of this model: GET /v1/meteora/adapters lists them")
+        raise ValueError(f"{key} names {unknown[0]!r}, which is no adapter of this model: choose from {listed(names, 20)}")
     return tuple(sorted({names.index(name) for name in wanted}))

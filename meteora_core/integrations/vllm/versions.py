@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import InvalidVersion, Version
 
-OLDEST, BELOW = "0.26.0", "0.33"
-"""The tested range: at least OLDEST, and older than BELOW."""
+OLDEST, BELOW = "0.26.0", "0.34"
+"""The tested range: at least OLDEST, and older than BELOW. Of the newest release in it, all that the plugin uses was compared with the release before."""
 VARIABLE = "METEORA_VLLM_ANY_VERSION"
 """The environment variable that, if it is 1, allows versions outside the tested range."""
 
@@ -30,7 +30,7 @@ def why_not(installed: str) -> str | None:
         >>> why_not("0.26.0") is None
         True
         >>> why_not("0.9.1")
-        'Meteora was tested with vLLM 0.26.0 up to, not including, 0.33, and 0.9.1 is installed'
+        'Meteora was tested with vLLM 0.26.0 up to, not including, 0.34, and 0.9.1 is installed'
     """
     try:
         release = Version(Version(installed).base_version)

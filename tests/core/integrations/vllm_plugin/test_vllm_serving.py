@@ -63,6 +63,19 @@ def make_moe() -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, head_dim=32, max_position_embeddings=128)).eval()
 
 
+def make_qwen2() -> Any:
+    """A random model whose q, k and v have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, max_position_embeddings=128)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(0, 0.3)
+    return model
+
+
 def make_llama() -> Any:
     return make_tiny_llama(**SIZES)
 
@@ -181,6 +194,68 @@ def test_greedy_answers_are_those_of_the_library(world: Path, expected: dict[str
 def test_a_model_that_merges_its_layers_itself(phi3: Path, tmp_path: Path) -> None:
     expected = expected_of(phi3)
     check_equal(in_vllm(tmp_path, {"folder": str(phi3 / "served"), "new": NEW, "jobs": expected["jobs"]}, 1), expected)
+
+
+def test_a_model_whose_layers_have_biases(tmp_path: Path) -> None:
+    expected = expected_of(make_world(tmp_path, make_qwen2, TARGETS))
+    check_equal(in_vllm(tmp_path, {"folder": str(tmp_path / "served"), "new": NEW, "jobs": expected["jobs"]}, 1), expected)
+
+
+def test_an_ordinary_lora_on_top(world: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    """Answers are those of the library with the LoRA added to the base weights, with and without the checkpoint's adapters."""
+    folder = world / "adapters" / "attention"
+    tensors, scaling = load_file(folder / "adapter_model.safetensors"), 2.0
+    model = load_checkpoint(world / "checkpoint", dtype=torch.float32, device="cpu")
+    model.generation_config.eos_token_id = None
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        layer: Any = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        layer.base_layer.weight.data += scaling * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
+    jobs = [job for job in expected["jobs"] if job["kind"] in ("default", "off")]
+    prompts = [job["prompt"] for job in jobs[: len(jobs) // 2]]
+    wanted = [*answers(model, prompts, "default"), *answers(model, prompts, "off")]
+    more = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    found = in_vllm(tmp_path, {"folder": str(world / "served"), "new": NEW, "jobs": jobs, "more": more, "lora": str(folder), "plain": True}, 1)
+    assert found["rounds"] == [wanted] * 2
+    assert wanted != [job["answer"] for job in jobs]
+
+
+def test_the_functions_of_vllm_that_the_plugin_wraps(tmp_path: Path) -> None:
+    """Both model runners have them, with the arguments that the plugin reads or sets."""
+    program = """
+from inspect import signature
+from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.worker import gpu_model_runner, gpu_worker
+from vllm.v1.worker.gpu import model_runner
+from meteora_core.integrations.vllm import hooks, register
+plain = kv_cache_utils.generate_block_hash_extra_keys
+assert block_pool.generate_block_hash_extra_keys is plain
+register()
+hooks.install_in_worker()
+hooks.install_in_worker()
+first, second = gpu_model_runner.GPUModelRunner, model_runner.GPUModelRunner
+wanted = {
+    kv_cache_utils.generate_block_hash_extra_keys: ["request"],
+    block_pool.generate_block_hash_extra_keys: ["request"],
+    InputProcessor._validate_params: ["self", "params"],
+    first.execute_model: ["self", "scheduler_output"],
+    first._prepare_inputs: ["self", "scheduler_output", "num_scheduled_tokens"],
+    first._determine_batch_execution_and_padding: ["self", "force_eager"],
+    second.execute_model: ["self", "scheduler_output", "intermediate_tensors", "dummy_run"],
+    second.prepare_inputs: ["self", "scheduler_output"],
+    model_runner.dispatch_cg_and_sync_dp: ["need_eager"],
+    gpu_worker.kernel_warmup: ["worker"],
+}
+assert block_pool.generate_block_hash_extra_keys.__wrapped__ is plain
+for function, names in wanted.items():
+    assert not hasattr(function.__wrapped__, hooks._MARK), function  # once
+    assert set(names) <= set(signature(function).parameters), function
+assert list(signature(second.execute_model).parameters).index("dummy_run") == 3
+print("all", len(wanted))
+"""
+    done = subprocess.run([PYTHON, "-c", program], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "all 10"
 
 
 def test_the_dense_layers_of_a_mixture_of_experts(tmp_path: Path) -> None:
