@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -204,13 +205,13 @@ class VllmProcess:
             while time.monotonic() < end:
                 if not self.running:
                     reason = _last_error(self.log) or f"it ended with code {self._process.returncode}"
-                    raise MeteoraError(f"vLLM does not start: {reason}", hint="-v shows its messages")
+                    raise MeteoraError(f"vLLM does not start: {reason}", hint="`meteora -v serve` shows its messages")
                 if (self._place / "socket").exists():  # httpx does not close a socket that it cannot connect
                     with suppress(httpx.HTTPError, OSError):
                         if client.get("/health", timeout=5).status_code == 200:
                             return
                 time.sleep(0.2)
-        raise MeteoraError(f"vLLM is not ready after {START_SECONDS:.0f} seconds", hint="-v shows its messages")
+        raise MeteoraError(f"vLLM is not ready after {START_SECONDS:.0f} seconds", hint="`meteora -v serve` shows its messages")
 
     @property
     def running(self) -> bool:
@@ -252,11 +253,33 @@ class VllmProcess:
         shutil.rmtree(self._place, ignore_errors=True)
 
 
+_HEAD = re.compile(r"^\([^)]*pid=\d+\) *(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^\]]*\] ?)+)?")
+"""What vLLM writes before a message: the process, and in its log the level, the time and the place."""
+_ERROR = ("Error: ", "error: ", "Value error, ", "No module named")
+_FOLLOWS = ("Engine core initialization failed", "WorkerProc initialization failed", "validation error for")
+"""Parts of messages that do not tell a cause, because it is in an earlier line or in the next one."""
+
+
+def cause_in(text: str) -> str | None:
+    """The message in vLLM's output that tells why it ended; None if there is none.
+
+    Args:
+        text: The output.
+
+    Example:
+        >>> cause_in("(Worker pid=7) ERROR 12-01 09:29:05 [w.py:953] ValueError: no memory\\nRuntimeError: Engine core initialization failed. See above.")
+        'ValueError: no memory'
+    """
+    lines = [_HEAD.sub("", line).strip() for line in text.splitlines() if "WARNING" not in line]
+    found = [line for line in lines if any(mark in line for mark in _ERROR)]
+    causes = [line for line in found if not any(part in line for part in _FOLLOWS)]
+    if not found:
+        return None
+    return one_line((causes or found)[-1].partition(" [type=")[0].removeprefix("Value error, "), limit=400)
+
+
 def _last_error(log: Path) -> str | None:
-    """The last line of a log that contains an error; None if there is none."""
+    """The message in a log that tells why vLLM ended; None if there is none."""
     with suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [line for line in lines if any(mark in line for mark in ("Error:", "error:", "No module named"))]
-        if found:
-            return one_line(found[-1].rpartition("] ")[2], limit=400)
+        return cause_in(log.read_text(encoding="utf-8", errors="replace"))
     return None

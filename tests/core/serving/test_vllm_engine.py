@@ -17,7 +17,7 @@ from meteora_core.serving.jobs import Job
 from meteora_core.serving.options import SamplingOptions
 from meteora_core.serving.vllm_engine import VllmEngine, VllmFacts, token_routes
 from meteora_core.serving.vllm_launch import described_model, overrides, pick_engine
-from meteora_core.serving.vllm_process import VllmOptions, VllmProcess, command_of, environment_of, is_exported, served_folder
+from meteora_core.serving.vllm_process import VllmOptions, VllmProcess, cause_in, command_of, environment_of, is_exported, served_folder
 from meteora_core.settings import Settings
 from support.chat_world import NAMES, World, byte_tokenizer, open_chat_model
 
@@ -83,6 +83,31 @@ def test_a_vllm_that_does_not_start_says_why(folder: Path) -> None:
         VllmProcess.start(folder, VllmOptions(Path("/nowhere/python")), "m")
     with pytest.raises(MeteoraError, match=r"vLLM does not start: .*No module named 'vllm'"):
         VllmProcess.start(folder, VllmOptions(Path(sys.executable)), "m")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            "(VllmWorker-0 pid=9) ERROR 12-01 09:29:05 [multiproc_executor.py:953] ValueError: Available memory on node 0 is less than desired.\n"
+            "(EngineCore pid=5) ERROR 12-01 09:29:10 [core.py:1510] EngineCore failed to start.\n"
+            "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}\n",
+            "ValueError: Available memory on node 0 is less than desired.",
+        ),
+        (
+            "(APIServer pid=1) WARNING 12-01 09:09:07 [system_utils.py:255] errors like `OSError: [Errno 24] Too many open files`.\n"
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+            "  Value error, a/meteora.safetensors is not the file that was written: its SHA-256 differs [type=value_error, input_value=X]\n"
+            "    For further information visit https://errors.pydantic.dev\n",
+            "a/meteora.safetensors is not the file that was written: its SHA-256 differs",
+        ),
+        ("RuntimeError: Engine core initialization failed. See root cause above.\n", "RuntimeError: Engine core initialization failed. See root cause above."),
+        ("api_server.py: error: unrecognized arguments: --nothing\n", "api_server.py: error: unrecognized arguments: --nothing"),
+        ("INFO all is well\n", None),
+    ],
+)
+def test_the_cause_in_what_vllm_wrote(lines: str, said: str | None) -> None:
+    assert cause_in(lines) == said
 
 
 def test_auto_is_vllm_on_a_gpu_with_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
