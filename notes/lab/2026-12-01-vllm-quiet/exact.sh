@@ -11,6 +11,7 @@ mkdir -p "$out/exact" "$folder"
 [ -e "$folder/ref.json" ] || tar -C "$folder" -xJf "$PARTS/equality.tar.xz"
 start() { name=$1; shift; OUT="$out/exact" VLLM_CACHE_ROOT=/tmp/exact-cache-$name timeout -k 5 "$seconds" python "$@" > "/tmp/exact-$name.log" 2>&1 & }
 start float32 "$here/../2026-11-30-vllm/equality.py" run float32 float32 graphs
+VLLM_USE_V2_MODEL_RUNNER=0 start first "$here/../2026-11-30-vllm/equality.py" run first float32 graphs
 start bfloat16 "$here/../2026-11-30-vllm/equality.py" run bfloat16 bfloat16 graphs
 start fp8 "$here/../2026-11-30-vllm/equality.py" run fp8 bfloat16 eager
 start metfp8 "$here/../2026-11-30-vllm/equality.py" run metfp8 bfloat16 eager
@@ -18,5 +19,5 @@ start sleep "$here/sleep.py" "$folder/met" bfloat16 "$out/exact/sleep.jsonl"
 start sleep8 "$here/sleep.py" "$folder/metfp8" bfloat16 "$out/exact/sleep.jsonl"
 wait
 cat "$out"/exact/*.jsonl
-for name in float32 bfloat16 fp8 metfp8 sleep sleep8; do echo "==== $name"; grep -v "^$" "/tmp/exact-$name.log" | tail -n "${TAIL:-4}" | cut -c1-400; done
+for name in float32 first bfloat16 fp8 metfp8 sleep sleep8; do echo "==== $name"; grep -v "^$" "/tmp/exact-$name.log" | tail -n "${TAIL:-4}" | cut -c1-400; done
 cat /tmp/exact-*.log > "$out/exact/log.txt"
