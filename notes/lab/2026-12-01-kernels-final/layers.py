@@ -27,6 +27,8 @@ from meteora_core.bench.timing import capture as capture_on_gpu
 from meteora_core.bench.timing import medians
 from meteora_kernels import plan
 from meteora_kernels.group import row_for
+from meteora_kernels.many_adapters import launch
+from meteora_kernels.plan import Row
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -84,6 +86,29 @@ def without_chosen_adapters() -> Iterator[None]:
         plan.use(DEVICE, before)
 
 
+@contextmanager
+def ordered(tile: tuple[int, int, int], way: str = "") -> Iterator[None]:
+    """Tokens with the same first adapter share programs that add B; with ``way``, all groups take it."""
+    before, launch.ORDERED, launch.ROUTED_UP, table = (launch.ORDERED, launch.ROUTED_UP), True, tile, plan.table_of(DEVICE)
+    if way:
+        plan.use(DEVICE, replace(table, group=(Row("many_adapters", way=way), *table.group)))
+    try:
+        yield
+    finally:
+        launch.ORDERED, launch.ROUTED_UP = before
+        plan.use(DEVICE, table)
+
+
+ORDERS = {(f"in order {tile[0]} x {tile[1]}, {tile[2]} warps{' everywhere' if way else ''}"): (tile, way) for tile in ((4, 256, 4), (8, 256, 8), (8, 256, 4)) for way in ("", "sorted_down")}
+"""Variants of B at 512 and 4,096 tokens of 256x8; the ways everywhere only at 4,096."""
+
+
+def orders_of(name: str, tokens: int) -> dict[str, tuple[tuple[int, int, int], str]]:
+    if name != "256x8" or tokens not in (20, 512, 4096):
+        return {}
+    return {key: value for key, value in ORDERS.items() if tokens != 512 or not value[1]}
+
+
 def warm(names: list[str]) -> None:
     for name in names:
         setting, sizes = SETS[name]
@@ -100,9 +125,12 @@ def warm(names: list[str]) -> None:
                     if not all(torch.equal(left, right) for left, right in zip(one, two, strict=True)):
                         flaws.append(f"{len(group.linears)} from {group.hidden} NOT EQUAL")
                 print(f"{name} {tokens} {kind}: err {worst * 1e3:.2f} (base {own * 1e3:.2f})", *flaws, paths_of(groups, tokens, setting.top_k), flush=True)
-                if tokens == 64:
+                if (name, tokens) == ("256x8", 64):
                     with without_chosen_adapters():
                         works_of("fused", [groups], [given], setting)()
+                for key, (tile, way) in orders_of(name, tokens).items():
+                    with ordered(tile, way):
+                        print(f"{name} {tokens} {kind} {key}: err {error_of('fused', groups, given, setting) * 1e3:.2f}", flush=True)
         del groups
 
 
@@ -124,6 +152,9 @@ def timed(seconds: float, names: list[str]) -> None:
             if (name, tokens) == ("256x8", 64):
                 with without_chosen_adapters():
                     works |= {f"{key}, token by token": capture(eager[key]) for key in ("uniform", "local")}
+            for key, (tile, way) in orders_of(name, tokens).items():
+                with ordered(tile, way):
+                    works |= {f"{kind}, {key}": capture(eager[kind]) for kind in ("uniform", "local")}
             found = {key: value / COPIES * 1e3 for key, value in medians(works, DEVICE, repeats=60, seconds=1.5).items()}
             base = found["base"]
             ratios = "; ".join(f"{key} {value / base:.3f}" for key, value in found.items() if key != "base")
