@@ -9,7 +9,8 @@ The report of a file with failures is printed as soon as the file has ended. Tes
 test failed again or there was no time to run it.
 
 `--passed FILE` keeps the names of files and tests that passed, one a line, and leaves out those that are in FILE already, so that a run can go on where another
-one ended; runs with and without --every-test need files of their own. `--beside` leaves out the tests that time their work, for runs beside other work on the GPU.
+one ended; runs with and without --every-test need files of their own. `--beside` leaves out the tests that time their work, for runs beside other work on the
+GPU.
 """
 
 from __future__ import annotations
