@@ -44,7 +44,7 @@ def stages(mode: str) -> list[Stage]:
     if mode == "time":
         return [
             Stage("28x8", [layers, "time", "25", "28x8"], 35),
-            Stage("many", [layers, "time", "45", "256x8", "1024x8"], 60),
+            Stage("many", [layers, "time", "65", "256x8", "1024x8"], 80),
             Stage("mixed", [str(MIXED), "1", "8", "64", "512", "4096"], 40),
             Stage("decode", [decode, "--seconds", "95", "8", "1", "64"], 125),
             Stage("prefill", [str(EAGER), "512"], 50),
