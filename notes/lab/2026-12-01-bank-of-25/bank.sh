@@ -1,13 +1,13 @@
 #!/bin/bash
 # Measures a bank of adapters (bank.py) on all visible GPUs within a time limit; a later call continues.
-# Then WRITTEN, the parts about ten adapters without rows (empty for none), in a second call of each worker.
+# Then, in further calls of each worker, WRITTEN, the parts about ten adapters without rows, and ADDED, adapters added one by one (each empty for none).
 # Beside it, `train gates --init ridge --max-steps 0` over the same adapters, and its scores (CLOSED= leaves this out), and ways.py (WAYS= leaves it out).
 #   OUT=FOLDER bank.sh BASE ADAPTERS DATA WORK [--deadline SECONDS] [--workers N] [options of bank.py]
 # BASE: model folder; ADAPTERS: folder of PEFT folders; DATA: folder of built datasets; WORK: folder of intermediate results; $OUT gets bank.tar.gz.
 set -u
 BASE=$1 ADAPTERS=$2 DATA=$3 WORK=$4; shift 4
 DEADLINE=${DEADLINE:-150}; [ "${1:-}" = --deadline ] && DEADLINE=$2 && shift 2
-WORKERS=${WORKERS:-6} WRITTEN=${WRITTEN-routing,ten,self,few4,named,example4,neutral}; [ "${1:-}" = --workers ] && WORKERS=$2 && shift 2
+WORKERS=${WORKERS:-6} WRITTEN=${WRITTEN-routing,ten,self,few4,named,example4,neutral} ADDED=${ADDED-added}; [ "${1:-}" = --workers ] && WORKERS=$2 && shift 2
 WAYS=${WAYS-../2026-12-01-routed-rows/ways.py --held 24}  # closed-form gates from rows that run in several ways; empty for none
 HERE=$(cd "$(dirname "$0")" && pwd); ROOT=$(cd "$HERE/../../.." && pwd)
 BEGAN=$(date +%s); export BEGAN
@@ -33,10 +33,10 @@ start() {  # GPU, threads, script, arguments
     ( [ -n "$1" ] && export CUDA_VISIBLE_DEVICES=$1; export OMP_NUM_THREADS=$2; script=$3; shift 3
       exec timeout -s INT -k 5 $((DEADLINE + 10 + BEGAN - $(date +%s))) python3 "$HERE/$script" "$@" ) >> "$WORK/log.txt" 2>&1 &
 }
-start "${gpus[-1]}" 6 bank.py live "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@"
+[ -z "$ADDED" ] || start "${gpus[-1]}" 6 bank.py live "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@" --parts added
 for worker in $(seq "$WORKERS"); do
     ( [ -n "${gpus[0]}" ] && export CUDA_VISIBLE_DEVICES=${gpus[$(( worker % ${#gpus[@]} ))]}; export OMP_NUM_THREADS=${THREADS:-2}
-      for parts in "" $WRITTEN; do
+      for parts in "" $WRITTEN $ADDED; do
           limit=$((DEADLINE + 10 + BEGAN - $(date +%s))); [ $limit -gt 30 ] || exit
           timeout -s INT -k 5 $limit python3 "$HERE/bank.py" work "$BASE" "$ADAPTERS" "$DATA" "$WORK" --deadline "$DEADLINE" "$@" ${parts:+--parts $parts}
       done ) >> "$WORK/log.txt" 2>&1 &
