@@ -1,8 +1,8 @@
 """quiet.py SECONDS OUT [ENGINES]: engines of vLLM in one GPU's memory, of which one at a time works; sizes are measured in turn, so that a drift of the machine is in all of them.
 
-All engines start at the same time. When all are ready (or some are given up), for every round and size: base, met, lora, one run of each; then fp8 and metfp8; then base and met256.
-After `ROUNDS` rounds come the times of captured graphs and profiles, then more rounds while time is left, at last the base once more. Saves OUT/results.json after every step of this, OUT/log.txt
-at the end. MODELS: folder of make.py's models with 28 adapters; LARGE: the one with 256. EAGER=1 and SIZES: a dry run on a CPU.
+All engines but met256 start at the same time. When they are ready (or some are given up), for every round and size: base, met, lora, one run of each; then fp8 and metfp8.
+After `ROUNDS` rounds come the times of captured graphs and profiles, then the base once more. Then all but the base end, met256 starts (six engines do not fit into 140 GiB), and is measured in
+turn with the base. Saves OUT/results.json after every step of this, OUT/log.txt at the end. MODELS: folder of make.py's models with 28 adapters; LARGE: the one with 256. EAGER=1 and SIZES: a dry run on a CPU.
 """
 import atexit, ctypes, json, os, selectors, signal, statistics, subprocess, sys, time
 from pathlib import Path
@@ -22,7 +22,7 @@ ENGINES = {  # kind, adapters, environment
 }
 ALL = [tuple(int(part) for part in size.split("x")) for size in os.environ.get("SIZES", "1x128x128 8x128x128 64x128x128 256x128x128 16x2048x1").split()]
 TWO = [size for size in ALL if size[0] in (8, 64)] if not EAGER else ALL[:1]
-SEQUENCES = [(["base", "met", "lora"], ALL), (["fp8", "metfp8"], TWO), (["base", "met256"], TWO[-1:])]
+SEQUENCES = [(["base", "met", "lora"], ALL), (["fp8", "metfp8"], TWO)]
 TURNS = {"base": ALL, "met": ALL, "lora": ALL, "fp8": TWO, "metfp8": TWO, "met256": TWO[-1:]}
 found = {"runs": {}, "engines": {}, "graph": {}, "profile": {}}
 
@@ -150,7 +150,7 @@ def start(names):
     for name in names:
         engines[name] = Engine(name)
     waiting, enough = list(names), None
-    while waiting and left() > 60:
+    while waiting and left() > (60 if len(names) > 1 else 12):
         for name in list(waiting):
             facts = engines[name].answer(0.05)
             if facts is not None:
@@ -160,7 +160,7 @@ def start(names):
             elif engines[name].process.poll() is not None:
                 say(name, "ended:", engines[name].log.read_text(errors="replace")[-1500:])
                 waiting.remove(name)
-        enough = enough or (time.time() if len(waiting) <= 1 and not {"base", "met"} & set(waiting) else None)
+        enough = enough or (time.time() if len(names) > 1 and len(waiting) <= 1 and not {"base", "met"} & set(waiting) else None)
         if enough and time.time() - enough > 25:
             break
     for name in waiting:
@@ -184,27 +184,52 @@ OUT.mkdir(parents=True, exist_ok=True)
 TEMP.mkdir(parents=True, exist_ok=True)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda *_: sys.exit("interrupted"))
+def warm(names):
+    for name in names:
+        if engines[name].ready and left() > 10:
+            found["engines"][name] |= engines[name].ask("warm", TURNS[name]) or {}
+            say(name, "warm; compiled late:", found["engines"][name].get("late"))
+
+
+def graphs(names):
+    for size in [size for size in ALL if size[0] in (8, 64, 256)] if not EAGER else ():
+        for name in names:
+            engine = engines[name]
+            if engine.ready and size in TURNS[name] and left() > 6 and (result := engine.ask("graph", size[0])):
+                found["graph"].setdefault(name, {})[size[0]] = result
+    save()
+
+
+def profiles(wanted):
+    for name, size in wanted:
+        engine = engines.get(name)
+        if engine is not None and engine.ready and left() > 8 and (result := engine.ask("profile", *size)):
+            found["profile"].setdefault(name, {})[key(size)] = result
+            save()
+    say("profiles done")
+
+
 engines = {}
 atexit.register(close)
-start(sys.argv[3].split(",") if len(sys.argv) > 3 else list(ENGINES))
-for name, engine in engines.items():
-    if engine.ready and left() > 40:
-        found["engines"][name] |= engine.ask("warm", TURNS[name]) or {}
-        say(name, "warm; compiled late:", found["engines"][name].get("late"))
+wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else list(ENGINES)
+first = [name for name in wanted if name != "met256"]
+start(first)
+warm(first)
 rounds(range(ROUNDS), 12)
-for size in [size for size in ALL if size[0] in (8, 64, 256)] if not EAGER else ():
-    for name, engine in engines.items():
-        if engine.ready and size in TURNS[name] and left() > 12 and (result := engine.ask("graph", size[0])):
-            found["graph"].setdefault(name, {})[size[0]] = result
-save()
-for name, size in (("met", (8, 4, 21)), ("base", (8, 4, 21)), ("metfp8", (8, 4, 21)), ("fp8", (8, 4, 21)), ("met256", (64, 4, 9)), ("met", (256, 4, 9)), ("base", (256, 4, 9)), ("lora", (8, 4, 21))):
-    engine = engines.get(name)
-    if engine is not None and engine.ready and left() > 15 and (result := engine.ask("profile", *size)):
-        found["profile"].setdefault(name, {})[key(size)] = result
-        save()
-say("profiles done")
-rounds(range(ROUNDS, ROUNDS + 4 if not EAGER else ROUNDS), 14)
+graphs(first)
+profiles([("met", (8, 4, 21)), ("base", (8, 4, 21)), ("met", (256, 4, 9)), ("base", (256, 4, 9)), ("metfp8", (8, 4, 21)), ("fp8", (8, 4, 21))])
 for size in ALL:
     measure("base", size, 99)
 save()
 report()
+if "met256" in wanted and left() > 45:
+    for name in first:
+        if name != "base":
+            engines[name].end()
+    start(["met256"])
+    warm(["met256"])
+    SEQUENCES[:] = [(["base", "met256"], TWO[-1:])]
+    rounds(range(100, 100 + ROUNDS), 5)
+    graphs(["met256"])
+    profiles([("met256", (64, 4, 9))])
+    report()
