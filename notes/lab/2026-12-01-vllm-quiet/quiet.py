@@ -1,7 +1,7 @@
 """quiet.py SECONDS OUT [ENGINES]: engines of vLLM in one GPU's memory, of which one at a time works; sizes are measured in turn, so that a drift of the machine is in all of them.
 
-All engines but met256 start at the same time. When they are ready (or some are given up), for every round and size: base, met, lora, one run of each; then fp8 and metfp8.
-After `ROUNDS` rounds come the times of captured graphs and profiles, then the base once more. Then all but the base end, met256 starts (six engines do not fit into 140 GiB), and is measured in
+All engines start at the same time; met256 later, if there are also fp8 and metfp8. When they are ready (or some are given up), for every round and size: base, met, lora, one run of each; then fp8 and metfp8; then base and met256.
+After `ROUNDS` rounds come the times of captured graphs and profiles, then the base once more. A later met256 starts when all but the base have ended, and is measured in
 turn with the base. Saves OUT/results.json after every step of this, OUT/log.txt at the end. MODELS: folder of make.py's models with 28 adapters; LARGE: the one with 256. EAGER=1 and SIZES: a dry run on a CPU.
 """
 import atexit, ctypes, json, os, selectors, signal, statistics, subprocess, sys, time
@@ -212,17 +212,20 @@ def profiles(wanted):
 engines = {}
 atexit.register(close)
 wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else list(ENGINES)
-first = [name for name in wanted if name != "met256"]
+late = "met256" in wanted and bool({"fp8", "metfp8"} & set(wanted))  # six engines do not fit into 140 GiB
+first = [name for name in wanted if name != "met256" or not late]
+if not late:
+    SEQUENCES.append((["base", "met256"], TWO[-1:]))
 start(first)
 warm(first)
 rounds(range(ROUNDS), 12)
 graphs(first)
-profiles([("met", (8, 4, 21)), ("base", (8, 4, 21)), ("met", (256, 4, 9)), ("base", (256, 4, 9)), ("metfp8", (8, 4, 21)), ("fp8", (8, 4, 21))])
+profiles([("met", (8, 4, 21)), ("base", (8, 4, 21)), ("met", (256, 4, 9)), ("base", (256, 4, 9)), ("metfp8", (8, 4, 21)), ("fp8", (8, 4, 21)), ("met256", (64, 4, 9))])
 for size in ALL:
     measure("base", size, 99)
 save()
 report()
-if "met256" in wanted and left() > 45:
+if late and left() > 45:
     for name in first:
         if name != "base":
             engines[name].end()
