@@ -27,6 +27,7 @@ from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapter_folder, adapter_label, hub_source
 from meteora_core.files import atomic_folder, locked
 from meteora_core.living.collector import Collector, collecting
+from meteora_core.living.example_prompts import example_prompts
 from meteora_core.living.live_bank import Change, LiveBank, gates_without, refuse_last
 from meteora_core.living.options import CollectOptions
 from meteora_core.living.rows import AdapterRows, find_rows
@@ -212,9 +213,11 @@ def _changed(checkpoint: Path, name: str, folder: Path | None, options: ChangeOp
             given = options.rows if adapter == name else None
             return find_rows(adapter, options.data, known_folder or sources.get(adapter), tokenizer, given=given, seed=options.seed)
 
-        live = LiveBank(
-            model, Collector(tokenizer, how, workspace, find, progress, self_written=options.self_written), read_statistics(checkpoint, list(sources))
-        )
+        def examples(adapter: str, known_folder: Path | None) -> list[str]:
+            return example_prompts(adapter, options.data, known_folder or sources.get(adapter))
+
+        collector = Collector(tokenizer, how, workspace, find, progress, self_written=options.self_written, examples=examples)
+        live = LiveBank(model, collector, read_statistics(checkpoint, list(sources)))
         done = change(live)
         if folder is not None:
             relocate(model, {name: folder}, checkpoint)

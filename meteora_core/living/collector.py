@@ -43,6 +43,9 @@ ALL_HELD_OUT_TOKENS = 10_000
 FindRows = Callable[[str, Path | None], AdapterRows | None]
 """Finds the rows of an adapter by its name and folder; returns None if there are none."""
 
+FindExamples = Callable[[str, Path | None], Sequence[str]]
+"""Finds example prompts of an adapter by its name and folder."""
+
 
 def collecting(options: CollectOptions, base: BaseReference, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Collecting:
     """The parameters of a collection for a base model, with the sizes and the seed in ``options``."""
@@ -68,12 +71,13 @@ class Collector:
         workspace: Folder to which new statistics are written.
         find: Function that finds the rows of an adapter.
         self_written: Whether adapters without rows and statistics write rows themselves (:mod:`meteora_core.living.self_written`).
+        examples: Function that finds example prompts of an adapter without rows, by its name and folder.
         progress: Receiver of progress reports.
 
     Attributes:
         folders: PEFT folders of adapters by name, if known.
         frame: Frame of the prompts, as text with ``{}`` for the message. It also applies to general text for the base route.
-        written: Names of the adapters that wrote their rows themselves.
+        written: Sources of the rows that adapters wrote themselves, by name.
     """
 
     def __init__(
@@ -85,11 +89,12 @@ class Collector:
         progress: Progress = SILENT,
         *,
         self_written: bool = False,
+        examples: FindExamples = lambda name, folder: (),
     ) -> None:
         self.tokenizer, self.how, self.workspace, self.progress = tokenizer, how, workspace, progress
         self.folders: dict[str, Path] = {}
-        self.frame, self.self_written, self.written = how.recipe.frame, self_written, list[str]()
-        self._find, self._found, self._numbers = find, dict[str, AdapterRows | None](), count()
+        self.frame, self.self_written, self.written = how.recipe.frame, self_written, dict[str, str]()
+        self._find, self._found, self._numbers, self._examples = find, dict[str, AdapterRows | None](), count(), examples
 
     def rows(self, name: str) -> AdapterRows | None:
         """The rows of an adapter; None if there are none. The rows of the base route are general text, unless others are found. Raises DataError."""
@@ -98,6 +103,10 @@ class Collector:
         if name == NO_ADAPTER and self._found[name] is None:
             return general_rows(parse_frame(self.frame), self.how.seed)
         return self._found[name]
+
+    def examples(self, name: str) -> Sequence[str]:
+        """Example prompts of an adapter, without answers. Raises DataError if their file is broken."""
+        return self._examples(name, self.folders.get(name))
 
     def with_frame(self, bank: AdapterBank) -> AdapterBank:
         """The bank with the frame of its rows recorded for each adapter. Adapters without rows keep their frame. Raises DataError for broken rows."""
@@ -134,9 +143,11 @@ class Collector:
             DataError: Rows are broken.
         """
         found, layers, probe = dict(known), list(bank.modules), whole_probe(model)
+        shipped: dict[str, GateStatistics] = {}
         for name in bank.names:
             if name not in found and (file := self.shipped(name)) is not None:
-                found[name] = copy_statistics(GateStatistics(file), self._file(name), name)
+                shipped[name] = GateStatistics(file)
+                found[name] = copy_statistics(shipped[name], self._file(name), name)
         found = {name: each for name, each in found.items() if not each.missing(layers)}
         wanted = tuple(name for name in bank.names if name not in found)
         recipe = next((each.header.recipe for each in found.values()), None)
@@ -149,8 +160,10 @@ class Collector:
             rows = self.rows(name)
             if rows is None and self.self_written:
                 frame = self._frame_of(bank.adapters[bank.index(name)]) if recipe.frame == PLACE else parse_frame(recipe.frame)
-                rows = self_written_rows(model, self.tokenizer, alone(bank, name), frame, seed=self.how.seed, progress=self.progress)
-                self.written.append(name)
+                rows = self_written_rows(
+                    model, self.tokenizer, alone(bank, name), frame, examples=self.examples(name), seed=self.how.seed, progress=self.progress
+                )
+                self.written[name] = str(rows.source)
             if not rows or not rows.train:
                 raise MeteoraError(
                     f"there are neither statistics nor rows of the adapter {name!r}",
@@ -159,7 +172,7 @@ class Collector:
             _check_frame(name, rows, recipe)
             found[name] = self.collect(model, alone(bank, name), rows, recipe, layers)
         for info in bank.adapters:
-            check_fitting(found[info.name], recipe, probe, info.sha256)
+            check_fitting(shipped.get(info.name, found[info.name]), recipe, probe, info.sha256)
         return {name: found[name] for name in bank.names}, wanted
 
     def held_out(self, names: Sequence[str]) -> HeldOut:

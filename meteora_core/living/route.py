@@ -18,16 +18,16 @@ from meteora_core.adapters.config import find_adapter, read_adapter_config
 from meteora_core.adapters.fitting import fit_to_base
 from meteora_core.adapters.folders import INFO_FILE, read_training_info
 from meteora_core.adapters.joining import with_adapter
-from meteora_core.checkpoints.gate_statistics import Recipe
+from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe, check_fitting
 from meteora_core.checkpoints.native import check_replaceable
 from meteora_core.checkpoints.parts import SaveOptions, checkpoint_parts
 from meteora_core.errors import AdapterError, DataError, MeteoraError, UsageError, did_you_mean
 from meteora_core.fetch.hub_names import adapters_root
 from meteora_core.living.checkpoints import BARE_SHARE, relocate, write_with_statistics
 from meteora_core.living.collector import Collector, collecting
+from meteora_core.living.example_prompts import example_prompts
 from meteora_core.living.options import CollectOptions
 from meteora_core.living.rows import AdapterRows, find_rows
-from meteora_core.living.self_written import SELF_WRITTEN
 from meteora_core.living.steps import solve_with_routed_rows, train_solved_gates
 from meteora_core.locks import scratch_folder
 from meteora_core.model.attach import attach, detach, meteora_layers, set_trainable
@@ -39,7 +39,7 @@ from meteora_core.routing import meteora_of
 from meteora_core.text import listed
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.prompt_frames import ROWS, FrameTrial, common_or_best
-from meteora_core.training.statistics import closed_form_gates
+from meteora_core.training.statistics import closed_form_gates, whole_probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,9 +158,12 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         def find(name: str, adapter: Path | None) -> AdapterRows | None:
             return find_rows(name, options.data, adapter, tokenizer, seed=options.seed)
 
-        collector = Collector(tokenizer, how, workspace, find, progress, self_written=options.self_written)
+        def examples(name: str, adapter: Path | None) -> list[str]:
+            return example_prompts(name, options.data, adapter)
+
+        collector = Collector(tokenizer, how, workspace, find, progress, self_written=options.self_written, examples=examples)
         collector.folders = {name: folders[name] for name in banks}
-        banks = _with_rows(banks, collector, set_aside)
+        banks = _with_rows(banks, model, collector, set_aside)
         if not banks:
             raise _nothing(root, set_aside)
         bank = collector.with_frame(_joined(banks))
@@ -198,7 +201,7 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
         config, tensors = checkpoint_parts(model, folder, SaveOptions(base, embed, training=record))
         write_with_statistics(folder, config, tensors, statistics)
         rows = {name: str(found.source) if (found := collector.rows(name)) is not None else "" for name in bank.names}
-        rows |= dict.fromkeys(collector.written, SELF_WRITTEN)
+        rows |= collector.written
         stored, forms = sum(each.size for each in statistics.values()), tuple(sorted({each.header.second for each in statistics.values()}))
     return Routed(folder, base.name, bank.names, set_aside, rows, measured, embed, tokens, stored, forms, time.perf_counter() - began)
 
@@ -215,6 +218,8 @@ def _candidates(root: Path, options: RouteOptions, set_aside: dict[str, str]) ->
         if name not in present:
             raise UsageError(f"no adapter {name!r} in {root}", hint=did_you_mean(name, present) or f"there are: {listed(present)}")
     chosen = {name: path for name, path in present.items() if (not options.only or name in options.only) and name not in options.exclude}
+    if present and not chosen:
+        raise UsageError(f"--only and --exclude leave none of the adapters in {root}", hint=f"there are: {listed(present)}")
     for path in inside:
         if path.name not in present and any(path.glob("*.safetensors")):
             set_aside[path.name] = "it has no adapter_config.json"
@@ -269,13 +274,20 @@ def _fitting(banks: Mapping[str, AdapterBank], model: PreTrainedModel, set_aside
     return fitting, renamed
 
 
-def _with_rows(banks: Mapping[str, AdapterBank], collector: Collector, set_aside: dict[str, str]) -> dict[str, AdapterBank]:
-    """The adapters that have rows, or statistics in their folder."""
-    usable = {}
+def _with_rows(banks: Mapping[str, AdapterBank], model: PreTrainedModel, collector: Collector, set_aside: dict[str, str]) -> dict[str, AdapterBank]:
+    """The adapters that have rows, or statistics in their folder that belong to the base model and to the adapter's weights."""
+    usable, probe = {}, whole_probe(model)
     for name, bank in banks.items():
         try:
-            if collector.rows(name) is None and collector.shipped(name) is None and not collector.self_written:
-                raise DataError(f"it has no rows (looked for a dataset, a file or a folder named {name}) and no statistics; --self-written routes it anyway")
+            if (file := collector.shipped(name)) is not None:
+                statistics = GateStatistics(file)
+                check_fitting(statistics, statistics.header.recipe, probe, bank.adapters[0].sha256)
+            elif collector.rows(name) is None:
+                if not collector.self_written:
+                    raise DataError(
+                        f"it has no rows (looked for a dataset, a file or a folder named {name}) and no statistics; --self-written routes it anyway"
+                    )
+                collector.examples(name)  # raises an error if their file is broken
             usable[name] = bank
         except MeteoraError as error:
             set_aside[name] = error.message
@@ -292,7 +304,7 @@ def _joined(banks: Mapping[str, AdapterBank]) -> AdapterBank:
 
 def _nothing(root: Path, set_aside: Mapping[str, str]) -> UsageError:
     if not set_aside:
-        return UsageError(f"no adapters in {root}", hint="train some with `meteora train --stage adapters --task NAME`, or give another folder")
+        return UsageError(f"no adapters in {root}", hint="train some with `meteora train adapters --task NAME`, or give another folder")
     name, why = next(iter(set_aside.items()))
     more = f"; {len(set_aside) - 1} more" if len(set_aside) > 1 else ""
     return UsageError(f"no adapter in {root} can be used: {name}: {why}{more}", hint="give rows with --data DIR, or choose other adapters with --only")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 SELF_WRITTEN = "text that it wrote itself"
 """The source that is reported for rows that an adapter wrote."""
 
+ANSWERED = "its answers to example prompts"
+"""The source that is reported for rows that consist of example prompts and the adapter's answers."""
+
 ROWS = 20
 """Number of rows of each kind."""
 
@@ -29,9 +34,16 @@ PROMPT_TOKENS, ANSWER_TOKENS = 72, 32
 
 
 def self_written_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bank: AdapterBank, frame: Frame, *, seed: int = 42, progress: Progress = SILENT
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    bank: AdapterBank,
+    frame: Frame,
+    *,
+    examples: Sequence[str] = (),
+    seed: int = 42,
+    progress: Progress = SILENT,
 ) -> AdapterRows:
-    """Let an adapter write rows: its answers to prompts that it wrote from the start of the frame, and to neutral questions.
+    """Let an adapter write rows: its answers to example prompts or, without any, to prompts that it wrote from the start of the frame and to neutral questions.
 
     Tokens are drawn from the model's distribution at temperature 1. An adapter that was trained on its prompts as well writes prompts of its task; others at
     least answer in their own style.
@@ -41,6 +53,7 @@ def self_written_rows(
         tokenizer: Tokenizer of the base model.
         bank: Bank with this adapter only.
         frame: Frame of the adapter's prompts.
+        examples: Prompts of the adapter's task, in the frame or without it.
         seed: Random seed.
         progress: Receiver of progress reports.
 
@@ -54,13 +67,12 @@ def self_written_rows(
     attach(model, bank, top_k=1, init="zeros")
     try:
         engine = Engine(model.eval(), tokenizer, "off")
-        with progress.task(f"{bank.names[0]}: writing rows", total=3, unit="batches") as bar:
-            opening = frame.before.rstrip(" ")
-            written = _texts(engine, [opening] * ROWS, PROMPT_TOKENS, seed)
-            bar.update(1)
-            messages = [text.partition(frame.after.strip())[0].strip() if frame.after.strip() else text.strip() for text in written]
-            questions = [row.prompt for row in general_rows(frame, seed).train if row.prompt][:ROWS]
-            prompts = [*(frame.around(message) for message in messages if message), *questions]
+        batches = -(-len(examples) // ROWS) or 3
+        with progress.task(f"{bank.names[0]}: writing rows", total=batches, unit="batches") as bar:
+            prompts = [example if frame.inside(example) is not None else frame.around(example) for example in examples]
+            if not prompts:
+                prompts = _own_prompts(engine, frame, seed)
+                bar.update(1)
             answers = []
             for start in range(0, len(prompts), ROWS):
                 answers += _texts(engine, prompts[start : start + ROWS], ANSWER_TOKENS, seed + ROWS + start)
@@ -68,7 +80,15 @@ def self_written_rows(
     finally:
         detach(model)
     rows = [Row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer.strip()]
-    return AdapterRows(rows, [], frame, frame.text, Path(SELF_WRITTEN))
+    return AdapterRows(rows, [], frame, frame.text, Path(ANSWERED if examples else SELF_WRITTEN))
+
+
+def _own_prompts(engine: Engine, frame: Frame, seed: int) -> list[str]:
+    """Prompts that the model writes from the start of the frame, and neutral questions."""
+    written = _texts(engine, [frame.before.rstrip(" ")] * ROWS, PROMPT_TOKENS, seed)
+    messages = [text.partition(frame.after.strip())[0].strip() if frame.after.strip() else text.strip() for text in written]
+    questions = (row.prompt for row in general_rows(frame, seed).train if row.prompt)
+    return [*(frame.around(message) for message in messages if message), *islice(questions, ROWS)]
 
 
 def _texts(engine: Engine, prompts: list[str], most: int, seed: int) -> list[str]:

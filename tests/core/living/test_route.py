@@ -90,6 +90,15 @@ def test_statistics_in_an_adapters_folder_stand_in_for_its_rows(world, routed, o
     assert all(torch.equal(each, twin) for each, twin in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_an_adapter_with_statistics_that_do_not_fit_is_set_aside(routed, own) -> None:
+    spell = own / "adapters" / "spell" / SHIPPED
+    shutil.copy(statistics_file(routed, "count"), spell)
+    done = route_adapters(own / "adapters", own / "m", options(own, only=("count", "spell")))
+    assert (done.adapters, done.set_aside) == (("count",), {"spell": f"the statistics {spell} are of other weights of the adapter 'count'"})
+    spell.write_bytes(spell.read_bytes()[:-9])
+    assert "cut short" in route_adapters(own / "adapters", own / "n", options(own, only=("count", "spell"))).set_aside["spell"]
+
+
 def test_adapters_outside_the_checkpoint_are_found_from_anywhere(own, monkeypatch) -> None:
     done = route_adapters(own / "adapters", own / "m", options(own, embed=False, only=("count", "shout")))
     assert not done.embedded
@@ -101,7 +110,7 @@ def test_mistakes_are_said_in_one_line_and_write_nothing(own) -> None:
     for wanted, message in (
         ({"only": ("cuont",)}, "no adapter 'cuont'"),
         ({"exclude": ("x",)}, "no adapter 'x'"),
-        ({"only": ("sum",), "exclude": ("sum",)}, "no adapters in"),
+        ({"only": ("sum",), "exclude": ("sum",)}, "leave none of the adapters"),
     ):
         with pytest.raises(UsageError, match=message):
             route_adapters(own / "adapters", own / "m", options(own, **wanted))
