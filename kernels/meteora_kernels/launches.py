@@ -1,6 +1,6 @@
 """Repeated launches of a kernel without Triton's lookup.
 
-At every launch, Triton derives a key from all arguments to find the compiled kernel, which takes the processor 15 to 50 us for 30 arguments. Eager code of a
+At every launch, Triton derives a key from all arguments to find the compiled kernel, which takes the processor 25 to 60 us. Eager code of a
 prefill needs some hundred launches, so the GPU would wait for the processor. A :class:`Launches` finds the compiled kernel by a short key of the caller,
 and passes only the addresses that differ from the launch before.
 """

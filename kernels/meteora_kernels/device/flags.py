@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """Flags by which the programs of one launch wait for each other. There are no floating-point atomics, and every flag is 0 again when the launch ends.
 
-Programs that raise a flag come first in the grid. They wait for no later program, or only for a few neighbours that all run at the same time, so no
+Programs that raise a flag come before those that wait for it in the grid. They wait for no later program, or only for a few neighbours that all run at the same time, so no
 program waits forever.
 """
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Kernels of the way "sorted", in which tokens are sorted by adapter and multiplied in blocks. ``launch.py`` launches them.
+"""Kernels of the ways "sorted" and "sorted_down", in which tokens are sorted by adapter and multiplied in blocks. ``launch.py`` launches them.
 
 Programs never wait for each other: a kernel reads only values that an earlier launch wrote, or programs that have all been counted as done. There are no
 floating-point atomics, and every sum is added in a fixed order, so two runs are bit-equal.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Kernels of the way "few", in which each token is multiplied with its chosen rows, and the gates of both ways. ``launch.py`` launches them.
+"""Kernels that multiply each token with its chosen rows (A of the way "few", B of "few" and "sorted_down"), and gates. ``launch.py`` launches them.
 
 Programs never wait for each other: a kernel reads only values that an earlier launch wrote, or programs that have all been counted as done. There are no
 floating-point atomics, and every sum is added in a fixed order, so two runs are bit-equal.

@@ -108,4 +108,4 @@ def up(
         choice.temperature, **choice_constants(adapters, choice), MEMBERS=adapters.members, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         ROUTE=logits is not None, KEEP=choice.chosen is not None, HAS_BASE=base is not None, SPLITS=middle.shape[0] if middle.dim() == 3 else 1,
         BASE_SPLITS=base.shape[0] if base is not None and base.dim() == 3 else 1, PRECISION="ieee", num_warps=warps, num_stages=stages,
-    )  # fmt: skip  # fmt: skip
+    )  # fmt: skip
