@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """Flags by which the programs of one launch wait for each other. There are no floating-point atomics, and every flag is 0 again when the launch ends.
 
-Programs that raise a flag come before those that wait for it in the grid. They wait for no later program, or only for a few neighbours that all run at the same time, so no
-program waits forever.
+In the grid, programs that raise a flag come before those that wait for it. They wait for no later program, or only for a few neighbours that all run at the
+same time, so no program waits forever.
 """
 
 from __future__ import annotations
