@@ -9,8 +9,8 @@ The report of a file with failures is printed as soon as the file has ended. Tes
 test failed again or there was no time to run it.
 
 `--passed FILE` keeps the names of files and tests that passed, one a line, and leaves out those that are in FILE already, so that a run can go on where another
-one ended; runs with and without --every-test need files of their own. `--beside` leaves out the tests that time their work, for runs beside other work on the
-GPU.
+one ended, also inside a file; runs with and without --every-test need files of their own. `--beside` leaves out the tests that time their work, for runs beside
+other work on the GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +30,9 @@ ALONE = ("test_gpu_random_sizes.py", "test_overlap.py")
 """Files that time their work; they run after all others, one at a time."""
 SPLIT = ("test_fused_steps.py", "test_gpu_models.py", "test_gpu_decode.py")
 """Files whose tests run as processes for themselves, side by side, because each of them compiles kernels for a minute or more."""
-OPTIONS = ("-q", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark", "-rfE")
+LONG = ("test_train_command.py", "test_several_gpus.py")
+"""Files that start programs, which takes minutes; they come last."""
+OPTIONS = ("-v", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark", "-rfE")
 NOT_RUN = 124
 
 
@@ -47,7 +50,7 @@ def environment() -> dict[str, str]:
 def tests_of(file: str, every_test: bool) -> list[str]:
     """The tests of a file; the file itself if they cannot be collected."""
     line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), "--collect-only", file]
-    report = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout
+    report = subprocess.run([*line, "-qq"], cwd=ROOT, env=environment(), capture_output=True, text=True).stdout
     return [test for test in report.splitlines() if test.startswith(f"{file}::")] or [file]
 
 
@@ -56,9 +59,15 @@ def failures(report: str) -> list[str]:
     return [match[1] for match in re.finditer(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", report, re.MULTILINE)]
 
 
-def run(target: str, seconds: float, every_test: bool) -> tuple[int, str]:
-    """The exit status and the report of a file or a test."""
-    line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), target]
+def ended_well(report: str) -> list[str]:
+    """The tests that a report of pytest names as passed or skipped; it may have been cut."""
+    return [match[1] for match in re.finditer(r"^(tests/\S+::.+?) (?:PASSED|SKIPPED)\b", report, re.MULTILINE)]
+
+
+def run(target: str, seconds: float, every_test: bool, passed: Iterable[str]) -> tuple[int, str]:
+    """The exit status and the report of a file, without the tests of it that have passed before, or of a test."""
+    left_out = [f"--deselect={test}" for test in passed if test.startswith(f"{target}::")]
+    line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), *left_out, target]
     if seconds <= 0:
         return NOT_RUN, "no time left"
     try:
@@ -85,14 +94,14 @@ def main() -> int:
         if target in passed:
             return
         begin = time.monotonic()
-        code, report = run(target, end - begin, given.every_test)
-        last = report.strip().splitlines()[-1] if report.strip() else ""
-        print(f"{time.monotonic() - begin:5.0f} s  {target}: {last}", flush=True)
+        code, report = run(target, end - begin, given.every_test, passed)
+        last, well = report.strip().splitlines()[-1] if report.strip() else "", ended_well(report)
+        print(f"{time.monotonic() - begin:5.0f} s  {target}: {last}{f' after {len(well)} tests' if code == NOT_RUN else ''}", flush=True)
         if code == NOT_RUN or (code not in (0, 5) and not failures(report)):
             missed.append(target)
-        if code in (0, 5) and given.passed:
+        if given.passed:
             with given.passed.open("a", encoding="utf-8") as file:
-                file.write(f"{target}\n")
+                file.writelines(f"{name}\n" for name in (*well, *((target,) if code in (0, 5) else ())))
         if code == NOT_RUN and "\n" in report:
             print(report[-2000:], flush=True)
         if code not in (0, 5, NOT_RUN):
@@ -102,9 +111,9 @@ def main() -> int:
     all_files = [file for file in files(given.every_test) if file.startswith(tuple(given.folders)) and not (given.beside and Path(file).name in ALONE)]
     with ThreadPoolExecutor(given.workers) as pool:
         parts = pool.map(lambda file: tests_of(file, given.every_test), [file for file in all_files if Path(file).name in SPLIT])
-        whole = pool.map(one, [file for file in all_files if Path(file).name not in ALONE + SPLIT])
-        list(pool.map(one, [test for tests in parts for test in tests]))
-        list(whole)
+        whole = [file for file in all_files if Path(file).name not in ALONE + SPLIT + LONG]
+        long = [file for file in all_files if Path(file).name in LONG]
+        list(pool.map(one, [*(test for tests in parts for test in tests), *whole, *long]))
     for file in all_files:
         if Path(file).name in ALONE:
             one(file)
