@@ -63,7 +63,7 @@ parser.add_argument("base")
 for name in ("adapters", "data", "out"):
     parser.add_argument(name, type=Path)
 parser.add_argument("--rows", type=int, default=64, help="test rows of each task for the scores")
-parser.add_argument("--parts", default="routing,own,routed,base,missing,plain,text,again", help="what is measured, in this order")
+parser.add_argument("--parts", default="routing,own,routed,text,base,missing,plain,again", help="what is measured, in this order")
 parser.add_argument("--general", type=Path)
 parser.add_argument(
     "--known", default="", help="scores of earlier evaluations, CONFIG=FOLDER with results_*.json, separated by commas, such as own=eval/own/own"
