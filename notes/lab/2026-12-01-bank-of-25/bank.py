@@ -62,7 +62,7 @@ parser.add_argument("stage", choices=("work", "live", "report"))
 parser.add_argument("base")
 for name in ("adapters", "data", "out"):
     parser.add_argument(name, type=Path)
-parser.add_argument("--rows", type=int, default=64, help="test rows of each task for the scores")
+parser.add_argument("--rows", type=int, default=32, help="test rows of each task for the scores")
 parser.add_argument("--parts", default="routing,own,routed,text,base,missing,plain,again", help="what is measured, in this order")
 parser.add_argument("--general", type=Path)
 parser.add_argument(
