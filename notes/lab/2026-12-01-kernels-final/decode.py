@@ -1,7 +1,7 @@
 """Decoding of a whole model, fused against the base under torch.compile and against the eager base, all in CUDA graphs.
 
-`decode.py [--seconds S] [--layers L] [--vocabulary V] ROWS...` compiles the base for each number of rows, then the fused model, and appends what is known to
-decode.jsonl in $OUT after each. One token per row, behind 512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models,
+`decode.py [--seconds S] [--layers L] [--vocabulary V] ROWS...` compiles base and fused model for each number of rows, and appends what is known to decode.jsonl
+in $OUT after each. One token per row, behind 512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models,
 whose functions this script uses. Kernels that were compiled before are found in Triton's cache; which candidate is the fastest is measured anew, so a run
 beside other work (`--warm`, which times nothing) decides nothing for later ones. The default vocabulary keeps the share that the output layer has in 32 layers.
 """
@@ -12,10 +12,14 @@ import argparse
 import json
 import logging
 import os
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that candidates are measured once for each shape in this process, and not taken from another
 
 import compiled as earlier
 import torch
@@ -40,7 +44,6 @@ def main() -> None:
     began, file = time.perf_counter(), Path(os.environ.get("OUT", ".")) / "decode.jsonl"
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
     inductor.autotune_num_choices_displayed = 0
-    inductor.autotune_local_cache = inductor.fx_graph_cache = False
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # no effect on bfloat16; keeps the compiler's advice out of the output
     torch._dynamo.config.recompile_limit = 64
@@ -60,8 +63,8 @@ def main() -> None:
         first[rows] = {name: work() for name, work in kept[rows].items()}
         reports[rows] = {"layers": given.layers, "vocabulary": shape.vocabulary}
         works[rows] = {f"{name}_eager": earlier.capture(work) for name, work in kept[rows].items()}
-    for name in ("base", "fused"):
-        for rows in given.rows:
+    for rows in given.rows:
+        for name in ("base", "fused"):
             if time.perf_counter() - began > given.seconds:
                 print(f"{name} {rows}: no time left", flush=True)
                 continue
