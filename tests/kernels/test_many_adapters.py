@@ -48,25 +48,6 @@ def test_equals_the_reference(way: str, ranks: tuple[int, ...], widths: tuple[in
     check_bits(found, lambda: given.run(row, routing))
 
 
-@pytest.mark.parametrize(("widths", "tokens", "top_k", "count"), [((17, 9, 5), 19, 2, 4), ((9,), 6, 1, 3), ((9,), 1, 2, 3)])
-def test_tokens_with_the_same_first_adapter_may_share_programs(
-    widths: tuple[int, ...], tokens: int, top_k: int, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The order changes no bit of the result, and every member has its own."""
-    given, row, routing = members(widths, tokens, ranks=(3,) * count, hidden=24), Row("many_adapters", way="sorted_down"), Routing(top_k)
-    found = []
-    for ordered in (False, True):
-        monkeypatch.setattr(launch, "ORDERED", ordered)
-        found.append(given.run(row, routing))
-    torch.testing.assert_close(found[0], given.exact(routing).float(), rtol=2e-4, atol=2e-4)
-    assert torch.equal(*found)
-    adapters, logits = given.group.adapters, launch.gate_logits(given.x, given.group.adapters)
-    together = launch.sort_tokens(logits, adapters, routing, together=True)
-    for member in range(len(widths)):
-        wanted = reference.sorted_by_adapter(together.picks[member * top_k].cpu(), count)
-        assert torch.equal(together.firsts[member].cpu().long(), torch.cat(wanted))
-
-
 @pytest.mark.parametrize("way", ["sorted_down", "sorted"])
 def test_sums_over_columns_may_come_in_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last program of a block adds the pieces; h fills neither a step nor a piece."""

@@ -56,8 +56,8 @@ def _write_blocks(table, fields, group, adapter, less, same, first, last, most_b
 
 @triton.jit
 def sort_kernel(
-    picks, offsets, order, firsts, table, short_table, tokens_total, firsts_total, groups, most_blocks, most_short,
-    SIZE: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr, FIRSTS: tl.constexpr,
+    picks, offsets, order, table, short_table, tokens_total, groups, most_blocks, most_short,
+    SIZE: tl.constexpr, SHORT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sort the entries of one group by adapter (a stable counting sort), and cut each adapter's tokens into blocks of up to SIZE and up to SHORT.
 
@@ -65,8 +65,7 @@ def sort_kernel(
     its adapter (-1 for an unused block), its first place in ``order``, one past its last place, the adapter's first row, one past its last row, and a
     counter that starts at 0; short_table has the same fields. If S tokens chose adapters before adapter i, the blocks of adapter i start at number
     ``S // SIZE + i``. An adapter with c tokens needs ``ceil(c / SIZE)`` blocks, which is at most ``(S + c) // SIZE + 1 - S // SIZE``, so blocks never
-    overlap and no program needs to know the number of blocks of the others. FIRSTS: the first ``firsts_total`` entries are also sorted by themselves, into
-    firsts int32 (G, firsts_total). Grid: (N, G).
+    overlap and no program needs to know the number of blocks of the others. Grid: (N, G).
     """
     adapter = tl.program_id(0)
     group = tl.program_id(1)
@@ -74,25 +73,17 @@ def sort_kernel(
     steps = tl.arange(0, CHUNK)
     less = 0
     same = 0
-    less_firsts = 0
     for start in range(0, tokens_total, CHUNK):
         found = tl.load(here + start + steps, mask=start + steps < tokens_total, other=1 << 30)
         less += tl.sum((found < adapter).to(tl.int32), axis=0)
         same += tl.sum((found == adapter).to(tl.int32), axis=0)
-        if FIRSTS:
-            less_firsts += tl.sum(((found < adapter) & (start + steps < firsts_total)).to(tl.int32), axis=0)
     if same > 0:
         place = less
-        place_firsts = less_firsts
         for start in range(0, tokens_total, CHUNK):
             found = tl.load(here + start + steps, mask=start + steps < tokens_total, other=1 << 30)
             mine = (found == adapter).to(tl.int32)
             tl.store(order + group * tokens_total + place + tl.cumsum(mine, axis=0) - mine, start + steps, mask=mine == 1)
             place += tl.sum(mine, axis=0)
-            if FIRSTS:
-                mine = tl.where(start + steps < firsts_total, mine, 0)
-                tl.store(firsts + group * firsts_total + place_firsts + tl.cumsum(mine, axis=0) - mine, start + steps, mask=mine == 1)
-                place_firsts += tl.sum(mine, axis=0)
     first = tl.load(offsets + adapter).to(tl.int32)
     last = tl.load(offsets + adapter + 1).to(tl.int32)
     _write_blocks(table, groups * most_blocks, group, adapter, less, same, first, last, most_blocks, SIZE)

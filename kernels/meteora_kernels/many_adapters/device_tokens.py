@@ -91,20 +91,18 @@ def tokens_down_kernel(
 
 @triton.jit
 def base_tile(
-    base, bias, order, tokens_total, stride_split, stride_base, width0, width1, width2,
-    MEMBERS: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, ORDERED: tl.constexpr,
+    base, bias, tokens_total, stride_split, stride_base, width0, width1, width2,
+    MEMBERS: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Where a program of a grid (sum of ceil(width / BN) over the members, ceil(M / BM)) writes, and base plus bias there, float32 (BM, BN).
 
-    ``base`` are SPLITS partial sums (M, O) that are ``stride_split`` apart. ORDERED: tokens are taken in the member's ``order``, int32 (MEMBERS, M).
+    ``base`` are SPLITS partial sums (M, O) that are ``stride_split`` apart.
     Returns: the member, the number of outputs before it, its width; its tokens (BM, 1) and columns (1, BN), each followed by a mask; the sum.
     """
     tile, member, before, width = member_of(tl.program_id(0), width0, width1, width2, BN, MEMBERS)
     tokens = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     columns = tile * BN + tl.arange(0, BN)[None, :]
     live = tokens < tokens_total
-    if ORDERED:
-        tokens = tl.load(order + member * tokens_total + tokens, mask=live, other=0).to(tl.int64)
     inside = columns < width
     total = summed(base, tokens * stride_base + before + columns, stride_split, live & inside, SPLITS)
     if HAS_BIAS:
@@ -122,7 +120,7 @@ def tokens_up_kernel(
     ``base`` are SPLITS partial sums (M, O) that are ``stride_split`` apart. Grid: (sum of ceil(width / BN) over the members, ceil(M / BM)).
     """
     member, before, width, tokens, live, columns, inside, total = base_tile(
-        base, bias, rows_in, tokens_total, stride_split, stride_base, width0, width1, width2, MEMBERS, SPLITS, BM, BN, HAS_BIAS, False
+        base, bias, tokens_total, stride_split, stride_base, width0, width1, width2, MEMBERS, SPLITS, BM, BN, HAS_BIAS
     )
     up = b + before.to(tl.int64) * rank
     stride_plan = MEMBERS * PLACES
@@ -137,14 +135,13 @@ def tokens_up_kernel(
 
 @triton.jit
 def routed_up_kernel(
-    base, bias, b, picks, order, middle, offsets, y, tokens_total, rank, stride_split, stride_base, stride_y, width0, width1, width2,
+    base, bias, b, picks, middle, offsets, y, tokens_total, rank, stride_split, stride_base, stride_y, width0, width1, width2,
     MEMBERS: tl.constexpr, TOP_K: tl.constexpr, RANK_P: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ORDERED: tl.constexpr,
 ):  # fmt: skip
     """:func:`tokens_up_kernel` for routes and products that are stored slot by slot: picks int32 and middle float32 (MEMBERS * TOP_K, M, .), RANK_P values
-    for each entry of ``picks``. ORDERED: neighbours in ``order``, int32 (MEMBERS, M), share a program."""
+    for each entry of ``picks``."""
     member, before, width, tokens, live, columns, inside, total = base_tile(
-        base, bias, order, tokens_total, stride_split, stride_base, width0, width1, width2, MEMBERS, SPLITS, BM, BN, HAS_BIAS, ORDERED
+        base, bias, tokens_total, stride_split, stride_base, width0, width1, width2, MEMBERS, SPLITS, BM, BN, HAS_BIAS
     )
     up = b + before.to(tl.int64) * rank + columns
     for slot in tl.range(0, TOP_K, num_stages=1):

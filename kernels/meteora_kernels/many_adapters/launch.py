@@ -33,8 +33,6 @@ FOURS_UP = (256, 1)
 """Columns and warps of a program of :func:`fours_up_kernel`."""
 ROUTED_UP = (4, 256, 4)
 """Tokens, columns and warps of a program of :func:`routed_up`."""
-ORDERED = False
-"""Whether tokens with the same first adapter are neighbours in :func:`routed_up`, so that the rows of B that they share are read once for a program."""
 
 
 class Sorted(NamedTuple):
@@ -47,7 +45,6 @@ class Sorted(NamedTuple):
         picks: Adapter of every token, int32 (members * top_k, M).
         factors: ``w_j s_j`` of every token, float32 (members * top_k, M).
         order: Numbers of entries, sorted by adapter and then by number, int32 (G, E).
-        firsts: If the slots are one group and ORDERED is set, the tokens of the first slot in that order, int32 (G, M); otherwise empty.
         table: Blocks of up to SIZE entries, int32 (6, G, B). The six fields are the block's adapter (-1 for an unused block), its first place in ``order``, one
             past its last place, the adapter's first row, one past its last row, and a counter that starts at 0.
         short_table: Blocks of up to SHORT entries with the same fields, int32 (6, G, C), for ranks up to MOST_FOURS; otherwise, and if the slots are one
@@ -57,7 +54,6 @@ class Sorted(NamedTuple):
     picks: Tensor
     factors: Tensor
     order: Tensor
-    firsts: Tensor
     table: Tensor
     short_table: Tensor
 
@@ -167,14 +163,13 @@ def sort_tokens(logits: Tensor, adapters: Adapters, routing: Routing, *, togethe
     most = tokens // SIZE + adapters.number
     most_short = tokens // short + adapters.number if short else 0
     order = torch.empty(groups, tokens, dtype=torch.int32, device=logits.device)
-    firsts = torch.empty(groups, picks.shape[1] if together and ORDERED else 0, dtype=torch.int32, device=logits.device)
     table = torch.empty(6, groups, most, dtype=torch.int32, device=logits.device)
     short_table = torch.empty(6, groups, most_short, dtype=torch.int32, device=logits.device)
     sort_kernel[(adapters.number, groups)](
-        picks, adapters.offsets, order, firsts, table, short_table, tokens, firsts.shape[1], groups, most, most_short,
-        SIZE=SIZE, SHORT=short, CHUNK=min(4096, max(16, power_of_two(tokens))), FIRSTS=firsts.numel() > 0, num_warps=4,
+        picks, adapters.offsets, order, table, short_table, tokens, groups, most, most_short,
+        SIZE=SIZE, SHORT=short, CHUNK=min(4096, max(16, power_of_two(tokens))), num_warps=4,
     )  # fmt: skip
-    return Sorted(picks, factors, order, firsts, table, short_table)
+    return Sorted(picks, factors, order, table, short_table)
 
 
 def blocks_down(x: Tensor, found: Sorted, adapters: Adapters) -> Tensor:
@@ -230,8 +225,8 @@ def routed_up(base: Tensor, bias: Tensor | None, middle: Tensor, found: Sorted, 
     bm, bn, warps = ROUTED_UP
     splits, stride_split = (base.shape[0], base.stride(0)) if base.dim() == 3 else (1, 0)
     routed_up_kernel[(sum(ceil_div(width, bn) for width in adapters.widths), ceil_div(tokens, bm))](
-        base, or_any(bias, base), adapters.lora_B, found.picks, found.firsts, middle, adapters.offsets, y, tokens, adapters.total_rank,
+        base, or_any(bias, base), adapters.lora_B, found.picks, middle, adapters.offsets, y, tokens, adapters.total_rank,
         stride_split, base.stride(-2), y.stride(0), *three(adapters.widths),
         MEMBERS=members, TOP_K=found.picks.shape[0] // members, RANK_P=adapters.rank_p, SPLITS=splits, BM=bm, BN=bn, HAS_BIAS=bias is not None,
-        ORDERED=found.firsts.numel() > 0, num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip

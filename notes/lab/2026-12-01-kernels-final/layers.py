@@ -2,7 +2,8 @@
 
 `layers.py warm SET...` compiles every size and checks it against float64 and a second run; `layers.py time SECONDS SET...` times until SECONDS have passed. The
 sets are 28x8, 256x8 and 1024x8 (adapters x rank, top-2), each with its numbers of tokens. Routes are uniform and local (runs of 8 tokens share two of 16
-adapters). For 256x8 at 64 tokens, the same without the table's rows for `chosen_adapters` is timed too. Prints ratios to the base (F.linear for each linear),
+adapters). For 256x8 at 64 tokens, the same without the table's rows for `chosen_adapters` is timed too; with tokens-in-order.patch, also variants of B at 512
+and 4,096. Prints ratios to the base (F.linear for each linear),
 and appends microseconds to layers.jsonl in $OUT. Without a GPU it runs a tiny shape in Triton's interpreter, without times that mean anything.
 """
 
@@ -104,7 +105,7 @@ ORDERS = {(f"in order {tile[0]} x {tile[1]}, {tile[2]} warps{' everywhere' if wa
 
 
 def orders_of(name: str, tokens: int) -> dict[str, tuple[tuple[int, int, int], str]]:
-    if name != "256x8" or tokens not in (20, 512, 4096):
+    if name != "256x8" or tokens not in (20, 512, 4096) or not hasattr(launch, "ORDERED"):
         return {}
     return {key: value for key, value in ORDERS.items() if tokens != 512 or not value[1]}
 
