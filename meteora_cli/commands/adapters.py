@@ -82,7 +82,10 @@ def add_or_update(
     name: Name = None,
     rows: Rows = None,
     data: Data = None,
-    self_written: Annotated[bool, typer.Option("--self-written", help="If the adapter has neither statistics nor rows, let it write rows itself, with example prompts if there are any.")] = False,
+    self_written: Annotated[
+        bool,
+        typer.Option("--self-written", help="If the adapter has neither statistics nor rows, let it write rows itself, with example prompts if there are any."),
+    ] = False,
     closed_form: ClosedForm,
     adapters_dir: AdaptersDir = None,
     base: LoadedBase = None,

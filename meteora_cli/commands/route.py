@@ -33,7 +33,10 @@ def route(
         bool, typer.Option("--base-route/--no-base-route", help="Add a base route: tokens that need no adapter get the base model alone.")
     ] = True,
     self_written: Annotated[
-        bool, typer.Option("--self-written", help="Let adapters without rows write rows themselves, with example prompts if there are any; otherwise, they are left out.")
+        bool,
+        typer.Option(
+            "--self-written", help="Let adapters without rows write rows themselves, with example prompts if there are any; otherwise, they are left out."
+        ),
     ] = False,
     routed_rows: Annotated[
         bool,

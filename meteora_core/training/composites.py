@@ -28,7 +28,10 @@ LISTS = 256
 
 MOST_EXAMPLES = 2
 TRIES = 8
-"""Number of attempts to draw a text that is short enough, with fewer parts each time, before it is cut."""
+"""Number of attempts to draw a text that is short enough, with fewer parts each time, before it is cut (composites)."""
+
+HALVINGS = 4
+"""How often the rows that a list is drawn from are halved, to the shorter ones, until it is short enough."""
 
 _LEAD, _NUMBER = 24, 4
 """An estimate of the tokens of a list that are not in its rows: the sentences around them, and the number and the line ends of each."""
@@ -165,8 +168,9 @@ def list_texts(rows: Sequence[Row], lengths: Sequence[int], adapter: int, lists:
     """Draw lists of 2 to ``lists.largest`` questions of one task; about half of them have one or two solved examples before the questions.
 
     Rows and examples are drawn at random, and no question is asked twice in a list. The examples come from the same rows as those of composites. A list
-    that is too long is drawn again, with fewer examples and then fewer questions, and in the end from those short rows. At most :data:`LISTS` lists are
-    made; :func:`with_lists` repeats them.
+    that is too long is drawn again: with fewer examples, then from the shorter half of the rows, the shortest quarter and so on, and only then with fewer
+    questions. So lists of tasks with long questions have many questions too; an adapter whose lists nearly all have two questions learns to end after the
+    second answer. At most :data:`LISTS` lists are made; :func:`with_lists` repeats them.
 
     Args:
         rows: The train rows of the task.
@@ -181,9 +185,11 @@ def list_texts(rows: Sequence[Row], lengths: Sequence[int], adapter: int, lists:
         raise UsageError("a list of questions needs at least two train rows", hint="leave out --list-rows, or use more rows")
     rng = random.Random(f"list rows {lists.seed}")
     able, texts = _short_rows(rows), list[Labelled]()
+    by_length = sorted(range(len(rows)), key=lambda place: lengths[place])
     for _ in range(min(LISTS, lists.count(len(rows)))):
-        for n, examples in _sizes(rng, min(lists.largest, len(rows))):
-            solved, asked = rng.sample(able, min(examples, len(able) // n) * n), rng.sample(range(len(rows)), n)
+        for n, examples, shortest in _list_sizes(rng, min(lists.largest, len(rows))):
+            pool = by_length[: max(n, FEWEST_CANDIDATES, round(shortest * len(rows)))]
+            solved, asked = rng.sample(able, min(examples, len(able) // n) * n), rng.sample(pool, n)
             if _LEAD + sum(lengths[place] + _NUMBER for place in (*solved, *asked)) <= lists.max_length:
                 break
         else:
@@ -191,6 +197,17 @@ def list_texts(rows: Sequence[Row], lengths: Sequence[int], adapter: int, lists:
         shown = [[rows[place] for place in solved[start : start + len(asked)]] for start in range(0, len(solved), len(asked))]
         texts.append(composite_text([(adapter, rows[place]) for place in asked], shown))
     return texts
+
+
+def _list_sizes(rng: random.Random, most: int) -> Iterator[tuple[int, int, float]]:
+    """Numbers of questions (2 to ``most``) and of solved examples, and the share of the rows to draw from, the shortest ones, until a list is short enough."""
+    n, examples = rng.randint(2, most), rng.randint(1, MOST_EXAMPLES) if rng.random() < 0.5 else 0
+    for fewer in range(examples, 0, -1):
+        yield n, fewer, 1.0
+    for halvings in range(HALVINGS + 1):
+        yield n, 0, 0.5**halvings
+    for fewer in range(n - 1, 1, -1):
+        yield fewer, 0, 0.5**HALVINGS
 
 
 def with_lists(singles: Encoded, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter: int, lists: ListRows, end: int | None = None) -> Encoded:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from meteora_core.progress import SILENT, Progress
 from meteora_core.routing import IGNORE, GateObservations, meteora_of
+from meteora_core.training.attention import without_cudnn_attention
 from meteora_core.training.distributed import SINGLE, OnModel, Runtime
 from meteora_core.training.encoding import Batch, collate
 from meteora_core.training.loss import lm_losses
@@ -114,7 +115,7 @@ def measure_gates(
             mine = start + runtime.rank
             index, picked = work[min(mine, len(work) - 1)]
             batch = collate(picked, held_out.pad_token, response_only=held_out.response_only).to(device)
-            with state.label_gates(batch.gate_labels, keep_hits=True) as observed:
+            with without_cudnn_attention(), state.label_gates(batch.gate_labels, keep_hits=True) as observed:
                 lm, losses = on_model(lambda module, batch=batch: lm_losses(module, batch))  # type: ignore[misc]
             if mine < len(work):
                 totals[index] += _sums(lm, observed, batch)

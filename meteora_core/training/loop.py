@@ -194,7 +194,7 @@ def train(run: TrainingRun, settings: OptimSettings, *, resume: bool = False, ru
                 if settings.eval_steps and (state.step % settings.eval_steps == 0 or last):
                     _evaluate(run, state, parameters, runtime, curves)
                 bar.update(1, total=None, **_shown(state, start_tokens, time.monotonic() - began))
-                if state.step % settings.save_steps == 0 and not last:
+                if settings.max_steps > settings.save_steps and (state.step % settings.save_steps == 0 or last):  # last: measuring and saving may fail
                     state.pending = log.pending()
                     save_state(run.folder, state, parameters, optimizer, run.inputs, write=runtime.is_main)
         except RuntimeError as error:

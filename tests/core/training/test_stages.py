@@ -407,6 +407,23 @@ def test_packing_trains_the_gates_and_resumes_to_the_same_bits(data, adapters, t
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def test_a_run_that_fails_after_its_last_step_trains_no_step_again(data, adapters, tmp_path, monkeypatch) -> None:
+    from meteora_core.training import gates as stage
+
+    gates(data, adapters, tmp_path / "whole", max_steps=7, save_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "measure_gates", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            gates(data, adapters, tmp_path / "m", max_steps=7, save_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Stepper, "step", lambda *_, **__: pytest.fail("a step was trained again"))
+        _, done = gates(data, adapters, tmp_path / "m", max_steps=7, save_steps=3, resume=True)
+    assert done.steps == 7
+    first, second = (load_file(tmp_path / name / "meteora.safetensors") for name in ("whole", "m"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not list(tmp_path.glob(".m.states/*"))
+
+
 def test_the_best_weights_are_kept_and_patience_ends_the_run(data, adapters, tmp_path, monkeypatch) -> None:
     """The held-out loss is made to rise after step 4: the run stops, and its checkpoint is the one of step 4."""
     held_out_rows(data)
