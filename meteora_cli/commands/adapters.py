@@ -84,7 +84,7 @@ def add_or_update(
     data: Data = None,
     self_written: Annotated[
         bool,
-        typer.Option("--self-written", help="If the adapter has neither statistics nor rows, let it write rows itself, with example prompts if there are any."),
+        typer.Option("--self-written", help="Let an adapter without statistics and rows write rows itself, with example prompts if there are any."),
     ] = False,
     closed_form: ClosedForm,
     adapters_dir: AdaptersDir = None,

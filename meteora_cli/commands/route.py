@@ -35,7 +35,7 @@ def route(
     self_written: Annotated[
         bool,
         typer.Option(
-            "--self-written", help="Let adapters without rows write rows themselves, with example prompts if there are any; otherwise, they are left out."
+            "--self-written", help="Let adapters without rows write rows themselves, with example prompts if there are any. Without it, they are left out."
         ),
     ] = False,
     routed_rows: Annotated[
