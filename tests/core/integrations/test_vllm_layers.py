@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,6 +227,33 @@ def test_loading_again_replaces_the_weights_in_the_same_memory(weights: Weights)
     block.fill(weights, WHOLE)  # type: ignore[arg-type]
     assert block.rows.data_ptr() == address
     assert (block.rows - before).abs().sum() == COUNT * HIDDEN
+
+
+def memory_of(value: Any) -> set[int]:
+    """The addresses of the memory of all tensors in an object."""
+    if isinstance(value, Tensor):
+        return {value.untyped_storage().data_ptr()}
+    if isinstance(value, tuple | list):
+        inside = list(value)
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        inside = [getattr(value, each.name) for each in fields(value)]
+    else:
+        inside = list(vars(value).values()) if type(value).__module__.startswith("meteora") else []
+    return set().union(*map(memory_of, inside))
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_vllm_knows_all_memory_of_a_layer(weights: Weights, base: bool) -> None:
+    """vLLM's sleep mode keeps parameters and buffers. What a kernel reads besides them would be lost."""
+    block = block_of(weights, base=base)
+    known = memory_of(block.tensors())
+    assert memory_of(block) == known
+    assert len(known) == (5 if base else 4)
+    weight, scale = torch.zeros(HIDDEN, 64, dtype=torch.float8_e4m3fn), torch.ones(64, 1)
+    eight = base_of(SimpleNamespace(_get_layer_params=lambda layer: (weight, scale, None, None)), None, block.adapters)
+    assert memory_of(eight) - known == memory_of([weight, scale, eight.linears.flags])  # two parameters, and a buffer of the method's
 
 
 def test_memory_of_an_8b_model_with_28_adapters_is_little_more_than_their_own() -> None:
