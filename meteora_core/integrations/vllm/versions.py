@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.version import InvalidVersion, Version
 
 OLDEST, BELOW = "0.26.0", "0.34"
-"""The tested range: at least OLDEST, and older than BELOW. Of the newest release in it, all that the plugin uses was compared with the release before."""
+"""The tested range: at least OLDEST, and older than BELOW."""
 VARIABLE = "METEORA_VLLM_ANY_VERSION"
 """The environment variable that, if it is 1, allows versions outside the tested range."""
 
