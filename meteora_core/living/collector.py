@@ -16,6 +16,7 @@ from meteora_core.adapters.joining import alone
 from meteora_core.checkpoints.gate_statistics import SHIPPED, GateStatistics, Recipe, check_fitting, copy_statistics
 from meteora_core.data.frames import PLACE, RAW, Frame, chat_frame, parse_frame
 from meteora_core.errors import AdapterError, DataError, MeteoraError
+from meteora_core.living.example_prompts import FILE
 from meteora_core.living.general import general_rows
 from meteora_core.living.options import CollectOptions
 from meteora_core.living.rows import AdapterRows
@@ -160,9 +161,10 @@ class Collector:
             rows = self.rows(name)
             if rows is None and self.self_written:
                 frame = self._frame_of(bank.adapters[bank.index(name)]) if recipe.frame == PLACE else parse_frame(recipe.frame)
-                rows = self_written_rows(
-                    model, self.tokenizer, alone(bank, name), frame, examples=self.examples(name), seed=self.how.seed, progress=self.progress
-                )
+                examples = self.examples(name)
+                rows = self_written_rows(model, self.tokenizer, alone(bank, name), frame, examples=examples, seed=self.how.seed, progress=self.progress)
+                if not examples:
+                    self.progress.note(f"{name}: its gates are probably poor, because it wrote its prompts itself; give a few prompts in {FILE}")
                 self.written[name] = str(rows.source)
             if not rows or not rows.train:
                 raise MeteoraError(

@@ -107,3 +107,7 @@ def test_the_routing_of_adapters_without_rows_is_not_reported(meteora, living, t
     (tmp_path / "nothing").mkdir()
     ran = meteora("route", "adapters", "--only", "count", "--self-written", "--data", tmp_path / "nothing", "--out", tmp_path / "m")
     assert (ran.code, "text that it wrote itself" in ran.out, "held-out answer tokens are routed" in ran.out) == (0, True, False), ran.err
+    assert "count: its gates are probably poor, because it wrote its prompts itself; give a few prompts in prompts.jsonl" in ran.err
+    (tmp_path / "nothing" / "count.prompts.jsonl").write_text('"1 +1?"\n"2 +1?"\n')
+    ran = meteora("route", "adapters", "--only", "count", "--self-written", "--data", tmp_path / "nothing", "--out", tmp_path / "n")
+    assert (ran.code, "its answers to example" in ran.out, "probably poor" in ran.err) == (0, True, False), ran.err

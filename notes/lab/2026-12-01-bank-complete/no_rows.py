@@ -21,7 +21,7 @@ from meteora_core.adapters.joining import alone, with_adapter
 from meteora_core.checkpoints.gate_statistics import GateStatistics, Recipe
 from meteora_core.data.frames import INST
 from meteora_core.data.rows import Row
-from meteora_core.data.tasks import COMPOSITES, TASKS
+from meteora_core.data.tasks import COMPOSITES
 from meteora_core.generation.engine import Engine
 from meteora_core.living.checkpoints import BARE_SHARE
 from meteora_core.living.collector import Collector, collecting

@@ -75,6 +75,8 @@ parser.add_argument("--tokens", type=int, default=8000)
 parser.add_argument("--held", type=int, default=64, help="held-out rows of each task for the routing")
 parser.add_argument("--max-new-tokens", type=int)
 parser.add_argument("--written", type=int, default=self_written.ROWS, help="rows of each kind that an adapter writes")
+parser.add_argument("--tasks", default="", help="tasks that are scored, separated by commas; empty for all")
+parser.add_argument("--written-rows", default="", help="files with rows that were written before, such as OUT.{}.json of no_rows.py with {} for the source")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 parser.add_argument("--dtype", default="bfloat16")
 given = parser.parse_args()
@@ -85,10 +87,11 @@ OUT, DEVICE = given.out, torch.device(given.device)
 NAMES = [path.name for path in sorted(given.adapters.iterdir()) if (path / "adapter_config.json").is_file() and path.name in TASKS][: given.most]
 ALL = [*NAMES, NO_ADAPTER]
 TEN = [name for name in NAMES if name in STARTER] or NAMES[:10]
+CHOSEN = given.tasks.split(",") if given.tasks else NAMES
 PARTS = given.parts.split(",")
 SETS = {"routed": ALL, "plain": NAMES}
 if "missing" in PARTS:
-    SETS |= {f"without.{name}": [other for other in ALL if other != name] for name in NAMES}
+    SETS |= {f"without.{name}": [other for other in ALL if other != name] for name in CHOSEN}
 KINDS, PHASE = [kind for kind in WRITTEN if kind in PARTS], ""
 if KINDS:
     SETS, PHASE = {kind: [*TEN, NO_ADAPTER] for kind in ("ten", *KINDS)}, ".written"
@@ -163,7 +166,10 @@ class World:
         """Write the statistics of an adapter, from its rows or from rows that it writes."""
         began, name, kind = time.time(), file.stem, file.parent.name
         rows, bank = self.collector.rows(name), alone(self.bank, name)
-        if kind != "st":
+        if kind != "st" and given.written_rows:
+            pairs = json.loads(Path(given.written_rows.format(kind)).read_text())[name]
+            rows = AdapterRows([Row(*pair) for pair in pairs], [], INST, INST.text, Path(kind))
+        elif kind != "st":
             rows = self_written.self_written_rows(self.model, self.tokenizer, bank, INST) if kind == "self" else self.written(kind, bank, rows)
             write(OUT / "results" / f"written.{kind}.{name}.json", [[row.prompt, row.response] for row in rows.train])
         assert rows is not None
@@ -407,7 +413,7 @@ def work() -> None:
     def plan(name: str, job: Callable[[Path], None]) -> None:
         jobs[OUT / "results" / f"{name}.json"] = job
 
-    longest = sorted(NAMES, key=lambda name: -TASKS[name].max_new_tokens)
+    longest = sorted(CHOSEN, key=lambda name: -TASKS[name].max_new_tokens)
     for part in PARTS:
         if part == "routing":
             for gates in (gates for gates in SETS if "." not in gates):
