@@ -14,6 +14,9 @@ MOST_TOKENS = 1 << 24
 MOST_PROCESSES = 1024
 """The largest number of processes on one machine that a setting, argument or flag may ask for."""
 
+LEAST_RATE = 1e-12
+"""The smallest learning rate; much smaller ones are 0 in float32 and train nothing."""
+
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 2.0**-126, 2.0**126
 """The range of the routing temperature T: the smallest normal float32 and its reciprocal. Neither T nor 1 / T underflows in float32 within it."""
 

@@ -15,7 +15,7 @@ from meteora_core.environment import check_environment
 from meteora_core.errors import UsageError, did_you_mean
 from meteora_core.file_models import first_problem
 from meteora_core.names import problem_of
-from meteora_core.ranges import LEAST_TEMPERATURE, MOST_PROCESSES, MOST_ROWS, MOST_TOKENS
+from meteora_core.ranges import LEAST_RATE, LEAST_TEMPERATURE, MOST_PROCESSES, MOST_ROWS, MOST_TOKENS
 from meteora_core.reading import read_text
 from meteora_core.text import one_line, printable, shown
 
@@ -129,7 +129,7 @@ class OptimSettings(_Section):
     max_steps: int = Field(300, ge=0, le=MOST_STEPS, description="Number of optimiser steps.")
     batch_size: int = Field(8, ge=1, le=65536, description="Number of rows in one forward pass, per device.")
     accumulation: int = Field(1, ge=1, le=65536, description="Number of forward passes in one optimiser step.")
-    learning_rate: float = Field(5e-4, gt=0, le=10, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(5e-4, ge=LEAST_RATE, le=10, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, le=100, description="Weight decay of AdamW.")
     warmup_ratio: float = Field(0.005, ge=0, lt=1, description="Share of the steps in which the learning rate rises; then it falls as a cosine.")
     max_grad_norm: float = Field(1.0, ge=0, le=1e9, description="Largest norm of the gradient, which is scaled down to it; 0: no limit.")
@@ -170,7 +170,7 @@ class AdapterTaskSettings(_Section):
     max_steps: int | None = Field(None, ge=0, le=MOST_STEPS)
     batch_size: int | None = Field(None, ge=1, le=65536)
     accumulation: int | None = Field(None, ge=1, le=65536)
-    learning_rate: float | None = Field(None, gt=0, le=10)
+    learning_rate: float | None = Field(None, ge=LEAST_RATE, le=10)
     weight_decay: float | None = Field(None, ge=0, le=100)
     max_length: int | None = Field(None, ge=8, le=MOST_TOKENS)
     loss_on: LossOn | None = None
@@ -195,7 +195,7 @@ class GateTrainSettings(OptimSettings):
 
     trainable: TrainedParts = Field("gates", description="Parameters to train.")
     adapter_learning_rate: float | None = Field(
-        None, examples=[5e-4], gt=0, le=10, description="With gates+adapters: peak learning rate of the adapters; absent: the same as for the gates."
+        None, examples=[5e-4], ge=LEAST_RATE, le=10, description="With gates+adapters: peak learning rate of the adapters; absent: the same as for the gates."
     )
     beta: float = Field(50.0, ge=0, le=1e6, description="Weight of the gate loss, relative to the language-model loss.")
     loss_on: LossOn = Field("all", description="Tokens that the language-model loss covers: prompt and response, or the response alone.")

@@ -19,7 +19,7 @@ _ALWAYS = re.compile(f"[\x00-\x1f\x7f-\x9f{_FORMAT}]")
 _IN_TEXT = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f]|(?![{_JOINERS}])[{_FORMAT}]|(?<=[\x00-\x9f{_FORMAT}])[{_JOINERS}]|[{_JOINERS}](?=[\x00-\x9f{_FORMAT}])")
 
 
-_LONG_LIMIT = re.compile(r"(?:\d+\.\d{15,}|\d{15,}(?:\.\d+)?)$")
+_LONG_LIMIT = re.compile(r"(?:\d+\.\d{10,}|\d{15,}(?:\.\d+)?)$")
 
 
 def validation_message(message: str) -> str:
