@@ -18,8 +18,8 @@ class RowMix:
     """How often rows are drawn from the tasks.
 
     Attributes:
-        extra: Token counts of the rows that belong to no single task (composites).
-        extra_share: Fraction of all drawn rows that are composites; in a plan their task number is the number of tasks.
+        extra: Token counts of the rows that belong to no single task (composites and joined rows).
+        extra_share: Fraction of all drawn rows that belong to several tasks; in a plan their task number is the number of tasks.
         balanced: True draws the same number of tokens from every task; False draws every row equally often.
     """
 
@@ -29,7 +29,7 @@ class RowMix:
 
 
 BALANCED = RowMix()
-"""The same number of tokens from every task, and no composites."""
+"""The same number of tokens from every task, and no rows of several tasks."""
 
 
 class _Picker:

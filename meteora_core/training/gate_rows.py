@@ -63,6 +63,12 @@ def gate_rows(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], settings
     return GateRows([each.rows for each in encoded], held, mixed, held_composites, cut)
 
 
+def name_of_mixed(settings: GateTrainSettings) -> str:
+    """What rows that belong to several adapters are called in the record of a training: composites, joined rows, or both."""
+    names = [name for name, share in (("composites", settings.composite_rows), ("joined rows", settings.joined_rows)) if share]
+    return " and ".join(names) or "composites"
+
+
 def counts_of_mixed(settings: GateTrainSettings, drawn: int) -> tuple[int, int]:
     """The numbers of composites and of joined rows to make. If both are used, the numbers are in proportion to their shares.
 

@@ -31,7 +31,7 @@ from meteora_core.training.distributed import OnModel
 from meteora_core.training.encoding import row_lengths
 from meteora_core.training.gate_metrics import measure_gates
 from meteora_core.training.gate_objective import GateObjective
-from meteora_core.training.gate_rows import GateRows, gate_rows
+from meteora_core.training.gate_rows import GateRows, gate_rows, name_of_mixed
 from meteora_core.training.job import Trained, TrainJob
 from meteora_core.training.loop import TrainingRun, train
 from meteora_core.training.output_folders import only_writer, tidy
@@ -243,6 +243,7 @@ class _GateStage:
             balanced=settings.sampling == "balanced",
             extra=self.rows.mixed,
             extra_share=settings.composite_rows + settings.joined_rows,
+            extra_name=name_of_mixed(settings),
             evaluate=evaluate,
             log_dir=self.job.out.parent / "tensorboard" / self.job.out.name,
             rate=lambda name: rate if name.endswith(("lora_A", "lora_B")) else 1.0,

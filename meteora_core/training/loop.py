@@ -104,7 +104,8 @@ class TrainingRun:
         names: The tasks' names, for messages.
         response_only: Whether the language-model loss leaves the prompts' tokens out.
         balanced: Whether the same number of tokens is drawn from every task; False draws every row equally often.
-        extra, extra_share: Rows that belong to no single task (composites), and their fraction of all drawn rows.
+        extra, extra_share: Rows that belong to no single task (composites and joined rows), and their fraction of all drawn rows.
+        extra_name: Name of these rows in the record of what was drawn.
         evaluate: Function that returns held-out metrics by name; the lowest ``loss`` determines the best weights. Empty if no rows are held out.
         log_dir: Folder of TensorBoard's event files; None writes none.
         batches: The batches of every step, per batch ``(task, row)`` pairs; None plans them from the settings.
@@ -124,6 +125,7 @@ class TrainingRun:
     balanced: bool = True
     extra: Sequence[TrainRow] = ()
     extra_share: float = 0.0
+    extra_name: str = "composites"
     evaluate: Callable[[OnModel], dict[str, float]] | None = None
     log_dir: Path | None = None
     batches: Sequence[Sequence[list[Pick]]] | None = None
@@ -291,7 +293,7 @@ class _Source:
         for which, row in (pick for step in self.steps[:steps] for batch in step for sequence in batch for pick in sequence):
             drawn[which] += 1
             tokens[which] += self.lengths[which][row]
-        names = [*(self.run.names or map(str, range(len(self.run.rows)))), "composites"]
+        names = [*(self.run.names or map(str, range(len(self.run.rows)))), self.run.extra_name]
         return {
             name: {"rows": len(rows), "drawn": count, "passes": round(count / len(rows), 3), "tokens": seen, "share": round(seen / max(1, sum(tokens)), 4)}
             for name, rows, count, seen in zip(names, self.lengths, drawn, tokens, strict=False)

@@ -21,7 +21,7 @@ from meteora_core.training.encoding import (
     join_rows,
     row_target_labels,
 )
-from meteora_core.training.gate_rows import counts_of_mixed
+from meteora_core.training.gate_rows import counts_of_mixed, name_of_mixed
 from meteora_core.training.input_sums import token_weights
 from meteora_core.training.joined_rows import make_joined
 from support.tiny_training import gates, letters
@@ -96,6 +96,8 @@ def test_composites_and_joined_rows_are_made_in_proportion_to_their_shares() -> 
     assert counts_of_mixed(GateTrainSettings(joined_rows=0.5), 1000) == (0, 532)
     assert counts_of_mixed(GateTrainSettings(joined_rows=0.25, composite_rows=0.5), 1000) == (543, 272)
     assert counts_of_mixed(GateTrainSettings(joined_rows=0.25, composite_rows=0.75), 10**6) == (3072, 1024)
+    named = [name_of_mixed(GateTrainSettings(composite_rows=first, joined_rows=second)) for first, second in ((0.5, 0), (0, 0.5), (0.5, 0.5))]
+    assert named == ["composites", "joined rows", "composites and joined rows"]
     with pytest.raises(ValueError, match="more than all rows"):
         GateTrainSettings(joined_rows=0.6, composite_rows=0.5)
 
@@ -103,6 +105,7 @@ def test_composites_and_joined_rows_are_made_in_proportion_to_their_shares() -> 
 def test_gates_train_on_joined_rows_from_the_closed_form(data, adapters, tmp_path) -> None:
     _, done = gates(data, adapters, tmp_path / "m", max_steps=10, init="ridge", ridge_tokens=800, joined_rows=0.5, joined_max=2, max_length=120)
     assert done.parts["accuracy"] > 0.5
-    assert done.sampled["composites"]["rows"] > 32
+    assert done.sampled["joined rows"]["rows"] > 32
+    assert "composites" not in done.sampled
     _, other = gates(data, adapters, tmp_path / "other", max_steps=10, init="ridge", ridge_tokens=800, max_length=120)
-    assert "composites" not in other.sampled
+    assert "joined rows" not in other.sampled
