@@ -205,13 +205,13 @@ class VllmProcess:
             while time.monotonic() < end:
                 if not self.running:
                     reason = _last_error(self.log) or f"it ended with code {self._process.returncode}"
-                    raise MeteoraError(f"vLLM does not start: {reason}", hint="`meteora -v serve` shows its messages")
+                    raise MeteoraError(f"vLLM does not start: {reason}", hint="start it again with -v right after `meteora` to see its messages")
                 if (self._place / "socket").exists():  # httpx does not close a socket that it cannot connect
                     with suppress(httpx.HTTPError, OSError):
                         if client.get("/health", timeout=5).status_code == 200:
                             return
                 time.sleep(0.2)
-        raise MeteoraError(f"vLLM is not ready after {START_SECONDS:.0f} seconds", hint="`meteora -v serve` shows its messages")
+        raise MeteoraError(f"vLLM is not ready after {START_SECONDS:.0f} seconds", hint="start it again with -v right after `meteora` to see its messages")
 
     @property
     def running(self) -> bool:
