@@ -1,7 +1,7 @@
 """engine.py KIND ADAPTERSxLAYERS COMMANDS ANSWERS: one engine of vLLM with random weights, which measures when quiet.py tells it to.
 
 KIND: base, lora, met, fp8, metfp8, in MODELS/mADAPTERSxLAYERS (`2026-12-01-vllm/make.py`). COMMANDS and ANSWERS: file descriptors, one JSON line for each command and answer.
-Environment: CAPS, captured sizes; CACHE, GiB of the KV cache; TOKENS, max_num_batched_tokens; EAGER=1, a dry run on a CPU.
+Environment: CAPS, captured sizes; CACHE, GiB of the KV cache; TOKENS, max_num_batched_tokens; GO, a file to wait for after the imports; EAGER=1, a dry run on a CPU.
 """
 import json, os, random, sys, time
 from collections import defaultdict
@@ -75,7 +75,7 @@ class Engine:
         self.torch = torch
         imports()
         ready, begin = {"import": round(time.time() - started, 1)}, time.time()
-        while not (root / "made").exists():
+        while not (root / "made").exists() or ("GO" in os.environ and not Path(os.environ["GO"]).exists()):
             time.sleep(0.1)
         waited = time.time() - begin
         self.llm = load()
@@ -102,7 +102,7 @@ class Engine:
         self.run(4, 128 if not eager else 8, 16)
         for count, prompt, length in sizes:
             self.run(count, prompt, min(length, 8))
-        return {"late": sorted({source for source, hit in compiles[self.before :] if not hit})}
+        return {"late": sorted({source for source, hit in compiles[self.before :] if not hit}), "free when warm": self.torch.cuda.mem_get_info()[0] if self.torch.cuda.is_available() else 0}
 
     def graph(self, count):
         """Times of the captured graph of a step, milliseconds: in a run, from its end to the next one's start, and replayed without anything between."""

@@ -1,8 +1,8 @@
 """quiet.py SECONDS OUT [ENGINES]: engines of vLLM in one GPU's memory, of which one at a time works; sizes are measured in turn, so that a drift of the machine is in all of them.
 
 All engines start at the same time; met256 later, if there are also fp8 and metfp8. When they are ready (or some are given up), for every round and size: base, met, lora, one run of each; then fp8 and metfp8; then base and met256.
-After `ROUNDS` rounds come the times of captured graphs and profiles, then the base once more. A later met256 starts when all but the base have ended, and is measured in
-turn with the base. Saves OUT/results.json after every step of this, OUT/log.txt at the end. MODELS: folder of make.py's models with 28 adapters; LARGE: the one with 256. EAGER=1 and SIZES: a dry run on a CPU.
+After `ROUNDS` rounds come the base once more and the times of captured graphs. Then a later met256, which has only imported its modules so far, takes the memory of lora and is measured in
+turn with the base. Profiles come last, because a profiler that was used once may slow an engine down. Saves OUT/results.json after every step of this, OUT/log.txt at the end. MODELS: folder of make.py's models with 28 adapters; LARGE: the one with 256. EAGER=1 and SIZES: a dry run on a CPU.
 """
 import atexit, ctypes, json, os, selectors, signal, statistics, subprocess, sys, time
 from pathlib import Path
@@ -40,8 +40,9 @@ def save():
 
 
 class Engine:
-    def __init__(self, name):
+    def __init__(self, name, go=None):
         kind, adapters, more = ENGINES[name]
+        more = {**more, "GO": str(go)} if go else more
         self.name, self.log, self.ready, self.buffer = name, TEMP / f"{name}.log", False, b""
         its_commands, self.commands = os.pipe()
         self.answers, its_answers = os.pipe()
@@ -113,8 +114,9 @@ def rounds(numbers, least):
         say("round", number, "done")
 
 
-def times(name, size):
-    return [row[2] for row in found["runs"].get(key(size), []) if row[0] == name]
+def times(name, size, least=0):
+    """Seconds of the runs from round ``least`` on."""
+    return [row[2] for row in found["runs"].get(key(size), []) if row[0] == name and row[1] >= least]
 
 
 def report():
@@ -129,6 +131,9 @@ def report():
     for mine, base in (("met", "base"), ("met", "lora"), ("metfp8", "fp8"), ("met256", "base")):
         shared = [size for size in table.get(mine, {}) if size in table.get(base, {})]
         say(mine, "to", base, {size: round(table[base][size] / table[mine][size], 4) for size in shared})
+    for size in TWO[-1:]:
+        if times("met256", size, 100) and times("base", size, 100):
+            say("met256 to base, the runs in turn with it:", round(statistics.median(times("base", size, 100)) / statistics.median(times("met256", size)), 4))
     facts = found["engines"]
     for mine, base, adapters in (("met", "base", 28), ("met256", "base", 256)):
         file = Path(ENGINES[mine][2].get("MODELS", os.environ.get("MODELS", "/tmp"))) / f"m{adapters}x{LAYERS}/ck/meteora.safetensors"
@@ -140,17 +145,17 @@ def report():
     for name, sizes in found["profile"].items():
         for size, result in sizes.items():
             say("profile", name, size, "span", result["span"], "busy", result["busy"], "gaps", result["gaps"], "us")
-            for row in result["kernels"][:9]:
+            for row in result["kernels"][:7]:
                 print("   kernel", *row, flush=True)
-            for row in result["pairs"][:9]:
+            for row in result["pairs"][:7]:
                 print("   gap", *row, flush=True)
 
 
 def start(names):
     for name in names:
-        engines[name] = Engine(name)
+        engines[name] = engines.get(name) or Engine(name)
     waiting, enough = list(names), None
-    while waiting and left() > (60 if len(names) > 1 else 12):
+    while waiting and left() > (60 if len(names) > 1 else 25):
         for name in list(waiting):
             facts = engines[name].answer(0.05)
             if facts is not None:
@@ -209,30 +214,33 @@ def profiles(wanted):
     say("profiles done")
 
 
+PROFILES = [("met", (8, 4, 21)), ("base", (8, 4, 21)), ("metfp8", (8, 4, 21)), ("fp8", (8, 4, 21)), ("met", (256, 4, 9)), ("base", (256, 4, 9)), ("met", (16, 2048, 1)), ("base", (16, 2048, 1)), ("met256", (64, 4, 9)), ("met", (64, 4, 9)), ("base", (64, 4, 9))]
 engines = {}
 atexit.register(close)
 wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else list(ENGINES)
 late = "met256" in wanted and bool({"fp8", "metfp8"} & set(wanted))  # six engines do not fit into 140 GiB
 first = [name for name in wanted if name != "met256" or not late]
+go = TEMP / "go"
+go.unlink(missing_ok=True)
 if not late:
     SEQUENCES.append((["base", "met256"], TWO[-1:]))
+else:
+    engines["met256"] = Engine("met256", go)
 start(first)
 warm(first)
 rounds(range(ROUNDS), 12)
-graphs(first)
-profiles([("met", (8, 4, 21)), ("base", (8, 4, 21)), ("met", (256, 4, 9)), ("base", (256, 4, 9)), ("metfp8", (8, 4, 21)), ("fp8", (8, 4, 21)), ("met256", (64, 4, 9))])
 for size in ALL:
     measure("base", size, 99)
-save()
+graphs(first)
 report()
-if late and left() > 45:
-    for name in first:
-        if name != "base":
-            engines[name].end()
+if late and left() > 75:
+    if "lora" in engines:
+        engines["lora"].end()
+    go.touch()
     start(["met256"])
     warm(["met256"])
     SEQUENCES[:] = [(["base", "met256"], TWO[-1:])]
-    rounds(range(100, 100 + ROUNDS), 5)
+    rounds(range(100, 100 + ROUNDS), 12)
     graphs(["met256"])
-    profiles([("met256", (64, 4, 9))])
-    report()
+profiles(PROFILES)
+report()
