@@ -27,11 +27,8 @@ LISTS = 256
 """Maximum number of different lists of one task; a longer run repeats them."""
 
 MOST_EXAMPLES = 2
-TRIES = 8
-"""Number of attempts to draw a text that is short enough, with fewer parts each time, before it is cut (composites)."""
-
 HALVINGS = 4
-"""How often the rows that a list is drawn from are halved, to the shorter ones, until it is short enough."""
+"""How often the rows that a composite or a list is drawn from are halved, to the shorter ones, until it is short enough."""
 
 _LEAD, _NUMBER = 24, 4
 """An estimate of the tokens of a list that are not in its rows: the sentences around them, and the number and the line ends of each."""
@@ -90,8 +87,8 @@ def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenize
     """Draw composites of 2 to ``largest`` tasks; about half of them have one or two solved examples before the questions.
 
     Tasks, their order, rows and examples are drawn at random. As in the data builder, the examples come from the shortest quarter of a task's rows with
-    one-line answers. A composite that is too long is drawn again, with fewer examples and then fewer tasks; if it is still too long, it is cut like
-    any row.
+    one-line answers. A composite that is too long is drawn again: with fewer examples, then from the shorter half of each task's rows, the shortest quarter
+    and so on, and only then with fewer tasks; if two are still too long, it is cut like any row.
 
     Args:
         rows: Per adapter, its train rows.
@@ -108,10 +105,12 @@ def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenize
         raise UsageError("composites need at least two adapters", hint="leave out --composite-rows, or train more adapters")
     rng = random.Random(f"composite rows {seed}")
     able = [[task_rows[place] for place in _short_rows(task_rows)] for task_rows in rows]
+    by_length = [sorted(task_rows, key=lambda row: len(row.prompt) + len(row.response)) for task_rows in rows]
     texts: list[Labelled] = []
     while len(texts) < count:
-        for n, examples in _sizes(rng, min(largest, len(rows))):
-            text = _draw(rows, able, rng, n, examples)
+        for n, examples, shortest in _sizes(rng, min(largest, len(rows))):
+            pools = [task_rows[: max(1, round(shortest * len(task_rows)))] for task_rows in by_length]
+            text = _draw(pools, able, rng, n, examples)
             if len(tokenizer(text.prompt + text.response)["input_ids"]) < max_length:
                 break
         texts.append(text)
@@ -119,6 +118,7 @@ def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenize
 
 
 def _draw(rows: Sequence[Sequence[Row]], able: Sequence[Sequence[Row]], rng: random.Random, n: int, examples: int) -> Labelled:
+    """Draw a composite of ``n`` tasks from the rows of each adapter, and its solved examples from ``able``."""
     tasks = rng.sample(range(len(rows)), n)
     if any(len(able[task]) < examples for task in tasks):
         examples = 0
@@ -127,13 +127,15 @@ def _draw(rows: Sequence[Sequence[Row]], able: Sequence[Sequence[Row]], rng: ran
     return composite_text(parts, [[member[number] for member in drawn] for number in range(examples)])
 
 
-def _sizes(rng: random.Random, most: int) -> Iterator[tuple[int, int]]:
-    """Numbers of parts (2 to ``most``) and of solved examples to try until a text is short enough, with fewer of them each time."""
-    examples = rng.randint(1, MOST_EXAMPLES) if rng.random() < 0.5 else 0
-    for _ in range(TRIES):
-        n = rng.randint(2, most)
-        yield n, examples
-        examples, most = max(0, examples - 1), max(2, n - (examples == 0))
+def _sizes(rng: random.Random, most: int) -> Iterator[tuple[int, int, float]]:
+    """Numbers of questions (2 to ``most``) and of solved examples, and the share of the rows to draw from, the shortest ones, until a text is short enough."""
+    n, examples = rng.randint(2, most), rng.randint(1, MOST_EXAMPLES) if rng.random() < 0.5 else 0
+    for fewer in range(examples, 0, -1):
+        yield n, fewer, 1.0
+    for halvings in range(HALVINGS + 1):
+        yield n, 0, 0.5**halvings
+    for fewer in range(n - 1, 1, -1):
+        yield fewer, 0, 0.5**HALVINGS
 
 
 def _short_rows(rows: Sequence[Row]) -> list[int]:
@@ -187,7 +189,7 @@ def list_texts(rows: Sequence[Row], lengths: Sequence[int], adapter: int, lists:
     able, texts = _short_rows(rows), list[Labelled]()
     by_length = sorted(range(len(rows)), key=lambda place: lengths[place])
     for _ in range(min(LISTS, lists.count(len(rows)))):
-        for n, examples, shortest in _list_sizes(rng, min(lists.largest, len(rows))):
+        for n, examples, shortest in _sizes(rng, min(lists.largest, len(rows))):
             pool = by_length[: max(n, FEWEST_CANDIDATES, round(shortest * len(rows)))]
             solved, asked = rng.sample(able, min(examples, len(able) // n) * n), rng.sample(pool, n)
             if _LEAD + sum(lengths[place] + _NUMBER for place in (*solved, *asked)) <= lists.max_length:
@@ -197,17 +199,6 @@ def list_texts(rows: Sequence[Row], lengths: Sequence[int], adapter: int, lists:
         shown = [[rows[place] for place in solved[start : start + len(asked)]] for start in range(0, len(solved), len(asked))]
         texts.append(composite_text([(adapter, rows[place]) for place in asked], shown))
     return texts
-
-
-def _list_sizes(rng: random.Random, most: int) -> Iterator[tuple[int, int, float]]:
-    """Numbers of questions (2 to ``most``) and of solved examples, and the share of the rows to draw from, the shortest ones, until a list is short enough."""
-    n, examples = rng.randint(2, most), rng.randint(1, MOST_EXAMPLES) if rng.random() < 0.5 else 0
-    for fewer in range(examples, 0, -1):
-        yield n, fewer, 1.0
-    for halvings in range(HALVINGS + 1):
-        yield n, 0, 0.5**halvings
-    for fewer in range(n - 1, 1, -1):
-        yield fewer, 0, 0.5**HALVINGS
 
 
 def with_lists(singles: Encoded, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, adapter: int, lists: ListRows, end: int | None = None) -> Encoded:

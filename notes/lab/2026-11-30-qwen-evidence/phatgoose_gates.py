@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from meteora_core.data.tasks import get_task
 from meteora_core.evaluation.eval_plan import EvalOptions, EvalPlan
 from meteora_core.evaluation.router_names import RouterName
@@ -40,6 +42,8 @@ def main() -> None:
             if not file.is_file():
                 gates = router._train(name, model, tokenizer, SILENT)
                 save_tensors({path: gate.contiguous() for path, gate in gates.items()}, file)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory of tasks with long rows, for other processes
         print(name, file.name, flush=True)
 
 

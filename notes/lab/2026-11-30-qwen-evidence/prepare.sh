@@ -4,8 +4,9 @@
 #   prepare.sh pack FILE.gguf SIZE   where there is a network: splits the GGUF file and packs $EXP/$WORK/{datasets,steps} into $FROM
 #                                    (made before by `python -m examples.paper qwen --raw-dir raw --only datasets` in $EXP, which also fetches the base),
 #                                    and the tokenizer as tiny.tar.gz, a folder tiny/ for smoke.sh
-#   prepare.sh carry                 on the machine: keeps what $FROM holds at the moment; starts smoke.sh; converts as soon as the GGUF file is complete
-#   prepare.sh                       the same, and fails if anything is missing
+#   prepare.sh carry                 on the machine: keeps what $FROM holds at the moment; starts smoke.sh, and the conversion once the GGUF file is complete,
+#                                    in the background
+#   prepare.sh                       the same, but waits for the conversion and fails if anything is missing
 # $FROM may also hold site.tar.gz, a folder of packages that the machine lacks. WORK is the experiment's folder in $EXP (default: runs/paper-qwen).
 set -u
 EXP=${EXP:-/tmp/exp} FROM=${FROM:-parts} WORK=${WORK:-runs/paper-qwen} SIZE_OF_GGUF=491400064 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -25,7 +26,7 @@ export PYTHONPATH=$EXP/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
 if [ ! -f "$EXP/.checked" ]; then
     python3 - <<'CHECK' || exit 2
 import importlib
-missing, versions = [], []
+missing, versions, unused = [], [], ("datasets",)  # only for datasets of the hub and token caches
 for name in ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "datasets", "pyarrow", "pandas", "dill", "multiprocess", "xxhash", "fsspec", "safetensors", "tokenizers", "gguf", "pydantic", "pydantic_settings", "typer", "rich", "prompt_toolkit", "httpx", "regex", "filelock", "tqdm", "jinja2", "sacrebleu", "rouge", "matplotlib", "meteora_core", "meteora_cli.app", "meteora_kernels", "examples.paper"):
     try:
         module = importlib.import_module(name)
@@ -33,7 +34,7 @@ for name in ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "
             missing.append(name)
         versions.append(f"{name} {getattr(module, '__version__', '')}".strip())
     except Exception as error:
-        missing.append(f"{name} ({type(error).__name__}: {error})")
+        (versions if name in unused else missing).append(f"{name} ({type(error).__name__}: {error})")
 print(", ".join(versions))
 if missing:
     raise SystemExit("missing on this machine: " + ", ".join(missing))
@@ -49,7 +50,10 @@ if [ -f "$EXP/parts/tiny.tar.gz" ] && [ -d "$work/datasets" ] && [ ! -f "$EXP/lo
 fi
 echo "parts: $have of $SIZE_OF_GGUF bytes; data: $(ls "$work/datasets" 2>/dev/null | wc -l) datasets; smoke: $(grep -a '^smoke' "$EXP/logs/smoke.log" 2>/dev/null | tail -1)"
 grep -qa '^smoke: failed' "$EXP/logs/smoke.log" 2>/dev/null && tail -c 3000 "$EXP/logs/smoke.log"
-[ "${1:-}" = carry ] && [ "$have" != $SIZE_OF_GGUF ] && exit 0
+if [ "${1:-}" = carry ]; then
+    [ "$have" = $SIZE_OF_GGUF ] && [ ! -f "$base/meteora_source.json" ] && FROM=$EXP/parts setsid bash "$0" > "$EXP/logs/convert.log" 2>&1 < /dev/null 9>&- &
+    exit 0
+fi
 [ -d "$work/datasets" ] || { echo "the datasets are missing"; exit 3; }
 if [ ! -f "$base/meteora_source.json" ]; then
     [ "$have" = $SIZE_OF_GGUF ] || { echo "the GGUF file is not complete"; exit 3; }

@@ -3,7 +3,7 @@
 # EXP=FOLDER smoke.sh, from the repository root after prepare.sh has unpacked packages, datasets and the tokenizer; the last line says "smoke: …".
 set -u
 EXP=${EXP:-/tmp/exp} LAB=$(cd "$(dirname "$0")" && pwd)
-export PYTHONPATH=$EXP/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} METEORA_CACHE=$EXP/cache HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 TRITON_CACHE_DIR=$EXP/triton
+export PYTHONPATH=$LAB:$EXP/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} METEORA_CACHE=$EXP/cache HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 TRITON_CACHE_DIR=$EXP/triton
 [ -d "$EXP/tiny" ] || tar -C "$EXP" -xzf "$EXP/parts/tiny.tar.gz" || exit 1
 base=$EXP/tiny out=$EXP/smoke data=$EXP/${WORK:-runs/paper-qwen}/datasets
 mkdir -p "$out"

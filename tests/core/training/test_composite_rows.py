@@ -71,6 +71,16 @@ def test_composites_depend_on_the_seed_alone_fit_and_vary_in_size() -> None:
         make_composites(rows[:1], letters(), count=1, largest=3, max_length=100, seed=0)
 
 
+def test_composites_of_tasks_with_long_questions_have_many_questions_too() -> None:
+    """Four questions of average length do not fit, and nine of the shortest sixteenth do."""
+    rows = [[Row("[INST] " + "x" * (20 + 2 * i) + " [/INST]\n", "yes") for i in range(320)] for _ in range(9)]
+    made = make_composites(rows, letters(), count=160, largest=9, max_length=1200, seed=3)
+    assert made.cut == 0
+    sizes = Counter(len(set(row.gate_labels) - {-100}) for row in made.rows)
+    assert set(sizes) == set(range(2, 10))
+    assert min(sizes.values()) > 160 / 8 / 3
+
+
 def test_the_plan_has_the_requested_share_of_composites() -> None:
     lengths = [[10] * 30, [20] * 30]
     plan = plan_batches(lengths, 40, 5, 0, RowMix([50] * 7, 0.3))
