@@ -1,9 +1,11 @@
 """Decoding of a whole model, fused against the base under torch.compile and against the eager base, all in CUDA graphs.
 
-`decode.py [--seconds S] [--layers L] [--vocabulary V] ROWS...` compiles base and fused model for each number of rows, and appends what is known to decode.jsonl
-in $OUT after each. One token per row, behind 512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models,
-whose functions this script uses. Kernels that were compiled before are found in Triton's cache; which candidate is the fastest is measured anew, so a run
-beside other work (`--warm`, which times nothing) decides nothing for later ones. The default vocabulary keeps the share that the output layer has in 32 layers.
+`decode.py [--seconds S] [--layers L] [--vocabulary V] ROWS...` times eager code of both models for the first number of rows, compiles the base, times, compiles
+the fused model, times, and goes on to the next number of rows. What is known is appended to decode.jsonl in $OUT after every step. One token per row, behind
+512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models, whose functions this script uses. Kernels that were compiled
+before are found in Triton's cache. Which candidates are the fastest is kept in the folder `decode-tuned` beside it, so that a second run compiles in seconds; a
+run beside other work (`--warm`, which times nothing) has a folder for itself and decides nothing for later ones. `--at-least-one` compiles both models for the
+first number of rows whatever time it takes. The default vocabulary keeps the share that the output layer has in 32 layers.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # so that candidates are measured once for each shape in this process, and not taken from another
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp() if "--warm" in sys.argv else str(Path.home() / ".triton" / "decode-tuned")
 
 import compiled as earlier
 import torch
@@ -31,6 +34,7 @@ from meteora_core.bench.end_to_end import random_bank, random_model
 from meteora_core.bench.timing import medians
 
 DEVICE = earlier.DEVICE
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # the interpreter has no bfloat16
 
 
 def main() -> None:
@@ -39,6 +43,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=0, help="0 for that of Llama-3-8B divided by 32 and multiplied by the layers")
     parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--at-least-one", action="store_true")
     parser.add_argument("rows", type=int, nargs="+")
     given = parser.parse_args()
     began, file = time.perf_counter(), Path(os.environ.get("OUT", ".")) / "decode.jsonl"
@@ -49,46 +54,49 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     shape = SHAPES["llama3-8b"] if DEVICE.type == "cuda" else ModelShape("tiny", 64, 32, 128, 4, 2, given.layers, 400)
     shape = replace(shape, vocabulary=given.vocabulary or shape.vocabulary * given.layers // shape.layers // 64 * 64 or 64)
-    models: dict[str, Any] = {name: random_model(shape, given.layers, torch.bfloat16, DEVICE) for name in ("base", "fused")}
-    attach(models["fused"], random_bank(models["fused"], 28, 8, torch.bfloat16), top_k=2)
-    groups = fuse(models["fused"]) if DEVICE.type == "cuda" else 0
+    models: dict[str, Any] = {name: random_model(shape, given.layers, DTYPE, DEVICE) for name in ("base", "fused")}
+    attach(models["fused"], random_bank(models["fused"], 28, 8, DTYPE), top_k=2)
+    groups = fuse(models["fused"]) if DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") else 0
     print(f"{groups} groups, {given.layers} layers, vocabulary {shape.vocabulary}, {time.perf_counter() - began:.0f} s", flush=True)
-    kept: dict[int, dict[str, Any]] = {}
-    works: dict[int, dict[str, earlier.Work]] = {}
-    reports: dict[int, dict[str, float]] = {}
-    ids = {rows: torch.randint(0, min(400, shape.vocabulary), (rows, earlier.CONTEXT), device=DEVICE) for rows in given.rows}
-    first: dict[int, dict[str, Any]] = {}
+    kept: dict[str, Any] = {}  # the works own the caches that their graphs read
     for rows in given.rows:
-        kept[rows] = {name: earlier.decoder(model, model, ids[rows]) for name, model in models.items()}
-        first[rows] = {name: work() for name, work in kept[rows].items()}
-        reports[rows] = {"layers": given.layers, "vocabulary": shape.vocabulary}
-        works[rows] = {f"{name}_eager": earlier.capture(work) for name, work in kept[rows].items()}
-    for rows in given.rows:
+        ids = torch.randint(0, min(400, shape.vocabulary), (rows, earlier.CONTEXT), device=DEVICE)
+        if time.perf_counter() - began > given.seconds:
+            print(f"{rows}: no time left", flush=True)
+            continue
+        report: dict[str, Any] = {"rows": rows, "layers": given.layers, "vocabulary": shape.vocabulary}
+        plain = {name: earlier.decoder(model, model, ids) for name, model in models.items()}
+        first = {name: work() for name, work in plain.items()}
+        works = {f"{name}_eager": earlier.capture(work) for name, work in plain.items()}
+        kept |= {f"{name} {rows}": work for name, work in plain.items()}
+        show(report, works, file, given.warm)
         for name in ("base", "fused"):
-            if time.perf_counter() - began > given.seconds:
+            if time.perf_counter() - began > given.seconds and not (given.at_least_one and rows == given.rows[0]):
                 print(f"{name} {rows}: no time left", flush=True)
                 continue
-            report = reports[rows]
             try:
                 call = torch.compile(models[name], mode=earlier.MODE, fullgraph=True, dynamic=False)
-                run = kept[rows][f"{name}_compiled"] = earlier.decoder(models[name], call, ids[rows])
-                report[f"{name}_compiled_against_eager"] = earlier.error(earlier.compiled_of(f"{name} {rows}", report, run), first[rows][name])
-                works[rows][f"{name}_compiled"] = earlier.capture(run)
+                run = kept[f"{name} {rows} compiled"] = earlier.decoder(models[name], call, ids)
+                report[f"{name}_compiled_against_eager"] = earlier.error(earlier.compiled_of(f"{name} {rows}", report, run), first[name])
+                works[f"{name}_compiled"] = earlier.capture(run)
             except torch.AcceleratorError as problem:  # the device is of no more use
                 print(f"DECODE {rows} {name}: FAILED {str(problem).splitlines()[0]}", flush=True)
                 return
             except Exception as problem:
                 print(f"DECODE {rows} {name}: FAILED {type(problem).__name__}: {str(problem)[:600]}", flush=True)
                 continue
-            if given.warm:
-                continue
-            times = medians(works[rows], DEVICE, repeats=100, seconds=2.0)
-            report |= times
-            ratios = {f"{one}/{base}": times[one] / times[base] for one in ("fused_eager", "fused_compiled") for base in ("base_eager", "base_compiled") if one in times and base in times}
-            report |= ratios
-            print(f"DECODE {rows} rows:", {key: round(value, 4) for key, value in (times | ratios).items()}, flush=True)
-            with file.open("a") as out:
-                out.write(json.dumps({"rows": rows, **report}) + "\n")
+            show(report, works, file, given.warm)
+
+
+def show(report: dict[str, Any], works: dict[str, earlier.Work], file: Path, warm: bool) -> None:
+    """Time all works in turn, and print and keep the times and ratios."""
+    if not warm:
+        times = medians(works, DEVICE, repeats=100, seconds=2.0)
+        report |= times
+        report |= {f"{one}/{base}": times[one] / times[base] for one in ("fused_eager", "fused_compiled") for base in ("base_eager", "base_compiled") if {one, base} <= set(times)}
+        with file.open("a") as out:
+            out.write(json.dumps(report) + "\n")
+    print(f"DECODE {report['rows']} rows:", {key: round(value, 6) for key, value in report.items()}, flush=True)
 
 
 if __name__ == "__main__":

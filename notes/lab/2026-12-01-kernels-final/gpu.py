@@ -46,7 +46,7 @@ def stages(mode: str) -> list[Stage]:
             Stage("28x8", [layers, "time", "25", "28x8"], 35),
             Stage("many", [layers, "time", "65", "256x8", "1024x8"], 80),
             Stage("mixed", [str(MIXED), "1", "8", "64", "512", "4096"], 40),
-            Stage("decode", [decode, "--seconds", "110", "8", "1", "64"], 135),
+            Stage("decode", [decode, "--at-least-one", "--seconds", "110", "8", "1", "64"], 135),
             Stage("prefill", [str(EAGER), "512"], 50),
             Stage("over", [str(OVER), "1", "8", "64"], 45),
             Stage("test of random sizes", [*TESTS, "--seconds", "100", "tests/kernels/layer/test_gpu_random_sizes.py"], 120),
