@@ -1,7 +1,7 @@
 """60 random sizes: the path that the table chooses, other paths, and the `dense` backend, for single layers and for fused groups of one linear.
 
-`sizes.py [--seconds S] [--jobs J] [--count C] [--taken] [--compile] [--first NAME...]` first compiles all kernels in J processes, then times one size after the other in
-CUDA graphs and writes sizes.json to $OUT. With --taken, only the path of the table is compared with `dense`; sizes whose names begin with NAME come first.
+`sizes.py [--seconds S] [--jobs J] [--count C] [--taken] [--layer] [--compile] [--first NAME...]` first compiles all kernels in J processes, then times one size after the other in
+CUDA graphs and writes sizes.json to $OUT. With --taken, only the path of the table is compared with `dense`, with --layer only for single layers; sizes whose names begin with NAME come first.
 Needs tests/ on the path, for the sizes.
 """
 
@@ -34,6 +34,7 @@ OTHERS = [Row("library"), Row("many_tokens"), Row("many_tokens", inline=True)]
 MANY = [Row("many_adapters", way=way) for way in ("few", "sorted_down", "sorted")]
 TABLE = "ALL_ROWS" in os.environ
 """Whether all rows of the table are timed."""
+LAYER = "--layer" in sys.argv  # also in the processes that compile
 GROUPS = [Row("split"), Row("split", pieces=1), Row("packed"), Row("packed", pieces=1)]
 
 
@@ -69,6 +70,8 @@ def works_of(size: Sizes, only_taken: bool) -> dict[str, Work]:
     for row, reason in candidates(others, case, layer.CAN_RUN):
         if not reason and row != configuration(taken):
             works["layer " + described(row)] = lambda row=row: layer.run(row, x, None, base, adapters, routing)
+    if LAYER:
+        return works
     works["group dense"] = lambda: mix(x, F.linear(x, weight), adapters, routing, backend="dense")
     first = groups.row_for(group, size.tokens, size.top_k, aligned=size.tokens > 16 and group.aligned)
     works["group taken: " + described(first)] = lambda: groups.run_group(x, group, routing)
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--taken", action="store_true", help="only the table's path and dense")
+    parser.add_argument("--layer", action="store_true", help="only single layers, not fused groups")
     parser.add_argument("--first", nargs="*", default=[])
     parser.add_argument("--compile", action="store_true", help="only compile")
     given = parser.parse_args()
@@ -126,7 +130,7 @@ def main() -> None:
             break
         with torch.inference_mode():
             found[size.name] = times = measure(size, given.taken)
-        for kind in ("layer", "group"):
+        for kind in ("layer",) if LAYER else ("layer", "group"):
             taken = next((name for name in times if name.startswith(f"{kind} taken")), "")
             dense = times.get(f"{kind} dense", 0.0)
             best = min((name for name in times if name.startswith(kind)), key=lambda name: times[name], default="")
@@ -135,6 +139,8 @@ def main() -> None:
                 print(f"{size.name} R={sum(size.ranks)} {taken} {figures}", flush=True)
         out.write_text(json.dumps(found, indent=1))
         torch.cuda.empty_cache()
+    shares = sorted((min(time for name, time in times.items() if "taken" in name) / times["layer dense"], name) for name, times in found.items() if LAYER and len(times) == 2)
+    print("ratio to dense, the largest:", *(f"{name} {share:.3f}" for share, name in shares[:-6:-1]), *(f"median {shares[len(shares) // 2][0]:.3f}" for _ in shares[:1]), flush=True)
     print(f"{len(found)} sizes, {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -49,15 +49,15 @@ def stages(mode: str) -> list[Stage]:
             Stage("decode", [decode, "--at-least-one", "--seconds", "110", "8", "1", "64"], 135),
             Stage("prefill", [str(EAGER), "512"], 50),
             Stage("over", [str(OVER), "1", "8", "64"], 45),
-            Stage("test of random sizes", [*TESTS, "--seconds", "100", "tests/kernels/layer/test_gpu_random_sizes.py"], 120),
-            Stage("test of overlap", [*TESTS, "--seconds", "40", "tests/kernels/layer/test_overlap.py"], 50),
-            Stage("sizes", [str(SIZES), "--taken", "--jobs", "0", "--seconds", "70"], 85),
+            Stage("test of random sizes", [*TESTS, "--seconds", "120", "--passed", "/tmp/kernels-sizes", "tests/kernels/layer/test_gpu_random_sizes.py"], 130),
+            Stage("test of overlap", [*TESTS, "--seconds", "40", "--passed", "/tmp/kernels-sizes", "tests/kernels/layer/test_overlap.py"], 50),
+            Stage("sizes", [str(SIZES), "--taken", "--layer", "--jobs", "0", "--seconds", "50"], 60),
         ]
     found = [Stage(f"warm decode {rows}", [decode, "--warm", "--seconds", "400", rows], 400) for rows in ("8", "1", "64")]
     found += [Stage(f"warm {name}", [layers, "warm", name], 240) for name in ("28x8", "256x8", "1024x8")]
     found += [Stage("warm mixed", [str(MIXED), "1", "8", "64", "512", "4096"], 200)]
     found += [Stage("warm prefill", [str(EAGER), "--layers", "1", "512"], 200), Stage("warm over", [str(OVER), "1", "8", "64"], 200)]
-    return [*found, Stage("warm sizes", [str(SIZES), "--taken", "--jobs", "4", "--seconds", "500", "--compile"], 320)]
+    return [*found, Stage("warm sizes", [str(SIZES), "--taken", "--layer", "--jobs", "6", "--seconds", "500", "--compile"], 320)]
 
 
 def run(stage: Stage, mode: str, end: float, done: Path) -> None:
