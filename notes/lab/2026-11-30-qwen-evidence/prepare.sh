@@ -23,7 +23,7 @@ exec 9> "$EXP/.prepare"; flock 9
 for file in "$FROM"/*; do [ -f "$file" ] && [ ! -f "$EXP/parts/${file##*/}" ] && cp "$file" "$EXP/parts/.new" && mv "$EXP/parts/.new" "$EXP/parts/${file##*/}"; done
 [ -f "$EXP/parts/site.tar.gz" ] && [ ! -d "$EXP/site" ] && mkdir -p "$EXP/site.new" && tar -C "$EXP/site.new" -xzf "$EXP/parts/site.tar.gz" && mv "$EXP/site.new" "$EXP/site"
 export PYTHONPATH=$EXP/site:$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}
-if [ ! -f "$EXP/.checked" ]; then
+if [ "${1:-}" != carry ] && [ ! -f "$EXP/.checked" ]; then
     python3 - <<'CHECK' || exit 2
 import importlib
 missing, versions, unused = [], [], ("datasets",)  # only for datasets of the hub and token caches

@@ -44,9 +44,9 @@ rm -f "$EXP/engine-ended" "$EXP/first-ended"
 gpus=($(echo "${CUDA_VISIBLE_DEVICES-}" | tr , " ")); count=$(nvidia-smi -L 2>/dev/null | wc -l)
 [ ${#gpus[@]} -gt 0 ] || [ "$count" -eq 0 ] || gpus=($(seq 0 $((count - 1))))
 [ ${#gpus[@]} -gt 0 ] || gpus=("")
-waited() { while [ "$(left)" -gt 25 ] && [ ! -f "$EXP/engine-ended" ]; do for name in "$@"; do [ -f "$WORK/steps/$name.json" ] || { sleep 1; continue 2; }; done; return 0; done; return 1; }
+waited() { while [ "$(left)" -gt 25 ] && [ ! -f "$EXP/engine-ended" ]; do [ ! -f "$EXP/first-ended" ] || return 0; for name in "$@"; do [ -f "$WORK/steps/$name.json" ] || { sleep 1; continue 2; }; done; return 0; done; return 1; }
 sides=()
-side() {  # GPU needs... -- command: in the background once the needed steps are done, until 20 s before the end
+side() {  # GPU needs... -- command: in the background once the needed steps are done, or all of FIRST that can be done, until 20 s before the end
     local gpu=$1 needs=(); shift
     while [ "$1" != -- ]; do needs+=("$1"); shift; done; shift
     ( waited "${needs[@]}" || exit; [ -n "$gpu" ] && export CUDA_VISIBLE_DEVICES=$gpu; [ "$(left)" -gt 40 ] && exec timeout -s INT -k 5 $(( $(left) - 20 )) "$@" ) &

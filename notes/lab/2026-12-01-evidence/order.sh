@@ -6,6 +6,6 @@ main="lora-b gates-ridge gates-composites-fixed gates-joined gates-closed eval-o
 export SIZES=${SIZES:-qwen-lists} WORK=${WORK:-runs/paper-qwen-lists} MPS=${MPS-1} FIRST_JOBS=${FIRST_JOBS:-16} JOBS=${JOBS:-9}
 export FIRST="8:adapters-*/$main" SECOND="adapters-* $main"
 export ALONG_AFTER="gates-ridge gates-joined gates-composites-fixed"
-export ALONG="routers-meteora routers-prompt routers-spectr routers-arrow routers-closed-form routers-meteora-without routers-prompt-without routers-spectr-without routers-arrow-without routers-closed-form-without/eval-ridge-T1 eval-ridge-top1 routers-phatgoose routers-phatgoose-without gates-ridge-seed2 eval-ridge-seed2 routers-meteora-seed2 routers-meteora-without-seed2 routers-prompt-seed2 routers-prompt-without-seed2 routers-arrow-seed2 routers-arrow-without-seed2"
+export ALONG="routers-meteora routers-prompt routers-spectr routers-arrow routers-closed-form routers-meteora-without routers-prompt-without routers-spectr-without routers-arrow-without routers-closed-form-without/eval-ridge-T1 eval-joined-T1 eval-composites-fixed-T1 eval-ridge-top1 routers-phatgoose routers-phatgoose-without gates-ridge-seed2 eval-ridge-seed2 routers-meteora-seed2 routers-meteora-without-seed2 routers-prompt-seed2 routers-prompt-without-seed2 routers-arrow-seed2 routers-arrow-without-seed2"
 export PHATGOOSE=1 PHATGOOSE_AFTER="$ALONG_AFTER"
 export PARTS="ridge joined composites-fixed" SEGMENTS_AFTER="eval-ridge eval-joined eval-composites-fixed eval-lora-b" SEGMENTS="--composites 3,5 --ways oracle,alone --batch 32"
