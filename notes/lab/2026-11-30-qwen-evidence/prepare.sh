@@ -51,7 +51,9 @@ fi
 echo "parts: $have of $SIZE_OF_GGUF bytes; data: $(ls "$work/datasets" 2>/dev/null | wc -l) datasets; smoke: $(grep -a '^smoke' "$EXP/logs/smoke.log" 2>/dev/null | tail -1)"
 grep -qa '^smoke: failed' "$EXP/logs/smoke.log" 2>/dev/null && tail -c 3000 "$EXP/logs/smoke.log"
 if [ "${1:-}" = carry ]; then
-    [ "$have" = $SIZE_OF_GGUF ] && [ ! -f "$base/meteora_source.json" ] && FROM=$EXP/parts setsid bash "$0" > "$EXP/logs/convert.log" 2>&1 < /dev/null 9>&- &
+    if [ "$have" = $SIZE_OF_GGUF ] && [ ! -f "$base/meteora_source.json" ] && [ ! -f "$EXP/logs/convert.log" ]; then
+        FROM=$EXP/parts setsid bash "$0" > "$EXP/logs/convert.log" 2>&1 < /dev/null 9>&- &
+    fi
     exit 0
 fi
 [ -d "$work/datasets" ] || { echo "the datasets are missing"; exit 3; }
