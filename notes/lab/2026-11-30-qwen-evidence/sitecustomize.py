@@ -6,6 +6,7 @@ Python imports a module of this name at its start if its folder is on PYTHONPATH
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import sys
 
@@ -53,3 +54,8 @@ class Finder(importlib.abc.MetaPathFinder):
 
 if os.environ.get("PACK_GQA", "1") == "1":
     sys.meta_path.insert(0, Finder())
+
+# This module hides one of the same name that the machine may have, so that one runs too.
+other = importlib.machinery.PathFinder.find_spec("sitecustomize", [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))])
+if other is not None and other.loader is not None:
+    other.loader.exec_module(importlib.util.module_from_spec(other))
