@@ -1,6 +1,6 @@
 """quiet.py SECONDS OUT [ENGINES]: engines of vLLM in one GPU's memory, of which one at a time works; sizes are measured in turn, so that a drift of the machine is in all of them.
 
-All engines start at the same time; met256 later, if there are also fp8 and metfp8. When they are ready (or some are given up), for every round and size: base, met, lora, one run of each; then fp8 and metfp8; then base and met256.
+All engines start at the same time; met256 later, if there are all others. When they are ready (or some are given up), for every round and size: base, met, lora, one run of each; then fp8 and metfp8; then base and met256.
 After `ROUNDS` rounds come the base once more and the times of captured graphs. Then a later met256, which has only imported its modules so far, takes the memory of lora and is measured in
 turn with the base. Profiles come last, because a profiler that was used once may slow an engine down. Saves OUT/results.json after every step of this, OUT/log.txt at the end. MODELS: folder of make.py's models with 28 adapters; LARGE: the one with 256. EAGER=1 and SIZES: a dry run on a CPU.
 """
@@ -15,6 +15,7 @@ SMALL = {"CAPS": "1 8 64", "CACHE": "2.1", "TOKENS": "8192"}
 ENGINES = {  # kind, adapters, environment
     "base": ("base", 28, {}),
     "met": ("met", 28, {}),
+    "metplain": ("met", 28, {"METEORA_EARLY": "0", "METEORA_AHEAD": "0"}),
     "lora": ("lora", 28, {"CAPS": "1 8 64 256"}),
     "metfp8": ("metfp8", 28, SMALL),
     "fp8": ("fp8", 28, SMALL),
@@ -22,8 +23,8 @@ ENGINES = {  # kind, adapters, environment
 }
 ALL = [tuple(int(part) for part in size.split("x")) for size in os.environ.get("SIZES", "1x128x128 8x128x128 64x128x128 256x128x128 16x2048x1").split()]
 TWO = [size for size in ALL if size[0] in (8, 64)] if not EAGER else ALL[:1]
-SEQUENCES = [(["base", "met", "lora"], ALL), (["fp8", "metfp8"], TWO)]
-TURNS = {"base": ALL, "met": ALL, "lora": ALL, "fp8": TWO, "metfp8": TWO, "met256": TWO[-1:]}
+SEQUENCES = [(["base", "met", "metplain", "lora"], ALL), (["fp8", "metfp8"], TWO)]
+TURNS = {"base": ALL, "met": ALL, "metplain": ALL, "lora": ALL, "fp8": TWO, "metfp8": TWO, "met256": TWO[-1:]}
 found = {"runs": {}, "engines": {}, "graph": {}, "profile": {}}
 
 
@@ -166,7 +167,7 @@ def start(names):
                 say(name, "ended:", engines[name].log.read_text(errors="replace")[-1500:])
                 waiting.remove(name)
         enough = enough or (time.time() if len(names) > 1 and len(waiting) <= 1 and not {"base", "met"} & set(waiting) else None)
-        if enough and time.time() - enough > 25:
+        if enough and time.time() - enough > 40:
             break
     for name in waiting:
         say(name, "is too late")
@@ -197,7 +198,7 @@ def warm(names):
 
 
 def graphs(names):
-    for size in [size for size in ALL if size[0] in (8, 64, 256)] if not EAGER else ():
+    for size in [size for size in ALL if size[0] in (1, 8, 64, 256) and size[2] > 8] if not EAGER else ():
         for name in names:
             engine = engines[name]
             if engine.ready and size in TURNS[name] and left() > 6 and (result := engine.ask("graph", size[0])):
@@ -217,8 +218,8 @@ def profiles(wanted):
 PROFILES = [("met", (8, 4, 21)), ("base", (8, 4, 21)), ("metfp8", (8, 4, 21)), ("fp8", (8, 4, 21)), ("met", (256, 4, 9)), ("base", (256, 4, 9)), ("met", (16, 2048, 1)), ("base", (16, 2048, 1)), ("met256", (64, 4, 9)), ("met", (64, 4, 9)), ("base", (64, 4, 9))]
 engines = {}
 atexit.register(close)
-wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else list(ENGINES)
-late = "met256" in wanted and bool({"fp8", "metfp8"} & set(wanted))  # six engines do not fit into 140 GiB
+wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else [name for name in ENGINES if name != "metplain"]
+late = "met256" in wanted and {"lora", "fp8", "metfp8"} <= set(wanted)  # six engines do not fit into 140 GiB
 first = [name for name in wanted if name != "met256" or not late]
 go = TEMP / "go"
 go.unlink(missing_ok=True)
