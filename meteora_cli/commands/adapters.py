@@ -13,6 +13,7 @@ from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, put
 from meteora_cli.typer_app import App
 from meteora_core.choices import Dtype, SecondMoments
+from meteora_core.errors import UsageError
 
 if TYPE_CHECKING:
     from meteora_core.living.checkpoints import ChangeOptions
@@ -166,10 +167,19 @@ def collect(
     put(f"{shipped.file}: statistics of {shipped.name} over {header.rows:,} rows, {header.tokens:,} tokens, {shipped.size / 1e6:.1f} MB")
 
 
+def check_data(ctx: typer.Context) -> None:
+    """Raise UsageError if ``--data`` does not name a folder; no adapter would find its rows there."""
+    data = ctx.params.get("data")
+    if data is not None and not data.is_dir():
+        what = f"{data} is a file; --data takes a folder" if data.exists() else f"no such folder: {data}"
+        raise UsageError(what, hint="the folder holds a dataset NAME/ or a file NAME.jsonl for each adapter")
+
+
 def _options(ctx: typer.Context, bars: Progress, base: str | None, adapters_dir: Path | None, rows: Path | None = None) -> ChangeOptions:
     from meteora_core.living.checkpoints import ChangeOptions
     from meteora_core.model.base import BaseReference
 
+    check_data(ctx)
     settings = settings_from(ctx)
     named = None if base is None else BaseReference(base, settings.model.revision, settings.model.trust_remote_code)
     return replace(ChangeOptions.from_settings(settings, bars), base=named, adapters_dir=adapters_dir, rows=rows)
@@ -183,7 +193,7 @@ def _report(checkpoint: Path, done: Change, *, as_json: bool) -> None:
         return
     verb = {"add": "added", "drop": "dropped", "update": "updated"}[done.action]
     count, with_base = sum(name != NO_ADAPTER for name in done.adapters), " and the base route" if NO_ADAPTER in done.adapters else ""
-    put(f"{checkpoint}: {verb} {done.adapter}, {count} adapters{with_base} ({done.seconds:.0f} s)")
+    put(f"{checkpoint}: {verb} {done.adapter}, {count} adapter{'s' * (count != 1)}{with_base} ({done.seconds:.0f} s)")
     if done.gates == "deleted":
         put("the rows of the adapter were deleted from all gates; the other rows are unchanged")
     elif done.correction is None:

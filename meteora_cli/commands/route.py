@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from meteora_cli.commands.adapters import ClosedForm, Data, Hardware, StatisticsForm
+from meteora_cli.commands.adapters import ClosedForm, Data, Hardware, StatisticsForm, check_data
 from meteora_cli.commands.shared_options import AsJson
 from meteora_cli.console import emit_json, progress, settings_from
 from meteora_cli.display import DataTable, out, put
@@ -59,6 +59,7 @@ def route(
     from meteora_core.living.route import LOW, RouteOptions, route_adapters
     from meteora_core.model.base import BaseReference
 
+    check_data(ctx)
     settings = settings_from(ctx, model__base=base)
     model, routing = settings.model, settings.routing
     with progress(ctx) as bars:
@@ -90,7 +91,7 @@ def route(
     count, also = len(done.adapters) - base_route, "and the base route " if base_route else ""
     put(f"{done.folder}: {count} adapter{'s' * (count != 1)} {also}of {done.base} ({done.seconds:.0f} s)")
     approximate = ", with second moments of low rank" if "low-rank" in done.forms else ""
-    put(f"statistics of {done.tokens:,} tokens: {done.bytes / 1e6:.0f} MB{approximate}")
+    put(f"statistics of {done.tokens:,} tokens: {done.bytes / 1e6:.{0 if done.bytes >= 1e7 else 1}f} MB{approximate}")
     measured = any(f"gate_accuracy/{name}" in done.held_out for name in done.adapters if name != NO_ADAPTER)  # general text alone says nothing
     if measured and (accuracy := done.held_out.get("gate_accuracy")):
         after = f"after {steps} gradient steps" if steps else "without a training step"

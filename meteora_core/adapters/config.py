@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator
 from meteora_core.adapters.patterns import Patterns, PatternTable
 from meteora_core.errors import AdapterError
 from meteora_core.file_models import FileModel, read_model
-from meteora_core.text import shortened, shown
+from meteora_core.text import listed, shortened, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -276,10 +276,16 @@ def read_adapter_config(name: str, folder: Path) -> AdapterConfig:
     Raises:
         AdapterError: The file is missing or broken, a value has the wrong type or is out of range, or the adapter cannot be stacked.
     """
-    config = read_model(folder / CONFIG, AdapterConfig, error=AdapterError, hint=f"{folder} should be a folder written by PEFT's save_pretrained")
+    config = read_model(folder / CONFIG, AdapterConfig, error=AdapterError, hint=_missing_hint(folder))
     config._source = f"adapter {name!r}: {folder / CONFIG}"
     _refuse_unsupported(name, config)
     return config
+
+
+def _missing_hint(folder: Path) -> str:
+    """What to do if a folder has no usable ``adapter_config.json``: the adapters inside it, if there are any."""
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and find_adapter(path) is not None) if folder.is_dir() else []
+    return f"{folder} contains adapters; give one of them: {listed(inside)}" if inside else f"{folder} should be a folder written by PEFT's save_pretrained"
 
 
 def _refuse_unsupported(name: str, config: AdapterConfig) -> None:

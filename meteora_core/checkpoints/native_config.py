@@ -185,7 +185,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{str(folder)!r} cannot be read: {broken}", hint="correct the path") from broken
         raise CheckpointError(
             f"not a meteora checkpoint: {folder} holds no {CONFIG_FILE}" if exists else f"no checkpoint at {folder}: no such folder",
-            hint="train one with `meteora train`, make one with `meteora quickstart --train`, or correct the path",
+            hint="make one with `meteora route` or `meteora train`, or correct the path",
         )
     raw = read_object(file, nullable="training", error=CheckpointError, hint=_NOT_OURS)
     form = raw.get("format")

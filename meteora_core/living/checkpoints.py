@@ -147,7 +147,7 @@ def update_adapter(checkpoint: str | Path, folder: str | Path, name: str | None 
     refuse_hub(checkpoint)
     folder = adapter_folder(folder, progress=options.progress)
     chosen = name or adapter_label(folder)
-    _known(checkpoint, chosen)
+    _known(checkpoint, chosen, "; to add it, use `meteora adapters add`")
     return _changed(Path(checkpoint), chosen, folder, options, lambda live: live.update(chosen, folder))
 
 
@@ -299,9 +299,9 @@ def _locked(checkpoint: Path) -> Iterator[None]:
         yield
 
 
-def _known(checkpoint: str | Path, name: str) -> None:
-    """Raise UsageError if a checkpoint has no adapter of this name, or is on the hub."""
+def _known(checkpoint: str | Path, name: str, otherwise: str = "") -> None:
+    """Raise UsageError if a checkpoint has no adapter of this name, or is on the hub. ``otherwise`` ends the list of names in the hint."""
     refuse_hub(checkpoint)
     names = [adapter["name"] for adapter in read_config(checkpoint)["adapters"]]
     if name not in names:
-        raise UsageError(f"no adapter named {name!r} in {checkpoint}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}")
+        raise UsageError(f"no adapter named {name!r} in {checkpoint}", hint=did_you_mean(name, names) or f"there are: {', '.join(names)}{otherwise}")

@@ -34,6 +34,7 @@ def test_a_folder_of_adapters_becomes_a_model_that_adapters_join_and_leave(meteo
     assert weights[0] == weights[1]
 
     dropped = meteora("adapters", "drop", out, "sum")
+    assert (dropped.code, "dropped sum, 3 adapters and the base route" in dropped.out) == (0, True), dropped.err
     assert (dropped.code, "all gates were solved again" in dropped.out) == (0, True), dropped.err
     new = write_adapter(tmp_path / "new" / "spell", lora_tensors(50))
     updated = meteora("adapters", "update", out, new, "--rows", living / "adapters" / "spell" / "train.jsonl", "--tokens", "200")
@@ -69,8 +70,12 @@ def test_mistakes_take_one_line_and_a_hint(meteora, living, tmp_path, monkeypatc
     write_jsonl_rows(tmp_path / "lonely.txt", rows_of("sum"))
     write_adapter(tmp_path / "lonely", lora_tensors(51))
     before = {file: file.read_bytes() for file in (tmp_path / "m").rglob("*") if file.is_file()}
-    for words, code, message in (
+    for words, code, message, *hint in (
         (("route", "adapters", "--out", tmp_path / "m"), 2, "already exists"),
+        (("route", "adapters", "--data", tmp_path / "absent"), 2, "no such folder"),
+        (("adapters", "add", tmp_path / "m", "adapters/sum", "--data", tmp_path / "lonely.txt"), 2, "is a file; --data takes a folder"),
+        (("adapters", "add", tmp_path / "m", "adapters"), 1, "adapter_config.json", "give one of them: count, shout"),
+        (("adapters", "update", tmp_path / "m", "adapters/sum"), 2, "no adapter named 'sum'", "to add it, use `meteora adapters add`"),
         (("route", "adapters", "--only", "cuont"), 2, "no adapter 'cuont'"),
         (("route", "nowhere"), 2, "no such folder"),
         (("route", "adapters", "--answer-share", "2"), 2, "route.answer_share"),
@@ -86,6 +91,7 @@ def test_mistakes_take_one_line_and_a_hint(meteora, living, tmp_path, monkeypatc
         errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, ran.err
         assert message in errors[0], ran.err
+        assert all(part in ran.err for part in hint), ran.err
     assert {file: file.read_bytes() for file in (tmp_path / "m").rglob("*") if file.is_file()} == before
 
 
