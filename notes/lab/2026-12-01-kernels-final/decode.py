@@ -5,18 +5,22 @@ the fused model, times, and goes on to the next number of rows. What is known is
 512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models, whose functions this script uses. Kernels that were compiled
 before are found in Triton's cache. Which candidates are the fastest is kept in the folder `decode-tuned` beside it, so that a second run compiles in seconds; a
 run beside other work (`--warm`, which times nothing) has a folder for itself and decides nothing for later ones. `--at-least-one` compiles both models for the
-first number of rows whatever time it takes. The default vocabulary keeps the share that the output layer has in 32 layers.
+first number of rows whatever time it takes. With `--lock FILE --processes N`, each of N processes with one number of rows times everything once, when all of them
+have compiled, one after the other. The default vocabulary keeps the share that the output layer has in 32 layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=0, help="0 for that of Llama-3-8B divided by 32 and multiplied by the layers")
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--at-least-one", action="store_true")
+    parser.add_argument("--lock", type=Path, help="processes with one lock compile side by side, and time one after the other, when all of them have compiled")
+    parser.add_argument("--processes", type=int, default=1, help="the number of processes with the lock")
     parser.add_argument("rows", type=int, nargs="+")
     given = parser.parse_args()
     began, file = time.perf_counter(), Path(os.environ.get("OUT", ".")) / "decode.jsonl"
@@ -69,7 +75,8 @@ def main() -> None:
         first = {name: work() for name, work in plain.items()}
         works = {f"{name}_eager": earlier.capture(work) for name, work in plain.items()}
         kept |= {f"{name} {rows}": work for name, work in plain.items()}
-        show(report, works, file, given.warm)
+        if not given.lock:
+            show(report, works, file, given.warm)
         for name in ("base", "fused"):
             if time.perf_counter() - began > given.seconds and not (given.at_least_one and rows == given.rows[0]):
                 print(f"{name} {rows}: no time left", flush=True)
@@ -85,7 +92,23 @@ def main() -> None:
             except Exception as problem:
                 print(f"DECODE {rows} {name}: FAILED {type(problem).__name__}: {str(problem)[:600]}", flush=True)
                 continue
-            show(report, works, file, given.warm)
+            if not given.lock:
+                show(report, works, file, given.warm)
+        if given.lock:
+            with after_all(given.lock, given.processes):
+                show(report, works, file, given.warm)
+
+
+@contextmanager
+def after_all(lock: Path, processes: int) -> Iterator[None]:
+    """Wait until this many processes have come here, and then until no other of them is in the block."""
+    with lock.open("a+") as file:
+        file.write(".")
+        file.flush()
+        while lock.stat().st_size < processes:
+            time.sleep(0.05)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def show(report: dict[str, Any], works: dict[str, earlier.Work], file: Path, warm: bool) -> None:

@@ -47,7 +47,7 @@ def stages(mode: str) -> list[Stage]:
             Stage("many", [layers, "time", "65", "256x8", "1024x8"], 80),
             Stage("mixed", [str(MIXED), "1", "8", "64", "512", "4096"], 40),
             Stage("decode", [decode, "--at-least-one", "--seconds", "110", "8", "1", "64"], 135),
-            Stage("prefill", [str(EAGER), "512"], 50),
+            Stage("prefill", [str(EAGER), "512"], 100),
             Stage("over", [str(OVER), "1", "8", "64"], 45),
             Stage("test of random sizes", [*TESTS, "--seconds", "120", "--passed", "/tmp/kernels-sizes", "tests/kernels/layer/test_gpu_random_sizes.py"], 130),
             Stage("test of overlap", [*TESTS, "--seconds", "40", "--passed", "/tmp/kernels-sizes", "tests/kernels/layer/test_overlap.py"], 50),

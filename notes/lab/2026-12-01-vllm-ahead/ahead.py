@@ -1,4 +1,5 @@
 """ahead.py FILE: what it saves to start kernels early (programmatic dependent launch) and to copy what the next group reads into the second-level cache.
+Needs the patches of this folder: git apply short-launches.patch early-and-ahead.patch.
 
 Four layers of Llama-3-8B's groups as vLLM runs them (28 adapters of rank 8, options of every token in a table), with norms, an activation and two small kernels for attention between them,
 in one CUDA graph, weights read from memory. Microseconds a layer, the best of seven. Every variant's output is compared with the first one's, bit by bit, after 50 replays. "base" multiplies the base

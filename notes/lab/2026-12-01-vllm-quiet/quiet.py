@@ -15,7 +15,7 @@ SMALL = {"CAPS": "1 8 64", "CACHE": "2.1", "TOKENS": "8192"}
 ENGINES = {  # kind, adapters, environment
     "base": ("base", 28, {}),
     "met": ("met", 28, {}),
-    "metplain": ("met", 28, {"METEORA_EARLY": "0", "METEORA_AHEAD": "0"}),
+    "metplain": ("met", 28, {"METEORA_EARLY": "0", "METEORA_AHEAD": "0"}),  # with the patches of 2026-12-01-vllm-ahead alone
     "lora": ("lora", 28, {"CAPS": "1 8 64 256"}),
     "metfp8": ("metfp8", 28, SMALL),
     "fp8": ("fp8", 28, SMALL),
@@ -156,7 +156,7 @@ def start(names):
     for name in names:
         engines[name] = engines.get(name) or Engine(name)
     waiting, enough = list(names), None
-    while waiting and left() > (60 if len(names) > 1 else 25):
+    while waiting and left() > (60 if len(names) > 1 else 14):
         for name in list(waiting):
             facts = engines[name].answer(0.05)
             if facts is not None:
