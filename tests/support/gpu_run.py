@@ -28,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ALONE = ("test_gpu_random_sizes.py", "test_overlap.py")
 """Files that time their work; they run after all others, one at a time."""
-SPLIT = ("test_fused_steps.py", "test_gpu_models.py", "test_gpu_decode.py")
-"""Files whose tests run as processes for themselves, side by side, because each of them compiles kernels for a minute or more."""
+SPLIT = ("test_fused_steps.py", "test_gpu_models.py", "test_gpu_decode.py", "test_gpu_layer.py")
+"""Files whose tests run in several processes, side by side, because they compile kernels for minutes (:func:`parts_of`)."""
 LONG = ("test_train_command.py", "test_several_gpus.py")
 """Files that start programs, which takes minutes; they come last."""
 OPTIONS = ("-v", "-o", "addopts=--strict-markers --strict-config", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark", "-rfE")
@@ -54,6 +54,12 @@ def tests_of(file: str, every_test: bool) -> list[str]:
     return [test for test in report.splitlines() if test.startswith(f"{file}::")] or [file]
 
 
+def parts_of(tests: list[str], workers: int) -> list[tuple[str, ...]]:
+    """The tests of a file for separate processes: each by itself, or up to three parts for every worker if there are more."""
+    size = max(1, -(-len(tests) // (3 * workers)))
+    return [tuple(tests[start : start + size]) for start in range(0, len(tests), size)]
+
+
 def failures(report: str) -> list[str]:
     """The tests that a report of pytest names as failed."""
     return [match[1] for match in re.finditer(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", report, re.MULTILINE)]
@@ -64,10 +70,10 @@ def ended_well(report: str) -> list[str]:
     return [match[1] for match in re.finditer(r"^(tests/\S+::.+?) (?:PASSED|SKIPPED)\b", report, re.MULTILINE)]
 
 
-def run(target: str, seconds: float, every_test: bool, passed: Iterable[str]) -> tuple[int, str]:
-    """The exit status and the report of a file, without the tests of it that have passed before, or of a test."""
-    left_out = [f"--deselect={test}" for test in passed if test.startswith(f"{target}::")]
-    line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), *left_out, target]
+def run(targets: tuple[str, ...], seconds: float, every_test: bool, passed: Iterable[str]) -> tuple[int, str]:
+    """The exit status and the report of a file, without the tests of it that have passed before, or of some tests of a file."""
+    left_out = [f"--deselect={test}" for test in passed if test.startswith(f"{targets[0]}::")]
+    line = [sys.executable, "-m", "pytest", *OPTIONS, *(() if every_test else ("-m", "gpu")), *left_out, *targets]
     if seconds <= 0:
         return NOT_RUN, "no time left"
     try:
@@ -90,18 +96,19 @@ def main() -> int:
     end, failed, missed = time.monotonic() + given.seconds, list[str](), list[str]()
     passed = set(given.passed.read_text(encoding="utf-8").splitlines()) if given.passed and given.passed.is_file() else set[str]()
 
-    def one(target: str) -> None:
-        if target in passed:
+    def one(*targets: str) -> None:
+        targets = tuple(target for target in targets if target not in passed)
+        if not targets:
             return
-        begin = time.monotonic()
-        code, report = run(target, end - begin, given.every_test, passed)
+        begin, name = time.monotonic(), targets[0] if len(targets) == 1 else f"{targets[0]} and {len(targets) - 1} more"
+        code, report = run(targets, end - begin, given.every_test, passed)
         last, well = report.strip().splitlines()[-1] if report.strip() else "", ended_well(report)
-        print(f"{time.monotonic() - begin:5.0f} s  {target}: {last}{f' after {len(well)} tests' if code == NOT_RUN else ''}", flush=True)
+        print(f"{time.monotonic() - begin:5.0f} s  {name}: {last}{f' after {len(well)} tests' if code == NOT_RUN else ''}", flush=True)
         if code == NOT_RUN or (code not in (0, 5) and not failures(report)):
-            missed.append(target)
+            missed.extend(target for target in targets if target not in well)
         if given.passed:
             with given.passed.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\n" for name in (*well, *((target,) if code in (0, 5) else ())))
+                file.writelines(f"{name}\n" for name in {*well, *(targets if code in (0, 5) else ())})
         if code == NOT_RUN and "\n" in report:
             print(report[-2000:], flush=True)
         if code not in (0, 5, NOT_RUN):
@@ -110,10 +117,11 @@ def main() -> int:
 
     all_files = [file for file in files(given.every_test) if file.startswith(tuple(given.folders)) and not (given.beside and Path(file).name in ALONE)]
     with ThreadPoolExecutor(given.workers) as pool:
-        parts = pool.map(lambda file: tests_of(file, given.every_test), [file for file in all_files if Path(file).name in SPLIT])
+        split = pool.map(lambda file: tests_of(file, given.every_test), [file for file in all_files if Path(file).name in SPLIT])
+        parts = [part for tests in split for part in parts_of([test for test in tests if test not in passed], given.workers) if part]
         whole = [file for file in all_files if Path(file).name not in ALONE + SPLIT + LONG]
         long = [file for file in all_files if Path(file).name in LONG]
-        list(pool.map(one, [*(test for tests in parts for test in tests), *whole, *long]))
+        list(pool.map(lambda targets: one(*targets), [*parts, *((file,) for file in (*whole, *long))]))
     for file in all_files:
         if Path(file).name in ALONE:
             one(file)
