@@ -101,11 +101,12 @@ def main() -> None:
 
 @contextmanager
 def after_all(lock: Path, processes: int) -> Iterator[None]:
-    """Wait until this many processes have come here, and then until no other of them is in the block."""
+    """Wait until this many processes have come here, for two minutes at most, because one may have failed; then until no other of them is in the block."""
+    end = time.monotonic() + 120
     with lock.open("a+") as file:
         file.write(".")
         file.flush()
-        while lock.stat().st_size < processes:
+        while lock.stat().st_size < processes and time.monotonic() < end:
             time.sleep(0.05)
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
