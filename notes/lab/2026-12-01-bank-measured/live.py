@@ -1,9 +1,9 @@
 """Adds the last adapters of a folder one by one to a loaded model that has the others, and compares its gates with those of all adapters at once.
 
-python live.py BASE ADAPTERS DATA ROUTED OUT.json [--last 5]
+python live.py BASE ADAPTERS DATA ROUTED OUT.json [--last 5] [--cycles 1000]
 
 The adapters' folders contain their statistics (ship.py). ROUTED is the checkpoint that `meteora route ADAPTERS` made of all of them, the base route included.
-The same adapters are then dropped again, and the gates compared with those of the first ones at once.
+The same adapters are then dropped again, and the gates compared with those of the first ones at once; with --cycles, the last one comes and goes.
 """
 
 import argparse
@@ -30,6 +30,7 @@ parser.add_argument("base")
 for name in ("adapters", "data", "routed", "out"):
     parser.add_argument(name, type=Path)
 parser.add_argument("--last", type=int, default=5)
+parser.add_argument("--cycles", type=int, default=0, help="number of times that the last adapter is added and dropped again after all this, without measuring")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 given = parser.parse_args()
 BEGAN = time.time()
@@ -58,7 +59,7 @@ files = {name: given.routed / "meteora.stats" / f"{name}.safetensors" for name i
 first, last = names[: -given.last], names[-given.last :]
 recipe = GateStatistics(files[NO_ADAPTER]).header.recipe
 how = collecting(CollectOptions(data=given.data, device=given.device), base, model, tokenizer, recipe)
-workspace = given.out.with_suffix(".new")
+workspace = given.routed.with_name("live.new")
 workspace.mkdir(parents=True, exist_ok=True)
 collector = Collector(tokenizer, how, workspace, lambda name, folder: find_rows(name, given.data, folder, tokenizer))
 collector.folders = dict(folders)
@@ -99,3 +100,18 @@ after = {path: layer.gate.detach().cpu() for path, layer in meteora_layers(model
 found["after dropping them again, from never having had them, as stored"] = compare(after, before)
 log("dropped again", found["after dropping them again, from never having had them, as stored"])
 given.out.write_text(json.dumps(found))
+if given.cycles:
+    living.collector = Collector(tokenizer, how, workspace, lambda name, folder: None)  # without rows, nothing is measured
+    living.collector.folders = dict(folders)
+    with_last = dict(closed_form_gates([GateStatistics(files[name]) for name in (*first, last[-1], NO_ADAPTER)], list(held)))
+    for number in range(given.cycles):
+        living.add(last[-1], folders[last[-1]])
+        if number == given.cycles - 1:
+            found[f"in cycle {given.cycles}, with the adapter, from all at once, float32"] = compare(solved, with_last)
+        living.drop(last[-1])
+        if number % 100 == 99:
+            log(number + 1, "cycles")
+    after = {path: layer.gate.detach().cpu() for path, layer in meteora_layers(model)}
+    found[f"after {given.cycles} cycles, from never having had the adapter, as stored"] = compare(after, before)
+    log("cycles", {key: value for key, value in found.items() if "cycle" in key})
+    given.out.write_text(json.dumps(found))

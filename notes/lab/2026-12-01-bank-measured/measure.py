@@ -57,6 +57,7 @@ parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else
 parser.add_argument("--dtype", default="auto")
 parser.add_argument("--deadline", type=float, default=1e12, help="time since the epoch after which no batch is started")
 given = parser.parse_args()
+given.results.mkdir(parents=True, exist_ok=True)
 BEGAN = time.time()
 
 
@@ -281,7 +282,6 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    given.results.mkdir(parents=True, exist_ok=True)
     if given.name == "report":
         report()
     else:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # A bank of 25 adapters of SmolLM2-135M on a machine with a GPU: trains the adapters as the paper's experiment does, routes them with `meteora route`, and measures.
-#   OUT=FOLDER run.sh [--deadline SECONDS]     continues where the last call ended; $OUT gets bank.tar.gz with the results, the log and a report
+#   OUT=FOLDER run.sh [--deadline SECONDS]     continues where the last call ended; $OUT gets bank.tar.gz, anew after every step: results, logs and, at the end, a report
 #   run.sh start SECONDS                       the same in a process session of its own, with a copy of the code
 #   OUT=FOLDER run.sh wait SECONDS             waits for it, at most so long, and copies what there is into $OUT
 # Before, `FROM=FOLDER ../2026-12-01-bank-of-25/smollm2.sh carry` brings the base and general text. Datasets are in $EXP/data, further packages in $EXP/site.
@@ -12,10 +12,11 @@ HERE=$(cd "$(dirname "$0")" && pwd); ROOT=$(cd "$HERE/../../.." && pwd); BEGAN=$
 export METEORA_CACHE=$EXP/cache PYTHONPATH=$EXP/site:$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True OMP_NUM_THREADS=$THREADS TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton}
 W=$EXP/smollm2 D=$EXP/data; A=$W/adapters R=$W/results BASE=${BASE:-$METEORA_CACHE/models/smollm2-135m}; OUT=${OUT:-$EXP/bank-out}; mkdir -p "$W/logs" "$R" "$W/done" "$W/none" "$OUT"
+keep() { (cd "$W" && flock 8 && tar -czf "$OUT/.bank" $(ls results/*.json logs/*.log logs/log.txt report.txt */meteora_config.json 2> /dev/null) && mv "$OUT/.bank" "$OUT/bank.tar.gz") 8> "$W/.keep"; }
 collect() {  # the report and everything that has ended
     for log in "$W"/logs/*.log; do grep -q -i "error\|traceback" "$log" && { echo "== $log"; tail -c 900 "$log" | tr '\r' '\n' | grep -v "pytree\|it/s" | tail -6 | cut -c1-300; }; done
     python3 "$HERE/measure.py" "$D" "$R" report > "$W/report.txt" 2>&1
-    tar -C "$W" -czf "$OUT/bank.tar.gz" results report.txt logs $(cd "$W" && ls -d */meteora_config.json 2> /dev/null)
+    keep
     tail -n 50 "$W/logs/log.txt"; cut -c1-220 "$W/report.txt"
     echo "$(ls "$R" | wc -l) results after $(( $(date +%s) - BEGAN )) s"
 }
@@ -24,7 +25,7 @@ if [ "${1:-}" = start ]; then
     OUT=$EXP/bank-out setsid bash "$CODE/notes/lab/${HERE##*/}/run.sh" --deadline "$2" > "$EXP/bank-run.log" 2>&1 < /dev/null &
     echo $! > "$EXP/bank-run.pid"; exit
 elif [ "${1:-}" = wait ]; then
-    while [ $(( $(date +%s) - BEGAN )) -lt "$2" ] && kill -0 "$(cat "$EXP/bank-run.pid")" 2> /dev/null; do sleep 1; done
+    while [ $(( $(date +%s) - BEGAN )) -lt "$2" ] && kill -0 "$(cat "$EXP/bank-run.pid")" 2> /dev/null; do sleep 4; keep; done
     kill -0 "$(cat "$EXP/bank-run.pid")" 2> /dev/null && echo "the run goes on" || { echo "the run has ended"; tail -n 12 "$EXP/bank-run.log"; }
     collect; exit
 fi
@@ -39,7 +40,7 @@ limited() {  # through NVIDIA's MPS, if another program has started it in $EXP/m
 say() { echo "$(date +%H:%M:%S) $(( $(date +%s) - BEGAN )) s: $*" >> "$W/logs/log.txt"; }
 met() { limited python3 -m meteora_cli "$@"; }
 measure() { local name=$1; shift; limited python3 "$HERE/measure.py" "$D" "$R" "$name" --base "$BASE" --rows "$ROWS" --general "$W/general.jsonl" --deadline "$END" ${MEASURE:-} "$@"; }
-once() { [ -f "$W/done/$1" ] && return 0; local step=$1 began=$(date +%s); shift; "$@" >> "$W/logs/$step.log" 2>&1 && touch "$W/done/$step" && say "$step: $(( $(date +%s) - began )) s" || { say "$step has not ended"; touch "$W/stopped/$step"; return 1; }; }
+once() { [ -f "$W/done/$1" ] && return 0; local step=$1 began=$(date +%s); shift; "$@" >> "$W/logs/$step.log" 2>&1 && touch "$W/done/$step" && say "$step: $(( $(date +%s) - began )) s" && keep || { say "$step has not ended"; touch "$W/stopped/$step"; return 1; }; }
 until_done() { while [ ! -f "$W/done/$1" ]; do [ "$(left)" -gt 10 ] && [ ! -f "$W/stopped/$1" ] || { touch "$W/stopped/${2:-$1}"; return 1; }; sleep 0.5; done; }
 
 while [ ! -f "$BASE/meteora_source.json" ] || [ ! -d "$D" ]; do [ "$(left)" -gt 60 ] || { cat "$W/logs/convert.log"; echo "the base is not converted, or there are no datasets"; exit 3; }; sleep 1; done

@@ -53,9 +53,9 @@ LAST = 5
 STARTER = set(COMPOSITES["composite_10"])
 """The ten adapters whose gates are also solved without rows."""
 
-WRITTEN = ("self", "few4", "example4", "named", "neutral")
+WRITTEN = ("self", "few4", "example16", "example4", "named", "neutral")
 """Sources of text for adapters without rows; self: prompts that the adapter writes, and neutral questions; neutral: these questions alone;
-named: prompts that the base writes when it is told the adapter's name; example4: four prompts of its task; few4: these, and prompts that the base writes in their manner. The adapter answers."""
+named: prompts that the base writes when it is told the adapter's name; exampleN: N prompts of its task; few4: these, and prompts that the base writes in their manner. The adapter answers."""
 
 parser = argparse.ArgumentParser()
 parser.add_argument("stage", choices=("work", "live", "report"))
@@ -190,7 +190,7 @@ class World:
         elif kind == "named":
             prompts = self.named(bank.names[0].replace("_", " "))
         else:
-            prompts = examples = [row.prompt for row in known.train if len(row.prompt) < 1500][: int(kind[-1])]
+            prompts = examples = [row.prompt for row in known.train if len(row.prompt) < 1500][: int(kind.removeprefix("few").removeprefix("example"))]
         if kind.startswith("few"):
             turned = [examples[start % len(examples) :] + examples[: start % len(examples)] for start in range(given.written)]
             openings = ["\n\n".join([*(text.strip() for text in order), INST.before.rstrip(" ")]) for order in turned]
