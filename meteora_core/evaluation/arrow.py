@@ -1,7 +1,8 @@
 """Evaluation with PEFT's Arrow routing over a folder of adapters, the training-free method that MeteoRA is compared with.
 
 In every layer, Arrow (arXiv 2405.11157) uses each adapter's leading right singular vector as its prototype. For every token it mixes the adapters whose
-prototypes are most aligned with the token's hidden state. The implementation is PEFT's (``create_arrow_model``).
+prototypes are most aligned with the token's hidden state. The implementation is PEFT's (``create_arrow_model``), which wants one rank for all adapters and
+layers. Adapters of lower rank get rows of zeros, which change neither their updates nor their prototypes.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from torch.nn import functional as F
 
 from meteora_core.adapters.folders import adapter_folders
 from meteora_core.adapters.peft_folder import WEIGHTS, find_adapter
@@ -60,7 +64,7 @@ def with_arrow(
 
     Args:
         model: A base model without adapters.
-        folders: Folders of LoRA adapters by name. PEFT requires equal ranks and target modules in all of them.
+        folders: Folders of LoRA adapters by name. PEFT requires equal target modules in all of them.
         top_k: Number of adapters per token; None means PEFT's default.
         routing_temperature: Routing temperature; divides the scores of the chosen adapters before the softmax.
         seed: Seed of the power iteration that computes the prototypes.
@@ -69,7 +73,7 @@ def with_arrow(
         The PEFT model in evaluation mode.
 
     Raises:
-        AdapterError: A folder is missing, does not fit the base, or the adapters differ in rank or targets.
+        AdapterError: A folder is missing, does not fit the base, or the adapters differ in their target modules.
         UsageError: ``top_k`` is out of range.
     """
     from peft import ArrowConfig, create_arrow_model
@@ -83,19 +87,30 @@ def with_arrow(
     try:
         with warnings.catch_warnings(), TemporaryDirectory(prefix="meteora-arrow-") as temporary:
             warnings.simplefilter("ignore")
-            checked = [_write(bank, Path(temporary) / str(index)) for index, bank in enumerate(banks)]
+            rank = max(stack.ranks[0] for bank in banks for stack in bank.modules.values())
+            checked = [_write(_padded(bank, rank), Path(temporary) / str(index)) for index, bank in enumerate(banks)]
             del banks
             adapted = create_arrow_model(model, checked, config, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, OSError) as error:
         remove_lora(model, base_modules)
         text = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).strip().splitlines()[0])
-        hint = "Arrow needs adapters with the same base model, rank and target modules"
+        hint = "Arrow needs adapters with the same base model and target modules"
         raise AdapterError(f"PEFT's Arrow cannot route over these adapters: {text}", hint=hint) from error
     try:
         yield adapted.eval()
     finally:
         adapted.unload()
         model.eval()
+
+
+def _padded(bank: AdapterBank, rank: int) -> AdapterBank:
+    """Return a bank of one adapter that has the same rank in all layers: rows of zeros are appended to A and B."""
+    modules = dict(bank.modules)
+    for path, stack in bank.modules.items():
+        if missing := rank - stack.ranks[0]:
+            A, B = (F.pad(rows, (0, 0, 0, missing)) for rows in (stack.A, stack.B))
+            modules[path] = replace(stack, A=A, B=B, ranks=(rank,))
+    return replace(bank, modules=modules)
 
 
 def _write(bank: AdapterBank, folder: Path) -> str:

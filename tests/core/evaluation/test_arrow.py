@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from meteora_core.errors import AdapterError, UsageError
 from meteora_core.evaluation.adapters import with_adapter
@@ -51,15 +53,44 @@ def test_a_single_adapter_is_that_adapter(folders) -> None:
             torch.testing.assert_close(mixed, alone(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_of_unequal_rank_are_refused_and_the_base_stays(folders, make_adapter) -> None:
+def test_adapters_of_unequal_ranks_are_routed_as_if_padded(folders, make_adapter, tmp_path) -> None:
+    """A copy with zeros up to the common rank and the same scaling is the reference; PEFT itself refuses unequal ranks."""
+    small, copy = make_adapter("d", 7, r=2), tmp_path / "copy"
+    shutil.copytree(small, copy)
+    tensors = load_file(copy / "adapter_model.safetensors")
+    rows = {name: (0, 0, 0, 2) if ".lora_A." in name else (0, 2) for name in tensors}
+    save_file({name: torch.nn.functional.pad(tensor, rows[name]) for name, tensor in tensors.items()}, copy / "adapter_model.safetensors")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"r": 4, "lora_alpha": 16}))
+    model, seen = make_tiny_llama(), []
+    with torch.inference_mode():
+        for folder in (small, copy):
+            with with_arrow(model, {**folders, "d": folder}, top_k=2) as routed:
+                seen.append(routed(IDS).logits)
+        with with_arrow(model, folders, top_k=2) as routed:
+            without = routed(IDS).logits
+    torch.testing.assert_close(seen[0], seen[1])
+    assert not torch.allclose(seen[0], without, atol=1e-3)
+
+
+def test_layers_of_unequal_ranks_are_routed(make_adapter) -> None:
+    folder, model = make_adapter("d", 8, r=2, rank_pattern={"down_proj": 5, "q_proj": 1}, use_rslora=True), make_tiny_llama()
+    with torch.inference_mode():
+        with with_arrow(model, {"d": folder}) as routed:
+            mixed = routed(IDS).logits
+        with with_adapter(model, folder) as alone:
+            torch.testing.assert_close(mixed, alone(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_other_layers_are_refused_and_the_base_stays(folders, make_adapter) -> None:
     model = make_tiny_llama()
     names = {name for name, _ in model.named_parameters()}
     with (
-        pytest.raises(AdapterError, match="rank mismatch") as caught,
-        with_arrow(model, {**folders, "d": make_adapter("d", r=2)}),
+        pytest.raises(AdapterError, match="mismatch") as caught,
+        with_arrow(model, {**folders, "d": make_adapter("d", target_modules=["q_proj"])}),
     ):
         pass
-    assert "same base model, rank" in (caught.value.hint or "")
+    assert caught.value.hint == "Arrow needs adapters with the same base model and target modules"
     assert {name for name, _ in model.named_parameters()} == names
 
 
