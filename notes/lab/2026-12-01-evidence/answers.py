@@ -2,6 +2,8 @@
 
     python answers.py ADAPTERS --data DATASETS --checkpoint CHECKPOINT --out FILE [--rows 8] [--routers oracle,base,…] [--padded ADAPTERS OF ONE RANK, for Arrow]
 
+`meteora-top10` and `meteora-top10-T2` are MeteoRA with another top-k and another temperature.
+
 Written for each router: the mean negative log-likelihood of an answer token, for each task and row. A router is made once for both cases.
 """
 
@@ -85,7 +87,11 @@ class Measurement:
         elif name.startswith("meteora"):
             attach_checkpoint(self.model, self.facts)
             state = meteora_of(self.model)
-            state.top_k = 1 if name.endswith("top1") else state.top_k
+            for option in name.split("-")[1:]:
+                if option.startswith("top"):
+                    state.top_k = int(option.removeprefix("top"))
+                else:
+                    state.temperature = float(option.removeprefix("T"))
 
             @contextmanager
             def muted(task: Task, removed: bool) -> Iterator[RoutedModel]:
