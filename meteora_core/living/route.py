@@ -209,7 +209,8 @@ def route_adapters(adapters: str | Path, folder: str | Path, options: RouteOptio
 def _candidates(root: Path, options: RouteOptions, set_aside: dict[str, str]) -> dict[str, Path]:
     """The selected adapter folders, by name."""
     if not root.is_dir():
-        raise UsageError(f"no such folder: {root}", hint="give the folder that contains one folder per adapter")
+        what = f"{root} is a file, not a folder" if root.exists() else f"no such folder: {root}"
+        raise UsageError(what, hint="give the folder that contains one folder per adapter")
     if find_adapter(root) in (root, root / "default"):
         raise UsageError(f"{root} is one adapter", hint=f"give the folder that contains all adapters: meteora route {root.parent}")
     inside = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -78,6 +78,7 @@ def test_mistakes_take_one_line_and_a_hint(meteora, living, tmp_path, monkeypatc
         (("adapters", "update", tmp_path / "m", "adapters/sum"), 2, "no adapter named 'sum'", "to add it, use `meteora adapters add`"),
         (("route", "adapters", "--only", "cuont"), 2, "no adapter 'cuont'"),
         (("route", "nowhere"), 2, "no such folder"),
+        (("route", tmp_path / "lonely.txt"), 2, "is a file, not a folder"),
         (("route", "adapters", "--answer-share", "2"), 2, "route.answer_share"),
         (("adapters", "add", tmp_path / "m", "adapters/count"), 2, "already contains an adapter named 'count'"),
         (("adapters", "add", tmp_path / "m", "adapters/nothing"), 1, "nothing"),
