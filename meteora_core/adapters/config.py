@@ -276,16 +276,22 @@ def read_adapter_config(name: str, folder: Path) -> AdapterConfig:
     Raises:
         AdapterError: The file is missing or broken, a value has the wrong type or is out of range, or the adapter cannot be stacked.
     """
-    config = read_model(folder / CONFIG, AdapterConfig, error=AdapterError, hint=_missing_hint(folder))
+    config = read_model(folder / CONFIG, AdapterConfig, error=AdapterError, hint=_hint_for(folder))
     config._source = f"adapter {name!r}: {folder / CONFIG}"
     _refuse_unsupported(name, config)
     return config
 
 
-def _missing_hint(folder: Path) -> str:
-    """What to do if a folder has no usable ``adapter_config.json``: the adapters inside it, if there are any."""
-    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and find_adapter(path) is not None) if folder.is_dir() else []
-    return f"{folder} contains adapters; give one of them: {listed(inside)}" if inside else f"{folder} should be a folder written by PEFT's save_pretrained"
+def _hint_for(folder: Path) -> str:
+    """What to do if the configuration in a folder cannot be read; if there is none, the adapters inside the folder are named."""
+    if not os.path.lexists(folder / CONFIG):
+        try:
+            inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and find_adapter(path) is not None)
+        except OSError:
+            inside = []
+        if inside:
+            return f"{folder} contains adapters; give one of them: {listed(inside)}"
+    return f"{folder} should be a folder written by PEFT's save_pretrained"
 
 
 def _refuse_unsupported(name: str, config: AdapterConfig) -> None:

@@ -373,3 +373,11 @@ def test_messages_show_neither_control_characters_nor_whole_files(tmp_path) -> N
     save_file({"base_model.model." + "a" * 50: torch.zeros(1)}, folder / "adapter_model.safetensors")
     (folder / CONFIG).write_text(json.dumps({"r": {str(number): number for number in range(100)}}))
     assert "an object of 100 entries" in refusal(folder).message
+
+
+def test_the_hint_names_the_adapters_inside_only_where_there_is_no_configuration(tmp_path) -> None:
+    for name in ("one", "two"):
+        write_adapter(tmp_path / "many" / name, lora_tensors(1))
+    assert refusal(tmp_path / "many").hint == f"{tmp_path / 'many'} contains adapters; give one of them: one, two"
+    (tmp_path / "many" / CONFIG).write_text("{")
+    assert refusal(tmp_path / "many").hint == f"{tmp_path / 'many'} should be a folder written by PEFT's save_pretrained"
