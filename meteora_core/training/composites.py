@@ -106,11 +106,12 @@ def make_composites(rows: Sequence[Sequence[Row]], tokenizer: PreTrainedTokenize
     rng = random.Random(f"composite rows {seed}")
     able = [[task_rows[place] for place in _short_rows(task_rows)] for task_rows in rows]
     by_length = [sorted(task_rows, key=lambda row: len(row.prompt) + len(row.response)) for task_rows in rows]
+    shares = [0.5**halvings for halvings in range(HALVINGS + 1)]
+    shortest_rows = {share: [task_rows[: max(1, round(share * len(task_rows)))] for task_rows in by_length] for share in shares}
     texts: list[Labelled] = []
     while len(texts) < count:
         for n, examples, shortest in _sizes(rng, min(largest, len(rows))):
-            pools = [task_rows[: max(1, round(shortest * len(task_rows)))] for task_rows in by_length]
-            text = _draw(pools, able, rng, n, examples)
+            text = _draw(shortest_rows[shortest], able, rng, n, examples)
             if len(tokenizer(text.prompt + text.response)["input_ids"]) < max_length:
                 break
         texts.append(text)

@@ -2,9 +2,9 @@
 
 `decode.py [--seconds S] [--layers L] [--vocabulary V] ROWS...` times eager code of both models for the first number of rows, compiles the base, times, compiles
 the fused model, times, and goes on to the next number of rows. What is known is appended to decode.jsonl in $OUT after every step. One token per row, behind
-512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models, whose functions this script uses. Kernels that were compiled
-before are found in Triton's cache. Which candidates are the fastest is kept in the folder `decode-tuned` beside it, so that a second run compiles in seconds; a
-run beside other work (`--warm`, which times nothing) has a folder for itself and decides nothing for later ones. `--at-least-one` compiles both models for the
+512. "Compiled" is max-autotune without its own graphs, as in the folder 2026-11-30-compiled-models, whose functions this script uses. Triton's cache keeps
+compiled kernels, and the folder `decode-tuned` beside it keeps which candidate of each product was the fastest, so a second run compiles in seconds. A run beside
+other work (`--warm`) times nothing and uses a temporary folder, so it does not affect later runs. `--at-least-one` compiles both models for the
 first number of rows whatever time it takes. With `--lock FILE --processes N`, each of N processes with one number of rows times everything once, when all of them
 have compiled, one after the other. The default vocabulary keeps the share that the output layer has in 32 layers.
 """
